@@ -1,0 +1,46 @@
+"""The actions: what one layer does for one token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypeAlias
+
+from dash_onnx.errors import PolicyError
+
+Action: TypeAlias = Literal["skip", "int4", "int8", "full"]
+Path: TypeAlias = tuple[Action, ...]
+"""All decisions of one token: one action per layer."""
+
+SKIP: Action = "skip"
+PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4")
+"""Actions that run the layer, highest precision first."""
+
+ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
+
+
+def parse_precisions(text: str) -> tuple[Action, ...]:
+    """Parses `full,int8,int4` into precisions, highest first and without duplicates.
+
+    Raises:
+        PolicyError: a name is not a precision, or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PRECISIONS:
+            raise PolicyError(f"unknown variant {name!r}; choose from {', '.join(PRECISIONS)}")
+    if not names:
+        raise PolicyError(f"no variant given; choose from {', '.join(PRECISIONS)}")
+    return tuple(action for action in PRECISIONS if action in names)
+
+
+def check_action(name: str, exported: Iterable[str]) -> Action:
+    """Returns `name` as an action that the bundle has.
+
+    Raises:
+        PolicyError: the bundle was exported without it.
+    """
+    exported = tuple(exported)
+    for action in ACTIONS:
+        if action == name and action in exported:
+            return action
+    raise PolicyError(f"action {name!r} is not in this bundle; it has {', '.join(exported)}")

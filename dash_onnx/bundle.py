@@ -1,0 +1,159 @@
+"""A bundle on disk: opened with every path and checksum checked, written all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from dash_onnx.errors import BundleError
+from dash_onnx.manifest import MANIFEST_NAME, FileFacts, Manifest
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileFacts(bytes=path.stat().st_size, sha256=digest)
+
+
+class Bundle:
+    """An opened bundle: a manifest, and files that are verified when they are first used.
+
+    Opening checks that every file is there in its full size; contents are checked against
+    their SHA-256 by `verified`, once per file, so that a lazy load reads only what it runs.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Opens a bundle.
+
+        Args:
+            folder: the folder that `dash-export` wrote.
+
+        Raises:
+            BundleError: missing, of another format version, incomplete, or a path leaves it.
+        """
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST_NAME
+        if not path.is_file():
+            raise BundleError(
+                f"no bundle at {self.folder}: {MANIFEST_NAME} is missing; "
+                f"make one with `dash-export MODEL {self.folder}`"
+            )
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise BundleError(f"{path} is not UTF-8 text; export again") from None
+        self.manifest = Manifest.from_text(text, str(path))
+        self._verified: set[str] = set()
+        for name, facts in self.manifest.files.items():
+            self._check_inside(name)
+            file = self.folder / name
+            if not file.is_file():
+                raise BundleError(f"{file} is missing from the bundle; export again")
+            size = file.stat().st_size
+            if size != facts.bytes:
+                raise BundleError(
+                    f"{file} has {size} bytes, the manifest says {facts.bytes}: "
+                    "truncated or edited; export again"
+                )
+
+    def _check_inside(self, name: str) -> None:
+        parts = PurePosixPath(name)
+        outside = parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name
+        if outside or not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(f"{MANIFEST_NAME} names {name!r}, which leaves the bundle; refused")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.manifest.files
+
+    def verified(self, name: str) -> Path:
+        """Returns the path of a file (and of its weights) after checking the contents.
+
+        Args:
+            name: path inside the bundle, as the manifest lists it.
+
+        Raises:
+            BundleError: not part of the bundle, or its SHA-256 differs.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.folder} has no {name}; export again")
+        for part in (name, data_name(name)):
+            facts = self.manifest.files.get(part)
+            if facts is None or part in self._verified:
+                continue
+            if file_facts(self.folder / part) != facts:
+                raise BundleError(
+                    f"{self.folder / part} does not match its SHA-256 in {MANIFEST_NAME}: "
+                    "truncated or edited; export again"
+                )
+            self._verified.add(part)
+        return self.folder / name
+
+
+def data_name(graph: str) -> str:
+    """Path of the external weights of a graph: `layers/00/int4.onnx` -> `….onnx.data`."""
+    return graph + ".data"
+
+
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Refuses a destination that must not be written, before any expensive work.
+
+    Raises:
+        BundleError: it exists without `overwrite`, or holds something that is no bundle.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not (folder / MANIFEST_NAME).is_file():
+        raise BundleError(f"{folder} exists and is not a bundle; choose another folder")
+    if not overwrite:
+        raise BundleError(f"{folder} exists; pass --overwrite to replace it")
+
+
+@contextmanager
+def writing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a temporary sibling folder that becomes `folder` when the block succeeds.
+
+    On any error or interrupt the temporary folder is removed and `folder` is untouched.
+
+    Raises:
+        BundleError: see `check_destination`.
+    """
+    check_destination(folder, overwrite)
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        check_destination(folder, overwrite)
+        retired = None
+        if folder.exists():
+            retired = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))
+            folder.rename(retired)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if retired is not None:
+                retired.rename(folder)
+            raise
+        if retired is not None:
+            shutil.rmtree(retired)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def list_files(folder: Path) -> dict[str, FileFacts]:
+    """Facts of every file below `folder` but the manifest, by POSIX path relative to it."""
+    return {
+        path.relative_to(folder).as_posix(): file_facts(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }

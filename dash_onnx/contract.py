@@ -1,0 +1,115 @@
+"""The contract of the graphs: names, dtypes and shapes of every input and output.
+
+The exporter declares the ports of a graph from here and the runtime binds them from
+here, so the two cannot drift apart. `seq`, `past` and `capacity` are symbolic dimensions;
+the batch dimension is always 1: a bundle serves one sequence per dispatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dash_onnx.actions import Action
+
+DType = Literal["float32", "float16", "int32", "int64"]
+
+EMBED_PATH = "embed.onnx"
+
+
+def layer_path(layer: int, action: Action) -> str:
+    """Path of a layer graph inside the bundle."""
+    return f"layers/{layer:02d}/{action}.onnx"
+
+
+def head_path(precision: Action) -> str:
+    """Path of a head graph (final norm and LM head) inside the bundle."""
+    return f"head/{precision}.onnx"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph.
+
+    Attributes:
+        name: its name in the graph.
+        dtype: its element type.
+        shape: its dimensions; a string is a symbolic one.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Ports:
+    """All inputs and outputs of a graph, in order."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes that the ports of a model's graphs depend on.
+
+    Attributes:
+        hidden_size: width D of the residual stream.
+        num_kv_heads: number of key/value heads.
+        head_dim: width d of one head.
+        rotary_dim: how many of the d dimensions are rotated.
+        vocab_size: number V of logits.
+        dtype: element type of hidden states, K/V and logits.
+    """
+
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    vocab_size: int
+    dtype: DType
+
+
+def embed_ports(dims: Dims) -> Ports:
+    """Token embedding: ids `[1, seq]` -> hidden `[1, seq, D]`."""
+    return Ports(
+        inputs=(Port("input_ids", "int64", (1, "seq")),),
+        outputs=(Port("hidden", dims.dtype, (1, "seq", dims.hidden_size)),),
+    )
+
+
+def layer_ports(dims: Dims) -> Ports:
+    """Decoder layer, whatever its action.
+
+    `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
+    and updated in place; `capacity` is their length in tokens. `seqlens_k` is the number of
+    valid tokens after this run minus one (GroupQueryAttention's convention).
+    """
+    hidden = (1, "seq", dims.hidden_size)
+    cache = (1, dims.num_kv_heads, "capacity", dims.head_dim)
+    rotary = ("positions", dims.rotary_dim // 2)
+    return Ports(
+        inputs=(
+            Port("hidden_in", dims.dtype, hidden),
+            Port("past_key", dims.dtype, cache),
+            Port("past_value", dims.dtype, cache),
+            Port("seqlens_k", "int32", (1,)),
+            Port("total_sequence_length", "int32", ()),
+            Port("cos_cache", dims.dtype, rotary),
+            Port("sin_cache", dims.dtype, rotary),
+        ),
+        outputs=(
+            Port("hidden_out", dims.dtype, hidden),
+            Port("present_key", dims.dtype, cache),
+            Port("present_value", dims.dtype, cache),
+        ),
+    )
+
+
+def head_ports(dims: Dims) -> Ports:
+    """Final norm and LM head: hidden `[1, seq, D]` -> logits `[1, seq, V]`."""
+    return Ports(
+        inputs=(Port("hidden", dims.dtype, (1, "seq", dims.hidden_size)),),
+        outputs=(Port("logits", dims.dtype, (1, "seq", dims.vocab_size)),),
+    )

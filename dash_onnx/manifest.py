@@ -1,0 +1,209 @@
+"""The manifest `dash.json`: everything the runtime must know about a bundle.
+
+Each figure that the exporter measured and each decision it resolved is recorded here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from dash_onnx.actions import SKIP, Action
+from dash_onnx.contract import Dims, DType
+from dash_onnx.errors import BundleError
+from dash_onnx.records import RecordError, from_json, to_json
+from dash_onnx.version import FORMAT_VERSION
+
+MANIFEST_NAME = "dash.json"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Shape of the source model.
+
+    Attributes:
+        max_length: tokens of context that prompt and answer share.
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: angle of dimension pair j at position p is `p * inv_freq[j]`.
+
+    Attributes:
+        inv_freq: one inverse frequency (radians per token) per rotated dimension pair.
+        attention_scaling: factor on cos and sin (1.0 unless the RoPE kind asks for one).
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the graphs were built for.
+
+    Attributes:
+        device: ORT device the operators were chosen for.
+        dtype: element type of activations, K/V cache and logits.
+        block_size: weights that share one quantization scale.
+        accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
+    """
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "float16"]
+    block_size: int
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What calibration measured on one layer (x: its input, y: its full output, per token).
+
+    Attributes:
+        scale: mean of ||y|| / ||x||; a skipped layer returns `scale * x`.
+        cosine: mean cosine similarity of x and y.
+        relative_error: per action, ||y_action - y|| / ||y|| over all calibration tokens.
+        bytes: per action, size of graph and weights on disk.
+    """
+
+    scale: float
+    cosine: float
+    relative_error: dict[Action, float]
+    bytes: dict[Action, int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the calibration tokens came from.
+
+    Attributes:
+        source: `self-generated`, or the name of the text file.
+        sequences: number of sequences.
+        tokens: number of tokens in all of them.
+        sink_tokens: first tokens of each sequence that were left out of every figure.
+        seed: seed of the sampling.
+        sha256: checksum of the token ids (int64, little endian).
+    """
+
+    source: str
+    sequences: int
+    tokens: int
+    sink_tokens: int
+    seed: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and checksum of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """How the export went.
+
+    Attributes:
+        source: the MODEL argument's kind and name.
+        tools: version of each tool that took part.
+        seconds: wall time of the export.
+        peak_rss_bytes: highest resident memory of the exporting process.
+        fp32_kept: weights whose values do not fit FP16 and were stored as FP32.
+    """
+
+    source: str
+    tools: dict[str, str]
+    seconds: float
+    peak_rss_bytes: int
+    fp32_kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `dash.json`.
+
+    Attributes:
+        variants: the precisions exported for each layer, highest first; `skip` always exists.
+        heads: per kind of policy (a precision, or `skip` for mixed paths), the precision of
+            the LM head it uses.
+        kv_of_skipped: what a skipped layer leaves in the K/V cache (`project`: the token's
+            own K/V, projected from the layer's input).
+        files: every file of the bundle but the manifest, by path relative to it.
+    """
+
+    format_version: int
+    model: ModelFacts
+    rope: Rope
+    target: Target
+    variants: tuple[Action, ...]
+    heads: dict[Action, Action]
+    kv_of_skipped: Literal["project"]
+    layers: tuple[LayerFacts, ...]
+    calibration: Calibration
+    export: ExportFacts
+    files: dict[str, FileFacts]
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes that the graph contract depends on."""
+        dtype: DType = self.target.dtype
+        model = self.model
+        return Dims(
+            hidden_size=model.hidden_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            rotary_dim=2 * len(self.rope.inv_freq),
+            vocab_size=model.vocab_size,
+            dtype=dtype,
+        )
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """Every action the bundle has, highest precision first."""
+        return (*self.variants, SKIP)
+
+    def to_text(self) -> str:
+        """Returns the file's text: sorted keys, newline at the end."""
+        return json.dumps(to_json(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, name: str = MANIFEST_NAME) -> Manifest:
+        """Parses and checks a manifest.
+
+        Raises:
+            BundleError: not JSON, of another format version, or not of this form.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{name} is not valid JSON ({error}); export again") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{name} has format version {version}; this dash-onnx reads version "
+                f"{FORMAT_VERSION}: export again, or install the version that wrote it"
+            )
+        try:
+            manifest = from_json(cls, data)
+        except RecordError as error:
+            raise BundleError(f"{name}: {error}; export again") from None
+        if len(manifest.layers) != manifest.model.num_layers:
+            raise BundleError(
+                f"{name} describes {len(manifest.layers)} layers of {manifest.model.num_layers}"
+            )
+        return manifest

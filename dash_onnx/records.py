@@ -1,0 +1,85 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown, missing or mistyped key is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class RecordError(ValueError):
+    """The JSON does not have the form of the record; the message names the key."""
+
+
+def to_json(record: Any) -> Any:
+    """Returns plain dicts, lists and scalars for a dataclass and everything inside it."""
+    if dataclasses.is_dataclass(record):
+        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, (list, tuple)):
+        return [to_json(item) for item in record]
+    if isinstance(record, dict):
+        return {key: to_json(value) for key, value in record.items()}
+    return record
+
+
+def from_json(cls: type[T], data: Any, where: str = "") -> T:
+    """Builds a dataclass from parsed JSON.
+
+    Args:
+        cls: the dataclass; its fields may be scalars, `None` unions, `Literal`s, homogeneous
+            tuples, string-keyed dicts and further dataclasses.
+        data: the parsed JSON object.
+        where: the path of `data` inside the document, for messages.
+
+    Raises:
+        RecordError: a key is unknown, missing, or holds the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise RecordError(f"{where or 'document'} must be an object")
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise RecordError(f"unknown key {_join(where, key)!r}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _value(hints[name], data[name], _join(where, name))
+        elif field.default is dataclasses.MISSING:
+            raise RecordError(f"missing key {_join(where, name)!r}")
+    return cls(**values)
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _value(hint: Any, data: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if data is None and type(None) in args:
+            return None
+        return _value(next(arg for arg in args if arg is not type(None)), data, where)
+    if origin is Literal:
+        if data not in args:
+            raise RecordError(f"{where!r} must be one of {', '.join(map(str, args))}")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise RecordError(f"{where!r} must be a list")
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise RecordError(f"{where!r} must be an object")
+        for key in data:
+            _value(args[0], key, f"{where} key")
+        return {key: _value(args[1], item, _join(where, key)) for key, item in data.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, data, where)  # type: ignore[arg-type]
+    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
+        raise RecordError(f"{where!r} must be {hint.__name__}, not {type(data).__name__}")
+    return data

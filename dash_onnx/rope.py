@@ -1,0 +1,19 @@
+"""Rotary tables: cosine and sine of every position, computed from the manifest's frequencies."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.manifest import Rope
+
+
+def rotary_tables(rope: Rope, length: int, dtype: str) -> tuple[npt.NDArray, npt.NDArray]:
+    """Returns cos and sin `[length, rotary_dim / 2]` in `dtype`.
+
+    Angles are computed in float32, as transformers does.
+    """
+    positions = np.arange(length, dtype=np.float32)[:, None]
+    angles = positions * np.asarray(rope.inv_freq, np.float32)[None, :]
+    scaling = np.float32(rope.attention_scaling)
+    return (np.cos(angles) * scaling).astype(dtype), (np.sin(angles) * scaling).astype(dtype)

@@ -1,0 +1,134 @@
+"""Text in and out: tokenizer, chat template, streaming detokenizer, EOS ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from dash_onnx.bundle import Bundle
+from dash_onnx.errors import BundleError, PolicyError
+
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message: at least `role` and `content`."""
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextCodec:
+    """Tokenizer and chat template of a bundle."""
+
+    def __init__(self, bundle: Bundle):
+        """Reads `tokenizer.json` and, where they exist, the template and configurations.
+
+        Raises:
+            BundleError: a file is missing, damaged, or not what it should be.
+        """
+        path = bundle.verified("tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{path} is not a readable tokenizer: {error}") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self._special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in _json(bundle, "tokenizer_config.json").items()
+            if key.endswith("_token") and value
+        }
+        self.eos_token_ids = _eos_ids(_json(bundle, "generation_config.json"))
+        self.chat_template: str | None = None
+        if "chat_template.jinja" in bundle:
+            self.chat_template = bundle.verified("chat_template.jinja").read_text("utf-8")
+
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids `[S]` of raw text, with the special tokens that the tokenizer adds."""
+        return np.asarray(self.tokenizer.encode(text).ids, np.int64)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The prompt text of a conversation, ending where the assistant's answer begins.
+
+        The template runs in jinja2's immutable sandbox, as in transformers.
+
+        Raises:
+            PolicyError: no template, or it refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if self.chat_template is None:
+            raise PolicyError("this model has no chat template; give a plain text prompt")
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=True, **self._special
+            )
+        except TemplateError as error:
+            raise PolicyError(f"the chat template refuses these messages: {error}") from None
+
+    def encode_chat(self, messages: Sequence[Message]) -> npt.NDArray[np.int64]:
+        """Token ids `[S]` of a conversation, ready for the assistant's answer."""
+        ids = self.tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return np.asarray(ids, np.int64)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids))
+
+    def token(self, token: int) -> str:
+        """The vocabulary entry of an id, special tokens included."""
+        return self.tokenizer.id_to_token(int(token)) or ""
+
+
+class Detokenizer:
+    """Turns a stream of ids into text, never splitting a multi-byte character."""
+
+    def __init__(self, codec: TextCodec):
+        """Starts at the beginning of an answer."""
+        self._tokenizer = codec.tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Returns the text that is complete with this token, possibly none."""
+        text = self._stream.step(self._tokenizer, int(token))
+        self._pending = [*self._pending, int(token)] if text is None else []
+        return text or ""
+
+    def finish(self) -> str:
+        """Returns what an answer that ends inside a character still holds."""
+        rest = self._tokenizer.decode(self._pending) if self._pending else ""
+        self._pending = []
+        return rest if rest.strip(_REPLACEMENT) else _REPLACEMENT * bool(rest)
+
+
+def _json(bundle: Bundle, name: str) -> dict[str, Any]:
+    if name not in bundle:
+        return {}
+    path = bundle.verified(name)
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} is not valid JSON ({error}); export again") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _eos_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    ids = config.get("eos_token_id")
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])

@@ -1,0 +1,6 @@
+"""The package version and the bundle format version."""
+
+__version__ = "0.1.0"
+
+FORMAT_VERSION = 1
+"""Version of the bundle format; a reader refuses any other."""

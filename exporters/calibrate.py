@@ -1,0 +1,106 @@
+"""Calibration: the text it runs on, and what it measures on each layer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+
+from dash_onnx.errors import SourceError
+from dash_onnx.exporters.reference import streamed_model
+from dash_onnx.exporters.sources import Source
+from dash_onnx.manifest import Calibration
+
+SINK_TOKENS = 4
+"""First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
+
+SEQUENCES = 16
+LENGTH = 128
+
+Ids = npt.NDArray[np.int64]
+
+
+def calibration_ids(source: Source, text: Path | None, seed: int) -> tuple[Ids, Calibration]:
+    """Returns token ids `[sequences, length]` and where they came from.
+
+    Args:
+        text: a UTF-8 text file, or None for text that the model generates itself.
+        seed: of the sampling.
+
+    Raises:
+        SourceError: the file is missing, not text, or too short.
+    """
+    ids = _from_text(source, text) if text is not None else _self_generated(source, seed)
+    return ids, Calibration(
+        source=text.name if text is not None else "self-generated",
+        sequences=ids.shape[0],
+        tokens=ids.size,
+        sink_tokens=SINK_TOKENS,
+        seed=seed,
+        sha256=hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+    )
+
+
+def _from_text(source: Source, path: Path) -> Ids:
+    ids = source.tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    length = min(LENGTH, source.config.max_position_embeddings)
+    if len(ids) < 2 * length:
+        raise SourceError(f"{path} has {len(ids)} tokens; calibration needs at least {2 * length}")
+    count = min(SEQUENCES, len(ids) // length)
+    starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
+    return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file.
+
+    Raises:
+        SourceError: missing, empty, or not text.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SourceError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise SourceError(f"{path} is empty")
+    return text
+
+
+def _self_generated(source: Source, seed: int) -> Ids:
+    """Samples at temperature 1 from the beginning-of-text token."""
+    model: Any = streamed_model(source)
+    config = source.generation_config
+    start = next(
+        (token for token in (config.bos_token_id, source.tokenizer.bos_token_id) if token), 0
+    )
+    length = min(LENGTH, source.config.max_position_embeddings)
+    with tqdm(total=length - 1, desc="calibration text", unit="tok", disable=None) as bar:
+
+        def tick(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+            bar.update()
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+        with torch.random.fork_rng(), torch.inference_mode():
+            torch.manual_seed(seed)
+            ids = model.generate(
+                torch.full((SEQUENCES, 1), start, dtype=torch.int64),
+                attention_mask=torch.ones((SEQUENCES, 1), dtype=torch.int64),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length - 1,
+                eos_token_id=None,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([tick]),
+            )
+    result: Ids = ids.numpy()
+    return result

@@ -1,0 +1,82 @@
+"""INT4 with error feedback: GPTQ (Frantar et al., arXiv 2210.17323) in MatMulNBits' layout.
+
+Columns are rounded one after the other; the error of each is carried into those that are not
+rounded yet, weighted by the inverse Hessian of the layer's input. Blocks stay contiguous, as
+MatMulNBits wants them, so columns keep their order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dash_onnx.exporters.quantize import Quantized, pack_int4
+
+_DAMPING = 0.01  # of the mean diagonal; the paper's value
+_LAZY = 128  # columns whose updates of the later ones are applied in one product
+_SHRINK = torch.linspace(1.0, 0.6, 17)  # clipping ranges tried for each block
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quantized:
+    """Quantizes a weight to INT4 with a zero point per block.
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+        hessian: `[K, K]` float32, sum of x x^T over calibration tokens.
+        block_size: divides K.
+    """
+    w = weight.float().clone()
+    rows, columns = w.shape
+    importance = hessian.diagonal().clone()
+    w[:, importance == 0] = 0  # inputs that are never active
+    inverse = _inverse_cholesky(hessian)
+    levels = torch.empty_like(w)
+    scales = torch.empty(rows, columns // block_size)
+    zeros = torch.empty_like(scales)
+    width = max(_LAZY // block_size, 1) * block_size
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        part, inv = w[:, start:stop], inverse[start:stop, start:stop]
+        errors = torch.empty_like(part)
+        for column in range(stop - start):
+            if column % block_size == 0:
+                block = slice(column, column + block_size)
+                grid = _best_grid(part[:, block], importance[start:stop][block])
+                index = (start + column) // block_size
+                scales[:, index], zeros[:, index] = scale, zero = grid
+            value = part[:, column]
+            level = (value / scale + zero).round().clamp(0, 15)
+            levels[:, start + column] = level
+            error = (value - (level - zero) * scale) / inv[column, column]
+            part[:, column:] -= error[:, None] * inv[column, column:]
+            errors[:, column] = error
+        w[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return pack_int4(levels, scales, zeros, block_size)
+
+
+def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped Hessian."""
+    damped = hessian.double()
+    diagonal = damped.diagonal()
+    diagonal += _DAMPING * diagonal.mean() + 1e-12
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _best_grid(block: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point `[N]` of a block `[N, block_size]` with the least weighted error.
+
+    Clipping the range a little costs the outliers and serves all other weights.
+    """
+    low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for shrink in _SHRINK.tolist():
+        scale = ((high - low) * shrink / 15).clamp(min=1e-9)
+        zero = (-low * shrink / scale).round().clamp(0, 15)
+        level = (block / scale[:, None] + zero[:, None]).round().clamp(0, 15)
+        error = (((level - zero[:, None]) * scale[:, None] - block).square() * importance).sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero

@@ -1,0 +1,7 @@
+"""ONNX graphs of a bundle, built with onnxscript on ORT's fused operators."""
+
+from dash_onnx.exporters.graphs.ends import build_embed, build_head
+from dash_onnx.exporters.graphs.layer import TAPS, build_layer
+from dash_onnx.exporters.graphs.skip import build_skip
+
+__all__ = ["TAPS", "build_embed", "build_head", "build_layer", "build_skip"]

@@ -1,0 +1,208 @@
+"""The common ground of all graphs: declared ports, stored weights, linear layers, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import GraphBuilder
+
+from dash_onnx.actions import Action
+from dash_onnx.bundle import data_name
+from dash_onnx.contract import Port, Ports
+from dash_onnx.errors import UnsupportedError
+from dash_onnx.exporters.architectures.base import Linear
+from dash_onnx.exporters.gptq import gptq
+from dash_onnx.exporters.quantize import Bits, Quantized, quantize
+from dash_onnx.manifest import Target
+
+OPSET = 24
+"""First with TensorScatter, which writes a skipped token's K/V in place."""
+
+IR_VERSION = 11
+"""Lowest that allows the opset's types; clients refuse a newer one than they know."""
+
+_INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
+_BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
+
+
+@dataclass
+class Graph:
+    """A graph under construction.
+
+    Attributes:
+        ports: the declared inputs and outputs.
+        target: what it is built for.
+        epsilon: of its norms.
+        hessians: per linear layer, `[K, K]` sum of x x^T of its calibration inputs.
+        fp32_kept: names of weights stored as FP32 because FP16 cannot hold them.
+    """
+
+    name: str
+    ports: Ports
+    target: Target
+    epsilon: float = 0.0
+    hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fp32_kept: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        opsets = {"": OPSET, "com.microsoft": 1}
+        self.builder = GraphBuilder(
+            ir.Graph([], [], nodes=[], opset_imports=opsets, name=self.name)
+        )
+        self.op = self.builder.op
+        self.ms = self.builder.opset("com.microsoft")
+        self.inputs = {
+            port.name: self.builder.input(port.name, _dtype(port), list(port.shape))
+            for port in self.ports.inputs
+        }
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Element type of activations."""
+        return ir.DataType.FLOAT if self.target.dtype == "float32" else ir.DataType.FLOAT16
+
+    def value(self, name: str) -> ir.Value:
+        """A named output for an operator with several (graph outputs keep their port's name)."""
+        return ir.Value(name=name)
+
+    def tensor(self, name: str, array: np.ndarray) -> ir.Value:
+        """A weight, stored as it is."""
+        return self.builder.initializer(ir.tensor(np.ascontiguousarray(array), name=name))
+
+    def activation_tensor(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """A small weight in the dtype of the activations (norms, biases, scales)."""
+        array = tensor.float().numpy()
+        if self.target.dtype == "float16":
+            array = self.half(name, array)
+        return self.tensor(name, array)
+
+    def half(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Rounds a weight to FP16.
+
+        Raises:
+            UnsupportedError: a value would become infinite.
+        """
+        if not fits_half(array):
+            raise UnsupportedError(
+                f"{name} has values beyond FP16's range, which device cuda computes in; "
+                "export with --device cpu"
+            )
+        return array.astype(np.float16)
+
+    def linear(self, x: ir.Value, linear: Linear, precision: Action) -> ir.Value:
+        """X `[1, seq, K]` -> `[1, seq, N]` in a precision; INT4 with GPTQ where it can."""
+        if precision == "full":
+            y = self.op.MatMul(x, self._full_weight(linear))
+        else:
+            block = self.target.block_size
+            hessian = self.hessians.get(linear.name)
+            if precision == "int4" and hessian is not None:
+                weight = gptq(linear.weight, hessian, block)
+            else:
+                weight = quantize(linear.weight, _BITS[precision], block)
+            y = self.matmul_nbits(x, linear.name, weight)
+        if linear.bias is not None:
+            y = self.op.Add(y, self.activation_tensor(f"{linear.name}.bias", linear.bias))
+        return y
+
+    def matmul_nbits(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
+        """Product with a quantized weight."""
+        scales = torch.from_numpy(weight.scales)
+        inputs = [
+            x,
+            self.tensor(f"{name}.values", weight.values),
+            self.activation_tensor(f"{name}.scales", scales),
+        ]
+        if weight.zero_points is not None:
+            inputs.append(self.tensor(f"{name}.zero_points", weight.zero_points))
+        return self.ms.MatMulNBits(
+            *inputs,
+            N=weight.shape[0],
+            K=weight.shape[1],
+            bits=weight.bits,
+            block_size=weight.block_size,
+            accuracy_level=self.target.accuracy_level,
+        )
+
+    def _full_weight(self, linear: Linear) -> ir.Value:
+        name = f"{linear.name}.weight"
+        array = linear.weight.float().numpy().T  # [K, N], as MatMul wants it
+        if self.target.dtype == "float16":
+            return self.tensor(name, self.half(name, array))
+        if not fits_half(array):
+            self.fp32_kept.append(name)
+            return self.tensor(name, array)
+        # ORT folds the cast at load: x86 CPUs have no FP16 MatMul kernel.
+        return self.op.Cast(self.tensor(name, array.astype(np.float16)), to=ir.DataType.FLOAT)
+
+    def rms_norm(self, x: ir.Value, name: str, weight: torch.Tensor) -> ir.Value:
+        """RMSNorm over the last axis."""
+        scale = self.activation_tensor(name, weight)
+        return self.op.RMSNormalization(
+            x, scale, axis=-1, epsilon=self.epsilon, _outputs=[self.value(f"{name}.out")]
+        )
+
+    def add_rms_norm(
+        self, x: ir.Value, residual: ir.Value, name: str, weight: torch.Tensor
+    ) -> tuple[ir.Value, ir.Value]:
+        """Returns `rms_norm(x + residual)` and `x + residual`, from one kernel."""
+        normed, _, _, total = self.ms.SkipSimplifiedLayerNormalization(
+            x,
+            residual,
+            self.activation_tensor(name, weight),
+            epsilon=self.epsilon,
+            _outputs=[
+                self.value(f"{name}.out"),
+                self.value(""),
+                self.value(""),
+                self.value(f"{name}.sum"),
+            ],
+        )
+        return normed, total
+
+    def int64(self, *values: int) -> ir.Value:
+        """A constant int64 vector."""
+        return self.op.Constant(value_ints=list(values))
+
+    def save(self, folder: Path, path: str, **outputs: ir.Value) -> None:
+        """Adds the declared outputs, writes graph and weights, and checks them with onnx.
+
+        Args:
+            folder: the bundle under construction.
+            path: where in it the graph goes.
+            outputs: the value of each declared output, by port name.
+        """
+        for node in self.builder.graph:
+            for value in node.outputs:  # the builder prefixes the names it is given
+                value.name = (value.name or "").removeprefix("v_")
+        for port in self.ports.outputs:
+            value = outputs.pop(port.name)
+            value.dtype, value.shape = _dtype(port), ir.Shape(port.shape)
+            self.builder.add_output(value, port.name)
+        if outputs:
+            raise ValueError(f"{self.name} declares no output {', '.join(outputs)}")
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        model = ir.Model(self.builder.graph, ir_version=IR_VERSION, producer_name="dash-onnx")
+        ir.save(
+            model,
+            target,
+            external_data=Path(data_name(path)).name,
+            size_threshold_bytes=_INLINE_BYTES,
+        )
+        onnx.checker.check_model(target)
+
+
+def fits_half(array: np.ndarray) -> bool:
+    """Whether every value stays finite in FP16."""
+    return bool(np.abs(array).max(initial=0.0) <= np.finfo(np.float16).max)
+
+
+def _dtype(port: Port) -> ir.DataType:
+    return ir.DataType.from_numpy(np.dtype(port.dtype))

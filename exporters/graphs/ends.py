@@ -1,0 +1,87 @@
+"""Both ends of the model: the token embedding, and the final norm with the LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dash_onnx.actions import Action
+from dash_onnx.contract import EMBED_PATH, embed_ports, head_path, head_ports
+from dash_onnx.exporters.architectures.base import Head, ModelSpec
+from dash_onnx.exporters.graphs.build import Graph, fits_half
+from dash_onnx.exporters.graphs.dims import dims_of
+from dash_onnx.exporters.quantize import Quantized, dequantize, quantize
+from dash_onnx.manifest import Target
+
+
+def build_embed(
+    folder: Path, table: torch.Tensor, spec: ModelSpec, target: Target
+) -> tuple[str, ...]:
+    """Writes `embed.onnx`: FP16 rows, or INT8 rows where those give exactly the same values.
+
+    Args:
+        table: `[V, D]`.
+
+    Returns:
+        Names of weights that FP16 cannot hold and that were stored as FP32.
+    """
+    graph = Graph("embed", embed_ports(dims_of(spec, target)), target)
+    ids = graph.inputs["input_ids"]
+    exact = _exact_rows(table, target.block_size)
+    if exact is not None:
+        rows = graph.ms.GatherBlockQuantized(
+            graph.tensor("embedding.values", exact.values.reshape(exact.shape)),
+            ids,
+            graph.tensor("embedding.scales", exact.scales.astype(np.float16)),
+            block_size=target.block_size,
+            bits=8,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+    else:
+        array = table.float().numpy()
+        if target.dtype == "float16" or fits_half(array):
+            array = graph.half("embedding", array)
+        else:
+            graph.fp32_kept.append("embedding")
+        rows = graph.op.Gather(graph.tensor("embedding", array), ids)
+    graph.save(folder, EMBED_PATH, hidden=graph.op.Cast(rows, to=graph.dtype))
+    return tuple(graph.fp32_kept)
+
+
+def _exact_rows(table: torch.Tensor, block_size: int) -> Quantized | None:
+    """INT8 rows with FP16 scales if they reproduce the FP16 rows to the last bit."""
+    if table.shape[1] % block_size:
+        return None
+    rows = quantize(table, 8, block_size)
+    scales = rows.scales.astype(np.float16)
+    rows = Quantized(rows.values, scales.astype(np.float32), None, rows.shape, 8, block_size)
+    same = torch.equal(dequantize(rows).half(), table.half())
+    return rows if same else None
+
+
+def build_head(
+    folder: Path,
+    head: Head,
+    spec: ModelSpec,
+    target: Target,
+    precision: Action,
+    hessians: Mapping[str, torch.Tensor],
+) -> tuple[str, ...]:
+    """Writes `head/{full,int8,int4}.onnx`.
+
+    Args:
+        hessians: see `Graph`.
+
+    Returns:
+        Names of weights that FP16 cannot hold and that were stored as FP32.
+    """
+    ports = head_ports(dims_of(spec, target))
+    graph = Graph(f"head_{precision}", ports, target, spec.norm_epsilon, hessians)
+    normed = graph.rms_norm(graph.inputs["hidden"], "final_norm", head.norm)
+    logits = graph.linear(normed, head.linear, precision)
+    graph.save(folder, head_path(precision), logits=logits)
+    return tuple(graph.fp32_kept)

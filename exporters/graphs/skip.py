@@ -1,0 +1,74 @@
+"""A skipped layer: `scale * x`, and the token's own K/V entry (convention `project`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from dash_onnx.actions import SKIP
+from dash_onnx.contract import layer_path, layer_ports
+from dash_onnx.exporters.architectures.base import Layer, ModelSpec
+from dash_onnx.exporters.graphs.build import Graph
+from dash_onnx.exporters.graphs.dims import dims_of
+from dash_onnx.manifest import Target
+
+
+def build_skip(
+    folder: Path, index: int, layer: Layer, spec: ModelSpec, target: Target, scale: float
+) -> None:
+    """Writes `layers/NN/skip.onnx`.
+
+    K and V are projected in INT8 (nearly lossless) from the layer's input, K is rotated, and
+    both are scattered into the cache at the token's position, so that later tokens attend to
+    a skipped token as to any other.
+
+    Args:
+        scale: the layer's calibrated mean of ||y|| / ||x||.
+    """
+    facts = spec.facts
+    ports = layer_ports(dims_of(spec, target))
+    graph = Graph(f"layer_{index}_skip", ports, target, spec.norm_epsilon)
+    op, ms, inputs = graph.op, graph.ms, graph.inputs
+
+    hidden = inputs["hidden_in"]  # [1, seq, D]
+    kv_size = facts.num_kv_heads * facts.head_dim
+    kv = layer.qkv.rows(-2 * kv_size, layer.qkv.out_features, "kv_proj")
+    projected = graph.linear(graph.rms_norm(hidden, "input_norm", layer.input_norm), kv, "int8")
+    key, value = op.Split(
+        projected, axis=-1, num_outputs=2, _outputs=[graph.value("key"), graph.value("value")]
+    )
+
+    total = op.Cast(inputs["total_sequence_length"], to=ir.DataType.INT64)
+    seq = op.Squeeze(op.Shape(hidden, start=1, end=2))
+    start = op.Sub(total, seq)  # position of the first token of this run
+    positions = op.Range(start, total, op.Constant(value_int=1))
+    key = ms.RotaryEmbedding(
+        key,
+        op.Unsqueeze(positions, graph.int64(0)),
+        inputs["cos_cache"],
+        inputs["sin_cache"],
+        num_heads=facts.num_kv_heads,
+        rotary_embedding_dim=0
+        if 2 * len(spec.rope.inv_freq) == facts.head_dim
+        else 2 * len(spec.rope.inv_freq),
+    )
+    write_at = op.Unsqueeze(start, graph.int64(0))
+    heads = graph.int64(1, -1, facts.num_kv_heads, facts.head_dim)
+
+    def scatter(past: str, update: ir.Value, present: str) -> ir.Value:
+        # [1, seq, H_kv * d] -> [1, H_kv, seq, d]
+        update = op.Transpose(op.Reshape(update, heads), perm=[0, 2, 1, 3])
+        return op.TensorScatter(
+            inputs[past], update, write_at, axis=2, _outputs=[graph.value(present)]
+        )
+
+    compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
+    graph.save(
+        folder,
+        layer_path(index, SKIP),
+        hidden_out=compensated,
+        present_key=scatter("past_key", key, "present_key"),
+        present_value=scatter("past_value", value, "present_value"),
+    )

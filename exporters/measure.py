@@ -1,0 +1,114 @@
+"""Runs freshly written graphs over the calibration tokens: the load test and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from dash_onnx.actions import Action
+from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.calibrate import SINK_TOKENS, Ids
+from dash_onnx.rope import rotary_tables
+from dash_onnx.runtime.ort import Device, create_session
+
+Hidden = npt.NDArray[np.floating]
+"""`[sequences, length, D]`."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs graphs of a model outside the runtime, each sequence from an empty K/V cache.
+
+    Attributes:
+        device: where the graphs run; the CPU can run those built for CUDA, slowly.
+    """
+
+    spec: ModelSpec
+    device: Device
+
+    def embed(self, path: Path, ids: Ids) -> Hidden:
+        """Token ids `[sequences, length]` -> hidden states."""
+        session = create_session(path, self.device)
+        return np.concatenate([session.run(["hidden"], {"input_ids": row[None]})[0] for row in ids])
+
+    def layer(self, path: Path, hidden: Hidden) -> Hidden:
+        """Output of a layer graph."""
+        session = create_session(path, self.device)
+        rows = [session.run(["hidden_out"], self._feeds(x))[0] for x in hidden]
+        return np.concatenate(rows)
+
+    def hessians(
+        self, path: Path, hidden: Hidden, taps: Mapping[str, str]
+    ) -> dict[str, torch.Tensor]:
+        """Sums x x^T of the inputs of each linear layer over all calibration tokens.
+
+        Args:
+            path: a layer graph in full precision.
+            taps: by linear layer, the value inside the graph that is its input.
+
+        Returns:
+            By linear layer, `[K, K]` float32.
+        """
+        model = onnx.load(path)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps.values())
+        session = create_session(model.SerializeToString(), self.device)
+        sums: dict[str, Any] = dict.fromkeys(taps, 0.0)
+        for x in hidden:
+            outputs = session.run(list(taps.values()), self._feeds(x))
+            for linear, values in zip(taps, outputs, strict=True):
+                flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
+                sums[linear] = sums[linear] + flat.T @ flat
+        return sums
+
+    def head(self, path: Path, hidden: Hidden) -> None:
+        """Loads a head graph and runs it on the last token of the first sequence."""
+        session = create_session(path, self.device)
+        logits = session.run(["logits"], {"hidden": hidden[:1, -1:]})[0]
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(f"{path} gives logits that are not finite")
+
+    def _feeds(self, x: Hidden) -> dict[str, np.ndarray]:
+        facts, length = self.spec.facts, x.shape[0]
+        cos, sin = rotary_tables(self.spec.rope, length, x.dtype.name)
+        cache = np.zeros((1, facts.num_kv_heads, length, facts.head_dim), x.dtype)
+        return {
+            "hidden_in": x[None],
+            "past_key": cache,
+            "past_value": cache,
+            "seqlens_k": np.array([length - 1], np.int32),
+            "total_sequence_length": np.array(length, np.int32),
+            "cos_cache": cos,
+            "sin_cache": sin,
+        }
+
+
+def scale_and_cosine(x: Hidden, y: Hidden) -> tuple[float, float]:
+    """Means over tokens of ||y|| / ||x|| and of cos(x, y), sink tokens left out."""
+    x, y = (h[:, SINK_TOKENS:].astype(np.float64) for h in (x, y))
+    x_norm, y_norm = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
+    scale = np.mean(y_norm / x_norm)
+    cosine = np.mean(np.sum(x * y, -1) / (x_norm * y_norm))
+    return float(scale), float(cosine)
+
+
+def relative_errors(reference: Hidden, outputs: dict[Action, Hidden]) -> dict[Action, float]:
+    """||output - reference|| / ||reference|| over all tokens but the sinks."""
+    reference = reference[:, SINK_TOKENS:].astype(np.float64)
+    norm = np.linalg.norm(reference)
+    return {
+        action: float(np.linalg.norm(output[:, SINK_TOKENS:] - reference) / norm)
+        for action, output in outputs.items()
+    }
+
+
+def rms_normed(hidden: Hidden, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Input of the LM head, `[tokens, D]` float32."""
+    x = torch.from_numpy(hidden).float().flatten(0, 1)
+    return torch.nn.functional.rms_norm(x, (x.shape[1],), weight.float(), epsilon)

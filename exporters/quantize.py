@@ -1,0 +1,118 @@
+"""Blockwise round-to-nearest quantization in the layout of ORT's MatMulNBits.
+
+Source: the operator's specification, onnxruntime docs/ContribOperators.md (com.microsoft).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Bits = Literal[4, 8]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight `[N, K]` as integers with one scale per block of K.
+
+    Attributes:
+        values: uint8 `[N, blocks, block_size * bits / 8]`; 4-bit values in pairs, low half first.
+        scales: float32 `[N, blocks]`.
+        zero_points: uint8 `[N, blocks * bits / 8]` (rounded up), or None for 2**(bits - 1).
+        shape: `(N, K)`; the last block of a row is padded when K is no multiple of it.
+    """
+
+    values: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float32]
+    zero_points: npt.NDArray[np.uint8] | None
+    shape: tuple[int, int]
+    bits: Bits
+    block_size: int
+
+
+def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
+    """Rounds to the nearest level: INT8 symmetric, INT4 with an integer zero point per block.
+
+    INT8 uses levels -127..127, so that weights which were INT8 with the same blocks before
+    (GGUF Q8_0) come back exactly.
+
+    Args:
+        weight: `[N, K]`, any float dtype, finite.
+        bits: 4 or 8.
+        block_size: a power of two, at least 16 (MatMulNBits).
+    """
+    blocks = _blocks(weight.float(), block_size)  # [N, B, block_size]
+    if bits == 8:
+        scales = blocks.abs().amax(-1) / 127
+        levels = _divide(blocks, scales).round() + 128
+        shape = (weight.shape[0], weight.shape[1])
+        values = levels.numpy().astype(np.uint8)
+        return Quantized(values, scales.numpy(), None, shape, bits, block_size)
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    scales = (high - low) / 15
+    zeros = _divide(-low[..., None], scales)[..., 0].round().clamp(0, 15)
+    levels = (_divide(blocks, scales).round() + zeros[..., None]).clamp(0, 15)
+    return pack_int4(levels.flatten(1)[:, : weight.shape[1]], scales, zeros, block_size)
+
+
+def pack_int4(
+    levels: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, block_size: int
+) -> Quantized:
+    """Packs INT4 levels 0..15.
+
+    Args:
+        levels: `[N, K]`.
+        scales: `[N, blocks]`.
+        zeros: `[N, blocks]`, levels of the zero points.
+    """
+    return Quantized(
+        values=pack4(_blocks(levels, block_size).numpy().astype(np.uint8)),
+        scales=scales.numpy(),
+        zero_points=pack4(zeros.numpy().astype(np.uint8)),
+        shape=(levels.shape[0], levels.shape[1]),
+        bits=4,
+        block_size=block_size,
+    )
+
+
+def dequantize(quantized: Quantized) -> torch.Tensor:
+    """Returns the float32 weight `[N, K]` that the integers stand for."""
+    levels, zeros = quantized.values, quantized.zero_points
+    if quantized.bits == 4:
+        levels = unpack4(levels, quantized.block_size)
+    if zeros is None:
+        offset: npt.NDArray | np.float32 = np.float32(2 ** (quantized.bits - 1))
+    else:
+        offset = unpack4(zeros, quantized.scales.shape[1])[..., None].astype(np.float32)
+    blocks = (levels.astype(np.float32) - offset) * quantized.scales[..., None]
+    rows = blocks.reshape(blocks.shape[0], -1)[:, : quantized.shape[1]]
+    return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+def pack4(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Packs pairs of 4-bit values of the last axis into bytes, low half first."""
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
+    return np.bitwise_or(values[..., 0::2], values[..., 1::2] << 4, dtype=np.uint8)
+
+
+def unpack4(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+    """Undoes `pack4`; `count` is the length of the last axis before packing."""
+    values = np.stack([packed & 15, packed >> 4], -1)
+    return values.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def _blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    padding = -weight.shape[1] % block_size
+    if padding:
+        weight = torch.nn.functional.pad(weight, (0, padding))
+    return weight.reshape(weight.shape[0], -1, block_size)
+
+
+def _divide(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Divides by the scale of the block; an all-zero block stays zero."""
+    return blocks / torch.where(scales > 0, scales, torch.ones_like(scales))[..., None]

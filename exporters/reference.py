@@ -1,0 +1,60 @@
+"""The source model in transformers with its weights streamed: only a few layers in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dash_onnx.exporters.sources import Source
+
+_KEEP_BYTES = 1 << 30  # layers stay loaded when all of them fit into this in FP32
+
+
+def streamed_model(source: Source) -> PreTrainedModel:
+    """Builds the transformers model in FP32, each decoder layer loaded only while it runs.
+
+    Source: the hooks follow the idea of accelerate's disk offloading; here the weights come
+    from any `Weights`, GGUF included.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    model.eval()
+    decoder = model.get_decoder()
+    layers = dict(decoder.layers.named_children())
+    prefix = next(name for name, module in model.named_modules() if module is decoder.layers)
+    inside = {
+        f"{prefix}.{index}.{name}"
+        for index, layer in layers.items()
+        for name, _ in layer.named_parameters()
+    }
+    outside = {
+        name: source.weights[name].float()
+        for name, _ in model.named_parameters()
+        if name not in inside and name in source.weights
+    }
+    model.load_state_dict(outside, strict=False, assign=True)
+    model.tie_weights()
+
+    layer_bytes = 4 * sum(p.numel() for layer in layers.values() for p in layer.parameters())
+    keep = layer_bytes <= _KEEP_BYTES
+    for index, layer in layers.items():
+        _stream(layer, source, f"{prefix}.{index}.", keep)
+    return model
+
+
+def _stream(layer: torch.nn.Module, source: Source, prefix: str, keep: bool) -> None:
+    def load(module: torch.nn.Module, _: Any) -> None:
+        names = [name for name, p in module.named_parameters() if p.is_meta]
+        if names:
+            state = {name: source.weights[prefix + name].float() for name in names}
+            module.load_state_dict(state, strict=False, assign=True)
+
+    def drop(module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        module.to("meta")
+
+    layer.register_forward_pre_hook(load)
+    if not keep:
+        layer.register_forward_hook(drop)

@@ -1,0 +1,127 @@
+"""A local folder in Hugging Face format. Reads safetensors only: never pickle, never code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.source import Source
+
+_INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsWeights:
+    """Memory-mapped tensors of one or more safetensors files."""
+
+    def __init__(self, folder: Path):
+        """Opens the files that hold the weights.
+
+        Raises:
+            SourceError: a file is missing or damaged.
+        """
+        index = folder / _INDEX
+        if index.is_file():
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        else:
+            shards = sorted(file.name for file in folder.glob("*.safetensors"))
+        if not shards:
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+            hint = " (pickled weights are never read: convert them first)" if pickled else ""
+            raise SourceError(f"{folder} has no safetensors weights{hint}")
+        self._files: dict[str, Any] = {}
+        for shard in shards:
+            path = folder / shard
+            if path.resolve().parent != folder.resolve() and ".." in Path(shard).parts:
+                raise SourceError(f"{index} names {shard!r}, which leaves the folder; refused")
+            if not path.is_file():
+                raise SourceError(f"{path} is missing; {_INDEX} lists it")
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise SourceError(f"{path} is not a valid safetensors file ({error})") from None
+            for name in file.keys():
+                self._files[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._files:
+            raise SourceError(f"the weights have no tensor {name!r}")
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def open_folder(
+    folder: Path, *, kind: Literal["hub", "folder"], name: str, supported: Collection[str]
+) -> Source:
+    """Opens a folder with config.json, a tokenizer and safetensors.
+
+    Raises:
+        SourceError: a part is missing or damaged.
+        UnsupportedError: the architecture has no exporter, or the weights are quantized.
+    """
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise SourceError(f"{folder} has no config.json: not a Hugging Face model folder")
+    raw = _read_json(config_path)
+    check_supported(str(raw.get("model_type")), supported)
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
+    weights = SafetensorsWeights(folder)
+    return Source(
+        kind=kind,
+        name=name,
+        config=AutoConfig.from_pretrained(folder, local_files_only=True),
+        weights=weights,
+        tokenizer=_tokenizer(folder),
+        generation_config=_generation_config(folder),
+    )
+
+
+def check_supported(model_type: str, supported: Collection[str]) -> None:
+    """Refuses an architecture without exporter, naming those that have one.
+
+    Raises:
+        UnsupportedError: `model_type` is not in `supported`.
+    """
+    if model_type not in supported:
+        raise UnsupportedError(
+            f"architecture {model_type!r} is not supported; supported: "
+            + ", ".join(sorted(supported))
+        )
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SourceError(f"{folder} has no readable tokenizer ({reason})") from None
+    if not tokenizer.is_fast:
+        raise SourceError(f"{folder} has no tokenizer.json and none can be made from its files")
+    return tokenizer
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path} must hold a JSON object")
+    return data

@@ -1,0 +1,53 @@
+"""Decides what the MODEL argument is and opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from dash_onnx.errors import SourceError
+from dash_onnx.exporters.sources.folder import open_folder
+from dash_onnx.exporters.sources.gguf import open_gguf
+from dash_onnx.exporters.sources.source import Source
+
+_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
+
+
+def open_source(model: str, supported: Collection[str]) -> Source:
+    """Opens a model without reading its weights.
+
+    Args:
+        model: a local folder with safetensors, a `.gguf` file, or a hub id (`org/name`).
+        supported: the `model_type`s that have an exporter.
+
+    Raises:
+        SourceError: nothing readable is there.
+        UnsupportedError: the model's architecture is not in `supported`.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return open_folder(path, kind="folder", name=path.resolve().name, supported=supported)
+    if model.endswith(".gguf"):
+        if not path.is_file():
+            raise SourceError(f"no GGUF file at {model}")
+        return open_gguf(path, supported)
+    if path.exists():
+        raise SourceError(f"{model} is neither a folder nor a .gguf file")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise SourceError(f"no model at {model}: not a folder, a .gguf file or a hub id (org/name)")
+    return open_folder(_download(model), kind="hub", name=model, supported=supported)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, HfHubHTTPError):
+            reason += "; a gated model needs `hf auth login`"
+        raise SourceError(
+            f"no local folder {model!r}, and the hub did not give a model of that name ({reason})"
+        ) from None

@@ -1,0 +1,38 @@
+"""What the exporter needs of a model, wherever it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+
+class Weights(Protocol):
+    """Tensors by their Hugging Face name, read from disk at each look-up."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __getitem__(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A causal LM opened for reading; no weight has been read yet.
+
+    Attributes:
+        kind: how it is stored.
+        name: short name, for the manifest.
+        config: transformers configuration; its `model_type` selects the architecture.
+        weights: tensors by Hugging Face name.
+        tokenizer: a tokenizer with a `tokenizers` backend.
+        generation_config: EOS ids and sampling defaults.
+    """
+
+    kind: Literal["hub", "folder", "gguf"]
+    name: str
+    config: PretrainedConfig
+    weights: Weights
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig

@@ -1,0 +1,203 @@
+"""The dispatch of one sequence: token by token, layer by layer, across prebuilt bindings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.actions import Action, Path
+from dash_onnx.errors import ContextLengthError
+from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output
+from dash_onnx.runtime.kv import KVCache
+from dash_onnx.runtime.sessions import Sessions
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+Run = Callable[[], Any]
+
+
+class Lane:
+    """One sequence in flight: its K/V cache, its hidden buffers and its bindings.
+
+    A lane belongs to one generation at a time; lanes share nothing but the sessions.
+    """
+
+    def __init__(self, sessions: Sessions):
+        """Allocates an empty cache; binds nothing yet."""
+        self.sessions = sessions
+        self.kv = KVCache(sessions.manifest, sessions.device)
+        # Position state, read by every layer: written once per run.
+        self.seqlens = Buffer((1,), "int32", sessions.device)
+        self.total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
+        self._single = _Span(self, 1)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.kv.length
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from position `length` on."""
+        self.kv.truncate(length)
+
+    def decode(self, token: int, path: Path, head: Action) -> Logits:
+        """Runs one token.
+
+        Args:
+            token: its id.
+            path: the action of each layer.
+            head: precision of the LM head.
+
+        Returns:
+            Logits `[V]` of the next token; the next call overwrites them.
+
+        Raises:
+            ContextLengthError: the context is full.
+        """
+        self._advance(1)
+        span = self._single
+        span.run_layers(token, path)
+        span.run_head(head)
+        return span.logits.array[0, 0]
+
+    def prefill(self, ids: Ids, path: Path, head: Action) -> Logits:
+        """Runs a prompt, the same path for all of its tokens.
+
+        Args:
+            ids: `[S]`, at least one.
+
+        Returns:
+            Logits `[V]` after the last token; the next call overwrites them.
+
+        Raises:
+            ContextLengthError: it does not fit the context.
+        """
+        for span in self._chunks(ids, path):
+            last = span
+        if last is self._single:
+            last.run_head(head)
+            return last.logits.array[0, 0]
+        ports, logits = self.sessions.head_ports, self._single.logits
+        session = self.sessions.head(head)
+        binding = session.io_binding()
+        width = self.sessions.manifest.model.hidden_size
+        start = (last.seq - 1) * width  # only the last token needs the LM head
+        bind_input(binding, ports.inputs[0], last.final, (1, 1, width), start)
+        bind_output(binding, ports.outputs[0], logits)
+        session.run_with_iobinding(binding)
+        return logits.array[0, 0]
+
+    def prefill_all(self, ids: Ids, path: Path, head: Action) -> Logits:
+        """Like `prefill`, but returns the logits of every token, `[S, V]` float32."""
+        rows = []
+        for span in self._chunks(ids, path):
+            span.run_head(head)
+            rows.append(span.logits.array[0].astype(np.float32))  # a copy
+        return np.concatenate(rows)
+
+    def _chunks(self, ids: Ids, path: Path) -> Iterator[_Span]:
+        span = self._single
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            chunk = ids[start : start + PREFILL_CHUNK]
+            self._advance(len(chunk))
+            if span.seq != len(chunk):
+                span = _Span(self, len(chunk)) if len(chunk) > 1 else self._single
+            span.run_layers(chunk, path)
+            yield span
+
+    def _advance(self, count: int) -> None:
+        total = self.kv.length + count
+        limit = self.sessions.manifest.model.max_length
+        if total > limit:
+            raise ContextLengthError(f"{total} tokens do not fit the context of {limit}")
+        self.kv.reserve(total)
+        self.kv.length = total
+        self.seqlens.write(total - 1)
+        self.total.write(total)
+
+
+class _Span:
+    """Buffers and bindings for runs of `seq` tokens."""
+
+    def __init__(self, lane: Lane, seq: int):
+        sessions = lane.sessions
+        dims, device = sessions.manifest.dims, sessions.device
+        self.seq = seq
+        self._lane = lane
+        self._tokens = Buffer((1, seq), "int64", device)
+        shape = (1, seq, dims.hidden_size)
+        self._hidden = (Buffer(shape, dims.dtype, device), Buffer(shape, dims.dtype, device))
+        self._logits: Buffer | None = None
+        self._heads: dict[Action, Run] = {}
+        self._embed = self._bound(
+            sessions.embed(), sessions.embed_ports, [self._tokens], [self._hidden[0]]
+        )
+        self._layers: list[dict[Action, Run]] = [{} for _ in sessions.manifest.layers]
+        self._capacity = 0  # of the K/V buffers that the layers are bound to
+
+    @property
+    def final(self) -> Buffer:
+        """Hidden states after the last layer, `[1, seq, D]`."""
+        return self._hidden[len(self._layers) % 2]
+
+    @property
+    def logits(self) -> Buffer:
+        """Logits `[1, seq, V]`."""
+        if self._logits is None:
+            sessions = self._lane.sessions
+            dims = sessions.manifest.dims
+            self._logits = Buffer((1, self.seq, dims.vocab_size), dims.dtype, sessions.device)
+        return self._logits
+
+    def run_layers(self, tokens: int | Ids, path: Path) -> None:
+        """Runs embedding and layers; the hidden states end up in `final`."""
+        if self._capacity != self._lane.kv.capacity:  # the K/V buffers moved
+            self._capacity = self._lane.kv.capacity
+            for runs in self._layers:
+                runs.clear()
+        self._tokens.write(tokens)
+        self._embed()
+        for layer, (runs, action) in enumerate(zip(self._layers, path, strict=True)):
+            run = runs.get(action)
+            if run is None:
+                run = runs[action] = self._bind_layer(layer, action)
+            run()
+
+    def run_head(self, precision: Action) -> None:
+        """Runs the LM head on all tokens of the span."""
+        run = self._heads.get(precision)
+        if run is None:
+            sessions = self._lane.sessions
+            run = self._heads[precision] = self._bound(
+                sessions.head(precision), sessions.head_ports, [self.final], [self.logits]
+            )
+        run()
+
+    def _bind_layer(self, layer: int, action: Action) -> Run:
+        lane, sessions = self._lane, self._lane.sessions
+        kv = lane.kv
+        key, value = kv.keys[layer], kv.values[layer]
+        source, target = self._hidden[layer % 2], self._hidden[(layer + 1) % 2]
+        inputs = [source, key, value, lane.seqlens, lane.total, kv.cos, kv.sin]
+        return self._bound(
+            sessions.layer(layer, action), sessions.layer_ports, inputs, [target, key, value]
+        )
+
+    @staticmethod
+    def _bound(session: Any, ports: Any, inputs: list[Buffer], outputs: list[Buffer]) -> Run:
+        binding = session.io_binding()
+        for port, buffer in zip(ports.inputs, inputs, strict=True):
+            bind_input(binding, port, buffer)
+        for port, buffer in zip(ports.outputs, outputs, strict=True):
+            bind_output(binding, port, buffer)
+        # The binding holds raw addresses: the partial must keep the buffers alive.
+        run = partial(session.run_with_iobinding, binding)
+        run.buffers = (inputs, outputs)  # type: ignore[attr-defined]
+        return run

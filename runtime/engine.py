@@ -1,0 +1,167 @@
+"""A loaded bundle: the Python face of the runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.actions import Path
+from dash_onnx.bundle import Bundle
+from dash_onnx.errors import DeviceError
+from dash_onnx.policy import Policy, make_policy
+from dash_onnx.runtime.dispatch import Ids, Lane, Logits
+from dash_onnx.runtime.generate import (
+    Cache,
+    Chunk,
+    Step,
+    check_prompt,
+    generate_step,
+    prefill_plan,
+    stream,
+)
+from dash_onnx.runtime.options import Options
+from dash_onnx.runtime.ort import Device, check_device, use_global_threads
+from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.text import Message, TextCodec
+
+Prompt = str | Sequence[Message]
+"""Raw text, or the messages of a conversation."""
+
+
+class Model:
+    """A bundle, ready to generate. Safe to use from several threads at once.
+
+    Keyword options of every generating method are those of `runtime.options.Options` and
+    `runtime.sampling.Sampling`.
+
+    Attributes:
+        manifest: what `dash.json` says.
+        text: tokenizer and chat template.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device, threads: int | None):
+        """See `load`."""
+        check_device(device)
+        use_global_threads(threads)
+        self.manifest = bundle.manifest
+        self.text = TextCodec(bundle)
+        self._sessions = Sessions(bundle, device)
+
+    def new_cache(self) -> Cache:
+        """An empty K/V cache that several generations of one conversation share, in turn."""
+        return Cache(self._sessions)
+
+    def preload(self) -> None:
+        """Loads every graph now instead of when it is first used."""
+        self._sessions.preload()
+
+    def policy(self, policy: str | Policy = "") -> Policy:
+        """Resolves a policy; the empty string is the highest exported precision."""
+        return make_policy(policy or self.manifest.variants[0], self.manifest)
+
+    def logits(self, ids: Ids | Sequence[int], *, policy: str | Policy = "") -> Logits:
+        """Teacher-forced logits of a text.
+
+        A policy whose paths differ between tokens is run token by token, its first token at
+        the highest exported precision.
+
+        Args:
+            ids: 1-D token ids, `[S]`.
+
+        Returns:
+            `[S, V]` float32: row i predicts token i + 1.
+        """
+        ids = self._checked(ids)
+        chosen, lane = self.policy(policy), Lane(self._sessions)
+        if chosen.uniform is not None:
+            return lane.prefill_all(ids, chosen.uniform, chosen.head)
+        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, None))
+        rows = [
+            logits.astype(np.float32)[None] for logits, _ in _decode(lane, ids[1:], chosen)
+        ]
+        return np.concatenate([first, *rows])
+
+    def teacher_forced(
+        self, ids: Ids | Sequence[int], policy: str | Policy, prompt_tokens: int
+    ) -> Iterator[tuple[Logits, Path]]:
+        """Prefills a part of a text, then decodes the rest of it under a policy.
+
+        Args:
+            ids: 1-D token ids.
+            prompt_tokens: how many are prefilled, at the highest exported precision.
+
+        Yields:
+            For each later token, the logits `[V]` after it (overwritten by the next step) and
+            its path.
+        """
+        ids = self._checked(ids)
+        lane = Lane(self._sessions)
+        lane.prefill(ids[:prompt_tokens], *prefill_plan(self._sessions, None))
+        yield from _decode(lane, ids[prompt_tokens:], self.policy(policy))
+
+    def generate_step(self, ids: Ids | Sequence[int], **options: Any) -> Iterator[Step]:
+        """Generates tokens after a prompt of token ids; the first step is the prefill."""
+        chosen = Options.of(**options)
+        policy = self.policy(chosen.policy)
+        eos = self.text.eos_token_ids
+        return generate_step(self._sessions, self._checked(ids), policy, eos, chosen)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Generates text piece by piece.
+
+        Args:
+            prompt: raw text, or chat messages, which the chat template turns into text.
+        """
+        chosen = Options.of(**options)
+        text = isinstance(prompt, str)
+        ids = self.text.encode(prompt) if text else self.text.encode_chat(prompt)  # type: ignore[arg-type]
+        steps = self.generate_step(ids, **options)
+        chunks = stream(self.text, steps, len(ids), chosen.stop)
+        first = next(chunks)  # errors surface here, not at the first use
+        return chain([first], chunks)
+
+    def generate(self, prompt: Prompt, **options: Any) -> str:
+        """Generates the whole text."""
+        return "".join(chunk.text for chunk in self.stream(prompt, **options))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """Generates the assistant's answer to a conversation."""
+        return self.generate(list(messages), **options)
+
+    def _checked(self, ids: Ids | Sequence[int]) -> Ids:
+        array = np.asarray(ids, np.int64)
+        check_prompt(array, self.manifest.model.max_length, self.manifest.model.vocab_size)
+        return array
+
+
+def _decode(lane: Lane, ids: Ids, policy: Policy) -> Iterator[tuple[Logits, Path]]:
+    for token, path in zip(ids.tolist(), policy.paths(), strict=False):
+        yield lane.decode(token, path, policy.head), path
+
+
+def load(
+    folder: str | os.PathLike[str], *, device: Device = "cpu", threads: int | None = None
+) -> Model:
+    """Opens a bundle; graphs load when they are first used.
+
+    Args:
+        folder: what `dash-export` wrote.
+        device: `cpu` or `cuda`; must be what the bundle was exported for.
+        threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or of another format version.
+        DeviceError: ORT or the device is not available, or the bundle is for another one.
+    """
+    bundle = Bundle(folder)
+    built_for = bundle.manifest.target.device
+    if device != built_for and device in ("cpu", "cuda"):
+        raise DeviceError(
+            f"{folder} was exported for device {built_for!r}, not {device!r}; "
+            f"export again with --device {device}"
+        )
+    return Model(bundle, device, threads)

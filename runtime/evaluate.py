@@ -1,0 +1,122 @@
+"""Quality and speed of a policy on a text, teacher-forced through the runtime."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.errors import PolicyError
+from dash_onnx.policy import Policy
+from dash_onnx.runtime.dispatch import Ids
+from dash_onnx.runtime.engine import Model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, over the tokens that were decoded under the policy.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood of the text.
+        kl: mean KL(reference || policy) of the next-token distribution, in nats.
+        top1: share of tokens where policy and reference find the same token most likely.
+        ms_per_token: median wall time of one decoded token in milliseconds.
+        tokens: number of predictions.
+        actions: share of each action among all decisions.
+        reference_perplexity: of the reference, every layer at the highest exported precision.
+    """
+
+    perplexity: float
+    kl: float
+    top1: float
+    ms_per_token: float
+    tokens: int
+    actions: dict[str, float]
+    reference_perplexity: float
+
+
+def evaluate(
+    model: Model,
+    text: str,
+    policy: str | Policy,
+    *,
+    window: int = 512,
+    prompt_tokens: int = 128,
+    max_windows: int | None = None,
+    on_window: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Runs a policy over windows of a text.
+
+    Of each window the first `prompt_tokens` are prefilled at the highest exported precision
+    and the rest is decoded token by token under the policy.
+
+    Args:
+        max_windows: None takes every whole window.
+        on_window: called after each window.
+
+    Raises:
+        PolicyError: the text is shorter than one window, or the sizes do not fit.
+    """
+    windows = text_windows(model, text, window, prompt_tokens, max_windows)
+    chosen = model.policy(policy)
+    nll, reference_nll, kl, agree, times = [], [], [], [], []
+    counts: Counter[str] = Counter()
+    for ids in windows:
+        reference = _log_softmax(model.logits(ids)[prompt_tokens:-1])
+        rows = []
+        started = time.perf_counter()
+        for logits, path in model.teacher_forced(ids[:-1], chosen, prompt_tokens):
+            times.append((time.perf_counter() - started) * 1e3)
+            rows.append(logits.astype(np.float32))  # a copy: the next token overwrites it
+            counts.update(path)
+            started = time.perf_counter()
+        ours = _log_softmax(np.stack(rows))
+        targets = ids[prompt_tokens + 1 :, None]
+        nll.append(-np.take_along_axis(ours, targets, 1))
+        reference_nll.append(-np.take_along_axis(reference, targets, 1))
+        kl.append((np.exp(reference) * (reference - ours)).sum(1))
+        agree.append(reference.argmax(1) == ours.argmax(1))
+        on_window()
+    decisions = sum(counts.values())
+    return Evaluation(
+        perplexity=float(np.exp(np.mean(nll))),
+        kl=float(np.mean(kl)),
+        top1=float(np.mean(agree)),
+        ms_per_token=float(np.median(times)),
+        tokens=sum(len(part) for part in kl),
+        actions={action: count / decisions for action, count in sorted(counts.items())},
+        reference_perplexity=float(np.exp(np.mean(reference_nll))),
+    )
+
+
+def text_windows(
+    model: Model, text: str, window: int, prompt_tokens: int, max_windows: int | None
+) -> list[Ids]:
+    """Consecutive windows of token ids, `[window]` each.
+
+    Raises:
+        PolicyError: the text is shorter than one window, or the sizes do not fit.
+    """
+    limit = model.manifest.model.max_length
+    if not 1 <= prompt_tokens <= window - 2 or window > limit:
+        raise PolicyError(
+            f"window {window} with {prompt_tokens} prompt tokens does not work: the prompt must "
+            f"leave at least 2 tokens of the window, and the context is {limit}"
+        )
+    ids = model.text.encode(text)
+    count = len(ids) // window
+    if count == 0:
+        raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
+    count = min(count, max_windows or count)
+    return [ids[i * window : (i + 1) * window] for i in range(count)]
+
+
+def _log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:
+    logits = logits.astype(np.float64)
+    logits -= logits.max(1, keepdims=True)
+    result: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    return result

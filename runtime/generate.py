@@ -1,0 +1,221 @@
+"""Generation in layers: `generate_step` yields tokens, `stream` yields text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dash_onnx.actions import Action, Path
+from dash_onnx.errors import ContextLengthError, PolicyError
+from dash_onnx.policy import Policy
+from dash_onnx.runtime.dispatch import Ids, Lane, Logits
+from dash_onnx.runtime.options import Options
+from dash_onnx.runtime.sampling import Sampler
+from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.text import Detokenizer, TextCodec
+
+FinishReason = Literal["stop", "length", "context"]
+"""`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token.
+
+    Attributes:
+        token: its id.
+        path: the action of each layer in the run that produced it.
+        ms: wall time of that run and the sampling, in milliseconds (the first: the prefill).
+        finish_reason: set on the last token.
+    """
+
+    token: int
+    path: Path
+    ms: float
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of generated text.
+
+    Attributes:
+        text: may be empty while a character or a stop string is incomplete.
+        token: id of the token that completed it.
+        path: the action of each layer for that token.
+        ms: wall time of that token in milliseconds.
+        prompt_tokens: length of the prompt.
+        generated_tokens: how many tokens were generated so far.
+        finish_reason: set on the last chunk.
+    """
+
+    text: str
+    token: int
+    path: Path
+    ms: float
+    prompt_tokens: int
+    generated_tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class Cache:
+    """The K/V of a conversation, kept between generations. One generation at a time uses it."""
+
+    def __init__(self, sessions: Sessions):
+        """Starts empty."""
+        self.tokens: list[int] = []
+        self._lane = Lane(sessions)
+        self._busy = threading.Lock()
+
+    def __len__(self) -> int:
+        """Tokens it holds."""
+        return self._lane.length
+
+    def acquire(self, ids: Ids) -> tuple[Lane, Ids]:
+        """Takes the lane; returns it with the part of the prompt that it does not hold yet.
+
+        Raises:
+            PolicyError: another generation is using it.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise PolicyError("this cache is in use by another generation; give each its own")
+        held = np.asarray(self.tokens, np.int64)
+        shortest = min(len(held), len(ids) - 1)  # the last token runs again: it gives the logits
+        differs = np.flatnonzero(held[:shortest] != ids[:shortest])
+        common = int(differs[0]) if len(differs) else shortest
+        self._lane.truncate(common)
+        del self.tokens[common:]
+        return self._lane, ids[common:]
+
+    def release(self) -> None:
+        """Gives the lane back; an interrupted run leaves no half-written token behind."""
+        del self.tokens[self._lane.length :]
+        self._lane.truncate(len(self.tokens))
+        self._busy.release()
+
+
+def generate_step(
+    sessions: Sessions, ids: Ids, policy: Policy, eos: frozenset[int], options: Options
+) -> Iterator[Step]:
+    """Generates token by token.
+
+    Args:
+        ids: the prompt, `[S]`.
+        policy: resolved; `options.policy` is not looked at.
+        eos: ids that end the text.
+
+    Raises:
+        ContextLengthError: the prompt does not fit the context.
+        PolicyError: the prompt is empty, or the cache is in use.
+    """
+    manifest = sessions.manifest
+    check_prompt(ids, manifest.model.max_length, manifest.model.vocab_size)
+    cache = options.cache or Cache(sessions)
+    lane, rest = cache.acquire(ids)
+    try:
+        sampler = Sampler(options.sampling)
+        seen = [int(token) for token in ids]
+        paths = policy.paths()
+        path, head = prefill_plan(sessions, options.prefill)
+        token = -1
+        for count in range(1, options.max_new_tokens + 1):
+            started = time.perf_counter()
+            logits: Logits
+            if count == 1:
+                logits = lane.prefill(rest, path, head)
+                cache.tokens += rest.tolist()
+            else:
+                path = next(paths)
+                logits = lane.decode(token, path, policy.head)
+                cache.tokens.append(token)
+            token = sampler(logits, seen)
+            seen.append(token)
+            reason: FinishReason | None = None
+            if token in eos and not options.ignore_eos:
+                reason = "stop"
+            elif lane.length >= manifest.model.max_length:
+                reason = "context"
+            elif count == options.max_new_tokens:
+                reason = "length"
+            yield Step(token, path, (time.perf_counter() - started) * 1e3, reason)
+            if reason is not None:
+                return
+    finally:
+        cache.release()
+
+
+def prefill_plan(sessions: Sessions, precision: Action | None) -> tuple[Path, Action]:
+    """The path and the LM head of a prompt; None takes the highest exported precision.
+
+    Raises:
+        PolicyError: the precision was not exported.
+    """
+    manifest = sessions.manifest
+    chosen = manifest.variants[0] if precision is None else precision
+    if chosen not in manifest.variants:
+        raise PolicyError(
+            f"prefill precision {chosen!r} is not in this bundle; "
+            f"it has {', '.join(manifest.variants)}"
+        )
+    return (chosen,) * manifest.model.num_layers, manifest.heads[chosen]
+
+
+def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
+    """Refuses a prompt that cannot run.
+
+    Raises:
+        ContextLengthError: longer than the context.
+        PolicyError: empty, not one-dimensional, or with ids outside the vocabulary.
+    """
+    if ids.ndim != 1 or len(ids) == 0:
+        raise PolicyError(f"the prompt must be a non-empty list of token ids, not {ids.shape}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise PolicyError(
+            f"token ids must be in 0..{vocab_size - 1}; found {int(ids.min())}..{int(ids.max())}"
+        )
+    if len(ids) > max_length:
+        raise ContextLengthError(
+            f"the prompt has {len(ids)} tokens, the context of this bundle is {max_length}; "
+            "shorten it, or export with a longer --max-length"
+        )
+
+
+def stream(
+    codec: TextCodec, steps: Iterator[Step], prompt_tokens: int, stop: tuple[str, ...]
+) -> Iterator[Chunk]:
+    """Turns tokens into text; holds back what may become a stop string."""
+    detokenizer = Detokenizer(codec)
+    held = ""
+    for count, step in enumerate(steps, 1):
+        reason = step.finish_reason
+        if reason != "stop":  # the EOS token itself is no text
+            held += detokenizer.add(step.token)
+        if reason is not None:
+            held += detokenizer.finish()
+        cut = min((at for at in (held.find(word) for word in stop) if at >= 0), default=-1)
+        if cut >= 0:
+            text, held, reason = held[:cut], "", "stop"
+        elif reason is not None:
+            text, held = held, ""
+        else:
+            safe = len(held) - _longest_partial(held, stop)
+            text, held = held[:safe], held[safe:]
+        yield Chunk(text, step.token, step.path, step.ms, prompt_tokens, count, reason)
+        if reason is not None:
+            return
+
+
+def _longest_partial(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = 0
+    for word in stop:
+        for size in range(min(len(word) - 1, len(text)), longest, -1):
+            if text.endswith(word[:size]):
+                longest = size
+                break
+    return longest

@@ -1,0 +1,72 @@
+"""The K/V cache of one sequence: two buffers a layer, updated in place, grown by doubling."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dash_onnx.manifest import Manifest
+from dash_onnx.rope import rotary_tables
+from dash_onnx.runtime.buffers import Buffer
+from dash_onnx.runtime.ort import Device
+
+_FIRST_CAPACITY = 256  # tokens; most chat turns fit, and a copy of this size costs nothing
+
+
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+        length: valid tokens.
+        capacity: tokens there is room for.
+        keys: one buffer `[1, H_kv, capacity, d]` per layer.
+        values: likewise.
+        cos, sin: rotary tables `[capacity, rotary_dim / 2]`.
+    """
+
+    def __init__(self, manifest: Manifest, device: Device):
+        """Starts empty."""
+        self.length = 0
+        self.capacity = 0
+        self._manifest = manifest
+        self._device: Device = device
+        self.keys: list[Buffer] = []
+        self.values: list[Buffer] = []
+        self.reserve(1)
+
+    def reserve(self, tokens: int) -> bool:
+        """Makes room for `tokens` in all; returns whether the buffers moved."""
+        if tokens <= self.capacity:
+            return False
+        capacity = max(self.capacity, _FIRST_CAPACITY)
+        while capacity < tokens:
+            capacity *= 2
+        capacity = min(capacity, self._manifest.model.max_length)
+        self.keys = self._grown(self.keys, capacity)
+        self.values = self._grown(self.values, capacity)
+        dims = self._manifest.dims
+        cos, sin = rotary_tables(self._manifest.rope, capacity, dims.dtype)
+        self.cos = Buffer(cos.shape, dims.dtype, self._device)
+        self.sin = Buffer(sin.shape, dims.dtype, self._device)
+        self.cos.write(cos)
+        self.sin.write(sin)
+        self.capacity = capacity
+        return True
+
+    def _grown(self, old: list[Buffer], capacity: int) -> list[Buffer]:
+        dims = self._manifest.dims
+        shape = (1, dims.num_kv_heads, capacity, dims.head_dim)
+        new = []
+        for layer in range(self._manifest.model.num_layers):
+            buffer = Buffer(shape, dims.dtype, self._device)
+            if self.length:
+                content = np.zeros(shape, dims.dtype)
+                content[:, :, : self.length] = old[layer].array[:, :, : self.length]
+                buffer.write(content)
+            new.append(buffer)
+        return new
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} tokens to {length}")
+        self.length = length

@@ -1,0 +1,75 @@
+"""The sessions of a bundle: created when first needed, checked, shared by all generations."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from dash_onnx.actions import Action
+from dash_onnx.bundle import Bundle
+from dash_onnx.contract import (
+    EMBED_PATH,
+    Ports,
+    embed_ports,
+    head_path,
+    head_ports,
+    layer_path,
+    layer_ports,
+)
+from dash_onnx.errors import BundleError
+from dash_onnx.runtime.ort import Device, create_session
+
+
+class Sessions:
+    """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
+
+    def __init__(self, bundle: Bundle, device: Device):
+        """Loads nothing yet."""
+        self.manifest = bundle.manifest
+        self.device: Device = device
+        dims = bundle.manifest.dims
+        self.embed_ports = embed_ports(dims)
+        self.layer_ports = layer_ports(dims)
+        self.head_ports = head_ports(dims)
+        self._bundle = bundle
+        self._loaded: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def embed(self) -> Any:
+        """The token embedding."""
+        return self._get(EMBED_PATH, self.embed_ports)
+
+    def layer(self, layer: int, action: Action) -> Any:
+        """One layer in one action."""
+        return self._get(layer_path(layer, action), self.layer_ports)
+
+    def head(self, precision: Action) -> Any:
+        """Final norm and LM head."""
+        return self._get(head_path(precision), self.head_ports)
+
+    def preload(self) -> None:
+        """Loads every graph of the bundle."""
+        self.embed()
+        for precision in sorted(set(self.manifest.heads.values())):
+            self.head(precision)
+        for layer in range(self.manifest.model.num_layers):
+            for action in self.manifest.actions:
+                self.layer(layer, action)
+
+    def _get(self, path: str, ports: Ports) -> Any:
+        session = self._loaded.get(path)
+        if session is None:
+            with self._lock:
+                session = self._loaded.get(path)
+                if session is None:
+                    session = create_session(self._bundle.verified(path), self.device)
+                    _check_ports(path, session, ports)
+                    self._loaded[path] = session
+        return session
+
+
+def _check_ports(path: str, session: Any, ports: Ports) -> None:
+    found = [[port.name for port in side] for side in (session.get_inputs(), session.get_outputs())]
+    wanted = [[port.name for port in side] for side in (ports.inputs, ports.outputs)]
+    if found != wanted:
+        raise BundleError(f"{path} does not have the inputs and outputs of a bundle; export again")
