@@ -91,6 +91,7 @@ class Contender:
     """A process that decodes on request."""
 
     def __init__(self, kind: str, target: str, policy: str, threads: int):
+        """Starts it; it loads while others work."""
         arguments = [__file__, "--work", kind, target, policy, str(threads)]
         self.name = f"{'dash-onnx' if kind == 'dash' else 'ORT GenAI'} {policy}"
         self.process = subprocess.Popen(
@@ -98,6 +99,7 @@ class Contender:
         )
 
     def __call__(self, ids: list[int], new: int) -> list[float]:
+        """Milliseconds of every new token."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"ids": ids, "new": new}) + "\n")
         self.process.stdin.flush()
@@ -108,6 +110,7 @@ class Contender:
         return times
 
     def close(self) -> None:
+        """Ends the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from dash_onnx.bundle import Bundle
-from dash_onnx.errors import BundleError, PolicyError
+from dash_onnx.errors import BundleError, PolicyError, SourceError
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
@@ -116,6 +117,23 @@ class Detokenizer:
         rest = self._tokenizer.decode(self._pending) if self._pending else ""
         self._pending = []
         return rest if rest.strip(_REPLACEMENT) else _REPLACEMENT * bool(rest)
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file.
+
+    Raises:
+        SourceError: missing, empty, or not text.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise SourceError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SourceError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise SourceError(f"{path} is empty")
+    return text
 
 
 def _json(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dash_onnx.errors import SourceError
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import Source
 from dash_onnx.manifest import Calibration
+from dash_onnx.text import read_text
 
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
@@ -55,23 +56,6 @@ def _from_text(source: Source, path: Path) -> Ids:
     count = min(SEQUENCES, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
     return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])
-
-
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 text file.
-
-    Raises:
-        SourceError: missing, empty, or not text.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SourceError(f"{path} is not UTF-8 text") from None
-    if not text.strip():
-        raise SourceError(f"{path} is empty")
-    return text
 
 
 def _self_generated(source: Source, seed: int) -> Ids:

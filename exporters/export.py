@@ -186,9 +186,7 @@ class _Run:
         inputs = rms_normed(hidden, head.norm, self.spec.norm_epsilon)
         hessians = {head.linear.name: inputs.T @ inputs}
         for precision in sorted(set(chosen.values())):
-            self.fp32_kept += build_head(
-                folder, head, self.spec, self.target, precision, hessians
-            )
+            self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)
             self.runner.head(folder / head_path(precision), hidden)
         return chosen
 

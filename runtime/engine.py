@@ -80,9 +80,7 @@ class Model:
         if chosen.uniform is not None:
             return lane.prefill_all(ids, chosen.uniform, chosen.head)
         first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, None))
-        rows = [
-            logits.astype(np.float32)[None] for logits, _ in _decode(lane, ids[1:], chosen)
-        ]
+        rows = [logits.astype(np.float32)[None] for logits, _ in _decode(lane, ids[1:], chosen)]
         return np.concatenate([first, *rows])
 
     def teacher_forced(

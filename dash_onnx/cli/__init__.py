@@ -1,0 +1,1 @@
+"""The command line tools: dash-export, dash-run, dash-eval."""

@@ -1,0 +1,74 @@
+"""What the command line tools share: one-line errors, exit codes, common options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from dash_onnx.errors import DashError
+from dash_onnx.version import __version__
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def __init__(self, prog: str, description: str, examples: str):
+        """Adds `--version`, and the examples below the options."""
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--version", action="version", version=f"dash-onnx {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the misuse and where to look; exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run(tool: str, body: Callable[[], None]) -> int:
+    """Runs a tool's body.
+
+    Returns:
+        The exit code: 0; 2 for an error the user can mend, told in one line; 130 when
+        interrupted. Anything else is a defect and keeps its traceback.
+    """
+    try:
+        body()
+        sys.stdout.flush()
+    except DashError as error:
+        print(f"{tool}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{tool}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def add_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every tool that loads a bundle."""
+    parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
+    parser.add_argument(
+        "--policy",
+        default="",
+        help="full, int8, int4, random[:SEED], static:ACTION[*N],... or static:@FILE "
+        "(default: the highest exported precision)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -1,0 +1,71 @@
+"""dash-eval: quality and speed of a policy on a text file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
+
+_EXAMPLES = """\
+  dash-eval out/ --text book.txt --policy int4 --max-windows 8
+  dash-eval out/ --text book.txt --policy static:full,int8*28,full --json"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-eval",
+        "Teacher-forced through the runtime: of each window the prompt part is prefilled at the "
+        "highest exported precision and the rest decoded token by token under the policy.",
+        _EXAMPLES,
+    )
+    add_runtime_options(parser)
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--window", type=positive, default=512, help="tokens (default: 512)")
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=128, help="prefilled part (default: 128)"
+    )
+    parser.add_argument(
+        "--max-windows", type=positive, metavar="N", help="(default: the whole text)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+    return run("dash-eval", lambda: _eval(arguments))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    import dash_onnx
+    from dash_onnx.runtime.evaluate import evaluate
+    from dash_onnx.text import read_text
+
+    text = read_text(arguments.text)
+    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    with tqdm(desc="windows", total=arguments.max_windows, disable=None) as bar:
+        result = evaluate(
+            model,
+            text,
+            arguments.policy,
+            window=arguments.window,
+            prompt_tokens=arguments.prompt_tokens,
+            max_windows=arguments.max_windows,
+            on_window=bar.update,
+        )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    shares = ", ".join(f"{action} {share:.1%}" for action, share in result.actions.items())
+    print(
+        f"perplexity     {result.perplexity:.3f}  (reference {result.reference_perplexity:.3f})\n"
+        f"KL             {result.kl:.5f} nats\n"
+        f"top-1          {result.top1:.2%}\n"
+        f"ms per token   {result.ms_per_token:.2f} (median of {result.tokens})\n"
+        f"actions        {shares}"
+    )

@@ -1,0 +1,159 @@
+"""dash-export: a Hugging Face model in, a DASH bundle out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dash_onnx.actions import ACTIONS, PRECISIONS, parse_precisions
+from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.errors import DashError
+from dash_onnx.records import to_json
+
+if TYPE_CHECKING:
+    from dash_onnx.manifest import Manifest
+
+_EXAMPLES = """\
+  dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
+  dash-export ./model-folder out/ --variants int8,int4 --max-length 2048
+  dash-export model.gguf out/ --calibration my-domain.txt --overwrite"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-export",
+        "Export each layer of a causal LM as full-precision, INT8, INT4 and skip ONNX graphs.",
+        _EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new bundle")
+    parser.add_argument(
+        "--variants",
+        default=",".join(PRECISIONS),
+        help="precisions of each layer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cpu computes in FP32 from FP16-stored weights, cuda in FP16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-length", type=positive, help="context in tokens (default: the model's own)"
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        choices=(16, 32, 64, 128, 256),
+        help="weights that share one scale (default: %(default)s)",
+        default=32,
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text to calibrate on (default: text that the model generates itself)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated text")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+
+    def body() -> None:
+        variants = parse_precisions(arguments.variants)
+        _need_export_extra()
+        _quiet_libraries()
+        from dash_onnx.exporters.export import ExportOptions, export
+
+        options = ExportOptions(
+            variants=variants,
+            device=arguments.device,
+            max_length=arguments.max_length,
+            block_size=arguments.block_size,
+            calibration=arguments.calibration,
+            overwrite=arguments.overwrite,
+            seed=arguments.seed,
+        )
+        manifest = export(arguments.model, arguments.out, options)
+        if arguments.json:
+            facts = to_json(manifest)
+            del facts["files"], facts["rope"]
+            print(json.dumps({"out": str(arguments.out), **facts}))
+        else:
+            print(summary(manifest, arguments.out))
+
+    return run("dash-export", body)
+
+
+def summary(manifest: Manifest, out: Path) -> str:
+    """The closing table: size, scale, cosine and relative error of each layer."""
+    actions = [action for action in ACTIONS if action in manifest.layers[0].bytes]
+    errors = [action for action in actions if action in manifest.layers[0].relative_error]
+    head = [
+        "layer",
+        *(f"{a} MB" for a in actions),
+        "scale",
+        "cosine",
+        *(f"{a} err" for a in errors),
+    ]
+    rows = [
+        [
+            str(index),
+            *(f"{layer.bytes[action] / 1e6:.2f}" for action in actions),
+            f"{layer.scale:.3f}",
+            f"{layer.cosine:.3f}",
+            *(f"{layer.relative_error[action]:.4f}" for action in errors),
+        ]
+        for index, layer in enumerate(manifest.layers)
+    ]
+    totals = {a: sum(layer.bytes[a] for layer in manifest.layers) for a in actions}
+    rows.append(
+        ["all", *(f"{totals[a] / 1e6:.1f}" for a in actions), "", "", *("" for _ in errors)]
+    )
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+    facts = manifest.export
+    size = sum(file.bytes for file in manifest.files.values())
+    lines += [
+        "",
+        f"{manifest.model.name} -> {out}: {size / 1e6:.0f} MB in {facts.seconds:.0f} s, "
+        f"peak memory {facts.peak_rss_bytes / 1e9:.2f} GB",
+        f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source}); "
+        "err: relative error of a layer's output against full",
+    ]
+    if facts.fp32_kept:
+        lines.append(f"stored as FP32, because FP16 cannot hold them: {', '.join(facts.fp32_kept)}")
+    lines.append(f'try it: dash-run {out} --chat "Hello!"')
+    return "\n".join(lines)
+
+
+def _need_export_extra() -> None:
+    missing = [
+        name
+        for name in ("torch", "transformers", "accelerate", "onnx", "onnxscript", "gguf")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise DashError(
+            f"exporting needs {', '.join(missing)}: `pip install 'dash-onnx[cpu,export]'`"
+        )
+
+
+def _quiet_libraries() -> None:
+    """Keeps the libraries' own progress bars and notices out of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,121 @@
+"""Tiny random models and bundles, made offline; the demo model where it has been fetched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import dash_onnx
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.runtime.engine import Model
+
+DEMO_GGUF = Path(__file__).parent.parent / "build/demo/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.15,  # large enough that layers matter
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most 384 entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the keeper of the lighthouse counts the ships that pass in the night"
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def save_tiny(folder: Path, seed: int = 0, **overrides: object) -> Path:
+    """Writes a random Llama as a Hugging Face folder, its weights rounded to FP16."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**TINY, "bos_token_id": 0, "eos_token_id": 1, **overrides})
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama: 4 layers, GQA, untied head."""
+    return save_tiny(tmp_path_factory.mktemp("tiny-source") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Exports a model folder; MatMulNBits computes exactly (accuracy level 0) unless told."""
+
+    def run(source: Path, **options: object) -> Path:
+        out = tmp_path_factory.mktemp("bundles") / "out"
+        export(str(source), out, ExportOptions(**{"accuracy_level": 0, **options}))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_folder: Path, export_tiny: Callable[..., Path]) -> Path:
+    """The exported tiny model. Read-only: copy it before changing a file."""
+    return export_tiny(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_bundle: Path) -> Model:
+    """The loaded tiny bundle."""
+    return dash_onnx.load(tiny_bundle)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's GGUF file; skips where it was not fetched, fails in CI."""
+    if not DEMO_GGUF.is_file():
+        if os.environ.get("CI"):
+            pytest.fail(f"{DEMO_GGUF} is missing: run `make demo-model`")
+        pytest.skip("demo model not fetched: run `make demo-model`")
+    return DEMO_GGUF
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model exported with the defaults, all variants."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    export(str(demo_gguf), out, ExportOptions())
+    return out
