@@ -115,7 +115,7 @@ def generate_step(
     """
     manifest = sessions.manifest
     check_prompt(ids, manifest.model.max_length, manifest.model.vocab_size)
-    cache = options.cache or Cache(sessions)
+    cache = Cache(sessions) if options.cache is None else options.cache
     lane, rest = cache.acquire(ids)
     try:
         sampler = Sampler(options.sampling)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dash_onnx.errors import SourceError, UnsupportedError
@@ -18,6 +19,9 @@ from dash_onnx.exporters.sources.source import Source
 
 # llama.cpp stores the rows of Q and K of these architectures in interleaved RoPE order.
 _INTERLEAVED_ROPE = {"llama"}
+
+# Pre-tokenizers that split digits one by one before GPT-2's pattern (llama.cpp, llama-vocab.cpp).
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
 
 
 class GGUFWeights:
@@ -91,6 +95,15 @@ def open_gguf(path: Path, supported: Collection[str]) -> Source:
         )
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(f"{path} has no readable tokenizer ({error})") from None
+    pre = reader.fields.get("tokenizer.ggml.pre")
+    if pre is not None and str(pre.contents()) in _DIGITS_APART:
+        # transformers 5.24 keeps GPT-2's pattern alone, which joins digits and spaces.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
     return Source(
         kind="gguf",
         name=path.stem,

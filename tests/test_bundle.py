@@ -1,0 +1,369 @@
+"""Bundles: every path and checksum checked, written all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dash_onnx
+from dash_onnx.bundle import Bundle, check_destination, file_facts, list_files, writing
+from dash_onnx.errors import BundleError
+
+LAYER = "layers/01/int4.onnx"
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "parent" / "bundle"))
+
+
+def edit_manifest(folder: Path, files: dict[str, Any]) -> None:
+    """Adds entries to the list of files; None removes one."""
+    path = folder / "dash.json"
+    data = json.loads(path.read_text("utf-8"))
+    for name, facts in files.items():
+        if facts is None:
+            del data["files"][name]
+        else:
+            data["files"][name] = facts
+    path.write_text(json.dumps(data), "utf-8")
+
+
+def flip(path: Path) -> None:
+    """Changes one byte in the middle; the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    path.write_bytes(content)
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str]:
+    return {
+        path.relative_to(folder).as_posix(): (
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
+        )
+        for path in folder.rglob("*")
+    }
+
+
+# Reading
+
+
+def test_a_whole_bundle_opens_and_every_file_is_verified(tiny_bundle: Path) -> None:
+    bundle = Bundle(str(tiny_bundle))
+    assert LAYER in bundle.manifest.files
+    for name in bundle.manifest.files:
+        assert name in bundle
+        assert bundle.verified(name) == tiny_bundle / name
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty folder", "file"])
+def test_where_no_bundle_is_the_command_that_makes_one_is_told(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "out"
+    if kind == "empty folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_text("x")
+    with pytest.raises(BundleError, match=rf"no bundle at {path}: .*`dash-export MODEL {path}`"):
+        Bundle(path)
+
+
+def test_a_manifest_that_is_not_text_is_refused(bundle: Path) -> None:
+    (bundle / "dash.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match="is not UTF-8 text"):
+        Bundle(bundle)
+
+
+@pytest.mark.parametrize("name", [LAYER, LAYER + ".data", "embed.onnx", "tokenizer.json"])
+def test_a_missing_file_is_named_at_opening(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"{bundle / name} is missing from the bundle"):
+        Bundle(bundle)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(bundle: Path) -> None:
+    (bundle / LAYER).unlink()
+    (bundle / LAYER).mkdir()
+    with pytest.raises(BundleError, match="is missing from the bundle"):
+        Bundle(bundle)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_truncated_file_is_named_at_opening(bundle: Path, size: int) -> None:
+    path = bundle / (LAYER + ".data")
+    content = path.read_bytes()
+    path.write_bytes(content[:size])
+    with pytest.raises(BundleError, match=f"{path} has .* bytes, .* says {len(content)}: trunc"):
+        Bundle(bundle)
+
+
+@pytest.mark.parametrize("name", [LAYER, LAYER + ".data"])
+def test_an_edit_of_equal_size_is_found_when_the_graph_is_used(bundle: Path, name: str) -> None:
+    flip(bundle / name)
+    opened = Bundle(bundle)
+    assert opened.verified("layers/01/full.onnx") == bundle / "layers/01/full.onnx"
+    for _ in range(2):  # a failed check is not taken for a passed one
+        with pytest.raises(BundleError, match=f"{bundle / name} does not match its SHA-256"):
+            opened.verified(LAYER)
+
+
+def test_edited_weights_are_refused_by_the_run_that_needs_them(bundle: Path) -> None:
+    flip(bundle / (LAYER + ".data"))
+    model = dash_onnx.load(bundle)
+    assert model.logits([5, 6, 7], policy="full").shape[0] == 3
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"int4\.onnx\.data does not match its SHA-256"):
+            model.logits([5, 6, 7], policy="int4")
+    assert model.logits([5, 6, 7], policy="int8").shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"]
+)
+def test_edited_text_files_are_refused_at_load(bundle: Path, name: str) -> None:
+    flip(bundle / name)
+    with pytest.raises(BundleError, match=f"{name} does not match its SHA-256"):
+        dash_onnx.load(bundle)
+
+
+def test_weights_that_the_manifest_does_not_list_are_not_used(bundle: Path) -> None:
+    edit_manifest(bundle, {LAYER + ".data": None})
+    flip(bundle / (LAYER + ".data"))
+    with pytest.raises(BundleError, match=r"int4\.onnx\.data"):
+        Bundle(bundle).verified(LAYER)
+
+
+def test_a_file_that_vanishes_after_opening_is_a_bundle_error(bundle: Path) -> None:
+    opened = Bundle(bundle)
+    (bundle / LAYER).unlink()
+    with pytest.raises(BundleError, match=LAYER):
+        opened.verified(LAYER)
+
+
+def test_a_file_that_is_not_part_of_the_bundle_is_refused(bundle: Path) -> None:
+    (bundle / "extra.onnx").write_bytes(b"x")
+    opened = Bundle(bundle)
+    assert "extra.onnx" not in opened
+    with pytest.raises(BundleError, match=r"has no extra\.onnx"):
+        opened.verified("extra.onnx")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x",
+        "layers/../../x",
+        "layers/../embed.onnx",
+        "..",
+        "/etc/passwd",
+        "..\\x",
+        "layers\\x",
+        "C:x",
+    ],
+)
+def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
+    (bundle.parent / "x").write_bytes(b"secret")
+    digest = hashlib.sha256(b"secret").hexdigest()
+    edit_manifest(bundle, {name: {"bytes": 6, "sha256": digest}})
+    with pytest.raises(BundleError, match="which leaves the bundle; refused") as caught:
+        Bundle(bundle)
+    assert repr(name) in str(caught.value)
+
+
+def test_an_absolute_path_is_refused_even_if_it_leads_into_the_bundle(bundle: Path) -> None:
+    facts = {"bytes": 1, "sha256": ""}
+    edit_manifest(bundle, {str(bundle / "embed.onnx"): facts})
+    with pytest.raises(BundleError, match="which leaves the bundle; refused"):
+        Bundle(bundle)
+
+
+def test_a_path_with_a_null_byte_is_refused(bundle: Path) -> None:
+    edit_manifest(bundle, {"a\0b": {"bytes": 1, "sha256": ""}})
+    with pytest.raises(BundleError):
+        Bundle(bundle)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_out_of_the_bundle_is_refused(bundle: Path, kind: str) -> None:
+    place = bundle / (LAYER if kind == "file" else "layers")
+    place.rename(bundle.parent / "moved")
+    place.symlink_to(bundle.parent / "moved")
+    with pytest.raises(BundleError, match="which leaves the bundle; refused"):
+        Bundle(bundle)
+
+
+def test_a_link_to_the_bundle_opens(bundle: Path) -> None:
+    link = bundle.parent / "link"
+    link.symlink_to(bundle)
+    assert Bundle(link).verified(LAYER) == link / LAYER
+
+
+def test_facts_are_size_and_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    facts = file_facts(tmp_path / "x")
+    assert facts.bytes == 3
+    assert facts.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_files_are_listed_by_posix_path_without_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    for name in ("a/b/c.onnx", "d.json", "dash.json"):
+        (tmp_path / name).write_text(name)
+    assert sorted(list_files(tmp_path)) == ["a/b/c.onnx", "d.json"]
+
+
+# Writing
+
+
+def write(folder: Path, content: str = "new", overwrite: bool = False) -> None:
+    with writing(folder, overwrite=overwrite) as temporary:
+        (temporary / "layers").mkdir()
+        (temporary / "dash.json").write_text(content)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An existing bundle (as far as `writing` looks)."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "dash.json").write_text("old")
+    (folder / "stale.onnx").write_text("stale")
+    return folder
+
+
+def test_a_bundle_appears_when_the_block_succeeds(tmp_path: Path) -> None:
+    folder = tmp_path / "a/b/out"
+    with writing(folder, overwrite=False) as temporary:
+        assert temporary.parent == folder.parent  # a rename, not a copy
+        (temporary / "dash.json").write_text("new")
+        assert not folder.exists()
+    assert (folder / "dash.json").read_text() == "new"
+    assert os.listdir(folder.parent) == ["out"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_error_leaves_no_destination_and_no_temporary(
+    tmp_path: Path, error: BaseException
+) -> None:
+    with pytest.raises(type(error)), writing(tmp_path / "out", overwrite=False) as temporary:
+        (temporary / "dash.json").write_text("new")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_bundle_as_it_was(old: Path, error: BaseException) -> None:
+    before = snapshot(old.parent)
+    with pytest.raises(type(error)), writing(old, overwrite=True) as temporary:
+        (temporary / "dash.json").write_text("new")
+        raise error
+    assert snapshot(old.parent) == before
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
+def test_a_failure_between_the_two_renames_brings_the_old_bundle_back(
+    old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = snapshot(old.parent)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)):
+        write(old, overwrite=True)
+    assert snapshot(old.parent) == before
+
+
+def test_overwrite_replaces_the_whole_folder(old: Path) -> None:
+    write(old, overwrite=True)
+    assert snapshot(old) == {"layers": "", "dash.json": b"new"}
+    assert os.listdir(old.parent) == ["out"]
+
+
+def test_the_old_bundle_stays_until_the_new_one_is_complete(old: Path) -> None:
+    with writing(old, overwrite=True) as temporary:
+        assert (old / "dash.json").read_text() == "old"
+        (temporary / "dash.json").write_text("new")
+        assert (old / "dash.json").read_text() == "old"
+    assert (old / "dash.json").read_text() == "new"
+
+
+def test_an_existing_bundle_is_refused_without_overwrite(old: Path) -> None:
+    before = snapshot(old.parent)
+    with pytest.raises(BundleError, match=f"{old} exists; pass --overwrite"):
+        write(old)
+    with pytest.raises(BundleError, match="pass --overwrite"):
+        check_destination(old, overwrite=False)
+    assert snapshot(old.parent) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str, overwrite: bool) -> None:
+    place = tmp_path / "out"
+    if kind == "folder":
+        place.mkdir()
+        (place / "thesis.tex").write_text("precious")
+    elif kind == "file":
+        place.write_text("precious")
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    before = snapshot(tmp_path)
+    with pytest.raises(BundleError, match=f"{place} exists and is not a bundle"):
+        write(place, overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_destination_that_appears_during_the_block_is_not_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    with pytest.raises(BundleError, match="is not a bundle"), writing(place, overwrite=True) as new:
+        (new / "dash.json").write_text("new")
+        place.mkdir()
+        (place / "thesis.tex").write_text("precious")
+    assert snapshot(tmp_path) == {"out": "", "out/thesis.tex": b"precious"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_is_filled(tmp_path: Path, overwrite: bool) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    write(place, overwrite=overwrite)
+    assert snapshot(tmp_path) == {"out": "", "out/layers": "", "out/dash.json": b"new"}
+
+
+def test_a_relative_destination_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("out"))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_destination_behind_a_link_is_replaced_or_refused_but_nothing_is_left_half_done(
+    old: Path,
+) -> None:
+    link = old.parent / "link"
+    link.symlink_to(old)
+    before = snapshot(old.parent)
+    try:
+        write(link, overwrite=True)
+    except BundleError:
+        assert snapshot(old.parent) == before
+    else:
+        assert (link / "dash.json").read_text() == "new"
+        assert sorted(os.listdir(old.parent)) == ["link", "out"]
+
+
+def test_a_destination_below_a_file_is_a_bundle_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError):
+        write(tmp_path / "file/out")

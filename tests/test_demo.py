@@ -1,0 +1,165 @@
+"""The claims of the README on the demo model, SmolLM2-135M-Instruct from its GGUF file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import dash_onnx
+from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.reference import streamed_model
+from dash_onnx.exporters.sources import open_source
+from dash_onnx.runtime.engine import Model
+
+pytestmark = pytest.mark.demo
+
+PROMPTS = (
+    "The lighthouse keeper",
+    "In 1969, the first",
+    "def fibonacci(n):",
+    "The capital of Italy is",
+    "Water boils at",
+)
+
+
+@pytest.fixture(scope="module")
+def model(demo_bundle: Path) -> Model:
+    return dash_onnx.load(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def unrounded(demo_gguf: Path) -> PreTrainedModel:
+    """transformers in FP32 with the weights as the source has them."""
+    return streamed_model(open_source(str(demo_gguf), REGISTRY))
+
+
+@pytest.fixture(scope="module")
+def rounded(demo_gguf: Path) -> PreTrainedModel:
+    """transformers in FP32 with the weights rounded to FP16, as the bundle stores them."""
+    source = open_source(str(demo_gguf), REGISTRY)
+    model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    state = {name: source.weights[name].half().float() for name, _ in model.named_parameters()}
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def text_ids(model: Model) -> np.ndarray:
+    """256 tokens of text that the model wrote itself."""
+    steps = model.generate_step(
+        model.text.encode(PROMPTS[0]), max_new_tokens=252, ignore_eos=True, temperature=0.8, seed=1
+    )
+    ids = [*model.text.encode(PROMPTS[0]).tolist(), *(step.token for step in steps)]
+    return np.array(ids[:256])
+
+
+def reference_logits(model: PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+def mean_kl(reference: np.ndarray, other: np.ndarray) -> float:
+    p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (reference, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_prefill_equals_transformers(
+    model: Model, rounded: PreTrainedModel, text_ids: np.ndarray
+) -> None:
+    wanted = reference_logits(rounded, text_ids)
+    assert np.abs(model.logits(text_ids, policy="full") - wanted).max() <= 2e-3
+
+
+def test_decode_equals_transformers(
+    model: Model, rounded: PreTrainedModel, text_ids: np.ndarray
+) -> None:
+    wanted = reference_logits(rounded, text_ids)[16:]
+    got = np.stack([row.copy() for row, _ in model.teacher_forced(text_ids, "full", 16)])
+    assert np.abs(got - wanted).max() <= 2e-3
+
+
+def test_rounding_the_weights_to_fp16_loses_nothing(
+    model: Model, unrounded: PreTrainedModel, text_ids: np.ndarray
+) -> None:
+    wanted = reference_logits(unrounded, text_ids)
+    assert mean_kl(wanted, model.logits(text_ids, policy="full")) <= 1e-4
+
+
+def test_greedy_tokens_equal_transformers(model: Model, rounded: PreTrainedModel) -> None:
+    for prompt in PROMPTS:
+        ids = model.text.encode(prompt)
+        with torch.inference_mode():
+            wanted = rounded.generate(
+                torch.from_numpy(ids)[None],
+                attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
+                do_sample=False,
+                max_new_tokens=64,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(ids) :]
+        steps = model.generate_step(ids, policy="full", max_new_tokens=64, ignore_eos=True)
+        assert [step.token for step in steps] == wanted.tolist(), prompt
+
+
+def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
+    model: Model, text_ids: np.ndarray
+) -> None:
+    full = model.logits(text_ids, policy="full")
+    assert mean_kl(full, model.logits(text_ids, policy="int8")) <= 0.005
+    int4 = mean_kl(full, model.logits(text_ids, policy="int4"))
+    assert 0.005 < int4 <= 0.2  # plain rounding: 0.27 on WikiText-2
+
+
+def test_the_demo_question_is_answered(model: Model) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert "Paris" in model.chat(question, max_new_tokens=32)
+
+
+def test_tokenizer_agrees_with_itself_on_many_scripts(model: Model) -> None:
+    text = "In 2024, 3.14 ≈ π; naïve café — 東京 и Москва 👩‍🚀\n\tdef f(x):  return x"
+    assert model.text.decode(model.text.encode(text).tolist()) == text
+    # One digit, one token: the `smollm` pre-tokenizer.
+    assert [model.text.token(i) for i in model.text.encode("2024")] == list("2024")
+
+
+def test_export_stays_within_time_and_memory(model: Model) -> None:
+    facts = model.manifest.export
+    assert facts.seconds <= 120
+    assert facts.peak_rss_bytes <= 2.5e9
+
+
+def fresh_process(code: str) -> dict:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return json.loads(result.stdout)
+
+
+def test_import_and_load_are_quick_and_without_torch(demo_bundle: Path) -> None:
+    code = f"""
+import json, sys, time
+start = time.perf_counter()
+import dash_onnx.runtime.engine
+imported = time.perf_counter() - start
+model = dash_onnx.load({str(demo_bundle)!r})
+step = next(model.generate_step(range(10, 42), policy="int4", prefill="int4"))
+first = time.perf_counter() - start - imported
+start = time.perf_counter()
+model = dash_onnx.load({str(demo_bundle)!r})
+model.preload()
+print(json.dumps({{"imported": imported, "first": first, "all": time.perf_counter() - start,
+                   "torch": "torch" in sys.modules}}))
+"""
+    best = min((fresh_process(code) for _ in range(3)), key=lambda run: run["all"])
+    assert not best["torch"]
+    assert best["imported"] <= 0.5
+    assert best["first"] <= 1.0  # lazily, first token of an all-int4 run
+    assert best["all"] <= 3.0  # every variant

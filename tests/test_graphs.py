@@ -1,0 +1,93 @@
+"""Graphs keep the contract; those built for CUDA run too (here on the CPU, in FP16)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import save_tiny
+
+from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.exporters.measure import Runner, relative_errors
+from dash_onnx.runtime.engine import Model
+
+
+def declared(graph: onnx.GraphProto) -> list[list[tuple[str, str, list]]]:
+    return [
+        [
+            (
+                value.name,
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+                [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim],
+            )
+            for value in side
+        ]
+        for side in (graph.input, graph.output)
+    ]
+
+
+def contract(ports: Ports) -> list[list[tuple[str, str, list]]]:
+    return [
+        [(p.name, p.dtype, list(p.shape)) for p in side] for side in (ports.inputs, ports.outputs)
+    ]
+
+
+def test_every_graph_declares_the_ports_of_the_contract(
+    tiny_bundle: Path, tiny_model: Model
+) -> None:
+    dims = tiny_model.manifest.dims
+    paths = sorted(tiny_bundle.rglob("*.onnx"))
+    assert len(paths) == 1 + 3 + 4 * 4
+    for path in paths:
+        ports = {"embed": embed_ports, "head": head_ports}.get(
+            path.relative_to(tiny_bundle).parts[0].removesuffix(".onnx"), layer_ports
+        )(dims)
+        assert declared(onnx.load(path, load_external_data=False).graph) == contract(ports), path
+
+
+def test_weights_are_external_and_inside_the_bundle(tiny_bundle: Path) -> None:
+    for path in tiny_bundle.rglob("*.onnx"):
+        large = [
+            t
+            for t in onnx.load(path, load_external_data=False).graph.initializer
+            if np.prod(t.dims) > 1024
+        ]
+        for tensor in large:
+            places = {entry.key: entry.value for entry in tensor.external_data}
+            assert places["location"] == path.name + ".data"
+
+
+@pytest.fixture(scope="module")
+def cuda_bundle(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., Path]) -> Path:
+    source = save_tiny(tmp_path_factory.mktemp("s") / "m", initializer_range=0.08)
+    return export_tiny(source, device="cuda")
+
+
+def test_graphs_for_cuda_compute_in_fp16_and_agree_with_fp32(
+    cuda_bundle: Path, tmp_path: Path, export_tiny: Callable[..., Path]
+) -> None:
+    from dash_onnx.bundle import Bundle
+
+    manifest = Bundle(cuda_bundle).manifest
+    assert (manifest.target.device, manifest.target.dtype) == ("cuda", "float16")
+    cpu = export_tiny(save_tiny(tmp_path / "m", initializer_range=0.08))
+    runners = {}
+    for name, folder in (("cuda", cuda_bundle), ("cpu", cpu)):
+        facts = Bundle(folder).manifest
+        spec = type("Spec", (), {"facts": facts.model, "rope": facts.rope})()
+        runners[name] = (Runner(spec, "cpu"), folder)
+    ids = np.random.default_rng(0).integers(2, 384, (2, 24))
+    outputs = {}
+    for name, (runner, folder) in runners.items():
+        hidden = runner.embed(folder / "embed.onnx", ids)
+        outputs[name] = {
+            action: runner.layer(folder / f"layers/00/{action}.onnx", hidden)
+            for action in ("full", "int8", "int4", "skip")
+        }
+        assert hidden.dtype == (np.float16 if name == "cuda" else np.float32)
+    for action, wanted in outputs["cpu"].items():
+        error = relative_errors(wanted, {action: outputs["cuda"][action]})[action]
+        assert error < 0.01, (action, error)

@@ -1,0 +1,280 @@
+"""What an import loads, and what is refused with a remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import dash_onnx
+from dash_onnx.errors import DeviceError
+from dash_onnx.runtime import ort
+from dash_onnx.runtime.engine import Model
+
+ROOT = Path(__file__).parent.parent
+EXPORT_ONLY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")
+
+BLOCK = f"import sys\nfor name in {EXPORT_ONLY!r}: sys.modules[name] = None\n"
+REPORT = (
+    "import json\n"
+    "roots = {name.partition('.')[0] for name, module in sys.modules.items() if module}\n"
+    "print(json.dumps([result, sorted(roots)]))\n"
+)
+GENERATE = (
+    "from dash_onnx.runtime.engine import load\n"
+    "model = load(sys.argv[1], threads=1)\n"
+    "steps = model.generate_step([10, 20, 30], policy='random:1', max_new_tokens=6,"
+    " ignore_eos=True)\n"
+    "result = [step.token for step in steps]\n"
+    "result.append(model.generate('the ships', max_new_tokens=3))\n"
+    "result.append(model.chat([{'role': 'user', 'content': 'Hi'}], max_new_tokens=3))\n"
+)
+
+
+def python(
+    code: str, *arguments: object, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def report(code: str, *arguments: object) -> tuple[list, set[str]]:
+    """Runs code that sets `result`; returns it with the roots of all loaded modules."""
+    done = python(code + REPORT, *arguments)
+    assert done.returncode == 0, done.stderr
+    result, roots = json.loads(done.stdout)
+    return result, set(roots)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Model) -> list:
+    """What `GENERATE` gives in this process."""
+    steps = tiny_model.generate_step(
+        [10, 20, 30], policy="random:1", max_new_tokens=6, ignore_eos=True
+    )
+    return [
+        *(step.token for step in steps),
+        tiny_model.generate("the ships", max_new_tokens=3),
+        tiny_model.chat([{"role": "user", "content": "Hi"}], max_new_tokens=3),
+    ]
+
+
+@pytest.mark.parametrize("name", ["exporters", "runtime"])
+@pytest.mark.parametrize("form", ["import {}", "from {} import engine, export"])
+def test_a_bare_import_from_the_repository_is_refused(name: str, form: str) -> None:
+    done = python(form.format(name), cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: import it as dash_onnx.{name}: a second copy would not share its classes"
+    )
+
+
+def test_the_runtime_generates_where_the_exporters_packages_are_missing(
+    tiny_bundle: Path, expected: list
+) -> None:
+    result, roots = report(BLOCK + GENERATE, tiny_bundle)
+    assert result == expected
+    assert not roots & set(EXPORT_ONLY)
+
+
+def test_the_runtime_does_not_load_the_exporters_packages_where_they_are_installed(
+    tiny_bundle: Path, expected: list
+) -> None:
+    result, roots = report("import sys\n" + GENERATE, tiny_bundle)
+    assert result == expected
+    assert not roots & set(EXPORT_ONLY)
+
+
+@pytest.mark.parametrize("module", ["run", "eval"])
+def test_the_tools_of_the_runtime_do_without_the_exporters_packages(module: str) -> None:
+    code = (
+        f"from dash_onnx.cli.{module} import main\nimport dash_onnx.runtime.evaluate\nresult = []\n"
+    )
+    _, roots = report(BLOCK + code)
+    assert not roots & set(EXPORT_ONLY)
+
+
+def test_importing_the_package_loads_neither_runtime_nor_exporters() -> None:
+    _, roots = report("import sys\nimport dash_onnx\nresult = dash_onnx.__version__\n")
+    assert not roots & {*EXPORT_ONLY, "onnxruntime", "tokenizers", "numpy", "jinja2"}
+
+
+def test_the_package_offers_load_and_model() -> None:
+    from dash_onnx.runtime import engine
+
+    assert dash_onnx.load is engine.load
+    assert dash_onnx.Model is engine.Model
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        dash_onnx.lode  # noqa: B018
+
+
+def test_every_exported_name_exists() -> None:
+    assert all(hasattr(dash_onnx, name) for name in dash_onnx.__all__)
+
+
+# ONNX Runtime
+
+find = ort.onnxruntime.__wrapped__  # past the cache, which others have filled
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that these distributions are installed, and which version is imported."""
+
+    def pretend(*distributions: str, version: str | None) -> None:
+        present = dict.fromkeys(distributions, version)
+        monkeypatch.setattr(ort, "_version", present.get)
+        module = None
+        if version is not None:
+            module = ModuleType("onnxruntime")
+            module.__version__ = version  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "onnxruntime", module)
+
+    return pretend
+
+
+@pytest.fixture
+def providers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that ONNX Runtime has these providers."""
+
+    def pretend(*names: str) -> None:
+        module = SimpleNamespace(get_available_providers=lambda: list(names))
+        monkeypatch.setattr(ort, "onnxruntime", lambda: module)
+
+    return pretend
+
+
+def test_the_installed_onnxruntime_is_found_and_new_enough() -> None:
+    assert find() is sys.modules["onnxruntime"]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
+def test_either_package_alone_will_do(installed: Callable[..., None], name: str) -> None:
+    installed(name, version="1.24.0")
+    assert find() is sys.modules["onnxruntime"]
+
+
+def test_both_packages_at_once_are_refused(installed: Callable[..., None]) -> None:
+    installed("onnxruntime", "onnxruntime-gpu", version="1.30.0")
+    with pytest.raises(DeviceError, match="`pip uninstall onnxruntime onnxruntime-gpu`"):
+        find()
+
+
+def test_a_missing_onnxruntime_is_told_with_the_extra_to_install(
+    installed: Callable[..., None],
+) -> None:
+    installed(version=None)
+    with pytest.raises(DeviceError, match=r"not installed: `pip install 'dash-onnx\[cpu\]'`"):
+        find()
+
+
+@pytest.mark.parametrize("version", ["1.23.2", "1.9.0", "0.99.0", "1.23"])
+def test_an_old_onnxruntime_is_refused_with_the_version_wanted(
+    installed: Callable[..., None], version: str
+) -> None:
+    installed("onnxruntime", version=version)
+    with pytest.raises(DeviceError, match=f"Runtime {version} is too old; .*'onnxruntime>=1.24'"):
+        find()
+
+
+@pytest.mark.parametrize("version", ["1.23.2"])
+def test_an_old_gpu_package_is_not_mended_by_installing_the_other_one(
+    installed: Callable[..., None], version: str
+) -> None:
+    installed("onnxruntime-gpu", version=version)
+    with pytest.raises(DeviceError, match="'onnxruntime-gpu>=1.24'"):
+        find()
+
+
+@pytest.mark.parametrize("version", ["1.24.0", "1.24", "1.100.0", "2.0.0", "1.25.0.dev20260101"])
+def test_newer_versions_are_compared_as_numbers(version: str) -> None:
+    ort.check_version(version)
+
+
+def test_a_failure_is_not_remembered(installed: Callable[..., None]) -> None:
+    ort.onnxruntime.cache_clear()
+    installed(version=None)
+    with pytest.raises(DeviceError):
+        ort.onnxruntime()
+    installed("onnxruntime", version="1.24.0")
+    try:
+        assert ort.onnxruntime() is sys.modules["onnxruntime"]
+    finally:
+        ort.onnxruntime.cache_clear()
+
+
+def test_the_cpu_is_available_here() -> None:
+    ort.check_device("cpu")
+
+
+@pytest.mark.parametrize("device", ["tpu", "CPU", "", "cuda:0"])
+def test_an_unknown_device_is_refused_with_the_known_ones(device: str) -> None:
+    with pytest.raises(DeviceError, match=f"unknown device '{device}'; choose from cpu, cuda"):
+        ort.check_device(device)
+
+
+def test_a_device_that_onnxruntime_lacks_is_refused_with_the_remedy(
+    providers: Callable[..., None],
+) -> None:
+    providers("AzureExecutionProvider", "CPUExecutionProvider")
+    ort.check_device("cpu")
+    with pytest.raises(DeviceError, match=r"\(it has cpu\); for cuda, install dash-onnx\[gpu\]"):
+        ort.check_device("cuda")
+
+
+def test_cuda_is_taken_where_onnxruntime_has_it(providers: Callable[..., None]) -> None:
+    providers("CUDAExecutionProvider", "CPUExecutionProvider")
+    ort.check_device("cuda")
+
+
+def test_loading_on_an_unknown_device_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(DeviceError, match="unknown device 'tpu'"):
+        dash_onnx.load(tiny_bundle, device="tpu")  # type: ignore[arg-type]
+
+
+def test_a_second_size_of_the_thread_pool_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    module = SimpleNamespace(set_global_thread_pool_sizes=lambda *pair: sizes.append(pair))
+    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ort.use_global_threads(3)
+        ort.use_global_threads(3)
+        ort.use_global_threads(None)
+    with pytest.warns(RuntimeWarning, match="threads=2 ignored: .* has 3 threads"):
+        ort.use_global_threads(2)
+    assert sizes == [(3, 1)]
+
+
+def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: int) -> None:
+        raise RuntimeError("no threads")
+
+    module = SimpleNamespace(set_global_thread_pool_sizes=fail)
+    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    with pytest.raises(RuntimeError):
+        ort.use_global_threads(3)
+    sizes: list[tuple[int, int]] = []
+    module.set_global_thread_pool_sizes = lambda *pair: sizes.append(pair)
+    ort.use_global_threads(3)
+    assert sizes == [(3, 1)]
+
+
+def test_a_graph_that_onnxruntime_cannot_load_is_a_bundle_error(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(dash_onnx.DashError, match=f"ONNX Runtime cannot load {path}: ") as caught:
+        ort.create_session(path, "cpu")
+    assert "\n" not in str(caught.value)

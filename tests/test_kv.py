@@ -1,0 +1,104 @@
+"""After any mixture of actions the K/V cache is what a slow reference holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from slow_layer import SlowModel
+from transformers import LlamaForCausalLM
+
+from dash_onnx.exporters.quantize import Quantized, dequantize
+from dash_onnx.manifest import Manifest
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.engine import Model
+
+LAYERS = 4
+NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+actions = st.sampled_from(["full", "int8", "int4", "skip"])
+running = st.sampled_from(["full", "int8", "int4"])
+paths = st.tuples(running, *[actions] * (LAYERS - 1))
+
+
+def stored_weights(bundle: Path, manifest: Manifest, layer: int, action: str) -> dict:
+    """The weights that a layer graph really holds, as matrices `[N, K]`."""
+    graph = onnx.load(bundle / f"layers/{layer:02d}/{action}.onnx").graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    if action == "full":
+        return {n: torch.from_numpy(arrays[f"{n}.weight"].astype(np.float32).T) for n in NAMES}
+    bits, block = {"int8": 8, "int4": 4}[action], manifest.target.block_size
+    facts = manifest.model
+    width = {"o_proj": facts.num_heads * facts.head_dim, "down_proj": facts.intermediate_size}
+    result = {}
+    for name in NAMES:
+        values, scales = arrays[f"{name}.values"], arrays[f"{name}.scales"]
+        shape = (values.shape[0], width.get(name, facts.hidden_size))
+        zeros = arrays.get(f"{name}.zero_points")
+        result[name] = dequantize(Quantized(values, scales, zeros, shape, bits, block))
+    return result
+
+
+@pytest.fixture(scope="module")
+def slow(tiny_folder: Path, tiny_bundle: Path, tiny_model: Model) -> SlowModel:
+    manifest = tiny_model.manifest
+    weights = {
+        action: [stored_weights(tiny_bundle, manifest, i, action) for i in range(LAYERS)]
+        for action in ("full", "int8", "int4")
+    }
+    reference = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return SlowModel(reference, weights, manifest)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompt=st.lists(st.integers(2, 383), min_size=1, max_size=20),
+    prefill=running,
+    decoded=st.lists(st.tuples(st.integers(2, 383), paths), max_size=8),
+    kept=st.floats(0, 1),
+    again=st.lists(st.tuples(st.integers(2, 383), paths), max_size=4),
+)
+def test_kv_after_any_mixture_of_actions(
+    slow: SlowModel,
+    tiny_model: Model,
+    prompt: list[int],
+    prefill: str,
+    decoded: list[tuple[int, tuple[str, ...]]],
+    kept: float,
+    again: list[tuple[int, tuple[str, ...]]],
+) -> None:
+    """Prefill, decode, forget a part, decode on; hidden states and K/V are compared."""
+    slow.__init__(slow.model, slow.weights, slow.manifest)  # type: ignore[misc]
+    lane = Lane(tiny_model._sessions)
+    lane.prefill(np.array(prompt), (prefill,) * LAYERS, "full")
+    for token in prompt:
+        hidden = slow.token(token, (prefill,) * LAYERS)
+    for part in (decoded, again):
+        for token, path in part:
+            lane.decode(token, path, "full")
+            hidden = slow.token(token, path)
+        assert lane.length == len(slow.keys[0])
+        compare(lane, slow)
+        if part is decoded:
+            length = max(1, int(kept * lane.length))
+            lane.truncate(length)
+            for layer in range(LAYERS):
+                del slow.keys[layer][length:], slow.values[layer][length:]
+    if again:
+        got = lane._single.final.array[0, 0]
+        np.testing.assert_allclose(got, hidden.numpy(), rtol=2e-4, atol=2e-4)
+
+
+def compare(lane: Lane, slow: SlowModel) -> None:
+    for layer in range(LAYERS):
+        for buffer, rows in (
+            (lane.kv.keys[layer], slow.keys[layer]),
+            (lane.kv.values[layer], slow.values[layer]),
+        ):
+            got = buffer.array[0, :, : lane.length]
+            np.testing.assert_allclose(got, torch.stack(rows, 1).numpy(), rtol=2e-4, atol=2e-4)

@@ -1,0 +1,125 @@
+"""The wheel: what is in it, and that it runs where it is unpacked."""
+
+from __future__ import annotations
+
+import configparser
+import email
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dash_onnx
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist, and a wheel built from it, made offline from a copy of the sources."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("dash_onnx", "exporters", "runtime"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    out = source / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> zipfile.ZipFile:
+    """The only wheel."""
+    (path,) = dist.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def read(wheel: zipfile.ZipFile, name: str) -> str:
+    (path,) = [path for path in wheel.namelist() if path.endswith(f".dist-info/{name}")]
+    return wheel.read(path).decode("utf-8")
+
+
+def test_the_distributions_carry_name_and_version(dist: Path) -> None:
+    assert sorted(path.name for path in dist.iterdir()) == [
+        f"dash_onnx-{dash_onnx.__version__}-py3-none-any.whl",
+        f"dash_onnx-{dash_onnx.__version__}.tar.gz",
+    ]
+
+
+def test_the_wheel_holds_every_module_of_the_sources_and_nothing_else(
+    wheel: zipfile.ZipFile,
+) -> None:
+    modules = {
+        f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, target in (
+            ("dash_onnx", "dash_onnx"),
+            ("exporters", "dash_onnx/exporters"),
+            ("runtime", "dash_onnx/runtime"),
+        )
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {
+        "dash_onnx/exporters/export.py",
+        "dash_onnx/exporters/architectures/llama.py",
+        "dash_onnx/runtime/engine.py",
+        "dash_onnx/cli/run.py",
+    } <= modules
+    assert found == {*modules, "dash_onnx/py.typed"}
+
+
+def test_the_wheel_installs_one_top_level_package(wheel: zipfile.ZipFile) -> None:
+    roots = {name.partition("/")[0] for name in wheel.namelist()}
+    assert roots == {"dash_onnx", f"dash_onnx-{dash_onnx.__version__}.dist-info"}
+    assert read(wheel, "top_level.txt").split() == ["dash_onnx"]
+
+
+def test_the_wheel_installs_three_tools_and_none_that_shadows_the_shell(
+    wheel: zipfile.ZipFile,
+) -> None:
+    entries = configparser.ConfigParser()
+    entries.read_string(read(wheel, "entry_points.txt"))
+    assert entries.sections() == ["console_scripts"]
+    assert dict(entries["console_scripts"]) == {
+        "dash-export": "dash_onnx.cli.export:main",
+        "dash-run": "dash_onnx.cli.run:main",
+        "dash-eval": "dash_onnx.cli.eval:main",
+    }
+
+
+def test_the_wheel_requires_the_runtime_only(wheel: zipfile.ZipFile) -> None:
+    metadata = email.message_from_string(read(wheel, "METADATA"))
+    base = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {line.partition(">")[0] for line in base} == {"numpy", "tokenizers", "jinja2", "tqdm"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Apache License" in read(wheel, "licenses/LICENSE")
+
+
+def test_an_unpacked_wheel_generates_from_a_bundle(
+    wheel: zipfile.ZipFile, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    code = (
+        "import sys, dash_onnx, dash_onnx.runtime.engine as engine\n"
+        "print(engine.__file__)\n"
+        "model = dash_onnx.load(sys.argv[1], threads=1)\n"
+        "print(sum(1 for _ in model.generate_step([5, 6], max_new_tokens=3, ignore_eos=True)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_bundle)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / "dash_onnx/runtime/engine.py"), "3"]

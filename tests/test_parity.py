@@ -1,0 +1,107 @@
+"""All layers `full` equal transformers; GQA, MHA, tied, llama-3 RoPE; prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LLAMA3_ROPE, save_tiny
+from transformers import LlamaForCausalLM
+
+import dash_onnx
+from dash_onnx.runtime import dispatch
+from dash_onnx.runtime.engine import Model
+
+CONFIGS: dict[str, dict] = {
+    "gqa-untied": {},
+    "mha-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "mqa": {"num_key_value_heads": 1},
+    "llama3-rope": {"rope_parameters": LLAMA3_ROPE},
+    "linear-rope": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
+    "yarn-rope": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "wide-head": {"head_dim": 32},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+LENGTHS = (1, 2, 37, 200)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    export_tiny: Callable[..., Path],
+) -> tuple[Model, LlamaForCausalLM]:
+    overrides = CONFIGS[request.param]
+    folder = save_tiny(tmp_path_factory.mktemp("source") / "m", seed=3, **overrides)
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return dash_onnx.load(export_tiny(folder)), reference
+
+
+def random_ids(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(2, 384, count)
+
+
+def reference_logits(model: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_prefill_equals_transformers(pair: tuple[Model, LlamaForCausalLM], length: int) -> None:
+    model, reference = pair
+    ids = random_ids(length, length)
+    wanted = reference_logits(reference, ids)
+    assert np.abs(wanted).max() > 0.5  # the comparison means something
+    np.testing.assert_allclose(model.logits(ids, policy="full"), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", LENGTHS[:-1])
+def test_decode_after_prefill_equals_transformers(
+    pair: tuple[Model, LlamaForCausalLM], prompt: int
+) -> None:
+    model, reference = pair
+    ids = random_ids(prompt + 12, prompt)
+    wanted = reference_logits(reference, ids)[prompt:]
+    got = [row.copy() for row, _ in model.teacher_forced(ids, "full", prompt)]
+    np.testing.assert_allclose(np.stack(got), wanted, atol=1e-4)
+
+
+def test_a_prompt_in_chunks_equals_one_in_a_single_run(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(101)
+    whole = tiny_model.logits(ids, policy="full")
+    monkeypatch.setattr(dispatch, "PREFILL_CHUNK", 25)  # the last chunk is a single token
+    np.testing.assert_allclose(tiny_model.logits(ids, policy="full"), whole, atol=1e-5)
+
+
+def test_a_cache_that_grows_keeps_its_content(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = random_ids(150)
+    wanted = tiny_model.logits(ids, policy="full")
+    monkeypatch.setattr("dash_onnx.runtime.kv._FIRST_CAPACITY", 16)
+    got = [row.copy() for row, _ in tiny_model.teacher_forced(ids, "full", 10)]
+    np.testing.assert_allclose(np.stack(got), wanted[10:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("policy", "bound"), [("int8", 0.03), ("int4", 0.4)])
+def test_quantized_paths_stay_near_the_reference(
+    tiny_model: Model, policy: str, bound: float
+) -> None:
+    ids = random_ids(64)
+    full = tiny_model.logits(ids, policy="full")
+    error = np.linalg.norm(tiny_model.logits(ids, policy=policy) - full) / np.linalg.norm(full)
+    assert 0 < error < bound

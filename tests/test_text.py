@@ -1,0 +1,475 @@
+"""Text in and out: tokens, chat templates, streaming, stop strings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from dash_onnx.bundle import Bundle, list_files
+from dash_onnx.errors import BundleError, PolicyError, SourceError
+from dash_onnx.records import to_json
+from dash_onnx.runtime.generate import Chunk, FinishReason, Step, stream
+from dash_onnx.text import Detokenizer, TextCodec, read_text
+
+UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))
+WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "ﷺ", "\U0010ffff"]
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_bundle: Path) -> TextCodec:
+    """Byte-level BPE; each letter of an English sentence may be merged into words."""
+    return TextCodec(Bundle(tiny_bundle))
+
+
+@pytest.fixture(scope="module")
+def fallback_codec(tiny_bundle: Path) -> TextCodec:
+    """A codec as Llama 2 has it: words start with U+2581, unknown characters become bytes."""
+    vocab = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdef", "\u2581a"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(vocab)},
+            merges=[("\u2581", "a")],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    codec = TextCodec(Bundle(tiny_bundle))
+    codec.tokenizer = tokenizer
+    return codec
+
+
+@pytest.fixture
+def chat(tiny_bundle: Path) -> TextCodec:
+    """A codec whose template a test may replace."""
+    return TextCodec(Bundle(tiny_bundle))
+
+
+def replaced(source: Path, target: Path, files: dict[str, str | None]) -> Bundle:
+    """A copy of a bundle with other text files, checksums in order; None leaves one out."""
+    folder = Path(shutil.copytree(source, target))
+    for name, content in files.items():
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content, "utf-8")
+    manifest = json.loads((folder / "dash.json").read_text("utf-8"))
+    manifest["files"] = to_json(list_files(folder))
+    (folder / "dash.json").write_text(json.dumps(manifest), "utf-8")
+    return Bundle(folder)
+
+
+def pieces(codec: TextCodec, ids: Sequence[int]) -> list[str]:
+    detokenizer = Detokenizer(codec)
+    return [*(detokenizer.add(token) for token in ids), detokenizer.finish()]
+
+
+# Tokens
+
+
+@given(UNICODE)
+def test_decoding_undoes_encoding(codec: TextCodec, text: str) -> None:
+    assert codec.decode(codec.encode(text).tolist()) == text
+
+
+def test_ids_are_a_vector_of_int64(codec: TextCodec) -> None:
+    for ids in (codec.encode("the ships"), codec.encode(""), codec.encode_chat([])):
+        assert ids.dtype == "int64"
+        assert ids.ndim == 1
+    assert len(codec.encode("")) == 0
+
+
+def test_special_tokens_are_named_but_not_decoded(codec: TextCodec) -> None:
+    ids = codec.encode("<s>the</s>").tolist()
+    assert [codec.token(i) for i in ids] == ["<s>", "the", "</s>"]
+    assert codec.decode(ids) == "the"
+    assert codec.token(10**6) == ""
+
+
+def test_a_tokenizer_that_truncates_or_pads_does_neither_here(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_bundle / "tokenizer.json"))
+    plain = tokenizer.encode("the ships that pass").ids
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=64)
+    bundle = replaced(tiny_bundle, tmp_path / "b", {"tokenizer.json": tokenizer.to_str()})
+    assert TextCodec(bundle).encode("the ships that pass").tolist() == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "ids"),
+    [
+        ('{"eos_token_id": 7}', {7}),
+        ('{"eos_token_id": [7, 9]}', {7, 9}),
+        ('{"eos_token_id": 0}', {0}),
+        ('{"eos_token_id": null}', set()),
+        ("{}", set()),
+        (None, set()),
+    ],
+)
+def test_end_tokens_come_from_the_generation_config(
+    tiny_bundle: Path, tmp_path: Path, config: str | None, ids: set[int]
+) -> None:
+    bundle = replaced(tiny_bundle, tmp_path / "b", {"generation_config.json": config})
+    assert TextCodec(bundle).eos_token_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json is not a readable tokenizer"),
+        ("tokenizer.json", None, r"has no tokenizer\.json"),
+        ("generation_config.json", "{", r"generation_config\.json is not valid JSON"),
+        ("tokenizer_config.json", "", r"tokenizer_config\.json is not valid JSON"),
+    ],
+)
+def test_text_files_that_are_not_what_they_should_be_are_named(
+    tiny_bundle: Path, tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    bundle = replaced(tiny_bundle, tmp_path / "b", {name: content})
+    with pytest.raises(BundleError, match=message):
+        TextCodec(bundle)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read .*: No such file"),
+        (b"", "is empty"),
+        (b" \n\t", "is empty"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_a_text_file_that_cannot_be_used_is_refused(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SourceError, match=message):
+        read_text(path)
+
+
+# Chat templates
+
+
+def test_a_conversation_is_rendered_up_to_the_answer(codec: TextCodec) -> None:
+    messages = [{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": "Hi 中"}]
+    assert codec.render_chat(messages) == (
+        "<s>system\nBe\nbrief.</s>\n<s>user\nHi 中</s>\n<s>assistant\n"
+    )
+
+
+def test_a_conversation_is_encoded_as_transformers_does(
+    codec: TextCodec, tiny_folder: Path
+) -> None:
+    messages = [{"role": "user", "content": "the ships"}, {"role": "assistant", "content": "pass"}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(tiny_folder)
+    wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert codec.encode_chat(messages).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{{ messages[0]['content'] }}{{ eos_token }}",
+        "{% for m in messages %}\n  {% if loop.index > 1 %}{% break %}{% endif %}\n{{ m.role }}\n"
+        "{% endfor %}\n",
+        "{{ messages | tojson }}",
+        "{{ messages[0] | tojson(indent=2) }}",
+        "{% if tools %}{{ tools }}{% endif %}{{ messages|length }}",
+        "{{ strftime_now('%Y') }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    ],
+)
+def test_templates_mean_what_they_mean_in_transformers(
+    chat: TextCodec, tiny_folder: Path, template: str
+) -> None:
+    messages = [{"role": "user", "content": "<é> & 'x'"}, {"role": "user", "content": "2"}]
+    theirs = PreTrainedTokenizerFast.from_pretrained(tiny_folder)
+    chat.chat_template = template
+    wanted = theirs.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert chat.render_chat(messages) == wanted
+
+
+def test_a_bundle_without_template_asks_for_plain_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    codec = TextCodec(replaced(tiny_bundle, tmp_path / "b", {"chat_template.jinja": None}))
+    for render in (codec.render_chat, codec.encode_chat):
+        with pytest.raises(PolicyError, match="has no chat template; give a plain text prompt"):
+            render([{"role": "user", "content": "Hi"}])
+    assert codec.decode(codec.encode("plain").tolist()) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ messages[0].tool.name }}", "no attribute 'tool'"),
+        ("{{ messages[0]['content'] + '!' }}", "NoneType"),  # what real templates do with content
+        ("{{ messages[0]['content'].strip() }}", "NoneType|strip"),
+    ],
+)
+def test_a_template_that_fails_on_the_messages_is_a_policy_error(
+    chat: TextCodec, template: str, reason: str
+) -> None:
+    chat.chat_template = template
+    with pytest.raises(PolicyError, match=f"the chat template refuses these messages: .*{reason}"):
+        chat.render_chat([{"role": "user", "content": None}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__ }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(chat: TextCodec, template: str) -> None:
+    chat.chat_template = template
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(PolicyError, match="the chat template refuses these messages"):
+        chat.render_chat(messages)
+    assert messages == [{"role": "user", "content": "x"}]
+
+
+# Streaming
+
+
+@given(UNICODE)
+def test_streamed_pieces_join_to_the_text(codec: TextCodec, text: str) -> None:
+    found = pieces(codec, codec.encode(text).tolist())
+    assert "".join(found) == text
+    assert not any("\ufffd" in piece for piece in found)
+
+
+@given(UNICODE)
+def test_streamed_pieces_join_to_the_text_with_byte_fallback(
+    fallback_codec: TextCodec, text: str
+) -> None:
+    ids = fallback_codec.encode(text).tolist()
+    found = pieces(fallback_codec, ids)
+    assert "".join(found) == fallback_codec.decode(ids)
+    assert not any("\ufffd" in piece for piece in found)
+
+
+@pytest.mark.parametrize("text", WIDE)
+def test_a_wide_character_appears_at_once_with_its_last_byte(codec: TextCodec, text: str) -> None:
+    ids = codec.encode(text).tolist()
+    assert len(ids) == len(text.encode())  # the tokenizer has never seen it: a token per byte
+    ends = [len(text[: i + 1].encode()) - 1 for i in range(len(text))]
+    wanted = [""] * len(ids)
+    for end, character in zip(ends, text, strict=True):
+        wanted[end] = character
+    assert pieces(codec, ids) == [*wanted, ""]
+
+
+@pytest.mark.parametrize("text", [*WIDE, "ab", "the night"])
+def test_text_is_not_held_longer_than_its_characters_need(codec: TextCodec, text: str) -> None:
+    detokenizer = Detokenizer(codec)
+    ids, said = codec.encode(text).tolist(), ""
+    for count, token in enumerate(ids, 1):
+        said += detokenizer.add(token)
+        assert said == codec.decode(ids[:count]).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_an_incomplete_character_at_the_end_is_one_replacement(
+    codec: TextCodec, missing: int
+) -> None:
+    ids = codec.encode("ab😀").tolist()[:-missing]
+    found = pieces(codec, ids)
+    assert "".join(found[:-1]) == "ab"
+    assert found[-1] == "\ufffd"
+
+
+def test_finishing_twice_says_nothing_more(codec: TextCodec) -> None:
+    detokenizer = Detokenizer(codec)
+    for token in codec.encode("a😀").tolist()[:-1]:
+        detokenizer.add(token)
+    assert detokenizer.finish() == "\ufffd"
+    assert detokenizer.finish() == ""
+
+
+@pytest.mark.parametrize("text", ["\ufffd", "a\ufffd", "a\ufffdb", "\ufffd\ufffd", "a\ufffd\ufffd"])
+def test_a_replacement_character_of_the_text_itself_is_kept(codec: TextCodec, text: str) -> None:
+    assert "".join(pieces(codec, codec.encode(text).tolist())) == text
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_any_tokens_stream_to_what_they_decode_to(codec: TextCodec, data: st.DataObject) -> None:
+    size = codec.tokenizer.get_vocab_size()
+    ids = data.draw(st.lists(st.integers(0, size - 1), max_size=30))
+    assert "".join(pieces(codec, ids)) == codec.decode(ids)
+
+
+def test_special_tokens_in_an_answer_are_silent(codec: TextCodec) -> None:
+    first, rest = codec.encode("the").tolist(), codec.encode(" ships").tolist()
+    found = pieces(codec, [0, *first, 1, 0, *rest, 1])
+    assert "".join(found) == "the ships"
+
+
+# Stop strings
+
+
+class Feed:
+    """Steps as `generate_step` yields them; counts how many were taken."""
+
+    def __init__(self, ids: Sequence[int], reason: FinishReason = "length"):
+        self.taken = 0
+        self._ids = ids
+        self._reason = reason
+
+    def __iter__(self) -> Iterator[Step]:
+        for number, token in enumerate(self._ids, 1):
+            self.taken = number
+            last = number == len(self._ids)
+            yield Step(token, ("full",) * 4, float(number), self._reason if last else None)
+
+
+def split(codec: TextCodec, text: str) -> list[int]:
+    """A token per byte, whatever the tokenizer would merge."""
+    ids = [i for character in text for i in codec.encode(character).tolist()]
+    assert len(ids) == len(text.encode())
+    return ids
+
+
+def run(codec: TextCodec, feed: Feed, *stop: str) -> list[Chunk]:
+    return list(stream(codec, iter(feed), 5, stop))
+
+
+def texts(chunks: list[Chunk]) -> list[str]:
+    return [chunk.text for chunk in chunks]
+
+
+def test_chunks_carry_their_token(codec: TextCodec) -> None:
+    ids = split(codec, "abc")
+    chunks = run(codec, Feed(ids))
+    assert texts(chunks) == ["a", "b", "c"]
+    assert [chunk.token for chunk in chunks] == ids
+    assert [chunk.ms for chunk in chunks] == [1.0, 2.0, 3.0]
+    assert [chunk.generated_tokens for chunk in chunks] == [1, 2, 3]
+    assert {chunk.prompt_tokens for chunk in chunks} == {5}
+    assert {chunk.path for chunk in chunks} == {("full",) * 4}
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
+
+
+@pytest.mark.parametrize("reason", ["length", "context"])
+def test_the_last_token_is_text_unless_it_is_the_end_token(
+    codec: TextCodec, reason: FinishReason
+) -> None:
+    assert texts(run(codec, Feed(split(codec, "abc"), reason))) == ["a", "b", "c"]
+    assert texts(run(codec, Feed(split(codec, "abc"), "stop"))) == ["a", "b", ""]
+
+
+def test_a_stop_string_over_several_tokens_ends_the_text_before_it(codec: TextCodec) -> None:
+    feed = Feed(split(codec, "one END two"))
+    chunks = run(codec, feed, "END")
+    assert texts(chunks) == ["o", "n", "e", " ", "", "", ""]
+    assert chunks[-1].finish_reason == "stop"
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * 6
+    assert feed.taken == 7  # nothing is generated after it
+
+
+def test_what_turns_out_to_be_no_stop_string_is_given_back(codec: TextCodec) -> None:
+    assert texts(run(codec, Feed(split(codec, "aENbENDc")), "END")) == [
+        *("a", "", "", "ENb", "", "", ""),
+    ]
+    assert texts(run(codec, Feed(split(codec, "aEN")), "END")) == ["a", "", "EN"]
+    assert texts(run(codec, Feed([*split(codec, "aEN"), 1], "stop"), "END")) == ["a", "", "", "EN"]
+
+
+def test_a_stop_string_that_begins_inside_its_own_beginning_is_found(codec: TextCodec) -> None:
+    chunks = run(codec, Feed(split(codec, "xaabaaac")), "aaac")
+    assert "".join(texts(chunks)) == "xaab"
+    assert chunks[-1].finish_reason == "stop"
+    assert "".join(texts(run(codec, Feed(split(codec, "\n\n\n!")), "\n\n!"))) == "\n"
+
+
+def test_a_stop_string_inside_one_token_cuts_it(codec: TextCodec) -> None:
+    the = codec.tokenizer.token_to_id("the")
+    assert the is not None
+    feed = Feed([the, the])
+    chunks = run(codec, feed, "h")
+    assert texts(chunks) == ["t"]
+    assert chunks[0].finish_reason == "stop"
+    assert feed.taken == 1
+
+
+def test_the_first_of_several_stop_strings_ends_the_text(codec: TextCodec) -> None:
+    assert "".join(texts(run(codec, Feed(split(codec, "a.b!c?d")), "?", "!", "c"))) == "a.b"
+    the = codec.tokenizer.token_to_id("the")
+    assert texts(run(codec, Feed([the]), "e", "h")) == ["t"]  # the earlier, not the first listed
+    assert "".join(texts(run(codec, Feed(split(codec, "abXYc")), "XY", "bXY"))) == "a"
+
+
+def test_a_stop_string_that_needs_the_last_token_is_a_stop(codec: TextCodec) -> None:
+    chunks = run(codec, Feed(split(codec, "aEND"), "length"), "END")
+    assert "".join(texts(chunks)) == "a"
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_stop_strings_of_wide_characters(codec: TextCodec) -> None:
+    chunks = run(codec, Feed(split(codec, "中文😀好")), "😀")
+    assert "".join(texts(chunks)) == "中文"
+    assert not any("\ufffd" in chunk.text for chunk in chunks)
+    # 😁 shares three bytes with 😀, but no character
+    assert "".join(texts(run(codec, Feed(split(codec, "a😁b")), "😀"))) == "a😁b"
+
+
+def test_an_answer_that_ends_inside_a_character_says_so(codec: TextCodec) -> None:
+    assert texts(run(codec, Feed(split(codec, "a😀")[:-1]))) == ["a", "", "", "\ufffd"]
+    chunks = run(codec, Feed([*split(codec, "aE😀")[:-1], 1], "stop"), "END")
+    assert "".join(texts(chunks)) == "aE\ufffd"
+
+
+@settings(max_examples=300)
+@given(
+    st.text("abc", max_size=20),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+)
+def test_streamed_text_is_the_text_up_to_the_first_complete_stop_string(
+    codec: TextCodec, text: str, stop: list[str]
+) -> None:
+    ids = split(codec, text + "Z")
+    said, taken = text + "Z", len(ids)
+    for end in range(1, len(text) + 1):
+        complete = [word for word in stop if text[:end].endswith(word)]
+        if complete:
+            said, taken = text[: end - max(map(len, complete))], end
+            break
+    feed = Feed(ids)
+    chunks = run(codec, feed, *stop)
+    assert "".join(texts(chunks)) == said
+    assert feed.taken == len(chunks) == taken
+    assert chunks[-1].finish_reason == ("length" if taken == len(ids) else "stop")
+    # Nothing is held that cannot become a stop string.
+    for count in range(1, taken):
+        so_far = "".join(texts(chunks[:count]))
+        held = text[len(so_far) : count]
+        assert not held or any(word.startswith(held) for word in stop)
