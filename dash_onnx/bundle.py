@@ -64,7 +64,7 @@ class Bundle:
 
     def _check_inside(self, name: str) -> None:
         parts = PurePosixPath(name)
-        outside = parts.is_absolute() or ".." in parts.parts or "\\" in name or ":" in name
+        outside = parts.is_absolute() or ".." in parts.parts or any(c in name for c in "\\:\0")
         if outside or not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
             raise BundleError(f"{MANIFEST_NAME} names {name!r}, which leaves the bundle; refused")
 
@@ -84,9 +84,13 @@ class Bundle:
             raise BundleError(f"{self.folder} has no {name}; export again")
         for part in (name, data_name(name)):
             facts = self.manifest.files.get(part)
-            if facts is None or part in self._verified:
+            if part in self._verified or (facts is None and not (self.folder / part).exists()):
                 continue
-            if file_facts(self.folder / part) != facts:
+            try:
+                found = file_facts(self.folder / part)
+            except OSError as error:
+                raise BundleError(f"cannot read {self.folder / part}: {error.strerror}") from None
+            if found != facts:
                 raise BundleError(
                     f"{self.folder / part} does not match its SHA-256 in {MANIFEST_NAME}: "
                     "truncated or edited; export again"
@@ -126,9 +130,12 @@ def writing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         BundleError: see `check_destination`.
     """
     check_destination(folder, overwrite)
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write {folder}: {error.strerror}") from None
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -139,7 +146,7 @@ def writing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             folder.rename(retired)
         try:
             temporary.rename(folder)
-        except OSError:
+        except BaseException:  # Ctrl-C between the two renames
             if retired is not None:
                 retired.rename(folder)
             raise

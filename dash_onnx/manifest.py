@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from dash_onnx.actions import SKIP, Action
+from dash_onnx.actions import PRECISIONS, SKIP, Action
 from dash_onnx.contract import Dims, DType
 from dash_onnx.errors import BundleError
 from dash_onnx.records import RecordError, from_json, to_json
@@ -190,7 +190,7 @@ class Manifest:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{name} is not valid JSON ({error}); export again") from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
@@ -202,6 +202,11 @@ class Manifest:
             manifest = from_json(cls, data)
         except RecordError as error:
             raise BundleError(f"{name}: {error}; export again") from None
+        ordered = tuple(a for a in PRECISIONS if a in manifest.variants)
+        if not ordered or ordered != manifest.variants:
+            raise BundleError(f"{name}: variants must be some of {', '.join(PRECISIONS)}, in order")
+        if set(manifest.heads) != set(manifest.actions):
+            raise BundleError(f"{name}: heads must name one for each of {manifest.actions}")
         if len(manifest.layers) != manifest.model.num_layers:
             raise BundleError(
                 f"{name} describes {len(manifest.layers)} layers of {manifest.model.num_layers}"

@@ -132,15 +132,16 @@ def _parse_path(text: str, manifest: Manifest) -> Path:
     if text.startswith("@"):
         try:
             text = FilePath(text[1:]).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise PolicyError(f"cannot read the path file {text[1:]}: {error}") from None
+    limit = manifest.model.num_layers
     path: list[Action] = []
     for item in text.replace("\n", ",").split(","):
         if not item.strip():
             continue
         name, star, count = item.strip().partition("*")
-        if star and not count.isdigit():
+        if star and not count.isdecimal():
             raise PolicyError(f"{item.strip()!r}: expected ACTION*COUNT, such as int4*3")
         action = check_action(name.strip(), manifest.actions)
-        path += [action] * (int(count) if star else 1)
+        path += [action] * (min(int(count), limit + 1) if star else 1)
     return tuple(path)

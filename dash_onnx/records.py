@@ -47,7 +47,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     for name, field in fields.items():
         if name in data:
             values[name] = _value(hints[name], data[name], _join(where, name))
-        elif field.default is dataclasses.MISSING:
+        elif field.default is field.default_factory is dataclasses.MISSING:
             raise RecordError(f"missing key {_join(where, name)!r}")
     return cls(**values)
 
@@ -74,12 +74,15 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         if not isinstance(data, dict):
             raise RecordError(f"{where!r} must be an object")
         for key in data:
-            _value(args[0], key, f"{where} key")
+            _value(args[0], key, _join(where, key))
         return {key: _value(args[1], item, _join(where, key)) for key, item in data.items()}
     if dataclasses.is_dataclass(hint):
         return from_json(hint, data, where)  # type: ignore[arg-type]
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise RecordError(f"{where!r} is too large") from None
     if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
         raise RecordError(f"{where!r} must be {hint.__name__}, not {type(data).__name__}")
     return data

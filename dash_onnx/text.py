@@ -19,8 +19,6 @@ from dash_onnx.errors import BundleError, PolicyError, SourceError
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
-_REPLACEMENT = "\ufffd"
-
 
 class TextCodec:
     """Tokenizer and chat template of a bundle."""
@@ -60,27 +58,15 @@ class TextCodec:
         Raises:
             PolicyError: no template, or it refuses the messages.
         """
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=True, **self._special
+            return (
+                _template_environment()
+                .from_string(self.chat_template)
+                .render(messages=list(messages), add_generation_prompt=True, **self._special)
             )
-        except TemplateError as error:
+        except Exception as error:  # the template is the model's code: it may raise anything
             raise PolicyError(f"the chat template refuses these messages: {error}") from None
 
     def encode_chat(self, messages: Sequence[Message]) -> npt.NDArray[np.int64]:
@@ -95,6 +81,33 @@ class TextCodec:
     def token(self, token: int) -> str:
         """The vocabulary entry of an id, special tokens included."""
         return self.tokenizer.id_to_token(int(token)) or ""
+
+
+def _template_environment() -> Any:
+    """A sandbox with the functions that templates written for transformers expect."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the answer for training; here it is only its content."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2 reads it so)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
 
 
 class Detokenizer:
@@ -116,7 +129,7 @@ class Detokenizer:
         """Returns what an answer that ends inside a character still holds."""
         rest = self._tokenizer.decode(self._pending) if self._pending else ""
         self._pending = []
-        return rest if rest.strip(_REPLACEMENT) else _REPLACEMENT * bool(rest)
+        return rest
 
 
 def read_text(path: Path) -> str:

@@ -35,7 +35,7 @@ from dash_onnx.manifest import (
     Manifest,
     Target,
 )
-from dash_onnx.runtime.ort import Device, onnxruntime
+from dash_onnx.runtime.ort import Device, has_device, onnxruntime
 from dash_onnx.version import FORMAT_VERSION, __version__
 
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")
@@ -133,7 +133,10 @@ class _Run:
             self.source.name, self.source.config, self.options.max_length
         )
         self.target = self.options.target
-        self.runner = Runner(self.spec, self.options.device)
+        # Without a GPU the CPU runs graphs built for CUDA, slowly: enough to calibrate.
+        self.runner = Runner(
+            self.spec, self.options.device if has_device(self.options.device) else "cpu"
+        )
         if self.spec.facts.hidden_size % self.target.block_size:
             raise UnsupportedError(
                 f"--block-size {self.target.block_size} does not divide the hidden size "

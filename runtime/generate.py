@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -189,6 +189,16 @@ def stream(
     codec: TextCodec, steps: Iterator[Step], prompt_tokens: int, stop: tuple[str, ...]
 ) -> Iterator[Chunk]:
     """Turns tokens into text; holds back what may become a stop string."""
+    try:
+        yield from _chunks(codec, steps, prompt_tokens, stop)
+    finally:  # a stop string ends the text before the steps end
+        if isinstance(steps, Generator):
+            steps.close()
+
+
+def _chunks(
+    codec: TextCodec, steps: Iterator[Step], prompt_tokens: int, stop: tuple[str, ...]
+) -> Iterator[Chunk]:
     detokenizer = Detokenizer(codec)
     held = ""
     for count, step in enumerate(steps, 1):

@@ -55,12 +55,16 @@ class Options:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"unknown option {name!r}{hint}")
         sampling = {name: value for name, value in options.items() if name in drawn}
+        if sampling and "sampling" in options:
+            raise TypeError(f"give either sampling= or {', '.join(sampling)}, not both")
         if sampling:
             options = {n: v for n, v in options.items() if n not in drawn}
             options["sampling"] = Sampling(**sampling)
         if isinstance(options.get("stop"), str):
             options["stop"] = (options["stop"],)
         result = cls(**options)
+        if "" in result.stop:
+            raise PolicyError("an empty stop string would end every text at once")
         if result.max_new_tokens < 1:
             raise PolicyError(f"max_new_tokens={result.max_new_tokens} must be at least 1")
         return result

@@ -13,7 +13,7 @@ from dash_onnx.errors import PolicyError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. Filters apply in the order of the fields.
+    """How the next token is drawn. The penalty comes first, then temperature and filters.
 
     Attributes:
         temperature: 0 is greedy.
@@ -33,9 +33,10 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(0 <= self.temperature < np.inf, "temperature", self.temperature, "at least 0")
+        _require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
         _require(
-            self.repetition_penalty > 0,
+            0 < self.repetition_penalty < np.inf,
             "repetition_penalty",
             self.repetition_penalty,
             "more than 0",
@@ -65,7 +66,8 @@ class Sampler:
             logits = _penalized(logits, seen, options.repetition_penalty)
         if options.temperature == 0:
             return int(np.argmax(logits))
-        logits = logits.astype(np.float64) / options.temperature
+        with np.errstate(over="ignore"):  # a tiny temperature is nearly greedy
+            logits = (logits.astype(np.float64) - logits.max()) / options.temperature
         order = np.argsort(-logits, kind="stable")
         if options.top_k:
             order = order[: options.top_k]

@@ -245,7 +245,7 @@ def test_a_template_that_fails_on_the_messages_is_a_policy_error(
     [
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
         "{% include '/etc/passwd' %}",
     ],
 )

@@ -1,0 +1,719 @@
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dash_onnx.cli.run import main
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.engine import Model
+
+PROMPT = "the keeper of the lighthouse"
+QUICK = ("--max-new-tokens", "6", "--ignore-eos")
+LAYERS = 4
+RUN = "import sys; from dash_onnx.cli.run import main; sys.exit(main())"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def int4_bundle(
+    tiny_folder: Path,
+    export_tiny: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    text = tmp_path_factory.mktemp("text") / "night.txt"
+    text.write_text("the keeper of the lighthouse counts the ships in the night\n" * 24)
+    return export_tiny(tiny_folder, calibration=text, variants=("int4",))
+
+
+@pytest.fixture
+def damaged(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def run(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        return int(leave.code or 0)
+
+
+def refused(capsys: Capture, *arguments: object) -> str:
+    """The one line with which dash-run refuses: exit code 2, nothing on stdout."""
+    code = run(*arguments)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("dash-run: error: ")
+    assert captured.err.endswith("\n") and captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert code == 2
+    return captured.err
+
+
+def json_of(capsys: Capture, *arguments: object) -> dict[str, Any]:
+    assert run(*arguments, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found = json.loads(captured.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def give_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def process(*arguments: object, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    return subprocess.run(command, input=given, capture_output=True, timeout=60)
+
+
+# One prompt
+
+
+def test_text_goes_to_stdout_and_a_one_line_summary_to_stderr(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    assert run(tiny_bundle, PROMPT, *QUICK) == 0
+    captured = capsys.readouterr()
+    assert captured.out == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True) + "\n"
+    assert captured.err.count("\n") == 1
+    for part in ("6 tokens", "tokens/s", "first token after", "full 100%", "length"):
+        assert part in captured.err
+
+
+def test_json_is_one_object_with_text_and_figures(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
+    assert set(facts) == {
+        "text",
+        "finish_reason",
+        "prompt_tokens",
+        "generated_tokens",
+        "time_to_first_token_ms",
+        "ms_per_token",
+        "tokens_per_second",
+        "policy",
+        "actions",
+    }
+    assert facts["text"] == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True)
+    assert facts["finish_reason"] == "length"
+    assert facts["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
+    assert facts["generated_tokens"] == 6
+    assert facts["time_to_first_token_ms"] > 0
+    assert facts["ms_per_token"] > 0
+    assert facts["tokens_per_second"] > 0
+    assert facts["policy"] == "full"
+    assert facts["actions"] == {"full": 1.0}
+
+
+def test_a_single_token_has_no_decoding_figures(tiny_bundle: Path, capsys: Capture) -> None:
+    facts = json_of(capsys, tiny_bundle, PROMPT, "--max-new-tokens", 1, "--ignore-eos")
+    assert facts["generated_tokens"] == 1
+    assert facts["ms_per_token"] is None
+    assert facts["tokens_per_second"] is None
+    assert facts["actions"] == {}
+    assert run(tiny_bundle, PROMPT, "--max-new-tokens", 1, "--ignore-eos") == 0
+    assert "1 token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["int4", "random:5", "static:int8,skip*2,full"])
+def test_a_trace_has_a_line_for_each_token_with_its_path(
+    policy: str, tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK, "--policy", policy, "--trace", path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == facts["generated_tokens"] == 6
+    for line in lines:
+        assert set(line) == {"token", "text", "ms", "path"}
+        assert 0 <= line["token"] < 384
+        assert line["ms"] >= 0
+        assert len(line["path"]) == LAYERS
+        assert set(line["path"]) <= {"full", "int8", "int4", "skip"}
+    assert lines[0]["path"] == ["full"] * LAYERS  # the prefill
+    decided = [action for line in lines[1:] for action in line["path"]]
+    assert facts["actions"] == {
+        action: round(decided.count(action) / len(decided), 4) for action in sorted(set(decided))
+    }
+    if policy.startswith("static"):
+        assert all(line["path"] == ["int8", "skip", "skip", "full"] for line in lines[1:])
+
+
+def test_the_same_seed_gives_the_same_text(tiny_bundle: Path, capsys: Capture) -> None:
+    drawn = (tiny_bundle, PROMPT, *QUICK, "--temperature", 1.5, "--seed")
+    texts = [json_of(capsys, *drawn, seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    whole = tiny_model.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
+    word = whole[8:10]
+    facts = json_of(
+        capsys, tiny_bundle, PROMPT, "--max-new-tokens", 20, "--ignore-eos", "--stop", word
+    )
+    assert facts["finish_reason"] == "stop"
+    assert facts["text"] == whole[: whole.index(word)]
+
+
+def test_prefill_and_policy_may_differ(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "trace.jsonl"
+    arguments = ("--policy", "int8", "--prefill", "int4", "--trace", path)
+    json_of(capsys, tiny_bundle, PROMPT, *QUICK, *arguments)
+    first, second, *_ = map(json.loads, path.read_text().splitlines())
+    assert first["path"] == ["int4"] * LAYERS
+    assert second["path"] == ["int8"] * LAYERS
+
+
+# Where the prompt comes from
+
+
+def test_chat_may_stand_before_or_after_the_prompt(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    before = json_of(capsys, tiny_bundle, "--chat", PROMPT, *QUICK)
+    after = json_of(capsys, tiny_bundle, PROMPT, "--chat", *QUICK)
+    raw = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
+    messages = [{"role": "user", "content": PROMPT}]
+    assert before["text"] == after["text"]
+    assert before["text"] == tiny_model.chat(messages, max_new_tokens=6, ignore_eos=True)
+    assert before["prompt_tokens"] == len(tiny_model.text.encode_chat(messages))
+    assert before["prompt_tokens"] > raw["prompt_tokens"]
+
+
+def test_a_system_message_comes_first(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    facts = json_of(capsys, tiny_bundle, "--chat", PROMPT, "--system", "be brief", *QUICK)
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": PROMPT},
+    ]
+    assert facts["prompt_tokens"] == len(tiny_model.text.encode_chat(messages))
+
+
+def test_a_dash_reads_the_prompt_from_stdin(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    given = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
+    give_stdin(monkeypatch, PROMPT)
+    piped = json_of(capsys, tiny_bundle, "-", *QUICK)
+    assert (piped["text"], piped["prompt_tokens"]) == (given["text"], given["prompt_tokens"])
+
+
+def test_a_prompt_that_begins_with_a_dash_follows_two_dashes(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    assert run(tiny_bundle, *QUICK, "--json", "--", "-x the keeper") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["prompt_tokens"] == len(tiny_model.text.encode("-x the keeper"))
+
+
+def test_a_prompt_may_be_of_any_script(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "trace.jsonl"
+    json_of(capsys, tiny_bundle, "灯台守 🚢 naïve", *QUICK, "--trace", path)
+    assert len(path.read_text("utf-8").splitlines()) == 6
+
+
+@pytest.mark.parametrize("given", ["argument", "stdin"])
+def test_an_empty_prompt_is_refused(
+    given: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    give_stdin(monkeypatch, "")
+    message = refused(capsys, tiny_bundle, "" if given == "argument" else "-")
+    assert "empty" in message
+
+
+def test_stdin_that_is_no_text_is_refused_in_one_line(tiny_bundle: Path) -> None:
+    done = process(tiny_bundle, "-", given=b"\xff\xfe the keeper")
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert done.returncode == 2
+
+
+def test_a_prompt_that_is_no_text_is_refused_in_one_line(
+    tiny_bundle: Path, capsys: Capture
+) -> None:
+    refused(capsys, tiny_bundle, os.fsdecode(b"\xff\xfe the keeper"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_longer_than_the_context_is_refused(
+    chat: bool, tiny_bundle: Path, capsys: Capture
+) -> None:
+    message = refused(capsys, tiny_bundle, "ships " * 300, *(["--chat"] if chat else []))
+    assert "256" in message and "context" in message
+
+
+def test_the_context_may_be_filled_to_the_last_token(
+    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    prompt = tiny_model.text.decode([2] * 256)
+    assert len(tiny_model.text.encode(prompt)) == 256
+    facts = json_of(capsys, tiny_bundle, prompt, "--ignore-eos")
+    assert facts["generated_tokens"] == 1
+    assert facts["finish_reason"] == "context"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "int2",
+        "full:1",
+        "random:x",
+        "static:",
+        "static:full",
+        "static:skip,full*3",
+        "static:full*x",
+        "static:int2*4",
+        "static:@/no/such/file",
+        "static:full*999999999999",
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(
+    policy: str, tiny_bundle: Path, capsys: Capture
+) -> None:
+    refused(capsys, tiny_bundle, PROMPT, "--policy", policy)
+
+
+def test_a_path_may_be_read_from_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "path.txt"
+    path.write_text("int8\nskip*2\n int4,\n")
+    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK, "--policy", f"static:@{path}")
+    assert facts["actions"] == {"int4": 0.25, "int8": 0.25, "skip": 0.5}
+
+
+def test_an_unknown_policy_is_answered_with_the_known_ones(
+    tiny_bundle: Path, capsys: Capture
+) -> None:
+    message = refused(capsys, tiny_bundle, PROMPT, "--policy", "fastest")
+    for known in ("full", "int8", "int4", "random", "static"):
+        assert known in message
+
+
+@pytest.mark.parametrize(
+    "choice", [("--policy", "int8"), ("--policy", "static:int4*3,full"), ("--prefill", "full")]
+)
+def test_an_action_that_the_bundle_lacks_is_refused_and_those_it_has_are_named(
+    choice: tuple[str, str], int4_bundle: Path, capsys: Capture
+) -> None:
+    message = refused(capsys, int4_bundle, PROMPT, *choice)
+    assert "int4" in message and "not in this bundle" in message
+
+
+def test_the_highest_exported_precision_is_the_default(int4_bundle: Path, capsys: Capture) -> None:
+    facts = json_of(capsys, int4_bundle, PROMPT, *QUICK)
+    assert facts["policy"] == "int4"
+    assert facts["actions"] == {"int4": 1.0}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-p", "0"),
+        ("--top-p", "1.5"),
+        ("--top-k", "-1"),
+        ("--min-p", "2"),
+        ("--repetition-penalty", "0"),
+        ("--seed", "-1"),
+    ],
+    ids=" ".join,
+)
+def test_a_sampling_option_out_of_range_is_refused(
+    option: tuple[str, str], tiny_bundle: Path, capsys: Capture
+) -> None:
+    message = refused(capsys, tiny_bundle, PROMPT, f"{option[0]}={option[1]}")
+    assert option[0].strip("-").replace("-", "_") in message
+
+
+def test_an_empty_stop_text_does_not_silence_the_answer(tiny_bundle: Path, capsys: Capture) -> None:
+    code = run(tiny_bundle, PROMPT, *QUICK, "--stop", "", "--json")
+    captured = capsys.readouterr()
+    assert code == 2 or json.loads(captured.out)["generated_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("out", "prompt", "more"),
+        ("out", "prompt", "--no-such-option"),
+        ("out", "prompt", "--max-new-tokens", "0"),
+        ("out", "prompt", "--threads", "0"),
+        ("out", "prompt", "--temperature", "warm"),
+        ("out", "prompt", "--prefill", "skip"),
+        ("out", "--json"),
+        ("out", "prompt", "--system", "be brief"),
+    ],
+    ids=" ".join,
+)
+def test_misuse_of_the_arguments_is_one_line_that_leads_to_the_help(
+    arguments: tuple[str, ...], capsys: Capture
+) -> None:
+    assert "dash-run --help" in refused(capsys, *arguments)
+
+
+def test_help_has_examples(capsys: Capture) -> None:
+    assert run("--help") == 0
+    examples = capsys.readouterr().out.partition("examples:")[2]
+    assert examples.count("dash-run ") >= 4
+    assert "--chat" in examples and "/reset" in examples
+
+
+def test_a_missing_bundle_is_refused_with_the_remedy(tmp_path: Path, capsys: Capture) -> None:
+    message = refused(capsys, tmp_path / "nowhere", PROMPT)
+    assert "nowhere" in message and "dash-export" in message
+
+
+def test_a_bundle_for_another_device_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
+    message = refused(capsys, tiny_bundle, PROMPT, "--device", "cuda")
+    assert "cpu" in message and "cuda" in message
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/trace.jsonl", ".", "file/trace.jsonl"])
+def test_a_trace_that_cannot_be_opened_is_refused(
+    where: str, tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "file").touch()
+    message = refused(capsys, tiny_bundle, PROMPT, "--trace", tmp_path / where)
+    assert str(tmp_path / where) in message
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+
+@needs_dev_full
+def test_a_trace_on_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
+    done = process(tiny_bundle, PROMPT, *QUICK, "--trace", "/dev/full")
+    assert b"Traceback" not in done.stderr
+    assert b"No space left" in done.stderr
+    assert done.returncode == 2
+
+
+@needs_dev_full
+def test_stdout_on_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, str(tiny_bundle), PROMPT, *QUICK],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert b"Traceback" not in done.stderr
+    assert b"No space left" in done.stderr
+    assert done.returncode not in (0, 1)
+
+
+def test_a_refused_run_does_not_empty_an_earlier_trace(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text("precious\n")
+    refused(capsys, tiny_bundle, PROMPT, "--policy", "fastest", "--trace", path)
+    assert path.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["layers/02/int4.onnx", "layers/02/int4.onnx.data", "head/int4.onnx.data"]
+)
+@pytest.mark.parametrize("damage", ["edited", "truncated", "removed"])
+def test_a_damaged_file_is_refused_by_its_name(
+    name: str, damage: str, damaged: Path, capsys: Capture
+) -> None:
+    path = damaged / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "truncated" else content)
+    arguments = ("--policy", "int4", "--prefill", "int4", *QUICK)
+    assert name in refused(capsys, damaged, PROMPT, *arguments)
+
+
+def test_a_graph_that_is_damaged_but_not_used_does_no_harm(damaged: Path, capsys: Capture) -> None:
+    path = damaged / "layers/02/int4.onnx.data"
+    path.write_bytes(bytes(len(path.read_bytes())))
+    assert json_of(capsys, damaged, PROMPT, *QUICK, "--policy", "int8")["text"]
+
+
+def test_a_graph_found_damaged_only_while_decoding_is_one_line(
+    damaged: Path, capsys: Capture
+) -> None:
+    path = damaged / "layers/02/int4.onnx.data"
+    path.write_bytes(bytes(len(path.read_bytes())))
+    code = run(damaged, PROMPT, *QUICK, "--policy", "int4")
+    errors = capsys.readouterr().err
+    assert code == 2
+    lines = [line for line in errors.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("dash-run: error: ")
+    assert "int4.onnx.data" in lines[0]
+
+
+# Pipes
+
+
+@pytest.mark.parametrize("more", ["", "--json"])
+def test_a_reader_that_leaves_early_causes_no_traceback(more: str, tiny_bundle: Path) -> None:
+    shell = (
+        f'"$0" -c \'{RUN}\' "$1" "$2" --ignore-eos --max-new-tokens 200 {more}'
+        " | head -c 1 >/dev/null; echo ${PIPESTATUS[0]}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, str(tiny_bundle), PROMPT],
+        capture_output=True,
+        timeout=60,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stdout.strip() in ("0", "141")
+
+
+# Chat
+
+
+Prefills = list[tuple[int, int]]
+
+
+@pytest.fixture
+def prefills(monkeypatch: pytest.MonkeyPatch) -> Prefills:
+    """For each prefill, how many tokens the cache held and how many were run."""
+    seen: Prefills = []
+    prefill = Lane.prefill
+
+    def watched(self: Lane, ids: np.ndarray, *more: Any) -> Any:
+        seen.append((self.length, len(ids)))
+        return prefill(self, ids, *more)
+
+    monkeypatch.setattr(Lane, "prefill", watched)
+    return seen
+
+
+def chatted(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, lines: str, *arguments: object
+) -> tuple[str, str]:
+    give_stdin(monkeypatch, lines)
+    assert run(*arguments) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def conversation(model: Model, *users: str) -> list[str]:
+    """The answers of a chat in which every turn is computed afresh."""
+    messages: list[dict[str, str]] = []
+    answers = []
+    for user in users:
+        messages.append({"role": "user", "content": user})
+        answers.append(model.chat(messages, max_new_tokens=6, ignore_eos=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def test_a_piped_chat_answers_each_line(
+    tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, err = chatted(monkeypatch, capsys, "hello\n\n  \nships?\n", tiny_bundle, *QUICK)
+    assert out == "".join(f"{a}\n" for a in conversation(tiny_model, "hello", "ships?"))
+    assert len(err.splitlines()) == 2  # a summary for each answer, no prompt sign
+
+
+def test_a_chat_reuses_the_keys_and_values_of_the_turns_before(
+    tiny_bundle: Path,
+    tiny_model: Model,
+    prefills: Prefills,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    out, _ = chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK)
+    (held, ran), (held_again, ran_again) = prefills
+    first = [{"role": "user", "content": "hello"}]
+    answer = out.splitlines()[0]
+    second = [
+        *first,
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "ships?"},
+    ]
+    assert (held, ran) == (0, len(tiny_model.text.encode_chat(first)))
+    assert held_again >= ran - 1  # at least the first question is not computed again
+    assert held_again + ran_again == len(tiny_model.text.encode_chat(second))
+
+
+def test_reset_forgets_the_conversation(
+    tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, _ = chatted(monkeypatch, capsys, "hello\n/reset\nships?\n", tiny_bundle, *QUICK)
+    answers = [*conversation(tiny_model, "hello"), *conversation(tiny_model, "ships?")]
+    assert out == "".join(f"{answer}\n" for answer in answers)
+
+
+def test_reset_keeps_the_system_message(
+    tiny_bundle: Path,
+    prefills: Prefills,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    out, _ = chatted(
+        monkeypatch, capsys, "hello\n/reset\nhello\n", tiny_bundle, *QUICK, "--system", "be brief"
+    )
+    first, second = out.splitlines()
+    assert first == second
+    assert sum(prefills[0]) == sum(prefills[1])
+
+
+def test_exit_ends_the_chat(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, err = chatted(monkeypatch, capsys, "/exit\nhello\n", tiny_bundle, *QUICK)
+    assert (out, err) == ("", "")
+
+
+def test_a_chat_writes_every_token_into_the_trace(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK, "--trace", path)
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 12
+
+
+def test_a_message_that_does_not_fit_the_context_does_not_end_the_chat(
+    tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = f"{'ships ' * 300}\nhello\n"
+    out, err = chatted(monkeypatch, capsys, lines, tiny_bundle, *QUICK)
+    assert out == conversation(tiny_model, "hello")[0] + "\n"
+    assert err.splitlines()[0].startswith("dash-run: error: ")
+    assert "256" in err.splitlines()[0]
+
+
+def test_an_interrupted_answer_does_not_end_the_chat(
+    tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    decode, calls = Lane.decode, iter(range(1000))
+
+    def interrupted(self: Lane, *arguments: Any) -> Any:
+        result = decode(self, *arguments)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Lane, "decode", interrupted)
+    out, err = chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK)
+    monkeypatch.undo()
+    assert "stopped" in err
+    assert out.endswith(conversation(tiny_model, "ships?")[0] + "\n")
+
+
+def test_a_chat_under_a_policy_that_cannot_be_is_refused_at_once(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    give_stdin(monkeypatch, "hello\nships?\n")
+    assert "fastest" in refused(capsys, tiny_bundle, "--policy", "fastest")
+
+
+# Chat at a terminal
+
+
+class Terminal:
+    """dash-run at a pseudo terminal."""
+
+    def __init__(self, *arguments: object):
+        self._master, self._slave = pty.openpty()
+        tty = os.ttyname(self._slave)
+        command = [sys.executable, "-c", RUN, *map(str, arguments)]
+        # In a session of its own, the first terminal opened becomes the controlling one.
+        self.process = subprocess.Popen(
+            ["sh", "-c", f'exec "$@" <{tty} >{tty} 2>{tty}', "sh", *command],
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        self.shown = ""
+        self.read_until("> ")
+        os.close(self._slave)  # held open until the process has opened it, too
+
+    def send(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def read_until(self, mark: str, seconds: float = 30) -> str:
+        """Returns what appears up to and including `mark`; at the end of the process, all."""
+        deadline = time.monotonic() + seconds
+        while mark not in self.shown:
+            ready, _, _ = select.select([self._master], [], [], deadline - time.monotonic())
+            assert ready, f"no {mark!r} in {self.shown!r}"
+            try:
+                piece = os.read(self._master, 4096)
+            except OSError as error:
+                assert error.errno == errno.EIO
+                piece = b""
+            assert piece, f"ended without {mark!r}: {self.shown!r}"
+            self.shown += piece.decode(errors="replace")
+        found, _, self.shown = self.shown.partition(mark)
+        return found + mark
+
+    def close(self) -> int:
+        code = self.process.wait(timeout=30)
+        os.close(self._master)
+        return code
+
+
+@pytest.fixture
+def terminal() -> Iterator[Callable[..., Terminal]]:
+    opened: list[Terminal] = []
+
+    def start(*arguments: object) -> Terminal:
+        opened.append(Terminal(*arguments))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_a_chat_at_a_terminal_answers_resets_and_leaves_with_ctrl_d(
+    tiny_bundle: Path, terminal: Callable[..., Terminal]
+) -> None:
+    chat = terminal(tiny_bundle, *QUICK)
+    chat.send("hello\n")
+    first = chat.read_until("| length]")
+    assert "6 tokens" in first
+    chat.read_until("> ")
+    chat.send("/reset\n")
+    chat.read_until("> ")
+    chat.send("hello\n")
+    again = chat.read_until("| length]")
+    assert again.split("[6 tokens")[0] == first.split("[6 tokens")[0]
+    chat.read_until("> ")
+    chat.send("\x04")
+    assert chat.close() == 0
+
+
+def test_ctrl_c_at_the_prompt_of_a_chat_leaves_without_traceback(
+    tiny_bundle: Path, terminal: Callable[..., Terminal]
+) -> None:
+    chat = terminal(tiny_bundle, *QUICK)
+    time.sleep(0.5)  # readline shows its prompt a moment before it waits for signals
+    chat.send("\x03")
+    shown = chat.read_until("interrupted")
+    assert "Traceback" not in shown
+    assert chat.close() == 130
