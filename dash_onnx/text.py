@@ -46,9 +46,21 @@ class TextCodec:
         if "chat_template.jinja" in bundle:
             self.chat_template = bundle.verified("chat_template.jinja").read_text("utf-8")
 
-    def encode(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids `[S]` of raw text, with the special tokens that the tokenizer adds."""
-        return np.asarray(self.tokenizer.encode(text).ids, np.int64)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> npt.NDArray[np.int64]:
+        """Token ids `[S]` of text.
+
+        Args:
+            add_special_tokens: as the tokenizer adds them to raw text.
+
+        Raises:
+            PolicyError: the text holds lone surrogates, as undecodable input does.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PolicyError("the text is not valid Unicode (was the input UTF-8?)") from None
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return np.asarray(ids, np.int64)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
         """The prompt text of a conversation, ending where the assistant's answer begins.
@@ -71,8 +83,7 @@ class TextCodec:
 
     def encode_chat(self, messages: Sequence[Message]) -> npt.NDArray[np.int64]:
         """Token ids `[S]` of a conversation, ready for the assistant's answer."""
-        ids = self.tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
-        return np.asarray(ids, np.int64)
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -137,14 +137,17 @@ class _Run:
         self.runner = Runner(
             self.spec, self.options.device if has_device(self.options.device) else "cpu"
         )
-        if self.spec.facts.hidden_size % self.target.block_size:
-            raise UnsupportedError(
-                f"--block-size {self.target.block_size} does not divide the hidden size "
-                f"{self.spec.facts.hidden_size}"
-            )
+        facts, block = self.spec.facts, self.target.block_size
+        for name, size in (
+            ("hidden size", facts.hidden_size),
+            ("intermediate size", facts.intermediate_size),
+            ("attention width", facts.num_heads * facts.head_dim),
+        ):
+            if size % block:
+                raise UnsupportedError(f"--block-size {block} does not divide the {name} {size}")
 
     def embed(self, folder: Path, ids: Ids) -> Hidden:
-        table = self.architecture.embedding(self.source.weights)
+        table = self.architecture.embedding(self.source.weights, self.spec)
         self.fp32_kept += build_embed(folder, table, self.spec, self.target)
         return self.runner.embed(folder / EMBED_PATH, ids)
 
@@ -160,7 +163,9 @@ class _Run:
             if precision == "int4":
                 full_path = folder / layer_path(index, "full")
                 hessians = self.runner.hessians(full_path, hidden, TAPS)
-            self.fp32_kept += build_layer(folder, index, layer, spec, target, precision, hessians)
+            kept = build_layer(folder, index, layer, spec, target, precision, hessians)
+            if precision in self.options.variants:
+                self.fp32_kept += kept
             outputs[precision] = self.runner.layer(path, hidden)
         full = outputs.pop("full")
         if "full" not in self.options.variants:
@@ -185,7 +190,7 @@ class _Run:
         chosen: dict[Action, Action] = {precision: precision for precision in variants}
         # Mixed paths take INT8: nearly lossless, half the bytes of FP16.
         chosen[SKIP] = "int8" if "int8" in variants else variants[0]
-        head = self.architecture.head(self.source.weights, self.source.config)
+        head = self.architecture.head(self.source.weights, self.spec, self.source.config)
         inputs = rms_normed(hidden, head.norm, self.spec.norm_epsilon)
         hessians = {head.linear.name: inputs.T @ inputs}
         for precision in sorted(set(chosen.values())):

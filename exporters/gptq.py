@@ -13,7 +13,7 @@ from dash_onnx.exporters.quantize import Quantized, pack_int4
 
 _DAMPING = 0.01  # of the mean diagonal; the paper's value
 _LAZY = 128  # columns whose updates of the later ones are applied in one product
-_SHRINK = torch.linspace(1.0, 0.6, 17)  # clipping ranges tried for each block
+_SHRINK = torch.linspace(1.0, 0.6, 9)  # clipping ranges tried for each block
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quantized:

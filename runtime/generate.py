@@ -173,7 +173,8 @@ def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
         PolicyError: empty, not one-dimensional, or with ids outside the vocabulary.
     """
     if ids.ndim != 1 or len(ids) == 0:
-        raise PolicyError(f"the prompt must be a non-empty list of token ids, not {ids.shape}")
+        shape = "empty" if ids.size == 0 else f"of shape {ids.shape}"
+        raise PolicyError(f"the prompt is {shape}; it must be a non-empty list of token ids")
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise PolicyError(
             f"token ids must be in 0..{vocab_size - 1}; found {int(ids.min())}..{int(ids.max())}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -37,6 +38,8 @@ def run(tool: str, body: Callable[[], None]) -> int:
         The exit code: 0; 2 for an error the user can mend, told in one line; 130 when
         interrupted. Anything else is a defect and keeps its traceback.
     """
+    # `kill` ends a tool as Ctrl-C does, so that temporary folders are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         body()
         sys.stdout.flush()
@@ -47,9 +50,30 @@ def run(tool: str, body: Callable[[], None]) -> int:
         print(f"\n{tool}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 0
+    except UnicodeDecodeError as error:
+        print(f"{tool}: error: the input is not UTF-8 text ({error.reason})", file=sys.stderr)
+        return 2
+    except OSError as error:  # such as a full disk
+        _discard_stdout()
+        place = f" {error.filename}" if error.filename else ""
+        print(f"{tool}: error: cannot read or write{place}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _discard_stdout() -> None:
+    """What is still buffered cannot be written: the interpreter must not try at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed that every generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..2**63-1")
+    return value
 
 
 def positive(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_onnx.actions import ACTIONS, PRECISIONS, parse_precisions
-from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.cli.common import Parser, positive, run, seed
 from dash_onnx.errors import DashError
 from dash_onnx.records import to_json
 
@@ -58,7 +58,7 @@ def _parser() -> Parser:
         help="text to calibrate on (default: text that the model generates itself)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated text")
+    parser.add_argument("--seed", type=seed, default=0, help="of the generated text")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 

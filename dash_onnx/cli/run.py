@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
-from dash_onnx.errors import DashError, SourceError
+from dash_onnx.actions import check_action
+from dash_onnx.cli.common import Parser, add_runtime_options, positive, run, seed
+from dash_onnx.errors import ContextLengthError, DashError, SourceError
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model
@@ -46,7 +47,7 @@ def _parser() -> Parser:
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
     parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
-    parser.add_argument("--seed", type=int, help="of the sampling (default: different each time)")
+    parser.add_argument("--seed", type=seed, help="of the sampling (default: different each time)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
     )
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     import dash_onnx
+    from dash_onnx.runtime.options import Options
 
     options = {
         name: getattr(arguments, name)
@@ -84,6 +86,10 @@ def _run(arguments: argparse.Namespace) -> None:
     }
     options["stop"] = tuple(arguments.stop)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    model.policy(arguments.policy)  # before anything is written, or asked
+    if arguments.prefill is not None:
+        check_action(arguments.prefill, model.manifest.variants)
+    Options.of(**options)
     with ExitStack() as stack:
         trace = None
         if arguments.trace:
@@ -204,7 +210,11 @@ def _chat(model: Model, system: str | None, options: dict[str, Any], trace: Text
         try:
             answer = _show(record.watch(model.stream(asked, cache=cache, **options), model, trace))
         except KeyboardInterrupt:  # stops this answer, not the chat
-            print("\n[stopped]", file=sys.stderr)
+            print()
+            print("[stopped]", file=sys.stderr)
+            continue
+        except ContextLengthError as error:
+            print(f"dash-run: error: {error}; /reset starts anew", file=sys.stderr)
             continue
         except DashError as error:
             print(f"dash-run: error: {error}", file=sys.stderr)

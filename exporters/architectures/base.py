@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig
 
+from dash_onnx.errors import SourceError
 from dash_onnx.exporters.sources import Weights
 from dash_onnx.manifest import ModelFacts, Rope
 
@@ -96,6 +97,23 @@ class ModelSpec:
     norm_epsilon: float
 
 
+def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
+    """Reads a weight and checks it.
+
+    Raises:
+        SourceError: missing, of another shape than the config says, or not finite.
+    """
+    tensor = weights[name]
+    if tuple(tensor.shape) != shape:
+        raise SourceError(
+            f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}: "
+            "config.json and weights do not belong together"
+        )
+    if not torch.isfinite(tensor).all():
+        raise SourceError(f"{name} has values that are not finite: the weights are damaged")
+    return tensor
+
+
 class Architecture(Protocol):
     """One model family."""
 
@@ -107,7 +125,7 @@ class Architecture(Protocol):
         """
         ...
 
-    def embedding(self, weights: Weights) -> torch.Tensor:
+    def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
         """Token embedding `[V, D]`."""
         ...
 
@@ -115,6 +133,6 @@ class Architecture(Protocol):
         """Weights of one decoder layer."""
         ...
 
-    def head(self, weights: Weights, config: PretrainedConfig) -> Head:
+    def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
         """Final norm and LM head; the head may be the embedding (tied)."""
         ...

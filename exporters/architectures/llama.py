@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from dash_onnx.errors import ContextLengthError, UnsupportedError
-from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, stack
+from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, stack, take
 from dash_onnx.exporters.sources import Weights
 from dash_onnx.manifest import ModelFacts, Rope
 
@@ -44,36 +44,53 @@ class Llama:
             norm_epsilon=float(config.rms_norm_eps),
         )
 
-    def embedding(self, weights: Weights) -> torch.Tensor:
+    def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
         """See `Architecture`."""
-        return weights["model.embed_tokens.weight"]
+        facts = spec.facts
+        return take(weights, "model.embed_tokens.weight", facts.vocab_size, facts.hidden_size)
 
     def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
         """See `Architecture`."""
         prefix = f"model.layers.{index}."
+        facts = spec.facts
+        width, inner = facts.hidden_size, facts.intermediate_size
+        queries, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
 
-        def linear(name: str) -> Linear:
+        def linear(name: str, rows: int, columns: int) -> Linear:
             bias = f"{prefix}{name}.bias"
             return Linear(
                 name.rpartition(".")[2],
-                weights[f"{prefix}{name}.weight"],
-                weights[bias] if bias in weights else None,
+                take(weights, f"{prefix}{name}.weight", rows, columns),
+                take(weights, bias, rows) if bias in weights else None,
             )
 
         return Layer(
-            input_norm=weights[f"{prefix}input_layernorm.weight"],
-            qkv=stack("qkv_proj", *(linear(f"self_attn.{n}_proj") for n in "qkv")),
-            output=linear("self_attn.o_proj"),
-            post_norm=weights[f"{prefix}post_attention_layernorm.weight"],
-            gate_up=stack("gate_up_proj", linear("mlp.gate_proj"), linear("mlp.up_proj")),
-            down=linear("mlp.down_proj"),
+            input_norm=take(weights, f"{prefix}input_layernorm.weight", width),
+            qkv=stack(
+                "qkv_proj",
+                linear("self_attn.q_proj", queries, width),
+                linear("self_attn.k_proj", keys, width),
+                linear("self_attn.v_proj", keys, width),
+            ),
+            output=linear("self_attn.o_proj", width, queries),
+            post_norm=take(weights, f"{prefix}post_attention_layernorm.weight", width),
+            gate_up=stack(
+                "gate_up_proj",
+                linear("mlp.gate_proj", inner, width),
+                linear("mlp.up_proj", inner, width),
+            ),
+            down=linear("mlp.down_proj", width, inner),
         )
 
-    def head(self, weights: Weights, config: PretrainedConfig) -> Head:
+    def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
         """See `Architecture`."""
-        tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-        weight = self.embedding(weights) if tied else weights["lm_head.weight"]
-        return Head(norm=weights["model.norm.weight"], linear=Linear("lm_head", weight))
+        facts = spec.facts
+        if config.tie_word_embeddings or "lm_head.weight" not in weights:
+            weight = self.embedding(weights, spec)
+        else:
+            weight = take(weights, "lm_head.weight", facts.vocab_size, facts.hidden_size)
+        norm = take(weights, "model.norm.weight", facts.hidden_size)
+        return Head(norm=norm, linear=Linear("lm_head", weight))
 
 
 def _rope(config: PretrainedConfig) -> Rope:

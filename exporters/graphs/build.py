@@ -90,8 +90,8 @@ class Graph:
         """
         if not fits_half(array):
             raise UnsupportedError(
-                f"{name} has values beyond FP16's range, which device cuda computes in; "
-                "export with --device cpu"
+                f"{self.name}: {name} has values beyond FP16's range, which device cuda "
+                "computes in; export with --device cpu"
             )
         return array.astype(np.float16)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,12 @@ class SafetensorsWeights:
         """
         index = folder / _INDEX
         if index.is_file():
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(shard, str) for shard in weight_map.values()
+            ):
+                raise SourceError(f"{index} has no weight_map from tensors to files")
+            shards = sorted(set(weight_map.values()))
         else:
             shards = sorted(file.name for file in folder.glob("*.safetensors"))
         if not shards:
@@ -38,7 +43,7 @@ class SafetensorsWeights:
         self._files: dict[str, Any] = {}
         for shard in shards:
             path = folder / shard
-            if path.resolve().parent != folder.resolve() and ".." in Path(shard).parts:
+            if Path(shard).name != shard:  # a link inside the folder is fine: the hub's cache
                 raise SourceError(f"{index} names {shard!r}, which leaves the folder; refused")
             if not path.is_file():
                 raise SourceError(f"{path} is missing; {_INDEX} lists it")
@@ -73,14 +78,15 @@ def open_folder(
         raise SourceError(f"{folder} has no config.json: not a Hugging Face model folder")
     raw = _read_json(config_path)
     check_supported(str(raw.get("model_type")), supported)
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     weights = SafetensorsWeights(folder)
     return Source(
         kind=kind,
         name=name,
-        config=AutoConfig.from_pretrained(folder, local_files_only=True),
+        config=readable(config_path, lambda: AutoConfig.from_pretrained(folder)),
         weights=weights,
         tokenizer=_tokenizer(folder),
         generation_config=_generation_config(folder),
@@ -101,20 +107,31 @@ def check_supported(model_type: str, supported: Collection[str]) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(f"{folder} has no readable tokenizer ({reason})") from None
+    def load() -> Any:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    tokenizer = readable(folder / "tokenizer.json", load)
     if not tokenizer.is_fast:
         raise SourceError(f"{folder} has no tokenizer.json and none can be made from its files")
     return tokenizer
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+    path = folder / "generation_config.json"
+    if path.is_file():
+        load = lambda: GenerationConfig.from_pretrained(folder, local_files_only=True)  # noqa: E731
+    else:
+        load = lambda: GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))  # noqa: E731
+    return readable(path, load)
+
+
+def readable(path: Path, load: Callable[[], Any]) -> Any:
+    """Runs a transformers loader; whatever a damaged file makes it raise becomes one line."""
+    try:
+        return load()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dash_onnx.errors import SourceError, UnsupportedError
-from dash_onnx.exporters.sources.folder import check_supported
+from dash_onnx.exporters.sources.folder import check_supported, readable
 from dash_onnx.exporters.sources.source import Source
 
 # llama.cpp stores the rows of Q and K of these architectures in interleaved RoPE order.
@@ -88,13 +88,8 @@ def open_gguf(path: Path, supported: Collection[str]) -> Source:
             "export the safetensors release of the model instead"
         )
     folder = str(path.parent)
-    config = AutoConfig.from_pretrained(folder, gguf_file=path.name, local_files_only=True)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, gguf_file=path.name, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{path} has no readable tokenizer ({error})") from None
+    config = readable(path, lambda: AutoConfig.from_pretrained(folder, gguf_file=path.name))
+    tokenizer = readable(path, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=path.name))
     pre = reader.fields.get("tokenizer.ggml.pre")
     if pre is not None and str(pre.contents()) in _DIGITS_APART:
         # transformers 5.24 keeps GPT-2's pattern alone, which joins digits and spaces.
