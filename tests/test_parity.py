@@ -97,11 +97,10 @@ def test_a_cache_that_grows_keeps_its_content(
     np.testing.assert_allclose(np.stack(got), wanted[10:], atol=1e-5)
 
 
-@pytest.mark.parametrize(("policy", "bound"), [("int8", 0.03), ("int4", 0.4)])
-def test_quantized_paths_stay_near_the_reference(
-    tiny_model: Model, policy: str, bound: float
-) -> None:
+def test_int8_is_much_nearer_to_the_reference_than_int4(tiny_model: Model) -> None:
     ids = random_ids(64)
     full = tiny_model.logits(ids, policy="full")
-    error = np.linalg.norm(tiny_model.logits(ids, policy=policy) - full) / np.linalg.norm(full)
-    assert 0 < error < bound
+    int8, int4 = (
+        np.linalg.norm(tiny_model.logits(ids, policy=policy) - full) for policy in ("int8", "int4")
+    )
+    assert 0 < 8 * int8 < int4  # 16 times more levels
