@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import dash_onnx
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Torch's threads and ORT's would fight for two cores over models this small.
 torch.set_num_threads(1)
