@@ -21,7 +21,7 @@ from dash_onnx.text import read_text
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
 
-SEQUENCES = 32
+SEQUENCES = 24
 LENGTH = 128
 
 Ids = npt.NDArray[np.int64]

@@ -155,18 +155,18 @@ class _Run:
         """Writes every variant of a layer; returns the full output and the layer's figures."""
         spec, target = self.spec, self.target
         layer = self.architecture.layer(self.source.weights, index, spec)
-        # `full` is the reference of the figures even where it is not kept.
         outputs: dict[Action, Hidden] = {}
         hessians: dict[str, torch.Tensor] = {}
+        # `full` is the reference of the figures even where it is not kept.
         for precision in dict.fromkeys(("full", *self.options.variants)):
             path = folder / layer_path(index, precision)
-            if precision == "int4":
-                full_path = folder / layer_path(index, "full")
-                hessians = self.runner.hessians(full_path, hidden, TAPS)
             kept = build_layer(folder, index, layer, spec, target, precision, hessians)
             if precision in self.options.variants:
                 self.fp32_kept += kept
-            outputs[precision] = self.runner.layer(path, hidden)
+            if precision == "full" and "int4" in self.options.variants:
+                outputs["full"], hessians = self.runner.layer_with_hessians(path, hidden, TAPS)
+            else:
+                outputs[precision] = self.runner.layer(path, hidden)
         full = outputs.pop("full")
         if "full" not in self.options.variants:
             _remove_graph(folder, layer_path(index, "full"))

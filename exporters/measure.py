@@ -44,28 +44,31 @@ class Runner:
         rows = [session.run(["hidden_out"], self._feeds(x))[0] for x in hidden]
         return np.concatenate(rows)
 
-    def hessians(
+    def layer_with_hessians(
         self, path: Path, hidden: Hidden, taps: Mapping[str, str]
-    ) -> dict[str, torch.Tensor]:
-        """Sums x x^T of the inputs of each linear layer over all calibration tokens.
+    ) -> tuple[Hidden, dict[str, torch.Tensor]]:
+        """Output of a layer graph, and the sum of x x^T of the inputs of each linear layer.
 
         Args:
             path: a layer graph in full precision.
             taps: by linear layer, the value inside the graph that is its input.
 
         Returns:
-            By linear layer, `[K, K]` float32.
+            The output, and by linear layer `[K, K]` float32 over all calibration tokens.
         """
+        create_session(path, self.device)  # the file itself must load; what runs is a copy
         model = onnx.load(path)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps.values())
         session = create_session(model.SerializeToString(), self.device)
         sums: dict[str, Any] = dict.fromkeys(taps, 0.0)
+        rows = []
         for x in hidden:
-            outputs = session.run(list(taps.values()), self._feeds(x))
-            for linear, values in zip(taps, outputs, strict=True):
+            row, *inputs = session.run(["hidden_out", *taps.values()], self._feeds(x))
+            rows.append(row)
+            for linear, values in zip(taps, inputs, strict=True):
                 flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
                 sums[linear] = sums[linear] + flat.T @ flat
-        return sums
+        return np.concatenate(rows), sums
 
     def head(self, path: Path, hidden: Hidden) -> None:
         """Loads a head graph and runs it on the last token of the first sequence."""

@@ -146,6 +146,10 @@ def load(
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
 
+    All sessions run on ORT's global thread pool. ORT then refuses, in the same process, other
+    sessions that do not set `SessionOptions.use_per_session_threads = False`, and the pool can
+    only be set before the first session of the process: load the bundle before other models.
+
     Args:
         folder: what `dash-export` wrote.
         device: `cpu` or `cuda`; must be what the bundle was exported for.
