@@ -16,8 +16,8 @@ from dash_onnx.errors import BundleError, DeviceError
 
 Device = Literal["cpu", "cuda"]
 
-MINIMUM = (1, 24)
-"""First ORT release with every operator of the graphs (TensorScatter, opset 24)."""
+MINIMUM = (1, 25)
+"""First ORT release with every operator of the graphs: 1.24 has no TensorScatter on the CPU."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _pool_lock = threading.Lock()
