@@ -25,8 +25,8 @@ def save_folder(model: str, folder: Path) -> None:
     """Writes a source model as a Hugging Face folder with FP16 safetensors."""
     source = open_source(model, REGISTRY)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(source.config)
-    names = [name for name, _ in model.named_parameters() if name in source.weights]
+        empty = AutoModelForCausalLM.from_config(source.config)
+    names = [name for name, _ in empty.named_parameters() if name in source.weights]
     weights = {name: source.weights[name].half().contiguous() for name in names}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

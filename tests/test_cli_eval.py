@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cli_tool import Capture, Tool
 from transformers import AutoModelForCausalLM
 
 from dash_onnx.cli.eval import main
@@ -20,7 +19,8 @@ SENTENCES = (
 )
 WINDOW, PROMPT = 32, 8
 SIZES = ("--window", WINDOW, "--prompt-tokens", PROMPT)
-Capture = pytest.CaptureFixture[str]
+TOOL = Tool("dash-eval", main)
+run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
 
 
 @pytest.fixture(scope="module")
@@ -40,33 +40,6 @@ def low_bundle(
     calibration = tmp_path_factory.mktemp("text") / "calibration.txt"
     calibration.write_text(SENTENCES * 12)
     return export_tiny(tiny_folder, calibration=calibration, variants=("int8",))
-
-
-def run(*arguments: object) -> int:
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    """The one line with which dash-eval refuses: exit code 2, nothing on stdout."""
-    code = run(*arguments)
-    captured = capsys.readouterr()
-    assert captured.err.startswith("dash-eval: error: ")
-    assert captured.err.endswith("\n") and captured.err.count("\n") == 1
-    assert captured.out == ""
-    assert code == 2
-    return captured.err
-
-
-def json_of(capsys: Capture, *arguments: object) -> dict[str, Any]:
-    assert run(*arguments, "--json") == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    found = json.loads(captured.out)
-    assert isinstance(found, dict)
-    return found
 
 
 def windows(model: Model, text: Path, size: int = WINDOW) -> list[np.ndarray]:

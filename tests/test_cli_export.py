@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_tool import Capture, Tool
 from safetensors.torch import load_file, save_file
 
 import dash_onnx
@@ -21,7 +22,8 @@ from dash_onnx.cli.export import main
 from dash_onnx.exporters.architectures import REGISTRY
 
 SENTENCE = "the keeper of the lighthouse counts the ships that pass in the night\n"
-Capture = pytest.CaptureFixture[str]
+TOOL = Tool("dash-export", main)
+run, refused = TOOL.run, TOOL.refused
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +54,9 @@ def full_bundle(tiny_folder: Path, text: Path, export_tiny: Callable[..., Path])
     return export_tiny(tiny_folder, calibration=text, variants=("full",))
 
 
-def run(*arguments: object) -> int:
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
 def quick(model: object, out: Path, text: Path, *more: object) -> tuple[object, ...]:
     """Arguments of an export that takes a fraction of a second."""
     return (model, out, "--variants", "full", "--calibration", text, *more)
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    """The one line with which dash-export refuses: exit code 2, nothing on stdout."""
-    code = run(*arguments)
-    captured = capsys.readouterr()
-    assert captured.err.startswith("dash-export: error: ")
-    assert captured.err.endswith("\n") and captured.err.count("\n") == 1
-    assert captured.out == ""
-    assert code == 2
-    return captured.err
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_tool import Capture, Tool
 
 from dash_onnx.cli.run import main
 from dash_onnx.runtime.dispatch import Lane
@@ -25,7 +26,8 @@ PROMPT = "the keeper of the lighthouse"
 QUICK = ("--max-new-tokens", "6", "--ignore-eos")
 LAYERS = 4
 RUN = "import sys; from dash_onnx.cli.run import main; sys.exit(main())"
-Capture = pytest.CaptureFixture[str]
+TOOL = Tool("dash-run", main)
+run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +45,6 @@ def int4_bundle(
 def damaged(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that a test may damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-
-
-def run(*arguments: object) -> int:
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        return int(leave.code or 0)
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    """The one line with which dash-run refuses: exit code 2, nothing on stdout."""
-    code = run(*arguments)
-    captured = capsys.readouterr()
-    assert captured.err.startswith("dash-run: error: ")
-    assert captured.err.endswith("\n") and captured.err.count("\n") == 1
-    assert captured.out == ""
-    assert code == 2
-    return captured.err
-
-
-def json_of(capsys: Capture, *arguments: object) -> dict[str, Any]:
-    assert run(*arguments, "--json") == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    found = json.loads(captured.out)
-    assert isinstance(found, dict)
-    return found
 
 
 def give_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
