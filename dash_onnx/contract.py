@@ -15,6 +15,7 @@ from dash_onnx.actions import Action
 DType = Literal["float32", "float16", "int32", "int64"]
 
 EMBED_PATH = "embed.onnx"
+SCORER_PATH = "scorer.onnx"
 
 
 def layer_path(layer: int, action: Action) -> str:
@@ -112,4 +113,25 @@ def head_ports(dims: Dims) -> Ports:
     return Ports(
         inputs=(Port("hidden", dims.dtype, (1, "seq", dims.hidden_size)),),
         outputs=(Port("logits", dims.dtype, (1, "seq", dims.vocab_size)),),
+    )
+
+
+def scorer_ports(dims: Dims, actions: int) -> Ports:
+    """The scorer of one token's decision for one layer.
+
+    `hidden` is the input of the layer before (of layer 0 itself for layer 0), `previous` the
+    action index of the layer before (the number of actions for layer 0), `log_price` the log of
+    nats per millisecond, `penalty` what each action costs (price times milliseconds, in nats).
+    `values` are the predicted KL of each action in nats, `action` is the index of the least
+    sum of value and penalty.
+    """
+    return Ports(
+        inputs=(
+            Port("hidden", dims.dtype, (1, 1, dims.hidden_size)),
+            Port("layer", "int64", (1,)),
+            Port("previous", "int64", (1,)),
+            Port("log_price", "float32", (1,)),
+            Port("penalty", "float32", (actions,)),
+        ),
+        outputs=(Port("values", "float32", (actions,)), Port("action", "int64", (1,))),
     )

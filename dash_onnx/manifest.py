@@ -6,6 +6,7 @@ Each figure that the exporter measured and each decision it resolved is recorded
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,6 +108,120 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Milliseconds of the parts of one decoded token, profiled through the real dispatch.
+
+    Attributes:
+        machine: what they were measured on.
+        threads: size of ORT's thread pool.
+        embed_ms: the token embedding.
+        scorer_ms: all decisions of one token.
+        heads_ms: the LM head, by precision.
+        layers_ms: by layer and action.
+    """
+
+    machine: str
+    threads: int
+    embed_ms: float
+    scorer_ms: float
+    heads_ms: dict[Action, float]
+    layers_ms: tuple[dict[Action, float], ...]
+
+    def token_ms(self, path: Sequence[Action], head: Action, scored: bool = False) -> float:
+        """What one token costs on a path.
+
+        Args:
+            path: action of each layer.
+            head: precision of the LM head.
+            scored: whether the scorer decided.
+        """
+        layers = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
+        return self.embed_ms + self.heads_ms[head] + layers + (self.scorer_ms if scored else 0.0)
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One row of the policy table, measured on held-out tokens.
+
+    Attributes:
+        budget: mean cost of a token as a fraction of the reference's.
+        price: nats per millisecond that lead to it.
+        head: precision of the LM head.
+        kl: mean KL(reference || policy) in nats.
+        shares: of each action among the decisions.
+    """
+
+    budget: float
+    price: float
+    head: Action
+    kl: float
+    shares: dict[Action, float]
+
+
+@dataclass(frozen=True)
+class StaticPoint:
+    """The best static assignment found for a cost: a path in the notation of `static:`.
+
+    Attributes:
+        budget: its cost as a fraction of the reference's.
+        head: precision of the LM head.
+        kl: on the same held-out tokens as the policy table.
+        path: the action of each layer.
+    """
+
+    budget: float
+    head: Action
+    kl: float
+    path: tuple[Action, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the scorer was trained.
+
+    Attributes:
+        effort: quick, normal or thorough.
+        source: of the training text.
+        tokens: of training text.
+        held_out_tokens: of the tables.
+        seed: of everything random.
+        seconds: wall time.
+        loss: training loss after each tenth of the steps.
+        kl: mean KL of the training decisions likewise.
+        cost: their mean cost likewise, as a fraction of the reference's.
+    """
+
+    effort: str
+    source: str
+    tokens: int
+    held_out_tokens: int
+    seed: int
+    seconds: float
+    loss: tuple[float, ...]
+    kl: tuple[float, ...]
+    cost: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ScorerFacts:
+    """The trained scorer.
+
+    Attributes:
+        actions: what its action indices mean.
+        points: the policy table, by ascending budget.
+        presets: named budgets.
+        static: the best static assignments, by ascending budget.
+        training: how it came about.
+    """
+
+    actions: tuple[Action, ...]
+    points: tuple[BudgetPoint, ...]
+    presets: dict[str, float]
+    static: tuple[StaticPoint, ...]
+    training: Training
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """Size and checksum of one file of the bundle."""
 
@@ -143,6 +258,10 @@ class Manifest:
             the LM head it uses.
         kv_of_skipped: what a skipped layer leaves in the K/V cache (`project`: the token's
             own K/V, projected from the layer's input).
+        compensation_rank: r of what a skipped layer returns for its input x,
+            `scale * x + B @ A @ rms_norm(x)` with A `[r, D]`, B `[D, r]` fitted; 0: `scale * x`.
+        costs: profiled milliseconds.
+        scorer: None where no policy was trained.
         files: every file of the bundle but the manifest, by path relative to it.
     """
 
@@ -153,8 +272,11 @@ class Manifest:
     variants: tuple[Action, ...]
     heads: dict[Action, Action]
     kv_of_skipped: Literal["project"]
+    compensation_rank: int
     layers: tuple[LayerFacts, ...]
     calibration: Calibration
+    costs: Costs
+    scorer: ScorerFacts | None
     export: ExportFacts
     files: dict[str, FileFacts]
 

@@ -1,7 +1,8 @@
 """Policies: which action each layer takes for each token.
 
-Decisions are data: a policy yields one path per decoded token, the runtime executes it.
-The first layer always runs, because nothing precedes it that a decision could be based on.
+Decisions are data: a policy yields one path per decoded token and the runtime executes it, or
+the trained scorer decides inside the runtime and the path is what it decided. The first layer
+always runs, because nothing precedes it that a decision could be based on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,16 @@ from itertools import repeat
 from pathlib import Path as FilePath
 
 from dash_onnx.actions import PRECISIONS, SKIP, Action, Path, check_action
+from dash_onnx.budget import (
+    Budget,
+    Controller,
+    base_precision,
+    price_of,
+    reference_ms,
+    resolve,
+    scorer_facts,
+    skipping_path,
+)
 from dash_onnx.errors import PolicyError
 from dash_onnx.manifest import Manifest
 
@@ -33,16 +44,47 @@ class Policy(ABC):
         """The path that every token takes, or None when paths differ between tokens."""
         return None
 
+
+class PathPolicy(Policy):
+    """Knows its paths without looking at the token."""
+
     @abstractmethod
     def paths(self) -> Iterator[Path]:
         """A fresh, endless sequence of paths: one per decoded token of one generation."""
 
 
-class StaticPolicy(Policy):
+class ScoredPolicy(Policy):
+    """The trained scorer decides for every token and layer, within a budget.
+
+    Attributes:
+        budget: mean cost of a token as a fraction of the reference's.
+        price: nats per millisecond that the table gives for it.
+    """
+
+    def __init__(self, manifest: Manifest, budget: Budget | None = None):
+        """Looks the budget up.
+
+        Raises:
+            PolicyError: the bundle has no scorer, or the budget is outside its table.
+        """
+        points = scorer_facts(manifest).points
+        self.name = "dash" if budget is None else f"dash:{budget}"
+        self.budget = resolve(budget, manifest)
+        self.price, self.head = price_of(self.budget, points)
+        self._manifest = manifest
+
+    def controller(self) -> Controller:
+        """What holds the budget during one generation."""
+        return Controller(self._manifest, self.budget, self.price, self.head)
+
+
+class StaticPolicy(PathPolicy):
     """The same path for every token."""
 
-    def __init__(self, path: Path, manifest: Manifest, name: str = "static"):
-        """Checks the path against the bundle.
+    def __init__(
+        self, path: Path, manifest: Manifest, name: str = "static", head: Action | None = None
+    ):
+        """Checks the path against the bundle; the LM head is the manifest's unless given.
 
         Raises:
             PolicyError: wrong length, an action that was not exported, or a skipped first layer.
@@ -57,7 +99,7 @@ class StaticPolicy(Policy):
         self.name = name
         self._path = path
         kinds = set(path)
-        self.head = manifest.heads[path[0] if len(kinds) == 1 else SKIP]
+        self.head = head or manifest.heads[path[0] if len(kinds) == 1 else SKIP]
 
     @property
     def uniform(self) -> Path:
@@ -69,19 +111,34 @@ class StaticPolicy(Policy):
         return repeat(self._path)
 
 
-class RandomPolicy(Policy):
-    """An independent uniform draw per token and layer; first and last layer always run.
+class RandomPolicy(PathPolicy):
+    """An independent draw per token and layer; first and last layer always run.
 
     Every generation repeats the same sequence of paths: it depends on the seed alone.
     """
 
-    def __init__(self, manifest: Manifest, seed: int = 0):
-        """Draws from every action of the bundle."""
+    def __init__(self, manifest: Manifest, seed: int = 0, budget: float | None = None):
+        """Draws from every action alike, or skips as often as a budget asks for.
+
+        Args:
+            manifest: of the bundle.
+            seed: of the draws.
+            budget: a fraction: layers run at one precision or are skipped.
+        """
         self.name = f"random:{seed}"
         self.head = manifest.heads[SKIP]
         self._seed = seed
         self._layers = manifest.model.num_layers
         self._actions = manifest.actions
+        self._weights = [1.0] * len(self._actions)
+        if budget is not None:
+            base = base_precision(manifest, budget)
+            costs = manifest.costs
+            run = costs.token_ms((base,) * self._layers, self.head)
+            inner = costs.layers_ms[1:-1]
+            saved = sum(layer[base] - layer[SKIP] for layer in inner)
+            share = min(max((run - budget * reference_ms(manifest)) / saved, 0.0), 1.0)
+            self._actions, self._weights = (base, SKIP), [1 - share, share]
 
     def paths(self) -> Iterator[Path]:
         """See `Policy`."""
@@ -90,42 +147,82 @@ class RandomPolicy(Policy):
         ends = {0, self._layers - 1}
         while True:
             yield tuple(
-                rng.choice(running if layer in ends else self._actions)
+                rng.choice(running)
+                if layer in ends
+                else rng.choices(self._actions, self._weights)[0]
                 for layer in range(self._layers)
             )
 
 
-def make_policy(policy: str | Policy, manifest: Manifest) -> Policy:
+def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None = None) -> Policy:
     """Resolves a policy given by name.
 
     Args:
         policy: a `Policy`, or one of
+            `dash`: the trained scorer decides per token and layer (budget: a preset or fraction);
             `full`, `int8`, `int4`: every layer of every token in that precision;
+            `static`: the best static assignment that training found for the budget;
             `static:LIST`: one path for all tokens, such as `static:full,int4*28,int8`;
             `static:@FILE`: the same list read from a file;
-            `random` or `random:SEED`: a random path per token.
+            `even`, `cosine`: one precision, and as many layers skipped as the budget asks for,
+            evenly spaced or by the similarity of their input and output;
+            `random` or `random:SEED`: a random path per token, within the budget if one is given;
+            the empty string: `dash` where there is a scorer or a budget, else the highest
+            exported precision.
         manifest: of the bundle it will run on.
+        budget: fraction of the reference's time per token, or the name of a preset.
 
     Raises:
-        PolicyError: unknown, or the bundle lacks an action it needs.
+        PolicyError: unknown, the bundle lacks what it needs, or the budget cannot be met.
     """
     if isinstance(policy, Policy):
+        _no_budget(policy.name, budget)
         return policy
     kind, _, argument = policy.partition(":")
+    if not policy and manifest.scorer is None and budget is None:
+        return make_policy(manifest.variants[0], manifest)
+    if policy in ("", "dash"):
+        return ScoredPolicy(manifest, budget)
+    if policy in ("static", "even", "cosine") and budget is None:
+        raise PolicyError(f"policy {policy!r} needs a budget, such as 0.3")
+    if policy in ("even", "cosine"):
+        path = skipping_path(manifest, resolve(budget, manifest), policy)
+        return StaticPolicy(path, manifest, name=policy)
+    if policy == "static":
+        return _best_static(manifest, resolve(budget, manifest))
+    if kind == "random":
+        try:
+            seed = int(argument or 0)
+        except ValueError:
+            raise PolicyError(f"random:{argument}: the seed must be an integer") from None
+        return RandomPolicy(manifest, seed, None if budget is None else resolve(budget, manifest))
+    _no_budget(policy, budget)
     if kind in PRECISIONS and not argument:
         action = check_action(kind, manifest.actions)
         return StaticPolicy((action,) * manifest.model.num_layers, manifest, name=kind)
     if kind == "static" and argument:
         return StaticPolicy(_parse_path(argument, manifest), manifest)
-    if kind == "random":
-        try:
-            return RandomPolicy(manifest, int(argument or 0))
-        except ValueError:
-            raise PolicyError(f"random:{argument}: the seed must be an integer") from None
     raise PolicyError(
-        f"unknown policy {policy!r}; choose full, int8, int4, random[:SEED], "
-        "static:ACTION[*N],... or static:@FILE"
+        f"unknown policy {policy!r}; choose dash, full, int8, int4, static, even, cosine, "
+        "random[:SEED], static:ACTION[*N],... or static:@FILE"
     )
+
+
+def _no_budget(policy: str, budget: Budget | None) -> None:
+    if budget is not None:
+        raise PolicyError(
+            f"policy {policy!r} takes no budget; those that do: dash, static, even, cosine, random"
+        )
+
+
+def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
+    points = scorer_facts(manifest).static
+    fitting = [point for point in points if point.budget <= budget + 1e-9]
+    if not fitting:
+        least = f"the cheapest costs {points[0].budget:.3f}" if points else "none was searched"
+        raise PolicyError(f"no static assignment within budget {budget:g}; {least}")
+    best = min(fitting, key=lambda point: point.kl)
+    return StaticPolicy(best.path, manifest, name="static", head=best.head)
 
 
 def _parse_path(text: str, manifest: Manifest) -> Path:

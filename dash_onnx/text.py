@@ -41,6 +41,8 @@ class TextCodec:
             for key, value in _json(bundle, "tokenizer_config.json").items()
             if key.endswith("_token") and value
         }
+        bos = self._special.get("bos_token")
+        self.start_token_id: int | None = self.tokenizer.token_to_id(bos) if bos else None
         self.eos_token_ids = _eos_ids(_json(bundle, "generation_config.json"))
         self.chat_template: str | None = None
         if "chat_template.jinja" in bundle:

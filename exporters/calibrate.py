@@ -21,8 +21,8 @@ from dash_onnx.text import read_text
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
 
-SEQUENCES = 24
-LENGTH = 128
+SEQUENCES = 64
+LENGTH = 256
 
 Ids = npt.NDArray[np.int64]
 
@@ -59,12 +59,20 @@ def _from_text(source: Source, path: Path) -> Ids:
 
 
 def _self_generated(source: Source, seed: int) -> Ids:
-    """Samples at temperature 1 from the beginning-of-text token."""
+    """Samples at temperature 1.
+
+    Half of the sequences start as the tokenizer starts a text (a chat-tuned model then often
+    writes a chat), half with a random token, which leads to documents of every kind
+    (LLM-QAT, arXiv 2305.17888).
+    """
     model: Any = streamed_model(source)
     config = source.generation_config
     start = next(
         (token for token in (config.bos_token_id, source.tokenizer.bos_token_id) if token), 0
     )
+    first = np.full((SEQUENCES, 1), start)
+    draw = np.random.default_rng(seed)
+    first[SEQUENCES // 2 :, 0] = draw.integers(len(source.tokenizer), size=SEQUENCES // 2)
     length = min(LENGTH, source.config.max_position_embeddings)
     with tqdm(total=length - 1, desc="calibration text", unit="tok", disable=None) as bar:
 
@@ -75,7 +83,7 @@ def _self_generated(source: Source, seed: int) -> Ids:
         with torch.random.fork_rng(), torch.inference_mode():
             torch.manual_seed(seed)
             ids = model.generate(
-                torch.full((SEQUENCES, 1), start, dtype=torch.int64),
+                torch.from_numpy(first).long(),
                 attention_mask=torch.ones((SEQUENCES, 1), dtype=torch.int64),
                 do_sample=True,
                 temperature=1.0,

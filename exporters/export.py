@@ -6,14 +6,14 @@ import importlib.metadata
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.bundle import check_destination, data_name, list_files, writing
+from dash_onnx.bundle import Bundle, check_destination, data_name, list_files, writing
 from dash_onnx.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, Architecture, architecture_of
@@ -23,6 +23,7 @@ from dash_onnx.exporters.graphs import TAPS, build_embed, build_head, build_laye
 from dash_onnx.exporters.measure import (
     Hidden,
     Runner,
+    compensation,
     relative_errors,
     rms_normed,
     scale_and_cosine,
@@ -30,14 +31,20 @@ from dash_onnx.exporters.measure import (
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.manifest import (
     MANIFEST_NAME,
+    Costs,
     ExportFacts,
     LayerFacts,
     Manifest,
     Target,
 )
 from dash_onnx.runtime.ort import Device, has_device, onnxruntime
+from dash_onnx.runtime.profile import profile
+from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.version import FORMAT_VERSION, __version__
 
+_FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compensation see all
+_UNMEASURED = Costs("", 0, 0.0, 0.0, {}, ())
+_RANK = 64  # see docs/design.md
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")
 
 
@@ -51,6 +58,8 @@ class ExportOptions:
         max_length: context in tokens; None takes the model's own.
         block_size: weights that share one quantization scale.
         calibration: a text file, or None for self-generated text.
+        compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
+            first multiple of the block size from 64 on.
         accuracy_level: of MatMulNBits; None takes the fast one of the device.
         overwrite: replace an existing bundle.
     """
@@ -61,6 +70,7 @@ class ExportOptions:
     block_size: int = 32
     calibration: Path | None = None
     accuracy_level: int | None = None
+    compensation_rank: int | None = None
     overwrite: bool = False
     seed: int = 0
 
@@ -110,11 +120,16 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
             variants=options.variants,
             heads=heads,
             kv_of_skipped="project",
+            compensation_rank=run.rank,
             layers=tuple(layers),
             calibration=calibration,
+            costs=_UNMEASURED,
+            scorer=None,
             export=run.facts(time.monotonic() - started),
             files=list_files(folder),
         )
+        (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
+        manifest = replace(manifest, costs=profile(Sessions(Bundle(folder), run.runner.device)))
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest
 
@@ -145,6 +160,13 @@ class _Run:
         ):
             if size % block:
                 raise UnsupportedError(f"--block-size {block} does not divide the {name} {size}")
+        rank = self.options.compensation_rank
+        self.rank = block * -(-_RANK // block) if rank is None else rank
+        self.rank = min(self.rank, facts.hidden_size)
+        if self.rank % block or self.rank < 0:
+            raise UnsupportedError(
+                f"--compensation-rank {rank} must be 0 or a multiple of --block-size {block}"
+            )
 
     def embed(self, folder: Path, ids: Ids) -> Hidden:
         table = self.architecture.embedding(self.source.weights, self.spec)
@@ -156,6 +178,7 @@ class _Run:
         spec, target = self.spec, self.target
         layer = self.architecture.layer(self.source.weights, index, spec)
         outputs: dict[Action, Hidden] = {}
+        few = hidden[:_FIGURE_SEQUENCES]
         hessians: dict[str, torch.Tensor] = {}
         # `full` is the reference of the figures even where it is not kept.
         for precision in dict.fromkeys(("full", *self.options.variants)):
@@ -166,18 +189,22 @@ class _Run:
             if precision == "full" and "int4" in self.options.variants:
                 outputs["full"], hessians = self.runner.layer_with_hessians(path, hidden, TAPS)
             else:
-                outputs[precision] = self.runner.layer(path, hidden)
+                outputs[precision] = self.runner.layer(path, hidden if precision == "full" else few)
         full = outputs.pop("full")
         if "full" not in self.options.variants:
             _remove_graph(folder, layer_path(index, "full"))
-        scale, cosine = scale_and_cosine(hidden, full)
-        build_skip(folder, index, layer, spec, target, scale)
+        scale, cosine = scale_and_cosine(few, full[: len(few)])
+        correction = None
+        if rank := self.rank:
+            epsilon = spec.norm_epsilon
+            correction = compensation(hidden, full, layer.input_norm, epsilon, scale, rank)
+        build_skip(folder, index, layer, spec, target, scale, correction, hessians)
         path = folder / layer_path(index, SKIP)
-        outputs[SKIP] = self.runner.layer(path, hidden)
+        outputs[SKIP] = self.runner.layer(path, few)
         return full, LayerFacts(
             scale=scale,
             cosine=cosine,
-            relative_error=relative_errors(full, outputs),
+            relative_error=relative_errors(full[: len(few)], outputs),
             bytes={
                 action: _graph_bytes(folder, layer_path(index, action))
                 for action in (*self.options.variants, SKIP)

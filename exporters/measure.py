@@ -18,6 +18,10 @@ from dash_onnx.exporters.calibrate import SINK_TOKENS, Ids
 from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.ort import Device, create_session
 
+_RIDGE = 0.01  # of the mean diagonal: keeps directions that calibration hardly saw near zero
+
+_TURN = 8  # sequences
+
 Hidden = npt.NDArray[np.floating]
 """`[sequences, length, D]`."""
 
@@ -62,10 +66,16 @@ class Runner:
         session = create_session(model.SerializeToString(), self.device)
         sums: dict[str, Any] = dict.fromkeys(taps, 0.0)
         rows = []
-        for x in hidden:
-            row, *inputs = session.run(["hidden_out", *taps.values()], self._feeds(x))
-            rows.append(row)
-            for linear, values in zip(taps, inputs, strict=True):
+        # In turns of several sequences: ORT's threads spin for a while after each run, on the
+        # cores that torch then needs.
+        for start in range(0, len(hidden), _TURN):
+            runs = [
+                session.run(["hidden_out", *taps.values()], self._feeds(x))
+                for x in hidden[start : start + _TURN]
+            ]
+            rows += [run[0] for run in runs]
+            for index, linear in enumerate(taps, 1):
+                values = np.concatenate([run[index] for run in runs])
                 flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
                 sums[linear] = sums[linear] + flat.T @ flat
         return np.concatenate(rows), sums
@@ -99,6 +109,30 @@ def scale_and_cosine(x: Hidden, y: Hidden) -> tuple[float, float]:
     scale = np.mean(y_norm / x_norm)
     cosine = np.mean(np.sum(x * y, -1) / (x_norm * y_norm))
     return float(scale), float(cosine)
+
+
+def compensation(
+    x: Hidden, y: Hidden, norm: torch.Tensor, epsilon: float, scale: float, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best map of a rank from the normed input to `y - scale * x`, sink tokens left out.
+
+    Reduced-rank regression: the least-squares map, projected onto the leading directions of what
+    it predicts. Reading the normed input bounds what the map can return, however large a hidden
+    state grows; and K and V read it too, so the skip graph has one product for all three.
+
+    Returns:
+        A `[rank, D]` and B `[D, rank]` of the map B A.
+    """
+    x, y = (h[:, SINK_TOKENS:] for h in (x, y))
+    inputs = rms_normed(x, norm, epsilon)
+    missing = torch.from_numpy(y - np.float32(scale) * x).float().flatten(0, 1)
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+    cross = inputs.T @ missing
+    linear = torch.linalg.solve(gram, cross)  # [D, D], in x out
+    _, directions = torch.linalg.eigh(cross.T @ linear)  # of the predictions, ascending
+    best = directions[:, -rank:]
+    return (linear @ best).T.contiguous(), best.contiguous()
 
 
 def relative_errors(reference: Hidden, outputs: dict[Action, Hidden]) -> dict[Action, float]:

@@ -59,8 +59,10 @@ def bind_input(
     binding.bind_input(port.name, buffer.device, 0, buffer.dtype.type, shape, address)
 
 
-def bind_output(binding: Any, port: Port, buffer: Buffer) -> None:
-    """Binds a graph output to a buffer."""
-    binding.bind_output(
-        port.name, buffer.device, 0, buffer.dtype.type, buffer.shape, buffer.pointer
-    )
+def bind_output(
+    binding: Any, port: Port, buffer: Buffer, shape: tuple[int, ...] | None = None, start: int = 0
+) -> None:
+    """Binds a graph output to a buffer, or to a part of it (see `bind_input`)."""
+    address = buffer.pointer + start * buffer.dtype.itemsize
+    shape = buffer.shape if shape is None else shape
+    binding.bind_output(port.name, buffer.device, 0, buffer.dtype.type, shape, address)

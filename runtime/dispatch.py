@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from dash_onnx.actions import Action, Path
 from dash_onnx.errors import ContextLengthError
 from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output
 from dash_onnx.runtime.kv import KVCache
+from dash_onnx.runtime.scoring import Scoring
 from dash_onnx.runtime.sessions import Sessions
 
 PREFILL_CHUNK = 512
@@ -37,6 +40,7 @@ class Lane:
         self.seqlens = Buffer((1,), "int32", sessions.device)
         self.total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
         self._single = _Span(self, 1)
+        self._scoring: Scoring | None = None
 
     @property
     def length(self) -> int:
@@ -47,8 +51,30 @@ class Lane:
         """Forgets all tokens from position `length` on."""
         self.kv.truncate(length)
 
+    def decode_scored(self, token: int, price: float, head: Action) -> tuple[Logits, Path]:
+        """Runs one token, the scorer deciding layer by layer.
+
+        Args:
+            token: its id.
+            price: nats per millisecond.
+            head: precision of the LM head.
+
+        Returns:
+            Logits `[V]` of the next token (the next call overwrites them), and the path taken.
+
+        Raises:
+            ContextLengthError: the context is full.
+            PolicyError: the bundle has no scorer.
+        """
+        span, scoring = self._single, self._scorer()
+        scoring.set_price(price)
+        self._advance(1)
+        span.run_scored(token, scoring)
+        span.run_head(head)
+        return span.logits.array[0, 0], scoring.path()
+
     def decode(self, token: int, path: Path, head: Action) -> Logits:
-        """Runs one token.
+        """Runs one token on a given path.
 
         Args:
             token: its id.
@@ -66,6 +92,26 @@ class Lane:
         span.run_layers(token, path)
         span.run_head(head)
         return span.logits.array[0, 0]
+
+    def time_token(self, token: int, path: Path, head: Action) -> list[float]:
+        """Like `decode`; returns milliseconds of the embedding, each layer, and the head."""
+        self._advance(1)
+        times = self._single.time_layers(token, path)
+        started = time.perf_counter()
+        self._single.run_head(head)
+        return [*times, (time.perf_counter() - started) * 1e3]
+
+    def time_scorer(self, token: int, path: Path) -> float:
+        """Decodes on a path, the scorer deciding in vain; returns its milliseconds."""
+        scoring = self._scorer()
+        scoring.set_price(1.0)
+        self._advance(1)
+        return self._single.time_scorer(token, path, scoring)
+
+    def _scorer(self) -> Scoring:
+        if self._scoring is None:
+            self._scoring = Scoring(self.sessions, self._single.hidden)
+        return self._scoring
 
     def prefill(self, ids: Ids, path: Path, head: Action) -> Logits:
         """Runs a prompt, the same path for all of its tokens.
@@ -124,7 +170,12 @@ class Lane:
 
 
 class _Span:
-    """Buffers and bindings for runs of `seq` tokens."""
+    """Buffers and bindings for runs of `seq` tokens.
+
+    Attributes:
+        seq: how many.
+        hidden: input of even and of odd layers, `[1, seq, D]`.
+    """
 
     def __init__(self, lane: Lane, seq: int):
         sessions = lane.sessions
@@ -133,11 +184,11 @@ class _Span:
         self._lane = lane
         self._tokens = Buffer((1, seq), "int64", device)
         shape = (1, seq, dims.hidden_size)
-        self._hidden = (Buffer(shape, dims.dtype, device), Buffer(shape, dims.dtype, device))
+        self.hidden = (Buffer(shape, dims.dtype, device), Buffer(shape, dims.dtype, device))
         self._logits: Buffer | None = None
         self._heads: dict[Action, Run] = {}
         self._embed = self._bound(
-            sessions.embed(), sessions.embed_ports, [self._tokens], [self._hidden[0]]
+            sessions.embed(), sessions.embed_ports, [self._tokens], [self.hidden[0]]
         )
         self._layers: list[dict[Action, Run]] = [{} for _ in sessions.manifest.layers]
         self._capacity = 0  # of the K/V buffers that the layers are bound to
@@ -145,7 +196,7 @@ class _Span:
     @property
     def final(self) -> Buffer:
         """Hidden states after the last layer, `[1, seq, D]`."""
-        return self._hidden[len(self._layers) % 2]
+        return self.hidden[len(self._layers) % 2]
 
     @property
     def logits(self) -> Buffer:
@@ -158,17 +209,54 @@ class _Span:
 
     def run_layers(self, tokens: int | Ids, path: Path) -> None:
         """Runs embedding and layers; the hidden states end up in `final`."""
+        self._start(tokens)
+        for layer, action in enumerate(path):
+            self._run_of(layer, action)()
+
+    def run_scored(self, token: int, scoring: Scoring) -> None:
+        """Like `run_layers`; the decision for layer i+1 needs no output of layer i."""
+        self._start(token)
+        decisions, actions = scoring.decisions, scoring.actions
+        ahead = iter(scoring.runs)
+        next(ahead)()
+        for layer in range(len(self._layers)):
+            action = actions[decisions[layer]]
+            for score in islice(ahead, 1):
+                score()
+            self._run_of(layer, action)()
+
+    def _run_of(self, layer: int, action: Action) -> Run:
+        runs = self._layers[layer]
+        return runs.get(action) or runs.setdefault(action, self._bind_layer(layer, action))
+
+    def _start(self, tokens: int | Ids) -> None:
         if self._capacity != self._lane.kv.capacity:  # the K/V buffers moved
             self._capacity = self._lane.kv.capacity
             for runs in self._layers:
                 runs.clear()
         self._tokens.write(tokens)
         self._embed()
-        for layer, (runs, action) in enumerate(zip(self._layers, path, strict=True)):
-            run = runs.get(action)
-            if run is None:
-                run = runs[action] = self._bind_layer(layer, action)
-            run()
+
+    def time_layers(self, token: int, path: Path) -> list[float]:
+        """Like `run_layers`; returns milliseconds: embedding, then each layer."""
+        clock = [time.perf_counter()]
+        self._start(token)
+        clock.append(time.perf_counter())
+        for layer, action in enumerate(path):
+            self._run_of(layer, action)()
+            clock.append(time.perf_counter())
+        return [(after - before) * 1e3 for before, after in pairwise(clock)]
+
+    def time_scorer(self, token: int, path: Path, scoring: Scoring) -> float:
+        """Like `run_layers`; returns the milliseconds of all decisions in between."""
+        self._start(token)
+        seconds = 0.0
+        for layer, action in enumerate(path):
+            started = time.perf_counter()
+            scoring.runs[layer]()
+            seconds += time.perf_counter() - started
+            self._run_of(layer, action)()
+        return seconds * 1e3
 
     def run_head(self, precision: Action) -> None:
         """Runs the LM head on all tokens of the span."""
@@ -184,7 +272,7 @@ class _Span:
         lane, sessions = self._lane, self._lane.sessions
         kv = lane.kv
         key, value = kv.keys[layer], kv.values[layer]
-        source, target = self._hidden[layer % 2], self._hidden[(layer + 1) % 2]
+        source, target = self.hidden[layer % 2], self.hidden[(layer + 1) % 2]
         inputs = [source, key, value, lane.seqlens, lane.total, kv.cos, kv.sin]
         return self._bound(
             sessions.layer(layer, action), sessions.layer_ports, inputs, [target, key, value]

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from dash_onnx.actions import Path
+from dash_onnx.budget import Budget
 from dash_onnx.bundle import Bundle
 from dash_onnx.errors import DeviceError
 from dash_onnx.policy import Policy, make_policy
+from dash_onnx.runtime.decoding import decoding
 from dash_onnx.runtime.dispatch import Ids, Lane, Logits
 from dash_onnx.runtime.generate import (
     Cache,
@@ -43,13 +45,22 @@ class Model:
         text: tokenizer and chat template.
     """
 
-    def __init__(self, bundle: Bundle, device: Device, threads: int | None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        threads: int | None,
+        policy: str | Policy = "",
+        budget: Budget | None = None,
+    ):
         """See `load`."""
         check_device(device)
         use_global_threads(threads)
         self.manifest = bundle.manifest
         self.text = TextCodec(bundle)
         self._sessions = Sessions(bundle, device)
+        self._default = (policy, budget)
+        self.policy()  # refuses a wrong one now
 
     def new_cache(self) -> Cache:
         """An empty K/V cache that several generations of one conversation share, in turn."""
@@ -59,11 +70,20 @@ class Model:
         """Loads every graph now instead of when it is first used."""
         self._sessions.preload()
 
-    def policy(self, policy: str | Policy = "") -> Policy:
-        """Resolves a policy; the empty string is the highest exported precision."""
-        return make_policy(policy or self.manifest.variants[0], self.manifest)
+    def policy(self, policy: str | Policy = "", budget: Budget | None = None) -> Policy:
+        """Resolves a policy; see `dash_onnx.policy.make_policy`.
 
-    def logits(self, ids: Ids | Sequence[int], *, policy: str | Policy = "") -> Logits:
+        Args:
+            policy: a name or a `Policy`; empty takes the one that the model was loaded with.
+            budget: fraction of the full time per token or a preset; likewise.
+        """
+        if not policy and budget is None:
+            policy, budget = self._default
+        return make_policy(policy, self.manifest, budget)
+
+    def logits(
+        self, ids: Ids | Sequence[int], *, policy: str | Policy = "", budget: Budget | None = None
+    ) -> Logits:
         """Teacher-forced logits of a text.
 
         A policy whose paths differ between tokens is run token by token, its first token at
@@ -76,11 +96,12 @@ class Model:
             `[S, V]` float32: row i predicts token i + 1.
         """
         ids = self._checked(ids)
-        chosen, lane = self.policy(policy), Lane(self._sessions)
+        chosen, lane = self.policy(policy, budget), Lane(self._sessions)
         if chosen.uniform is not None:
             return lane.prefill_all(ids, chosen.uniform, chosen.head)
         first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, None))
-        rows = [logits.astype(np.float32)[None] for logits, _ in _decode(lane, ids[1:], chosen)]
+        decode = decoding(lane, chosen)
+        rows = [decode(token)[0].astype(np.float32)[None] for token in ids[1:].tolist()]
         return np.concatenate([first, *rows])
 
     def teacher_forced(
@@ -99,12 +120,12 @@ class Model:
         ids = self._checked(ids)
         lane = Lane(self._sessions)
         lane.prefill(ids[:prompt_tokens], *prefill_plan(self._sessions, None))
-        yield from _decode(lane, ids[prompt_tokens:], self.policy(policy))
+        yield from map(decoding(lane, self.policy(policy)), ids[prompt_tokens:].tolist())
 
     def generate_step(self, ids: Ids | Sequence[int], **options: Any) -> Iterator[Step]:
         """Generates tokens after a prompt of token ids; the first step is the prefill."""
         chosen = Options.of(**options)
-        policy = self.policy(chosen.policy)
+        policy = self.policy(chosen.policy, chosen.budget)
         eos = self.text.eos_token_ids
         return generate_step(self._sessions, self._checked(ids), policy, eos, chosen)
 
@@ -136,13 +157,13 @@ class Model:
         return array
 
 
-def _decode(lane: Lane, ids: Ids, policy: Policy) -> Iterator[tuple[Logits, Path]]:
-    for token, path in zip(ids.tolist(), policy.paths(), strict=False):
-        yield lane.decode(token, path, policy.head), path
-
-
 def load(
-    folder: str | os.PathLike[str], *, device: Device = "cpu", threads: int | None = None
+    folder: str | os.PathLike[str],
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    policy: str | Policy = "",
+    budget: Budget | None = None,
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
 
@@ -154,8 +175,11 @@ def load(
         folder: what `dash-export` wrote.
         device: `cpu` or `cuda`; must be what the bundle was exported for.
         threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
+        policy: of generations that name none; see `dash_onnx.policy.make_policy`.
+        budget: likewise, a fraction of the full time per token or a preset.
 
     Raises:
+        PolicyError: the policy or the budget is not one that the bundle can do.
         BundleError: the bundle is missing, damaged or of another format version.
         DeviceError: ORT or the device is not available, or the bundle is for another one.
     """
@@ -166,4 +190,4 @@ def load(
             f"{folder} was exported for device {built_for!r}, not {device!r}; "
             f"export again with --device {device}"
         )
-    return Model(bundle, device, threads)
+    return Model(bundle, device, threads, policy, budget)

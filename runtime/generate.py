@@ -13,6 +13,7 @@ import numpy as np
 from dash_onnx.actions import Action, Path
 from dash_onnx.errors import ContextLengthError, PolicyError
 from dash_onnx.policy import Policy
+from dash_onnx.runtime.decoding import decoding
 from dash_onnx.runtime.dispatch import Ids, Lane, Logits
 from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.sampling import Sampler
@@ -120,7 +121,7 @@ def generate_step(
     try:
         sampler = Sampler(options.sampling)
         seen = [int(token) for token in ids]
-        paths = policy.paths()
+        decode = decoding(lane, policy)
         path, head = prefill_plan(sessions, options.prefill)
         token = -1
         for count in range(1, options.max_new_tokens + 1):
@@ -130,8 +131,7 @@ def generate_step(
                 logits = lane.prefill(rest, path, head)
                 cache.tokens += rest.tolist()
             else:
-                path = next(paths)
-                logits = lane.decode(token, path, policy.head)
+                logits, path = decode(token)
                 cache.tokens.append(token)
             token = sampler(logits, seen)
             seen.append(token)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.actions import Action
+from dash_onnx.budget import Budget
 from dash_onnx.errors import PolicyError
 from dash_onnx.policy import Policy
 from dash_onnx.runtime.sampling import Sampling
@@ -22,6 +23,7 @@ class Options:
 
     Attributes:
         policy: which action each layer takes; see `dash_onnx.policy.make_policy`.
+        budget: fraction of the full time per token, or a preset; None takes the model's own.
         prefill: precision of the prompt; None takes the highest exported.
         max_new_tokens: most tokens to generate.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
@@ -32,6 +34,7 @@ class Options:
     """
 
     policy: str | Policy = ""
+    budget: Budget | None = None
     prefill: Action | None = None
     max_new_tokens: int = 512
     ignore_eos: bool = False

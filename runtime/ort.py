@@ -107,6 +107,11 @@ def use_global_threads(threads: int | None) -> None:
             )
 
 
+def thread_count() -> int:
+    """Threads of ORT's global pool."""
+    return _pool_threads or _usable_cores()
+
+
 def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -9,12 +9,14 @@ from dash_onnx.actions import Action
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import (
     EMBED_PATH,
+    SCORER_PATH,
     Ports,
     embed_ports,
     head_path,
     head_ports,
     layer_path,
     layer_ports,
+    scorer_ports,
 )
 from dash_onnx.errors import BundleError
 from dash_onnx.runtime.ort import Device, create_session
@@ -27,10 +29,11 @@ class Sessions:
         """Loads nothing yet."""
         self.manifest = bundle.manifest
         self.device: Device = device
-        dims = bundle.manifest.dims
+        dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
         self.head_ports = head_ports(dims)
+        self.scorer_ports = scorer_ports(dims, len(facts.actions) if facts else 0)
         self._bundle = bundle
         self._loaded: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -47,9 +50,15 @@ class Sessions:
         """Final norm and LM head."""
         return self._get(head_path(precision), self.head_ports)
 
+    def scorer(self) -> Any:
+        """What decides; see `ScorerFacts`."""
+        return self._get(SCORER_PATH, self.scorer_ports)
+
     def preload(self) -> None:
         """Loads every graph of the bundle."""
         self.embed()
+        if self.manifest.scorer is not None:
+            self.scorer()
         for precision in sorted(set(self.manifest.heads.values())):
             self.head(precision)
         for layer in range(self.manifest.model.num_layers):

@@ -1,7 +1,8 @@
-"""A skipped layer: `scale * x`, and the token's own K/V entry (convention `project`)."""
+"""A skipped layer: its compensation, and the token's own K/V entry (convention `project`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -9,35 +10,51 @@ import torch
 
 from dash_onnx.actions import SKIP
 from dash_onnx.contract import layer_path, layer_ports
-from dash_onnx.exporters.architectures.base import Layer, ModelSpec
+from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.manifest import Target
 
 
 def build_skip(
-    folder: Path, index: int, layer: Layer, spec: ModelSpec, target: Target, scale: float
+    folder: Path,
+    index: int,
+    layer: Layer,
+    spec: ModelSpec,
+    target: Target,
+    scale: float,
+    correction: tuple[torch.Tensor, torch.Tensor] | None,
+    hessians: Mapping[str, torch.Tensor],
 ) -> None:
     """Writes `layers/NN/skip.onnx`.
 
-    K and V are projected in INT8 (nearly lossless) from the layer's input, K is rotated, and
-    both are scattered into the cache at the token's position, so that later tokens attend to
-    a skipped token as to any other.
+    K and V are projected from the layer's input in INT4 (INT8 without Hessians), K is rotated,
+    and both are scattered into the cache at the token's position, so that later tokens attend
+    to a skipped token as to any other.
 
     Args:
         scale: the layer's calibrated mean of ||y|| / ||x||.
+        correction: A `[r, D]` and B `[D, r]` of the map from the normed input to what `scale * x`
+            misses of the layer's output; None returns `scale * x`.
+        hessians: see `Graph`; the one of `qkv_proj`, whose input this graph shares.
     """
     facts = spec.facts
     ports = layer_ports(dims_of(spec, target))
-    graph = Graph(f"layer_{index}_skip", ports, target, spec.norm_epsilon)
+    shared = {"skip_proj": hessians["qkv_proj"]} if hessians else {}
+    graph = Graph(f"layer_{index}_skip", ports, target, spec.norm_epsilon, shared)
     op, ms, inputs = graph.op, graph.ms, graph.inputs
 
     hidden = inputs["hidden_in"]  # [1, seq, D]
     kv_size = facts.num_kv_heads * facts.head_dim
-    kv = layer.qkv.rows(-2 * kv_size, layer.qkv.out_features, "kv_proj")
-    projected = graph.linear(graph.rms_norm(hidden, "input_norm", layer.input_norm), kv, "int8")
-    key, value = op.Split(
-        projected, axis=-1, num_outputs=2, _outputs=[graph.value("key"), graph.value("value")]
+    kv = layer.qkv.rows(-2 * kv_size, layer.qkv.out_features, "skip_proj")
+    sizes, names = [kv_size, kv_size], ["key", "value"]
+    if correction is not None:  # reads what K and V read: one product for all three
+        kv = stack("skip_proj", kv, Linear("reduce", correction[0]))
+        sizes, names = [*sizes, correction[0].shape[0]], [*names, "reduced"]
+    normed = graph.rms_norm(hidden, "input_norm", layer.input_norm)
+    projected = graph.linear(normed, kv, "int4" if hessians else "int8")
+    key, value, *reduced = op.Split(
+        projected, graph.int64(*sizes), axis=-1, _outputs=[graph.value(name) for name in names]
     )
 
     total = op.Cast(inputs["total_sequence_length"], to=ir.DataType.INT64)
@@ -65,6 +82,9 @@ def build_skip(
         )
 
     compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
+    if correction is not None:
+        expand = Linear("expand_proj", correction[1])
+        compensated = op.Add(compensated, graph.linear(reduced[0], expand, "int8"))
     graph.save(
         folder,
         layer_path(index, SKIP),

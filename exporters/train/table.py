@@ -1,0 +1,129 @@
+"""The policy table: which price leads to which budget and KL, on tokens held out of training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dash_onnx.actions import Action
+from dash_onnx.budget import reference_ms
+from dash_onnx.exporters.train.environment import Environment, State
+from dash_onnx.exporters.train.frozen import Tensor
+from dash_onnx.exporters.train.scorer import BundleScorer
+from dash_onnx.manifest import BudgetPoint, Manifest
+
+PRESETS = {"quality": 0.02, "balanced": 0.06, "fast": 0.2}
+"""Named budgets: the cheapest whose KL on held-out tokens is at most this many nats."""
+
+
+@dataclass
+class _Recorder:
+    """Decides as the runtime does and remembers it, `full` included, which the process lacks."""
+
+    scorer: BundleScorer
+    env: Environment
+    penalty: Tensor  # [L, A'] nats
+    log_price: Tensor
+    chosen: list[Tensor]
+
+    def __call__(self, state: State) -> Tensor:
+        action = self.scorer.decide(state, self.log_price, self.penalty[state.layer])
+        self.chosen.append(action)
+        known = (action - self.scorer.extra).clamp(min=0)
+        return torch.nn.functional.one_hot(known, len(self.env.actions)).float()
+
+
+def measure(
+    env: Environment,
+    scorer: BundleScorer,
+    manifest: Manifest,
+    ids: Tensor,
+    prices: list[float],
+    rounding_kl: float,
+) -> tuple[BudgetPoint, ...]:
+    """Runs the policy at every price.
+
+    Args:
+        env: the process.
+        scorer: trained.
+        manifest: of the bundle, with its costs.
+        ids: held-out tokens `[B, T]`.
+        prices: nats per millisecond.
+        rounding_kl: KL of the process's own reference against the bundle's; it is what a token
+            loses that leaves `full`.
+
+    Returns:
+        Rows of the table by ascending budget; a price that is no cheaper than the one below it is
+        left out.
+    """
+    costs = cost_table(manifest, scorer.actions)
+    full_ms = reference_ms(manifest)
+    fixed_ms = manifest.costs.embed_ms + manifest.costs.scorer_ms
+    with torch.no_grad():
+        reference = torch.cat([env.reference(part, env.actions[0]) for part in ids.split(4)])
+        points: list[BudgetPoint] = []
+        for price in sorted(prices):
+            chosen, finals = [], []
+            for part in ids.split(4):
+                log_price = torch.tensor(math.log(price))
+                penalty = price * costs + scorer.forbidden
+                recorder = _Recorder(scorer, env, penalty, log_price, [])
+                finals.append(env.run(part, recorder).final)
+                chosen.append(torch.stack(recorder.chosen, -1))
+            paths = torch.cat(chosen)[:, env.prompt_tokens :]  # [B, T, L]
+            final = torch.cat(finals)
+            counts = torch.nn.functional.one_hot(paths, len(scorer.actions)).float().mean((0, 1))
+            layers_ms = float((counts * costs).sum())
+            left = 1.0 - float(counts[:, 0].mean()) if scorer.extra else 1.0
+            head, kl = min(
+                (
+                    (head, _mean_kl(env, reference, final, head) + left * rounding_kl)
+                    for head in env.frozen.heads
+                ),
+                key=lambda pair: pair[1] + price * manifest.costs.heads_ms[pair[0]],
+            )
+            ms = fixed_ms + layers_ms + manifest.costs.heads_ms[head]
+            shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
+            points.append(
+                BudgetPoint(
+                    budget=round(ms / full_ms, 5),
+                    price=price,
+                    head=head,
+                    kl=round(kl, 6),
+                    shares={action: round(share, 4) for action, share in shares.items()},
+                )
+            )
+    kept: list[BudgetPoint] = []
+    for point in points:  # from dear to cheap
+        if not kept or point.budget < kept[-1].budget - 1e-4:
+            kept.append(point)
+    return tuple(reversed(kept))
+
+
+def _mean_kl(env: Environment, reference: Tensor, final: Tensor, head: Action) -> float:
+    seen = slice(env.prompt_tokens, None)
+    return float(env.kl(reference[:, seen], final[:, seen], head).mean())
+
+
+def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
+    """Budgets of the presets, interpolated in the table (KL falls with the budget)."""
+    result = {}
+    for name, limit in PRESETS.items():
+        below = [point for point in points if point.kl <= limit] or [points[-1]]
+        best = min(below, key=lambda point: point.budget)
+        index = points.index(best)
+        budget = best.budget
+        if index > 0 and points[index - 1].kl > limit:
+            worse = points[index - 1]
+            share = (limit - best.kl) / (worse.kl - best.kl)
+            budget += share * (worse.budget - best.budget)
+        result[name] = round(budget, 4)
+    return result
+
+
+def cost_table(manifest: Manifest, actions: tuple[Action, ...]) -> Tensor:
+    """Profiled milliseconds `[L, A]`."""
+    rows = [[costs[action] for action in actions] for costs in manifest.costs.layers_ms]
+    return torch.tensor(rows)

@@ -1,0 +1,143 @@
+"""Training text: what the model writes itself, or the user's own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dash_onnx.actions import Action
+from dash_onnx.errors import SourceError
+from dash_onnx.exporters.train.frozen import Frozen, Tensor
+from dash_onnx.text import Message, TextCodec, read_text
+
+LENGTH = 256
+"""Tokens of a training sequence."""
+
+_BATCH = 64  # sequences generated side by side
+_ASKED = ("prompt", "instruction", "question", "input")
+_ANSWERED = ("response", "output", "answer", "completion")
+
+
+def training_ids(
+    frozen: Frozen, codec: TextCodec, files: Sequence[Path], sequences: int, seed: int
+) -> Tensor:
+    """Token ids `[sequences, length]`, shuffled.
+
+    Args:
+        frozen: the model, which writes the text where there are no files.
+        codec: its tokenizer.
+        files: text, or JSON lines with prompts and responses or with messages.
+        sequences: how many are wanted; files may hold fewer, but at least 8.
+        seed: of the sampling and the order.
+
+    Raises:
+        SourceError: a file is missing, not text, not of this form, or all are too short.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = min(LENGTH, frozen.manifest.model.max_length)
+    if not files:
+        first = _first_tokens(frozen, codec, sequences, generator)
+        return _generated(frozen, first, length, generator)
+    ids = torch.from_numpy(codec.encode("\n\n".join(_rendered(files, codec))))
+    count = min(len(ids) // length, sequences)
+    if count < 8:
+        raise SourceError(
+            f"the calibration text has {len(ids)} tokens; training needs at least {8 * length}"
+        )
+    starts = torch.linspace(0, len(ids) - length, count).long()  # spread over all of it
+    rows = torch.stack([ids[start : start + length] for start in starts.tolist()])
+    return rows[torch.randperm(count, generator=generator)]
+
+
+def _rendered(files: Sequence[Path], codec: TextCodec) -> Iterator[str]:
+    for path in files:
+        text = read_text(path)
+        if path.suffix not in (".jsonl", ".json"):
+            yield text
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield _conversation(line, f"{path}:{number}", codec)
+
+
+def _conversation(line: str, where: str, codec: TextCodec) -> str:
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        raise SourceError(f"{where} is not JSON") from None
+    if not isinstance(record, dict):
+        raise SourceError(f"{where} is not a JSON object")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        asked = next((record[key] for key in _ASKED if record.get(key)), None)
+        answered = next((record[key] for key in _ANSWERED if record.get(key)), None)
+        if not isinstance(asked, str) or not isinstance(answered, str):
+            raise SourceError(
+                f"{where} needs `text`, `messages`, or a prompt and a response "
+                f"({'/'.join(_ASKED)} and {'/'.join(_ANSWERED)})"
+            )
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answered},
+        ]
+    return chat_text(codec, messages)
+
+
+def chat_text(codec: TextCodec, messages: Sequence[Message]) -> str:
+    """A whole conversation as text: by the chat template where there is one."""
+    if codec.chat_template is None:
+        return "\n".join(str(message["content"]) for message in messages)
+    *asked, answer = messages
+    return codec.render_chat(asked) + str(answer["content"])
+
+
+def _first_tokens(
+    frozen: Frozen, codec: TextCodec, sequences: int, generator: torch.Generator
+) -> Tensor:
+    """Half begin as the tokenizer begins a text, half with a random token (2305.17888)."""
+    vocab = min(frozen.manifest.model.vocab_size, codec.tokenizer.get_vocab_size())
+    first = torch.randint(vocab, (sequences,), generator=generator)
+    start = codec.start_token_id
+    if start is not None:
+        first[::2] = start
+    return first
+
+
+@torch.inference_mode()
+def _generated(frozen: Frozen, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """Samples at temperature 1; the model runs at its best precision."""
+    rows = []
+    total = -(-len(first) // _BATCH) * (length - 1)
+    with tqdm(total=total, desc="training text", unit="tok", disable=None) as bar:
+        for part in first.split(_BATCH):
+            rows.append(_sampled(frozen, part, length, generator, bar))
+    return torch.cat(rows)
+
+
+def _sampled(
+    frozen: Frozen, first: Tensor, length: int, generator: torch.Generator, bar: Any
+) -> Tensor:
+    action: Action = frozen.actions[0]
+    caches = [frozen.new_cache(len(first), length) for _ in frozen.manifest.layers]
+    ids = torch.empty(len(first), length, dtype=torch.int64)
+    ids[:, 0] = first
+    cos, sin = frozen.rotary(length)
+    for position in range(length - 1):
+        x = frozen.embed(ids[:, position : position + 1])
+        rotary = cos[position : position + 1], sin[position : position + 1]
+        for layer, cache in enumerate(caches):
+            normed = frozen.norm(x, frozen.input_norms[layer])
+            queries, keys_values = frozen.split(frozen.qkv(layer, action, normed))
+            attention = frozen.attend_cached(queries, keys_values, rotary, cache, position)
+            x = frozen.complete(layer, action, x, attention)
+        logits = frozen.logits(frozen.final(x))[:, 0].float()
+        ids[:, position + 1] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        bar.update()
+    return ids

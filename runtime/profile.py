@@ -1,0 +1,101 @@
+"""Profiles every action of every layer through the real dispatch, as decoding meets them."""
+
+from __future__ import annotations
+
+import platform
+import random
+from pathlib import Path as FilePath
+
+import numpy as np
+
+from dash_onnx.actions import SKIP, Action, Path
+from dash_onnx.manifest import Costs
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.ort import thread_count
+from dash_onnx.runtime.sessions import Sessions
+
+_TOKENS = 96
+_WARM_UP = 16  # tokens until every graph has run and memory has settled
+_PROMPT = 64  # tokens of context; attention is a small part of a layer at this length
+
+
+def profile(sessions: Sessions) -> Costs:
+    """Decodes random paths and takes the median of each part's time.
+
+    Random paths, because a policy mixes actions and then finds their weights as cold in memory
+    as it finds them here. The highest precision takes turns of its own: mixed paths that use it
+    are rare, and its weights would push all others out of the caches.
+    """
+    manifest = sessions.manifest
+    layers, vocab = manifest.model.num_layers, manifest.model.vocab_size
+    best, *others = manifest.variants
+    cheap = (*(others or [best]), SKIP)
+    rng = random.Random(0)
+    times: list[dict[Action, list[float]]] = [{} for _ in range(layers)]
+    heads: dict[Action, list[float]] = {head: [] for head in sorted(set(manifest.heads.values()))}
+    embeds = []
+
+    def mixed() -> Path:
+        # Layers run at least as often as they are skipped, as under any useful policy.
+        return tuple(rng.choice(cheap if layer else cheap[:-1]) for layer in range(layers))
+
+    lane = Lane(sessions)
+    rounds = [((best,) * layers, _TOKENS // 4), (None, _TOKENS)]
+    for fixed, tokens in rounds:
+        lane.truncate(0)
+        lane.prefill(np.arange(_PROMPT) % vocab, (cheap[0],) * layers, manifest.heads[SKIP])
+        for count in range(_WARM_UP + tokens):
+            path = fixed or mixed()
+            head = rng.choice(list(heads))
+            embed, *layer_ms, head_ms = lane.time_token(rng.randrange(vocab), path, head)
+            if count < _WARM_UP:
+                continue
+            embeds.append(embed)
+            heads[head].append(head_ms)
+            for seen, action, ms in zip(times, path, layer_ms, strict=True):
+                seen.setdefault(action, []).append(ms)
+    # Neighbouring layers have the same shape: the median over all of them is the steadier
+    # figure where one layer was rarely seen, but a layer's own median keeps what differs.
+    shared = {
+        action: float(np.median([ms for seen in times for ms in seen.get(action, [])]))
+        for action in manifest.actions
+        if any(action in seen for seen in times)
+    }
+    return Costs(
+        machine=machine_name(),
+        threads=thread_count(),
+        embed_ms=_median(embeds),
+        scorer_ms=_scorer_ms(lane) if manifest.scorer is not None else 0.0,
+        heads_ms={head: _median(values) for head, values in heads.items()},
+        layers_ms=tuple(
+            {
+                action: _median(seen[action]) if action in seen else round(shared[action], 5)
+                for action in manifest.actions
+            }
+            for seen in times
+        ),
+    )
+
+
+def _scorer_ms(lane: Lane) -> float:
+    """All decisions of one token, each made between two layers, as in decoding."""
+    manifest = lane.sessions.manifest
+    path = (manifest.variants[-1],) * manifest.model.num_layers
+    times = [lane.time_scorer(0, path) for _ in range(_WARM_UP + _TOKENS // 4)]
+    return _median(times[_WARM_UP:])
+
+
+def _median(values: list[float]) -> float:
+    return round(float(np.median(values)), 5)
+
+
+def machine_name() -> str:
+    """Processor and architecture, as far as the system tells."""
+    try:
+        lines = FilePath("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        name = platform.processor() or "unknown processor"
+    return f"{name}, {platform.machine()}"
