@@ -28,11 +28,12 @@ class Bundle:
     their SHA-256 by `verified`, once per file, so that a lazy load reads only what it runs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None):
         """Opens a bundle.
 
         Args:
             folder: the folder that `dash-export` wrote.
+            manifest: instead of the one in the folder, while a new one is in the making.
 
         Raises:
             BundleError: missing, of another format version, incomplete, or a path leaves it.
@@ -44,11 +45,7 @@ class Bundle:
                 f"no bundle at {self.folder}: {MANIFEST_NAME} is missing; "
                 f"make one with `dash-export MODEL {self.folder}`"
             )
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            raise BundleError(f"{path} is not UTF-8 text; export again") from None
-        self.manifest = Manifest.from_text(text, str(path))
+        self.manifest = manifest or self._read(path)
         self._verified: set[str] = set()
         for name, facts in self.manifest.files.items():
             self._check_inside(name)
@@ -61,6 +58,14 @@ class Bundle:
                     f"{file} has {size} bytes, the manifest says {facts.bytes}: "
                     "truncated or edited; export again"
                 )
+
+    @staticmethod
+    def _read(path: Path) -> Manifest:
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            raise BundleError(f"{path} is not UTF-8 text; export again") from None
+        return Manifest.from_text(text, str(path))
 
     def _check_inside(self, name: str) -> None:
         parts = PurePosixPath(name)
@@ -118,6 +123,13 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         raise BundleError(f"{folder} exists and is not a bundle; choose another folder")
     if not overwrite:
         raise BundleError(f"{folder} exists; pass --overwrite to replace it")
+
+
+def replace_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of an existing bundle, all or nothing."""
+    temporary = folder / f"{MANIFEST_NAME}.partial"
+    temporary.write_text(manifest.to_text(), "utf-8")
+    temporary.replace(folder / MANIFEST_NAME)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from dash_onnx.actions import Action
 DType = Literal["float32", "float16", "int32", "int64"]
 
 EMBED_PATH = "embed.onnx"
-SCORER_PATH = "scorer.onnx"
 
 
 def layer_path(layer: int, action: Action) -> str:
@@ -26,6 +25,11 @@ def layer_path(layer: int, action: Action) -> str:
 def head_path(precision: Action) -> str:
     """Path of a head graph (final norm and LM head) inside the bundle."""
     return f"head/{precision}.onnx"
+
+
+def scorer_path(digest: str) -> str:
+    """Path of a scorer graph, named after its content: a new one never overwrites the old one."""
+    return f"scorer-{digest[:12]}.onnx"
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,7 @@ class ScorerFacts:
     """The trained scorer.
 
     Attributes:
+        file: its graph.
         actions: what its action indices mean.
         points: the policy table, by ascending budget.
         presets: named budgets.
@@ -214,6 +215,7 @@ class ScorerFacts:
         training: how it came about.
     """
 
+    file: str
     actions: tuple[Action, ...]
     points: tuple[BudgetPoint, ...]
     presets: dict[str, float]

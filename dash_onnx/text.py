@@ -64,10 +64,14 @@ class TextCodec:
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return np.asarray(ids, np.int64)
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
-        """The prompt text of a conversation, ending where the assistant's answer begins.
+    def render_chat(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+        """The text of a conversation, ending where the assistant's answer begins.
 
         The template runs in jinja2's immutable sandbox, as in transformers.
+
+        Args:
+            messages: in order.
+            answer_next: whether the assistant is to answer; otherwise the text just ends.
 
         Raises:
             PolicyError: no template, or it refuses the messages.
@@ -78,7 +82,7 @@ class TextCodec:
             return (
                 _template_environment()
                 .from_string(self.chat_template)
-                .render(messages=list(messages), add_generation_prompt=True, **self._special)
+                .render(messages=list(messages), add_generation_prompt=answer_next, **self._special)
             )
         except Exception as error:  # the template is the model's code: it may raise anything
             raise PolicyError(f"the chat template refuses these messages: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import StoppingCriteriaList
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import Source
+from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.manifest import Calibration
-from dash_onnx.text import read_text
+from dash_onnx.text import Message
 
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
@@ -27,19 +29,19 @@ LENGTH = 256
 Ids = npt.NDArray[np.int64]
 
 
-def calibration_ids(source: Source, text: Path | None, seed: int) -> tuple[Ids, Calibration]:
+def calibration_ids(source: Source, files: Sequence[Path], seed: int) -> tuple[Ids, Calibration]:
     """Returns token ids `[sequences, length]` and where they came from.
 
     Args:
-        text: a UTF-8 text file, or None for text that the model generates itself.
+        files: see `calibration_text`; none lets the model write the text itself.
         seed: of the sampling.
 
     Raises:
         SourceError: the file is missing, not text, or too short.
     """
-    ids = _from_text(source, text) if text is not None else _self_generated(source, seed)
+    ids = _from_text(source, files) if files else _self_generated(source, seed)
     return ids, Calibration(
-        source=text.name if text is not None else "self-generated",
+        source=", ".join(path.name for path in files) or "self-generated",
         sequences=ids.shape[0],
         tokens=ids.size,
         sink_tokens=SINK_TOKENS,
@@ -48,11 +50,19 @@ def calibration_ids(source: Source, text: Path | None, seed: int) -> tuple[Ids, 
     )
 
 
-def _from_text(source: Source, path: Path) -> Ids:
-    ids = source.tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+def _from_text(source: Source, files: Sequence[Path]) -> Ids:
+    def render(messages: Sequence[Message]) -> str:
+        if source.tokenizer.chat_template is None:
+            return plain(messages)
+        return str(source.tokenizer.apply_chat_template(list(messages), tokenize=False))
+
+    text = calibration_text(files, render)
+    ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     length = min(LENGTH, source.config.max_position_embeddings)
     if len(ids) < 2 * length:
-        raise SourceError(f"{path} has {len(ids)} tokens; calibration needs at least {2 * length}")
+        raise SourceError(
+            f"the calibration text has {len(ids)} tokens; at least {2 * length} are needed"
+        )
     count = min(SEQUENCES, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
     return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])

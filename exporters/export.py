@@ -57,7 +57,7 @@ class ExportOptions:
         device: decides the dtype of activations and the operators.
         max_length: context in tokens; None takes the model's own.
         block_size: weights that share one quantization scale.
-        calibration: a text file, or None for self-generated text.
+        calibration: text files; none lets the model write the text itself.
         compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
             first multiple of the block size from 64 on.
         accuracy_level: of MatMulNBits; None takes the fast one of the device.
@@ -68,7 +68,7 @@ class ExportOptions:
     device: Device = "cpu"
     max_length: int | None = None
     block_size: int = 32
-    calibration: Path | None = None
+    calibration: tuple[Path, ...] = ()
     accuracy_level: int | None = None
     compensation_rank: int | None = None
     overwrite: bool = False

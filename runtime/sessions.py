@@ -6,10 +6,10 @@ import threading
 from typing import Any
 
 from dash_onnx.actions import Action
+from dash_onnx.budget import scorer_facts
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import (
     EMBED_PATH,
-    SCORER_PATH,
     Ports,
     embed_ports,
     head_path,
@@ -52,7 +52,7 @@ class Sessions:
 
     def scorer(self) -> Any:
         """What decides; see `ScorerFacts`."""
-        return self._get(SCORER_PATH, self.scorer_ports)
+        return self._get(scorer_facts(self.manifest).file, self.scorer_ports)
 
     def preload(self) -> None:
         """Loads every graph of the bundle."""

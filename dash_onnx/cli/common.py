@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from dash_onnx.errors import DashError
@@ -90,9 +91,39 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         default="",
-        help="full, int8, int4, random[:SEED], static:ACTION[*N],... or static:@FILE "
-        "(default: the highest exported precision)",
+        help="dash, full, int8, int4, static, even, cosine, random[:SEED], "
+        "static:ACTION[*N],... or static:@FILE (default: dash where a policy was trained, else "
+        "the highest exported precision)",
+    )
+    parser.add_argument(
+        "--budget",
+        help="fraction of the full time per token, such as 0.3, or quality, balanced, fast "
+        "(default: balanced)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+EFFORTS = ("quick", "normal", "thorough")
+
+
+def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ...]) -> None:
+    """Options of the tools that train a policy."""
+    parser.add_argument(
+        "--effort",
+        choices=efforts,
+        default="quick",
+        help="training of the policy (quick: 5 minutes for a 135M model on 2 cores, normal: 20, "
+        "thorough: 90; default: %(default)s)",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text, or .jsonl with prompts and responses, of your own domain (default: text that "
+        "the model generates itself)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random")

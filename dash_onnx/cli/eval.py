@@ -52,7 +52,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         result = evaluate(
             model,
             text,
-            arguments.policy,
+            model.policy(arguments.policy, arguments.budget),
             window=arguments.window,
             prompt_tokens=arguments.prompt_tokens,
             max_windows=arguments.max_windows,

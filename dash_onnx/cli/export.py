@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_onnx.actions import ACTIONS, PRECISIONS, parse_precisions
-from dash_onnx.cli.common import Parser, positive, run, seed
+from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, positive, run
 from dash_onnx.errors import DashError
 from dash_onnx.records import to_json
 
@@ -51,14 +51,14 @@ def _parser() -> Parser:
         help="weights that share one scale (default: %(default)s)",
         default=32,
     )
+    add_training_options(parser, ("none", *EFFORTS))
     parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="text to calibrate on (default: text that the model generates itself)",
+        "--compensation-rank",
+        type=int,
+        metavar="R",
+        help="rank of the map that stands in for a skipped layer; 0: only its scale (default: 64)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    parser.add_argument("--seed", type=seed, default=0, help="of the generated text")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         variants = parse_precisions(arguments.variants)
-        _need_export_extra()
-        _quiet_libraries()
+        prepare_export()
         from dash_onnx.exporters.export import ExportOptions, export
 
         options = ExportOptions(
@@ -78,11 +77,17 @@ def main(argv: list[str] | None = None) -> int:
             device=arguments.device,
             max_length=arguments.max_length,
             block_size=arguments.block_size,
-            calibration=arguments.calibration,
+            calibration=tuple(arguments.calibration),
+            compensation_rank=arguments.compensation_rank,
             overwrite=arguments.overwrite,
             seed=arguments.seed,
         )
         manifest = export(arguments.model, arguments.out, options)
+        if arguments.effort != "none":
+            from dash_onnx.exporters.train.train import TrainOptions, train
+
+            choice = TrainOptions(arguments.effort, options.calibration, options.seed)
+            manifest = train(arguments.out, choice)
         if arguments.json:
             facts = to_json(manifest)
             del facts["files"], facts["rope"]
@@ -138,7 +143,12 @@ def summary(manifest: Manifest, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _need_export_extra() -> None:
+def prepare_export() -> None:
+    """Checks that the tools of the export are installed, and keeps them quiet.
+
+    Raises:
+        DashError: some are missing.
+    """
     missing = [
         name
         for name in ("torch", "transformers", "accelerate", "onnx", "onnxscript", "gguf")
@@ -148,10 +158,6 @@ def _need_export_extra() -> None:
         raise DashError(
             f"exporting needs {', '.join(missing)}: `pip install 'dash-onnx[cpu,export]'`"
         )
-
-
-def _quiet_libraries() -> None:
-    """Keeps the libraries' own progress bars and notices out of our output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 

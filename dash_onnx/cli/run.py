@@ -80,13 +80,15 @@ def _run(arguments: argparse.Namespace) -> None:
     options = {
         name: getattr(arguments, name)
         for name in (
-            "policy prefill max_new_tokens ignore_eos temperature top_k top_p min_p "
+            "policy budget prefill max_new_tokens ignore_eos temperature top_k top_p min_p "
             "repetition_penalty seed"
         ).split()
     }
     options["stop"] = tuple(arguments.stop)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
-    model.policy(arguments.policy)  # before anything is written, or asked
+    policy = model.policy(
+        arguments.policy, arguments.budget
+    )  # before anything is written, or asked
     if arguments.prefill is not None:
         check_action(arguments.prefill, model.manifest.variants)
     Options.of(**options)
@@ -102,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> None:
             return
         text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         prompt: Any = _messages(arguments.system, text) if arguments.chat else text
-        record = Record(prompt_policy=arguments.policy or model.manifest.variants[0])
+        record = Record(prompt_policy=policy.name)
         chunks = record.watch(model.stream(prompt, **options), model, trace)
         if arguments.json:
             text = "".join(chunk.text for chunk in chunks)
@@ -206,7 +208,7 @@ def _chat(model: Model, system: str | None, options: dict[str, Any], trace: Text
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line}]
-        record = Record(prompt_policy=options["policy"])
+        record = Record(prompt_policy=model.policy(options["policy"], options["budget"]).name)
         try:
             answer = _show(record.watch(model.stream(asked, cache=cache, **options), model, trace))
         except KeyboardInterrupt:  # stops this answer, not the chat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dash_onnx.actions import SKIP, Action
-from dash_onnx.contract import Dims, scorer_ports
+from dash_onnx.contract import Dims, scorer_path, scorer_ports
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.frozen import Tensor
 
@@ -24,15 +25,17 @@ _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale
 class Scorer(nn.Module):
     """Values of the actions of one layer, from the input of the layer before.
 
-    `values[a] = exp(W2[layer] silu(W1 z + E[layer, previous] + p * log price) + b[layer])`, where
-    z is the RMS-normalised input, divided by its standard deviation and clamped. It is computed
-    from `scale * x` as well as from x: the normalisation takes the scale away.
+    `steps = exp(W2[layer] silu(W1 z + E[layer] + P[previous] + s * log price) + b[layer])`, where
+    z is the RMS-normalised input, divided by its standard deviation and clamped. Actions are
+    ordered from dear to cheap; step k is what action k costs more than action k-1, so values
+    grow from 0 along that order. `scale * x` gives the same values as x: the normalisation takes
+    the scale away.
     """
 
     inverse_std: Tensor
 
     def __init__(self, layers: int, hidden_size: int, actions: int, width: int = 64):
-        """Starts with equal values for all actions.
+        """Starts with the same steps for every token.
 
         Args:
             layers: number of layers.
@@ -46,16 +49,16 @@ class Scorer(nn.Module):
         self.layer_bias = nn.Parameter(torch.zeros(layers, width))
         self.previous_bias = nn.Parameter(torch.zeros(actions + 1, width))
         self.price_slope = nn.Parameter(torch.zeros(width))
-        self.expand = nn.Parameter(torch.randn(layers, width, actions) / math.sqrt(width) * 0.1)
-        self.bias = nn.Parameter(torch.zeros(layers, actions))
+        self.expand = nn.Parameter(torch.randn(layers, width, actions - 1) / math.sqrt(width))
+        self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
 
     def features(self, hidden: Tensor) -> Tensor:
         """`[..., D]` -> what the first product reads."""
         normed = nn.functional.rms_norm(hidden, (hidden.shape[-1],), self.inverse_std, _EPSILON)
         return normed.clamp(-_CLAMP, _CLAMP)
 
-    def log_values(self, state: State, log_price: Tensor) -> Tensor:
-        """Log of the predicted KL in nats, `[B, T, A]`.
+    def log_steps(self, state: State, log_price: Tensor) -> Tensor:
+        """Log of the predicted KL in nats between neighbouring actions, `[B, T, A-1]`.
 
         Args:
             state: of the decision.
@@ -64,8 +67,13 @@ class Scorer(nn.Module):
         bias = self.layer_bias[state.layer] + self.previous_bias[state.previous]
         slope = log_price[..., None] * self.price_slope
         hidden = nn.functional.silu(self.reduce(self.features(state.hidden)) + bias + slope)
-        values = hidden @ self.expand[state.layer] + self.bias[state.layer]
-        return values.clamp(_FLOOR, _CEILING)
+        steps = (hidden.unsqueeze(-2) @ self.expand[state.layer]).squeeze(-2)
+        return (steps + self.bias[state.layer]).clamp(_FLOOR, _CEILING)
+
+    def values(self, state: State, log_price: Tensor) -> Tensor:
+        """Predicted KL of every action in nats, `[B, T, A]`; 0 for the dearest."""
+        steps = self.log_steps(state, log_price).exp()
+        return nn.functional.pad(steps.cumsum(-1), (1, 0))
 
     def calibrate(self, hidden: Tensor) -> None:
         """Sets the standard deviations from samples of hidden states `[n, D]`."""
@@ -74,21 +82,19 @@ class Scorer(nn.Module):
         self.inverse_std.copy_(1 / normed.square().mean(0).sqrt().clamp(min=1e-3))
 
 
-def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor, forbidden: Tensor) -> Decide:
+def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
     """Decisions as the runtime takes them: argmin of value + price * cost.
 
     Args:
         scorer: trained.
-        costs: milliseconds `[L, A]`.
+        costs: milliseconds `[L, A]`, infinite where an action must not be taken.
         log_price: broadcastable to `[B, T]`.
-        forbidden: `[L, A]`, 0 or infinity.
     """
 
     def decide(state: State) -> Tensor:
         with torch.no_grad():
-            values = scorer.log_values(state, log_price).exp()
-            price = log_price.exp()[..., None]
-            total = values + price * costs[state.layer] + forbidden[state.layer]
+            values = scorer.values(state, log_price)
+            total = values + log_price.exp()[..., None] * costs[state.layer]
             return nn.functional.one_hot(total.argmin(-1), total.shape[-1]).float()
 
     return decide
@@ -140,7 +146,7 @@ class BundleScorer(nn.Module):
 
     def values(self, state: State, log_price: Tensor) -> Tensor:
         """Predicted KL of every action in nats, `[..., A]`."""
-        values = self.scorer.log_values(state, log_price.clamp(*self._range)).exp()
+        values = self.scorer.values(state, log_price.clamp(*self._range))
         if self.extra:
             dearer = values + self.gain[state.layer][..., None]
             values = torch.cat([values[..., :1], dearer], -1)
@@ -154,13 +160,14 @@ class BundleScorer(nn.Module):
         self, hidden: Tensor, layer: Tensor, previous: Tensor, log_price: Tensor, penalty: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The graph; see `dash_onnx.contract.scorer_ports`."""
-        state = State(layer, hidden[0].float(), previous)  # type: ignore[arg-type]
+        known = (previous - self.extra).clamp(min=0)
+        state = State(layer, hidden[0].float(), known)  # type: ignore[arg-type]
         values = self.values(state, log_price)
         return values[0], (values + penalty).argmin(-1)
 
 
-def export_scorer(scorer: BundleScorer, path: Path, dims: Dims) -> None:
-    """Writes `scorer.onnx`."""
+def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
+    """Writes the graph into a bundle; returns its name there."""
     ports = scorer_ports(dims, len(scorer.actions))
     kinds = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
     inputs = tuple(
@@ -180,4 +187,7 @@ def export_scorer(scorer: BundleScorer, path: Path, dims: Dims) -> None:
             external_data=False,
         )
     assert program is not None
-    program.save(path, external_data=False)
+    content = program.model_proto.SerializeToString(deterministic=True)
+    name = scorer_path(hashlib.sha256(content).hexdigest())
+    (folder / name).write_bytes(content)
+    return name

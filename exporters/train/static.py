@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dash_onnx.actions import SKIP
-from dash_onnx.exporters.train.environment import Environment
+from dash_onnx.actions import SKIP, Action
+from dash_onnx.exporters.train.environment import Decide, Environment
 from dash_onnx.exporters.train.frozen import Tensor
 
 
@@ -33,24 +33,22 @@ def search(
     """
     path = [0] * env.layers
     current = 0.0
-    correction = torch.ones_like(values)
+    values = values.clone()
     while moves := _moves(env, path):
-
-        def predicted(move: tuple[int, int]) -> float:
-            layer, action = move
-            before = path[layer]
-            loss = values[layer, action] * correction[layer, action] - values[layer, before]
-            return float(loss.clamp(min=1e-7) / (costs[layer, before] - costs[layer, action]))
-
+        ranked = sorted(
+            (float(values[layer, action] - values[layer, path[layer]]) / saved, layer, action)
+            for layer, action in moves
+            if (saved := float(costs[layer, path[layer]] - costs[layer, action])) > 0
+        )
         measured = []
-        for layer, action in sorted(moves, key=predicted)[:tried]:
+        for _, layer, action in ranked[:tried]:
+            before = path[layer]
             candidate = [*path]
             candidate[layer] = action
             kl = path_kl(env, ids, reference, candidate)
-            ratio = (kl - current) / float(costs[layer, path[layer]] - costs[layer, action])
-            expected = predicted((layer, action))
-            correction[layer, action] *= min(max(ratio / expected, 0.5), 4.0)
-            measured.append((ratio, kl, candidate))
+            loss, saved = kl - current, float(costs[layer, before] - costs[layer, action])
+            values[layer, action] = values[layer, before] + max(loss, 1e-7)
+            measured.append((loss / saved, kl, candidate))
         _, current, path = min(measured)
         yield path, current
 
@@ -65,15 +63,20 @@ def _moves(env: Environment, path: list[int]) -> list[tuple[int, int]]:
     ]
 
 
-def path_kl(env: Environment, ids: Tensor, reference: Tensor, path: list[int]) -> float:
+def path_kl(
+    env: Environment, ids: Tensor, reference: Tensor, path: list[int], head: Action | None = None
+) -> float:
     """Mean KL of the decided tokens when every token takes the same path."""
-    chosen = torch.nn.functional.one_hot(torch.tensor(path), len(env.actions)).float()  # [L, A]
     total, count = 0.0, 0
     with torch.no_grad():
         for part, wanted in zip(ids.split(4), reference.split(4), strict=True):
-            rollout = env.run(
-                part, lambda state, part=part: chosen[state.layer].expand(*part.shape, -1)
-            )
-            kl = env.kl(wanted, rollout.final)[:, env.prompt_tokens :]
+            final = env.run(part, fixed(env, path, part.shape)).final
+            kl = env.kl(wanted, final, head)[:, env.prompt_tokens :]
             total, count = total + float(kl.sum()), count + kl.numel()
     return total / count
+
+
+def fixed(env: Environment, path: list[int], shape: torch.Size) -> Decide:
+    """The same path for every token of `[B, T]`."""
+    chosen = torch.nn.functional.one_hot(torch.tensor(path), len(env.actions)).float()  # [L, A]
+    return lambda state: chosen[state.layer].expand(*shape, -1)

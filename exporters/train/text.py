@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ from tqdm import tqdm
 
 from dash_onnx.actions import Action
 from dash_onnx.errors import SourceError
+from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
-from dash_onnx.text import Message, TextCodec, read_text
+from dash_onnx.text import Message, TextCodec
 
 LENGTH = 256
 """Tokens of a training sequence."""
 
 _BATCH = 64  # sequences generated side by side
-_ASKED = ("prompt", "instruction", "question", "input")
-_ANSWERED = ("response", "output", "answer", "completion")
 
 
 def training_ids(
@@ -43,7 +41,13 @@ def training_ids(
     if not files:
         first = _first_tokens(frozen, codec, sequences, generator)
         return _generated(frozen, first, length, generator)
-    ids = torch.from_numpy(codec.encode("\n\n".join(_rendered(files, codec))))
+
+    def render(messages: Sequence[Message]) -> str:
+        if codec.chat_template is None:
+            return plain(messages)
+        return codec.render_chat(messages, answer_next=False)
+
+    ids = torch.from_numpy(codec.encode(calibration_text(files, render)))
     count = min(len(ids) // length, sequences)
     if count < 8:
         raise SourceError(
@@ -52,50 +56,6 @@ def training_ids(
     starts = torch.linspace(0, len(ids) - length, count).long()  # spread over all of it
     rows = torch.stack([ids[start : start + length] for start in starts.tolist()])
     return rows[torch.randperm(count, generator=generator)]
-
-
-def _rendered(files: Sequence[Path], codec: TextCodec) -> Iterator[str]:
-    for path in files:
-        text = read_text(path)
-        if path.suffix not in (".jsonl", ".json"):
-            yield text
-            continue
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield _conversation(line, f"{path}:{number}", codec)
-
-
-def _conversation(line: str, where: str, codec: TextCodec) -> str:
-    try:
-        record: Any = json.loads(line)
-    except ValueError:
-        raise SourceError(f"{where} is not JSON") from None
-    if not isinstance(record, dict):
-        raise SourceError(f"{where} is not a JSON object")
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    messages = record.get("messages")
-    if not isinstance(messages, list):
-        asked = next((record[key] for key in _ASKED if record.get(key)), None)
-        answered = next((record[key] for key in _ANSWERED if record.get(key)), None)
-        if not isinstance(asked, str) or not isinstance(answered, str):
-            raise SourceError(
-                f"{where} needs `text`, `messages`, or a prompt and a response "
-                f"({'/'.join(_ASKED)} and {'/'.join(_ANSWERED)})"
-            )
-        messages = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": answered},
-        ]
-    return chat_text(codec, messages)
-
-
-def chat_text(codec: TextCodec, messages: Sequence[Message]) -> str:
-    """A whole conversation as text: by the chat template where there is one."""
-    if codec.chat_template is None:
-        return "\n".join(str(message["content"]) for message in messages)
-    *asked, answer = messages
-    return codec.render_chat(asked) + str(answer["content"])
 
 
 def _first_tokens(

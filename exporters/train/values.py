@@ -70,5 +70,5 @@ def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:
 
 def regression_loss(scorer: Scorer, state: State, samples: Tensor, log_price: Tensor) -> Tensor:
     """Mean deviance of all actions but the reference."""
-    predicted = scorer.log_values(state, log_price)[..., 1:]
+    predicted = scorer.values(state, log_price)[..., 1:].log()
     return gamma_deviance(predicted, samples[..., 1:].clamp(min=1e-9)).mean()

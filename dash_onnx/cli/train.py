@@ -1,0 +1,76 @@
+"""dash-train: trains the policy of a bundle, or trains it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, run
+from dash_onnx.cli.export import prepare_export
+from dash_onnx.records import to_json
+
+if TYPE_CHECKING:
+    from dash_onnx.manifest import ScorerFacts
+
+_EXAMPLES = """\
+  dash-train out/ --effort normal
+  dash-train out/ --calibration support-chats.jsonl handbook.txt"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-train",
+        "Train the scorer that decides per token and layer. The bundle keeps its policy until the "
+        "new one is complete; an interrupted training goes on at the next call.",
+        _EXAMPLES,
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
+    add_training_options(parser, EFFORTS)
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+
+    def body() -> None:
+        prepare_export()
+        from dash_onnx.exporters.train.train import TrainOptions, train
+
+        calibration = tuple(arguments.calibration)
+        options = TrainOptions(arguments.effort, calibration, arguments.seed)
+        facts = train(arguments.bundle, options).scorer
+        assert facts is not None
+        print(json.dumps(to_json(facts)) if arguments.json else table(facts))
+
+    return run("dash-train", body)
+
+
+def table(facts: ScorerFacts) -> str:
+    """The policy table and the presets."""
+    head = ["budget", "KL", "head", *facts.actions]
+    rows = [
+        [
+            f"{point.budget:.3f}",
+            f"{point.kl:.4f}",
+            point.head,
+            *(f"{point.shares[action]:.0%}" for action in facts.actions),
+        ]
+        for point in facts.points
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
+    named = ", ".join(f"{name} {budget:.3f}" for name, budget in facts.presets.items())
+    training = facts.training
+    lines += [
+        "",
+        f"presets: {named} (fraction of the full time per token)",
+        f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
+        f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""The user's own calibration text: plain text, or JSON lines of prompts and responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from dash_onnx.errors import SourceError
+from dash_onnx.text import Message, read_text
+
+Render: TypeAlias = Callable[[Sequence[Message]], str]
+"""A whole conversation as text."""
+
+_ASKED = ("prompt", "instruction", "question", "input")
+_ANSWERED = ("response", "output", "answer", "completion")
+
+
+def calibration_text(files: Sequence[Path], render: Render) -> str:
+    """Joins calibration files.
+
+    Args:
+        files: UTF-8 text, or `.jsonl` whose lines hold `text`, `messages`, or a prompt and a
+            response.
+        render: turns a conversation into text.
+
+    Raises:
+        SourceError: a file is missing, empty, not text, or a line is not of this form.
+    """
+    parts = []
+    for path in files:
+        text = read_text(path)
+        if path.suffix != ".jsonl":
+            parts.append(text)
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                parts.append(_record(line, f"{path}:{number}", render))
+    return "\n\n".join(parts)
+
+
+def _record(line: str, where: str, render: Render) -> str:
+    try:
+        record: Any = json.loads(line)
+    except ValueError:
+        raise SourceError(f"{where} is not JSON") from None
+    if not isinstance(record, dict):
+        raise SourceError(f"{where} is not a JSON object")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        asked = next((record[key] for key in _ASKED if record.get(key)), None)
+        answered = next((record[key] for key in _ANSWERED if record.get(key)), None)
+        if not isinstance(asked, str) or not isinstance(answered, str):
+            raise SourceError(
+                f"{where} needs `text`, `messages`, or a prompt and a response "
+                f"({'/'.join(_ASKED)} and {'/'.join(_ANSWERED)})"
+            )
+        messages = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answered},
+        ]
+    return render(messages)
+
+
+def plain(messages: Sequence[Message]) -> str:
+    """A conversation for models without a chat template."""
+    return "\n".join(str(message.get("content", "")) for message in messages)

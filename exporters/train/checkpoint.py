@@ -1,0 +1,45 @@
+"""The state of a training run, so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_NAME = "state.pt"
+
+
+class Checkpoint:
+    """A sibling folder of the bundle, there only while training runs or was interrupted."""
+
+    def __init__(self, bundle: Path, fingerprint: str):
+        """Reads what an interrupted run with the same fingerprint left.
+
+        Args:
+            bundle: its folder.
+            fingerprint: of everything that decides how the training goes.
+        """
+        bundle = bundle.resolve()
+        self._folder = bundle.with_name(f".{bundle.name}.training")
+        self._fingerprint = fingerprint
+        self.state: dict[str, Any] = {}
+        try:
+            found = torch.load(self._folder / _NAME, weights_only=True)
+        except Exception:  # absent, or damaged in any of many ways: start anew
+            return
+        if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
+            self.state = found
+
+    def save(self, **values: Any) -> None:
+        """Adds values and writes everything."""
+        self.state.update(values, fingerprint=self._fingerprint)
+        self._folder.mkdir(exist_ok=True)
+        temporary = self._folder / f"{_NAME}.partial"
+        torch.save(self.state, temporary)
+        temporary.rename(self._folder / _NAME)
+
+    def remove(self) -> None:
+        """Training is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,415 @@
+"""The training pipeline: a bundle in, the same bundle with a scorer and its tables out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dash_onnx.actions import SKIP, Action
+from dash_onnx.budget import reference_ms
+from dash_onnx.bundle import Bundle, file_facts, replace_manifest
+from dash_onnx.exporters.train import static, table
+from dash_onnx.exporters.train.checkpoint import Checkpoint
+from dash_onnx.exporters.train.environment import Environment, State
+from dash_onnx.exporters.train.frozen import Frozen, Tensor
+from dash_onnx.exporters.train.improve import straight_through
+from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer, greedy
+from dash_onnx.exporters.train.text import training_ids
+from dash_onnx.exporters.train.values import regression_loss, sampled_values
+from dash_onnx.manifest import (
+    FileFacts,
+    Manifest,
+    ScorerFacts,
+    StaticPoint,
+    Training,
+)
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.profile import profile
+from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.text import TextCodec, read_text
+
+EffortName = Literal["quick", "normal", "thorough"]
+
+PROMPT_TOKENS = 32
+"""First tokens of a training sequence, which run at the best precision as a prompt does."""
+
+_BATCH = 4  # sequences of one pass
+_PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
+_TABLE = 12  # rows of the policy table inside that range
+_TEMPERATURE = (0.7, 0.25)  # of the noise, from first to last step
+_RATE = 3e-3  # learning rate
+_SAVE_EVERY = 20  # steps
+_STATIC_LIMIT = 2.0  # nats; worse assignments interest nobody
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a training run does.
+
+    Attributes:
+        sequences: of training text.
+        held_out: sequences that the tables are measured on.
+        batches: of value regression.
+        steps: of on-policy improvement.
+        tried: moves measured per step of the static search.
+    """
+
+    sequences: int
+    held_out: int
+    batches: int
+    steps: int
+    tried: int
+
+
+EFFORTS: dict[EffortName, Effort] = {
+    "quick": Effort(sequences=56, held_out=8, batches=5, steps=36, tried=1),
+    "normal": Effort(sequences=240, held_out=16, batches=12, steps=200, tried=2),
+    "thorough": Effort(sequences=960, held_out=32, batches=24, steps=1000, tried=4),
+}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the user chose.
+
+    Attributes:
+        effort: how much to do.
+        calibration: text or JSON lines; none lets the model write the text itself.
+        seed: of everything random.
+    """
+
+    effort: EffortName = "quick"
+    calibration: tuple[Path, ...] = ()
+    seed: int = 0
+
+
+def train(folder: Path, options: TrainOptions) -> Manifest:
+    """Trains a scorer for a bundle and puts it there, with its tables and fresh costs.
+
+    The bundle stays as it was until the end. An interrupted run goes on at the next call with
+    the same options.
+
+    Raises:
+        DashError: the bundle or the calibration text cannot be used.
+    """
+    started = time.monotonic()
+    bundle = Bundle(folder)
+    run = _Run(bundle, options, EFFORTS[options.effort])
+    run.texts()
+    run.regress()
+    run.improve()
+    manifest = run.describe(started)
+    replace_manifest(bundle.folder, manifest)
+    run.checkpoint.remove()
+    for path in bundle.folder.glob("scorer-*.onnx"):
+        if path.name not in manifest.files:
+            path.unlink()
+    return manifest
+
+
+@dataclass
+class _Run:
+    """One training in progress."""
+
+    bundle: Bundle
+    options: TrainOptions
+    effort: Effort
+    history: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        manifest = self.bundle.manifest
+        self.checkpoint = Checkpoint(self.bundle.folder, self._fingerprint())
+        # `full` costs far more than it gains over INT8: the process does without it.
+        variants = manifest.variants
+        self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
+        self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
+        self.dtype = _fast_dtype()
+        self.frozen = Frozen(self.bundle, self.actions, self.dtype)
+        prompt = min(PROMPT_TOKENS, manifest.model.max_length // 2)
+        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0])
+        self.costs = table.cost_table(manifest, self.actions)
+        self.costs[0, self.actions.index(SKIP)] = math.inf
+        self.unit_ms = float(self.costs[:, -2].mean())
+        torch.manual_seed(self.options.seed)
+        self.generator = torch.Generator().manual_seed(self.options.seed)
+        facts = manifest.model
+        self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions))
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        files = {name: facts.sha256 for name, facts in self._graphs().items()}
+        digest.update(json.dumps([files, self.options.effort, self.options.seed]).encode())
+        for path in self.options.calibration:
+            digest.update(read_text(path).encode())
+        return digest.hexdigest()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in the lower precision where that is faster."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast("cpu", self.dtype)
+
+    def texts(self) -> None:
+        """Training and held-out tokens."""
+        ids = self.checkpoint.state.get("ids")
+        if ids is None:
+            wanted = self.effort.sequences + self.effort.held_out
+            codec, seed = TextCodec(self.bundle), self.options.seed
+            with self.autocast():
+                ids = training_ids(self.frozen, codec, self.options.calibration, wanted, seed)
+            self.checkpoint.save(ids=ids)
+        held_out = min(self.effort.held_out, len(ids) // 4)
+        self.held_out, self.ids = ids[:held_out], ids[held_out:]
+
+    def log_prices(self, count: int) -> Tensor:
+        """Log prices `[count, 1]`, drawn log-uniformly."""
+        low, high = self.log_price_range
+        return low + torch.rand(count, 1, generator=self.generator) * (high - low)
+
+    @property
+    def log_price_range(self) -> tuple[float, float]:
+        """Log of nats per millisecond."""
+        return math.log(_PRICES[0] / self.unit_ms), math.log(_PRICES[1] / self.unit_ms)
+
+    def regress(self) -> None:
+        """Value regression: the scorer learns each action's KL along the reference path."""
+        state = self.checkpoint.state
+        if "scorer" in state:
+            self.values = state["values"]
+            return
+        hidden: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
+        samples: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
+        for number in tqdm(range(self.effort.batches), desc="values", disable=None):
+            batch = self._batch(number)
+            with self.autocast():
+                for at, values in sampled_values(self.env, batch, self.generator):
+                    seen = slice(self.env.prompt_tokens // 8, None)
+                    hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(self.dtype))
+                    samples[at.layer].append(values[:, seen].flatten(0, 1))
+        inputs = [torch.cat(part) for part in hidden]
+        targets = [torch.cat(part) for part in samples]
+        self.values = torch.stack([part.mean(0) for part in targets])  # [L, A]
+        self.scorer.calibrate(torch.cat(inputs[::3]).float())
+        with torch.no_grad():
+            self.scorer.bias.copy_(self.values.diff(dim=-1).clamp(min=1e-6).log())
+        self._fit(inputs, targets)
+        self._lift()
+        self.checkpoint.save(scorer=self.scorer.state_dict(), values=self.values)
+
+    def _fit(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
+        optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=1e-3, weight_decay=0.1)
+        tokens = len(inputs[0])
+        middle = torch.tensor([sum(self.log_price_range) / 2])
+        for _ in range(3):  # more epochs fit the noise of the samples
+            for rows in torch.randperm(tokens, generator=self.generator).split(256):
+                loss = torch.zeros(())
+                for layer, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+                    previous = torch.full((len(rows),), 0 if layer else len(self.actions))
+                    state = State(layer, x[rows].float(), previous)
+                    loss = loss + regression_loss(self.scorer, state, y[rows], middle)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    def _lift(self) -> None:
+        """Raises the last step (to `skip`) by what single deviations do not see: interactions."""
+        batch = self._batch(0)
+        start = self.scorer.bias[:, -1].detach().clone()
+        low, high = self.log_price_range
+        prices = torch.linspace(low, high, len(batch))[:, None]
+        best = math.inf, 0.0
+        with torch.no_grad(), self.autocast():
+            reference = self.env.reference(batch, self.actions[0])
+            for lift in (0.0, 0.7, 1.4, 2.1):
+                self.scorer.bias[:, -1] = start + lift
+                rollout = self.env.run(batch, greedy(self.scorer, self.costs, prices))
+                loss, _, _ = self._loss(rollout.weights, reference, rollout.final, prices)
+                best = min(best, (float(loss), lift))
+            self.scorer.bias[:, -1] = start + best[1]
+
+    def _batch(self, number: int) -> Tensor:
+        rows = (torch.arange(_BATCH) + number * _BATCH) % len(self.ids)
+        return self.ids[rows]
+
+    def _loss(
+        self, weights: Tensor, reference: Tensor, final: Tensor, log_prices: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean over decided tokens of (KL + price * cost) / sqrt(price); mean KL; mean ms."""
+        kl = self.env.kl(reference, final)
+        ms = (weights * self.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+        seen = slice(self.env.prompt_tokens, None)
+        total = (kl + log_prices.exp() * ms) / (log_prices / 2).exp()
+        return total[:, seen].mean(), kl[:, seen].mean(), ms[:, seen].mean()
+
+    def improve(self) -> None:
+        """On-policy: the scorer decides, and learns from the KL of what it decided."""
+        steps, state = self.effort.steps, self.checkpoint.state
+        self.scorer.load_state_dict(state["scorer"])
+        optimizer = torch.optim.Adam(self.scorer.parameters(), lr=_RATE, betas=(0.9, 0.98))
+        first = state.get("step", 0)
+        if first:
+            optimizer.load_state_dict(state["optimizer"])
+            self.generator.set_state(state["generator"])
+            self.history = [tuple(row) for row in state["history"].tolist()]
+        bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", disable=None)
+        for step in bar:
+            done = step / steps
+            optimizer.param_groups[0]["lr"] = _RATE * min((step + 1) / 5, _cosine(done))
+            hot, cold = _TEMPERATURE
+            figures = self._step(optimizer, step, hot * (cold / hot) ** done)
+            self.history.append(figures)
+            bar.set_postfix(loss=f"{figures[0]:.3f}", kl=f"{figures[1]:.3f}")
+            if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
+                self.checkpoint.save(
+                    scorer=self.scorer.state_dict(),
+                    optimizer=optimizer.state_dict(),
+                    generator=self.generator.get_state(),
+                    history=torch.tensor(self.history),
+                    step=step + 1,
+                )
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, step: int, temperature: float
+    ) -> tuple[float, float, float]:
+        batch, prices = self._batch(step), self.log_prices(_BATCH)
+        with self.autocast():
+            reference = self.env.reference(batch, self.actions[0])
+            decide = straight_through(self.scorer, self.costs, prices, temperature, self.generator)
+            rollout = self.env.run(batch, decide, dense=True)
+            loss, kl, ms = self._loss(rollout.weights, reference, rollout.final, prices)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), 1.0)
+        optimizer.step()
+        return float(loss), float(kl), float(ms)
+
+    def describe(self, started: float) -> Manifest:
+        """Writes the scorer, measures costs and tables, and completes the manifest."""
+        manifest, folder = self.bundle.manifest, self.bundle.folder
+        device = manifest.target.device
+        rounding, gain = 0.0, torch.zeros(self.env.layers)
+        if self.extra:
+            best = manifest.variants[0]
+            rounding = self._rounding_kl(Model(self.bundle, device, None, policy=best))
+            errors = [layer.relative_error["int8"] ** 2 for layer in manifest.layers]
+            gain = rounding * torch.tensor(errors) / sum(errors)
+        scorer = BundleScorer(self.scorer, self.actions, self.extra, gain, self.log_price_range)
+        file = export_scorer(scorer, folder, manifest.dims)
+        facts = ScorerFacts(file, scorer.actions, (), {}, (), self._training(started))
+        files = {**self._graphs(), file: file_facts(folder / file)}
+        manifest = replace(manifest, files=files, scorer=facts)
+        costs = profile(Sessions(Bundle(folder, manifest), device))
+        manifest = replace(manifest, costs=costs)
+        with self.autocast():
+            points = table.measure(
+                self.env, scorer, manifest, self.held_out, self._table_prices(), rounding
+            )
+            assignments = self._static(manifest, rounding)
+        facts = replace(
+            facts,
+            points=points,
+            presets=table.presets(points),
+            static=assignments,
+            training=self._training(started),
+        )
+        return replace(manifest, scorer=facts)
+
+    def _graphs(self) -> dict[str, FileFacts]:
+        """Every file of the bundle but an earlier scorer."""
+        manifest = self.bundle.manifest
+        earlier = manifest.scorer.file if manifest.scorer else None
+        return {name: facts for name, facts in manifest.files.items() if name != earlier}
+
+    def _table_prices(self) -> list[float]:
+        low, high = self.log_price_range
+        inside = np.exp(np.linspace(low, high, _TABLE)).tolist()
+        # Below the range the scorer leaves INT8 for `full`, layer by layer.
+        below = np.exp(np.linspace(low - 9.0, low, 8)[:-1]).tolist() if self.extra else []
+        return [*below, *inside]
+
+    def _rounding_kl(self, model: Model) -> float:
+        """KL(full || int8) through the runtime, INT8 activations included."""
+        results = []
+        for row in self.held_out[:4].numpy():
+            p, q = (
+                torch.from_numpy(model.logits(row, policy=policy)).double().log_softmax(-1)
+                for policy in ("full", "int8")
+            )
+            results.append(float((p.exp() * (p - q)).sum(-1)[self.env.prompt_tokens :].mean()))
+        return float(np.mean(results))
+
+    def _static(self, manifest: Manifest, rounding: float) -> tuple[StaticPoint, ...]:
+        """Best static assignments, searched on training text, measured on held-out text."""
+        costs = table.cost_table(manifest, self.actions)
+        full_ms = reference_ms(manifest)
+        ids = self.ids[: _BATCH // 2 * self.effort.tried]
+        reference = self.env.reference(ids, self.actions[0])
+        wanted = torch.cat(
+            [self.env.reference(part, self.actions[0]) for part in self.held_out.split(_BATCH)]
+        )
+        steps = static.search(self.env, ids, reference, costs, self.values, self.effort.tried)
+        every = max(1, self.env.layers // 10)
+        points: list[StaticPoint] = []
+        for number, (path, kl) in enumerate(tqdm(steps, desc="static", disable=None)):
+            if number % every == 0:
+                named = tuple(self.actions[action] for action in path)
+                for head in self.frozen.heads:
+                    kl = static.path_kl(self.env, self.held_out, wanted, path, head)
+                    ms = manifest.costs.token_ms(named, head)
+                    points.append(
+                        StaticPoint(round(ms / full_ms, 5), head, round(kl + rounding, 6), named)
+                    )
+            if kl > _STATIC_LIMIT:
+                break
+        return tuple(sorted(points, key=lambda point: point.budget))
+
+    def _training(self, started: float) -> Training:
+        manifest = self.bundle.manifest
+        rows = np.array(self.history)
+        tenths = [part.mean(0) for part in np.array_split(rows, 10) if len(part)]
+        loss, kl, ms = (
+            tuple(round(float(v), 5) for v in column) for column in np.transpose(tenths)
+        )
+        full = reference_ms(manifest)
+        files = ", ".join(path.name for path in self.options.calibration)
+        return Training(
+            effort=self.options.effort,
+            source=files or "self-generated",
+            tokens=self.ids.numel(),
+            held_out_tokens=self.held_out.numel(),
+            seed=self.options.seed,
+            seconds=round(time.monotonic() - started, 1),
+            loss=loss,
+            kl=kl,
+            cost=tuple(round(value / full, 5) for value in ms),
+        )
+
+
+def _cosine(done: float) -> float:
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _fast_dtype() -> torch.dtype:
+    """BF16 where the processor multiplies it faster than FP32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(512, 512, dtype=dtype)
+        best = math.inf
+        for _ in range(5):
+            started = time.perf_counter()
+            a @ a
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    faster = seconds(torch.bfloat16) < 0.75 * seconds(torch.float32)
+    return torch.bfloat16 if faster else torch.float32
