@@ -89,7 +89,8 @@ def layer_ports(dims: Dims) -> Ports:
 
     `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
     and updated in place; `capacity` is their length in tokens. `seqlens_k` is the number of
-    valid tokens after this run minus one (GroupQueryAttention's convention).
+    valid tokens after this run minus one (GroupQueryAttention's convention), `start` the number
+    before it: where a skipped layer writes its K/V.
     """
     hidden = (1, "seq", dims.hidden_size)
     cache = (1, dims.num_kv_heads, "capacity", dims.head_dim)
@@ -101,6 +102,7 @@ def layer_ports(dims: Dims) -> Ports:
             Port("past_value", dims.dtype, cache),
             Port("seqlens_k", "int32", (1,)),
             Port("total_sequence_length", "int32", ()),
+            Port("start", "int64", (1,)),
             Port("cos_cache", dims.dtype, rotary),
             Port("sin_cache", dims.dtype, rotary),
         ),
@@ -125,16 +127,16 @@ def scorer_ports(dims: Dims, actions: int) -> Ports:
 
     `hidden` is the input of the layer before (of layer 0 itself for layer 0), `previous` the
     action index of the layer before (the number of actions for layer 0), `log_price` the log of
-    nats per millisecond, `penalty` what each action costs (price times milliseconds, in nats).
-    `values` are the predicted KL of each action in nats, `action` is the index of the least
-    sum of value and penalty.
+    nats per millisecond `[1, 1]`, `penalty` what each action costs (price times milliseconds, in
+    nats). `values` are the predicted KL of each action in nats, `action` is the index of the
+    least sum of value and penalty.
     """
     return Ports(
         inputs=(
             Port("hidden", dims.dtype, (1, 1, dims.hidden_size)),
             Port("layer", "int64", (1,)),
             Port("previous", "int64", (1,)),
-            Port("log_price", "float32", (1,)),
+            Port("log_price", "float32", (1, 1)),
             Port("penalty", "float32", (actions,)),
         ),
         outputs=(Port("values", "float32", (actions,)), Port("action", "int64", (1,))),

@@ -97,6 +97,7 @@ class Runner:
             "past_value": cache,
             "seqlens_k": np.array([length - 1], np.int32),
             "total_sequence_length": np.array(length, np.int32),
+            "start": np.zeros(1, np.int64),
             "cos_cache": cos,
             "sin_cache": sin,
         }

@@ -39,6 +39,7 @@ class Lane:
         # Position state, read by every layer: written once per run.
         self.seqlens = Buffer((1,), "int32", sessions.device)
         self.total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
+        self.start = Buffer((1,), "int64", sessions.device)
         self._single = _Span(self, 1)
         self._scoring: Scoring | None = None
 
@@ -167,6 +168,7 @@ class Lane:
         self.kv.length = total
         self.seqlens.write(total - 1)
         self.total.write(total)
+        self.start.write(total - count)
 
 
 class _Span:
@@ -273,7 +275,7 @@ class _Span:
         kv = lane.kv
         key, value = kv.keys[layer], kv.values[layer]
         source, target = self.hidden[layer % 2], self.hidden[(layer + 1) % 2]
-        inputs = [source, key, value, lane.seqlens, lane.total, kv.cos, kv.sin]
+        inputs = [source, key, value, lane.seqlens, lane.total, lane.start, kv.cos, kv.sin]
         return self._bound(
             sessions.layer(layer, action), sessions.layer_ports, inputs, [target, key, value]
         )

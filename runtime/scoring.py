@@ -45,7 +45,7 @@ class Scoring:
         )
         device = sessions.device
         self._price = 0.0
-        self._log_price = Buffer((1,), "float32", device)
+        self._log_price = Buffer((1, 1), "float32", device)
         self._penalty = [Buffer((count,), "float32", device) for _ in range(layers)]
         decided = Buffer((layers + 1,), "int64")
         decided.array[0] = count  # nothing precedes layer 0

@@ -57,13 +57,9 @@ def build_skip(
         projected, graph.int64(*sizes), axis=-1, _outputs=[graph.value(name) for name in names]
     )
 
-    total = op.Cast(inputs["total_sequence_length"], to=ir.DataType.INT64)
-    seq = op.Squeeze(op.Shape(hidden, start=1, end=2))
-    start = op.Sub(total, seq)  # position of the first token of this run
-    positions = op.Range(start, total, op.Constant(value_int=1))
     key = ms.RotaryEmbedding(
         key,
-        op.Unsqueeze(positions, graph.int64(0)),
+        inputs["start"],  # one number: positions count on from it
         inputs["cos_cache"],
         inputs["sin_cache"],
         num_heads=facts.num_kv_heads,
@@ -71,14 +67,13 @@ def build_skip(
         if 2 * len(spec.rope.inv_freq) == facts.head_dim
         else 2 * len(spec.rope.inv_freq),
     )
-    write_at = op.Unsqueeze(start, graph.int64(0))
     heads = graph.int64(1, -1, facts.num_kv_heads, facts.head_dim)
 
     def scatter(past: str, update: ir.Value, present: str) -> ir.Value:
         # [1, seq, H_kv * d] -> [1, H_kv, seq, d]
         update = op.Transpose(op.Reshape(update, heads), perm=[0, 2, 1, 3])
         return op.TensorScatter(
-            inputs[past], update, write_at, axis=2, _outputs=[graph.value(present)]
+            inputs[past], update, inputs["start"], axis=2, _outputs=[graph.value(present)]
         )
 
     compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dash_onnx.actions import SKIP, Action
+from dash_onnx.actions import Action
 from dash_onnx.contract import Dims, scorer_path, scorer_ports
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.frozen import Tensor
 
 _CLAMP = 8.0  # standard deviations; massive activations must not drown the rest
-_FLOOR = -12.0  # log nats: a KL of 6e-6 is as good as none
+_FLOOR = -14.0  # log nats: a KL of 1e-6 is as good as none
 _CEILING = 3.0
 _OPSET = 21  # none of its operators is newer
 _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale of its input
@@ -25,14 +25,12 @@ _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale
 class Scorer(nn.Module):
     """Values of the actions of one layer, from the input of the layer before.
 
-    `steps = exp(W2[layer] silu(W1 z + E[layer] + P[previous] + s * log price) + b[layer])`, where
-    z is the RMS-normalised input, divided by its standard deviation and clamped. Actions are
-    ordered from dear to cheap; step k is what action k costs more than action k-1, so values
-    grow from 0 along that order. `scale * x` gives the same values as x: the normalisation takes
-    the scale away.
+    `steps[layer] = exp(W2[layer] relu(W1 [z, log price] + E[layer, previous]) + b[layer])`, where
+    z is the input normalised over its dimensions, divided by its standard deviation and clamped.
+    Actions are ordered from dear to cheap; step k is what action k costs more than action k-1, so
+    values grow from 0 along that order. `scale * x` gives the same values as x: the normalisation
+    takes the scale away.
     """
-
-    inverse_std: Tensor
 
     def __init__(self, layers: int, hidden_size: int, actions: int, width: int = 64):
         """Starts with the same steps for every token.
@@ -44,18 +42,13 @@ class Scorer(nn.Module):
             width: of the hidden layer.
         """
         super().__init__()
-        self.register_buffer("inverse_std", torch.ones(hidden_size))
-        self.reduce = nn.Linear(hidden_size, width, bias=False)
-        self.layer_bias = nn.Parameter(torch.zeros(layers, width))
-        self.previous_bias = nn.Parameter(torch.zeros(actions + 1, width))
-        self.price_slope = nn.Parameter(torch.zeros(width))
-        self.expand = nn.Parameter(torch.randn(layers, width, actions - 1) / math.sqrt(width))
+        self.normalise = nn.LayerNorm(hidden_size, eps=_EPSILON, bias=False)
+        self.normalise.weight.requires_grad_(False)  # 1 / standard deviation
+        self.reduce = nn.Linear(hidden_size + 1, width, bias=False)
+        nn.init.zeros_(self.reduce.weight[:, -1:])
+        self.bias_in = nn.Parameter(torch.zeros(layers, actions + 1, width))
+        self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
-
-    def features(self, hidden: Tensor) -> Tensor:
-        """`[..., D]` -> what the first product reads."""
-        normed = nn.functional.rms_norm(hidden, (hidden.shape[-1],), self.inverse_std, _EPSILON)
-        return normed.clamp(-_CLAMP, _CLAMP)
 
     def log_steps(self, state: State, log_price: Tensor) -> Tensor:
         """Log of the predicted KL in nats between neighbouring actions, `[B, T, A-1]`.
@@ -64,11 +57,12 @@ class Scorer(nn.Module):
             state: of the decision.
             log_price: log of nats per millisecond, broadcastable to `[B, T]`.
         """
-        bias = self.layer_bias[state.layer] + self.previous_bias[state.previous]
-        slope = log_price[..., None] * self.price_slope
-        hidden = nn.functional.silu(self.reduce(self.features(state.hidden)) + bias + slope)
-        steps = (hidden.unsqueeze(-2) @ self.expand[state.layer]).squeeze(-2)
-        return (steps + self.bias[state.layer]).clamp(_FLOOR, _CEILING)
+        inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
+        price = log_price[..., None].expand(*inputs.shape[:-1], 1)
+        hidden = self.reduce(torch.cat([inputs, price], -1))
+        hidden = nn.functional.relu(hidden + self.bias_in[state.layer][state.previous])
+        steps = nn.functional.linear(hidden, self.expand[state.layer], self.bias[state.layer])
+        return steps.clamp(_FLOOR, _CEILING)
 
     def values(self, state: State, log_price: Tensor) -> Tensor:
         """Predicted KL of every action in nats, `[B, T, A]`; 0 for the dearest."""
@@ -77,9 +71,9 @@ class Scorer(nn.Module):
 
     def calibrate(self, hidden: Tensor) -> None:
         """Sets the standard deviations from samples of hidden states `[n, D]`."""
-        self.inverse_std.fill_(1.0)
-        normed = nn.functional.rms_norm(hidden, (hidden.shape[-1],), None, _EPSILON)
-        self.inverse_std.copy_(1 / normed.square().mean(0).sqrt().clamp(min=1e-3))
+        with torch.no_grad():
+            normed = nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=_EPSILON)
+            self.normalise.weight.copy_(1 / normed.square().mean(0).sqrt().clamp(min=1e-3))
 
 
 def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
@@ -101,20 +95,16 @@ def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
 
 
 class BundleScorer(nn.Module):
-    """What `scorer.onnx` computes: the trained scorer, extended by the highest precision.
+    """What the scorer graph computes: the trained scorer, extended by the highest precision.
 
     The process leaves `full` out where INT8 stands for it: the difference is the rounding of the
-    weights and activations, small and much the same for every token, so it is a constant per
-    layer that every other action has to pay.
+    weights and activations, small and much the same for every token, so it is a constant step per
+    layer, before the trained ones.
 
     Attributes:
         actions: what the outputs mean.
         extra: how many of them come before those of the trained scorer (0 or 1).
-        forbidden: `[L, A]`, infinity where layer 0 would be skipped.
     """
-
-    gain: Tensor
-    forbidden: Tensor
 
     def __init__(
         self,
@@ -124,7 +114,7 @@ class BundleScorer(nn.Module):
         gain: Tensor,
         log_price_range: tuple[float, float],
     ):
-        """Combines them.
+        """Lays the weights out so that the graph has few operators.
 
         Args:
             scorer: trained.
@@ -138,31 +128,46 @@ class BundleScorer(nn.Module):
         self.actions = (*extra, *actions)
         self.extra = len(extra)
         self._range = log_price_range
-        self.register_buffer("gain", gain)
-        forbidden = torch.zeros(len(gain), len(self.actions))
-        if SKIP in self.actions:
-            forbidden[0, self.actions.index(SKIP)] = math.inf
-        self.register_buffer("forbidden", forbidden)
-
-    def values(self, state: State, log_price: Tensor) -> Tensor:
-        """Predicted KL of every action in nats, `[..., A]`."""
-        values = self.scorer.values(state, log_price.clamp(*self._range))
-        if self.extra:
-            dearer = values + self.gain[state.layer][..., None]
-            values = torch.cat([values[..., :1], dearer], -1)
-        return values
+        layers, count = len(gain), len(self.actions)
+        with torch.no_grad():
+            # Rows of one table: an index is layer * (A + 1) + previous action.
+            first = scorer.bias_in[:, :1].expand(-1, self.extra, -1)
+            self._bias_in = torch.cat([first, scorer.bias_in], 1).flatten(0, 1).clone()
+            # One product gives the steps of all layers; the layer's own are picked from it.
+            constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
+            still = scorer.expand.new_zeros(layers, self.extra, scorer.expand.shape[-1])
+            self._expand = torch.cat([still, scorer.expand], 1).flatten(0, 1).clone()
+            self._bias = torch.cat([constant, scorer.bias], 1).flatten().clone()
+        self._triangle = torch.ones(count - 1, count).triu(1)
 
     def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
-        """Index of the action with the least sum of value and penalty, `[...]`."""
-        return (self.values(state, log_price) + penalty).argmin(-1)
+        """Index of the action with the least sum of value and penalty, `[B, T]`.
+
+        Args:
+            state: of the process: its actions lack the extra one.
+            log_price: broadcastable to `[B, T]`.
+            penalty: `[A]` nats.
+        """
+        with torch.no_grad():
+            values = self.scorer.values(state, log_price.clamp(*self._range))
+            if self.extra:
+                gain = self._bias[state.layer * (len(self.actions) - 1)].exp()
+                values = nn.functional.pad(values + gain, (1, 0))
+            return (values + penalty).argmin(-1)
 
     def forward(
         self, hidden: Tensor, layer: Tensor, previous: Tensor, log_price: Tensor, penalty: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The graph; see `dash_onnx.contract.scorer_ports`."""
-        known = (previous - self.extra).clamp(min=0)
-        state = State(layer, hidden[0].float(), known)  # type: ignore[arg-type]
-        values = self.values(state, log_price)
+        count = len(self.actions)
+        inputs = self.scorer.normalise(hidden[0].float()).clamp(-_CLAMP, _CLAMP)
+        price = log_price.clamp(*self._range)
+        reduced = self.scorer.reduce(torch.cat([inputs, price], -1))
+        bias = torch.index_select(self._bias_in, 0, layer * (count + 1) + previous)
+        reduced = nn.functional.relu(reduced + bias)
+        steps = nn.functional.linear(reduced, self._expand, self._bias).view(-1, count - 1)
+        steps = torch.index_select(steps, 0, layer).clamp(_FLOOR, _CEILING).exp()
+        values = steps @ self._triangle
         return values[0], (values + penalty).argmin(-1)
 
 

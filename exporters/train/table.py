@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_onnx.actions import Action
+from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import reference_ms
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Tensor
@@ -59,6 +59,8 @@ def measure(
         left out.
     """
     costs = cost_table(manifest, scorer.actions)
+    allowed = costs.clone()
+    allowed[0, scorer.actions.index(SKIP)] = math.inf
     full_ms = reference_ms(manifest)
     fixed_ms = manifest.costs.embed_ms + manifest.costs.scorer_ms
     with torch.no_grad():
@@ -68,7 +70,7 @@ def measure(
             chosen, finals = [], []
             for part in ids.split(4):
                 log_price = torch.tensor(math.log(price))
-                penalty = price * costs + scorer.forbidden
+                penalty = price * allowed
                 recorder = _Recorder(scorer, env, penalty, log_price, [])
                 finals.append(env.run(part, recorder).final)
                 chosen.append(torch.stack(recorder.chosen, -1))
