@@ -119,7 +119,8 @@ class Model:
         """
         ids = self._checked(ids)
         lane = Lane(self._sessions)
-        lane.prefill(ids[:prompt_tokens], *prefill_plan(self._sessions, None))
+        if prompt_tokens:
+            lane.prefill(ids[:prompt_tokens], *prefill_plan(self._sessions, None))
         yield from map(decoding(lane, self.policy(policy)), ids[prompt_tokens:].tolist())
 
     def generate_step(self, ids: Ids | Sequence[int], **options: Any) -> Iterator[Step]:

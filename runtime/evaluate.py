@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dash_onnx.budget import Budget
 from dash_onnx.errors import PolicyError
-from dash_onnx.policy import Policy
+from dash_onnx.policy import Policy, ScoredPolicy
 from dash_onnx.runtime.dispatch import Ids
 from dash_onnx.runtime.engine import Model
 
@@ -23,8 +24,10 @@ class Evaluation:
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the text.
         kl: mean KL(reference || policy) of the next-token distribution, in nats.
+        kl_stderr: its standard error over windows (0 for a single one).
         top1: share of tokens where policy and reference find the same token most likely.
         ms_per_token: median wall time of one decoded token in milliseconds.
+        cost_ms: mean cost of one decoded token by the bundle's profile, in milliseconds.
         tokens: number of predictions.
         actions: share of each action among all decisions.
         reference_perplexity: of the reference, every layer at the highest exported precision.
@@ -32,8 +35,10 @@ class Evaluation:
 
     perplexity: float
     kl: float
+    kl_stderr: float
     top1: float
     ms_per_token: float
+    cost_ms: float
     tokens: int
     actions: dict[str, float]
     reference_perplexity: float
@@ -43,6 +48,7 @@ def evaluate(
     model: Model,
     text: str,
     policy: str | Policy,
+    budget: Budget | None = None,
     *,
     window: int = 512,
     prompt_tokens: int = 128,
@@ -62,17 +68,21 @@ def evaluate(
         PolicyError: the text is shorter than one window, or the sizes do not fit.
     """
     windows = text_windows(model, text, window, prompt_tokens, max_windows)
-    chosen = model.policy(policy)
+    chosen = model.policy(policy, budget)
+    scored, costs = isinstance(chosen, ScoredPolicy), model.manifest.costs
+    spent = []
     nll, reference_nll, kl, agree, times = [], [], [], [], []
     counts: Counter[str] = Counter()
     for ids in windows:
-        reference = _log_softmax(model.logits(ids)[prompt_tokens:-1])
+        best = model.manifest.variants[0]
+        reference = _log_softmax(model.logits(ids, policy=best)[prompt_tokens:-1])
         rows = []
         started = time.perf_counter()
         for logits, path in model.teacher_forced(ids[:-1], chosen, prompt_tokens):
             times.append((time.perf_counter() - started) * 1e3)
             rows.append(logits.astype(np.float32))  # a copy: the next token overwrites it
             counts.update(path)
+            spent.append(costs.token_ms(path, chosen.head, scored))
             started = time.perf_counter()
         ours = _log_softmax(np.stack(rows))
         targets = ids[prompt_tokens + 1 :, None]
@@ -85,8 +95,10 @@ def evaluate(
     return Evaluation(
         perplexity=float(np.exp(np.mean(nll))),
         kl=float(np.mean(kl)),
+        kl_stderr=_stderr([float(part.mean()) for part in kl]),
         top1=float(np.mean(agree)),
         ms_per_token=float(np.median(times)),
+        cost_ms=float(np.mean(spent)),
         tokens=sum(len(part) for part in kl),
         actions={action: count / decisions for action, count in sorted(counts.items())},
         reference_perplexity=float(np.exp(np.mean(reference_nll))),
@@ -113,6 +125,12 @@ def text_windows(
         raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
     count = min(count, max_windows or count)
     return [ids[i * window : (i + 1) * window] for i in range(count)]
+
+
+def _stderr(means: list[float]) -> float:
+    if len(means) < 2:
+        return 0.0
+    return float(np.std(means, ddof=1) / np.sqrt(len(means)))
 
 
 def _log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:

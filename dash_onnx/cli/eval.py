@@ -1,4 +1,4 @@
-"""dash-eval: quality and speed of a policy on a text file."""
+"""dash-eval: quality and speed of a policy on a text file, or its accuracy on a task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
 
 _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy int4 --max-windows 8
-  dash-eval out/ --text book.txt --policy static:full,int8*28,full --json"""
+  dash-eval out/ --text book.txt --policy dash --budget 0.3 --json
+  dash-eval out/ --text book.txt --policy static:full,int8*28,full
+  dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced"""
 
 
 def _parser() -> Parser:
@@ -24,7 +26,14 @@ def _parser() -> Parser:
         _EXAMPLES,
     )
     add_runtime_options(parser)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    what.add_argument(
+        "--task",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="LAMBADA, HellaSwag, ARC, or exact match (prompt, answer)",
+    )
     parser.add_argument("--window", type=positive, default=512, help="tokens (default: 512)")
     parser.add_argument(
         "--prompt-tokens", type=positive, default=128, help="prefilled part (default: 128)"
@@ -32,13 +41,16 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-windows", type=positive, metavar="N", help="(default: the whole text)"
     )
+    parser.add_argument(
+        "--max-items", type=positive, metavar="N", help="of the task (default: all)"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = _parser().parse_args(argv)
-    return run("dash-eval", lambda: _eval(arguments))
+    return run("dash-eval", lambda: (_task if arguments.task else _eval)(arguments))
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -64,8 +76,26 @@ def _eval(arguments: argparse.Namespace) -> None:
     shares = ", ".join(f"{action} {share:.1%}" for action, share in result.actions.items())
     print(
         f"perplexity     {result.perplexity:.3f}  (reference {result.reference_perplexity:.3f})\n"
-        f"KL             {result.kl:.5f} nats\n"
+        f"KL             {result.kl:.5f} nats (+- {result.kl_stderr:.5f})\n"
         f"top-1          {result.top1:.2%}\n"
-        f"ms per token   {result.ms_per_token:.2f} (median of {result.tokens})\n"
+        f"ms per token   {result.ms_per_token:.2f} (median of {result.tokens}; "
+        f"profiled cost {result.cost_ms:.2f})\n"
         f"actions        {shares}"
     )
+
+
+def _task(arguments: argparse.Namespace) -> None:
+    import dash_onnx
+    from dash_onnx.runtime.tasks import read_task, run_task
+
+    items = read_task(arguments.task, arguments.max_items)
+    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    with tqdm(desc="items", total=len(items), disable=None) as bar:
+        result = run_task(model, items, arguments.policy, arguments.budget, bar.update)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(f"accuracy       {result.accuracy:.2%} (+- {result.stderr:.2%}, {result.items} items)")
+    if result.accuracy_norm is not None:
+        print(f"by length      {result.accuracy_norm:.2%}")
+    print(f"profiled cost  {result.cost_ms:.2f} ms per token")

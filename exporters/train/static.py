@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -45,7 +45,7 @@ def search(
             before = path[layer]
             candidate = [*path]
             candidate[layer] = action
-            kl = path_kl(env, ids, reference, candidate)
+            (kl,) = path_kl(env, ids, reference, candidate, [env.frozen.head])
             loss, saved = kl - current, float(costs[layer, before] - costs[layer, action])
             values[layer, action] = values[layer, before] + max(loss, 1e-7)
             measured.append((loss / saved, kl, candidate))
@@ -64,16 +64,14 @@ def _moves(env: Environment, path: list[int]) -> list[tuple[int, int]]:
 
 
 def path_kl(
-    env: Environment, ids: Tensor, reference: Tensor, path: list[int], head: Action | None = None
-) -> float:
-    """Mean KL of the decided tokens when every token takes the same path."""
-    total, count = 0.0, 0
+    env: Environment, ids: Tensor, reference: Tensor, path: list[int], heads: Sequence[Action]
+) -> list[float]:
+    """Mean KL of the decided tokens when every token takes the same path, with each head."""
+    seen = slice(env.prompt_tokens, None)
     with torch.no_grad():
-        for part, wanted in zip(ids.split(4), reference.split(4), strict=True):
-            final = env.run(part, fixed(env, path, part.shape)).final
-            kl = env.kl(wanted, final, head)[:, env.prompt_tokens :]
-            total, count = total + float(kl.sum()), count + kl.numel()
-    return total / count
+        parts = [env.run(part, fixed(env, path, part.shape)).final for part in ids.split(4)]
+        final = torch.cat(parts)[:, seen]
+        return [float(env.kl(reference[:, seen], final, head).mean()) for head in heads]
 
 
 def fixed(env: Environment, path: list[int], shape: torch.Size) -> Decide:

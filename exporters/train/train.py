@@ -45,7 +45,7 @@ PROMPT_TOKENS = 32
 
 _BATCH = 4  # sequences of one pass
 _PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
-_TABLE = 12  # rows of the policy table inside that range
+_TABLE = 10  # rows of the policy table inside that range
 _TEMPERATURE = (0.7, 0.25)  # of the noise, from first to last step
 _RATE = 3e-3  # learning rate
 _SAVE_EVERY = 20  # steps
@@ -125,6 +125,7 @@ class _Run:
     options: TrainOptions
     effort: Effort
     history: list[tuple[float, float, float]] = field(default_factory=list)
+    _references: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         manifest = self.bundle.manifest
@@ -238,8 +239,19 @@ class _Run:
             self.scorer.bias[:, -1] = start + best[1]
 
     def _batch(self, number: int) -> Tensor:
-        rows = (torch.arange(_BATCH) + number * _BATCH) % len(self.ids)
-        return self.ids[rows]
+        start = number % self._batches * _BATCH
+        return self.ids[start : start + _BATCH]
+
+    @property
+    def _batches(self) -> int:
+        return max(len(self.ids) // _BATCH, 1)
+
+    def _reference(self, step: int, batch: Tensor) -> Tensor:
+        """Input of the LM head on the reference path, kept for when the batch returns."""
+        key = step % self._batches
+        if key not in self._references:
+            self._references[key] = self.env.reference(batch, self.actions[0]).to(self.dtype)
+        return self._references[key].float()
 
     def _loss(
         self, weights: Tensor, reference: Tensor, final: Tensor, log_prices: Tensor
@@ -283,7 +295,7 @@ class _Run:
     ) -> tuple[float, float, float]:
         batch, prices = self._batch(step), self.log_prices(_BATCH)
         with self.autocast():
-            reference = self.env.reference(batch, self.actions[0])
+            reference = self._reference(step, batch)
             decide = straight_through(self.scorer, self.costs, prices, temperature, self.generator)
             rollout = self.env.run(batch, decide, dense=True)
             loss, kl, ms = self._loss(rollout.weights, reference, rollout.final, prices)
@@ -334,7 +346,7 @@ class _Run:
         low, high = self.log_price_range
         inside = np.exp(np.linspace(low, high, _TABLE)).tolist()
         # Below the range the scorer leaves INT8 for `full`, layer by layer.
-        below = np.exp(np.linspace(low - 9.0, low, 8)[:-1]).tolist() if self.extra else []
+        below = np.exp(np.linspace(low - 7.0, low, 5)[:-1]).tolist() if self.extra else []
         return [*below, *inside]
 
     def _rounding_kl(self, model: Model) -> float:
@@ -363,12 +375,11 @@ class _Run:
         for number, (path, kl) in enumerate(tqdm(steps, desc="static", disable=None)):
             if number % every == 0:
                 named = tuple(self.actions[action] for action in path)
-                for head in self.frozen.heads:
-                    kl = static.path_kl(self.env, self.held_out, wanted, path, head)
-                    ms = manifest.costs.token_ms(named, head)
-                    points.append(
-                        StaticPoint(round(ms / full_ms, 5), head, round(kl + rounding, 6), named)
-                    )
+                heads = list(self.frozen.heads)
+                measured = static.path_kl(self.env, self.held_out, wanted, path, heads)
+                for head, loss in zip(heads, measured, strict=True):
+                    share = round(manifest.costs.token_ms(named, head) / full_ms, 5)
+                    points.append(StaticPoint(share, head, round(loss + rounding, 6), named))
             if kl > _STATIC_LIMIT:
                 break
         return tuple(sorted(points, key=lambda point: point.budget))
