@@ -163,9 +163,10 @@ class Frozen:
         k[:, :, position] = _rotated(self._by_head(keys), *rotary)[:, :, 0]
         v[:, :, position] = self._by_head(values)[:, :, 0]
         q = _rotated(self._by_head(queries), *rotary).float()
+        q = q.view(len(q), self._kv_heads, -1, self._d)  # heads that share K/V as a group
         seen = slice(0, position + 1)
-        out = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen], enable_gqa=True)
-        return out.transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen])
+        return out.reshape(len(out), 1, -1)
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self._d)).transpose(1, 2)  # [B, heads, T, d]

@@ -13,6 +13,7 @@ from dash_onnx.actions import Action
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
+from dash_onnx.exporters.train.values import drawn
 from dash_onnx.text import Message, TextCodec
 
 LENGTH = 256
@@ -98,6 +99,6 @@ def _sampled(
             attention = frozen.attend_cached(queries, keys_values, rotary, cache, position)
             x = frozen.complete(layer, action, x, attention)
         logits = frozen.logits(frozen.final(x))[:, 0].float()
-        ids[:, position + 1] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        ids[:, position + 1] = drawn(logits.softmax(-1), generator)[:, 0]
         bar.update()
     return ids

@@ -58,9 +58,19 @@ def _sampled_nll(env: Environment, x: Tensor, generator: torch.Generator) -> Ten
     for part in env.frozen.final(x).flatten(0, 1).split(512):
         log_p = env.frozen.logits(part).float().log_softmax(-1)
         with torch.no_grad():
-            labels = torch.multinomial(log_p.exp(), 1, generator=generator)
+            labels = drawn(log_p.exp(), generator)
         total = total - log_p.gather(-1, labels).sum()
     return total
+
+
+def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index per row of `[n, V]`, as `[n, 1]`.
+
+    By the inverse of the distribution function: torch.multinomial is ten times slower.
+    """
+    heights = probabilities.cumsum(-1)
+    draws = torch.rand(len(heights), 1, generator=generator) * heights[:, -1:]
+    return torch.searchsorted(heights, draws).clamp(max=heights.shape[-1] - 1)
 
 
 def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:

@@ -1,0 +1,240 @@
+"""The sample: a text run through the runtime under the policy, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dash_onnx.actions import Action, Path
+from dash_onnx.budget import DEFAULT_PRESET, Budget, reference_ms
+from dash_onnx.errors import PolicyError, SourceError
+from dash_onnx.policy import Policy, ScoredPolicy
+from dash_onnx.report.tokens import Token, describe, path_letters
+from dash_onnx.runtime.dispatch import Ids, Lane, Logits
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.generate import prefill_plan
+
+_PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
+_PREFILLED = 8  # tokens of a given text: the first ones, attention sinks, are not typical
+_LEAST = 8  # decoded tokens without which no figure means anything
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one policy did to the sample; one entry per decoded token where it is a tuple.
+
+    Attributes:
+        name: of the policy.
+        budget: the fraction asked for; 0 for policies without one.
+        head: precision of the LM head.
+        paths: one character per layer.
+        cost: as a fraction of the full time.
+        kl: KL(reference || policy) of the next token in nats.
+        predicted: sum of the scorer's predictions for the chosen actions, in nats; empty where no
+            scorer decided.
+        top1: share of tokens whose most likely next token is the reference's.
+    """
+
+    name: str
+    budget: float
+    head: Action
+    paths: tuple[str, ...]
+    cost: tuple[float, ...]
+    kl: tuple[float, ...]
+    predicted: tuple[float, ...]
+    top1: float
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of the sample.
+
+    Attributes:
+        source: where it came from.
+        ids: prompt part first.
+        prompt_tokens: how many are prefilled at the highest exported precision.
+    """
+
+    source: str
+    ids: Ids
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The sample and what each policy did to it.
+
+    Attributes:
+        source: where the text came from.
+        prompt_tokens: prefilled before the first decoded token.
+        tokens: those decoded.
+        runs: of the scorer, one per budget.
+        baselines: without a scorer, on the same tokens.
+    """
+
+    source: str
+    prompt_tokens: int
+    tokens: tuple[Token, ...]
+    runs: tuple[Measured, ...]
+    baselines: tuple[Measured, ...]
+
+
+def given_text(model: Model, text: str, tokens: int, source: str) -> Text:
+    """The beginning of a text.
+
+    Raises:
+        SourceError: it is too short.
+    """
+    limit = model.manifest.model.max_length
+    ids = model.text.encode(text)[: min(tokens + _PREFILLED, limit)]
+    if len(ids) < _PREFILLED + _LEAST:
+        raise SourceError(
+            f"{source} has {len(ids)} tokens; a report needs at least {_PREFILLED + _LEAST}"
+        )
+    return Text(source, ids, _PREFILLED)
+
+
+def generated_text(model: Model, tokens: int) -> Text:
+    """What the model answers to a short prompt under the default preset."""
+    codec = model.text
+    if codec.chat_template is None:
+        prompt = codec.encode(_PROMPT)
+    else:
+        prompt = codec.encode_chat([{"role": "user", "content": _PROMPT}])
+    room = model.manifest.model.max_length - len(prompt)
+    if room < _LEAST:
+        raise PolicyError("the context has no room for a generated sample; give --text FILE")
+    # Drawn, because greedy answers of small models soon repeat themselves.
+    steps = model.generate_step(
+        prompt,
+        policy="dash",
+        budget=DEFAULT_PRESET,
+        max_new_tokens=min(tokens, room),
+        ignore_eos=True,
+        temperature=0.7,
+        seed=0,
+    )
+    ids = prompt.tolist()
+    for count, step in enumerate(steps, 1):
+        ids.append(step.token)
+        if step.token in codec.eos_token_ids and count >= _LEAST:
+            break
+    return Text("self-generated", np.asarray(ids, np.int64), len(prompt))
+
+
+def measure(
+    model: Model, text: Text, budgets: Sequence[Budget], on_run: Callable[[], object]
+) -> Sample:
+    """Runs the scorer at every budget, and what it has to beat.
+
+    Args:
+        budgets: presets or fractions.
+        on_run: called after each of the runs.
+
+    Raises:
+        PolicyError: a budget that the bundle cannot meet, or no scorer.
+    """
+    policies = [model.policy("dash", budget) for budget in budgets]
+    reference = model.logits(text.ids, policy=model.manifest.variants[0])[text.prompt_tokens :]
+    runs = []
+    for policy in policies:
+        assert isinstance(policy, ScoredPolicy)
+        runs.append(_scored(model, text, policy, reference))
+        on_run()
+    others = []
+    for other, budget in _baselines(model, policies):
+        others.append(_unscored(model, text, other, budget, reference))
+        on_run()
+    return Sample(
+        text.source,
+        text.prompt_tokens,
+        describe(model.text, text.ids.tolist())[text.prompt_tokens :],
+        tuple(runs),
+        tuple(others),
+    )
+
+
+def _baselines(model: Model, policies: Sequence[Policy]) -> list[tuple[Policy, float]]:
+    """The best static assignment within each budget, and every uniform precision but the top."""
+    found: list[tuple[Policy, float]] = []
+    for policy in policies:
+        assert isinstance(policy, ScoredPolicy)
+        try:
+            found.append((model.policy("static", policy.budget), policy.budget))
+        except PolicyError:  # none is that cheap
+            continue
+    return found + [(model.policy(action), 0.0) for action in model.manifest.variants[1:]]
+
+
+def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -> Measured:
+    # `Model.teacher_forced` would do, but for the predictions, which live on the lane until the
+    # next token overwrites them.
+    lane = Lane(model._sessions)
+    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, None))
+    controller = policy.controller()
+    actions = lane._scorer().actions
+    record = _Record(model, policy, reference)
+    predicted = []
+    for token in text.ids[text.prompt_tokens :].tolist():
+        logits, path = lane.decode_scored(token, controller.price, policy.head)
+        controller.spent(path)
+        record.add(logits, path)
+        values = lane._scorer().values
+        chosen = [actions.index(action) for action in path]
+        predicted.append(float(values[np.arange(len(path)), chosen].sum(dtype=np.float64)))
+    return record.measured(policy.budget, predicted)
+
+
+def _unscored(
+    model: Model, text: Text, policy: Policy, budget: float, reference: Logits
+) -> Measured:
+    record = _Record(model, policy, reference)
+    for logits, path in model.teacher_forced(text.ids, policy, text.prompt_tokens):
+        record.add(logits, path)
+    return record.measured(budget, [])
+
+
+class _Record:
+    """What a run did, token by token."""
+
+    def __init__(self, model: Model, policy: Policy, reference: Logits):
+        self._policy = policy
+        self._reference = reference
+        self._costs, self._full_ms = model.manifest.costs, reference_ms(model.manifest)
+        self._paths: list[str] = []
+        self._cost: list[float] = []
+        self._kl: list[float] = []
+        self._agree: list[bool] = []
+
+    def add(self, logits: Logits, path: Path) -> None:
+        """Compares one token with the reference."""
+        theirs = self._reference[len(self._kl)]
+        p, q = _log_softmax(theirs), _log_softmax(logits)
+        self._kl.append(max(float((np.exp(p) * (p - q)).sum()), 0.0))
+        self._agree.append(bool(theirs.argmax() == logits.argmax()))
+        self._paths.append(path_letters(path))
+        scored = isinstance(self._policy, ScoredPolicy)
+        ms = self._costs.token_ms(path, self._policy.head, scored=scored)
+        self._cost.append(ms / self._full_ms)
+
+    def measured(self, budget: float, predicted: list[float]) -> Measured:
+        """The whole run."""
+        return Measured(
+            self._policy.name,
+            budget,
+            self._policy.head,
+            tuple(self._paths),
+            tuple(round(cost, 5) for cost in self._cost),
+            tuple(self._kl),
+            tuple(predicted),
+            float(np.mean(self._agree)),
+        )
+
+
+def _log_softmax(logits: Logits) -> np.ndarray:
+    row = logits.astype(np.float64)
+    row -= row.max()
+    result: np.ndarray = row - np.log(np.exp(row).sum())
+    return result

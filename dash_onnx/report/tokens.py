@@ -1,0 +1,92 @@
+"""Tokens as a reader sees them: their text, and what kind of text it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from dash_onnx.actions import Action, Path
+from dash_onnx.text import TextCodec
+
+Kind: TypeAlias = Literal[
+    "word start", "word continuation", "punctuation", "digit", "whitespace", "special"
+]
+KINDS: tuple[Kind, ...] = (
+    "word start",
+    "word continuation",
+    "punctuation",
+    "digit",
+    "whitespace",
+    "special",
+)
+
+LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
+"""One character per action, so that a path fits a line."""
+
+_SPACE = "\u2581"  # how SentencePiece vocabularies write a space
+_PART = "\ufffd"  # what a token decodes to that holds only some bytes of a character
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text.
+
+    Attributes:
+        text: what it stands for, its leading space included.
+        kind: the class that figures are grouped by.
+    """
+
+    text: str
+    kind: Kind
+
+
+def path_letters(path: Path) -> str:
+    """A path as one character per layer."""
+    return "".join(LETTERS[action] for action in path)
+
+
+def describe(codec: TextCodec, ids: Sequence[int]) -> tuple[Token, ...]:
+    """The tokens of a text; whether one continues a word depends on the one before it."""
+    added = codec.tokenizer.get_added_tokens_decoder()
+    special = {token for token, entry in added.items() if entry.special}
+    tokens: list[Token] = []
+    before = ""
+    for token in map(int, ids):
+        text = piece(codec, token)
+        tokens.append(Token(text, "special" if token in special else _kind(text, before)))
+        before = "" if token in special else text
+    return tuple(tokens)
+
+
+def piece(codec: TextCodec, token: int) -> str:
+    """The text of one token. Decoding it alone would drop a SentencePiece token's space."""
+    entry = codec.token(token)
+    if _SPACE in entry:
+        return entry.replace(_SPACE, " ")
+    return codec.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def visible(text: str, limit: int) -> str:
+    """A token's text where white space must be seen and room is scarce."""
+    shown = "".join(_MARKS.get(char, char if char.isprintable() else "·") for char in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+_MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def _kind(text: str, before: str) -> Kind:
+    content = text.strip()
+    if not content:
+        return "whitespace"
+    if content[0].isnumeric():
+        return "digit"
+    if not any(_in_word(char) for char in content):
+        return "punctuation"
+    continues = before != "" and _in_word(before[-1]) and not text[0].isspace()
+    return "word continuation" if continues else "word start"
+
+
+def _in_word(char: str) -> bool:
+    return char.isalnum() or char == _PART
