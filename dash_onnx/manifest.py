@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.contract import Dims, DType
+from dash_onnx.contract import Dims, DType, head_path
 from dash_onnx.errors import BundleError
 from dash_onnx.records import RecordError, from_json, to_json
 from dash_onnx.version import FORMAT_VERSION
@@ -295,6 +295,11 @@ class Manifest:
             vocab_size=model.vocab_size,
             dtype=dtype,
         )
+
+    @property
+    def exported_heads(self) -> tuple[Action, ...]:
+        """Precisions of the LM heads in the bundle, highest first."""
+        return tuple(a for a in PRECISIONS if head_path(a) in self.files)
 
     @property
     def actions(self) -> tuple[Action, ...]:

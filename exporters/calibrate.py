@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.reference import streamed_model
+from dash_onnx.exporters.sampling import Sample
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.manifest import Calibration
@@ -90,15 +91,13 @@ def _self_generated(source: Source, seed: int) -> Ids:
             bar.update()
             return torch.zeros(ids.shape[0], dtype=torch.bool)
 
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(seed)
+        sample = Sample(torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
             ids = model.generate(
                 torch.from_numpy(first).long(),
                 attention_mask=torch.ones((SEQUENCES, 1), dtype=torch.int64),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([sample]),
                 max_new_tokens=length - 1,
                 eos_token_id=None,
                 pad_token_id=0,

@@ -32,7 +32,7 @@ def profile(sessions: Sessions) -> Costs:
     cheap = (*(others or [best]), SKIP)
     rng = random.Random(0)
     times: list[dict[Action, list[float]]] = [{} for _ in range(layers)]
-    heads: dict[Action, list[float]] = {head: [] for head in sorted(set(manifest.heads.values()))}
+    heads: dict[Action, list[float]] = {head: [] for head in manifest.exported_heads}
     embeds = []
 
     def mixed() -> Path:

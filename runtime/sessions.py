@@ -59,7 +59,7 @@ class Sessions:
         self.embed()
         if self.manifest.scorer is not None:
             self.scorer()
-        for precision in sorted(set(self.manifest.heads.values())):
+        for precision in self.manifest.exported_heads:
             self.head(precision)
         for layer in range(self.manifest.model.num_layers):
             for action in self.manifest.actions:

@@ -81,7 +81,7 @@ class Frozen:
             self.input_norms.append(torch.from_numpy(norms[0]).float())
             self._post_norms.append(torch.from_numpy(norms[1]).float())
             self._layers.append(weights)
-        heads = sorted(set(self.manifest.heads.values()) - {"full"}) or ["full"]
+        heads: list[Action] = [a for a in self.manifest.exported_heads if a != "full"] or ["full"]
         self.heads: dict[Action, Product] = {}
         for precision in heads:
             found = self._tensors(head_path(precision))

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from dash_onnx.actions import Action
 from dash_onnx.errors import SourceError
+from dash_onnx.exporters.sampling import drawn
 from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
-from dash_onnx.exporters.train.values import drawn
 from dash_onnx.text import Message, TextCodec
 
 LENGTH = 256

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from dash_onnx.exporters.sampling import drawn
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import Scorer
@@ -61,16 +62,6 @@ def _sampled_nll(env: Environment, x: Tensor, generator: torch.Generator) -> Ten
             labels = drawn(log_p.exp(), generator)
         total = total - log_p.gather(-1, labels).sum()
     return total
-
-
-def drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index per row of `[n, V]`, as `[n, 1]`.
-
-    By the inverse of the distribution function: torch.multinomial is ten times slower.
-    """
-    heights = probabilities.cumsum(-1)
-    draws = torch.rand(len(heights), 1, generator=generator) * heights[:, -1:]
-    return torch.searchsorted(heights, draws).clamp(max=heights.shape[-1] - 1)
 
 
 def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:
