@@ -122,14 +122,14 @@ def head_ports(dims: Dims) -> Ports:
     )
 
 
-def scorer_ports(dims: Dims, actions: int) -> Ports:
-    """The scorer of one token's decision for one layer.
+def scorer_ports(dims: Dims, actions: int, block: int) -> Ports:
+    """The scorer of one token's decisions for a block of layers.
 
-    `hidden` is the input of the layer before (of layer 0 itself for layer 0), `previous` the
-    action index of the layer before (the number of actions for layer 0), `log_price` the log of
-    nats per millisecond `[1, 1]`, `penalty` what each action costs (price times milliseconds, in
-    nats). `values` are the predicted KL of each action in nats, `action` is the index of the
-    least sum of value and penalty.
+    `hidden` is the input of the layer before the block (of layer 0 itself for layer 0), `layer`
+    the first layer of the block, `previous` the action index of the layer before (the number of
+    actions for layer 0), `log_price` the log of nats per millisecond `[1, 1]`, `penalty` what
+    each action costs (price times milliseconds, in nats). `values` are the predicted KL of each
+    action in nats, `action` is the index of the least sum of value and penalty.
     """
     return Ports(
         inputs=(
@@ -137,7 +137,10 @@ def scorer_ports(dims: Dims, actions: int) -> Ports:
             Port("layer", "int64", (1,)),
             Port("previous", "int64", (1,)),
             Port("log_price", "float32", (1, 1)),
-            Port("penalty", "float32", (actions,)),
+            Port("penalty", "float32", (block, actions)),
         ),
-        outputs=(Port("values", "float32", (actions,)), Port("action", "int64", (1,))),
+        outputs=(
+            Port("values", "float32", (block, actions)),
+            Port("action", "int64", (block,)),
+        ),
     )

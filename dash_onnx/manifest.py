@@ -209,6 +209,7 @@ class ScorerFacts:
     Attributes:
         file: its graph.
         actions: what its action indices mean.
+        block: layers that it decides for at once.
         points: the policy table, by ascending budget.
         presets: named budgets.
         static: the best static assignments, by ascending budget.
@@ -217,6 +218,7 @@ class ScorerFacts:
 
     file: str
     actions: tuple[Action, ...]
+    block: int
     points: tuple[BudgetPoint, ...]
     presets: dict[str, float]
     static: tuple[StaticPoint, ...]

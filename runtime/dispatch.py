@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -219,11 +219,12 @@ class _Span:
         """Like `run_layers`; the decision for layer i+1 needs no output of layer i."""
         self._start(token)
         decisions, actions = scoring.decisions, scoring.actions
-        ahead = iter(scoring.runs)
-        next(ahead)()
-        for layer in range(len(self._layers)):
+        first, *ahead = scoring.runs
+        assert first is not None
+        first()
+        for layer, score in enumerate([*ahead, None]):
             action = actions[decisions[layer]]
-            for score in islice(ahead, 1):
+            if score is not None:
                 score()
             self._run_of(layer, action)()
 
@@ -255,7 +256,8 @@ class _Span:
         seconds = 0.0
         for layer, action in enumerate(path):
             started = time.perf_counter()
-            scoring.runs[layer]()
+            if (score := scoring.runs[layer]) is not None:
+                score()
             seconds += time.perf_counter() - started
             self._run_of(layer, action)()
         return seconds * 1e3

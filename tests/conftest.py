@@ -82,6 +82,28 @@ def save_tiny(folder: Path, seed: int = 0, **overrides: object) -> Path:
     return folder
 
 
+def save_biased(folder: Path) -> Path:
+    """Like `save_tiny`, with a bias at every linear layer."""
+    save_tiny(folder, attention_bias=True, mlp_bias=True)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(7)
+    changed = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert len(changed) == 4 * 7
+    for bias in changed:  # transformers leaves them at zero
+        bias.data = torch.randn_like(bias).mul(0.2).half().float()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text: much faster than text that the model generates itself."""
+    path = tmp_path_factory.mktemp("text") / "night.txt"
+    lines = (f"the keeper counts {n} ships that pass in the night {n * n}\n" for n in range(120))
+    path.write_text("".join(lines))
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama: 4 layers, GQA, untied head."""
@@ -124,8 +146,9 @@ def demo_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_bundle(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model exported with the defaults, by the command, so that its figures are true."""
+    """The demo model exported by the command, so that its figures are true; it trains nothing."""
     out = tmp_path_factory.mktemp("demo") / "out"
+    arguments = [str(demo_gguf), str(out), "--effort", "none"]
     command = "import sys; from dash_onnx.cli.export import main; sys.exit(main(sys.argv[1:]))"
-    subprocess.run([sys.executable, "-c", command, str(demo_gguf), str(out)], check=True)
+    subprocess.run([sys.executable, "-c", command, *arguments], check=True)
     return out

@@ -27,7 +27,11 @@ class SlowModel:
         weights: dict[str, list[dict[str, torch.Tensor]]],
         manifest: Manifest,
     ):
-        """Takes per action and layer the weight matrices by name, already dequantized."""
+        """Takes per action and layer the weight matrices by name, already dequantized.
+
+        Those of `skip` are `skip_proj` (keys, values, and what the compensation reads), and
+        `expand_proj` where the bundle has a compensation rank.
+        """
         self.model = model
         self.weights = weights
         self.manifest = manifest
@@ -51,17 +55,21 @@ class SlowModel:
     ) -> torch.Tensor:
         facts = self.manifest.model
         norms = self.model.model.layers[index]
-        w = self.weights["int8" if action == "skip" else action][index]
+        w = self.weights[action][index]
         normed = norms.input_layernorm(x)
         heads, kv_heads, d = facts.num_heads, facts.num_kv_heads, facts.head_dim
-        qkv = w["qkv_proj"] @ normed
-        q, k, v = qkv.split([heads * d, kv_heads * d, kv_heads * d])
-        q, k = q.view(1, heads, 1, d), k.view(1, kv_heads, 1, d)
+        if action == "skip":
+            sizes = [0, kv_heads * d, kv_heads * d, self.manifest.compensation_rank]
+            q, k, v, reduced = (w["skip_proj"] @ normed).split(sizes)
+        else:
+            q, k, v = (w["qkv_proj"] @ normed).split([heads * d, kv_heads * d, kv_heads * d])
+        q, k = q.view(1, -1, 1, d), k.view(1, kv_heads, 1, d)
         q, k = apply_rotary_pos_emb(q, k, cos[None, None], sin[None, None])
         self.keys[index].append(k[0, :, 0])
         self.values[index].append(v.view(kv_heads, d))
         if action == "skip":
-            return self.manifest.layers[index].scale * x
+            scaled = self.manifest.layers[index].scale * x
+            return scaled + w["expand_proj"] @ reduced if len(reduced) else scaled
         keys = torch.stack(self.keys[index], 1).repeat_interleave(heads // kv_heads, 0)
         values = torch.stack(self.values[index], 1).repeat_interleave(heads // kv_heads, 0)
         scores = (q[0] @ keys.transpose(1, 2)) / math.sqrt(d)  # [H, 1, T]

@@ -39,7 +39,7 @@ def low_bundle(
     """A bundle without `full`."""
     calibration = tmp_path_factory.mktemp("text") / "calibration.txt"
     calibration.write_text(SENTENCES * 12)
-    return export_tiny(tiny_folder, calibration=calibration, variants=("int8",))
+    return export_tiny(tiny_folder, calibration=(calibration,), variants=("int8",))
 
 
 def windows(model: Model, text: Path, size: int = WINDOW) -> list[np.ndarray]:

@@ -22,6 +22,7 @@ from dash_onnx.cli.export import main
 from dash_onnx.exporters.architectures import REGISTRY
 
 SENTENCE = "the keeper of the lighthouse counts the ships that pass in the night\n"
+UNTRAINED = ("--effort", "none")
 TOOL = Tool("dash-export", main)
 run, refused = TOOL.run, TOOL.refused
 
@@ -30,7 +31,7 @@ run, refused = TOOL.run, TOOL.refused
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text: much faster than text that the model generates itself."""
     path = tmp_path_factory.mktemp("text") / "night.txt"
-    path.write_text(SENTENCE * 24)
+    path.write_text(SENTENCE * 48)
     return path
 
 
@@ -51,12 +52,12 @@ def source(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def full_bundle(tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]) -> Path:
     """A bundle with `full` alone; copy it before changing a file."""
-    return export_tiny(tiny_folder, calibration=text, variants=("full",))
+    return export_tiny(tiny_folder, calibration=(text,), variants=("full",))
 
 
 def quick(model: object, out: Path, text: Path, *more: object) -> tuple[object, ...]:
-    """Arguments of an export that takes a fraction of a second."""
-    return (model, out, "--variants", "full", "--calibration", text, *more)
+    """Arguments of an export that takes a fraction of a second; it trains nothing."""
+    return (model, out, *UNTRAINED, "--variants", "full", "--calibration", text, *more)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -74,7 +75,7 @@ def answer(bundle: Path) -> str:
 def test_the_closing_table_has_a_row_for_each_layer_and_says_what_to_do_next(
     tiny_folder: Path, text: Path, out: Path, capsys: Capture
 ) -> None:
-    assert run(tiny_folder, out, "--calibration", text) == 0
+    assert run(tiny_folder, out, *UNTRAINED, "--calibration", text) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
@@ -120,6 +121,7 @@ def test_variants_are_taken_in_any_order_and_with_duplicates(
     arguments = (
         tiny_folder,
         out,
+        *UNTRAINED,
         "--calibration",
         text,
         "--variants",
@@ -136,8 +138,8 @@ def test_help_has_examples_of_every_kind_of_source(capsys: Capture) -> None:
     examples = shown.partition("examples:")[2]
     assert examples.count("dash-export ") >= 3
     assert ".gguf" in examples
-    for option in ("--variants", "--calibration", "--overwrite", "--device", "--max-length"):
-        assert option in shown
+    options = ("--variants", "--calibration", "--overwrite", "--device", "--max-length", "--effort")
+    assert all(option in shown for option in options)
 
 
 def test_version_is_the_version_of_the_package(capsys: Capture) -> None:
@@ -195,7 +197,7 @@ def test_any_seed_is_taken_or_refused_in_one_line(
 ) -> None:
     config = source / "config.json"  # eight tokens of context: a short calibration text
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 8}))
-    arguments = (source, out, "--variants", "full", "--seed", seed)
+    arguments = (source, out, *UNTRAINED, "--variants", "full", "--seed", seed)
     if run(*arguments) != 0:
         capsys.readouterr()
         refused(capsys, *arguments)
@@ -212,7 +214,7 @@ def test_a_block_size_that_does_not_divide_the_hidden_size_is_refused(
 def test_a_block_size_that_does_not_divide_the_intermediate_size_is_refused_or_works(
     tiny_folder: Path, text: Path, out: Path, capsys: Capture
 ) -> None:
-    arguments = (tiny_folder, out, "--calibration", text, "--block-size", 64, "--json")
+    arguments = (tiny_folder, out, *UNTRAINED, "--calibration", text, "--block-size", 64, "--json")
     if run(*arguments) == 0:
         errors = json.loads(capsys.readouterr().out)["layers"][1]["relative_error"]
         assert errors["int8"] < errors["int4"] < errors["skip"]
@@ -282,7 +284,7 @@ def test_a_calibration_file_that_is_too_short_says_how_long_it_must_be(
 ) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text(SENTENCE)
-    assert "256" in refused(capsys, *quick(tiny_folder, out, path))
+    assert "512" in refused(capsys, *quick(tiny_folder, out, path))
 
 
 def test_a_folder_as_calibration_file_is_refused(
@@ -427,7 +429,7 @@ def test_export_for_cuda_works_without_cuda_and_the_bundle_says_so(
 
 def started(model: Path, out: Path, text: Path) -> subprocess.Popen[str]:
     code = "import sys; from dash_onnx.cli.export import main; sys.exit(main())"
-    arguments = [model, out, "--calibration", text, "--overwrite"]
+    arguments = [model, out, *UNTRAINED, "--calibration", text, "--overwrite"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,

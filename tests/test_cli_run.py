@@ -37,8 +37,8 @@ def int4_bundle(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     text = tmp_path_factory.mktemp("text") / "night.txt"
-    text.write_text("the keeper of the lighthouse counts the ships in the night\n" * 24)
-    return export_tiny(tiny_folder, calibration=text, variants=("int4",))
+    text.write_text("the keeper of the lighthouse counts the ships in the night\n" * 64)
+    return export_tiny(tiny_folder, calibration=(text,), variants=("int4",))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TINY, save_tiny, tiny_tokenizer
+from conftest import TINY, save_biased, save_tiny, tiny_tokenizer
 from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +43,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def bundle(tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]) -> Path:
     """All variants, calibrated on `text`."""
-    return export_tiny(tiny_folder, calibration=text)
+    return export_tiny(tiny_folder, calibration=(text,))
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +128,67 @@ def test_scale_and_cosine_are_means_over_all_tokens_but_the_sinks(
         assert layer.cosine == pytest.approx(float(cosine), abs=1e-5)
 
 
-def test_the_error_of_skip_is_that_of_the_scaled_input(
-    manifest: Manifest, reference: Reference
+@pytest.fixture(scope="module")
+def uncompensated(tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]) -> Path:
+    return export_tiny(tiny_folder, calibration=(text,), compensation_rank=0)
+
+
+def test_the_error_of_skip_without_compensation_is_that_of_the_scaled_input(
+    uncompensated: Path, reference: Reference
 ) -> None:
+    manifest = Bundle(uncompensated).manifest
+    assert manifest.compensation_rank == 0
     for layer, x, y in zip(manifest.layers, reference.inputs, reference.outputs, strict=True):
         assert layer.relative_error["skip"] == pytest.approx(
             relative_error(layer.scale * x, y), rel=1e-4
         )
+
+
+def test_the_error_of_skip_is_that_of_the_scaled_input_and_the_stored_low_rank_map(
+    bundle: Path, manifest: Manifest, reference: Reference
+) -> None:
+    rank = manifest.compensation_rank
+    assert rank == 64
+    for index, facts in enumerate(manifest.layers):
+        x, y = reference.inputs[index], reference.outputs[index]
+        path = bundle / f"layers/{index:02d}/skip.onnx"
+        reduce = stored_weight(path, "skip_proj", x.shape[-1])[-rank:]
+        expand = stored_weight(path, "expand_proj", rank)
+        with torch.inference_mode():
+            normed = reference.model.model.layers[index].input_layernorm(x)
+        output = facts.scale * x + normed @ reduce.T @ expand.T
+        assert facts.relative_error["skip"] == pytest.approx(relative_error(output, y), rel=1e-3)
+
+
+def test_the_compensation_makes_the_error_of_skip_much_smaller(
+    manifest: Manifest, uncompensated: Path
+) -> None:
+    for layer, plain in zip(manifest.layers, Bundle(uncompensated).manifest.layers, strict=True):
+        assert layer.scale == plain.scale
+        assert layer.relative_error["skip"] < 0.8 * plain.relative_error["skip"]
+
+
+def test_a_compensation_of_a_lower_rank_is_between(
+    tiny_folder: Path,
+    text: Path,
+    manifest: Manifest,
+    uncompensated: Path,
+    export_tiny: Callable[..., Path],
+) -> None:
+    some = Bundle(export_tiny(tiny_folder, calibration=(text,), compensation_rank=32)).manifest
+    assert some.compensation_rank == 32
+    none = Bundle(uncompensated).manifest
+    for layers in zip(manifest.layers, some.layers, none.layers, strict=True):
+        full, part, plain = (layer.relative_error["skip"] for layer in layers)
+        assert full < part < plain
+
+
+@pytest.mark.parametrize("rank", [-32, -1, 1, 33])
+def test_a_compensation_rank_that_no_block_divides_is_refused(
+    rank: int, tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]
+) -> None:
+    with pytest.raises(dash_onnx.DashError, match=f"--compensation-rank {rank} must be 0 or"):
+        export_tiny(tiny_folder, calibration=(text,), compensation_rank=rank)
 
 
 def stored_weight(path: Path, name: str, columns: int, block: int = 32) -> torch.Tensor:
@@ -233,7 +287,8 @@ def test_model_facts_are_those_of_the_config(manifest: Manifest) -> None:
     assert facts.max_length == TINY["max_position_embeddings"]
     np.testing.assert_allclose(manifest.rope.inv_freq, 1e4 ** (-np.arange(8) / 8), rtol=1e-6)
     assert manifest.variants == ALL
-    assert manifest.heads == {"full": "full", "int8": "int8", "int4": "int4", "skip": "int8"}
+    assert manifest.heads == {"full": "full", "int8": "int8", "int4": "int8", "skip": "int8"}
+    assert manifest.exported_heads == ALL
     assert manifest.export.source == "folder:tiny"
     assert manifest.export.fp32_kept == ()
     assert manifest.export.peak_rss_bytes > 50e6
@@ -293,7 +348,7 @@ def test_weights_lie_in_the_one_file_next_to_their_graph(bundle: Path) -> None:
 
 @pytest.fixture(scope="module")
 def int4_only(tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]) -> Path:
-    return export_tiny(tiny_folder, calibration=text, variants=("int4",))
+    return export_tiny(tiny_folder, calibration=(text,), variants=("int4",))
 
 
 def test_a_subset_of_variants_leaves_no_other_graph(int4_only: Path) -> None:
@@ -323,19 +378,28 @@ def test_a_subset_of_variants_generates(int4_only: Path) -> None:
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("variants", [("full",), ("int8", "int4")])
-def test_mixed_paths_take_the_int8_head_or_else_the_highest(
-    variants: tuple, tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("variants", "head_of_int4"),
+    [(("full",), None), (("int8", "int4"), "int8"), (("full", "int4"), "int4")],
+)
+def test_int4_and_mixed_paths_take_the_int8_head_mixed_ones_else_the_highest(
+    variants: tuple,
+    head_of_int4: str | None,
+    tiny_folder: Path,
+    text: Path,
+    export_tiny: Callable[..., Path],
 ) -> None:
-    manifest = Bundle(export_tiny(tiny_folder, calibration=text, variants=variants)).manifest
-    assert manifest.heads == {**{v: v for v in variants}, "skip": variants[0]}
+    manifest = Bundle(export_tiny(tiny_folder, calibration=(text,), variants=variants)).manifest
+    wanted = {**{v: v for v in variants}, "skip": variants[0]}
+    assert manifest.heads == (wanted | {"int4": head_of_int4} if head_of_int4 else wanted)
+    assert manifest.exported_heads == variants
 
 
 def test_max_length_is_the_context_of_the_bundle(
     tiny_folder: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
     model = dash_onnx.load(
-        export_tiny(tiny_folder, calibration=text, variants=("full",), max_length=24)
+        export_tiny(tiny_folder, calibration=(text,), variants=("full",), max_length=24)
     )
     assert model.manifest.model.max_length == 24
     steps = list(model.generate_step(range(2, 22), max_new_tokens=100, ignore_eos=True))
@@ -374,7 +438,7 @@ def test_the_same_seed_gives_the_same_bytes(seeded: dict) -> None:
     assert files == same
     facts = [json.loads(manifest.to_text()) for manifest in (first, again)]
     for fact in facts:
-        del fact["export"]["seconds"], fact["export"]["peak_rss_bytes"]
+        del fact["export"]["seconds"], fact["export"]["peak_rss_bytes"], fact["costs"]
     assert facts[0] == facts[1]
     assert first.calibration.source == "self-generated"
     assert first.calibration.seed == 0
@@ -420,21 +484,9 @@ def test_a_bundle_names_no_folder_of_this_machine(
 # Configurations of Llama
 
 
-def save_with_biases(folder: Path) -> Path:
-    save_tiny(folder, attention_bias=True, mlp_bias=True)
-    model = transformers_model(folder)
-    torch.manual_seed(7)
-    changed = [p for name, p in model.named_parameters() if name.endswith(".bias")]
-    assert len(changed) == 4 * 7
-    for bias in changed:  # transformers leaves them at zero
-        bias.data = torch.randn_like(bias).mul(0.2).half().float()
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_with_biases(tmp_path_factory.mktemp("biased") / "biased")
+    return save_biased(tmp_path_factory.mktemp("biased") / "biased")
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -451,7 +503,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_biases_give_the_logits_of_transformers(
     biased: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
-    model = dash_onnx.load(export_tiny(biased, calibration=text))
+    model = dash_onnx.load(export_tiny(biased, calibration=(text,)))
     with torch.inference_mode():
         wanted = transformers_model(biased)(torch.from_numpy(IDS)[None]).logits[0].numpy()
     np.testing.assert_allclose(model.logits(IDS, policy="full"), wanted, atol=1e-4)
@@ -466,7 +518,7 @@ def test_biases_give_the_logits_of_transformers(
 def test_a_skipped_layer_writes_the_key_and_value_of_the_full_one_biases_included(
     biased: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
-    bundle = export_tiny(biased, calibration=text, variants=("full",))
+    bundle = export_tiny(biased, calibration=(text,), variants=("full",))
     manifest = Bundle(bundle).manifest
     rng = np.random.default_rng(0)
     length, capacity = 5, 8
@@ -478,6 +530,7 @@ def test_a_skipped_layer_writes_the_key_and_value_of_the_full_one_biases_include
         "past_value": cache,
         "seqlens_k": np.array([length - 1], np.int32),
         "total_sequence_length": np.array(length, np.int32),
+        "start": np.zeros(1, np.int64),
         "cos_cache": np.cos(angles).astype(np.float32),
         "sin_cache": np.sin(angles).astype(np.float32),
     }
@@ -496,7 +549,7 @@ def test_a_configuration_gives_the_logits_of_transformers(
     name: str, tmp_path: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
     folder = save_tiny(tmp_path / "model", num_hidden_layers=2, **CONFIGS[name])
-    model = dash_onnx.load(export_tiny(folder, calibration=text, variants=("full",)))
+    model = dash_onnx.load(export_tiny(folder, calibration=(text,), variants=("full",)))
     with torch.inference_mode():
         wanted = transformers_model(folder)(torch.from_numpy(IDS)[None]).logits[0].numpy()
     np.testing.assert_allclose(model.logits(IDS), wanted, atol=1e-4)

@@ -166,13 +166,13 @@ def test_each_session_exists_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(sessions, "create_session", counting)
     model = dash_onnx.load(tiny_bundle)
-    tokens(model, PROMPT, policy="int4", prefill="int4")
+    tokens(model, PROMPT, policy="int8", prefill="int8")
     names = {path.relative_to(tiny_bundle).as_posix() for path in created}
     # Lazily: nothing of another precision was loaded.
     assert names == {
         "embed.onnx",
-        "head/int4.onnx",
-        *(f"layers/{i:02d}/int4.onnx" for i in range(4)),
+        "head/int8.onnx",
+        *(f"layers/{i:02d}/int8.onnx" for i in range(4)),
     }
     model.preload()
     tokens(model, PROMPT, policy="random")

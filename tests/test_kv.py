@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx import numpy_helper
 from slow_layer import SlowModel
 from transformers import LlamaForCausalLM
 
+import dash_onnx
 from dash_onnx.exporters.quantize import Quantized, dequantize
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
@@ -21,6 +23,7 @@ from dash_onnx.runtime.engine import Model
 
 LAYERS = 4
 NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+OF_SKIP = {"skip_proj": 4, "expand_proj": 8}  # bits: K/V of a skipped token are INT4
 actions = st.sampled_from(["full", "int8", "int4", "skip"])
 running = st.sampled_from(["full", "int8", "int4"])
 paths = st.tuples(running, *[actions] * (LAYERS - 1))
@@ -32,30 +35,57 @@ def stored_weights(bundle: Path, manifest: Manifest, layer: int, action: str) ->
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     if action == "full":
         return {n: torch.from_numpy(arrays[f"{n}.weight"].astype(np.float32).T) for n in NAMES}
-    bits, block = {"int8": 8, "int4": 4}[action], manifest.target.block_size
-    facts = manifest.model
-    width = {"o_proj": facts.num_heads * facts.head_dim, "down_proj": facts.intermediate_size}
+    bits = OF_SKIP if action == "skip" else dict.fromkeys(NAMES, {"int8": 8, "int4": 4}[action])
+    block, facts = manifest.target.block_size, manifest.model
+    width = {
+        "o_proj": facts.num_heads * facts.head_dim,
+        "down_proj": facts.intermediate_size,
+        "expand_proj": manifest.compensation_rank,
+    }
     result = {}
-    for name in NAMES:
+    for name, count in bits.items():
+        if f"{name}.values" not in arrays:
+            assert name == "expand_proj" and manifest.compensation_rank == 0
+            continue
         values, scales = arrays[f"{name}.values"], arrays[f"{name}.scales"]
+        assert values.shape[-1] == block * count // 8
         shape = (values.shape[0], width.get(name, facts.hidden_size))
         zeros = arrays.get(f"{name}.zero_points")
-        result[name] = dequantize(Quantized(values, scales, zeros, shape, bits, block))
+        result[name] = dequantize(Quantized(values, scales, zeros, shape, count, block))
     return result
 
 
+@pytest.fixture(scope="module", params=["compensated", "scaled"])
+def bundle(
+    request: pytest.FixtureRequest,
+    tiny_folder: Path,
+    tiny_bundle: Path,
+    export_tiny: Callable[..., Path],
+    night: Path,
+) -> Path:
+    """A skipped layer returns its input scaled, with and without the low-rank map."""
+    if request.param == "compensated":
+        return tiny_bundle
+    return export_tiny(tiny_folder, calibration=(night,), compensation_rank=0)
+
+
 @pytest.fixture(scope="module")
-def slow(tiny_folder: Path, tiny_bundle: Path, tiny_model: Model) -> SlowModel:
-    manifest = tiny_model.manifest
+def model(bundle: Path) -> Model:
+    return dash_onnx.load(bundle)
+
+
+@pytest.fixture(scope="module")
+def slow(tiny_folder: Path, bundle: Path, model: Model) -> SlowModel:
+    manifest = model.manifest
     weights = {
-        action: [stored_weights(tiny_bundle, manifest, i, action) for i in range(LAYERS)]
-        for action in ("full", "int8", "int4")
+        action: [stored_weights(bundle, manifest, i, action) for i in range(LAYERS)]
+        for action in ("full", "int8", "int4", "skip")
     }
     reference = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     return SlowModel(reference, weights, manifest)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     prompt=st.lists(st.integers(2, 383), min_size=1, max_size=20),
     prefill=running,
@@ -65,7 +95,7 @@ def slow(tiny_folder: Path, tiny_bundle: Path, tiny_model: Model) -> SlowModel:
 )
 def test_kv_after_any_mixture_of_actions(
     slow: SlowModel,
-    tiny_model: Model,
+    model: Model,
     prompt: list[int],
     prefill: str,
     decoded: list[tuple[int, tuple[str, ...]]],
@@ -74,7 +104,7 @@ def test_kv_after_any_mixture_of_actions(
 ) -> None:
     """Prefill, decode, forget a part, decode on; hidden states and K/V are compared."""
     slow.__init__(slow.model, slow.weights, slow.manifest)  # type: ignore[misc]
-    lane = Lane(tiny_model._sessions)
+    lane = Lane(model._sessions)
     lane.prefill(np.array(prompt), (prefill,) * LAYERS, "full")
     for token in prompt:
         hidden = slow.token(token, (prefill,) * LAYERS)

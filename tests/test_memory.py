@@ -26,7 +26,7 @@ DEEP = {
 
 def peak_rss_bytes(source: Path, out: Path) -> int:
     command = "import sys; from dash_onnx.cli.export import main; sys.exit(main(sys.argv[1:]))"
-    arguments = [str(source), str(out), "--variants", "int8", "--json"]
+    arguments = [str(source), str(out), "--effort", "none", "--variants", "int8", "--json"]
     result = subprocess.run(
         [sys.executable, "-c", command, *arguments], check=True, capture_output=True, text=True
     )

@@ -81,7 +81,7 @@ def test_the_wheel_installs_one_top_level_package(wheel: zipfile.ZipFile) -> Non
     assert read(wheel, "top_level.txt").split() == ["dash_onnx"]
 
 
-def test_the_wheel_installs_three_tools_and_none_that_shadows_the_shell(
+def test_the_wheel_installs_five_tools_and_none_that_shadows_the_shell(
     wheel: zipfile.ZipFile,
 ) -> None:
     entries = configparser.ConfigParser()
@@ -91,6 +91,8 @@ def test_the_wheel_installs_three_tools_and_none_that_shadows_the_shell(
         "dash-export": "dash_onnx.cli.export:main",
         "dash-run": "dash_onnx.cli.run:main",
         "dash-eval": "dash_onnx.cli.eval:main",
+        "dash-train": "dash_onnx.cli.train:main",
+        "dash-report": "dash_onnx.cli.report:main",
     }
 
 

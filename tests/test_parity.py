@@ -42,11 +42,12 @@ def pair(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     export_tiny: Callable[..., Path],
+    night: Path,
 ) -> tuple[Model, LlamaForCausalLM]:
     overrides = CONFIGS[request.param]
     folder = save_tiny(tmp_path_factory.mktemp("source") / "m", seed=3, **overrides)
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return dash_onnx.load(export_tiny(folder)), reference
+    return dash_onnx.load(export_tiny(folder, calibration=(night,))), reference
 
 
 def random_ids(count: int, seed: int = 0) -> np.ndarray:

@@ -29,7 +29,7 @@ IDS = np.arange(2, 42)
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration text: much faster than text that the model generates itself."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(SENTENCE * 24)
+    path.write_text(SENTENCE * 48)
     return path
 
 
@@ -78,7 +78,7 @@ def test_shards_give_the_same_graphs_as_a_single_file(
     LlamaForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert not (folder / "model.safetensors").exists()
-    options = {"calibration": text, "variants": ("full", "int8")}
+    options = {"calibration": (text,), "variants": ("full", "int8")}
     single = graph_files(export_tiny(tiny_folder, **options))
     assert graph_files(export_tiny(folder, **options)) == single
 
@@ -139,7 +139,9 @@ def test_a_missing_tensor_is_named(folder: Path, text: Path, tmp_path: Path) -> 
     del tensors["model.layers.2.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SourceError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
-        export(str(folder), tmp_path / "out", ExportOptions(calibration=text, variants=("full",)))
+        export(
+            str(folder), tmp_path / "out", ExportOptions(calibration=(text,), variants=("full",))
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -151,7 +153,9 @@ def test_a_tensor_that_does_not_fit_the_config_is_refused(
     tensors[part] = tensors[part][:-8].clone()
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SourceError, match=part.split(".")[-2]):
-        export(str(folder), tmp_path / "out", ExportOptions(calibration=text, variants=("full",)))
+        export(
+            str(folder), tmp_path / "out", ExportOptions(calibration=(text,), variants=("full",))
+        )
 
 
 @pytest.mark.parametrize("variants", [("full",), ("int4",)])
@@ -162,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused(
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SourceError):
-        export(str(folder), tmp_path / "out", ExportOptions(calibration=text, variants=variants))
+        export(str(folder), tmp_path / "out", ExportOptions(calibration=(text,), variants=variants))
 
 
 class _Bomb:
@@ -275,7 +279,7 @@ def test_a_bfloat16_source_keeps_its_logits(
     tmp_path: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
     folder = save_as_bfloat16(tmp_path / "bf16", lambda _: None)
-    model = dash_onnx.load(export_tiny(folder, calibration=text, variants=("full",)))
+    model = dash_onnx.load(export_tiny(folder, calibration=(text,), variants=("full",)))
     assert model.manifest.export.fp32_kept == ()
     np.testing.assert_allclose(model.logits(IDS), reference_logits(folder), atol=2e-4)
 
@@ -298,7 +302,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_beyond_half_are_kept_in_float32_on_cpu(
     wide_folder: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
-    model = dash_onnx.load(export_tiny(wide_folder, calibration=text))
+    model = dash_onnx.load(export_tiny(wide_folder, calibration=(text,)))
     kept = model.manifest.export.fp32_kept
     assert sorted(kept) == [
         "embedding",
@@ -317,14 +321,14 @@ def test_weights_beyond_half_are_kept_in_float32_on_cpu(
 def test_weights_are_listed_as_float32_only_where_the_bundle_holds_them(
     wide_folder: Path, text: Path, export_tiny: Callable[..., Path]
 ) -> None:
-    bundle = export_tiny(wide_folder, calibration=text, variants=("int8",))
+    bundle = export_tiny(wide_folder, calibration=(text,), variants=("int8",))
     assert dash_onnx.load(bundle).manifest.export.fp32_kept == ("embedding",)
 
 
 def test_weights_beyond_half_are_refused_for_cuda_and_nothing_is_left(
     wide_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    options = ExportOptions(device="cuda", calibration=text, variants=("full",))
+    options = ExportOptions(device="cuda", calibration=(text,), variants=("full",))
     with pytest.raises(UnsupportedError, match="FP16's range") as caught:
         export(str(wide_folder), tmp_path / "out", options)
     assert "--device cpu" in str(caught.value)
@@ -491,7 +495,7 @@ def test_a_gguf_gives_the_logits_of_the_same_weights_in_safetensors(
     path = tmp_path / "tiny.gguf"
     weights = write_gguf(path, tiny_folder, quantized=quantized)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    options = {"calibration": text, "variants": ("full", "int8")}
+    options = {"calibration": (text,), "variants": ("full", "int8")}
     ours = dash_onnx.load(export_tiny(path, **options))
     same = dash_onnx.load(export_tiny(folder, **options))
     assert ours.manifest.export.source == "gguf:tiny"
@@ -585,7 +589,7 @@ def test_a_gguf_without_a_tensor_names_it(tiny_folder: Path, text: Path, tmp_pat
     path = tmp_path / "model.gguf"
     write_gguf(path, tiny_folder, leave_out="blk.1.ffn_up.weight")
     with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        export(str(path), tmp_path / "out", ExportOptions(calibration=text, variants=("full",)))
+        export(str(path), tmp_path / "out", ExportOptions(calibration=(text,), variants=("full",)))
 
 
 def test_a_gguf_without_output_weight_ties_head_and_embedding(
@@ -596,5 +600,5 @@ def test_a_gguf_without_output_weight_ties_head_and_embedding(
     tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
     weights.pop("lm_head.weight")
     save_file(weights, tied / "model.safetensors", metadata={"format": "pt"})
-    model = dash_onnx.load(export_tiny(path, calibration=text, variants=("full",)))
+    model = dash_onnx.load(export_tiny(path, calibration=(text,), variants=("full",)))
     np.testing.assert_allclose(model.logits(IDS), reference_logits(tied), atol=1e-4)

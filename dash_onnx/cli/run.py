@@ -18,6 +18,7 @@ from dash_onnx.cli.common import Parser, add_runtime_options, positive, run, see
 from dash_onnx.errors import ContextLengthError, DashError, SourceError
 
 if TYPE_CHECKING:
+    from dash_onnx.report.terminal import PathView
     from dash_onnx.runtime.engine import Model
     from dash_onnx.runtime.generate import Chunk
 
@@ -25,6 +26,7 @@ _EXAMPLES = """\
   dash-run out/ --chat "What is the capital of France?"
   dash-run out/ "Once upon a time" --policy int4 --max-new-tokens 100 --temperature 0.8
   dash-run out/ "2 + 2 =" --policy random:1 --trace trace.jsonl --json
+  dash-run out/ --chat "Tell me a story" --budget fast --show-path
   dash-run out/                      interactive chat; /reset forgets, /exit or Ctrl-D leaves"""
 
 
@@ -58,6 +60,12 @@ def _parser() -> Parser:
         metavar="FILE.jsonl",
         help="write each token's path and milliseconds, one JSON object a line",
     )
+    parser.add_argument(
+        "--show-path",
+        action="store_true",
+        help="colour each token by its profiled cost, green to red; where stdout is no terminal, "
+        "or NO_COLOR is set, print token, milliseconds and path (F 8 4 .) below the text",
+    )
     return parser
 
 
@@ -68,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.json and arguments.prompt is None:
         parser.error("--json needs a PROMPT")
+    if arguments.json and arguments.show_path:
+        parser.error("--show-path colours text for a reader; it does not go with --json")
     if arguments.system and not arguments.chat and arguments.prompt is not None:
         parser.error("--system goes with --chat")
     return run("dash-run", lambda: _run(arguments))
@@ -100,7 +110,7 @@ def _run(arguments: argparse.Namespace) -> None:
             except OSError as error:
                 raise SourceError(f"cannot write {arguments.trace}: {error.strerror}") from None
         if arguments.prompt is None:
-            _chat(model, arguments.system, options, trace)
+            _chat(model, arguments.system, options, trace, arguments.show_path)
             return
         text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         prompt: Any = _messages(arguments.system, text) if arguments.chat else text
@@ -110,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
             text = "".join(chunk.text for chunk in chunks)
             print(json.dumps({"text": text, **record.figures()}))
         else:
-            _show(chunks)
+            _show(chunks, _path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)
 
 
@@ -170,13 +180,24 @@ class Record:
         )
 
 
-def _show(chunks: Iterator[Chunk]) -> str:
+def _show(chunks: Iterator[Chunk], view: PathView | None) -> str:
     text = ""
     for chunk in chunks:
         text += chunk.text
-        print(chunk.text, end="", flush=True)
+        print(view.show(chunk) if view else chunk.text, end="", flush=True)
     print()
+    if view:
+        view.finish()
     return text
+
+
+def _path_view(model: Model, options: dict[str, Any], wanted: bool) -> PathView | None:
+    if not wanted:
+        return None
+    from dash_onnx.report.terminal import PathView
+
+    policy = model.policy(options["policy"], options["budget"])
+    return PathView(model.text, model.manifest, policy)
 
 
 def _messages(system: str | None, user: str) -> list[dict[str, str]]:
@@ -184,7 +205,13 @@ def _messages(system: str | None, user: str) -> list[dict[str, str]]:
     return [*start, {"role": "user", "content": user}]
 
 
-def _chat(model: Model, system: str | None, options: dict[str, Any], trace: TextIO | None) -> None:
+def _chat(
+    model: Model,
+    system: str | None,
+    options: dict[str, Any],
+    trace: TextIO | None,
+    show_path: bool,
+) -> None:
     """Reads messages until the end of input; the K/V of the conversation is kept."""
     import contextlib
 
@@ -210,7 +237,8 @@ def _chat(model: Model, system: str | None, options: dict[str, Any], trace: Text
         asked = [*messages, {"role": "user", "content": line}]
         record = Record(prompt_policy=model.policy(options["policy"], options["budget"]).name)
         try:
-            answer = _show(record.watch(model.stream(asked, cache=cache, **options), model, trace))
+            chunks = record.watch(model.stream(asked, cache=cache, **options), model, trace)
+            answer = _show(chunks, _path_view(model, options, show_path))
         except KeyboardInterrupt:  # stops this answer, not the chat
             print()
             print("[stopped]", file=sys.stderr)

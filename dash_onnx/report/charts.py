@@ -30,31 +30,30 @@ def speed_quality(curve: Curve) -> str:
     low, high = decades([point.kl for point in everything])
     least = min(point.cost for point in everything)
     y = Scale(low, high, 350, 40, log=True)
-    x = Scale(max(least - 0.03, 0.0), 1.0, 64, WIDTH - 24)
-    parts = [axes(x, y, "cost of a token, as a share of the full time", "KL in nats", True)]
+    # Logarithmic, because most of what matters lies in the cheaper third of the axis.
+    x = Scale(0.95 * least, 1.0, 64, WIDTH - 24, log=True)
+    parts = [axes(x, y, "mean cost of a token, as a share of the full time", "KL in nats", True)]
     for preset in curve.presets:
-        at = x(preset.cost)
-        parts.append(line(at, y.start, at, y.end, "mark"))
+        parts.append(line(x(preset.cost), y.start, x(preset.cost), y.end, "mark"))
     for name, points in (("static", curve.static), ("dash", curve.dash)):
-        parts.append(polyline([(x(p.cost), y(p.kl)) for p in points], f"line s-{name}"))
+        above = [(x(p.cost), y(p.kl)) for p in points if p.kl > 0]
+        parts.append(polyline(above, f"line s-{name}"))
         for p in points:
-            shape = tag(
-                "circle", title(_told(name, p)), cx=x(p.cost), cy=y(p.kl), r=4, class_=f"s-{name}"
-            )
-            parts.append(shape)
+            # A logarithmic axis has no 0: such a point stands hollow on the axis.
+            style = f"s-{name}" if p.kl > 0 else f"hollow s-{name}"
+            shown = {"cx": x(p.cost), "cy": y(p.kl), "r": 4, "class_": style}
+            parts.append(tag("circle", title(_told(name, p)), **shown))
     for action, p in curve.uniform.items():
-        at = (x(p.cost), y(p.kl))
-        parts.append(
-            tag("path", title(_told(action, p)), d=_diamond(*at, 7), class_="s-uniform")
-            + label(at[0] + 11, at[1] - 8, action, class_="note")
-        )
+        across, down = x(p.cost), y(p.kl)
+        told = title(_told(f"all {action}", p))
+        parts.append(tag("path", told, d=_diamond(across, down, 7), class_="s-uniform"))
+        parts.append(label(across + 11, down - 8, action, class_="note"))
     for index, preset in enumerate(curve.presets):
-        at = (x(preset.cost), y(preset.kl))
-        told = f"{preset.name}: {preset.cost:.1%} of the full time, KL {number(preset.kl)}"
-        ring = tag("circle", title(told), cx=at[0], cy=at[1], r=8, class_="preset")
+        across, down = x(preset.cost), y(preset.kl)
+        told = title(f"{preset.name}: {preset.cost:.1%} of the full time, KL {number(preset.kl)}")
+        parts.append(tag("circle", told, cx=across, cy=down, r=8, class_="preset"))
         # Presets may lie close together: each name gets a line of its own.
-        name = label(at[0] + 5, y.end + 10 + 16 * index, preset.name, class_="note strong")
-        parts += [ring, name]
+        parts.append(label(across + 5, y.end + 12 + 16 * index, preset.name, class_="note strong"))
     return chart("".join(parts), WIDTH, 400, "KL over cost")
 
 
@@ -78,17 +77,19 @@ def layer_bars(layers: Sequence[dict[Action, float]]) -> str:
     parts = []
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts.append(line(left, y(value), WIDTH - 12, y(value), "grid"))
-        parts.append(label(left - 8, y(value) + 4, f"{value:.0%}", class_="tick", text_anchor="end"))
-    for number_, shares in enumerate(layers):
+        parts.append(
+            label(left - 8, y(value) + 4, f"{value:.0%}", class_="tick", text_anchor="end")
+        )
+    for layer, shares in enumerate(layers):
         told = ", ".join(f"{action} {share:.1%}" for action, share in shares.items())
-        done, bars = 0.0, [title(f"layer {number_}: {told}")]
+        done, bars = 0.0, [title(f"layer {layer}: {told}")]
         for action, share in shares.items():
             if share:
                 top, bottom = y(done + share), y(done)
                 bars.append(
                     tag(
                         "rect",
-                        x=left + step * number_ + step * 0.08,
+                        x=left + step * layer + step * 0.08,
                         y=top,
                         width=step * 0.84,
                         height=bottom - top,
@@ -97,9 +98,9 @@ def layer_bars(layers: Sequence[dict[Action, float]]) -> str:
                 )
             done += share
         parts.append(tag("g", "".join(bars)))
-        if number_ % max(1, round(len(layers) / 15)) == 0:
-            at = left + step * (number_ + 0.5)
-            parts.append(label(at, 238, str(number_), class_="tick", text_anchor="middle"))
+        if layer % max(1, round(len(layers) / 15)) == 0:
+            at = left + step * (layer + 0.5)
+            parts.append(label(at, 238, str(layer), class_="tick", text_anchor="middle"))
     parts.append(label(WIDTH / 2, 256, "layer", class_="name", text_anchor="middle"))
     return chart("".join(parts), WIDTH, 264, "share of each action per layer")
 
@@ -118,7 +119,7 @@ def learning(training: Training) -> str:
 def _learning_panel(name: str, values: Sequence[float], style: str) -> str:
     width, height = 280, 200
     y = Scale(*padded(values or [0.0]), height - 46, 34)
-    x = Scale(0.0, 1.0, 46, width - 14)
+    x = Scale(0.0, 1.0, 46, width - 22)
     points = [(x((i + 1) / len(values)), y(value)) for i, value in enumerate(values)]
     dots = "".join(
         tag("circle", title(f"{name} {number(value)}"), cx=at[0], cy=at[1], r=3.5, class_=style)

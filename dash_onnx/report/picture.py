@@ -79,7 +79,7 @@ def _row(
 
 
 def _cost_axis(cost: Scale, ends: tuple[float, float], budget: float, right: float) -> str:
-    parts = [label(0, 14, "cost", class_="tick")]
+    parts = []
     for value in ends:
         at = cost(value)
         shown = f"{value:.1%}"
@@ -87,8 +87,7 @@ def _cost_axis(cost: Scale, ends: tuple[float, float], budget: float, right: flo
         parts.append(label(_LEFT - 6, at + 4, shown, class_="tick", text_anchor="end"))
     if ends[0] < budget < ends[1]:
         parts.append(line(_LEFT, cost(budget), right, cost(budget), "mark"))
-    # "cost" would lie under the upper label.
-    return "".join(parts[1:])
+    return "".join(parts)
 
 
 def _cost_line(heights: Sequence[float]) -> str:

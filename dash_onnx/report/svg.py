@@ -79,10 +79,15 @@ class Scale:
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Round values on the scale: decades where it is logarithmic, else about five."""
+        """Round values on the scale: about five, or decades where it is logarithmic.
+
+        A logarithmic scale of little more than a decade gets steps within the decade as well.
+        """
         if self.log:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            return [10.0**power for power in range(first, last + 1)]
+            first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+            factors = (1, 2, 3, 4, 5, 7) if self.high / self.low < 20 else (1,)
+            steps = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+            return [v for v in steps if self.low * 0.999 <= v <= self.high * 1.001]
         rough = (self.high - self.low) / 5 or 1.0
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)

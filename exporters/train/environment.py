@@ -1,8 +1,9 @@
 """The decision process: layers are steps, tokens are the vectorised episodes.
 
-State of step i: the input of layer i-1 (what the runtime knows while layer i-1 runs), the layer
-index, the action of layer i-1, the price. Action: what layer i does for this token. Cost: its
-profiled milliseconds. Terminal reward: -KL(reference || path) of the token.
+State of a step: the input of the layer before its block (what the runtime knows while that layer
+runs), the layer index, the action of the layer before the block, the price. Action: what the
+layer does for this token. Cost: its profiled milliseconds. Terminal reward: -KL(reference ||
+path) of the token.
 
 One teacher-forced pass runs any token-level paths as the runtime's decode would: keys and values
 of every token are those its own action wrote, so later tokens attend to what earlier ones left.
@@ -25,7 +26,7 @@ class State:
     """What a decision may look at.
 
     Attributes:
-        layer: index i of the layer to decide for.
+        layer: index of the layer to decide for; its block begins at layer i.
         hidden: `[B, T, D]`, input of layer i-1 (of layer 0 itself for i = 0).
         previous: `[B, T]` int64, action index of layer i-1; the number of actions for i = 0.
     """
@@ -64,6 +65,7 @@ class Environment:
         frozen: the model.
         actions: what the indices of decisions mean.
         prompt_tokens: first tokens of each sequence, which run at `prefill`.
+        block: layers that are decided at once.
     """
 
     def __init__(
@@ -72,11 +74,13 @@ class Environment:
         actions: tuple[Action, ...],
         prompt_tokens: int,
         prefill: Action,
+        block: int = 1,
     ):
         """The prompt is executed, not decided."""
         self.frozen = frozen
         self.actions = actions
         self.prompt_tokens = prompt_tokens
+        self.block = block
         self.layers = frozen.manifest.model.num_layers
         self._prefill = torch.zeros(len(actions))
         self._prefill[actions.index(prefill)] = 1.0
@@ -97,7 +101,9 @@ class Environment:
         all_weights = []
         step = self._dense if dense else self._sparse
         for layer in range(self.layers):
-            weights = decide(State(layer, before.detach(), previous))
+            if layer % self.block == 0:
+                seen = before.detach(), previous
+            weights = decide(State(layer, *seen))
             prompt = self._prefill.expand(ids.shape[0], self.prompt_tokens, -1)
             weights = torch.cat([prompt, weights[:, self.prompt_tokens :]], 1)
             previous = weights.argmax(-1)

@@ -113,6 +113,7 @@ class BundleScorer(nn.Module):
         extra: tuple[Action, ...],
         gain: Tensor,
         log_price_range: tuple[float, float],
+        block: int = 1,
     ):
         """Lays the weights out so that the graph has few operators.
 
@@ -122,6 +123,7 @@ class BundleScorer(nn.Module):
             extra: the highest precision, where the process left it out.
             gain: `[L]` nats that running a layer at it saves.
             log_price_range: prices that training has seen; beyond them it is clamped.
+            block: layers that are decided at once.
         """
         super().__init__()
         self.scorer = scorer
@@ -129,16 +131,20 @@ class BundleScorer(nn.Module):
         self.extra = len(extra)
         self._range = log_price_range
         layers, count = len(gain), len(self.actions)
+        padding = (0, 0, 0, 0, 0, -layers % block)  # the last block may reach beyond the last layer
         with torch.no_grad():
-            # Rows of one table: an index is layer * (A + 1) + previous action.
             first = scorer.bias_in[:, :1].expand(-1, self.extra, -1)
-            self._bias_in = torch.cat([first, scorer.bias_in], 1).flatten(0, 1).clone()
-            # One product gives the steps of all layers; the layer's own are picked from it.
-            constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
+            bias_in = torch.cat([first, scorer.bias_in], 1)  # [L, A + 1, width]
+            # Rows of one table: an index is layer * (A + 1) + previous action.
+            self._bias_in = nn.functional.pad(bias_in, padding).flatten(0, 1)
             still = scorer.expand.new_zeros(layers, self.extra, scorer.expand.shape[-1])
-            self._expand = torch.cat([still, scorer.expand], 1).flatten(0, 1).clone()
-            self._bias = torch.cat([constant, scorer.bias], 1).flatten().clone()
+            expand = torch.cat([still, scorer.expand], 1).transpose(1, 2)
+            self._expand = nn.functional.pad(expand, padding)  # [L, width, A - 1]
+            constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
+            bias = torch.cat([constant, scorer.bias], 1)
+            self._bias = nn.functional.pad(bias, padding[2:])[:, None]  # [L, 1, A - 1]
         self._triangle = torch.ones(count - 1, count).triu(1)
+        self._offsets = torch.arange(block)
 
     def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
         """Index of the action with the least sum of value and penalty, `[B, T]`.
@@ -151,7 +157,7 @@ class BundleScorer(nn.Module):
         with torch.no_grad():
             values = self.scorer.values(state, log_price.clamp(*self._range))
             if self.extra:
-                gain = self._bias[state.layer * (len(self.actions) - 1)].exp()
+                gain = self._bias[state.layer, 0, 0].exp()
                 values = nn.functional.pad(values + gain, (1, 0))
             return (values + penalty).argmin(-1)
 
@@ -163,17 +169,18 @@ class BundleScorer(nn.Module):
         inputs = self.scorer.normalise(hidden[0].float()).clamp(-_CLAMP, _CLAMP)
         price = log_price.clamp(*self._range)
         reduced = self.scorer.reduce(torch.cat([inputs, price], -1))
-        bias = torch.index_select(self._bias_in, 0, layer * (count + 1) + previous)
-        reduced = nn.functional.relu(reduced + bias)
-        steps = nn.functional.linear(reduced, self._expand, self._bias).view(-1, count - 1)
-        steps = torch.index_select(steps, 0, layer).clamp(_FLOOR, _CEILING).exp()
-        values = steps @ self._triangle
-        return values[0], (values + penalty).argmin(-1)
+        rows = layer + self._offsets  # [block]
+        bias = torch.index_select(self._bias_in, 0, rows * (count + 1) + previous)
+        reduced = nn.functional.relu(reduced + bias)[:, None]  # [block, 1, width]
+        steps = reduced @ torch.index_select(self._expand, 0, rows)
+        steps = steps + torch.index_select(self._bias, 0, rows)
+        values = (steps.clamp(_FLOOR, _CEILING).exp() @ self._triangle)[:, 0]
+        return values, (values + penalty).argmin(-1)
 
 
 def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
     """Writes the graph into a bundle; returns its name there."""
-    ports = scorer_ports(dims, len(scorer.actions))
+    ports = scorer_ports(dims, len(scorer.actions), len(scorer._offsets))
     kinds = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
     inputs = tuple(
         torch.zeros([int(size) for size in port.shape], dtype=kinds[port.dtype])

@@ -47,6 +47,7 @@ _BATCH = 4  # sequences of one pass
 _PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
 _TABLE = 10  # rows of the policy table inside that range
 _TEMPERATURE = (0.7, 0.25)  # of the noise, from first to last step
+_BLOCK = 3  # layers decided at once: a call of the scorer costs a tenth of a layer
 _RATE = 3e-3  # learning rate
 _SAVE_EVERY = 20  # steps
 _STATIC_LIMIT = 2.0  # nats; worse assignments interest nobody
@@ -137,7 +138,7 @@ class _Run:
         self.dtype = _fast_dtype()
         self.frozen = Frozen(self.bundle, self.actions, self.dtype)
         prompt = min(PROMPT_TOKENS, manifest.model.max_length // 2)
-        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0])
+        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], _BLOCK)
         self.costs = table.cost_table(manifest, self.actions)
         self.costs[0, self.actions.index(SKIP)] = math.inf
         self.unit_ms = float(self.costs[:, -2].mean())
@@ -315,9 +316,11 @@ class _Run:
             rounding = self._rounding_kl(Model(self.bundle, device, None, policy=best))
             errors = [layer.relative_error["int8"] ** 2 for layer in manifest.layers]
             gain = rounding * torch.tensor(errors) / sum(errors)
-        scorer = BundleScorer(self.scorer, self.actions, self.extra, gain, self.log_price_range)
+        scorer = BundleScorer(
+            self.scorer, self.actions, self.extra, gain, self.log_price_range, _BLOCK
+        )
         file = export_scorer(scorer, folder, manifest.dims)
-        facts = ScorerFacts(file, scorer.actions, (), {}, (), self._training(started))
+        facts = ScorerFacts(file, scorer.actions, _BLOCK, (), {}, (), self._training(started))
         files = {**self._graphs(), file: file_facts(folder / file)}
         manifest = replace(manifest, files=files, scorer=facts)
         costs = profile(Sessions(Bundle(folder, manifest), device))

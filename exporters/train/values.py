@@ -39,7 +39,9 @@ def sampled_values(
     x = before = frozen.embed(ids).requires_grad_()
     previous = torch.full(ids.shape, len(env.actions))
     for layer in range(env.layers):
-        states.append(State(layer, before.detach(), previous))
+        if layer % env.block == 0:
+            seen = before.detach(), previous
+        states.append(State(layer, *seen))
         with torch.enable_grad():
             results = env.outputs(layer, x, weights, rotary)
         before, x = x, results[0]

@@ -1,0 +1,112 @@
+"""dash-report: one HTML page on a bundle's policy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.errors import SourceError
+
+_EXAMPLES = """\
+  dash-report out/
+  dash-report out/ --text book.txt --html report.html --budgets quality balanced 0.3
+  dash-report out/ --json > report.json"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-report",
+        "Show what the trained policy of a bundle does: speed against quality, the decisions on a "
+        "sample text token by token, training, calibration. One HTML file, nothing else needed.",
+        _EXAMPLES,
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="the bundle; it has a policy")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text whose beginning is the sample (default: the model writes one)",
+    )
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="(default: report.html in the bundle)"
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        default=[],
+        metavar="BUDGET",
+        help="presets or fractions to run the sample at (default: every preset)",
+    )
+    parser.add_argument(
+        "--tokens", type=positive, default=180, metavar="N", help="of the sample (default: 180)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="print the data as JSON; write no HTML")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.json and arguments.html:
+        parser.error("--json writes no HTML; leave --html out")
+    return run("dash-report", lambda: _report(arguments))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    import dash_onnx
+    from dash_onnx.budget import scorer_facts
+    from dash_onnx.records import to_json
+    from dash_onnx.report.page import render
+    from dash_onnx.report.report import build
+    from dash_onnx.report.sample import generated_text, given_text
+    from dash_onnx.text import read_text
+
+    given = read_text(arguments.text) if arguments.text else None
+    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    facts = scorer_facts(model.manifest)
+    budgets = arguments.budgets or sorted(facts.presets, key=facts.presets.__getitem__)
+    for budget in budgets:
+        model.policy("dash", budget)  # a wrong one is refused before anything runs
+    target = arguments.html or arguments.bundle / "report.html"
+    if not arguments.json:
+        _check_target(target)
+    if given is None:
+        text = generated_text(model, arguments.tokens)
+    else:
+        text = given_text(model, given, arguments.tokens, arguments.text.name)
+    with tqdm(desc="runs", disable=None) as bar:
+        report = build(model, text, budgets, bar.update)
+    if arguments.json:
+        print(json.dumps(to_json(report)))
+        return
+    _write(target, render(report))
+    print(target)
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir():
+        raise SourceError(f"cannot write {target}: it is a folder")
+    if not target.parent.is_dir():
+        raise SourceError(f"cannot write {target}: there is no folder {target.parent}")
+
+
+def _write(target: Path, page: str) -> None:
+    """All or nothing: a reader sees the earlier report or the whole new one."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

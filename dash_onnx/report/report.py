@@ -1,0 +1,102 @@
+"""Everything a report tells, as data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from dash_onnx.actions import Action
+from dash_onnx.budget import Budget, reference_ms, scorer_facts
+from dash_onnx.manifest import Costs, LayerFacts, Manifest, Training
+from dash_onnx.report.facts import Curve, curve
+from dash_onnx.report.sample import Sample, Text, measure
+from dash_onnx.report.stats import Analysis, analyse
+from dash_onnx.runtime.engine import Model
+from dash_onnx.version import __version__
+
+
+@dataclass(frozen=True)
+class Report:
+    """The content of a report.
+
+    Attributes:
+        model: name of the source model.
+        actions: of the bundle, dearest first.
+        full_ms: profiled milliseconds of a token at the highest exported precision.
+        curve: speed against quality, from the manifest.
+        sample: a text run under the policy.
+        analyses: of `sample.runs`, in order.
+        training: how the scorer came about.
+        layers: what calibration measured.
+        costs: profiled milliseconds.
+        provenance: facts on origin by name.
+    """
+
+    model: str
+    actions: tuple[Action, ...]
+    full_ms: float
+    curve: Curve
+    sample: Sample
+    analyses: tuple[Analysis, ...]
+    training: Training
+    layers: tuple[LayerFacts, ...]
+    costs: Costs
+    provenance: dict[str, str]
+
+
+def build(
+    model: Model, text: Text, budgets: Sequence[Budget], on_run: Callable[[], object] = lambda: None
+) -> Report:
+    """Measures the sample and gathers the rest from the manifest.
+
+    Raises:
+        PolicyError: no scorer, or a budget that the bundle cannot meet.
+    """
+    manifest = model.manifest
+    facts = scorer_facts(manifest)
+    sample = measure(model, text, budgets, on_run)
+    return Report(
+        model=manifest.model.name,
+        actions=manifest.actions,
+        full_ms=reference_ms(manifest),
+        curve=curve(manifest),
+        sample=sample,
+        analyses=tuple(analyse(run, sample.tokens, manifest.actions) for run in sample.runs),
+        training=facts.training,
+        layers=manifest.layers,
+        costs=manifest.costs,
+        provenance=_provenance(manifest, facts.training, sample),
+    )
+
+
+def _provenance(manifest: Manifest, training: Training, sample: Sample) -> dict[str, str]:
+    model, target, origin = manifest.model, manifest.target, manifest.calibration
+    tools = ", ".join(f"{tool} {version}" for tool, version in manifest.export.tools.items())
+    return {
+        "model": f"{model.name} ({model.architecture}, {model.num_layers} layers, "
+        f"hidden size {model.hidden_size}, vocabulary {model.vocab_size})",
+        "source": manifest.export.source,
+        "graphs": f"{', '.join(manifest.variants)} for {target.device} in {target.dtype}, "
+        f"blocks of {target.block_size}",
+        "costs profiled on": f"{manifest.costs.machine}, {manifest.costs.threads} threads",
+        "layers calibrated on": f"{origin.tokens} tokens, {origin.source}, seed {origin.seed}",
+        "scorer trained on": f"{training.tokens} tokens, {training.source}; "
+        f"effort {training.effort}, seed {training.seed}, {training.seconds:.0f} s",
+        "curve measured on": f"{training.held_out_tokens} tokens held out of the training",
+        "sample": f"{len(sample.tokens)} tokens, {sample.source}, after "
+        f"{sample.prompt_tokens} prefilled ones",
+        "exported with": tools,
+        "report made with": f"dash-onnx {__version__}, onnxruntime {_onnxruntime()}, on "
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _onnxruntime() -> str:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"

@@ -1,0 +1,410 @@
+"""The report: its figures, its page, and the tool."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_tool import Capture, Tool
+
+import dash_onnx
+from dash_onnx.actions import Action
+from dash_onnx.budget import reference_ms
+from dash_onnx.bundle import Bundle, file_facts, replace_manifest
+from dash_onnx.cli.report import main
+from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer
+from dash_onnx.manifest import BudgetPoint, Costs, Manifest, ScorerFacts, StaticPoint, Training
+from dash_onnx.report.facts import curve, interpolated_kl, pareto
+from dash_onnx.report.page import render
+from dash_onnx.report.report import Report, build
+from dash_onnx.report.sample import given_text
+from dash_onnx.report.stats import calibration
+from dash_onnx.report.svg import Scale, decades, number
+from dash_onnx.report.tokens import describe
+from dash_onnx.runtime.engine import Model
+
+ACTIONS: tuple[Action, ...] = ("full", "int8", "int4", "skip")
+TEXT = "the keeper of the lighthouse counts 12 ships,\n that pass in the night <s>! " * 4
+TOOL = Tool("dash-report", main)
+run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
+
+
+def with_scorer(folder: Path) -> Path:
+    """Gives a bundle an untrained scorer whose decisions vary, and tables made up for it."""
+    manifest = Bundle(folder).manifest
+    layers, hidden = manifest.model.num_layers, manifest.model.hidden_size
+    torch.manual_seed(0)
+    scorer = Scorer(layers, hidden, 3)
+    with torch.no_grad():
+        scorer.bias.copy_(torch.tensor([-6.0, -2.0]).expand(layers, 2))
+    graph = BundleScorer(scorer, ACTIONS[1:], ("full",), torch.full((layers,), 1e-4), (-9.0, 9.0))
+    file = export_scorer(graph, folder, manifest.dims)
+    files = {**manifest.files, file: file_facts(folder / file)}
+    # Not the profile of this machine: the decisions must be the same everywhere.
+    layer: dict[Action, float] = {"full": 1.0, "int8": 0.4, "int4": 0.3, "skip": 0.1}
+    heads: dict[Action, float] = {head: 0.5 for head in manifest.costs.heads_ms}
+    heads["int4"] = 0.4
+    costs = Costs("a machine", 2, 0.1, 0.05, heads, (layer,) * layers)
+    manifest = replace(manifest, files=files, costs=costs)
+    replace_manifest(folder, replace(manifest, scorer=made_up(manifest, file)))
+    return folder
+
+
+def made_up(manifest: Manifest, file: str) -> ScorerFacts:
+    """Tables in the form that training leaves."""
+    layers, full = manifest.model.num_layers, reference_ms(manifest)
+    costs = manifest.costs
+    shares = {"full": 0.1, "int8": 0.4, "int4": 0.4, "skip": 0.1}
+    points = tuple(
+        BudgetPoint(budget, price, "int8", kl, shares)  # type: ignore[arg-type]
+        for budget, price, kl in ((0.2, 1.0, 0.9), (0.5, 0.02, 0.05), (0.99, 1e-5, 0.0))
+    )
+    static = []
+    for action in ACTIONS[1:3]:
+        path = (action,) * layers
+        for head in ("int8", "int4"):
+            budget = costs.token_ms(path, head) / full
+            kl = {"int8": 0.004, "int4": 0.2}[action] + (0.01 if head == "int4" else 0.0)
+            static.append(StaticPoint(budget, head, kl, path))
+    mixed: tuple[Action, ...] = ("int8", *["skip"] * (layers - 1))
+    static.append(StaticPoint(costs.token_ms(mixed, "int8") / full, "int8", 1.5, mixed))
+    return ScorerFacts(
+        file=file,
+        actions=ACTIONS,
+        points=points,
+        presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},
+        static=tuple(sorted(static, key=lambda point: point.budget)),
+        training=Training(
+            "quick", "a <b> & c", 4096, 1024, 7, 12.5, (2.0, 1.5), (0.3, 0.2), (0.4, 0.5)
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle with a scorer. Read-only but for reports."""
+    return with_scorer(
+        Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("scored") / "out"))
+    )
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> Model:
+    return dash_onnx.load(bundle)
+
+
+@pytest.fixture(scope="module")
+def report(model: Model) -> Report:
+    return build(model, given_text(model, TEXT, 60, "t.txt"), ["balanced", "0.4"])
+
+
+class Page(HTMLParser):
+    """What a page holds: tags with attributes, and its visible text; unbalanced tags fail."""
+
+    VOID = frozenset({"meta", "input", "br"})
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# Tokens
+
+
+def test_tokens_are_told_apart_by_what_they_are(model: Model) -> None:
+    tokenizer = model.text.tokenizer
+    text = "the keeper12, x\n<s>of"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = describe(model.text, ids)
+    assert "".join(token.text for token in tokens) == text
+    kinds = {token.text: token.kind for token in tokens}
+    assert kinds["the"] == "word start"
+    assert kinds["1"] == kinds["2"] == "digit"
+    assert kinds[","] == "punctuation"
+    assert kinds["\n"] == "whitespace"
+    assert kinds["<s>"] == "special"
+    assert tokens[-1].kind in ("word start", "word continuation")
+
+
+def test_a_word_goes_on_only_after_a_letter(model: Model) -> None:
+    letters = {char: model.text.encode(char, add_special_tokens=False)[0] for char in "ab,"}
+    a, b, comma = letters.values()
+    kinds = [token.kind for token in describe(model.text, [a, b, comma, b, 0, a])]
+    assert kinds == [
+        "word start",
+        "word continuation",
+        "punctuation",
+        "word start",
+        "special",
+        "word start",
+    ]
+
+
+# The curve
+
+
+def test_the_curve_keeps_only_static_points_that_nothing_beats(model: Model) -> None:
+    facts = model.manifest.scorer
+    assert facts is not None
+    front = pareto(facts.static)
+    for point in facts.static:
+        beaten = [p for p in facts.static if p.budget <= point.budget and p.kl < point.kl]
+        assert (point in front) == (not beaten)
+    found = curve(model.manifest)
+    assert [point.kl for point in found.static] == [point.kl for point in front]
+    assert [point.cost for point in found.dash] == [0.2, 0.5, 0.99]
+
+
+def test_uniform_precisions_come_with_the_head_that_their_policy_uses(model: Model) -> None:
+    uniform = curve(model.manifest).uniform
+    assert {action: point.path for action, point in uniform.items()} == {
+        "int8": "8888",
+        "int4": "4444",
+    }
+    for action, point in uniform.items():
+        assert point.head == model.manifest.heads[action]
+        assert point.shares[action] == 1.0
+
+
+def test_presets_get_the_kl_of_the_table(model: Model) -> None:
+    presets = {preset.name: preset for preset in curve(model.manifest).presets}
+    assert list(presets) == ["fast", "balanced", "quality"]
+    assert presets["balanced"].kl == pytest.approx(0.05)
+    assert 0.05 < presets["fast"].kl < 0.9
+    points = model.manifest.scorer.points  # type: ignore[union-attr]
+    assert interpolated_kl(points, 0.01) == 0.9
+    assert interpolated_kl(points, 1.0) == 0.0
+
+
+# The sample
+
+
+def test_a_run_tells_what_teacher_forcing_tells(model: Model, report: Report) -> None:
+    run_ = report.sample.runs[0]
+    text = given_text(model, TEXT, 60, "t.txt")
+    policy = model.policy("dash", "balanced")
+    forced = list(
+        (logits.copy(), path)
+        for logits, path in model.teacher_forced(text.ids, policy, text.prompt_tokens)
+    )
+    letters = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
+    assert run_.paths == tuple("".join(letters[a] for a in path) for _, path in forced)
+    assert len(set("".join(run_.paths))) > 1
+    full = reference_ms(model.manifest)
+    costs = [
+        model.manifest.costs.token_ms(path, policy.head, scored=True) / full for _, path in forced
+    ]
+    assert run_.cost == pytest.approx(costs, abs=1e-4)
+    reference = torch.from_numpy(model.logits(text.ids, policy="full")[text.prompt_tokens :])
+    p = reference.double().log_softmax(-1)
+    q = torch.from_numpy(np.stack([logits for logits, _ in forced])).double().log_softmax(-1)
+    assert run_.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-6)
+    assert run_.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert len(run_.predicted) == len(run_.kl) == len(report.sample.tokens)
+    assert min(run_.predicted) >= 0
+
+
+def test_the_baselines_are_static_within_each_budget_and_uniform(report: Report) -> None:
+    names = [(b.name, b.budget) for b in report.sample.baselines]
+    assert names[-2:] == [("int8", 0.0), ("int4", 0.0)]
+    assert {name for name, _ in names[:-2]} <= {"static"}
+    for baseline in report.sample.baselines:
+        assert baseline.predicted == ()
+        assert not baseline.budget or max(baseline.cost) <= baseline.budget + 1e-4
+
+
+def test_shares_and_classes_add_up(report: Report) -> None:
+    for run_, analysis in zip(report.sample.runs, report.analyses, strict=True):
+        for layer, shares in enumerate(analysis.layers):
+            assert sum(shares.values()) == pytest.approx(1.0)
+            column = [path[layer] for path in run_.paths]
+            assert shares["skip"] == pytest.approx(column.count(".") / len(column))
+        assert analysis.layers[0]["skip"] == 0
+        total = sum(facts.tokens for facts in analysis.kinds)
+        assert total == len(report.sample.tokens)
+        cost = sum(facts.tokens * facts.cost for facts in analysis.kinds) / total
+        assert cost == pytest.approx(np.mean(run_.cost))
+        skipped = sum(facts.tokens * facts.skipped for facts in analysis.kinds) / total
+        assert skipped == pytest.approx("".join(run_.paths).count(".") / (4 * total))
+
+
+def test_calibration_bins_by_prediction() -> None:
+    predicted = [float(i) for i in range(40)]
+    facts = calibration(predicted, [2 * value for value in predicted])
+    assert [b.tokens for b in facts.bins] == [4] * 10
+    assert [b.realised for b in facts.bins] == [2 * b.predicted for b in facts.bins]
+    assert facts.bins[0].predicted == pytest.approx(1.5)
+    assert all(b.low <= b.realised <= b.high for b in facts.bins)
+    assert facts.rank_correlation == pytest.approx(1.0)
+    assert calibration(predicted, predicted[::-1]).rank_correlation == pytest.approx(-1.0)
+    assert calibration([1.0] * 40, predicted).rank_correlation == 0.0
+    assert len(calibration([1.0, 2.0], [1.0, 2.0]).bins) == 2
+
+
+# Drawing
+
+
+def test_a_scale_maps_and_stops_at_its_ends() -> None:
+    log = Scale(0.01, 1.0, 100, 0, log=True)
+    assert log(0.1) == pytest.approx(50)
+    assert (log(0.0), log(9.0)) == (100, 0)
+    assert log.ticks() == pytest.approx([0.01, 0.1, 1.0])
+    assert Scale(0.18, 1.0, 0, 1, log=True).ticks() == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
+    assert Scale(0.13, 0.97, 0, 1).ticks() == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert Scale(3.0, 3.0, 5, 9)(3.0) == 5  # no division by an empty range
+    assert decades([0.0, 0.002, 0.5]) == pytest.approx((0.001, 1.0))
+    assert decades([0.0]) == (1.0, 10.0)
+    assert [number(v) for v in (0, 1e-4, 0.0123456, 12.34)] == ["0", "1e-4", "0.0123", "12.3"]
+
+
+def test_the_page_is_one_well_formed_document_that_loads_nothing(report: Report) -> None:
+    html = render(report)
+    page = Page(html)
+    loading = {"script", "link", "img", "iframe", "object", "use", "image"}
+    assert not loading & {name for name, _ in page.tags}
+    assert not {"src", "href", "srcset"} & {key for _, attrs in page.tags for key in attrs}
+    assert "url(" not in html and "@import" not in html and "http" not in html
+    assert "prefers-color-scheme: dark" in html
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
+        page.tags
+    )
+    assert "nan" not in "".join(v or "" for _, attrs in page.tags for v in attrs.values()).lower()
+
+
+def test_the_page_shows_every_part(report: Report) -> None:
+    page = Page(render(report))
+    for part in ("Speed against quality", "Which tokens are cheap", "Training", "Provenance"):
+        assert part in page.text
+    for fact in report.provenance.values():
+        assert fact in page.text
+    assert "a <b> & c" in page.text  # as text, not as a tag
+    circles = [attrs for name, attrs in page.tags if name == "circle"]
+    assert sum(attrs["class"] == "preset" for attrs in circles) == 3
+    tabs = [attrs for name, attrs in page.tags if name == "input"]
+    assert len(tabs) == 2 and sum("checked" in attrs for attrs in tabs) == 1
+    columns = [attrs for name, attrs in page.tags if attrs.get("class") == "over"]
+    assert len(columns) == 2 * len(report.sample.tokens)
+
+
+# The tool
+
+
+def test_a_report_does_not_load_the_exporters_packages(bundle: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
+        "from dash_onnx.cli.report import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = [str(bundle), "--html", str(tmp_path / "r.html"), "--tokens", "8"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_report_lies_in_the_bundle_and_may_be_made_again(
+    bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    text = tmp_path / "ships.txt"
+    text.write_text(TEXT)
+    before = sorted(os.listdir(bundle))
+    for _ in range(2):
+        assert run(bundle, "--text", text, "--tokens", 20, "--budgets", "fast") == 0
+        assert capsys.readouterr().out == f"{bundle / 'report.html'}\n"
+    assert sorted(os.listdir(bundle)) == sorted([*before, "report.html"])
+    assert "ships.txt" in Page((bundle / "report.html").read_text("utf-8")).text
+    assert "report.html" not in Bundle(bundle).manifest.files
+    (bundle / "report.html").unlink()
+
+
+def test_without_a_text_the_model_writes_one(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    html = tmp_path / "r.html"
+    assert run(bundle, "--html", html, "--tokens", 12) == 0
+    page = Page(html.read_text("utf-8"))
+    assert "self-generated" in page.text
+    assert len([1 for name, _ in page.tags if name == "input"]) == 3  # every preset
+    assert os.listdir(tmp_path) == ["r.html"]
+
+
+def test_json_is_the_data(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = tmp_path / "ships.txt"
+    text.write_text(TEXT)
+    data = json_of(capsys, bundle, "--text", text, "--tokens", 20, "--budgets", "0.45", "quality")
+    assert [run_["name"] for run_ in data["sample"]["runs"]] == ["dash:0.45", "dash:quality"]
+    assert len(data["analyses"]) == 2
+    assert len(data["sample"]["tokens"]) == 20
+    assert not (bundle / "report.html").exists()
+    assert all(math.isfinite(kl) for kl in data["sample"]["runs"][0]["kl"])
+
+
+def test_a_bundle_without_a_scorer_is_refused_in_one_line(
+    tiny_bundle: Path, capsys: Capture
+) -> None:
+    assert "no trained scorer" in refused(capsys, tiny_bundle)
+    assert not (tiny_bundle / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--budgets", "swift"), "neither a number nor a preset"),
+        (("--budgets", "0.05"), "outside what this bundle can do"),
+        (("--text", "missing.txt"), "cannot read"),
+        (("--html", "no/such/folder/r.html"), "no folder"),
+        (("--html", "."), "is a folder"),
+        (("--json", "--html", "r.html"), "--json writes no HTML"),
+        (("--tokens", "0"), "at least 1"),
+    ],
+)
+def test_misuse_is_told_in_one_line(
+    arguments: tuple[str, ...], told: str, bundle: Path, capsys: Capture
+) -> None:
+    assert told in refused(capsys, bundle, *arguments)
+
+
+def test_a_text_that_is_too_short_is_refused(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("the")
+    assert "needs at least 16" in refused(capsys, bundle, "--text", text)
+
+
+def test_an_earlier_report_survives_an_interrupt(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    html = tmp_path / "r.html"
+    html.write_text("earlier")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", fail)
+    assert run(bundle, "--html", html, "--tokens", 8) == 130
+    assert capsys.readouterr().out == ""
+    assert os.listdir(tmp_path) == ["r.html"]
+    assert html.read_text() == "earlier"
