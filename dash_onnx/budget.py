@@ -79,6 +79,8 @@ def price_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float, Act
             f"budget {budget:g} is outside what this bundle can do: {low:.3f} to {high:.3f} of the "
             "full time"
         )
+    if len(points) == 1:
+        return points[0].price, points[0].head
     right = max(bisect_left([point.budget for point in points], budget), 1)
     a, b = points[right - 1], points[right]
     share = (budget - a.budget) / (b.budget - a.budget)

@@ -137,7 +137,8 @@ class RandomPolicy(PathPolicy):
             run = costs.token_ms((base,) * self._layers, self.head)
             inner = costs.layers_ms[1:-1]
             saved = sum(layer[base] - layer[SKIP] for layer in inner)
-            share = min(max((run - budget * reference_ms(manifest)) / saved, 0.0), 1.0)
+            excess = run - budget * reference_ms(manifest)
+            share = min(max(excess / saved, 0.0), 1.0) if saved > 0 else 0.0
             self._actions, self._weights = (base, SKIP), [1 - share, share]
 
     def paths(self) -> Iterator[Path]:

@@ -30,17 +30,20 @@ LENGTH = 256
 Ids = npt.NDArray[np.int64]
 
 
-def calibration_ids(source: Source, files: Sequence[Path], seed: int) -> tuple[Ids, Calibration]:
+def calibration_ids(
+    source: Source, files: Sequence[Path], seed: int, least_tokens: int = 0
+) -> tuple[Ids, Calibration]:
     """Returns token ids `[sequences, length]` and where they came from.
 
     Args:
         files: see `calibration_text`; none lets the model write the text itself.
         seed: of the sampling.
+        least_tokens: that the files must hold.
 
     Raises:
         SourceError: the file is missing, not text, or too short.
     """
-    ids = _from_text(source, files) if files else _self_generated(source, seed)
+    ids = _from_text(source, files, least_tokens) if files else _self_generated(source, seed)
     return ids, Calibration(
         source=", ".join(path.name for path in files) or "self-generated",
         sequences=ids.shape[0],
@@ -51,7 +54,7 @@ def calibration_ids(source: Source, files: Sequence[Path], seed: int) -> tuple[I
     )
 
 
-def _from_text(source: Source, files: Sequence[Path]) -> Ids:
+def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
     def render(messages: Sequence[Message]) -> str:
         if source.tokenizer.chat_template is None:
             return plain(messages)
@@ -60,10 +63,10 @@ def _from_text(source: Source, files: Sequence[Path]) -> Ids:
     text = calibration_text(files, render)
     ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     length = min(LENGTH, source.config.max_position_embeddings)
-    if len(ids) < 2 * length:
-        raise SourceError(
-            f"the calibration text has {len(ids)} tokens; at least {2 * length} are needed"
-        )
+    least = max(2 * length, least_tokens)
+    if len(ids) < least:
+        names = ", ".join(map(str, files))
+        raise SourceError(f"{names} has {len(ids)} tokens; calibration needs at least {least}")
     count = min(SEQUENCES, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
     return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])

@@ -58,6 +58,7 @@ class ExportOptions:
         max_length: context in tokens; None takes the model's own.
         block_size: weights that share one quantization scale.
         calibration: text files; none lets the model write the text itself.
+        least_tokens: that calibration files must hold, for what comes after the export.
         compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
             first multiple of the block size from 64 on.
         accuracy_level: of MatMulNBits; None takes the fast one of the device.
@@ -69,6 +70,7 @@ class ExportOptions:
     max_length: int | None = None
     block_size: int = 32
     calibration: tuple[Path, ...] = ()
+    least_tokens: int = 0
     accuracy_level: int | None = None
     compensation_rank: int | None = None
     overwrite: bool = False
@@ -103,7 +105,9 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     check_destination(out, options.overwrite)
     source = open_source(model, REGISTRY)
     run = _Run(source, architecture_of(source.config), options)
-    ids, calibration = calibration_ids(source, options.calibration, options.seed)
+    ids, calibration = calibration_ids(
+        source, options.calibration, options.seed, options.least_tokens
+    )
     with writing(out, overwrite=options.overwrite) as folder:
         hidden = run.embed(folder, ids)
         layers = []

@@ -77,8 +77,9 @@ class Model:
             policy: a name or a `Policy`; empty takes the one that the model was loaded with.
             budget: fraction of the full time per token or a preset; likewise.
         """
-        if not policy and budget is None:
-            policy, budget = self._default
+        if not policy:
+            policy = self._default[0]
+            budget = self._default[1] if budget is None else budget
         return make_policy(policy, self.manifest, budget)
 
     def logits(

@@ -40,11 +40,15 @@ def profile(sessions: Sessions) -> Costs:
         return tuple(rng.choice(cheap if layer else cheap[:-1]) for layer in range(layers))
 
     lane = Lane(sessions)
+    prompt = min(_PROMPT, manifest.model.max_length - 1)
     rounds = [((best,) * layers, _TOKENS // 4), (None, _TOKENS)]
     for fixed, tokens in rounds:
         lane.truncate(0)
-        lane.prefill(np.arange(_PROMPT) % vocab, (cheap[0],) * layers, manifest.heads[SKIP])
+        if prompt:
+            lane.prefill(np.arange(prompt) % vocab, (cheap[0],) * layers, manifest.heads[SKIP])
         for count in range(_WARM_UP + tokens):
+            if lane.length == manifest.model.max_length:  # a short context: again from the prompt
+                lane.truncate(prompt)
             path = fixed or mixed()
             head = rng.choice(list(heads))
             embed, *layer_ms, head_ms = lane.time_token(rng.randrange(vocab), path, head)
@@ -81,7 +85,10 @@ def _scorer_ms(lane: Lane) -> float:
     """All decisions of one token, each made between two layers, as in decoding."""
     manifest = lane.sessions.manifest
     path = (manifest.variants[-1],) * manifest.model.num_layers
-    times = [lane.time_scorer(0, path) for _ in range(_WARM_UP + _TOKENS // 4)]
+    times = []
+    for _ in range(_WARM_UP + _TOKENS // 4):
+        lane.truncate(lane.length - 1)
+        times.append(lane.time_scorer(0, path))
     return _median(times[_WARM_UP:])
 
 

@@ -410,7 +410,7 @@ def test_a_refused_run_does_not_empty_an_earlier_trace(
 
 
 @pytest.mark.parametrize(
-    "name", ["layers/02/int4.onnx", "layers/02/int4.onnx.data", "head/int4.onnx.data"]
+    "name", ["layers/02/int4.onnx", "layers/02/int4.onnx.data", "head/int8.onnx.data"]
 )
 @pytest.mark.parametrize("damage", ["edited", "truncated", "removed"])
 def test_a_damaged_file_is_refused_by_its_name(

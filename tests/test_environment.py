@@ -20,6 +20,7 @@ from dash_onnx.exporters.train.environment import Decide, Environment, State
 from dash_onnx.exporters.train.frozen import Frozen
 from dash_onnx.exporters.train.static import fixed
 from dash_onnx.policy import PathPolicy
+from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 
 LAYERS = 4
@@ -218,10 +219,14 @@ def test_the_reference_is_the_prefill_of_the_runtime_at_one_action(tiny: Case) -
             np.testing.assert_allclose(ours, runtime_logits(tiny, ids[0], choice[0]), atol=1e-3)
 
 
-def test_decisions_see_the_input_of_the_layer_before_and_its_action(tiny: Case) -> None:
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_decisions_see_what_the_layer_before_their_block_sees_and_does(
+    tiny: Case, block: int
+) -> None:
+    frozen = tiny.env.frozen
+    env = Environment(frozen, tiny.actions, PROMPT, "full", block)
     ids = random_ids()
-    choice = random_choice(tiny, ids)
-    weights = one_hot(choice, tiny)
+    weights = one_hot(random_choice(tiny, ids), tiny)
     states: list[State] = []
 
     def decide(state: State) -> torch.Tensor:
@@ -229,31 +234,33 @@ def test_decisions_see_the_input_of_the_layer_before_and_its_action(tiny: Case) 
         return weights[:, :, state.layer]
 
     with torch.no_grad():
-        paths = tiny.env.run(ids, decide).paths
-        frozen = tiny.env.frozen
-        embedded = frozen.embed(ids)
+        paths = env.run(ids, decide).paths
     assert [state.layer for state in states] == list(range(LAYERS))
-    assert torch.equal(states[0].hidden, embedded)
-    assert torch.equal(states[1].hidden, embedded)  # the input of layer 0
-    assert (states[0].previous == len(ALL)).all()
-    for layer in range(1, LAYERS):
-        assert torch.equal(states[layer].previous, paths[..., layer - 1])
-    # The input of layer 1 is the output of layer 0, which one graph of the runtime gives.
-    lane_model = tiny.model
-    for tokens, row, path in zip(ids, states[2].hidden, paths, strict=True):
-        from dash_onnx.runtime.dispatch import Lane
+    inputs = inputs_in_the_runtime(tiny, ids, paths)
+    for layer, state in enumerate(states):
+        start = layer - layer % block
+        wanted = inputs[:, :, max(start - 1, 0)]
+        np.testing.assert_allclose(state.hidden[:, PROMPT:].numpy(), wanted, atol=1e-3)
+        if start:
+            assert torch.equal(state.previous, paths[..., start - 1])
+        else:
+            assert (state.previous == len(ALL)).all()
 
-        lane = Lane(lane_model._sessions)
-        lane.prefill(tokens[:PROMPT].numpy(), ("full",) * LAYERS, "int8")
+
+def inputs_in_the_runtime(case: Case, ids: torch.Tensor, paths: torch.Tensor) -> np.ndarray:
+    """Input of each layer for each decoded token, `[B, T - prompt, L, D]`."""
+    rows = []
+    for tokens, path in zip(ids.numpy(), paths.tolist(), strict=True):
+        lane = Lane(case.model._sessions)
+        lane.prefill(tokens[:PROMPT], ("full",) * LAYERS, "int8")
+        span = lane._single
         for position in range(PROMPT, LENGTH):
-            named = tuple(ALL[i] for i in path[position].tolist())
             lane._advance(1)
-            lane._single._start(int(tokens[position]))
-            lane._single._run_of(0, named[0])()
-            got = lane._single.hidden[1].array[0, 0].copy()
-            np.testing.assert_allclose(row[position].numpy(), got, atol=1e-3)
-            for layer in range(1, LAYERS):
-                lane._single._run_of(layer, named[layer])()
+            span._start(int(tokens[position]))
+            for layer, action in enumerate(path[position]):
+                rows.append(span.hidden[layer % 2].array[0, 0].copy())
+                span._run_of(layer, case.actions[action])()
+    return np.stack(rows).reshape(len(ids), LENGTH - PROMPT, LAYERS, -1)
 
 
 def test_later_tokens_attend_to_what_earlier_actions_left(tiny: Case) -> None:

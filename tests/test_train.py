@@ -238,7 +238,7 @@ def test_the_scorer_graph_keeps_the_contract(trained: Path) -> None:
     assert manifest.scorer is not None
     proto = onnx.load(trained / manifest.scorer.file)
     onnx.checker.check_model(proto)
-    ports = scorer_ports(manifest.dims, len(ACTIONS))
+    ports = scorer_ports(manifest.dims, len(ACTIONS), manifest.scorer.block)
     for side, wanted in ((proto.graph.input, ports.inputs), (proto.graph.output, ports.outputs)):
         declared = [
             (
@@ -299,6 +299,7 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     folder, scorer = first
     assert model.manifest.scorer is not None
     session = create_session(folder / model.manifest.scorer.file, "cpu")
+    block = model.manifest.scorer.block
     ids = np.random.default_rng(1).integers(2, 384, 40)
     costs = torch.tensor([[row[action] for action in ACTIONS] for row in COSTS.layers_ms])
     seen: set[tuple[str, ...]] = set()
@@ -306,26 +307,29 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     for price in [extreme] if extreme else prices_of(model):
         penalty = price * costs
         penalty[0, -1] = 1e30
+        padded = torch.nn.functional.pad(penalty, (0, 0, 0, -LAYERS % block))
         log_price = torch.tensor(math.log(price))
         paths = scored_paths(model, ids, price)
         seen |= set(paths)
         for path, inputs in inputs_along(model, ids, paths):
             for layer, action in enumerate(path):
-                hidden = torch.from_numpy(inputs[max(layer - 1, 0)])
-                before = ACTIONS.index(path[layer - 1]) if layer else len(ACTIONS)
+                start = layer - layer % block
+                hidden = torch.from_numpy(inputs[max(start - 1, 0)])
+                before = ACTIONS.index(path[start - 1]) if start else len(ACTIONS)
                 values, chosen = session.run(
                     None,
                     {
                         "hidden": hidden[None, None].numpy(),
-                        "layer": np.array([layer]),
+                        "layer": np.array([start]),
                         "previous": np.array([before]),
                         "log_price": log_price.view(1, 1).numpy(),
-                        "penalty": penalty[layer].numpy(),
+                        "penalty": padded[start : start + block].numpy(),
                     },
                 )
-                assert ACTIONS[int(chosen[0])] == action
-                assert values[0] == 0 and (np.diff(values) >= 0).all()
-                total = np.sort(values + penalty[layer].numpy())
+                assert ACTIONS[int(chosen[layer - start])] == action
+                row = values[layer - start]
+                assert row[0] == 0 and (np.diff(row) >= 0).all()
+                total = np.sort(row + penalty[layer].numpy())
                 if total[1] - total[0] < 1e-5 * total[1]:
                     continue  # a tie in other arithmetic
                 # The process knows no `full`: what came after it starts as after `int8`.

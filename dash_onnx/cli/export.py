@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         variants = parse_precisions(arguments.variants)
         prepare_export()
         from dash_onnx.exporters.export import ExportOptions, export
+        from dash_onnx.exporters.train.text import LEAST_SEQUENCES, LENGTH
+        from dash_onnx.runtime.ort import has_device
 
         options = ExportOptions(
             variants=variants,
@@ -78,12 +81,19 @@ def main(argv: list[str] | None = None) -> int:
             max_length=arguments.max_length,
             block_size=arguments.block_size,
             calibration=tuple(arguments.calibration),
+            least_tokens=0 if arguments.effort == "none" else LEAST_SEQUENCES * LENGTH,
             compensation_rank=arguments.compensation_rank,
             overwrite=arguments.overwrite,
             seed=arguments.seed,
         )
         manifest = export(arguments.model, arguments.out, options)
-        if arguments.effort != "none":
+        if arguments.effort != "none" and not has_device(arguments.device):
+            print(
+                f"dash-export: no device {arguments.device} here: no policy trained; "
+                f"run `dash-train {arguments.out}` where there is one",
+                file=sys.stderr,
+            )
+        elif arguments.effort != "none":
             from dash_onnx.exporters.train.train import TrainOptions, train
 
             choice = TrainOptions(arguments.effort, options.calibration, options.seed)

@@ -78,8 +78,8 @@ class Frozen:
                 weights[action] = _products(found, self.manifest.target.block_size, dtype)
                 if action != SKIP:
                     norms = found["input_norm"], found["post_norm"]
-            self.input_norms.append(torch.from_numpy(norms[0]).float())
-            self._post_norms.append(torch.from_numpy(norms[1]).float())
+            self.input_norms.append(torch.tensor(norms[0]).float())
+            self._post_norms.append(torch.tensor(norms[1]).float())
             self._layers.append(weights)
         heads: list[Action] = [a for a in self.manifest.exported_heads if a != "full"] or ["full"]
         self.heads: dict[Action, Product] = {}
@@ -87,7 +87,7 @@ class Frozen:
             found = self._tensors(head_path(precision))
             products = _products(found, self.manifest.target.block_size, dtype)
             self.heads[precision] = products["lm_head"]
-            self._final_norm = torch.from_numpy(found["final_norm"]).float()
+            self._final_norm = torch.tensor(found["final_norm"]).float()
         mixed = self.manifest.heads[SKIP]
         self.head: Action = mixed if mixed in self.heads else next(iter(self.heads))
         self._epsilon = self._read_epsilon()
@@ -105,7 +105,7 @@ class Frozen:
     def _embedding(self) -> Tensor:
         found = self._tensors(EMBED_PATH)
         if "embedding" in found:
-            return torch.from_numpy(found["embedding"])
+            return torch.tensor(found["embedding"])
         values, scales = found["embedding.values"], found["embedding.scales"]
         block = values.shape[1] // scales.shape[1]
         rows = (values.astype(np.float32) - 128).reshape(*scales.shape, block)
@@ -228,6 +228,6 @@ def _products(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype)
             continue
         bias = found.get(f"{name}.bias")
         products[name] = Product(
-            weight.to(dtype), None if bias is None else torch.from_numpy(bias).to(dtype)
+            weight.to(dtype), None if bias is None else torch.tensor(bias).to(dtype)
         )
     return products

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -188,6 +189,7 @@ def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             scorer.eval(),
             inputs,

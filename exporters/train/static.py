@@ -49,6 +49,8 @@ def search(
             loss, saved = kl - current, float(costs[layer, before] - costs[layer, action])
             values[layer, action] = values[layer, before] + max(loss, 1e-7)
             measured.append((loss / saved, kl, candidate))
+        if not measured:
+            return
         _, current, path = min(measured)
         yield path, current
 

@@ -113,7 +113,10 @@ def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
     """Budgets of the presets, interpolated in the table (KL falls with the budget)."""
     result = {}
     for name, limit in PRESETS.items():
-        below = [point for point in points if point.kl <= limit] or [points[-1]]
+        below = [point for point in points if point.kl <= limit]
+        if not below:
+            result[name] = points[-1].budget
+            continue
         best = min(below, key=lambda point: point.budget)
         index = points.index(best)
         budget = best.budget
@@ -121,7 +124,7 @@ def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
             worse = points[index - 1]
             share = (limit - best.kl) / (worse.kl - best.kl)
             budget += share * (worse.budget - best.budget)
-        result[name] = round(budget, 4)
+        result[name] = min(max(round(budget, 4), points[0].budget), points[-1].budget)
     return result
 
 

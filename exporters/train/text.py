@@ -19,6 +19,8 @@ from dash_onnx.text import Message, TextCodec
 LENGTH = 256
 """Tokens of a training sequence."""
 
+LEAST_SEQUENCES = 8
+
 _BATCH = 64  # sequences generated side by side
 
 
@@ -50,10 +52,10 @@ def training_ids(
 
     ids = torch.from_numpy(codec.encode(calibration_text(files, render)))
     count = min(len(ids) // length, sequences)
-    if count < 8:
-        raise SourceError(
-            f"the calibration text has {len(ids)} tokens; training needs at least {8 * length}"
-        )
+    if count < LEAST_SEQUENCES:
+        names = ", ".join(map(str, files))
+        least = LEAST_SEQUENCES * length
+        raise SourceError(f"{names} has {len(ids)} tokens; training needs at least {least}")
     starts = torch.linspace(0, len(ids) - length, count).long()  # spread over all of it
     rows = torch.stack([ids[start : start + length] for start in starts.tolist()])
     return rows[torch.randperm(count, generator=generator)]

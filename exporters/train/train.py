@@ -130,12 +130,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         manifest = self.bundle.manifest
-        self.checkpoint = Checkpoint(self.bundle.folder, self._fingerprint())
         # `full` costs far more than it gains over INT8: the process does without it.
         variants = manifest.variants
         self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
         self.dtype = _fast_dtype()
+        self.checkpoint = Checkpoint(self.bundle.folder, self._fingerprint())
         self.frozen = Frozen(self.bundle, self.actions, self.dtype)
         prompt = min(PROMPT_TOKENS, manifest.model.max_length // 2)
         self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], _BLOCK)
@@ -150,7 +150,9 @@ class _Run:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         files = {name: facts.sha256 for name, facts in self._graphs().items()}
-        digest.update(json.dumps([files, self.options.effort, self.options.seed]).encode())
+        digest.update(
+            json.dumps([files, self.options.effort, self.options.seed, str(self.dtype)]).encode()
+        )
         for path in self.options.calibration:
             digest.update(read_text(path).encode())
         return digest.hexdigest()
@@ -206,7 +208,11 @@ class _Run:
             self.scorer.bias.copy_(self.values.diff(dim=-1).clamp(min=1e-6).log())
         self._fit(inputs, targets)
         self._lift()
-        self.checkpoint.save(scorer=self.scorer.state_dict(), values=self.values)
+        self.checkpoint.save(
+            scorer=self.scorer.state_dict(),
+            values=self.values,
+            generator=self.generator.get_state(),
+        )
 
     def _fit(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
         optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=1e-3, weight_decay=0.1)
@@ -270,9 +276,9 @@ class _Run:
         self.scorer.load_state_dict(state["scorer"])
         optimizer = torch.optim.Adam(self.scorer.parameters(), lr=_RATE, betas=(0.9, 0.98))
         first = state.get("step", 0)
+        self.generator.set_state(state["generator"])
         if first:
             optimizer.load_state_dict(state["optimizer"])
-            self.generator.set_state(state["generator"])
             self.history = [tuple(row) for row in state["history"].tolist()]
         bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", disable=None)
         for step in bar:
