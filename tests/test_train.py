@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -423,6 +424,32 @@ def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer)
         assert len(wanted.argmax(-1).unique()) > 1
 
 
+def test_values_are_learned_for_the_states_that_decisions_meet(
+    bundle: Path, first: tuple[Path, BundleScorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the reference path, whose first decisions follow no action."""
+    learned: dict[int, set[int]] = {}
+    loss = module.regression_loss
+
+    def noting(scorer: Scorer, state: State, *rest: Any) -> torch.Tensor:
+        learned.setdefault(state.layer, set()).update(state.previous.unique().tolist())
+        return loss(scorer, state, *rest)
+
+    monkeypatch.setattr(module, "regression_loss", noting)
+    met: dict[int, set[int]] = {}
+    sampled = module.sampled_values
+
+    def watching(*arguments: Any) -> Iterator[tuple[State, torch.Tensor]]:
+        for state, values in sampled(*arguments):
+            met.setdefault(state.layer, set()).update(state.previous.unique().tolist())
+            yield state, values
+
+    monkeypatch.setattr(module, "sampled_values", watching)
+    trained_until_export(bundle, TrainOptions())
+    assert len(met) == LAYERS
+    assert learned == met
+
+
 # Seeds
 
 
@@ -818,7 +845,11 @@ def test_the_command_prints_the_table_and_nothing_on_stderr(bundle: Path) -> Non
         "sys.exit(main())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(bundle)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the model is too small for more
     )
     assert done.stderr == ""
     assert done.returncode == 0

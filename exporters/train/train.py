@@ -420,16 +420,9 @@ def _cosine(done: float) -> float:
 
 
 def _fast_dtype() -> torch.dtype:
-    """BF16 where the processor multiplies it faster than FP32."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        best = math.inf
-        for _ in range(5):
-            started = time.perf_counter()
-            a @ a
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    faster = seconds(torch.bfloat16) < 0.75 * seconds(torch.float32)
-    return torch.bfloat16 if faster else torch.float32
+    """BF16 where the processor multiplies it natively, twice as fast as FP32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32

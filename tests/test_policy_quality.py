@@ -1,0 +1,79 @@
+"""The claim of the policy, on the demo model: better decisions at the same cost."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dash_onnx
+from dash_onnx.budget import reference_ms
+from dash_onnx.exporters.train.train import TrainOptions, train
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.evaluate import Evaluation, evaluate
+
+pytestmark = [pytest.mark.slow, pytest.mark.demo]
+
+
+@pytest.fixture(scope="module")
+def model(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    out = tmp_path_factory.mktemp("trained") / "out"
+    shutil.copytree(demo_bundle, out)
+    train(out, TrainOptions("quick"))
+    return dash_onnx.load(out)
+
+
+@pytest.fixture(scope="module")
+def text(model: Model) -> str:
+    """Text that the model writes at its best, with a seed that training did not use."""
+    rng = np.random.default_rng(99)
+    parts = []
+    for _ in range(6):
+        start = [int(rng.integers(100, 40000))]
+        steps = model.generate_step(
+            start, policy="int8", max_new_tokens=290, ignore_eos=True, temperature=1.0, seed=5
+        )
+        parts.append(model.text.decode([*start, *(step.token for step in steps)]))
+    return "\n\n".join(parts)
+
+
+def quality(model: Model, text: str, policy: str, budget: float | None = None) -> Evaluation:
+    return evaluate(model, text, policy, budget, window=256, prompt_tokens=64, max_windows=5)
+
+
+def skipping_budget(model: Model) -> float:
+    """Just below what every layer in INT4 costs: some layers must be skipped."""
+    manifest = model.manifest
+    path = ("int4",) * manifest.model.num_layers
+    layers = sum(costs["int4"] for costs in manifest.costs.layers_ms)
+    int4 = manifest.costs.token_ms(path, "int8")
+    return (int4 - 0.06 * layers) / reference_ms(manifest)
+
+
+def test_the_policy_beats_random_and_even_skipping_at_the_same_cost(
+    model: Model, text: str
+) -> None:
+    budget = skipping_budget(model)
+    ours = quality(model, text, "dash", budget)
+    others = {name: quality(model, text, name, budget) for name in ("random", "even", "cosine")}
+    for name, other in others.items():
+        assert ours.kl < other.kl, (name, ours, other)
+        assert ours.cost_ms <= 1.05 * other.cost_ms, (name, ours, other)
+
+
+def test_the_controller_holds_the_budget(model: Model, text: str) -> None:
+    full_ms = reference_ms(model.manifest)
+    assert model.manifest.scorer is not None
+    for budget in model.manifest.scorer.presets.values():
+        spent = quality(model, text, "dash", budget).cost_ms / full_ms
+        assert abs(spent / budget - 1) <= 0.05, (budget, spent)
+
+
+def test_more_budget_never_makes_it_much_worse(model: Model, text: str) -> None:
+    assert model.manifest.scorer is not None
+    budgets = sorted(model.manifest.scorer.presets.values())
+    losses = [quality(model, text, "dash", budget).kl for budget in budgets]
+    assert all(after <= 1.1 * before for before, after in itertools.pairwise(losses))
