@@ -338,8 +338,28 @@ class Manifest:
             raise BundleError(f"{name}: variants must be some of {', '.join(PRECISIONS)}, in order")
         if set(manifest.heads) != set(manifest.actions):
             raise BundleError(f"{name}: heads must name one for each of {manifest.actions}")
+        if manifest.scorer is not None:
+            _check_scorer(manifest, manifest.scorer, name)
         if len(manifest.layers) != manifest.model.num_layers:
             raise BundleError(
                 f"{name} describes {len(manifest.layers)} layers of {manifest.model.num_layers}"
             )
         return manifest
+
+
+def _check_scorer(manifest: Manifest, scorer: ScorerFacts, name: str) -> None:
+    budgets = [point.budget for point in scorer.points]
+    heads = {point.head for point in scorer.points} | {point.head for point in scorer.static}
+    layers = manifest.model.num_layers
+    for wrong, what in (
+        (scorer.file not in manifest.files, f"scorer.file {scorer.file!r} is not in files"),
+        (scorer.actions != manifest.actions, "scorer.actions must be the bundle's actions"),
+        (scorer.block < 1, "scorer.block must be at least 1"),
+        (not budgets or budgets != sorted(set(budgets)), "scorer.points must ascend in budget"),
+        ("balanced" not in scorer.presets, "scorer.presets must name balanced"),
+        (not heads <= set(manifest.exported_heads), "a head of the policy table is not exported"),
+        (any(len(point.path) != layers for point in scorer.static), "a static path is cut off"),
+        (len(manifest.costs.layers_ms) != layers, "costs must list every layer"),
+    ):
+        if wrong:
+            raise BundleError(f"{name}: {what}; train again with `dash-train`")

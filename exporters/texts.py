@@ -34,7 +34,8 @@ def calibration_text(files: Sequence[Path], render: Render) -> str:
         if path.suffix != ".jsonl":
             parts.append(text)
             continue
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not splitlines: JSON strings may hold other line separators than the newline.
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 parts.append(_record(line, f"{path}:{number}", render))
     return "\n\n".join(parts)
@@ -43,12 +44,12 @@ def calibration_text(files: Sequence[Path], render: Render) -> str:
 def _record(line: str, where: str, render: Render) -> str:
     try:
         record: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SourceError(f"{where} is not JSON") from None
     if not isinstance(record, dict):
         raise SourceError(f"{where} is not a JSON object")
     if isinstance(record.get("text"), str):
-        return str(record["text"])
+        return _encodable(record["text"], where)
     messages = record.get("messages")
     if not isinstance(messages, list):
         asked = next((record[key] for key in _ASKED if record.get(key)), None)
@@ -62,7 +63,25 @@ def _record(line: str, where: str, render: Render) -> str:
             {"role": "user", "content": asked},
             {"role": "assistant", "content": answered},
         ]
-    return render(messages)
+    if not messages or not all(
+        isinstance(message, dict) and isinstance(message.get("content"), str)
+        for message in messages
+    ):
+        raise SourceError(f"{where}: every message needs a role and a text as content")
+    try:
+        return _encodable(render(messages), where)
+    except SourceError:
+        raise
+    except Exception as error:  # the template is the model's code: it may raise anything
+        raise SourceError(f"{where}: the chat template refuses it: {error}") from None
+
+
+def _encodable(text: str, where: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SourceError(f"{where} is not valid Unicode") from None
+    return text
 
 
 def plain(messages: Sequence[Message]) -> str:

@@ -52,7 +52,7 @@ def point(budget: float, price: float, kl: float = 0.1, head: Action = "int8") -
 def scorer_of(points: tuple[BudgetPoint, ...], static: tuple[StaticPoint, ...] = ()) -> ScorerFacts:
     training = Training("quick", "self-generated", 0, 0, 0, 0.0, (), (), ())
     named = {"quality": 0.5, "balanced": 0.35, "fast": 0.25}
-    return ScorerFacts("scorer.onnx", ("full", *ACTIONS), points, named, static, training)
+    return ScorerFacts("scorer.onnx", ("full", *ACTIONS), 3, points, named, static, training)
 
 
 @pytest.fixture(scope="module")

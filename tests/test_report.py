@@ -80,6 +80,7 @@ def made_up(manifest: Manifest, file: str) -> ScorerFacts:
     return ScorerFacts(
         file=file,
         actions=ACTIONS,
+        block=1,
         points=points,
         presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},
         static=tuple(sorted(static, key=lambda point: point.budget)),

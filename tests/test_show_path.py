@@ -117,7 +117,7 @@ def scored(manifest: Manifest) -> Manifest:
         for budget, price, kl in ((0.2, 1.0, 0.5), (0.9, 1e-3, 0.0))
     )
     training = Training("quick", "s", 1, 1, 0, 1.0, (), (), ())
-    facts = ScorerFacts("s.onnx", manifest.actions, points, {"balanced": 0.5}, (), training)
+    facts = ScorerFacts("s.onnx", manifest.actions, 1, points, {"balanced": 0.5}, (), training)
     return replace(manifest, scorer=facts, costs=replace(manifest.costs, scorer_ms=1.0))
 
 

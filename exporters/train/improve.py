@@ -9,6 +9,7 @@ from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import Scorer
 
 _LEAST = 1e-8  # nats; a log of nothing
+_NEVER = -100.0  # logit of a forbidden action: no noise reaches it
 
 
 def straight_through(
@@ -45,6 +46,7 @@ def straight_through(
         for step in reversed(range(steps.shape[-1])):
             worth = saved[..., step] + beyond
             logit = (worth.clamp(min=_LEAST).log() - steps[..., step]) / temperature
+            logit = torch.where(saved[..., step].isfinite(), logit, _NEVER)
             soft = torch.sigmoid(logit)
             hard = (logit > 0).float()
             go.append(hard + soft - soft.detach())

@@ -46,11 +46,11 @@ PROMPT_TOKENS = 32
 _BATCH = 4  # sequences of one pass
 _PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
 _TABLE = 10  # rows of the policy table inside that range
-_TEMPERATURE = (0.7, 0.25)  # of the noise, from first to last step
+_TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
 _BLOCK = 3  # layers decided at once: a call of the scorer costs a tenth of a layer
 _RATE = 3e-3  # learning rate
 _SAVE_EVERY = 20  # steps
-_STATIC_LIMIT = 2.0  # nats; worse assignments interest nobody
+_STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,16 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
     run.texts()
     run.regress()
     run.improve()
-    manifest = run.describe(started)
-    replace_manifest(bundle.folder, manifest)
+    files = bundle.manifest.files
+    try:
+        manifest = run.describe(started)
+        replace_manifest(bundle.folder, manifest)
+        files = manifest.files
+    finally:  # the old scorer after a success, the new one after a failure
+        for path in bundle.folder.glob("scorer-*.onnx"):
+            if path.name not in files:
+                path.unlink()
     run.checkpoint.remove()
-    for path in bundle.folder.glob("scorer-*.onnx"):
-        if path.name not in manifest.files:
-            path.unlink()
     return manifest
 
 
@@ -142,10 +146,11 @@ class _Run:
         self.costs = table.cost_table(manifest, self.actions)
         self.costs[0, self.actions.index(SKIP)] = math.inf
         self.unit_ms = float(self.costs[:, -2].mean())
-        torch.manual_seed(self.options.seed)
         self.generator = torch.Generator().manual_seed(self.options.seed)
         facts = manifest.model
-        self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed)
+            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions))
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -192,11 +197,13 @@ class _Run:
             self.values = state["values"]
             return
         hidden: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
+        previous = [0] * self.env.layers  # the same for all tokens on the reference path
         samples: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
         for number in tqdm(range(self.effort.batches), desc="values", disable=None):
             batch = self._batch(number)
             with self.autocast():
                 for at, values in sampled_values(self.env, batch, self.generator):
+                    previous[at.layer] = int(at.previous[0, 0])
                     seen = slice(self.env.prompt_tokens // 8, None)
                     hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(self.dtype))
                     samples[at.layer].append(values[:, seen].flatten(0, 1))
@@ -206,7 +213,7 @@ class _Run:
         self.scorer.calibrate(torch.cat(inputs[::3]).float())
         with torch.no_grad():
             self.scorer.bias.copy_(self.values.diff(dim=-1).clamp(min=1e-6).log())
-        self._fit(inputs, targets)
+        self._fit(inputs, targets, previous)
         self._lift()
         self.checkpoint.save(
             scorer=self.scorer.state_dict(),
@@ -214,7 +221,7 @@ class _Run:
             generator=self.generator.get_state(),
         )
 
-    def _fit(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
+    def _fit(self, inputs: list[Tensor], targets: list[Tensor], previous: list[int]) -> None:
         optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=1e-3, weight_decay=0.1)
         tokens = len(inputs[0])
         middle = torch.tensor([sum(self.log_price_range) / 2])
@@ -222,8 +229,8 @@ class _Run:
             for rows in torch.randperm(tokens, generator=self.generator).split(256):
                 loss = torch.zeros(())
                 for layer, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-                    previous = torch.full((len(rows),), 0 if layer else len(self.actions))
-                    state = State(layer, x[rows].float(), previous)
+                    before = torch.full((len(rows),), previous[layer])
+                    state = State(layer, x[rows].float(), before)
                     loss = loss + regression_loss(self.scorer, state, y[rows], middle)
                 optimizer.zero_grad()
                 loss.backward()
@@ -310,7 +317,7 @@ class _Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), 1.0)
         optimizer.step()
-        return float(loss), float(kl), float(ms)
+        return float(loss.detach()), float(kl.detach()), float(ms.detach())
 
     def describe(self, started: float) -> Manifest:
         """Writes the scorer, measures costs and tables, and completes the manifest."""
@@ -379,7 +386,7 @@ class _Run:
             [self.env.reference(part, self.actions[0]) for part in self.held_out.split(_BATCH)]
         )
         steps = static.search(self.env, ids, reference, costs, self.values, self.effort.tried)
-        every = max(1, self.env.layers // 10)
+        every = max(1, self.env.layers // 8)
         points: list[StaticPoint] = []
         for number, (path, kl) in enumerate(tqdm(steps, desc="static", disable=None)):
             if number % every == 0:
