@@ -1,0 +1,69 @@
+"""Quality of the trained policy and of its baselines, at the same profiled cost.
+
+    python benchmarks/policies.py out/ --text book.txt --max-windows 8
+
+For each budget (the presets and two smaller ones unless given) `dash` and the best static
+assignment; `even`, `cosine` and `random` where the budget asks for skipping; and the uniform paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+import dash_onnx
+from dash_onnx.budget import reference_ms
+from dash_onnx.errors import PolicyError
+from dash_onnx.runtime.evaluate import evaluate
+from dash_onnx.text import read_text
+
+
+def main() -> None:
+    """Prints a table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", metavar="OUT")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--budgets", type=float, nargs="+")
+    parser.add_argument("--max-windows", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    model = dash_onnx.load(arguments.bundle)
+    manifest, text = model.manifest, read_text(arguments.text)
+    assert manifest.scorer is not None, "train a policy first: dash-train OUT"
+    full_ms = reference_ms(manifest)
+    fast = manifest.scorer.presets["fast"]
+    budgets = arguments.budgets or [*manifest.scorer.presets.values(), fast - 0.02, fast - 0.04]
+    layers = manifest.model.num_layers
+    int4_ms = manifest.costs.token_ms(("int4",) * layers, "int4")
+    runs: list[tuple[str, float | None]] = [("int8", None), ("int4", None)]
+    for budget in budgets:
+        runs += [("dash", budget), ("static", budget)]
+        if budget * full_ms < int4_ms:
+            runs += [("even", budget), ("cosine", budget), ("random", budget)]
+    if not arguments.json:
+        print("policy  budget  cost/full  cost ms  ms    KL (stderr)       top-1   skipped")
+    for policy, budget in tqdm(runs, disable=None):
+        try:
+            chosen = model.policy(policy, budget)
+        except PolicyError as error:
+            print(f"{policy:7} {budget:.3f}   {error}")
+            continue
+        result = evaluate(model, text, chosen, max_windows=arguments.max_windows)
+        if arguments.json:
+            row = {"policy": policy, "budget": budget, **dataclasses.asdict(result)}
+            print(json.dumps(row), flush=True)
+            continue
+        print(
+            f"{policy:7} {budget or 0:.3f}   {result.cost_ms / full_ms:.3f}      "
+            f"{result.cost_ms:.2f}     {result.ms_per_token:.2f}  {result.kl:.4f} "
+            f"({result.kl_stderr:.4f})   {result.top1:.1%}   {result.actions.get('skip', 0):.1%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
