@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -11,9 +12,28 @@ from dash_onnx.exporters.train.environment import Decide, Environment
 from dash_onnx.exporters.train.frozen import Tensor
 
 
+@dataclass(frozen=True)
+class Move:
+    """One step of the descent.
+
+    Attributes:
+        layer: that became cheaper.
+        action: index of its new action.
+        path: action indices of all layers after the move.
+        kl: measured mean KL of that path in nats.
+        price: nats lost per millisecond saved by this move.
+    """
+
+    layer: int
+    action: int
+    path: tuple[int, ...]
+    kl: float
+    price: float
+
+
 def search(
     env: Environment, ids: Tensor, reference: Tensor, costs: Tensor, values: Tensor, tried: int
-) -> Iterator[tuple[list[int], float]]:
+) -> Iterator[Move]:
     """Greedy descent from the reference path, one layer one action cheaper at a time.
 
     Every step takes, among the `tried` moves with the best predicted ratio of KL to milliseconds,
@@ -29,9 +49,9 @@ def search(
         tried: moves that are measured per step.
 
     Yields:
-        Action indices per layer and the measured mean KL, from dear to cheap.
+        The moves, from dear to cheap.
     """
-    path = [0] * env.layers
+    path: tuple[int, ...] = (0,) * env.layers
     current = 0.0
     values = values.clone()
     while moves := _moves(env, path):
@@ -40,22 +60,23 @@ def search(
             for layer, action in moves
             if (saved := float(costs[layer, path[layer]] - costs[layer, action])) > 0
         )
-        measured = []
+        measured: list[tuple[float, Move]] = []
         for _, layer, action in ranked[:tried]:
             before = path[layer]
-            candidate = [*path]
-            candidate[layer] = action
+            candidate = (*path[:layer], action, *path[layer + 1 :])
             (kl,) = path_kl(env, ids, reference, candidate, [env.frozen.head])
             loss, saved = kl - current, float(costs[layer, before] - costs[layer, action])
             values[layer, action] = values[layer, before] + max(loss, 1e-7)
-            measured.append((loss / saved, kl, candidate))
+            price = loss / saved
+            measured.append((price, Move(layer, action, candidate, kl, price)))
         if not measured:
             return
-        _, current, path = min(measured)
-        yield path, current
+        best = min(measured, key=lambda pair: pair[0])[1]
+        current, path = best.kl, best.path
+        yield best
 
 
-def _moves(env: Environment, path: list[int]) -> list[tuple[int, int]]:
+def _moves(env: Environment, path: Sequence[int]) -> list[tuple[int, int]]:
     ends = {0, env.layers - 1}
     return [
         (layer, action)
@@ -66,7 +87,7 @@ def _moves(env: Environment, path: list[int]) -> list[tuple[int, int]]:
 
 
 def path_kl(
-    env: Environment, ids: Tensor, reference: Tensor, path: list[int], heads: Sequence[Action]
+    env: Environment, ids: Tensor, reference: Tensor, path: Sequence[int], heads: Sequence[Action]
 ) -> list[float]:
     """Mean KL of the decided tokens when every token takes the same path, with each head."""
     seen = slice(env.prompt_tokens, None)
@@ -76,7 +97,30 @@ def path_kl(
         return [float(env.kl(reference[:, seen], final, head).mean()) for head in heads]
 
 
-def fixed(env: Environment, path: list[int], shape: torch.Size) -> Decide:
+def fixed(env: Environment, path: Sequence[int], shape: torch.Size) -> Decide:
     """The same path for every token of `[B, T]`."""
     chosen = torch.nn.functional.one_hot(torch.tensor(path), len(env.actions)).float()  # [L, A]
     return lambda state: chosen[state.layer].expand(*shape, -1)
+
+
+def step_values(moves: Sequence[Move], costs: Tensor) -> Tensor:
+    """Values that make the price alone reproduce a descent: `[L, A-1]` nats per step.
+
+    A layer leaves an action when the price reaches what that move lost per millisecond, or what
+    an earlier move lost, if that was more. Steps that the descent never took are worth half as
+    much again as its last one.
+
+    Args:
+        moves: of `search`, in order.
+        costs: milliseconds `[L, A]`.
+    """
+    saved = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6)
+    highest = 0.0
+    prices = torch.zeros_like(saved)
+    now = [0] * len(costs)
+    for move in moves:
+        highest = max(highest, move.price, 1e-6)
+        prices[move.layer, now[move.layer] : move.action] = highest
+        now[move.layer] = move.action
+    prices[prices == 0] = 1.5 * highest
+    return prices * saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.improve import straight_through
-from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer, greedy
+from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 from dash_onnx.manifest import (
@@ -47,8 +48,8 @@ _BATCH = 4  # sequences of one pass
 _PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
 _TABLE = 10  # rows of the policy table inside that range
 _TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
-_BLOCK = 5  # layers decided at once: a call of the scorer costs a fifth of an INT4 layer
-_RATE = 3e-3  # learning rate
+_BLOCK = 3  # layers decided at once: a call of the scorer costs a fifth of an INT4 layer
+_RATE = 2e-3  # learning rate
 _SAVE_EVERY = 20  # steps
 _STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
 
@@ -73,7 +74,7 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(sequences=56, held_out=8, batches=5, steps=36, tried=1),
+    "quick": Effort(sequences=58, held_out=6, batches=4, steps=24, tried=1),
     "normal": Effort(sequences=240, held_out=16, batches=12, steps=200, tried=2),
     "thorough": Effort(sequences=960, held_out=32, batches=24, steps=1000, tried=4),
 }
@@ -130,6 +131,7 @@ class _Run:
     options: TrainOptions
     effort: Effort
     history: list[tuple[float, float, float]] = field(default_factory=list)
+    moves: list[static.Move] = field(default_factory=list)
     _references: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -194,7 +196,7 @@ class _Run:
         """Value regression: the scorer learns each action's KL along the reference path."""
         state = self.checkpoint.state
         if "scorer" in state:
-            self.values = state["values"]
+            self.moves = [static.Move(**move) for move in state["descent"]]
             return
         hidden: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
         previous = [0] * self.env.layers  # the same for all tokens on the reference path
@@ -209,15 +211,15 @@ class _Run:
                     samples[at.layer].append(values[:, seen].flatten(0, 1))
         inputs = [torch.cat(part) for part in hidden]
         targets = [torch.cat(part) for part in samples]
-        self.values = torch.stack([part.mean(0) for part in targets])  # [L, A]
+        self.values = torch.stack([part.mean(0) for part in targets])  # [L, A], nats
         self.scorer.calibrate(torch.cat(inputs[::3]).float())
         with torch.no_grad():
             self.scorer.bias.copy_(self.values.diff(dim=-1).clamp(min=1e-6).log())
         self._fit(inputs, targets, previous)
-        self._lift()
+        self._descend()
         self.checkpoint.save(
             scorer=self.scorer.state_dict(),
-            values=self.values,
+            descent=[dataclasses.asdict(move) for move in self.moves],
             generator=self.generator.get_state(),
         )
 
@@ -236,21 +238,30 @@ class _Run:
                 loss.backward()
                 optimizer.step()
 
-    def _lift(self) -> None:
-        """Raises the last step (to `skip`) by what single deviations do not see: interactions."""
-        batch = self._batch(0)
-        start = self.scorer.bias[:, -1].detach().clone()
-        low, high = self.log_price_range
-        prices = torch.linspace(low, high, len(batch))[:, None]
-        best = math.inf, 0.0
-        with torch.no_grad(), self.autocast():
-            reference = self.env.reference(batch, self.actions[0])
-            for lift in (0.0, 0.7, 1.4, 2.1):
-                self.scorer.bias[:, -1] = start + lift
-                rollout = self.env.run(batch, greedy(self.scorer, self.costs, prices))
-                loss, _, _ = self._loss(rollout.weights, reference, rollout.final, prices)
-                best = min(best, (float(loss), lift))
-            self.scorer.bias[:, -1] = start + best[1]
+    def _descend(self) -> None:
+        """Corrects the mean value of each step by what a static descent measures.
+
+        Single deviations do not see that losses add up to more than their sum; the descent does.
+        What the scorer learned about tokens stays: each is moved by its layer's correction.
+        """
+        ids = self.ids[: _BATCH * self.effort.tried]
+        with self.autocast():
+            reference = torch.cat(
+                [self.env.reference(part, self.actions[0]) for part in ids.split(_BATCH)]
+            )
+            moves = static.search(
+                self.env, ids, reference, self.costs, self.values, self.effort.tried
+            )
+            for move in tqdm(moves, desc="static", disable=None):
+                self.moves.append(move)
+                if move.kl > _STATIC_LIMIT:
+                    break
+        costs = self.costs.clone()
+        costs[0, self.actions.index(SKIP)] = costs[0, -2]  # not taken, so no matter
+        wanted = static.step_values(self.moves, costs)
+        found = self.values.diff(dim=-1).clamp(min=1e-6)
+        with torch.no_grad():
+            self.scorer.bias.add_((wanted / found).log())
 
     def _batch(self, number: int) -> Tensor:
         start = number % self._batches * _BATCH
@@ -378,26 +389,19 @@ class _Run:
 
     def _static(self, manifest: Manifest, rounding: float) -> tuple[StaticPoint, ...]:
         """Best static assignments, searched on training text, measured on held-out text."""
-        costs = table.cost_table(manifest, self.actions)
         full_ms = reference_ms(manifest)
-        ids = self.ids[: _BATCH // 2 * self.effort.tried]
-        reference = self.env.reference(ids, self.actions[0])
         wanted = torch.cat(
             [self.env.reference(part, self.actions[0]) for part in self.held_out.split(_BATCH)]
         )
-        steps = static.search(self.env, ids, reference, costs, self.values, self.effort.tried)
         every = max(1, self.env.layers // 8)
         points: list[StaticPoint] = []
-        for number, (path, kl) in enumerate(tqdm(steps, desc="static", disable=None)):
-            if number % every == 0:
-                named = tuple(self.actions[action] for action in path)
-                heads = list(self.frozen.heads)
-                measured = static.path_kl(self.env, self.held_out, wanted, path, heads)
-                for head, loss in zip(heads, measured, strict=True):
-                    share = round(manifest.costs.token_ms(named, head) / full_ms, 5)
-                    points.append(StaticPoint(share, head, round(loss + rounding, 6), named))
-            if kl > _STATIC_LIMIT:
-                break
+        heads = list(self.frozen.heads)
+        for move in tqdm(self.moves[::every], desc="static table", disable=None):
+            named = tuple(self.actions[action] for action in move.path)
+            measured = static.path_kl(self.env, self.held_out, wanted, move.path, heads)
+            for head, loss in zip(heads, measured, strict=True):
+                share = round(manifest.costs.token_ms(named, head) / full_ms, 5)
+                points.append(StaticPoint(share, head, round(loss + rounding, 6), named))
         return tuple(sorted(points, key=lambda point: point.budget))
 
     def _training(self, started: float) -> Training:
