@@ -132,7 +132,7 @@ def test_tokenizer_agrees_with_itself_on_many_scripts(model: Model) -> None:
 
 def test_export_stays_within_time_and_memory(model: Model) -> None:
     facts = model.manifest.export
-    assert facts.seconds <= 240  # 130 on two free cores
+    assert facts.seconds <= 400  # 140 to 200 on two free cores
     assert facts.peak_rss_bytes <= 2.5e9
 
 
