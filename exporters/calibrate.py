@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.reference import streamed_model
-from dash_onnx.exporters.sampling import Sample
+from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, Sample
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.manifest import Calibration
@@ -73,20 +73,18 @@ def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
 
 
 def _self_generated(source: Source, seed: int) -> Ids:
-    """Samples at temperature 1.
+    """Samples at temperature 1, from where documents start.
 
-    Half of the sequences start as the tokenizer starts a text (a chat-tuned model then often
-    writes a chat), half with a random token, which leads to documents of every kind
-    (LLM-QAT, arXiv 2305.17888).
+    A chat-tuned model writes chats after its start token; documents are the better calibration
+    (see docs/benchmarks.md).
     """
     model: Any = streamed_model(source)
     config = source.generation_config
     start = next(
         (token for token in (config.bos_token_id, source.tokenizer.bos_token_id) if token), 0
     )
+    start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
     first = np.full((SEQUENCES, 1), start)
-    draw = np.random.default_rng(seed)
-    first[SEQUENCES // 2 :, 0] = draw.integers(len(source.tokenizer), size=SEQUENCES // 2)
     length = min(LENGTH, source.config.max_position_embeddings)
     with tqdm(total=length - 1, desc="calibration text", unit="tok", disable=None) as bar:
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor
 
+DOCUMENT_TOKEN = "<|endoftext|>"
+"""What separates documents in the training text of most models with a byte-level BPE."""
+
 
 def drawn(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """One index per row of `[n, V]`, as `[n, 1]`.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dash_onnx.actions import Action
 from dash_onnx.errors import SourceError
-from dash_onnx.exporters.sampling import drawn
+from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, drawn
 from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.text import Message, TextCodec
@@ -64,9 +64,15 @@ def training_ids(
 def _first_tokens(
     frozen: Frozen, codec: TextCodec, sequences: int, generator: torch.Generator
 ) -> Tensor:
-    """Half begin as the tokenizer begins a text, half with a random token (2305.17888)."""
+    """Half begin as the tokenizer begins a text (often a chat), half as documents begin.
+
+    Where the vocabulary has no token for that, with random tokens (LLM-QAT, arXiv 2305.17888).
+    """
     vocab = min(frozen.manifest.model.vocab_size, codec.tokenizer.get_vocab_size())
     first = torch.randint(vocab, (sequences,), generator=generator)
+    document = codec.tokenizer.token_to_id(DOCUMENT_TOKEN)
+    if document is not None:
+        first[:] = document
     start = codec.start_token_id
     if start is not None:
         first[::2] = start
