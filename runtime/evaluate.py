@@ -75,7 +75,7 @@ def evaluate(
     counts: Counter[str] = Counter()
     for ids in windows:
         best = model.manifest.variants[0]
-        reference = _log_softmax(model.logits(ids, policy=best)[prompt_tokens:-1])
+        reference = log_softmax(model.logits(ids, policy=best)[prompt_tokens:-1])
         rows = []
         started = time.perf_counter()
         for logits, path in model.teacher_forced(ids[:-1], chosen, prompt_tokens):
@@ -84,7 +84,7 @@ def evaluate(
             counts.update(path)
             spent.append(costs.token_ms(path, chosen.head, scored))
             started = time.perf_counter()
-        ours = _log_softmax(np.stack(rows))
+        ours = log_softmax(np.stack(rows))
         targets = ids[prompt_tokens + 1 :, None]
         nll.append(-np.take_along_axis(ours, targets, 1))
         reference_nll.append(-np.take_along_axis(reference, targets, 1))
@@ -133,8 +133,9 @@ def _stderr(means: list[float]) -> float:
     return float(np.std(means, ddof=1) / np.sqrt(len(means)))
 
 
-def _log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64."""
     logits = logits.astype(np.float64)
-    logits -= logits.max(1, keepdims=True)
-    result: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    logits -= logits.max(-1, keepdims=True)
+    result: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return result

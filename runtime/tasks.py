@@ -19,6 +19,7 @@ from dash_onnx.budget import Budget
 from dash_onnx.errors import SourceError
 from dash_onnx.policy import Policy, ScoredPolicy
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.evaluate import log_softmax
 from dash_onnx.text import read_text
 
 
@@ -150,10 +151,8 @@ def run_task(
             total, match = 0.0, True
             steps = model.teacher_forced(ids[:-1], chosen, len(context) - 1)
             for target, (logits, path) in zip(targets.tolist(), steps, strict=True):
-                row = logits.astype(np.float64)
-                top = row.max()
-                total += row[target] - top - math.log(np.exp(row - top).sum())
-                match &= int(row.argmax()) == target
+                total += log_softmax(logits)[target]
+                match &= int(logits.argmax()) == target
                 spent.append(costs.token_ms(path, chosen.head, scored))
             totals.append(total)
             greedy.append(match)

@@ -14,6 +14,7 @@ from dash_onnx.policy import Policy, ScoredPolicy
 from dash_onnx.report.tokens import Token, describe, path_letters
 from dash_onnx.runtime.dispatch import Ids, Lane, Logits
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.evaluate import log_softmax
 from dash_onnx.runtime.generate import prefill_plan
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
@@ -211,7 +212,7 @@ class _Record:
     def add(self, logits: Logits, path: Path) -> None:
         """Compares one token with the reference."""
         theirs = self._reference[len(self._kl)]
-        p, q = _log_softmax(theirs), _log_softmax(logits)
+        p, q = log_softmax(theirs), log_softmax(logits)
         self._kl.append(max(float((np.exp(p) * (p - q)).sum()), 0.0))
         self._agree.append(bool(theirs.argmax() == logits.argmax()))
         self._paths.append(path_letters(path))
@@ -231,10 +232,3 @@ class _Record:
             tuple(predicted),
             float(np.mean(self._agree)),
         )
-
-
-def _log_softmax(logits: Logits) -> np.ndarray:
-    row = logits.astype(np.float64)
-    row -= row.max()
-    result: np.ndarray = row - np.log(np.exp(row).sum())
-    return result

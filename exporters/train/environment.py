@@ -186,8 +186,11 @@ class Environment:
         weights = torch.zeros(len(self.actions))
         weights[self.actions.index(action)] = 1.0
         with torch.no_grad():
-            fixed = weights.expand(*ids.shape, -1)
-            return self.run(ids, lambda state: fixed).final
+            return torch.cat([self._uniform(part, weights) for part in ids.split(_SEQUENCES)])
+
+    def _uniform(self, ids: Tensor, weights: Tensor) -> Tensor:
+        fixed = weights.expand(*ids.shape, -1)
+        return self.run(ids, lambda state: fixed).final
 
     def kl(self, reference: Tensor, final: Tensor, head: Action | None = None) -> Tensor:
         """KL(reference || path) in nats of each token.
@@ -229,6 +232,7 @@ class _HeadKL(torch.autograd.Function):
         return gradient * grads[0][:, None], None, None, None
 
 
+_SEQUENCES = 4  # that a reference pass runs at once
 _CHUNK = 64  # tokens whose logits exist at once: larger buffers cost page faults, twice as slow
 
 

@@ -64,7 +64,7 @@ def measure(
     full_ms = reference_ms(manifest)
     fixed_ms = manifest.costs.embed_ms + manifest.costs.scorer_ms
     with torch.no_grad():
-        reference = torch.cat([env.reference(part, env.actions[0]) for part in ids.split(4)])
+        reference = env.reference(ids, env.actions[0])
         points: list[BudgetPoint] = []
         for price in sorted(prices):
             chosen, finals = [], []

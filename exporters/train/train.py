@@ -246,9 +246,7 @@ class _Run:
         """
         ids = self.ids[: _BATCH * self.effort.tried]
         with self.autocast():
-            reference = torch.cat(
-                [self.env.reference(part, self.actions[0]) for part in ids.split(_BATCH)]
-            )
+            reference = self.env.reference(ids, self.actions[0])
             moves = static.search(
                 self.env, ids, reference, self.costs, self.values, self.effort.tried
             )
@@ -390,9 +388,7 @@ class _Run:
     def _static(self, manifest: Manifest, rounding: float) -> tuple[StaticPoint, ...]:
         """Best static assignments, searched on training text, measured on held-out text."""
         full_ms = reference_ms(manifest)
-        wanted = torch.cat(
-            [self.env.reference(part, self.actions[0]) for part in self.held_out.split(_BATCH)]
-        )
+        wanted = self.env.reference(self.held_out, self.actions[0])
         every = max(1, self.env.layers // 8)
         points: list[StaticPoint] = []
         heads = list(self.frozen.heads)
