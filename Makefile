@@ -25,8 +25,9 @@ check: .venv/.dev
 demo-model: $(DEMO)
 
 bench: .venv/.bench $(BUNDLE)/dash.json build/peers/.built
-	$(BIN)/python benchmarks/decode.py $(BUNDLE) \
-		--genai int4=build/peers/int4 int8=build/peers/int8 full=build/peers/fp32
+	$(BIN)/dash-bench $(BUNDLE) --peer genai:build/peers/int4 --peer genai:build/peers/int8 \
+		--peer genai:build/peers/fp32 --peer transformers:build/peers/hf --peer openvino:$(DEMO) \
+		--picture build/bench.png
 
 wheel: .venv/.dev
 	$(BIN)/python -m build --outdir build/dist

@@ -1,17 +1,22 @@
-"""Budgets: from the share of the reference's time that a user allows to a price of milliseconds."""
+"""Budgets: from the share of the reference's time that a user allows to a price of time."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from dataclasses import replace
+from itertools import pairwise
 from typing import TypeAlias
 
-from dash_onnx.actions import SKIP, Action, Path
+from dash_onnx.actions import ACTIONS, SKIP, Action, Path
 from dash_onnx.errors import PolicyError
-from dash_onnx.manifest import BudgetPoint, Manifest, ScorerFacts
+from dash_onnx.manifest import BudgetPoint, Costs, Manifest, ScorerFacts
 
 Budget: TypeAlias = float | str
 """A fraction of the reference's time per token, or the name of a preset."""
+
+PRESETS = {"quality": 0.02, "balanced": 0.06, "fast": 0.2}
+"""Named budgets: the cheapest whose KL on held-out tokens is at most this many nats."""
 
 DEFAULT_PRESET = "balanced"
 
@@ -68,7 +73,7 @@ def price_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float, Act
         points: by ascending budget.
 
     Returns:
-        Nats per millisecond, and the precision of the LM head.
+        Nats per `Costs.unit_ms`, and the precision of the LM head.
 
     Raises:
         PolicyError: the budget is outside the table.
@@ -79,13 +84,85 @@ def price_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float, Act
             f"budget {budget:g} is outside what this bundle can do: {low:.3f} to {high:.3f} of the "
             "full time"
         )
-    if len(points) == 1:
-        return points[0].price, points[0].head
-    right = max(bisect_left([point.budget for point in points], budget), 1)
-    a, b = points[right - 1], points[right]
+    a, b = _neighbours(budget, points)
+    if a is b:
+        return a.price, a.head
     share = (budget - a.budget) / (b.budget - a.budget)
     price = math.exp((1 - share) * math.log(a.price) + share * math.log(b.price))
     return price, (a if share < 0.5 else b).head
+
+
+def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action, ...]:
+    """Actions that the policy takes at a budget inside the table, highest precision first."""
+    rows = _neighbours(budget, points)
+    return tuple(action for action in ACTIONS if any(row.shares.get(action, 0) > 0 for row in rows))
+
+
+def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetPoint, BudgetPoint]:
+    """The rows of the table on both sides of a budget."""
+    right = bisect_left([point.budget for point in points], budget)
+    right = min(max(right, 1), len(points) - 1)
+    return points[max(right - 1, 0)], points[right]
+
+
+def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
+    """Budgets of the presets, interpolated in the table (KL falls with the budget)."""
+    result = {}
+    for name, limit in PRESETS.items():
+        below = [point for point in points if point.kl <= limit]
+        if not below:
+            result[name] = points[-1].budget
+            continue
+        best = min(below, key=lambda point: point.budget)
+        index = points.index(best)
+        budget = best.budget
+        if index > 0 and points[index - 1].kl > limit:
+            worse = points[index - 1]
+            share = (limit - best.kl) / (worse.kl - best.kl)
+            budget += share * (worse.budget - best.budget)
+        result[name] = min(max(round(budget, 4), points[0].budget), points[-1].budget)
+    return result
+
+
+def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
+    """A manifest for another machine's costs: budgets and presets follow them.
+
+    Prices are in units of a layer, so decisions change only where the ratios of costs do. The
+    budget of each row of the policy table scales as its mix of actions does, its KL stays.
+    """
+    scorer = manifest.scorer
+    moved = replace(manifest, costs=costs)
+    if scorer is None:
+        return moved
+
+    def mix_ms(point: BudgetPoint, under: Costs) -> float:
+        layers = sum(
+            share * sum(layer[action] for layer in under.layers_ms)
+            for action, share in point.shares.items()
+        )
+        return under.embed_ms + under.scorer_ms + under.heads_ms[point.head] + layers
+
+    full_ms = reference_ms(moved)
+    before = reference_ms(manifest)
+    points = []
+    for point in scorer.points:
+        ms = point.budget * before * mix_ms(point, costs) / mix_ms(point, manifest.costs)
+        points.append(replace(point, budget=round(ms / full_ms, 5)))
+    points.sort(key=lambda point: point.budget)
+    distinct = points[:1] + [b for a, b in pairwise(points) if b.budget > a.budget]
+    static = [
+        replace(point, budget=round(costs.token_ms(point.path, point.head) / full_ms, 5))
+        for point in scorer.static
+    ]
+    return replace(
+        moved,
+        scorer=replace(
+            scorer,
+            points=tuple(distinct),
+            presets=presets(tuple(distinct)),
+            static=tuple(sorted(static, key=lambda point: point.budget)),
+        ),
+    )
 
 
 class Controller:
@@ -94,7 +171,7 @@ class Controller:
     Works on profiled milliseconds, so a generation does not depend on how busy the machine is.
 
     Attributes:
-        price: nats per millisecond, for the next token.
+        price: nats per `Costs.unit_ms`, for the next token.
     """
 
     def __init__(self, manifest: Manifest, budget: float, price: float, head: Action):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from dash_onnx.contract import data_name
 from dash_onnx.errors import BundleError
 from dash_onnx.manifest import MANIFEST_NAME, FileFacts, Manifest
 
@@ -102,11 +103,6 @@ class Bundle:
                 )
             self._verified.add(part)
         return self.folder / name
-
-
-def data_name(graph: str) -> str:
-    """Path of the external weights of a graph: `layers/00/int4.onnx` -> `….onnx.data`."""
-    return graph + ".data"
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:

@@ -27,6 +27,11 @@ def head_path(precision: Action) -> str:
     return f"head/{precision}.onnx"
 
 
+def data_name(graph: str) -> str:
+    """Path of the external weights of a graph: `layers/00/int4.onnx` -> `….onnx.data`."""
+    return graph + ".data"
+
+
 def scorer_path(digest: str) -> str:
     """Path of a scorer graph, named after its content: a new one never overwrites the old one."""
     return f"scorer-{digest[:12]}.onnx"
@@ -122,25 +127,24 @@ def head_ports(dims: Dims) -> Ports:
     )
 
 
-def scorer_ports(dims: Dims, actions: int, block: int) -> Ports:
-    """The scorer of one token's decisions for a block of layers.
+def scorer_ports(dims: Dims, actions: int, longest: int) -> Ports:
+    """The scorer of one token's decisions for a segment of layers.
 
-    `hidden` is the input of the layer before the block (of layer 0 itself for layer 0), `layer`
-    the first layer of the block, `previous` the action index of the layer before (the number of
-    actions for layer 0), `log_price` the log of nats per millisecond `[1, 1]`, `penalty` what
-    each action costs (price times milliseconds, in nats). `values` are the predicted KL of each
-    action in nats, `action` is the index of the least sum of value and penalty.
+    `hidden` is the input of the layer before the segment (the first segment, 0, does not read
+    it), `row` is `segment * (actions + 1) + previous`, with the action index of the layer before
+    (anything for the first segment), `log_price` the log of nats per `Costs.unit_ms`, `penalty`
+    what each action costs (price times cost, in nats). `total` is `penalty` plus the predicted
+    KL of each action in nats; the action with the least total is taken. Rows are the layers
+    of the segment, flattened with the actions; `longest` of them, whatever its length.
     """
+    flat = (1, longest * actions)
     return Ports(
         inputs=(
-            Port("hidden", dims.dtype, (1, 1, dims.hidden_size)),
-            Port("layer", "int64", (1,)),
-            Port("previous", "int64", (1,)),
+            Port("hidden", dims.dtype, (1, dims.hidden_size)),
+            Port("segment", "int64", (1,)),
+            Port("row", "int64", (1,)),
             Port("log_price", "float32", (1, 1)),
-            Port("penalty", "float32", (block, actions)),
+            Port("penalty", "float32", flat),
         ),
-        outputs=(
-            Port("values", "float32", (block, actions)),
-            Port("action", "int64", (block,)),
-        ),
+        outputs=(Port("total", "float32", flat),),
     )

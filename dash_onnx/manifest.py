@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.contract import Dims, DType, head_path
+from dash_onnx.contract import Dims, DType, data_name, head_path, layer_path
 from dash_onnx.errors import BundleError
 from dash_onnx.records import RecordError, from_json, to_json
 from dash_onnx.version import FORMAT_VERSION
@@ -127,6 +128,15 @@ class Costs:
     heads_ms: dict[Action, float]
     layers_ms: tuple[dict[Action, float], ...]
 
+    @property
+    def unit_ms(self) -> float:
+        """Mean milliseconds of a layer in the cheapest precision: prices are nats per this.
+
+        So that a policy table holds on another machine, as far as the ratios of costs do.
+        """
+        cheapest = [action for action in PRECISIONS if action in self.layers_ms[0]][-1]
+        return sum(costs[cheapest] for costs in self.layers_ms) / len(self.layers_ms)
+
     def token_ms(self, path: Sequence[Action], head: Action, scored: bool = False) -> float:
         """What one token costs on a path.
 
@@ -145,7 +155,7 @@ class BudgetPoint:
 
     Attributes:
         budget: mean cost of a token as a fraction of the reference's.
-        price: nats per millisecond that lead to it.
+        price: nats per `Costs.unit_ms` that lead to it.
         head: precision of the LM head.
         kl: mean KL(reference || policy) in nats.
         shares: of each action among the decisions.
@@ -209,7 +219,8 @@ class ScorerFacts:
     Attributes:
         file: its graph.
         actions: what its action indices mean.
-        block: layers that it decides for at once.
+        looks: layers before which it looks at the hidden state, to decide for them and those that
+            follow; the layers before the first look are decided by the price alone.
         points: the policy table, by ascending budget.
         presets: named budgets.
         static: the best static assignments, by ascending budget.
@@ -218,11 +229,15 @@ class ScorerFacts:
 
     file: str
     actions: tuple[Action, ...]
-    block: int
+    looks: tuple[int, ...]
     points: tuple[BudgetPoint, ...]
     presets: dict[str, float]
     static: tuple[StaticPoint, ...]
     training: Training
+
+    def segments(self, layers: int) -> tuple[tuple[int, int], ...]:
+        """First layer, and the one after the last, of each segment that is decided at once."""
+        return tuple(pairwise((0, *self.looks, layers)))
 
 
 @dataclass(frozen=True)
@@ -298,6 +313,16 @@ class Manifest:
             dtype=dtype,
         )
 
+    def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
+        """Bytes of weights that a token on a path reads: `full` is FP32 in a CPU's memory."""
+        graphs = [(layer_path(index, action), action) for index, action in enumerate(path)]
+        total = 0
+        for graph, action in [*graphs, (head_path(head), head)]:
+            stored = self.files.get(data_name(graph), self.files[graph]).bytes
+            widened = action == "full" and self.target.device == "cpu"
+            total += 2 * stored if widened else stored
+        return total
+
     @property
     def exported_heads(self) -> tuple[Action, ...]:
         """Precisions of the LM heads in the bundle, highest first."""
@@ -354,8 +379,15 @@ def _check_scorer(manifest: Manifest, scorer: ScorerFacts, name: str) -> None:
     for wrong, what in (
         (scorer.file not in manifest.files, f"scorer.file {scorer.file!r} is not in files"),
         (scorer.actions != manifest.actions, "scorer.actions must be the bundle's actions"),
-        (scorer.block < 1, "scorer.block must be at least 1"),
+        (
+            not scorer.looks or any(a >= b for a, b in scorer.segments(layers)),
+            "scorer.looks must be layers after the first, in order",
+        ),
         (not budgets or budgets != sorted(set(budgets)), "scorer.points must ascend in budget"),
+        (
+            not all(any(row.shares.get(a, 0) > 0 for a in PRECISIONS) for row in scorer.points),
+            "every row of scorer.points needs the share of a precision",
+        ),
         ("balanced" not in scorer.presets, "scorer.presets must name balanced"),
         (not heads <= set(manifest.exported_heads), "a head of the policy table is not exported"),
         (any(len(point.path) != layers for point in scorer.static), "a static path is cut off"),

@@ -23,9 +23,10 @@ from dash_onnx.budget import (
     resolve,
     scorer_facts,
     skipping_path,
+    used_actions,
 )
 from dash_onnx.errors import PolicyError
-from dash_onnx.manifest import Manifest
+from dash_onnx.manifest import Costs, Manifest
 
 
 class Policy(ABC):
@@ -34,15 +35,29 @@ class Policy(ABC):
     Attributes:
         name: what the trace and summaries call it.
         head: precision of the LM head it uses.
+        scored: whether the scorer decides, which has a cost of its own.
+        prefill: precision of prompts; None takes the highest exported.
     """
 
     name: str
     head: Action
+    scored = False
+    prefill: Action | None = None
+
+    def cost_ms(self, path: Path, costs: Costs) -> float:
+        """Profiled milliseconds of a token on a path that this policy chose."""
+        return costs.token_ms(path, self.head, self.scored)
 
     @property
     def uniform(self) -> Path | None:
         """The path that every token takes, or None when paths differ between tokens."""
         return None
+
+    def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
+        """Per layer the actions that may be taken, of those that the bundle has."""
+        if self.uniform is not None:
+            return [{action} for action in self.uniform]
+        return [set(actions)] * layers
 
 
 class PathPolicy(Policy):
@@ -58,8 +73,11 @@ class ScoredPolicy(Policy):
 
     Attributes:
         budget: mean cost of a token as a fraction of the reference's.
-        price: nats per millisecond that the table gives for it.
+        price: nats per `Costs.unit_ms` that the table gives for it.
+        uses: actions that it takes at this budget, highest precision first.
     """
+
+    scored = True
 
     def __init__(self, manifest: Manifest, budget: Budget | None = None):
         """Looks the budget up.
@@ -71,7 +89,15 @@ class ScoredPolicy(Policy):
         self.name = "dash" if budget is None else f"dash:{budget}"
         self.budget = resolve(budget, manifest)
         self.price, self.head = price_of(self.budget, points)
+        # The best of what decoding uses. A higher precision would be no slower, but another copy
+        # of all weights in memory, for less than what this budget loses anyway.
+        self.uses = used_actions(self.budget, points)
+        self.prefill = self.uses[0]
         self._manifest = manifest
+
+    def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
+        """See `Policy`; those of the table, and the controller seldom leaves it."""
+        return [set(self.uses)] * layers
 
     def controller(self) -> Controller:
         """What holds the budget during one generation."""

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.bundle import Bundle, check_destination, data_name, list_files, writing
-from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.bundle import Bundle, check_destination, list_files, writing
+from dash_onnx.contract import EMBED_PATH, data_name, head_path, layer_path
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, Architecture, architecture_of
 from dash_onnx.exporters.architectures.base import ModelSpec

@@ -57,7 +57,7 @@ class Lane:
 
         Args:
             token: its id.
-            price: nats per millisecond.
+            price: nats per `Costs.unit_ms`.
             head: precision of the LM head.
 
         Returns:
@@ -216,17 +216,13 @@ class _Span:
             self._run_of(layer, action)()
 
     def run_scored(self, token: int, scoring: Scoring) -> None:
-        """Like `run_layers`; the decision for layer i+1 needs no output of layer i."""
+        """Like `run_layers`; decisions for the layers after layer i need no output of layer i."""
         self._start(token)
         decisions, actions = scoring.decisions, scoring.actions
-        first, *ahead = scoring.runs
-        assert first is not None
-        first()
-        for layer, score in enumerate([*ahead, None]):
-            action = actions[decisions[layer]]
-            if score is not None:
-                score()
-            self._run_of(layer, action)()
+        for layer, look in enumerate(scoring.looks):
+            if look is not None:
+                look()
+            self._run_of(layer, actions[decisions[layer]])()
 
     def _run_of(self, layer: int, action: Action) -> Run:
         runs = self._layers[layer]
@@ -256,8 +252,8 @@ class _Span:
         seconds = 0.0
         for layer, action in enumerate(path):
             started = time.perf_counter()
-            if (score := scoring.runs[layer]) is not None:
-                score()
+            if (look := scoring.looks[layer]) is not None:
+                look()
             seconds += time.perf_counter() - started
             self._run_of(layer, action)()
         return seconds * 1e3

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.actions import Path
+from dash_onnx.actions import Action, Path
 from dash_onnx.budget import Budget
 from dash_onnx.bundle import Bundle
 from dash_onnx.errors import DeviceError
@@ -26,7 +26,7 @@ from dash_onnx.runtime.generate import (
     stream,
 )
 from dash_onnx.runtime.options import Options
-from dash_onnx.runtime.ort import Device, check_device, use_global_threads
+from dash_onnx.runtime.ort import Device, check_device, use_threads
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.text import Message, TextCodec
 
@@ -55,7 +55,7 @@ class Model:
     ):
         """See `load`."""
         check_device(device)
-        use_global_threads(threads)
+        use_threads(threads)
         self.manifest = bundle.manifest
         self.text = TextCodec(bundle)
         self._sessions = Sessions(bundle, device)
@@ -66,9 +66,27 @@ class Model:
         """An empty K/V cache that several generations of one conversation share, in turn."""
         return Cache(self._sessions)
 
-    def preload(self) -> None:
-        """Loads every graph now instead of when it is first used."""
-        self._sessions.preload()
+    def preload(self, policy: str | Policy | None = None, budget: Budget | None = None) -> None:
+        """Loads graphs now instead of when they are first used.
+
+        Args:
+            policy: whose graphs, as in `policy`; None loads every graph of the bundle.
+            budget: likewise.
+        """
+        self._sessions.preload(None if policy is None else self.policy(policy, budget))
+
+    def close(self) -> None:
+        """Frees every graph and its weights; caches and running generations keep what they use.
+
+        A later generation raises `BundleError`. A model is also a context manager that closes it.
+        """
+        self._sessions.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def policy(self, policy: str | Policy = "", budget: Budget | None = None) -> Policy:
         """Resolves a policy; see `dash_onnx.policy.make_policy`.
@@ -88,7 +106,7 @@ class Model:
         """Teacher-forced logits of a text.
 
         A policy whose paths differ between tokens is run token by token, its first token at
-        the highest exported precision.
+        the precision of its prompts.
 
         Args:
             ids: 1-D token ids, `[S]`.
@@ -100,29 +118,42 @@ class Model:
         chosen, lane = self.policy(policy, budget), Lane(self._sessions)
         if chosen.uniform is not None:
             return lane.prefill_all(ids, chosen.uniform, chosen.head)
-        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, None))
+        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, chosen.prefill))
         decode = decoding(lane, chosen)
         rows = [decode(token)[0].astype(np.float32)[None] for token in ids[1:].tolist()]
         return np.concatenate([first, *rows])
 
     def teacher_forced(
-        self, ids: Ids | Sequence[int], policy: str | Policy, prompt_tokens: int
+        self,
+        ids: Ids | Sequence[int],
+        policy: str | Policy,
+        prompt_tokens: int,
+        prefill: Action | None = None,
+        cache: Cache | None = None,
     ) -> Iterator[tuple[Logits, Path]]:
         """Prefills a part of a text, then decodes the rest of it under a policy.
 
         Args:
             ids: 1-D token ids.
-            prompt_tokens: how many are prefilled, at the highest exported precision.
+            prompt_tokens: how many are prefilled.
+            prefill: at which precision; None takes the policy's.
+            cache: keeps the K/V of the prefilled part for the next call.
 
         Yields:
             For each later token, the logits `[V]` after it (overwritten by the next step) and
             its path.
         """
         ids = self._checked(ids)
-        lane = Lane(self._sessions)
-        if prompt_tokens:
-            lane.prefill(ids[:prompt_tokens], *prefill_plan(self._sessions, None))
-        yield from map(decoding(lane, self.policy(policy)), ids[prompt_tokens:].tolist())
+        chosen, cache = self.policy(policy), cache or self.new_cache()
+        lane, rest = cache.acquire(ids[:prompt_tokens])
+        try:
+            if len(rest):
+                plan = prefill_plan(self._sessions, prefill or chosen.prefill)
+                lane.prefill(rest, *plan)
+                cache.tokens += rest.tolist()
+            yield from map(decoding(lane, chosen), ids[prompt_tokens:].tolist())
+        finally:
+            cache.release()
 
     def generate_step(self, ids: Ids | Sequence[int], **options: Any) -> Iterator[Step]:
         """Generates tokens after a prompt of token ids; the first step is the prefill."""
@@ -169,9 +200,9 @@ def load(
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
 
-    All sessions run on ORT's global thread pool. ORT then refuses, in the same process, other
-    sessions that do not set `SessionOptions.use_per_session_threads = False`, and the pool can
-    only be set before the first session of the process: load the bundle before other models.
+    All sessions share ORT's global thread pool. While it exists ORT refuses other sessions of the
+    process that do not set `SessionOptions.use_per_session_threads = False`. An app that cannot
+    change its other sessions passes `threads=1`: then there is no pool.
 
     Args:
         folder: what `dash-export` wrote.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dash_onnx.actions import Action
 from dash_onnx.budget import Budget
 from dash_onnx.errors import PolicyError
-from dash_onnx.policy import Policy, ScoredPolicy
+from dash_onnx.policy import Policy
 from dash_onnx.runtime.dispatch import Ids
 from dash_onnx.runtime.engine import Model
 
@@ -53,15 +54,17 @@ def evaluate(
     window: int = 512,
     prompt_tokens: int = 128,
     max_windows: int | None = None,
+    prefill: Action | None = None,
     on_window: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Runs a policy over windows of a text.
 
-    Of each window the first `prompt_tokens` are prefilled at the highest exported precision
-    and the rest is decoded token by token under the policy.
+    Of each window the first `prompt_tokens` are prefilled and the rest is decoded token by token
+    under the policy.
 
     Args:
         max_windows: None takes every whole window.
+        prefill: precision of the prompt; None takes the policy's.
         on_window: called after each window.
 
     Raises:
@@ -69,7 +72,7 @@ def evaluate(
     """
     windows = text_windows(model, text, window, prompt_tokens, max_windows)
     chosen = model.policy(policy, budget)
-    scored, costs = isinstance(chosen, ScoredPolicy), model.manifest.costs
+    costs = model.manifest.costs
     spent = []
     nll, reference_nll, kl, agree, times = [], [], [], [], []
     counts: Counter[str] = Counter()
@@ -78,11 +81,11 @@ def evaluate(
         reference = log_softmax(model.logits(ids, policy=best)[prompt_tokens:-1])
         rows = []
         started = time.perf_counter()
-        for logits, path in model.teacher_forced(ids[:-1], chosen, prompt_tokens):
+        for logits, path in model.teacher_forced(ids[:-1], chosen, prompt_tokens, prefill):
             times.append((time.perf_counter() - started) * 1e3)
             rows.append(logits.astype(np.float32))  # a copy: the next token overwrites it
             counts.update(path)
-            spent.append(costs.token_ms(path, chosen.head, scored))
+            spent.append(chosen.cost_ms(path, costs))
             started = time.perf_counter()
         ours = log_softmax(np.stack(rows))
         targets = ids[prompt_tokens + 1 :, None]

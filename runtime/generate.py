@@ -86,7 +86,8 @@ class Cache:
         if not self._busy.acquire(blocking=False):
             raise PolicyError("this cache is in use by another generation; give each its own")
         held = np.asarray(self.tokens, np.int64)
-        shortest = min(len(held), len(ids) - 1)  # the last token runs again: it gives the logits
+        # The last token runs again: it gives the logits.
+        shortest = max(min(len(held), len(ids) - 1), 0)
         differs = np.flatnonzero(held[:shortest] != ids[:shortest])
         common = int(differs[0]) if len(differs) else shortest
         self._lane.truncate(common)
@@ -122,7 +123,7 @@ def generate_step(
         sampler = Sampler(options.sampling)
         seen = [int(token) for token in ids]
         decode = decoding(lane, policy)
-        path, head = prefill_plan(sessions, options.prefill)
+        path, head = prefill_plan(sessions, options.prefill or policy.prefill)
         token = -1
         for count in range(1, options.max_new_tokens + 1):
             started = time.perf_counter()

@@ -21,7 +21,7 @@ MINIMUM = (1, 25)
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _pool_lock = threading.Lock()
-_pool_threads: int | None = None
+_pool_threads: int | None = None  # 1: no pool
 
 
 @functools.cache
@@ -83,32 +83,50 @@ def has_device(device: str) -> bool:
     return _PROVIDERS[device] in onnxruntime().get_available_providers()
 
 
-def use_global_threads(threads: int | None) -> None:
-    """Sets the size of the one thread pool that all sessions of the process share.
+def use_threads(threads: int | None) -> None:
+    """Decides on the threads of all sessions of the process, once.
 
-    A pool per session, ORT's default, would leave the threads of one layer spinning on the
-    cores that the next layer needs: 20 times slower. The pool cannot be resized later.
+    They share ORT's global pool. A pool per session, ORT's default, would leave the threads of
+    one layer spinning on the cores that the next layer needs: 20 times slower. The pool cannot be
+    resized later, and while it exists ORT refuses sessions that want a pool of their own. With
+    one thread there is no pool at all, so that the other sessions of an app stay as they are.
 
     Args:
         threads: intra-op threads; None takes all cores this process may use.
     """
     global _pool_threads
     with _pool_lock:
-        if _pool_threads is None:
+        if _pool_threads is None or (_pool_threads == 1 and threads != 1):
             wanted = threads or _usable_cores()
-            onnxruntime().set_global_thread_pool_sizes(wanted, 1)
+            if wanted > 1 and not _set_pool(wanted) and threads is not None:
+                _warn(threads, "was set by this app")
             _pool_threads = wanted
         elif threads is not None and threads != _pool_threads:
-            warnings.warn(
-                f"threads={threads} ignored: ONNX Runtime's global pool has {_pool_threads} "
-                "threads in this process and cannot be resized",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            _warn(threads, f"has {_pool_threads} threads")
+
+
+def _set_pool(threads: int) -> bool:
+    """Whether the global pool was ours to set: an app may have set it before."""
+    try:
+        onnxruntime().set_global_thread_pool_sizes(threads, 1)
+    except Exception as error:  # ORT raises types of its C extension, without a common base
+        if "already been created" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _warn(threads: int, why: str) -> None:
+    warnings.warn(
+        f"threads={threads} ignored: ONNX Runtime's global pool {why} in this process and cannot "
+        "be resized",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def thread_count() -> int:
-    """Threads of ORT's global pool."""
+    """Threads that a layer runs on."""
     return _pool_threads or _usable_cores()
 
 
@@ -128,9 +146,12 @@ def create_session(model: Path | bytes, device: Device) -> Any:
         BundleError: ORT refuses the graph.
     """
     ort = onnxruntime()
-    use_global_threads(None)
+    if _pool_threads is None:
+        use_threads(None)
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.use_per_session_threads = _pool_threads == 1
+    if options.use_per_session_threads:
+        options.intra_op_num_threads = 1
     # An arena per session keeps every session's intermediate tensors in other, cold memory; the
     # process heap hands the same hot blocks from layer to layer: 6 % faster INT4 decoding.
     options.enable_cpu_mem_arena = False

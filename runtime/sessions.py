@@ -19,6 +19,7 @@ from dash_onnx.contract import (
     scorer_ports,
 )
 from dash_onnx.errors import BundleError
+from dash_onnx.policy import Policy
 from dash_onnx.runtime.ort import Device, create_session
 
 
@@ -33,12 +34,16 @@ class Sessions:
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
         self.head_ports = head_ports(dims)
+        segments = facts.segments(bundle.manifest.model.num_layers) if facts else ()
         self.scorer_ports = scorer_ports(
-            dims, len(facts.actions) if facts else 0, facts.block if facts else 0
+            dims,
+            len(facts.actions) if facts else 0,
+            max((stop - start for start, stop in segments), default=0),
         )
         self._bundle = bundle
         self._loaded: dict[str, Any] = {}
         self._lock = threading.Lock()
+        self._closed = False
 
     def embed(self) -> Any:
         """The token embedding."""
@@ -56,22 +61,37 @@ class Sessions:
         """What decides; see `ScorerFacts`."""
         return self._get(scorer_facts(self.manifest).file, self.scorer_ports)
 
-    def preload(self) -> None:
-        """Loads every graph of the bundle."""
+    def preload(self, policy: Policy | None = None) -> None:
+        """Loads every graph of the bundle, or those that a policy and its prompts use."""
+        manifest = self.manifest
+        layers = manifest.model.num_layers
+        heads, actions = set(manifest.exported_heads), [set(manifest.actions)] * layers
+        if policy is not None:
+            prompt: Action = policy.prefill or manifest.variants[0]
+            heads = {policy.head, manifest.heads[prompt]}
+            actions = [{prompt, *used} for used in policy.used(layers, manifest.actions)]
         self.embed()
-        if self.manifest.scorer is not None:
+        if manifest.scorer is not None and (policy is None or policy.scored):
             self.scorer()
-        for precision in self.manifest.exported_heads:
+        for precision in heads:
             self.head(precision)
-        for layer in range(self.manifest.model.num_layers):
-            for action in self.manifest.actions:
+        for layer, used in enumerate(actions):
+            for action in used:
                 self.layer(layer, action)
+
+    def close(self) -> None:
+        """Forgets every session, for good; what is bound to one keeps it alive."""
+        with self._lock:
+            self._closed = True
+            self._loaded.clear()
 
     def _get(self, path: str, ports: Ports) -> Any:
         session = self._loaded.get(path)
         if session is None:
             with self._lock:
                 session = self._loaded.get(path)
+                if self._closed:
+                    raise BundleError("this model is closed; load the bundle again")
                 if session is None:
                     session = create_session(self._bundle.verified(path), self.device)
                     _check_ports(path, session, ports)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dash_onnx.budget import Budget
 from dash_onnx.errors import SourceError
-from dash_onnx.policy import Policy, ScoredPolicy
+from dash_onnx.policy import Policy
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import log_softmax
 from dash_onnx.text import read_text
@@ -73,7 +73,8 @@ def read_task(path: Path, max_items: int | None = None) -> list[Item]:
         SourceError: a line is not JSON or of none of these forms.
     """
     items: list[Item] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # Not splitlines: JSON strings may hold other line separators than the newline.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         if max_items is not None and len(items) >= max_items:
@@ -86,6 +87,8 @@ def read_task(path: Path, max_items: int | None = None) -> list[Item]:
                 "(ctx, endings, label), ARC (question, choices, answerKey) or exact match "
                 "(prompt, answer)"
             ) from None
+    if not items:
+        raise SourceError(f"{path} holds no item")
     return items
 
 
@@ -123,7 +126,7 @@ def run_task(
 ) -> TaskResult:
     """Scores every item.
 
-    The context but its last token is prefilled at the highest exported precision; the last one
+    The context but its last token is prefilled at the policy's precision for prompts; the last one
     and the scored tokens are decoded under the policy.
 
     Args:
@@ -134,7 +137,6 @@ def run_task(
         on_item: called after each item.
     """
     chosen = model.policy(policy, budget)
-    scored = isinstance(chosen, ScoredPolicy)
     costs = model.manifest.costs
     right, right_norm, spent = [], [], []
     for item in items:
@@ -143,17 +145,17 @@ def run_task(
             right.append(_generates(model, item, chosen))
             on_item()
             continue
-        context = model.text.encode(item.context)
+        border = len(model.text.encode(item.context))
+        cache = model.new_cache()  # the choices share the context
         for choice in item.choices:
             # Encoded together, as the harness does: a tokenizer may merge across the border.
             ids = model.text.encode(item.context + choice)
-            targets = ids[len(context) :]
             total, match = 0.0, True
-            steps = model.teacher_forced(ids[:-1], chosen, len(context) - 1)
-            for target, (logits, path) in zip(targets.tolist(), steps, strict=True):
+            steps = model.teacher_forced(ids[:-1], chosen, border - 1, cache=cache)
+            for target, (logits, path) in zip(ids[border:].tolist(), steps, strict=True):
                 total += log_softmax(logits)[target]
                 match &= int(logits.argmax()) == target
-                spent.append(costs.token_ms(path, chosen.head, scored))
+                spent.append(chosen.cost_ms(path, costs))
             totals.append(total)
             greedy.append(match)
         if len(item.choices) == 1:

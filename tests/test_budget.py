@@ -18,18 +18,20 @@ import dash_onnx
 from dash_onnx.actions import PRECISIONS, SKIP, Action
 from dash_onnx.actions import Path as ActionPath
 from dash_onnx.budget import (
+    PRESETS,
     Controller,
     base_precision,
     evenly_skipped,
+    presets,
     price_of,
     reference_ms,
     resolve,
     similar_skipped,
     skipping_path,
+    with_costs,
 )
 from dash_onnx.bundle import Bundle, replace_manifest
 from dash_onnx.errors import PolicyError
-from dash_onnx.exporters.train.table import PRESETS, presets
 from dash_onnx.manifest import (
     BudgetPoint,
     Costs,
@@ -46,13 +48,14 @@ ACTIONS: tuple[Action, ...] = ("int8", "int4", "skip")
 
 
 def point(budget: float, price: float, kl: float = 0.1, head: Action = "int8") -> BudgetPoint:
-    return BudgetPoint(budget=budget, price=price, head=head, kl=kl, shares={})
+    shares: dict[Action, float] = {"full": 0.0, "int8": 0.6, "int4": 0.3, "skip": 0.1}
+    return BudgetPoint(budget=budget, price=price, head=head, kl=kl, shares=shares)
 
 
 def scorer_of(points: tuple[BudgetPoint, ...], static: tuple[StaticPoint, ...] = ()) -> ScorerFacts:
     training = Training("quick", "self-generated", 0, 0, 0, 0.0, (), (), ())
     named = {"quality": 0.5, "balanced": 0.35, "fast": 0.25}
-    return ScorerFacts("scorer.onnx", ("full", *ACTIONS), 3, points, named, static, training)
+    return ScorerFacts("scorer.onnx", ("full", *ACTIONS), (3, 6), points, named, static, training)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,47 @@ def scored(plain: Manifest) -> Manifest:
         StaticPoint(0.6, "int8", 0.05, ("int8",) * LAYERS),
     )
     return replace(plain, scorer=scorer_of(points, static))
+
+
+def scaled(manifest: Manifest, **factors: float) -> Costs:
+    """Costs with layers of an action, or everything (`all`), changed by a factor."""
+    costs, every = manifest.costs, factors.get("all", 1.0)
+    return replace(
+        costs,
+        embed_ms=costs.embed_ms * every,
+        scorer_ms=costs.scorer_ms * every,
+        heads_ms={head: ms * every for head, ms in costs.heads_ms.items()},
+        layers_ms=tuple(
+            {action: ms * every * factors.get(action, 1.0) for action, ms in layer.items()}
+            for layer in costs.layers_ms
+        ),
+    )
+
+
+def test_a_machine_of_another_speed_leaves_budgets_as_they_are(scored: Manifest) -> None:
+    moved = with_costs(scored, scaled(scored, all=3.0))
+    assert scored.scorer is not None and moved.scorer is not None
+    for before, after in zip(scored.scorer.points, moved.scorer.points, strict=True):
+        assert after.budget == pytest.approx(before.budget, abs=1e-5)
+        assert (after.price, after.kl, after.head) == (before.price, before.kl, before.head)
+    assert reference_ms(moved) == pytest.approx(3 * reference_ms(scored))
+
+
+def test_a_machine_that_skips_for_less_meets_smaller_budgets(scored: Manifest) -> None:
+    costs = scaled(scored, skip=0.1)
+    moved = with_costs(scored, costs)
+    assert scored.scorer is not None and moved.scorer is not None
+    for before, after in zip(scored.scorer.points, moved.scorer.points, strict=True):
+        assert 0.8 * before.budget < after.budget < before.budget
+    for point in moved.scorer.static:
+        wanted = costs.token_ms(point.path, point.head) / reference_ms(moved)
+        assert point.budget == pytest.approx(wanted, abs=1e-5)
+    assert moved.scorer.presets == presets(moved.scorer.points)
+
+
+def test_costs_without_a_policy_are_just_replaced(plain: Manifest) -> None:
+    costs = scaled(plain, int8=2.0)
+    assert with_costs(plain, costs) == replace(plain, costs=costs)
 
 
 def one_line(call: Callable[[], object]) -> str:

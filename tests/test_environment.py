@@ -58,7 +58,8 @@ def case_of(folder: Path, prompt_tokens: int = PROMPT) -> Case:
     model = dash_onnx.load(folder)
     actions = model.manifest.actions
     frozen = Frozen(Bundle(folder), actions, torch.float32)
-    return Case(model, Environment(frozen, actions, prompt_tokens, actions[0]))
+    looks = tuple(range(1, LAYERS))
+    return Case(model, Environment(frozen, actions, prompt_tokens, actions[0], looks))
 
 
 def save_with_biases(folder: Path) -> Path:
@@ -219,12 +220,12 @@ def test_the_reference_is_the_prefill_of_the_runtime_at_one_action(tiny: Case) -
             np.testing.assert_allclose(ours, runtime_logits(tiny, ids[0], choice[0]), atol=1e-3)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 5])
-def test_decisions_see_what_the_layer_before_their_block_sees_and_does(
-    tiny: Case, block: int
+@pytest.mark.parametrize("looks", [tuple(range(1, LAYERS)), (1, 3), (2,), (LAYERS - 1,)])
+def test_decisions_see_what_the_layer_before_their_segment_sees_and_does(
+    tiny: Case, looks: tuple[int, ...]
 ) -> None:
     frozen = tiny.env.frozen
-    env = Environment(frozen, tiny.actions, PROMPT, "full", block)
+    env = Environment(frozen, tiny.actions, PROMPT, "full", looks)
     ids = random_ids()
     weights = one_hot(random_choice(tiny, ids), tiny)
     states: list[State] = []
@@ -238,7 +239,7 @@ def test_decisions_see_what_the_layer_before_their_block_sees_and_does(
     assert [state.layer for state in states] == list(range(LAYERS))
     inputs = inputs_in_the_runtime(tiny, ids, paths)
     for layer, state in enumerate(states):
-        start = layer - layer % block
+        start = max((look for look in looks if look <= layer), default=0)
         wanted = inputs[:, :, max(start - 1, 0)]
         np.testing.assert_allclose(state.hidden[:, PROMPT:].numpy(), wanted, atol=1e-3)
         if start:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import save_tiny
 
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.measure import Runner, relative_errors
 from dash_onnx.exporters.train.frozen import Frozen
 from dash_onnx.runtime.engine import Model
@@ -116,3 +118,29 @@ def test_graphs_for_cuda_compute_what_their_own_weights_say(cuda_bundle: Path) -
         ours = runner.layer(cuda_bundle / f"layers/00/{action}.onnx", hidden)
         error = relative_errors(output.numpy(), {action: ours})[action]
         assert error < 0.005, (action, error)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_another_compensation_takes_the_place_of_the_fitted_one(
+    device: str, cuda_bundle: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    source = cuda_bundle if device == "cuda" else tiny_bundle
+    folder = Path(shutil.copytree(source, tmp_path / "out"))
+    bundle = Bundle(folder)
+    block = bundle.manifest.target.block_size
+    spec = type("Spec", (), {"facts": bundle.manifest.model, "rope": bundle.manifest.rope})()
+    runner = Runner(spec, "cpu")
+    ids = np.random.default_rng(1).integers(2, 384, (2, 24))
+    hidden = runner.embed(folder / "embed.onnx", ids)
+    frozen = Frozen(bundle, bundle.manifest.variants, torch.float32)
+    weight = frozen.compensation()[0]
+    weight.copy_(replace_expand(folder, 0, 3 * torch.randn_like(weight), block))
+    x = torch.from_numpy(hidden).float()
+    wanted = frozen.skip(0, x, frozen.norm(x, frozen.input_norms[0]))[0]
+    ours = runner.layer(folder / "layers/00/skip.onnx", hidden)
+    before = runner.layer(source / "layers/00/skip.onnx", hidden)
+    errors = relative_errors(wanted.numpy(), {"skip": ours, "int8": before})
+    assert errors["skip"] < 0.005 and errors["int8"] > 0.1
+    onnx.checker.check_model(folder / "layers/00/skip.onnx")
+    sizes = [(f / "layers/00/skip.onnx.data").stat().st_size for f in (source, folder)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.3)

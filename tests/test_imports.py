@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -233,40 +232,6 @@ def test_cuda_is_taken_where_onnxruntime_has_it(providers: Callable[..., None]) 
 def test_loading_on_an_unknown_device_is_refused(tiny_bundle: Path) -> None:
     with pytest.raises(DeviceError, match="unknown device 'tpu'"):
         dash_onnx.load(tiny_bundle, device="tpu")  # type: ignore[arg-type]
-
-
-def test_a_second_size_of_the_thread_pool_is_warned_about(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sizes: list[tuple[int, int]] = []
-    module = SimpleNamespace(set_global_thread_pool_sizes=lambda *pair: sizes.append(pair))
-    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
-    monkeypatch.setattr(ort, "_pool_threads", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ort.use_global_threads(3)
-        ort.use_global_threads(3)
-        ort.use_global_threads(None)
-    with pytest.warns(RuntimeWarning, match="threads=2 ignored: .* has 3 threads"):
-        ort.use_global_threads(2)
-    assert sizes == [(3, 1)]
-
-
-def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fail(*_: int) -> None:
-        raise RuntimeError("no threads")
-
-    module = SimpleNamespace(set_global_thread_pool_sizes=fail)
-    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
-    monkeypatch.setattr(ort, "_pool_threads", None)
-    with pytest.raises(RuntimeError):
-        ort.use_global_threads(3)
-    sizes: list[tuple[int, int]] = []
-    module.set_global_thread_pool_sizes = lambda *pair: sizes.append(pair)
-    ort.use_global_threads(3)
-    assert sizes == [(3, 1)]
 
 
 def test_a_graph_that_onnxruntime_cannot_load_is_a_bundle_error(tmp_path: Path) -> None:

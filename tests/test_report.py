@@ -43,7 +43,7 @@ def with_scorer(folder: Path) -> Path:
     manifest = Bundle(folder).manifest
     layers, hidden = manifest.model.num_layers, manifest.model.hidden_size
     torch.manual_seed(0)
-    scorer = Scorer(layers, hidden, 3)
+    scorer = Scorer(layers, hidden, 3, tuple(range(1, layers)))
     with torch.no_grad():
         scorer.bias.copy_(torch.tensor([-6.0, -2.0]).expand(layers, 2))
     graph = BundleScorer(scorer, ACTIONS[1:], ("full",), torch.full((layers,), 1e-4), (-9.0, 9.0))
@@ -80,7 +80,7 @@ def made_up(manifest: Manifest, file: str) -> ScorerFacts:
     return ScorerFacts(
         file=file,
         actions=ACTIONS,
-        block=1,
+        looks=tuple(range(1, manifest.model.num_layers)),
         points=points,
         presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},
         static=tuple(sorted(static, key=lambda point: point.budget)),

@@ -23,14 +23,14 @@ from cli_tool import Capture, Tool
 from conftest import save_tiny
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
+from dash_onnx.bundle import Bundle, file_facts
 from dash_onnx.cli.train import main
 from dash_onnx.contract import scorer_ports
 from dash_onnx.errors import BundleError, DashError, SourceError
 from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train import train as module
 from dash_onnx.exporters.train.environment import State
-from dash_onnx.exporters.train.improve import straight_through
+from dash_onnx.exporters.train.improve import _drawn, straight_through
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, greedy
 from dash_onnx.exporters.train.train import Effort, TrainOptions, train
 from dash_onnx.manifest import Costs, Manifest
@@ -77,6 +77,7 @@ def quick() -> Iterator[Scorers]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.EFFORTS, "quick", effort)
         patch.setattr(module, "PROMPT_TOKENS", PROMPT)
+        patch.setattr(module, "_LOOKS", 2)  # segments of one and of two layers
         patch.setattr(training_text, "LENGTH", LENGTH)
         patch.setattr(module, "profile", costs_of)
         patch.setattr(module, "_fast_dtype", lambda: torch.float32)
@@ -165,7 +166,9 @@ def test_the_bundle_gets_one_scorer_and_is_otherwise_as_it_was(
     content = after.pop(f"out/{facts.file}")
     assert facts.file == f"scorer-{hashlib.sha256(content).hexdigest()[:12]}.onnx"
     del before["out/dash.json"], after["out/dash.json"]
-    assert after == before  # and no checkpoint is left
+    assert after.keys() == before.keys()  # and no checkpoint is left
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed and all("/skip.onnx" in name for name in changed)  # the compensation
     assert Bundle(trained).verified(facts.file).is_file()
 
 
@@ -184,6 +187,8 @@ def test_the_manifest_says_how_the_scorer_came_about(untrained: Path, trained: P
     assert (
         dataclasses.replace(manifest, scorer=None, files=before.files, costs=before.costs) == before
     )
+    for name, facts in manifest.files.items():
+        assert facts == file_facts(trained / name)
 
 
 def test_the_table_ascends_and_its_presets_lie_within(trained: Path) -> None:
@@ -239,7 +244,8 @@ def test_the_scorer_graph_keeps_the_contract(trained: Path) -> None:
     assert manifest.scorer is not None
     proto = onnx.load(trained / manifest.scorer.file)
     onnx.checker.check_model(proto)
-    ports = scorer_ports(manifest.dims, len(ACTIONS), manifest.scorer.block)
+    assert manifest.scorer.segments(LAYERS) == ((0, 1), (1, 2), (2, 4))
+    ports = scorer_ports(manifest.dims, len(ACTIONS), 2)
     for side, wanted in ((proto.graph.input, ports.inputs), (proto.graph.output, ports.outputs)):
         declared = [
             (
@@ -276,6 +282,11 @@ def prices_of(model: Model) -> list[float]:
     return [point.price for point in model.manifest.scorer.points]
 
 
+def padded(penalty: torch.Tensor) -> torch.Tensor:
+    """As the longest segment has it, flattened."""
+    return torch.nn.functional.pad(penalty, (0, 0, 0, 2 - len(penalty))).reshape(1, -1)
+
+
 def inputs_along(
     model: Model, ids: np.ndarray, paths: list[tuple[str, ...]]
 ) -> Iterator[tuple[tuple[str, ...], list[np.ndarray]]]:
@@ -300,46 +311,48 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     folder, scorer = first
     assert model.manifest.scorer is not None
     session = create_session(folder / model.manifest.scorer.file, "cpu")
-    block = model.manifest.scorer.block
     ids = np.random.default_rng(1).integers(2, 384, 40)
     costs = torch.tensor([[row[action] for action in ACTIONS] for row in COSTS.layers_ms])
+    segments = model.manifest.scorer.segments(LAYERS)
     seen: set[tuple[str, ...]] = set()
     compared = 0
     for price in [extreme] if extreme else prices_of(model):
         penalty = price * costs
         penalty[0, -1] = 1e30
-        padded = torch.nn.functional.pad(penalty, (0, 0, 0, -LAYERS % block))
         log_price = torch.tensor(math.log(price))
         paths = scored_paths(model, ids, price)
         seen |= set(paths)
         for path, inputs in inputs_along(model, ids, paths):
-            for layer, action in enumerate(path):
-                start = layer - layer % block
+            for number, (start, stop) in enumerate(segments):
                 hidden = torch.from_numpy(inputs[max(start - 1, 0)])
-                before = ACTIONS.index(path[start - 1]) if start else len(ACTIONS)
-                values, chosen = session.run(
+                before = ACTIONS.index(path[start - 1]) if start else 0
+                (total,) = session.run(
                     None,
                     {
-                        "hidden": hidden[None, None].numpy(),
-                        "layer": np.array([start]),
-                        "previous": np.array([before]),
+                        "hidden": hidden[None].numpy(),
+                        "segment": np.array([number]),
+                        "row": np.array([number * (len(ACTIONS) + 1) + before]),
                         "log_price": log_price.view(1, 1).numpy(),
-                        "penalty": padded[start : start + block].numpy(),
+                        "penalty": padded(penalty[start:stop]).numpy(),
                     },
                 )
-                assert ACTIONS[int(chosen[layer - start])] == action
-                row = values[layer - start]
-                assert row[0] == 0 and (np.diff(row) >= 0).all()
-                total = np.sort(row + penalty[layer].numpy())
-                if total[1] - total[0] < 1e-5 * total[1]:
-                    continue  # a tie in other arithmetic
-                # The process knows no `full`: what came after it starts as after `int8`.
-                state = State(
-                    layer, hidden[None, None], torch.tensor([[max(before - scorer.extra, 0)]])
-                )
-                decided = scorer.decide(state, log_price, penalty[layer])
-                assert ACTIONS[int(decided)] == action
-                compared += 1
+                totals = total.reshape(-1, len(ACTIONS))[: stop - start]
+                for layer, row in zip(range(start, stop), totals, strict=True):
+                    assert ACTIONS[int(row.argmin())] == path[layer]
+                    values = row - penalty[layer].numpy()
+                    if layer:
+                        assert abs(values[0]) <= 1e-6 * price
+                        assert (np.diff(values) >= -1e-5 * abs(row[:-1])).all()
+                    ordered = np.sort(row)
+                    if ordered[1] - ordered[0] < 1e-5 * ordered[1]:
+                        continue  # a tie in other arithmetic
+                    # The process knows no `full`: what came after it starts as after `int8`.
+                    state = State(
+                        layer, hidden[None, None], torch.tensor([[max(before - scorer.extra, 0)]])
+                    )
+                    decided = scorer.decide(state, log_price, penalty[layer])
+                    assert ACTIONS[int(decided)] == path[layer]
+                    compared += 1
     assert compared > 100
     assert len(seen) > (1 if extreme else 5) or extreme
 
@@ -369,7 +382,7 @@ def test_the_runtime_never_skips_the_first_layer_at_any_price(model: Model) -> N
 @pytest.fixture
 def indifferent() -> Scorer:
     """A scorer to which all actions cost nothing."""
-    scorer = Scorer(LAYERS, 64, 3)
+    scorer = Scorer(LAYERS, 64, 3, (1, 2, 3))
     with torch.no_grad():
         scorer.expand.zero_()
         scorer.bias.fill_(-100.0)
@@ -869,3 +882,18 @@ def test_the_command_prints_the_table_and_nothing_on_stderr(bundle: Path) -> Non
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:
     assert "no bundle" in TOOL.refused(capsys, tmp_path)
+
+
+def test_the_gradient_of_a_draw_is_that_of_the_expected_loss() -> None:
+    """Where the loss is quadratic in the decision, as the KL is around the reference."""
+    logit = torch.tensor(0.7, requires_grad=True)
+    noise = torch.logit(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
+    before, change = 0.3, 1.7
+
+    def loss(skipped: torch.Tensor) -> torch.Tensor:
+        return (before + change * skipped) ** 2
+
+    (found,) = torch.autograd.grad(loss(_drawn(logit.expand(len(noise)), noise)).mean(), logit)
+    p = torch.sigmoid(logit.detach())
+    gain = loss(torch.tensor(1.0)) - loss(torch.tensor(0.0))
+    assert float(found) == pytest.approx(float(p * (1 - p) * gain), rel=0.01)

@@ -22,7 +22,7 @@ ACTIONS = ("int8", "int4", "skip")
 @pytest.fixture(scope="module")
 def env(tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]) -> Environment:
     bundle = Bundle(export_tiny(tiny_folder, calibration=(night,)))
-    return Environment(Frozen(bundle, ACTIONS, torch.float32), ACTIONS, 0, "int8")
+    return Environment(Frozen(bundle, ACTIONS, torch.float32), ACTIONS, 0, "int8", (1, 2))
 
 
 def from_layer(env: Environment, layer: int, y: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_the_least_deviance_is_at_the_mean_of_the_samples() -> None:
 
 def test_the_regression_loss_falls_when_the_scorer_learns_the_values(env: Environment) -> None:
     torch.manual_seed(0)
-    scorer = Scorer(env.layers, 64, len(ACTIONS))
+    scorer = Scorer(env.layers, 64, len(ACTIONS), (1, 2))
     ids = torch.randint(2, 384, (8, TOKENS), generator=torch.Generator().manual_seed(4))
     pairs = list(sampled_values(env, ids, torch.Generator().manual_seed(5)))
     optimizer = torch.optim.Adam(scorer.parameters(), lr=1e-2)

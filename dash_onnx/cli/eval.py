@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dash_onnx.actions import PRECISIONS, check_action
 from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
 
 _EXAMPLES = """\
@@ -21,8 +22,8 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-eval",
-        "Teacher-forced through the runtime: of each window the prompt part is prefilled at the "
-        "highest exported precision and the rest decoded token by token under the policy.",
+        "Teacher-forced through the runtime: of each window the prompt part is prefilled and the "
+        "rest decoded token by token under the policy.",
         _EXAMPLES,
     )
     add_runtime_options(parser)
@@ -37,6 +38,12 @@ def _parser() -> Parser:
     parser.add_argument("--window", type=positive, default=512, help="tokens (default: 512)")
     parser.add_argument(
         "--prompt-tokens", type=positive, default=128, help="prefilled part (default: 128)"
+    )
+    parser.add_argument(
+        "--prefill",
+        choices=PRECISIONS,
+        help="precision of the prompt part (default: the highest that a trained policy uses at "
+        "its budget; else the highest exported)",
     )
     parser.add_argument(
         "--max-windows", type=positive, metavar="N", help="(default: the whole text)"
@@ -60,6 +67,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     text = read_text(arguments.text)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    prefill = arguments.prefill and check_action(arguments.prefill, model.manifest.variants)
     with tqdm(desc="windows", total=arguments.max_windows, disable=None) as bar:
         result = evaluate(
             model,
@@ -68,6 +76,7 @@ def _eval(arguments: argparse.Namespace) -> None:
             window=arguments.window,
             prompt_tokens=arguments.prompt_tokens,
             max_windows=arguments.max_windows,
+            prefill=prefill,
             on_window=bar.update,
         )
     if arguments.json:

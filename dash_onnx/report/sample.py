@@ -55,7 +55,7 @@ class Text:
     Attributes:
         source: where it came from.
         ids: prompt part first.
-        prompt_tokens: how many are prefilled at the highest exported precision.
+        prompt_tokens: how many are prefilled, at the precision of the policy's prompts.
     """
 
     source: str
@@ -173,7 +173,7 @@ def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -
     # `Model.teacher_forced` would do, but for the predictions, which live on the lane until the
     # next token overwrites them.
     lane = Lane(model._sessions)
-    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, None))
+    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, policy.prefill))
     controller = policy.controller()
     actions = lane._scorer().actions
     record = _Record(model, policy, reference)
@@ -216,9 +216,7 @@ class _Record:
         self._kl.append(max(float((np.exp(p) * (p - q)).sum()), 0.0))
         self._agree.append(bool(theirs.argmax() == logits.argmax()))
         self._paths.append(path_letters(path))
-        scored = isinstance(self._policy, ScoredPolicy)
-        ms = self._costs.token_ms(path, self._policy.head, scored=scored)
-        self._cost.append(ms / self._full_ms)
+        self._cost.append(self._policy.cost_ms(path, self._costs) / self._full_ms)
 
     def measured(self, budget: float, predicted: list[float]) -> Measured:
         """The whole run."""

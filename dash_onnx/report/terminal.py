@@ -43,7 +43,6 @@ class PathView:
         """
         self.colour = wants_colour(sys.stdout) if colour is None else colour
         self._codec, self._costs, self._policy = codec, manifest.costs, policy
-        self._scored = isinstance(policy, ScoredPolicy)
         self._low, self._high = _ends(manifest, policy)
         self._lines: list[str] = []
         self._count = 0
@@ -53,7 +52,7 @@ class PathView:
         self._count += 1
         if self._count == 1:
             return chunk.text if self.colour else self._noted(chunk, "prompt")
-        ms = self._costs.token_ms(chunk.path, self._policy.head, scored=self._scored)
+        ms = self._policy.cost_ms(chunk.path, self._costs)
         if not self.colour:
             return self._noted(chunk, f"{ms:.2f}")
         return paint(chunk.text, self._shade(ms))
@@ -77,7 +76,9 @@ class PathView:
     def _legend(self) -> str:
         plain = not wants_colour(sys.stderr)
         ramp = "green to red" if plain else "".join(paint("  ", shade) for shade in _RAMP)
-        middle = f", the middle is the budget of {self._middle:.2f} ms" if self._scored else ""
+        middle = ""
+        if self._policy.scored:
+            middle = f", the middle is the budget of {self._middle:.2f} ms"
         return f"[cost per token: {self._low:.2f} ms {ramp} {self._high:.2f} ms{middle}]"
 
     @property
@@ -97,7 +98,7 @@ def _ends(manifest: Manifest, policy: Policy) -> tuple[float, float]:
         return (1 - _REACH) * middle, (1 + _REACH) * middle
     layers = manifest.model.num_layers
     path = (manifest.variants[-1], *(SKIP for _ in range(layers - 1)))
-    low = manifest.costs.token_ms(path, policy.head)
+    low = policy.cost_ms(path, manifest.costs)
     return min(low, 0.99 * full), full
 
 

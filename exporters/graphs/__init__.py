@@ -2,6 +2,6 @@
 
 from dash_onnx.exporters.graphs.ends import build_embed, build_head
 from dash_onnx.exporters.graphs.layer import TAPS, build_layer
-from dash_onnx.exporters.graphs.skip import build_skip
+from dash_onnx.exporters.graphs.skip import build_skip, replace_expand
 
-__all__ = ["TAPS", "build_embed", "build_head", "build_layer", "build_skip"]
+__all__ = ["TAPS", "build_embed", "build_head", "build_layer", "build_skip", "replace_expand"]

@@ -13,8 +13,7 @@ import torch
 from onnxscript import GraphBuilder
 
 from dash_onnx.actions import Action
-from dash_onnx.bundle import data_name
-from dash_onnx.contract import Port, Ports
+from dash_onnx.contract import Port, Ports, data_name
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.gptq import gptq

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
+from onnx import numpy_helper
 
 from dash_onnx.actions import SKIP
-from dash_onnx.contract import layer_path, layer_ports
+from dash_onnx.contract import data_name, layer_path, layer_ports
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
+from dash_onnx.exporters.quantize import dequantize, quantize
 from dash_onnx.manifest import Target
+
+_EXPAND = "expand_proj"
 
 
 def build_skip(
@@ -78,7 +84,7 @@ def build_skip(
 
     compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
     if correction is not None:
-        expand = Linear("expand_proj", correction[1])
+        expand = Linear(_EXPAND, correction[1])
         compensated = op.Add(compensated, graph.linear(reduced[0], expand, "int8"))
     graph.save(
         folder,
@@ -87,3 +93,30 @@ def build_skip(
         present_key=scatter("past_key", key, "present_key"),
         present_value=scatter("past_value", value, "present_value"),
     )
+
+
+def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Puts another map from the reduced input into a skip graph.
+
+    Args:
+        folder: a bundle that nobody reads yet.
+        index: of the layer.
+        weight: `[D, r]`.
+        block_size: of the bundle.
+
+    Returns:
+        The map as the graph has it now, rounded to INT8, `[D, r]` float32.
+    """
+    path = folder / layer_path(index, SKIP)
+    model = onnx.load(path)
+    rounded = quantize(weight, 8, block_size)
+    for tensor in model.graph.initializer:
+        name, _, part = tensor.name.rpartition(".")
+        if name == _EXPAND:
+            before = numpy_helper.to_array(tensor)
+            after = np.asarray(getattr(rounded, part)).astype(before.dtype)
+            tensor.CopyFrom(numpy_helper.from_array(after.reshape(before.shape), tensor.name))
+    data = folder / data_name(layer_path(index, SKIP))
+    data.unlink(missing_ok=True)  # saving would append to it
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+    return dequantize(rounded)

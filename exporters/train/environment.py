@@ -1,7 +1,7 @@
 """The decision process: layers are steps, tokens are the vectorised episodes.
 
-State of a step: the input of the layer before its block (what the runtime knows while that layer
-runs), the layer index, the action of the layer before the block, the price. Action: what the
+State of a step: the input of the layer before its segment (what the runtime knows while that layer
+runs), the layer index, the action of the layer before the segment, the price. Action: what the
 layer does for this token. Cost: its profiled milliseconds. Terminal reward: -KL(reference ||
 path) of the token.
 
@@ -65,7 +65,7 @@ class Environment:
         frozen: the model.
         actions: what the indices of decisions mean.
         prompt_tokens: first tokens of each sequence, which run at `prefill`.
-        block: layers that are decided at once.
+        looks: layers that begin a segment, decided at once; layer 0 always begins one.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Environment:
         actions: tuple[Action, ...],
         prompt_tokens: int,
         prefill: Action,
-        block: int = 1,
+        looks: tuple[int, ...],
     ):
         """The prompt is executed, not decided."""
         self.frozen = frozen
         self.actions = actions
         self.prompt_tokens = prompt_tokens
-        self.block = block
+        self.looks = (0, *looks)
         self.layers = frozen.manifest.model.num_layers
         self._prefill = torch.zeros(len(actions))
         self._prefill[actions.index(prefill)] = 1.0
@@ -101,7 +101,7 @@ class Environment:
         all_weights = []
         step = self._dense if dense else self._sparse
         for layer in range(self.layers):
-            if layer % self.block == 0:
+            if layer in self.looks:
                 seen = before.detach(), previous
             weights = decide(State(layer, *seen))
             prompt = self._prefill.expand(ids.shape[0], self.prompt_tokens, -1)

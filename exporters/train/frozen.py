@@ -1,4 +1,4 @@
-"""The frozen model: what the graphs of a bundle compute, in torch, from their own weights.
+"""The model in training: what the graphs of a bundle compute, in torch, from their own weights.
 
 Read from the bundle, not from the source model, so that what the policy is trained on is to the
 last bit what it will steer.
@@ -43,7 +43,7 @@ Weights: TypeAlias = dict[str, Product]
 
 
 class Frozen:
-    """The layers of a bundle under each action; nothing in it is ever trained.
+    """The layers of a bundle under each action; nothing but the compensation is ever trained.
 
     Shapes: B sequences, T tokens each, D hidden size, H heads, H_kv key/value heads, d head size.
 
@@ -106,11 +106,10 @@ class Frozen:
         found = self._tensors(EMBED_PATH)
         if "embedding" in found:
             return torch.tensor(found["embedding"])
-        values, scales = found["embedding.values"], found["embedding.scales"]
+        values, scales = found["embedding.values"], found["embedding.scales"].astype(np.float32)
         block = values.shape[1] // scales.shape[1]
-        rows = (values.astype(np.float32) - 128).reshape(*scales.shape, block)
-        table = (rows * scales.astype(np.float32)[..., None]).reshape(values.shape)
-        return torch.from_numpy(table)
+        rows = values.reshape(*scales.shape, block)
+        return dequantize(Quantized(rows, scales, None, values.shape, 8, block))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
@@ -188,6 +187,23 @@ class Frozen:
         if "expand_proj" in weights:
             y = y + weights["expand_proj"](reduced)
         return y, keys_values
+
+    def compensation(self) -> list[Tensor]:
+        """Per layer the `[D, r]` map from the reduced input to what a skip adds, in FP32.
+
+        From the first call on, `skip` uses these very tensors: changing one changes what it
+        computes. Empty where skipped layers are only scaled.
+        """
+        found = []
+        for weights in self._layers:
+            product = weights[SKIP].get("expand_proj")
+            if product is None:
+                return []
+            if product.weight.dtype != torch.float32:
+                product = Product(product.weight.float(), product.bias)
+                weights[SKIP]["expand_proj"] = product
+            found.append(product.weight)
+        return found
 
     def final(self, x: Tensor) -> Tensor:
         """Input of the LM head, `[..., D]`."""

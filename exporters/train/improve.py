@@ -1,4 +1,4 @@
-"""On-policy improvement of the scorer: straight-through decisions with noise on the values."""
+"""On-policy improvement of the scorer: random decisions, and a gradient through them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def straight_through(
 
     Args:
         scorer: in training.
-        costs: milliseconds `[L, A]`, from dear to cheap, infinite where forbidden.
-        log_price: log nats per millisecond, broadcastable to `[B, T]`.
+        costs: `[L, A]`, in any unit, from dear to cheap, infinite where forbidden.
+        log_price: log nats per unit of cost, broadcastable to `[B, T]`.
         temperature: scale of the logistic noise on log values.
         generator: of the noise.
     """
@@ -38,7 +38,7 @@ def straight_through(
     def decide(state: State) -> Tensor:
         steps = scorer.log_steps(state, log_price)  # [B, T, A-1]
         uniform = torch.rand(steps.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-        steps = steps + temperature * torch.logit(uniform)
+        noise = torch.logit(uniform)
         row = costs[state.layer]
         saved = log_price.exp()[..., None] * (row[:-1] - row[1:])  # [B, 1, A-1] nats
         beyond = torch.zeros_like(steps[..., 0])
@@ -47,10 +47,9 @@ def straight_through(
             worth = saved[..., step] + beyond
             logit = (worth.clamp(min=_LEAST).log() - steps[..., step]) / temperature
             logit = torch.where(saved[..., step].isfinite(), logit, _NEVER)
-            soft = torch.sigmoid(logit)
-            hard = (logit > 0).float()
-            go.append(hard + soft - soft.detach())
-            beyond = (worth - steps[..., step].exp()).clamp(min=0).detach()
+            go.append(_drawn(logit, noise[..., step]))
+            noisy = steps[..., step] + temperature * noise[..., step]
+            beyond = (worth - noisy.exp()).clamp(min=0).detach()
         # Weight of action k: went down k times, and not once more.
         reached = torch.ones_like(beyond)
         weights = []
@@ -60,3 +59,17 @@ def straight_through(
         return torch.stack([*weights, reached], -1)
 
     return decide
+
+
+def _drawn(logit: Tensor, noise: Tensor) -> Tensor:
+    """A Bernoulli draw, with a gradient that is exact where the loss is quadratic in it.
+
+    The plain straight-through gradient takes the slope of the loss at what was drawn, and the KL
+    has none where nothing was skipped yet: it finds the first skip free. ReinMax (Liu et al.
+    2023, arXiv 2304.08612) weighs the slopes at both ends alike.
+    """
+    with torch.no_grad():
+        p = torch.sigmoid(logit)
+        drawn = (logit > noise).float()
+        weight = torch.where(drawn > 0, 1 - p, p) / 2
+    return drawn + weight * (logit - logit.detach())

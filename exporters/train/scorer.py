@@ -6,6 +6,8 @@ import hashlib
 import logging
 import math
 import warnings
+from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,37 +19,55 @@ from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.frozen import Tensor
 
 _CLAMP = 8.0  # standard deviations; massive activations must not drown the rest
-_FLOOR = -14.0  # log nats: a KL of 1e-6 is as good as none
-_CEILING = 3.0
 _OPSET = 21  # none of its operators is newer
 _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale of its input
 
 
-class Scorer(nn.Module):
-    """Values of the actions of one layer, from the input of the layer before.
+def looks_of(layers: int, count: int) -> tuple[int, ...]:
+    """Layers before which the scorer looks at a token: the first after a fifth, then evenly.
 
-    `steps[layer] = exp(W2[layer] relu(W1 [z, log price] + E[layer, previous]) + b[layer])`, where
-    z is the input normalised over its dimensions, divided by its standard deviation and clamped.
+    Every token needs the first layers; what they make of it says how hard it is.
+    """
+    first = max(layers // 5, 1)
+    count = min(count, layers - first)
+    return tuple(first + number * (layers - first) // count for number in range(count))
+
+
+class Scorer(nn.Module):
+    """Values of the actions of every layer, from a few looks at the hidden state.
+
+    The layers are cut into segments. The first one's values are the same for every token; those
+    of segment k follow from the input of the layer before it:
+
+    `steps[layer] = exp(W2[layer] relu(W1 [z, log price] + E[k, previous]) + b[layer])`, where z is
+    that input normalised over its dimensions, divided by its standard deviation and clamped.
     Actions are ordered from dear to cheap; step k is what action k costs more than action k-1, so
     values grow from 0 along that order. `scale * x` gives the same values as x: the normalisation
     takes the scale away.
+
+    Attributes:
+        looks: first layer of each segment but the first one.
     """
 
-    def __init__(self, layers: int, hidden_size: int, actions: int, width: int = 64):
+    def __init__(
+        self, layers: int, hidden_size: int, actions: int, looks: tuple[int, ...], width: int = 64
+    ):
         """Starts with the same steps for every token.
 
         Args:
             layers: number of layers.
             hidden_size: D.
             actions: A.
+            looks: see the class.
             width: of the hidden layer.
         """
         super().__init__()
+        self.looks = looks
         self.normalise = nn.LayerNorm(hidden_size, eps=_EPSILON, bias=False)
         self.normalise.weight.requires_grad_(False)  # 1 / standard deviation
         self.reduce = nn.Linear(hidden_size + 1, width, bias=False)
         nn.init.zeros_(self.reduce.weight[:, -1:])
-        self.bias_in = nn.Parameter(torch.zeros(layers, actions + 1, width))
+        self.bias_in = nn.Parameter(torch.zeros(len(looks), actions + 1, width))
         self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
 
@@ -56,14 +76,16 @@ class Scorer(nn.Module):
 
         Args:
             state: of the decision.
-            log_price: log of nats per millisecond, broadcastable to `[B, T]`.
+            log_price: log of nats per unit of cost, broadcastable to `[B, T]`.
         """
+        look = bisect_right(self.looks, state.layer) - 1
+        if look < 0:
+            return self.bias[state.layer].expand(*state.previous.shape, -1)
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
         price = log_price[..., None].expand(*inputs.shape[:-1], 1)
         hidden = self.reduce(torch.cat([inputs, price], -1))
-        hidden = nn.functional.relu(hidden + self.bias_in[state.layer][state.previous])
-        steps = nn.functional.linear(hidden, self.expand[state.layer], self.bias[state.layer])
-        return steps.clamp(_FLOOR, _CEILING)
+        hidden = nn.functional.relu(hidden + self.bias_in[look][state.previous])
+        return nn.functional.linear(hidden, self.expand[state.layer], self.bias[state.layer])
 
     def values(self, state: State, log_price: Tensor) -> Tensor:
         """Predicted KL of every action in nats, `[B, T, A]`; 0 for the dearest."""
@@ -82,7 +104,7 @@ def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
 
     Args:
         scorer: trained.
-        costs: milliseconds `[L, A]`, infinite where an action must not be taken.
+        costs: `[L, A]`, in any unit, infinite where an action must not be taken.
         log_price: broadcastable to `[B, T]`.
     """
 
@@ -103,8 +125,10 @@ class BundleScorer(nn.Module):
     layer, before the trained ones.
 
     Attributes:
-        actions: what the outputs mean.
+        actions: what the columns of the outputs mean.
         extra: how many of them come before those of the trained scorer (0 or 1).
+        segments: first layer of each segment, and the number of layers at the end.
+        longest: layers of the longest segment; the outputs of shorter ones are padded.
     """
 
     def __init__(
@@ -114,7 +138,6 @@ class BundleScorer(nn.Module):
         extra: tuple[Action, ...],
         gain: Tensor,
         log_price_range: tuple[float, float],
-        block: int = 1,
     ):
         """Lays the weights out so that the graph has few operators.
 
@@ -124,28 +147,44 @@ class BundleScorer(nn.Module):
             extra: the highest precision, where the process left it out.
             gain: `[L]` nats that running a layer at it saves.
             log_price_range: prices that training has seen; beyond them it is clamped.
-            block: layers that are decided at once.
         """
         super().__init__()
         self.scorer = scorer
         self.actions = (*extra, *actions)
         self.extra = len(extra)
+        self.segments = (0, *scorer.looks, len(gain))
+        spans = list(pairwise(self.segments))
+        self.longest = max(stop - start for start, stop in spans)
         self._range = log_price_range
-        layers, count = len(gain), len(self.actions)
-        padding = (0, 0, 0, 0, 0, -layers % block)  # the last block may reach beyond the last layer
+        count, width = len(self.actions), scorer.expand.shape[-1]
         with torch.no_grad():
             first = scorer.bias_in[:, :1].expand(-1, self.extra, -1)
-            bias_in = torch.cat([first, scorer.bias_in], 1)  # [L, A + 1, width]
-            # Rows of one table: an index is layer * (A + 1) + previous action.
-            self._bias_in = nn.functional.pad(bias_in, padding).flatten(0, 1)
-            still = scorer.expand.new_zeros(layers, self.extra, scorer.expand.shape[-1])
-            expand = torch.cat([still, scorer.expand], 1).transpose(1, 2)
-            self._expand = nn.functional.pad(expand, padding)  # [L, width, A - 1]
+            bias_in = torch.cat([first, scorer.bias_in], 1)  # [segments - 1, A + 1, width]
+            bias_in = torch.cat([torch.zeros_like(bias_in[:1]), bias_in])
+            # Rows of one table: an index is segment * (A + 1) + previous action. The last column
+            # makes a hidden unit that is always 1, so that `expand` holds the biases as well.
+            self._bias_in = nn.functional.pad(bias_in.flatten(0, 1), (0, 1), value=1.0)
+            self._reduce = nn.functional.pad(scorer.reduce.weight.T, (0, 1))  # [D + 1, width + 1]
+            still = scorer.expand.new_zeros(len(gain), self.extra, width)
             constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
             bias = torch.cat([constant, scorer.bias], 1)
-            self._bias = nn.functional.pad(bias, padding[2:])[:, None]  # [L, 1, A - 1]
-        self._triangle = torch.ones(count - 1, count).triu(1)
-        self._offsets = torch.arange(block)
+            expand = torch.cat([torch.cat([still, scorer.expand], 1), bias[..., None]], -1)
+            expand[: scorer.looks[0], :, :-1] = 0  # the same for every token
+            # [segments, width + 1, longest * (A - 1)]
+            self._expand = torch.stack(
+                [
+                    nn.functional.pad(
+                        expand[start:stop], (0, 0, 0, 0, 0, self.longest - (stop - start))
+                    )
+                    .flatten(0, 1)
+                    .T
+                    for start, stop in spans
+                ]
+            )
+            # Sums the steps of each layer up to each action.
+            sums = torch.ones(count - 1, count).triu(1)
+            self._sums = torch.block_diag(*[sums] * self.longest)
+            self._bias = bias
 
     def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
         """Index of the action with the least sum of value and penalty, `[B, T]`.
@@ -158,30 +197,25 @@ class BundleScorer(nn.Module):
         with torch.no_grad():
             values = self.scorer.values(state, log_price.clamp(*self._range))
             if self.extra:
-                gain = self._bias[state.layer, 0, 0].exp()
+                gain = self._bias[state.layer, 0].exp()
                 values = nn.functional.pad(values + gain, (1, 0))
             return (values + penalty).argmin(-1)
 
     def forward(
-        self, hidden: Tensor, layer: Tensor, previous: Tensor, log_price: Tensor, penalty: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden: Tensor, segment: Tensor, row: Tensor, log_price: Tensor, penalty: Tensor
+    ) -> Tensor:
         """The graph; see `dash_onnx.contract.scorer_ports`."""
-        count = len(self.actions)
-        inputs = self.scorer.normalise(hidden[0].float()).clamp(-_CLAMP, _CLAMP)
-        price = log_price.clamp(*self._range)
-        reduced = self.scorer.reduce(torch.cat([inputs, price], -1))
-        rows = layer + self._offsets  # [block]
-        bias = torch.index_select(self._bias_in, 0, rows * (count + 1) + previous)
-        reduced = nn.functional.relu(reduced + bias)[:, None]  # [block, 1, width]
-        steps = reduced @ torch.index_select(self._expand, 0, rows)
-        steps = steps + torch.index_select(self._bias, 0, rows)
-        values = (steps.clamp(_FLOOR, _CEILING).exp() @ self._triangle)[:, 0]
-        return values, (values + penalty).argmin(-1)
+        inputs = self.scorer.normalise(hidden.float()).clamp(-_CLAMP, _CLAMP)
+        inputs = torch.cat([inputs, log_price.clamp(*self._range)], -1)
+        bias = torch.index_select(self._bias_in, 0, row)
+        reduced = nn.functional.relu(torch.addmm(bias, inputs, self._reduce))  # [1, width + 1]
+        steps = (reduced @ torch.index_select(self._expand, 0, segment))[0].exp()
+        return torch.addmm(penalty, steps, self._sums)
 
 
 def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
     """Writes the graph into a bundle; returns its name there."""
-    ports = scorer_ports(dims, len(scorer.actions), len(scorer._offsets))
+    ports = scorer_ports(dims, len(scorer.actions), scorer.longest)
     kinds = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
     inputs = tuple(
         torch.zeros([int(size) for size in port.shape], dtype=kinds[port.dtype])

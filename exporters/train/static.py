@@ -21,7 +21,7 @@ class Move:
         action: index of its new action.
         path: action indices of all layers after the move.
         kl: measured mean KL of that path in nats.
-        price: nats lost per millisecond saved by this move.
+        price: nats lost per unit of cost saved by this move.
     """
 
     layer: int
@@ -36,7 +36,7 @@ def search(
 ) -> Iterator[Move]:
     """Greedy descent from the reference path, one layer one action cheaper at a time.
 
-    Every step takes, among the `tried` moves with the best predicted ratio of KL to milliseconds,
+    Every step takes, among the `tried` moves with the best predicted ratio of KL to cost,
     the one with the best measured ratio. A move that turned out worse than predicted is
     predicted worse from then on.
 
@@ -44,7 +44,7 @@ def search(
         env: the process, whose actions go from dear to cheap.
         ids: `[B, T]` to measure on.
         reference: input of the LM head on the reference path, `[B, T, D]`.
-        costs: milliseconds `[L, A]`.
+        costs: `[L, A]`, in any unit.
         values: predicted KL of each action alone, `[L, A]` nats.
         tried: moves that are measured per step.
 
@@ -106,13 +106,13 @@ def fixed(env: Environment, path: Sequence[int], shape: torch.Size) -> Decide:
 def step_values(moves: Sequence[Move], costs: Tensor) -> Tensor:
     """Values that make the price alone reproduce a descent: `[L, A-1]` nats per step.
 
-    A layer leaves an action when the price reaches what that move lost per millisecond, or what
+    A layer leaves an action when the price reaches what that move lost per unit of cost, or what
     an earlier move lost, if that was more. Steps that the descent never took are worth half as
     much again as its last one.
 
     Args:
         moves: of `search`, in order.
-        costs: milliseconds `[L, A]`.
+        costs: `[L, A]`, in any unit.
     """
     saved = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6)
     highest = 0.0

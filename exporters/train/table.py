@@ -14,9 +14,6 @@ from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import BundleScorer
 from dash_onnx.manifest import BudgetPoint, Manifest
 
-PRESETS = {"quality": 0.02, "balanced": 0.06, "fast": 0.2}
-"""Named budgets: the cheapest whose KL on held-out tokens is at most this many nats."""
-
 
 @dataclass
 class _Recorder:
@@ -50,7 +47,7 @@ def measure(
         scorer: trained.
         manifest: of the bundle, with its costs.
         ids: held-out tokens `[B, T]`.
-        prices: nats per millisecond.
+        prices: nats per `Costs.unit_ms`.
         rounding_kl: KL of the process's own reference against the bundle's; it is what a token
             loses that leaves `full`.
 
@@ -59,9 +56,10 @@ def measure(
         left out.
     """
     costs = cost_table(manifest, scorer.actions)
-    allowed = costs.clone()
+    allowed = costs / manifest.costs.unit_ms
     allowed[0, scorer.actions.index(SKIP)] = math.inf
     full_ms = reference_ms(manifest)
+    heads = {head: ms / manifest.costs.unit_ms for head, ms in manifest.costs.heads_ms.items()}
     fixed_ms = manifest.costs.embed_ms + manifest.costs.scorer_ms
     with torch.no_grad():
         reference = env.reference(ids, env.actions[0])
@@ -84,7 +82,7 @@ def measure(
                     (head, _mean_kl(env, reference, final, head) + left * rounding_kl)
                     for head in env.frozen.heads
                 ),
-                key=lambda pair: pair[1] + price * manifest.costs.heads_ms[pair[0]],
+                key=lambda pair: pair[1] + price * heads[pair[0]],
             )
             ms = fixed_ms + layers_ms + manifest.costs.heads_ms[head]
             shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
@@ -107,25 +105,6 @@ def measure(
 def _mean_kl(env: Environment, reference: Tensor, final: Tensor, head: Action) -> float:
     seen = slice(env.prompt_tokens, None)
     return float(env.kl(reference[:, seen], final[:, seen], head).mean())
-
-
-def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
-    """Budgets of the presets, interpolated in the table (KL falls with the budget)."""
-    result = {}
-    for name, limit in PRESETS.items():
-        below = [point for point in points if point.kl <= limit]
-        if not below:
-            result[name] = points[-1].budget
-            continue
-        best = min(below, key=lambda point: point.budget)
-        index = points.index(best)
-        budget = best.budget
-        if index > 0 and points[index - 1].kl > limit:
-            worse = points[index - 1]
-            share = (limit - best.kl) / (worse.kl - best.kl)
-            budget += share * (worse.budget - best.budget)
-        result[name] = min(max(round(budget, 4), points[0].budget), points[-1].budget)
-    return result
 
 
 def cost_table(manifest: Manifest, actions: tuple[Action, ...]) -> Tensor:

@@ -6,28 +6,32 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dash_onnx.actions import SKIP, Action
-from dash_onnx.budget import reference_ms
-from dash_onnx.bundle import Bundle, file_facts, replace_manifest
+from dash_onnx.budget import presets, reference_ms
+from dash_onnx.bundle import Bundle, file_facts, writing
+from dash_onnx.contract import data_name, layer_path
+from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train import static, table
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.improve import straight_through
-from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer
+from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer, looks_of
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 from dash_onnx.manifest import (
+    MANIFEST_NAME,
     FileFacts,
     Manifest,
     ScorerFacts,
@@ -48,8 +52,9 @@ _BATCH = 4  # sequences of one pass
 _PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
 _TABLE = 10  # rows of the policy table inside that range
 _TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
-_BLOCK = 3  # layers decided at once: a call of the scorer costs a fifth of an INT4 layer
-_RATE = 2e-3  # learning rate
+_LOOKS = 3  # of the scorer per token: one costs a third of an INT4 layer
+_RATE = 2e-3  # learning rate of the scorer
+_COMPENSATION_RATE = 6e-4
 _SAVE_EVERY = 20  # steps
 _STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
 
@@ -74,9 +79,9 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(sequences=58, held_out=6, batches=4, steps=24, tried=1),
-    "normal": Effort(sequences=240, held_out=16, batches=12, steps=200, tried=2),
-    "thorough": Effort(sequences=960, held_out=32, batches=24, steps=1000, tried=4),
+    "quick": Effort(sequences=54, held_out=6, batches=12, steps=20, tried=1),
+    "normal": Effort(sequences=240, held_out=16, batches=48, steps=80, tried=2),
+    "thorough": Effort(sequences=960, held_out=32, batches=200, steps=400, tried=4),
 }
 
 
@@ -96,10 +101,10 @@ class TrainOptions:
 
 
 def train(folder: Path, options: TrainOptions) -> Manifest:
-    """Trains a scorer for a bundle and puts it there, with its tables and fresh costs.
+    """Trains a scorer and the compensation of a bundle, and measures tables and fresh costs.
 
-    The bundle stays as it was until the end. An interrupted run goes on at the next call with
-    the same options.
+    The bundle stays as it was until the end, when a trained copy takes its place. An interrupted
+    run goes on at the next call with the same options.
 
     Raises:
         DashError: the bundle or the calibration text cannot be used.
@@ -110,15 +115,10 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
     run.texts()
     run.regress()
     run.improve()
-    files = bundle.manifest.files
-    try:
-        manifest = run.describe(started)
-        replace_manifest(bundle.folder, manifest)
-        files = manifest.files
-    finally:  # the old scorer after a success, the new one after a failure
-        for path in bundle.folder.glob("scorer-*.onnx"):
-            if path.name not in files:
-                path.unlink()
+    with writing(bundle.folder, overwrite=True) as trained:
+        shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True)
+        manifest = run.describe(trained, started)
+        (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     run.checkpoint.remove()
     return manifest
 
@@ -144,15 +144,16 @@ class _Run:
         self.checkpoint = Checkpoint(self.bundle.folder, self._fingerprint())
         self.frozen = Frozen(self.bundle, self.actions, self.dtype)
         prompt = min(PROMPT_TOKENS, manifest.model.max_length // 2)
-        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], _BLOCK)
-        self.costs = table.cost_table(manifest, self.actions)
-        self.costs[0, self.actions.index(SKIP)] = math.inf
-        self.unit_ms = float(self.costs[:, -2].mean())
-        self.generator = torch.Generator().manual_seed(self.options.seed)
         facts = manifest.model
+        looks = looks_of(facts.num_layers, _LOOKS)
+        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], looks)
+        self.unit_ms = manifest.costs.unit_ms
+        self.costs = table.cost_table(manifest, self.actions) / self.unit_ms
+        self.costs[0, self.actions.index(SKIP)] = math.inf
+        self.generator = torch.Generator().manual_seed(self.options.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.options.seed)
-            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions))
+            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), looks)
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -189,8 +190,8 @@ class _Run:
 
     @property
     def log_price_range(self) -> tuple[float, float]:
-        """Log of nats per millisecond."""
-        return math.log(_PRICES[0] / self.unit_ms), math.log(_PRICES[1] / self.unit_ms)
+        """Log of nats per `Costs.unit_ms`."""
+        return math.log(_PRICES[0]), math.log(_PRICES[1])
 
     def regress(self) -> None:
         """Value regression: the scorer learns each action's KL along the reference path."""
@@ -198,7 +199,7 @@ class _Run:
         if "scorer" in state:
             self.moves = [static.Move(**move) for move in state["descent"]]
             return
-        hidden: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
+        hidden: dict[int, list[Tensor]] = {look: [] for look in self.env.looks}
         previous = [0] * self.env.layers  # the same for all tokens on the reference path
         samples: list[list[Tensor]] = [[] for _ in range(self.env.layers)]
         for number in tqdm(range(self.effort.batches), desc="values", disable=None):
@@ -207,12 +208,13 @@ class _Run:
                 for at, values in sampled_values(self.env, batch, self.generator):
                     previous[at.layer] = int(at.previous[0, 0])
                     seen = slice(self.env.prompt_tokens // 8, None)
-                    hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(self.dtype))
+                    if at.layer in hidden:  # the rest of the segment sees the same
+                        hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(self.dtype))
                     samples[at.layer].append(values[:, seen].flatten(0, 1))
-        inputs = [torch.cat(part) for part in hidden]
+        inputs = {look: torch.cat(part) for look, part in hidden.items()}
         targets = [torch.cat(part) for part in samples]
         self.values = torch.stack([part.mean(0) for part in targets])  # [L, A], nats
-        self.scorer.calibrate(torch.cat(inputs[::3]).float())
+        self.scorer.calibrate(torch.cat([inputs[look] for look in self.scorer.looks]).float())
         with torch.no_grad():
             self.scorer.bias.copy_(self.values.diff(dim=-1).clamp(min=1e-6).log())
         self._fit(inputs, targets, previous)
@@ -223,16 +225,18 @@ class _Run:
             generator=self.generator.get_state(),
         )
 
-    def _fit(self, inputs: list[Tensor], targets: list[Tensor], previous: list[int]) -> None:
+    def _fit(self, inputs: dict[int, Tensor], targets: list[Tensor], previous: list[int]) -> None:
         optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=1e-3, weight_decay=0.1)
-        tokens = len(inputs[0])
+        tokens = len(targets[0])
         middle = torch.tensor([sum(self.log_price_range) / 2])
         for _ in range(3):  # more epochs fit the noise of the samples
             for rows in torch.randperm(tokens, generator=self.generator).split(256):
                 loss = torch.zeros(())
-                for layer, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+                for layer, y in enumerate(targets):
+                    if layer in inputs:
+                        x = inputs[layer][rows].float()
                     before = torch.full((len(rows),), previous[layer])
-                    state = State(layer, x[rows].float(), before)
+                    state = State(layer, x, before)
                     loss = loss + regression_loss(self.scorer, state, y[rows], middle)
                 optimizer.zero_grad()
                 loss.backward()
@@ -254,6 +258,8 @@ class _Run:
                 self.moves.append(move)
                 if move.kl > _STATIC_LIMIT:
                     break
+        if not self.moves:  # no action saves time on this machine
+            return
         costs = self.costs.clone()
         costs[0, self.actions.index(SKIP)] = costs[0, -2]  # not taken, so no matter
         wanted = static.step_values(self.moves, costs)
@@ -279,18 +285,28 @@ class _Run:
     def _loss(
         self, weights: Tensor, reference: Tensor, final: Tensor, log_prices: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean over decided tokens of (KL + price * cost) / sqrt(price); mean KL; mean ms."""
+        """Mean over decided tokens of (KL + price * cost) / sqrt(price); mean KL; mean cost."""
         kl = self.env.kl(reference, final)
-        ms = (weights * self.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+        cost = (weights * self.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
         seen = slice(self.env.prompt_tokens, None)
-        total = (kl + log_prices.exp() * ms) / (log_prices / 2).exp()
-        return total[:, seen].mean(), kl[:, seen].mean(), ms[:, seen].mean()
+        total = (kl + log_prices.exp() * cost) / (log_prices / 2).exp()
+        return total[:, seen].mean(), kl[:, seen].mean(), cost[:, seen].mean()
 
     def improve(self) -> None:
         """On-policy: the scorer decides, and learns from the KL of what it decided."""
         steps, state = self.effort.steps, self.checkpoint.state
         self.scorer.load_state_dict(state["scorer"])
-        optimizer = torch.optim.Adam(self.scorer.parameters(), lr=_RATE, betas=(0.9, 0.98))
+        compensation = self.frozen.compensation()
+        saved = state.get("compensation", compensation)
+        for weight, before in zip(compensation, saved, strict=True):
+            weight.data.copy_(before)
+        groups: list[dict[str, Any]] = [{"params": list(self.scorer.parameters()), "rate": _RATE}]
+        if compensation:
+            groups.append({"params": compensation, "rate": _COMPENSATION_RATE})
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(parameter is not self.scorer.normalise.weight)
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
         first = state.get("step", 0)
         self.generator.set_state(state["generator"])
         if first:
@@ -299,7 +315,8 @@ class _Run:
         bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", disable=None)
         for step in bar:
             done = step / steps
-            optimizer.param_groups[0]["lr"] = _RATE * min((step + 1) / 5, _cosine(done))
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * min((step + 1) / 5, _cosine(done))
             hot, cold = _TEMPERATURE
             figures = self._step(optimizer, step, hot * (cold / hot) ** done)
             self.history.append(figures)
@@ -307,6 +324,7 @@ class _Run:
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
                 self.checkpoint.save(
                     scorer=self.scorer.state_dict(),
+                    compensation=[weight.detach() for weight in compensation],
                     optimizer=optimizer.state_dict(),
                     generator=self.generator.get_state(),
                     history=torch.tensor(self.history),
@@ -321,16 +339,17 @@ class _Run:
             reference = self._reference(step, batch)
             decide = straight_through(self.scorer, self.costs, prices, temperature, self.generator)
             rollout = self.env.run(batch, decide, dense=True)
-            loss, kl, ms = self._loss(rollout.weights, reference, rollout.final, prices)
+            loss, kl, cost = self._loss(rollout.weights, reference, rollout.final, prices)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
-        return float(loss.detach()), float(kl.detach()), float(ms.detach())
+        return float(loss.detach()), float(kl.detach()), float(cost.detach())
 
-    def describe(self, started: float) -> Manifest:
-        """Writes the scorer, measures costs and tables, and completes the manifest."""
-        manifest, folder = self.bundle.manifest, self.bundle.folder
+    def describe(self, folder: Path, started: float) -> Manifest:
+        """Completes a copy of the bundle: scorer, compensation, costs, tables; its manifest."""
+        manifest = self.bundle.manifest
         device = manifest.target.device
         rounding, gain = 0.0, torch.zeros(self.env.layers)
         if self.extra:
@@ -338,12 +357,14 @@ class _Run:
             rounding = self._rounding_kl(Model(self.bundle, device, None, policy=best))
             errors = [layer.relative_error["int8"] ** 2 for layer in manifest.layers]
             gain = rounding * torch.tensor(errors) / sum(errors)
-        scorer = BundleScorer(
-            self.scorer, self.actions, self.extra, gain, self.log_price_range, _BLOCK
-        )
+        scorer = BundleScorer(self.scorer, self.actions, self.extra, gain, self.log_price_range)
         file = export_scorer(scorer, folder, manifest.dims)
-        facts = ScorerFacts(file, scorer.actions, _BLOCK, (), {}, (), self._training(started))
-        files = {**self._graphs(), file: file_facts(folder / file)}
+        looks, training = self.env.looks[1:], self._training(started)
+        facts = ScorerFacts(file, scorer.actions, looks, (), {}, (), training)
+        if manifest.scorer is not None and manifest.scorer.file != file:
+            (folder / manifest.scorer.file).unlink()
+        files = {**self._graphs(), **self._write_compensation(folder)}
+        files[file] = file_facts(folder / file)
         manifest = replace(manifest, files=files, scorer=facts)
         costs = profile(Sessions(Bundle(folder, manifest), device))
         manifest = replace(manifest, costs=costs)
@@ -355,11 +376,23 @@ class _Run:
         facts = replace(
             facts,
             points=points,
-            presets=table.presets(points),
+            presets=presets(points),
             static=assignments,
             training=self._training(started),
         )
         return replace(manifest, scorer=facts)
+
+    def _write_compensation(self, folder: Path) -> dict[str, FileFacts]:
+        """Puts the trained maps into the skip graphs; the process uses them as rounded there."""
+        block, files = self.bundle.manifest.target.block_size, {}
+        for layer, weight in enumerate(self.frozen.compensation()):
+            with torch.no_grad():
+                weight.copy_(replace_expand(folder, layer, weight.detach(), block))
+            graph = layer_path(layer, SKIP)
+            for name in (graph, data_name(graph)):
+                if (folder / name).is_file():
+                    files[name] = file_facts(folder / name)
+        return files
 
     def _graphs(self) -> dict[str, FileFacts]:
         """Every file of the bundle but an earlier scorer."""
@@ -404,7 +437,7 @@ class _Run:
         manifest = self.bundle.manifest
         rows = np.array(self.history)
         tenths = [part.mean(0) for part in np.array_split(rows, 10) if len(part)]
-        loss, kl, ms = (
+        loss, kl, cost = (
             tuple(round(float(v), 5) for v in column) for column in np.transpose(tenths)
         )
         full = reference_ms(manifest)
@@ -418,7 +451,7 @@ class _Run:
             seconds=round(time.monotonic() - started, 1),
             loss=loss,
             kl=kl,
-            cost=tuple(round(value / full, 5) for value in ms),
+            cost=tuple(round(value * self.unit_ms / full, 5) for value in cost),
         )
 
 

@@ -1,9 +1,11 @@
 """Value regression: what each action would cost each token, without running it.
 
 To second order, replacing the output y of one layer by y + d costs KL = d^T J^T F J d / 2, where J
-leads from y to the logits and F is the Fisher matrix of the predicted distribution. With a label
-c drawn from that distribution, g = grad_y(-log p_c) has covariance J^T F J, so (g . d)^2 / 2 is
-an unbiased sample of that KL: one backward pass gives it for every token, layer and action.
+leads from y to the logits and F = diag(p) - p p^T is the Fisher matrix of the predicted
+distribution p. With a random vector v of covariance F, g = J^T v has covariance J^T F J, so
+(g . d)^2 / 2 is an unbiased sample of that KL: one backward pass gives it for every token, layer
+and action. A Gaussian v makes the samples that KL times chi-square of one degree of freedom;
+drawing labels instead gives much heavier tails.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 
-from dash_onnx.exporters.sampling import drawn
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import Scorer
@@ -26,7 +27,7 @@ def sampled_values(
     Args:
         env: the process; its first action is the reference.
         ids: `[B, T]`.
-        generator: of the labels.
+        generator: of the samples.
 
     Yields:
         Per layer the state, and `[B, T, A]` samples in nats (0 for the reference action).
@@ -39,7 +40,7 @@ def sampled_values(
     x = before = frozen.embed(ids).requires_grad_()
     previous = torch.full(ids.shape, len(env.actions))
     for layer in range(env.layers):
-        if layer % env.block == 0:
+        if layer in env.looks:
             seen = before.detach(), previous
         states.append(State(layer, *seen))
         with torch.enable_grad():
@@ -48,21 +49,22 @@ def sampled_values(
         differences.append([(result - x).detach() for result in results])
         outputs.append(x)
         previous = torch.zeros_like(previous)
-    loss = _sampled_nll(env, x, generator)
-    gradients = torch.autograd.grad(loss, outputs)
+    gradients = torch.autograd.grad(_random_direction(env, x, generator), outputs)
     for state, difference, gradient in zip(states, differences, gradients, strict=True):
         effects = [torch.linalg.vecdot(gradient, d).square() / 2 for d in difference]
         yield state, torch.stack(effects, -1).float()
 
 
-def _sampled_nll(env: Environment, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over tokens of -log p of a label drawn from p itself."""
+def _random_direction(env: Environment, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over tokens of v . logits, v Gaussian with the Fisher matrix as covariance."""
     total = x.new_zeros(())
     for part in env.frozen.final(x).flatten(0, 1).split(512):
-        log_p = env.frozen.logits(part).float().log_softmax(-1)
+        logits = env.frozen.logits(part).float()
         with torch.no_grad():
-            labels = drawn(log_p.exp(), generator)
-        total = total - log_p.gather(-1, labels).sum()
+            p = logits.softmax(-1)
+            noise = p.sqrt() * torch.randn(p.shape, generator=generator)
+            direction = noise - p * noise.sum(-1, keepdim=True)  # (I - p 1^T) diag(p)^1/2 e
+        total = total + (direction * logits).sum()
     return total
 
 

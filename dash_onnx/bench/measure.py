@@ -1,0 +1,115 @@
+"""The benchmark: alternating rounds over the same prompts, and the quality on the same texts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dash_onnx.bench.worker import Worker
+from dash_onnx.runtime.evaluate import log_softmax
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contender did.
+
+    Attributes:
+        name: of the contender.
+        decode_ms: per round, the median over prompts of the median milliseconds of a token.
+        ttft_ms: per round, the median over prompts of the milliseconds to the first token.
+        load_s: seconds to load, packages included.
+        peak_rss_bytes: highest resident memory of its process, after the rounds.
+        weight_bytes: what a token reads of the weights; None where it is not known.
+        kl: mean KL(reference || contender) in nats; None where it shows no logits.
+        kl_stderr: standard error over the texts.
+    """
+
+    name: str
+    decode_ms: tuple[float, ...]
+    ttft_ms: tuple[float, ...]
+    load_s: float
+    peak_rss_bytes: int
+    weight_bytes: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Median over the rounds."""
+        return 1e3 / statistics.median(self.decode_ms)
+
+    @property
+    def gigabytes_per_s(self) -> float | None:
+        """Weights read per second of decoding."""
+        if self.weight_bytes is None:
+            return None
+        return self.weight_bytes * self.tokens_per_s / 1e9
+
+
+def ratio(of: Result, to: Result) -> tuple[float, float, float]:
+    """Speed of one contender in units of another's, within each round: median, least, most."""
+    ratios = [b / a for a, b in zip(of.decode_ms, to.decode_ms, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def rounds(
+    workers: Sequence[Worker],
+    prompts: Sequence[list[int]],
+    count: int,
+    new_tokens: int,
+    on_turn: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Contenders take turns round by round: a machine that drifts drifts for all of them.
+
+    Args:
+        workers: loaded.
+        prompts: token ids.
+        count: of rounds, after one round of a single prompt that warms up.
+        new_tokens: decoded after each prompt, at least 2.
+        on_turn: called after each turn.
+    """
+    decode: list[list[float]] = [[] for _ in workers]
+    first: list[list[float]] = [[] for _ in workers]
+    for worker in workers:
+        worker.decode(prompts[0], new_tokens)
+        on_turn()
+    for _ in range(count):
+        for index, worker in enumerate(workers):
+            runs = [worker.decode(prompt, new_tokens) for prompt in prompts]
+            decode[index].append(statistics.median(statistics.median(run[1:]) for run in runs))
+            first[index].append(statistics.median(run[0] for run in runs))
+            on_turn()
+    return [
+        Result(
+            worker.name, tuple(decode[i]), tuple(first[i]), worker.load_s, worker.peak_rss_bytes()
+        )
+        for i, worker in enumerate(workers)
+    ]
+
+
+def divergence(
+    worker: Worker, reference: Sequence[np.ndarray], texts: Sequence[tuple[list[int], int]]
+) -> tuple[float, float] | None:
+    """Mean KL(reference || worker) over texts, and its standard error.
+
+    Args:
+        worker: loaded.
+        reference: per text, logits `[S - prompt, V]`.
+        texts: token ids and the length of the prompt in them.
+
+    Returns:
+        None where the worker shows no logits.
+    """
+    means = []
+    for theirs, (ids, prompt_tokens) in zip(reference, texts, strict=True):
+        ours = worker.logits(ids, prompt_tokens)
+        if ours is None:
+            return None
+        vocab = min(ours.shape[1], theirs.shape[1])  # some pad their head
+        p, q = log_softmax(theirs[:, :vocab]), log_softmax(ours[:, :vocab])
+        means.append(float((np.exp(p) * (p - q)).sum(1).mean()))
+    error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
+    return float(np.mean(means)), error

@@ -1,0 +1,253 @@
+"""dash-bench: speed, memory and quality of a bundle beside its peers."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.errors import PolicyError, SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dash_onnx.bench.measure import Result
+    from dash_onnx.runtime.engine import Model
+
+_EXAMPLES = """\
+  dash-bench out/
+  dash-bench out/ --run int4 --run dash@fast --peer genai:peers/int4 --picture speed.png
+  dash-bench out/ --peer llama.cpp:model.gguf --peer transformers:model/ --prompts p.jsonl --json"""
+
+_PEERS = ("genai", "llama.cpp", "transformers", "openvino")
+_PROMPTS = (
+    "Write a short letter from a lighthouse keeper to the captain of a ship that passed at night.",
+    "Explain to a child why the sky is blue and why sunsets are red.",
+    "List five things to check before a long journey by bicycle, with a reason for each.",
+    "What is the difference between a virus and a bacterium?",
+    "Summarise the story of a man who planted trees for thirty years in an empty valley.",
+    "How do I convert a temperature from Celsius to Fahrenheit? Give two examples.",
+)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-bench",
+        "Decode the same prompts with policies of a bundle and with other runtimes, in alternating "
+        "rounds, each in a process of its own. Quality is the KL to the bundle's highest precision "
+        "on what that itself answers.",
+        _EXAMPLES,
+    )
+    parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
+    parser.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="POLICY[@BUDGET]",
+        help="a policy of the bundle; may be repeated (default: each uniform precision, and the "
+        "trained policy at its presets)",
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="KIND:PATH",
+        help=f"another runtime and its model: {', '.join(_PEERS)}; may be repeated",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="one prompt per line, or .jsonl with `prompt` or `turns` (default: six of its own)",
+    )
+    parser.add_argument("--max-prompts", type=positive, default=6, metavar="N")
+    parser.add_argument("--new-tokens", type=_at_least_two, default=96, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    parser.add_argument("--no-quality", action="store_true", help="measure speed only")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write speed against quality as .png or .svg; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def _at_least_two(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2: the first token includes the prompt")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    for peer in arguments.peer:
+        kind, _, path = peer.partition(":")
+        if kind not in _PEERS or not path:
+            parser.error(f"--peer {peer}: expected KIND:PATH with KIND of {', '.join(_PEERS)}")
+    for picture in arguments.picture:
+        if picture.suffix not in (".png", ".svg"):
+            parser.error(f"--picture {picture}: the name must end in .png or .svg")
+        if arguments.no_quality:
+            parser.error("--picture shows the quality: leave --no-quality out")
+    return run("dash-bench", lambda: _bench(arguments))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    import dash_onnx
+    from dash_onnx.bench.measure import divergence, rounds
+    from dash_onnx.bench.memory import read_gigabytes_per_s
+    from dash_onnx.bench.picture import draw
+    from dash_onnx.bench.prompts import read_prompts
+    from dash_onnx.bench.worker import Worker
+    from dash_onnx.runtime.ort import thread_count
+    from dash_onnx.runtime.profile import machine_name
+
+    texts = list(_PROMPTS) if arguments.prompts is None else read_prompts(arguments.prompts)
+    for peer in arguments.peer:
+        path = Path(peer.partition(":")[2])
+        if not path.exists():
+            raise SourceError(f"--peer {peer}: there is no {path}")
+    for picture in arguments.picture:
+        if not picture.resolve().parent.is_dir():
+            raise SourceError(f"cannot write {picture}: there is no folder {picture.parent}")
+    model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
+    variants = arguments.run or _default_runs(model)
+    for variant in variants:
+        policy, _, budget = variant.partition("@")
+        model.policy(policy, budget or None)  # refused now, not in its process
+    prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
+    reference: list[np.ndarray] = []
+    answers: list[tuple[list[int], int]] = []
+    if not arguments.no_quality:
+        reference, answers = _reference(model, prompts, arguments.new_tokens)
+    threads = thread_count()
+    ceiling = read_gigabytes_per_s(threads)
+    wanted = [(f"dash {variant}", "dash", arguments.bundle, variant) for variant in variants]
+    for peer in arguments.peer:
+        kind, _, path = peer.partition(":")
+        wanted.append((f"{kind} {Path(path).name}", kind, path, ""))
+    with ExitStack() as stack:
+        workers = []
+        for name, kind, target, variant in tqdm(wanted, desc="load", disable=None):
+            worker = Worker(name, kind, target, variant, threads)
+            stack.callback(worker.close)
+            workers.append(worker)
+        turns = (arguments.rounds + 1) * len(workers)
+        with tqdm(desc="rounds", total=turns, disable=None) as bar:
+            results = rounds(
+                workers, prompts, arguments.rounds, arguments.new_tokens, lambda: bar.update()
+            )
+        if answers:
+            for index, worker in enumerate(tqdm(workers, desc="quality", disable=None)):
+                found = divergence(worker, reference, answers)
+                if found is not None:
+                    results[index] = dataclasses.replace(
+                        results[index], kl=found[0], kl_stderr=found[1]
+                    )
+    results = [_with_bytes(model, result) for result in results]
+    machine = f"{machine_name()}, {threads} threads"
+    for picture in arguments.picture:
+        draw(results, picture, machine)
+    if arguments.json:
+        rows = [
+            {**dataclasses.asdict(r), "tokens_per_s": r.tokens_per_s, "gb_per_s": r.gigabytes_per_s}
+            for r in results
+        ]
+        print(json.dumps({"machine": machine, "read_gb_per_s": ceiling, "contenders": rows}))
+        return
+    print(_table(results))
+    print(
+        f"\n{machine}; {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
+        f"{arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
+    )
+
+
+def _encoded(model: Model, text: str) -> list[int]:
+    if model.text.chat_template is None:
+        return model.text.encode(text).tolist()
+    return model.text.encode_chat([{"role": "user", "content": text}]).tolist()
+
+
+def _default_runs(model: Model) -> list[str]:
+    runs: list[str] = [*model.manifest.variants]
+    if model.manifest.scorer is not None:
+        presets = model.manifest.scorer.presets
+        runs += [f"dash@{name}" for name in sorted(presets, key=lambda name: -presets[name])]
+    return runs
+
+
+def _reference(
+    model: Model, prompts: list[list[int]], new_tokens: int
+) -> tuple[list[np.ndarray], list[tuple[list[int], int]]]:
+    """What the highest precision answers, and its logits there."""
+    best = model.manifest.variants[0]
+    answers = []
+    for prompt in tqdm(prompts, desc="reference", disable=None):
+        steps = model.generate_step(prompt, policy=best, max_new_tokens=new_tokens, ignore_eos=True)
+        answers.append(([*prompt, *(step.token for step in steps)], len(prompt)))
+    return [model.logits(ids, policy=best)[start:] for ids, start in answers], answers
+
+
+def _with_bytes(model: Model, result: Result) -> Result:
+    """Adds what a uniform path reads per token; paths that differ read what they choose."""
+    name = result.name.removeprefix("dash ")
+    if name == result.name:
+        return result
+    policy, _, budget = name.partition("@")
+    try:
+        chosen = model.policy(policy, budget or None)
+    except PolicyError:
+        return result
+    if chosen.uniform is None:
+        return result
+    return dataclasses.replace(
+        result, weight_bytes=model.manifest.weight_bytes(chosen.uniform, chosen.head)
+    )
+
+
+def _table(results: list[Result]) -> str:
+    from dash_onnx.bench.measure import ratio
+
+    head = ["", "tokens/s", "(rounds)", "of the first", "first token", "KL", "load"]
+    head += ["peak RSS", "GB/s"]
+    rows = [head]
+    for result in results:
+        speeds = [1e3 / ms for ms in result.decode_ms]
+        middle, low, high = ratio(result, results[0])
+        first = sorted(result.ttft_ms)[len(result.ttft_ms) // 2]
+        rate = result.gigabytes_per_s
+        kl = "-" if result.kl is None else f"{result.kl:.4f} +- {result.kl_stderr:.4f}"
+        rows.append(
+            [
+                result.name,
+                f"{result.tokens_per_s:.1f}",
+                f"{min(speeds):.0f}-{max(speeds):.0f}",
+                f"{middle:.2f} ({low:.2f}-{high:.2f})",
+                f"{first:.0f} ms",
+                kl,
+                f"{result.load_s:.1f} s",
+                f"{result.peak_rss_bytes / 1e6:.0f} MB",
+                "-" if rate is None else f"{rate:.1f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

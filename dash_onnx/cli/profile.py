@@ -1,0 +1,66 @@
+"""dash-profile: measures a bundle's costs on this machine and stores them in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+
+from dash_onnx.cli.common import Parser, positive, run
+
+_EXAMPLES = """\
+  dash-profile out/
+  dash-profile out/ --threads 1 --dry-run --json"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-profile",
+        "Time every action of every layer through the runtime on this machine, as decoding meets "
+        "them, and write the costs into the bundle; its budgets and presets follow.",
+        _EXAMPLES,
+    )
+    parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
+    parser.add_argument("--json", action="store_true", help="print the costs as JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+    return run("dash-profile", lambda: _profile(arguments))
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    import dash_onnx
+    from dash_onnx.budget import reference_ms, with_costs
+    from dash_onnx.bundle import Bundle, replace_manifest
+    from dash_onnx.records import to_json
+    from dash_onnx.runtime.profile import profile
+    from dash_onnx.runtime.sessions import Sessions
+
+    # Checks the device and sets the threads.
+    dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    bundle = Bundle(arguments.bundle)
+    costs = profile(Sessions(bundle, arguments.device))
+    manifest = with_costs(bundle.manifest, costs)
+    if not arguments.dry_run:
+        replace_manifest(bundle.folder, manifest)
+    if arguments.json:
+        print(json.dumps(to_json(costs)))
+        return
+    print(f"{costs.machine}, {costs.threads} threads")
+    print(f"a token in full precision  {reference_ms(manifest):8.3f} ms")
+    print(f"embedding                  {costs.embed_ms:8.3f} ms")
+    for action in manifest.actions:
+        middle = statistics.median(layer[action] for layer in costs.layers_ms)
+        print(f"one layer, {action:<15} {middle:8.3f} ms")
+    for head, ms in costs.heads_ms.items():
+        print(f"LM head, {head:<17} {ms:8.3f} ms")
+    if manifest.scorer is not None:
+        print(f"all decisions of a token   {costs.scorer_ms:8.3f} ms")
+        named = ", ".join(f"{n} {b:.3f}" for n, b in manifest.scorer.presets.items())
+        print(f"presets (of the full time) {named}")

@@ -1,0 +1,45 @@
+"""`dash-profile`: another machine's costs in the same bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from cli_tool import Capture, Tool
+
+from dash_onnx.bundle import Bundle
+from dash_onnx.cli.profile import main
+
+TOOL = Tool("dash-profile", main)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+
+
+def test_the_costs_are_measured_again_and_nothing_else_changes(
+    bundle: Path, capsys: Capture
+) -> None:
+    before = Bundle(bundle).manifest
+    found = TOOL.json_of(capsys, bundle)
+    after = Bundle(bundle).manifest
+    assert found["layers_ms"] == [dict(layer) for layer in after.costs.layers_ms]
+    assert after.costs != before.costs
+    assert after.files == before.files and after.layers == before.layers
+    assert sorted(path.name for path in bundle.iterdir()) == sorted(
+        path.name for path in Path(bundle).iterdir() if "partial" not in path.name
+    )
+
+
+def test_a_dry_run_prints_and_leaves_the_bundle(bundle: Path, capsys: Capture) -> None:
+    before = (bundle / "dash.json").read_bytes()
+    assert TOOL.run(bundle, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "one layer, skip" in printed and "a token in full precision" in printed
+    assert (bundle / "dash.json").read_bytes() == before
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    assert "no bundle" in TOOL.refused(capsys, tmp_path)

@@ -1,0 +1,135 @@
+"""Threads, and how a bundle behaves in a process that belongs to an app."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import warnings
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dash_onnx
+from dash_onnx.runtime import ort
+
+
+def test_a_second_size_of_the_thread_pool_is_warned_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[tuple[int, int]] = []
+    module = SimpleNamespace(set_global_thread_pool_sizes=lambda *pair: sizes.append(pair))
+    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ort.use_threads(3)
+        ort.use_threads(3)
+        ort.use_threads(None)
+    with pytest.warns(RuntimeWarning, match="threads=2 ignored: .* has 3 threads"):
+        ort.use_threads(2)
+    assert sizes == [(3, 1)]
+
+
+def test_one_thread_needs_no_pool_until_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    module = SimpleNamespace(set_global_thread_pool_sizes=lambda *pair: sizes.append(pair))
+    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    ort.use_threads(1)
+    assert sizes == [] and ort.thread_count() == 1
+    ort.use_threads(4)
+    assert sizes == [(4, 1)] and ort.thread_count() == 4
+
+
+def test_the_pool_of_the_app_is_shared_and_said_once_where_a_size_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def taken(*_: int) -> None:
+        raise RuntimeError("Global thread pools have already been created, cannot replace them")
+
+    monkeypatch.setattr(
+        ort, "onnxruntime", lambda: SimpleNamespace(set_global_thread_pool_sizes=taken)
+    )
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    with pytest.warns(RuntimeWarning, match="threads=3 ignored: .* was set by this app"):
+        ort.use_threads(3)
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ort.use_threads(None)
+
+
+# What an app may do beside a bundle: each case is a process of its own.
+_HOST = """
+import onnxruntime as ort, dash_onnx, warnings, os, time
+warnings.simplefilter("error")
+graph = {graph!r}
+def host(shared):
+    options = ort.SessionOptions()
+    options.use_per_session_threads = not shared
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+def generate(threads=None):
+    model = dash_onnx.load({bundle!r}, threads=threads)
+    return [step.token for step in model.generate_step(range(10, 20), max_new_tokens=4)]
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "host(False); generate()",  # the app's sessions came first
+        "ort.set_global_thread_pool_sizes(2, 1); host(True); generate()",
+        "generate(threads=1); host(False); generate(threads=1)",
+        "generate(); host(True)",
+        "tokens = generate(2); u = os.times(); time.sleep(1.5); v = os.times(); "
+        "assert v.user - u.user + v.system - u.system < 0.3, 'threads spin while idle'",
+    ],
+)
+def test_a_bundle_is_a_good_guest(tiny_bundle: Path, body: str) -> None:
+    code = _HOST.format(graph=str(tiny_bundle / "embed.onnx"), bundle=str(tiny_bundle)) + body
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_closed_model_says_so(tiny_bundle: Path) -> None:
+    with dash_onnx.load(tiny_bundle) as model:
+        assert model.generate("the keeper", max_new_tokens=2, ignore_eos=True) is not None
+    with pytest.raises(dash_onnx.DashError, match="closed; load the bundle again"):
+        model.generate("the keeper", max_new_tokens=2)
+
+
+def test_closing_frees_the_sessions(tiny_bundle: Path) -> None:
+    model = dash_onnx.load(tiny_bundle)
+    model.generate("the keeper", max_new_tokens=2, ignore_eos=True)
+    session = weakref.ref(model._sessions.layer(0, "full"))
+    model.close()
+    gc.collect()
+    assert session() is None
+
+
+def test_preloading_a_policy_loads_what_it_uses(tiny_bundle: Path) -> None:
+    model = dash_onnx.load(tiny_bundle)
+    model.preload("static:int8*3,int4")
+    loaded = {path for path in model._sessions._loaded if path.startswith("layers/")}
+    wanted = {f"layers/{i:02d}/{a}.onnx" for i, a in enumerate(("int8", "int8", "int8", "int4"))}
+    assert loaded == wanted | {f"layers/{i:02d}/full.onnx" for i in range(4)}  # for prompts
+
+
+def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: int) -> None:
+        raise RuntimeError("no threads")
+
+    module = SimpleNamespace(set_global_thread_pool_sizes=fail)
+    monkeypatch.setattr(ort, "onnxruntime", lambda: module)
+    monkeypatch.setattr(ort, "_pool_threads", None)
+    with pytest.raises(RuntimeError):
+        ort.use_threads(3)
+    sizes: list[tuple[int, int]] = []
+    module.set_global_thread_pool_sizes = lambda *pair: sizes.append(pair)
+    ort.use_threads(3)
+    assert sizes == [(3, 1)]
