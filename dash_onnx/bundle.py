@@ -105,18 +105,23 @@ class Bundle:
         return self.folder / name
 
 
-def check_destination(folder: Path, overwrite: bool) -> None:
+def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME) -> None:
     """Refuses a destination that must not be written, before any expensive work.
 
+    Args:
+        folder: the destination.
+        overwrite: whether it may be replaced.
+        marker: the file that every folder of this kind holds.
+
     Raises:
-        BundleError: it exists without `overwrite`, or holds something that is no bundle.
+        BundleError: it exists without `overwrite`, or holds something of another kind.
     """
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    if not (folder / MANIFEST_NAME).is_file():
-        raise BundleError(f"{folder} exists and is not a bundle; choose another folder")
+    if not (folder / marker).is_file():
+        raise BundleError(f"{folder} exists and holds no {marker}; choose another folder")
     if not overwrite:
         raise BundleError(f"{folder} exists; pass --overwrite to replace it")
 
@@ -129,7 +134,7 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def writing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes `folder` when the block succeeds.
 
     On any error or interrupt the temporary folder is removed and `folder` is untouched.
@@ -137,7 +142,7 @@ def writing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         BundleError: see `check_destination`.
     """
-    check_destination(folder, overwrite)
+    check_destination(folder, overwrite, marker)
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +152,7 @@ def writing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        check_destination(folder, overwrite)
+        check_destination(folder, overwrite, marker)
         retired = None
         if folder.exists():
             retired = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))

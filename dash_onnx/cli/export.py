@@ -59,6 +59,11 @@ def _parser() -> Parser:
         metavar="R",
         help="rank of the map that stands in for a skipped layer; 0: only its scale (default: 64)",
     )
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="also write OUT/fused: the policy as one graph for other clients (see dash-fuse)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
@@ -70,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         variants = parse_precisions(arguments.variants)
+        if arguments.fused and arguments.device != "cpu":
+            raise DashError("--fused graphs are built for the CPU: leave --device out")
         prepare_export()
         from dash_onnx.exporters.export import ExportOptions, export
         from dash_onnx.exporters.train.text import LEAST_SEQUENCES, LENGTH
@@ -98,6 +105,11 @@ def main(argv: list[str] | None = None) -> int:
 
             choice = TrainOptions(arguments.effort, options.calibration, options.seed)
             manifest = train(arguments.out, choice)
+        if arguments.fused:
+            from dash_onnx.bundle import Bundle
+            from dash_onnx.exporters.fused import fuse
+
+            fuse(Bundle(arguments.out), arguments.out / "fused", overwrite=True)
         if arguments.json:
             facts = to_json(manifest)
             del facts["files"], facts["rope"]

@@ -54,7 +54,7 @@ _TABLE = 10  # rows of the policy table inside that range
 _TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
 _LOOKS = 3  # of the scorer per token: one costs a third of an INT4 layer
 _RATE = 2e-3  # learning rate of the scorer
-_COMPENSATION_RATE = 6e-4
+_COMPENSATION_RATE = 1e-3
 _SAVE_EVERY = 20  # steps
 _STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
 

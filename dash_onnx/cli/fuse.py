@@ -1,0 +1,63 @@
+"""dash-fuse: the policy of a bundle as one ONNX graph, for other ONNX Runtime clients."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dash_onnx.cli.common import Parser, run
+from dash_onnx.cli.export import prepare_export
+
+_EXAMPLES = """\
+  dash-fuse out/                                # out/fused/, the trained policy
+  dash-fuse out/ phone/ --budget fast
+  dash-fuse out/ phone/ --policy static:int8,int4*28,int8"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-fuse",
+        "Write one ONNX graph that decides inside: a folder for onnxruntime-genai, or for any ONNX "
+        "Runtime program that feeds past_key_values. The bundle stays as it is.",
+        _EXAMPLES,
+    )
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
+    parser.add_argument(
+        "dest", metavar="DEST", type=Path, nargs="?", help="folder (default: OUT/fused)"
+    )
+    parser.add_argument(
+        "--policy",
+        default="",
+        help="dash, or one with the same path for every token, as in dash-run (default: dash where "
+        "a policy was trained, else the highest exported precision)",
+    )
+    parser.add_argument(
+        "--budget",
+        help="default of the graph's own budget: quality, balanced, fast or a fraction "
+        "(default: balanced)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing DEST")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+    return run("dash-fuse", lambda: _fuse(arguments))
+
+
+def _fuse(arguments: argparse.Namespace) -> None:
+    prepare_export()
+    from dash_onnx.bundle import Bundle
+    from dash_onnx.exporters.fused import DATA, MODEL, fuse
+
+    out = arguments.dest or arguments.bundle / "fused"
+    bundle = Bundle(arguments.bundle)
+    fuse(bundle, out, arguments.policy, arguments.budget, overwrite=arguments.overwrite)
+    size = sum((out / name).stat().st_size for name in (MODEL, DATA))
+    if arguments.json:
+        print(json.dumps({"folder": str(out), "bytes": size}))
+    else:
+        print(f"{out}: {size / 1e6:.0f} MB")

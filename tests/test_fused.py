@@ -1,0 +1,202 @@
+"""The fused graph: any ONNX Runtime client takes the decisions of our runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from cli_tool import Capture, Tool
+from test_report import with_scorer
+
+import dash_onnx
+from dash_onnx.bundle import Bundle
+from dash_onnx.cli.fuse import main
+from dash_onnx.exporters.fused import BUDGET, DATA, MODEL, PATH
+from dash_onnx.manifest import Manifest
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.generate import prefill_plan
+
+TOOL = Tool("dash-fuse", main)
+PROMPT = list(range(20, 33))
+STATIC = "static:int8,int4,skip,int8"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("f") / "out")))
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> Model:
+    return dash_onnx.load(bundle)
+
+
+@pytest.fixture(scope="module")
+def fused(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Alone in another place: nothing of the bundle may be needed."""
+    out = tmp_path_factory.mktemp("fused") / "graph"
+    assert TOOL.run(bundle, out) == 0
+    return out
+
+
+class Client:
+    """What optimum or transformers.js do: K/V that grow by concatenation."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False  # the tests' process has our pool
+        self.session = onnxruntime.InferenceSession(
+            folder / MODEL, options, providers=["CPUExecutionProvider"]
+        )
+        facts = manifest.model
+        empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_dim), np.float32)
+        self.names = [o.name for o in self.session.get_outputs()]
+        self.past = {
+            name.replace("present", "past_key_values"): empty
+            for name in self.names
+            if name.startswith("present")
+        }
+        self.length = 0
+
+    def __call__(self, ids: list[int], **extra: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        self.length += len(ids)
+        feeds = {
+            "input_ids": np.array([ids], np.int64),
+            "attention_mask": np.ones((1, self.length), np.int64),
+        }
+        found = dict(
+            zip(self.names, self.session.run(None, {**feeds, **self.past, **extra}), strict=True)
+        )
+        self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
+        return found["logits"][0], found[PATH].tolist() if PATH in found else []
+
+
+def price_at(model: Model, budget: float) -> float:
+    policy = model.policy("dash", budget)
+    return float(policy.price)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("budget", [None, 0.25, 0.35, 0.6])
+def test_decisions_and_logits_are_those_of_the_runtime(
+    fused: Path, model: Model, budget: float | None
+) -> None:
+    chosen = budget or model.manifest.scorer.presets["balanced"]  # type: ignore[union-attr]
+    extra = {} if budget is None else {BUDGET: np.array([budget], np.float32)}
+    client = Client(fused, model.manifest)
+    lane = Lane(model._sessions)
+    ours = lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, "int8"))
+    theirs, path = client(PROMPT, **extra)
+    np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
+    actions = model.manifest.actions
+    assert {actions[index] for index in path} == {"int8"}
+    paths = set()
+    for token in range(100, 140):
+        ours, decided = lane.decode_scored(token, price_at(model, chosen), "int8")
+        theirs, path = client([token], **extra)
+        named = [actions[index] for index in path]
+        assert named == list(decided)
+        np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
+        paths.add(tuple(named))
+    assert len(paths) > 1 or budget is not None
+
+
+def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: Path) -> None:
+    assert TOOL.run(bundle, tmp_path / "flat", "--policy", STATIC) == 0
+    graph = onnx.load(tmp_path / "flat" / MODEL, load_external_data=False).graph
+    assert "If" not in {node.op_type for node in graph.node}
+    assert BUDGET not in {value.name for value in graph.input}
+    client, lane = Client(tmp_path / "flat", model.manifest), Lane(model._sessions)
+    policy = model.policy(STATIC)
+    assert policy.uniform is not None
+    ours = lane.prefill(np.array(PROMPT), policy.uniform, policy.head)
+    np.testing.assert_allclose(client(PROMPT)[0][-1], ours, atol=2e-4)
+    for token in range(100, 110):
+        ours = lane.decode(token, policy.uniform, policy.head)
+        np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
+
+
+def test_several_tokens_after_a_prompt_run_at_the_precision_of_prompts(
+    fused: Path, model: Model
+) -> None:
+    client, lane = Client(fused, model.manifest), Lane(model._sessions)
+    plan = prefill_plan(model._sessions, "int8")
+    for part in (PROMPT, [50, 51, 52]):
+        ours = lane.prefill(np.array(part), *plan)
+        np.testing.assert_allclose(client(part)[0][-1], ours, atol=2e-4)
+
+
+def test_the_folder_is_complete_and_its_graph_valid(fused: Path, bundle: Path) -> None:
+    onnx.checker.check_model(fused / MODEL, full_check=False)
+    names = {path.name for path in fused.iterdir()}
+    assert {MODEL, DATA, "genai_config.json", "tokenizer.json"} <= names
+    config = json.loads((fused / "genai_config.json").read_text())
+    facts = Bundle(bundle).manifest.model
+    assert config["model"]["decoder"]["num_hidden_layers"] == facts.num_layers
+    graph = onnx.load(fused / MODEL, load_external_data=False).graph
+    declared = {value.name for value in (*graph.input, *graph.output)}
+    decoder = config["model"]["decoder"]
+    for name in (*decoder["inputs"].values(), *decoder["outputs"].values()):
+        assert (name % 3 if "%d" in name else name) in declared
+
+
+def test_weights_are_stored_once_each(fused: Path, bundle: Path) -> None:
+    stored = sum(
+        facts.bytes
+        for name, facts in Bundle(bundle).manifest.files.items()
+        if name.endswith(".data") and "/full." not in name and "int4.onnx" not in name
+    )
+    layers = [f"layers/{i:02d}/int4.onnx.data" for i in range(4)]
+    stored += sum(Bundle(bundle).manifest.files[name].bytes for name in layers)
+    assert (fused / DATA).stat().st_size < 1.2 * stored + 200_000
+
+
+# The command
+
+
+def test_json_names_the_folder(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    found = TOOL.json_of(capsys, bundle, tmp_path / "graph", "--budget", "fast")
+    assert found["folder"] == str(tmp_path / "graph") and found["bytes"] > 1e5
+
+
+def test_an_existing_folder_needs_overwrite_and_survives_a_failure(
+    bundle: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "graph"
+    assert TOOL.run(bundle, out, "--policy", "int8") == 0
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "--overwrite" in TOOL.refused(capsys, bundle, out)
+    monkeypatch.setattr("dash_onnx.exporters.fused.genai_config", None)
+    with pytest.raises(TypeError):
+        TOOL.run(bundle, out, "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["graph"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--policy", "random"), "has no graph"),
+        (("--policy", "int3"), "unknown policy"),
+        (("--budget", "7"), "outside 0..1"),
+        (("--budget", "lots"), "neither a number nor a preset"),
+    ],
+)
+def test_misuse_is_one_line(
+    bundle: Path, tmp_path: Path, arguments: tuple[str, ...], why: str, capsys: Capture
+) -> None:
+    assert why in TOOL.refused(capsys, bundle, tmp_path / "graph", *arguments)
+    assert not (tmp_path / "graph").exists()
+
+
+def test_other_data_in_the_place_is_not_replaced(
+    bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds no model.onnx" in TOOL.refused(capsys, bundle, tmp_path, "--overwrite")
