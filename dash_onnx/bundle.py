@@ -121,7 +121,8 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / marker).is_file():
-        raise BundleError(f"{folder} exists and holds no {marker}; choose another folder")
+        what = "is not a bundle" if marker == MANIFEST_NAME else f"holds no {marker}"
+        raise BundleError(f"{folder} exists and {what}; choose another folder")
     if not overwrite:
         raise BundleError(f"{folder} exists; pass --overwrite to replace it")
 

@@ -320,7 +320,7 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str, overwrit
     else:
         place.symlink_to(tmp_path / "nowhere")
     before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match=f"{place} exists and holds no dash.json"):
+    with pytest.raises(BundleError, match=f"{place} exists and is not a bundle"):
         write(place, overwrite=overwrite)
     assert snapshot(tmp_path) == before
 
