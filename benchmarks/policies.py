@@ -2,8 +2,9 @@
 
     python benchmarks/policies.py out/ --text book.txt --max-windows 8
 
-For each budget (the presets and two smaller ones unless given) `dash` and the best static
-assignment; `even`, `cosine` and `random` where the budget asks for skipping; and the uniform paths.
+For each budget `dash` and the best static assignment; `even`, `cosine` and `random` where the budget
+asks for skipping; and the uniform paths. Budgets are the presets, and the costs of a token whose
+layers take some share of what all layers in INT4 take.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="OUT")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--budgets", type=float, nargs="+")
+    parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.93, 0.87, 0.81])
+    parser.add_argument("--no-presets", action="store_true")
     parser.add_argument("--max-windows", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -35,14 +37,17 @@ def main() -> None:
     manifest, text = model.manifest, read_text(arguments.text)
     assert manifest.scorer is not None, "train a policy first: dash-train OUT"
     full_ms = reference_ms(manifest)
-    fast = manifest.scorer.presets["fast"]
-    budgets = arguments.budgets or [*manifest.scorer.presets.values(), fast - 0.02, fast - 0.04]
-    layers = manifest.model.num_layers
-    int4_ms = manifest.costs.token_ms(("int4",) * layers, "int4")
+    costs, path = manifest.costs, ("int4",) * manifest.model.num_layers
+    int4_ms = costs.token_ms(path, manifest.heads["int4"])
+    layers_ms = sum(layer["int4"] for layer in costs.layers_ms)
     runs: list[tuple[str, float | None]] = [("int8", None), ("int4", None)]
-    for budget in budgets:
+    if not arguments.no_presets:
+        for budget in sorted(manifest.scorer.presets.values(), reverse=True):
+            runs += [("dash", budget), ("static", budget)]
+    for share in arguments.shares:
+        budget = (int4_ms - (1 - share) * layers_ms) / full_ms
         runs += [("dash", budget), ("static", budget)]
-        if budget * full_ms < int4_ms:
+        if share < 1:
             runs += [("even", budget), ("cosine", budget), ("random", budget)]
     if not arguments.json:
         print("policy  budget  cost/full  cost ms  ms    KL (stderr)       top-1   skipped")
@@ -50,7 +55,7 @@ def main() -> None:
         try:
             chosen = model.policy(policy, budget)
         except PolicyError as error:
-            print(f"{policy:7} {budget:.3f}   {error}")
+            print(f"{policy:7} {budget or 0:.3f}   {error}", flush=True)
             continue
         result = evaluate(model, text, chosen, max_windows=arguments.max_windows)
         if arguments.json:
