@@ -2,9 +2,9 @@
 
     python benchmarks/policies.py out/ --text book.txt --max-windows 8
 
-For each budget `dash` and the best static assignment; `even`, `cosine` and `random` where the budget
-asks for skipping; and the uniform paths. Budgets are the presets, and the costs of a token whose
-layers take some share of what all layers in INT4 take.
+For each budget `dash` and the best static assignment; `even`, `cosine` and `random` where it asks
+for skipping; and the uniform paths. Budgets are the presets, and the costs of a token whose layers
+take some share of what all layers in INT4 take.
 """
 
 from __future__ import annotations
