@@ -24,11 +24,11 @@ _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale
 
 
 def looks_of(layers: int, count: int) -> tuple[int, ...]:
-    """Layers before which the scorer looks at a token: the first after a fifth, then evenly.
+    """Layers before which the scorer looks at a token: the first after a third, then evenly.
 
     Every token needs the first layers; what they make of it says how hard it is.
     """
-    first = max(layers // 5, 1)
+    first = max(layers // 3, 1)
     count = min(count, layers - first)
     return tuple(first + number * (layers - first) // count for number in range(count))
 

@@ -52,7 +52,7 @@ _BATCH = 4  # sequences of one pass
 _PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
 _TABLE = 10  # rows of the policy table inside that range
 _TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
-_LOOKS = 3  # of the scorer per token: one costs a third of an INT4 layer
+_LOOKS = 1  # of the scorer per token: each costs a third of an INT4 layer, see docs/design.md
 _RATE = 2e-3  # learning rate of the scorer
 _COMPENSATION_RATE = 1e-3
 _SAVE_EVERY = 20  # steps
@@ -79,8 +79,8 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(sequences=54, held_out=6, batches=10, steps=12, tried=1),
-    "normal": Effort(sequences=240, held_out=16, batches=48, steps=80, tried=2),
+    "quick": Effort(sequences=54, held_out=6, batches=12, steps=12, tried=1),
+    "normal": Effort(sequences=240, held_out=16, batches=36, steps=60, tried=2),
     "thorough": Effort(sequences=960, held_out=32, batches=200, steps=400, tried=4),
 }
 
