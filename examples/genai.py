@@ -1,0 +1,22 @@
+"""The fused graph in ONNX Runtime GenAI, which knows nothing of layer skipping.
+
+dash-fuse out/ && python examples/genai.py out/fused "What is the capital of France?"
+"""
+
+import sys
+
+import onnxruntime_genai as og
+
+folder, question = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "Hello!"
+model = og.Model(folder)
+tokenizer = og.Tokenizer(model)
+prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=512)
+generator = og.Generator(model, params)
+generator.append_tokens(tokenizer.encode(prompt))
+stream = tokenizer.create_stream()
+while not generator.is_done():
+    generator.generate_next_token()
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
+print()
