@@ -36,13 +36,11 @@ class Policy(ABC):
         name: what the trace and summaries call it.
         head: precision of the LM head it uses.
         scored: whether the scorer decides, which has a cost of its own.
-        prefill: precision of prompts; None takes the highest exported.
     """
 
     name: str
     head: Action
     scored = False
-    prefill: Action | None = None
 
     def cost_ms(self, path: Path, costs: Costs) -> float:
         """Profiled milliseconds of a token on a path that this policy chose."""
@@ -89,10 +87,7 @@ class ScoredPolicy(Policy):
         self.name = "dash" if budget is None else f"dash:{budget}"
         self.budget = resolve(budget, manifest)
         self.price, self.head = price_of(self.budget, points)
-        # The best of what decoding uses. A higher precision would be no slower, but another copy
-        # of all weights in memory, for less than what this budget loses anyway.
         self.uses = used_actions(self.budget, points)
-        self.prefill = self.uses[0]
         self._manifest = manifest
 
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:

@@ -106,7 +106,7 @@ class Model:
         """Teacher-forced logits of a text.
 
         A policy whose paths differ between tokens is run token by token, its first token at
-        the precision of its prompts.
+        the highest exported precision.
 
         Args:
             ids: 1-D token ids, `[S]`.
@@ -118,7 +118,7 @@ class Model:
         chosen, lane = self.policy(policy, budget), Lane(self._sessions)
         if chosen.uniform is not None:
             return lane.prefill_all(ids, chosen.uniform, chosen.head)
-        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, chosen.prefill))
+        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, None))
         decode = decoding(lane, chosen)
         rows = [decode(token)[0].astype(np.float32)[None] for token in ids[1:].tolist()]
         return np.concatenate([first, *rows])
@@ -136,7 +136,7 @@ class Model:
         Args:
             ids: 1-D token ids.
             prompt_tokens: how many are prefilled.
-            prefill: at which precision; None takes the policy's.
+            prefill: at which precision; None takes the highest exported.
             cache: keeps the K/V of the prefilled part for the next call.
 
         Yields:
@@ -148,8 +148,7 @@ class Model:
         lane, rest = cache.acquire(ids[:prompt_tokens])
         try:
             if len(rest):
-                plan = prefill_plan(self._sessions, prefill or chosen.prefill)
-                lane.prefill(rest, *plan)
+                lane.prefill(rest, *prefill_plan(self._sessions, prefill))
                 cache.tokens += rest.tolist()
             yield from map(decoding(lane, chosen), ids[prompt_tokens:].tolist())
         finally:

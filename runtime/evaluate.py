@@ -64,7 +64,7 @@ def evaluate(
 
     Args:
         max_windows: None takes every whole window.
-        prefill: precision of the prompt; None takes the policy's.
+        prefill: precision of the prompt; None takes the highest exported.
         on_window: called after each window.
 
     Raises:

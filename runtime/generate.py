@@ -123,7 +123,7 @@ def generate_step(
         sampler = Sampler(options.sampling)
         seen = [int(token) for token in ids]
         decode = decoding(lane, policy)
-        path, head = prefill_plan(sessions, options.prefill or policy.prefill)
+        path, head = prefill_plan(sessions, options.prefill)
         token = -1
         for count in range(1, options.max_new_tokens + 1):
             started = time.perf_counter()

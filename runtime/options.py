@@ -24,8 +24,7 @@ class Options:
     Attributes:
         policy: which action each layer takes; see `dash_onnx.policy.make_policy`.
         budget: fraction of the full time per token, or a preset; None takes the model's own.
-        prefill: precision of the prompt; None takes the highest exported, or the highest that a
-            trained policy uses at its budget.
+        prefill: precision of the prompt; None takes the highest exported.
         max_new_tokens: most tokens to generate.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         stop: strings that end the text; they are not part of it.

@@ -67,7 +67,7 @@ class Sessions:
         layers = manifest.model.num_layers
         heads, actions = set(manifest.exported_heads), [set(manifest.actions)] * layers
         if policy is not None:
-            prompt: Action = policy.prefill or manifest.variants[0]
+            prompt = manifest.variants[0]
             heads = {policy.head, manifest.heads[prompt]}
             actions = [{prompt, *used} for used in policy.used(layers, manifest.actions)]
         self.embed()

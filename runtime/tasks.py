@@ -126,7 +126,7 @@ def run_task(
 ) -> TaskResult:
     """Scores every item.
 
-    The context but its last token is prefilled at the policy's precision for prompts; the last one
+    The context but its last token is prefilled at the highest exported precision; the last one
     and the scored tokens are decoded under the policy.
 
     Args:

@@ -42,8 +42,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefill",
         choices=PRECISIONS,
-        help="precision of the prompt part (default: the highest that a trained policy uses at "
-        "its budget; else the highest exported)",
+        help="precision of the prompt part (default: the highest exported)",
     )
     parser.add_argument(
         "--max-windows", type=positive, metavar="N", help="(default: the whole text)"

@@ -42,8 +42,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefill",
         choices=("full", "int8", "int4"),
-        help="precision of the prompt (default: the highest that a trained policy uses at its "
-        "budget; else the highest exported)",
+        help="precision of the prompt (default: the highest exported; int8 saves its memory)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")

@@ -55,7 +55,7 @@ class Text:
     Attributes:
         source: where it came from.
         ids: prompt part first.
-        prompt_tokens: how many are prefilled, at the precision of the policy's prompts.
+        prompt_tokens: how many are prefilled at the highest exported precision.
     """
 
     source: str
@@ -173,7 +173,7 @@ def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -
     # `Model.teacher_forced` would do, but for the predictions, which live on the lane until the
     # next token overwrites them.
     lane = Lane(model._sessions)
-    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, policy.prefill))
+    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, None))
     controller = policy.controller()
     actions = lane._scorer().actions
     record = _Record(model, policy, reference)

@@ -79,7 +79,7 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(sequences=54, held_out=6, batches=12, steps=12, tried=1),
+    "quick": Effort(sequences=54, held_out=6, batches=10, steps=8, tried=1),
     "normal": Effort(sequences=240, held_out=16, batches=36, steps=60, tried=2),
     "thorough": Effort(sequences=960, held_out=32, batches=200, steps=400, tried=4),
 }
