@@ -251,10 +251,10 @@ class _Span:
         self._start(token)
         seconds = 0.0
         for layer, action in enumerate(path):
-            started = time.perf_counter()
             if (look := scoring.looks[layer]) is not None:
+                started = time.perf_counter()
                 look()
-            seconds += time.perf_counter() - started
+                seconds += time.perf_counter() - started
             self._run_of(layer, action)()
         return seconds * 1e3
 
