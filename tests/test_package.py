@@ -81,7 +81,7 @@ def test_the_wheel_installs_one_top_level_package(wheel: zipfile.ZipFile) -> Non
     assert read(wheel, "top_level.txt").split() == ["dash_onnx"]
 
 
-def test_the_wheel_installs_five_tools_and_none_that_shadows_the_shell(
+def test_the_wheel_installs_its_tools_and_none_that_shadows_the_shell(
     wheel: zipfile.ZipFile,
 ) -> None:
     entries = configparser.ConfigParser()
@@ -93,6 +93,9 @@ def test_the_wheel_installs_five_tools_and_none_that_shadows_the_shell(
         "dash-eval": "dash_onnx.cli.eval:main",
         "dash-train": "dash_onnx.cli.train:main",
         "dash-report": "dash_onnx.cli.report:main",
+        "dash-profile": "dash_onnx.cli.profile:main",
+        "dash-fuse": "dash_onnx.cli.fuse:main",
+        "dash-bench": "dash_onnx.cli.bench:main",
     }
 
 

@@ -423,10 +423,11 @@ class _Run:
         full_ms = reference_ms(manifest)
         wanted = self.env.reference(self.held_out, self.actions[0])
         # Each skip is a large step; those between precisions are small and many.
+        every = max(1, self.env.layers // 6)
         moves = [
             move
             for number, move in enumerate(self.moves)
-            if number % 5 == 0 or self.actions.index(SKIP) in move.path
+            if number % every == 0 or self.actions.index(SKIP) in move.path
         ]
         points: list[StaticPoint] = []
         heads = list(self.frozen.heads)
