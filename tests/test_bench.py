@@ -95,7 +95,8 @@ def test_a_worker_answers_from_its_own_process(tiny_bundle: Path) -> None:
         assert len(worker.decode(IDS, 5)) == 5
         logits = worker.logits(IDS, 4)
         assert logits is not None and len(logits) == 12
-        assert worker.peak_rss_bytes() > 1e7 and worker.load_s > 0
+        # Its own: this process, which has loaded torch, is several times as large.
+        assert 1e7 < worker.peak_rss_bytes() < 2.5e8 and worker.load_s > 0
     finally:
         worker.close()
 

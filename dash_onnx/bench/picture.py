@@ -21,21 +21,20 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise DeviceError("the picture needs matplotlib: `pip install matplotlib`") from None
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    for ours, colour in ((True, "#1f6f8b"), (False, "#b5651d")):
-        points = [
-            (result.tokens_per_s, max(result.kl, _FLOOR), result.name)
-            for result in results
-            if result.kl is not None and result.name.startswith("dash ") == ours
-        ]
-        if not points:
-            continue
-        x, y, _ = zip(*points, strict=True)
-        axes.scatter(x, y, color=colour, label="dash-onnx" if ours else "peers", zorder=3)
-        for speed, kl, name in points:
-            text = name.removeprefix("dash ")
-            axes.annotate(text, (speed, kl), xytext=(5, 5), textcoords="offset points", fontsize=9)
+    shown = [result for result in results if result.kl is not None]
+    for number, result in enumerate(shown, 1):
+        ours = result.name.startswith("dash ")
+        x, y = result.tokens_per_s, max(result.kl or 0.0, _FLOOR)
+        colour, marker = ("#1f6f8b", "o") if ours else ("#b5651d", "s")
+        label = f"{number}  {result.name}"
+        axes.plot(x, y, color=colour, marker=marker, linestyle="", label=label, markersize=6)
+        # Neighbours often share a place: every other number goes below its point.
+        offset = (0, 6) if number % 2 else (0, -14)
+        axes.annotate(
+            str(number), (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=9
+        )
     axes.set_yscale("log")
     axes.invert_yaxis()
     axes.set_xlim(left=0)
@@ -43,5 +42,5 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     axes.set_ylabel("KL to the full-precision model, nats (better above)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     figure.savefig(path, dpi=150)

@@ -138,7 +138,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     wanted = [(f"dash {variant}", "dash", arguments.bundle, variant) for variant in variants]
     for peer in arguments.peer:
         kind, _, path = peer.partition(":")
-        wanted.append((f"{kind} {Path(path).name}", kind, path, ""))
+        wanted.append((f"{kind} {'/'.join(Path(path).parts[-2:])}", kind, path, ""))
     with ExitStack() as stack:
         workers = []
         for name, kind, target, variant in tqdm(wanted, desc="load", disable=None):
