@@ -137,6 +137,11 @@ class Costs:
         cheapest = [action for action in PRECISIONS if action in self.layers_ms[0]][-1]
         return sum(costs[cheapest] for costs in self.layers_ms) / len(self.layers_ms)
 
+    def in_units(self, actions: Sequence[Action]) -> list[list[float]]:
+        """Costs of actions per layer, `[L, A]`, as multiples of `unit_ms`."""
+        unit = self.unit_ms
+        return [[layer[action] / unit for action in actions] for layer in self.layers_ms]
+
     def token_ms(self, path: Sequence[Action], head: Action, scored: bool = False) -> float:
         """What one token costs on a path.
 
@@ -238,6 +243,10 @@ class ScorerFacts:
     def segments(self, layers: int) -> tuple[tuple[int, int], ...]:
         """First layer, and the one after the last, of each segment that is decided at once."""
         return tuple(pairwise((0, *self.looks, layers)))
+
+    def longest(self, layers: int) -> int:
+        """Layers of the longest segment."""
+        return max(stop - start for start, stop in self.segments(layers))
 
 
 @dataclass(frozen=True)

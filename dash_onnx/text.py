@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -164,6 +164,24 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise SourceError(f"{path} is empty")
     return text
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of a JSON lines file, each with its place (`file:line`) for messages.
+
+    Raises:
+        SourceError: missing, empty, not text, or a line is not JSON.
+    """
+    # Not splitlines: JSON strings may hold other line separators than the newline.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise SourceError(f"{where} is not JSON") from None
+        yield where, record
 
 
 def _json(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import resource
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +35,7 @@ from dash_onnx.manifest import (
     Manifest,
     Target,
 )
+from dash_onnx.runtime.machine import peak_rss_bytes
 from dash_onnx.runtime.ort import Device, has_device, onnxruntime
 from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions
@@ -242,12 +241,6 @@ class _Run:
             peak_rss_bytes=peak_rss_bytes(),
             fp32_kept=tuple(self.fp32_kept),
         )
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _graph_bytes(folder: Path, path: str) -> int:

@@ -23,6 +23,7 @@ from dash_onnx.budget import Budget, scorer_facts
 from dash_onnx.bundle import Bundle, writing
 from dash_onnx.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.errors import UnsupportedError
+from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
 from dash_onnx.manifest import Manifest
 from dash_onnx.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.rope import rotary_tables
@@ -36,9 +37,7 @@ PATH = "dash_path"
 """Graph output, int64 `[L]`: index of each layer's action in the bundle's list of actions."""
 
 _OPSET = 23  # of RMSNormalization; TensorScatter, which needs 24, is not used
-_IR_VERSION = 11
 _ALIGNMENT = 64  # bytes, of a tensor in the data file
-_INLINE = 1024  # smaller tensors stay in the graph
 _NEVER = 1e30  # cost of an action that must not be chosen
 _TEXT_FILES = (
     "tokenizer.json",
@@ -140,7 +139,7 @@ class _Fusion:
         graph = helper.make_graph(self.nodes, "dash", inputs, outputs, self.initializers)
         opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(
-            graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="dash-onnx"
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dash-onnx"
         )
 
     def node(
@@ -252,7 +251,7 @@ class _Fusion:
         return model
 
     def _stored(self, tensor: TensorProto) -> TensorProto:
-        if len(tensor.raw_data) >= _INLINE:
+        if len(tensor.raw_data) >= INLINE_BYTES:
             raw = tensor.raw_data
             tensor.ClearField("raw_data")
             self._append(tensor, raw)
@@ -283,10 +282,12 @@ class _Decisions:
         drop = facts.actions[:2] == ("full", "int8")
         self.branches = list(facts.actions[drop:])
         self._segments = facts.segments(manifest.model.num_layers)
+        self._longest = facts.longest(manifest.model.num_layers)
 
     def prices(self, default: float) -> None:
         """From the budget to the price, as the policy table has it, and to every penalty."""
-        f, facts, costs = self._fusion, scorer_facts(self._manifest), self._manifest.costs
+        f, facts = self._fusion, scorer_facts(self._manifest)
+        costs = self._manifest.costs.in_units(self._actions)
         f.initializers.append(numpy_helper.from_array(np.array([default], np.float32), BUDGET))
         budgets = np.array([point.budget for point in facts.points], np.float32)
         logs = np.log(np.array([point.price for point in facts.points], np.float32))
@@ -303,12 +304,9 @@ class _Decisions:
         f.node("Exp", ["log_price.flat"], ["price"])
         shape = f.constant("pair", np.array([1, 1], np.int64))
         f.node("Reshape", ["log_price.flat", shape], ["log_price"])
-        longest = max(stop - start for start, stop in self._segments)
         for number, (start, stop) in enumerate(self._segments):
-            rows = np.zeros((longest, len(self._actions)), np.float32)
-            for at, layer in enumerate(range(start, stop)):
-                rows[at] = [costs.layers_ms[layer][action] for action in self._actions]
-            rows /= costs.unit_ms
+            rows = np.zeros((self._longest, len(self._actions)), np.float32)
+            rows[: stop - start] = costs[start:stop]
             if start == 0 and SKIP in self._actions:
                 rows[0, self._actions.index(SKIP)] = _NEVER
             name = f.constant(f"costs.{number}", rows.reshape(1, -1))
@@ -321,6 +319,8 @@ class _Decisions:
         for action in self.branches[1:]:
             f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
         f.constant("table", np.array([-1, len(self._actions)], np.int64))
+        f.constant("flat", np.array([1, self._manifest.model.hidden_size], np.int64))
+        f.constant("none", np.array([0], np.int64))
         f.constant("last_row", np.array([-1], np.int64))
 
     def look(self, layer: int) -> None:
@@ -335,10 +335,6 @@ class _Decisions:
         f, count = self._fusion, len(self._actions)
         start, stop = self._segments[number]
         f.node("Gather", [hidden, "last_row"], [f"seen.{number}.row"], axis=1)
-        width = self._manifest.model.hidden_size
-        if number == 0:
-            f.constant("flat", np.array([1, width], np.int64))
-            f.constant("none", np.array([0], np.int64))
         f.node("Reshape", [f"seen.{number}.row", "flat"], [f"seen.{number}"])
         segment = f.constant(f"segment.{number}", np.array([number], np.int64))
         row = "none"
@@ -359,15 +355,14 @@ class _Decisions:
         f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
         f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
         f.node("Where", ["decoding", f"argmin.{number}", "best"], [f"decided_all.{number}"])
-        longest = max(b - a for a, b in self._segments)
         names = [f"decided.{layer}" for layer in range(start, stop)]
-        names += [f"unused.{number}.{at}" for at in range(longest - (stop - start))]
-        f.node("Split", [f"decided_all.{number}"], names, num_outputs=longest)
+        names += [f"unused.{number}.{at}" for at in range(self._longest - (stop - start))]
+        f.node("Split", [f"decided_all.{number}"], names, num_outputs=self._longest)
         for action in self.branches[1:]:
             f.node("Equal", [f"decided_all.{number}", f"index.{action}"], [f"is_{action}.{number}"])
             flags = [name.replace("decided.", f"is_{action}.layer.") for name in names]
             flags = [name.replace("unused.", f"unused_{action}.") for name in flags]
-            f.node("Split", [f"is_{action}.{number}"], flags, num_outputs=longest)
+            f.node("Split", [f"is_{action}.{number}"], flags, num_outputs=self._longest)
 
     def condition(self, layer: int, action: Action) -> str:
         """Name of the flag that a layer takes an action."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from dash_onnx.errors import SourceError
-from dash_onnx.text import Message, read_text
+from dash_onnx.text import Message, json_lines, read_text
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
 """A whole conversation as text."""
@@ -30,22 +29,14 @@ def calibration_text(files: Sequence[Path], render: Render) -> str:
     """
     parts = []
     for path in files:
-        text = read_text(path)
-        if path.suffix != ".jsonl":
-            parts.append(text)
-            continue
-        # Not splitlines: JSON strings may hold other line separators than the newline.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                parts.append(_record(line, f"{path}:{number}", render))
+        if path.suffix == ".jsonl":
+            parts += [_record(record, where, render) for where, record in json_lines(path)]
+        else:
+            parts.append(read_text(path))
     return "\n\n".join(parts)
 
 
-def _record(line: str, where: str, render: Render) -> str:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise SourceError(f"{where} is not JSON") from None
+def _record(record: Any, where: str, render: Render) -> str:
     if not isinstance(record, dict):
         raise SourceError(f"{where} is not a JSON object")
     if isinstance(record.get("text"), str):

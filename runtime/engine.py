@@ -144,7 +144,9 @@ class Model:
             its path.
         """
         ids = self._checked(ids)
-        chosen, cache = self.policy(policy), cache or self.new_cache()
+        chosen = self.policy(policy)
+        if cache is None:  # an empty one is false
+            cache = self.new_cache()
         lane, rest = cache.acquire(ids[:prompt_tokens])
         try:
             if len(rest):

@@ -91,14 +91,14 @@ def evaluate(
         targets = ids[prompt_tokens + 1 :, None]
         nll.append(-np.take_along_axis(ours, targets, 1))
         reference_nll.append(-np.take_along_axis(reference, targets, 1))
-        kl.append((np.exp(reference) * (reference - ours)).sum(1))
+        kl.append(kl_divergence(reference, ours))
         agree.append(reference.argmax(1) == ours.argmax(1))
         on_window()
     decisions = sum(counts.values())
     return Evaluation(
         perplexity=float(np.exp(np.mean(nll))),
         kl=float(np.mean(kl)),
-        kl_stderr=_stderr([float(part.mean()) for part in kl]),
+        kl_stderr=stderr([float(part.mean()) for part in kl]),
         top1=float(np.mean(agree)),
         ms_per_token=float(np.median(times)),
         cost_ms=float(np.mean(spent)),
@@ -130,10 +130,17 @@ def text_windows(
     return [ids[i * window : (i + 1) * window] for i in range(count)]
 
 
-def _stderr(means: list[float]) -> float:
+def stderr(means: list[float]) -> float:
+    """Standard error of the mean of independent values; 0 for a single one."""
     if len(means) < 2:
         return 0.0
     return float(np.std(means, ddof=1) / np.sqrt(len(means)))
+
+
+def kl_divergence(p: npt.NDArray, q: npt.NDArray) -> npt.NDArray[np.float64]:
+    """KL(p || q) in nats from log-probabilities over the last axis."""
+    result: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
+    return result
 
 
 def log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:

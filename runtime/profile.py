@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import random
-from pathlib import Path as FilePath
 
 import numpy as np
 
 from dash_onnx.actions import SKIP, Action, Path
 from dash_onnx.manifest import Costs
 from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.ort import thread_count
 from dash_onnx.runtime.sessions import Sessions
 
@@ -94,15 +93,3 @@ def _scorer_ms(lane: Lane) -> float:
 
 def _median(values: list[float]) -> float:
     return round(float(np.median(values)), 5)
-
-
-def machine_name() -> str:
-    """Processor and architecture, as far as the system tells."""
-    try:
-        lines = FilePath("/proc/cpuinfo").read_text("utf-8").splitlines()
-        name = next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = platform.processor() or "unknown processor"
-    return f"{name}, {platform.machine()}"

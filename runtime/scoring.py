@@ -39,12 +39,9 @@ class Scoring:
         facts = scorer_facts(manifest)
         layers, self.actions = manifest.model.num_layers, facts.actions
         device, count = sessions.device, len(self.actions)
-        self._costs = np.array(
-            [[costs[action] for action in self.actions] for costs in manifest.costs.layers_ms],
-            np.float32,
-        ) / np.float32(manifest.costs.unit_ms)
+        self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
         self._segments = facts.segments(layers)
-        width = count * max(stop - start for start, stop in self._segments)
+        width = count * facts.longest(layers)
         self._price = 0.0
         self._log_price = Buffer((1, 1), "float32", device)
         self._row = Buffer((1,), "int64", device)

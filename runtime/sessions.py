@@ -34,11 +34,10 @@ class Sessions:
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
         self.head_ports = head_ports(dims)
-        segments = facts.segments(bundle.manifest.model.num_layers) if facts else ()
         self.scorer_ports = scorer_ports(
             dims,
             len(facts.actions) if facts else 0,
-            max((stop - start for start, stop in segments), default=0),
+            facts.longest(bundle.manifest.model.num_layers) if facts else 0,
         )
         self._bundle = bundle
         self._loaded: dict[str, Any] = {}

@@ -5,7 +5,6 @@ Prompts follow lm-evaluation-harness, so that figures can be compared with publi
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from dash_onnx.errors import SourceError
 from dash_onnx.policy import Policy
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import log_softmax
-from dash_onnx.text import read_text
+from dash_onnx.text import json_lines
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,14 @@ def read_task(path: Path, max_items: int | None = None) -> list[Item]:
         SourceError: a line is not JSON or of none of these forms.
     """
     items: list[Item] = []
-    # Not splitlines: JSON strings may hold other line separators than the newline.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for where, record in json_lines(path):
         if max_items is not None and len(items) >= max_items:
             break
         try:
-            items.append(_item(json.loads(line)))
+            items.append(_item(record))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise SourceError(
-                f"{path}:{number} is no item of LAMBADA (context, continuation), HellaSwag "
+                f"{where} is no item of LAMBADA (context, continuation), HellaSwag "
                 "(ctx, endings, label), ARC (question, choices, answerKey) or exact match "
                 "(prompt, answer)"
             ) from None

@@ -12,6 +12,7 @@ from cli_tool import Capture, Tool
 
 from dash_onnx.cli.eval import main
 from dash_onnx.errors import SourceError
+from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import log_softmax
 from dash_onnx.runtime.tasks import Item, read_task, run_task
@@ -83,6 +84,22 @@ def test_the_most_likely_choice_is_right(tiny_model: Model, policy: str) -> None
     by_length = int(np.argmax(np.divide(totals, [len(choice) for choice in CHOICES])))
     assert result.accuracy_norm == pytest.approx(1 / 3) and by_length in range(3)
     assert result.items == 3 and result.cost_ms > 0
+
+
+def test_the_choices_share_the_prefilled_context(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    prefill = Lane.prefill
+
+    def noting(lane: Lane, ids: np.ndarray, *plan: Any) -> np.ndarray:
+        ran.append(len(ids))
+        return prefill(lane, ids, *plan)
+
+    monkeypatch.setattr(Lane, "prefill", noting)
+    run_task(tiny_model, [Item(CONTEXT, CHOICES, 0)])
+    assert ran[0] == len(tiny_model.text.encode(CONTEXT)) - 1
+    assert ran[1:] == [1] * (len(CHOICES) - 1)  # the last token alone, which gives the logits
 
 
 def test_a_single_continuation_must_be_what_the_model_says(tiny_model: Model) -> None:

@@ -1,1 +1,9 @@
 """Speed and quality of a bundle and of its peers, side by side."""
+
+PEERS = {
+    "genai": "onnxruntime-genai",
+    "llama.cpp": "llama-cpp-python",
+    "transformers": "transformers torch",
+    "openvino": "openvino-genai",
+}
+"""By kind of peer, the packages that it needs."""

@@ -12,12 +12,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from dash_onnx.bench import PEERS
 from dash_onnx.errors import DeviceError
+
+if TYPE_CHECKING:
+    from dash_onnx.policy import Policy
+    from dash_onnx.runtime.engine import Model
 
 Logits = npt.NDArray[np.float32]
 
@@ -39,9 +44,8 @@ class Dash:
         """Loads every graph that the policy uses."""
         import dash_onnx
 
-        policy, _, budget = variant.partition("@")
         self._model = dash_onnx.load(target, threads=threads)
-        self._policy = self._model.policy(policy, budget or None)
+        self._policy = policy_of(self._model, variant)
         self._model.preload(self._policy)
 
     def decode(self, ids: list[int], new: int) -> list[float]:
@@ -53,6 +57,16 @@ class Dash:
         """Decoded token by token, as the policy decides."""
         steps = self._model.teacher_forced(ids, self._policy, prompt_tokens)
         return np.stack([logits.astype(np.float32) for logits, _ in steps])
+
+
+def policy_of(model: Model, variant: str) -> Policy:
+    """The policy that a variant names.
+
+    Raises:
+        PolicyError: the bundle has no such policy.
+    """
+    policy, _, budget = variant.partition("@")
+    return model.policy(policy, budget or None)
 
 
 class GenAI:
@@ -196,13 +210,6 @@ KINDS: dict[str, Callable[[str, str, int], Contender]] = {
     "openvino": OpenVINO,
 }
 
-PACKAGES = {
-    "genai": "onnxruntime-genai",
-    "llama.cpp": "llama-cpp-python",
-    "transformers": "transformers torch",
-    "openvino": "openvino-genai",
-}
-
 
 def load(kind: str, target: str, variant: str, threads: int) -> Contender:
     """Loads a contender.
@@ -214,7 +221,7 @@ def load(kind: str, target: str, variant: str, threads: int) -> Contender:
         return KINDS[kind](target, variant, threads)
     except ImportError as error:
         raise DeviceError(
-            f"peer {kind} is not installed ({error}): `pip install {PACKAGES[kind]}`"
+            f"peer {kind} is not installed ({error}): `pip install {PEERS[kind]}`"
         ) from None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_onnx.bench.worker import Worker
-from dash_onnx.runtime.evaluate import log_softmax
+from dash_onnx.runtime.evaluate import kl_divergence, log_softmax, stderr
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,5 @@ def divergence(
             return None
         vocab = min(ours.shape[1], theirs.shape[1])  # some pad their head
         p, q = log_softmax(theirs[:, :vocab]), log_softmax(ours[:, :vocab])
-        means.append(float((np.exp(p) * (p - q)).sum(1).mean()))
-    error = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
-    return float(np.mean(means)), error
+        means.append(float(kl_divergence(p, q).mean()))
+    return float(np.mean(means)), stderr(means)

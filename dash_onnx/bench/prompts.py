@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dash_onnx.errors import SourceError
-from dash_onnx.text import read_text
+from dash_onnx.text import json_lines, read_text
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -16,19 +15,16 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         SourceError: missing, not text, without a prompt, or a line of another form.
     """
-    lines = [line for line in read_text(path).split("\n") if line.strip()]
     if path.suffix == ".jsonl":
-        lines = [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-    if not lines:
+        prompts = [_prompt(record, where) for where, record in json_lines(path)]
+    else:
+        prompts = [line for line in read_text(path).split("\n") if line.strip()]
+    if not prompts:
         raise SourceError(f"{path} holds no prompt")
-    return lines
+    return prompts
 
 
-def _prompt(line: str, where: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise SourceError(f"{where} is not JSON") from None
+def _prompt(record: Any, where: str) -> str:
     found = record.get("prompt") if isinstance(record, dict) else None
     if found is None and isinstance(record, dict) and isinstance(record.get("turns"), list):
         found = next(iter(record["turns"]), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import numpy as np
 
 from dash_onnx.bench.contenders import Logits, load
 from dash_onnx.errors import DashError
+from dash_onnx.runtime.machine import peak_rss_bytes
 
 
 class Worker:
@@ -23,7 +23,7 @@ class Worker:
 
     Attributes:
         name: in tables.
-        load_s: seconds that loading the model took, after its packages were imported.
+        load_s: seconds that loading the model took, the import of its packages included.
     """
 
     def __init__(self, name: str, kind: str, target: str, variant: str, threads: int):
@@ -118,17 +118,7 @@ def main(kind: str, target: str, variant: str, threads: str) -> None:
                 np.save(request["file"], logits)
             answer(found=logits is not None)
         else:
-            answer(peak_rss_bytes=_peak_rss_bytes())
-
-
-def _peak_rss_bytes() -> int:
-    """Of this process alone: `getrusage` would start from what its parent had on Linux."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+            answer(peak_rss_bytes=peak_rss_bytes())
 
 
 if __name__ == "__main__":

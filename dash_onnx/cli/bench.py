@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dash_onnx.cli.common import Parser, positive, run
-from dash_onnx.errors import PolicyError, SourceError
+from dash_onnx.bench import PEERS
+from dash_onnx.cli.common import Parser, aligned, positive, run
+from dash_onnx.errors import SourceError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +27,6 @@ _EXAMPLES = """\
   dash-bench out/ --run int4 --run dash@fast --peer genai:peers/int4 --picture speed.png
   dash-bench out/ --peer llama.cpp:model.gguf --peer transformers:model/ --prompts p.jsonl --json"""
 
-_PEERS = ("genai", "llama.cpp", "transformers", "openvino")
 _PROMPTS = (
     "Write a short letter from a lighthouse keeper to the captain of a ship that passed at night.",
     "Explain to a child why the sky is blue and why sunsets are red.",
@@ -58,7 +59,7 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="KIND:PATH",
-        help=f"another runtime and its model: {', '.join(_PEERS)}; may be repeated",
+        help=f"another runtime and its model: {', '.join(PEERS)}; may be repeated",
     )
     parser.add_argument(
         "--prompts",
@@ -95,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     for peer in arguments.peer:
         kind, _, path = peer.partition(":")
-        if kind not in _PEERS or not path:
-            parser.error(f"--peer {peer}: expected KIND:PATH with KIND of {', '.join(_PEERS)}")
+        if kind not in PEERS or not path:
+            parser.error(f"--peer {peer}: expected KIND:PATH with KIND of {', '.join(PEERS)}")
     for picture in arguments.picture:
         if picture.suffix not in (".png", ".svg"):
             parser.error(f"--picture {picture}: the name must end in .png or .svg")
@@ -107,13 +108,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bench(arguments: argparse.Namespace) -> None:
     import dash_onnx
+    from dash_onnx.bench.contenders import policy_of
     from dash_onnx.bench.measure import divergence, rounds
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw
     from dash_onnx.bench.prompts import read_prompts
     from dash_onnx.bench.worker import Worker
+    from dash_onnx.runtime.machine import machine_name
     from dash_onnx.runtime.ort import thread_count
-    from dash_onnx.runtime.profile import machine_name
 
     texts = list(_PROMPTS) if arguments.prompts is None else read_prompts(arguments.prompts)
     for peer in arguments.peer:
@@ -125,9 +127,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             raise SourceError(f"cannot write {picture}: there is no folder {picture.parent}")
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
     variants = arguments.run or _default_runs(model)
-    for variant in variants:
-        policy, _, budget = variant.partition("@")
-        model.policy(policy, budget or None)  # refused now, not in its process
+    # A wrong one is refused now, not in its process.
+    policies = [policy_of(model, variant) for variant in variants]
     prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
     reference: list[np.ndarray] = []
     answers: list[tuple[list[int], int]] = []
@@ -157,7 +158,10 @@ def _bench(arguments: argparse.Namespace) -> None:
                     results[index] = dataclasses.replace(
                         results[index], kl=found[0], kl_stderr=found[1]
                     )
-    results = [_with_bytes(model, result) for result in results]
+    for index, policy in enumerate(policies):  # ours come first
+        if policy.uniform is not None:  # else every token reads what it chooses
+            read = model.manifest.weight_bytes(policy.uniform, policy.head)
+            results[index] = dataclasses.replace(results[index], weight_bytes=read)
     machine = f"{machine_name()}, {threads} threads"
     for picture in arguments.picture:
         draw(results, picture, machine)
@@ -201,23 +205,6 @@ def _reference(
     return [model.logits(ids, policy=best)[start:] for ids, start in answers], answers
 
 
-def _with_bytes(model: Model, result: Result) -> Result:
-    """Adds what a uniform path reads per token; paths that differ read what they choose."""
-    name = result.name.removeprefix("dash ")
-    if name == result.name:
-        return result
-    policy, _, budget = name.partition("@")
-    try:
-        chosen = model.policy(policy, budget or None)
-    except PolicyError:
-        return result
-    if chosen.uniform is None:
-        return result
-    return dataclasses.replace(
-        result, weight_bytes=model.manifest.weight_bytes(chosen.uniform, chosen.head)
-    )
-
-
 def _table(results: list[Result]) -> str:
     from dash_onnx.bench.measure import ratio
 
@@ -227,7 +214,7 @@ def _table(results: list[Result]) -> str:
     for result in results:
         speeds = [1e3 / ms for ms in result.decode_ms]
         middle, low, high = ratio(result, results[0])
-        first = sorted(result.ttft_ms)[len(result.ttft_ms) // 2]
+        first = statistics.median(result.ttft_ms)
         rate = result.gigabytes_per_s
         kl = "-" if result.kl is None else f"{result.kl:.4f} +- {result.kl_stderr:.4f}"
         rows.append(
@@ -243,11 +230,4 @@ def _table(results: list[Result]) -> str:
                 "-" if rate is None else f"{rate:.1f}",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(rows, left=1))

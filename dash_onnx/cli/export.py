@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_onnx.actions import ACTIONS, PRECISIONS, parse_precisions
-from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, positive, run
+from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, positive, run
 from dash_onnx.errors import DashError
 from dash_onnx.records import to_json
 
@@ -145,11 +145,7 @@ def summary(manifest: Manifest, out: Path) -> str:
     rows.append(
         ["all", *(f"{totals[a] / 1e6:.1f}" for a in actions), "", "", *("" for _ in errors)]
     )
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
+    lines = aligned([head, *rows])
     facts = manifest.export
     size = sum(file.bytes for file in manifest.files.values())
     lines += [

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.actions import check_action
+from dash_onnx.actions import PRECISIONS, check_action
 from dash_onnx.cli.common import Parser, add_runtime_options, positive, run, seed
 from dash_onnx.errors import ContextLengthError, DashError, SourceError
 
@@ -41,7 +41,7 @@ def _parser() -> Parser:
     parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N")
     parser.add_argument(
         "--prefill",
-        choices=("full", "int8", "int4"),
+        choices=PRECISIONS,
         help="precision of the prompt (default: the highest exported; int8 saves its memory)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, run
+from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, run
 from dash_onnx.cli.export import prepare_export
 from dash_onnx.records import to_json
 
@@ -60,11 +60,7 @@ def table(facts: ScorerFacts) -> str:
         ]
         for point in facts.points
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [head, *rows]
-    ]
+    lines = aligned([head, *rows])
     named = ", ".join(f"{name} {budget:.3f}" for name, budget in facts.presets.items())
     training = facts.training
     lines += [

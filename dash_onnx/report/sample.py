@@ -14,7 +14,7 @@ from dash_onnx.policy import Policy, ScoredPolicy
 from dash_onnx.report.tokens import Token, describe, path_letters
 from dash_onnx.runtime.dispatch import Ids, Lane, Logits
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.evaluate import log_softmax
+from dash_onnx.runtime.evaluate import kl_divergence, log_softmax
 from dash_onnx.runtime.generate import prefill_plan
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
@@ -213,7 +213,7 @@ class _Record:
         """Compares one token with the reference."""
         theirs = self._reference[len(self._kl)]
         p, q = log_softmax(theirs), log_softmax(logits)
-        self._kl.append(max(float((np.exp(p) * (p - q)).sum()), 0.0))
+        self._kl.append(max(float(kl_divergence(p, q)), 0.0))
         self._agree.append(bool(theirs.argmax() == logits.argmax()))
         self._paths.append(path_letters(path))
         self._cost.append(self._policy.cost_ms(path, self._costs) / self._full_ms)

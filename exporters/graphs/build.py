@@ -26,7 +26,7 @@ OPSET = 24
 IR_VERSION = 11
 """Lowest that allows the opset's types; clients refuse a newer one than they know."""
 
-_INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
+INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
 _BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
 
 
@@ -193,7 +193,7 @@ class Graph:
             model,
             target,
             external_data=Path(data_name(path)).name,
-            size_threshold_bytes=_INLINE_BYTES,
+            size_threshold_bytes=INLINE_BYTES,
         )
         onnx.checker.check_model(target)
 

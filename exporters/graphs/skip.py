@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from dash_onnx.actions import SKIP
 from dash_onnx.contract import data_name, layer_path, layer_ports
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
-from dash_onnx.exporters.graphs.build import Graph
+from dash_onnx.exporters.graphs.build import INLINE_BYTES, Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.exporters.quantize import dequantize, quantize
 from dash_onnx.manifest import Target
@@ -118,5 +118,7 @@ def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: i
             tensor.CopyFrom(numpy_helper.from_array(after.reshape(before.shape), tensor.name))
     data = folder / data_name(layer_path(index, SKIP))
     data.unlink(missing_ok=True)  # saving would append to it
-    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+    onnx.save(
+        model, path, save_as_external_data=True, location=data.name, size_threshold=INLINE_BYTES
+    )
     return dequantize(rounded)

@@ -37,6 +37,7 @@ def measure(
     scorer: BundleScorer,
     manifest: Manifest,
     ids: Tensor,
+    reference: Tensor,
     prices: list[float],
     rounding_kl: float,
 ) -> tuple[BudgetPoint, ...]:
@@ -47,6 +48,7 @@ def measure(
         scorer: trained.
         manifest: of the bundle, with its costs.
         ids: held-out tokens `[B, T]`.
+        reference: input of the LM head on the reference path, `[B, T, D]`.
         prices: nats per `Costs.unit_ms`.
         rounding_kl: KL of the process's own reference against the bundle's; it is what a token
             loses that leaves `full`.
@@ -55,14 +57,14 @@ def measure(
         Rows of the table by ascending budget; a price that is no cheaper than the one below it is
         left out.
     """
-    costs = cost_table(manifest, scorer.actions)
-    allowed = costs / manifest.costs.unit_ms
+    unit_ms = manifest.costs.unit_ms
+    costs = torch.tensor(manifest.costs.in_units(scorer.actions))
+    allowed = costs.clone()
     allowed[0, scorer.actions.index(SKIP)] = math.inf
     full_ms = reference_ms(manifest)
-    heads = {head: ms / manifest.costs.unit_ms for head, ms in manifest.costs.heads_ms.items()}
+    heads = {head: ms / unit_ms for head, ms in manifest.costs.heads_ms.items()}
     fixed_ms = manifest.costs.embed_ms + manifest.costs.scorer_ms
     with torch.no_grad():
-        reference = env.reference(ids, env.actions[0])
         points: list[BudgetPoint] = []
         for price in sorted(prices):
             chosen, finals = [], []
@@ -75,7 +77,7 @@ def measure(
             paths = torch.cat(chosen)[:, env.prompt_tokens :]  # [B, T, L]
             final = torch.cat(finals)
             counts = torch.nn.functional.one_hot(paths, len(scorer.actions)).float().mean((0, 1))
-            layers_ms = float((counts * costs).sum())
+            layers_ms = float((counts * costs).sum()) * unit_ms
             left = 1.0 - float(counts[:, 0].mean()) if scorer.extra else 1.0
             head, kl = min(
                 (
@@ -105,9 +107,3 @@ def measure(
 def _mean_kl(env: Environment, reference: Tensor, final: Tensor, head: Action) -> float:
     seen = slice(env.prompt_tokens, None)
     return float(env.kl(reference[:, seen], final[:, seen], head).mean())
-
-
-def cost_table(manifest: Manifest, actions: tuple[Action, ...]) -> Tensor:
-    """Profiled milliseconds `[L, A]`."""
-    rows = [[costs[action] for action in actions] for costs in manifest.costs.layers_ms]
-    return torch.tensor(rows)

@@ -148,7 +148,7 @@ class _Run:
         looks = looks_of(facts.num_layers, _LOOKS)
         self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], looks)
         self.unit_ms = manifest.costs.unit_ms
-        self.costs = table.cost_table(manifest, self.actions) / self.unit_ms
+        self.costs = torch.tensor(manifest.costs.in_units(self.actions))
         self.costs[0, self.actions.index(SKIP)] = math.inf
         self.generator = torch.Generator().manual_seed(self.options.seed)
         with torch.random.fork_rng(devices=[]):
@@ -369,10 +369,11 @@ class _Run:
         costs = profile(Sessions(Bundle(folder, manifest), device))
         manifest = replace(manifest, costs=costs)
         with self.autocast():
+            wanted = self.env.reference(self.held_out, self.actions[0])
             points = table.measure(
-                self.env, scorer, manifest, self.held_out, self._table_prices(), rounding
+                self.env, scorer, manifest, self.held_out, wanted, self._table_prices(), rounding
             )
-            assignments = self._static(manifest, rounding)
+            assignments = self._static(manifest, wanted, rounding)
         facts = replace(
             facts,
             points=points,
@@ -418,10 +419,11 @@ class _Run:
             results.append(float((p.exp() * (p - q)).sum(-1)[self.env.prompt_tokens :].mean()))
         return float(np.mean(results))
 
-    def _static(self, manifest: Manifest, rounding: float) -> tuple[StaticPoint, ...]:
+    def _static(
+        self, manifest: Manifest, wanted: Tensor, rounding: float
+    ) -> tuple[StaticPoint, ...]:
         """Best static assignments, searched on training text, measured on held-out text."""
         full_ms = reference_ms(manifest)
-        wanted = self.env.reference(self.held_out, self.actions[0])
         # Each skip is a large step; those between precisions are small and many.
         every = max(1, self.env.layers // 6)
         moves = [
