@@ -61,6 +61,7 @@ class ExportOptions:
         compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
             first multiple of the block size from 64 on.
         accuracy_level: of MatMulNBits; None takes the fast one of the device.
+        requantize: round weights that the source has as integers anew.
         overwrite: replace an existing bundle.
     """
 
@@ -72,6 +73,7 @@ class ExportOptions:
     least_tokens: int = 0
     accuracy_level: int | None = None
     compensation_rank: int | None = None
+    requantize: bool = False
     overwrite: bool = False
     seed: int = 0
 
@@ -102,7 +104,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     started = time.monotonic()
     onnxruntime()
     check_destination(out, options.overwrite)
-    source = open_source(model, REGISTRY)
+    source = open_source(model, REGISTRY, options.requantize)
     run = _Run(source, architecture_of(source.config), options)
     ids, calibration = calibration_ids(
         source, options.calibration, options.seed, options.least_tokens

@@ -5,7 +5,8 @@ Source: the operator's specification, onnxruntime docs/ContribOperators.md (com.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ class Quantized:
         values: uint8 `[N, blocks, block_size * bits / 8]`; 4-bit values in pairs, low half first.
         scales: float32 `[N, blocks]`.
         zero_points: uint8 `[N, blocks * bits / 8]` (rounded up), or None for 2**(bits - 1).
+        offsets: float32 `[N, blocks]`, added to every weight of a block, or None.
         shape: `(N, K)`; the last block of a row is padded when K is no multiple of it.
     """
 
@@ -32,6 +34,17 @@ class Quantized:
     shape: tuple[int, int]
     bits: Bits
     block_size: int
+    offsets: npt.NDArray[np.float32] | None = None
+
+    def map(self, change: Callable[[npt.NDArray], npt.NDArray]) -> Quantized:
+        """Applies a change of the order of rows to every array."""
+        return replace(
+            self,
+            values=change(self.values),
+            scales=change(self.scales),
+            zero_points=None if self.zero_points is None else change(self.zero_points),
+            offsets=None if self.offsets is None else change(self.offsets),
+        )
 
 
 def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
@@ -60,22 +73,37 @@ def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
 
 
 def pack_int4(
-    levels: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, block_size: int
+    levels: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, block_size: int
 ) -> Quantized:
     """Packs INT4 levels 0..15.
 
     Args:
         levels: `[N, K]`.
         scales: `[N, blocks]`.
-        zeros: `[N, blocks]`, levels of the zero points.
+        zeros: `[N, blocks]`, levels of the zero points; None for 8.
     """
     return Quantized(
         values=pack4(_blocks(levels, block_size).numpy().astype(np.uint8)),
         scales=scales.numpy(),
-        zero_points=pack4(zeros.numpy().astype(np.uint8)),
+        zero_points=None if zeros is None else pack4(zeros.numpy().astype(np.uint8)),
         shape=(levels.shape[0], levels.shape[1]),
         bits=4,
         block_size=block_size,
+    )
+
+
+def concatenate(parts: Sequence[Quantized]) -> Quantized:
+    """Rows of several weights, all of the same form, below one another."""
+    first = parts[0]
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return replace(
+        first,
+        values=np.concatenate([part.values for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        zero_points=np.concatenate(zeros) if zeros else None,
+        offsets=np.concatenate(offsets) if offsets else None,
+        shape=(sum(part.shape[0] for part in parts), first.shape[1]),
     )
 
 
@@ -89,6 +117,8 @@ def dequantize(quantized: Quantized) -> torch.Tensor:
     else:
         offset = unpack4(zeros, quantized.scales.shape[1])[..., None].astype(np.float32)
     blocks = (levels.astype(np.float32) - offset) * quantized.scales[..., None]
+    if quantized.offsets is not None:
+        blocks += quantized.offsets[..., None]
     rows = blocks.reshape(blocks.shape[0], -1)[:, : quantized.shape[1]]
     return torch.from_numpy(np.ascontiguousarray(rows))
 

@@ -60,6 +60,11 @@ def _parser() -> Parser:
         help="rank of the map that stands in for a skipped layer; 0: only its scale (default: 64)",
     )
     parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="round the integers of a GGUF file anew: faster than its offsets, less exact",
+    )
+    parser.add_argument(
         "--fused",
         action="store_true",
         help="also write OUT/fused: the policy as one graph for other clients (see dash-fuse)",
@@ -90,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
             calibration=tuple(arguments.calibration),
             least_tokens=0 if arguments.effort == "none" else LEAST_SEQUENCES * LENGTH,
             compensation_rank=arguments.compensation_rank,
+            requantize=arguments.requantize,
             overwrite=arguments.overwrite,
             seed=arguments.seed,
         )

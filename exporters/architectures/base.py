@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dash_onnx.errors import SourceError
+from dash_onnx.exporters.quantize import Bits, Quantized, concatenate
 from dash_onnx.exporters.sources import Weights
 from dash_onnx.manifest import ModelFacts, Rope
 
@@ -21,11 +23,19 @@ class Linear:
         name: name for messages and initializers.
         weight: `[N, K]`, any float dtype.
         bias: `[N]` or None.
+        packed: the weight as its source stores it, where that is a form the graphs can hold.
     """
 
     name: str
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    packed: Quantized | None = None
+
+    def stored(self, bits: Bits, block_size: int) -> Quantized | None:
+        """The source's own integers, if they have this many bits and these blocks."""
+        packed = self.packed
+        fits = packed and (packed.bits, packed.block_size) == (bits, block_size)
+        return packed if fits else None
 
     @property
     def out_features(self) -> int:
@@ -46,11 +56,19 @@ class Linear:
 def stack(name: str, *parts: Linear) -> Linear:
     """One matrix product for several that read the same input: fewer kernel launches."""
     weight = torch.cat([part.weight for part in parts])
+    packed = _same_form([part.packed for part in parts])
     if all(part.bias is None for part in parts):
-        return Linear(name, weight)
+        return Linear(name, weight, None, packed)
     zeros = [weight.new_zeros(part.out_features) for part in parts]
     biases = [z if p.bias is None else p.bias for p, z in zip(parts, zeros, strict=True)]
-    return Linear(name, weight, torch.cat(biases))
+    return Linear(name, weight, torch.cat(biases), packed)
+
+
+def _same_form(parts: Sequence[Quantized | None]) -> Quantized | None:
+    """Stacked integers where every part has them in the same form."""
+    known = [part for part in parts if part is not None]
+    forms = {(part.bits, part.block_size, part.offsets is None) for part in known}
+    return concatenate(known) if len(known) == len(parts) and len(forms) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,12 @@ class Llama:
         queries, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
 
         def linear(name: str, rows: int, columns: int) -> Linear:
-            bias = f"{prefix}{name}.bias"
+            weight, bias = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
             return Linear(
                 name.rpartition(".")[2],
-                take(weights, f"{prefix}{name}.weight", rows, columns),
+                take(weights, weight, rows, columns),
                 take(weights, bias, rows) if bias in weights else None,
+                weights.packed(weight),
             )
 
         return Layer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from dash_onnx.contract import Port, Ports, data_name
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.gptq import gptq
-from dash_onnx.exporters.quantize import Bits, Quantized, quantize
+from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, pack_int4, quantize
 from dash_onnx.manifest import Target
 
 OPSET = 24
@@ -27,6 +27,9 @@ IR_VERSION = 11
 """Lowest that allows the opset's types; clients refuse a newer one than they know."""
 
 INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
+OFFSETS = ".offsets"
+"""Ends the name of the second product of a weight that has offsets."""
+
 _BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
 
 
@@ -95,23 +98,51 @@ class Graph:
         return array.astype(np.float16)
 
     def linear(self, x: ir.Value, linear: Linear, precision: Action) -> ir.Value:
-        """X `[1, seq, K]` -> `[1, seq, N]` in a precision; INT4 with GPTQ where it can."""
+        """X `[1, seq, K]` -> `[1, seq, N]` in a precision."""
         if precision == "full":
             y = self.op.MatMul(x, self._full_weight(linear))
         else:
-            block = self.target.block_size
-            hessian = self.hessians.get(linear.name)
-            if precision == "int4" and hessian is not None:
-                weight = gptq(linear.weight, hessian, block)
-            else:
-                weight = quantize(linear.weight, _BITS[precision], block)
-            y = self.matmul_nbits(x, linear.name, weight)
+            y = self.matmul_nbits(x, linear.name, self._quantized(linear, _BITS[precision]))
         if linear.bias is not None:
             y = self.op.Add(y, self.activation_tensor(f"{linear.name}.bias", linear.bias))
         return y
 
+    def _quantized(self, linear: Linear, bits: Bits) -> Quantized:
+        """The source's own integers where it has them; else INT4 by GPTQ where it can."""
+        block = self.target.block_size
+        if stored := linear.stored(bits, block):
+            return stored
+        hessian = self.hessians.get(linear.name)
+        if bits == 4 and hessian is not None:
+            return gptq(linear.weight, hessian, block)
+        return quantize(linear.weight, bits, block)
+
     def matmul_nbits(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
-        """Product with a quantized weight."""
+        """Product with a quantized weight.
+
+        MatMulNBits has a fast kernel for integer zero points only. Offsets of blocks multiply the
+        sums of x over blocks, which further rows of the same product compute: ones in their block,
+        zero elsewhere.
+        """
+        if weight.offsets is None:
+            return self._product(x, name, weight)
+        rows, blocks = weight.offsets.shape
+        ones = np.kron(np.eye(blocks, dtype=np.float32), np.ones(weight.block_size, np.float32))
+        summing = pack_int4(
+            torch.from_numpy(ones + 8), torch.ones(blocks, blocks), None, weight.block_size
+        )
+        product = self._product(x, name, concatenate([replace(weight, offsets=None), summing]))
+        y, sums = self.op.Split(
+            product,
+            self.int64(rows, blocks),
+            axis=-1,
+            _outputs=[self.value(f"{name}.product"), self.value(f"{name}.sums")],
+        )
+        # INT8 is exact enough: an offset is about as large as the step between two levels.
+        offsets = quantize(torch.from_numpy(weight.offsets), 8, weight.block_size)
+        return self.op.Add(y, self._product(sums, f"{name}{OFFSETS}", offsets))
+
+    def _product(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
         scales = torch.from_numpy(weight.scales)
         inputs = [
             x,

@@ -63,6 +63,9 @@ class SafetensorsWeights:
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def packed(self, name: str) -> None:
+        """See `Weights`: safetensors folders hold floating-point weights."""
+
 
 def open_folder(
     folder: Path, *, kind: Literal["hub", "folder"], name: str, supported: Collection[str]

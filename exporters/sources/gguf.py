@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.quantize import Quantized
+from dash_onnx.exporters.sources.blocks import unpack
 from dash_onnx.exporters.sources.folder import check_supported, readable
 from dash_onnx.exporters.sources.source import Source
 
@@ -27,8 +30,9 @@ _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 class GGUFWeights:
     """Tensors of a GGUF file by Hugging Face name, dequantized to float32 at look-up."""
 
-    def __init__(self, reader: GGUFReader, architecture: str, config: Any):
+    def __init__(self, reader: GGUFReader, architecture: str, config: Any, requantize: bool):
         """Maps names; reads no tensor."""
+        self._requantize = requantize
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         assert isinstance(arch, MODEL_ARCH)
         self._names = get_tensor_name_map(arch, config.num_hidden_layers)
@@ -59,16 +63,33 @@ class GGUFWeights:
                 "use a file of another quantization"
             ) from None
         values = np.array(values, np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
+        return torch.from_numpy(self._rows(name, values))
+
+    def packed(self, name: str) -> Quantized | None:
+        """See `Weights`."""
+        tensor = None if self._requantize else self._find(name)
+        if tensor is None:
+            return None
+        quantized = unpack(np.asarray(tensor.data), tensor.tensor_type)
+        return quantized and quantized.map(partial(self._rows, name))
+
+    def _rows(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Rows in the order of Hugging Face."""
         heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
-        if heads is not None:
-            rows = values.shape[0] // heads
-            paired = values.reshape(heads, rows // 2, 2, *values.shape[1:])
-            values = np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
-        return torch.from_numpy(values)
+        if heads is None:
+            return values
+        rows = values.shape[0] // heads
+        paired = values.reshape(heads, rows // 2, 2, *values.shape[1:])
+        return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
 
 
-def open_gguf(path: Path, supported: Collection[str]) -> Source:
+def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) -> Source:
     """Opens a GGUF file.
+
+    Args:
+        path: of the file.
+        supported: the architectures that have an exporter.
+        requantize: never give the file's own integers.
 
     Raises:
         SourceError: the file is damaged or has no tokenizer.
@@ -103,7 +124,7 @@ def open_gguf(path: Path, supported: Collection[str]) -> Source:
         kind="gguf",
         name=path.stem,
         config=config,
-        weights=GGUFWeights(reader, architecture, config),
+        weights=GGUFWeights(reader, architecture, config, requantize),
         tokenizer=tokenizer,
         generation_config=GenerationConfig.from_model_config(config),
     )

@@ -13,12 +13,13 @@ from dash_onnx.exporters.sources.source import Source
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
 
 
-def open_source(model: str, supported: Collection[str]) -> Source:
+def open_source(model: str, supported: Collection[str], requantize: bool = False) -> Source:
     """Opens a model without reading its weights.
 
     Args:
         model: a local folder with safetensors, a `.gguf` file, or a hub id (`org/name`).
         supported: the `model_type`s that have an exporter.
+        requantize: round quantized weights anew instead of keeping their integers.
 
     Raises:
         SourceError: nothing readable is there.
@@ -30,7 +31,7 @@ def open_source(model: str, supported: Collection[str]) -> Source:
     if model.endswith(".gguf"):
         if not path.is_file():
             raise SourceError(f"no GGUF file at {model}")
-        return open_gguf(path, supported)
+        return open_gguf(path, supported, requantize)
     if path.exists():
         raise SourceError(f"{model} is neither a folder nor a .gguf file")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from dash_onnx.exporters.quantize import Quantized
+
 
 class Weights(Protocol):
     """Tensors by their Hugging Face name, read from disk at each look-up."""
@@ -15,6 +17,10 @@ class Weights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def __getitem__(self, name: str) -> torch.Tensor: ...
+
+    def packed(self, name: str) -> Quantized | None:
+        """The weight as integers, where the source stores them in a form that graphs can hold."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.exporters.graphs.build import OFFSETS
 from dash_onnx.exporters.quantize import Bits, Quantized, dequantize
 from dash_onnx.manifest import Manifest
 from dash_onnx.rope import rotary_tables
@@ -227,19 +228,12 @@ def _products(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype)
         name, _, part = key.rpartition(".")
         if part == "weight":
             weight = torch.from_numpy(np.ascontiguousarray(array.T)).float()
-        elif part == "values":
-            columns = array.shape[1] * block_size
-            bits: Bits = 8 if array.shape[2] == block_size else 4
-            weight = dequantize(
-                Quantized(
-                    array,
-                    found[f"{name}.scales"].astype(np.float32),
-                    found.get(f"{name}.zero_points"),
-                    (array.shape[0], columns),
-                    bits,
-                    block_size,
-                )
-            )
+        elif part == "values" and not name.endswith(OFFSETS):
+            weight = _dequantized(found, name, block_size)
+            if f"{name}{OFFSETS}.values" in found:  # see `Graph.matmul_nbits`
+                offsets = _dequantized(found, f"{name}{OFFSETS}", block_size)
+                offsets = offsets[:, : weight.shape[1] // block_size]
+                weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
         else:
             continue
         bias = found.get(f"{name}.bias")
@@ -247,3 +241,12 @@ def _products(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype)
             weight.to(dtype), None if bias is None else torch.tensor(bias).to(dtype)
         )
     return products
+
+
+def _dequantized(found: dict[str, np.ndarray], name: str, block_size: int) -> Tensor:
+    values = found[f"{name}.values"]  # [N, blocks, bytes]
+    bits: Bits = 8 if values.shape[2] == block_size else 4
+    shape = values.shape[0], values.shape[1] * block_size
+    scales = found[f"{name}.scales"].astype(np.float32)
+    zero_points = found.get(f"{name}.zero_points")
+    return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size))
