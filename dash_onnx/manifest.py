@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from dash_onnx.actions import PRECISIONS, SKIP, Action
+from dash_onnx.block import Attention, Block
 from dash_onnx.contract import Dims, DType, data_name, head_path, layer_path
 from dash_onnx.errors import BundleError
 from dash_onnx.records import RecordError, from_json, to_json
@@ -281,6 +282,8 @@ class Manifest:
     """The content of `dash.json`.
 
     Attributes:
+        ropes: as many as the layers have different ones, all of the same number of pairs.
+        attention: of each layer.
         variants: the precisions exported for each layer, highest first; `skip` always exists.
         heads: per kind of policy (a precision, or `skip` for mixed paths), the precision of
             the LM head it uses.
@@ -295,7 +298,9 @@ class Manifest:
 
     format_version: int
     model: ModelFacts
-    rope: Rope
+    block: Block
+    ropes: tuple[Rope, ...]
+    attention: tuple[Attention, ...]
     target: Target
     variants: tuple[Action, ...]
     heads: dict[Action, Action]
@@ -317,10 +322,14 @@ class Manifest:
             hidden_size=model.hidden_size,
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
-            rotary_dim=2 * len(self.rope.inv_freq),
+            rotary_dim=2 * len(self.ropes[0].inv_freq),
             vocab_size=model.vocab_size,
             dtype=dtype,
         )
+
+    def rope_of(self, layer: int) -> int:
+        """Index of the rotary table that a layer is given; one that rotates nothing ignores it."""
+        return self.attention[layer].rope or 0
 
     def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
         """Bytes of weights that a token on a path reads: `full` is FP32 in a CPU's memory."""
@@ -374,10 +383,16 @@ class Manifest:
             raise BundleError(f"{name}: heads must name one for each of {manifest.actions}")
         if manifest.scorer is not None:
             _check_scorer(manifest, manifest.scorer, name)
-        if len(manifest.layers) != manifest.model.num_layers:
-            raise BundleError(
-                f"{name} describes {len(manifest.layers)} layers of {manifest.model.num_layers}"
-            )
+        for described in (manifest.layers, manifest.attention):
+            if len(described) != manifest.model.num_layers:
+                raise BundleError(
+                    f"{name} describes {len(described)} layers of {manifest.model.num_layers}"
+                )
+        used = [manifest.rope_of(layer) for layer in range(manifest.model.num_layers)]
+        if len({len(rope.inv_freq) for rope in manifest.ropes}) != 1 or not all(
+            0 <= index < len(manifest.ropes) for index in used
+        ):
+            raise BundleError(f"{name}: attention names a rope that ropes does not have")
         return manifest
 
 

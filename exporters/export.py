@@ -17,13 +17,13 @@ from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, Architecture, architecture_of
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibrate import Ids, calibration_ids
-from dash_onnx.exporters.graphs import TAPS, build_embed, build_head, build_layer, build_skip
+from dash_onnx.exporters.graphs import build_embed, build_head, build_layer, build_skip, taps_of
 from dash_onnx.exporters.measure import (
     Hidden,
     Runner,
     compensation,
+    normed,
     relative_errors,
-    rms_normed,
     scale_and_cosine,
 )
 from dash_onnx.exporters.sources import Source, open_source
@@ -120,7 +120,9 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             model=run.spec.facts,
-            rope=run.spec.rope,
+            block=run.spec.block,
+            ropes=run.spec.ropes,
+            attention=run.spec.attention,
             target=options.target,
             variants=options.variants,
             heads=heads,
@@ -192,20 +194,23 @@ class _Run:
             if precision in self.options.variants:
                 self.fp32_kept += kept
             if precision == "full" and "int4" in self.options.variants:
-                outputs["full"], hessians = self.runner.layer_with_hessians(path, hidden, TAPS)
+                outputs["full"], hessians = self.runner.layer_with_hessians(
+                    index, path, hidden, taps_of(layer, spec)
+                )
             else:
-                outputs[precision] = self.runner.layer(path, hidden if precision == "full" else few)
+                seen = hidden if precision == "full" else few
+                outputs[precision] = self.runner.layer(index, path, seen)
         full = outputs.pop("full")
         if "full" not in self.options.variants:
             _remove_graph(folder, layer_path(index, "full"))
         scale, cosine = scale_and_cosine(few, full[: len(few)])
         correction = None
         if rank := self.rank:
-            epsilon = spec.norm_epsilon
-            correction = compensation(hidden, full, layer.input_norm, epsilon, scale, rank)
+            read = normed(hidden, layer.input_norm, spec.block)
+            correction = compensation(hidden, full, read, scale, rank)
         build_skip(folder, index, layer, spec, target, scale, correction, hessians)
         path = folder / layer_path(index, SKIP)
-        outputs[SKIP] = self.runner.layer(path, few)
+        outputs[SKIP] = self.runner.layer(index, path, few)
         return full, LayerFacts(
             scale=scale,
             cosine=cosine,
@@ -226,7 +231,7 @@ class _Run:
         if "int4" in variants and "int8" in variants:
             chosen["int4"] = "int8"
         head = self.architecture.head(self.source.weights, self.spec, self.source.config)
-        inputs = rms_normed(hidden, head.norm, self.spec.norm_epsilon)
+        inputs = normed(hidden, head.norm, self.spec.block).flatten(0, 1)
         hessians = {head.linear.name: inputs.T @ inputs}
         for precision in variants:
             self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)

@@ -157,10 +157,10 @@ class _Fusion:
     def _positions(self, manifest: Manifest) -> None:
         """What every layer reads of the position; names as in the contract of layers."""
         length = manifest.model.max_length
-        for name, table in zip(
-            ("cos_cache", "sin_cache"), rotary_tables(manifest.rope, length, "float32"), strict=True
-        ):
-            self.constant(name, table)
+        for index, rope in enumerate(manifest.ropes):
+            tables = rotary_tables(rope, length, "float32")
+            for name, table in zip(_rotary_names(index), tables, strict=True):
+                self.constant(name, table)
         one = self.constant("one", np.array([1], np.int64))
         self.node("ReduceSum", ["attention_mask", one], ["valid"], keepdims=0)
         self.node("Sub", ["valid", one], ["last"])
@@ -204,6 +204,7 @@ class _Fusion:
         if action == SKIP:
             _attend_to_write(model.graph, self.bundle.manifest)
         hidden, key, value = outputs
+        cos, sin = _rotary_names(self.bundle.manifest.rope_of(layer))
         names = {
             "hidden_in": f"hidden.{layer}",
             "past_key": f"past_key_values.{layer}.key",
@@ -212,7 +213,9 @@ class _Fusion:
             "hidden_out": hidden,
             "present_key": key,
             "present_value": value,
-            **{name: name for name in ("seqlens_k", "cos_cache", "sin_cache")},
+            "seqlens_k": "seqlens_k",
+            "cos_cache": cos,
+            "sin_cache": sin,
         }
         _rename(model.graph, f"layer.{layer}.{action}.", names)
         graph = helper.make_graph(
@@ -374,32 +377,51 @@ class _Decisions:
         self._fusion.node("Concat", [f"decided.{layer}" for layer in layers], [PATH], axis=0)
 
 
+_STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
+
+
 def _attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     """Lets GroupQueryAttention write the K/V of a skip graph, as it does in the other graphs.
 
     Its output, the attention of the keys to themselves, is not used.
     """
-    split = next(node for node in graph.node if node.op_type == "Split")
-    key, value = split.output[:2]
-    writers = {"RotaryEmbedding", "TensorScatter", "Transpose", "Reshape"}
-    kept = [node for node in graph.node if node.op_type not in writers]
-    read = {name for node in kept for name in node.input}
-    kept = [node for node in kept if node.op_type != "Constant" or node.output[0] in read]
+    made = {name: node for node in graph.node for name in node.output}
+
+    def written(present: str) -> str:
+        """What a buffer receives before it is rotated and put into the order of heads."""
+        name = made[present].input[1]
+        for kind in ("Transpose", "Reshape", "RotaryEmbedding"):
+            if (node := made[name]).op_type == kind:
+                name = str(node.input[0])
+        return name
+
+    key, value = written("present_key"), written("present_value")
+    rotates = any(node.op_type == "RotaryEmbedding" for node in graph.node)
+    needed = [key, value, "hidden_out"]
+    for name in needed:  # grows
+        needed += [other for other in made[name].input if other in made and other not in needed]
+    kept = [node for node in graph.node if any(name in needed for name in node.output)]
     heads = manifest.model.num_kv_heads
+    tables = ["cos_cache", "sin_cache"] if rotates else []
     kept.append(
         helper.make_node(
             "GroupQueryAttention",
-            [key, key, value, "past_key", "past_value", "seqlens_k", "total_sequence_length",
-             "cos_cache", "sin_cache"],
+            [key, key, value, *_STATE, *tables],
             ["unused", "present_key", "present_value"],
             domain="com.microsoft",
             num_heads=heads,
             kv_num_heads=heads,
-            do_rotary=1,
+            do_rotary=int(rotates),
         )
-    )  # fmt: skip
+    )
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _rotary_names(rope: int) -> tuple[str, str]:
+    """Names of the tables of a rotary embedding; the first as in the contract of layers."""
+    suffix = f".{rope}" if rope else ""
+    return f"cos_cache{suffix}", f"sin_cache{suffix}"
 
 
 def _rename(graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:

@@ -13,8 +13,10 @@ import onnx
 import torch
 
 from dash_onnx.actions import Action
-from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.block import Block
+from dash_onnx.exporters.architectures.base import ModelSpec, Norm
 from dash_onnx.exporters.calibrate import SINK_TOKENS, Ids
+from dash_onnx.exporters.graphs import HIDDEN
 from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.ort import Device, create_session
 
@@ -42,19 +44,21 @@ class Runner:
         session = create_session(path, self.device)
         return np.concatenate([session.run(["hidden"], {"input_ids": row[None]})[0] for row in ids])
 
-    def layer(self, path: Path, hidden: Hidden) -> Hidden:
-        """Output of a layer graph."""
+    def layer(self, index: int, path: Path, hidden: Hidden) -> Hidden:
+        """Output of a graph of one layer."""
         session = create_session(path, self.device)
-        rows = [session.run(["hidden_out"], self._feeds(x))[0] for x in hidden]
+        rows = [session.run(["hidden_out"], self._feeds(index, x))[0] for x in hidden]
         return np.concatenate(rows)
 
     def layer_with_hessians(
-        self, path: Path, hidden: Hidden, taps: Mapping[str, str]
+        self, index: int, path: Path, hidden: Hidden, taps: Mapping[str, str]
     ) -> tuple[Hidden, dict[str, torch.Tensor]]:
         """Output of a layer graph, and the sum of x x^T of the inputs of each linear layer.
 
         Args:
-            path: a layer graph in full precision.
+            index: of the layer.
+            path: its graph in full precision.
+            hidden: its input.
             taps: by linear layer, the value inside the graph that is its input.
 
         Returns:
@@ -62,23 +66,26 @@ class Runner:
         """
         create_session(path, self.device)  # the file itself must load; what runs is a copy
         model = onnx.load(path)
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps.values())
+        inside = [name for name in dict.fromkeys(taps.values()) if name != HIDDEN]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
         session = create_session(model.SerializeToString(), self.device)
-        sums: dict[str, Any] = dict.fromkeys(taps, 0.0)
+        sums: dict[str, Any] = dict.fromkeys(taps.values(), 0.0)
         rows = []
         # In turns of several sequences: ORT's threads spin for a while after each run, on the
         # cores that torch then needs.
         for start in range(0, len(hidden), _TURN):
-            runs = [
-                session.run(["hidden_out", *taps.values()], self._feeds(x))
-                for x in hidden[start : start + _TURN]
-            ]
+            part = hidden[start : start + _TURN]
+            runs = [session.run(["hidden_out", *inside], self._feeds(index, x)) for x in part]
             rows += [run[0] for run in runs]
-            for index, linear in enumerate(taps, 1):
-                values = np.concatenate([run[index] for run in runs])
+            for name in sums:
+                if name == HIDDEN:
+                    values = part
+                else:
+                    at = 1 + inside.index(name)
+                    values = np.concatenate([run[at] for run in runs])
                 flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
-                sums[linear] = sums[linear] + flat.T @ flat
-        return np.concatenate(rows), sums
+                sums[name] = sums[name] + flat.T @ flat
+        return np.concatenate(rows), {linear: sums[name] for linear, name in taps.items()}
 
     def head(self, path: Path, hidden: Hidden) -> None:
         """Loads a head graph and runs it on the last token of the first sequence."""
@@ -87,12 +94,13 @@ class Runner:
         if not np.isfinite(logits).all():
             raise FloatingPointError(f"{path} gives logits that are not finite")
 
-    def _feeds(self, x: Hidden) -> dict[str, np.ndarray]:
+    def _feeds(self, index: int, x: Hidden) -> dict[str, np.ndarray]:
         facts, length = self.spec.facts, x.shape[0]
-        cos, sin = rotary_tables(self.spec.rope, length, x.dtype.name)
+        rope = self.spec.ropes[self.spec.attention[index].rope or 0]
+        cos, sin = rotary_tables(rope, length, x.dtype.name)
         cache = np.zeros((1, facts.num_kv_heads, length, facts.head_dim), x.dtype)
         return {
-            "hidden_in": x[None],
+            HIDDEN: x[None],
             "past_key": cache,
             "past_value": cache,
             "seqlens_k": np.array([length - 1], np.int32),
@@ -113,19 +121,26 @@ def scale_and_cosine(x: Hidden, y: Hidden) -> tuple[float, float]:
 
 
 def compensation(
-    x: Hidden, y: Hidden, norm: torch.Tensor, epsilon: float, scale: float, rank: int
+    x: Hidden, y: Hidden, normed: torch.Tensor, scale: float, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best map of a rank from the normed input to `y - scale * x`, sink tokens left out.
+    """Best map of a rank from the input of attention to `y - scale * x`, sink tokens left out.
 
     Reduced-rank regression: the least-squares map, projected onto the leading directions of what
-    it predicts. Reading the normed input bounds what the map can return, however large a hidden
-    state grows; and K and V read it too, so the skip graph has one product for all three.
+    it predicts. K and V read the same, so the skip graph has one product for all three; a norm
+    there bounds what the map can return, however large a hidden state grows.
+
+    Args:
+        x: input of the layer.
+        y: its output.
+        normed: what its attention reads, `[sequences, length, D]` float32.
+        scale: see `LayerFacts`.
+        rank: r.
 
     Returns:
         A `[rank, D]` and B `[D, rank]` of the map B A.
     """
     x, y = (h[:, SINK_TOKENS:] for h in (x, y))
-    inputs = rms_normed(x, norm, epsilon)
+    inputs = normed[:, SINK_TOKENS:].flatten(0, 1)
     missing = torch.from_numpy(y - np.float32(scale) * x).float().flatten(0, 1)
     gram = inputs.T @ inputs
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
@@ -146,7 +161,7 @@ def relative_errors(reference: Hidden, outputs: dict[Action, Hidden]) -> dict[Ac
     }
 
 
-def rms_normed(hidden: Hidden, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Input of the LM head, `[tokens, D]` float32."""
-    x = torch.from_numpy(hidden).float().flatten(0, 1)
-    return torch.nn.functional.rms_norm(x, (x.shape[1],), weight.float(), epsilon)
+def normed(hidden: Hidden, norm: Norm | None, block: Block) -> torch.Tensor:
+    """What a linear layer behind a norm reads, `[sequences, length, D]` float32."""
+    x = torch.from_numpy(hidden).float()
+    return x if norm is None else norm(x, block)

@@ -273,7 +273,8 @@ class _Span:
         kv = lane.kv
         key, value = kv.keys[layer], kv.values[layer]
         source, target = self.hidden[layer % 2], self.hidden[(layer + 1) % 2]
-        inputs = [source, key, value, lane.seqlens, lane.total, lane.start, kv.cos, kv.sin]
+        rotary = kv.rotary[sessions.manifest.rope_of(layer)]
+        inputs = [source, key, value, lane.seqlens, lane.total, lane.start, *rotary]
         return self._bound(
             sessions.layer(layer, action), sessions.layer_ports, inputs, [target, key, value]
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dash_onnx.manifest import Manifest
+from dash_onnx.manifest import Manifest, Rope
 from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.ort import Device
@@ -20,7 +20,7 @@ class KVCache:
         capacity: tokens there is room for.
         keys: one buffer `[1, H_kv, capacity, d]` per layer.
         values: likewise.
-        cos, sin: rotary tables `[capacity, rotary_dim / 2]`.
+        rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
     """
 
     def __init__(self, manifest: Manifest, device: Device):
@@ -43,14 +43,17 @@ class KVCache:
         capacity = min(capacity, self._manifest.model.max_length)
         self.keys = self._grown(self.keys, capacity)
         self.values = self._grown(self.values, capacity)
-        dims = self._manifest.dims
-        cos, sin = rotary_tables(self._manifest.rope, capacity, dims.dtype)
-        self.cos = Buffer(cos.shape, dims.dtype, self._device)
-        self.sin = Buffer(sin.shape, dims.dtype, self._device)
-        self.cos.write(cos)
-        self.sin.write(sin)
+        self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
         self.capacity = capacity
         return True
+
+    def _tables(self, rope: Rope, capacity: int) -> tuple[Buffer, Buffer]:
+        dtype = self._manifest.dims.dtype
+        tables = rotary_tables(rope, capacity, dtype)
+        cos, sin = (Buffer(table.shape, dtype, self._device) for table in tables)
+        cos.write(tables[0])
+        sin.write(tables[1])
+        return cos, sin
 
     def _grown(self, old: list[Buffer], capacity: int) -> list[Buffer]:
         dims = self._manifest.dims

@@ -285,7 +285,7 @@ def test_model_facts_are_those_of_the_config(manifest: Manifest) -> None:
     assert (facts.num_heads, facts.num_kv_heads, facts.head_dim) == (4, 2, 16)
     assert facts.vocab_size == TINY["vocab_size"]
     assert facts.max_length == TINY["max_position_embeddings"]
-    np.testing.assert_allclose(manifest.rope.inv_freq, 1e4 ** (-np.arange(8) / 8), rtol=1e-6)
+    np.testing.assert_allclose(manifest.ropes[0].inv_freq, 1e4 ** (-np.arange(8) / 8), rtol=1e-6)
     assert manifest.variants == ALL
     assert manifest.heads == {"full": "full", "int8": "int8", "int4": "int8", "skip": "int8"}
     assert manifest.exported_heads == ALL
@@ -522,7 +522,7 @@ def test_a_skipped_layer_writes_the_key_and_value_of_the_full_one_biases_include
     manifest = Bundle(bundle).manifest
     rng = np.random.default_rng(0)
     length, capacity = 5, 8
-    angles = np.arange(capacity)[:, None] * np.asarray(manifest.rope.inv_freq)
+    angles = np.arange(capacity)[:, None] * np.asarray(manifest.ropes[0].inv_freq)
     cache = np.zeros((1, 2, capacity, 16), np.float32)
     feeds = {
         "hidden_in": rng.standard_normal((1, length, 64)).astype(np.float32),

@@ -14,10 +14,16 @@ from conftest import save_tiny
 
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.measure import Runner, relative_errors
 from dash_onnx.exporters.train.frozen import Frozen
+from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.engine import Model
+
+
+def spec_of(manifest: Manifest) -> ModelSpec:
+    return ModelSpec(manifest.model, manifest.block, manifest.ropes, manifest.attention)
 
 
 def declared(graph: onnx.GraphProto) -> list[list[tuple[str, str, list]]]:
@@ -83,14 +89,14 @@ def test_graphs_for_cuda_compute_in_fp16_and_agree_with_fp32(
     runners = {}
     for name, folder in (("cuda", cuda_bundle), ("cpu", cpu)):
         facts = Bundle(folder).manifest
-        spec = type("Spec", (), {"facts": facts.model, "rope": facts.rope})()
+        spec = spec_of(facts)
         runners[name] = (Runner(spec, "cpu"), folder)
     ids = np.random.default_rng(0).integers(2, 384, (2, 24))
     outputs = {}
     for name, (runner, folder) in runners.items():
         hidden = runner.embed(folder / "embed.onnx", ids)
         outputs[name] = {
-            action: runner.layer(folder / f"layers/00/{action}.onnx", hidden)
+            action: runner.layer(0, folder / f"layers/00/{action}.onnx", hidden)
             for action in ("full", "int8", "int4", "skip")
         }
         assert hidden.dtype == (np.float16 if name == "cuda" else np.float32)
@@ -103,19 +109,19 @@ def test_graphs_for_cuda_compute_in_fp16_and_agree_with_fp32(
 def test_graphs_for_cuda_compute_what_their_own_weights_say(cuda_bundle: Path) -> None:
     bundle = Bundle(cuda_bundle)
     frozen = Frozen(bundle, bundle.manifest.variants, torch.float32)
-    spec = type("Spec", (), {"facts": bundle.manifest.model, "rope": bundle.manifest.rope})()
+    spec = spec_of(bundle.manifest)
     runner = Runner(spec, "cpu")
     ids = np.random.default_rng(1).integers(2, 384, (2, 24))
     hidden = runner.embed(cuda_bundle / "embed.onnx", ids)
     x = torch.from_numpy(hidden).float()
-    normed = frozen.norm(x, frozen.input_norms[0])
+    normed = frozen.normed(0, x)
     wanted = {"skip": frozen.skip(0, x, normed)[0]}
     for action in bundle.manifest.variants:
-        queries, keys_values = frozen.split(frozen.qkv(0, action, normed))
-        attention = frozen.attend(queries, keys_values, frozen.rotary(24))
+        queries, keys_values = frozen.split(0, frozen.qkv(0, action, normed))
+        attention = frozen.attend(0, queries, keys_values, frozen.rotary(24))
         wanted[action] = frozen.complete(0, action, x, attention)
     for action, output in wanted.items():
-        ours = runner.layer(cuda_bundle / f"layers/00/{action}.onnx", hidden)
+        ours = runner.layer(0, cuda_bundle / f"layers/00/{action}.onnx", hidden)
         error = relative_errors(output.numpy(), {action: ours})[action]
         assert error < 0.005, (action, error)
 
@@ -128,7 +134,7 @@ def test_another_compensation_takes_the_place_of_the_fitted_one(
     folder = Path(shutil.copytree(source, tmp_path / "out"))
     bundle = Bundle(folder)
     block = bundle.manifest.target.block_size
-    spec = type("Spec", (), {"facts": bundle.manifest.model, "rope": bundle.manifest.rope})()
+    spec = spec_of(bundle.manifest)
     runner = Runner(spec, "cpu")
     ids = np.random.default_rng(1).integers(2, 384, (2, 24))
     hidden = runner.embed(folder / "embed.onnx", ids)
@@ -136,9 +142,9 @@ def test_another_compensation_takes_the_place_of_the_fitted_one(
     weight = frozen.compensation()[0]
     weight.copy_(replace_expand(folder, 0, 3 * torch.randn_like(weight), block))
     x = torch.from_numpy(hidden).float()
-    wanted = frozen.skip(0, x, frozen.norm(x, frozen.input_norms[0]))[0]
-    ours = runner.layer(folder / "layers/00/skip.onnx", hidden)
-    before = runner.layer(source / "layers/00/skip.onnx", hidden)
+    wanted = frozen.skip(0, x, frozen.normed(0, x))[0]
+    ours = runner.layer(0, folder / "layers/00/skip.onnx", hidden)
+    before = runner.layer(0, source / "layers/00/skip.onnx", hidden)
     errors = relative_errors(wanted.numpy(), {"skip": ours, "int8": before})
     assert errors["skip"] < 0.005 and errors["int8"] > 0.1
     onnx.checker.check_model(folder / "layers/00/skip.onnx")

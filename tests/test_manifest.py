@@ -149,5 +149,5 @@ def test_dims_follow_from_model_rope_and_target(text: str) -> None:
     manifest = Manifest.from_text(text)
     dims = manifest.dims
     assert (dims.hidden_size, dims.num_kv_heads, dims.head_dim) == (64, 2, 16)
-    assert dims.rotary_dim == 2 * len(manifest.rope.inv_freq) == 16
+    assert dims.rotary_dim == 2 * len(manifest.ropes[0].inv_freq) == 16
     assert dims.dtype == manifest.target.dtype == "float32"

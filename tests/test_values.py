@@ -29,9 +29,10 @@ def from_layer(env: Environment, layer: int, y: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `[B, T, V]` when the output of a layer is `y`; the rest at the base."""
     frozen, rotary = env.frozen, env.frozen.rotary(TOKENS)
     for later in range(layer + 1, env.layers):
-        normed = frozen.norm(y, frozen.input_norms[later])
-        queries, keys_values = frozen.split(frozen.qkv(later, ACTIONS[0], normed))
-        y = frozen.complete(later, ACTIONS[0], y, frozen.attend(queries, keys_values, rotary))
+        normed = frozen.normed(later, y)
+        queries, keys_values = frozen.split(later, frozen.qkv(later, ACTIONS[0], normed))
+        attention = frozen.attend(later, queries, keys_values, rotary)
+        y = frozen.complete(later, ACTIONS[0], y, attention)
     return frozen.logits(frozen.final(y)).double().log_softmax(-1)
 
 

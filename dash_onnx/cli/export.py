@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             fuse(Bundle(arguments.out), arguments.out / "fused", overwrite=True)
         if arguments.json:
             facts = to_json(manifest)
-            del facts["files"], facts["rope"]
+            del facts["files"], facts["ropes"], facts["attention"]
             print(json.dumps({"out": str(arguments.out), **facts}))
         else:
             print(summary(manifest, arguments.out))

@@ -9,10 +9,13 @@ from typing import Protocol
 import torch
 from transformers import PretrainedConfig
 
+from dash_onnx.block import Attention, Block
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.quantize import Bits, Quantized, concatenate
 from dash_onnx.exporters.sources import Weights
 from dash_onnx.manifest import ModelFacts, Rope
+
+F = torch.nn.functional
 
 
 @dataclass(frozen=True)
@@ -72,31 +75,64 @@ def _same_form(parts: Sequence[Quantized | None]) -> Quantized | None:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """Weight and bias of a norm, `[n]`; it works on groups of n features of its input."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def scaled(self, factor: float) -> Norm:
+        """The same norm with its result multiplied."""
+        bias = None if self.bias is None else self.bias.float() * factor
+        return Norm(self.weight.float() * factor, bias)
+
+    def __call__(self, x: torch.Tensor, block: Block) -> torch.Tensor:
+        """`[..., k * n]` -> the same shape, float32."""
+        size = self.weight.shape[0]
+        groups = x.float().unflatten(-1, (-1, size))
+        weight = self.weight.float()
+        if block.norm == "rms":
+            result = F.rms_norm(groups, (size,), weight, block.norm_epsilon)
+        else:
+            bias = None if self.bias is None else self.bias.float()
+            result = F.layer_norm(groups, (size,), weight, bias, block.norm_epsilon)
+        return result.flatten(-2)
+
+
+@dataclass(frozen=True)
 class Layer:
-    """Weights of one pre-norm decoder layer with gated MLP.
+    """Weights of one decoder layer; a norm that is None does not exist.
 
     Attributes:
-        input_norm: `[D]` RMSNorm weight before attention.
+        input_norm: `[D]`, before attention.
         qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`.
+        q_norm, k_norm: of queries and keys before their rotation: `[d]` for each head alone, or
+            of all heads together.
         output: attention output projection, `[D, H * d]`.
-        post_norm: `[D]` RMSNorm weight before the MLP.
-        gate_up: stacked gate and up projections, `[2 * I, D]`.
+        output_norm: `[D]`, of what attention adds to the residual stream.
+        post_norm: `[D]`, before the MLP. A parallel MLP without one reads what attention reads.
+        gate_up: stacked gate and up projections, `[2 * I, D]`; `[I, D]` where nothing is gated.
         down: `[D, I]`.
+        down_norm: `[D]`, of what the MLP adds to the residual stream.
     """
 
-    input_norm: torch.Tensor
+    input_norm: Norm | None
     qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
     output: Linear
-    post_norm: torch.Tensor
+    output_norm: Norm | None
+    post_norm: Norm | None
     gate_up: Linear
     down: Linear
+    down_norm: Norm | None
 
 
 @dataclass(frozen=True)
 class Head:
-    """Final norm `[D]` and LM head `[V, D]`."""
+    """Final norm `[D]`, its result divided by the logits' softcap, and LM head `[V, D]`."""
 
-    norm: torch.Tensor
+    norm: Norm
     linear: Linear
 
 
@@ -106,13 +142,17 @@ class ModelSpec:
 
     Attributes:
         facts: sizes.
-        rope: rotary position embedding.
-        norm_epsilon: of every RMSNorm.
+        block: what all layers compute.
+        ropes: rotary position embeddings; most models have one.
+        attention: of each layer.
+        embedding_scale: factor on the token embedding.
     """
 
     facts: ModelFacts
-    rope: Rope
-    norm_epsilon: float
+    block: Block
+    ropes: tuple[Rope, ...]
+    attention: tuple[Attention, ...]
+    embedding_scale: float = 1.0
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:

@@ -13,9 +13,10 @@ import torch
 from onnxscript import GraphBuilder
 
 from dash_onnx.actions import Action
+from dash_onnx.block import Block
 from dash_onnx.contract import Port, Ports, data_name
 from dash_onnx.errors import UnsupportedError
-from dash_onnx.exporters.architectures.base import Linear
+from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.gptq import gptq
 from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, pack_int4, quantize
 from dash_onnx.manifest import Target
@@ -40,7 +41,7 @@ class Graph:
     Attributes:
         ports: the declared inputs and outputs.
         target: what it is built for.
-        epsilon: of its norms.
+        block: what the model's layers compute.
         hessians: per linear layer, `[K, K]` sum of x x^T of its calibration inputs.
         fp32_kept: names of weights stored as FP32 because FP16 cannot hold them.
     """
@@ -48,7 +49,7 @@ class Graph:
     name: str
     ports: Ports
     target: Target
-    epsilon: float = 0.0
+    block: Block
     hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fp32_kept: list[str] = field(default_factory=list)
 
@@ -171,22 +172,38 @@ class Graph:
         # ORT folds the cast at load: x86 CPUs have no FP16 MatMul kernel.
         return self.op.Cast(self.tensor(name, array.astype(np.float16)), to=ir.DataType.FLOAT)
 
-    def rms_norm(self, x: ir.Value, name: str, weight: torch.Tensor) -> ir.Value:
-        """RMSNorm over the last axis."""
-        scale = self.activation_tensor(name, weight)
-        return self.op.RMSNormalization(
-            x, scale, axis=-1, epsilon=self.epsilon, _outputs=[self.value(f"{name}.out")]
-        )
+    def norm(self, x: ir.Value, name: str, norm: Norm | None) -> ir.Value:
+        """Norm over the last axis; x itself where there is none."""
+        if norm is None:
+            return x
+        weights, epsilon = self._norm_weights(name, norm), self.block.norm_epsilon
+        outputs = [self.value(f"{name}.out")]
+        if self.block.norm == "rms":
+            return self.op.RMSNormalization(x, *weights, axis=-1, epsilon=epsilon, _outputs=outputs)
+        return self.op.LayerNormalization(x, *weights, axis=-1, epsilon=epsilon, _outputs=outputs)
 
-    def add_rms_norm(
-        self, x: ir.Value, residual: ir.Value, name: str, weight: torch.Tensor
+    def norm_heads(self, x: ir.Value, name: str, norm: Norm | None, width: int) -> ir.Value:
+        """Norm of queries or keys `[1, seq, width]`: of each head, or of all heads together."""
+        size = width if norm is None else norm.weight.shape[0]
+        if size == width:
+            return self.norm(x, name, norm)
+        heads = self.norm(self.op.Reshape(x, self.int64(0, 0, -1, size)), name, norm)
+        return self.op.Reshape(heads, self.int64(0, 0, width))
+
+    def add_norm(
+        self, x: ir.Value, residual: ir.Value, name: str, norm: Norm | None
     ) -> tuple[ir.Value, ir.Value]:
-        """Returns `rms_norm(x + residual)` and `x + residual`, from one kernel."""
-        normed, _, _, total = self.ms.SkipSimplifiedLayerNormalization(
+        """Returns `norm(x + residual)` and `x + residual`, from one kernel."""
+        if norm is None:
+            total = self.op.Add(x, residual, _outputs=[self.value(f"{name}.sum")])
+            return total, total
+        rms = self.block.norm == "rms"
+        kernel = self.ms.SkipSimplifiedLayerNormalization if rms else self.ms.SkipLayerNormalization
+        normed, _, _, total = kernel(
             x,
             residual,
-            self.activation_tensor(name, weight),
-            epsilon=self.epsilon,
+            *self._norm_weights(name, norm),
+            epsilon=self.block.norm_epsilon,
             _outputs=[
                 self.value(f"{name}.out"),
                 self.value(""),
@@ -195,6 +212,12 @@ class Graph:
             ],
         )
         return normed, total
+
+    def _norm_weights(self, name: str, norm: Norm) -> list[ir.Value]:
+        weights = [self.activation_tensor(name, norm.weight)]
+        if norm.bias is not None:
+            weights.append(self.activation_tensor(f"{name}.bias", norm.bias))
+        return weights
 
     def int64(self, *values: int) -> ir.Value:
         """A constant int64 vector."""

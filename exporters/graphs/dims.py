@@ -13,7 +13,7 @@ def dims_of(spec: ModelSpec, target: Target) -> Dims:
         hidden_size=spec.facts.hidden_size,
         num_kv_heads=spec.facts.num_kv_heads,
         head_dim=spec.facts.head_dim,
-        rotary_dim=2 * len(spec.rope.inv_freq),
+        rotary_dim=2 * len(spec.ropes[0].inv_freq),
         vocab_size=spec.facts.vocab_size,
         dtype=target.dtype,
     )

@@ -28,7 +28,7 @@ def build_embed(
     Returns:
         Names of weights that FP16 cannot hold and that were stored as FP32.
     """
-    graph = Graph("embed", embed_ports(dims_of(spec, target)), target)
+    graph = Graph("embed", embed_ports(dims_of(spec, target)), target, spec.block)
     ids = graph.inputs["input_ids"]
     exact = _exact_rows(table, target.block_size)
     if exact is not None:
@@ -48,7 +48,11 @@ def build_embed(
         else:
             graph.fp32_kept.append("embedding")
         rows = graph.op.Gather(graph.tensor("embedding", array), ids)
-    graph.save(folder, EMBED_PATH, hidden=graph.op.Cast(rows, to=graph.dtype))
+    hidden = graph.op.Cast(rows, to=graph.dtype)
+    if spec.embedding_scale != 1.0:
+        scale = graph.activation_tensor("embedding_scale", torch.tensor(spec.embedding_scale))
+        hidden = graph.op.Mul(hidden, scale)
+    graph.save(folder, EMBED_PATH, hidden=hidden)
     return tuple(graph.fp32_kept)
 
 
@@ -80,8 +84,11 @@ def build_head(
         Names of weights that FP16 cannot hold and that were stored as FP32.
     """
     ports = head_ports(dims_of(spec, target))
-    graph = Graph(f"head_{precision}", ports, target, spec.norm_epsilon, hessians)
-    normed = graph.rms_norm(graph.inputs["hidden"], "final_norm", head.norm)
+    graph = Graph(f"head_{precision}", ports, target, spec.block, hessians)
+    normed = graph.norm(graph.inputs["hidden"], "final_norm", head.norm)
     logits = graph.linear(normed, head.linear, precision)
+    if (cap := spec.block.logit_softcap) is not None:  # the norm has divided by it
+        logits = graph.op.Tanh(logits)
+        logits = graph.op.Mul(logits, graph.activation_tensor("softcap", torch.tensor(cap)))
     graph.save(folder, head_path(precision), logits=logits)
     return tuple(graph.fp32_kept)

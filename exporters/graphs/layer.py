@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from dash_onnx.actions import Action
@@ -14,13 +15,23 @@ from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.manifest import Target
 
-TAPS = {
-    "qkv_proj": "input_norm.out",
-    "o_proj": "attention",
-    "gate_up_proj": "post_norm.out",
-    "down_proj": "activated",
-}
-"""By linear layer, the value inside the graph that is its input."""
+HIDDEN = "hidden_in"
+"""The port of a layer's input."""
+
+
+def taps_of(layer: Layer, spec: ModelSpec) -> dict[str, str]:
+    """By linear layer, the value inside the graph that is its input."""
+    attends = HIDDEN if layer.input_norm is None else "input_norm.out"
+    if layer.post_norm is not None:
+        reads = "post_norm.out"
+    else:
+        reads = attends if spec.block.parallel else "post_norm.sum"
+    return {
+        layer.qkv.name: attends,
+        layer.output.name: "attention",
+        layer.gate_up.name: reads,
+        layer.down.name: "activated",
+    }
 
 
 def build_layer(
@@ -35,49 +46,30 @@ def build_layer(
     """Writes `layers/NN/{full,int8,int4}.onnx`.
 
     Args:
-        hessians: see `Graph`; `TAPS` names the values they are measured on.
+        hessians: see `Graph`; `taps_of` names the values they are measured on.
 
     Returns:
         Names of weights that FP16 cannot hold and that were stored as FP32.
     """
-    facts = spec.facts
-    ports = layer_ports(dims_of(spec, target))
-    graph = Graph(f"layer_{index}_{precision}", ports, target, spec.norm_epsilon, hessians)
-    op, ms, inputs = graph.op, graph.ms, graph.inputs
+    ports, block = layer_ports(dims_of(spec, target)), spec.block
+    graph = Graph(f"layer_{index}_{precision}", ports, target, block, hessians)
+    op = graph.op
 
-    hidden = inputs["hidden_in"]  # [1, seq, D]
-    normed = graph.rms_norm(hidden, "input_norm", layer.input_norm)
+    hidden = graph.inputs[HIDDEN]  # [1, seq, D]
+    normed = graph.norm(hidden, "input_norm", layer.input_norm)
     qkv = graph.linear(normed, layer.qkv, precision)  # [1, seq, (H + 2 * H_kv) * d]
-    attention, key, value = ms.GroupQueryAttention(
-        qkv,
-        None,
-        None,
-        inputs["past_key"],
-        inputs["past_value"],
-        inputs["seqlens_k"],
-        inputs["total_sequence_length"],
-        inputs["cos_cache"],
-        inputs["sin_cache"],
-        num_heads=facts.num_heads,
-        kv_num_heads=facts.num_kv_heads,
-        do_rotary=1,
-        _outputs=[
-            graph.value(TAPS[layer.output.name]),
-            graph.value("present_key"),
-            graph.value("present_value"),
-        ],
-    )
+    attention, key, value = _attend(graph, qkv, index, layer, spec)
     output = graph.linear(attention, layer.output, precision)
-    normed, residual = graph.add_rms_norm(output, hidden, "post_norm", layer.post_norm)
-    gate_up = graph.linear(normed, layer.gate_up, precision)  # [1, seq, 2 * I]
-    gate, up = op.Split(
-        gate_up, axis=-1, num_outputs=2, _outputs=[graph.value("gate"), graph.value("up")]
-    )
-    # QuickGelu(alpha=1) is SiLU in one kernel.
-    activated = op.Mul(
-        ms.QuickGelu(gate, alpha=1.0), up, _outputs=[graph.value(TAPS[layer.down.name])]
-    )
+    output = graph.norm(output, "output_norm", layer.output_norm)
+    if block.parallel:
+        residual = op.Add(hidden, output)
+        if layer.post_norm is not None:
+            normed = graph.norm(hidden, "post_norm", layer.post_norm)
+    else:
+        normed, residual = graph.add_norm(output, hidden, "post_norm", layer.post_norm)
+    activated = _activate(graph, graph.linear(normed, layer.gate_up, precision))
     down = graph.linear(activated, layer.down, precision)
+    down = graph.norm(down, "down_norm", layer.down_norm)
     graph.save(
         folder,
         layer_path(index, precision),
@@ -86,3 +78,63 @@ def build_layer(
         present_value=value,
     )
     return tuple(f"layers.{index}.{name}" for name in graph.fp32_kept)
+
+
+def _attend(
+    graph: Graph, qkv: ir.Value, index: int, layer: Layer, spec: ModelSpec
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Returns the heads' outputs `[1, seq, H * d]`, and K and V of all tokens."""
+    facts, block, sees, inputs = spec.facts, spec.block, spec.attention[index], graph.inputs
+    projected: list[ir.Value | None] = [qkv, None, None]
+    if layer.q_norm is not None or layer.k_norm is not None:
+        queries, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+        q, k, v = graph.op.Split(
+            qkv,
+            graph.int64(queries, keys, keys),
+            axis=-1,
+            _outputs=[graph.value(name) for name in ("query", "key", "value")],
+        )
+        q = graph.norm_heads(q, "q_norm", layer.q_norm, queries)
+        k = graph.norm_heads(k, "k_norm", layer.k_norm, keys)
+        projected = [q, k, v]
+    options: dict[str, float] = {}  # those that differ from the operator's defaults
+    if block.attention_scale != facts.head_dim**-0.5:
+        options["scale"] = block.attention_scale
+    if block.attention_softcap is not None:
+        options["softcap"] = block.attention_softcap
+    if sees.window is not None:
+        options["local_window_size"] = sees.window
+    rotates = sees.rope is not None
+    attention, key, value = graph.ms.GroupQueryAttention(
+        *projected,
+        inputs["past_key"],
+        inputs["past_value"],
+        inputs["seqlens_k"],
+        inputs["total_sequence_length"],
+        inputs["cos_cache"] if rotates else None,
+        inputs["sin_cache"] if rotates else None,
+        num_heads=facts.num_heads,
+        kv_num_heads=facts.num_kv_heads,
+        do_rotary=int(rotates),
+        **options,
+        _outputs=[graph.value(name) for name in ("attention", "present_key", "present_value")],
+    )
+    return attention, key, value
+
+
+def _activate(graph: Graph, up: ir.Value) -> ir.Value:
+    """`[1, seq, 2 * I]` (`[1, seq, I]` without gate) -> `[1, seq, I]`, the input of `down`."""
+    op, name = graph.op, graph.value("activated")
+    if not graph.block.gated:
+        return _activation(graph, up, _outputs=[name])
+    gate, up = op.Split(
+        up, axis=-1, num_outputs=2, _outputs=[graph.value("gate"), graph.value("up")]
+    )
+    return op.Mul(_activation(graph, gate), up, _outputs=[name])
+
+
+def _activation(graph: Graph, x: ir.Value, **outputs: list[ir.Value]) -> ir.Value:
+    kind = graph.block.activation
+    if kind == "silu":  # QuickGelu(alpha=1) is SiLU in one kernel
+        return graph.ms.QuickGelu(x, alpha=1.0, **outputs)
+    return graph.op.Gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none", **outputs)

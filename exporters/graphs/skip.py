@@ -47,7 +47,7 @@ def build_skip(
     facts = spec.facts
     ports = layer_ports(dims_of(spec, target))
     shared = {"skip_proj": hessians["qkv_proj"]} if hessians else {}
-    graph = Graph(f"layer_{index}_skip", ports, target, spec.norm_epsilon, shared)
+    graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
     op, ms, inputs = graph.op, graph.ms, graph.inputs
 
     hidden = inputs["hidden_in"]  # [1, seq, D]
@@ -57,22 +57,23 @@ def build_skip(
     if correction is not None:  # reads what K and V read: one product for all three
         kv = stack("skip_proj", kv, Linear("reduce", correction[0]))
         sizes, names = [*sizes, correction[0].shape[0]], [*names, "reduced"]
-    normed = graph.rms_norm(hidden, "input_norm", layer.input_norm)
+    normed = graph.norm(hidden, "input_norm", layer.input_norm)
     projected = graph.linear(normed, kv, "int4" if hessians else "int8")
     key, value, *reduced = op.Split(
         projected, graph.int64(*sizes), axis=-1, _outputs=[graph.value(name) for name in names]
     )
 
-    key = ms.RotaryEmbedding(
-        key,
-        inputs["start"],  # one number: positions count on from it
-        inputs["cos_cache"],
-        inputs["sin_cache"],
-        num_heads=facts.num_kv_heads,
-        rotary_embedding_dim=0
-        if 2 * len(spec.rope.inv_freq) == facts.head_dim
-        else 2 * len(spec.rope.inv_freq),
-    )
+    key = graph.norm_heads(key, "k_norm", layer.k_norm, kv_size)
+    if spec.attention[index].rope is not None:
+        rotated = 2 * len(spec.ropes[0].inv_freq)
+        key = ms.RotaryEmbedding(
+            key,
+            inputs["start"],  # one number: positions count on from it
+            inputs["cos_cache"],
+            inputs["sin_cache"],
+            num_heads=facts.num_kv_heads,
+            rotary_embedding_dim=0 if rotated == facts.head_dim else rotated,
+        )
     heads = graph.int64(1, -1, facts.num_kv_heads, facts.head_dim)
 
     def scatter(past: str, update: ir.Value, present: str) -> ir.Value:

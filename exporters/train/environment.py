@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 
 from dash_onnx.actions import SKIP, Action
-from dash_onnx.exporters.train.frozen import Frozen, Tensor
+from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,9 @@ class Environment:
             all_weights.append(weights)
         return Rollout(frozen.final(x), torch.stack(all_weights, 2))
 
-    def _sparse(
-        self, layer: int, x: Tensor, _: Tensor, choice: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _sparse(self, layer: int, x: Tensor, _: Tensor, choice: Tensor, rotary: Rotary) -> Tensor:
         frozen = self.frozen
-        normed = frozen.norm(x, frozen.input_norms[layer])
+        normed = frozen.normed(layer, x)
         parts = [
             (action, chosen)
             for index, action in enumerate(self.actions)
@@ -128,53 +126,49 @@ class Environment:
                 y, kv = frozen.skip(layer, x[chosen], normed[chosen])
                 output = _put(output, chosen, y)
             else:
-                q, kv = frozen.split(frozen.qkv(layer, action, normed[chosen]))
+                q, kv = frozen.split(layer, frozen.qkv(layer, action, normed[chosen]))
                 queries = _put(queries, chosen, q)
             keys_values = _put(keys_values, chosen, kv)
         running = [(action, chosen) for action, chosen in parts if action != SKIP]
         if running:
-            attention = frozen.attend(queries, keys_values, rotary)
+            attention = frozen.attend(layer, queries, keys_values, rotary)
             for action, chosen in running:
                 y = frozen.complete(layer, action, x[chosen], attention[chosen])
                 output = _put(output, chosen, y)
         return output
 
-    def outputs(
-        self, layer: int, x: Tensor, weights: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> list[Tensor]:
+    def outputs(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> list[Tensor]:
         """Output of every action, `[B, T, D]` each, over the K/V that `weights` select.
 
         The first action carries the gradient of all precisions: their Jacobians differ by the
         rounding of the weights only, so the others are added as constant differences.
         """
         frozen = self.frozen
-        normed = frozen.norm(x, frozen.input_norms[layer])
+        normed = frozen.normed(layer, x)
         base, *others = (action for action in self.actions if action != SKIP)
-        q, kv = frozen.split(frozen.qkv(layer, base, normed))
+        q, kv = frozen.split(layer, frozen.qkv(layer, base, normed))
         queries: dict[Action, Tensor] = {}
         skipped, kv_skipped = frozen.skip(layer, x, normed)
         keys_values = {SKIP: kv_skipped.detach()}
         with torch.no_grad():
             for action in others:
                 projected = frozen.qkv(layer, action, normed)
-                queries[action], keys_values[action] = frozen.split(projected)
+                queries[action], keys_values[action] = frozen.split(layer, projected)
         mixed = kv
         for action in self.actions[1:]:
             weight = weights[..., self.actions.index(action), None]
             mixed = mixed + weight * (keys_values[action] - kv.detach())
-        y = frozen.complete(layer, base, x, frozen.attend(q, mixed, rotary))
+        y = frozen.complete(layer, base, x, frozen.attend(layer, q, mixed, rotary))
         result: dict[Action, Tensor] = {base: y, SKIP: skipped}
         with torch.no_grad():
             for action in others:
-                attention = frozen.attend(queries[action], mixed, rotary)
+                attention = frozen.attend(layer, queries[action], mixed, rotary)
                 result[action] = frozen.complete(layer, action, x, attention) - y
         for action in others:
             result[action] = result[action] + y
         return [result[action] for action in self.actions]
 
-    def _dense(
-        self, layer: int, x: Tensor, weights: Tensor, _: Tensor, rotary: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _dense(self, layer: int, x: Tensor, weights: Tensor, _: Tensor, rotary: Rotary) -> Tensor:
         outputs = self.outputs(layer, x, weights, rotary)
         total = x.new_zeros(())
         for index, output in enumerate(outputs):
@@ -215,13 +209,15 @@ class _HeadKL(torch.autograd.Function):
         needs = ctx.needs_input_grad[0]
         for ours, theirs in zip(final.split(_CHUNK), reference.split(_CHUNK), strict=True):
             p = frozen.logits(theirs).float().log_softmax(-1)
-            q = frozen.logits(ours, head).float().log_softmax(-1)
+            logits = frozen.logits(ours, head).float()
+            q = logits.log_softmax(-1)
             difference = p - q
             p.exp_()
             kl.append(torch.linalg.vecdot(p, difference))
             if needs:  # of KL with respect to the logits: q - p
                 weight = frozen.heads[head].weight
-                gradients.append((q.exp_() - p).to(weight.dtype) @ weight)
+                slope = (q.exp_() - p) * frozen.logits_slope(logits)
+                gradients.append(slope.to(weight.dtype) @ weight)
         if needs:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(kl)

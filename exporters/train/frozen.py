@@ -6,8 +6,9 @@ last bit what it will steer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnx import numpy_helper
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.exporters.architectures.base import Norm
 from dash_onnx.exporters.graphs.build import OFFSETS
 from dash_onnx.exporters.quantize import Bits, Quantized, dequantize
 from dash_onnx.manifest import Manifest
@@ -41,6 +43,16 @@ class Product:
 
 Weights: TypeAlias = dict[str, Product]
 """By name of the linear layer."""
+
+Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
+
+_NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm")
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class Frozen:
@@ -66,10 +78,9 @@ class Frozen:
         self.manifest: Manifest = bundle.manifest
         self.actions: tuple[Action, ...] = (*(a for a in actions if a != SKIP), SKIP)
         self._bundle = bundle
-        facts = self.manifest.model
+        facts, self._block = self.manifest.model, self.manifest.block
         self._heads, self._kv_heads, self._d = facts.num_heads, facts.num_kv_heads, facts.head_dim
-        self.input_norms: list[Tensor] = []
-        self._post_norms: list[Tensor] = []
+        self._norms: list[dict[str, Norm]] = []
         self._layers: list[dict[Action, Weights]] = []
         self._scales = [layer.scale for layer in self.manifest.layers]
         for index in range(facts.num_layers):
@@ -78,9 +89,8 @@ class Frozen:
                 found = self._tensors(layer_path(index, action))
                 weights[action] = _products(found, self.manifest.target.block_size, dtype)
                 if action != SKIP:
-                    norms = found["input_norm"], found["post_norm"]
-            self.input_norms.append(torch.tensor(norms[0]).float())
-            self._post_norms.append(torch.tensor(norms[1]).float())
+                    norms = {name: _norm(found, name) for name in _NORMS if name in found}
+            self._norms.append(norms)
             self._layers.append(weights)
         heads: list[Action] = [a for a in self.manifest.exported_heads if a != "full"] or ["full"]
         self.heads: dict[Action, Product] = {}
@@ -88,61 +98,85 @@ class Frozen:
             found = self._tensors(head_path(precision))
             products = _products(found, self.manifest.target.block_size, dtype)
             self.heads[precision] = products["lm_head"]
-            self._final_norm = torch.tensor(found["final_norm"]).float()
+            self._final_norm = _norm(found, "final_norm")
         mixed = self.manifest.heads[SKIP]
         self.head: Action = mixed if mixed in self.heads else next(iter(self.heads))
-        self._epsilon = self._read_epsilon()
 
     def _tensors(self, path: str) -> dict[str, np.ndarray]:
         model = onnx.load(self._bundle.verified(path))
         return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
-    def _read_epsilon(self) -> float:
-        model = onnx.load(self._bundle.verified(head_path(self.head)), load_external_data=False)
-        norm = next(node for node in model.graph.node if node.op_type == "RMSNormalization")
-        return next(a.f for a in norm.attribute if a.name == "epsilon")
-
     @cached_property
-    def _embedding(self) -> Tensor:
+    def _embedding(self) -> tuple[Tensor, float]:
         found = self._tensors(EMBED_PATH)
+        scale = float(found.get("embedding_scale", 1.0))
         if "embedding" in found:
-            return torch.tensor(found["embedding"])
+            return torch.tensor(found["embedding"]), scale
         values, scales = found["embedding.values"], found["embedding.scales"].astype(np.float32)
         block = values.shape[1] // scales.shape[1]
         rows = values.reshape(*scales.shape, block)
-        return dequantize(Quantized(rows, scales, None, values.shape, 8, block))
+        return dequantize(Quantized(rows, scales, None, values.shape, 8, block)), scale
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
-        return self._embedding[ids].float()
+        table, scale = self._embedding
+        return table[ids].float() * scale
 
-    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine `[length, rotary_dim / 2]`."""
-        cos, sin = rotary_tables(self.manifest.rope, length, "float32")
-        return torch.from_numpy(cos), torch.from_numpy(sin)
+    def rotary(self, length: int) -> Rotary:
+        """Rotary tables of the first positions."""
+        tables = [rotary_tables(rope, length, "float32") for rope in self.manifest.ropes]
+        return [(torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in tables]
 
-    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last axis."""
-        return F.rms_norm(x, (x.shape[-1],), weight, self._epsilon)
+    def normed(self, layer: int, x: Tensor) -> Tensor:
+        """What attention reads of a layer's input `[..., D]`."""
+        return self._norm(layer, "input_norm", x)
+
+    def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
+        norm = self._norms[layer].get(name)
+        return x if norm is None else norm(x, self._block)
 
     def qkv(self, layer: int, action: Action, normed: Tensor) -> Tensor:
-        """Stacked queries, keys and values `[..., (H + 2 * H_kv) * d]`, not rotated yet."""
+        """Stacked queries, keys and values `[..., (H + 2 * H_kv) * d]`, as projected."""
         return self._layers[layer][action]["qkv_proj"](normed)
 
-    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[..., H * d]`, and keys and values stacked `[..., 2 * H_kv * d]`."""
+    def split(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[..., H * d]`; keys and values stacked `[..., 2 * H_kv * d]`; not rotated."""
         width = self._heads * self._d
-        return qkv[..., :width], qkv[..., width:]
+        queries = self._norm(layer, "q_norm", qkv[..., :width])
+        return queries, self._key_normed(layer, qkv[..., width:])
 
-    def attend(self, queries: Tensor, keys_values: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _key_normed(self, layer: int, keys_values: Tensor) -> Tensor:
+        if "k_norm" not in self._norms[layer]:
+            return keys_values
+        keys, values = keys_values.chunk(2, -1)
+        return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
+
+    def attend(self, layer: int, queries: Tensor, keys_values: Tensor, rotary: Rotary) -> Tensor:
         """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`."""
         keys, values = keys_values.chunk(2, -1)
-        q = _rotated(self._by_head(queries), *rotary)
-        k = _rotated(self._by_head(keys), *rotary)
+        q = self._rotated(layer, queries, rotary)
+        k = self._rotated(layer, keys, rotary)
         v = self._by_head(values)
         groups = self._heads // self._kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        window = self.manifest.attention[layer].window
+        return self._attention(q, k, v, True, window).transpose(1, 2).flatten(2)
+
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
+    ) -> Tensor:
+        """Heads' outputs `[B, H, T, d]`; without `causal` every query sees every key."""
+        scale, cap = self._block.attention_scale, self._block.attention_softcap
+        length = q.shape[2]
+        if cap is None and (not causal or window is None or window >= length):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        seen = torch.ones(length, k.shape[2], dtype=torch.bool)
+        if causal:
+            seen = seen.tril() if window is None else seen.tril().triu(1 - window)
+        if cap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        scores = cap * torch.tanh(q @ k.transpose(-1, -2) * (scale / cap))
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
     def new_cache(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Room for the keys and values of one layer, `[B, H_kv, length, d]` each."""
@@ -151,32 +185,53 @@ class Frozen:
 
     def attend_cached(
         self,
+        layer: int,
         queries: Tensor,
         keys_values: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         cache: tuple[Tensor, Tensor],
         position: int,
     ) -> Tensor:
-        """Like `attend` for one token a sequence (T = 1) at `position`; extends the cache."""
+        """Like `attend` for one token a sequence (T = 1) at `position`; extends the cache.
+
+        Args:
+            rotary: of that position alone.
+        """
         keys, values = keys_values.chunk(2, -1)
         k, v = cache
-        k[:, :, position] = _rotated(self._by_head(keys), *rotary)[:, :, 0]
+        k[:, :, position] = self._rotated(layer, keys, rotary)[:, :, 0]
         v[:, :, position] = self._by_head(values)[:, :, 0]
-        q = _rotated(self._by_head(queries), *rotary).float()
-        q = q.view(len(q), self._kv_heads, -1, self._d)  # heads that share K/V as a group
-        seen = slice(0, position + 1)
-        out = F.scaled_dot_product_attention(q, k[:, :, seen], v[:, :, seen])
-        return out.reshape(len(out), 1, -1)
+        q = self._rotated(layer, queries, rotary).float()
+        window = self.manifest.attention[layer].window
+        seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
+        k, v = k[:, :, seen], v[:, :, seen]
+        # Queries that share K/V lie side by side, as if they were several tokens.
+        q = q.view(len(q), self._kv_heads, -1, self._d)
+        return self._attention(q, k, v, False, None).reshape(len(q), 1, -1)
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self._d)).transpose(1, 2)  # [B, heads, T, d]
 
+    def _rotated(self, layer: int, x: Tensor, rotary: Rotary) -> Tensor:
+        rope = self.manifest.attention[layer].rope
+        heads = self._by_head(x)
+        return heads if rope is None else _rotated(heads, *rotary[rope])
+
     def complete(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
         """Output of a layer from its input `[..., D]` and the heads' outputs `[..., H * d]`."""
-        weights = self._layers[layer][action]
-        x = x + weights["o_proj"](attention)
-        gate, up = weights["gate_up_proj"](self.norm(x, self._post_norms[layer])).chunk(2, -1)
-        return x + weights["down_proj"](F.silu(gate) * up)
+        weights, block = self._layers[layer][action], self._block
+        total = x + self._norm(layer, "output_norm", weights["o_proj"](attention))
+        read = total
+        if block.parallel:
+            read = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
+        up = weights["gate_up_proj"](self._norm(layer, "post_norm", read))
+        activation = _ACTIVATIONS[block.activation]
+        if block.gated:
+            gate, up = up.chunk(2, -1)
+            up = activation(gate) * up
+        else:
+            up = activation(up)
+        return total + self._norm(layer, "down_norm", weights["down_proj"](up))
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated output `[..., D]`; keys and values `[..., 2 * H_kv * d]`."""
@@ -187,7 +242,7 @@ class Frozen:
         y = self._scales[layer] * x
         if "expand_proj" in weights:
             y = y + weights["expand_proj"](reduced)
-        return y, keys_values
+        return y, self._key_normed(layer, keys_values)
 
     def compensation(self) -> list[Tensor]:
         """Per layer the `[D, r]` map from the reduced input to what a skip adds, in FP32.
@@ -208,11 +263,25 @@ class Frozen:
 
     def final(self, x: Tensor) -> Tensor:
         """Input of the LM head, `[..., D]`."""
-        return self.norm(x, self._final_norm)
+        return self._final_norm(x, self._block)
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
         """Logits `[..., V]` from what `final` returns, by the head of mixed paths unless given."""
-        return self.heads[head or self.head](final)
+        logits = self.heads[head or self.head](final)
+        cap = self._block.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits)
+
+    def logits_slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the softcap at the logits it gave; 1 where there is none."""
+        cap = self._block.logit_softcap
+        return 1.0 if cap is None else cap - logits.square() / cap
+
+
+def _norm(found: dict[str, np.ndarray], name: str) -> Norm:
+    bias = found.get(f"{name}.bias")
+    return Norm(
+        torch.tensor(found[name]).float(), None if bias is None else torch.tensor(bias).float()
+    )
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -97,14 +97,15 @@ def _sampled(
     caches = [frozen.new_cache(len(first), length) for _ in frozen.manifest.layers]
     ids = torch.empty(len(first), length, dtype=torch.int64)
     ids[:, 0] = first
-    cos, sin = frozen.rotary(length)
+    tables = frozen.rotary(length)
     for position in range(length - 1):
-        x = frozen.embed(ids[:, position : position + 1])
-        rotary = cos[position : position + 1], sin[position : position + 1]
+        now = slice(position, position + 1)
+        x = frozen.embed(ids[:, now])
+        rotary = [(cos[now], sin[now]) for cos, sin in tables]
         for layer, cache in enumerate(caches):
-            normed = frozen.norm(x, frozen.input_norms[layer])
-            queries, keys_values = frozen.split(frozen.qkv(layer, action, normed))
-            attention = frozen.attend_cached(queries, keys_values, rotary, cache, position)
+            normed = frozen.normed(layer, x)
+            queries, keys_values = frozen.split(layer, frozen.qkv(layer, action, normed))
+            attention = frozen.attend_cached(layer, queries, keys_values, rotary, cache, position)
             x = frozen.complete(layer, action, x, attention)
         logits = frozen.logits(frozen.final(x))[:, 0].float()
         ids[:, position + 1] = drawn(logits.softmax(-1), generator)[:, 0]

@@ -1,0 +1,213 @@
+"""What the families have in common; each of them is a `Decoder` that says where it differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from transformers import PretrainedConfig
+
+from dash_onnx.block import Activation, Attention, Block
+from dash_onnx.errors import UnsupportedError
+from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, Norm, stack, take
+from dash_onnx.exporters.architectures.rope import context_length, rope_of
+from dash_onnx.exporters.sources import Weights
+from dash_onnx.manifest import ModelFacts, Rope
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Weight names of a family, those of a layer below `layers.N.`; None: there is none.
+
+    Attributes:
+        qkv: of the query, key and value projection; one name where the model has them stacked.
+        gate_up: of the gate and the up projection; one name where the model has them stacked, or
+            where nothing is gated.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    input_norm: str | None = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str | None = None
+    k_norm: str | None = None
+    output: str = "self_attn.o_proj"
+    output_norm: str | None = None
+    post_norm: str | None = "post_attention_layernorm"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    down_norm: str | None = None
+
+
+class Decoder:
+    """A dense pre-norm decoder with gated MLP, as Llama is one."""
+
+    names: ClassVar[Names] = Names()
+    norm_offset: ClassVar[float] = 0.0
+    """Added to the weights of norms when they are read."""
+    heads_together: ClassVar[bool] = False
+    """Whether the norm of queries, and that of keys, takes all heads as one."""
+
+    def describe(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
+        """See `Architecture`."""
+        for key in _EXPERTS:
+            if (count := getattr(config, key, None) or 1) > 1:
+                raise UnsupportedError(
+                    f"{key} is {count}: mixtures of experts are not supported, only dense models"
+                )
+        length = context_length(config, max_length)
+        heads, width = config.num_attention_heads, config.hidden_size
+        return ModelSpec(
+            facts=ModelFacts(
+                name=name,
+                architecture=config.model_type,
+                num_layers=config.num_hidden_layers,
+                hidden_size=width,
+                intermediate_size=config.intermediate_size,
+                num_heads=heads,
+                num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+                head_dim=getattr(config, "head_dim", None) or width // heads,
+                vocab_size=config.vocab_size,
+                max_length=length,
+            ),
+            block=self.block(config),
+            ropes=self.ropes(config, length),
+            attention=tuple(
+                self.attention(config, index, length) for index in range(config.num_hidden_layers)
+            ),
+            embedding_scale=self.embedding_scale(config),
+        )
+
+    def block(self, config: PretrainedConfig) -> Block:
+        """What all layers compute."""
+        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        if name not in _ACTIVATIONS:
+            known = ", ".join(_ACTIVATIONS)
+            raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Block(
+            norm="rms",
+            norm_epsilon=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps),
+            activation=_ACTIVATIONS[name],
+            gated=True,
+            parallel=False,
+            attention_scale=head**-0.5,
+            attention_softcap=None,
+            logit_softcap=None,
+        )
+
+    def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
+        """Rotary embeddings for contexts of `length` tokens."""
+        return (rope_of(config, length),)
+
+    def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
+        """Of one layer, in contexts of `length` tokens."""
+        return Attention(rope=0, window=None)
+
+    def embedding_scale(self, config: PretrainedConfig) -> float:
+        """Factor on the token embedding."""
+        return 1.0
+
+    def logit_scale(self, config: PretrainedConfig) -> float:
+        """Factor on the logits, before their softcap."""
+        return 1.0
+
+    def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
+        """See `Architecture`."""
+        facts = spec.facts
+        return take(weights, f"{self.names.embedding}.weight", facts.vocab_size, facts.hidden_size)
+
+    def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
+        """See `Architecture`."""
+        names, facts = self.names, spec.facts
+        prefix = f"{names.layers}.{index}."
+        width, inner, head = facts.hidden_size, facts.intermediate_size, facts.head_dim
+        queries, keys = facts.num_heads * head, facts.num_kv_heads * head
+        post_norm = names.post_norm
+        if spec.block.parallel and f"{prefix}{post_norm}.weight" not in weights:
+            post_norm = None
+
+        def norm(name: str | None, size: int = width) -> Norm | None:
+            return None if name is None else self._norm(weights, prefix + name, size)
+
+        def linear(name: str, rows: int, columns: int) -> Linear:
+            return _linear(weights, prefix + name, name.rpartition(".")[2], rows, columns)
+
+        def stacked(name: str, parts: tuple[str, ...], rows: tuple[int, ...]) -> Linear:
+            if len(parts) == 1:
+                return _linear(weights, prefix + parts[0], name, sum(rows), width)
+            return stack(name, *(linear(p, r, width) for p, r in zip(parts, rows, strict=True)))
+
+        return Layer(
+            input_norm=norm(names.input_norm),
+            qkv=self.qkv(stacked("qkv_proj", names.qkv, (queries, keys, keys)), spec),
+            q_norm=norm(names.q_norm, queries if self.heads_together else head),
+            k_norm=norm(names.k_norm, keys if self.heads_together else head),
+            output=_linear(weights, prefix + names.output, "o_proj", width, queries),
+            output_norm=norm(names.output_norm),
+            post_norm=norm(post_norm),
+            gate_up=stacked(
+                "gate_up_proj", names.gate_up, (inner, inner) if spec.block.gated else (inner,)
+            ),
+            down=_linear(weights, prefix + names.down, "down_proj", width, inner),
+            down_norm=norm(names.down_norm),
+        )
+
+    def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
+        """Puts rows into the order of the graphs: all queries, all keys, all values."""
+        return stacked
+
+    def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
+        """See `Architecture`."""
+        facts, name = spec.facts, self.names.head
+        if config.tie_word_embeddings or f"{name}.weight" not in weights:
+            linear = Linear("lm_head", self.embedding(weights, spec))
+        else:
+            linear = _linear(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
+        norm = self._norm(weights, self.names.final_norm, facts.hidden_size)
+        scale = self.logit_scale(config) / (spec.block.logit_softcap or 1.0)
+        return Head(norm if scale == 1.0 else norm.scaled(scale), linear)
+
+    def _norm(self, weights: Weights, name: str, size: int) -> Norm:
+        weight, bias = take(weights, f"{name}.weight", size), f"{name}.bias"
+        if self.norm_offset:
+            weight = weight.float() + self.norm_offset
+        return Norm(weight, take(weights, bias, size) if bias in weights else None)
+
+
+def sliding_where_listed(config: PretrainedConfig, layer: int, length: int) -> int | None:
+    """Window of a layer, in tokens, from the config's `layer_types`; None where it sees all.
+
+    Raises:
+        UnsupportedError: the layer is of another type.
+    """
+    kind = config.layer_types[layer]
+    if kind not in ("full_attention", "sliding_attention"):
+        raise UnsupportedError(
+            f"layer {layer} is of type {kind!r}; supported: full_attention, sliding_attention"
+        )
+    return sliding(config, length) if kind == "sliding_attention" else None
+
+
+def sliding(config: PretrainedConfig, length: int) -> int | None:
+    """The config's window, in tokens; None where no context of `length` tokens outgrows it."""
+    window = config.sliding_window
+    return None if window is None or window >= length else int(window)
+
+
+def _linear(weights: Weights, name: str, short: str, rows: int, columns: int) -> Linear:
+    weight, bias = take(weights, f"{name}.weight", rows, columns), f"{name}.bias"
+    return Linear(short, weight, take(weights, bias, rows) if bias in weights else None)
