@@ -1,0 +1,269 @@
+"""One tiny random model per family, and what its bundle computes against transformers.
+
+`python tests/families.py` prints the table of docs/models.md from the same figures.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import LLAMA3_ROPE, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import dash_onnx
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.engine import Model
+
+LAYERS = 3
+WINDOW = 40
+LENGTHS = (1, 2, 37, WINDOW + 5)
+DECODED = 8  # tokens after each prompt
+PROMPT = 5  # tokens before mixed paths
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+_SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+    "original_max_position_embeddings": 64,
+}
+_WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
+_PHI3 = {**_WIDE, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}
+_HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+_STABLELM = {**_WIDE, "rope_parameters": _HALF}
+_NEOX = {**_STABLELM, "num_key_value_heads": 2}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.11,
+    "residual_multiplier": 0.3,
+    "logits_scaling": 2.5,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to build.
+
+    Attributes:
+        family: its `model_type`.
+        special: what differs from Llama, for the table.
+        config: beside the sizes.
+        max_length: of the export.
+        lengths: of prompts.
+    """
+
+    family: str
+    special: str
+    config: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    lengths: tuple[int, ...] = LENGTHS
+
+
+CASES: dict[str, Case] = {
+    case.family + suffix: case
+    for suffix, case in (
+        ("", Case("llama", "RoPE for 8 times the length", {"rope_parameters": LLAMA3_ROPE})),
+        ("", Case("mistral", "windows", {"sliding_window": WINDOW, "head_dim": 32})),
+        ("", Case("qwen2", "Q/K/V bias, windows in some layers, tied head", {**_SLIDING, "tie_word_embeddings": True})),
+        ("", Case("qwen3", "Q/K norm per head", {**_SLIDING, "head_dim": 32})),
+        ("", Case("gemma2", "post norms, softcaps", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0})),
+        ("", Case("gemma3_text", "post norms, Q/K norm, two RoPEs", {**_GEMMA, "sliding_window_pattern": 2, "rope_parameters": _TWO_ROPES})),
+        ("", Case("phi3", "partial rotary, short longrope", {**_PHI3, "sliding_window": WINDOW})),
+        (", long", Case("phi3", "long longrope", _PHI3, 128, (100,))),
+        ("", Case("smollm3", "layers without RoPE", {"no_rope_layer_interval": 2})),
+        ("", Case("olmo2", "post norms only, Q/K norm over all heads")),
+        ("", Case("granite", "multipliers", _MULTIPLIERS)),
+        ("", Case("stablelm", "LayerNorm, partial rotary, Q/K/V bias", {**_STABLELM, "use_qkv_bias": True})),
+        (", parallel", Case("stablelm", "parallel residual of one norm", {**_STABLELM, "use_parallel_residual": True})),
+        ("", Case("gpt_neox", "parallel residual of two norms, MLP without gate, biases", _NEOX)),
+        (", in turn", Case("gpt_neox", "the same, in turn", {**_NEOX, "use_parallel_residual": False})),
+    )
+}  # fmt: skip
+
+
+def save_random(folder: Path, case: Case) -> Path:
+    """Writes the model: every bias and every norm matters, weights are exact in FP16."""
+    config = AutoConfig.for_model(case.family, **{**_SIZES, **case.config})
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        values = torch.randn_like(parameter)
+        if parameter.dim() == 2:
+            values *= 0.15
+        elif name.endswith(".bias"):
+            values *= 0.3
+        else:  # Gemma adds 1 to the weights of its norms
+            values = 0.3 * values + (0.0 if "gemma" in case.family else 1.0)
+        parameter.data = values.half().float()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Pair:
+    """A model in transformers, and its bundle in the runtime."""
+
+    case: Case
+    bundle: Path
+    reference: PreTrainedModel
+
+    @cached_property
+    def model(self) -> Model:
+        """The loaded bundle."""
+        return dash_onnx.load(self.bundle)
+
+    @classmethod
+    def build(cls, case: Case, folder: Path, text: Path) -> Pair:
+        """Saves and exports; MatMulNBits computes exactly (accuracy level 0)."""
+        source, out = save_random(folder / "source", case), folder / "out"
+        options = ExportOptions(max_length=case.max_length, calibration=(text,), accuracy_level=0)
+        export(str(source), out, options)
+        reference = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="eager"
+        )
+        return cls(case, out, reference)
+
+    def wanted(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of transformers after each token, `[T, V]`."""
+        with torch.inference_mode():
+            logits: np.ndarray = self.reference(torch.from_numpy(ids)[None]).logits[0].numpy()
+        return logits
+
+    def prefill(self, ids: np.ndarray, policy: str) -> np.ndarray:
+        """Logits of the runtime after each token of a prompt."""
+        logits: np.ndarray = self.model.logits(ids, policy=policy)
+        return logits
+
+    def decode(self, ids: np.ndarray, prompt: int, policy: str) -> np.ndarray:
+        """Logits of the runtime after each token that follows the prompt."""
+        rows = [logits.copy() for logits, _ in self.model.teacher_forced(ids, policy, prompt)]
+        return np.stack(rows)
+
+    def runs(self, policy: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Logits of transformers and runtime: of every prompt, and of what follows it."""
+        for length in self.case.lengths:
+            ids = random_ids(length + DECODED)
+            wanted = self.wanted(ids)
+            yield wanted[:length], self.prefill(ids[:length], policy)
+            yield wanted[length:], self.decode(ids, length, policy)
+
+    def full_difference(self) -> float:
+        """Largest difference of the logits where all layers are `full`."""
+        return max(float(np.abs(wanted - got).max()) for wanted, got in self.runs("full"))
+
+    def int8_error(self) -> float:
+        """Largest ||int8 - wanted|| / ||wanted|| of the logits of a run."""
+        return max(
+            float(np.linalg.norm(wanted - got) / np.linalg.norm(wanted))
+            for wanted, got in self.runs("int8")
+        )
+
+    def kv_errors(self) -> tuple[float, float]:
+        """What random paths leave in the K/V cache, against transformers on the same inputs.
+
+        Returns:
+            ||ours - wanted|| / ||wanted||, the largest of all layers, of tokens that ran a layer
+            in `full`, and of those that skipped it.
+        """
+        rng, length = np.random.default_rng(5), max(30, self.case.lengths[0])
+        ids, lane = random_ids(length), Lane(self.model._sessions)
+        paths = rng.choice(["full", "skip"], (length, LAYERS))
+        paths[:PROMPT] = "full"
+        paths[:, 0] = "full"
+        inputs = np.zeros((LAYERS, length, _SIZES["hidden_size"]), np.float32)
+        span = lane._single
+        for position, token in enumerate(ids):
+            lane._advance(1)
+            span._start(int(token))
+            for layer, action in enumerate(paths[position]):
+                inputs[layer, position] = span.hidden[layer % 2].array[0, 0]
+                span._run_of(layer, action)()
+        errors: dict[str, list[float]] = {"full": [], "skip": []}
+        for layer, wanted in enumerate(self._cache_of(ids, inputs)):
+            buffers = lane.kv.keys[layer], lane.kv.values[layer]
+            for ours, theirs in zip(buffers, wanted, strict=True):
+                got = ours.array[0, :, :length]
+                for action, found in errors.items():
+                    chosen = paths[:, layer] == action
+                    if chosen.any():
+                        difference = np.linalg.norm((got - theirs)[:, chosen])
+                        found.append(float(difference / np.linalg.norm(theirs[:, chosen])))
+        return max(errors["full"]), max(errors["skip"])
+
+    def _cache_of(self, ids: np.ndarray, inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values `[H_kv, T, d]` of transformers' layers from given inputs."""
+
+        def instead(layer: int) -> Callable[..., Any]:
+            x = torch.from_numpy(inputs[layer])[None]
+            return lambda _module, arguments: (x, *arguments[1:])
+
+        layers = self.reference.get_decoder().layers
+        hooks = [layer.register_forward_pre_hook(instead(i)) for i, layer in enumerate(layers)]
+        with torch.inference_mode():
+            result = self.reference(torch.from_numpy(ids)[None], use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        cache = getattr(result, "cache", None) or result.past_key_values
+        return [(entry.keys[0].numpy(), entry.values[0].numpy()) for entry in cache.layers]
+
+
+def random_ids(count: int) -> np.ndarray:
+    """Token ids that are none of the special ones."""
+    return np.random.default_rng(count).integers(2, _SIZES["vocab_size"], count)
+
+
+def write_text(path: Path) -> Path:
+    """A calibration text."""
+    path.write_text("".join(f"the keeper counts {n} ships at night {n * n}\n" for n in range(150)))
+    return path
+
+
+def table() -> str:
+    """The Markdown table of docs/models.md."""
+    rows = [
+        "| `model_type` | beside what Llama has | full: largest difference of logits"
+        " | int8: relative error | K/V of a skip: relative error |",
+        "|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        text = write_text(Path(folder) / "text.txt")
+        for name, case in CASES.items():
+            pair = Pair.build(case, Path(folder) / name, text)
+            figures = f"{pair.full_difference():.0e} | {pair.int8_error():.1%}"
+            rows.append(
+                f"| `{case.family}` | {case.special} | {figures} | {pair.kv_errors()[1]:.0%} |"
+            )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())
