@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import LLAMA3_ROPE, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
 from dash_onnx.exporters.export import ExportOptions, export
@@ -41,8 +41,17 @@ _SIZES = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
-_SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+_WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
+_SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+_QWEN2 = {**_SOME_WINDOWS, "tie_word_embeddings": True}
+_QWEN3 = {**_SOME_WINDOWS, "head_dim": 32}
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
+_GEMMA2 = {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}
+_TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_GEMMA3 = {**_GEMMA, "sliding_window_pattern": 2, "rope_parameters": _TWO_ROPES}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -51,21 +60,19 @@ _LONGROPE = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
     "original_max_position_embeddings": 64,
 }
-_WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
-_PHI3 = {**_WIDE, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}
-_HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-_STABLELM = {**_WIDE, "rope_parameters": _HALF}
-_NEOX = {**_STABLELM, "num_key_value_heads": 2}
-_TWO_ROPES = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
-_MULTIPLIERS = {
+_LONG = {**_WIDE, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}
+_PHI3 = {**_LONG, "sliding_window": WINDOW}
+_GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.11,
     "residual_multiplier": 0.3,
     "logits_scaling": 2.5,
 }
+_HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+_STABLELM = {**_WIDE, "rope_parameters": _HALF}
+_BIASED = {**_STABLELM, "use_qkv_bias": True}
+_NEOX = {**_STABLELM, "num_key_value_heads": 2}
+_PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
 @dataclass(frozen=True)
@@ -88,30 +95,35 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    case.family + suffix: case
-    for suffix, case in (
-        ("", Case("llama", "RoPE for 8 times the length", {"rope_parameters": LLAMA3_ROPE})),
-        ("", Case("mistral", "windows", {"sliding_window": WINDOW, "head_dim": 32})),
-        ("", Case("qwen2", "Q/K/V bias, windows in some layers, tied head", {**_SLIDING, "tie_word_embeddings": True})),
-        ("", Case("qwen3", "Q/K norm per head", {**_SLIDING, "head_dim": 32})),
-        ("", Case("gemma2", "post norms, softcaps", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0})),
-        ("", Case("gemma3_text", "post norms, Q/K norm, two RoPEs", {**_GEMMA, "sliding_window_pattern": 2, "rope_parameters": _TWO_ROPES})),
-        ("", Case("phi3", "partial rotary, short longrope", {**_PHI3, "sliding_window": WINDOW})),
-        (", long", Case("phi3", "long longrope", _PHI3, 128, (100,))),
-        ("", Case("smollm3", "layers without RoPE", {"no_rope_layer_interval": 2})),
-        ("", Case("olmo2", "post norms only, Q/K norm over all heads")),
-        ("", Case("granite", "multipliers", _MULTIPLIERS)),
-        ("", Case("stablelm", "LayerNorm, partial rotary, Q/K/V bias", {**_STABLELM, "use_qkv_bias": True})),
-        (", parallel", Case("stablelm", "parallel residual of one norm", {**_STABLELM, "use_parallel_residual": True})),
-        ("", Case("gpt_neox", "parallel residual of two norms, MLP without gate, biases", _NEOX)),
-        (", in turn", Case("gpt_neox", "the same, in turn", {**_NEOX, "use_parallel_residual": False})),
-    )
-}  # fmt: skip
+    "llama": Case("llama", "any kind of RoPE", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": Case("mistral", "windows", {"sliding_window": WINDOW, "head_dim": 32}),
+    "qwen2": Case("qwen2", "Q/K/V bias, windows in some layers", _QWEN2),
+    "qwen3": Case("qwen3", "Q/K norm of each head", _QWEN3),
+    "gemma2": Case("gemma2", "four norms a layer, windows in half of them, softcaps", _GEMMA2),
+    "gemma3": Case("gemma3_text", "likewise, Q/K norm, a RoPE for each kind of layer", _GEMMA3),
+    "phi3": Case("phi3", "partial rotary, windows, short longrope", _PHI3),
+    "phi3 long": Case("phi3", "long longrope", _LONG, 128, (100,)),
+    "smollm3": Case("smollm3", "layers without RoPE", {"no_rope_layer_interval": 2}),
+    "olmo2": Case("olmo2", "norms behind attention and MLP, Q/K norm of all heads"),
+    "granite": Case("granite", "multipliers", _GRANITE),
+    "stablelm": Case("stablelm", "LayerNorm, partial rotary, Q/K/V bias", _BIASED),
+    "stablelm parallel": Case("stablelm", "MLP beside attention", {**_STABLELM, **_PARALLEL}),
+    "gpt_neox": Case(
+        "gpt_neox", "likewise with two norms, no gate, biases", {**_NEOX, **_PARALLEL}
+    ),
+    "gpt_neox in turn": Case("gpt_neox", "MLP after attention", {**_NEOX, **_IN_TURN}),
+}
+
+
+def config_of(family: str, change: dict[str, Any]) -> PretrainedConfig:
+    """A tiny config of a family."""
+    config: PretrainedConfig = AutoConfig.for_model(family, **{**_SIZES, **change})
+    return config
 
 
 def save_random(folder: Path, case: Case) -> Path:
     """Writes the model: every bias and every norm matters, weights are exact in FP16."""
-    config = AutoConfig.for_model(case.family, **{**_SIZES, **case.config})
+    config = config_of(case.family, case.config)
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -243,7 +255,7 @@ def random_ids(count: int) -> np.ndarray:
 
 def write_text(path: Path) -> Path:
     """A calibration text."""
-    path.write_text("".join(f"the keeper counts {n} ships at night {n * n}\n" for n in range(150)))
+    path.write_text("".join(f"the keeper counts {n} ships at night {n * n}\n" for n in range(60)))
     return path
 
 

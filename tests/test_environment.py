@@ -58,7 +58,7 @@ def case_of(folder: Path, prompt_tokens: int = PROMPT) -> Case:
     model = dash_onnx.load(folder)
     actions = model.manifest.actions
     frozen = Frozen(Bundle(folder), actions, torch.float32)
-    looks = tuple(range(1, LAYERS))
+    looks = tuple(range(1, model.manifest.model.num_layers))
     return Case(model, Environment(frozen, actions, prompt_tokens, actions[0], looks))
 
 
@@ -127,7 +127,7 @@ def random_choice(case: Case, ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
     """Action indices `[B, T, L]`; the first layer is not skipped."""
     generator = torch.Generator().manual_seed(seed)
     count = len(case.actions)
-    choice = torch.randint(count, (*ids.shape, LAYERS), generator=generator)
+    choice = torch.randint(count, (*ids.shape, case.env.layers), generator=generator)
     choice[..., 0] %= count - 1
     return choice
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
@@ -54,6 +56,12 @@ class Linear:
         """A part of the outputs."""
         bias = None if self.bias is None else self.bias[start:stop]
         return Linear(name, self.weight[start:stop], bias)
+
+    def reordered(self, order: npt.NDArray[np.int64]) -> Linear:
+        """The same outputs in another order: indices of the present ones."""
+        bias = None if self.bias is None else self.bias[order]
+        packed = self.packed and self.packed.map(lambda array: array[order])
+        return Linear(self.name, self.weight[order], bias, packed)
 
 
 def stack(name: str, *parts: Linear) -> Linear:

@@ -68,23 +68,29 @@ class Decoder:
                 raise UnsupportedError(
                     f"{key} is {count}: mixtures of experts are not supported, only dense models"
                 )
-        length = context_length(config, max_length)
-        heads, width = config.num_attention_heads, config.hidden_size
+        length, block = context_length(config, max_length), self.block(config)
+        heads, head = config.num_attention_heads, _head_dim(config)
+        ropes = self.ropes(config, length)
+        if (pairs := len(ropes[0].inv_freq)) % 8 or head % 8:
+            raise UnsupportedError(
+                f"each head rotates {2 * pairs} of {head} dimensions; ONNX Runtime's attention "
+                "needs multiples of 16 and 8"
+            )
         return ModelSpec(
             facts=ModelFacts(
                 name=name,
                 architecture=config.model_type,
                 num_layers=config.num_hidden_layers,
-                hidden_size=width,
+                hidden_size=config.hidden_size,
                 intermediate_size=config.intermediate_size,
                 num_heads=heads,
                 num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-                head_dim=getattr(config, "head_dim", None) or width // heads,
+                head_dim=head,
                 vocab_size=config.vocab_size,
                 max_length=length,
             ),
-            block=self.block(config),
-            ropes=self.ropes(config, length),
+            block=block,
+            ropes=ropes,
             attention=tuple(
                 self.attention(config, index, length) for index in range(config.num_hidden_layers)
             ),
@@ -97,14 +103,13 @@ class Decoder:
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return Block(
             norm="rms",
             norm_epsilon=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps),
             activation=_ACTIVATIONS[name],
             gated=True,
             parallel=False,
-            attention_scale=head**-0.5,
+            attention_scale=_head_dim(config) ** -0.5,
             attention_softcap=None,
             logit_softcap=None,
         )
@@ -144,7 +149,7 @@ class Decoder:
             return None if name is None else self._norm(weights, prefix + name, size)
 
         def linear(name: str, rows: int, columns: int) -> Linear:
-            return _linear(weights, prefix + name, name.rpartition(".")[2], rows, columns)
+            return _linear(weights, prefix + name, name, rows, columns)
 
         def stacked(name: str, parts: tuple[str, ...], rows: tuple[int, ...]) -> Linear:
             if len(parts) == 1:
@@ -208,6 +213,15 @@ def sliding(config: PretrainedConfig, length: int) -> int | None:
     return None if window is None or window >= length else int(window)
 
 
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _linear(weights: Weights, name: str, short: str, rows: int, columns: int) -> Linear:
-    weight, bias = take(weights, f"{name}.weight", rows, columns), f"{name}.bias"
-    return Linear(short, weight, take(weights, bias, rows) if bias in weights else None)
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    return Linear(
+        short,
+        take(weights, weight, rows, columns),
+        take(weights, bias, rows) if bias in weights else None,
+        weights.packed(weight),
+    )

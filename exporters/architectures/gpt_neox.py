@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-import torch
+import numpy as np
 from transformers import PretrainedConfig
 
 from dash_onnx.block import Block
@@ -35,9 +35,5 @@ class GPTNeoX(Decoder):
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
         """See `Decoder`; the model stores query, key and value head by head."""
         heads, size = spec.facts.num_heads, spec.facts.head_dim
-
-        def sorted_rows(rows: torch.Tensor) -> torch.Tensor:
-            return rows.unflatten(0, (heads, 3, size)).transpose(0, 1).flatten(0, 2)
-
-        bias = None if stacked.bias is None else sorted_rows(stacked.bias)
-        return Linear(stacked.name, sorted_rows(stacked.weight), bias)
+        order = np.arange(stacked.out_features).reshape(heads, 3, size)
+        return stacked.reordered(order.swapaxes(0, 1).reshape(-1))

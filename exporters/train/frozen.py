@@ -109,7 +109,7 @@ class Frozen:
     @cached_property
     def _embedding(self) -> tuple[Tensor, float]:
         found = self._tensors(EMBED_PATH)
-        scale = float(found.get("embedding_scale", 1.0))
+        scale = np.asarray(found.get("embedding_scale", 1.0)).item()
         if "embedding" in found:
             return torch.tensor(found["embedding"]), scale
         values, scales = found["embedding.values"], found["embedding.scales"].astype(np.float32)

@@ -1,0 +1,201 @@
+"""Every family against transformers: logits, K/V, and the training process against the runtime."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny
+from families import CASES, LAYERS, PROMPT, WINDOW, Pair, config_of, random_ids, write_text
+from test_environment import case_of, one_hot, random_choice, recorded, runtime_logits
+from transformers import AutoConfig, LlamaForCausalLM
+
+import dash_onnx
+from dash_onnx.contract import layer_path
+from dash_onnx.errors import ContextLengthError, UnsupportedError
+from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.graphs import taps_of
+from dash_onnx.exporters.measure import Runner
+from dash_onnx.exporters.sources import open_source
+
+INT8_ERROR = 0.06
+"""Of the logits. One product loses 0.7 %: INT8 has 127 levels for the largest of a block's 32
+weights, so rounding errs by 1 / (127 * sqrt(12)) of it, which is about three standard deviations
+of the weights. The 4 products of each layer and the head are 13 in a row, whose errors add up like
+a random walk to 2.5 %; the bound leaves a factor of two for what softmax and gates make of them."""
+
+INT4_ERROR = 0.2
+"""Of the K/V of a skipped layer: one INT4 product, whose step is 15 times as large as INT8's."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("family")
+    return Pair.build(CASES[request.param], folder, write_text(folder / "text.txt"))
+
+
+def test_full_layers_give_the_logits_of_transformers(pair: Pair) -> None:
+    wanted = pair.wanted(random_ids(60))
+    assert wanted.std() > 0.3  # the comparison means something
+    assert pair.full_difference() < 1e-4
+
+
+def test_int8_layers_give_them_within_the_rounding_of_their_weights(pair: Pair) -> None:
+    assert 0.002 < pair.int8_error() < INT8_ERROR
+
+
+def test_kv_of_skipped_and_of_other_tokens_are_those_of_transformers(pair: Pair) -> None:
+    full, skipped = pair.kv_errors()
+    assert full < 1e-5
+    assert 0.002 < skipped < INT4_ERROR
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+def test_training_computes_what_the_runtime_computes(pair: Pair, dense: bool) -> None:
+    case = case_of(pair.bundle, PROMPT)
+    length = max(56, pair.case.lengths[0])  # beyond the window
+    ids = torch.from_numpy(random_ids(length))[None]
+    choice = random_choice(case, ids)
+    with torch.no_grad():
+        final = case.env.run(ids, recorded(one_hot(choice, case)), dense).final
+        ours = case.env.frozen.logits(final)[0, PROMPT:].numpy()
+    np.testing.assert_allclose(ours, runtime_logits(case, ids[0], choice[0]), atol=1e-3)
+
+
+def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(pair: Pair) -> None:
+    source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
+    family = REGISTRY[pair.case.family]
+    assert isinstance(family, Decoder)
+    names, ids = family.names, random_ids(max(50, pair.case.lengths[0]))
+    read: dict[tuple[int, str], torch.Tensor] = {}
+    for index, module in enumerate(pair.reference.get_decoder().layers):
+        for ours, theirs in (
+            ("qkv_proj", names.qkv[0]),
+            ("o_proj", names.output),
+            ("gate_up_proj", names.gate_up[0]),
+            ("down_proj", names.down),
+        ):
+            module.get_submodule(theirs).register_forward_pre_hook(
+                lambda _, arguments, key=(index, ours): read.__setitem__(key, arguments[0][0])
+            )
+    pair.wanted(ids)
+    spec = family.describe("", source.config, pair.case.max_length)
+    runner = Runner(spec, "cpu")
+    hidden = runner.embed(pair.bundle / "embed.onnx", ids[None])
+    for index in range(LAYERS):
+        taps = taps_of(family.layer(source.weights, index, spec), spec)
+        path = pair.bundle / layer_path(index, "full")
+        hidden, hessians = runner.layer_with_hessians(index, path, hidden, taps)
+        for name, found in hessians.items():
+            x = read.pop((index, name))
+            torch.testing.assert_close(found, x.T @ x, rtol=1e-3, atol=1e-2)
+    assert not read
+
+
+# RoPE that depends on the length
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("length", [None, 512])
+def test_dynamic_rope_is_that_of_the_longest_context(
+    length: int | None, tmp_path: Path, night: Path
+) -> None:
+    source = save_tiny(tmp_path / "m", rope_parameters=DYNAMIC, num_hidden_layers=2)
+    options = ExportOptions(variants=("full",), max_length=length, calibration=(night,))
+    manifest = export(str(source), tmp_path / "out", options)
+    assert manifest.model.max_length == (length or 256)
+    ids = random_ids(manifest.model.max_length)
+    reference = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = reference(torch.from_numpy(ids)[None]).logits[0].numpy()
+    got = dash_onnx.load(tmp_path / "out").logits(ids, policy="full")
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "longest"), [("llama", 1025, 1024), ("phi3", 257, 256), ("qwen2", 257, 256)]
+)
+def test_a_context_beyond_what_the_rope_allows_is_refused(
+    name: str, length: int, longest: int
+) -> None:
+    change = {"rope_parameters": DYNAMIC} if name == "llama" else CASES[name].config
+    config = config_of(name, change)
+    with pytest.raises(ContextLengthError, match=f"--max-length {length} is outside 1..{longest},"):
+        architecture_of(config).describe("m", config, length)
+
+
+def test_longrope_takes_the_short_form_unless_a_longer_context_is_asked_for() -> None:
+    config = config_of("phi3", CASES["phi3 long"].config)
+    family = architecture_of(config)
+    specs = {asked: family.describe("m", config, asked) for asked in (None, 64, 65, 256)}
+    assert [spec.facts.max_length for spec in specs.values()] == [64, 64, 65, 256]
+    short, long = specs[64].ropes[0], specs[65].ropes[0]
+    assert specs[None].ropes[0] == short and specs[256].ropes[0] == long
+    assert short.inv_freq[1] > 1.5 * long.inv_freq[1]
+
+
+def test_a_window_as_long_as_the_context_is_none() -> None:
+    config = config_of("mistral", CASES["mistral"].config)
+    family = architecture_of(config)
+    windows = [family.describe("m", config, n).attention[0].window for n in (WINDOW, WINDOW + 1)]
+    assert windows == [None, WINDOW]
+
+
+# Refusals
+
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "gpt_oss")
+HYBRIDS = ("jamba", "mamba", "zamba2", "bamba", "qwen3_next", "granitemoehybrid")
+
+
+@pytest.mark.parametrize("kind", [*MIXTURES, *HYBRIDS])
+def test_mixtures_and_hybrids_are_refused_with_a_list_of_what_is_not(
+    kind: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError) as caught:
+        open_source(str(tmp_path), REGISTRY)
+    message = str(caught.value)
+    assert message == f"architecture {kind!r} is not supported; supported: {', '.join(REGISTRY)}"
+
+
+@pytest.mark.parametrize("key", ["num_local_experts", "num_experts", "n_routed_experts"])
+def test_experts_in_the_config_of_a_dense_family_are_refused(key: str) -> None:
+    config = config_of("llama", {key: 8})
+    with pytest.raises(UnsupportedError, match=f"{key} is 8: mixtures of experts"):
+        architecture_of(config).describe("m", config, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; supported: silu"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("gemma2", {"use_bidirectional_attention": True}, "not a causal model"),
+        ("qwen2", {"layer_types": ["linear_attention"] * LAYERS}, "type 'linear_attention'"),
+        ("stablelm", {"partial_rotary_factor": 0.25}, "rotates 4 of 16"),
+    ],
+)
+def test_what_the_graphs_do_not_have_is_refused(
+    family: str, change: dict[str, object], message: str
+) -> None:
+    config = config_of(family, change)
+    with pytest.raises(UnsupportedError, match=message):
+        architecture_of(config).describe("m", config, None)
+
+
+# The documentation
+
+
+def test_the_table_of_models_lists_what_these_tests_run() -> None:
+    text = (Path(__file__).parent.parent / "docs/models.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.M)
+    assert rows == [(case.family, case.special) for case in CASES.values()]
+    assert {family for family, _ in rows} == set(REGISTRY)
