@@ -195,7 +195,7 @@ class _Run:
                 self.fp32_kept += kept
             if precision == "full" and "int4" in self.options.variants:
                 outputs["full"], hessians = self.runner.layer_with_hessians(
-                    index, path, hidden, taps_of(layer, spec)
+                    index, path, hidden, taps_of(layer, spec, target.block_size)
                 )
             else:
                 seen = hidden if precision == "full" else few

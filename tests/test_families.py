@@ -88,7 +88,7 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(pair:
     runner = Runner(spec, "cpu")
     hidden = runner.embed(pair.bundle / "embed.onnx", ids[None])
     for index in range(LAYERS):
-        taps = taps_of(family.layer(source.weights, index, spec), spec)
+        taps = taps_of(family.layer(source.weights, index, spec), spec, 32)
         path = pair.bundle / layer_path(index, "full")
         hidden, hessians = runner.layer_with_hessians(index, path, hidden, taps)
         for name, found in hessians.items():

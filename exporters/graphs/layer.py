@@ -19,18 +19,24 @@ HIDDEN = "hidden_in"
 """The port of a layer's input."""
 
 
-def taps_of(layer: Layer, spec: ModelSpec) -> dict[str, str]:
-    """By linear layer, the value inside the graph that is its input."""
+def taps_of(layer: Layer, spec: ModelSpec, block_size: int) -> dict[str, str]:
+    """By linear layer that is rounded to INT4, the value inside the graph that is its input."""
     attends = HIDDEN if layer.input_norm is None else "input_norm.out"
     if layer.post_norm is not None:
         reads = "post_norm.out"
     else:
         reads = attends if spec.block.parallel else "post_norm.sum"
+    taps = [
+        (layer.qkv, attends),
+        (layer.output, "attention"),
+        (layer.gate_up, reads),
+        (layer.down, "activated"),
+    ]
     return {
-        layer.qkv.name: attends,
-        layer.output.name: "attention",
-        layer.gate_up.name: reads,
-        layer.down.name: "activated",
+        linear.name: tap
+        for linear, tap in taps
+        # A skipped layer rounds its K and V together with its compensation, always.
+        if linear is layer.qkv or linear.stored(4, block_size) is None
     }
 
 
