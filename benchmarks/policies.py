@@ -4,7 +4,7 @@
 
 For each budget `dash` and the best static assignment; `even`, `cosine` and `random` where it asks
 for skipping; and the uniform paths. Budgets are the presets, and the costs of a token whose layers
-take some share of what all layers in INT4 take.
+take some share of what all layers in the cheapest precision take, or that skips some of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import dash_onnx
+from dash_onnx.actions import SKIP
 from dash_onnx.budget import reference_ms
 from dash_onnx.errors import PolicyError
 from dash_onnx.runtime.evaluate import evaluate
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("bundle", metavar="OUT")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.93, 0.87, 0.81])
+    parser.add_argument("--skips", type=int, nargs="*", default=[], help="layers per token")
     parser.add_argument("--no-presets", action="store_true")
     parser.add_argument("--max-windows", type=int, default=8)
     parser.add_argument("--json", action="store_true")
@@ -37,17 +39,19 @@ def main() -> None:
     manifest, text = model.manifest, read_text(arguments.text)
     assert manifest.scorer is not None, "train a policy first: dash-train OUT"
     full_ms = reference_ms(manifest)
-    costs, path = manifest.costs, ("int4",) * manifest.model.num_layers
-    int4_ms = costs.token_ms(path, manifest.heads["int4"])
-    layers_ms = sum(layer["int4"] for layer in costs.layers_ms)
-    runs: list[tuple[str, float | None]] = [("int8", None), ("int4", None)]
+    costs, layers, base = manifest.costs, manifest.model.num_layers, manifest.variants[-1]
+    base_ms = costs.token_ms((base,) * layers, manifest.heads[base])
+    layers_ms = costs.unit_ms * layers
+    saved_ms = (layers_ms - sum(layer[SKIP] for layer in costs.layers_ms)) / layers  # by a skip
+    runs: list[tuple[str, float | None]] = [(variant, None) for variant in manifest.variants[1:]]
     if not arguments.no_presets:
         for budget in sorted(manifest.scorer.presets.values(), reverse=True):
             runs += [("dash", budget), ("static", budget)]
-    for share in arguments.shares:
-        budget = (int4_ms - (1 - share) * layers_ms) / full_ms
+    less = [(1 - share) * layers_ms for share in arguments.shares]
+    for ms in less + [count * saved_ms for count in arguments.skips]:
+        budget = (base_ms - ms) / full_ms
         runs += [("dash", budget), ("static", budget)]
-        if share < 1:
+        if ms > 0:
             runs += [("even", budget), ("cosine", budget), ("random", budget)]
     if not arguments.json:
         print("policy  budget  cost/full  cost ms  ms    KL (stderr)       top-1   skipped")
