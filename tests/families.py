@@ -18,6 +18,7 @@ from conftest import LLAMA3_ROPE, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
+from dash_onnx.exporters.architectures.rope import head_order
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
@@ -70,6 +71,7 @@ _GRANITE = {
 }
 _HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _STABLELM = {**_WIDE, "rope_parameters": _HALF}
+_QUARTER = {**_WIDE, "partial_rotary_factor": 0.25}
 _BIASED = {**_STABLELM, "use_qkv_bias": True}
 _NEOX = {**_STABLELM, "num_key_value_heads": 2}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
@@ -108,6 +110,7 @@ CASES: dict[str, Case] = {
     "granite": Case("granite", "multipliers", _GRANITE),
     "stablelm": Case("stablelm", "LayerNorm, partial rotary, Q/K/V bias", _BIASED),
     "stablelm parallel": Case("stablelm", "MLP beside attention", {**_STABLELM, **_PARALLEL}),
+    "stablelm odd": Case("stablelm", "any part of a head rotated", _QUARTER),
     "gpt_neox": Case(
         "gpt_neox", "likewise with two norms, no gate, biases", {**_NEOX, **_PARALLEL}
     ),
@@ -245,7 +248,10 @@ class Pair:
         for hook in hooks:
             hook.remove()
         cache = getattr(result, "cache", None) or result.past_key_values
-        return [(entry.keys[0].numpy(), entry.values[0].numpy()) for entry in cache.layers]
+        keys = [entry.keys[0].numpy() for entry in cache.layers]
+        order = head_order(self.model.manifest.ropes[0], keys[0].shape[-1])
+        keys = keys if order is None else [key[..., order] for key in keys]
+        return [(k, entry.values[0].numpy()) for k, entry in zip(keys, cache.layers, strict=True)]
 
 
 def random_ids(count: int) -> np.ndarray:

@@ -11,17 +11,22 @@ import torch
 from conftest import save_tiny
 from families import CASES, LAYERS, PROMPT, WINDOW, Pair, config_of, random_ids, write_text
 from test_environment import case_of, one_hot, random_choice, recorded, runtime_logits
+from test_fused import Client
 from transformers import AutoConfig, LlamaForCausalLM
 
 import dash_onnx
+from dash_onnx.bundle import Bundle
 from dash_onnx.contract import layer_path
 from dash_onnx.errors import ContextLengthError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.fused import fuse
 from dash_onnx.exporters.graphs import taps_of
 from dash_onnx.exporters.measure import Runner
+from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import open_source
+from dash_onnx.runtime.dispatch import Lane
 
 INT8_ERROR = 0.06
 """Of the logits. One product loses 0.7 %: INT8 has 127 levels for the largest of a block's 32
@@ -95,6 +100,47 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(pair:
             x = read.pop((index, name))
             torch.testing.assert_close(found, x.T @ x, rtol=1e-3, atol=1e-2)
     assert not read
+
+
+def test_calibration_reads_the_model_that_is_exported(pair: Pair) -> None:
+    source, ids = open_source(str(pair.bundle.parent / "source"), REGISTRY), random_ids(50)
+    with torch.inference_mode():
+        logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
+    np.testing.assert_allclose(logits, pair.wanted(ids), atol=1e-5)
+
+
+def test_training_text_is_sampled_from_what_is_trained_on(pair: Pair) -> None:
+    """The attention that grows a cache, token by token, is that of whole sequences."""
+    env, count = case_of(pair.bundle, PROMPT).env, WINDOW + 5
+    frozen, ids = env.frozen, torch.from_numpy(random_ids(count))[None]
+    wanted = env.reference(ids, "full")
+    tables, caches = frozen.rotary(count), [frozen.new_cache(1, count) for _ in range(LAYERS)]
+    with torch.inference_mode():
+        for position in range(count):
+            now = slice(position, position + 1)
+            rotary = [(cos[now], sin[now]) for cos, sin in tables]
+            x = frozen.embed(ids[:, now])
+            for layer, cache in enumerate(caches):
+                q, kv = frozen.split(layer, frozen.qkv(layer, "full", frozen.normed(layer, x)))
+                attention = frozen.attend_cached(layer, q, kv, rotary, cache, position)
+                x = frozen.complete(layer, "full", x, attention)
+            torch.testing.assert_close(frozen.final(x), wanted[:, now], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smollm3", "olmo2", "gpt_neox"])
+def test_the_fused_graph_computes_what_the_runtime_computes(
+    name: str, tmp_path: Path, night: Path
+) -> None:
+    pair = Pair.build(CASES[name], tmp_path, night)
+    policy = "static:int8,skip,skip"
+    fuse(Bundle(pair.bundle), tmp_path / "fused", policy, overwrite=False)
+    client, lane = Client(tmp_path / "fused", pair.model.manifest), Lane(pair.model._sessions)
+    path, ids = ("int8", "skip", "skip"), random_ids(WINDOW + 8)
+    ours = lane.prefill(ids[:3], path, "int8")
+    np.testing.assert_allclose(client(ids[:3].tolist())[0][-1], ours, atol=2e-4)
+    for token in ids[3:].tolist():
+        ours = lane.decode(token, path, "int8")
+        np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
 
 
 # RoPE that depends on the length
@@ -180,7 +226,7 @@ def test_experts_in_the_config_of_a_dense_family_are_refused(key: str) -> None:
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
         ("gemma2", {"use_bidirectional_attention": True}, "not a causal model"),
         ("qwen2", {"layer_types": ["linear_attention"] * LAYERS}, "type 'linear_attention'"),
-        ("stablelm", {"partial_rotary_factor": 0.25}, "rotates 4 of 16"),
+        ("stablelm", {"num_attention_heads": 8}, "rotates 2 of 8 dimensions"),
     ],
 )
 def test_what_the_graphs_do_not_have_is_refused(

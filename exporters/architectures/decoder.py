@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
 from dash_onnx.block import Activation, Attention, Block
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, Norm, stack, take
-from dash_onnx.exporters.architectures.rope import context_length, rope_of
+from dash_onnx.exporters.architectures.rope import context_length, head_order, rope_of, widened
 from dash_onnx.exporters.sources import Weights
 from dash_onnx.manifest import ModelFacts, Rope
 
@@ -70,12 +71,9 @@ class Decoder:
                 )
         length, block = context_length(config, max_length), self.block(config)
         heads, head = config.num_attention_heads, _head_dim(config)
-        ropes = self.ropes(config, length)
-        if (pairs := len(ropes[0].inv_freq)) % 8 or head % 8:
-            raise UnsupportedError(
-                f"each head rotates {2 * pairs} of {head} dimensions; ONNX Runtime's attention "
-                "needs multiples of 16 and 8"
-            )
+        ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))
+        if self.names.q_norm is not None and head_order(ropes[0], head) is not None:
+            raise UnsupportedError("a norm of queries whose heads are rotated in part")
         return ModelSpec(
             facts=ModelFacts(
                 name=name,
@@ -156,9 +154,12 @@ class Decoder:
                 return _linear(weights, prefix + parts[0], name, sum(rows), width)
             return stack(name, *(linear(p, r, width) for p, r in zip(parts, rows, strict=True)))
 
+        qkv = stacked("qkv_proj", names.qkv, (queries, keys, keys))
         return Layer(
             input_norm=norm(names.input_norm),
-            qkv=self.qkv(stacked("qkv_proj", names.qkv, (queries, keys, keys)), spec),
+            qkv=_paired(
+                self.qkv(stacked("qkv_proj", names.qkv, (queries, keys, keys)), spec), spec
+            ),
             q_norm=norm(names.q_norm, queries if self.heads_together else head),
             k_norm=norm(names.k_norm, keys if self.heads_together else head),
             output=_linear(weights, prefix + names.output, "o_proj", width, queries),
@@ -211,6 +212,17 @@ def sliding(config: PretrainedConfig, length: int) -> int | None:
     """The config's window, in tokens; None where no context of `length` tokens outgrows it."""
     window = config.sliding_window
     return None if window is None or window >= length else int(window)
+
+
+def _paired(qkv: Linear, spec: ModelSpec) -> Linear:
+    """Brings the dimensions of query and key heads into the order of the rotation."""
+    facts = spec.facts
+    order = head_order(spec.ropes[0], facts.head_dim)
+    if order is None:
+        return qkv
+    heads = np.arange(facts.num_heads + facts.num_kv_heads) * facts.head_dim
+    turned = (heads[:, None] + order).reshape(-1)
+    return qkv.reordered(np.concatenate([turned, np.arange(len(turned), qkv.out_features)]))
 
 
 def _head_dim(config: PretrainedConfig) -> int:

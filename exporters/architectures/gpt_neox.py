@@ -20,7 +20,6 @@ class GPTNeoX(Decoder):
         embedding="gpt_neox.embed_in",
         layers="gpt_neox.layers",
         final_norm="gpt_neox.final_layer_norm",
-        head="embed_out",
         qkv=("attention.query_key_value",),
         output="attention.dense",
         gate_up=("mlp.dense_h_to_4h",),

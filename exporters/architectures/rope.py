@@ -3,12 +3,17 @@
 `dynamic` and `longrope` change their frequencies when a context outgrows what the model was
 trained on first. K/V that are cached cannot follow, so the export decides: contexts of at most
 that length take the original frequencies, longer ones those for `max_length` tokens.
+
+ONNX Runtime's attention rotates multiples of 16 dimensions. Where a model rotates another number,
+all of a head are rotated, most by nothing, and `head_order` brings the pairs where they belong.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -64,3 +69,38 @@ def rope_of(config: PretrainedConfig, length: int, layer_type: str | None = None
     else:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, seq_len=length, layer_type=layer_type)
     return Rope(inv_freq=tuple(inv_freq.float().tolist()), attention_scaling=float(scaling))
+
+
+def widened(rope: Rope, head: int) -> Rope:
+    """The same rotation in a form that ONNX Runtime can do, for heads in `head_order`.
+
+    Args:
+        rope: of a part of each head.
+        head: dimensions of a head.
+
+    Raises:
+        UnsupportedError: there is no such form.
+    """
+    pairs = len(rope.inv_freq)
+    if pairs % 8 == 0 and head % 8 == 0:
+        return rope
+    if head % 16 or rope.attention_scaling != 1.0:  # what is not rotated must not be scaled
+        raise UnsupportedError(
+            f"each head rotates {2 * pairs} of {head} dimensions; ONNX Runtime's attention needs "
+            "multiples of 16"
+        )
+    return Rope(rope.inv_freq + (0.0,) * (head // 2 - pairs), 1.0)
+
+
+def head_order(rope: Rope, head: int) -> npt.NDArray[np.int64] | None:
+    """Where the dimensions of a head come from; None where they stay.
+
+    Dimension j is rotated with j + head / 2: the pairs that turn come first in both halves, in
+    front of what the model does not rotate.
+    """
+    pairs, half = int(np.count_nonzero(rope.inv_freq)), head // 2
+    if pairs == len(rope.inv_freq):
+        return None
+    still = np.arange(2 * pairs, head)
+    first, second = np.arange(pairs), np.arange(pairs, 2 * pairs)
+    return np.concatenate([first, still[: half - pairs], second, still[half - pairs :]])

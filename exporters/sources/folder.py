@@ -15,6 +15,7 @@ from dash_onnx.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources.source import Source
 
 _INDEX = "model.safetensors.index.json"
+_RENAMED = {"embed_out.weight": "lm_head.weight"}  # in files of GPT-NeoX; transformers' name now
 
 
 class SafetensorsWeights:
@@ -40,7 +41,7 @@ class SafetensorsWeights:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
             hint = " (pickled weights are never read: convert them first)" if pickled else ""
             raise SourceError(f"{folder} has no safetensors weights{hint}")
-        self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[Any, str]] = {}  # file and name in it
         for shard in shards:
             path = folder / shard
             if Path(shard).name != shard:  # a link inside the folder is fine: the hub's cache
@@ -52,15 +53,16 @@ class SafetensorsWeights:
             except (SafetensorError, OSError) as error:
                 raise SourceError(f"{path} is not a valid safetensors file ({error})") from None
             for name in file.keys():
-                self._files[name] = file
+                self._places[_RENAMED.get(name, name)] = file, name
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._places
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._files:
+        if name not in self._places:
             raise SourceError(f"the weights have no tensor {name!r}")
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        file, stored = self._places[name]
+        tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
 
     def packed(self, name: str) -> None:
