@@ -157,9 +157,7 @@ class Decoder:
         qkv = stacked("qkv_proj", names.qkv, (queries, keys, keys))
         return Layer(
             input_norm=norm(names.input_norm),
-            qkv=_paired(
-                self.qkv(stacked("qkv_proj", names.qkv, (queries, keys, keys)), spec), spec
-            ),
+            qkv=_paired(self.qkv(qkv, spec), spec),
             q_norm=norm(names.q_norm, queries if self.heads_together else head),
             k_norm=norm(names.k_norm, keys if self.heads_together else head),
             output=_linear(weights, prefix + names.output, "o_proj", width, queries),
