@@ -206,8 +206,8 @@ class _Run:
         scale, cosine = scale_and_cosine(few, full[: len(few)])
         correction = None
         if rank := self.rank:
-            read = normed(hidden, layer.input_norm, spec.block)
-            correction = compensation(hidden, full, read, scale, rank)
+            norm = layer.input_norm
+            correction = compensation(hidden, full, norm, spec.block, scale, rank)
         build_skip(folder, index, layer, spec, target, scale, correction, hessians)
         path = folder / layer_path(index, SKIP)
         outputs[SKIP] = self.runner.layer(index, path, few)
@@ -231,7 +231,7 @@ class _Run:
         if "int4" in variants and "int8" in variants:
             chosen["int4"] = "int8"
         head = self.architecture.head(self.source.weights, self.spec, self.source.config)
-        inputs = normed(hidden, head.norm, self.spec.block).flatten(0, 1)
+        inputs = normed(hidden, head.norm, self.spec.block)
         hessians = {head.linear.name: inputs.T @ inputs}
         for precision in variants:
             self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)

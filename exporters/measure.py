@@ -121,7 +121,7 @@ def scale_and_cosine(x: Hidden, y: Hidden) -> tuple[float, float]:
 
 
 def compensation(
-    x: Hidden, y: Hidden, normed: torch.Tensor, scale: float, rank: int
+    x: Hidden, y: Hidden, norm: Norm | None, block: Block, scale: float, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Best map of a rank from the input of attention to `y - scale * x`, sink tokens left out.
 
@@ -132,7 +132,8 @@ def compensation(
     Args:
         x: input of the layer.
         y: its output.
-        normed: what its attention reads, `[sequences, length, D]` float32.
+        norm: before its attention.
+        block: of the model.
         scale: see `LayerFacts`.
         rank: r.
 
@@ -140,7 +141,7 @@ def compensation(
         A `[rank, D]` and B `[D, rank]` of the map B A.
     """
     x, y = (h[:, SINK_TOKENS:] for h in (x, y))
-    inputs = normed[:, SINK_TOKENS:].flatten(0, 1)
+    inputs = normed(x, norm, block)
     missing = torch.from_numpy(y - np.float32(scale) * x).float().flatten(0, 1)
     gram = inputs.T @ inputs
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
@@ -162,6 +163,6 @@ def relative_errors(reference: Hidden, outputs: dict[Action, Hidden]) -> dict[Ac
 
 
 def normed(hidden: Hidden, norm: Norm | None, block: Block) -> torch.Tensor:
-    """What a linear layer behind a norm reads, `[sequences, length, D]` float32."""
-    x = torch.from_numpy(hidden).float()
+    """What a linear layer behind a norm reads, `[tokens, D]` float32."""
+    x = torch.from_numpy(hidden).float().flatten(0, 1)
     return x if norm is None else norm(x, block)

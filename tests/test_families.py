@@ -29,13 +29,14 @@ from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.dispatch import Lane
 
 INT8_ERROR = 0.06
-"""Of the logits. One product loses 0.7 %: INT8 has 127 levels for the largest of a block's 32
-weights, so rounding errs by 1 / (127 * sqrt(12)) of it, which is about three standard deviations
-of the weights. The 4 products of each layer and the head are 13 in a row, whose errors add up like
-a random walk to 2.5 %; the bound leaves a factor of two for what softmax and gates make of them."""
+"""Of the logits. INT8 has 127 levels for the largest of a block's 32 weights, which is about 2.3
+standard deviations: rounding errs by 2.3 / 127 / sqrt(12) = 0.5 % of them, and so does a product.
+The 4 products of each layer and the head are 13 in a row; their errors add up like a random walk
+to 1.9 %. The bound leaves a factor of three for what softmax, norms and gates make of them."""
 
 INT4_ERROR = 0.2
-"""Of the K/V of a skipped layer: one INT4 product, whose step is 15 times as large as INT8's."""
+"""Of the K/V of a skipped layer, one INT4 product: 15 steps over a block's range of about 4
+standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of 2.5 for norms."""
 
 
 @pytest.fixture(scope="module", params=CASES)
