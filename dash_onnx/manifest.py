@@ -332,14 +332,14 @@ class Manifest:
         return self.attention[layer].rope or 0
 
     def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
-        """Bytes of weights that a token on a path reads: `full` is FP32 in a CPU's memory."""
+        """Bytes of weights that a token on a path reads."""
         graphs = [(layer_path(index, action), action) for index, action in enumerate(path)]
-        total = 0
-        for graph, action in [*graphs, (head_path(head), head)]:
-            stored = self.files.get(data_name(graph), self.files[graph]).bytes
-            widened = action == "full" and self.target.device == "cpu"
-            total += 2 * stored if widened else stored
-        return total
+        return sum(self.graph_bytes(*graph) for graph in [*graphs, (head_path(head), head)])
+
+    def graph_bytes(self, graph: str, action: Action) -> int:
+        """Bytes of a graph's weights in memory: `full` is FP32 in a CPU's memory."""
+        stored = self.files.get(data_name(graph), self.files[graph]).bytes
+        return 2 * stored if action == "full" and self.target.device == "cpu" else stored
 
     @property
     def exported_heads(self) -> tuple[Action, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,8 @@ PREFILL_CHUNK = 512
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
 Run = Callable[[], Any]
+Step = tuple[int, Action]
+"""A layer and what it does."""
 
 
 class Lane:
@@ -94,20 +96,38 @@ class Lane:
         span.run_head(head)
         return span.logits.array[0, 0]
 
-    def time_token(self, token: int, path: Path, head: Action) -> list[float]:
-        """Like `decode`; returns milliseconds of the embedding, each layer, and the head."""
+    def assume(self, count: int) -> None:
+        """Counts tokens as cached without running them: timing does not depend on their values."""
+        self._advance(count)
+
+    def time_token(
+        self, token: int, steps: Sequence[Step], head: Action | None, lead: Sequence[Step] = ()
+    ) -> list[float]:
+        """Times the parts of a token, of which some layers and the head may be left out.
+
+        Args:
+            token: its id.
+            steps: the layers that are timed.
+            head: precision of the LM head; None leaves it out.
+            lead: layers that run before the clock starts.
+
+        Returns:
+            Milliseconds of the embedding, each layer, and the head if there is one.
+        """
         self._advance(1)
-        times = self._single.time_layers(token, path)
+        times = self._single.time_layers(token, steps, lead)
+        if head is None:
+            return times
         started = time.perf_counter()
         self._single.run_head(head)
         return [*times, (time.perf_counter() - started) * 1e3]
 
-    def time_scorer(self, token: int, path: Path) -> float:
-        """Decodes on a path, the scorer deciding in vain; returns its milliseconds."""
+    def time_scorer(self, token: int, steps: Sequence[Step]) -> float:
+        """Runs some layers, the scorer deciding in vain; returns its milliseconds."""
         scoring = self._scorer()
         scoring.set_price(1.0)
         self._advance(1)
-        return self._single.time_scorer(token, path, scoring)
+        return self._single.time_scorer(token, steps, scoring)
 
     def _scorer(self) -> Scoring:
         if self._scoring is None:
@@ -236,21 +256,27 @@ class _Span:
         self._tokens.write(tokens)
         self._embed()
 
-    def time_layers(self, token: int, path: Path) -> list[float]:
-        """Like `run_layers`; returns milliseconds: embedding, then each layer."""
+    def time_layers(self, token: int, steps: Sequence[Step], lead: Sequence[Step]) -> list[float]:
+        """See `Lane.time_token`; returns milliseconds: embedding, then each layer."""
+        if lead:
+            self._start(token)
+            # The first layer that is timed may read either: neither may add up over the tokens.
+            self.hidden[1].write(self.hidden[0].array)
+            for layer, action in lead:
+                self._run_of(layer, action)()
         clock = [time.perf_counter()]
         self._start(token)
         clock.append(time.perf_counter())
-        for layer, action in enumerate(path):
+        for layer, action in steps:
             self._run_of(layer, action)()
             clock.append(time.perf_counter())
         return [(after - before) * 1e3 for before, after in pairwise(clock)]
 
-    def time_scorer(self, token: int, path: Path, scoring: Scoring) -> float:
-        """Like `run_layers`; returns the milliseconds of all decisions in between."""
+    def time_scorer(self, token: int, steps: Sequence[Step], scoring: Scoring) -> float:
+        """See `Lane.time_scorer`."""
         self._start(token)
         seconds = 0.0
-        for layer, action in enumerate(path):
+        for layer, action in steps:
             if (look := scoring.looks[layer]) is not None:
                 started = time.perf_counter()
                 look()

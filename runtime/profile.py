@@ -1,14 +1,21 @@
-"""Profiles every action of every layer through the real dispatch, as decoding meets them."""
+"""Profiles every action of every layer through the real dispatch, as decoding meets them.
+
+Never more of the model is loaded than fits a window: some consecutive layers, or one LM head.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from dash_onnx.actions import SKIP, Action, Path
-from dash_onnx.manifest import Costs
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.actions import SKIP, Action
+from dash_onnx.contract import head_path, layer_path
+from dash_onnx.manifest import Costs, Manifest
+from dash_onnx.runtime.dispatch import Lane, Step
 from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.ort import thread_count
 from dash_onnx.runtime.sessions import Sessions
@@ -16,6 +23,32 @@ from dash_onnx.runtime.sessions import Sessions
 _TOKENS = 96
 _WARM_UP = 16  # tokens until every graph has run and memory has settled
 _PROMPT = 64  # tokens of context; attention is a small part of a layer at this length
+_WINDOW_BYTES = 128 << 20  # of weights at a time; a model this small is profiled whole
+_OTHERS_BYTES = 64 << 20  # read in place of what is not loaded: twice a usual last-level cache
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What is loaded at a time.
+
+    Attributes:
+        layers: consecutive ones.
+        heads: precisions of the LM head.
+        whole: whether nothing is left out.
+    """
+
+    layers: tuple[int, ...]
+    heads: tuple[Action, ...]
+    whole: bool = False
+
+
+@dataclass
+class _Times:
+    """Milliseconds seen."""
+
+    layers: list[dict[Action, list[float]]]
+    heads: dict[Action, list[float]]
+    embeds: list[float] = field(default_factory=list)
 
 
 def profile(sessions: Sessions) -> Costs:
@@ -26,69 +59,127 @@ def profile(sessions: Sessions) -> Costs:
     are rare, and its weights would push all others out of the caches.
     """
     manifest = sessions.manifest
-    layers, vocab = manifest.model.num_layers, manifest.model.vocab_size
     best, *others = manifest.variants
     cheap = (*(others or [best]), SKIP)
     rng = random.Random(0)
-    times: list[dict[Action, list[float]]] = [{} for _ in range(layers)]
-    heads: dict[Action, list[float]] = {head: [] for head in manifest.exported_heads}
-    embeds = []
+    heads = manifest.exported_heads
+    times = _Times([{} for _ in manifest.layers], {head: [] for head in heads})
 
-    def mixed() -> Path:
+    def mixed(layer: int) -> Action:
         # Layers run at least as often as they are skipped, as under any useful policy.
-        return tuple(rng.choice(cheap if layer else cheap[:-1]) for layer in range(layers))
+        return rng.choice(cheap if layer else cheap[:-1])
 
-    lane = Lane(sessions)
-    prompt = min(_PROMPT, manifest.model.max_length - 1)
-    rounds = [((best,) * layers, _TOKENS // 4), (None, _TOKENS)]
-    for fixed, tokens in rounds:
-        lane.truncate(0)
-        if prompt:
-            lane.prefill(np.arange(prompt) % vocab, (cheap[0],) * layers, manifest.heads[SKIP])
-        for count in range(_WARM_UP + tokens):
-            if lane.length == manifest.model.max_length:  # a short context: again from the prompt
-                lane.truncate(prompt)
-            path = fixed or mixed()
-            head = rng.choice(list(heads))
-            embed, *layer_ms, head_ms = lane.time_token(rng.randrange(vocab), path, head)
-            if count < _WARM_UP:
-                continue
-            embeds.append(embed)
-            heads[head].append(head_ms)
-            for seen, action, ms in zip(times, path, layer_ms, strict=True):
-                seen.setdefault(action, []).append(ms)
+    for window in _windows(manifest, (best,), ()):
+        _time(sessions, window, lambda _: best, _TOKENS // 4, times, rng)
+    for window in _windows(manifest, cheap, heads):
+        _time(sessions, window, mixed, _TOKENS, times, rng)
     # Neighbouring layers have the same shape: the median over all of them is the steadier
     # figure where one layer was rarely seen, but a layer's own median keeps what differs.
     shared = {
-        action: float(np.median([ms for seen in times for ms in seen.get(action, [])]))
+        action: float(np.median([ms for seen in times.layers for ms in seen.get(action, [])]))
         for action in manifest.actions
-        if any(action in seen for seen in times)
+        if any(action in seen for seen in times.layers)
     }
     return Costs(
         machine=machine_name(),
         threads=thread_count(),
-        embed_ms=_median(embeds),
-        scorer_ms=_scorer_ms(lane) if manifest.scorer is not None else 0.0,
-        heads_ms={head: _median(values) for head, values in heads.items()},
+        embed_ms=_median(times.embeds),
+        scorer_ms=_scorer_ms(sessions) if manifest.scorer is not None else 0.0,
+        heads_ms={head: _median(values) for head, values in times.heads.items()},
         layers_ms=tuple(
             {
                 action: _median(seen[action]) if action in seen else round(shared[action], 5)
                 for action in manifest.actions
             }
-            for seen in times
+            for seen in times.layers
         ),
     )
 
 
-def _scorer_ms(lane: Lane) -> float:
+def _windows(
+    manifest: Manifest, actions: Sequence[Action], heads: tuple[Action, ...]
+) -> list[_Window]:
+    """Cuts what is to be timed into windows."""
+    layers = tuple(range(manifest.model.num_layers))
+    in_layers = sum(
+        manifest.graph_bytes(layer_path(layer, action), action)
+        for layer in layers
+        for action in actions
+    )
+    in_heads = sum(manifest.graph_bytes(head_path(head), head) for head in heads)
+    if in_layers + in_heads <= _WINDOW_BYTES:
+        return [_Window(layers, heads, whole=True)]
+    count = min(-(-in_layers // _WINDOW_BYTES), len(layers))
+    parts = np.array_split(layers, count)  # of equal size: none so small that it stays in caches
+    return [
+        *(_Window(tuple(part.tolist()), ()) for part in parts),
+        *(_Window((), (head,)) for head in heads),
+    ]
+
+
+def _time(
+    sessions: Sessions,
+    window: _Window,
+    choose: Callable[[int], Action],
+    tokens: int,
+    times: _Times,
+    rng: random.Random,
+) -> None:
+    """Decodes tokens on paths of a window's layers, and forgets their graphs."""
+    manifest = sessions.manifest
+    longest, vocab = manifest.model.max_length, manifest.model.vocab_size
+    lane = Lane(sessions)
+    prompt = min(_PROMPT, longest - 1)
+    lane.assume(prompt)
+    others = _others(window)
+    lead: list[Step] = []
+    if window.layers and not window.whole:
+        # The first layer would pay for a cold cache of instructions after the head or `others`.
+        lead = [((window.layers[0] - 1) % manifest.model.num_layers, SKIP)]
+    for count in range(_WARM_UP + tokens):
+        if lane.length == longest:  # a short context: again from the prompt
+            lane.truncate(prompt)
+        steps = [(layer, choose(layer)) for layer in window.layers]
+        head = rng.choice(window.heads) if window.heads else None
+        others.max(initial=0)
+        embed, *rest = lane.time_token(rng.randrange(vocab), steps, head, lead)
+        if count < _WARM_UP:
+            continue
+        if 0 in window.layers:
+            times.embeds.append(embed)
+        if head is not None:
+            times.heads[head].append(rest.pop())
+        for (layer, action), ms in zip(steps, rest, strict=True):
+            times.layers[layer].setdefault(action, []).append(ms)
+    sessions.forget()
+
+
+def _scorer_ms(sessions: Sessions) -> float:
     """All decisions of one token, each made between two layers, as in decoding."""
-    manifest = lane.sessions.manifest
-    path = (manifest.variants[-1],) * manifest.model.num_layers
-    times = []
-    for _ in range(_WARM_UP + _TOKENS // 4):
-        lane.truncate(lane.length - 1)
-        times.append(lane.time_scorer(0, path))
-    return _median(times[_WARM_UP:])
+    manifest = sessions.manifest
+    cheapest = manifest.variants[-1]
+    total = 0.0
+    for window in _windows(manifest, (cheapest,), ()):
+        lane = Lane(sessions)
+        lane.assume(min(_PROMPT, manifest.model.max_length))
+        others = _others(window)
+        steps = [(layer, cheapest) for layer in window.layers]
+        times = []
+        for _ in range(_WARM_UP + _TOKENS // 4):
+            lane.truncate(lane.length - 1)
+            others.max(initial=0)
+            times.append(lane.time_scorer(0, steps))
+        total += _median(times[_WARM_UP:])
+        sessions.forget()
+    return round(total, 5)
+
+
+def _others(window: _Window) -> npt.NDArray[np.uint64]:
+    """What is read before each token in place of the weights that a window leaves out.
+
+    Else the caches would still hold weights of this window from the token before.
+    """
+    return np.ones(0 if window.whole else _OTHERS_BYTES // 8, np.uint64)
 
 
 def _median(values: list[float]) -> float:

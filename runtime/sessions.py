@@ -78,6 +78,11 @@ class Sessions:
             for action in used:
                 self.layer(layer, action)
 
+    def forget(self) -> None:
+        """Forgets every session; each loads again when it is next needed."""
+        with self._lock:
+            self._loaded.clear()
+
     def close(self) -> None:
         """Forgets every session, for good; what is bound to one keeps it alive."""
         with self._lock:

@@ -19,7 +19,7 @@ _RENAMED = {"embed_out.weight": "lm_head.weight"}  # in files of GPT-NeoX; trans
 
 
 class SafetensorsWeights:
-    """Memory-mapped tensors of one or more safetensors files."""
+    """Tensors of one or more safetensors files, memory-mapped for as long as each is in use."""
 
     def __init__(self, folder: Path):
         """Opens the files that hold the weights.
@@ -41,7 +41,7 @@ class SafetensorsWeights:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
             hint = " (pickled weights are never read: convert them first)" if pickled else ""
             raise SourceError(f"{folder} has no safetensors weights{hint}")
-        self._places: dict[str, tuple[Any, str]] = {}  # file and name in it
+        self._places: dict[str, tuple[Path, str]] = {}  # file and name in it
         for shard in shards:
             path = folder / shard
             if Path(shard).name != shard:  # a link inside the folder is fine: the hub's cache
@@ -49,11 +49,11 @@ class SafetensorsWeights:
             if not path.is_file():
                 raise SourceError(f"{path} is missing; {_INDEX} lists it")
             try:
-                file = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():
+                        self._places[_RENAMED.get(name, name)] = path, name
             except (SafetensorError, OSError) as error:
                 raise SourceError(f"{path} is not a valid safetensors file ({error})") from None
-            for name in file.keys():
-                self._places[_RENAMED.get(name, name)] = file, name
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -61,8 +61,10 @@ class SafetensorsWeights:
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._places:
             raise SourceError(f"the weights have no tensor {name!r}")
-        file, stored = self._places[name]
-        tensor: torch.Tensor = file.get_tensor(stored)
+        path, stored = self._places[name]
+        # A file that stayed open would keep every page that was ever read in this process's memory.
+        with safe_open(path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
 
     def packed(self, name: str) -> None:
