@@ -127,21 +127,21 @@ class Graph:
         """
         if weight.offsets is None:
             return self._product(x, name, weight)
-        rows, blocks = weight.offsets.shape
-        ones = np.kron(np.eye(blocks, dtype=np.float32), np.ones(weight.block_size, np.float32))
-        summing = pack_int4(
-            torch.from_numpy(ones + 8), torch.ones(blocks, blocks), None, weight.block_size
-        )
+        (rows, blocks), size = weight.offsets.shape, weight.block_size
+        sums = -(-blocks // size) * size  # kernels are slow at rows and columns of odd number
+        ones = np.kron(np.eye(sums, blocks, dtype=np.float32), np.ones(size, np.float32))
+        summing = pack_int4(torch.from_numpy(ones + 8), torch.ones(sums, blocks), None, size)
         product = self._product(x, name, concatenate([replace(weight, offsets=None), summing]))
-        y, sums = self.op.Split(
+        y, x_sums = self.op.Split(
             product,
-            self.int64(rows, blocks),
+            self.int64(rows, sums),
             axis=-1,
             _outputs=[self.value(f"{name}.product"), self.value(f"{name}.sums")],
         )
         # INT8 is exact enough: an offset is about as large as the step between two levels.
-        offsets = quantize(torch.from_numpy(weight.offsets), 8, weight.block_size)
-        return self.op.Add(y, self._product(sums, f"{name}{OFFSETS}", offsets))
+        padded = np.pad(weight.offsets, [(0, 0), (0, sums - blocks)])
+        offsets = quantize(torch.from_numpy(padded), 8, size)
+        return self.op.Add(y, self._product(x_sums, f"{name}{OFFSETS}", offsets))
 
     def _product(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
         scales = torch.from_numpy(weight.scales)
