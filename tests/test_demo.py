@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dash_onnx
 from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.engine import Model
@@ -116,6 +117,19 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
     assert mean_kl(full, model.logits(text_ids, policy="int8")) <= 0.005
     int4 = mean_kl(full, model.logits(text_ids, policy="int4"))
     assert 0.005 < int4 <= 0.2  # plain rounding: 0.27 on WikiText-2
+
+
+def test_the_integers_of_the_file_are_nearly_lossless(
+    demo_gguf: Path, model: Model, text_ids: np.ndarray, night: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(variants=("int8", "int4"), calibration=(night,), compensation_rank=0)
+    export(str(demo_gguf), tmp_path / "kept", options)
+    kept = dash_onnx.load(tmp_path / "kept")
+    full = model.logits(text_ids, policy="full")
+    # What is left is the rounding of activations to INT8, and that of the offsets.
+    assert mean_kl(full, kept.logits(text_ids, policy="int4")) <= 0.006
+    layers = kept.manifest.layers
+    assert sum(x.bytes["int4"] for x in layers) < 0.7 * sum(x.bytes["int8"] for x in layers)
 
 
 def test_the_demo_question_is_answered(model: Model) -> None:
