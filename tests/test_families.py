@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import save_tiny
 from families import CASES, LAYERS, PROMPT, WINDOW, Pair, config_of, random_ids, write_text
-from test_environment import case_of, one_hot, random_choice, recorded, runtime_logits
+from test_environment import case_of, one_hot, plain_kl, random_choice, recorded, runtime_logits
 from test_fused import Client
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -126,6 +126,17 @@ def test_training_text_is_sampled_from_what_is_trained_on(pair: Pair) -> None:
                 attention = frozen.attend_cached(layer, q, kv, rotary, cache, position)
                 x = frozen.complete(layer, "full", x, attention)
             torch.testing.assert_close(frozen.final(x), wanted[:, now], atol=1e-4, rtol=1e-4)
+
+
+def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
+    env, generator = case_of(pair.bundle, PROMPT).env, torch.Generator().manual_seed(3)
+    reference, final = (env.frozen.final(torch.randn(9, 64, generator=generator)) for _ in "ab")
+    final.requires_grad_()
+    plain = plain_kl(env, reference, final, env.frozen.head)
+    torch.testing.assert_close(env.kl(reference, final), plain, atol=1e-5, rtol=1e-4)
+    (wanted,) = torch.autograd.grad(plain.sum(), final)
+    (ours,) = torch.autograd.grad(env.kl(reference, final).sum(), final)
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "smollm3", "olmo2", "gpt_neox"])
