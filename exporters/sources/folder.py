@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.sources.source import Source
 
 _INDEX = "model.safetensors.index.json"
@@ -133,9 +133,11 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def readable(path: Path, load: Callable[[], Any]) -> Any:
-    """Runs a transformers loader; whatever a damaged file makes it raise becomes one line."""
+    """Runs a loader; whatever a damaged file makes it raise becomes one line."""
     try:
         return load()
+    except DashError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None

@@ -1,4 +1,4 @@
-"""A GGUF file: config and tokenizer through transformers, tensors through the gguf package."""
+"""A GGUF file: its tensors by Hugging Face name, and what its metadata says of the model."""
 
 from __future__ import annotations
 
@@ -11,38 +11,35 @@ import numpy as np
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
-from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from dash_onnx.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.quantize import Quantized
 from dash_onnx.exporters.sources.blocks import unpack
 from dash_onnx.exporters.sources.folder import check_supported, readable
+from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
+from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
 from dash_onnx.exporters.sources.source import Source
 
-# llama.cpp stores the rows of Q and K of these architectures in interleaved RoPE order.
-_INTERLEAVED_ROPE = {"llama"}
-
-# Pre-tokenizers that split digits one by one before GPT-2's pattern (llama.cpp, llama-vocab.cpp).
-_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+# llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
+_INTERLEAVED_ROPE = ("granite", "llama", "smollm3")
 
 
 class GGUFWeights:
     """Tensors of a GGUF file by Hugging Face name, dequantized to float32 at look-up."""
 
-    def __init__(self, reader: GGUFReader, architecture: str, config: Any, requantize: bool):
+    def __init__(
+        self, reader: GGUFReader, architecture: str, config: PretrainedConfig, requantize: bool
+    ):
         """Maps names; reads no tensor."""
         self._requantize = requantize
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         assert isinstance(arch, MODEL_ARCH)
         self._names = get_tensor_name_map(arch, config.num_hidden_layers)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._heads = {}
-        if architecture in _INTERLEAVED_ROPE:
-            self._heads = {
-                "q_proj": config.num_attention_heads,
-                "k_proj": config.num_key_value_heads,
-            }
+        self._architecture = architecture
+        self._heads = config.num_attention_heads
+        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
 
     def _find(self, name: str) -> Any:
         mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -62,8 +59,11 @@ class GGUFWeights:
                 f"GGUF tensor type {tensor.tensor_type.name} of {name} cannot be dequantized; "
                 "use a file of another quantization"
             ) from None
-        values = np.array(values, np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
-        return torch.from_numpy(self._rows(name, values))
+        values = np.asarray(values, np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
+        if self._architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+            values = values - np.float32(1)  # stored as what it multiplies by
+        # A copy: what the reader gives may be the file itself, mapped read-only.
+        return torch.from_numpy(np.array(self._rows(name, values)))
 
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
@@ -75,12 +75,18 @@ class GGUFWeights:
 
     def _rows(self, name: str, values: np.ndarray) -> np.ndarray:
         """Rows in the order of Hugging Face."""
-        heads = next((n for part, n in self._heads.items() if f".{part}." in name), None)
-        if heads is None:
-            return values
-        rows = values.shape[0] // heads
-        paired = values.reshape(heads, rows // 2, 2, *values.shape[1:])
-        return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
+        shape = values.shape
+        if self._architecture in _INTERLEAVED_ROPE:
+            heads = {"q_proj": self._heads, "k_proj": self._kv_heads}
+            count = next((n for part, n in heads.items() if f".{part}." in name), None)
+            if count is not None:
+                paired = values.reshape(count, shape[0] // count // 2, 2, *shape[1:])
+                return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(shape)
+        if self._architecture == "gptneox" and ".query_key_value." in name:
+            # Stored: all queries, all keys, all values; the model has them head by head.
+            by_kind = values.reshape(3, self._heads, shape[0] // self._heads // 3, *shape[1:])
+            return np.ascontiguousarray(by_kind.swapaxes(0, 1)).reshape(shape)
+        return values
 
 
 def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) -> Source:
@@ -88,43 +94,36 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
 
     Args:
         path: of the file.
-        supported: the architectures that have an exporter.
+        supported: the model types that have an exporter.
         requantize: never give the file's own integers.
 
     Raises:
-        SourceError: the file is damaged or has no tokenizer.
-        UnsupportedError: the architecture or its RoPE scaling has no exporter.
+        SourceError: the file is damaged or lacks something.
+        UnsupportedError: no exporter has the architecture or something it asks for.
     """
     try:
         reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
+        values = {key: field.contents() for key, field in reader.fields.items()}
+        architecture = str(values["general.architecture"])
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise SourceError(f"{path} is not a readable GGUF file ({error})") from None
-    check_supported(architecture, supported)
-    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
-    kind = str(scaling.contents()) if scaling is not None else "none"
-    if kind != "none" or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+    check_supported(MODEL_TYPES.get(architecture, architecture), supported)
+    if values.get("split.count", 1) > 1:
         raise UnsupportedError(
-            f"{path} uses RoPE scaling, which is not read from GGUF yet; "
-            "export the safetensors release of the model instead"
+            f"{path} is one of {values['split.count']} parts; join them with llama-gguf-split "
+            "--merge first"
         )
-    folder = str(path.parent)
-    config = readable(path, lambda: AutoConfig.from_pretrained(folder, gguf_file=path.name))
-    tokenizer = readable(path, lambda: AutoTokenizer.from_pretrained(folder, gguf_file=path.name))
-    pre = reader.fields.get("tokenizer.ggml.pre")
-    if pre is not None and str(pre.contents()) in _DIGITS_APART:
-        # transformers 5.24 keeps GPT-2's pattern alone, which joins digits and spaces.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = readable(path, lambda: config_of(architecture, values, tensors))
+    check_supported(config.model_type, supported)
+    tokenizer = readable(path, lambda: tokenizer_of(architecture, values))
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = end_tokens(values)
     return Source(
         kind="gguf",
         name=path.stem,
         config=config,
         weights=GGUFWeights(reader, architecture, config, requantize),
         tokenizer=tokenizer,
-        generation_config=GenerationConfig.from_model_config(config),
+        generation_config=generation,
     )

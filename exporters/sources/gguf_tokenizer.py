@@ -1,0 +1,292 @@
+"""The tokenizer, chat template and end tokens of a GGUF file, rebuilt from its metadata.
+
+A GGUF file keeps the vocabulary, the merges or scores, and the name of a pre-tokenizer. What they
+mean are facts of llama.cpp (src/llama-vocab.cpp) and of the models' own tokenizer.json files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+from dash_onnx.errors import SourceError, UnsupportedError
+
+
+class _Type(IntEnum):
+    """Of a token (gguf.TokenType)."""
+
+    NORMAL = 1
+    CONTROL = 3
+    USER_DEFINED = 4
+
+
+# Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
+# a piece and in what a word is.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CASED = (
+    r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
+    r"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{contraction}"
+    r"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+"
+    r"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{contraction}"
+    r"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class _Pre:
+    """How a byte-level BPE vocabulary was made.
+
+    Attributes:
+        split: pattern whose matches are merged each for itself; None: GPT-2's.
+        digits_apart: whether each digit is a piece before that.
+        compose: whether text is brought into Unicode's form NFC first.
+        whole_words: whether a piece that is a token needs no merges.
+        starts: whether texts begin with the start token where the file does not say.
+    """
+
+    split: str | None = None
+    digits_apart: bool = False
+    compose: bool = False
+    whole_words: bool = False
+    starts: bool = False
+
+
+_GPT2 = _Pre()
+_NEOX = _Pre(compose=True)
+_DIGITS = _Pre(digits_apart=True)
+_CL100K = _Pre(split=_WORDS.format(digits="{1,3}"))
+_LLAMA3 = replace(_CL100K, whole_words=True, starts=True)
+_ONE_DIGIT = _Pre(split=_WORDS.format(digits=""))
+_QWEN2 = replace(_ONE_DIGIT, compose=True)
+_O200K = _Pre(split=_CASED.format(digits="{1,3}", contraction="(?i:'s|'t|'re|'ve|'m|'ll|'d)?"))
+_TEKKEN = _Pre(split=_CASED.format(digits="", contraction=""), whole_words=True, starts=True)
+
+_PRE = {
+    "default": _GPT2,  # as the files that name none
+    **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "exaone4"), _GPT2),
+    **dict.fromkeys(("mpt", "olmo"), _NEOX),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+        _DIGITS,
+    ),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), _LLAMA3
+    ),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    "stablelm2": _ONE_DIGIT,
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
+    "tekken": _TEKKEN,
+}
+
+# Tokens that end an answer; a file names only one or two of those that a model has.
+_ENDS = {
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<EOT>",
+}
+
+
+class _Vocabulary:
+    """The tokenizer's part of the metadata."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = values
+        tokens = self.get("tokens")
+        if not isinstance(tokens, list) or not tokens:
+            raise SourceError("the GGUF file has no tokenizer")
+        self.tokens: list[str] = tokens
+        types = self.get("token_type") or [_Type.NORMAL] * len(tokens)
+        self.ids = {token: index for index, token in enumerate(tokens)}
+        if len(self.ids) != len(tokens) or len(types) != len(tokens):
+            raise SourceError("the GGUF file's tokenizer has a token twice, or too few types")
+        self.types: list[int] = types
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._values.get(f"tokenizer.ggml.{key}", default)
+
+    def special(self, key: str, default: int | None = None) -> str | None:
+        """The token whose id the file gives under a key."""
+        index = self.get(f"{key}_token_id", default)
+        return self.tokens[index] if index is not None and 0 <= index < len(self.tokens) else None
+
+
+def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Builds the tokenizer.
+
+    Args:
+        architecture: `general.architecture`.
+        values: all metadata, by key.
+
+    Raises:
+        SourceError: the file has none, or a damaged one.
+        UnsupportedError: it is of a kind that is not known.
+    """
+    vocabulary = _Vocabulary(values)
+    kind = vocabulary.get("model")
+    if kind == "gpt2":
+        name = vocabulary.get("pre", "default")
+        if name not in _PRE:
+            raise UnsupportedError(
+                f"the GGUF file's pre-tokenizer {name!r} is not known, its text would be split "
+                "wrongly; export the safetensors release of the model instead"
+            )
+        tokenizer, starts = _byte_level(vocabulary, _PRE[name]), _PRE[name].starts
+        default = {}
+    elif kind == "llama":
+        tokenizer, starts = _sentencepiece(vocabulary), True
+        default = {"bos": 1, "eos": 2, "unknown": 0}
+    else:
+        raise UnsupportedError(
+            f"the GGUF file's tokenizer is {kind!r}; supported: gpt2 (byte-level BPE) and llama "
+            "(SentencePiece)"
+        )
+    special = {
+        name: vocabulary.special(key, default.get(key))
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
+    }
+    _add_tokens(tokenizer, vocabulary, strip=architecture == "phi3" and kind == "llama")
+    before = special["bos_token"] if vocabulary.get("add_bos_token", starts) else None
+    after = special["eos_token"] if vocabulary.get("add_eos_token", False) else None
+    _add_frame(tokenizer, vocabulary, before, after)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+    )
+    fast.chat_template = values.get("tokenizer.chat_template")
+    return fast
+
+
+def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
+    """Ids that end an answer: the end token first, then all that a chat may end with."""
+    vocabulary = _Vocabulary(values)
+    named = [vocabulary.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
+    if vocabulary.get("model") == "llama" and named[0] is None:
+        named[0] = 2
+    known = [
+        index
+        for index, (token, kind) in enumerate(
+            zip(vocabulary.tokens, vocabulary.types, strict=True)
+        )
+        if kind == _Type.CONTROL and token in _ENDS
+    ]
+    ids = list(dict.fromkeys(index for index in (*named, *known) if index is not None))
+    return (ids[0] if len(ids) == 1 else ids) if ids else None
+
+
+def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
+    merges = vocabulary.get("merges")
+    if merges is None:
+        raise SourceError("the GGUF file's tokenizer has no merges")
+    # A token may hold a space of its own, but never in front.
+    cuts = [(merge, merge.find(" ", 1)) for merge in merges]
+    pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary.ids, merges=pairs, ignore_merges=pre.whole_words)
+    )
+    if pre.compose:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[Any] = []
+    if pre.digits_apart:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+    scores = vocabulary.get("scores")
+    if scores is None or len(scores) != len(vocabulary.tokens):
+        raise SourceError("the GGUF file's tokenizer has no scores")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary.ids,
+            merges=_merges_of_scores(vocabulary, scores),
+            unk_token=vocabulary.special("unknown", 0),
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefixed = vocabulary.get("add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefixed:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
+    """SentencePiece joins whatever makes the token of the highest score; BPE wants a list."""
+    normal = {
+        token: index
+        for index, (token, kind) in enumerate(
+            zip(vocabulary.tokens, vocabulary.types, strict=True)
+        )
+        if kind == _Type.NORMAL
+    }
+    merges = []
+    for token in sorted(normal, key=lambda token: (-scores[normal[token]], normal[token])):
+        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        pairs = [(a, b) for a, b in cuts if a in normal and b in normal]
+        merges += sorted(pairs, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
+    return merges
+
+
+def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, strip: bool) -> None:
+    """Tokens that are found in a text before anything else.
+
+    Args:
+        strip: whether they take the spaces behind them along (Phi 3; no key says so).
+    """
+    keep = ("<unk>", "<s>", "<|endoftext|>")
+    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
+        special = kind == _Type.CONTROL
+        if special or kind == _Type.USER_DEFINED:
+            rstrip = strip and token not in keep
+            added = AddedToken(token, normalized=False, special=special, rstrip=rstrip)
+            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+
+
+def _add_frame(
+    tokenizer: Tokenizer, vocabulary: _Vocabulary, before: str | None, after: str | None
+) -> None:
+    """Puts start and end tokens around texts."""
+    frame = [token for token in (before, after) if token is not None]
+    if frame:
+        single = [*([before] if before else []), "$A", *([after] if after else [])]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[(token, vocabulary.ids[token]) for token in set(frame)]
+        )
