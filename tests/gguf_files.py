@@ -1,0 +1,286 @@
+"""Writes tiny models as GGUF files, with the values and keys that llama.cpp's converter gives.
+
+Facts of conversion/{llama,gemma,phi,granite,stablelm,gptneox}.py there; the names of keys and
+tensors are those of the gguf package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+ARCHITECTURES = {
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt_neox": "gptneox",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "llama",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 10.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+        "num_hidden_layers": 7,  # one of them sees all
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "gpt_neox": {},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "olmo2": {},
+    "phi3": {
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.1, 1.3, 1.5],
+            "long_factor": [1.0, 2.0, 4.0, 6.0],
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 128,
+        },
+        "sliding_window": 100,
+    },
+    "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"tie_word_embeddings": True},
+    "stablelm": {"use_qkv_bias": True},
+}
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random model of a family, norms and biases random too, weights rounded to FP16."""
+    sizes = {**TINY, **FAMILIES[family], **overrides}
+    if family == "gpt_neox":
+        del sizes["num_key_value_heads"]  # it has as many as queries
+    config = AutoConfig.for_model(family, **sizes)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                value += torch.randn_like(value) * 0.2
+            value.copy_(value.half().float())
+    return model
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of Q or K as llama.cpp rotates them, neighbours instead of halves."""
+    half = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(half.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
+    """A weight as the converter stores it."""
+    heads = config.num_attention_heads
+    if config.model_type in ("llama", "mistral", "smollm3", "granite"):
+        if ".q_proj." in name:
+            return interleaved(value, heads)
+        if ".k_proj." in name:
+            return interleaved(value, config.num_key_value_heads)
+    if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
+        return value + np.float32(1)
+    if config.model_type == "gpt_neox" and "query_key_value" in name:
+        by_head = value.reshape(heads, 3, -1, *value.shape[1:])
+        return np.concatenate([by_head[:, i].reshape(-1, *value.shape[1:]) for i in range(3)])
+    return value
+
+
+def rope_tensors(config: Any) -> dict[str, np.ndarray]:
+    """Factors of the frequencies, where the RoPE's kind has some."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "llama3":
+        dim = config.hidden_size // config.num_attention_heads
+        plain = rope["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+        return {"rope_freqs.weight": (plain / scaled.numpy()).astype(np.float32)}
+    if rope.get("rope_type") == "longrope":
+        return {
+            "rope_factors_long.weight": np.array(rope["long_factor"], np.float32),
+            "rope_factors_short.weight": np.array(rope["short_factor"], np.float32),
+        }
+    return {}
+
+
+def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
+    """The model's keys."""
+    kind = config.model_type
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    if kind != "gpt_neox":
+        writer.add_head_count_kv(config.num_key_value_heads)
+    if kind in ("gpt_neox", "stablelm"):
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_parallel_residual(config.use_parallel_residual)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    if kind not in ("gemma2", "gemma3_text", "olmo2", "qwen2", "qwen3"):
+        writer.add_rope_dimension_count(rotated)
+    if kind not in ("gemma2", "gpt_neox", "stablelm"):
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    for name in ("beta_fast", "beta_slow"):
+        if rope.get(name):
+            getattr(writer, f"add_rope_scaling_yarn_{name}")(rope[name])
+    if rope["rope_type"] == "yarn" and rope.get("attention_factor"):
+        writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+    if rope["rope_type"] in ("longrope", "yarn"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        _, factor = ROPE_INIT_FUNCTIONS["longrope"](config, device="cpu")
+        writer.add_rope_scaling_attn_factors(factor)
+    if kind in ("gemma2", "gemma3_text", "phi3", "mistral") and config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if kind == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def add_byte_level(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, size: int, pre: str
+) -> None:
+    """A byte-level BPE tokenizer, padded to a model's number of rows."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["content"]: token["special"] for token in state["added_tokens"]}
+    ids = tokenizer.get_vocab()
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [gguf.TokenType.UNUSED] * size
+    for token, index in ids.items():
+        tokens[index] = token
+        types[index] = gguf.TokenType.NORMAL
+        if token in added:
+            special = added[token]
+            types[index] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(merge) for merge in state["model"]["merges"]])
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def write_model(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: Callable[[gguf.GGUFWriter], None],
+    kind: Kind = Kind.F32,
+) -> dict[str, torch.Tensor]:
+    """Writes a model; matrices as `kind`, vectors as F32.
+
+    Args:
+        tokenizer: adds the tokenizer's keys.
+
+    Returns:
+        The values that the file stands for, by Hugging Face name.
+    """
+    config = model.config
+    architecture = ARCHITECTURES[config.model_type]
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, architecture)
+    add_config(writer, config)
+    tokenizer(writer)
+    values = {}
+    for name, tensor in model.state_dict().items():
+        if "rotary" in name or (config.tie_word_embeddings and name.endswith("lm_head.weight")):
+            continue
+        stored = converted(name, tensor.float().numpy(), config)
+        into = kind if stored.ndim == 2 else Kind.F32
+        packed = gguf.quants.quantize(np.ascontiguousarray(stored), into)
+        values[name] = torch.from_numpy(
+            restored(name, gguf.quants.dequantize(packed, into), config).astype(np.float32)
+        )
+        raw = None if into in (Kind.F32, Kind.F16) else into
+        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert mapped is not None, name
+        writer.add_tensor(mapped, packed, raw_dtype=raw)
+    for name, value in rope_tensors(config).items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def restored(name: str, value: np.ndarray, config: Any) -> np.ndarray:
+    """`converted` undone: rows found by converting their numbers."""
+    rows = np.arange(len(value), dtype=np.float32)
+    if name.endswith("norm.weight"):
+        return value - converted(name, np.zeros_like(value), config)
+    return value[np.argsort(converted(name, rows, config))]
