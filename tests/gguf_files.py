@@ -51,6 +51,16 @@ TINY = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+# Heads of 32, of which half rotates: less than 16 is no multiple that ORT's attention takes.
+_HALF = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {
         "head_dim": 32,
@@ -71,7 +81,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
-    "gpt_neox": {},
+    "gpt_neox": {**_HALF},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 6.0,
@@ -83,14 +93,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 16},
     "olmo2": {},
     "phi3": {
+        **_HALF,
         "max_position_embeddings": 512,
         "original_max_position_embeddings": 128,
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
-            "short_factor": [1.0, 1.1, 1.3, 1.5],
-            "long_factor": [1.0, 2.0, 4.0, 6.0],
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
             "attention_factor": 1.25,
             "original_max_position_embeddings": 128,
         },
@@ -99,7 +110,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "qwen3": {"head_dim": 32},
     "smollm3": {"tie_word_embeddings": True},
-    "stablelm": {"use_qkv_bias": True},
+    "stablelm": {**_HALF, "use_qkv_bias": True},
 }
 
 
@@ -237,13 +248,13 @@ def add_byte_level(
 def write_model(
     path: Path,
     model: PreTrainedModel,
-    tokenizer: Callable[[gguf.GGUFWriter], None],
+    extras: Callable[[gguf.GGUFWriter], None],
     kind: Kind = Kind.F32,
 ) -> dict[str, torch.Tensor]:
     """Writes a model; matrices as `kind`, vectors as F32.
 
     Args:
-        tokenizer: adds the tokenizer's keys.
+        extras: adds the tokenizer's keys, and whatever else.
 
     Returns:
         The values that the file stands for, by Hugging Face name.
@@ -254,7 +265,7 @@ def write_model(
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, architecture)
     add_config(writer, config)
-    tokenizer(writer)
+    extras(writer)
     values = {}
     for name, tensor in model.state_dict().items():
         if "rotary" in name or (config.tie_word_embeddings and name.endswith("lm_head.weight")):

@@ -551,25 +551,11 @@ def test_a_missing_gguf_is_named(tmp_path: Path) -> None:
     assert "nowhere.gguf" in refusal(SourceError, tmp_path / "nowhere.gguf")
 
 
-@pytest.mark.parametrize(
-    "scaling", [gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN, "rope_freqs"]
-)
-def test_rope_scaling_in_a_gguf_is_refused(
-    tiny_folder: Path, tmp_path: Path, scaling: gguf.RopeScalingType | str
-) -> None:
+def test_rope_scaling_by_nothing_in_a_gguf_is_no_scaling(tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    if scaling == "rope_freqs":
-        write_gguf(path, tiny_folder, rope_freqs=True)
-    else:
-        write_gguf(path, tiny_folder, scaling=scaling)
-    message = refusal(UnsupportedError, path)
-    assert "RoPE scaling" in message and "safetensors" in message
-
-
-def test_rope_scaling_none_in_a_gguf_is_no_scaling(tiny_folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_gguf(path, tiny_folder, scaling=gguf.RopeScalingType.NONE)
-    assert opened(path).config.hidden_size == 64
+    for options in ({"scaling": gguf.RopeScalingType.NONE}, {"rope_freqs": True}):
+        write_gguf(path, tiny_folder, **options)
+        assert opened(path).config.rope_parameters["rope_type"] == "default"
 
 
 def test_a_gguf_of_another_architecture_is_refused(tiny_folder: Path, tmp_path: Path) -> None:

@@ -87,9 +87,7 @@ _PRE = {
         _DIGITS,
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), _LLAMA3
-    ),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     "stablelm2": _ONE_DIGIT,
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
@@ -191,9 +189,7 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
         named[0] = 2
     known = [
         index
-        for index, (token, kind) in enumerate(
-            zip(vocabulary.tokens, vocabulary.types, strict=True)
-        )
+        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
         if kind == _Type.CONTROL and token in _ENDS
     ]
     ids = list(dict.fromkeys(index for index in (*named, *known) if index is not None))
@@ -252,9 +248,7 @@ def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tupl
     """SentencePiece joins whatever makes the token of the highest score; BPE wants a list."""
     normal = {
         token: index
-        for index, (token, kind) in enumerate(
-            zip(vocabulary.tokens, vocabulary.types, strict=True)
-        )
+        for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
         if kind == _Type.NORMAL
     }
     merges = []
