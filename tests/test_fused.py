@@ -172,7 +172,7 @@ def test_an_existing_folder_needs_overwrite_and_survives_a_failure(
     capsys.readouterr()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "--overwrite" in TOOL.refused(capsys, bundle, out)
-    monkeypatch.setattr("dash_onnx.exporters.fused.genai_config", None)
+    monkeypatch.setattr("dash_onnx.exporters.fused.folder.genai_config", None)
     with pytest.raises(TypeError):
         TOOL.run(bundle, out, "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

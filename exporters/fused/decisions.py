@@ -1,0 +1,125 @@
+"""The scorer inside the graph: from the budget to a flag per layer and action."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import numpy_helper
+
+from dash_onnx.actions import SKIP, Action
+from dash_onnx.budget import scorer_facts
+from dash_onnx.exporters.fused.names import BUDGET, PATH
+from dash_onnx.manifest import Manifest
+
+if TYPE_CHECKING:
+    from dash_onnx.exporters.fused.fusion import Fusion
+
+_NEVER = 1e30  # cost of an action that must not be chosen
+
+
+class Decisions:
+    """The scorer inside the graph.
+
+    Attributes:
+        branches: the actions that have a branch, from dear to cheap. The highest precision has
+            none where INT8 stands for it: it would double the file for the dearest budgets.
+    """
+
+    def __init__(self, fusion: Fusion, manifest: Manifest):
+        self._fusion, self._manifest = fusion, manifest
+        facts = scorer_facts(manifest)
+        self._actions = facts.actions
+        drop = facts.actions[:2] == ("full", "int8")
+        self.branches = list(facts.actions[drop:])
+        self._segments = facts.segments(manifest.model.num_layers)
+        self._longest = facts.longest(manifest.model.num_layers)
+
+    def prices(self, default: float) -> None:
+        """From the budget to the price, as the policy table has it, and to every penalty."""
+        f, facts = self._fusion, scorer_facts(self._manifest)
+        costs = self._manifest.costs.in_units(self._actions)
+        f.initializers.append(numpy_helper.from_array(np.array([default], np.float32), BUDGET))
+        budgets = np.array([point.budget for point in facts.points], np.float32)
+        logs = np.log(np.array([point.price for point in facts.points], np.float32))
+        # Between rows the log price is linear: the sum of what each interval adds.
+        width = np.maximum(np.diff(budgets), 1e-6)
+        f.node("Sub", [BUDGET, f.constant("budgets", budgets[:-1])], ["above"])
+        f.node("Div", ["above", f.constant("widths", width)], ["share"])
+        zero = f.constant("zero.f", np.array(0, np.float32))
+        unit = f.constant("one.f", np.array(1, np.float32))
+        f.node("Clip", ["share", zero, unit], ["passed"])
+        f.node("Mul", ["passed", f.constant("steps", np.diff(logs))], ["gained"])
+        f.node("ReduceSum", ["gained"], ["climb"], keepdims=1)
+        f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_price.flat"])
+        f.node("Exp", ["log_price.flat"], ["price"])
+        shape = f.constant("pair", np.array([1, 1], np.int64))
+        f.node("Reshape", ["log_price.flat", shape], ["log_price"])
+        for number, (start, stop) in enumerate(self._segments):
+            rows = np.zeros((self._longest, len(self._actions)), np.float32)
+            rows[: stop - start] = costs[start:stop]
+            if start == 0 and SKIP in self._actions:
+                rows[0, self._actions.index(SKIP)] = _NEVER
+            name = f.constant(f"costs.{number}", rows.reshape(1, -1))
+            f.node("Mul", ["price", name], [f"penalty.{number}"])
+        # A prompt of several tokens runs at the best precision that has a branch.
+        f.node("Shape", ["input_ids"], ["length"], start=1, end=2)
+        f.node("Equal", ["length", "one"], ["decoding"])
+        best = self._actions.index(self.branches[0])
+        f.constant("best", np.array([best], np.int64))
+        for action in self.branches[1:]:
+            f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
+        f.constant("table", np.array([-1, len(self._actions)], np.int64))
+        f.constant("flat", np.array([1, self._manifest.model.hidden_size], np.int64))
+        f.constant("none", np.array([0], np.int64))
+        f.constant("last_row", np.array([-1], np.int64))
+
+    def look(self, layer: int) -> None:
+        """Decides for the segment that begins after a layer, from that layer's input."""
+        starts = [start for start, _ in self._segments]
+        if layer == 0:
+            self._decide(0, "hidden.0")
+        if layer + 1 in starts:
+            self._decide(starts.index(layer + 1), f"hidden.{layer}")
+
+    def _decide(self, number: int, hidden: str) -> None:
+        f, count = self._fusion, len(self._actions)
+        start, stop = self._segments[number]
+        f.node("Gather", [hidden, "last_row"], [f"seen.{number}.row"], axis=1)
+        f.node("Reshape", [f"seen.{number}.row", "flat"], [f"seen.{number}"])
+        segment = f.constant(f"segment.{number}", np.array([number], np.int64))
+        row = "none"
+        if number:
+            base = f.constant(f"base.{number}", np.array([number * (count + 1)], np.int64))
+            row = f.node("Add", [base, f"decided.{start - 1}"], [f"row.{number}"])
+        f.inline_scorer(
+            f"look.{number}",
+            {
+                "hidden": f"seen.{number}",
+                "segment": segment,
+                "row": row,
+                "log_price": "log_price",
+                "penalty": f"penalty.{number}",
+                "total": f"total.{number}",
+            },
+        )
+        f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
+        f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
+        f.node("Where", ["decoding", f"argmin.{number}", "best"], [f"decided_all.{number}"])
+        names = [f"decided.{layer}" for layer in range(start, stop)]
+        names += [f"unused.{number}.{at}" for at in range(self._longest - (stop - start))]
+        f.node("Split", [f"decided_all.{number}"], names, num_outputs=self._longest)
+        for action in self.branches[1:]:
+            f.node("Equal", [f"decided_all.{number}", f"index.{action}"], [f"is_{action}.{number}"])
+            flags = [name.replace("decided.", f"is_{action}.layer.") for name in names]
+            flags = [name.replace("unused.", f"unused_{action}.") for name in flags]
+            f.node("Split", [f"is_{action}.{number}"], flags, num_outputs=self._longest)
+
+    def condition(self, layer: int, action: Action) -> str:
+        """Name of the flag that a layer takes an action."""
+        return f"is_{action}.layer.{layer}"
+
+    def report(self) -> None:
+        """The decisions as an output."""
+        layers = range(self._manifest.model.num_layers)
+        self._fusion.node("Concat", [f"decided.{layer}" for layer in layers], [PATH], axis=0)

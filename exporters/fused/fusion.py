@@ -1,0 +1,222 @@
+"""The fused graph: the bundle's graphs inlined, an `If` per layer where the scorer decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from dash_onnx.actions import SKIP, Action
+from dash_onnx.budget import scorer_facts
+from dash_onnx.bundle import Bundle
+from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.exporters.fused.decisions import Decisions
+from dash_onnx.exporters.fused.names import BUDGET, DATA, PATH
+from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
+from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
+from dash_onnx.manifest import Manifest
+from dash_onnx.rope import rotary_tables
+
+_OPSET = 23  # of RMSNormalization; TensorScatter, which needs 24, is not used
+_ALIGNMENT = 64  # bytes, of a tensor in the data file
+
+
+@dataclass
+class Fusion:
+    """One fusion in progress.
+
+    Attributes:
+        data: the file of large weights, written front to back.
+        head: precision of the LM head.
+        fixed: the path of every token, or None where the scorer decides.
+        default: budget of the scorer.
+    """
+
+    bundle: Bundle
+    data: BinaryIO
+    head: Action
+    fixed: tuple[Action, ...] | None
+    default: float
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[TensorProto] = field(default_factory=list)
+
+    def build(self) -> onnx.ModelProto:
+        """The whole graph."""
+        manifest = self.bundle.manifest
+        facts = manifest.model
+        self._positions(manifest)
+        self._inline(EMBED_PATH, "embed", {"input_ids": "input_ids", "hidden": "hidden.0"})
+        decisions = None if self.fixed else Decisions(self, manifest)
+        if decisions:
+            decisions.prices(self.default)
+        for layer in range(facts.num_layers):
+            if decisions:
+                decisions.look(layer)
+            self._layer(layer, decisions)
+        final = f"hidden.{facts.num_layers}"
+        self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
+        inputs = [
+            _info("input_ids", TensorProto.INT64, [1, "sequence_length"]),
+            _info("attention_mask", TensorProto.INT64, [1, "total_sequence_length"]),
+        ]
+        outputs = [_info("logits", TensorProto.FLOAT, [1, "sequence_length", facts.vocab_size])]
+        for layer in range(facts.num_layers):
+            for kind in ("key", "value"):
+                cache = [1, facts.num_kv_heads, "past_sequence_length", facts.head_dim]
+                inputs.append(_info(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, cache))
+                cache = [1, facts.num_kv_heads, "total_sequence_length", facts.head_dim]
+                outputs.append(_info(f"present.{layer}.{kind}", TensorProto.FLOAT, cache))
+        if decisions:
+            inputs.append(_info(BUDGET, TensorProto.FLOAT, [1]))
+            outputs.append(_info(PATH, TensorProto.INT64, [facts.num_layers]))
+            decisions.report()
+        graph = helper.make_graph(self.nodes, "dash", inputs, outputs, self.initializers)
+        opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dash-onnx"
+        )
+
+    def node(
+        self, kind: str, inputs: Iterable[str], outputs: Sequence[str], **attributes: Any
+    ) -> str:
+        """Adds a node to the main graph; returns its first output."""
+        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Adds an initializer to the main graph."""
+        self.initializers.append(self._stored(numpy_helper.from_array(array, name)))
+        return name
+
+    def _positions(self, manifest: Manifest) -> None:
+        """What every layer reads of the position; names as in the contract of layers."""
+        length = manifest.model.max_length
+        for index, rope in enumerate(manifest.ropes):
+            tables = rotary_tables(rope, length, "float32")
+            for name, table in zip(_rotary_names(index), tables, strict=True):
+                self.constant(name, table)
+        one = self.constant("one", np.array([1], np.int64))
+        self.node("ReduceSum", ["attention_mask", one], ["valid"], keepdims=0)
+        self.node("Sub", ["valid", one], ["last"])
+        self.node("Cast", ["last"], ["seqlens_k"], to=TensorProto.INT32)
+        self.node("Shape", ["attention_mask"], ["mask_length"], start=1, end=2)
+        self.node("Squeeze", ["mask_length"], ["total_length"])
+        self.node("Cast", ["total_length"], ["total_sequence_length.0"], to=TensorProto.INT32)
+
+    def _layer(self, layer: int, decisions: Decisions | None) -> None:
+        outputs = [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
+        actions = [self.fixed[layer]] if self.fixed else []
+        if decisions:
+            actions = [action for action in decisions.branches if layer or action != SKIP]
+        if len(actions) == 1:
+            branch = self._branch(layer, actions[0], outputs)
+            self.nodes += branch.node
+            self.initializers += branch.initializer
+        else:
+            assert decisions is not None
+            self.nodes.append(self._if(layer, actions, outputs, decisions))
+
+    def _if(
+        self, layer: int, actions: list[Action], outputs: list[str], decisions: Decisions
+    ) -> onnx.NodeProto:
+        """An `If` for the last action, whose other branch chooses among the rest."""
+        *rest, tested = actions
+        inner = [f"{name}.not_{tested}" for name in outputs]
+        if len(rest) == 1:
+            otherwise = self._branch(layer, rest[0], inner)
+        else:
+            node = self._if(layer, rest, inner, decisions)
+            otherwise = helper.make_graph([node], f"layer_{layer}_else", [], _outputs(inner))
+        chosen = self._branch(layer, tested, [f"{name}.{tested}" for name in outputs])
+        condition = decisions.condition(layer, tested)
+        return helper.make_node(
+            "If", [condition], outputs, then_branch=chosen, else_branch=otherwise
+        )
+
+    def _branch(self, layer: int, action: Action, outputs: Sequence[str]) -> onnx.GraphProto:
+        model = self._load(layer_path(layer, action))
+        if action == SKIP:
+            attend_to_write(model.graph, self.bundle.manifest)
+        hidden, key, value = outputs
+        cos, sin = _rotary_names(self.bundle.manifest.rope_of(layer))
+        names = {
+            "hidden_in": f"hidden.{layer}",
+            "past_key": f"past_key_values.{layer}.key",
+            "past_value": f"past_key_values.{layer}.value",
+            "total_sequence_length": "total_sequence_length.0",
+            "hidden_out": hidden,
+            "present_key": key,
+            "present_value": value,
+            "seqlens_k": "seqlens_k",
+            "cos_cache": cos,
+            "sin_cache": sin,
+        }
+        rename(model.graph, f"layer.{layer}.{action}.", names)
+        graph = helper.make_graph(
+            model.graph.node, f"layer_{layer}_{action}", [], _outputs(outputs)
+        )
+        graph.initializer.extend(model.graph.initializer)
+        return graph
+
+    def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:
+        model = self._load(path)
+        rename(model.graph, f"{prefix}.", names)
+        self.nodes += model.graph.node
+        self.initializers += model.graph.initializer
+
+    def inline_scorer(self, prefix: str, names: dict[str, str]) -> None:
+        """Adds the scorer once more; its weights are shared under the names of the first."""
+        model = self._load(scorer_facts(self.bundle.manifest).file)
+        weights = {tensor.name: f"scorer.{tensor.name}" for tensor in model.graph.initializer}
+        known = {tensor.name for tensor in self.initializers}
+        rename(model.graph, f"{prefix}.", {**names, **weights})
+        self.nodes += model.graph.node
+        new = [tensor for tensor in model.graph.initializer if tensor.name not in known]
+        self.initializers += [self._stored(tensor) for tensor in new]
+
+    def _load(self, path: str) -> onnx.ModelProto:
+        """A graph of the bundle, its large weights moved to the fused data file."""
+        file = self.bundle.verified(path)
+        model = onnx.load(file, load_external_data=False)
+        for tensor in model.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL:
+                continue
+            places = {entry.key: entry.value for entry in tensor.external_data}
+            with (file.parent / places["location"]).open("rb") as source:
+                source.seek(int(places.get("offset", 0)))
+                self._append(tensor, source.read(int(places["length"])))
+        return model
+
+    def _stored(self, tensor: TensorProto) -> TensorProto:
+        if len(tensor.raw_data) >= INLINE_BYTES:
+            raw = tensor.raw_data
+            tensor.ClearField("raw_data")
+            self._append(tensor, raw)
+        return tensor
+
+    def _append(self, tensor: TensorProto, raw: bytes) -> None:
+        self.data.write(bytes(-self.data.tell() % _ALIGNMENT))
+        place = {"location": DATA, "offset": self.data.tell(), "length": len(raw)}
+        self.data.write(raw)
+        tensor.data_location = TensorProto.EXTERNAL
+        del tensor.external_data[:]
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def _rotary_names(rope: int) -> tuple[str, str]:
+    """Names of the tables of a rotary embedding; the first as in the contract of layers."""
+    suffix = f".{rope}" if rope else ""
+    return f"cos_cache{suffix}", f"sin_cache{suffix}"
+
+
+def _info(name: str, kind: int, shape: list) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _outputs(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]

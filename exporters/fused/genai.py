@@ -1,0 +1,56 @@
+"""The configuration that ONNX Runtime GenAI reads beside the graph."""
+
+from __future__ import annotations
+
+import json
+
+from dash_onnx.bundle import Bundle
+from dash_onnx.exporters.fused.names import MODEL
+
+
+def genai_config(bundle: Bundle) -> str:
+    """The configuration that ONNX Runtime GenAI reads beside the graph."""
+    facts = bundle.manifest.model
+    stored = json.loads(bundle.verified("generation_config.json").read_text("utf-8"))
+    eos = stored.get("eos_token_id")
+    decoder = {
+        "session_options": {"log_id": "dash-onnx", "provider_options": []},
+        "filename": MODEL,
+        "head_size": facts.head_dim,
+        "hidden_size": facts.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": facts.num_heads,
+        "num_hidden_layers": facts.num_layers,
+        "num_key_value_heads": facts.num_kv_heads,
+    }
+    model = {
+        "type": "llama",
+        "bos_token_id": stored.get("bos_token_id"),
+        "eos_token_id": eos,
+        "pad_token_id": stored.get("pad_token_id", eos[0] if isinstance(eos, list) else eos),
+        "context_length": facts.max_length,
+        "vocab_size": facts.vocab_size,
+        "decoder": decoder,
+    }
+    search = {
+        "do_sample": False,
+        "max_length": facts.max_length,
+        "min_length": 0,
+        "num_beams": 1,
+        "past_present_share_buffer": True,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }
+    return json.dumps({"model": model, "search": search}, indent=2) + "\n"

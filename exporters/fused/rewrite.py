@@ -1,0 +1,63 @@
+"""What the graphs of the bundle need to become parts of a larger one."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+from dash_onnx.manifest import Manifest
+
+
+_STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
+
+
+def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
+    """Lets GroupQueryAttention write the K/V of a skip graph, as it does in the other graphs.
+
+    Its output, the attention of the keys to themselves, is not used.
+    """
+    made = {name: node for node in graph.node for name in node.output}
+
+    def written(present: str) -> str:
+        """What a buffer receives before it is rotated and put into the order of heads."""
+        name = made[present].input[1]
+        for kind in ("Transpose", "Reshape", "RotaryEmbedding"):
+            if (node := made[name]).op_type == kind:
+                name = str(node.input[0])
+        return name
+
+    key, value = written("present_key"), written("present_value")
+    rotates = any(node.op_type == "RotaryEmbedding" for node in graph.node)
+    needed = [key, value, "hidden_out"]
+    for name in needed:  # grows
+        needed += [other for other in made[name].input if other in made and other not in needed]
+    kept = [node for node in graph.node if any(name in needed for name in node.output)]
+    heads = manifest.model.num_kv_heads
+    tables = ["cos_cache", "sin_cache"] if rotates else []
+    kept.append(
+        helper.make_node(
+            "GroupQueryAttention",
+            [key, key, value, *_STATE, *tables],
+            ["unused", "present_key", "present_value"],
+            domain="com.microsoft",
+            num_heads=heads,
+            kv_num_heads=heads,
+            do_rotary=int(rotates),
+        )
+    )
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def rename(graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
+    """Renames every value: by `names`, the others with a prefix."""
+
+    def renamed(name: str) -> str:
+        return name and names.get(name, prefix + name)
+
+    for node in graph.node:
+        node.input[:] = [renamed(name) for name in node.input]
+        node.output[:] = [renamed(name) for name in node.output]
+        node.name = prefix + node.name if node.name else ""
+    for tensor in graph.initializer:
+        tensor.name = renamed(tensor.name)
