@@ -16,7 +16,7 @@ from test_report import with_scorer
 import dash_onnx
 from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main
-from dash_onnx.exporters.fused import BUDGET, DATA, MODEL, PATH
+from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
@@ -37,18 +37,24 @@ def model(bundle: Path) -> Model:
     return dash_onnx.load(bundle)
 
 
+@pytest.fixture(scope="module", params=CLIENTS)
+def client_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def fused(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Alone in another place: nothing of the bundle may be needed."""
+def fused(bundle: Path, client_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copied alone to another place: nothing else may be needed."""
     out = tmp_path_factory.mktemp("fused") / "graph"
-    assert TOOL.run(bundle, out) == 0
-    return out
+    assert TOOL.run(bundle, out, "--for", client_name) == 0
+    return Path(shutil.move(out, tmp_path_factory.mktemp("elsewhere") / "moved"))
 
 
 class Client:
     """What optimum or transformers.js do: K/V that grow by concatenation."""
 
     def __init__(self, folder: Path, manifest: Manifest):
+        self.facts = json.loads((folder / FACTS).read_text())
         options = onnxruntime.SessionOptions()
         options.use_per_session_threads = False  # the tests' process has our pool
         self.session = onnxruntime.InferenceSession(
@@ -56,6 +62,7 @@ class Client:
         )
         facts = manifest.model
         empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_dim), np.float32)
+        self.inputs = {value.name for value in self.session.get_inputs()}
         self.names = [o.name for o in self.session.get_outputs()]
         self.past = {
             name.replace("present", "past_key_values"): empty
@@ -64,17 +71,23 @@ class Client:
         }
         self.length = 0
 
-    def __call__(self, ids: list[int], **extra: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    def __call__(self, ids: list[int], **extra: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        positions = np.arange(self.length, self.length + len(ids))[None]
         self.length += len(ids)
         feeds = {
             "input_ids": np.array([ids], np.int64),
             "attention_mask": np.ones((1, self.length), np.int64),
         }
+        if "position_ids" in self.inputs:
+            feeds["position_ids"] = positions
+        if BUDGET in self.inputs:
+            feeds[BUDGET] = np.array([self.facts["budgets"]["default"]], np.float32)
         found = dict(
             zip(self.names, self.session.run(None, {**feeds, **self.past, **extra}), strict=True)
         )
         self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
-        return found["logits"][0], found[PATH].tolist() if PATH in found else []
+        path = found[PATH].tolist() if PATH in found else []
+        return found["logits"][0], [self.facts["actions"][index] for index in path]
 
 
 def price_at(model: Model, budget: float) -> float:
@@ -93,17 +106,21 @@ def test_decisions_and_logits_are_those_of_the_runtime(
     ours = lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, "int8"))
     theirs, path = client(PROMPT, **extra)
     np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
-    actions = model.manifest.actions
-    assert {actions[index] for index in path} == {"int8"}
+    assert set(path) == {"int8"}
     paths = set()
     for token in range(100, 140):
         ours, decided = lane.decode_scored(token, price_at(model, chosen), "int8")
         theirs, path = client([token], **extra)
-        named = [actions[index] for index in path]
-        assert named == list(decided)
+        assert path == list(decided)
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
-        paths.add(tuple(named))
+        paths.add(tuple(path))
     assert len(paths) > 1 or budget is not None
+
+
+def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:
+    client = Client(fused, model.manifest)
+    client(PROMPT)
+    assert set(client([100], **{BUDGET: np.array([0.99], np.float32)})[1]) == {"int8"}
 
 
 def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: Path) -> None:
@@ -131,10 +148,34 @@ def test_several_tokens_after_a_prompt_run_at_the_precision_of_prompts(
         np.testing.assert_allclose(client(part)[0][-1], ours, atol=2e-4)
 
 
-def test_the_folder_is_complete_and_its_graph_valid(fused: Path, bundle: Path) -> None:
+def test_the_folder_is_complete_and_its_graph_valid(fused: Path, client_name: str) -> None:
     onnx.checker.check_model(fused / MODEL, full_check=False)
-    names = {path.name for path in fused.iterdir()}
-    assert {MODEL, DATA, "genai_config.json", "tokenizer.json"} <= names
+    wanted = {MODEL, DATA, FACTS, "tokenizer.json", "tokenizer_config.json", "config.json"}
+    wanted |= {"generation_config.json", "chat_template.jinja"}
+    if CLIENTS[client_name].genai_files:
+        wanted |= {"genai_config.json", *map(adapter, ("quality", "balanced", "fast"))}
+    assert {path.name for path in fused.iterdir()} == wanted
+
+
+def test_the_inputs_are_those_of_the_client(fused: Path, model: Model, client_name: str) -> None:
+    facts, inputs = CLIENTS[client_name], Client(fused, model.manifest).inputs
+    assert ("position_ids" in inputs) == facts.position_ids
+    assert (BUDGET in inputs) == facts.feeds_budget
+
+
+def test_weights_of_branches_lie_where_the_client_finds_them(fused: Path, client_name: str) -> None:
+    graph = onnx.load(fused / MODEL, load_external_data=False).graph
+    branches = [
+        attribute.g for node in graph.node if node.op_type == "If" for attribute in node.attribute
+    ]
+    external = onnx.TensorProto.EXTERNAL
+    found = any(t.data_location == external for g in branches for t in g.initializer)
+    assert found == CLIENTS[client_name].data_in_branches
+
+
+def test_genai_is_told_the_names_of_the_graph(bundle: Path, tmp_path: Path) -> None:
+    fused = tmp_path / "graph"
+    assert TOOL.run(bundle, fused) == 0
     config = json.loads((fused / "genai_config.json").read_text())
     facts = Bundle(bundle).manifest.model
     assert config["model"]["decoder"]["num_hidden_layers"] == facts.num_layers

@@ -11,7 +11,7 @@ import pytest
 
 import dash_onnx
 from dash_onnx.bundle import Bundle
-from dash_onnx.exporters.fused import fuse
+from dash_onnx.exporters.fused import FuseOptions, fuse
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "build/demo/bundle"
@@ -37,7 +37,7 @@ def policy(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def fused(policy: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fused") / policy
-    fuse(Bundle(TRAINED), folder, policy, overwrite=False)
+    fuse(Bundle(TRAINED), folder, FuseOptions("genai", policy), overwrite=False)
     return folder
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from dash_onnx.cli.common import Parser, run
 from dash_onnx.cli.export import prepare_export
 
+_CLIENTS = ("genai", "optimum", "web")
 _EXAMPLES = """\
   dash-fuse out/                                # out/fused/, the trained policy
   dash-fuse out/ phone/ --budget fast
+  dash-fuse out/ page/model --for web           # onnxruntime-web, onnxruntime-node
   dash-fuse out/ phone/ --policy static:int8,int4*28,int8"""
 
 
@@ -25,6 +27,14 @@ def _parser() -> Parser:
     parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
     parser.add_argument(
         "dest", metavar="DEST", type=Path, nargs="?", help="folder (default: OUT/fused)"
+    )
+    parser.add_argument(
+        "--for",
+        dest="client",
+        choices=_CLIENTS,
+        default=_CLIENTS[0],
+        help="what runs it: ONNX Runtime GenAI and lm-eval, optimum, or onnxruntime-web and "
+        "onnxruntime-node (default: %(default)s)",
     )
     parser.add_argument(
         "--policy",
@@ -51,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
 def _fuse(arguments: argparse.Namespace) -> None:
     prepare_export()
     from dash_onnx.bundle import Bundle
-    from dash_onnx.exporters.fused import DATA, MODEL, fuse
+    from dash_onnx.exporters.fused import DATA, FOLDER, MODEL, FuseOptions, fuse
 
-    out = arguments.dest or arguments.bundle / "fused"
-    bundle = Bundle(arguments.bundle)
-    fuse(bundle, out, arguments.policy, arguments.budget, overwrite=arguments.overwrite)
+    out = arguments.dest or arguments.bundle / FOLDER
+    options = FuseOptions(arguments.client, arguments.policy, arguments.budget)
+    fuse(Bundle(arguments.bundle), out, options, overwrite=arguments.overwrite)
     size = sum((out / name).stat().st_size for name in (MODEL, DATA))
     if arguments.json:
         print(json.dumps({"folder": str(out), "bytes": size}))

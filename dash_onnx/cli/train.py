@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, run
 from dash_onnx.cli.export import prepare_export
+from dash_onnx.errors import DashError
 from dash_onnx.records import to_json
 
 if TYPE_CHECKING:
@@ -37,12 +39,21 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         prepare_export()
+        from dash_onnx.bundle import Bundle
+        from dash_onnx.exporters.fused import FOLDER, options_of, renew
         from dash_onnx.exporters.train.train import TrainOptions, train
 
+        fused = options_of(arguments.bundle / FOLDER)
         calibration = tuple(arguments.calibration)
         options = TrainOptions(arguments.effort, calibration, arguments.seed)
         facts = train(arguments.bundle, options).scorer
         assert facts is not None
+        if fused is not None:
+            try:
+                renew(Bundle(arguments.bundle), fused)
+            except DashError as error:  # such as a budget that the new policy cannot hold
+                where = arguments.bundle / FOLDER
+                print(f"dash-train: {where} held the old policy: removed; {error}", file=sys.stderr)
         print(json.dumps(to_json(facts)) if arguments.json else table(facts))
 
     return run("dash-train", body)

@@ -5,7 +5,22 @@ its K/V with GroupQueryAttention as the others do, so that clients may share pas
 buffers or not. Decoding decides per token; a prompt runs at one precision.
 """
 
-from dash_onnx.exporters.fused.folder import fuse
-from dash_onnx.exporters.fused.names import BUDGET, DATA, MODEL, PATH
+from dash_onnx.exporters.fused.clients import CLIENTS
+from dash_onnx.exporters.fused.facts import FuseOptions
+from dash_onnx.exporters.fused.folder import fuse, options_of, renew
+from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, FOLDER, MODEL, PATH, adapter
 
-__all__ = ["BUDGET", "DATA", "MODEL", "PATH", "fuse"]
+__all__ = [
+    "BUDGET",
+    "CLIENTS",
+    "DATA",
+    "FACTS",
+    "FOLDER",
+    "MODEL",
+    "PATH",
+    "FuseOptions",
+    "adapter",
+    "fuse",
+    "options_of",
+    "renew",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from onnx import numpy_helper
 
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import scorer_facts
@@ -35,11 +34,10 @@ class Decisions:
         self._segments = facts.segments(manifest.model.num_layers)
         self._longest = facts.longest(manifest.model.num_layers)
 
-    def prices(self, default: float) -> None:
+    def prices(self) -> None:
         """From the budget to the price, as the policy table has it, and to every penalty."""
         f, facts = self._fusion, scorer_facts(self._manifest)
         costs = self._manifest.costs.in_units(self._actions)
-        f.initializers.append(numpy_helper.from_array(np.array([default], np.float32), BUDGET))
         budgets = np.array([point.budget for point in facts.points], np.float32)
         logs = np.log(np.array([point.price for point in facts.points], np.float32))
         # Between rows the log price is linear: the sum of what each interval adds.
@@ -58,6 +56,7 @@ class Decisions:
         for number, (start, stop) in enumerate(self._segments):
             rows = np.zeros((self._longest, len(self._actions)), np.float32)
             rows[: stop - start] = costs[start:stop]
+            rows[:, : self._actions.index(self.branches[0])] = _NEVER
             if start == 0 and SKIP in self._actions:
                 rows[0, self._actions.index(SKIP)] = _NEVER
             name = f.constant(f"costs.{number}", rows.reshape(1, -1))

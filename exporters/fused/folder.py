@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 
-from dash_onnx.budget import Budget
 from dash_onnx.bundle import Bundle, writing
-from dash_onnx.errors import UnsupportedError
+from dash_onnx.errors import BundleError, UnsupportedError
+from dash_onnx.exporters.fused.clients import CLIENTS
+from dash_onnx.exporters.fused.facts import FusedFacts, FuseOptions
 from dash_onnx.exporters.fused.fusion import Fusion
 from dash_onnx.exporters.fused.genai import genai_config
-from dash_onnx.exporters.fused.names import DATA, MODEL
+from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, FOLDER, MODEL, adapter
 from dash_onnx.policy import ScoredPolicy, StaticPolicy, make_policy
+from dash_onnx.records import RecordError, from_json, to_json
 
 _TEXT_FILES = (
     "tokenizer.json",
@@ -25,40 +30,67 @@ _TEXT_FILES = (
 )
 
 
-def fuse(
-    bundle: Bundle, out: Path, policy: str = "", budget: Budget | None = None, *, overwrite: bool
-) -> None:
-    """Writes a folder that ONNX Runtime GenAI loads as it is.
+def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) -> None:
+    """Writes a folder that one kind of client loads as it is.
 
     Args:
         bundle: exported for the CPU.
         out: written to a temporary sibling and renamed at the end.
-        policy: `dash`, or one with the same path for every token; see `make_policy`.
-        budget: of `dash`: the default of the graph's own input.
+        options: the client, the policy and its budget.
         overwrite: replace an existing fused folder.
 
     Raises:
         DashError: the policy cannot be fused, or `out` must not be written.
     """
-    manifest = bundle.manifest
+    manifest, client = bundle.manifest, CLIENTS[options.client]
     if manifest.target.device != "cpu":
         raise UnsupportedError(
             f"this bundle is for {manifest.target.device}; fused graphs are built for the CPU: "
             "export again with --device cpu"
         )
-    chosen = make_policy(policy, manifest, budget)
-    if isinstance(chosen, ScoredPolicy):
-        fixed, default = None, chosen.budget
-    elif isinstance(chosen, StaticPolicy):
-        fixed, default = chosen.uniform, 0.0
-    else:
-        raise UnsupportedError(f"policy {chosen.name!r} has no graph; fuse dash or a static one")
+    policy = make_policy(options.policy, manifest, options.budget)
+    if not isinstance(policy, ScoredPolicy | StaticPolicy):
+        raise UnsupportedError(f"policy {policy.name!r} has no graph; fuse dash or a static one")
+    facts = FusedFacts.of(options, policy, manifest)
     with writing(out, overwrite=overwrite, marker=MODEL) as folder:
         with (folder / DATA).open("wb") as data:
-            model = Fusion(bundle, data, chosen.head, fixed, default).build()
+            model = Fusion(bundle, data, client, policy.head, facts).build()
         onnx.save(model, folder / MODEL)
         onnx.checker.check_model(folder / MODEL)
         for name in _TEXT_FILES:
             if name in bundle:
                 shutil.copy(bundle.verified(name), folder / name)
-        (folder / "genai_config.json").write_text(genai_config(bundle), "utf-8")
+        if client.genai_files:
+            (folder / "genai_config.json").write_text(genai_config(bundle, client), "utf-8")
+            for preset, budget in facts.budgets.presets.items() if facts.budgets else ():
+                _write_adapter(folder / adapter(preset), budget)
+        (folder / FACTS).write_text(json.dumps(to_json(facts), indent=2) + "\n", "utf-8")
+
+
+def renew(bundle: Bundle, before: FuseOptions) -> None:
+    """Fuses a bundle's own folder again, as it was asked for."""
+    fuse(bundle, bundle.folder / FOLDER, before, overwrite=True)
+
+
+def options_of(folder: Path) -> FuseOptions | None:
+    """How a fused folder was asked for; None where there is none.
+
+    Raises:
+        BundleError: its facts cannot be read.
+    """
+    if not (folder / MODEL).is_file():
+        return None
+    try:
+        return from_json(FusedFacts, json.loads((folder / FACTS).read_text("utf-8"))).options
+    except (OSError, ValueError, RecordError):
+        raise BundleError(f"{folder / FACTS} cannot be read; run dash-fuse --overwrite") from None
+
+
+def _write_adapter(path: Path, budget: float) -> None:
+    """GenAI feeds inputs that have a default from adapters only."""
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([budget], np.float32))
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters({BUDGET: value})
+    file.export_adapter(str(path))

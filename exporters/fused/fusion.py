@@ -14,7 +14,9 @@ from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import scorer_facts
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
+from dash_onnx.exporters.fused.facts import FusedFacts
 from dash_onnx.exporters.fused.names import BUDGET, DATA, PATH
 from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
 from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
@@ -31,16 +33,16 @@ class Fusion:
 
     Attributes:
         data: the file of large weights, written front to back.
+        client: what the graph is for.
         head: precision of the LM head.
-        fixed: the path of every token, or None where the scorer decides.
-        default: budget of the scorer.
+        facts: the path of every token, or the budgets of the scorer.
     """
 
     bundle: Bundle
     data: BinaryIO
+    client: Client
     head: Action
-    fixed: tuple[Action, ...] | None
-    default: float
+    facts: FusedFacts
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
 
@@ -50,9 +52,13 @@ class Fusion:
         facts = manifest.model
         self._positions(manifest)
         self._inline(EMBED_PATH, "embed", {"input_ids": "input_ids", "hidden": "hidden.0"})
-        decisions = None if self.fixed else Decisions(self, manifest)
-        if decisions:
-            decisions.prices(self.default)
+        decisions = None
+        if self.facts.budgets:
+            decisions = Decisions(self, manifest)
+            decisions.prices()
+            if not self.client.feeds_budget:
+                default = np.array([self.facts.budgets.default], np.float32)
+                self.initializers.append(numpy_helper.from_array(default, BUDGET))
         for layer in range(facts.num_layers):
             if decisions:
                 decisions.look(layer)
@@ -63,6 +69,8 @@ class Fusion:
             _info("input_ids", TensorProto.INT64, [1, "sequence_length"]),
             _info("attention_mask", TensorProto.INT64, [1, "total_sequence_length"]),
         ]
+        if self.client.position_ids:
+            inputs.append(_info("position_ids", TensorProto.INT64, [1, "sequence_length"]))
         outputs = [_info("logits", TensorProto.FLOAT, [1, "sequence_length", facts.vocab_size])]
         for layer in range(facts.num_layers):
             for kind in ("key", "value"):
@@ -109,7 +117,7 @@ class Fusion:
 
     def _layer(self, layer: int, decisions: Decisions | None) -> None:
         outputs = [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
-        actions = [self.fixed[layer]] if self.fixed else []
+        actions = [self.facts.path[layer]] if self.facts.path else []
         if decisions:
             actions = [action for action in decisions.branches if layer or action != SKIP]
         if len(actions) == 1:
@@ -159,7 +167,10 @@ class Fusion:
         graph = helper.make_graph(
             model.graph.node, f"layer_{layer}_{action}", [], _outputs(outputs)
         )
-        graph.initializer.extend(model.graph.initializer)
+        for tensor in model.graph.initializer:
+            external = tensor.data_location == TensorProto.EXTERNAL
+            outside = external and not self.client.data_in_branches
+            (self.initializers if outside else graph.initializer).append(tensor)
         return graph
 
     def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 from dash_onnx.bundle import Bundle
+from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.names import MODEL
 
 
-def genai_config(bundle: Bundle) -> str:
+def genai_config(bundle: Bundle, client: Client) -> str:
     """The configuration that ONNX Runtime GenAI reads beside the graph."""
     facts = bundle.manifest.model
     stored = json.loads(bundle.verified("generation_config.json").read_text("utf-8"))
@@ -47,7 +48,7 @@ def genai_config(bundle: Bundle) -> str:
         "max_length": facts.max_length,
         "min_length": 0,
         "num_beams": 1,
-        "past_present_share_buffer": True,
+        "past_present_share_buffer": client.shares_kv,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 50,

@@ -14,7 +14,8 @@ _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     """Lets GroupQueryAttention write the K/V of a skip graph, as it does in the other graphs.
 
-    Its output, the attention of the keys to themselves, is not used.
+    TensorScatter, which the skip graph has, needs a buffer of full length; GroupQueryAttention
+    also grows one. Its output, the attention of the keys to themselves, is not used.
     """
     made = {name: node for node in graph.node for name in node.output}
 

@@ -21,6 +21,7 @@ from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import presets, reference_ms
 from dash_onnx.bundle import Bundle, file_facts, writing
 from dash_onnx.contract import data_name, layer_path
+from dash_onnx.exporters.fused import FOLDER
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train import static, table
 from dash_onnx.exporters.train.checkpoint import Checkpoint
@@ -116,7 +117,9 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
     run.regress()
     run.improve()
     with writing(bundle.folder, overwrite=True) as trained:
-        shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True)
+        # A fused graph of the old policy must not outlive it.
+        old = shutil.ignore_patterns(FOLDER)
+        shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
         manifest = run.describe(trained, started)
         (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     run.checkpoint.remove()

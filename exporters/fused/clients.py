@@ -1,0 +1,40 @@
+"""What differs between the programs that run a fused folder; every fact was found by running them.
+
+No operator is missing in any of them: `examples/node/operators.mjs` runs each in onnxruntime-node
+and in onnxruntime-web.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Client:
+    """One kind of program.
+
+    Attributes:
+        programs: what it stands for.
+        position_ids: declared as an input. It is not read: positions follow from the mask.
+        feeds_budget: lists every input and feeds it, so the budget has no default in the graph.
+            The others list required inputs only, and take the default or an adapter's budget.
+        shares_kv: past and present are one buffer; otherwise they grow by concatenation.
+        genai_files: reads GenAI's configuration, and adapters that set a budget.
+        data_in_branches: finds external data of tensors that lie inside an `If`'s branch.
+    """
+
+    programs: str
+    position_ids: bool = False
+    feeds_budget: bool = False
+    shares_kv: bool = False
+    genai_files: bool = False
+    data_in_branches: bool = True
+
+
+CLIENTS = {
+    "genai": Client(
+        "ONNX Runtime GenAI in any language, lm-eval", shares_kv=True, genai_files=True
+    ),
+    "optimum": Client("optimum's ORTModelForCausalLM", position_ids=True),
+    "web": Client("onnxruntime-web, onnxruntime-node", feeds_budget=True, data_in_branches=False),
+}

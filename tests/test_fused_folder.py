@@ -1,0 +1,121 @@
+"""The fused folder: whole or not there, and never older than the policy of its bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from cli_tool import Capture, Tool
+from test_report import with_scorer
+
+from dash_onnx.bundle import Bundle
+from dash_onnx.cli.fuse import main as fuse_main
+from dash_onnx.cli.train import main as train_main
+from dash_onnx.exporters.fused import DATA, FACTS, FOLDER, MODEL
+from dash_onnx.exporters.train import text as training_text
+from dash_onnx.exporters.train import train as module
+from dash_onnx.exporters.train.train import Effort
+
+FUSE, TRAIN = Tool("dash-fuse", fuse_main), Tool("dash-train", train_main)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "alone" / "out")))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least training there is."""
+    effort = Effort(sequences=8, held_out=4, batches=1, steps=1, tried=1)
+    monkeypatch.setitem(module.EFFORTS, "quick", effort)
+    monkeypatch.setattr(training_text, "LENGTH", 48)
+    monkeypatch.setattr(module, "PROMPT_TOKENS", 16)
+
+
+def session(folder: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False  # the tests' process has our pool
+    return onnxruntime.InferenceSession(folder / MODEL, options)
+
+
+# Damage is told by the client
+
+
+def test_a_missing_data_file_is_the_clients_own_error(bundle: Path) -> None:
+    assert FUSE.run(bundle) == 0
+    (bundle / FOLDER / DATA).unlink()
+    with pytest.raises(Exception, match=DATA):
+        session(bundle / FOLDER)
+
+
+def test_a_truncated_data_file_is_the_clients_own_error(bundle: Path) -> None:
+    assert FUSE.run(bundle) == 0
+    data = bundle / FOLDER / DATA
+    with data.open("rb+") as file:
+        file.truncate(data.stat().st_size // 2)
+    with pytest.raises(Exception, match=r"out of bounds|exceed|invalid|size"):
+        session(bundle / FOLDER)
+
+
+# All or nothing
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_killed_dash_fuse_leaves_no_folder(bundle: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "fused"
+    kill = f"lambda *_: os.kill(os.getpid(), signal.{name})"
+    code = (
+        "import os, signal, sys, onnx\n"
+        f"onnx.checker.check_model = {kill}\n"  # the graph and its data are written by then
+        "from dash_onnx.cli.fuse import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(bundle), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == (130 if name == "SIGTERM" else -9), result.stderr
+    assert not out.exists()
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".fused")]
+    assert len(left) == (0 if name == "SIGTERM" else 1)  # nobody can tidy up after SIGKILL
+
+
+# Training
+
+
+def test_training_renews_the_fused_folder_as_it_was_asked_for(
+    bundle: Path, night: Path, quick: None, capsys: Capture
+) -> None:
+    assert FUSE.run(bundle, "--for", "web", "--budget", "fast") == 0
+    before = (bundle / FOLDER / MODEL).read_bytes()
+    assert TRAIN.run(bundle, "--calibration", night) == 0
+    facts = json.loads((bundle / FOLDER / FACTS).read_text())
+    assert facts["options"] == {"client": "web", "policy": "", "budget": "fast"}
+    scorer = Bundle(bundle).manifest.scorer
+    assert scorer is not None
+    assert facts["budgets"]["presets"] == scorer.presets
+    assert facts["budgets"]["default"] == scorer.presets["fast"]
+    assert (bundle / FOLDER / MODEL).read_bytes() != before
+
+
+def test_a_fused_folder_that_cannot_be_renewed_is_removed_and_named(
+    bundle: Path, night: Path, quick: None, capsys: Capture
+) -> None:
+    assert FUSE.run(bundle, "--budget", "0.25") == 0
+    facts = bundle / FOLDER / FACTS
+    facts.write_text(facts.read_text().replace('"0.25"', '"0.0001"'))  # no new policy holds it
+    capsys.readouterr()
+    assert TRAIN.run(bundle, "--calibration", night) == 0
+    assert "held the old policy: removed; budget 0.0001 is outside" in capsys.readouterr().err
+    assert not (bundle / FOLDER).exists()
+
+
+def test_unreadable_facts_are_told_before_training(bundle: Path, capsys: Capture) -> None:
+    assert FUSE.run(bundle) == 0
+    (bundle / FOLDER / FACTS).write_text("{}")
+    capsys.readouterr()
+    assert "run dash-fuse --overwrite" in TRAIN.refused(capsys, bundle)
