@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 BUNDLE := build/demo/bundle
 
-.PHONY: demo test test-slow check demo-model bench wheel clean
+.PHONY: demo test test-slow check demo-model bench node wheel clean
 
 demo: $(BUNDLE)/dash.json
 	$(BIN)/dash-run $(BUNDLE) --chat "What is the capital of France?"
@@ -28,6 +28,13 @@ bench: .venv/.bench $(BUNDLE)/dash.json build/peers/.built
 	$(BIN)/dash-bench $(BUNDLE) --peer genai:build/peers/int4 --peer genai:build/peers/int8 \
 		--peer genai:build/peers/fp32 --peer transformers:build/peers/hf --peer openvino:$(DEMO) \
 		--picture build/bench.png
+
+# What the JavaScript examples and their tests need beside Node itself.
+node: examples/node/node_modules/.package-lock.json examples/web/node_modules/.package-lock.json
+
+examples/%/node_modules/.package-lock.json: examples/%/package.json
+	npm install --prefix examples/$*
+	touch $@
 
 wheel: .venv/.dev
 	$(BIN)/python -m build --outdir build/dist

@@ -21,16 +21,14 @@ class Decisions:
     """The scorer inside the graph.
 
     Attributes:
-        branches: the actions that have a branch, from dear to cheap. The highest precision has
-            none where INT8 stands for it: it would double the file for the dearest budgets.
+        branches: the actions that have a branch, from dear to cheap.
     """
 
-    def __init__(self, fusion: Fusion, manifest: Manifest):
+    def __init__(self, fusion: Fusion, manifest: Manifest, branches: tuple[Action, ...]):
         self._fusion, self._manifest = fusion, manifest
         facts = scorer_facts(manifest)
         self._actions = facts.actions
-        drop = facts.actions[:2] == ("full", "int8")
-        self.branches = list(facts.actions[drop:])
+        self.branches = branches
         self._segments = facts.segments(manifest.model.num_layers)
         self._longest = facts.longest(manifest.model.num_layers)
 

@@ -48,24 +48,33 @@ class FusedFacts:
     Attributes:
         options: how the folder was asked for.
         model: name of the source model.
+        context: most tokens of prompt and answer.
         actions: what the indices in `dash_path` mean.
+        runs: those that the graph can run, from dear to cheap. The highest precision has no
+            branch where INT8 stands for it: it would double the file for the dearest budgets.
         path: of every token where the policy is fixed; such a graph has no `dash_path`.
         budgets: where the scorer decides; None where the policy is fixed.
     """
 
     options: FuseOptions
     model: str
+    context: int
     actions: tuple[Action, ...]
+    runs: tuple[Action, ...]
     path: tuple[Action, ...] | None
     budgets: Budgets | None
 
     @classmethod
     def of(cls, options: FuseOptions, policy: Policy, manifest: Manifest) -> FusedFacts:
         """The facts of a policy in a bundle."""
-        name, scorer = manifest.model.name, manifest.scorer
+        scorer = manifest.scorer
+        model = manifest.model.name, manifest.model.max_length
         if not isinstance(policy, ScoredPolicy):
-            return cls(options, name, manifest.actions, policy.uniform, None)
+            path = policy.uniform or ()
+            runs = tuple(action for action in manifest.actions if action in path)
+            return cls(options, *model, manifest.actions, runs, path, None)
         assert scorer is not None
         ends = scorer.points[0].budget, scorer.points[-1].budget
         budgets = Budgets(policy.budget, *ends, scorer.presets)
-        return cls(options, name, scorer.actions, None, budgets)
+        runs = scorer.actions[scorer.actions[:2] == ("full", "int8") :]
+        return cls(options, *model, scorer.actions, runs, None, budgets)

@@ -1,0 +1,44 @@
+// The fused graph in Node, which knows nothing of layer skipping but the budget it passes on.
+//
+//   dash-fuse out/ out/fused --for web && npm install --prefix examples/node
+//   node examples/node/generate.mjs out/fused "What is the capital of France?" --budget 0.2
+
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { parseArgs } from "node:util";
+import { Template } from "@huggingface/jinja";
+import { Tokenizer } from "@huggingface/tokenizers";
+import ort from "onnxruntime-node";
+import { Fused, Text } from "../web/fused.mjs";
+
+const { positionals, values } = parseArgs({
+  allowPositionals: true,
+  options: {
+    budget: { type: "string" }, // fraction of the full time per token, or a preset
+    tokens: { type: "string", default: "256" }, // the most that are generated
+    json: { type: "boolean", default: false }, // ids and paths instead of text
+  },
+});
+const [folder, question = "Hello!"] = positionals;
+const read = (name) => readFile(join(folder, name), "utf8");
+
+const text = await Text.open({ Tokenizer, Template }, read);
+const facts = JSON.parse(await read("dash_fused.json"));
+const session = await ort.InferenceSession.create(join(folder, "model.onnx"));
+const model = new Fused(ort, session, facts);
+const budget = facts.budgets?.presets[values.budget] ?? values.budget;
+const options = {
+  eos: text.eos,
+  limit: Number(values.tokens),
+  budget: () => budget && Number(budget),
+};
+const prompt = text.encode([{ role: "user", content: question }]);
+const add = text.decoder();
+const tokens = [];
+const paths = [];
+for await (const { token, path } of model.generate(prompt, options)) {
+  tokens.push(token);
+  paths.push(path);
+  if (!values.json) process.stdout.write(add(token));
+}
+console.log(values.json ? JSON.stringify({ prompt, tokens, paths }) : "");

@@ -1,0 +1,92 @@
+"""The Node example finds the tokens and takes the decisions that Python finds and takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from node import example
+from test_fused import Client
+from test_report import with_scorer
+
+import dash_onnx
+from dash_onnx.bundle import Bundle
+from dash_onnx.exporters.fused import BUDGET, FuseOptions, fuse
+from dash_onnx.text import TextCodec
+
+QUESTION = "the keeper counts 12 ships"
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("node") / "out")
+    return Bundle(with_scorer(Path(folder)))
+
+
+def fused(bundle: Bundle, policy: str) -> Path:
+    folder = bundle.folder.parent / policy
+    if not folder.exists():
+        fuse(bundle, folder, FuseOptions("web", policy), overwrite=False)
+    return folder
+
+
+def node(folder: Path, *arguments: str) -> str:
+    command = ["node", str(example("node") / "generate.mjs"), str(folder), QUESTION, *arguments]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def python(
+    bundle: Bundle, folder: Path, budget: float | None, tokens: int = TOKENS
+) -> dict[str, Any]:
+    """Greedy, on the same graph."""
+    text = TextCodec(bundle)
+    client = Client(folder, bundle.manifest)
+    extra = {} if budget is None else {BUDGET: np.array([budget], np.float32)}
+    prompt = text.encode_chat([{"role": "user", "content": QUESTION}]).tolist()
+    found: dict[str, Any] = {"prompt": prompt, "tokens": [], "paths": []}
+    ids = prompt
+    for _ in range(tokens):
+        logits, path = client(ids, **extra)
+        token = int(logits[-1].argmax())
+        if token in text.eos_token_ids:
+            break
+        found["tokens"].append(token)
+        found["paths"].append(path or client.facts["path"])
+        ids = [token]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget"), [("dash", None), ("dash", 0.35), ("dash", 0.6), ("int4", None)]
+)
+def test_tokens_and_paths_are_those_of_python(
+    bundle: Bundle, policy: str, budget: float | None
+) -> None:
+    folder = fused(bundle, policy)
+    given = [] if budget is None else ["--budget", str(budget)]
+    found = json.loads(node(folder, "--json", "--tokens", str(TOKENS), *given))
+    assert found == python(bundle, folder, budget)
+    assert len(found["tokens"]) > 4
+
+
+def test_the_text_is_that_of_the_tokens(bundle: Bundle) -> None:
+    folder = fused(bundle, "int8")
+    tokens = python(bundle, folder, None)["tokens"]
+    text = dash_onnx.load(bundle.folder).text.decode(tokens)
+    shown = node(folder, "--tokens", str(TOKENS)).removesuffix("\n")
+    assert text.rstrip("\ufffd").startswith(shown) and shown
+
+
+def test_a_preset_is_a_budget(bundle: Bundle) -> None:
+    folder = fused(bundle, "dash")
+    presets = json.loads((folder / "dash_fused.json").read_text())["budgets"]["presets"]
+    by_name = node(folder, "--json", "--budget", "fast", "--tokens", "8")
+    assert by_name == node(folder, "--json", "--budget", str(presets["fast"]), "--tokens", "8")
