@@ -7,7 +7,6 @@ from onnx import helper
 
 from dash_onnx.manifest import Manifest
 
-
 _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 
 
