@@ -35,7 +35,7 @@ from dash_onnx.manifest import (
     Manifest,
     Target,
 )
-from dash_onnx.runtime.machine import peak_rss_bytes
+from dash_onnx.runtime.machine import peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import Device, has_device, onnxruntime
 from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions
@@ -115,7 +115,9 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
         for index in tqdm(range(run.spec.facts.num_layers), desc="layers", disable=None):
             hidden, facts = run.layer(folder, index, hidden)
             layers.append(facts)
+            release_memory()
         heads = run.heads(folder, hidden)
+        del hidden
         _write_text_files(folder, source)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -136,6 +138,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
             files=list_files(folder),
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
+        release_memory()
         manifest = replace(manifest, costs=profile(Sessions(Bundle(folder), run.runner.device)))
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest

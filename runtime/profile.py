@@ -16,7 +16,7 @@ from dash_onnx.actions import SKIP, Action
 from dash_onnx.contract import head_path, layer_path
 from dash_onnx.manifest import Costs, Manifest
 from dash_onnx.runtime.dispatch import Lane, Step
-from dash_onnx.runtime.machine import machine_name
+from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import thread_count
 from dash_onnx.runtime.sessions import Sessions
 
@@ -151,7 +151,8 @@ def _time(
             times.heads[head].append(rest.pop())
         for (layer, action), ms in zip(steps, rest, strict=True):
             times.layers[layer].setdefault(action, []).append(ms)
-    sessions.forget()
+    del lane
+    _forget(sessions)
 
 
 def _scorer_ms(sessions: Sessions) -> float:
@@ -170,8 +171,14 @@ def _scorer_ms(sessions: Sessions) -> float:
             others.max(initial=0)
             times.append(lane.time_scorer(0, steps))
         total += _median(times[_WARM_UP:])
-        sessions.forget()
+        del lane
+        _forget(sessions)
     return round(total, 5)
+
+
+def _forget(sessions: Sessions) -> None:
+    sessions.forget()
+    release_memory()  # a lane and its spans refer to each other, and to sessions
 
 
 def _others(window: _Window) -> npt.NDArray[np.uint64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def peak_rss_bytes(source: Path, out: Path, text: Path) -> int:
         check=True,
         capture_output=True,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads of torch and of ORT would fight
     )
     return int(json.loads(result.stdout)["export"]["peak_rss_bytes"])
 
