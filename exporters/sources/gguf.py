@@ -62,8 +62,9 @@ class GGUFWeights:
         values = np.asarray(values, np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
         if self._architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values - np.float32(1)  # stored as what it multiplies by
-        # A copy: what the reader gives may be the file itself, mapped read-only.
-        return torch.from_numpy(np.array(self._rows(name, values)))
+        values = self._rows(name, values)
+        # What was not computed is still the file itself, mapped read-only.
+        return torch.from_numpy(values if values.flags.writeable else np.array(values))
 
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
