@@ -102,7 +102,7 @@ CASES: dict[str, Case] = {
     "qwen2": Case("qwen2", "Q/K/V bias, windows in some layers", _QWEN2),
     "qwen3": Case("qwen3", "Q/K norm of each head", _QWEN3),
     "gemma2": Case("gemma2", "four norms a layer, windows in half of them, softcaps", _GEMMA2),
-    "gemma3": Case("gemma3_text", "likewise, Q/K norm, a RoPE for each kind of layer", _GEMMA3),
+    "gemma3": Case("gemma3_text", "as Gemma 2; Q/K norm, a RoPE for each kind of layer", _GEMMA3),
     "phi3": Case("phi3", "partial rotary, windows, short longrope", _PHI3),
     "phi3 long": Case("phi3", "long longrope", _LONG, 128, (100,)),
     "smollm3": Case("smollm3", "layers without RoPE", {"no_rope_layer_interval": 2}),
@@ -111,9 +111,7 @@ CASES: dict[str, Case] = {
     "stablelm": Case("stablelm", "LayerNorm, partial rotary, Q/K/V bias", _BIASED),
     "stablelm parallel": Case("stablelm", "MLP beside attention", {**_STABLELM, **_PARALLEL}),
     "stablelm odd": Case("stablelm", "any part of a head rotated", _QUARTER),
-    "gpt_neox": Case(
-        "gpt_neox", "likewise with two norms, no gate, biases", {**_NEOX, **_PARALLEL}
-    ),
+    "gpt_neox": Case("gpt_neox", "MLP beside attention, no gate, biases", {**_NEOX, **_PARALLEL}),
     "gpt_neox in turn": Case("gpt_neox", "MLP after attention", {**_NEOX, **_IN_TURN}),
 }
 
@@ -268,7 +266,7 @@ def write_text(path: Path) -> Path:
 def table() -> str:
     """The Markdown table of docs/models.md."""
     rows = [
-        "| `model_type` | beside what Llama has | full: largest difference of logits"
+        "| model_type | beside what Llama has | full: largest difference of logits"
         " | int8: relative error | K/V of a skip: relative error |",
         "|---|---|---|---|---|",
     ]

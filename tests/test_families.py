@@ -26,6 +26,7 @@ from dash_onnx.exporters.graphs import taps_of
 from dash_onnx.exporters.measure import Runner
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import open_source
+from dash_onnx.runtime import dispatch
 from dash_onnx.runtime.dispatch import Lane
 
 INT8_ERROR = 0.06
@@ -49,6 +50,12 @@ def test_full_layers_give_the_logits_of_transformers(pair: Pair) -> None:
     wanted = pair.wanted(random_ids(60))
     assert wanted.std() > 0.3  # the comparison means something
     assert pair.full_difference() < 1e-4
+
+
+def test_a_prompt_in_chunks_gives_them_too(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "PREFILL_CHUNK", 17)  # chunks begin inside and beyond windows
+    ids = random_ids(max(60, pair.case.lengths[0]))
+    np.testing.assert_allclose(pair.prefill(ids, "full"), pair.wanted(ids), atol=1e-4)
 
 
 def test_int8_layers_give_them_within_the_rounding_of_their_weights(pair: Pair) -> None:
