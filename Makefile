@@ -27,6 +27,7 @@ demo-model: $(DEMO)
 bench: .venv/.bench $(BUNDLE)/dash.json build/peers/.built
 	$(BIN)/dash-bench $(BUNDLE) --peer genai:build/peers/int4 --peer genai:build/peers/int8 \
 		--peer genai:build/peers/fp32 --peer transformers:build/peers/hf --peer openvino:$(DEMO) \
+		--peer llama.cpp:$(DEMO) \
 		--picture build/bench.png
 
 # What the JavaScript examples and their tests need beside Node itself.

@@ -2,7 +2,7 @@
 
 PEERS = {
     "genai": "onnxruntime-genai",
-    "llama.cpp": "llama-cpp-python",
+    "llama.cpp": "xllamacpp",
     "transformers": "transformers torch",
     "openvino": "openvino-genai",
 }

@@ -176,12 +176,11 @@ class Decoder:
 
     def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
         """See `Architecture`."""
-        facts, name = spec.facts, self.names.head
-        if config.tie_word_embeddings or f"{name}.weight" not in weights:
-            linear = Linear("lm_head", self.embedding(weights, spec))
-        else:
-            linear = _linear(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
-        norm = self._norm(weights, self.names.final_norm, facts.hidden_size)
+        facts, names = spec.facts, self.names
+        tied = config.tie_word_embeddings or f"{names.head}.weight" not in weights
+        name = names.embedding if tied else names.head
+        linear = _linear(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
+        norm = self._norm(weights, names.final_norm, facts.hidden_size)
         scale = self.logit_scale(config) / (spec.block.logit_softcap or 1.0)
         return Head(norm if scale == 1.0 else norm.scaled(scale), linear)
 
