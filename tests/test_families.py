@@ -21,7 +21,7 @@ from dash_onnx.errors import ContextLengthError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.export import ExportOptions, export
-from dash_onnx.exporters.fused import fuse
+from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.graphs import taps_of
 from dash_onnx.exporters.measure import Runner
 from dash_onnx.exporters.reference import streamed_model
@@ -151,8 +151,8 @@ def test_the_fused_graph_computes_what_the_runtime_computes(
     name: str, tmp_path: Path, night: Path
 ) -> None:
     pair = Pair.build(CASES[name], tmp_path, night)
-    policy = "static:int8,skip,skip"
-    fuse(Bundle(pair.bundle), tmp_path / "fused", policy, overwrite=False)
+    options = FuseOptions("optimum", "static:int8,skip,skip")
+    fuse(Bundle(pair.bundle), tmp_path / "fused", options, overwrite=False)
     client, lane = Client(tmp_path / "fused", pair.model.manifest), Lane(pair.model._sessions)
     path, ids = ("int8", "skip", "skip"), random_ids(WINDOW + 8)
     ours = lane.prefill(ids[:3], path, "int8")
