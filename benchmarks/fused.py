@@ -122,10 +122,9 @@ def compare(
 ) -> str:
     """One row of the table, and a line per difference."""
     total, paths, differences, apart = 0, 0, [], 0.0
-    prompt = facts.runs[0] if facts.budgets else None
     for question in tqdm(PROMPTS, desc=policy, disable=None):
         ids = model.text.encode_chat([{"role": "user", "content": question}]).tolist()
-        steps = list(ours(model, ids, policy, prompt, count))
+        steps = list(ours(model, ids, policy, facts.prompt, count))
         tokens = [int(logits.argmax()) for logits, _ in steps]
         found = genai.forced(ids, tokens[:-1])
         for position, ((a, path), (b, decided)) in enumerate(zip(steps, found, strict=True)):

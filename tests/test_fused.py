@@ -148,6 +148,22 @@ def test_several_tokens_after_a_prompt_run_at_the_precision_of_prompts(
         np.testing.assert_allclose(client(part)[0][-1], ours, atol=2e-4)
 
 
+def test_prompts_run_at_a_precision_of_their_own(
+    bundle: Path, model: Model, tmp_path: Path
+) -> None:
+    assert TOOL.run(bundle, tmp_path / "graph", "--prefill", "full") == 0
+    client, lane = Client(tmp_path / "graph", model.manifest), Lane(model._sessions)
+    head = model.policy("dash").head
+    ours = lane.prefill(np.array(PROMPT), ("full",) * model.manifest.model.num_layers, head)
+    theirs, path = client(PROMPT)
+    np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
+    assert set(path) == {"full"}
+    wanted, decided = lane.decode_scored(100, model.policy("dash").price, head)  # type: ignore[attr-defined]
+    theirs, path = client([100])
+    np.testing.assert_allclose(theirs[-1], wanted, atol=2e-4)
+    assert path == list(decided) and "full" not in path
+
+
 def test_the_folder_is_complete_and_its_graph_valid(fused: Path, client_name: str) -> None:
     onnx.checker.check_model(fused / MODEL, full_check=False)
     wanted = {MODEL, DATA, FACTS, "tokenizer.json", "tokenizer_config.json", "config.json"}
@@ -227,6 +243,7 @@ def test_an_existing_folder_needs_overwrite_and_survives_a_failure(
         (("--policy", "int3"), "unknown policy"),
         (("--budget", "7"), "outside 0..1"),
         (("--budget", "lots"), "neither a number nor a preset"),
+        (("--policy", "int8", "--prefill", "full"), "takes no prefill"),
     ],
 )
 def test_misuse_is_one_line(

@@ -94,7 +94,8 @@ def test_training_renews_the_fused_folder_as_it_was_asked_for(
     before = (bundle / FOLDER / MODEL).read_bytes()
     assert TRAIN.run(bundle, "--calibration", night) == 0
     facts = json.loads((bundle / FOLDER / FACTS).read_text())
-    assert facts["options"] == {"client": "web", "policy": "", "budget": "fast"}
+    wanted = {"client": "web", "policy": "", "budget": "fast", "prefill": None}
+    assert facts["options"] == wanted
     scorer = Bundle(bundle).manifest.scorer
     assert scorer is not None
     assert facts["budgets"]["presets"] == scorer.presets

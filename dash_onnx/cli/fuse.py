@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from dash_onnx.actions import PRECISIONS
 from dash_onnx.cli.common import Parser, run
 from dash_onnx.cli.export import prepare_export
 
@@ -47,6 +48,12 @@ def _parser() -> Parser:
         help="default of the graph's own budget: quality, balanced, fast or a fraction "
         "(default: balanced)",
     )
+    parser.add_argument(
+        "--prefill",
+        choices=PRECISIONS,
+        help="precision of prompts where the scorer decides (default: the highest of those that it "
+        "decides between; a higher one is one more branch in the file)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DEST")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
@@ -64,7 +71,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
     from dash_onnx.exporters.fused import DATA, FOLDER, MODEL, FuseOptions, fuse
 
     out = arguments.dest or arguments.bundle / FOLDER
-    options = FuseOptions(arguments.client, arguments.policy, arguments.budget)
+    options = FuseOptions(arguments.client, arguments.policy, arguments.budget, arguments.prefill)
     fuse(Bundle(arguments.bundle), out, options, overwrite=arguments.overwrite)
     size = sum((out / name).stat().st_size for name in (MODEL, DATA))
     if arguments.json:

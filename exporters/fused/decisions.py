@@ -12,6 +12,7 @@ from dash_onnx.exporters.fused.names import BUDGET, PATH
 from dash_onnx.manifest import Manifest
 
 if TYPE_CHECKING:
+    from dash_onnx.exporters.fused.facts import FusedFacts
     from dash_onnx.exporters.fused.fusion import Fusion
 
 _NEVER = 1e30  # cost of an action that must not be chosen
@@ -21,16 +22,19 @@ class Decisions:
     """The scorer inside the graph.
 
     Attributes:
-        branches: the actions that have a branch, from dear to cheap.
+        branches: the actions that have a branch, from dear to cheap: those that are decided
+            between, and the one of prompts.
     """
 
-    def __init__(self, fusion: Fusion, manifest: Manifest, branches: tuple[Action, ...]):
+    def __init__(self, fusion: Fusion, manifest: Manifest, facts: FusedFacts):
         self._fusion, self._manifest = fusion, manifest
-        facts = scorer_facts(manifest)
-        self._actions = facts.actions
-        self.branches = branches
-        self._segments = facts.segments(manifest.model.num_layers)
-        self._longest = facts.longest(manifest.model.num_layers)
+        scorer = scorer_facts(manifest)
+        self._actions = scorer.actions
+        assert facts.prompt is not None
+        self._prompt, self._dearest = facts.prompt, facts.runs[0]
+        self.branches = [a for a in scorer.actions if a in facts.runs or a == facts.prompt]
+        self._segments = scorer.segments(manifest.model.num_layers)
+        self._longest = scorer.longest(manifest.model.num_layers)
 
     def prices(self) -> None:
         """From the budget to the price, as the policy table has it, and to every penalty."""
@@ -54,16 +58,15 @@ class Decisions:
         for number, (start, stop) in enumerate(self._segments):
             rows = np.zeros((self._longest, len(self._actions)), np.float32)
             rows[: stop - start] = costs[start:stop]
-            rows[:, : self._actions.index(self.branches[0])] = _NEVER
+            rows[:, : self._actions.index(self._dearest)] = _NEVER
             if start == 0 and SKIP in self._actions:
                 rows[0, self._actions.index(SKIP)] = _NEVER
             name = f.constant(f"costs.{number}", rows.reshape(1, -1))
             f.node("Mul", ["price", name], [f"penalty.{number}"])
-        # A prompt of several tokens runs at the best precision that has a branch.
+        # Several tokens are a prompt, which runs at one precision.
         f.node("Shape", ["input_ids"], ["length"], start=1, end=2)
         f.node("Equal", ["length", "one"], ["decoding"])
-        best = self._actions.index(self.branches[0])
-        f.constant("best", np.array([best], np.int64))
+        f.constant("prompt", np.array([self._actions.index(self._prompt)], np.int64))
         for action in self.branches[1:]:
             f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
         f.constant("table", np.array([-1, len(self._actions)], np.int64))
@@ -102,7 +105,7 @@ class Decisions:
         )
         f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
         f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
-        f.node("Where", ["decoding", f"argmin.{number}", "best"], [f"decided_all.{number}"])
+        f.node("Where", ["decoding", f"argmin.{number}", "prompt"], [f"decided_all.{number}"])
         names = [f"decided.{layer}" for layer in range(start, stop)]
         names += [f"unused.{number}.{at}" for at in range(self._longest - (stop - start))]
         f.node("Split", [f"decided_all.{number}"], names, num_outputs=self._longest)

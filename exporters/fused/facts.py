@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dash_onnx.actions import Action
+from dash_onnx.actions import Action, check_action
+from dash_onnx.errors import PolicyError
 from dash_onnx.manifest import Manifest
 from dash_onnx.policy import Policy, ScoredPolicy
 
@@ -17,11 +18,14 @@ class FuseOptions:
         client: key of `CLIENTS`.
         policy: see `make_policy`; it must be `dash` or have one path for every token.
         budget: the default of the graph's own, as given.
+        prefill: precision of a prompt where the scorer decides; None takes the highest of those
+            that it decides between. A fixed policy runs its prompts on its path.
     """
 
     client: str = "genai"
     policy: str = ""
     budget: str | None = None
+    prefill: Action | None = None
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class FusedFacts:
         model: name of the source model.
         context: most tokens of prompt and answer.
         actions: what the indices in `dash_path` mean.
-        runs: those that the graph can run, from dear to cheap. The highest precision has no
-            branch where INT8 stands for it: it would double the file for the dearest budgets.
+        runs: those that the graph decides between, from dear to cheap. The highest precision is
+            left out where INT8 stands for it: it would double the file for the dearest budgets.
+        prompt: precision of a prompt, where the scorer decides.
         path: of every token where the policy is fixed; such a graph has no `dash_path`.
         budgets: where the scorer decides; None where the policy is fixed.
     """
@@ -61,20 +66,28 @@ class FusedFacts:
     context: int
     actions: tuple[Action, ...]
     runs: tuple[Action, ...]
+    prompt: Action | None
     path: tuple[Action, ...] | None
     budgets: Budgets | None
 
     @classmethod
     def of(cls, options: FuseOptions, policy: Policy, manifest: Manifest) -> FusedFacts:
-        """The facts of a policy in a bundle."""
+        """The facts of a policy in a bundle.
+
+        Raises:
+            PolicyError: the bundle lacks the precision of prompts, or the policy takes none.
+        """
         scorer = manifest.scorer
         model = manifest.model.name, manifest.model.max_length
         if not isinstance(policy, ScoredPolicy):
+            if options.prefill is not None:
+                raise PolicyError(f"policy {policy.name!r} takes no prefill: one path for all")
             path = policy.uniform or ()
             runs = tuple(action for action in manifest.actions if action in path)
-            return cls(options, *model, manifest.actions, runs, path, None)
+            return cls(options, *model, manifest.actions, runs, None, path, None)
         assert scorer is not None
+        runs = scorer.actions[scorer.actions[:2] == ("full", "int8") :]
+        prompt = check_action(options.prefill or runs[0], manifest.variants)
         ends = scorer.points[0].budget, scorer.points[-1].budget
         budgets = Budgets(policy.budget, *ends, scorer.presets)
-        runs = scorer.actions[scorer.actions[:2] == ("full", "int8") :]
-        return cls(options, *model, scorer.actions, runs, None, budgets)
+        return cls(options, *model, scorer.actions, runs, prompt, None, budgets)

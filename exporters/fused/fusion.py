@@ -54,7 +54,7 @@ class Fusion:
         self._inline(EMBED_PATH, "embed", {"input_ids": "input_ids", "hidden": "hidden.0"})
         decisions = None
         if self.facts.budgets:
-            decisions = Decisions(self, manifest, self.facts.runs)
+            decisions = Decisions(self, manifest, self.facts)
             decisions.prices()
             if not self.client.feeds_budget:
                 default = np.array([self.facts.budgets.default], np.float32)
