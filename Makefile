@@ -14,7 +14,7 @@ demo: $(BUNDLE)/dash.json
 test: .venv/.dev $(DEMO)
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-slow: .venv/.dev $(DEMO)
+test-slow: .venv/.dev .venv/.bench $(DEMO)
 	$(BIN)/pytest -m "slow and not gpu"
 
 check: .venv/.dev
