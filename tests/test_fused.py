@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import dash_onnx
 from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main
 from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
+from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
@@ -187,6 +189,53 @@ def test_weights_of_branches_lie_where_the_client_finds_them(fused: Path, client
     external = onnx.TensorProto.EXTERNAL
     found = any(t.data_location == external for g in branches for t in g.initializer)
     assert found == CLIENTS[client_name].data_in_branches
+
+
+def test_products_are_of_the_kind_that_the_client_is_fast_at(fused: Path, client_name: str) -> None:
+    kinds = set(re.findall(rb"\bMatMul(?:NBits)?\b", (fused / MODEL).read_bytes()))
+    assert (b"MatMulNBits" in kinds) == CLIENTS[client_name].multiplies_blocks
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [64, 80, 96])  # whole blocks of 32, a part of one, an odd count
+@pytest.mark.parametrize("zeros", [False, True])
+def test_widened_products_are_those_of_blocks(bits: int, columns: int, zeros: bool) -> None:
+    rng = np.random.default_rng(0)
+    rows, blocks = 24, -(-columns // 32)
+    arrays = {
+        "values": rng.integers(0, 256, (rows, blocks, 32 * bits // 8), np.uint8),
+        "scales": rng.random(rows * blocks, np.float32),
+    }
+    if zeros:
+        packed = -(-blocks * bits // 8)
+        arrays["zeros"] = rng.integers(0, 256, (rows, packed), np.uint8).ravel()
+    product = onnx.helper.make_node(
+        "MatMulNBits", ["x", *arrays], ["y"], domain="com.microsoft", N=rows, K=columns, bits=bits,
+        block_size=32,
+    )  # fmt: skip
+    kind = onnx.TensorProto.FLOAT
+    ports = [onnx.helper.make_tensor_value_info(n, kind, [1, 3, s]) for n, s in
+             (("x", columns), ("y", rows))]  # fmt: skip
+    tensors = [onnx.numpy_helper.from_array(a, name) for name, a in arrays.items()]
+    graph = onnx.helper.make_graph([product], "g", ports[:1], ports[1:], tensors)
+    x = rng.standard_normal((1, 3, columns), np.float32)
+    wanted = run_graph(graph, x)
+    nodes, moved = widen(graph)
+    assert not graph.initializer
+    graph.initializer.extend(moved)
+    product = graph.node.pop()
+    graph.node.extend([*nodes, product])
+    np.testing.assert_allclose(run_graph(graph, x), wanted, rtol=1e-4, atol=1e-4 * columns)
+
+
+def run_graph(graph: onnx.GraphProto, x: np.ndarray) -> np.ndarray:
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    result: np.ndarray = session.run(None, {"x": x})[0]
+    return result
 
 
 def test_genai_is_told_the_names_of_the_graph(bundle: Path, tmp_path: Path) -> None:

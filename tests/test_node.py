@@ -29,10 +29,10 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundl
     return Bundle(with_scorer(Path(folder)))
 
 
-def fused(bundle: Bundle, policy: str) -> Path:
+def fused(bundle: Bundle, policy: str, client: str = "node") -> Path:
     folder = bundle.folder.parent / policy
     if not folder.exists():
-        fuse(bundle, folder, FuseOptions("web", policy), overwrite=False)
+        fuse(bundle, folder, FuseOptions(client, policy), overwrite=False)
     return folder
 
 

@@ -37,7 +37,7 @@ def policy(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def address(bundle: Bundle, policy: str) -> Iterator[str]:
     command = [sys.executable, str(example("web") / "serve.py"), "--port", "0"]
-    server = subprocess.Popen([*command, str(fused(bundle, policy))], stdout=subprocess.PIPE)
+    server = subprocess.Popen([*command, str(fused(bundle, policy, "web"))], stdout=subprocess.PIPE)
     assert server.stdout is not None
     yield server.stdout.readline().decode().strip()
     server.terminate()
@@ -70,7 +70,7 @@ def test_the_answer_and_its_strips_are_those_of_python(
 ) -> None:
     found = shown(address, QUESTION)
     (answer,) = found["answers"]
-    wanted = python(bundle, fused(bundle, policy), None, COMPARED)
+    wanted = python(bundle, fused(bundle, policy, "web"), None, COMPARED)
     text = TextCodec(bundle).decode(wanted["tokens"]).rstrip("\ufffd")
     said = "".join(answer["text"]).replace("\u200b", "")
     assert said.startswith(text.replace("\n", "")) and text
@@ -84,7 +84,7 @@ def test_the_slider_is_the_budget_of_the_graph(bundle: Bundle, policy: str, addr
         return
     found = shown(address, QUESTION, "--budget", "0.35")
     assert found["budget"] == "35.0 %"
-    wanted = python(bundle, fused(bundle, policy), 0.35, COMPARED)
+    wanted = python(bundle, fused(bundle, policy, "web"), 0.35, COMPARED)
     assert paths_of(found["answers"][0])[:COMPARED] == wanted["paths"]
 
 

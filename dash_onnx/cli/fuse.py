@@ -10,11 +10,11 @@ from dash_onnx.actions import PRECISIONS
 from dash_onnx.cli.common import Parser, run
 from dash_onnx.cli.export import prepare_export
 
-_CLIENTS = ("genai", "optimum", "web")
+_CLIENTS = ("genai", "optimum", "node", "web")
 _EXAMPLES = """\
   dash-fuse out/                                # out/fused/, the trained policy
   dash-fuse out/ phone/ --budget fast
-  dash-fuse out/ page/model --for web           # onnxruntime-web, onnxruntime-node
+  dash-fuse out/ page/model --for web           # see examples/web
   dash-fuse out/ phone/ --policy static:int8,int4*28,int8"""
 
 
@@ -34,8 +34,8 @@ def _parser() -> Parser:
         dest="client",
         choices=_CLIENTS,
         default=_CLIENTS[0],
-        help="what runs it: ONNX Runtime GenAI and lm-eval, optimum, or onnxruntime-web and "
-        "onnxruntime-node (default: %(default)s)",
+        help="what runs it: ONNX Runtime GenAI and lm-eval, optimum, onnxruntime-node or "
+        "onnxruntime-web (default: %(default)s)",
     )
     parser.add_argument(
         "--policy",

@@ -1,4 +1,4 @@
-// A fused folder (`dash-fuse OUT FOLDER --for web`) in onnxruntime-web or onnxruntime-node.
+// A fused folder (`dash-fuse OUT FOLDER --for web`, or node) in onnxruntime-web, or -node.
 
 export class Fused {
   /**

@@ -1,7 +1,8 @@
 """What differs between the programs that run a fused folder; every fact was found by running them.
 
 No operator of the graph is missing in any of them (onnxruntime-web and onnxruntime-node 1.30,
-onnxruntime 1.32), so that none needs another one in its place.
+onnxruntime 1.32). In onnxruntime-web MatMulNBits has no fast kernel: standard operators take its
+place there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Client:
         shares_kv: past and present are one buffer; otherwise they grow by concatenation.
         genai_files: reads GenAI's configuration, and adapters that set a budget.
         data_in_branches: finds external data of tensors that lie inside an `If`'s branch.
+        multiplies_blocks: has a fast kernel of MatMulNBits; see `widen`.
     """
 
     programs: str
@@ -29,6 +31,7 @@ class Client:
     shares_kv: bool = False
     genai_files: bool = False
     data_in_branches: bool = True
+    multiplies_blocks: bool = True
 
 
 CLIENTS = {
@@ -36,5 +39,11 @@ CLIENTS = {
         "ONNX Runtime GenAI in any language, lm-eval", shares_kv=True, genai_files=True
     ),
     "optimum": Client("optimum's ORTModelForCausalLM", position_ids=True),
-    "web": Client("onnxruntime-web, onnxruntime-node", feeds_budget=True, data_in_branches=False),
+    "web": Client(
+        "onnxruntime-web",
+        feeds_budget=True,
+        data_in_branches=False,
+        multiplies_blocks=False,
+    ),
+    "node": Client("onnxruntime-node", feeds_budget=True),
 }

@@ -19,6 +19,7 @@ from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import FusedFacts
 from dash_onnx.exporters.fused.names import BUDGET, DATA, PATH
 from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
+from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
 from dash_onnx.manifest import Manifest
 from dash_onnx.rope import rotary_tables
@@ -163,7 +164,7 @@ class Fusion:
             "cos_cache": cos,
             "sin_cache": sin,
         }
-        rename(model.graph, f"layer.{layer}.{action}.", names)
+        self._adopt(model.graph, f"layer.{layer}.{action}.", names)
         graph = helper.make_graph(
             model.graph.node, f"layer_{layer}_{action}", [], _outputs(outputs)
         )
@@ -173,9 +174,17 @@ class Fusion:
             (self.initializers if outside else graph.initializer).append(tensor)
         return graph
 
+    def _adopt(self, graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
+        """Renames a graph's values and rewrites what the client is slow at."""
+        rename(graph, prefix, names)
+        if not self.client.multiplies_blocks:
+            nodes, initializers = widen(graph)
+            self.nodes += nodes
+            self.initializers += initializers
+
     def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:
         model = self._load(path)
-        rename(model.graph, f"{prefix}.", names)
+        self._adopt(model.graph, f"{prefix}.", names)
         self.nodes += model.graph.node
         self.initializers += model.graph.initializer
 
