@@ -1,6 +1,6 @@
 """The fused graph in ONNX Runtime GenAI, which knows nothing of layer skipping.
 
-dash-fuse out/ && python examples/genai.py out/fused "What is the capital of France?"
+dash-fuse out/ && python examples/genai.py out/fused "What is the capital of France?" fast
 """
 
 import sys
@@ -14,6 +14,10 @@ prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=512)
 generator = og.Generator(model, params)
+if len(sys.argv) > 3:  # a preset instead of the budget that the graph has
+    adapters = og.Adapters(model)
+    adapters.load(f"{folder}/{sys.argv[3]}.onnx_adapter", sys.argv[3])
+    generator.set_active_adapter(adapters, sys.argv[3])
 generator.append_tokens(tokenizer.encode(prompt))
 stream = tokenizer.create_stream()
 while not generator.is_done():
