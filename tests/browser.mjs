@@ -51,7 +51,7 @@ const found = await page.evaluate(() => ({
   note: document.querySelector(".note")?.textContent,
   wide: document.documentElement.scrollWidth > innerWidth,
   answers: Array.from(document.querySelectorAll(".turn.model"), (turn) => ({
-    text: Array.from(turn.querySelectorAll(".token"), (token) => token.textContent),
+    text: Array.from(turn.querySelectorAll(".token"), (token) => token.dataset.text),
     strips: Array.from(turn.querySelectorAll(".strip"), (strip) => strip.style.background),
     titles: Array.from(turn.querySelectorAll(".token"), (token) => token.title),
   })),

@@ -85,15 +85,16 @@ function strip(path) {
 const counts = (paths, actions) =>
   actions.map((action) => [action, paths.flat().filter((one) => one === action).length]);
 
-function show(token, step, parent) {
-  for (const [i, part] of token.split("\n").entries()) {
-    if (i) add(parent, "span", { className: "token break" });
-    if (!part && i) continue;
-    const place = add(parent, "span", { className: "token", textContent: part || "\u200b" });
-    const names = counts([step.path], [...new Set(step.path)]);
-    place.title = names.map(([action, count]) => `${NAMES[action]} ${count}`).join(", ");
-    add(place, "i", { className: "strip" }).style.background = strip(step.path);
-  }
+function show(text, step, parent) {
+  // Without a character of its own a strip has nothing to stand under.
+  const textContent = text.replaceAll(/\n+/g, "\u21b5") || "\u00b7";
+  const place = add(parent, "span", { className: "token", textContent });
+  place.classList.toggle("blank", !text.trim());
+  place.dataset.text = text;
+  const names = counts([step.path], [...new Set(step.path)]);
+  place.title = names.map(([action, count]) => `${NAMES[action]} ${count}`).join(", ");
+  add(place, "i", { className: "strip" }).style.background = strip(step.path);
+  if (text.includes("\n")) add(parent, "span", { className: "break" });
 }
 
 function figures(runs, steps) {
