@@ -19,7 +19,7 @@ from dash_onnx.cli.train import main as train_main
 from dash_onnx.exporters.fused import DATA, FACTS, FOLDER, MODEL
 from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train import train as module
-from dash_onnx.exporters.train.train import Effort
+from dash_onnx.exporters.train.effort import EFFORTS, Effort
 
 FUSE, TRAIN = Tool("dash-fuse", fuse_main), Tool("dash-train", train_main)
 
@@ -33,7 +33,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least training there is."""
     effort = Effort(sequences=8, held_out=4, batches=1, steps=1, tried=1)
-    monkeypatch.setitem(module.EFFORTS, "quick", effort)
+    monkeypatch.setitem(EFFORTS, "quick", effort)
     monkeypatch.setattr(training_text, "LENGTH", 48)
     monkeypatch.setattr(module, "PROMPT_TOKENS", 16)
 

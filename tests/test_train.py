@@ -29,10 +29,12 @@ from dash_onnx.contract import scorer_ports
 from dash_onnx.errors import BundleError, DashError, SourceError
 from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train import train as module
+from dash_onnx.exporters.train.effort import EFFORTS, Effort
 from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.improve import _drawn, straight_through
+from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, greedy
-from dash_onnx.exporters.train.train import Effort, TrainOptions, train
+from dash_onnx.exporters.train.train import train
 from dash_onnx.manifest import Costs, Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
@@ -75,7 +77,7 @@ def quick() -> Iterator[Scorers]:
 
     effort = Effort(sequences=8, held_out=4, batches=2, steps=STEPS, tried=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module.EFFORTS, "quick", effort)
+        patch.setitem(EFFORTS, "quick", effort)
         patch.setattr(module, "PROMPT_TOKENS", PROMPT)
         patch.setattr(module, "_LOOKS", 2)  # segments of one and of two layers
         patch.setattr(training_text, "LENGTH", LENGTH)
@@ -851,9 +853,9 @@ def test_the_command_prints_the_table_and_nothing_on_stderr(bundle: Path) -> Non
     """In a process of its own, with the costs of this machine."""
     code = (
         "import sys\n"
-        "from dash_onnx.exporters.train import text, train\n"
+        "from dash_onnx.exporters.train import effort, text, train\n"
         f"text.LENGTH, train.PROMPT_TOKENS = {LENGTH}, {PROMPT}\n"
-        f"train.EFFORTS['quick'] = train.{module.EFFORTS['quick']}\n"
+        f"effort.EFFORTS['quick'] = effort.{EFFORTS['quick']}\n"
         "from dash_onnx.cli.train import main\n"
         "sys.exit(main())"
     )

@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         elif arguments.effort != "none":
-            from dash_onnx.exporters.train.train import TrainOptions, train
+            from dash_onnx.exporters.train.options import TrainOptions
+            from dash_onnx.exporters.train.train import train
 
             choice = TrainOptions(arguments.effort, options.calibration, options.seed)
             manifest = train(arguments.out, choice)

@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         prepare_export()
         from dash_onnx.bundle import Bundle
         from dash_onnx.exporters.fused import FOLDER, options_of, renew
-        from dash_onnx.exporters.train.train import TrainOptions, train
+        from dash_onnx.exporters.train.options import TrainOptions
+        from dash_onnx.exporters.train.train import train
 
         fused = options_of(arguments.bundle / FOLDER)
         calibration = tuple(arguments.calibration)

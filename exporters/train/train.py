@@ -11,7 +11,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from dash_onnx.exporters.fused import FOLDER
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train import static, table
 from dash_onnx.exporters.train.checkpoint import Checkpoint
+from dash_onnx.exporters.train.effort import EFFORTS, Effort
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.improve import straight_through
+from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer, looks_of
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
@@ -44,8 +46,6 @@ from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.text import TextCodec, read_text
 
-EffortName = Literal["quick", "normal", "thorough"]
-
 PROMPT_TOKENS = 32
 """First tokens of a training sequence, which run at the best precision as a prompt does."""
 
@@ -58,47 +58,6 @@ _RATE = 2e-3  # learning rate of the scorer
 _COMPENSATION_RATE = 1e-3
 _SAVE_EVERY = 20  # steps
 _STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much a training run does.
-
-    Attributes:
-        sequences: of training text.
-        held_out: sequences that the tables are measured on.
-        batches: of value regression.
-        steps: of on-policy improvement.
-        tried: moves measured per step of the static search.
-    """
-
-    sequences: int
-    held_out: int
-    batches: int
-    steps: int
-    tried: int
-
-
-EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(sequences=54, held_out=6, batches=10, steps=8, tried=1),
-    "normal": Effort(sequences=240, held_out=16, batches=36, steps=60, tried=2),
-    "thorough": Effort(sequences=960, held_out=32, batches=200, steps=400, tried=4),
-}
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """What the user chose.
-
-    Attributes:
-        effort: how much to do.
-        calibration: text or JSON lines; none lets the model write the text itself.
-        seed: of everything random.
-    """
-
-    effort: EffortName = "quick"
-    calibration: tuple[Path, ...] = ()
-    seed: int = 0
 
 
 def train(folder: Path, options: TrainOptions) -> Manifest:
