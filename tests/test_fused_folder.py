@@ -17,8 +17,8 @@ from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main as fuse_main
 from dash_onnx.cli.train import main as train_main
 from dash_onnx.exporters.fused import DATA, FACTS, FOLDER, MODEL
+from dash_onnx.exporters.train import learning
 from dash_onnx.exporters.train import text as training_text
-from dash_onnx.exporters.train import train as module
 from dash_onnx.exporters.train.effort import EFFORTS, Effort
 
 FUSE, TRAIN = Tool("dash-fuse", fuse_main), Tool("dash-train", train_main)
@@ -35,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     effort = Effort(sequences=8, held_out=4, batches=1, steps=1, tried=1)
     monkeypatch.setitem(EFFORTS, "quick", effort)
     monkeypatch.setattr(training_text, "LENGTH", 48)
-    monkeypatch.setattr(module, "PROMPT_TOKENS", 16)
+    monkeypatch.setattr(learning, "PROMPT_TOKENS", 16)
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ from dash_onnx.bundle import Bundle, file_facts
 from dash_onnx.cli.train import main
 from dash_onnx.contract import scorer_ports
 from dash_onnx.errors import BundleError, DashError, SourceError
+from dash_onnx.exporters.train import describe, improve, learning, regress
 from dash_onnx.exporters.train import text as training_text
-from dash_onnx.exporters.train import train as module
 from dash_onnx.exporters.train.effort import EFFORTS, Effort
 from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.improve import _drawn, straight_through
@@ -63,7 +63,7 @@ Scorers = list[BundleScorer]
 def quick() -> Iterator[Scorers]:
     """A tiny training at fixed costs; yields the scorers that were exported."""
     exported: Scorers = []
-    export_scorer = module.export_scorer
+    export_scorer = describe.export_scorer
 
     def noting(scorer: BundleScorer, *rest: Any) -> str:
         exported.append(scorer)
@@ -78,12 +78,12 @@ def quick() -> Iterator[Scorers]:
     effort = Effort(sequences=8, held_out=4, batches=2, steps=STEPS, tried=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EFFORTS, "quick", effort)
-        patch.setattr(module, "PROMPT_TOKENS", PROMPT)
-        patch.setattr(module, "_LOOKS", 2)  # segments of one and of two layers
+        patch.setattr(learning, "PROMPT_TOKENS", PROMPT)
+        patch.setattr(learning, "_LOOKS", 2)  # segments of one and of two layers
         patch.setattr(training_text, "LENGTH", LENGTH)
-        patch.setattr(module, "profile", costs_of)
-        patch.setattr(module, "_fast_dtype", lambda: torch.float32)
-        patch.setattr(module, "export_scorer", noting)
+        patch.setattr(describe, "profile", costs_of)
+        patch.setattr(learning, "_fast_dtype", lambda: torch.float32)
+        patch.setattr(describe, "export_scorer", noting)
         yield exported
 
 
@@ -96,7 +96,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def at_fixed_costs(folder: Path) -> Path:
     manifest = Manifest.from_text((folder / "dash.json").read_text())
-    costs = module.profile(SimpleNamespace(manifest=manifest))  # type: ignore[arg-type]
+    costs = describe.profile(SimpleNamespace(manifest=manifest))  # type: ignore[arg-type]
     text = dataclasses.replace(manifest, costs=costs).to_text()
     (folder / "dash.json").write_text(text)
     return folder
@@ -444,22 +444,22 @@ def test_values_are_learned_for_the_states_that_decisions_meet(
 ) -> None:
     """On the reference path, whose first decisions follow no action."""
     learned: dict[int, set[int]] = {}
-    loss = module.regression_loss
+    loss = regress.regression_loss
 
     def noting(scorer: Scorer, state: State, *rest: Any) -> torch.Tensor:
         learned.setdefault(state.layer, set()).update(state.previous.unique().tolist())
         return loss(scorer, state, *rest)
 
-    monkeypatch.setattr(module, "regression_loss", noting)
+    monkeypatch.setattr(regress, "regression_loss", noting)
     met: dict[int, set[int]] = {}
-    sampled = module.sampled_values
+    sampled = regress.sampled_values
 
     def watching(*arguments: Any) -> Iterator[tuple[State, torch.Tensor]]:
         for state, values in sampled(*arguments):
             met.setdefault(state.layer, set()).update(state.previous.unique().tolist())
             yield state, values
 
-    monkeypatch.setattr(module, "sampled_values", watching)
+    monkeypatch.setattr(regress, "sampled_values", watching)
     trained_until_export(bundle, TrainOptions())
     assert len(met) == LAYERS
     assert learned == met
@@ -502,7 +502,7 @@ def trained_until_export(bundle: Path, options: TrainOptions) -> dict[str, torch
         raise _StopError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(_StopError):
-        patch.setattr(module, "export_scorer", stop)
+        patch.setattr(describe, "export_scorer", stop)
         train(bundle, options)
     return found[0]
 
@@ -529,18 +529,18 @@ def interrupt_at(where: str, patch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     if where.startswith("step "):
-        step, limit = module._Run._step, int(where.split()[1])
+        step, limit = improve._step, int(where.split()[1])
         patch.setattr(
-            module._Run,
+            improve,
             "_step",
-            lambda self, optimizer, number, heat: (raising if number == limit else step)(
-                self, optimizer, number, heat
+            lambda run, optimizer, number, heat: (raising if number == limit else step)(
+                run, optimizer, number, heat
             ),
         )
     elif where == "values":
-        patch.setattr(module._Run, "_fit", raising)
+        patch.setattr(regress, "_fit", raising)
     else:
-        patch.setattr(module, "profile", raising)
+        patch.setattr(describe, "profile", raising)
 
 
 @pytest.mark.parametrize(
@@ -554,12 +554,12 @@ def test_an_interrupted_training_goes_on_and_ends_as_an_uninterrupted_one(
     first: tuple[Path, BundleScorer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_SAVE_EVERY", every)
+    monkeypatch.setattr(improve, "_SAVE_EVERY", every)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "export_scorer", lambda scorer, folder, dims: "dash.json")
+        patch.setattr(describe, "export_scorer", lambda scorer, folder, dims: "dash.json")
         interrupt_at(where, patch)
         train(bundle, TrainOptions())
-    monkeypatch.setattr(module, "training_ids", None)  # the text is not written again
+    monkeypatch.setattr(learning, "training_ids", None)  # the text is not written again
     found, wanted = trained_until_export(bundle, TrainOptions()), parameters(first[1])
     assert found.keys() == wanted.keys()
     for name, value in found.items():
@@ -569,11 +569,11 @@ def test_an_interrupted_training_goes_on_and_ends_as_an_uninterrupted_one(
 def test_a_resumed_training_completes_the_bundle_with_the_same_tables_and_history(
     bundle: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SAVE_EVERY", 1)
+    monkeypatch.setattr(improve, "_SAVE_EVERY", 1)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at("step 2", patch)
         train(bundle, TrainOptions())
-    monkeypatch.setattr(module, "export_scorer", no_graph)
+    monkeypatch.setattr(describe, "export_scorer", no_graph)
     found, wanted = train(bundle, TrainOptions()).scorer, Bundle(trained).manifest.scorer
     assert found is not None and wanted is not None
     assert found.training.loss == pytest.approx(wanted.training.loss, abs=1e-4)
@@ -606,18 +606,25 @@ def test_a_damaged_checkpoint_is_ignored(
 
 
 @pytest.mark.parametrize(
-    "where",
-    ["training_ids", "sampled_values", "export_scorer", "profile", "file_facts", "Model"],
+    ("module", "where"),
+    [
+        (learning, "training_ids"),
+        (regress, "sampled_values"),
+        (describe, "export_scorer"),
+        (describe, "profile"),
+        (describe, "file_facts"),
+        (describe, "Model"),
+    ],
 )
 def test_a_training_that_fails_leaves_the_old_bundle(
-    where: str, again: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, where: str, again: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files_of(again)
 
     def failing(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(module, "export_scorer", no_graph)
+    monkeypatch.setattr(describe, "export_scorer", no_graph)
     monkeypatch.setattr(module, where, failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(again, TrainOptions(seed=1))
@@ -635,8 +642,8 @@ def test_a_table_that_fails_leaves_the_old_bundle(
     def failing(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(module, "export_scorer", no_graph)
-    monkeypatch.setattr(module.table, "measure", failing)
+    monkeypatch.setattr(describe, "export_scorer", no_graph)
+    monkeypatch.setattr(describe.table, "measure", failing)
     with pytest.raises(RuntimeError):
         train(again, TrainOptions(seed=1))
     assert dash_onnx.load(again).generate("the keeper", **options) == wanted
@@ -647,7 +654,7 @@ def test_a_table_that_fails_leaves_the_old_bundle(
 
 def test_training_again_replaces_the_scorer(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Bundle(again).manifest.scorer
-    monkeypatch.setattr(module, "export_scorer", no_graph)
+    monkeypatch.setattr(describe, "export_scorer", no_graph)
     new = train(again, TrainOptions(seed=1)).scorer
     assert old is not None and new is not None
     assert old.file != new.file
@@ -773,7 +780,7 @@ def test_text_of_ones_own_is_named_and_changes_the_scorer(
         scorers.append(parameters(scorer))
         return no_graph(scorer, folder, dims)
 
-    monkeypatch.setattr(module, "export_scorer", noting)
+    monkeypatch.setattr(describe, "export_scorer", noting)
     chats = tmp_path / "chats.jsonl"
     record = {"prompt": "who counts the ships?", "response": "the keeper, in the night"}
     chats.write_text((json.dumps(record) + "\n") * 50)
@@ -797,8 +804,8 @@ def test_a_machine_on_which_cheaper_actions_save_no_time_gets_a_usable_policy(
     odd = dataclasses.replace(COSTS, layers_ms=(row,) * LAYERS)  # type: ignore[arg-type]
     text = dataclasses.replace(Bundle(bundle).manifest, costs=odd).to_text()
     (bundle / "dash.json").write_text(text)
-    monkeypatch.setattr(module, "profile", lambda _: odd)
-    monkeypatch.setattr(module, "export_scorer", no_graph)
+    monkeypatch.setattr(describe, "profile", lambda _: odd)
+    monkeypatch.setattr(describe, "export_scorer", no_graph)
     facts = train(bundle, TrainOptions()).scorer
     assert facts is not None
     assert all(math.isfinite(point.kl) for point in facts.points)
@@ -808,7 +815,7 @@ def test_a_machine_on_which_cheaper_actions_save_no_time_gets_a_usable_policy(
 def test_training_in_half_precision_ends_with_a_finite_scorer(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_fast_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(learning, "_fast_dtype", lambda: torch.bfloat16)
     for name, value in trained_until_export(bundle, TrainOptions()).items():
         assert value.dtype == torch.float32, name
         assert torch.isfinite(value).all(), name
@@ -853,8 +860,8 @@ def test_the_command_prints_the_table_and_nothing_on_stderr(bundle: Path) -> Non
     """In a process of its own, with the costs of this machine."""
     code = (
         "import sys\n"
-        "from dash_onnx.exporters.train import effort, text, train\n"
-        f"text.LENGTH, train.PROMPT_TOKENS = {LENGTH}, {PROMPT}\n"
+        "from dash_onnx.exporters.train import effort, learning, text\n"
+        f"text.LENGTH, learning.PROMPT_TOKENS = {LENGTH}, {PROMPT}\n"
         f"effort.EFFORTS['quick'] = effort.{EFFORTS['quick']}\n"
         "from dash_onnx.cli.train import main\n"
         "sys.exit(main())"

@@ -1,15 +1,96 @@
-"""On-policy improvement of the scorer: random decisions, and a gradient through them."""
+"""The second phase, on-policy: random decisions, and a gradient through them."""
 
 from __future__ import annotations
 
-import torch
+import math
+from typing import Any
 
-from dash_onnx.exporters.train.environment import Decide, State
+import torch
+from tqdm import tqdm
+
+from dash_onnx.exporters.train.environment import Decide, Rollout, State
 from dash_onnx.exporters.train.frozen import Tensor
+from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.scorer import Scorer
 
+_TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
+_RATE = 2e-3  # learning rate of the scorer
+_COMPENSATION_RATE = 1e-3
+_SAVE_EVERY = 20  # steps
 _LEAST = 1e-8  # nats; a log of nothing
 _NEVER = -100.0  # logit of a forbidden action: no noise reaches it
+
+
+def improve(run: Learning) -> None:
+    """The scorer decides, and learns from the KL of what it decided."""
+    steps, state = run.effort.steps, run.checkpoint.state
+    run.scorer.load_state_dict(state["scorer"])
+    compensation = run.frozen.compensation()
+    saved = state.get("compensation", compensation)
+    for weight, before in zip(compensation, saved, strict=True):
+        weight.data.copy_(before)
+    groups: list[dict[str, Any]] = [{"params": list(run.scorer.parameters()), "rate": _RATE}]
+    if compensation:
+        groups.append({"params": compensation, "rate": _COMPENSATION_RATE})
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(parameter is not run.scorer.normalise.weight)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    first = state.get("step", 0)
+    run.generator.set_state(state["generator"])
+    if first:
+        optimizer.load_state_dict(state["optimizer"])
+        run.history = [tuple(row) for row in state["history"].tolist()]
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", disable=None)
+    for step in bar:
+        done = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * min((step + 1) / 5, _cosine(done))
+        hot, cold = _TEMPERATURE
+        figures = _step(run, optimizer, step, hot * (cold / hot) ** done)
+        run.history.append(figures)
+        bar.set_postfix(loss=f"{figures[0]:.3f}", kl=f"{figures[1]:.3f}")
+        if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
+            run.checkpoint.save(
+                scorer=run.scorer.state_dict(),
+                compensation=[weight.detach() for weight in compensation],
+                optimizer=optimizer.state_dict(),
+                generator=run.generator.get_state(),
+                history=torch.tensor(run.history),
+                step=step + 1,
+            )
+
+
+def _cosine(done: float) -> float:
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _step(
+    run: Learning, optimizer: torch.optim.Optimizer, step: int, temperature: float
+) -> tuple[float, float, float]:
+    batch, prices = run.batch(step), run.log_prices(BATCH)
+    with run.autocast():
+        reference = run.reference(step)
+        decide = straight_through(run.scorer, run.costs, prices, temperature, run.generator)
+        rollout = run.env.run(batch, decide, dense=True)
+        loss, kl, cost = _loss(run, rollout, reference, prices)
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    return float(loss.detach()), float(kl.detach()), float(cost.detach())
+
+
+def _loss(
+    run: Learning, rollout: Rollout, reference: Tensor, log_prices: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean over decided tokens of (KL + price * cost) / sqrt(price); mean KL; mean cost."""
+    kl = run.env.kl(reference, rollout.final)
+    cost = (rollout.weights * run.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+    seen = slice(run.env.prompt_tokens, None)
+    total = (kl + log_prices.exp() * cost) / (log_prices / 2).exp()
+    return total[:, seen].mean(), kl[:, seen].mean(), cost[:, seen].mean()
 
 
 def straight_through(

@@ -1,0 +1,94 @@
+"""The first phase of a training: value regression along the reference path."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from tqdm import tqdm
+
+from dash_onnx.actions import SKIP
+from dash_onnx.exporters.train import static
+from dash_onnx.exporters.train.environment import State
+from dash_onnx.exporters.train.frozen import Tensor
+from dash_onnx.exporters.train.learning import BATCH, Learning
+from dash_onnx.exporters.train.values import regression_loss, sampled_values
+
+_STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
+
+
+def regress(run: Learning) -> None:
+    """The scorer learns each action's KL; the checkpoint keeps it and the static descent."""
+    state = run.checkpoint.state
+    if "scorer" in state:
+        run.moves = [static.Move(**move) for move in state["descent"]]
+        return
+    hidden: dict[int, list[Tensor]] = {look: [] for look in run.env.looks}
+    previous = [0] * run.env.layers  # the same for all tokens on the reference path
+    samples: list[list[Tensor]] = [[] for _ in range(run.env.layers)]
+    for number in tqdm(range(run.effort.batches), desc="values", disable=None):
+        batch = run.batch(number)
+        with run.autocast():
+            for at, sampled in sampled_values(run.env, batch, run.generator):
+                previous[at.layer] = int(at.previous[0, 0])
+                seen = slice(run.env.prompt_tokens // 8, None)
+                if at.layer in hidden:  # the rest of the segment sees the same
+                    hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(run.dtype))
+                samples[at.layer].append(sampled[:, seen].flatten(0, 1))
+    inputs = {look: torch.cat(part) for look, part in hidden.items()}
+    targets = [torch.cat(part) for part in samples]
+    values = torch.stack([part.mean(0) for part in targets])  # [L, A], nats
+    run.scorer.calibrate(torch.cat([inputs[look] for look in run.scorer.looks]).float())
+    with torch.no_grad():
+        run.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
+    _fit(run, inputs, targets, previous)
+    _descend(run, values)
+    run.checkpoint.save(
+        scorer=run.scorer.state_dict(),
+        descent=[dataclasses.asdict(move) for move in run.moves],
+        generator=run.generator.get_state(),
+    )
+
+
+def _fit(
+    run: Learning, inputs: dict[int, Tensor], targets: list[Tensor], previous: list[int]
+) -> None:
+    optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=1e-3, weight_decay=0.1)
+    tokens = len(targets[0])
+    middle = torch.tensor([sum(run.log_price_range) / 2])
+    for _ in range(3):  # more epochs fit the noise of the samples
+        for rows in torch.randperm(tokens, generator=run.generator).split(256):
+            loss = torch.zeros(())
+            for layer, y in enumerate(targets):
+                if layer in inputs:
+                    x = inputs[layer][rows].float()
+                before = torch.full((len(rows),), previous[layer])
+                state = State(layer, x, before)
+                loss = loss + regression_loss(run.scorer, state, y[rows], middle)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def _descend(run: Learning, values: Tensor) -> None:
+    """Corrects the mean value `[L, A]` of each step by what a static descent measures.
+
+    Single deviations do not see that losses add up to more than their sum; the descent does.
+    What the scorer learned about tokens stays: each is moved by its layer's correction.
+    """
+    ids = run.ids[: BATCH * run.effort.tried]
+    with run.autocast():
+        reference = run.env.reference(ids, run.actions[0])
+        moves = static.search(run.env, ids, reference, run.costs, values, run.effort.tried)
+        for move in tqdm(moves, desc="static", disable=None):
+            run.moves.append(move)
+            if move.kl > _STATIC_LIMIT:
+                break
+    if not run.moves:  # no action saves time on this machine
+        return
+    costs = run.costs.clone()
+    costs[0, run.actions.index(SKIP)] = costs[0, -2]  # not taken, so no matter
+    wanted = static.step_values(run.moves, costs)
+    found = values.diff(dim=-1).clamp(min=1e-6)
+    with torch.no_grad():
+        run.scorer.bias.add_((wanted / found).log())
