@@ -15,6 +15,7 @@ from dash_onnx.exporters.fused import PATH, FuseOptions, adapter, fuse
 from dash_onnx.policy import ScoredPolicy
 from dash_onnx.runtime.dispatch import Lane
 
+pytestmark = pytest.mark.slow  # quick, but what it needs is installed for the slow tests
 og = pytest.importorskip("onnxruntime_genai", reason="needs `make .venv/.bench`")
 
 PROMPT = list(range(20, 33))
