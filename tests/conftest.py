@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dash_onnx
+from dash_onnx.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
 
@@ -42,6 +43,8 @@ TINY = {
     "tie_word_embeddings": False,
     "initializer_range": 0.15,  # large enough that layers matter
 }
+LLAMA_BLOCK = Block("rms", 1e-5, "silu", True, False, 1.0, None, None)
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LLAMA_BLOCK
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
-from dash_onnx.block import Block
 from dash_onnx.contract import Port, Ports
 from dash_onnx.exporters.architectures.base import Linear, stack
 from dash_onnx.exporters.graphs.build import Graph
@@ -20,7 +20,6 @@ from dash_onnx.manifest import Target
 from dash_onnx.runtime.ort import create_session
 
 RNG = np.random.default_rng(0)
-BLOCK = Block("rms", 1e-5, "silu", True, False, 1.0, None, None)
 
 
 def file_bytes(kind: Type, rows: int, columns: int) -> np.ndarray:
@@ -61,7 +60,7 @@ def test_the_graph_multiplies_with_the_integers_of_the_file(
     weight = torch.from_numpy(quants.dequantize(data, kind))
     linear = Linear("proj", weight, None, unpack(data, kind))
     ports = Ports((Port("x", "float32", (1, "seq", 512)),), (Port("y", "float32", (1, "seq", 40)),))
-    graph = Graph("g", ports, Target("cpu", "float32", 32, level), BLOCK)
+    graph = Graph("g", ports, Target("cpu", "float32", 32, level), LLAMA_BLOCK)
     graph.save(tmp_path, "g.onnx", y=graph.linear(graph.inputs["x"], linear, "int4"))
     x = torch.from_numpy(RNG.standard_normal((1, 5, 512)).astype(np.float32))
     got = create_session(tmp_path / "g.onnx", "cpu").run(None, {"x": x.numpy()})[0]

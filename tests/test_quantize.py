@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import LLAMA_BLOCK
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -39,7 +40,7 @@ def test_ort_computes_with_the_dequantized_weight(
     ports = Ports(
         (Port("x", "float32", (1, "seq", columns)),), (Port("y", "float32", (1, "seq", 24)),)
     )
-    graph = Graph("g", ports, Target("cpu", "float32", block_size, 0))
+    graph = Graph("g", ports, Target("cpu", "float32", block_size, 0), LLAMA_BLOCK)
     graph.save(tmp_path, "g.onnx", y=graph.matmul_nbits(graph.inputs["x"], "w", quantized))
     x = torch.randn(1, 5, columns, generator=GENERATOR)
     session = create_session(tmp_path / "g.onnx", "cpu")  # type: ignore[operator]
