@@ -154,21 +154,25 @@ def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> It
         yield temporary
         temporary.chmod(0o755)
         check_destination(folder, overwrite, marker)
-        retired = None
-        if folder.exists():
-            retired = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))
-            folder.rename(retired)
-        try:
-            temporary.rename(folder)
-        except BaseException:  # Ctrl-C between the two renames
-            if retired is not None:
-                retired.rename(folder)
-            raise
-        if retired is not None:
+        retired = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))
+        move_into_place(temporary, folder, retired)
+        if retired.exists():
             shutil.rmtree(retired)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def move_into_place(temporary: Path, folder: Path, retired: Path) -> None:
+    """Makes `temporary` the folder; what was there goes to `retired`, or stays on any error."""
+    if folder.exists():
+        folder.rename(retired)
+    try:
+        temporary.rename(folder)
+    except BaseException:  # Ctrl-C between the two renames
+        if retired.exists():
+            retired.rename(folder)
+        raise
 
 
 def list_files(folder: Path) -> dict[str, FileFacts]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dash_onnx.exporters.quantize import Quantized, pack_int4
+from dash_onnx.exporters.quantize import Quantized, concatenate, pack_int4, turns
 
 _DAMPING = 0.01  # of the mean diagonal; the paper's value
 _LAZY = 128  # columns whose updates of the later ones are applied in one product
@@ -24,11 +24,18 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
         hessian: `[K, K]` float32, sum of x x^T over calibration tokens.
         block_size: divides K.
     """
-    w = weight.float().clone()
+    importance, inverse = hessian.diagonal(), _inverse_cholesky(hessian)
+    # Rows do not depend on each other.
+    parts = [_rounded(rows, importance, inverse, block_size) for rows in turns(weight)]
+    return concatenate(parts)
+
+
+def _rounded(
+    weight: torch.Tensor, importance: torch.Tensor, inverse: torch.Tensor, block_size: int
+) -> Quantized:
+    w = weight.to(torch.float32, copy=True)
     rows, columns = w.shape
-    importance = hessian.diagonal().clone()
     w[:, importance == 0] = 0  # inputs that are never active
-    inverse = _inverse_cholesky(hessian)
     levels = torch.empty_like(w)
     scales = torch.empty(rows, columns // block_size)
     zeros = torch.empty_like(scales)
@@ -54,12 +61,19 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
 
 
 def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse of the damped Hessian."""
-    damped = hessian.double()
+    """Upper Cholesky factor of the inverse of the damped Hessian.
+
+    With H = R R^T, R upper triangular, it is the inverse of R: half the work and the memory of
+    inverting H. R is the lower factor of H read backwards.
+    """
+    damped = hessian.double().flip(0, 1)
     diagonal = damped.diagonal()
     diagonal += _DAMPING * diagonal.mean() + 1e-12
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor = torch.linalg.cholesky(damped)
+    del damped, diagonal
+    identity = torch.eye(len(factor), dtype=torch.float64)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.float().flip(0, 1)
 
 
 def _best_grid(block: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

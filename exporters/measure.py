@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 
@@ -17,15 +16,11 @@ from dash_onnx.block import Block
 from dash_onnx.exporters.architectures.base import ModelSpec, Norm
 from dash_onnx.exporters.calibrate import SINK_TOKENS, Ids
 from dash_onnx.exporters.graphs import HIDDEN
+from dash_onnx.exporters.states import Hidden, States
 from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.ort import Device, create_session
 
 _RIDGE = 0.01  # of the mean diagonal: keeps directions that calibration hardly saw near zero
-
-_TURN = 8  # sequences
-
-Hidden = npt.NDArray[np.floating]
-"""`[sequences, length, D]`."""
 
 
 @dataclass(frozen=True)
@@ -51,46 +46,59 @@ class Runner:
         return np.concatenate(rows)
 
     def layer_with_hessians(
-        self, index: int, path: Path, hidden: Hidden, taps: Mapping[str, str]
-    ) -> tuple[Hidden, dict[str, torch.Tensor]]:
-        """Output of a layer graph, and the sum of x x^T of the inputs of each linear layer.
+        self, index: int, path: Path, hidden: States, out: States, taps: Mapping[str, str]
+    ) -> dict[str, torch.Tensor]:
+        """Writes the output of a layer graph, and sums x x^T of the inputs of each linear layer.
 
         Args:
             index: of the layer.
             path: its graph in full precision.
             hidden: its input.
+            out: its output.
             taps: by linear layer, the value inside the graph that is its input.
 
         Returns:
-            The output, and by linear layer `[K, K]` float32 over all calibration tokens.
+            By linear layer, `[K, K]` float32 over all calibration tokens.
         """
-        create_session(path, self.device)  # the file itself must load; what runs is a copy
-        model = onnx.load(path)
         inside = [name for name in dict.fromkeys(taps.values()) if name != HIDDEN]
-        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inside)
-        session = create_session(model.SerializeToString(), self.device)
-        sums: dict[str, Any] = dict.fromkeys(taps.values(), 0.0)
-        rows = []
-        # In turns of several sequences: ORT's threads spin for a while after each run, on the
-        # cores that torch then needs.
-        for start in range(0, len(hidden), _TURN):
-            part = hidden[start : start + _TURN]
-            runs = [session.run(["hidden_out", *inside], self._feeds(index, x)) for x in part]
-            rows += [run[0] for run in runs]
-            for name in sums:
-                if name == HIDDEN:
-                    values = part
-                else:
-                    at = 1 + inside.index(name)
-                    values = np.concatenate([run[at] for run in runs])
-                flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
-                sums[name] = sums[name] + flat.T @ flat
-        return np.concatenate(rows), {linear: sums[name] for linear, name in taps.items()}
+        session = self._tapped(path, inside)
+        sums: dict[str, torch.Tensor] = {}
+        with out.writing(len(hidden)) as states:
+            # In turns of several sequences: ORT's threads spin for a while after each run, on the
+            # cores that torch then needs.
+            for part in hidden.turns():
+                runs = [session.run(["hidden_out", *inside], self._feeds(index, x)) for x in part]
+                for run in runs:
+                    states.add(run[0])
+                for name in dict.fromkeys(taps.values()):
+                    if name == HIDDEN:
+                        values = part
+                    else:
+                        at = 1 + inside.index(name)
+                        values = np.concatenate([run[at] for run in runs])
+                    flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
+                    if name not in sums:
+                        sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
+                    sums[name].addmm_(flat.T, flat)
+        return {linear: sums[name] for linear, name in taps.items()}
 
-    def head(self, path: Path, hidden: Hidden) -> None:
+    def _tapped(self, path: Path, taps: Sequence[str]) -> Any:
+        """A session whose graph has values of its inside as further outputs."""
+        if not taps:
+            return create_session(path, self.device)
+        model = onnx.load(path, load_external_data=False)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
+        tapped = path.with_name(f"{path.stem}.tapped.onnx")  # beside the weights, which it shares
+        tapped.write_bytes(model.SerializeToString())
+        try:
+            return create_session(tapped, self.device)
+        finally:
+            tapped.unlink()
+
+    def head(self, path: Path, hidden: States) -> None:
         """Loads a head graph and runs it on the last token of the first sequence."""
         session = create_session(path, self.device)
-        logits = session.run(["logits"], {"hidden": hidden[:1, -1:]})[0]
+        logits = session.run(["logits"], {"hidden": hidden[:1][:, -1:]})[0]
         if not np.isfinite(logits).all():
             raise FloatingPointError(f"{path} gives logits that are not finite")
 
@@ -113,15 +121,17 @@ class Runner:
 
 def scale_and_cosine(x: Hidden, y: Hidden) -> tuple[float, float]:
     """Means over tokens of ||y|| / ||x|| and of cos(x, y), sink tokens left out."""
-    x, y = (h[:, SINK_TOKENS:].astype(np.float64) for h in (x, y))
-    x_norm, y_norm = np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1)
-    scale = np.mean(y_norm / x_norm)
-    cosine = np.mean(np.sum(x * y, -1) / (x_norm * y_norm))
-    return float(scale), float(cosine)
+    ratios, cosines = [], []
+    for before, after in zip(x, y, strict=True):
+        before, after = (h[SINK_TOKENS:].astype(np.float64) for h in (before, after))
+        before_norm, after_norm = (np.linalg.norm(h, axis=-1) for h in (before, after))
+        ratios.append(after_norm / before_norm)
+        cosines.append(np.sum(before * after, -1) / (before_norm * after_norm))
+    return float(np.mean(ratios)), float(np.mean(cosines))
 
 
 def compensation(
-    x: Hidden, y: Hidden, norm: Norm | None, block: Block, scale: float, rank: int
+    x: States, y: States, norm: Norm | None, block: Block, scale: float, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Best map of a rank from the input of attention to `y - scale * x`, sink tokens left out.
 
@@ -140,12 +150,14 @@ def compensation(
     Returns:
         A `[rank, D]` and B `[D, rank]` of the map B A.
     """
-    x, y = (h[:, SINK_TOKENS:] for h in (x, y))
-    inputs = normed(x, norm, block)
-    missing = torch.from_numpy(y - np.float32(scale) * x).float().flatten(0, 1)
-    gram = inputs.T @ inputs
+    gram = cross = torch.zeros(())
+    for before, after in zip(x.turns(), y.turns(), strict=True):
+        before, after = (h[:, SINK_TOKENS:] for h in (before, after))
+        inputs = normed(before, norm, block)
+        missing = torch.from_numpy(after - np.float32(scale) * before).float().flatten(0, 1)
+        gram = gram + inputs.T @ inputs
+        cross = cross + inputs.T @ missing
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    cross = inputs.T @ missing
     linear = torch.linalg.solve(gram, cross)  # [D, D], in x out
     _, directions = torch.linalg.eigh(cross.T @ linear)  # of the predictions, ascending
     best = directions[:, -rank:]
@@ -154,12 +166,30 @@ def compensation(
 
 def relative_errors(reference: Hidden, outputs: dict[Action, Hidden]) -> dict[Action, float]:
     """||output - reference|| / ||reference|| over all tokens but the sinks."""
-    reference = reference[:, SINK_TOKENS:].astype(np.float64)
-    norm = np.linalg.norm(reference)
+    norm = _squared(reference)
     return {
-        action: float(np.linalg.norm(output[:, SINK_TOKENS:] - reference) / norm)
-        for action, output in outputs.items()
+        action: (_squared(output, reference) / norm) ** 0.5 for action, output in outputs.items()
     }
+
+
+def _squared(x: Hidden, y: Hidden | None = None) -> float:
+    """Square of the norm of x, or of x - y, over all tokens but the sinks."""
+    total = 0.0
+    for index, states in enumerate(x):
+        states = states[SINK_TOKENS:].astype(np.float64)
+        if y is not None:
+            states -= y[index, SINK_TOKENS:]
+        total += float(np.square(states).sum())
+    return total
+
+
+def gram_of(hidden: States, norm: Norm | None, block: Block) -> torch.Tensor:
+    """Sum of x x^T, `[D, D]`, of what a linear layer behind a norm reads."""
+    total = torch.zeros(())
+    for part in hidden.turns():
+        inputs = normed(part, norm, block)
+        total = total + inputs.T @ inputs
+    return total
 
 
 def normed(hidden: Hidden, norm: Norm | None, block: Block) -> torch.Tensor:

@@ -15,6 +15,8 @@ import torch
 
 Bits = Literal[4, 8]
 
+_TURN = 1 << 24  # weights in FP32 at a time, of a head for a large vocabulary
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -58,6 +60,15 @@ def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
         bits: 4 or 8.
         block_size: a power of two, at least 16 (MatMulNBits).
     """
+    return concatenate([_rounded(rows, bits, block_size) for rows in turns(weight)])
+
+
+def turns(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Groups of rows of a weight `[N, ...]`, each small enough to be copied as FP32."""
+    return weight.split(max(_TURN // max(weight[:1].numel(), 1), 1))
+
+
+def _rounded(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
     blocks = _blocks(weight.float(), block_size)  # [N, B, block_size]
     if bits == 8:
         scales = blocks.abs().amax(-1) / 127
@@ -95,6 +106,8 @@ def pack_int4(
 def concatenate(parts: Sequence[Quantized]) -> Quantized:
     """Rows of several weights, all of the same form, below one another."""
     first = parts[0]
+    if len(parts) == 1:
+        return first
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
     offsets = [part.offsets for part in parts if part.offsets is not None]
     return replace(

@@ -26,6 +26,7 @@ from dash_onnx.exporters.graphs import taps_of
 from dash_onnx.exporters.measure import Runner
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import open_source
+from dash_onnx.exporters.states import States
 from dash_onnx.runtime import dispatch
 from dash_onnx.runtime.dispatch import Lane
 
@@ -80,7 +81,9 @@ def test_training_computes_what_the_runtime_computes(pair: Pair, dense: bool) ->
     np.testing.assert_allclose(ours, runtime_logits(case, ids[0], choice[0]), atol=1e-3)
 
 
-def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(pair: Pair) -> None:
+def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
+    pair: Pair, tmp_path: Path
+) -> None:
     source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
     family = REGISTRY[pair.case.family]
     assert isinstance(family, Decoder)
@@ -99,11 +102,13 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(pair:
     pair.wanted(ids)
     spec = family.describe("", source.config, pair.case.max_length)
     runner = Runner(spec, "cpu")
-    hidden = runner.embed(pair.bundle / "embed.onnx", ids[None])
+    hidden = [States(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
+    hidden[0].write(runner.embed(pair.bundle / "embed.onnx", ids[None]))
     for index in range(LAYERS):
         taps = taps_of(family.layer(source.weights, index, spec), spec, 32)
         path = pair.bundle / layer_path(index, "full")
-        hidden, hessians = runner.layer_with_hessians(index, path, hidden, taps)
+        states = hidden[index : index + 2]
+        hessians = runner.layer_with_hessians(index, path, *states, taps)
         for name, found in hessians.items():
             x = read.pop((index, name))
             torch.testing.assert_close(found, x.T @ x, rtol=1e-3, atol=1e-2)

@@ -70,6 +70,15 @@ def _parser() -> Parser:
         help="also write OUT/fused: the policy as one graph for other clients (see dash-fuse)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where an interrupted export of the same model and options stopped; if this "
+        "one is interrupted, keep the finished layers in .OUT.partial beside OUT",
+    )
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
@@ -97,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             compensation_rank=arguments.compensation_rank,
             requantize=arguments.requantize,
             overwrite=arguments.overwrite,
+            resume=arguments.resume,
+            revision=arguments.revision,
             seed=arguments.seed,
         )
         manifest = export(arguments.model, arguments.out, options)

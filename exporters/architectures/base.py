@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from dash_onnx.block import Attention, Block
 from dash_onnx.errors import SourceError
-from dash_onnx.exporters.quantize import Bits, Quantized, concatenate
+from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, turns
 from dash_onnx.exporters.sources import Weights
 from dash_onnx.manifest import ModelFacts, Rope
 
@@ -175,7 +175,7 @@ def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
             f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}: "
             "config.json and weights do not belong together"
         )
-    if not torch.isfinite(tensor).all():
+    if not all(torch.isfinite(rows).all() for rows in turns(tensor)):
         raise SourceError(f"{name} has values that are not finite: the weights are damaged")
     return tensor
 

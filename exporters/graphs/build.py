@@ -18,7 +18,14 @@ from dash_onnx.contract import Port, Ports, data_name
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.gptq import gptq
-from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, pack_int4, quantize
+from dash_onnx.exporters.quantize import (
+    Bits,
+    Quantized,
+    concatenate,
+    pack_int4,
+    quantize,
+    turns,
+)
 from dash_onnx.manifest import Target
 
 OPSET = 24
@@ -80,23 +87,17 @@ class Graph:
 
     def activation_tensor(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A small weight in the dtype of the activations (norms, biases, scales)."""
-        array = tensor.float().numpy()
-        if self.target.dtype == "float16":
-            array = self.half(name, array)
-        return self.tensor(name, array)
+        if self.target.dtype == "float32":
+            return self.tensor(name, tensor.float().numpy())
+        if not fits_half(tensor):
+            raise self._beyond_half(name)
+        return self.tensor(name, tensor.half().numpy())
 
-    def half(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Rounds a weight to FP16.
-
-        Raises:
-            UnsupportedError: a value would become infinite.
-        """
-        if not fits_half(array):
-            raise UnsupportedError(
-                f"{self.name}: {name} has values beyond FP16's range, which device cuda "
-                "computes in; export with --device cpu"
-            )
-        return array.astype(np.float16)
+    def _beyond_half(self, name: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.name}: {name} has values beyond FP16's range, which device cuda "
+            "computes in; export with --device cpu"
+        )
 
     def linear(self, x: ir.Value, linear: Linear, precision: Action) -> ir.Value:
         """X `[1, seq, K]` -> `[1, seq, N]` in a precision."""
@@ -163,14 +164,24 @@ class Graph:
 
     def _full_weight(self, linear: Linear) -> ir.Value:
         name = f"{linear.name}.weight"
-        array = linear.weight.float().numpy().T  # [K, N], as MatMul wants it
-        if self.target.dtype == "float16":
-            return self.tensor(name, self.half(name, array))
-        if not fits_half(array):
-            self.fp32_kept.append(name)
+        array = self.stored_half(name, linear.weight).T  # [K, N], as MatMul wants it
+        if self.target.dtype == "float16" or array.dtype == np.float32:
             return self.tensor(name, array)
         # ORT folds the cast at load: x86 CPUs have no FP16 MatMul kernel.
-        return self.op.Cast(self.tensor(name, array.astype(np.float16)), to=ir.DataType.FLOAT)
+        return self.op.Cast(self.tensor(name, array), to=ir.DataType.FLOAT)
+
+    def stored_half(self, name: str, weight: torch.Tensor) -> np.ndarray:
+        """A weight as FP16; as FP32, and noted, where FP16 cannot hold it and need not.
+
+        Raises:
+            UnsupportedError: FP16 cannot hold it and is what the device computes in.
+        """
+        if all(fits_half(rows) for rows in turns(weight)):
+            return weight.half().numpy()
+        if self.target.dtype == "float16":
+            raise self._beyond_half(name)
+        self.fp32_kept.append(name)
+        return weight.float().numpy()
 
     def norm(self, x: ir.Value, name: str, norm: Norm | None) -> ir.Value:
         """Norm over the last axis; x itself where there is none."""
@@ -252,9 +263,9 @@ class Graph:
         onnx.checker.check_model(target)
 
 
-def fits_half(array: np.ndarray) -> bool:
+def fits_half(tensor: torch.Tensor) -> bool:
     """Whether every value stays finite in FP16."""
-    return bool(np.abs(array).max(initial=0.0) <= np.finfo(np.float16).max)
+    return not tensor.numel() or bool(tensor.abs().max() <= torch.finfo(torch.float16).max)
 
 
 def _dtype(port: Port) -> ir.DataType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import torch
 from dash_onnx.actions import Action
 from dash_onnx.contract import EMBED_PATH, embed_ports, head_path, head_ports
 from dash_onnx.exporters.architectures.base import Head, ModelSpec
-from dash_onnx.exporters.graphs.build import Graph, fits_half
+from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
-from dash_onnx.exporters.quantize import Quantized, dequantize, quantize
+from dash_onnx.exporters.quantize import Quantized, concatenate, dequantize, quantize, turns
 from dash_onnx.manifest import Target
 
 
@@ -42,11 +43,7 @@ def build_embed(
             quantize_axis=1,
         )
     else:
-        array = table.float().numpy()
-        if target.dtype == "float16" or fits_half(array):
-            array = graph.half("embedding", array)
-        else:
-            graph.fp32_kept.append("embedding")
+        array = graph.stored_half("embedding", table)
         rows = graph.op.Gather(graph.tensor("embedding", array), ids)
     hidden = graph.op.Cast(rows, to=graph.dtype)
     if spec.embedding_scale != 1.0:
@@ -60,11 +57,15 @@ def _exact_rows(table: torch.Tensor, block_size: int) -> Quantized | None:
     """INT8 rows with FP16 scales if they reproduce the FP16 rows to the last bit."""
     if table.shape[1] % block_size:
         return None
-    rows = quantize(table, 8, block_size)
-    scales = rows.scales.astype(np.float16)
-    rows = Quantized(rows.values, scales.astype(np.float32), None, rows.shape, 8, block_size)
-    same = torch.equal(dequantize(rows).half(), table.half())
-    return rows if same else None
+    parts = []
+    for part in turns(table):
+        rows = quantize(part, 8, block_size)
+        scales = rows.scales.astype(np.float16)
+        rows = replace(rows, scales=scales.astype(np.float32))
+        if not torch.equal(dequantize(rows).half(), part.half()):
+            return None
+        parts.append(rows)
+    return concatenate(parts)
 
 
 def build_head(

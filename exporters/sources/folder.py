@@ -72,7 +72,12 @@ class SafetensorsWeights:
 
 
 def open_folder(
-    folder: Path, *, kind: Literal["hub", "folder"], name: str, supported: Collection[str]
+    folder: Path,
+    *,
+    kind: Literal["hub", "folder"],
+    name: str,
+    supported: Collection[str],
+    revision: str | None = None,
 ) -> Source:
     """Opens a folder with config.json, a tokenizer and safetensors.
 
@@ -97,6 +102,8 @@ def open_folder(
         weights=weights,
         tokenizer=_tokenizer(folder),
         generation_config=_generation_config(folder),
+        files=tuple(path for path in sorted(folder.iterdir()) if path.is_file()),
+        revision=revision,
     )
 
 

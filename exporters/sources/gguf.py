@@ -127,4 +127,5 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
         weights=GGUFWeights(reader, architecture, config, requantize),
         tokenizer=tokenizer,
         generation_config=generation,
+        files=(path,),
     )

@@ -13,19 +13,27 @@ from dash_onnx.exporters.sources.source import Source
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
 
 
-def open_source(model: str, supported: Collection[str], requantize: bool = False) -> Source:
+def open_source(
+    model: str,
+    supported: Collection[str],
+    requantize: bool = False,
+    revision: str | None = None,
+) -> Source:
     """Opens a model without reading its weights.
 
     Args:
         model: a local folder with safetensors, a `.gguf` file, or a hub id (`org/name`).
         supported: the `model_type`s that have an exporter.
         requantize: round quantized weights anew instead of keeping their integers.
+        revision: branch, tag or commit of a hub id; None takes its main branch.
 
     Raises:
         SourceError: nothing readable is there.
         UnsupportedError: the model's architecture is not in `supported`.
     """
     path = Path(model)
+    if revision is not None and path.exists():
+        raise SourceError(f"--revision is for hub ids; {model} is on this disk as it is")
     if path.is_dir():
         return open_folder(path, kind="folder", name=path.resolve().name, supported=supported)
     if model.endswith(".gguf"):
@@ -36,10 +44,12 @@ def open_source(model: str, supported: Collection[str], requantize: bool = False
         raise SourceError(f"{model} is neither a folder nor a .gguf file")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SourceError(f"no model at {model}: not a folder, a .gguf file or a hub id (org/name)")
-    return open_folder(_download(model), kind="hub", name=model, supported=supported)
+    folder = _download(model, revision)
+    commit = folder.name  # the hub's cache has a folder for each
+    return open_folder(folder, kind="hub", name=model, supported=supported, revision=commit)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -49,11 +59,14 @@ def _download(model: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        found = snapshot_download(model, revision=revision, allow_patterns=_HUB_PATTERNS)
+        return Path(found)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         if isinstance(error, HfHubHTTPError):
             reason += "; a gated model needs `hf auth login`"
+        at = f" at revision {revision!r}" if revision else ""
         raise SourceError(
-            f"no local folder {model!r}, and the hub did not give a model of that name ({reason})"
+            f"no local folder {model!r}, and the hub did not give a model of that name{at} "
+            f"({reason})"
         ) from None

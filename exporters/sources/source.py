@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -34,6 +35,8 @@ class Source:
         weights: tensors by Hugging Face name.
         tokenizer: a tokenizer with a `tokenizers` backend.
         generation_config: EOS ids and sampling defaults.
+        files: what all of this is read from.
+        revision: commit of a hub id.
     """
 
     kind: Literal["hub", "folder", "gguf"]
@@ -42,3 +45,5 @@ class Source:
     weights: Weights
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig
+    files: tuple[Path, ...]
+    revision: str | None = None
