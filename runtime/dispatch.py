@@ -101,7 +101,12 @@ class Lane:
         self._advance(count)
 
     def time_token(
-        self, token: int, steps: Sequence[Step], head: Action | None, lead: Sequence[Step] = ()
+        self,
+        token: int,
+        steps: Sequence[Step],
+        head: Action | None,
+        before: Sequence[Step] = (),
+        lead: Sequence[Step] = (),
     ) -> list[float]:
         """Times the parts of a token, of which some layers and the head may be left out.
 
@@ -109,13 +114,14 @@ class Lane:
             token: its id.
             steps: the layers that are timed.
             head: precision of the LM head; None leaves it out.
-            lead: layers that run before the clock starts.
+            before: layers that run before the embedding and are not timed.
+            lead: layers that run after it and are not timed.
 
         Returns:
             Milliseconds of the embedding, each layer, and the head if there is one.
         """
         self._advance(1)
-        times = self._single.time_layers(token, steps, lead)
+        times = self._single.time_layers(token, steps, before, lead)
         if head is None:
             return times
         started = time.perf_counter()
@@ -249,28 +255,38 @@ class _Span:
         return runs.get(action) or runs.setdefault(action, self._bind_layer(layer, action))
 
     def _start(self, tokens: int | Ids) -> None:
-        if self._capacity != self._lane.kv.capacity:  # the K/V buffers moved
-            self._capacity = self._lane.kv.capacity
-            for runs in self._layers:
-                runs.clear()
+        self._rebind()
         self._tokens.write(tokens)
         self._embed()
 
-    def time_layers(self, token: int, steps: Sequence[Step], lead: Sequence[Step]) -> list[float]:
+    def _rebind(self) -> None:
+        """Forgets the bindings of layers where the K/V buffers moved."""
+        if self._capacity != self._lane.kv.capacity:
+            self._capacity = self._lane.kv.capacity
+            for runs in self._layers:
+                runs.clear()
+
+    def time_layers(
+        self, token: int, steps: Sequence[Step], before: Sequence[Step], lead: Sequence[Step]
+    ) -> list[float]:
         """See `Lane.time_token`; returns milliseconds: embedding, then each layer."""
+        self._rebind()
+        for layer, action in before:
+            self._run_of(layer, action)()
+        started = time.perf_counter()
+        self._start(token)
+        clock = [time.perf_counter()]
+        embed = clock[0] - started
         if lead:
-            self._start(token)
             # The first layer that is timed may read either: neither may add up over the tokens.
             self.hidden[1].write(self.hidden[0].array)
             for layer, action in lead:
                 self._run_of(layer, action)()
-        clock = [time.perf_counter()]
-        self._start(token)
-        clock.append(time.perf_counter())
+            clock = [time.perf_counter()]
         for layer, action in steps:
             self._run_of(layer, action)()
             clock.append(time.perf_counter())
-        return [(after - before) * 1e3 for before, after in pairwise(clock)]
+        return [embed * 1e3, *((stop - start) * 1e3 for start, stop in pairwise(clock))]
 
     def time_scorer(self, token: int, steps: Sequence[Step], scoring: Scoring) -> float:
         """See `Lane.time_scorer`."""

@@ -132,17 +132,20 @@ def _time(
     prompt = min(_PROMPT, longest - 1)
     lane.assume(prompt)
     others = _others(window)
+    # What comes first after `others` would pay for waking threads and for cold instructions. In a
+    # decoding token the embedding comes after the head, and all layers but the first after a layer.
+    last = manifest.model.num_layers - 1
+    before: list[Step] = [] if window.whole else [(last, SKIP)]
     lead: list[Step] = []
-    if window.layers and not window.whole:
-        # The first layer would pay for a cold cache of instructions after the head or `others`.
-        lead = [((window.layers[0] - 1) % manifest.model.num_layers, SKIP)]
+    if 0 not in window.layers:
+        lead = [(window.layers[0] - 1 if window.layers else last, SKIP)]
     for count in range(_WARM_UP + tokens):
         if lane.length == longest:  # a short context: again from the prompt
             lane.truncate(prompt)
         steps = [(layer, choose(layer)) for layer in window.layers]
         head = rng.choice(window.heads) if window.heads else None
         others.max(initial=0)
-        embed, *rest = lane.time_token(rng.randrange(vocab), steps, head, lead)
+        embed, *rest = lane.time_token(rng.randrange(vocab), steps, head, before, lead)
         if count < _WARM_UP:
             continue
         if 0 in window.layers:
