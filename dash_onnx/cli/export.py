@@ -15,6 +15,8 @@ from dash_onnx.errors import DashError
 from dash_onnx.records import to_json
 
 if TYPE_CHECKING:
+    from dash_onnx.exporters.check import Kind, Report
+    from dash_onnx.exporters.options import ExportOptions
     from dash_onnx.manifest import Manifest
 
 _EXAMPLES = """\
@@ -79,6 +81,14 @@ def _parser() -> Parser:
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
     )
+    parser.add_argument(
+        "--check",
+        choices=("quick", "full", "none"),
+        default="quick",
+        help="compare with transformers afterwards, exit code 1 where a limit is exceeded: the "
+        "highest precision of every layer on a short text (quick), every graph on a longer one "
+        "and a table (full), or nothing (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
@@ -86,6 +96,7 @@ def _parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = _parser().parse_args(argv)
+    failures: list[str] = []
 
     def body() -> None:
         variants = parse_precisions(arguments.variants)
@@ -111,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
         )
         manifest = export(arguments.model, arguments.out, options)
+        report = _check(arguments.model, arguments.out, options, arguments.check)
+        failures.extend(report.failures if report else [])
         if arguments.effort != "none" and not has_device(arguments.device):
             print(
                 f"dash-export: no device {arguments.device} here: no policy trained; "
@@ -131,11 +144,56 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             facts = to_json(manifest)
             del facts["files"], facts["ropes"], facts["attention"]
-            print(json.dumps({"out": str(arguments.out), **facts}))
+            checked = report and to_json(report)
+            print(json.dumps({"out": str(arguments.out), **facts, "check": checked}))
         else:
             print(summary(manifest, arguments.out))
+            if report is not None:
+                print("\n".join(check_lines(report)))
 
-    return run("dash-export", body)
+    code = run("dash-export", body)
+    for failure in failures:
+        print(f"dash-export: check: layer {failure} (see dash-export --help)", file=sys.stderr)
+    return code or (1 if failures else 0)
+
+
+def _check(model: str, out: Path, options: ExportOptions, kind: Kind) -> Report | None:
+    from dash_onnx.bundle import Bundle
+    from dash_onnx.exporters.architectures import REGISTRY
+    from dash_onnx.exporters.check import check
+    from dash_onnx.exporters.sources import open_source
+
+    if kind == "none":
+        return None
+    source = open_source(model, REGISTRY, options.requantize, options.revision)
+    return check(source, Bundle(out), kind)
+
+
+def check_lines(report: Report) -> list[str]:
+    """What a check found: a table of relative errors where it ran every graph or failed."""
+    if not report.rows:
+        return ["not compared with transformers: a context of this length rotates otherwise"]
+    *rows, whole = report.rows
+    ((best, kl),) = whole.errors.items()
+    worst = max(row.errors[best] for row in rows)
+    line = (
+        f"against transformers on {report.tokens} tokens: {best} layers differ by at most "
+        f"{worst:.1e} (limit {rows[0].limits[best]:.0e}), KL of the whole path {kl:.1e} "
+        f"(limit {whole.limits[best]:.0e})"
+    )
+    if report.kind == "quick" and not report.failures:
+        return [line]
+    actions = [action for action in ACTIONS if any(action in row.errors for row in rows)]
+    head = ["layer", *(f"{action} err" for action in actions), "limits exceeded"]
+    cells = [
+        [
+            row.name,
+            *(f"{row.errors[a]:.2e}" if a in row.errors else "" for a in actions),
+            ", ".join(row.exceeded),
+        ]
+        for row in report.rows
+    ]
+    return [*aligned([head, *cells]), "", line]
 
 
 def summary(manifest: Manifest, out: Path) -> str:

@@ -1,0 +1,148 @@
+"""dash-info: what a model or a bundle contains, before time is spent on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_onnx.actions import PRECISIONS, parse_precisions
+from dash_onnx.cli.common import Parser, aligned, positive, run
+from dash_onnx.records import to_json
+
+if TYPE_CHECKING:
+    from dash_onnx.manifest import Manifest
+
+_EXAMPLES = """\
+  dash-info ./model-folder
+  dash-info model.gguf --variants int8,int4 --json
+  dash-info out/"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-info",
+        "Show what a model contains and what its export would write and need, or what a bundle "
+        "contains. Reads no weights.",
+        _EXAMPLES,
+    )
+    parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
+    parser.add_argument(
+        "--variants",
+        default=",".join(PRECISIONS),
+        help="precisions that would be exported (default: %(default)s)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--max-length", type=positive, help="context in tokens")
+    parser.add_argument("--block-size", type=int, choices=(16, 32, 64, 128, 256), default=32)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+
+    def body() -> None:
+        from dash_onnx.manifest import MANIFEST_NAME
+
+        bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
+        facts, lines = _bundle(arguments) if bundle else _model(arguments)
+        print(json.dumps(facts) if arguments.json else "\n".join(lines))
+
+    return run("dash-info", body)
+
+
+def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    variants = parse_precisions(arguments.variants)
+    from dash_onnx.cli.export import prepare_export
+
+    prepare_export()
+    from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+    from dash_onnx.exporters.options import ExportOptions
+    from dash_onnx.exporters.sizes import sizes_of
+    from dash_onnx.exporters.sources import open_source
+
+    source = open_source(arguments.path, REGISTRY)
+    options = ExportOptions(
+        variants=variants,
+        device=arguments.device,
+        max_length=arguments.max_length,
+        block_size=arguments.block_size,
+    )
+    sizes = sizes_of(source, options)
+    spec = architecture_of(source.config).describe(source.name, source.config, options.max_length)
+    facts = {
+        "kind": "model",
+        "source": f"{source.kind}:{source.name}",
+        "model": to_json(spec.facts),
+        "estimates": to_json(sizes),
+    }
+    model = spec.facts
+    rows = [["", *variants, "skip"]]
+    rows.append(["layers, GB", *(f"{size / 1e9:.3f}" for size in sizes.layers.values())])
+    rows.append(["LM head, GB", *(f"{size / 1e9:.3f}" for size in sizes.heads.values()), ""])
+    rows.append(["memory to run, GB", *(f"{sizes.run[a] / 1e9:.2f}" for a in variants), ""])
+    return facts, [
+        f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
+        f"{model.num_layers} layers, {model.hidden_size} wide ({model.intermediate_size} inside), "
+        f"{model.num_heads} heads, {model.num_kv_heads} of K/V, {model.head_dim} wide; "
+        f"{model.vocab_size} tokens, context {model.max_length}",
+        "",
+        *aligned(rows, left=1),
+        "",
+        f"embedding {sizes.embedding / 1e9:.3f} GB; bundle {sizes.bundle / 1e9:.2f} GB on disk",
+        f"memory to run with a policy (every graph loaded) {sizes.run['policy'] / 1e9:.2f} GB; "
+        f"K/V cache {sizes.kv_per_token / 1e6:.2f} MB a token",
+        f"memory to export about {sizes.export / 1e9:.1f} GB (see docs/export.md)",
+    ]
+
+
+def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from dash_onnx.budget import reference_ms
+    from dash_onnx.bundle import Bundle
+
+    manifest = Bundle(arguments.path).manifest
+    facts = to_json(manifest)
+    del facts["files"], facts["ropes"], facts["attention"]
+    size = sum(file.bytes for file in manifest.files.values())
+    model, costs, export = manifest.model, manifest.costs, manifest.export
+    rows = [["", *manifest.actions]]
+    totals = {a: sum(layer.bytes[a] for layer in manifest.layers) for a in manifest.actions}
+    rows.append(["layers, MB", *(f"{totals[a] / 1e6:.1f}" for a in manifest.actions)])
+    rows.append(["one layer, ms", *(f"{_median_ms(manifest, a):.3f}" for a in manifest.actions)])
+    rows.append(["LM head, ms", *(_ms(costs.heads_ms.get(action)) for action in manifest.actions)])
+    tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
+    return {"kind": "bundle", "bytes": size, **facts}, [
+        f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "
+        f"{manifest.target.device}",
+        f"{model.num_layers} layers, {model.hidden_size} wide, context {model.max_length}; blocks "
+        f"of {manifest.target.block_size}, compensation of rank {manifest.compensation_rank}",
+        "",
+        *aligned(rows, left=1),
+        "",
+        f"a token in full precision {reference_ms(manifest):.2f} ms on {costs.machine}, "
+        f"{costs.threads} threads",
+        *_policy(manifest),
+        f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
+        f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
+        f"made with {tools}",
+    ]
+
+
+def _policy(manifest: Manifest) -> list[str]:
+    scorer = manifest.scorer
+    if scorer is None:
+        return ["no policy trained: see dash-train"]
+    named = ", ".join(f"{name} {budget:.3f}" for name, budget in scorer.presets.items())
+    return [f"policy: {scorer.training.effort} training; presets {named} (of the full time)"]
+
+
+def _median_ms(manifest: Manifest, action: Any) -> float:
+    return statistics.median(layer[action] for layer in manifest.costs.layers_ms)
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
