@@ -377,7 +377,7 @@ def test_an_interrupt_between_the_two_renames_keeps_the_previous_bundle(
     rename = Path.rename
 
     def interrupted(self: Path, target: Any) -> Path:
-        if Path(target) == out and ".partial-" in self.name:
+        if Path(target) == out and self.name == "bundle":
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -439,7 +439,7 @@ def started(model: Path, out: Path, text: Path) -> subprocess.Popen[str]:
 
 
 def partial_layer(out: Path) -> bool:
-    return any(out.parent.glob(f".{out.name}.partial-*/layers/01"))
+    return any(out.parent.glob(f".{out.name}.partial/bundle/layers/01"))
 
 
 @pytest.fixture(scope="module")

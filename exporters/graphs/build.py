@@ -265,7 +265,8 @@ class Graph:
 
 def fits_half(tensor: torch.Tensor) -> bool:
     """Whether every value stays finite in FP16."""
-    return not tensor.numel() or bool(tensor.abs().max() <= torch.finfo(torch.float16).max)
+    # A BF16 tensor would round the limit, to a value beyond it.
+    return not tensor.numel() or float(tensor.abs().max()) <= torch.finfo(torch.float16).max
 
 
 def _dtype(port: Port) -> ir.DataType:
