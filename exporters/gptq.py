@@ -33,31 +33,31 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
 def _rounded(
     weight: torch.Tensor, importance: torch.Tensor, inverse: torch.Tensor, block_size: int
 ) -> Quantized:
-    w = weight.to(torch.float32, copy=True)
-    rows, columns = w.shape
-    w[:, importance == 0] = 0  # inputs that are never active
+    w = weight.float().T.contiguous()  # [K, N]: a column of the weight is a row in memory
+    columns, rows = w.shape
+    w[importance == 0] = 0  # inputs that are never active
     levels = torch.empty_like(w)
-    scales = torch.empty(rows, columns // block_size)
+    scales = torch.empty(columns // block_size, rows)
     zeros = torch.empty_like(scales)
     width = max(_LAZY // block_size, 1) * block_size
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        part, inv = w[:, start:stop], inverse[start:stop, start:stop]
+        part, inv = w[start:stop], inverse[start:stop, start:stop]
         errors = torch.empty_like(part)
         for column in range(stop - start):
             if column % block_size == 0:
                 block = slice(column, column + block_size)
-                grid = _best_grid(part[:, block], importance[start:stop][block])
+                grid = _best_grid(part[block], importance[start:stop][block])
                 index = (start + column) // block_size
-                scales[:, index], zeros[:, index] = scale, zero = grid
-            value = part[:, column]
-            level = (value / scale + zero).round().clamp(0, 15)
-            levels[:, start + column] = level
+                scales[index], zeros[index] = scale, zero = grid
+            value = part[column]
+            level = (value / scale + zero).round_().clamp_(0, 15)
+            levels[start + column] = level
             error = (value - (level - zero) * scale) / inv[column, column]
-            part[:, column:] -= error[:, None] * inv[column, column:]
-            errors[:, column] = error
-        w[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return pack_int4(levels, scales, zeros, block_size)
+            part[column:].addr_(inv[column, column:], error, alpha=-1)
+            errors[column] = error
+        w[stop:] -= inverse[start:stop, stop:].T @ errors
+    return pack_int4(levels.T, scales.T.contiguous(), zeros.T, block_size)
 
 
 def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
@@ -77,18 +77,18 @@ def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _best_grid(block: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point `[N]` of a block `[N, block_size]` with the least weighted error.
+    """Scale and zero point `[N]` of a block `[block_size, N]` with the least weighted error.
 
     Clipping the range a little costs the outliers and serves all other weights.
     """
-    low, high = block.amin(1).clamp(max=0), block.amax(1).clamp(min=0)
+    low, high = block.amin(0).clamp(max=0), block.amax(0).clamp(min=0)
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
     for shrink in _SHRINK.tolist():
         scale = ((high - low) * shrink / 15).clamp(min=1e-9)
         zero = (-low * shrink / scale).round().clamp(0, 15)
-        level = (block / scale[:, None] + zero[:, None]).round().clamp(0, 15)
-        error = (((level - zero[:, None]) * scale[:, None] - block).square() * importance).sum(1)
+        level = (block / scale).add_(zero).round_().clamp_(0, 15)
+        error = importance @ level.sub_(zero).mul_(scale).sub_(block).square_()
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)

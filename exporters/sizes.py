@@ -24,7 +24,7 @@ _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
 
 @dataclass(frozen=True)
 class Sizes:
-    """Estimates in bytes.
+    """Estimates in bytes, of weights that are rounded anew.
 
     Attributes:
         parameters: of the model.
@@ -55,6 +55,7 @@ class _Shapes:
         """Builds the model's modules, not their weights."""
         with init_empty_weights():
             model: Any = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
     def __contains__(self, name: str) -> bool:
@@ -93,9 +94,8 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
     loaded = {a: size * wide if a == "full" else size for a, size in kept.items()}
     loaded_heads = {a: size * wide if a == "full" else size for a, size in heads.items()}
-    run = {a: loaded[a] + loaded_heads[a] + embedding for a in variants}
+    run: dict[str, int] = {a: loaded[a] + loaded_heads[a] + embedding for a in variants}
     run["policy"] = sum(loaded.values()) + sum(loaded_heads.values()) + embedding
-    largest_head = max(loaded_heads.values())
     return Sizes(
         parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
         layers=kept,
@@ -105,7 +105,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         run=run,
         kv_per_token=2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * rule.wide,
         export=_PROCESS_BYTES
-        + max(2 * embedding + 2 * states, widest, embedding + 2 * largest_head),
+        + max(2 * embedding + 2 * states, widest, embedding + 2 * max(loaded_heads.values())),
     )
 
 

@@ -82,9 +82,9 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     }
     model = spec.facts
     rows = [["", *variants, "skip"]]
-    rows.append(["layers, GB", *(f"{size / 1e9:.3f}" for size in sizes.layers.values())])
-    rows.append(["LM head, GB", *(f"{size / 1e9:.3f}" for size in sizes.heads.values()), ""])
-    rows.append(["memory to run, GB", *(f"{sizes.run[a] / 1e9:.2f}" for a in variants), ""])
+    rows.append(["layers, MB", *(f"{size / 1e6:.1f}" for size in sizes.layers.values())])
+    rows.append(["LM head, MB", *(f"{size / 1e6:.1f}" for size in sizes.heads.values()), ""])
+    rows.append(["memory to run, MB", *(f"{sizes.run[a] / 1e6:.1f}" for a in variants), ""])
     return facts, [
         f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
         f"{model.num_layers} layers, {model.hidden_size} wide ({model.intermediate_size} inside), "
@@ -93,10 +93,10 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "",
         *aligned(rows, left=1),
         "",
-        f"embedding {sizes.embedding / 1e9:.3f} GB; bundle {sizes.bundle / 1e9:.2f} GB on disk",
-        f"memory to run with a policy (every graph loaded) {sizes.run['policy'] / 1e9:.2f} GB; "
-        f"K/V cache {sizes.kv_per_token / 1e6:.2f} MB a token",
-        f"memory to export about {sizes.export / 1e9:.1f} GB (see docs/export.md)",
+        f"embedding {sizes.embedding / 1e6:.1f} MB; bundle {sizes.bundle / 1e6:.1f} MB on disk",
+        f"memory to run with a policy (every graph loaded) {sizes.run['policy'] / 1e6:.1f} MB; "
+        f"K/V cache {sizes.kv_per_token / 1e6:.3f} MB a token",
+        f"memory to export about {sizes.export / 1e9:.1f} GB",
     ]
 
 
