@@ -1,0 +1,120 @@
+"""`dash-info`: sizes from the config, against what an export writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_tool import Capture, Tool
+from conftest import save_tiny
+
+from dash_onnx.bundle import Bundle
+from dash_onnx.cli.info import main
+from dash_onnx.contract import EMBED_PATH, data_name, head_path
+
+TOOL = Tool("dash-info", main)
+WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 1024}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that weights outweigh the nodes of its graphs, with biases."""
+    folder = tmp_path_factory.mktemp("source") / "wide"
+    return save_tiny(folder, attention_bias=True, tie_word_embeddings=True, **WIDE)
+
+
+def written(bundle: Path, path: str) -> int:
+    files = Bundle(bundle).manifest.files
+    return sum(files[name].bytes for name in (path, data_name(path)) if name in files)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("variants", ["full,int8,int4", "int8"])
+def test_sizes_are_those_of_the_export(
+    device: str,
+    variants: str,
+    wide: Path,
+    night: Path,
+    export_tiny: Callable[..., Path],
+    capsys: Capture,
+) -> None:
+    options: dict[str, Any] = {"device": device, "variants": tuple(variants.split(","))}
+    bundle = export_tiny(wide, calibration=(night,), **options)
+    found = TOOL.json_of(capsys, wide, "--variants", variants, "--device", device)
+    manifest, estimates = Bundle(bundle).manifest, found["estimates"]
+    for action in manifest.actions:
+        layers = sum(layer.bytes[action] for layer in manifest.layers)
+        assert estimates["layers"][action] == pytest.approx(layers, rel=0.01), action
+    for head in manifest.exported_heads:
+        size = written(bundle, head_path(head))
+        assert estimates["heads"][head] == pytest.approx(size, rel=0.01), head
+    assert estimates["embedding"] == pytest.approx(written(bundle, EMBED_PATH), rel=0.01)
+    graphs = sum(f.bytes for name, f in manifest.files.items() if ".onnx" in name)
+    assert estimates["bundle"] == pytest.approx(graphs, rel=0.01)
+    assert found["model"]["num_layers"] == 2
+    assert found["model"]["max_length"] == manifest.model.max_length
+
+
+def test_parameters_of_a_tied_embedding_count_once(wide: Path, capsys: Capture) -> None:
+    from transformers import LlamaForCausalLM
+
+    count = LlamaForCausalLM.from_pretrained(wide).num_parameters()
+    assert TOOL.json_of(capsys, wide)["estimates"]["parameters"] == count
+
+
+def test_memory_to_run_counts_full_weights_as_fp32_on_a_cpu_only(
+    wide: Path, capsys: Capture
+) -> None:
+    cpu = TOOL.json_of(capsys, wide)["estimates"]
+    cuda = TOOL.json_of(capsys, wide, "--device", "cuda")["estimates"]
+    assert (
+        cpu["run"]["full"]
+        == 2 * (cpu["layers"]["full"] + cpu["heads"]["full"]) + (cpu["embedding"])
+    )
+    assert cuda["run"]["full"] == cuda["layers"]["full"] + cuda["heads"]["full"] + cuda["embedding"]
+    assert cpu["kv_per_token"] == 2 * 2 * 2 * 64 * 4 == 2 * cuda["kv_per_token"]
+
+
+def test_a_model_is_shown_without_reading_its_weights(wide: Path, capsys: Capture) -> None:
+    path = wide / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    try:
+        path.write_bytes(
+            whole[:header] + b"\xff" * (len(whole) - header)
+        )  # not a number among them
+        assert TOOL.run(wide) == 0
+    finally:
+        path.write_bytes(whole)
+    shown = capsys.readouterr().out
+    assert "folder:wide: llama, 0.00" in shown
+    assert "2 layers, 256 wide (768 inside)" in shown
+    assert "memory to export about" in shown
+    assert [line.split()[0] for line in shown.splitlines() if "MB  " in line] == [
+        "layers,",
+        "LM",
+        "memory",
+    ]
+
+
+def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:
+    found = TOOL.json_of(capsys, tiny_bundle)
+    manifest = Bundle(tiny_bundle).manifest
+    assert found["kind"] == "bundle"
+    assert found["bytes"] == sum(facts.bytes for facts in manifest.files.values())
+    assert found["calibration"]["sha256"] == manifest.calibration.sha256
+    assert json.loads(json.dumps(found))["costs"]["machine"] == manifest.costs.machine
+    assert TOOL.run(tiny_bundle) == 0
+    shown = capsys.readouterr().out
+    assert "no policy trained" in shown and "folder:tiny" in shown
+    row = next(line for line in shown.splitlines() if line.startswith("layers, MB")).split()
+    totals = [sum(layer.bytes[a] for layer in manifest.layers) for a in manifest.actions]
+    assert row[2:] == [f"{total / 1e6:.1f}" for total in totals]
+
+
+def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    assert "no config.json" in TOOL.refused(capsys, tmp_path)
+    assert "int8, int4" in TOOL.refused(capsys, tmp_path, "--variants", "int2")
