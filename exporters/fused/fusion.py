@@ -178,9 +178,7 @@ class Fusion:
         """Renames a graph's values and rewrites what the client is slow at."""
         rename(graph, prefix, names)
         if not self.client.multiplies_blocks:
-            nodes, initializers = widen(graph)
-            self.nodes += nodes
-            self.initializers += initializers
+            self._add(widen(graph))
 
     def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:
         model = self._load(path)
@@ -192,11 +190,14 @@ class Fusion:
         """Adds the scorer once more; its weights are shared under the names of the first."""
         model = self._load(scorer_facts(self.bundle.manifest).file)
         weights = {tensor.name: f"scorer.{tensor.name}" for tensor in model.graph.initializer}
-        known = {tensor.name for tensor in self.initializers}
         rename(model.graph, f"{prefix}.", {**names, **weights})
         self.nodes += model.graph.node
-        new = [tensor for tensor in model.graph.initializer if tensor.name not in known]
-        self.initializers += [self._stored(tensor) for tensor in new]
+        self._add(model.graph.initializer)
+
+    def _add(self, tensors: Iterable[TensorProto]) -> None:
+        """Adds the initializers that the main graph does not have yet."""
+        known = {tensor.name for tensor in self.initializers}
+        self.initializers += [self._stored(one) for one in tensors if one.name not in known]
 
     def _load(self, path: str) -> onnx.ModelProto:
         """A graph of the bundle, its large weights moved to the fused data file."""

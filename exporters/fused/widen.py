@@ -1,8 +1,9 @@
-"""Products with quantized weights in standard operators, for clients whose MatMulNBits is slow.
+"""Products with quantized weights as FP32 products, for clients whose MatMulNBits is slow.
 
-Without a kernel of its own MatMulNBits converts every weight for every token. Here the conversion
-is a constant part of the graph, which ONNX Runtime computes once, when it loads: the file stays as
-small, the memory does not, and sums are FP32 ones.
+Without a kernel of its own MatMulNBits widens every weight for every token. A DequantizeLinear of
+constants does the same once, when ONNX Runtime loads the graph, if the session has the option
+`session.disable_quant_qdq`: the file stays as small, the memory does not. It is one operator,
+as each further one would need the memory of all weights again.
 """
 
 from __future__ import annotations
@@ -13,79 +14,71 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-_KINDS = {4: TensorProto.UINT4, 8: TensorProto.UINT8}
 
+def widen(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
+    """Replaces every MatMulNBits by a DequantizeLinear and a product, beside each other.
 
-def widen(
-    graph: onnx.GraphProto,
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Replaces every MatMulNBits by a MatMul; its weights leave the graph.
+    In one branch, that is: ONNX Runtime packs no weights that come from the graph around it.
 
     Returns:
-        Nodes and initializers that make the weights, for the graph around it.
+        Constants that many products share, for the graph around it.
     """
+    shared: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
-    moved: list[onnx.TensorProto] = []
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    for at, node in enumerate(graph.node):
-        if node.op_type == "MatMulNBits":
-            made, tensors, product = _widened(node, stored)
+    for node in graph.node:
+        if node.op_type == "MatMulNBits" and _can_widen(node):
+            made, constants = _widened(node, stored)
             nodes += made
-            moved += tensors
-            graph.node[at].CopyFrom(product)
-    names = {tensor.name for tensor in moved}
-    kept = [tensor for tensor in graph.initializer if tensor.name not in names]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    return nodes, moved
+            shared += constants
+        else:
+            nodes.append(node)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return shared
+
+
+def _facts(node: onnx.NodeProto) -> tuple[int, int, int, int, int]:
+    """Rows N, columns K, blocks of a row, columns of a block, bits."""
+    facts = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+    rows, columns, size, bits = (facts[name] for name in ("N", "K", "block_size", "bits"))
+    return rows, columns, math.ceil(columns / size), size, bits
+
+
+def _can_widen(node: onnx.NodeProto) -> bool:
+    """Not where rows of four-bit zero points end within a byte, which DequantizeLinear has not."""
+    _, _, blocks, _, bits = _facts(node)
+    return len(node.input) == 3 or bits == 8 or blocks % 2 == 0
 
 
 def _widened(
     node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto], onnx.NodeProto]:
-    facts = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-    rows, columns, bits, size = (facts[name] for name in ("N", "K", "bits", "block_size"))
-    blocks = math.ceil(columns / size)
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    rows, columns, blocks, size, bits = _facts(node)
+    kind = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
     x, values, scales, *zeros = node.input
-    name = node.output[0]
-    nodes: list[onnx.NodeProto] = []
-    tensors = [stored[values], stored[scales]]
-
-    def then(kind: str, *inputs: str, **attributes: object) -> str:
-        output = f"{name}.wide.{len(nodes)}"
-        nodes.append(helper.make_node(kind, list(inputs), [output], **attributes))
-        return output
-
-    def constant(array: np.ndarray) -> str:
-        label = f"{name}.wide.constant.{len(tensors)}"
-        tensors.append(numpy_helper.from_array(array, label))
-        return label
-
-    def cut(value: str, length: int) -> str:
-        ends = [constant(np.array([number], np.int64)) for number in (0, length, 1)]
-        return then("Slice", value, *ends)
-
+    shared: list[onnx.TensorProto] = []
+    tensors = [stored[name] for name in (values, scales, *zeros)]
+    if not zeros:  # half of the range in every place
+        name = f"wide.zeros.{bits}.{rows}.{blocks}"
+        half = bytes([0x88 if bits == 4 else 0x80]) * math.ceil(rows * blocks * bits / 8)
+        shared.append(helper.make_tensor(name, kind, (rows, blocks), half, raw=True))
+        tensors.append(shared[0])
     # The same bytes: MatMulNBits packs as the types of four bits do.
-    _retype(stored[values], _KINDS[bits], rows, blocks, size)
-    _retype(stored[scales], stored[scales].data_type, rows, blocks, 1)
-    wide = then("Cast", values, to=TensorProto.FLOAT)
-    if zeros:
-        tensors.append(stored[zeros[0]])
-        padded = blocks + blocks % 2 if bits == 4 else blocks  # rows begin at whole bytes
-        _retype(stored[zeros[0]], _KINDS[bits], rows, padded, 1)
-        zero = then("Cast", zeros[0], to=TensorProto.FLOAT)
-        if padded != blocks:
-            zero = cut(zero, blocks)
-    else:
-        zero = constant(np.array(2 ** (bits - 1), np.float32))
-    wide = then("Mul", then("Sub", wide, zero), scales)
-    wide = then("Reshape", wide, constant(np.array([rows, blocks * size], np.int64)))
+    for tensor, width in zip(tensors, (blocks * size, blocks, blocks), strict=True):
+        tensor.dims[:] = (rows, width)
+        if tensor.data_type == TensorProto.UINT8:
+            tensor.data_type = kind
+    wide = f"{node.output[0]}.wide"  # [N, K]
+    names = [tensor.name for tensor in tensors]
+    nodes = [helper.make_node("DequantizeLinear", names, [wide], axis=1, block_size=size)]
     if blocks * size != columns:
-        wide = cut(wide, columns)
-    wide = then("Transpose", wide, perm=[1, 0])
-    return nodes, tensors, helper.make_node("MatMul", [x, wide], [name])
-
-
-def _retype(tensor: onnx.TensorProto, kind: int, *dims: int) -> None:
-    tensor.data_type = kind
-    tensor.dims[:] = dims
+        names = [f"wide.{part}.{columns}" for part in ("start", "end", "axis")]
+        for name, number in zip(names, (0, columns, 1), strict=True):
+            shared.append(numpy_helper.from_array(np.array([number]), name))
+        nodes.append(helper.make_node("Slice", [wide, *names], [f"{wide}.cut"]))
+        wide = f"{wide}.cut"
+    product = [x, wide], [node.output[0]]
+    nodes.append(helper.make_node("FusedMatMul", *product, domain="com.microsoft", transB=1))
+    return nodes, shared
