@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tool import Tool
+from cli_tool import Capture, Tool
 from conftest import save_tiny
 
 from dash_onnx.cli.export import main
+from dash_onnx.errors import BundleError
+from dash_onnx.exporters.graph_writer import GraphWriter
+from dash_onnx.exporters.partial import exporting
 
 TOOL = Tool("dash-export", main)
 LAYERS = 8
 MOMENTS = 10
 COMMAND = "import sys; from dash_onnx.cli.export import main; sys.exit(main())"
-
-MEASURED = ("costs", "seconds", "peak_rss_bytes")
-"""What differs between two exports: keys of dash.json, the latter two in `export`."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def arguments(deep: Path, night: Path, out: Path, *more: object) -> list[str]:
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """Every byte, but what was measured."""
+    """Every byte; of dash.json all but what is measured anew: `costs`, and two keys of `export`."""
     found: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -80,7 +81,7 @@ def test_an_export_killed_at_random_moments_goes_on_to_the_same_bundle(
             # A moment of its work, not of its imports: it holds the lock then.
             while run.poll() is None and not locked(partial):
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 1.8) * whole[1] / LAYERS)
+            time.sleep(rng.uniform(0, 1.2) * whole[1] / LAYERS)
             run.kill()
             _, errors = run.communicate()
         killed += 1
@@ -105,3 +106,155 @@ def locked(partial: Path) -> bool:
     except FileNotFoundError:
         return False
     return False
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets an export break off when it begins a layer; tells which layers were written."""
+    write, written = GraphWriter.layer, []
+
+    def stopping(layer: int | None) -> list[int]:
+        def until(self: GraphWriter, folder: Path, index: int, *states: Any) -> Any:
+            if index == layer:
+                raise KeyboardInterrupt
+            written.append(index)
+            return write(self, folder, index, *states)
+
+        written.clear()
+        monkeypatch.setattr(GraphWriter, "layer", until)
+        return written
+
+    return stopping
+
+
+def test_a_resumed_export_writes_the_layers_that_are_left_and_equals_a_whole_one(
+    deep: Path, night: Path, whole: tuple[Path, float], tmp_path: Path, stop_at: Any
+) -> None:
+    out = tmp_path / "out"
+    stop_at(5)
+    assert main(arguments(deep, night, out, "--resume")) == 130
+    assert os.listdir(tmp_path) == [".out.partial"]
+    states = [path.name for path in (tmp_path / ".out.partial").glob("hidden-*")]
+    assert states == ["hidden-05.npy"]  # nothing that is not needed any more
+    written = stop_at(None)
+    assert main(arguments(deep, night, out, "--resume")) == 0
+    assert written == [5, 6, 7]
+    assert os.listdir(tmp_path) == ["out"]
+    assert content_of(out) == content_of(whole[0])
+
+
+def test_a_resumed_export_counts_the_time_of_all_its_processes(
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any
+) -> None:
+    out = tmp_path / "out"
+    stop_at(3)
+    main(arguments(deep, night, out, "--resume"))
+    path = tmp_path / ".out.partial/progress.json"
+    progress = json.loads(path.read_text())
+    path.write_text(json.dumps({**progress, "seconds": 5000.0, "peak_rss_bytes": 10**15}))
+    stop_at(None)
+    assert main(arguments(deep, night, out, "--resume")) == 0
+    facts = json.loads((out / "dash.json").read_text())["export"]
+    assert 5000 < facts["seconds"] < 5600 and facts["peak_rss_bytes"] == 10**15
+
+
+def test_an_interrupt_without_resume_leaves_nothing(
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any
+) -> None:
+    stop_at(1)
+    assert main(arguments(deep, night, tmp_path / "out")) == 130
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--block-size", "16"), "block-size"),
+        (("--variants", "full"), "variants"),
+        (("--seed", "1"), "seed"),
+        (("--max-length", "100"), "max-length"),
+    ],
+)
+def test_what_another_export_left_is_not_gone_on_with(
+    more: tuple[str, str],
+    named: str,
+    deep: Path,
+    night: Path,
+    tmp_path: Path,
+    stop_at: Any,
+    capsys: Capture,
+) -> None:
+    stop_at(1)
+    main(arguments(deep, night, tmp_path / "out", "--resume"))
+    capsys.readouterr()
+    message = TOOL.refused(capsys, *arguments(deep, night, tmp_path / "out", "--resume", *more))
+    assert named in message and "leave --resume out" in message
+    assert os.listdir(tmp_path) == [".out.partial"]  # and can be gone on with
+
+
+def test_a_source_that_has_changed_is_not_gone_on_with(
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
+) -> None:
+    source = Path(shutil.copytree(deep, tmp_path / "source"))
+    stop_at(1)
+    main(arguments(source, night, tmp_path / "out", "--resume"))
+    capsys.readouterr()
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    message = TOOL.refused(capsys, *arguments(source, night, tmp_path / "out", "--resume"))
+    assert "another model" in message
+
+
+def test_without_resume_what_is_left_is_swept(
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any
+) -> None:
+    out = tmp_path / "out"
+    stop_at(2)
+    main(arguments(deep, night, out, "--resume"))
+    written = stop_at(None)
+    assert main(arguments(deep, night, out)) == 0
+    assert written == [*range(LAYERS)]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+KEY = {"model": "a"}
+
+
+def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with exporting(out, KEY, overwrite=False, resume=False) as partial:
+        (partial.bundle / "dash.json").write_text("new")
+        for resume in (False, True):
+            with (
+                pytest.raises(BundleError, match="another dash-export is writing"),
+                exporting(out, KEY, overwrite=False, resume=resume),
+            ):
+                pass
+        assert (partial.bundle / "dash.json").read_text() == "new"
+    assert (out / "dash.json").read_text() == "new"
+
+
+def test_a_bundle_that_was_to_be_replaced_comes_back_after_a_kill_between_two_renames(
+    tmp_path: Path,
+) -> None:
+    out, folder = tmp_path / "out", tmp_path / ".out.partial"
+    (folder / "replaced").mkdir(parents=True)
+    (folder / "replaced" / "dash.json").write_text("old")
+    with pytest.raises(BundleError, match="--overwrite"):
+        with exporting(out, KEY, overwrite=False, resume=False):
+            pass
+    assert (out / "dash.json").read_text() == "old"
+    with exporting(out, KEY, overwrite=True, resume=True) as partial:
+        (partial.bundle / "dash.json").write_text("new")
+    assert (out / "dash.json").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_damaged_record_of_progress_is_refused_in_one_line(
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
+) -> None:
+    stop_at(1)
+    main(arguments(deep, night, tmp_path / "out", "--resume"))
+    capsys.readouterr()
+    (tmp_path / ".out.partial/progress.json").write_text("{")
+    message = TOOL.refused(capsys, *arguments(deep, night, tmp_path / "out", "--resume"))
+    assert "progress.json is damaged" in message
