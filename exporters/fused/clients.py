@@ -1,8 +1,7 @@
 """What differs between the programs that run a fused folder; every fact was found by running them.
 
 No operator of the graph is missing in any of them (onnxruntime-web and onnxruntime-node 1.30,
-onnxruntime 1.32). In onnxruntime-web MatMulNBits has no fast kernel: standard operators take its
-place there.
+onnxruntime 1.32). But MatMulNBits has no fast kernel in onnxruntime-web: see `widen`.
 """
 
 from __future__ import annotations
