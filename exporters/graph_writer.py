@@ -26,6 +26,7 @@ from dash_onnx.exporters.options import ExportOptions
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.states import States
 from dash_onnx.manifest import LayerFacts
+from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import has_device
 
 _FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compensation see all
@@ -138,6 +139,9 @@ class GraphWriter:
         hessians = {head.linear.name: gram}
         for precision in variants:
             self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)
+        del head, gram, hessians  # a large vocabulary's, before the graphs hold its weights again
+        release_memory()
+        for precision in variants:
             self.runner.head(folder / head_path(precision), hidden)
         return chosen
 
