@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from dash_onnx.contract import data_name
 from dash_onnx.errors import BundleError
-from dash_onnx.manifest import MANIFEST_NAME, FileFacts, Manifest
+from dash_onnx.facts import FileFacts
+from dash_onnx.manifest import MANIFEST_NAME, Manifest
 
 
 def file_facts(path: Path) -> FileFacts:

@@ -26,7 +26,8 @@ from dash_onnx.budget import (
     used_actions,
 )
 from dash_onnx.errors import PolicyError
-from dash_onnx.manifest import Costs, Manifest
+from dash_onnx.facts import Costs
+from dash_onnx.manifest import Manifest
 
 
 class Policy(ABC):

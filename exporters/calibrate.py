@@ -18,7 +18,7 @@ from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, Sample
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.texts import calibration_text, plain
-from dash_onnx.manifest import Calibration
+from dash_onnx.facts import Calibration
 from dash_onnx.text import Message
 
 SINK_TOKENS = 4

@@ -19,7 +19,8 @@ from dash_onnx.exporters.graph_writer import GraphWriter
 from dash_onnx.exporters.options import ExportOptions
 from dash_onnx.exporters.partial import Progress, exporting
 from dash_onnx.exporters.sources import Source, open_source
-from dash_onnx.manifest import MANIFEST_NAME, Costs, ExportFacts, Manifest
+from dash_onnx.facts import Costs, ExportFacts
+from dash_onnx.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.runtime.machine import peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import onnxruntime
 from dash_onnx.runtime.profile import profile

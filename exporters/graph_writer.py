@@ -25,7 +25,7 @@ from dash_onnx.exporters.measure import (
 from dash_onnx.exporters.options import ExportOptions
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.states import States
-from dash_onnx.manifest import LayerFacts
+from dash_onnx.facts import LayerFacts
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import has_device
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dash_onnx.actions import PRECISIONS, Action
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 from dash_onnx.runtime.ort import Device
 
 

@@ -18,7 +18,7 @@ from dash_onnx.bundle import check_destination, move_into_place
 from dash_onnx.errors import BundleError
 from dash_onnx.exporters.calibrate import Ids
 from dash_onnx.exporters.states import States
-from dash_onnx.manifest import Calibration, LayerFacts
+from dash_onnx.facts import Calibration, LayerFacts
 from dash_onnx.records import RecordError, from_json, to_json
 
 T = TypeVar("T")

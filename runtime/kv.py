@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dash_onnx.manifest import Manifest, Rope
+from dash_onnx.facts import Rope
+from dash_onnx.manifest import Manifest
 from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.ort import Device

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.contract import head_path, layer_path
-from dash_onnx.manifest import Costs, Manifest
+from dash_onnx.facts import Costs
+from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane, Step
 from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import thread_count

@@ -16,7 +16,7 @@ from dash_onnx.exporters.architectures.base import Linear, stack
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.quantize import dequantize, quantize
 from dash_onnx.exporters.sources.blocks import unpack
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 from dash_onnx.runtime.ort import create_session
 
 RNG = np.random.default_rng(0)

@@ -32,14 +32,8 @@ from dash_onnx.budget import (
 )
 from dash_onnx.bundle import Bundle, replace_manifest
 from dash_onnx.errors import PolicyError
-from dash_onnx.manifest import (
-    BudgetPoint,
-    Costs,
-    Manifest,
-    ScorerFacts,
-    StaticPoint,
-    Training,
-)
+from dash_onnx.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
+from dash_onnx.manifest import Manifest
 from dash_onnx.policy import PathPolicy, RandomPolicy, ScoredPolicy, make_policy
 
 LAYERS = 12

@@ -14,7 +14,7 @@ from dash_onnx.contract import Port, Ports
 from dash_onnx.exporters.gptq import gptq
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.quantize import dequantize, pack4, quantize, unpack4
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 from dash_onnx.runtime.ort import create_session
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -35,7 +35,8 @@ from dash_onnx.exporters.train.improve import _drawn, straight_through
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, greedy
 from dash_onnx.exporters.train.train import train
-from dash_onnx.manifest import Costs, Manifest
+from dash_onnx.facts import Costs
+from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.ort import create_session

@@ -13,7 +13,7 @@ from dash_onnx.errors import DashError
 from dash_onnx.records import to_json
 
 if TYPE_CHECKING:
-    from dash_onnx.manifest import ScorerFacts
+    from dash_onnx.facts import ScorerFacts
 
 _EXAMPLES = """\
   dash-train out/ --effort normal

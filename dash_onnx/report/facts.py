@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from dash_onnx.actions import PRECISIONS, Action, Path
 from dash_onnx.budget import scorer_facts
-from dash_onnx.manifest import BudgetPoint, Manifest, StaticPoint
+from dash_onnx.facts import BudgetPoint, StaticPoint
+from dash_onnx.manifest import Manifest
 from dash_onnx.report.tokens import path_letters
 
 

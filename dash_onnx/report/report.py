@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 
 from dash_onnx.actions import Action
 from dash_onnx.budget import Budget, reference_ms, scorer_facts
-from dash_onnx.manifest import Costs, LayerFacts, Manifest, Training
+from dash_onnx.facts import Costs, LayerFacts, Training
+from dash_onnx.manifest import Manifest
 from dash_onnx.report.facts import Curve, curve
 from dash_onnx.report.sample import Sample, Text, measure
 from dash_onnx.report.stats import Analysis, analyse

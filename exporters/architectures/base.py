@@ -15,7 +15,7 @@ from dash_onnx.block import Attention, Block
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, turns
 from dash_onnx.exporters.sources import Weights
-from dash_onnx.manifest import ModelFacts, Rope
+from dash_onnx.facts import ModelFacts, Rope
 
 F = torch.nn.functional
 

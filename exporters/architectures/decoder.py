@@ -14,7 +14,7 @@ from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, Norm, stack, take
 from dash_onnx.exporters.architectures.rope import context_length, head_order, rope_of, widened
 from dash_onnx.exporters.sources import Weights
-from dash_onnx.manifest import ModelFacts, Rope
+from dash_onnx.facts import ModelFacts, Rope
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

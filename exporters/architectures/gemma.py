@@ -11,7 +11,7 @@ from dash_onnx.block import Attention, Block
 from dash_onnx.errors import UnsupportedError
 from dash_onnx.exporters.architectures.decoder import Decoder, Names, sliding_where_listed
 from dash_onnx.exporters.architectures.rope import rope_of
-from dash_onnx.manifest import Rope
+from dash_onnx.facts import Rope
 
 
 class Gemma2(Decoder):

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dash_onnx.errors import ContextLengthError, UnsupportedError
-from dash_onnx.manifest import Rope
+from dash_onnx.facts import Rope
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 

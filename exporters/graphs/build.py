@@ -26,7 +26,7 @@ from dash_onnx.exporters.quantize import (
     quantize,
     turns,
 )
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 
 OPSET = 24
 """First with TensorScatter, which writes a skipped token's K/V in place."""

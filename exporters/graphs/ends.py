@@ -15,7 +15,7 @@ from dash_onnx.exporters.architectures.base import Head, ModelSpec
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.exporters.quantize import Quantized, concatenate, dequantize, quantize, turns
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 
 
 def build_embed(

@@ -13,7 +13,7 @@ from dash_onnx.contract import layer_path, layer_ports
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 
 HIDDEN = "hidden_in"
 """The port of a layer's input."""

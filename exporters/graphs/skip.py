@@ -17,7 +17,7 @@ from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, sta
 from dash_onnx.exporters.graphs.build import INLINE_BYTES, Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.exporters.quantize import dequantize, quantize
-from dash_onnx.manifest import Target
+from dash_onnx.facts import Target
 
 _EXPAND = "expand_proj"
 

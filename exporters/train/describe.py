@@ -19,7 +19,8 @@ from dash_onnx.exporters.train import static, table
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
-from dash_onnx.manifest import FileFacts, Manifest, ScorerFacts, StaticPoint, Training
+from dash_onnx.facts import FileFacts, ScorerFacts, StaticPoint, Training
+from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions

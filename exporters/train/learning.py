@@ -20,7 +20,7 @@ from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, looks_of
 from dash_onnx.exporters.train.static import Move
 from dash_onnx.exporters.train.text import training_ids
-from dash_onnx.manifest import FileFacts
+from dash_onnx.facts import FileFacts
 from dash_onnx.text import TextCodec, read_text
 
 PROMPT_TOKENS = 32

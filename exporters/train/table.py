@@ -12,7 +12,8 @@ from dash_onnx.budget import reference_ms
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import BundleScorer
-from dash_onnx.manifest import BudgetPoint, Manifest
+from dash_onnx.facts import BudgetPoint
+from dash_onnx.manifest import Manifest
 
 
 @dataclass

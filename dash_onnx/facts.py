@@ -1,0 +1,266 @@
+"""The facts of a bundle, part by part: what the exporter measured and what it decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from dash_onnx.actions import PRECISIONS, Action
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Shape of the source model.
+
+    Attributes:
+        max_length: tokens of context that prompt and answer share.
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: angle of dimension pair j at position p is `p * inv_freq[j]`.
+
+    Attributes:
+        inv_freq: one inverse frequency (radians per token) per rotated dimension pair.
+        attention_scaling: factor on cos and sin (1.0 unless the RoPE kind asks for one).
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_scaling: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the graphs were built for.
+
+    Attributes:
+        device: ORT device the operators were chosen for.
+        dtype: element type of activations, K/V cache and logits.
+        block_size: weights that share one quantization scale.
+        accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
+    """
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "float16"]
+    block_size: int
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What calibration measured on one layer (x: its input, y: its full output, per token).
+
+    Attributes:
+        scale: mean of ||y|| / ||x||; a skipped layer returns `scale * x`.
+        cosine: mean cosine similarity of x and y.
+        relative_error: per action, ||y_action - y|| / ||y|| over all calibration tokens.
+        bytes: per action, size of graph and weights on disk.
+    """
+
+    scale: float
+    cosine: float
+    relative_error: dict[Action, float]
+    bytes: dict[Action, int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the calibration tokens came from.
+
+    Attributes:
+        source: `self-generated`, or the name of the text file.
+        sequences: number of sequences.
+        tokens: number of tokens in all of them.
+        sink_tokens: first tokens of each sequence that were left out of every figure.
+        seed: seed of the sampling.
+        sha256: checksum of the token ids (int64, little endian).
+    """
+
+    source: str
+    sequences: int
+    tokens: int
+    sink_tokens: int
+    seed: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of the parts of one decoded token, profiled through the real dispatch.
+
+    Attributes:
+        machine: what they were measured on.
+        threads: size of ORT's thread pool.
+        embed_ms: the token embedding.
+        scorer_ms: all decisions of one token.
+        heads_ms: the LM head, by precision.
+        layers_ms: by layer and action.
+    """
+
+    machine: str
+    threads: int
+    embed_ms: float
+    scorer_ms: float
+    heads_ms: dict[Action, float]
+    layers_ms: tuple[dict[Action, float], ...]
+
+    @property
+    def unit_ms(self) -> float:
+        """Mean milliseconds of a layer in the cheapest precision: prices are nats per this.
+
+        So that a policy table holds on another machine, as far as the ratios of costs do.
+        """
+        cheapest = [action for action in PRECISIONS if action in self.layers_ms[0]][-1]
+        return sum(costs[cheapest] for costs in self.layers_ms) / len(self.layers_ms)
+
+    def in_units(self, actions: Sequence[Action]) -> list[list[float]]:
+        """Costs of actions per layer, `[L, A]`, as multiples of `unit_ms`."""
+        unit = self.unit_ms
+        return [[layer[action] / unit for action in actions] for layer in self.layers_ms]
+
+    def token_ms(self, path: Sequence[Action], head: Action, scored: bool = False) -> float:
+        """What one token costs on a path.
+
+        Args:
+            path: action of each layer.
+            head: precision of the LM head.
+            scored: whether the scorer decided.
+        """
+        layers = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
+        return self.embed_ms + self.heads_ms[head] + layers + (self.scorer_ms if scored else 0.0)
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One row of the policy table, measured on held-out tokens.
+
+    Attributes:
+        budget: mean cost of a token as a fraction of the reference's.
+        price: nats per `Costs.unit_ms` that lead to it.
+        head: precision of the LM head.
+        kl: mean KL(reference || policy) in nats.
+        shares: of each action among the decisions.
+    """
+
+    budget: float
+    price: float
+    head: Action
+    kl: float
+    shares: dict[Action, float]
+
+
+@dataclass(frozen=True)
+class StaticPoint:
+    """The best static assignment found for a cost: a path in the notation of `static:`.
+
+    Attributes:
+        budget: its cost as a fraction of the reference's.
+        head: precision of the LM head.
+        kl: on the same held-out tokens as the policy table.
+        path: the action of each layer.
+    """
+
+    budget: float
+    head: Action
+    kl: float
+    path: tuple[Action, ...]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the scorer was trained.
+
+    Attributes:
+        effort: quick, normal or thorough.
+        source: of the training text.
+        tokens: of training text.
+        held_out_tokens: of the tables.
+        seed: of everything random.
+        seconds: wall time.
+        loss: training loss after each tenth of the steps.
+        kl: mean KL of the training decisions likewise.
+        cost: their mean cost likewise, as a fraction of the reference's.
+    """
+
+    effort: str
+    source: str
+    tokens: int
+    held_out_tokens: int
+    seed: int
+    seconds: float
+    loss: tuple[float, ...]
+    kl: tuple[float, ...]
+    cost: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ScorerFacts:
+    """The trained scorer.
+
+    Attributes:
+        file: its graph.
+        actions: what its action indices mean.
+        looks: layers before which it looks at the hidden state, to decide for them and those that
+            follow; the layers before the first look are decided by the price alone.
+        points: the policy table, by ascending budget.
+        presets: named budgets.
+        static: the best static assignments, by ascending budget.
+        training: how it came about.
+    """
+
+    file: str
+    actions: tuple[Action, ...]
+    looks: tuple[int, ...]
+    points: tuple[BudgetPoint, ...]
+    presets: dict[str, float]
+    static: tuple[StaticPoint, ...]
+    training: Training
+
+    def segments(self, layers: int) -> tuple[tuple[int, int], ...]:
+        """First layer, and the one after the last, of each segment that is decided at once."""
+        return tuple(pairwise((0, *self.looks, layers)))
+
+    def longest(self, layers: int) -> int:
+        """Layers of the longest segment."""
+        return max(stop - start for start, stop in self.segments(layers))
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """Size and checksum of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """How the export went.
+
+    Attributes:
+        source: the MODEL argument's kind and name.
+        tools: version of each tool that took part.
+        seconds: wall time of the export.
+        peak_rss_bytes: highest resident memory of the exporting process.
+        fp32_kept: weights whose values do not fit FP16 and were stored as FP32.
+    """
+
+    source: str
+    tools: dict[str, str]
+    seconds: float
+    peak_rss_bytes: int
+    fp32_kept: tuple[str, ...]
