@@ -16,7 +16,7 @@ from dash_onnx.manifest import Manifest
 Budget: TypeAlias = float | str
 """A fraction of the reference's time per token, or the name of a preset."""
 
-PRESETS = {"quality": 0.02, "balanced": 0.06, "fast": 0.2}
+PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
 """Named budgets: the cheapest whose KL on held-out tokens is at most this many nats."""
 
 DEFAULT_PRESET = "balanced"

@@ -46,6 +46,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     check_destination(out, options.overwrite)
     source = open_source(model, REGISTRY, options.requantize, options.revision)
     writer = GraphWriter(source, architecture_of(source.config), options)
+    options = writer.options
     key = _key(source, options)
     with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
         ids, calibration = partial.calibration(

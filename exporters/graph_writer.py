@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from dash_onnx.runtime.ort import has_device
 
 _FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compensation see all
 _RANK = 64  # see docs/design.md
+_BLOCK, _KEPT_BLOCK = 64, 32  # the second is that of GGUF's types
 
 
 @dataclass
@@ -40,7 +41,7 @@ class GraphWriter:
     Attributes:
         source: the model.
         architecture: its family.
-        options: what the user chose.
+        options: what the user chose, the block size resolved.
         fp32_kept: names of weights stored as FP32, of the graphs written so far.
         spec: the model as the graphs need it.
         rank: of the compensation.
@@ -55,17 +56,24 @@ class GraphWriter:
         self.spec: ModelSpec = self.architecture.describe(
             self.source.name, self.source.config, self.options.max_length
         )
+        facts = self.spec.facts
+        sizes = {
+            "hidden size": facts.hidden_size,
+            "intermediate size": facts.intermediate_size,
+            "attention width": facts.num_heads * facts.head_dim,
+        }
+        if self.options.block_size is None:
+            kept = self.source.kind == "gguf" and not self.options.requantize
+            small = kept or any(size % _BLOCK for size in sizes.values())
+            block_size = _KEPT_BLOCK if small else _BLOCK
+            self.options = replace(self.options, block_size=block_size)
         self.target = self.options.target
         # Without a GPU the CPU runs graphs built for CUDA, slowly: enough to calibrate.
         self.runner = Runner(
             self.spec, self.options.device if has_device(self.options.device) else "cpu"
         )
-        facts, block = self.spec.facts, self.target.block_size
-        for name, size in (
-            ("hidden size", facts.hidden_size),
-            ("intermediate size", facts.intermediate_size),
-            ("attention width", facts.num_heads * facts.head_dim),
-        ):
+        block = self.target.block_size
+        for name, size in sizes.items():
             if size % block:
                 raise UnsupportedError(f"--block-size {block} does not divide the {name} {size}")
         rank = self.options.compensation_rank

@@ -18,7 +18,8 @@ class ExportOptions:
         variants: precisions of each layer, highest first.
         device: decides the dtype of activations and the operators.
         max_length: context in tokens; None takes the model's own.
-        block_size: weights that share one quantization scale.
+        block_size: weights that share one quantization scale; None takes 32 for GGUF files whose
+            integers are kept and for sizes that 64 does not divide, else 64.
         calibration: text files; none lets the model write the text itself.
         least_tokens: that calibration files must hold, for what comes after the export.
         compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
@@ -35,7 +36,7 @@ class ExportOptions:
     variants: tuple[Action, ...] = PRECISIONS
     device: Device = "cpu"
     max_length: int | None = None
-    block_size: int = 32
+    block_size: int | None = None
     calibration: tuple[Path, ...] = ()
     least_tokens: int = 0
     accuracy_level: int | None = None
@@ -48,7 +49,8 @@ class ExportOptions:
 
     @property
     def target(self) -> Target:
-        """The resolved build target."""
+        """The build target; the block size must be resolved."""
+        assert self.block_size is not None
         cpu = self.device == "cpu"
         level = self.accuracy_level
         return Target(

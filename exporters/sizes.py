@@ -78,7 +78,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     """
     writer = GraphWriter(source, architecture_of(source.config), options)
     spec, facts, variants = writer.spec, writer.spec.facts, options.variants
-    weights, rule = _Shapes(source.config), _Rule(options)
+    weights, rule = _Shapes(source.config), _Rule(writer.options)
     kept = dict.fromkeys((*variants, SKIP), 0)
     widest = 0
     for index in range(facts.num_layers):

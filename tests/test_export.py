@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -20,6 +21,10 @@ from transformers import AutoModelForCausalLM
 import dash_onnx
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.graph_writer import GraphWriter
+from dash_onnx.exporters.options import ExportOptions
+from dash_onnx.exporters.sources import open_source
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.ort import create_session
 
@@ -553,3 +558,24 @@ def test_a_configuration_gives_the_logits_of_transformers(
     with torch.inference_mode():
         wanted = transformers_model(folder)(torch.from_numpy(IDS)[None]).logits[0].numpy()
     np.testing.assert_allclose(model.logits(IDS), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("inner", "kind", "options", "size"),
+    [
+        (128, "folder", {}, 64),
+        (96, "folder", {}, 32),
+        (128, "gguf", {}, 32),
+        (128, "gguf", {"requantize": True}, 64),
+        (128, "folder", {"block_size": 16}, 16),
+        (128, "gguf", {"block_size": 64}, 64),
+    ],
+)
+def test_blocks_are_large_where_nothing_speaks_against_it(
+    inner: int, kind: Any, options: dict[str, Any], size: int, tmp_path: Path
+) -> None:
+    """Smaller ones for sizes that 64 does not divide, and for the integers of a GGUF file."""
+    source = open_source(str(save_tiny(tmp_path / "tiny", intermediate_size=inner)), REGISTRY)
+    source = dataclasses.replace(source, kind=kind)
+    architecture = architecture_of(source.config)
+    assert GraphWriter(source, architecture, ExportOptions(**options)).target.block_size == size

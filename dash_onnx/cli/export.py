@@ -51,8 +51,7 @@ def _parser() -> Parser:
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128, 256),
-        help="weights that share one scale (default: %(default)s)",
-        default=32,
+        help="weights that share one scale (default: 64; 32 for a GGUF file's own integers)",
     )
     add_training_options(parser, ("none", *EFFORTS))
     parser.add_argument(

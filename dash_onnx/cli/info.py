@@ -36,7 +36,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--max-length", type=positive, help="context in tokens")
-    parser.add_argument("--block-size", type=int, choices=(16, 32, 64, 128, 256), default=32)
+    parser.add_argument("--block-size", type=int, choices=(16, 32, 64, 128, 256))
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
