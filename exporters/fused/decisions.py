@@ -8,8 +8,10 @@ import numpy as np
 
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import scorer_facts
+from dash_onnx.contract import scorer_ports
 from dash_onnx.exporters.fused.names import BUDGET, PATH
 from dash_onnx.manifest import Manifest
+from dash_onnx.runtime.ort import create_session
 
 if TYPE_CHECKING:
     from dash_onnx.exporters.fused.facts import FusedFacts
@@ -75,27 +77,41 @@ class Decisions:
             f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
         f.constant("table", np.array([-1, len(self._actions)], np.int64))
         f.constant("flat", np.array([1, self._manifest.model.hidden_size], np.int64))
-        f.constant("none", np.array([0], np.int64))
         f.constant("last_row", np.array([-1], np.int64))
 
     def look(self, layer: int) -> None:
         """Decides for the segment that begins after a layer, from that layer's input."""
         starts = [start for start, _ in self._segments]
         if layer == 0:
-            self._decide(0, "hidden.0")
+            values = self._fusion.constant("values.0", self._first_values())
+            self._fusion.node("Add", [values, "penalty.0"], ["total.0"])
+            self._decide(0)
         if layer + 1 in starts:
-            self._decide(starts.index(layer + 1), f"hidden.{layer}")
+            self._look(starts.index(layer + 1), f"hidden.{layer}")
+            self._decide(starts.index(layer + 1))
 
-    def _decide(self, number: int, hidden: str) -> None:
+    def _first_values(self) -> np.ndarray:
+        """The predicted KL of every action of the first segment, `[1, longest * A]`.
+
+        The same for every token, so that no graph needs to compute it.
+        """
+        facts = scorer_facts(self._manifest)
+        session = create_session(self._fusion.bundle.verified(facts.file), "cpu")
+        ports = scorer_ports(self._manifest.dims, len(self._actions), self._longest)
+        nothing = {
+            port.name: np.zeros([int(n) for n in port.shape], port.dtype) for port in ports.inputs
+        }
+        values: np.ndarray = session.run(["total"], nothing)[0]
+        return values
+
+    def _look(self, number: int, hidden: str) -> None:
         f, count = self._fusion, len(self._actions)
-        start, stop = self._segments[number]
+        start, _ = self._segments[number]
         f.node("Gather", [hidden, "last_row"], [f"seen.{number}.row"], axis=1)
         f.node("Reshape", [f"seen.{number}.row", "flat"], [f"seen.{number}"])
         segment = f.constant(f"segment.{number}", np.array([number], np.int64))
-        row = "none"
-        if number:
-            base = f.constant(f"base.{number}", np.array([number * (count + 1)], np.int64))
-            row = f.node("Add", [base, f"decided.{start - 1}"], [f"row.{number}"])
+        base = f.constant(f"base.{number}", np.array([number * (count + 1)], np.int64))
+        row = f.node("Add", [base, f"decided.{start - 1}"], [f"row.{number}"])
         f.inline_scorer(
             f"look.{number}",
             {
@@ -107,6 +123,10 @@ class Decisions:
                 "total": f"total.{number}",
             },
         )
+
+    def _decide(self, number: int) -> None:
+        f = self._fusion
+        start, stop = self._segments[number]
         f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
         f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
         f.node("Where", ["decoding", f"argmin.{number}", "prompt"], [f"decided_all.{number}"])
