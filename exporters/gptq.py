@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from dash_onnx.exporters.quantize import Quantized, concatenate, pack_int4, turns
+from dash_onnx.exporters.quantize import Quantized, gathered, pack_int4, turns
 
 _DAMPING = 0.01  # of the mean diagonal; the paper's value
 _LAZY = 128  # columns whose updates of the later ones are applied in one product
+_COLUMNS = 1024  # of a triangular matrix that are inverted at a time
 _SHRINK = torch.linspace(1.0, 0.6, 9)  # clipping ranges tried for each block
 
 
@@ -26,8 +27,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
     """
     importance, inverse = hessian.diagonal(), _inverse_cholesky(hessian)
     # Rows do not depend on each other.
-    parts = [_rounded(rows, importance, inverse, block_size) for rows in turns(weight)]
-    return concatenate(parts)
+    parts = (_rounded(rows, importance, inverse, block_size) for rows in turns(weight))
+    return gathered(parts, len(weight))
 
 
 def _rounded(
@@ -64,16 +65,27 @@ def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian.
 
     With H = R R^T, R upper triangular, it is the inverse of R: half the work and the memory of
-    inverting H. R is the lower factor of H read backwards.
+    inverting H. R is the lower factor of H read backwards. The matrices of a wide MLP are what an
+    export needs most memory for, so each is freed as soon as the next exists.
     """
-    damped = hessian.double().flip(0, 1)
+    damped = hessian.flip(0, 1).double()
     diagonal = damped.diagonal()
     diagonal += _DAMPING * diagonal.mean() + 1e-12
     factor = torch.linalg.cholesky(damped)
     del damped, diagonal
-    identity = torch.eye(len(factor), dtype=torch.float64)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse.float().flip(0, 1)
+    _invert_lower(factor)
+    return factor.float().flip(0, 1)
+
+
+def _invert_lower(factor: torch.Tensor) -> None:
+    """Inverts a lower triangular matrix `[K, K]` in place, from the last block of columns on."""
+    size = len(factor)
+    for start in reversed(range(0, size, _COLUMNS)):
+        stop = min(start + _COLUMNS, size)
+        corner, below = factor[start:stop, start:stop], factor[stop:, start:stop]
+        identity = torch.eye(stop - start, dtype=factor.dtype)
+        corner.copy_(torch.linalg.solve_triangular(corner, identity, upper=False))
+        below.copy_(-(factor[stop:, stop:] @ below) @ corner)
 
 
 def _best_grid(block: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

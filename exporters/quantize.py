@@ -5,9 +5,10 @@ Source: the operator's specification, onnxruntime docs/ContribOperators.md (com.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,8 @@ def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
         bits: 4 or 8.
         block_size: a power of two, at least 16 (MatMulNBits).
     """
-    return concatenate([_rounded(rows, bits, block_size) for rows in turns(weight)])
+    parts = (_rounded(rows, bits, block_size) for rows in turns(weight))
+    return gathered(parts, len(weight))
 
 
 def turns(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -105,19 +107,31 @@ def pack_int4(
 
 def concatenate(parts: Sequence[Quantized]) -> Quantized:
     """Rows of several weights, all of the same form, below one another."""
-    first = parts[0]
-    if len(parts) == 1:
+    return gathered(iter(parts), sum(part.shape[0] for part in parts))
+
+
+def gathered(parts: Iterator[Quantized], rows: int) -> Quantized:
+    """Likewise, of parts that need not exist at once.
+
+    Args:
+        parts: of the same form.
+        rows: of all of them.
+    """
+    first = next(parts)
+    if first.shape[0] == rows:
         return first
-    zeros = [part.zero_points for part in parts if part.zero_points is not None]
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return replace(
-        first,
-        values=np.concatenate([part.values for part in parts]),
-        scales=np.concatenate([part.scales for part in parts]),
-        zero_points=np.concatenate(zeros) if zeros else None,
-        offsets=np.concatenate(offsets) if offsets else None,
-        shape=(sum(part.shape[0] for part in parts), first.shape[1]),
-    )
+    names = ("values", "scales", "zero_points", "offsets")
+    found = {name: array for name in names if (array := getattr(first, name)) is not None}
+    arrays: dict[str, Any] = {
+        name: np.empty((rows, *one.shape[1:]), one.dtype) for name, one in found.items()
+    }
+    start = 0
+    for part in chain([first], parts):
+        stop = start + part.shape[0]
+        for name, array in arrays.items():
+            array[start:stop] = getattr(part, name)
+        start = stop
+    return replace(first, shape=(rows, first.shape[1]), **arrays)
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import save_tiny
 
+import dash_onnx
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
 from dash_onnx.exporters.architectures.base import ModelSpec
-from dash_onnx.exporters.graphs import replace_expand
+from dash_onnx.exporters.graphs import build, replace_expand
 from dash_onnx.exporters.measure import Runner, relative_errors
 from dash_onnx.exporters.train.frozen import Frozen
 from dash_onnx.manifest import Manifest
@@ -150,3 +151,21 @@ def test_another_compensation_takes_the_place_of_the_fitted_one(
     onnx.checker.check_model(folder / "layers/00/skip.onnx")
     sizes = [(f / "layers/00/skip.onnx.data").stat().st_size for f in (source, folder)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.3)
+
+
+def test_wide_products_in_full_precision_are_cut_and_compute_the_same(
+    tiny_folder: Path, export_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_tiny(tiny_folder, variants=("full",))
+    monkeypatch.setattr(build, "_FOLDED", 64 * 100)
+    cut = export_tiny(tiny_folder, variants=("full",))
+    head = onnx.load(cut / "head" / "full.onnx", load_external_data=False)
+    assert sum(node.op_type == "MatMul" for node in head.graph.node) == 4  # 384 tokens
+    ids = np.arange(2, 40)
+    wanted, found = (dash_onnx.load(bundle).logits(ids, policy="full") for bundle in (whole, cut))
+    assert np.abs(found - wanted).max() <= 1e-5
+    one, other = (Frozen(Bundle(bundle), ("full",), torch.float32) for bundle in (whole, cut))
+    assert torch.equal(one.heads["full"].weight, other.heads["full"].weight)
+    for a, b in zip(one._layers, other._layers, strict=True):
+        for name, product in a["full"].items():
+            assert torch.equal(product.weight, b["full"][name].weight)

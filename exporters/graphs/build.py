@@ -39,6 +39,7 @@ OFFSETS = ".offsets"
 """Ends the name of the second product of a weight that has offsets."""
 
 _BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
+_FOLDED = 1 << 27  # weights; ORT 1.32 casts more than 1 GB of FP32 anew at every run
 
 
 @dataclass
@@ -102,7 +103,8 @@ class Graph:
     def linear(self, x: ir.Value, linear: Linear, precision: Action) -> ir.Value:
         """X `[1, seq, K]` -> `[1, seq, N]` in a precision."""
         if precision == "full":
-            y = self.op.MatMul(x, self._full_weight(linear))
+            products = [self.op.MatMul(x, weight) for weight in self._full_weights(linear)]
+            y = products[0] if len(products) == 1 else self.op.Concat(*products, axis=-1)
         else:
             y = self.matmul_nbits(x, linear.name, self._quantized(linear, _BITS[precision]))
         if linear.bias is not None:
@@ -162,9 +164,16 @@ class Graph:
             accuracy_level=self.target.accuracy_level,
         )
 
-    def _full_weight(self, linear: Linear) -> ir.Value:
-        name = f"{linear.name}.weight"
-        array = self.stored_half(name, linear.weight).T  # [K, N], as MatMul wants it
+    def _full_weights(self, linear: Linear) -> list[ir.Value]:
+        """The weight `[K, N]`, cut along N into parts that ORT folds the cast of."""
+        name, rows, columns = f"{linear.name}.weight", *linear.weight.shape
+        most = rows if self.target.dtype == "float16" else max(_FOLDED // columns, 1)
+        parts = linear.weight.split(most)
+        names = [name, *(f"{name}.{number}" for number in range(1, len(parts)))]
+        return [self._full_weight(*part) for part in zip(names, parts, strict=True)]
+
+    def _full_weight(self, name: str, weight: torch.Tensor) -> ir.Value:
+        array = self.stored_half(name, weight).T  # [K, N], as MatMul wants it
         if self.target.dtype == "float16" or array.dtype == np.float32:
             return self.tensor(name, array)
         # ORT folds the cast at load: x86 CPUs have no FP16 MatMul kernel.

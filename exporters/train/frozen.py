@@ -297,7 +297,10 @@ def _products(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype)
     for key, array in found.items():
         name, _, part = key.rpartition(".")
         if part == "weight":
-            weight = torch.from_numpy(np.ascontiguousarray(array.T)).float()
+            parts = [array]
+            while (more := found.get(f"{key}.{len(parts)}")) is not None:
+                parts.append(more)
+            weight = torch.from_numpy(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
             weight = _dequantized(found, name, block_size)
             if f"{name}{OFFSETS}.values" in found:  # see `Graph.matmul_nbits`
