@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from cli_tool import Capture, Tool
+from families import CASES, LAYERS, save_random
 from test_report import with_scorer
 
 import dash_onnx
@@ -122,6 +124,29 @@ def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:
     client = Client(fused, model.manifest)
     client(PROMPT)
     assert set(client([100], **{BUDGET: np.array([0.99], np.float32)})[1]) == {"int8"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [("gemma2", 32), ("olmo2", 0), ("stablelm", 32), ("stablelm parallel", 0), ("gpt_neox", 32)],
+)
+def test_every_form_of_layer_becomes_part_of_one_graph(
+    name: str, rank: int, tmp_path: Path, export_tiny: Callable[..., Path]
+) -> None:
+    """Layers that do not begin with an RMS norm, or do not end with a sum of two results."""
+    source = save_random(tmp_path / "source", CASES[name])
+    out = export_tiny(source, variants=("int8",), compensation_rank=rank)
+    skipped = ",".join("skip" if layer == 1 else "int8" for layer in range(LAYERS))
+    assert TOOL.run(out, tmp_path / "flat", "--policy", f"static:{skipped}") == 0
+    model = dash_onnx.load(out)
+    client, lane = Client(tmp_path / "flat", model.manifest), Lane(model._sessions)
+    policy = model.policy(f"static:{skipped}")
+    assert policy.uniform is not None
+    ours = lane.prefill(np.array(PROMPT), policy.uniform, policy.head)
+    np.testing.assert_allclose(client(PROMPT)[0][-1], ours, atol=2e-4)
+    for token in (100, 101, 102):
+        ours = lane.decode(token, policy.uniform, policy.head)
+        np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
 
 
 def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: Path) -> None:
