@@ -133,7 +133,7 @@ def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:
 def test_every_form_of_layer_becomes_part_of_one_graph(
     name: str, rank: int, tmp_path: Path, export_tiny: Callable[..., Path]
 ) -> None:
-    """Layers that do not begin with an RMS norm, or do not end with a sum of two results."""
+    """With other norms, attention and MLP beside each other, and skips without compensation."""
     source = save_random(tmp_path / "source", CASES[name])
     out = export_tiny(source, variants=("int8",), compensation_rank=rank)
     skipped = ",".join("skip" if layer == 1 else "int8" for layer in range(LAYERS))

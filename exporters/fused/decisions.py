@@ -87,10 +87,7 @@ class Decisions:
             self._fusion.node("Add", [values, "penalty.0"], ["total.0"])
             self._decide(0)
         if layer + 1 in starts:
-            hidden = f"hidden.{layer}"
-            if layer:
-                self._fusion.node("Add", [f"residual.{layer}", f"update.{layer}"], [hidden])
-            self._look(starts.index(layer + 1), hidden)
+            self._look(starts.index(layer + 1), f"hidden.{layer}")
             self._decide(starts.index(layer + 1))
 
     def _first_values(self) -> np.ndarray:

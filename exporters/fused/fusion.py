@@ -18,7 +18,6 @@ from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import FusedFacts
 from dash_onnx.exporters.fused.names import BUDGET, DATA, PATH
-from dash_onnx.exporters.fused.residual import add_sum, split_sum
 from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
@@ -65,8 +64,8 @@ class Fusion:
             if decisions:
                 decisions.look(layer)
             self._layer(layer, decisions)
-        names = _summands(facts.num_layers, "in")
-        self._inline(head_path(self.head), "head", {**names, "logits": "logits"})
+        final = f"hidden.{facts.num_layers}"
+        self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
         inputs = [
             _info("input_ids", TensorProto.INT64, [1, "sequence_length"]),
             _info("attention_mask", TensorProto.INT64, [1, "total_sequence_length"]),
@@ -118,8 +117,7 @@ class Fusion:
         self.node("Cast", ["total_length"], ["total_sequence_length.0"], to=TensorProto.INT32)
 
     def _layer(self, layer: int, decisions: Decisions | None) -> None:
-        caches = [f"present.{layer}.{kind}" for kind in ("key", "value")]
-        outputs = [*_summands(layer + 1, "out").values(), *caches]
+        outputs = [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
         actions = [self.facts.path[layer]] if self.facts.path else []
         if decisions:
             actions = [action for action in decisions.branches if layer or action != SKIP]
@@ -152,18 +150,14 @@ class Fusion:
         model = self._load(layer_path(layer, action))
         if action == SKIP:
             attend_to_write(model.graph, self.bundle.manifest)
-        if layer:
-            add_sum(model.graph, "hidden_in")
-        split_sum(model.graph)
-        residual, update, key, value = outputs
+        hidden, key, value = outputs
         cos, sin = _rotary_names(self.bundle.manifest.rope_of(layer))
         names = {
-            **(_summands(layer, "in") if layer else {"hidden_in": "hidden.0"}),
+            "hidden_in": f"hidden.{layer}",
             "past_key": f"past_key_values.{layer}.key",
             "past_value": f"past_key_values.{layer}.value",
             "total_sequence_length": "total_sequence_length.0",
-            "residual_out": residual,
-            "update_out": update,
+            "hidden_out": hidden,
             "present_key": key,
             "present_value": value,
             "seqlens_k": "seqlens_k",
@@ -188,8 +182,6 @@ class Fusion:
 
     def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:
         model = self._load(path)
-        if "update_in" in names:
-            add_sum(model.graph, "hidden")
         self._adopt(model.graph, f"{prefix}.", names)
         self.nodes += model.graph.node
         self.initializers += model.graph.initializer
@@ -235,11 +227,6 @@ class Fusion:
         del tensor.external_data[:]
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
-
-
-def _summands(layer: int, side: str) -> dict[str, str]:
-    """Names of the two summands of a layer's input, by what its graph calls them."""
-    return {f"{part}_{side}": f"{part}.{layer}" for part in ("residual", "update")}
 
 
 def _rotary_names(rope: int) -> tuple[str, str]:
