@@ -1,8 +1,9 @@
 """INT4 with error feedback: GPTQ (Frantar et al., arXiv 2210.17323) in MatMulNBits' layout.
 
 Columns are rounded one after the other; the error of each is carried into those that are not
-rounded yet, weighted by the inverse Hessian of the layer's input. Blocks stay contiguous, as
-MatMulNBits wants them, so columns keep their order.
+rounded yet, weighted by the inverse Hessian of the layer's input. The blocks with the largest
+inputs go first, and in each block the columns with the largest: blocks stay what they are, as
+MatMulNBits wants them (the order that GPTQModel calls group-aware).
 """
 
 from __future__ import annotations
@@ -25,16 +26,30 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
         hessian: `[K, K]` float32, sum of x x^T over calibration tokens.
         block_size: divides K.
     """
+    order = _order(hessian.diagonal(), block_size)
+    hessian = hessian[order][:, order]
     importance, inverse = hessian.diagonal(), _inverse_cholesky(hessian)
     # Rows do not depend on each other.
-    parts = (_rounded(rows, importance, inverse, block_size) for rows in turns(weight))
+    parts = (_rounded(rows, order, importance, inverse, block_size) for rows in turns(weight))
     return gathered(parts, len(weight))
 
 
+def _order(importance: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Columns `[K]` in the order in which they are rounded; those of a block are neighbours."""
+    blocks = importance.view(-1, block_size)
+    inside = blocks.argsort(1, descending=True)
+    inside += torch.arange(len(blocks))[:, None] * block_size
+    return inside[blocks.sum(1).argsort(descending=True)].flatten()
+
+
 def _rounded(
-    weight: torch.Tensor, importance: torch.Tensor, inverse: torch.Tensor, block_size: int
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    importance: torch.Tensor,
+    inverse: torch.Tensor,
+    block_size: int,
 ) -> Quantized:
-    w = weight.float().T.contiguous()  # [K, N]: a column of the weight is a row in memory
+    w = weight.float().T[order]  # [K, N]: a column of the weight is a row in memory
     columns, rows = w.shape
     w[importance == 0] = 0  # inputs that are never active
     levels = torch.empty_like(w)
@@ -49,11 +64,11 @@ def _rounded(
             if column % block_size == 0:
                 block = slice(column, column + block_size)
                 grid = _best_grid(part[block], importance[start:stop][block])
-                index = (start + column) // block_size
+                index = order[start + column] // block_size
                 scales[index], zeros[index] = scale, zero = grid
             value = part[column]
             level = (value / scale + zero).round_().clamp_(0, 15)
-            levels[start + column] = level
+            levels[order[start + column]] = level
             error = (value - (level - zero) * scale) / inv[column, column]
             part[column:].addr_(inv[column, column:], error, alpha=-1)
             errors[column] = error

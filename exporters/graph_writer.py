@@ -33,6 +33,11 @@ _FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compen
 _RANK = 64  # see docs/design.md
 _BLOCK, _KEPT_BLOCK = 64, 32  # the second is that of GGUF's types
 
+_SINK_WEIGHT = 0.003
+"""Of a sequence's first tokens in what GPTQ sees. Their inputs are up to 1,000 times as large: with
+all their weight they decide how every other token is rounded, and where prompts run at a higher
+precision, they never are (docs/design.md)."""
+
 
 @dataclass
 class GraphWriter:
@@ -106,7 +111,8 @@ class GraphWriter:
         kept = build_layer(folder, index, layer, spec, target, "full", hessians)
         taps = taps_of(layer, spec, target.block_size) if "int4" in variants else {}
         path = folder / layer_path(index, "full")
-        hessians = self.runner.layer_with_hessians(index, path, hidden, out, taps)
+        weight = 1.0 if variants == ("int4",) else _SINK_WEIGHT
+        hessians = self.runner.layer_with_hessians(index, path, hidden, out, taps, weight)
         full = out[:_FIGURE_SEQUENCES]
         if "full" in variants:
             self.fp32_kept += kept

@@ -49,7 +49,13 @@ class Runner:
         return np.concatenate(rows)
 
     def layer_with_hessians(
-        self, index: int, path: Path, hidden: States, out: States, taps: Mapping[str, str]
+        self,
+        index: int,
+        path: Path,
+        hidden: States,
+        out: States,
+        taps: Mapping[str, str],
+        sink_weight: float,
     ) -> dict[str, torch.Tensor]:
         """Writes the output of a layer graph, and sums x x^T of the inputs of each linear layer.
 
@@ -59,6 +65,7 @@ class Runner:
             hidden: its input.
             out: its output.
             taps: by linear layer, the value inside the graph that is its input.
+            sink_weight: of the first tokens of each sequence in the sums.
 
         Returns:
             By linear layer, `[K, K]` float32 over all calibration tokens.
@@ -79,10 +86,13 @@ class Runner:
                     else:
                         at = 1 + inside.index(name)
                         values = np.concatenate([run[at] for run in runs])
-                    flat = torch.from_numpy(values).float().flatten(0, -2)  # [tokens, K]
+                    x = torch.from_numpy(values).float()  # [sequences, length, K]
                     if name not in sums:
-                        sums[name] = torch.zeros(flat.shape[1], flat.shape[1])
-                    sums[name].addmm_(flat.T, flat)
+                        sums[name] = torch.zeros(x.shape[-1], x.shape[-1])
+                    sinks, others = (
+                        part.flatten(0, 1) for part in (x[:, :SINK_TOKENS], x[:, SINK_TOKENS:])
+                    )
+                    sums[name].addmm_(others.T, others).addmm_(sinks.T, sinks, alpha=sink_weight)
         return {linear: sums[name] for linear, name in taps.items()}
 
     def _tapped(self, path: Path, taps: Sequence[str]) -> Any:

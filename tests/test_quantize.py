@@ -79,6 +79,16 @@ def test_gptq_loses_less_output_than_rounding(block_size: int) -> None:
     assert loss(gptq(weight, inputs.T @ inputs, block_size)) < 0.6 * rounded
 
 
+def test_gptq_rounds_a_block_alike_wherever_it_stands() -> None:
+    weight = torch.randn(8, 128, generator=GENERATOR)
+    inputs = torch.randn(500, 128, generator=GENERATOR) * torch.logspace(0, -2, 128)
+    moved = torch.arange(128).view(4, 32)[[2, 0, 3, 1]].flatten()
+    straight = dequantize(gptq(weight, inputs.T @ inputs, 32))
+    inputs = inputs[:, moved]
+    found = dequantize(gptq(weight[:, moved], inputs.T @ inputs, 32))
+    torch.testing.assert_close(found, straight[:, moved], rtol=0, atol=1e-4)
+
+
 def test_gptq_survives_inputs_that_are_never_active() -> None:
     inputs = torch.randn(64, 64, generator=GENERATOR)
     inputs[:, 10:20] = 0
