@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import scorer_facts
@@ -55,8 +57,7 @@ class Decisions:
         zero = f.constant("zero.f", np.array(0, np.float32))
         unit = f.constant("one.f", np.array(1, np.float32))
         f.node("Clip", ["share", zero, unit], ["passed"])
-        f.node("Mul", ["passed", f.constant("steps", np.diff(logs))], ["gained"])
-        f.node("ReduceSum", ["gained"], ["climb"], keepdims=1)
+        f.node("MatMul", ["passed", f.constant("steps", np.diff(logs)[:, None])], ["climb"])
         f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_price.flat"])
         f.node("Exp", ["log_price.flat"], ["price"])
         shape = f.constant("pair", np.array([1, 1], np.int64))
@@ -75,6 +76,8 @@ class Decisions:
         f.constant("prompt", np.array([self._actions.index(self._prompt)], np.int64))
         for action in self.branches[1:]:
             f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
+        for at in range(self._longest):
+            f.constant(f"at.{at}", np.array([at], np.int64))
         f.constant("table", np.array([-1, len(self._actions)], np.int64))
         f.constant("flat", np.array([1, self._manifest.model.hidden_size], np.int64))
         f.constant("last_row", np.array([-1], np.int64))
@@ -106,12 +109,14 @@ class Decisions:
 
     def _look(self, number: int, hidden: str) -> None:
         f, count = self._fusion, len(self._actions)
-        start, _ = self._segments[number]
+        before, after = self._segments[number - 1]
         f.node("Gather", [hidden, "last_row"], [f"seen.{number}.row"], axis=1)
         f.node("Reshape", [f"seen.{number}.row", "flat"], [f"seen.{number}"])
         segment = f.constant(f"segment.{number}", np.array([number], np.int64))
+        last = f"at.{after - before - 1}"
+        f.node("Gather", [f"decided.{number - 1}", last], [f"previous.{number}"])
         base = f.constant(f"base.{number}", np.array([number * (count + 1)], np.int64))
-        row = f.node("Add", [base, f"decided.{start - 1}"], [f"row.{number}"])
+        row = f.node("Add", [base, f"previous.{number}"], [f"row.{number}"])
         f.inline_scorer(
             f"look.{number}",
             {
@@ -129,21 +134,41 @@ class Decisions:
         start, stop = self._segments[number]
         f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
         f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
-        f.node("Where", ["decoding", f"argmin.{number}", "prompt"], [f"decided_all.{number}"])
-        names = [f"decided.{layer}" for layer in range(start, stop)]
-        names += [f"unused.{number}.{at}" for at in range(self._longest - (stop - start))]
-        f.node("Split", [f"decided_all.{number}"], names, num_outputs=self._longest)
-        for action in self.branches[1:]:
-            f.node("Equal", [f"decided_all.{number}", f"index.{action}"], [f"is_{action}.{number}"])
-            flags = [name.replace("decided.", f"is_{action}.layer.") for name in names]
-            flags = [name.replace("unused.", f"unused_{action}.") for name in flags]
-            f.node("Split", [f"is_{action}.{number}"], flags, num_outputs=self._longest)
+        f.node("Where", ["decoding", f"argmin.{number}", "prompt"], [f"decided.{number}"])
+        commonest = self.branches[-1]
+        f.node("Equal", [f"decided.{number}", f"index.{commonest}"], [f"is_{commonest}.{number}"])
+        flags = [_flag(layer, commonest) for layer in range(start, stop)]
+        flags += [f"{flags[0]}.unused.{at}" for at in range(self._longest - (stop - start))]
+        f.node("Split", [f"is_{commonest}.{number}"], flags, num_outputs=self._longest)
 
-    def condition(self, layer: int, action: Action) -> str:
-        """Name of the flag that a layer takes an action."""
-        return f"is_{action}.layer.{layer}"
+    def condition(self, layer: int, action: Action) -> tuple[list[onnx.NodeProto], str]:
+        """The flag that a layer takes an action, and the nodes that it needs where it is read.
+
+        That of the commonest action needs none: every token reads it, of every layer.
+        """
+        flag = _flag(layer, action)
+        if action == self.branches[-1]:
+            return [], flag
+        number = max(n for n, (start, _) in enumerate(self._segments) if start <= layer)
+        at = layer - self._segments[number][0]
+        nodes = [
+            helper.make_node("Gather", [f"decided.{number}", f"at.{at}"], [f"{flag}.decided"]),
+            helper.make_node("Equal", [f"{flag}.decided", f"index.{action}"], [flag]),
+        ]
+        return nodes, flag
 
     def report(self) -> None:
-        """The decisions as an output."""
-        layers = range(self._manifest.model.num_layers)
-        self._fusion.node("Concat", [f"decided.{layer}" for layer in layers], [PATH], axis=0)
+        """The decisions as an output, without what fills up the shorter segments."""
+        numbers = range(len(self._segments))
+        self._fusion.node("Concat", [f"decided.{number}" for number in numbers], ["all"], axis=0)
+        places = [
+            number * self._longest + at
+            for number, (start, stop) in enumerate(self._segments)
+            for at in range(stop - start)
+        ]
+        self._fusion.constant("places", np.array(places, np.int64))
+        self._fusion.node("Gather", ["all", "places"], [PATH])
+
+
+def _flag(layer: int, action: Action) -> str:
+    return f"is_{action}.layer.{layer}"

@@ -127,24 +127,23 @@ class Fusion:
             self.initializers += branch.initializer
         else:
             assert decisions is not None
-            self.nodes.append(self._if(layer, actions, outputs, decisions))
+            self.nodes += self._if(layer, actions, outputs, decisions)
 
     def _if(
         self, layer: int, actions: list[Action], outputs: list[str], decisions: Decisions
-    ) -> onnx.NodeProto:
+    ) -> list[onnx.NodeProto]:
         """An `If` for the last action, whose other branch chooses among the rest."""
         *rest, tested = actions
         inner = [f"{name}.not_{tested}" for name in outputs]
         if len(rest) == 1:
             otherwise = self._branch(layer, rest[0], inner)
         else:
-            node = self._if(layer, rest, inner, decisions)
-            otherwise = helper.make_graph([node], f"layer_{layer}_else", [], _outputs(inner))
+            nodes = self._if(layer, rest, inner, decisions)
+            otherwise = helper.make_graph(nodes, f"layer_{layer}_else", [], _outputs(inner))
         chosen = self._branch(layer, tested, [f"{name}.{tested}" for name in outputs])
-        condition = decisions.condition(layer, tested)
-        return helper.make_node(
-            "If", [condition], outputs, then_branch=chosen, else_branch=otherwise
-        )
+        nodes, flag = decisions.condition(layer, tested)
+        branches = {"then_branch": chosen, "else_branch": otherwise}
+        return [*nodes, helper.make_node("If", [flag], outputs, **branches)]
 
     def _branch(self, layer: int, action: Action, outputs: Sequence[str]) -> onnx.GraphProto:
         model = self._load(layer_path(layer, action))
