@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from dash_onnx.contract import Port
+from dash_onnx.contract import Port, Ports
 from dash_onnx.runtime.ort import Device, onnxruntime
 
 
@@ -66,3 +68,28 @@ def bind_output(
     address = buffer.pointer + start * buffer.dtype.itemsize
     shape = buffer.shape if shape is None else shape
     binding.bind_output(port.name, buffer.device, 0, buffer.dtype.type, shape, address)
+
+
+def bound_run(
+    session: Any,
+    ports: Ports,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    run_options: Any = None,
+) -> Callable[[], Any]:
+    """Binds every port of a graph to a buffer, once; returns what runs it, again and again.
+
+    A port whose sizes are all known takes as much of its buffer, in its own shape.
+    """
+    binding = session.io_binding()
+    for bind, side, buffers in (
+        (bind_input, ports.inputs, inputs),
+        (bind_output, ports.outputs, outputs),
+    ):
+        for port, buffer in zip(side, buffers, strict=True):
+            known = tuple(size for size in port.shape if isinstance(size, int))
+            bind(binding, port, buffer, known if len(known) == len(port.shape) else None)
+    run = partial(session.run_with_iobinding, binding, run_options)
+    # The binding holds raw addresses: the partial must keep the buffers alive.
+    run.buffers = (inputs, outputs)  # type: ignore[attr-defined]
+    return run

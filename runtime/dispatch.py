@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.actions import Action, Path
+from dash_onnx.contract import Ports
 from dash_onnx.errors import ContextLengthError
-from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output
+from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output, bound_run
 from dash_onnx.runtime.kv import KVCache
 from dash_onnx.runtime.scoring import Scoring
 from dash_onnx.runtime.sessions import Sessions
@@ -126,6 +126,7 @@ class Lane:
             return times
         started = time.perf_counter()
         self._single.run_head(head)
+        self.sessions.streams.drain()
         return [*times, (time.perf_counter() - started) * 1e3]
 
     def time_scorer(self, token: int, steps: Sequence[Step]) -> float:
@@ -164,7 +165,7 @@ class Lane:
         start = (last.seq - 1) * width  # only the last token needs the LM head
         bind_input(binding, ports.inputs[0], last.final, (1, 1, width), start)
         bind_output(binding, ports.outputs[0], logits)
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, self.sessions.streams.run_options)
         return logits.array[0, 0]
 
     def prefill_all(self, ids: Ids, path: Path, head: Action) -> Logits:
@@ -242,13 +243,16 @@ class _Span:
             self._run_of(layer, action)()
 
     def run_scored(self, token: int, scoring: Scoring) -> None:
-        """Like `run_layers`; decisions for the layers after layer i need no output of layer i."""
+        """Like `run_layers`; the scorer decides for the layers after layer i while it runs."""
         self._start(token)
         decisions, actions = scoring.decisions, scoring.actions
-        for layer, look in enumerate(scoring.looks):
-            if look is not None:
-                look()
+        for layer, segment in enumerate(scoring.looks):
+            if segment is None:
+                self._run_of(layer, actions[decisions[layer]])()
+                continue
+            scoring.begin(segment)
             self._run_of(layer, actions[decisions[layer]])()
+            scoring.finish(segment)
 
     def _run_of(self, layer: int, action: Action) -> Run:
         runs = self._layers[layer]
@@ -271,10 +275,13 @@ class _Span:
     ) -> list[float]:
         """See `Lane.time_token`; returns milliseconds: embedding, then each layer."""
         self._rebind()
+        drain = self._lane.sessions.streams.drain
         for layer, action in before:
             self._run_of(layer, action)()
+        drain()
         started = time.perf_counter()
         self._start(token)
+        drain()
         clock = [time.perf_counter()]
         embed = clock[0] - started
         if lead:
@@ -282,9 +289,11 @@ class _Span:
             self.hidden[1].write(self.hidden[0].array)
             for layer, action in lead:
                 self._run_of(layer, action)()
+            drain()
             clock = [time.perf_counter()]
         for layer, action in steps:
             self._run_of(layer, action)()
+            drain()
             clock.append(time.perf_counter())
         return [embed * 1e3, *((stop - start) * 1e3 for start, stop in pairwise(clock))]
 
@@ -293,11 +302,17 @@ class _Span:
         self._start(token)
         seconds = 0.0
         for layer, action in steps:
-            if (look := scoring.looks[layer]) is not None:
-                started = time.perf_counter()
-                look()
-                seconds += time.perf_counter() - started
-            self._run_of(layer, action)()
+            run, segment = self._run_of(layer, action), scoring.looks[layer]
+            if segment is None:
+                run()
+                continue
+            started = time.perf_counter()
+            scoring.begin(segment)
+            seconds += time.perf_counter() - started
+            run()
+            started = time.perf_counter()
+            scoring.finish(segment)
+            seconds += time.perf_counter() - started
         return seconds * 1e3
 
     def run_head(self, precision: Action) -> None:
@@ -321,14 +336,8 @@ class _Span:
             sessions.layer(layer, action), sessions.layer_ports, inputs, [target, key, value]
         )
 
-    @staticmethod
-    def _bound(session: Any, ports: Any, inputs: list[Buffer], outputs: list[Buffer]) -> Run:
-        binding = session.io_binding()
-        for port, buffer in zip(ports.inputs, inputs, strict=True):
-            bind_input(binding, port, buffer)
-        for port, buffer in zip(ports.outputs, outputs, strict=True):
-            bind_output(binding, port, buffer)
-        # The binding holds raw addresses: the partial must keep the buffers alive.
-        run = partial(session.run_with_iobinding, binding)
-        run.buffers = (inputs, outputs)  # type: ignore[attr-defined]
-        return run
+    def _bound(
+        self, session: Any, ports: Ports, inputs: list[Buffer], outputs: list[Buffer]
+    ) -> Run:
+        options = self._lane.sessions.streams.run_options
+        return bound_run(session, ports, inputs, outputs, options)

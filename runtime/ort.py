@@ -136,11 +136,13 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def create_session(model: Path | bytes, device: Device) -> Any:
+def create_session(model: Path | bytes, device: Device, stream: int | None = None) -> Any:
     """Loads a graph on the global thread pool.
 
     Args:
         model: a file, or a serialized graph without external data.
+        device: where it runs.
+        stream: address of the CUDA stream that it runs on; None takes one of ORT's own.
 
     Raises:
         BundleError: ORT refuses the graph.
@@ -158,8 +160,9 @@ def create_session(model: Path | bytes, device: Device) -> Any:
     options.enable_mem_pattern = False
     # Each session would warn that its own thread options are unused.
     options.log_severity_level = 3
+    provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
     try:
-        session = ort.InferenceSession(model, options, providers=[_PROVIDERS[device]])
+        session = ort.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # ORT raises types of its C extension, without a common base
         reason = str(error).splitlines()[0]
         name = "a graph in memory" if isinstance(model, bytes) else str(model)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import scorer_facts
-from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output
+from dash_onnx.runtime.buffers import Buffer, bound_run
+from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.streams import Handover
 
 _NEVER = 1e30  # penalty of an action that must not be chosen
 
@@ -21,8 +22,8 @@ class Scoring:
     Attributes:
         actions: what the decisions mean.
         decisions: action index of each layer; those of the first segment hold for every token.
-        looks: per layer, the call that decides for the segment that begins after it, or None. It
-            needs the decision of that layer and its input, not its output.
+        looks: per layer, the segment that begins after it, or None. It is decided while that layer
+            runs: `begin` before the layer is called, `finish` afterwards.
     """
 
     def __init__(self, sessions: Sessions, hidden: tuple[Buffer, Buffer]):
@@ -44,51 +45,56 @@ class Scoring:
         width = count * facts.longest(layers)
         self._price = 0.0
         self._log_price = Buffer((1, 1), "float32", device)
-        self._row = Buffer((1,), "int64", device)
         self._penalties = [Buffer((1, width), "float32", device) for _ in self._segments]
-        self._totals = [Buffer((1, width), "float32") for _ in self._segments]
-        indices = [Buffer((1,), "int64", device) for _ in self._segments]
+        self._results: list[Handover] = []
         self.decisions = [0] * layers
-        self.looks: list[Callable[[], None] | None] = [None] * layers
-        self._runs: list[Callable[[], object]] = []
-        ports, session = sessions.scorer_ports, sessions.scorer()
+        self.looks: list[int | None] = [None] * layers
+        self._runs: list[list[Callable[[], object]]] = []  # by the action before the segment
         for number, (start, _) in enumerate(self._segments):
-            binding = session.io_binding()
-            indices[number].write(number)
-            seen = hidden[max(start - 1, 0) % 2]
-            inputs = [
-                seen,
-                indices[number],
-                self._row,
-                self._log_price,
-                self._penalties[number],
-            ]
-            for port, buffer in zip(ports.inputs, inputs, strict=True):
-                shape = tuple(size for size in port.shape if isinstance(size, int))
-                bind_input(binding, port, buffer, shape)
-            bind_output(binding, ports.outputs[0], self._totals[number])
-            self._runs.append(partial(session.run_with_iobinding, binding))
+            results, index = Buffer((1, width), "float32", device), _index(number, device)
+            self._results.append(sessions.streams.handover(results))
+            shared = self._log_price, self._penalties[number]
+            rows = [number * (count + 1) + previous for previous in range(count if number else 1)]
+            self._runs.append(
+                [
+                    bound_run(
+                        sessions.scorer(),
+                        sessions.scorer_ports,
+                        [hidden[max(start - 1, 0) % 2], index, _index(row, device), *shared],
+                        [results],
+                        sessions.streams.run_options,
+                    )
+                    for row in rows
+                ]
+            )
             if number:
-                self.looks[start - 1] = partial(self._decide, number)
-        self._keep = hidden, indices  # bindings hold raw addresses
+                self.looks[start - 1] = number
 
-    def _decide(self, number: int) -> None:
-        start, stop = self._segments[number]
-        self._row.write(number * (len(self.actions) + 1) + self.decisions[max(start - 1, 0)])
-        self._runs[number]()
-        self.decisions[start:stop] = self._table(self._totals, number).argmin(1).tolist()
+    def begin(self, number: int) -> None:
+        """Starts to decide for a segment: once the layer before it is decided and has its input."""
+        start, _ = self._segments[number]
+        results = self._results[number]
+        results.offer()
+        self._runs[number][self.decisions[start - 1] if number else 0]()
+        results.fetch()
 
-    def _table(self, buffers: list[Buffer], number: int) -> np.ndarray:
+    def finish(self, number: int) -> None:
+        """Takes the decisions."""
         start, stop = self._segments[number]
-        return buffers[number].array.reshape(-1, len(self.actions))[: stop - start]
+        totals = self._table(self._results[number].wait(), number)
+        self.decisions[start:stop] = totals.argmin(1).tolist()
+
+    def _table(self, flat: np.ndarray, number: int) -> np.ndarray:
+        start, stop = self._segments[number]
+        return flat.reshape(-1, len(self.actions))[: stop - start]
 
     @property
     def values(self) -> np.ndarray:
         """Predicted KL of every action of the last token, `[L, A]` nats."""
-        numbers = range(len(self._segments))
+        results = [handover.wait() for handover in self._results]
         totals, penalties = (
-            np.concatenate([self._table(buffers, number) for number in numbers])
-            for buffers in (self._totals, self._penalties)
+            np.concatenate([self._table(flat, number) for number, flat in enumerate(tables)])
+            for tables in (results, [buffer.array for buffer in self._penalties])
         )
         return np.where(penalties < _NEVER, totals - penalties, 0.0)
 
@@ -105,8 +111,15 @@ class Scoring:
             flat = np.zeros_like(buffer.array)
             flat[0, : (stop - start) * len(self.actions)] = penalties[start:stop].ravel()
             buffer.write(flat)
-        self._decide(0)
+        self.begin(0)
+        self.finish(0)
 
     def path(self) -> tuple[Action, ...]:
         """The decisions by name."""
         return tuple(self.actions[index] for index in self.decisions)
+
+
+def _index(value: int, device: Device) -> Buffer:
+    buffer = Buffer((1,), "int64", device)
+    buffer.write(value)
+    return buffer

@@ -21,6 +21,7 @@ from dash_onnx.contract import (
 from dash_onnx.errors import BundleError
 from dash_onnx.policy import Policy
 from dash_onnx.runtime.ort import Device, create_session
+from dash_onnx.runtime.streams import open_streams
 
 
 class Sessions:
@@ -30,6 +31,7 @@ class Sessions:
         """Loads nothing yet."""
         self.manifest = bundle.manifest
         self.device: Device = device
+        self.streams = open_streams(device)
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
@@ -46,19 +48,20 @@ class Sessions:
 
     def embed(self) -> Any:
         """The token embedding."""
-        return self._get(EMBED_PATH, self.embed_ports)
+        return self._get(EMBED_PATH, self.embed_ports, self.streams.layers)
 
     def layer(self, layer: int, action: Action) -> Any:
         """One layer in one action."""
-        return self._get(layer_path(layer, action), self.layer_ports)
+        return self._get(layer_path(layer, action), self.layer_ports, self.streams.layers)
 
     def head(self, precision: Action) -> Any:
         """Final norm and LM head."""
-        return self._get(head_path(precision), self.head_ports)
+        return self._get(head_path(precision), self.head_ports, self.streams.layers)
 
     def scorer(self) -> Any:
         """What decides; see `ScorerFacts`."""
-        return self._get(scorer_facts(self.manifest).file, self.scorer_ports)
+        file = scorer_facts(self.manifest).file
+        return self._get(file, self.scorer_ports, self.streams.scorer)
 
     def preload(self, policy: Policy | None = None) -> None:
         """Loads every graph of the bundle, or those that a policy and its prompts use."""
@@ -89,7 +92,7 @@ class Sessions:
             self._closed = True
             self._loaded.clear()
 
-    def _get(self, path: str, ports: Ports) -> Any:
+    def _get(self, path: str, ports: Ports, stream: int | None) -> Any:
         session = self._loaded.get(path)
         if session is None:
             with self._lock:
@@ -97,7 +100,7 @@ class Sessions:
                 if self._closed:
                     raise BundleError("this model is closed; load the bundle again")
                 if session is None:
-                    session = create_session(self._bundle.verified(path), self.device)
+                    session = create_session(self._bundle.verified(path), self.device, stream)
                     _check_ports(path, session, ports)
                     self._loaded[path] = session
         return session

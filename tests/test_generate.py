@@ -160,9 +160,9 @@ def test_each_session_exists_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyP
 
     original: Callable = sessions.create_session
 
-    def counting(path: Path, device: str) -> object:
+    def counting(path: Path, device: str, stream: int | None) -> object:
         created.append(path)
-        return original(path, device)
+        return original(path, device, stream)
 
     monkeypatch.setattr(sessions, "create_session", counting)
     model = dash_onnx.load(tiny_bundle)

@@ -14,6 +14,7 @@ from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
 from dash_onnx.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.runtime.ort import check_device
 
 
 def train(folder: Path, options: TrainOptions) -> Manifest:
@@ -26,7 +27,9 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
         DashError: the bundle or the calibration text cannot be used.
     """
     started = time.monotonic()
-    run = Learning(Bundle(folder), options)
+    bundle = Bundle(folder)
+    check_device(bundle.manifest.target.device)  # the costs are measured there
+    run = Learning(bundle, options)
     run.texts()
     regress(run)
     improve(run)

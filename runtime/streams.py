@@ -1,0 +1,179 @@
+"""The order of layers and scorer on a device that runs them later than they are called.
+
+On the CPU a run has ended when its call returns, so nothing waits for anything. On CUDA the layers
+queue up on one stream and the scorer on another, and the host is ahead of both:
+
+    layers   ... layer i-2 | E | layer i-1 .......... | layer i ...
+    scorer                   E > scorer > copy | F
+    host     calls all of the above, then waits for F and calls layer i as decided
+
+E says that the input of layer i-1 exists, F that the decisions for the layers from i on are in the
+host's memory. Layer i-1 runs meanwhile, so the queue of the layers does not drain.
+
+Both streams wait for the default stream and it for them (the legacy one of CUDA), on which ORT
+copies tokens to the device and logits from it: a token's writes come before its layers, and its
+logits after them, without further events.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.errors import DeviceError
+from dash_onnx.runtime.buffers import Buffer
+from dash_onnx.runtime.ort import Device, onnxruntime
+
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_DRIVER = "libcuda.so.1"
+
+
+class Handover:
+    """Hidden states to the scorer and its results to the host, once per look; of one sequence.
+
+    This is the CPU's; see `Streams.handover`.
+    """
+
+    def __init__(self, results: Buffer):
+        """Takes the buffer that the scorer writes."""
+        self._results = results
+
+    def offer(self) -> None:
+        """From here on the scorer may read what the layers called so far will have written."""
+
+    def fetch(self) -> None:
+        """Brings the results of the scorer called last to the host."""
+
+    def wait(self) -> np.ndarray:
+        """Returns them, as soon as they are there."""
+        return self._results.array
+
+
+class Streams:
+    """Where the sessions of a bundle run; this is the CPU's.
+
+    Attributes:
+        layers: address of the stream of embedding, layers and heads, or None for ORT's own.
+        scorer: likewise of the scorer.
+        run_options: of every run, or None.
+    """
+
+    layers: int | None = None
+    scorer: int | None = None
+    run_options: Any = None
+
+    def handover(self, results: Buffer) -> Handover:
+        """For a sequence, and for results that the scorer writes into a buffer."""
+        return Handover(results)
+
+    def drain(self) -> None:
+        """Waits until every layer that was called has run."""
+
+
+class CudaStreams(Streams):
+    """Two CUDA streams. They live as long as the process, as ORT's sessions refer to them."""
+
+    def __init__(self, driver: Any, device: int = 0):
+        """Creates the streams in the device's primary context, which ORT uses as well.
+
+        Args:
+            driver: the CUDA driver library, or what stands for it in a test.
+            device: its number.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        self._driver = driver
+        self.call("cuInit", 0)
+        self._context = ctypes.c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self.enter()
+        self.layers, self.scorer = self._stream(), self._stream()
+        self.run_options = onnxruntime().RunOptions()
+        self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls the driver.
+
+        Raises:
+            DeviceError: it returns an error.
+        """
+        if code := getattr(self._driver, name)(*arguments):
+            raise DeviceError(f"CUDA driver: {name} failed with error {code}")
+
+    def enter(self) -> None:
+        """Makes the context that of this thread."""
+        self.call("cuCtxSetCurrent", self._context)
+
+    def _stream(self) -> int:
+        handle = ctypes.c_void_p()
+        self.call("cuStreamCreate", ctypes.byref(handle), 0)
+        return handle.value or 0
+
+    def handover(self, results: Buffer) -> Handover:
+        """See `Streams`."""
+        return _CudaHandover(self, results)
+
+    def drain(self) -> None:
+        """See `Streams`."""
+        self.enter()
+        self.call("cuStreamSynchronize", ctypes.c_void_p(self.layers))
+
+
+class _CudaHandover(Handover):
+    def __init__(self, streams: CudaStreams, results: Buffer):
+        super().__init__(results)
+        self._streams = streams
+        streams.enter()
+        self._offered, self._fetched, self._host = (ctypes.c_void_p() for _ in range(3))
+        size = int(np.prod(results.shape)) * results.dtype.itemsize
+        self._size = ctypes.c_size_t(size)
+        for event in (self._offered, self._fetched):
+            streams.call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
+        # Only from page-locked memory is a copy beside running kernels possible.
+        streams.call("cuMemHostAlloc", ctypes.byref(self._host), self._size, 0)
+        memory: Any = (ctypes.c_char * size).from_address(self._host.value or 0)
+        self._array = np.frombuffer(memory, results.dtype).reshape(results.shape)
+        handles = self._offered, self._fetched, self._host
+        weakref.finalize(self, _release, streams, *handles).atexit = False
+
+    def offer(self) -> None:
+        self._streams.enter()
+        self._streams.call("cuEventRecord", self._offered, ctypes.c_void_p(self._streams.layers))
+        scorer = ctypes.c_void_p(self._streams.scorer)
+        self._streams.call("cuStreamWaitEvent", scorer, self._offered, 0)
+
+    def fetch(self) -> None:
+        scorer = ctypes.c_void_p(self._streams.scorer)
+        source = ctypes.c_uint64(self._results.pointer)
+        self._streams.call("cuMemcpyDtoHAsync_v2", self._host, source, self._size, scorer)
+        self._streams.call("cuEventRecord", self._fetched, scorer)
+
+    def wait(self) -> np.ndarray:
+        self._streams.call("cuEventSynchronize", self._fetched)
+        return self._array
+
+
+def _release(streams: CudaStreams, *handles: ctypes.c_void_p) -> None:
+    offered, fetched, host = handles
+    streams.enter()
+    streams.call("cuEventDestroy_v2", offered)
+    streams.call("cuEventDestroy_v2", fetched)
+    streams.call("cuMemFreeHost", host)
+
+
+def open_streams(device: Device) -> Streams:
+    """The streams of a device.
+
+    Raises:
+        DeviceError: no CUDA driver.
+    """
+    if device == "cpu":
+        return Streams()
+    try:
+        return CudaStreams(ctypes.CDLL(_DRIVER))
+    except OSError as error:
+        raise DeviceError(f"no CUDA driver ({error}); install one, or use --device cpu") from None

@@ -1,0 +1,229 @@
+"""The order of layers and scorer on CUDA streams, with a driver that records and is late."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_report import with_scorer
+
+import dash_onnx
+from dash_onnx.errors import DeviceError
+from dash_onnx.runtime import sessions, streams
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.ort import create_session
+from dash_onnx.runtime.streams import CudaStreams, open_streams
+
+PROMPT = np.arange(20, 33)
+TOKENS = range(100, 130)
+PRICE = 0.14
+
+
+class Driver:
+    """Stands for the CUDA driver library on host memory. Nothing runs before somebody waits for it.
+
+    Attributes:
+        log: what was called, in order.
+        refuses: name of the function that returns an error.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, ...]] = []
+        self.refuses = ""
+        self.queues: dict[int, list[Callable[[], object]]] = defaultdict(list)
+        self._events: dict[int, tuple[int, int]] = {}  # stream, and how much of it came before
+        self._handles = 0
+        self.alive: set[int] = set()
+        self._memory: dict[int, Any] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def function(*arguments: Any) -> int:
+            if name == self.refuses:
+                return 719
+            if known := vars(Driver).get(f"_{name}"):
+                known(self, *arguments)
+            return 0
+
+        return function
+
+    def _new(self, place: Any, value: int | None = None) -> None:
+        self._handles += 1
+        place._obj.value = value or self._handles
+        self.alive.add(place._obj.value)
+
+    def _cuStreamCreate(self, place: Any, _: int) -> None:
+        self._new(place)
+
+    def _cuEventCreate(self, place: Any, flags: int) -> None:
+        assert flags == 2  # timing would make every wait slower
+        self._new(place)
+
+    def _cuMemHostAlloc(self, place: Any, size: ctypes.c_size_t, _: int) -> None:
+        memory = (ctypes.c_char * size.value)()
+        self._memory[ctypes.addressof(memory)] = memory
+        self._new(place, ctypes.addressof(memory))
+
+    def _cuEventRecord(self, event: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
+        assert event.value is not None and stream.value is not None
+        self.log.append(("record", NAMES[stream.value]))
+        self._events[event.value] = stream.value, len(self.queues[stream.value])
+
+    def _cuStreamWaitEvent(self, stream: ctypes.c_void_p, event: ctypes.c_void_p, _: int) -> None:
+        assert event.value in self._events and stream.value is not None
+        self.log.append(("wait", NAMES[stream.value]))
+
+    def _cuMemcpyDtoHAsync_v2(
+        self, target: ctypes.c_void_p, source: Any, size: ctypes.c_size_t, stream: ctypes.c_void_p
+    ) -> None:
+        assert stream.value is not None
+        self.log.append(("copy", NAMES[stream.value]))
+        places = target.value, source.value, size.value
+        self.queues[stream.value].append(lambda: ctypes.memmove(*places))
+
+    def _cuEventSynchronize(self, event: ctypes.c_void_p) -> None:
+        assert event.value is not None
+        stream, count = self._events[event.value]
+        self.log.append(("host waits", NAMES[stream]))
+        for run in self.queues[stream][:count]:
+            run()
+        self.queues[stream] = self.queues[stream][count:]
+        self._events = {
+            key: (other, max(left - count, 0) if other == stream else left)
+            for key, (other, left) in self._events.items()
+        }
+
+    def _cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
+        assert stream.value is not None
+        self.log.append(("drain", NAMES[stream.value]))
+
+    def _destroy(self, handle: ctypes.c_void_p) -> None:
+        assert handle.value is not None
+        self.alive.remove(handle.value)
+
+    _cuEventDestroy_v2 = _cuMemFreeHost = _destroy
+
+
+NAMES = {1: "layers", 2: "scorer"}  # by handle: a driver creates the streams first
+
+
+class Session:
+    """Runs a graph of layers at once, as a device may, and the scorer's as late as it may."""
+
+    def __init__(self, session: Any, name: str, stream: int, driver: Driver):
+        self._session, self._name, self._stream, self._driver = session, name, stream, driver
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        key = "disable_synchronize_execution_providers"
+        assert options.get_run_config_entry(key) == "1"
+        self._driver.log.append((self._name, NAMES[self._stream]))
+        if NAMES[self._stream] == "scorer":
+            queue = self._driver.queues[self._stream]
+            queue.append(lambda: self._session.run_with_iobinding(binding))
+        else:
+            self._session.run_with_iobinding(binding)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("s") / "out")))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """Every bundle loaded from now on runs on its streams."""
+    made = Driver()
+
+    def create(path: Path, device: Any, stream: int) -> Session:
+        return Session(create_session(path, device), path.stem.split("-")[0], stream, made)
+
+    monkeypatch.setattr(sessions, "open_streams", lambda _: CudaStreams(made))
+    monkeypatch.setattr(sessions, "create_session", create)
+    return made
+
+
+def decoded(bundle: Path, driver: Driver | None = None) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """Paths and logits; of the driver's log only the last token stays."""
+    model = dash_onnx.load(bundle)
+    lane = Lane(model._sessions)
+    lane.prefill(PROMPT, ("int8",) * model.manifest.model.num_layers, "int8")
+    paths, rows = [], []
+    for token in TOKENS:
+        if driver:
+            driver.log.clear()
+        logits, path = lane.decode_scored(token, PRICE, "int8")
+        paths.append(path)
+        rows.append(logits.copy())
+    return paths, np.stack(rows)  # type: ignore[return-value]
+
+
+def test_decisions_are_those_of_the_cpu(bundle: Path, request: pytest.FixtureRequest) -> None:
+    paths, logits = decoded(bundle)
+    assert len(set(paths)) > 3
+    request.getfixturevalue("driver")
+    found, rows = decoded(bundle)
+    assert found == paths
+    np.testing.assert_array_equal(rows, logits)
+
+
+def test_a_layer_waits_for_its_decision_and_a_decision_for_no_layer(
+    bundle: Path, driver: Driver
+) -> None:
+    paths, _ = decoded(bundle, driver)
+    *before, last = paths[-1]
+    wanted = [("embed", "layers")]
+    for action in before:  # the scorer looks before every layer but the first
+        wanted += [
+            ("record", "layers"),  # its input is there
+            ("wait", "scorer"),
+            ("scorer", "scorer"),
+            ("copy", "scorer"),
+            ("record", "scorer"),
+            (action, "layers"),  # runs meanwhile
+            ("host waits", "scorer"),
+        ]
+    assert driver.log == [*wanted, (last, "layers"), ("int8", "layers")]
+
+
+def test_a_profile_times_what_has_run(bundle: Path, driver: Driver) -> None:
+    lane = Lane(dash_onnx.load(bundle)._sessions)
+    lane.time_token(100, [(0, "int8"), (1, "skip")], "int8", lead=[(0, "int4")])
+    wanted = [("drain", "layers")]
+    for name in ("embed", "int4", "int8", "skip", "int8"):
+        wanted += [(name, "layers"), ("drain", "layers")]
+    assert driver.log == wanted
+
+
+def test_what_a_generation_took_is_given_back(bundle: Path, driver: Driver) -> None:
+    model = dash_onnx.load(bundle)
+    taken = len(driver.alive)
+    lane = Lane(model._sessions)
+    lane.decode_scored(100, PRICE, "int8")
+    assert len(driver.alive) > taken
+    del lane
+    gc.collect()
+    assert len(driver.alive) == taken
+
+
+def test_an_error_of_the_driver_is_one_line(bundle: Path, driver: Driver) -> None:
+    lane = Lane(dash_onnx.load(bundle)._sessions)
+    driver.refuses = "cuStreamWaitEvent"
+    with pytest.raises(
+        DeviceError, match=r"^CUDA driver: cuStreamWaitEvent failed with error 719$"
+    ):
+        lane.decode_scored(100, PRICE, "int8")
+
+
+def test_a_missing_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_DRIVER", "libnosuchdriver.so.1")
+    with pytest.raises(DeviceError, match=r"^no CUDA driver .*; install one, or use --device cpu$"):
+        open_streams("cuda")
