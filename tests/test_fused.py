@@ -30,9 +30,13 @@ PROMPT = list(range(20, 33))
 STATIC = "static:int8,int4,skip,int8"
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("f") / "out")))
+@pytest.fixture(scope="module", params=[(1, 2, 3), (1,)], ids=["look at each", "look once"])
+def bundle(
+    tiny_bundle: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """With one look the layers after it have a common branch."""
+    folder = tmp_path_factory.mktemp("f") / "out"
+    return with_scorer(Path(shutil.copytree(tiny_bundle, folder)), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ def test_decisions_and_logits_are_those_of_the_runtime(
     extra = {} if budget is None else {BUDGET: np.array([budget], np.float32)}
     client = Client(fused, model.manifest)
     lane = Lane(model._sessions)
-    ours = lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, "int8"))
+    ours = lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, model.policy(), "int8"))
     theirs, path = client(PROMPT, **extra)
     np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
     assert set(path) == {"int8"}
@@ -168,7 +172,7 @@ def test_several_tokens_after_a_prompt_run_at_the_precision_of_prompts(
     fused: Path, model: Model
 ) -> None:
     client, lane = Client(fused, model.manifest), Lane(model._sessions)
-    plan = prefill_plan(model._sessions, "int8")
+    plan = prefill_plan(model._sessions, model.policy(), "int8")
     for part in (PROMPT, [50, 51, 52]):
         ours = lane.prefill(np.array(part), *plan)
         np.testing.assert_allclose(client(part)[0][-1], ours, atol=2e-4)

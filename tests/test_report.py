@@ -39,12 +39,16 @@ TOOL = Tool("dash-report", main)
 run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
 
 
-def with_scorer(folder: Path) -> Path:
-    """Gives a bundle an untrained scorer whose decisions vary, and tables made up for it."""
+def with_scorer(folder: Path, looks: tuple[int, ...] = ()) -> Path:
+    """Gives a bundle an untrained scorer whose decisions vary, and tables made up for it.
+
+    It looks before each layer, or before some.
+    """
     manifest = Bundle(folder).manifest
     layers, hidden = manifest.model.num_layers, manifest.model.hidden_size
     torch.manual_seed(0)
-    scorer = Scorer(layers, hidden, 3, tuple(range(1, layers)))
+    looks = looks or tuple(range(1, layers))
+    scorer = Scorer(layers, hidden, 3, looks)
     with torch.no_grad():
         scorer.bias.copy_(torch.tensor([-6.0, -2.0]).expand(layers, 2))
     graph = BundleScorer(scorer, ACTIONS[1:], ("full",), torch.full((layers,), 1e-4), (-9.0, 9.0))
@@ -56,11 +60,11 @@ def with_scorer(folder: Path) -> Path:
     heads["int4"] = 0.4
     costs = Costs("a machine", 2, 0.1, 0.05, heads, (layer,) * layers)
     manifest = replace(manifest, files=files, costs=costs)
-    replace_manifest(folder, replace(manifest, scorer=made_up(manifest, file)))
+    replace_manifest(folder, replace(manifest, scorer=made_up(manifest, file, looks)))
     return folder
 
 
-def made_up(manifest: Manifest, file: str) -> ScorerFacts:
+def made_up(manifest: Manifest, file: str, looks: tuple[int, ...]) -> ScorerFacts:
     """Tables in the form that training leaves."""
     layers, full = manifest.model.num_layers, reference_ms(manifest)
     costs = manifest.costs
@@ -81,7 +85,7 @@ def made_up(manifest: Manifest, file: str) -> ScorerFacts:
     return ScorerFacts(
         file=file,
         actions=ACTIONS,
-        looks=tuple(range(1, manifest.model.num_layers)),
+        looks=looks,
         points=points,
         presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},
         static=tuple(sorted(static, key=lambda point: point.budget)),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from dash_onnx.actions import SKIP, Action
-from dash_onnx.budget import scorer_facts
-from dash_onnx.contract import scorer_ports
+from dash_onnx.budget import price_of, scorer_facts
+from dash_onnx.contract import layer_path, scorer_ports
 from dash_onnx.exporters.fused.names import BUDGET, PATH
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.ort import create_session
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dash_onnx.exporters.fused.fusion import Fusion
 
 _NEVER = 1e30  # cost of an action that must not be chosen
+_TOGETHER = 5  # layers that are tested together for the commonest action, at most
+_SMALL = 8 << 20  # bytes of a layer; larger ones would hide what an `If` costs, and fill memory
 
 
 class Decisions:
@@ -29,6 +32,7 @@ class Decisions:
         branches: the actions that have a branch: those that are decided between, and the one of
             prompts. The one that the default budget takes most often is the last, whose branch
             lies in the outermost `If`: each further one costs 7 microseconds.
+        spans: layers that are tested together for the commonest action.
     """
 
     def __init__(self, fusion: Fusion, manifest: Manifest, facts: FusedFacts):
@@ -37,17 +41,84 @@ class Decisions:
         self._actions = scorer.actions
         assert facts.prompt is not None and facts.budgets is not None
         self._prompt, self._dearest = facts.prompt, facts.runs[0]
-        default = facts.budgets.default
-        shares = min(scorer.points, key=lambda row: abs(row.budget - default)).shares
+        self._default, self._points = facts.budgets.default, scorer.points
+        self._budget = np.array([self._default], np.float32)
+        shares = min(scorer.points, key=lambda row: abs(row.budget - self._default)).shares
         known = [a for a in scorer.actions if a in facts.runs or a == facts.prompt]
         self.branches = sorted(known, key=lambda action: shares.get(action, 0.0))
         self._segments = scorer.segments(manifest.model.num_layers)
         self._longest = scorer.longest(manifest.model.num_layers)
+        self._costs = [self._costs_of(start, stop) for start, stop in self._segments]
+        self.spans = self._spans()
 
-    def prices(self) -> None:
-        """From the budget to the price, as the policy table has it, and to every penalty."""
+    def _spans(self) -> list[range]:
+        """Cuts the layers; one whose input the scorer reads stands alone."""
+        layers, common = self._segments[-1][1], self.branches[-1]
+        size = self._manifest.graph_bytes(layer_path(layers - 1, common), common)
+        small = self._fusion.client.multiplies_blocks and size <= _SMALL and common != SKIP
+        spans = []
+        for start, stop in self._segments:
+            end = stop if stop == layers else stop - 1
+            count = -(-(end - start) // (_TOGETHER if small else 1))
+            borders = np.linspace(start, end, count + 1, dtype=int).tolist()
+            spans += [
+                range(*pair) for pair in pairwise([*borders, *([stop] if end < stop else [])])
+            ]
+        return [span for span in spans if span]
+
+    def begin(self) -> None:
+        """Price, penalties and the decisions of the first segment: what follows from the budget.
+
+        For a decoded token at the default budget they are constants.
+        """
+        f, count = self._fusion, len(self._actions)
+        # Several tokens are a prompt, which runs at one precision.
+        f.node("Shape", ["input_ids"], ["length"], start=1, end=2)
+        f.node("Equal", ["length", "one"], ["decoding"])
+        f.node("Equal", [BUDGET, f.constant("usual.budget", self._budget)], ["usual"])
+        f.node("And", ["decoding", "usual"], ["known"])
+        f.constant("prompt", np.array([self._actions.index(self._prompt)], np.int64))
+        for action in self.branches:
+            f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
+        for at in range(self._longest):
+            f.constant(f"at.{at}", np.array([at], np.int64))
+        f.constant("table", np.array([-1, count], np.int64))
+        f.constant("last_row", np.array(-1, np.int64))
+        values, (price, _) = self._first_values(), price_of(self._default, self._points)
+        penalties = [np.float32(price) * rows for rows in self._costs]
+        decided = (values + penalties[0]).reshape(-1, count).argmin(1)
+        common = decided == self._actions.index(self.branches[-1])
+        known = {
+            "log_price": np.log(np.float32(price)).reshape(1, 1),
+            **{f"penalty.{number}": rows for number, rows in enumerate(penalties) if number},
+            "decided.0": decided,
+            **{self.flag(span): common[span.start : span.stop].all()[None] for span in self._of(0)},
+        }
+        nodes = f.apart(lambda: self._ask(values))
+        for node in nodes:
+            for side in (node.input, node.output):
+                side[:] = [f"{name}.asked" if name in known else name for name in side]
+        asked = helper.make_graph(
+            nodes, "asked", [], [_value(n, a, "asked") for n, a in known.items()]
+        )
+        usual = helper.make_graph(
+            [],
+            "usual",
+            [],
+            [_value(name, array, "usual") for name, array in known.items()],
+            [numpy_helper.from_array(array, f"{name}.usual") for name, array in known.items()],
+        )
+        f.node("If", ["known"], list(known), then_branch=usual, else_branch=asked)
+
+    def _ask(self, values: np.ndarray) -> None:
+        """From any budget to the price, as the policy table has it, and on."""
+        f = self._fusion
+        self._price()
+        f.node("Add", [f.constant("values.0", values), "penalty.0"], ["total.0"])
+        self._decide(0)
+
+    def _price(self) -> None:
         f, facts = self._fusion, scorer_facts(self._manifest)
-        costs = self._manifest.costs.in_units(self._actions)
         budgets = np.array([point.budget for point in facts.points], np.float32)
         logs = np.log(np.array([point.price for point in facts.points], np.float32))
         # Between rows the log price is linear: the sum of what each interval adds.
@@ -62,33 +133,23 @@ class Decisions:
         f.node("Exp", ["log_price.flat"], ["price"])
         shape = f.constant("pair", np.array([1, 1], np.int64))
         f.node("Reshape", ["log_price.flat", shape], ["log_price"])
-        for number, (start, stop) in enumerate(self._segments):
-            rows = np.zeros((self._longest, len(self._actions)), np.float32)
-            rows[: stop - start] = costs[start:stop]
-            rows[:, : self._actions.index(self._dearest)] = _NEVER
-            if start == 0 and SKIP in self._actions:
-                rows[0, self._actions.index(SKIP)] = _NEVER
-            name = f.constant(f"costs.{number}", rows.reshape(1, -1))
+        for number, rows in enumerate(self._costs):
+            name = f.constant(f"costs.{number}", rows)
             f.node("Mul", ["price", name], [f"penalty.{number}"])
-        # Several tokens are a prompt, which runs at one precision.
-        f.node("Shape", ["input_ids"], ["length"], start=1, end=2)
-        f.node("Equal", ["length", "one"], ["decoding"])
-        f.constant("prompt", np.array([self._actions.index(self._prompt)], np.int64))
-        for action in self.branches[1:]:
-            f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
-        for at in range(self._longest):
-            f.constant(f"at.{at}", np.array([at], np.int64))
-        f.constant("table", np.array([-1, len(self._actions)], np.int64))
-        f.constant("flat", np.array([1, self._manifest.model.hidden_size], np.int64))
-        f.constant("last_row", np.array([-1], np.int64))
+
+    def _costs_of(self, start: int, stop: int) -> np.ndarray:
+        """Costs of the actions of a segment `[1, longest * A]`, in units."""
+        costs = self._manifest.costs.in_units(self._actions)
+        rows = np.zeros((self._longest, len(self._actions)), np.float32)
+        rows[: stop - start] = costs[start:stop]
+        rows[:, : self._actions.index(self._dearest)] = _NEVER
+        if start == 0 and SKIP in self._actions:
+            rows[0, self._actions.index(SKIP)] = _NEVER
+        return rows.reshape(1, -1)
 
     def look(self, layer: int) -> None:
         """Decides for the segment that begins after a layer, from that layer's input."""
         starts = [start for start, _ in self._segments]
-        if layer == 0:
-            values = self._fusion.constant("values.0", self._first_values())
-            self._fusion.node("Add", [values, "penalty.0"], ["total.0"])
-            self._decide(0)
         if layer + 1 in starts:
             self._look(starts.index(layer + 1), f"hidden.{layer}")
             self._decide(starts.index(layer + 1))
@@ -110,8 +171,7 @@ class Decisions:
     def _look(self, number: int, hidden: str) -> None:
         f, count = self._fusion, len(self._actions)
         before, after = self._segments[number - 1]
-        f.node("Gather", [hidden, "last_row"], [f"seen.{number}.row"], axis=1)
-        f.node("Reshape", [f"seen.{number}.row", "flat"], [f"seen.{number}"])
+        f.node("Gather", [hidden, "last_row"], [f"seen.{number}"], axis=1)
         segment = f.constant(f"segment.{number}", np.array([number], np.int64))
         last = f"at.{after - before - 1}"
         f.node("Gather", [f"decided.{number - 1}", last], [f"previous.{number}"])
@@ -131,24 +191,35 @@ class Decisions:
 
     def _decide(self, number: int) -> None:
         f = self._fusion
-        start, stop = self._segments[number]
+        start = self._segments[number][0]
         f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
         f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
         f.node("Where", ["decoding", f"argmin.{number}", "prompt"], [f"decided.{number}"])
-        commonest = self.branches[-1]
-        f.node("Equal", [f"decided.{number}", f"index.{commonest}"], [f"is_{commonest}.{number}"])
-        flags = [_flag(layer, commonest) for layer in range(start, stop)]
-        flags += [f"{flags[0]}.unused.{at}" for at in range(self._longest - (stop - start))]
-        f.node("Split", [f"is_{commonest}.{number}"], flags, num_outputs=self._longest)
+        f.node("Equal", [f"decided.{number}", f"index.{self.branches[-1]}"], [f"common.{number}"])
+        spans = self._of(number)
+        members = np.zeros((self._longest, len(spans)), np.float32)
+        for column, span in enumerate(spans):
+            members[span.start - start : span.stop - start, column] = 1
+        f.node("Cast", [f"common.{number}"], [f"common.{number}.f"], to=TensorProto.FLOAT)
+        members_name = f.constant(f"members.{number}", members)
+        f.node("MatMul", [f"common.{number}.f", members_name], [f"counts.{number}"])
+        sizes = f.constant(f"sizes.{number}", members.sum(0))
+        f.node("Equal", [f"counts.{number}", sizes], [f"together.{number}"])
+        flags = [self.flag(span) for span in spans]
+        f.node("Split", [f"together.{number}"], flags, num_outputs=len(flags))
+
+    def _of(self, number: int) -> list[range]:
+        """The spans of a segment."""
+        start, stop = self._segments[number]
+        return [span for span in self.spans if start <= span.start < stop]
+
+    def flag(self, span: range) -> str:
+        """Whether all layers of a span take the commonest action; read for every token."""
+        return f"together.{span.start}.{span.stop}"
 
     def condition(self, layer: int, action: Action) -> tuple[list[onnx.NodeProto], str]:
-        """The flag that a layer takes an action, and the nodes that it needs where it is read.
-
-        That of the commonest action needs none: every token reads it, of every layer.
-        """
-        flag = _flag(layer, action)
-        if action == self.branches[-1]:
-            return [], flag
+        """The flag that a layer takes an action, and the nodes that make it where it is read."""
+        flag = f"is_{action}.layer.{layer}"
         number = max(n for n, (start, _) in enumerate(self._segments) if start <= layer)
         at = layer - self._segments[number][0]
         nodes = [
@@ -170,5 +241,7 @@ class Decisions:
         self._fusion.node("Gather", ["all", "places"], [PATH])
 
 
-def _flag(layer: int, action: Action) -> str:
-    return f"is_{action}.layer.{layer}"
+def _value(name: str, array: np.ndarray, branch: str) -> onnx.ValueInfoProto:
+    """An output of a branch."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    return helper.make_tensor_value_info(f"{name}.{branch}", kind, array.shape)

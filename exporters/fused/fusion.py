@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -46,6 +47,7 @@ class Fusion:
     facts: FusedFacts
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[TensorProto] = field(default_factory=list)
+    _loaded: dict[str, onnx.ModelProto] = field(default_factory=dict)
 
     def build(self) -> onnx.ModelProto:
         """The whole graph."""
@@ -56,14 +58,17 @@ class Fusion:
         decisions = None
         if self.facts.budgets:
             decisions = Decisions(self, manifest, self.facts)
-            decisions.prices()
+            decisions.begin()
             if not self.client.feeds_budget:
                 default = np.array([self.facts.budgets.default], np.float32)
                 self.initializers.append(numpy_helper.from_array(default, BUDGET))
-        for layer in range(facts.num_layers):
-            if decisions:
-                decisions.look(layer)
-            self._layer(layer, decisions)
+        if decisions:
+            for span in decisions.spans:
+                decisions.look(span.start)
+                self.nodes += self._decided(span, decisions)
+        else:
+            for layer, action in enumerate(self.facts.path):
+                self._fixed(layer, action)
         final = f"hidden.{facts.num_layers}"
         self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
         inputs = [
@@ -96,6 +101,13 @@ class Fusion:
         self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), **attributes))
         return outputs[0]
 
+    def apart(self, build: Callable[[], None]) -> list[onnx.NodeProto]:
+        """The nodes that a function adds: for a branch, not for the main graph."""
+        before, self.nodes = self.nodes, []
+        build()
+        added, self.nodes = self.nodes, before
+        return added
+
     def constant(self, name: str, array: np.ndarray) -> str:
         """Adds an initializer to the main graph."""
         self.initializers.append(self._stored(numpy_helper.from_array(array, name)))
@@ -116,43 +128,88 @@ class Fusion:
         self.node("Squeeze", ["mask_length"], ["total_length"])
         self.node("Cast", ["total_length"], ["total_sequence_length.0"], to=TensorProto.INT32)
 
-    def _layer(self, layer: int, decisions: Decisions | None) -> None:
-        outputs = [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
-        actions = [self.facts.path[layer]] if self.facts.path else []
-        if decisions:
-            actions = [action for action in decisions.branches if layer or action != SKIP]
+    def _fixed(self, layer: int, action: Action) -> None:
+        """A layer whose action no token changes."""
+        branch = self._branch(layer, action, f"hidden.{layer}", _made_by(layer))
+        self.nodes += branch.node
+        self.initializers += branch.initializer
+
+    def _decided(self, span: range, decisions: Decisions) -> list[onnx.NodeProto]:
+        """The layers of a span: one branch for the commonest action in all, else an `If` each."""
+        actions, flag = decisions.branches, decisions.flag(span)
         if len(actions) == 1:
-            branch = self._branch(layer, actions[0], outputs)
-            self.nodes += branch.node
-            self.initializers += branch.initializer
-        else:
-            assert decisions is not None
-            self.nodes += self._if(layer, actions, outputs, decisions)
+            for layer in span:
+                self._fixed(layer, actions[0])
+            return []
+        if len(span) == 1:
+            return self._if(
+                span.start, f"hidden.{span.start}", _made_by(span.start), decisions, flag
+            )
+        together = helper.make_graph([], f"layers_{span.start}_together", [], [])
+        nodes: list[onnx.NodeProto] = []
+        one = other = f"hidden.{span.start}"
+        for layer in span:
+            names = [f"{name}.together" for name in _made_by(layer)]
+            branch = self._branch(layer, actions[-1], one, names)
+            together.node.extend(branch.node)
+            together.initializer.extend(branch.initializer)
+            together.output.extend(branch.output[1:])
+            one = names[0]
+            names = [f"{name}.apart" for name in _made_by(layer)]
+            nodes += self._if(layer, other, names, decisions)
+            other = names[0]
+        together.output.extend(_outputs([one]))
+        present = [name for layer in span for name in _made_by(layer)[1:]]
+        apart = _outputs([*(f"{name}.apart" for name in present), other])
+        branches = {
+            "then_branch": together,
+            "else_branch": helper.make_graph(nodes, f"layers_{span.start}_apart", [], apart),
+        }
+        return [helper.make_node("If", [flag], [*present, f"hidden.{span.stop}"], **branches)]
 
     def _if(
-        self, layer: int, actions: list[Action], outputs: list[str], decisions: Decisions
+        self,
+        layer: int,
+        hidden: str,
+        outputs: list[str],
+        decisions: Decisions,
+        flag: str = "",
+        actions: Sequence[Action] = (),
     ) -> list[onnx.NodeProto]:
-        """An `If` for the last action, whose other branch chooses among the rest."""
-        *rest, tested = actions
+        """An `If` for the last action, whose other branch chooses among the rest.
+
+        Args:
+            layer: its index.
+            hidden: its input.
+            outputs: hidden state, keys and values.
+            decisions: what made them.
+            flag: whether the last action is taken, where it is known already.
+            actions: none takes all that the layer may take.
+        """
+        *rest, tested = actions or [a for a in decisions.branches if layer or a != SKIP]
         inner = [f"{name}.not_{tested}" for name in outputs]
         if len(rest) == 1:
-            otherwise = self._branch(layer, rest[0], inner)
+            otherwise = self._branch(layer, rest[0], hidden, inner)
         else:
-            nodes = self._if(layer, rest, inner, decisions)
+            nodes = self._if(layer, hidden, inner, decisions, actions=rest)
             otherwise = helper.make_graph(nodes, f"layer_{layer}_else", [], _outputs(inner))
-        chosen = self._branch(layer, tested, [f"{name}.{tested}" for name in outputs])
-        nodes, flag = decisions.condition(layer, tested)
+        chosen = self._branch(layer, tested, hidden, [f"{name}.{tested}" for name in outputs])
+        nodes = []
+        if not flag:
+            nodes, flag = decisions.condition(layer, tested)
         branches = {"then_branch": chosen, "else_branch": otherwise}
         return [*nodes, helper.make_node("If", [flag], outputs, **branches)]
 
-    def _branch(self, layer: int, action: Action, outputs: Sequence[str]) -> onnx.GraphProto:
+    def _branch(
+        self, layer: int, action: Action, before: str, outputs: Sequence[str]
+    ) -> onnx.GraphProto:
         model = self._load(layer_path(layer, action))
         if action == SKIP:
             attend_to_write(model.graph, self.bundle.manifest)
         hidden, key, value = outputs
         cos, sin = _rotary_names(self.bundle.manifest.rope_of(layer))
         names = {
-            "hidden_in": f"hidden.{layer}",
+            "hidden_in": before,
             "past_key": f"past_key_values.{layer}.key",
             "past_value": f"past_key_values.{layer}.value",
             "total_sequence_length": "total_sequence_length.0",
@@ -163,7 +220,7 @@ class Fusion:
             "cos_cache": cos,
             "sin_cache": sin,
         }
-        self._adopt(model.graph, f"layer.{layer}.{action}.", names)
+        self._adopt(model.graph, f"{hidden}.{action}.", names)
         graph = helper.make_graph(
             model.graph.node, f"layer_{layer}_{action}", [], _outputs(outputs)
         )
@@ -199,7 +256,9 @@ class Fusion:
         self.initializers += [self._stored(one) for one in tensors if one.name not in known]
 
     def _load(self, path: str) -> onnx.ModelProto:
-        """A graph of the bundle, its large weights moved to the fused data file."""
+        """A graph of the bundle, its large weights moved to the fused data file, once."""
+        if (known := self._loaded.get(path)) is not None:
+            return copy.deepcopy(known)
         file = self.bundle.verified(path)
         model = onnx.load(file, load_external_data=False)
         for tensor in model.graph.initializer:
@@ -209,6 +268,7 @@ class Fusion:
             with (file.parent / places["location"]).open("rb") as source:
                 source.seek(int(places.get("offset", 0)))
                 self._append(tensor, source.read(int(places["length"])))
+        self._loaded[path] = copy.deepcopy(model)
         return model
 
     def _stored(self, tensor: TensorProto) -> TensorProto:
@@ -226,6 +286,11 @@ class Fusion:
         del tensor.external_data[:]
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
+
+
+def _made_by(layer: int) -> list[str]:
+    """Values that a layer makes: the hidden state, keys and values."""
+    return [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
 
 
 def _rotary_names(rope: int) -> tuple[str, str]:
