@@ -22,6 +22,7 @@ PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
 DEFAULT_PRESET = "balanced"
 
 _GAIN = 0.1  # of the log price per token and unit of relative overspending: settles in ~30 tokens
+_STEP = 0.05  # of the log price: each new price takes the runtime a further run of the scorer
 _REACH = 1.5  # how far beyond the table the controller may push the log price
 
 
@@ -177,21 +178,22 @@ class Controller:
 
     def __init__(self, manifest: Manifest, budget: float, price: float, head: Action):
         """Starts at the table's price."""
-        self.price = price
+        self.price = self._first = price
         self._costs = manifest.costs
         self._head = head
         self._target_ms = budget * reference_ms(manifest)
         points = scorer_facts(manifest).points
         prices = [math.log(point.price) for point in points]
-        self._log_price = math.log(price)
-        self._low, self._high = min(prices) - _REACH, max(prices) + _REACH
+        self._moved = 0.0  # of the log price, from the first one
+        self._low = min(prices) - _REACH - math.log(price)
+        self._high = max(prices) + _REACH - math.log(price)
 
     def spent(self, path: Path) -> None:
         """Notes what a token cost."""
         ms = self._costs.token_ms(path, self._head, scored=True)
-        self._log_price += _GAIN * (ms / self._target_ms - 1)
-        self._log_price = min(max(self._log_price, self._low), self._high)
-        self.price = math.exp(self._log_price)
+        self._moved += _GAIN * (ms / self._target_ms - 1)
+        self._moved = min(max(self._moved, self._low), self._high)
+        self.price = self._first * math.exp(_STEP * round(self._moved / _STEP))
 
 
 def evenly_skipped(manifest: Manifest, count: int) -> list[int]:
