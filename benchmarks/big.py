@@ -1,4 +1,4 @@
-"""Writes a checkpoint with random weights in the shape of Llama 3.2 3B, shard by shard.
+"""Writes a checkpoint with random weights in the shape of a Llama 3.2, shard by shard.
 
 What an export of it needs is what docs/export.md tells: `python benchmarks/big.py FOLDER`, then
 `dash-export FOLDER OUT --effort none --variants int8,int4 --calibration TEXT`.
@@ -16,25 +16,28 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-LAYERS, WIDTH, INNER, HEADS, KV_HEADS, VOCABULARY = 28, 3072, 8192, 24, 8, 128256
+SHAPES = {"3b": (28, 3072, 24), "1b": (16, 2048, 32)}  # layers, width, heads
+INNER, KV_HEADS, VOCABULARY = 8192, 8, 128256
 
 
 def main() -> None:
     """Writes the folder; a shard for the embedding and one for each layer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
     arguments = parser.parse_args()
-    folder, layers = arguments.folder, arguments.layers
+    folder, (layers, width, heads) = arguments.folder, SHAPES[arguments.shape]
+    layers = arguments.layers or layers
     folder.mkdir(parents=True)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=INNER,
         num_hidden_layers=layers,
-        num_attention_heads=HEADS,
+        num_attention_heads=heads,
         num_key_value_heads=KV_HEADS,
-        head_dim=WIDTH // HEADS,
+        head_dim=width // heads,
         vocab_size=VOCABULARY,
         max_position_embeddings=131072,
         tie_word_embeddings=True,
@@ -46,7 +49,7 @@ def main() -> None:
     tokenizer().save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     total, weight_map = 0, {}
-    for number, shapes in enumerate(shards(layers), 1):
+    for number, shapes in enumerate(shards(layers, width, width // heads * KV_HEADS), 1):
         name = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
         tensors = {key: weight(shape, generator) for key, shape in shapes.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -57,21 +60,20 @@ def main() -> None:
     print(f"{folder}: {total / 2e9:.2f} billion parameters")
 
 
-def shards(layers: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Shapes by name."""
-    yield {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
-    keys = WIDTH // HEADS * KV_HEADS
+def shards(layers: int, width: int, keys: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes by name; `keys`: width of all keys of a token."""
+    yield {"model.embed_tokens.weight": (VOCABULARY, width), "model.norm.weight": (width,)}
     for layer in range(layers):
         shapes = {
-            "self_attn.q_proj": (WIDTH, WIDTH),
-            "self_attn.k_proj": (keys, WIDTH),
-            "self_attn.v_proj": (keys, WIDTH),
-            "self_attn.o_proj": (WIDTH, WIDTH),
-            "mlp.gate_proj": (INNER, WIDTH),
-            "mlp.up_proj": (INNER, WIDTH),
-            "mlp.down_proj": (WIDTH, INNER),
-            "input_layernorm": (WIDTH,),
-            "post_attention_layernorm": (WIDTH,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (INNER, width),
+            "mlp.up_proj": (INNER, width),
+            "mlp.down_proj": (width, INNER),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
         }
         yield {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
 
