@@ -27,7 +27,7 @@ from dash_onnx.runtime.generate import (
 )
 from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.ort import Device, check_device, use_threads
-from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.sessions import Memory, Sessions
 from dash_onnx.text import Message, TextCodec
 
 Prompt = str | Sequence[Message]
@@ -52,13 +52,14 @@ class Model:
         threads: int | None,
         policy: str | Policy = "",
         budget: Budget | None = None,
+        memory: Memory = "high",
     ):
         """See `load`."""
         check_device(device)
         use_threads(threads)
         self.manifest = bundle.manifest
         self.text = TextCodec(bundle)
-        self._sessions = Sessions(bundle, device)
+        self._sessions = Sessions(bundle, device, memory)
         self._default = (policy, budget)
         self.policy()  # refuses a wrong one now
 
@@ -73,7 +74,11 @@ class Model:
             policy: whose graphs, as in `policy`; None loads every graph of the bundle.
             budget: likewise.
         """
-        self._sessions.preload(None if policy is None else self.policy(policy, budget))
+        if policy is None:
+            self._sessions.preload()
+            return
+        chosen = self.policy(policy, budget)
+        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen))
 
     def close(self) -> None:
         """Frees every graph and its weights; caches and running generations keep what they use.
@@ -118,7 +123,7 @@ class Model:
         chosen, lane = self.policy(policy, budget), Lane(self._sessions)
         if chosen.uniform is not None:
             return lane.prefill_all(ids, chosen.uniform, chosen.head)
-        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, None))
+        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, chosen))
         decode = decoding(lane, chosen)
         rows = [decode(token)[0].astype(np.float32)[None] for token in ids[1:].tolist()]
         return np.concatenate([first, *rows])
@@ -150,7 +155,7 @@ class Model:
         lane, rest = cache.acquire(ids[:prompt_tokens])
         try:
             if len(rest):
-                lane.prefill(rest, *prefill_plan(self._sessions, prefill))
+                lane.prefill(rest, *prefill_plan(self._sessions, chosen, prefill))
                 cache.tokens += rest.tolist()
             yield from map(decoding(lane, chosen), ids[prompt_tokens:].tolist())
         finally:
@@ -198,6 +203,7 @@ def load(
     threads: int | None = None,
     policy: str | Policy = "",
     budget: Budget | None = None,
+    memory: Memory = "high",
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
 
@@ -211,6 +217,8 @@ def load(
         threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
         policy: of generations that name none; see `dash_onnx.policy.make_policy`.
         budget: likewise, a fraction of the full time per token or a preset.
+        memory: `low` runs prompts in the precisions that the policy uses, so that no others are
+            loaded; `high` runs them at the highest exported.
 
     Raises:
         PolicyError: the policy or the budget is not one that the bundle can do.
@@ -224,4 +232,4 @@ def load(
             f"{folder} was exported for device {built_for!r}, not {device!r}; "
             f"export again with --device {device}"
         )
-    return Model(bundle, device, threads, policy, budget)
+    return Model(bundle, device, threads, policy, budget, memory)

@@ -123,7 +123,7 @@ def generate_step(
         sampler = Sampler(options.sampling)
         seen = [int(token) for token in ids]
         decode = decoding(lane, policy)
-        path, head = prefill_plan(sessions, options.prefill)
+        path, head = prefill_plan(sessions, policy, options.prefill)
         token = -1
         for count in range(1, options.max_new_tokens + 1):
             started = time.perf_counter()
@@ -150,13 +150,26 @@ def generate_step(
         cache.release()
 
 
-def prefill_plan(sessions: Sessions, precision: Action | None) -> tuple[Path, Action]:
-    """The path and the LM head of a prompt; None takes the highest exported precision.
+def prefill_plan(
+    sessions: Sessions, policy: Policy, precision: Action | None = None
+) -> tuple[Path, Action]:
+    """The path and the LM head of a prompt.
+
+    Args:
+        sessions: of the bundle.
+        policy: of the tokens after it.
+        precision: None takes the highest exported; where memory is low, the highest that the policy
+            takes in each layer, so that the prompt loads no graph of its own.
 
     Raises:
         PolicyError: the precision was not exported.
     """
     manifest = sessions.manifest
+    if precision is None and sessions.memory == "low":
+        used = policy.used(manifest.model.num_layers, manifest.actions)
+        highest = next(action for action in manifest.variants if any(action in u for u in used))
+        path = tuple(next((a for a in manifest.variants if a in u), highest) for u in used)
+        return path, policy.head
     chosen = manifest.variants[0] if precision is None else precision
     if chosen not in manifest.variants:
         raise PolicyError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Literal
 
-from dash_onnx.actions import Action
+from dash_onnx.actions import Action, Path
 from dash_onnx.budget import scorer_facts
 from dash_onnx.bundle import Bundle
 from dash_onnx.contract import (
@@ -23,12 +23,15 @@ from dash_onnx.policy import Policy
 from dash_onnx.runtime.ort import Device, create_session
 from dash_onnx.runtime.streams import open_streams
 
+Memory = Literal["high", "low"]
+
 
 class Sessions:
     """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
 
-    def __init__(self, bundle: Bundle, device: Device):
+    def __init__(self, bundle: Bundle, device: Device, memory: Memory = "high"):
         """Loads nothing yet."""
+        self.memory = memory
         self.manifest = bundle.manifest
         self.device: Device = device
         self.streams = open_streams(device)
@@ -63,15 +66,22 @@ class Sessions:
         file = scorer_facts(self.manifest).file
         return self._get(file, self.scorer_ports, self.streams.scorer)
 
-    def preload(self, policy: Policy | None = None) -> None:
-        """Loads every graph of the bundle, or those that a policy and its prompts use."""
+    def preload(
+        self, policy: Policy | None = None, prompt: tuple[Path, Action] | None = None
+    ) -> None:
+        """Loads every graph of the bundle, or those that a policy and its prompts use.
+
+        Args:
+            policy: None loads every graph.
+            prompt: path and LM head of its prompts.
+        """
         manifest = self.manifest
         layers = manifest.model.num_layers
         heads, actions = set(manifest.exported_heads), [set(manifest.actions)] * layers
-        if policy is not None:
-            prompt = manifest.variants[0]
-            heads = {policy.head, manifest.heads[prompt]}
-            actions = [{prompt, *used} for used in policy.used(layers, manifest.actions)]
+        if policy is not None and prompt is not None:
+            heads = {policy.head, prompt[1]}
+            later = policy.used(layers, manifest.actions)
+            actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
         self.embed()
         if manifest.scorer is not None and (policy is None or policy.scored):
             self.scorer()

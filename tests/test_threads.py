@@ -118,6 +118,24 @@ def test_preloading_a_policy_loads_what_it_uses(tiny_bundle: Path) -> None:
     assert loaded == wanted | {f"layers/{i:02d}/full.onnx" for i in range(4)}  # for prompts
 
 
+@pytest.mark.parametrize("policy", ["int4", "static:int8,skip,int4*2"])
+def test_low_memory_loads_nothing_but_what_a_policy_uses(tiny_bundle: Path, policy: str) -> None:
+    with dash_onnx.load(tiny_bundle, policy=policy, memory="low") as model:
+        model.preload("")
+        preloaded = set(model._sessions._loaded)
+        model.generate("the keeper", max_new_tokens=4, ignore_eos=True)
+        assert set(model._sessions._loaded) == preloaded
+        uniform = model.policy().uniform
+        assert uniform is not None
+        runs = [a if a != "skip" else "int8" for a in uniform]  # the highest of the others
+        prompt = {f"layers/{i:02d}/{action}.onnx" for i, action in enumerate(runs)}
+        rest = {f"layers/{i:02d}/{action}.onnx" for i, action in enumerate(uniform)}
+        assert preloaded == {"embed.onnx", f"head/{model.policy().head}.onnx"} | prompt | rest
+    with dash_onnx.load(tiny_bundle, policy=policy) as model:
+        model.generate("the keeper", max_new_tokens=4, ignore_eos=True)
+        assert "layers/00/full.onnx" in model._sessions._loaded
+
+
 def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -24,6 +24,7 @@ from dash_onnx.errors import DeviceError
 if TYPE_CHECKING:
     from dash_onnx.policy import Policy
     from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.sessions import Memory
 
 Logits = npt.NDArray[np.float32]
 
@@ -41,11 +42,13 @@ class Contender(Protocol):
 class Dash:
     """Our runtime; `target` is the bundle, `variant` a policy, or `policy@budget`."""
 
+    memory: Memory = "high"
+
     def __init__(self, target: str, variant: str, threads: int):
         """Loads every graph that the policy uses."""
         import dash_onnx
 
-        self._model = dash_onnx.load(target, threads=threads)
+        self._model = dash_onnx.load(target, threads=threads, memory=self.memory)
         self._policy = policy_of(self._model, variant)
         self._model.preload(self._policy)
 
@@ -58,6 +61,12 @@ class Dash:
         """Decoded token by token, as the policy decides."""
         steps = self._model.teacher_forced(ids, self._policy, prompt_tokens)
         return np.stack([logits.astype(np.float32) for logits, _ in steps])
+
+
+class DashLow(Dash):
+    """Likewise, loading nothing but what the policy uses."""
+
+    memory = "low"
 
 
 def policy_of(model: Model, variant: str) -> Policy:
@@ -215,6 +224,7 @@ class OpenVINO:
 
 KINDS: dict[str, Callable[[str, str, int], Contender]] = {
     "dash": Dash,
+    "dash-low": DashLow,
     "genai": GenAI,
     "llama.cpp": LlamaCpp,
     "transformers": Transformers,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from dash_onnx.bench import PEERS
-from dash_onnx.cli.common import Parser, aligned, positive, run
+from dash_onnx.cli.common import Parser, add_memory_option, aligned, positive, run
 from dash_onnx.errors import SourceError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def _parser() -> Parser:
     parser.add_argument("--new-tokens", type=_at_least_two, default=96, metavar="N")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_memory_option(parser)
     parser.add_argument("--no-quality", action="store_true", help="measure speed only")
     parser.add_argument(
         "--picture",
@@ -136,7 +137,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         reference, answers = _reference(model, prompts, arguments.new_tokens)
     threads = thread_count()
     ceiling = read_gigabytes_per_s(threads)
-    wanted = [(f"dash {variant}", "dash", arguments.bundle, variant) for variant in variants]
+    ours = "dash" if arguments.memory == "high" else "dash-low"
+    wanted = [(f"{ours} {variant}", ours, arguments.bundle, variant) for variant in variants]
     for peer in arguments.peer:
         kind, _, path = peer.partition(":")
         wanted.append((f"{kind} {'/'.join(Path(path).parts[-2:])}", kind, path, ""))

@@ -122,6 +122,17 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
     ]
 
 
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    """Option of the tools that generate."""
+    parser.add_argument(
+        "--memory",
+        choices=("high", "low"),
+        default="high",
+        help="low: prompts run in the precisions that the policy uses, and no others are loaded; "
+        "high: at the highest exported (default)",
+    )
+
+
 EFFORTS = ("quick", "normal", "thorough")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.actions import PRECISIONS, check_action
-from dash_onnx.cli.common import Parser, add_runtime_options, positive, run, seed
+from dash_onnx.cli.common import Parser, add_memory_option, add_runtime_options, positive, run, seed
 from dash_onnx.errors import ContextLengthError, DashError, SourceError
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefill",
         choices=PRECISIONS,
-        help="precision of the prompt (default: the highest exported; int8 saves its memory)",
+        help="precision of the prompt (default: see --memory)",
     )
+    add_memory_option(parser)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
@@ -95,10 +96,14 @@ def _run(arguments: argparse.Namespace) -> None:
         ).split()
     }
     options["stop"] = tuple(arguments.stop)
-    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
-    policy = model.policy(
-        arguments.policy, arguments.budget
-    )  # before anything is written, or asked
+    model = dash_onnx.load(
+        arguments.bundle,
+        device=arguments.device,
+        threads=arguments.threads,
+        memory=arguments.memory,
+    )
+    # Before anything is written, or asked.
+    policy = model.policy(arguments.policy, arguments.budget)
     if arguments.prefill is not None:
         check_action(arguments.prefill, model.manifest.variants)
     Options.of(**options)

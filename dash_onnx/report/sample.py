@@ -173,7 +173,7 @@ def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -
     # `Model.teacher_forced` would do, but for the predictions, which live on the lane until the
     # next token overwrites them.
     lane = Lane(model._sessions)
-    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, None))
+    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, policy))
     controller = policy.controller()
     actions = lane._scorer().actions
     record = _Record(model, policy, reference)
