@@ -17,10 +17,10 @@ start anew several times.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import dash_onnx
 from dash_onnx.actions import Action
-from dash_onnx.bench.measure import divergence, ratio, rounds
+from dash_onnx.bench.measure import Result, divergence, ratio, restarted, rounds
 from dash_onnx.bench.worker import Worker
 from dash_onnx.bundle import Bundle
 from dash_onnx.exporters.fused import PATH, FuseOptions, fuse
@@ -208,22 +208,18 @@ def speed(arguments: argparse.Namespace) -> None:
             best = model.manifest.variants[0]
             reference = [model.logits(text, policy=best)[prompt:] for text, prompt in texts]
         kl: dict[str, tuple[float, float] | None] = {}
-        turns = []
-        for _ in tqdm(range(arguments.processes), desc="processes", disable=None):
-            with contextlib.ExitStack() as stack:
-                workers = [
-                    Worker(name, "genai", str(target), "", arguments.threads)
-                    for name, target in targets.items()
-                ]
-                for worker in workers:
-                    stack.callback(worker.close)
-                turns.append(rounds(workers, prompts, arguments.rounds, arguments.tokens))
-                if texts and not kl:
-                    kl = {worker.name: divergence(worker, reference, texts) for worker in workers}
-    results = [
-        dataclasses.replace(same[0], decode_ms=sum((one.decode_ms for one in same), ()))
-        for same in zip(*turns, strict=True)
-    ]
+
+        def measure(workers: list[Worker]) -> list[Result]:
+            found = rounds(workers, prompts, arguments.rounds, arguments.tokens)
+            if texts and not kl:
+                kl.update((worker.name, divergence(worker, reference, texts)) for worker in workers)
+            return found
+
+        starts = [
+            partial(Worker, name, "genai", str(target), "", arguments.threads)
+            for name, target in targets.items()
+        ]
+        results = restarted(starts, arguments.processes, measure)
     base = results[-1]
     print(f"{'':16} tokens/s  against {base.name} (least, most)   KL")
     for result in results:

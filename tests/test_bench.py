@@ -11,7 +11,7 @@ import pytest
 from cli_tool import Capture, Tool
 
 from dash_onnx.bench.contenders import Dash, Transformers
-from dash_onnx.bench.measure import Result, divergence, ratio, rounds
+from dash_onnx.bench.measure import Result, divergence, ratio, restarted, rounds
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.bench.worker import Worker
@@ -52,6 +52,9 @@ class Fake:
     def peak_rss_bytes(self) -> int:
         return 7
 
+    def close(self) -> None:
+        self._log.append(f"{self.name} closed")
+
     def logits(self, ids: list[int], prompt_tokens: int) -> np.ndarray | None:
         if self.name == "mute":
             return None
@@ -67,6 +70,19 @@ def test_contenders_take_turns_over_all_prompts_after_a_warm_up() -> None:
     assert log == ["a1", "b1"] + ["a1", "a2", "a3", "b1", "b2", "b3"] * 2
     assert [r.decode_ms for r in found] == [(2.0, 2.0)] * 2
     assert [r.ttft_ms for r in found] == [(100.0, 100.0)] * 2
+
+
+def test_processes_that_start_anew_add_their_rounds() -> None:
+    log: list[str] = []
+    starts = [lambda name=name: Fake(name, log) for name in "ab"]
+    found = restarted(
+        starts,  # type: ignore[arg-type]
+        3,
+        lambda workers: rounds(workers, [[1]], 2, 4),
+    )
+    assert [r.name for r in found] == ["a", "b"]
+    assert [r.decode_ms for r in found] == [(1.0,) * 6] * 2
+    assert log == ["a1", "b1", *["a1", "b1"] * 2, "b closed", "a closed"] * 3
 
 
 def test_the_divergence_is_the_kl_to_the_reference() -> None:
@@ -137,7 +153,8 @@ def test_json_compares_policies_and_a_peer(
 
 
 def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capture) -> None:
-    assert TOOL.run(tiny_bundle, "--new-tokens", 4, "--rounds", 1, "--max-prompts", 1) == 0
+    few = ("--new-tokens", 4, "--rounds", 1, "--processes", 2, "--max-prompts", 1)
+    assert TOOL.run(tiny_bundle, *few) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["dash full", "dash int8", "dash int4"]
 

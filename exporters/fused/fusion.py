@@ -62,13 +62,11 @@ class Fusion:
             if not self.client.feeds_budget:
                 default = np.array([self.facts.budgets.default], np.float32)
                 self.initializers.append(numpy_helper.from_array(default, BUDGET))
-        if decisions:
             for span in decisions.spans:
                 decisions.look(span.start)
                 self.nodes += self._decided(span, decisions)
-        else:
-            for layer, action in enumerate(self.facts.path):
-                self._fixed(layer, action)
+        for layer, action in enumerate(self.facts.path or ()):
+            self._fixed(layer, action)
         final = f"hidden.{facts.num_layers}"
         self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
         inputs = [
