@@ -3,8 +3,9 @@
     python benchmarks/policies.py out/ --text book.txt --max-windows 8
 
 For each budget `dash` and the best static assignment; `even`, `cosine` and `random` where it asks
-for skipping; and the uniform paths. Budgets are the presets, and the costs of a token whose layers
-take some share of what all layers in the cheapest precision take, or that skips some of them.
+for skipping; and the uniform paths. Budgets are the presets, the costs of a token whose layers take
+some share of what all layers in the cheapest precision take, and those of the best static
+assignments that skip some layers.
 """
 
 from __future__ import annotations
@@ -42,16 +43,18 @@ def main() -> None:
     costs, layers, base = manifest.costs, manifest.model.num_layers, manifest.variants[-1]
     base_ms = costs.token_ms((base,) * layers, manifest.heads[base])
     layers_ms = costs.unit_ms * layers
-    saved_ms = (layers_ms - sum(layer[SKIP] for layer in costs.layers_ms)) / layers  # by a skip
     runs: list[tuple[str, float | None]] = [(variant, None) for variant in manifest.variants[1:]]
     if not arguments.no_presets:
         for budget in sorted(manifest.scorer.presets.values(), reverse=True):
             runs += [("dash", budget), ("static", budget)]
-    less = [(1 - share) * layers_ms for share in arguments.shares]
-    for ms in less + [count * saved_ms for count in arguments.skips]:
-        budget = (base_ms - ms) / full_ms
+    budgets = [(base_ms - (1 - share) * layers_ms) / full_ms for share in arguments.shares]
+    for count in arguments.skips:
+        same = [point for point in manifest.scorer.static if point.path.count(SKIP) == count]
+        assert same, f"the static search stopped before {count} skipped layers"
+        budgets.append(min(same, key=lambda point: point.kl).budget)
+    for budget in budgets:
         runs += [("dash", budget), ("static", budget)]
-        if ms > 0:
+        if budget < base_ms / full_ms:
             runs += [("even", budget), ("cosine", budget), ("random", budget)]
     if not arguments.json:
         print("policy  budget  cost/full  cost ms  ms    KL (stderr)       top-1   skipped")
