@@ -43,7 +43,7 @@ def resident():
 
 model = dash_onnx.load(bundle)
 model.preload()
-order = [job for job in jobs for _ in range(-(-{GENERATIONS} // len(jobs)))][:{GENERATIONS}]
+order = (jobs * -(-{GENERATIONS} // len(jobs)))[:{GENERATIONS}]
 random.Random(0).shuffle(order)
 turn, lock = iter(order), threading.Lock()
 done, answers, memory = 0, {{}}, []
