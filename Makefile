@@ -28,6 +28,7 @@ bench: .venv/.bench $(BUNDLE)/dash.json build/peers/.built
 	$(BIN)/dash-bench $(BUNDLE) --peer genai:build/peers/int4 --peer genai:build/peers/int8 \
 		--peer genai:build/peers/fp32 --peer transformers:build/peers/hf --peer openvino:$(DEMO) \
 		--peer llama.cpp:$(DEMO) \
+		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 \
 		--picture build/bench.png
 
 # What the JavaScript examples and their tests need beside Node itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -210,7 +211,8 @@ class _Span:
         sessions = lane.sessions
         dims, device = sessions.manifest.dims, sessions.device
         self.seq = seq
-        self._lane = lane
+        # The lane owns its spans: a cycle would keep its K/V until the next full collection.
+        self._lane = weakref.proxy(lane)
         self._tokens = Buffer((1, seq), "int64", device)
         shape = (1, seq, dims.hidden_size)
         self.hidden = (Buffer(shape, dims.dtype, device), Buffer(shape, dims.dtype, device))
