@@ -115,8 +115,11 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
 ) -> None:
     full = model.logits(text_ids, policy="full")
     assert mean_kl(full, model.logits(text_ids, policy="int8")) <= 0.008  # 0.004 in blocks of 32
-    int4 = mean_kl(full, model.logits(text_ids, policy="int4"))
-    assert 0.005 < int4 <= 0.2  # plain rounding: 0.27 on WikiText-2
+    # As the runtime decodes it, after a prompt in full.
+    prompt = 32
+    steps = model.teacher_forced(text_ids, "int4", prompt)
+    int4 = np.stack([logits.copy() for logits, _ in steps])
+    assert 0.005 < mean_kl(full[prompt:], int4) <= 0.15  # plain rounding: 0.27 on WikiText-2
 
 
 def test_the_integers_of_the_file_are_nearly_lossless(

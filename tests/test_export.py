@@ -370,10 +370,15 @@ def test_a_subset_of_variants_leaves_no_other_graph(int4_only: Path) -> None:
 
 
 def test_a_subset_of_variants_has_the_same_graphs_as_all_of_them(
-    int4_only: Path, bundle: Path
+    tiny_folder: Path, text: Path, bundle: Path, int4_only: Path, export_tiny: Callable[..., Path]
 ) -> None:
-    every, some = files_of(bundle), files_of(int4_only)
+    two = export_tiny(tiny_folder, calibration=(text,), variants=("int8", "int4"))
+    every, some = files_of(bundle), files_of(two)
     assert all(every[name] == some[name] for name in some if name != "dash.json")
+    # Where there is only INT4 prompts run in it, so that their first tokens count in GPTQ.
+    alone = files_of(int4_only)
+    name = "layers/01/int4.onnx.data"
+    assert alone[name] != every[name] and alone["embed.onnx"] == every["embed.onnx"]
 
 
 def test_a_subset_of_variants_generates(int4_only: Path) -> None:
