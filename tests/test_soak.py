@@ -13,7 +13,7 @@ from test_report import with_scorer
 
 pytestmark = pytest.mark.slow
 
-GENERATIONS, WARM_UP, SAMPLE = 2000, 400, 50
+GENERATIONS, WARM_UP, SAMPLE = 2000, 800, 50
 POLICIES = ("full", "int8", "int4", "random:3", "static:full,skip,int4,int8", "dash")
 LENGTHS = (1, 7, 33, 120)
 
