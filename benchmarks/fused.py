@@ -10,7 +10,7 @@ best logits and by how far the logits of the two lie apart there.
 
 `speed`: the default policy, an `If` per layer that always takes INT4, and a flat INT4 graph, in
 alternating rounds with GenAI's own INT4 model; KL against our highest precision on a text. A
-process keeps an advantage of up to 5 % for as long as it lives, by where its memory lies, so all
+process keeps an advantage of up to 8 % for as long as it lives, by where its memory lies, so all
 start anew several times.
 """
 
@@ -207,25 +207,23 @@ def speed(arguments: argparse.Namespace) -> None:
             texts = [(ids[at : at + size], 32) for at in range(0, size * arguments.windows, size)]
             best = model.manifest.variants[0]
             reference = [model.logits(text, policy=best)[prompt:] for text, prompt in texts]
-        kl: dict[str, tuple[float, float] | None] = {}
 
         def measure(workers: list[Worker]) -> list[Result]:
-            found = rounds(workers, prompts, arguments.rounds, arguments.tokens)
-            if texts and not kl:
-                kl.update((worker.name, divergence(worker, reference, texts)) for worker in workers)
-            return found
+            return rounds(workers, prompts, arguments.rounds, arguments.tokens)
+
+        def quality(worker: Worker) -> tuple[float, float] | None:
+            return divergence(worker, reference, texts) if texts else None
 
         starts = [
             partial(Worker, name, "genai", str(target), "", arguments.threads)
             for name, target in targets.items()
         ]
-        results = restarted(starts, arguments.processes, measure)
+        results = restarted(starts, arguments.processes, measure, quality)
     base = results[-1]
     print(f"{'':16} tokens/s  against {base.name} (least, most)   KL")
     for result in results:
         middle, least, most = ratio(result, base)
-        found = kl.get(result.name)
-        told = f"{found[0]:.4f} (+- {found[1]:.4f})" if found else ""
+        told = "" if result.kl is None else f"{result.kl:.4f} (+- {result.kl_stderr:.4f})"
         print(
             f"{result.name:16} {result.tokens_per_s:8.1f}  {middle:.3f} "
             f"({least:.3f}, {most:.3f})   {told}"

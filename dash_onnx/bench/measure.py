@@ -61,6 +61,7 @@ def restarted(
     starts: Sequence[Callable[[], Worker]],
     count: int,
     measure: Callable[[list[Worker]], list[Result]],
+    quality: Callable[[Worker], tuple[float, float] | None] = lambda _: None,
 ) -> list[Result]:
     """Measures contenders whose processes start anew several times.
 
@@ -70,18 +71,24 @@ def restarted(
         starts: load each contender.
         count: of generations of processes.
         measure: all of them, loaded.
+        quality: KL and its standard error, of the first generation alone; None where not known.
 
     Returns:
-        What `measure` found of the first generation, with the times of all.
+        What was found of the first generation, with the times of all.
     """
-    turns = []
+    turns: list[list[Result]] = []
     for _ in range(count):
         with ExitStack() as stack:
             workers = []
             for start in tqdm(starts, desc="load", disable=None):
                 workers.append(start())
                 stack.callback(workers[-1].close)
-            turns.append(measure(workers))
+            results = measure(workers)
+            if not turns:
+                for index, worker in enumerate(tqdm(workers, desc="quality", disable=None)):
+                    if kl := quality(worker):
+                        results[index] = replace(results[index], kl=kl[0], kl_stderr=kl[1])
+            turns.append(results)
     return [
         replace(
             same[0],

@@ -151,23 +151,18 @@ def _bench(arguments: argparse.Namespace) -> None:
         kind, _, path = peer.partition(":")
         wanted.append((f"{kind} {'/'.join(Path(path).parts[-2:])}", kind, path, ""))
     starts = [partial(Worker, *contender, threads) for contender in wanted]
-    quality: dict[str, tuple[float, float] | None] = {}
 
     def measure(workers: list[Worker]) -> list[Result]:
         turns = (arguments.rounds + 1) * len(workers)
         with tqdm(desc="rounds", total=turns, disable=None) as bar:
-            found = rounds(
+            return rounds(
                 workers, prompts, arguments.rounds, arguments.new_tokens, lambda: bar.update()
             )
-        if answers and not quality:
-            for worker in tqdm(workers, desc="quality", disable=None):
-                quality[worker.name] = divergence(worker, reference, answers)
-        return found
 
-    results = restarted(starts, arguments.processes, measure)
-    for index, result in enumerate(results):
-        if kl := quality.get(result.name):
-            results[index] = dataclasses.replace(result, kl=kl[0], kl_stderr=kl[1])
+    def quality(worker: Worker) -> tuple[float, float] | None:
+        return divergence(worker, reference, answers) if answers else None
+
+    results = restarted(starts, arguments.processes, measure, quality)
     for index, policy in enumerate(policies):  # ours come first
         if policy.uniform is not None:  # else every token reads what it chooses
             read = model.manifest.weight_bytes(policy.uniform, policy.head)

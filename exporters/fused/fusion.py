@@ -64,7 +64,7 @@ class Fusion:
                 self.initializers.append(numpy_helper.from_array(default, BUDGET))
             for span in decisions.spans:
                 decisions.look(span.start)
-                self.nodes += self._decided(span, decisions)
+                self._decided(span, decisions)
         for layer, action in enumerate(self.facts.path or ()):
             self._fixed(layer, action)
         final = f"hidden.{facts.num_layers}"
@@ -132,17 +132,17 @@ class Fusion:
         self.nodes += branch.node
         self.initializers += branch.initializer
 
-    def _decided(self, span: range, decisions: Decisions) -> list[onnx.NodeProto]:
+    def _decided(self, span: range, decisions: Decisions) -> None:
         """The layers of a span: one branch for the commonest action in all, else an `If` each."""
         actions, flag = decisions.branches, decisions.flag(span)
         if len(actions) == 1:
             for layer in span:
                 self._fixed(layer, actions[0])
-            return []
+            return
         if len(span) == 1:
-            return self._if(
-                span.start, f"hidden.{span.start}", _made_by(span.start), decisions, flag
-            )
+            (layer,) = span
+            self.nodes += self._if(layer, f"hidden.{layer}", _made_by(layer), decisions, flag)
+            return
         together = helper.make_graph([], f"layers_{span.start}_together", [], [])
         nodes: list[onnx.NodeProto] = []
         one = other = f"hidden.{span.start}"
@@ -163,7 +163,7 @@ class Fusion:
             "then_branch": together,
             "else_branch": helper.make_graph(nodes, f"layers_{span.start}_apart", [], apart),
         }
-        return [helper.make_node("If", [flag], [*present, f"hidden.{span.stop}"], **branches)]
+        self.node("If", [flag], [*present, f"hidden.{span.stop}"], **branches)
 
     def _if(
         self,
