@@ -127,24 +127,23 @@ def head_ports(dims: Dims) -> Ports:
     )
 
 
-def scorer_ports(dims: Dims, actions: int, longest: int) -> Ports:
+def scorer_ports(dims: Dims, layers: int, actions: int) -> Ports:
     """The scorer of one token's decisions for a segment of layers.
 
     `hidden` is the input of the layer before the segment (the first segment, 0, does not read
     it), `row` is `segment * (actions + 1) + previous`, with the action index of the layer before
     (anything for the first segment), `log_price` the log of nats per `Costs.unit_ms`, `penalty`
     what each action costs (price times cost, in nats). `total` is `penalty` plus the predicted
-    KL of each action in nats; the action with the least total is taken. Rows are the layers
-    of the segment, flattened with the actions; `longest` of them, whatever its length.
+    KL of each action in nats, `action` the index of the least. Both have a row for every layer;
+    those of other segments mean nothing.
     """
-    flat = (1, longest * actions)
+    rows = (layers, actions)
     return Ports(
         inputs=(
             Port("hidden", dims.dtype, (1, dims.hidden_size)),
-            Port("segment", "int64", (1,)),
             Port("row", "int64", (1,)),
             Port("log_price", "float32", (1, 1)),
-            Port("penalty", "float32", flat),
+            Port("penalty", "float32", rows),
         ),
-        outputs=(Port("total", "float32", flat),),
+        outputs=(Port("total", "float32", rows), Port("action", "int64", (layers,))),
     )

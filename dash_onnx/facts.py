@@ -234,10 +234,6 @@ class ScorerFacts:
         """First layer, and the one after the last, of each segment that is decided at once."""
         return tuple(pairwise((0, *self.looks, layers)))
 
-    def longest(self, layers: int) -> int:
-        """Layers of the longest segment."""
-        return max(stop - start for start, stop in self.segments(layers))
-
 
 @dataclass(frozen=True)
 class FileFacts:

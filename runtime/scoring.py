@@ -42,26 +42,30 @@ class Scoring:
         device, count = sessions.device, len(self.actions)
         self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
         self._segments = facts.segments(layers)
-        width = count * facts.longest(layers)
         self._price = 0.0
         self._log_price = Buffer((1, 1), "float32", device)
-        self._penalties = [Buffer((1, width), "float32", device) for _ in self._segments]
+        self._penalty = Buffer((layers, count), "float32", device)
+        self._totals: list[Buffer] = []
         self._results: list[Handover] = []
         self.decisions = [0] * layers
         self.looks: list[int | None] = [None] * layers
         self._runs: list[list[Callable[[], object]]] = []  # by the action before the segment
         for number, (start, _) in enumerate(self._segments):
-            results, index = Buffer((1, width), "float32", device), _index(number, device)
-            self._results.append(sessions.streams.handover(results))
-            shared = self._log_price, self._penalties[number]
+            total, action = (
+                Buffer((layers, count), "float32", device),
+                Buffer((layers,), "int64", device),
+            )
+            self._totals.append(total)
+            self._results.append(sessions.streams.handover(action))
+            shared = self._log_price, self._penalty
             rows = [number * (count + 1) + previous for previous in range(count if number else 1)]
             self._runs.append(
                 [
                     bound_run(
                         sessions.scorer(),
                         sessions.scorer_ports,
-                        [hidden[max(start - 1, 0) % 2], index, _index(row, device), *shared],
-                        [results],
+                        [hidden[max(start - 1, 0) % 2], _index(row, device), *shared],
+                        [total, action],
                         sessions.streams.run_options,
                     )
                     for row in rows
@@ -81,22 +85,17 @@ class Scoring:
     def finish(self, number: int) -> None:
         """Takes the decisions."""
         start, stop = self._segments[number]
-        totals = self._table(self._results[number].wait(), number)
-        self.decisions[start:stop] = totals.argmin(1).tolist()
-
-    def _table(self, flat: np.ndarray, number: int) -> np.ndarray:
-        start, stop = self._segments[number]
-        return flat.reshape(-1, len(self.actions))[: stop - start]
+        self.decisions[start:stop] = self._results[number].wait()[start:stop].tolist()
 
     @property
     def values(self) -> np.ndarray:
         """Predicted KL of every action of the last token, `[L, A]` nats."""
-        results = [handover.wait() for handover in self._results]
-        totals, penalties = (
-            np.concatenate([self._table(flat, number) for number, flat in enumerate(tables)])
-            for tables in (results, [buffer.array for buffer in self._penalties])
-        )
-        return np.where(penalties < _NEVER, totals - penalties, 0.0)
+        totals = [
+            total.array[start:stop]
+            for total, (start, stop) in zip(self._totals, self._segments, strict=True)
+        ]
+        penalty = self._penalty.array
+        return np.where(penalty < _NEVER, np.concatenate(totals) - penalty, 0.0)
 
     def set_price(self, price: float) -> None:
         """Sets nats per `Costs.unit_ms`, and decides for the first segment."""
@@ -104,19 +103,16 @@ class Scoring:
             return
         self._price = price
         self._log_price.write(np.log(np.float32(price)))
-        penalties = np.float32(price) * self._costs
+        penalty = np.float32(price) * self._costs
         if SKIP in self.actions:
-            penalties[0, self.actions.index(SKIP)] = _NEVER
-        for (start, stop), buffer in zip(self._segments, self._penalties, strict=True):
-            flat = np.zeros_like(buffer.array)
-            flat[0, : (stop - start) * len(self.actions)] = penalties[start:stop].ravel()
-            buffer.write(flat)
+            penalty[0, self.actions.index(SKIP)] = _NEVER
+        self._penalty.write(penalty)
         self.begin(0)
         self.finish(0)
 
     def path(self) -> tuple[Action, ...]:
         """The decisions by name."""
-        return tuple(self.actions[index] for index in self.decisions)
+        return tuple(map(self.actions.__getitem__, self.decisions))
 
 
 def _index(value: int, device: Device) -> Buffer:

@@ -39,11 +39,8 @@ class Sessions:
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
         self.head_ports = head_ports(dims)
-        self.scorer_ports = scorer_ports(
-            dims,
-            len(facts.actions) if facts else 0,
-            facts.longest(bundle.manifest.model.num_layers) if facts else 0,
-        )
+        layers, actions = bundle.manifest.model.num_layers, len(facts.actions) if facts else 0
+        self.scorer_ports = scorer_ports(dims, layers, actions)
         self._bundle = bundle
         self._loaded: dict[str, Any] = {}
         self._lock = threading.Lock()

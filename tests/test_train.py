@@ -248,7 +248,7 @@ def test_the_scorer_graph_keeps_the_contract(trained: Path) -> None:
     proto = onnx.load(trained / manifest.scorer.file)
     onnx.checker.check_model(proto)
     assert manifest.scorer.segments(LAYERS) == ((0, 1), (1, 2), (2, 4))
-    ports = scorer_ports(manifest.dims, len(ACTIONS), 2)
+    ports = scorer_ports(manifest.dims, LAYERS, len(ACTIONS))
     for side, wanted in ((proto.graph.input, ports.inputs), (proto.graph.output, ports.outputs)):
         declared = [
             (
@@ -283,11 +283,6 @@ def scored_paths(model: Model, ids: np.ndarray, price: float) -> list[tuple[str,
 def prices_of(model: Model) -> list[float]:
     assert model.manifest.scorer is not None
     return [point.price for point in model.manifest.scorer.points]
-
-
-def padded(penalty: torch.Tensor) -> torch.Tensor:
-    """As the longest segment has it, flattened."""
-    return torch.nn.functional.pad(penalty, (0, 0, 0, 2 - len(penalty))).reshape(1, -1)
 
 
 def inputs_along(
@@ -329,19 +324,18 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
             for number, (start, stop) in enumerate(segments):
                 hidden = torch.from_numpy(inputs[max(start - 1, 0)])
                 before = ACTIONS.index(path[start - 1]) if start else 0
-                (total,) = session.run(
+                totals, decided = session.run(
                     None,
                     {
                         "hidden": hidden[None].numpy(),
-                        "segment": np.array([number]),
                         "row": np.array([number * (len(ACTIONS) + 1) + before]),
                         "log_price": log_price.view(1, 1).numpy(),
-                        "penalty": padded(penalty[start:stop]).numpy(),
+                        "penalty": penalty.numpy(),
                     },
                 )
-                totals = total.reshape(-1, len(ACTIONS))[: stop - start]
-                for layer, row in zip(range(start, stop), totals, strict=True):
-                    assert ACTIONS[int(row.argmin())] == path[layer]
+                for layer in range(start, stop):
+                    row = totals[layer]
+                    assert ACTIONS[decided[layer]] == ACTIONS[int(row.argmin())] == path[layer]
                     values = row - penalty[layer].numpy()
                     if layer:
                         assert abs(values[0]) <= 1e-6 * price
@@ -353,8 +347,8 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
                     state = State(
                         layer, hidden[None, None], torch.tensor([[max(before - scorer.extra, 0)]])
                     )
-                    decided = scorer.decide(state, log_price, penalty[layer])
-                    assert ACTIONS[int(decided)] == path[layer]
+                    known = scorer.decide(state, log_price, penalty[layer])
+                    assert ACTIONS[int(known)] == path[layer]
                     compared += 1
     assert compared > 100
     assert len(seen) > (1 if extreme else 5) or extreme

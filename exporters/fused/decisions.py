@@ -46,14 +46,14 @@ class Decisions:
         shares = min(scorer.points, key=lambda row: abs(row.budget - self._default)).shares
         known = [a for a in scorer.actions if a in facts.runs or a == facts.prompt]
         self.branches = sorted(known, key=lambda action: shares.get(action, 0.0))
-        self._segments = scorer.segments(manifest.model.num_layers)
-        self._longest = scorer.longest(manifest.model.num_layers)
-        self._costs = [self._costs_of(start, stop) for start, stop in self._segments]
+        self._layers = manifest.model.num_layers
+        self._segments = scorer.segments(self._layers)
+        self._costs = self._layer_costs()
         self.spans = self._spans()
 
     def _spans(self) -> list[range]:
         """Cuts the layers; one whose input the scorer reads stands alone."""
-        layers, common = self._segments[-1][1], self.branches[-1]
+        layers, common = self._layers, self.branches[-1]
         size = self._manifest.graph_bytes(layer_path(layers - 1, common), common)
         small = self._fusion.client.multiplies_blocks and size <= _SMALL and common != SKIP
         spans = []
@@ -71,7 +71,7 @@ class Decisions:
 
         For a decoded token at the default budget they are constants.
         """
-        f, count = self._fusion, len(self._actions)
+        f = self._fusion
         # Several tokens are a prompt, which runs at one precision.
         f.node("Shape", ["input_ids"], ["length"], start=1, end=2)
         f.node("Equal", ["length", "one"], ["decoding"])
@@ -80,17 +80,16 @@ class Decisions:
         f.constant("prompt", np.array([self._actions.index(self._prompt)], np.int64))
         for action in self.branches:
             f.constant(f"index.{action}", np.array([self._actions.index(action)], np.int64))
-        for at in range(self._longest):
-            f.constant(f"at.{at}", np.array([at], np.int64))
-        f.constant("table", np.array([-1, count], np.int64))
+        for layer in range(self._layers):
+            f.constant(f"at.{layer}", np.array([layer], np.int64))
         f.constant("last_row", np.array(-1, np.int64))
         values, (price, _) = self._first_values(), price_of(self._default, self._points)
-        penalties = [np.float32(price) * rows for rows in self._costs]
-        decided = (values + penalties[0]).reshape(-1, count).argmin(1)
+        penalty = np.float32(price) * self._costs
+        decided = (values + penalty).argmin(1)
         common = decided == self._actions.index(self.branches[-1])
         known = {
             "log_price": np.log(np.float32(price)).reshape(1, 1),
-            **{f"penalty.{number}": rows for number, rows in enumerate(penalties) if number},
+            "penalty": penalty,
             "decided.0": decided,
             **{self.flag(span): common[span.start : span.stop].all()[None] for span in self._of(0)},
         }
@@ -114,7 +113,8 @@ class Decisions:
         """From any budget to the price, as the policy table has it, and on."""
         f = self._fusion
         self._price()
-        f.node("Add", [f.constant("values.0", values), "penalty.0"], ["total.0"])
+        f.node("Add", [f.constant("values.0", values), "penalty"], ["total.0"])
+        f.node("ArgMin", ["total.0"], ["action.0"], axis=1, keepdims=0)
         self._decide(0)
 
     def _price(self) -> None:
@@ -133,19 +133,15 @@ class Decisions:
         f.node("Exp", ["log_price.flat"], ["price"])
         shape = f.constant("pair", np.array([1, 1], np.int64))
         f.node("Reshape", ["log_price.flat", shape], ["log_price"])
-        for number, rows in enumerate(self._costs):
-            name = f.constant(f"costs.{number}", rows)
-            f.node("Mul", ["price", name], [f"penalty.{number}"])
+        f.node("Mul", ["price", f.constant("costs", self._costs)], ["penalty"])
 
-    def _costs_of(self, start: int, stop: int) -> np.ndarray:
-        """Costs of the actions of a segment `[1, longest * A]`, in units."""
-        costs = self._manifest.costs.in_units(self._actions)
-        rows = np.zeros((self._longest, len(self._actions)), np.float32)
-        rows[: stop - start] = costs[start:stop]
+    def _layer_costs(self) -> np.ndarray:
+        """Costs of the actions of every layer `[L, A]`, in units."""
+        rows = np.array(self._manifest.costs.in_units(self._actions), np.float32)
         rows[:, : self._actions.index(self._dearest)] = _NEVER
-        if start == 0 and SKIP in self._actions:
+        if SKIP in self._actions:
             rows[0, self._actions.index(SKIP)] = _NEVER
-        return rows.reshape(1, -1)
+        return rows
 
     def look(self, layer: int) -> None:
         """Decides for the segment that begins after a layer, from that layer's input."""
@@ -155,13 +151,13 @@ class Decisions:
             self._decide(starts.index(layer + 1))
 
     def _first_values(self) -> np.ndarray:
-        """The predicted KL of every action of the first segment, `[1, longest * A]`.
+        """The predicted KL of every action `[L, A]`, valid for the layers of the first segment.
 
         The same for every token, so that no graph needs to compute it.
         """
         facts = scorer_facts(self._manifest)
         session = create_session(self._fusion.bundle.verified(facts.file), "cpu")
-        ports = scorer_ports(self._manifest.dims, len(self._actions), self._longest)
+        ports = scorer_ports(self._manifest.dims, self._layers, len(self._actions))
         nothing = {
             port.name: np.zeros([int(n) for n in port.shape], port.dtype) for port in ports.inputs
         }
@@ -170,10 +166,8 @@ class Decisions:
 
     def _look(self, number: int, hidden: str) -> None:
         f, count = self._fusion, len(self._actions)
-        before, after = self._segments[number - 1]
+        last = f"at.{self._segments[number][0] - 1}"
         f.node("Gather", [hidden, "last_row"], [f"seen.{number}"], axis=1)
-        segment = f.constant(f"segment.{number}", np.array([number], np.int64))
-        last = f"at.{after - before - 1}"
         f.node("Gather", [f"decided.{number - 1}", last], [f"previous.{number}"])
         base = f.constant(f"base.{number}", np.array([number * (count + 1)], np.int64))
         row = f.node("Add", [base, f"previous.{number}"], [f"row.{number}"])
@@ -181,25 +175,22 @@ class Decisions:
             f"look.{number}",
             {
                 "hidden": f"seen.{number}",
-                "segment": segment,
                 "row": row,
                 "log_price": "log_price",
-                "penalty": f"penalty.{number}",
+                "penalty": "penalty",
                 "total": f"total.{number}",
+                "action": f"action.{number}",
             },
         )
 
     def _decide(self, number: int) -> None:
         f = self._fusion
-        start = self._segments[number][0]
-        f.node("Reshape", [f"total.{number}", "table"], [f"totals.{number}"])
-        f.node("ArgMin", [f"totals.{number}"], [f"argmin.{number}"], axis=1, keepdims=0)
-        f.node("Where", ["decoding", f"argmin.{number}", "prompt"], [f"decided.{number}"])
+        f.node("Where", ["decoding", f"action.{number}", "prompt"], [f"decided.{number}"])
         f.node("Equal", [f"decided.{number}", f"index.{self.branches[-1]}"], [f"common.{number}"])
         spans = self._of(number)
-        members = np.zeros((self._longest, len(spans)), np.float32)
+        members = np.zeros((self._layers, len(spans)), np.float32)
         for column, span in enumerate(spans):
-            members[span.start - start : span.stop - start, column] = 1
+            members[span.start : span.stop, column] = 1
         f.node("Cast", [f"common.{number}"], [f"common.{number}.f"], to=TensorProto.FLOAT)
         members_name = f.constant(f"members.{number}", members)
         f.node("MatMul", [f"common.{number}.f", members_name], [f"counts.{number}"])
@@ -221,21 +212,20 @@ class Decisions:
         """The flag that a layer takes an action, and the nodes that make it where it is read."""
         flag = f"is_{action}.layer.{layer}"
         number = max(n for n, (start, _) in enumerate(self._segments) if start <= layer)
-        at = layer - self._segments[number][0]
         nodes = [
-            helper.make_node("Gather", [f"decided.{number}", f"at.{at}"], [f"{flag}.decided"]),
+            helper.make_node("Gather", [f"decided.{number}", f"at.{layer}"], [f"{flag}.decided"]),
             helper.make_node("Equal", [f"{flag}.decided", f"index.{action}"], [flag]),
         ]
         return nodes, flag
 
     def report(self) -> None:
-        """The decisions as an output, without what fills up the shorter segments."""
+        """The decisions as an output, each from the look at its segment."""
         numbers = range(len(self._segments))
         self._fusion.node("Concat", [f"decided.{number}" for number in numbers], ["all"], axis=0)
         places = [
-            number * self._longest + at
+            number * self._layers + layer
             for number, (start, stop) in enumerate(self._segments)
-            for at in range(stop - start)
+            for layer in range(start, stop)
         ]
         self._fusion.constant("places", np.array(places, np.int64))
         self._fusion.node("Gather", ["all", "places"], [PATH])

@@ -7,7 +7,6 @@ import logging
 import math
 import warnings
 from bisect import bisect_right
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -127,8 +126,7 @@ class BundleScorer(nn.Module):
     Attributes:
         actions: what the columns of the outputs mean.
         extra: how many of them come before those of the trained scorer (0 or 1).
-        segments: first layer of each segment, and the number of layers at the end.
-        longest: layers of the longest segment; the outputs of shorter ones are padded.
+        layers: L.
     """
 
     def __init__(
@@ -151,10 +149,7 @@ class BundleScorer(nn.Module):
         super().__init__()
         self.scorer = scorer
         self.actions = (*extra, *actions)
-        self.extra = len(extra)
-        self.segments = (0, *scorer.looks, len(gain))
-        spans = list(pairwise(self.segments))
-        self.longest = max(stop - start for start, stop in spans)
+        self.extra, self.layers = len(extra), len(gain)
         self._range = log_price_range
         count, width = len(self.actions), scorer.expand.shape[-1]
         with torch.no_grad():
@@ -170,20 +165,9 @@ class BundleScorer(nn.Module):
             bias = torch.cat([constant, scorer.bias], 1)
             expand = torch.cat([torch.cat([still, scorer.expand], 1), bias[..., None]], -1)
             expand[: scorer.looks[0], :, :-1] = 0  # the same for every token
-            # [segments, width + 1, longest * (A - 1)]
-            self._expand = torch.stack(
-                [
-                    nn.functional.pad(
-                        expand[start:stop], (0, 0, 0, 0, 0, self.longest - (stop - start))
-                    )
-                    .flatten(0, 1)
-                    .T
-                    for start, stop in spans
-                ]
-            )
-            # Sums the steps of each layer up to each action.
-            sums = torch.ones(count - 1, count).triu(1)
-            self._sums = torch.block_diag(*[sums] * self.longest)
+            self._expand = expand.flatten(0, 1).T.contiguous()  # [width + 1, L * (A - 1)]
+            # Sums the steps of a layer up to each action.
+            self._sums = torch.ones(count - 1, count).triu(1)
             self._bias = bias
 
     def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
@@ -202,20 +186,21 @@ class BundleScorer(nn.Module):
             return (values + penalty).argmin(-1)
 
     def forward(
-        self, hidden: Tensor, segment: Tensor, row: Tensor, log_price: Tensor, penalty: Tensor
-    ) -> Tensor:
+        self, hidden: Tensor, row: Tensor, log_price: Tensor, penalty: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The graph; see `dash_onnx.contract.scorer_ports`."""
         inputs = self.scorer.normalise(hidden.float()).clamp(-_CLAMP, _CLAMP)
         inputs = torch.cat([inputs, log_price.clamp(*self._range)], -1)
         bias = torch.index_select(self._bias_in, 0, row)
         reduced = nn.functional.relu(torch.addmm(bias, inputs, self._reduce))  # [1, width + 1]
-        steps = (reduced @ torch.index_select(self._expand, 0, segment))[0].exp()
-        return torch.addmm(penalty, steps, self._sums)
+        steps = (reduced @ self._expand).exp().view(self.layers, -1)
+        total = torch.addmm(penalty, steps, self._sums)
+        return total, total.argmin(1)
 
 
 def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
     """Writes the graph into a bundle; returns its name there."""
-    ports = scorer_ports(dims, len(scorer.actions), scorer.longest)
+    ports = scorer_ports(dims, scorer.layers, len(scorer.actions))
     kinds = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
     inputs = tuple(
         torch.zeros([int(size) for size in port.shape], dtype=kinds[port.dtype])
