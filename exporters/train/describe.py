@@ -104,7 +104,9 @@ def _table_prices(run: Learning) -> list[float]:
     inside = np.exp(np.linspace(low, high, _TABLE)).tolist()
     # Below the range the scorer leaves INT8 for `full`, layer by layer.
     below = np.exp(np.linspace(low - 7.0, low, 5)[:-1]).tolist() if run.extra else []
-    return [*below, *inside]
+    # Above it, where it sees the highest price that it knows, time is worth still more.
+    above = np.exp(np.linspace(high, high + 1.2, 4)[1:]).tolist()
+    return [*below, *inside, *above]
 
 
 def _static(

@@ -213,7 +213,7 @@ class _HeadKL(torch.autograd.Function):
             q = logits.log_softmax(-1)
             difference = p - q
             p.exp_()
-            kl.append(torch.linalg.vecdot(p, difference))
+            kl.append((p * difference).sum(-1))  # autocast would round a dot product to BF16
             if needs:  # of KL with respect to the logits: q - p
                 weight = frozen.heads[head].weight
                 slope = (q.exp_() - p) * frozen.logits_slope(logits)

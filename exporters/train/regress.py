@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
+_RATE, _EPOCHS = 2e-3, 10  # of the scorer's fit; the rate falls to 0
 _STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
 
 
@@ -53,10 +55,12 @@ def regress(run: Learning) -> None:
 def _fit(
     run: Learning, inputs: dict[int, Tensor], targets: list[Tensor], previous: list[int]
 ) -> None:
-    optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=_RATE, weight_decay=0.1)
     tokens = len(targets[0])
     middle = torch.tensor([sum(run.log_price_range) / 2])
-    for _ in range(3):  # more epochs fit the noise of the samples
+    for epoch in range(_EPOCHS):
+        for group in optimizer.param_groups:
+            group["lr"] = _RATE * (1 + math.cos(math.pi * epoch / _EPOCHS)) / 2
         for rows in torch.randperm(tokens, generator=run.generator).split(256):
             loss = torch.zeros(())
             for layer, y in enumerate(targets):
