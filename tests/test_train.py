@@ -31,7 +31,7 @@ from dash_onnx.exporters.train import describe, improve, learning, regress
 from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train.effort import EFFORTS, Effort
 from dash_onnx.exporters.train.environment import State
-from dash_onnx.exporters.train.improve import _drawn, straight_through
+from dash_onnx.exporters.train.improve import chances
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, greedy
 from dash_onnx.exporters.train.train import train
@@ -394,13 +394,9 @@ def allowed_costs() -> torch.Tensor:
 
 def test_training_never_skips_the_first_layer(indifferent: Scorer) -> None:
     state = State(0, torch.randn(64, 1024, 64), torch.full((64, 1024), 3))
-    decide = straight_through(
-        indifferent, allowed_costs(), torch.zeros(64, 1), 0.7, torch.Generator().manual_seed(0)
-    )
-    weights = decide(state)
-    assert torch.isfinite(weights).all()
-    assert torch.equal(weights.detach().sum(-1).round(), torch.ones(64, 1024))
-    assert int((weights.argmax(-1) == 2).sum()) == 0
+    p = chances(indifferent, allowed_costs(), state, torch.zeros(64, 1), 0.7).detach()
+    torch.testing.assert_close(p.sum(-1), torch.ones(64, 1024))
+    assert float(p[..., 2].max()) < 1e-30
     assert int((greedy(indifferent, allowed_costs(), torch.zeros(64, 1))(state)[..., 2]).sum()) == 0
 
 
@@ -408,13 +404,9 @@ def test_training_draws_every_action_of_the_other_layers(indifferent: Scorer) ->
     with torch.no_grad():
         indifferent.bias.fill_(math.log(0.9))  # as dear as the time they save
     state = State(1, torch.randn(4, 1024, 64), torch.zeros(4, 1024, dtype=torch.int64))
-    decide = straight_through(
-        indifferent, allowed_costs(), torch.zeros(4, 1), 0.7, torch.Generator().manual_seed(0)
-    )
-    weights = decide(state)
-    shares = weights.detach().mean((0, 1))
-    assert (shares > 0.05).all()
-    (weights[..., 2].sum()).backward()
+    p = chances(indifferent, allowed_costs(), state, torch.zeros(4, 1), 0.7)
+    assert (p.detach().mean((0, 1)) > 0.05).all()
+    (p[..., 2].sum()).backward()
     assert indifferent.bias.grad is not None
     assert (indifferent.bias.grad[1] < 0).all()  # dearer steps make a skip rarer
 
@@ -428,10 +420,64 @@ def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer)
     for layer in range(LAYERS):
         previous = torch.full((8, 64), 1 if layer else 3)
         state = State(layer, torch.randn(8, 64, 64, generator=generator), previous)
-        cold = straight_through(indifferent, allowed_costs(), prices, 1e-6, generator)(state)
+        cold = chances(indifferent, allowed_costs(), state, prices, 1e-6)
         wanted = greedy(indifferent, allowed_costs(), prices)(state)
         assert torch.equal(cold.argmax(-1), wanted.argmax(-1))
         assert len(wanted.argmax(-1).unique()) > 1
+
+
+def test_a_pass_tells_what_other_decisions_would_have_changed(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KL of all tokens, later ones included, which see the K/V of the one that changes."""
+    run = learning.Learning(Bundle(untrained), TrainOptions())
+    run.texts()
+    with torch.no_grad():
+        run.scorer.bias.fill_(-2.0)
+    random_direction, generator = improve.random_direction, torch.Generator().manual_seed(1)
+    monkeypatch.setattr(
+        improve, "random_direction", lambda env, final, _: random_direction(env, final, generator)
+    )
+    drawn: list[improve._Drawing] = []
+    drawing = improve._Drawing
+
+    def noting(*arguments: Any) -> improve._Drawing:
+        drawn.append(drawing(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(improve, "_Drawing", noting)
+    told = torch.zeros(())
+    for _ in range(60):
+        run.generator.manual_seed(3)  # the same decisions each time
+        told = told + improve._pass(run, [], 0, 1.0)[0]["changes"] / 60
+    weights = torch.stack([one.detach() for one in drawn[-1].weights], 2)  # [B, T, L, A]
+    told = told.view(weights.shape[0], -1, *weights.shape[2:])
+    assert len(weights.flatten(0, 2).argmax(-1).unique()) == len(run.actions)
+    reference = run.reference(0)
+
+    def kl(taken: torch.Tensor) -> torch.Tensor:
+        rollout = run.env.run(run.batch(0), lambda state: taken[:, :, state.layer])
+        return run.env.kl(reference, rollout.final)[:, PROMPT:].double().sum(-1)
+
+    found, wanted = [], []
+    with torch.no_grad():
+        before = kl(weights)
+        for place in range(40):
+            token, layer = PROMPT + place % (weights.shape[1] - PROMPT), 1 + place % (LAYERS - 1)
+            for action in range(len(run.actions)):
+                other = weights.clone()
+                other[:, token, layer] = torch.nn.functional.one_hot(
+                    torch.tensor(action), len(run.actions)
+                ).float()
+                found.append(told[:, token - PROMPT, layer, action])
+                wanted.append(kl(other) - before)
+    ours, theirs = torch.cat(found).double(), torch.cat(wanted)
+    kept = theirs == 0  # what was drawn anyway
+    assert torch.allclose(ours[kept], torch.zeros(()).double())
+    assert (theirs < 0).any() and (theirs > 0).any()
+    assert float(torch.corrcoef(torch.stack([ours[~kept], theirs[~kept]]))[0, 1]) > 0.9
+    slope = float((ours * theirs).sum() / theirs.square().sum())
+    assert 0.8 < slope < 1.25
 
 
 def test_values_are_learned_for_the_states_that_decisions_meet(
@@ -524,12 +570,12 @@ def interrupt_at(where: str, patch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     if where.startswith("step "):
-        step, limit = improve._step, int(where.split()[1])
+        run_batch, limit = improve._pass, int(where.split()[1])
         patch.setattr(
             improve,
-            "_step",
-            lambda run, optimizer, number, heat: (raising if number == limit else step)(
-                run, optimizer, number, heat
+            "_pass",
+            lambda run, compensation, number, heat: (raising if number == limit else run_batch)(
+                run, compensation, number, heat
             ),
         )
     elif where == "values":
@@ -886,18 +932,3 @@ def test_the_command_prints_the_table_and_nothing_on_stderr(bundle: Path) -> Non
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:
     assert "no bundle" in TOOL.refused(capsys, tmp_path)
-
-
-def test_the_gradient_of_a_draw_is_that_of_the_expected_loss() -> None:
-    """Where the loss is quadratic in the decision, as the KL is around the reference."""
-    logit = torch.tensor(0.7, requires_grad=True)
-    noise = torch.logit(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
-    before, change = 0.3, 1.7
-
-    def loss(skipped: torch.Tensor) -> torch.Tensor:
-        return (before + change * skipped) ** 2
-
-    (found,) = torch.autograd.grad(loss(_drawn(logit.expand(len(noise)), noise)).mean(), logit)
-    p = torch.sigmoid(logit.detach())
-    gain = loss(torch.tensor(1.0)) - loss(torch.tensor(0.0))
-    assert float(found) == pytest.approx(float(p * (1 - p) * gain), rel=0.01)

@@ -1,61 +1,79 @@
-"""The second phase, on-policy: random decisions, and a gradient through them."""
+"""The second phase, on-policy: random decisions, and what each would have changed."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
 
-from dash_onnx.exporters.train.environment import Decide, Rollout, State
+from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.scorer import Scorer
+from dash_onnx.exporters.train.values import random_direction
 
-_TEMPERATURE = (0.4, 0.2)  # of the noise, from first to last step
-_RATE = 2e-3  # learning rate of the scorer
+_TEMPERATURE = (0.4, 0.2)  # of the decisions, from first to last step
+_RATE = 1e-3  # learning rate of the scorer
 _COMPENSATION_RATE = 1e-3
+_REMEMBERED = 12  # passes that the scorer goes on learning from
+_UPDATES, _TOKENS = 8, 512  # of the scorer after each pass, and decided tokens in each
 _SAVE_EVERY = 20  # steps
 _LEAST = 1e-8  # nats; a log of nothing
-_NEVER = -100.0  # logit of a forbidden action: no noise reaches it
+_NEVER = -100.0  # logit of a forbidden action
+
+Experience: TypeAlias = dict[str, Tensor]
+"""What a pass over n decided tokens taught: `log_price` `[n]`; for the look at layer K `hidden.K`
+`[n, D]` and `previous.K` `[n]`; `changes` `[n, L, A]`, nats that another action would add."""
 
 
 def improve(run: Learning) -> None:
-    """The scorer decides, and learns from the KL of what it decided."""
+    """The scorer decides, and learns from what other decisions would have changed."""
     steps, state = run.effort.steps, run.checkpoint.state
     run.scorer.load_state_dict(state["scorer"])
     compensation = run.frozen.compensation()
     saved = state.get("compensation", compensation)
     for weight, before in zip(compensation, saved, strict=True):
         weight.data.copy_(before)
+        weight.requires_grad_()
+    for parameter in run.scorer.parameters():
+        parameter.requires_grad_(parameter is not run.scorer.normalise.weight)
     groups: list[dict[str, Any]] = [{"params": list(run.scorer.parameters()), "rate": _RATE}]
     if compensation:
         groups.append({"params": compensation, "rate": _COMPENSATION_RATE})
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(parameter is not run.scorer.normalise.weight)
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    optimizers = [torch.optim.Adam([group], betas=(0.9, 0.98)) for group in groups]
     first = state.get("step", 0)
     run.generator.set_state(state["generator"])
+    memory: list[Experience] = list(state.get("memory", []))
     if first:
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, before in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(before)
         run.history = [tuple(row) for row in state["history"].tolist()]
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", disable=None)
     for step in bar:
         done = step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * min((step + 1) / 5, _cosine(done))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * min((step + 1) / 5, _cosine(done))
         hot, cold = _TEMPERATURE
-        figures = _step(run, optimizer, step, hot * (cold / hot) ** done)
+        temperature = hot * (cold / hot) ** done
+        experience, gradients, figures = _pass(run, compensation, step, temperature)
+        memory = [*memory, experience][-_REMEMBERED:]
+        _learn(run, optimizers[0], memory, temperature)
+        if compensation:
+            for weight, gradient in zip(compensation, gradients, strict=True):
+                weight.grad = gradient
+            _clipped_step(optimizers[1])
         run.history.append(figures)
         bar.set_postfix(loss=f"{figures[0]:.3f}", kl=f"{figures[1]:.3f}")
         if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
             run.checkpoint.save(
                 scorer=run.scorer.state_dict(),
                 compensation=[weight.detach() for weight in compensation],
-                optimizer=optimizer.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
                 generator=run.generator.get_state(),
+                memory=memory,
                 history=torch.tensor(run.history),
                 step=step + 1,
             )
@@ -65,92 +83,140 @@ def _cosine(done: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def _step(
-    run: Learning, optimizer: torch.optim.Optimizer, step: int, temperature: float
-) -> tuple[float, float, float]:
-    batch, prices = run.batch(step), run.log_prices(BATCH)
-    with run.autocast():
-        reference = run.reference(step)
-        decide = straight_through(run.scorer, run.costs, prices, temperature, run.generator)
-        rollout = run.env.run(batch, decide, dense=True)
-        loss, kl, cost = _loss(run, rollout, reference, prices)
-    optimizer.zero_grad()
-    loss.backward()
+def _clipped_step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
-    return float(loss.detach()), float(kl.detach()), float(cost.detach())
 
 
-def _loss(
-    run: Learning, rollout: Rollout, reference: Tensor, log_prices: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over decided tokens of (KL + price * cost) / sqrt(price); mean KL; mean cost."""
-    kl = run.env.kl(reference, rollout.final)
-    cost = (rollout.weights * run.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+def _pass(
+    run: Learning, compensation: list[Tensor], step: int, temperature: float
+) -> tuple[Experience, list[Tensor], tuple[float, float, float]]:
+    """Runs a batch on random decisions.
+
+    Returns:
+        What it taught; the gradients of the compensation; the mean over decided tokens of
+        (KL + price * cost) / sqrt(price), of the KL in nats, and of the cost.
+    """
+    batch, log_prices = run.batch(step), run.log_prices(BATCH)
     seen = slice(run.env.prompt_tokens, None)
-    total = (kl + log_prices.exp() * cost) / (log_prices / 2).exp()
-    return total[:, seen].mean(), kl[:, seen].mean(), cost[:, seen].mean()
+    drawing = _Drawing(run, log_prices, temperature)
+    with run.autocast():
+        reference = run.reference(step)
+        rollout = run.env.run(batch, drawing, dense=True)
+        kl = run.env.kl(reference, rollout.final)[:, seen]
+        weight = (-log_prices / 2).exp()  # [B, 1]
+        direction = random_direction(run.env, rollout.final, run.generator)
+    count, leaves = kl.numel(), drawing.weights
+    slopes = torch.autograd.grad(
+        (kl * weight).sum() / count, [*leaves, *compensation], retain_graph=True, allow_unused=True
+    )
+    effects = torch.autograd.grad(direction, leaves, allow_unused=True)
+    changes = []
+    for leaf, slope, effect in zip(leaves, slopes, effects, strict=False):
+        assert slope is not None and effect is not None
+        chosen = leaf.detach()
+        slope = slope * count / weight[..., None]  # of the KL of all tokens, in nats
+        slope = slope - (slope * chosen).sum(-1, keepdim=True)
+        effect = effect - (effect * chosen).sum(-1, keepdim=True)
+        # To second order: half the curvature is one more unbiased sample, as in `values.py`.
+        changes.append((slope + effect.square() / 2)[:, seen].flatten(0, 1))
+    cost = (rollout.weights.detach() * run.costs.nan_to_num(posinf=0.0)).sum((-1, -2))[:, seen]
+    kl = kl.detach()
+    loss = ((kl + log_prices.exp() * cost) * weight).mean()
+    experience = {
+        "log_price": log_prices.expand(-1, kl.shape[1]).flatten(),
+        "changes": torch.stack(changes, 1).float(),
+    }
+    for layer, state in drawing.looks.items():
+        experience[f"hidden.{layer}"] = state.hidden[:, seen].flatten(0, 1).to(run.dtype)
+        experience[f"previous.{layer}"] = state.previous[:, seen].flatten()
+    gradients = [g for g in slopes[len(leaves) :] if g is not None]
+    return experience, gradients, (float(loss), float(kl.mean()), float(cost.mean()))
 
 
-def straight_through(
-    scorer: Scorer,
-    costs: Tensor,
-    log_price: Tensor,
-    temperature: float,
-    generator: torch.Generator,
-) -> Decide:
-    """Random decisions, one-hot in value, with the gradient of their probabilities.
+class _Drawing:
+    """Draws decisions, and remembers them as leaves of the gradient.
 
-    The argmin of value + price * cost, every step between neighbouring actions multiplied by
-    random noise. It is taken from the cheap end: going one action cheaper is worth the price of
-    the time it saves, plus what going further would gain from there. The logit of each such
-    choice is the log of worth over value, so noise and gradient act on the scale of the values,
+    Attributes:
+        weights: one-hot decisions `[B, T, A]` of each layer.
+        looks: the state of each layer that begins a segment.
+    """
+
+    def __init__(self, run: Learning, log_prices: Tensor, temperature: float):
+        self._run, self._log_prices, self._temperature = run, log_prices, temperature
+        self.weights: list[Tensor] = []
+        self.looks: dict[int, State] = {}
+
+    def __call__(self, state: State) -> Tensor:
+        run = self._run
+        if state.layer in run.env.looks:
+            self.looks[state.layer] = state
+        with torch.no_grad():
+            p = chances(run.scorer, run.costs, state, self._log_prices, self._temperature)
+            drawn = torch.rand(p.shape[:-1], generator=run.generator)[..., None]
+            index = (drawn >= p.cumsum(-1)).sum(-1).clamp(max=p.shape[-1] - 1)
+            weights = torch.nn.functional.one_hot(index, p.shape[-1]).float()
+        self.weights.append(weights.requires_grad_())
+        return weights
+
+
+def _learn(
+    run: Learning, optimizer: torch.optim.Optimizer, memory: list[Experience], temperature: float
+) -> None:
+    """Moves the chances towards the actions that would have lost less."""
+    everything = {name: torch.cat([one[name] for one in memory]) for name in memory[0]}
+    tokens = len(everything["log_price"])
+    costs = run.costs.nan_to_num(posinf=0.0)
+    for _ in range(_UPDATES):
+        rows = torch.randint(tokens, (_TOKENS,), generator=run.generator)
+        log_price = everything["log_price"][rows]
+        changes = everything["changes"][rows]  # [n, L, A]
+        totals = changes + log_price.exp()[:, None, None] * costs
+        loss = torch.zeros(())
+        for layer in range(run.env.layers):
+            if layer in run.env.looks:
+                hidden = everything[f"hidden.{layer}"][rows].float()
+                previous = everything[f"previous.{layer}"][rows]
+            state = State(layer, hidden, previous)
+            p = chances(run.scorer, run.costs, state, log_price, temperature)
+            loss = loss + ((p * totals[:, layer]).sum(-1) * (-log_price / 2).exp()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        _clipped_step(optimizer)
+
+
+def chances(
+    scorer: Scorer, costs: Tensor, state: State, log_price: Tensor, temperature: float
+) -> Tensor:
+    """Probability of each action, `[..., A]`: the decision of the runtime, made smooth.
+
+    The argmin of value + price * cost, taken from the cheap end: going one action cheaper is
+    worth the price of the time it saves, plus what going further would gain from there. The logit
+    of each such choice is the log of worth over value, so that it acts on the scale of the values,
     which differ by orders of magnitude between tokens.
 
     Args:
         scorer: in training.
         costs: `[L, A]`, in any unit, from dear to cheap, infinite where forbidden.
-        log_price: log nats per unit of cost, broadcastable to `[B, T]`.
-        temperature: scale of the logistic noise on log values.
-        generator: of the noise.
+        state: of the decision.
+        log_price: log nats per unit of cost, broadcastable to the tokens.
+        temperature: scale of the logistic noise on log values that it stands for.
     """
-
-    def decide(state: State) -> Tensor:
-        steps = scorer.log_steps(state, log_price)  # [B, T, A-1]
-        uniform = torch.rand(steps.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-        noise = torch.logit(uniform)
-        row = costs[state.layer]
-        saved = log_price.exp()[..., None] * (row[:-1] - row[1:])  # [B, 1, A-1] nats
-        beyond = torch.zeros_like(steps[..., 0])
-        go: list[Tensor] = []
-        for step in reversed(range(steps.shape[-1])):
-            worth = saved[..., step] + beyond
-            logit = (worth.clamp(min=_LEAST).log() - steps[..., step]) / temperature
-            logit = torch.where(saved[..., step].isfinite(), logit, _NEVER)
-            go.append(_drawn(logit, noise[..., step]))
-            noisy = steps[..., step] + temperature * noise[..., step]
-            beyond = (worth - noisy.exp()).clamp(min=0).detach()
-        # Weight of action k: went down k times, and not once more.
-        reached = torch.ones_like(beyond)
-        weights = []
-        for down in reversed(go):
-            weights.append(reached * (1 - down))
-            reached = reached * down
-        return torch.stack([*weights, reached], -1)
-
-    return decide
-
-
-def _drawn(logit: Tensor, noise: Tensor) -> Tensor:
-    """A Bernoulli draw, with a gradient that is exact where the loss is quadratic in it.
-
-    The plain straight-through gradient takes the slope of the loss at what was drawn, and the KL
-    has none where nothing was skipped yet: it finds the first skip free. ReinMax (Liu et al.
-    2023, arXiv 2304.08612) weighs the slopes at both ends alike.
-    """
-    with torch.no_grad():
-        p = torch.sigmoid(logit)
-        drawn = (logit > noise).float()
-        weight = torch.where(drawn > 0, 1 - p, p) / 2
-    return drawn + weight * (logit - logit.detach())
+    steps = scorer.log_steps(state, log_price)  # [..., A-1]
+    row = costs[state.layer]
+    saved = log_price.exp()[..., None] * (row[:-1] - row[1:])  # [..., A-1] nats
+    beyond = torch.zeros_like(steps[..., 0])
+    go: list[Tensor] = []
+    for step in reversed(range(steps.shape[-1])):
+        worth = saved[..., step] + beyond
+        logit = (worth.clamp(min=_LEAST).log() - steps[..., step]) / temperature
+        go.append(torch.sigmoid(torch.where(saved[..., step].isfinite(), logit, _NEVER)))
+        beyond = (worth - steps[..., step].exp()).clamp(min=0).detach()
+    # Action k: went down k times, and not once more.
+    reached = torch.ones_like(beyond)
+    result = []
+    for down in reversed(go):
+        result.append(reached * (1 - down))
+        reached = reached * down
+    return torch.stack([*result, reached], -1)

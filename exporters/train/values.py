@@ -49,16 +49,21 @@ def sampled_values(
         differences.append([(result - x).detach() for result in results])
         outputs.append(x)
         previous = torch.zeros_like(previous)
-    gradients = torch.autograd.grad(_random_direction(env, x, generator), outputs)
+    direction = random_direction(env, frozen.final(x), generator)
+    gradients = torch.autograd.grad(direction, outputs)
     for state, difference, gradient in zip(states, differences, gradients, strict=True):
         effects = [torch.linalg.vecdot(gradient, d).square() / 2 for d in difference]
         yield state, torch.stack(effects, -1).float()
 
 
-def _random_direction(env: Environment, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over tokens of v . logits, v Gaussian with the Fisher matrix as covariance."""
-    total = x.new_zeros(())
-    for part in env.frozen.final(x).flatten(0, 1).split(512):
+def random_direction(env: Environment, final: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum over tokens of v . logits, v Gaussian with the Fisher matrix as covariance.
+
+    Args:
+        final: input of the LM head, `[B, T, D]`.
+    """
+    total = final.new_zeros(())
+    for part in final.flatten(0, 1).split(512):
         logits = env.frozen.logits(part).float()
         with torch.no_grad():
             p = logits.softmax(-1)
