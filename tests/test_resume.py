@@ -69,12 +69,23 @@ def finished(partial: Path) -> int:
 
 @pytest.mark.slow
 def test_an_export_killed_at_random_moments_goes_on_to_the_same_bundle(
-    deep: Path, night: Path, whole: tuple[Path, float], tmp_path: Path
+    deep: Path,
+    night: Path,
+    whole: tuple[Path, float],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Ten processes one after the other on one export, each killed at a moment of its own."""
+    """Ten processes one after the other on one export, each killed at a moment of its own.
+
+    The export to compare with has a process of its own as well: on some processors products
+    differ in their last bits between that and this long one.
+    """
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     rng, killed = random.Random(6), 0
-    command = [sys.executable, "-c", COMMAND, *arguments(deep, night, out, "--resume")]
+    command = [sys.executable, "-c", COMMAND]
+    reference = tmp_path_factory.mktemp("reference") / "out"
+    subprocess.run([*command, *arguments(deep, night, reference)], check=True, capture_output=True)
+    command += arguments(deep, night, out, "--resume")
     while killed < MOMENTS:
         before = finished(partial)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
@@ -92,9 +103,9 @@ def test_an_export_killed_at_random_moments_goes_on_to_the_same_bundle(
         assert set(os.listdir(tmp_path)) <= {".out.partial"}
         assert finished(partial) >= before
     if not out.exists():
-        assert main(arguments(deep, night, out, "--resume")) == 0
+        subprocess.run(command, check=True, capture_output=True)
     assert os.listdir(tmp_path) == ["out"]
-    assert content_of(out) == content_of(whole[0])
+    assert content_of(out) == content_of(reference)
 
 
 def locked(partial: Path) -> bool:

@@ -83,7 +83,9 @@ class Scorer(nn.Module):
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
         price = log_price[..., None].expand(*inputs.shape[:-1], 1)
         hidden = self.reduce(torch.cat([inputs, price], -1))
-        hidden = nn.functional.relu(hidden + self.bias_in[look][state.previous])
+        # Not an index: the order in which its gradients add up is left to chance.
+        bias = nn.functional.embedding(state.previous, self.bias_in[look])
+        hidden = nn.functional.relu(hidden + bias)
         return nn.functional.linear(hidden, self.expand[state.layer], self.bias[state.layer])
 
     def values(self, state: State, log_price: Tensor) -> Tensor:
