@@ -110,7 +110,7 @@ def policy_gradient(run: Learning) -> None:
             with torch.no_grad(), run.autocast():
                 rollout = run.env.run(batch, drawing)
                 kl = run.env.kl(run.reference(step), rollout.final)
-                cost = (rollout.weights * run.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+                cost = run.cost(rollout.weights)
             state, log_p = drawing.looks[0], torch.zeros(())
             for layer, taken in enumerate(drawing.weights):
                 state = drawing.looks.get(layer, dataclasses.replace(state, layer=layer))
@@ -196,7 +196,8 @@ def main() -> None:
         with mock.patch.multiple(learning, Checkpoint=Remembering, **patches):
             run = Learning(Bundle(bundle), TrainOptions(calibration=tuple(arguments.calibration)))
         run.effort = effort
-        run.checkpoint.state.update(known.get(regression or "", {}))
+        if regression in known:
+            run.checkpoint.state.update(known[regression])
         if sequences in ids:
             run.checkpoint.state["ids"] = ids[sequences]
         run.texts()

@@ -51,10 +51,8 @@ class Scoring:
         self.looks: list[int | None] = [None] * layers
         self._runs: list[list[Callable[[], object]]] = []  # by the action before the segment
         for number, (start, _) in enumerate(self._segments):
-            total, action = (
-                Buffer((layers, count), "float32", device),
-                Buffer((layers,), "int64", device),
-            )
+            total = Buffer((layers, count), "float32", device)
+            action = Buffer((layers,), "int64", device)
             self._totals.append(total)
             self._results.append(sessions.streams.handover(action))
             shared = self._log_price, self._penalty

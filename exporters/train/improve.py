@@ -121,7 +121,7 @@ def _pass(
         effect = effect - (effect * chosen).sum(-1, keepdim=True)
         # To second order: half the curvature is one more unbiased sample, as in `values.py`.
         changes.append((slope + effect.square() / 2)[:, seen].flatten(0, 1))
-    cost = (rollout.weights.detach() * run.costs.nan_to_num(posinf=0.0)).sum((-1, -2))[:, seen]
+    cost = run.cost(rollout.weights.detach())[:, seen]
     kl = kl.detach()
     loss = ((kl + log_prices.exp() * cost) * weight).mean()
     experience = {

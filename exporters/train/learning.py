@@ -121,6 +121,10 @@ class Learning:
         held_out = min(self.effort.held_out, len(ids) // 4)
         self.held_out, self.ids = ids[:held_out], ids[held_out:]
 
+    def cost(self, weights: Tensor) -> Tensor:
+        """Cost of decisions `[..., L, A]` in `Costs.unit_ms`; a forbidden one counts as nothing."""
+        return (weights * self.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+
     def log_prices(self, count: int) -> Tensor:
         """Log prices `[count, 1]`, drawn log-uniformly."""
         low, high = self.log_price_range
