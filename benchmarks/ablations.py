@@ -80,13 +80,12 @@ class Omitting(Frozen):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-class Unaware(Scorer):
-    """Does not see the action before its segment."""
+class Priceless(Scorer):
+    """Does not see the price."""
 
     def log_steps(self, state: State, log_price: Tensor) -> Tensor:
         """See `Scorer`."""
-        blind = dataclasses.replace(state, previous=torch.zeros_like(state.previous))
-        return super().log_steps(blind, log_price)
+        return super().log_steps(state, torch.zeros_like(log_price))
 
 
 class Untrained(Frozen):
@@ -228,7 +227,7 @@ def main() -> None:
         lambda: train("one layer later (as without lookahead)", looks_of=looking(11 / 30)),
         lambda: train("look before layer L/2", looks_of=looking(1 / 2)),
         lambda: train("three looks", _LOOKS=3),
-        lambda: train("three looks, without the action before", _LOOKS=3, Scorer=Unaware),
+        lambda: train("blind to the price", Scorer=Priceless),
         lambda: train("skipped layers leave no K/V", Frozen=Omitting),
         *(
             lambda bundle=bundle: train(bundle.name, bundle=bundle, also_static=True)  # type: ignore[misc]

@@ -130,18 +130,16 @@ def head_ports(dims: Dims) -> Ports:
 def scorer_ports(dims: Dims, layers: int, actions: int) -> Ports:
     """The scorer of one token's decisions for a segment of layers.
 
-    `hidden` is the input of the layer before the segment (the first segment, 0, does not read
-    it), `row` is `segment * (actions + 1) + previous`, with the action index of the layer before
-    (anything for the first segment), `log_price` the log of nats per `Costs.unit_ms`, `penalty`
-    what each action costs (price times cost, in nats). `total` is `penalty` plus the predicted
-    KL of each action in nats, `action` the index of the least. Both have a row for every layer;
-    those of other segments mean nothing.
+    `hidden` is the input of the layer before the segment, `log_price` the log of nats per
+    `Costs.unit_ms`, `penalty` what each action costs (price times cost, in nats). `total` is
+    `penalty` plus the predicted KL of each action in nats, `action` the index of the least. Both
+    have a row for every layer; those of the first segment depend on the penalty alone, those of
+    other segments than the input's mean nothing.
     """
     rows = (layers, actions)
     return Ports(
         inputs=(
             Port("hidden", dims.dtype, (1, dims.hidden_size)),
-            Port("row", "int64", (1,)),
             Port("log_price", "float32", (1, 1)),
             Port("penalty", "float32", rows),
         ),

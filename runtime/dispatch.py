@@ -75,7 +75,7 @@ class Lane:
         self._advance(1)
         span.run_scored(token, scoring)
         span.run_head(head)
-        return span.logits.array[0, 0], scoring.path()
+        return span.logits.array[0, 0], tuple(scoring.path)
 
     def decode(self, token: int, path: Path, head: Action) -> Logits:
         """Runs one token on a given path.
@@ -247,14 +247,14 @@ class _Span:
     def run_scored(self, token: int, scoring: Scoring) -> None:
         """Like `run_layers`; the scorer decides for the layers after layer i while it runs."""
         self._start(token)
-        decisions, actions = scoring.decisions, scoring.actions
-        for layer, segment in enumerate(scoring.looks):
-            if segment is None:
-                self._run_of(layer, actions[decisions[layer]])()
+        path = scoring.path
+        for layer, look in enumerate(scoring.looks):
+            if look is None:
+                self._run_of(layer, path[layer])()
                 continue
-            scoring.begin(segment)
-            self._run_of(layer, actions[decisions[layer]])()
-            scoring.finish(segment)
+            scoring.begin(look)
+            self._run_of(layer, path[layer])()
+            scoring.finish(look)
 
     def _run_of(self, layer: int, action: Action) -> Run:
         runs = self._layers[layer]
@@ -304,16 +304,16 @@ class _Span:
         self._start(token)
         seconds = 0.0
         for layer, action in steps:
-            run, segment = self._run_of(layer, action), scoring.looks[layer]
-            if segment is None:
+            run, look = self._run_of(layer, action), scoring.looks[layer]
+            if look is None:
                 run()
                 continue
             started = time.perf_counter()
-            scoring.begin(segment)
+            scoring.begin(look)
             seconds += time.perf_counter() - started
             run()
             started = time.perf_counter()
-            scoring.finish(segment)
+            scoring.finish(look)
             seconds += time.perf_counter() - started
         return seconds * 1e3
 

@@ -9,7 +9,6 @@ import numpy as np
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import scorer_facts
 from dash_onnx.runtime.buffers import Buffer, bound_run
-from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.streams import Handover
 
@@ -20,14 +19,14 @@ class Scoring:
     """The decisions of one token, segment after segment of layers.
 
     Attributes:
-        actions: what the decisions mean.
-        decisions: action index of each layer; those of the first segment hold for every token.
-        looks: per layer, the segment that begins after it, or None. It is decided while that layer
-            runs: `begin` before the layer is called, `finish` afterwards.
+        actions: that are decided between.
+        path: what each layer does; the decisions of the first segment hold for every token.
+        looks: per layer, the number of the look that decides for the segment after it, or None:
+            `begin` before the layer is called, `finish` afterwards.
     """
 
     def __init__(self, sessions: Sessions, hidden: tuple[Buffer, Buffer]):
-        """Binds the scorer once per segment.
+        """Binds the scorer once per look.
 
         Args:
             sessions: of the bundle.
@@ -47,53 +46,58 @@ class Scoring:
         self._penalty = Buffer((layers, count), "float32", device)
         self._totals: list[Buffer] = []
         self._results: list[Handover] = []
-        self.decisions = [0] * layers
+        self._decided: list[np.ndarray] = []  # views of them, of the segment's layers
+        self.path: list[Action] = [self.actions[0]] * layers
         self.looks: list[int | None] = [None] * layers
-        self._runs: list[list[Callable[[], object]]] = []  # by the action before the segment
-        for number, (start, _) in enumerate(self._segments):
+        self._runs: list[Callable[[], object]] = []
+        for number, (start, stop) in enumerate(self._segments[1:]):
             total = Buffer((layers, count), "float32", device)
             action = Buffer((layers,), "int64", device)
             self._totals.append(total)
-            self._results.append(sessions.streams.handover(action))
-            shared = self._log_price, self._penalty
-            rows = [number * (count + 1) + previous for previous in range(count if number else 1)]
+            results = sessions.streams.handover(action)
+            self._results.append(results)
+            self._decided.append(results.results[start:stop])
+            inputs = [hidden[(start - 1) % 2], self._log_price, self._penalty]
             self._runs.append(
-                [
-                    bound_run(
-                        sessions.scorer(),
-                        sessions.scorer_ports,
-                        [hidden[max(start - 1, 0) % 2], _index(row, device), *shared],
-                        [total, action],
-                        sessions.streams.run_options,
-                    )
-                    for row in rows
-                ]
+                bound_run(
+                    sessions.scorer(),
+                    sessions.scorer_ports,
+                    inputs,
+                    [total, action],
+                    sessions.streams.run_options,
+                )
             )
-            if number:
-                self.looks[start - 1] = number
+            self.looks[start - 1] = number
+        # The first segment's values are the same at every look: what is left without a penalty.
+        self.begin(0)
+        self.finish(0)
+        self._first = self._totals[0].array[: self._segments[0][1]].copy()
 
     def begin(self, number: int) -> None:
-        """Starts to decide for a segment: once the layer before it is decided and has its input."""
-        start, _ = self._segments[number]
+        """Starts a look: once the layer before its segment has its input."""
         results = self._results[number]
         results.offer()
-        self._runs[number][self.decisions[start - 1] if number else 0]()
+        self._runs[number]()
         results.fetch()
 
     def finish(self, number: int) -> None:
         """Takes the decisions."""
-        start, stop = self._segments[number]
-        self.decisions[start:stop] = self._results[number].wait()[start:stop].tolist()
+        self._results[number].wait()
+        self._decide(number + 1, self._decided[number])
+
+    def _decide(self, segment: int, indices: np.ndarray) -> None:
+        start, stop = self._segments[segment]
+        self.path[start:stop] = map(self.actions.__getitem__, indices.tolist())
 
     @property
     def values(self) -> np.ndarray:
         """Predicted KL of every action of the last token, `[L, A]` nats."""
-        totals = [
-            total.array[start:stop]
-            for total, (start, stop) in zip(self._totals, self._segments, strict=True)
-        ]
         penalty = self._penalty.array
-        return np.where(penalty < _NEVER, np.concatenate(totals) - penalty, 0.0)
+        looked = [
+            (total.array - penalty)[start:stop]
+            for total, (start, stop) in zip(self._totals, self._segments[1:], strict=True)
+        ]
+        return np.where(penalty < _NEVER, np.concatenate([self._first, *looked]), 0.0)
 
     def set_price(self, price: float) -> None:
         """Sets nats per `Costs.unit_ms`, and decides for the first segment."""
@@ -105,15 +109,4 @@ class Scoring:
         if SKIP in self.actions:
             penalty[0, self.actions.index(SKIP)] = _NEVER
         self._penalty.write(penalty)
-        self.begin(0)
-        self.finish(0)
-
-    def path(self) -> tuple[Action, ...]:
-        """The decisions by name."""
-        return tuple(map(self.actions.__getitem__, self.decisions))
-
-
-def _index(value: int, device: Device) -> Buffer:
-    buffer = Buffer((1,), "int64", device)
-    buffer.write(value)
-    return buffer
+        self._decide(0, (self._first + penalty[: len(self._first)]).argmin(1))

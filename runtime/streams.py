@@ -35,11 +35,14 @@ class Handover:
     """Hidden states to the scorer and its results to the host, once per look; of one sequence.
 
     This is the CPU's; see `Streams.handover`.
+
+    Attributes:
+        results: on the host; those of the scorer called last once `wait` has returned.
     """
 
-    def __init__(self, results: Buffer):
-        """Takes the buffer that the scorer writes."""
-        self._results = results
+    def __init__(self, results: np.ndarray):
+        """Takes what the scorer writes, as the host sees it."""
+        self.results = results
 
     def offer(self) -> None:
         """From here on the scorer may read what the layers called so far will have written."""
@@ -47,9 +50,8 @@ class Handover:
     def fetch(self) -> None:
         """Brings the results of the scorer called last to the host."""
 
-    def wait(self) -> np.ndarray:
-        """Returns them, as soon as they are there."""
-        return self._results.array
+    def wait(self) -> None:
+        """Returns as soon as they are there."""
 
 
 class Streams:
@@ -67,7 +69,7 @@ class Streams:
 
     def handover(self, results: Buffer) -> Handover:
         """For a sequence, and for results that the scorer writes into a buffer."""
-        return Handover(results)
+        return Handover(results.array)
 
     def drain(self) -> None:
         """Waits until every layer that was called has run."""
@@ -125,8 +127,7 @@ class CudaStreams(Streams):
 
 class _CudaHandover(Handover):
     def __init__(self, streams: CudaStreams, results: Buffer):
-        super().__init__(results)
-        self._streams = streams
+        self._streams, self._source = streams, results
         streams.enter()
         self._offered, self._fetched, self._host = (ctypes.c_void_p() for _ in range(3))
         size = int(np.prod(results.shape)) * results.dtype.itemsize
@@ -136,7 +137,7 @@ class _CudaHandover(Handover):
         # Only from page-locked memory is a copy beside running kernels possible.
         streams.call("cuMemHostAlloc", ctypes.byref(self._host), self._size, 0)
         memory: Any = (ctypes.c_char * size).from_address(self._host.value or 0)
-        self._array = np.frombuffer(memory, results.dtype).reshape(results.shape)
+        super().__init__(np.frombuffer(memory, results.dtype).reshape(results.shape))
         handles = self._offered, self._fetched, self._host
         weakref.finalize(self, _release, streams, *handles).atexit = False
 
@@ -148,13 +149,12 @@ class _CudaHandover(Handover):
 
     def fetch(self) -> None:
         scorer = ctypes.c_void_p(self._streams.scorer)
-        source = ctypes.c_uint64(self._results.pointer)
+        source = ctypes.c_uint64(self._source.pointer)
         self._streams.call("cuMemcpyDtoHAsync_v2", self._host, source, self._size, scorer)
         self._streams.call("cuEventRecord", self._fetched, scorer)
 
-    def wait(self) -> np.ndarray:
+    def wait(self) -> None:
         self._streams.call("cuEventSynchronize", self._fetched)
-        return self._array
 
 
 def _release(streams: CudaStreams, *handles: ctypes.c_void_p) -> None:

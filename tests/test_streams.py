@@ -22,7 +22,7 @@ from dash_onnx.runtime.streams import CudaStreams, open_streams
 
 PROMPT = np.arange(20, 33)
 TOKENS = range(100, 130)
-PRICE = 0.14
+PRICE = 0.18
 
 
 class Driver:

@@ -321,14 +321,12 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
         paths = scored_paths(model, ids, price)
         seen |= set(paths)
         for path, inputs in inputs_along(model, ids, paths):
-            for number, (start, stop) in enumerate(segments):
+            for start, stop in segments:
                 hidden = torch.from_numpy(inputs[max(start - 1, 0)])
-                before = ACTIONS.index(path[start - 1]) if start else 0
                 totals, decided = session.run(
                     None,
                     {
                         "hidden": hidden[None].numpy(),
-                        "row": np.array([number * (len(ACTIONS) + 1) + before]),
                         "log_price": log_price.view(1, 1).numpy(),
                         "penalty": penalty.numpy(),
                     },
@@ -343,11 +341,9 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
                     ordered = np.sort(row)
                     if ordered[1] - ordered[0] < 1e-5 * ordered[1]:
                         continue  # a tie in other arithmetic
-                    # The process knows no `full`: what came after it starts as after `int8`.
-                    state = State(
-                        layer, hidden[None, None], torch.tensor([[max(before - scorer.extra, 0)]])
+                    known = scorer.decide(
+                        State(layer, hidden[None, None]), log_price, penalty[layer]
                     )
-                    known = scorer.decide(state, log_price, penalty[layer])
                     assert ACTIONS[int(known)] == path[layer]
                     compared += 1
     assert compared > 100
@@ -393,7 +389,7 @@ def allowed_costs() -> torch.Tensor:
 
 
 def test_training_never_skips_the_first_layer(indifferent: Scorer) -> None:
-    state = State(0, torch.randn(64, 1024, 64), torch.full((64, 1024), 3))
+    state = State(0, torch.randn(64, 1024, 64))
     p = chances(indifferent, allowed_costs(), state, torch.zeros(64, 1), 0.7).detach()
     torch.testing.assert_close(p.sum(-1), torch.ones(64, 1024))
     assert float(p[..., 2].max()) < 1e-30
@@ -403,7 +399,7 @@ def test_training_never_skips_the_first_layer(indifferent: Scorer) -> None:
 def test_training_draws_every_action_of_the_other_layers(indifferent: Scorer) -> None:
     with torch.no_grad():
         indifferent.bias.fill_(math.log(0.9))  # as dear as the time they save
-    state = State(1, torch.randn(4, 1024, 64), torch.zeros(4, 1024, dtype=torch.int64))
+    state = State(1, torch.randn(4, 1024, 64))
     p = chances(indifferent, allowed_costs(), state, torch.zeros(4, 1), 0.7)
     assert (p.detach().mean((0, 1)) > 0.05).all()
     (p[..., 2].sum()).backward()
@@ -418,8 +414,7 @@ def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer)
         indifferent.bias.fill_(-0.5)
     prices = torch.linspace(-2, 2, 8)[:, None]
     for layer in range(LAYERS):
-        previous = torch.full((8, 64), 1 if layer else 3)
-        state = State(layer, torch.randn(8, 64, 64, generator=generator), previous)
+        state = State(layer, torch.randn(8, 64, 64, generator=generator))
         cold = chances(indifferent, allowed_costs(), state, prices, 1e-6)
         wanted = greedy(indifferent, allowed_costs(), prices)(state)
         assert torch.equal(cold.argmax(-1), wanted.argmax(-1))
@@ -478,32 +473,6 @@ def test_a_pass_tells_what_other_decisions_would_have_changed(
     assert float(torch.corrcoef(torch.stack([ours[~kept], theirs[~kept]]))[0, 1]) > 0.9
     slope = float((ours * theirs).sum() / theirs.square().sum())
     assert 0.8 < slope < 1.25
-
-
-def test_values_are_learned_for_the_states_that_decisions_meet(
-    bundle: Path, first: tuple[Path, BundleScorer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the reference path, whose first decisions follow no action."""
-    learned: dict[int, set[int]] = {}
-    loss = regress.regression_loss
-
-    def noting(scorer: Scorer, state: State, *rest: Any) -> torch.Tensor:
-        learned.setdefault(state.layer, set()).update(state.previous.unique().tolist())
-        return loss(scorer, state, *rest)
-
-    monkeypatch.setattr(regress, "regression_loss", noting)
-    met: dict[int, set[int]] = {}
-    sampled = regress.sampled_values
-
-    def watching(*arguments: Any) -> Iterator[tuple[State, torch.Tensor]]:
-        for state, values in sampled(*arguments):
-            met.setdefault(state.layer, set()).update(state.previous.unique().tolist())
-            yield state, values
-
-    monkeypatch.setattr(regress, "sampled_values", watching)
-    trained_until_export(bundle, TrainOptions())
-    assert len(met) == LAYERS
-    assert learned == met
 
 
 # Seeds

@@ -165,17 +165,12 @@ class Decisions:
         return values
 
     def _look(self, number: int, hidden: str) -> None:
-        f, count = self._fusion, len(self._actions)
-        last = f"at.{self._segments[number][0] - 1}"
+        f = self._fusion
         f.node("Gather", [hidden, "last_row"], [f"seen.{number}"], axis=1)
-        f.node("Gather", [f"decided.{number - 1}", last], [f"previous.{number}"])
-        base = f.constant(f"base.{number}", np.array([number * (count + 1)], np.int64))
-        row = f.node("Add", [base, f"previous.{number}"], [f"row.{number}"])
         f.inline_scorer(
             f"look.{number}",
             {
                 "hidden": f"seen.{number}",
-                "row": row,
                 "log_price": "log_price",
                 "penalty": "penalty",
                 "total": f"total.{number}",

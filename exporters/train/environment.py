@@ -1,9 +1,8 @@
 """The decision process: layers are steps, tokens are the vectorised episodes.
 
 State of a step: the input of the layer before its segment (what the runtime knows while that layer
-runs), the layer index, the action of the layer before the segment, the price. Action: what the
-layer does for this token. Cost: its profiled milliseconds. Terminal reward: -KL(reference ||
-path) of the token.
+runs), the layer index, the price. Action: what the layer does for this token. Cost: its profiled
+milliseconds. Terminal reward: -KL(reference || path) of the token.
 
 One teacher-forced pass runs any token-level paths as the runtime's decode would: keys and values
 of every token are those its own action wrote, so later tokens attend to what earlier ones left.
@@ -28,12 +27,10 @@ class State:
     Attributes:
         layer: index of the layer to decide for; its block begins at layer i.
         hidden: `[B, T, D]`, input of layer i-1 (of layer 0 itself for i = 0).
-        previous: `[B, T]` int64, action index of layer i-1; the number of actions for i = 0.
     """
 
     layer: int
     hidden: Tensor
-    previous: Tensor
 
 
 Decide: TypeAlias = Callable[[State], Tensor]
@@ -97,24 +94,22 @@ class Environment:
         frozen = self.frozen
         rotary = frozen.rotary(ids.shape[1])
         x = before = frozen.embed(ids)
-        previous = torch.full(ids.shape, len(self.actions))
         all_weights = []
         step = self._dense if dense else self._sparse
         for layer in range(self.layers):
             if layer in self.looks:
-                seen = before.detach(), previous
-            weights = decide(State(layer, *seen))
+                seen = before.detach()
+            weights = decide(State(layer, seen))
             prompt = self._prefill.expand(ids.shape[0], self.prompt_tokens, -1)
             weights = torch.cat([prompt, weights[:, self.prompt_tokens :]], 1)
-            previous = weights.argmax(-1)
             before = x
-            x = step(layer, x, weights, previous, rotary)
+            x = step(layer, x, weights, rotary)
             all_weights.append(weights)
         return Rollout(frozen.final(x), torch.stack(all_weights, 2))
 
-    def _sparse(self, layer: int, x: Tensor, _: Tensor, choice: Tensor, rotary: Rotary) -> Tensor:
+    def _sparse(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> Tensor:
         frozen = self.frozen
-        normed = frozen.normed(layer, x)
+        normed, choice = frozen.normed(layer, x), weights.argmax(-1)
         parts = [
             (action, chosen)
             for index, action in enumerate(self.actions)
@@ -168,7 +163,7 @@ class Environment:
             result[action] = result[action] + y
         return [result[action] for action in self.actions]
 
-    def _dense(self, layer: int, x: Tensor, weights: Tensor, _: Tensor, rotary: Rotary) -> Tensor:
+    def _dense(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> Tensor:
         outputs = self.outputs(layer, x, weights, rotary)
         total = x.new_zeros(())
         for index, output in enumerate(outputs):

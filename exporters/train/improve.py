@@ -25,7 +25,7 @@ _NEVER = -100.0  # logit of a forbidden action
 
 Experience: TypeAlias = dict[str, Tensor]
 """What a pass over n decided tokens taught: `log_price` `[n]`; for the look at layer K `hidden.K`
-`[n, D]` and `previous.K` `[n]`; `changes` `[n, L, A]`, nats that another action would add."""
+`[n, D]`; `changes` `[n, L, A]`, nats that another action would add."""
 
 
 def improve(run: Learning) -> None:
@@ -130,7 +130,6 @@ def _pass(
     }
     for layer, state in drawing.looks.items():
         experience[f"hidden.{layer}"] = state.hidden[:, seen].flatten(0, 1).to(run.dtype)
-        experience[f"previous.{layer}"] = state.previous[:, seen].flatten()
     gradients = [g for g in slopes[len(leaves) :] if g is not None]
     return experience, gradients, (float(loss), float(kl.mean()), float(cost.mean()))
 
@@ -177,8 +176,7 @@ def _learn(
         for layer in range(run.env.layers):
             if layer in run.env.looks:
                 hidden = everything[f"hidden.{layer}"][rows].float()
-                previous = everything[f"previous.{layer}"][rows]
-            state = State(layer, hidden, previous)
+            state = State(layer, hidden)
             p = chances(run.scorer, run.costs, state, log_price, temperature)
             loss = loss + ((p * totals[:, layer]).sum(-1) * (-log_price / 2).exp()).mean()
         optimizer.zero_grad()

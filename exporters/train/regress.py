@@ -26,13 +26,11 @@ def regress(run: Learning) -> None:
         run.moves = [static.Move(**move) for move in state["descent"]]
         return
     hidden: dict[int, list[Tensor]] = {look: [] for look in run.env.looks}
-    previous = [0] * run.env.layers  # the same for all tokens on the reference path
     samples: list[list[Tensor]] = [[] for _ in range(run.env.layers)]
     for number in tqdm(range(run.effort.batches), desc="values", disable=None):
         batch = run.batch(number)
         with run.autocast():
             for at, sampled in sampled_values(run.env, batch, run.generator):
-                previous[at.layer] = int(at.previous[0, 0])
                 seen = slice(run.env.prompt_tokens // 8, None)
                 if at.layer in hidden:  # the rest of the segment sees the same
                     hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(run.dtype))
@@ -43,7 +41,7 @@ def regress(run: Learning) -> None:
     run.scorer.calibrate(torch.cat([inputs[look] for look in run.scorer.looks]).float())
     with torch.no_grad():
         run.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
-    _fit(run, inputs, targets, previous)
+    _fit(run, inputs, targets)
     _descend(run, values)
     run.checkpoint.save(
         scorer=run.scorer.state_dict(),
@@ -52,9 +50,7 @@ def regress(run: Learning) -> None:
     )
 
 
-def _fit(
-    run: Learning, inputs: dict[int, Tensor], targets: list[Tensor], previous: list[int]
-) -> None:
+def _fit(run: Learning, inputs: dict[int, Tensor], targets: list[Tensor]) -> None:
     optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=_RATE, weight_decay=0.1)
     tokens = len(targets[0])
     middle = torch.tensor([sum(run.log_price_range) / 2])
@@ -66,9 +62,7 @@ def _fit(
             for layer, y in enumerate(targets):
                 if layer in inputs:
                     x = inputs[layer][rows].float()
-                before = torch.full((len(rows),), previous[layer])
-                state = State(layer, x, before)
-                loss = loss + regression_loss(run.scorer, state, y[rows], middle)
+                loss = loss + regression_loss(run.scorer, State(layer, x), y[rows], middle)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

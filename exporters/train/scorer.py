@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import warnings
-from bisect import bisect_right
 from pathlib import Path
 
 import torch
@@ -38,8 +37,8 @@ class Scorer(nn.Module):
     The layers are cut into segments. The first one's values are the same for every token; those
     of segment k follow from the input of the layer before it:
 
-    `steps[layer] = exp(W2[layer] relu(W1 [z, log price] + E[k, previous]) + b[layer])`, where z is
-    that input normalised over its dimensions, divided by its standard deviation and clamped.
+    `steps[layer] = exp(W2[layer] relu(W1 [z, log price] + b1) + b2[layer])`, where z is that input
+    normalised over its dimensions, divided by its standard deviation and clamped.
     Actions are ordered from dear to cheap; step k is what action k costs more than action k-1, so
     values grow from 0 along that order. `scale * x` gives the same values as x: the normalisation
     takes the scale away.
@@ -64,9 +63,9 @@ class Scorer(nn.Module):
         self.looks = looks
         self.normalise = nn.LayerNorm(hidden_size, eps=_EPSILON, bias=False)
         self.normalise.weight.requires_grad_(False)  # 1 / standard deviation
-        self.reduce = nn.Linear(hidden_size + 1, width, bias=False)
+        self.reduce = nn.Linear(hidden_size + 1, width)
         nn.init.zeros_(self.reduce.weight[:, -1:])
-        self.bias_in = nn.Parameter(torch.zeros(len(looks), actions + 1, width))
+        nn.init.zeros_(self.reduce.bias)
         self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
 
@@ -77,15 +76,11 @@ class Scorer(nn.Module):
             state: of the decision.
             log_price: log of nats per unit of cost, broadcastable to `[B, T]`.
         """
-        look = bisect_right(self.looks, state.layer) - 1
-        if look < 0:
-            return self.bias[state.layer].expand(*state.previous.shape, -1)
+        if state.layer < self.looks[0]:
+            return self.bias[state.layer].expand(*state.hidden.shape[:-1], -1)
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
         price = log_price[..., None].expand(*inputs.shape[:-1], 1)
-        hidden = self.reduce(torch.cat([inputs, price], -1))
-        # Not an index: the order in which its gradients add up is left to chance.
-        bias = nn.functional.embedding(state.previous, self.bias_in[look])
-        hidden = nn.functional.relu(hidden + bias)
+        hidden = nn.functional.relu(self.reduce(torch.cat([inputs, price], -1)))
         return nn.functional.linear(hidden, self.expand[state.layer], self.bias[state.layer])
 
     def values(self, state: State, log_price: Tensor) -> Tensor:
@@ -155,22 +150,16 @@ class BundleScorer(nn.Module):
         self._range = log_price_range
         count, width = len(self.actions), scorer.expand.shape[-1]
         with torch.no_grad():
-            first = scorer.bias_in[:, :1].expand(-1, self.extra, -1)
-            bias_in = torch.cat([first, scorer.bias_in], 1)  # [segments - 1, A + 1, width]
-            bias_in = torch.cat([torch.zeros_like(bias_in[:1]), bias_in])
-            # Rows of one table: an index is segment * (A + 1) + previous action. The last column
-            # makes a hidden unit that is always 1, so that `expand` holds the biases as well.
-            self._bias_in = nn.functional.pad(bias_in.flatten(0, 1), (0, 1), value=1.0)
-            self._reduce = nn.functional.pad(scorer.reduce.weight.T, (0, 1))  # [D + 1, width + 1]
+            reduce = scorer.reduce.weight.T.contiguous()
+            self._reduce, self._by_price = reduce[:-1], reduce[-1:]  # [D, width], [1, width]
             still = scorer.expand.new_zeros(len(gain), self.extra, width)
+            expand = torch.cat([still, scorer.expand], 1)
+            expand[: scorer.looks[0]] = 0  # the same for every token
+            self._expand = expand.flatten(0, 1).T.contiguous()  # [width, L * (A - 1)]
             constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
-            bias = torch.cat([constant, scorer.bias], 1)
-            expand = torch.cat([torch.cat([still, scorer.expand], 1), bias[..., None]], -1)
-            expand[: scorer.looks[0], :, :-1] = 0  # the same for every token
-            self._expand = expand.flatten(0, 1).T.contiguous()  # [width + 1, L * (A - 1)]
+            self._bias = torch.cat([constant, scorer.bias], 1)
             # Sums the steps of a layer up to each action.
             self._sums = torch.ones(count - 1, count).triu(1)
-            self._bias = bias
 
     def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
         """Index of the action with the least sum of value and penalty, `[B, T]`.
@@ -187,16 +176,13 @@ class BundleScorer(nn.Module):
                 values = nn.functional.pad(values + gain, (1, 0))
             return (values + penalty).argmin(-1)
 
-    def forward(
-        self, hidden: Tensor, row: Tensor, log_price: Tensor, penalty: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, log_price: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
         """The graph; see `dash_onnx.contract.scorer_ports`."""
         inputs = self.scorer.normalise(hidden.float()).clamp(-_CLAMP, _CLAMP)
-        inputs = torch.cat([inputs, log_price.clamp(*self._range)], -1)
-        bias = torch.index_select(self._bias_in, 0, row)
-        reduced = nn.functional.relu(torch.addmm(bias, inputs, self._reduce))  # [1, width + 1]
-        steps = (reduced @ self._expand).exp().view(self.layers, -1)
-        total = torch.addmm(penalty, steps, self._sums)
+        bias = torch.addmm(self.scorer.reduce.bias, log_price.clamp(*self._range), self._by_price)
+        reduced = nn.functional.relu(torch.addmm(bias, inputs, self._reduce))  # [1, width]
+        steps = torch.addmm(self._bias.flatten(), reduced, self._expand).exp()
+        total = torch.addmm(penalty, steps.view(self.layers, -1), self._sums)
         return total, total.argmin(1)
 
 

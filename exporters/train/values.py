@@ -38,17 +38,15 @@ def sampled_values(
     weights[..., 0] = 1.0
     states, differences, outputs = [], [], []
     x = before = frozen.embed(ids).requires_grad_()
-    previous = torch.full(ids.shape, len(env.actions))
     for layer in range(env.layers):
         if layer in env.looks:
-            seen = before.detach(), previous
-        states.append(State(layer, *seen))
+            seen = before.detach()
+        states.append(State(layer, seen))
         with torch.enable_grad():
             results = env.outputs(layer, x, weights, rotary)
         before, x = x, results[0]
         differences.append([(result - x).detach() for result in results])
         outputs.append(x)
-        previous = torch.zeros_like(previous)
     direction = random_direction(env, frozen.final(x), generator)
     gradients = torch.autograd.grad(direction, outputs)
     for state, difference, gradient in zip(states, differences, gradients, strict=True):
