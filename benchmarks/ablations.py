@@ -12,7 +12,6 @@ may follow: they are trained as they are.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -110,11 +109,10 @@ def policy_gradient(run: Learning) -> None:
                 rollout = run.env.run(batch, drawing)
                 kl = run.env.kl(run.reference(step), rollout.final)
                 cost = run.cost(rollout.weights)
-            state, log_p = drawing.looks[0], torch.zeros(())
-            for layer, taken in enumerate(drawing.weights):
-                state = drawing.looks.get(layer, dataclasses.replace(state, layer=layer))
+            log_p = torch.zeros(())
+            for state, taken in zip(drawing.states, drawing.weights, strict=True):
                 p = on_policy.chances(scorer, run.costs, state, prices, TEMPERATURE)
-                log_p = log_p + (p * taken).sum(-1).clamp(min=1e-9).log()
+                log_p = log_p + (p * taken).sum(-1).clamp(min=1e-9).log().sum(-1)
             draws.append(((kl + prices.exp() * cost) / (prices / 2).exp(), log_p))
         (one, log_one), (other, log_other) = draws
         loss = ((one - other) / 2 * (log_one - log_other))[:, seen].mean()

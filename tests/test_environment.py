@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def one_hot(choice: torch.Tensor, case: Case) -> torch.Tensor:
 
 
 def recorded(weights: torch.Tensor) -> Decide:
-    return lambda state: weights[:, :, state.layer]
+    return lambda state: weights[:, :, state.layers]
 
 
 def runtime_logits(case: Case, ids: torch.Tensor, choice: torch.Tensor) -> np.ndarray:
@@ -232,15 +233,15 @@ def test_decisions_see_what_the_layer_before_their_segment_sees(
 
     def decide(state: State) -> torch.Tensor:
         states.append(state)
-        return weights[:, :, state.layer]
+        return weights[:, :, state.layers]
 
     with torch.no_grad():
         paths = env.run(ids, decide).paths
-    assert [state.layer for state in states] == list(range(LAYERS))
+    bounds = (0, *looks, LAYERS)
+    assert [state.layers for state in states] == [slice(*pair) for pair in pairwise(bounds)]
     inputs = inputs_in_the_runtime(tiny, ids, paths)
-    for layer, state in enumerate(states):
-        start = max((look for look in looks if look <= layer), default=0)
-        wanted = inputs[:, :, max(start - 1, 0)]
+    for state in states:
+        wanted = inputs[:, :, max(state.layers.start - 1, 0)]
         np.testing.assert_allclose(state.hidden[:, PROMPT:].numpy(), wanted, atol=1e-3)
 
 

@@ -67,12 +67,11 @@ def second_order_kl(env: Environment, ids: torch.Tensor) -> torch.Tensor:
 def test_the_mean_of_many_draws_is_the_second_order_kl(env: Environment) -> None:
     ids = torch.randint(2, 384, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     exact = second_order_kl(env, ids)
-    draws = sampled_values(env, ids.expand(DRAWS, -1), torch.Generator().manual_seed(1))
-    for layer, (state, values) in enumerate(draws):
-        assert state.layer == layer
-        assert values.shape == (DRAWS, TOKENS, len(ACTIONS))
-        assert (values[..., 0] == 0).all()
-        values = values.double()
+    _, draws, _ = sampled_values(env, ids.expand(DRAWS, -1), torch.Generator().manual_seed(1))
+    assert draws.shape == (DRAWS, TOKENS, env.layers, len(ACTIONS))
+    assert (draws[..., 0] == 0).all()
+    for layer in range(env.layers):
+        values = draws[:, :, layer].double()
         error = values.std(0) / DRAWS**0.5
         wanted = exact[layer]
         assert (wanted[:, 1:] > 0).all()
@@ -82,23 +81,23 @@ def test_the_mean_of_many_draws_is_the_second_order_kl(env: Environment) -> None
         assert float((error[:, 1:] / wanted[:, 1:]).max()) < 0.2
 
 
-def test_the_states_are_those_of_the_reference_path(env: Environment) -> None:
+def test_the_states_and_the_end_are_those_of_the_reference_path(env: Environment) -> None:
     ids = torch.randint(2, 384, (2, TOKENS), generator=torch.Generator().manual_seed(2))
-    base = torch.zeros(2, TOKENS, len(ACTIONS))
+    base = torch.zeros(2, TOKENS, env.layers, len(ACTIONS))
     base[..., 0] = 1.0
     seen = []
-    env.run(ids, lambda state: (seen.append(state), base)[1])
-    sampled = sampled_values(env, ids, torch.Generator())
-    for wanted, (state, _) in zip(seen, sampled, strict=True):
+    env.run(ids, lambda state: (seen.append(state), base[:, :, state.layers])[1])
+    states, _, final = sampled_values(env, ids, torch.Generator())
+    for wanted, state in zip(seen, states, strict=True):
         torch.testing.assert_close(state.hidden, wanted.hidden, rtol=1e-4, atol=1e-4)
-        assert state.layer == wanted.layer
+        assert state.layers == wanted.layers
+    assert torch.equal(final, env.reference(ids, ACTIONS[0]))  # kept in its place
 
 
 def test_the_same_generator_gives_the_same_samples(env: Environment) -> None:
     ids = torch.randint(2, 384, (2, TOKENS), generator=torch.Generator().manual_seed(3))
     first, again, other = (
-        torch.stack([v for _, v in sampled_values(env, ids, torch.Generator().manual_seed(seed))])
-        for seed in (5, 5, 6)
+        sampled_values(env, ids, torch.Generator().manual_seed(seed))[1] for seed in (5, 5, 6)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -115,11 +114,14 @@ def test_the_regression_loss_falls_when_the_scorer_learns_the_values(env: Enviro
     torch.manual_seed(0)
     scorer = Scorer(env.layers, 64, len(ACTIONS), (1, 2))
     ids = torch.randint(2, 384, (8, TOKENS), generator=torch.Generator().manual_seed(4))
-    pairs = list(sampled_values(env, ids, torch.Generator().manual_seed(5)))
+    states, samples, _ = sampled_values(env, ids, torch.Generator().manual_seed(5))
     optimizer = torch.optim.Adam(scorer.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
-        loss = sum(regression_loss(scorer, state, v, torch.zeros(1, 1)) for state, v in pairs)
+        loss = sum(
+            regression_loss(scorer, state, samples[:, :, state.layers], torch.zeros(1, 1))
+            for state in states
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

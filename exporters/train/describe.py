@@ -49,7 +49,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
         gain = rounding * torch.tensor(errors) / sum(errors)
     scorer = BundleScorer(run.scorer, run.actions, run.extra, gain, run.log_price_range)
     file = export_scorer(scorer, folder, manifest.dims)
-    looks, training = run.env.looks[1:], _training(run, started)
+    looks, training = run.scorer.looks, _training(run, started)
     facts = ScorerFacts(file, scorer.actions, looks, (), {}, (), training)
     if manifest.scorer is not None and manifest.scorer.file != file:
         (folder / manifest.scorer.file).unlink()

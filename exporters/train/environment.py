@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -22,19 +23,19 @@ from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
 
 @dataclass(frozen=True)
 class State:
-    """What a decision may look at.
+    """What decisions may look at.
 
     Attributes:
-        layer: index of the layer to decide for; its block begins at layer i.
+        layers: to decide for; a segment that begins at layer i.
         hidden: `[B, T, D]`, input of layer i-1 (of layer 0 itself for i = 0).
     """
 
-    layer: int
+    layers: slice
     hidden: Tensor
 
 
 Decide: TypeAlias = Callable[[State], Tensor]
-"""Weights `[B, T, A]` of the actions: one-hot in value; a gradient may flow through them."""
+"""Weights `[B, T, n, A]` of the actions of n layers: one-hot in value, with or without gradient."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Environment:
         frozen: the model.
         actions: what the indices of decisions mean.
         prompt_tokens: first tokens of each sequence, which run at `prefill`.
-        looks: layers that begin a segment, decided at once; layer 0 always begins one.
+        segments: of layers that are decided at once.
     """
 
     def __init__(
@@ -73,12 +74,12 @@ class Environment:
         prefill: Action,
         looks: tuple[int, ...],
     ):
-        """The prompt is executed, not decided."""
+        """The prompt is executed, not decided; a segment begins at layer 0 and at each look."""
         self.frozen = frozen
         self.actions = actions
         self.prompt_tokens = prompt_tokens
-        self.looks = (0, *looks)
         self.layers = frozen.manifest.model.num_layers
+        self.segments = [slice(*pair) for pair in pairwise((0, *looks, self.layers))]
         self._prefill = torch.zeros(len(actions))
         self._prefill[actions.index(prefill)] = 1.0
 
@@ -87,7 +88,7 @@ class Environment:
 
         Args:
             ids: `[B, T]`.
-            decide: called once per layer, in order.
+            decide: called once per segment, in order.
             dense: compute every action for every token, so that the weights have a gradient;
                 otherwise each token runs its own action only.
         """
@@ -96,16 +97,15 @@ class Environment:
         x = before = frozen.embed(ids)
         all_weights = []
         step = self._dense if dense else self._sparse
-        for layer in range(self.layers):
-            if layer in self.looks:
-                seen = before.detach()
-            weights = decide(State(layer, seen))
-            prompt = self._prefill.expand(ids.shape[0], self.prompt_tokens, -1)
+        for layers in self.segments:
+            weights = decide(State(layers, before.detach()))
+            prompt = self._prefill.expand_as(weights[:, : self.prompt_tokens])
             weights = torch.cat([prompt, weights[:, self.prompt_tokens :]], 1)
-            before = x
-            x = step(layer, x, weights, rotary)
+            for number, layer in enumerate(range(layers.start, layers.stop)):
+                before = x
+                x = step(layer, x, weights[:, :, number], rotary)
             all_weights.append(weights)
-        return Rollout(frozen.final(x), torch.stack(all_weights, 2))
+        return Rollout(frozen.final(x), torch.cat(all_weights, 2))
 
     def _sparse(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> Tensor:
         frozen = self.frozen
@@ -178,8 +178,8 @@ class Environment:
             return torch.cat([self._uniform(part, weights) for part in ids.split(_SEQUENCES)])
 
     def _uniform(self, ids: Tensor, weights: Tensor) -> Tensor:
-        fixed = weights.expand(*ids.shape, -1)
-        return self.run(ids, lambda state: fixed).final
+        every = weights.expand(*ids.shape, self.layers, -1)
+        return self.run(ids, lambda state: every[:, :, state.layers]).final
 
     def kl(self, reference: Tensor, final: Tensor, head: Action | None = None) -> Tensor:
         """KL(reference || path) in nats of each token.

@@ -116,7 +116,7 @@ def _pass(
     for leaf, slope, effect in zip(leaves, slopes, effects, strict=False):
         assert slope is not None and effect is not None
         chosen = leaf.detach()
-        slope = slope * count / weight[..., None]  # of the KL of all tokens, in nats
+        slope = slope * count / weight[..., None, None]  # of the KL of all tokens, in nats
         slope = slope - (slope * chosen).sum(-1, keepdim=True)
         effect = effect - (effect * chosen).sum(-1, keepdim=True)
         # To second order: half the curvature is one more unbiased sample, as in `values.py`.
@@ -126,10 +126,11 @@ def _pass(
     loss = ((kl + log_prices.exp() * cost) * weight).mean()
     experience = {
         "log_price": log_prices.expand(-1, kl.shape[1]).flatten(),
-        "changes": torch.stack(changes, 1).float(),
+        "changes": torch.cat(changes, 1).float(),
     }
-    for layer, state in drawing.looks.items():
-        experience[f"hidden.{layer}"] = state.hidden[:, seen].flatten(0, 1).to(run.dtype)
+    for state in drawing.states:
+        hidden = state.hidden[:, seen].flatten(0, 1).to(run.dtype)
+        experience[f"hidden.{state.layers.start}"] = hidden
     gradients = [g for g in slopes[len(leaves) :] if g is not None]
     return experience, gradients, (float(loss), float(kl.mean()), float(cost.mean()))
 
@@ -138,24 +139,23 @@ class _Drawing:
     """Draws decisions, and remembers them as leaves of the gradient.
 
     Attributes:
-        weights: one-hot decisions `[B, T, A]` of each layer.
-        looks: the state of each layer that begins a segment.
+        states: of each segment.
+        weights: one-hot decisions `[B, T, n, A]` of each segment.
     """
 
     def __init__(self, run: Learning, log_prices: Tensor, temperature: float):
         self._run, self._log_prices, self._temperature = run, log_prices, temperature
+        self.states: list[State] = []
         self.weights: list[Tensor] = []
-        self.looks: dict[int, State] = {}
 
     def __call__(self, state: State) -> Tensor:
         run = self._run
-        if state.layer in run.env.looks:
-            self.looks[state.layer] = state
         with torch.no_grad():
             p = chances(run.scorer, run.costs, state, self._log_prices, self._temperature)
             drawn = torch.rand(p.shape[:-1], generator=run.generator)[..., None]
             index = (drawn >= p.cumsum(-1)).sum(-1).clamp(max=p.shape[-1] - 1)
             weights = torch.nn.functional.one_hot(index, p.shape[-1]).float()
+        self.states.append(state)
         self.weights.append(weights.requires_grad_())
         return weights
 
@@ -173,12 +173,11 @@ def _learn(
         changes = everything["changes"][rows]  # [n, L, A]
         totals = changes + log_price.exp()[:, None, None] * costs
         loss = torch.zeros(())
-        for layer in range(run.env.layers):
-            if layer in run.env.looks:
-                hidden = everything[f"hidden.{layer}"][rows].float()
-            state = State(layer, hidden)
+        for layers in run.env.segments:
+            state = State(layers, everything[f"hidden.{layers.start}"][rows].float())
             p = chances(run.scorer, run.costs, state, log_price, temperature)
-            loss = loss + ((p * totals[:, layer]).sum(-1) * (-log_price / 2).exp()).mean()
+            expected = (p * totals[:, layers]).sum((-1, -2))
+            loss = loss + (expected * (-log_price / 2).exp()).mean()
         optimizer.zero_grad()
         loss.backward()
         _clipped_step(optimizer)
@@ -187,7 +186,7 @@ def _learn(
 def chances(
     scorer: Scorer, costs: Tensor, state: State, log_price: Tensor, temperature: float
 ) -> Tensor:
-    """Probability of each action, `[..., A]`: the decision of the runtime, made smooth.
+    """Probability of each action, `[..., n, A]`: the decision of the runtime, made smooth.
 
     The argmin of value + price * cost, taken from the cheap end: going one action cheaper is
     worth the price of the time it saves, plus what going further would gain from there. The logit
@@ -197,13 +196,13 @@ def chances(
     Args:
         scorer: in training.
         costs: `[L, A]`, in any unit, from dear to cheap, infinite where forbidden.
-        state: of the decision.
+        state: of the decisions for n layers.
         log_price: log nats per unit of cost, broadcastable to the tokens.
         temperature: scale of the logistic noise on log values that it stands for.
     """
-    steps = scorer.log_steps(state, log_price)  # [..., A-1]
-    row = costs[state.layer]
-    saved = log_price.exp()[..., None] * (row[:-1] - row[1:])  # [..., A-1] nats
+    steps = scorer.log_steps(state, log_price)  # [..., n, A-1]
+    rows = costs[state.layers]
+    saved = log_price.exp()[..., None, None] * (rows[:, :-1] - rows[:, 1:])  # [..., n, A-1] nats
     beyond = torch.zeros_like(steps[..., 0])
     go: list[Tensor] = []
     for step in reversed(range(steps.shape[-1])):

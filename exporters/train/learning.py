@@ -148,9 +148,12 @@ class Learning:
         """Input of the LM head on the reference path of a batch, kept for when it returns."""
         key = number % self._batches
         if key not in self._references:
-            reference = self.env.reference(self.batch(number), self.actions[0])
-            self._references[key] = reference.to(self.dtype)
+            self.keep_reference(number, self.env.reference(self.batch(number), self.actions[0]))
         return self._references[key].float()
+
+    def keep_reference(self, number: int, final: Tensor) -> None:
+        """Keeps what `reference` would compute."""
+        self._references[number % self._batches] = final.to(self.dtype)
 
 
 def _fast_dtype() -> torch.dtype:

@@ -25,20 +25,19 @@ def regress(run: Learning) -> None:
     if "scorer" in state:
         run.moves = [static.Move(**move) for move in state["descent"]]
         return
-    hidden: dict[int, list[Tensor]] = {look: [] for look in run.env.looks}
-    samples: list[list[Tensor]] = [[] for _ in range(run.env.layers)]
+    seen = slice(run.env.prompt_tokens // 8, None)
+    hidden: list[list[Tensor]] = [[] for _ in run.env.segments]
+    samples: list[Tensor] = []
     for number in tqdm(range(run.effort.batches), desc="values", disable=None):
-        batch = run.batch(number)
         with run.autocast():
-            for at, sampled in sampled_values(run.env, batch, run.generator):
-                seen = slice(run.env.prompt_tokens // 8, None)
-                if at.layer in hidden:  # the rest of the segment sees the same
-                    hidden[at.layer].append(at.hidden[:, seen].flatten(0, 1).to(run.dtype))
-                samples[at.layer].append(sampled[:, seen].flatten(0, 1))
-    inputs = {look: torch.cat(part) for look, part in hidden.items()}
-    targets = [torch.cat(part) for part in samples]
-    values = torch.stack([part.mean(0) for part in targets])  # [L, A], nats
-    run.scorer.calibrate(torch.cat([inputs[look] for look in run.scorer.looks]).float())
+            states, sampled, final = sampled_values(run.env, run.batch(number), run.generator)
+        run.keep_reference(number, final)
+        samples.append(sampled[:, seen].flatten(0, 1))
+        for part, at in zip(hidden, states, strict=True):
+            part.append(at.hidden[:, seen].flatten(0, 1).to(run.dtype))
+    inputs, targets = [torch.cat(part) for part in hidden], torch.cat(samples)
+    values = targets.mean(0)  # [L, A], nats
+    run.scorer.calibrate(torch.cat(inputs[1:]).float())
     with torch.no_grad():
         run.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
     _fit(run, inputs, targets)
@@ -50,19 +49,19 @@ def regress(run: Learning) -> None:
     )
 
 
-def _fit(run: Learning, inputs: dict[int, Tensor], targets: list[Tensor]) -> None:
+def _fit(run: Learning, inputs: list[Tensor], targets: Tensor) -> None:
+    """Regresses samples `[n, L, A]` on the hidden states `[n, D]` of each look."""
     optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=_RATE, weight_decay=0.1)
-    tokens = len(targets[0])
     middle = torch.tensor([sum(run.log_price_range) / 2])
     for epoch in range(_EPOCHS):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * (1 + math.cos(math.pi * epoch / _EPOCHS)) / 2
-        for rows in torch.randperm(tokens, generator=run.generator).split(256):
+        for rows in torch.randperm(len(targets), generator=run.generator).split(256):
             loss = torch.zeros(())
-            for layer, y in enumerate(targets):
-                if layer in inputs:
-                    x = inputs[layer][rows].float()
-                loss = loss + regression_loss(run.scorer, State(layer, x), y[rows], middle)
+            for layers, hidden in zip(run.env.segments, inputs, strict=True):
+                state = State(layers, hidden[rows].float())
+                part = targets[rows, layers]
+                loss = loss + regression_loss(run.scorer, state, part, middle)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

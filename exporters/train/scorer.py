@@ -70,21 +70,23 @@ class Scorer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
 
     def log_steps(self, state: State, log_price: Tensor) -> Tensor:
-        """Log of the predicted KL in nats between neighbouring actions, `[B, T, A-1]`.
+        """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`.
 
         Args:
-            state: of the decision.
+            state: of the decisions for n layers.
             log_price: log of nats per unit of cost, broadcastable to `[B, T]`.
         """
-        if state.layer < self.looks[0]:
-            return self.bias[state.layer].expand(*state.hidden.shape[:-1], -1)
+        bias = self.bias[state.layers]
+        if state.layers.start < self.looks[0]:
+            return bias.expand(*state.hidden.shape[:-1], -1, -1)
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
         price = log_price[..., None].expand(*inputs.shape[:-1], 1)
         hidden = nn.functional.relu(self.reduce(torch.cat([inputs, price], -1)))
-        return nn.functional.linear(hidden, self.expand[state.layer], self.bias[state.layer])
+        expand = self.expand[state.layers].flatten(0, 1)
+        return nn.functional.linear(hidden, expand, bias.flatten()).unflatten(-1, bias.shape)
 
     def values(self, state: State, log_price: Tensor) -> Tensor:
-        """Predicted KL of every action in nats, `[B, T, A]`; 0 for the dearest."""
+        """Predicted KL of every action in nats, `[B, T, n, A]`; 0 for the dearest."""
         steps = self.log_steps(state, log_price).exp()
         return nn.functional.pad(steps.cumsum(-1), (1, 0))
 
@@ -107,7 +109,7 @@ def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
     def decide(state: State) -> Tensor:
         with torch.no_grad():
             values = scorer.values(state, log_price)
-            total = values + log_price.exp()[..., None] * costs[state.layer]
+            total = values + log_price.exp()[..., None, None] * costs[state.layers]
             return nn.functional.one_hot(total.argmin(-1), total.shape[-1]).float()
 
     return decide
@@ -162,19 +164,19 @@ class BundleScorer(nn.Module):
             self._sums = torch.ones(count - 1, count).triu(1)
 
     def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
-        """Index of the action with the least sum of value and penalty, `[B, T]`.
+        """Index of the action with the least sum of value and penalty, `[B, T, n]`.
 
         Args:
             state: of the process: its actions lack the extra one.
             log_price: broadcastable to `[B, T]`.
-            penalty: `[A]` nats.
+            penalty: `[L, A]` nats.
         """
         with torch.no_grad():
             values = self.scorer.values(state, log_price.clamp(*self._range))
             if self.extra:
-                gain = self._bias[state.layer, 0].exp()
+                gain = self._bias[state.layers, :1].exp()
                 values = nn.functional.pad(values + gain, (1, 0))
-            return (values + penalty).argmin(-1)
+            return (values + penalty[state.layers]).argmin(-1)
 
     def forward(self, hidden: Tensor, log_price: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
         """The graph; see `dash_onnx.contract.scorer_ports`."""

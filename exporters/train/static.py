@@ -100,7 +100,7 @@ def path_kl(
 def fixed(env: Environment, path: Sequence[int], shape: torch.Size) -> Decide:
     """The same path for every token of `[B, T]`."""
     chosen = torch.nn.functional.one_hot(torch.tensor(path), len(env.actions)).float()  # [L, A]
-    return lambda state: chosen[state.layer].expand(*shape, -1)
+    return lambda state: chosen[state.layers].expand(*shape, -1, -1)
 
 
 def step_values(moves: Sequence[Move], costs: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class _Recorder:
     chosen: list[Tensor]
 
     def __call__(self, state: State) -> Tensor:
-        action = self.scorer.decide(state, self.log_price, self.penalty[state.layer])
+        action = self.scorer.decide(state, self.log_price, self.penalty)
         self.chosen.append(action)
         known = (action - self.scorer.extra).clamp(min=0)
         return torch.nn.functional.one_hot(known, len(self.env.actions)).float()
@@ -74,7 +74,7 @@ def measure(
                 penalty = price * allowed
                 recorder = _Recorder(scorer, env, penalty, log_price, [])
                 finals.append(env.run(part, recorder).final)
-                chosen.append(torch.stack(recorder.chosen, -1))
+                chosen.append(torch.cat(recorder.chosen, -1))
             paths = torch.cat(chosen)[:, env.prompt_tokens :]  # [B, T, L]
             final = torch.cat(finals)
             counts = torch.nn.functional.one_hot(paths, len(scorer.actions)).float().mean((0, 1))

@@ -10,8 +10,6 @@ drawing labels instead gives much heavier tails.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from dash_onnx.exporters.train.environment import Environment, State
@@ -21,7 +19,7 @@ from dash_onnx.exporters.train.scorer import Scorer
 
 def sampled_values(
     env: Environment, ids: Tensor, generator: torch.Generator
-) -> Iterator[tuple[State, Tensor]]:
+) -> tuple[list[State], Tensor, Tensor]:
     """Samples of each action's KL along the reference path.
 
     Args:
@@ -29,8 +27,9 @@ def sampled_values(
         ids: `[B, T]`.
         generator: of the samples.
 
-    Yields:
-        Per layer the state, and `[B, T, A]` samples in nats (0 for the reference action).
+    Returns:
+        The state of each segment; samples `[B, T, L, A]` in nats (0 for the reference action);
+        the input of the LM head `[B, T, D]`.
     """
     frozen = env.frozen
     rotary = frozen.rotary(ids.shape[1])
@@ -38,20 +37,22 @@ def sampled_values(
     weights[..., 0] = 1.0
     states, differences, outputs = [], [], []
     x = before = frozen.embed(ids).requires_grad_()
-    for layer in range(env.layers):
-        if layer in env.looks:
-            seen = before.detach()
-        states.append(State(layer, seen))
-        with torch.enable_grad():
-            results = env.outputs(layer, x, weights, rotary)
-        before, x = x, results[0]
-        differences.append([(result - x).detach() for result in results])
-        outputs.append(x)
-    direction = random_direction(env, frozen.final(x), generator)
+    for layers in env.segments:
+        states.append(State(layers, before.detach()))
+        for layer in range(layers.start, layers.stop):
+            with torch.enable_grad():
+                results = env.outputs(layer, x, weights, rotary)
+            before, x = x, results[0]
+            differences.append([(result - x).detach() for result in results])
+            outputs.append(x)
+    final = frozen.final(x)
+    direction = random_direction(env, final, generator)
     gradients = torch.autograd.grad(direction, outputs)
-    for state, difference, gradient in zip(states, differences, gradients, strict=True):
-        effects = [torch.linalg.vecdot(gradient, d).square() / 2 for d in difference]
-        yield state, torch.stack(effects, -1).float()
+    samples = [
+        torch.stack([torch.linalg.vecdot(gradient, d).square() / 2 for d in difference], -1)
+        for difference, gradient in zip(differences, gradients, strict=True)
+    ]
+    return states, torch.stack(samples, 2).float(), final.detach()
 
 
 def random_direction(env: Environment, final: Tensor, generator: torch.Generator) -> Tensor:
@@ -77,6 +78,14 @@ def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:
 
 
 def regression_loss(scorer: Scorer, state: State, samples: Tensor, log_price: Tensor) -> Tensor:
-    """Mean deviance of all actions but the reference."""
+    """Mean deviance of all actions but the reference, summed over the layers of a segment.
+
+    Args:
+        scorer: in training.
+        state: of n layers.
+        samples: `[..., n, A]` nats.
+        log_price: broadcastable to the tokens.
+    """
     predicted = scorer.values(state, log_price)[..., 1:].log()
-    return gamma_deviance(predicted, samples[..., 1:].clamp(min=1e-9)).mean()
+    deviance = gamma_deviance(predicted, samples[..., 1:].clamp(min=1e-9))
+    return deviance.mean(-1).flatten(0, -2).mean(0).sum()

@@ -1,0 +1,218 @@
+"""Further actions: what parts of a layer cost and lose, between INT8 and skip.
+
+    python benchmarks/actions.py out/ --text book.txt
+
+For every action the median time of a layer when all layers take it, and the KL of one layer taking
+it, to second order (`exporters/train/values.py`), mean over layers and tokens, in thousandths of a
+nat; on the second half of a text whose first half the low-rank map of the MLP is fitted on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from tqdm import tqdm
+
+import dash_onnx
+from dash_onnx.actions import SKIP
+from dash_onnx.bundle import Bundle
+from dash_onnx.contract import layer_path, layer_ports
+from dash_onnx.exporters.train.environment import Environment
+from dash_onnx.exporters.train.frozen import Frozen, Tensor
+from dash_onnx.exporters.train.values import random_direction
+from dash_onnx.runtime.buffers import bound_run
+from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.ort import create_session
+from dash_onnx.text import TextCodec, read_text
+
+LENGTH, BATCH, FIRST = 256, 4, 32  # tokens, sequences of a pass, tokens that stay out as prompts do
+RANK = 64
+TOKENS = 60  # that are timed, after as many
+ATTENTION, MIXED = "attention only", "INT8 attention, INT4 MLP"
+MAPPED = f"attention, rank {RANK} for the MLP"
+
+
+def attention_only(folder: Path, layer: int) -> onnx.ModelProto:
+    """The INT8 graph without its MLP."""
+    model = onnx.load(folder / layer_path(layer, "int8"), load_external_data=False)
+    graph = model.graph
+    (total,) = [node.input[0] for node in graph.node if "hidden_out" in node.output]
+    needed, kept = {total, "present_key", "present_value"}, []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            kept.insert(0, node)
+            needed |= set(node.input)
+    for node in kept:
+        node.output[:] = ["hidden_out" if name == total else name for name in node.output]
+    del graph.node[:]
+    graph.node.extend(kept)
+    used = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(used)
+    return model
+
+
+def mixed(folder: Path, layer: int) -> onnx.ModelProto:
+    """The INT8 graph with the MLP of the INT4 one."""
+    eight, four = (
+        onnx.load(folder / layer_path(layer, action), load_external_data=False)
+        for action in ("int8", "int4")
+    )
+    parts = [
+        (model.graph, [("gate_up_proj." in t.name or "down_proj." in t.name) == (model is four)
+                       for t in model.graph.initializer])
+        for model in (eight, four)
+    ]  # fmt: skip
+    tensors = [
+        t for graph, wanted in parts for t, w in zip(graph.initializer, wanted, strict=True) if w
+    ]
+    cut = [next(i for i, n in enumerate(m.graph.node) if "gate_up_proj.values" in n.input)
+           for m in (eight, four)]  # fmt: skip
+    nodes = [*list(eight.graph.node)[: cut[0]], *list(four.graph.node)[cut[1] :]]
+    del eight.graph.node[:], eight.graph.initializer[:]
+    eight.graph.node.extend(nodes)
+    eight.graph.initializer.extend(tensors)
+    return eight
+
+
+def times(folder: Path) -> dict[str, float]:
+    """Microseconds of a layer."""
+    model = dash_onnx.load(folder)
+    manifest, sessions = model.manifest, model._sessions
+    layers = manifest.model.num_layers
+    lane = Lane(sessions)
+    lane.prefill(np.arange(1000, 1064), ("int8",) * layers, manifest.heads["int8"])
+    span, kv, ports = lane._single, lane.kv, layer_ports(manifest.dims)
+
+    def runs(name: str) -> list:
+        made = []
+        for layer in range(layers):
+            if name in manifest.actions:
+                made.append(span._run_of(layer, name))  # type: ignore[arg-type]
+                continue
+            graph = attention_only(folder, layer) if name == ATTENTION else mixed(folder, layer)
+            path = folder / "layers" / f"{layer:02d}" / "other.onnx"
+            onnx.save(graph, path)
+            hidden = span.hidden[layer % 2], span.hidden[(layer + 1) % 2]
+            cache = kv.keys[layer], kv.values[layer]
+            rotary = kv.rotary[manifest.rope_of(layer)]
+            state = lane.seqlens, lane.total, lane.start
+            inputs = [hidden[0], *cache, *state, *rotary]
+            made.append(bound_run(create_session(path, "cpu"), ports, inputs, [hidden[1], *cache]))
+        return made
+
+    all_runs = {name: runs(name) for name in ("int8", "int4", SKIP, ATTENTION, MIXED)}
+    seen: dict[str, list[float]] = {name: [] for name in all_runs}
+    for _ in tqdm(range(2 * TOKENS), desc="times", disable=None):
+        for name, steps in all_runs.items():
+            lane.truncate(64)
+            lane._advance(1)
+            span._start(17)
+            started = time.perf_counter()
+            for run in steps:
+                run()
+            seen[name].append((time.perf_counter() - started) / layers * 1e6)
+            span.run_head(manifest.heads["int8"])
+    return {name: float(np.median(values[TOKENS:])) for name, values in seen.items()}
+
+
+class Losses:
+    """Second-order KL of each action, over a text."""
+
+    def __init__(self, folder: Path, text: Path, sequences: int):
+        """Reads the model."""
+        self._frozen = Frozen(Bundle(folder), ("int8", "int4"), torch.float32)
+        self._env = Environment(self._frozen, self._frozen.actions, FIRST, "int8", (1,))
+        ids = torch.from_numpy(TextCodec(Bundle(folder)).encode(read_text(text)))
+        self._ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:sequences]
+        self._generator = torch.Generator().manual_seed(0)
+
+    def measured(self) -> dict[str, float]:
+        """Nats of one layer, mean over layers and tokens."""
+        half = len(self._ids) // 2
+        fitted = [self._pass(ids, None) for ids in self._ids[:half].split(BATCH)]
+        maps = []
+        for layer in range(self._env.layers):
+            x, y = (torch.cat([one[kind][layer] for one in fitted]) for kind in ("x", "mlp"))
+            gram = x.T @ x
+            gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram))
+            full = torch.linalg.solve(gram, x.T @ y)
+            # The best map of that rank for these inputs: cut where the outputs vary least.
+            _, _, v = torch.linalg.svd(x @ full, full_matrices=False)
+            maps.append(full @ v[:RANK].T @ v[:RANK])
+        seen = [self._pass(ids, maps) for ids in self._ids[half:].split(BATCH)]
+        return {name: float(np.mean([one["kl"][name] for one in seen])) for name in seen[0]["kl"]}
+
+    def _pass(self, ids: Tensor, maps: list[Tensor] | None) -> dict:
+        frozen, seen = self._frozen, slice(FIRST, None)
+        rotary = frozen.rotary(ids.shape[1])
+        x = frozen.embed(ids).requires_grad_()
+        outputs, others, inputs, mlps = [], [], [], []
+        for layer in range(self._env.layers):
+            normed = frozen.normed(layer, x)
+            q, kv = frozen.split(layer, frozen.qkv(layer, "int8", normed))
+            heads = frozen.attend(layer, q, kv, rotary)
+            y = frozen.complete(layer, "int8", x, heads)
+            outputs.append(y)
+            with torch.no_grad():
+                q4, kv4 = frozen.split(layer, frozen.qkv(layer, "int4", normed))
+                attended = x + frozen._layers[layer]["int8"]["o_proj"](heads)
+                read = frozen._norm(layer, "post_norm", attended)
+                inputs.append(read[:, seen].flatten(0, 1))
+                mlps.append((y - attended)[:, seen].flatten(0, 1))
+                four = frozen.complete(layer, "int4", x, frozen.attend(layer, q4, kv4, rotary))
+                four_mlp = frozen.complete(layer, "int4", x, heads)
+                o_proj = (frozen._layers[layer][a]["o_proj"](heads) for a in ("int8", "int4"))
+                o_proj_difference = next(o_proj) - next(o_proj)
+                found = {
+                    "int4": four,
+                    SKIP: frozen.skip(layer, x, normed)[0],
+                    ATTENTION: attended,
+                    MIXED: four_mlp + o_proj_difference,
+                }
+                if maps:
+                    found[MAPPED] = attended + read @ maps[layer]
+                others.append({name: (other - y).detach() for name, other in found.items()})
+            x = y
+        direction = random_direction(self._env, frozen.final(x), self._generator)
+        gradients = torch.autograd.grad(direction, outputs)
+        kl: dict[str, float] = {}
+        if maps:
+            for name in others[0]:
+                effects = [
+                    (torch.linalg.vecdot(g, other[name]).square() / 2)[:, seen].mean()
+                    for g, other in zip(gradients[1:], others[1:], strict=True)
+                ]
+                kl[name] = float(torch.stack(effects).mean())
+        return {"x": inputs, "mlp": mlps, "kl": kl}
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="with INT8 and INT4")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--sequences", type=int, default=64)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(shutil.copytree(arguments.bundle, Path(folder) / "out"))
+        microseconds = times(copied)
+    losses = Losses(arguments.bundle, arguments.text, arguments.sequences).measured()
+    # What the map adds: a skip has such a map as well, and little else.
+    print(f"{'action':32}{'us':>8}{'KL x 1000':>12}{'KL x 1e6 per us saved':>24}")
+    base = microseconds["int8"]
+    print(f"{'int8':32}{base:8.0f}")
+    for name, loss in losses.items():
+        us = microseconds.get(name, microseconds[ATTENTION])
+        print(f"{name:32}{us:8.0f}{loss * 1e3:12.2f}{loss * 1e6 / (base - us):24.1f}")
+
+
+if __name__ == "__main__":
+    main()
