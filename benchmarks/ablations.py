@@ -4,9 +4,9 @@
     python benchmarks/ablations.py out/ --calibration text.txt
 
 Decides between the highest precision and skip. Prints the KL in nats at 2, 4, 6 and 8 skipped
-layers a token (read between measured prices) on sequences held out of the training text; the
-scorer's time is not counted. Other bundles of the same model, say of another `--compensation-rank`,
-may follow: they are trained as they are.
+layers a token (read between measured prices) on sequences held out of the training text, or on
+another text (`--text`); the scorer's time is not counted. Other bundles of the same model, say of
+another `--compensation-rank`, may follow: they are trained as they are.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
 from dash_onnx.exporters.train.scorer import Scorer, greedy
+from dash_onnx.exporters.train.text import LENGTH
+from dash_onnx.text import TextCodec, read_text
 
 SKIPS = (2, 4, 6, 8)
 PRICES = 7  # at which each policy is measured
@@ -169,6 +171,7 @@ def main() -> None:
     parser.add_argument("bundle", metavar="OUT", type=Path)
     parser.add_argument("others", nargs="*", type=Path, metavar="OTHER")
     parser.add_argument("--calibration", nargs="+", type=Path, default=[])
+    parser.add_argument("--text", type=Path, help="that the KL is measured on")
     parser.add_argument("--sequences", type=int, default=120)
     parser.add_argument("--steps", type=int, default=24, help="of the on-policy phase")
     parser.add_argument("--only", help="variants whose name contains this")
@@ -198,6 +201,10 @@ def main() -> None:
         if sequences in ids:
             run.checkpoint.state["ids"] = ids[sequences]
         run.texts()
+        if arguments.text:
+            tokens = TextCodec(run.bundle).encode(read_text(arguments.text))
+            rows = min(len(tokens) // LENGTH, effort.held_out)
+            run.held_out = torch.from_numpy(tokens[: rows * LENGTH].reshape(rows, LENGTH))
         ids[sequences] = run.checkpoint.state["ids"]
         regress(run)
         if regression:

@@ -24,6 +24,8 @@ from dash_onnx.errors import PolicyError
 from dash_onnx.runtime.evaluate import evaluate
 from dash_onnx.text import read_text
 
+POLICIES = ("dash", "static", "even", "cosine", "random")
+
 
 def main() -> None:
     """Prints a table, or JSON lines."""
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="*", default=[1.0, 0.93, 0.87, 0.81])
     parser.add_argument("--skips", type=int, nargs="*", default=[], help="layers per token")
     parser.add_argument("--no-presets", action="store_true")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--max-windows", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -56,6 +59,7 @@ def main() -> None:
         runs += [("dash", budget), ("static", budget)]
         if budget < base_ms / full_ms:
             runs += [("even", budget), ("cosine", budget), ("random", budget)]
+    runs = [run for run in runs if run[0] in (*arguments.policies, *manifest.variants)]
     if not arguments.json:
         print("policy  budget  cost/full  cost ms  ms    KL (stderr)       top-1   skipped")
     for policy, budget in tqdm(runs, disable=None):

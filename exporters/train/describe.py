@@ -102,8 +102,8 @@ def _write_compensation(run: Learning, folder: Path) -> dict[str, FileFacts]:
 def _table_prices(run: Learning) -> list[float]:
     low, high = run.log_price_range
     inside = np.exp(np.linspace(low, high, _TABLE)).tolist()
-    # Below the range the scorer leaves INT8 for `full`, layer by layer.
-    below = np.exp(np.linspace(low - 7.0, low, 5)[:-1]).tolist() if run.extra else []
+    # Below the range fewer layers are skipped, and INT8 is left for `full`, layer by layer.
+    below = np.exp(np.linspace(low - (7.0 if run.extra else 1.2), low, 5)[:-1]).tolist()
     # Above it, where it sees the highest price that it knows, time is worth still more.
     above = np.exp(np.linspace(high, high + 1.2, 4)[1:]).tolist()
     return [*below, *inside, *above]
