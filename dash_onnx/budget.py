@@ -22,7 +22,7 @@ PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
 DEFAULT_PRESET = "balanced"
 
 _GAIN = 0.2  # of the log price per token and unit of relative overspending: settles in ~50 tokens
-_STEP = 0.05  # of the log price: each new price takes the runtime a further run of the scorer
+_STEP = 0.05  # of the log price: each new price takes the runtime new penalties
 _REACH = 1.5  # how far beyond the table the controller may push the log price
 
 

@@ -20,7 +20,7 @@ class Scoring:
 
     Attributes:
         actions: that are decided between.
-        path: what each layer does; the decisions of the first segment hold for every token.
+        path: what each layer does; the first segment's decisions hold until the price changes.
         looks: per layer, the number of the look that decides for the segment after it, or None:
             `begin` before the layer is called, `finish` afterwards.
     """

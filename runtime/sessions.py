@@ -61,7 +61,7 @@ class Sessions:
     def scorer(self) -> Any:
         """What decides; see `ScorerFacts`."""
         file = scorer_facts(self.manifest).file
-        return self._get(file, self.scorer_ports, self.streams.scorer)
+        return self._get(file, self.scorer_ports, self.streams.scorer, "train again (dash-train)")
 
     def preload(
         self, policy: Policy | None = None, prompt: tuple[Path, Action] | None = None
@@ -99,7 +99,9 @@ class Sessions:
             self._closed = True
             self._loaded.clear()
 
-    def _get(self, path: str, ports: Ports, stream: int | None) -> Any:
+    def _get(
+        self, path: str, ports: Ports, stream: int | None, remedy: str = "export again"
+    ) -> Any:
         session = self._loaded.get(path)
         if session is None:
             with self._lock:
@@ -108,13 +110,13 @@ class Sessions:
                     raise BundleError("this model is closed; load the bundle again")
                 if session is None:
                     session = create_session(self._bundle.verified(path), self.device, stream)
-                    _check_ports(path, session, ports)
+                    _check_ports(path, session, ports, remedy)
                     self._loaded[path] = session
         return session
 
 
-def _check_ports(path: str, session: Any, ports: Ports) -> None:
+def _check_ports(path: str, session: Any, ports: Ports, remedy: str) -> None:
     found = [[port.name for port in side] for side in (session.get_inputs(), session.get_outputs())]
     wanted = [[port.name for port in side] for side in (ports.inputs, ports.outputs)]
     if found != wanted:
-        raise BundleError(f"{path} does not have the inputs and outputs of a bundle; export again")
+        raise BundleError(f"{path} does not have the inputs and outputs of a bundle; {remedy}")

@@ -80,7 +80,7 @@ def quick() -> Iterator[Scorers]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EFFORTS, "quick", effort)
         patch.setattr(learning, "PROMPT_TOKENS", PROMPT)
-        patch.setattr(learning, "_LOOKS", 2)  # segments of one and of two layers
+        patch.setattr(learning, "looks_of", lambda *_: (2, 3))  # segments of one and two layers
         patch.setattr(training_text, "LENGTH", LENGTH)
         patch.setattr(describe, "profile", costs_of)
         patch.setattr(learning, "_fast_dtype", lambda: torch.float32)
@@ -247,7 +247,7 @@ def test_the_scorer_graph_keeps_the_contract(trained: Path) -> None:
     assert manifest.scorer is not None
     proto = onnx.load(trained / manifest.scorer.file)
     onnx.checker.check_model(proto)
-    assert manifest.scorer.segments(LAYERS) == ((0, 1), (1, 2), (2, 4))
+    assert manifest.scorer.segments(LAYERS) == ((0, 2), (2, 3), (3, 4))
     ports = scorer_ports(manifest.dims, LAYERS, len(ACTIONS))
     for side, wanted in ((proto.graph.input, ports.inputs), (proto.graph.output, ports.outputs)):
         declared = [
@@ -374,7 +374,7 @@ def test_the_runtime_never_skips_the_first_layer_at_any_price(model: Model) -> N
 @pytest.fixture
 def indifferent() -> Scorer:
     """A scorer to which all actions cost nothing."""
-    scorer = Scorer(LAYERS, 64, 3, (1, 2, 3))
+    scorer = Scorer(LAYERS, 64, 3, (2, 3))
     with torch.no_grad():
         scorer.expand.zero_()
         scorer.bias.fill_(-100.0)
@@ -388,22 +388,23 @@ def allowed_costs() -> torch.Tensor:
 
 
 def test_training_never_skips_the_first_layer(indifferent: Scorer) -> None:
-    state = State(slice(0, 1), torch.randn(64, 1024, 64))
+    state = State(slice(0, 2), torch.randn(64, 1024, 64))
     p = chances(indifferent, allowed_costs(), state, torch.zeros(64, 1), 0.7).detach()
-    torch.testing.assert_close(p.sum(-1), torch.ones(64, 1024, 1))
-    assert float(p[..., 2].max()) < 1e-30
-    assert int((greedy(indifferent, allowed_costs(), torch.zeros(64, 1))(state)[..., 2]).sum()) == 0
+    torch.testing.assert_close(p.sum(-1), torch.ones(64, 1024, 2))
+    assert float(p[:, :, 0, 2].max()) < 1e-30
+    taken = greedy(indifferent, allowed_costs(), torch.zeros(64, 1))(state)[..., 2].sum((0, 1))
+    assert taken.tolist() == [0, 64 * 1024]  # all actions cost it nothing, so the cheapest
 
 
 def test_training_draws_every_action_of_the_other_layers(indifferent: Scorer) -> None:
     with torch.no_grad():
         indifferent.bias.fill_(math.log(0.9))  # as dear as the time they save
-    state = State(slice(1, 2), torch.randn(4, 1024, 64))
+    state = State(slice(2, 3), torch.randn(4, 1024, 64))
     p = chances(indifferent, allowed_costs(), state, torch.zeros(4, 1), 0.7)
     assert (p.detach().mean((0, 1, 2)) > 0.05).all()
     (p[..., 2].sum()).backward()
     assert indifferent.bias.grad is not None
-    assert (indifferent.bias.grad[1] < 0).all()  # dearer steps make a skip rarer
+    assert (indifferent.bias.grad[2] < 0).all()  # dearer steps make a skip rarer
 
 
 def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer) -> None:
@@ -412,12 +413,12 @@ def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer)
         indifferent.expand.normal_(0, 0.3, generator=generator)
         indifferent.bias.fill_(-0.5)
     prices = torch.linspace(-2, 2, 8)[:, None]
-    for layers in (slice(0, 1), slice(1, 3), slice(3, LAYERS)):
+    for layers in (slice(0, 2), slice(2, 3), slice(3, LAYERS)):
         state = State(layers, torch.randn(8, 64, 64, generator=generator))
         cold = chances(indifferent, allowed_costs(), state, prices, 1e-6)
         wanted = greedy(indifferent, allowed_costs(), prices)(state)
         assert torch.equal(cold.argmax(-1), wanted.argmax(-1))
-        assert len(wanted.argmax(-1).unique()) > 1
+        assert len(wanted.argmax(-1)[:, :, -1].unique()) > 1
 
 
 def test_a_pass_tells_what_other_decisions_would_have_changed(
@@ -472,6 +473,37 @@ def test_a_pass_tells_what_other_decisions_would_have_changed(
     assert float(torch.corrcoef(torch.stack([ours[~kept], theirs[~kept]]))[0, 1]) > 0.9
     slope = float((ours * theirs).sum() / theirs.square().sum())
     assert 0.8 < slope < 1.25
+
+
+def test_values_are_learned_from_the_states_that_they_were_sampled_in(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each segment, the hidden states that its look saw, in the order of its samples."""
+    loss, sampled = regress.regression_loss, regress.sampled_values
+    seen: dict[int, dict[bytes, torch.Tensor]] = {}
+    learned: set[int] = set()
+
+    def watching(env: Any, ids: Any, generator: Any) -> Any:
+        states, values, final = sampled(env, ids, generator)
+        for state in states[1:]:
+            pairs = zip(
+                state.hidden.flatten(0, 1), values[:, :, state.layers].flatten(0, 1), strict=True
+            )
+            known = seen.setdefault(state.layers.start, {})
+            known.update({hidden.numpy().tobytes(): value for hidden, value in pairs})
+        return states, values, final
+
+    def noting(scorer: Scorer, state: State, samples: torch.Tensor, price: torch.Tensor) -> Any:
+        learned.update(range(state.layers.start, state.layers.stop))
+        for hidden, value in zip(state.hidden, samples, strict=True):
+            if state.layers.start:
+                assert torch.equal(seen[state.layers.start][hidden.numpy().tobytes()], value)
+        return loss(scorer, state, samples, price)
+
+    monkeypatch.setattr(regress, "sampled_values", watching)
+    monkeypatch.setattr(regress, "regression_loss", noting)
+    trained_until_export(bundle, TrainOptions())
+    assert learned == set(range(LAYERS))
 
 
 # Seeds
@@ -724,7 +756,7 @@ def test_a_scorer_that_is_another_graph_is_refused(again: Path) -> None:
     (again / "dash.json").write_text(json.dumps(data))
     model = dash_onnx.load(again)
     refusal(
-        lambda: model.generate("the keeper", policy="dash"), "layers/03/skip.onnx", "export again"
+        lambda: model.generate("the keeper", policy="dash"), "layers/03/skip.onnx", "train again"
     )
 
 

@@ -14,7 +14,7 @@ from dash_onnx.budget import price_of, scorer_facts
 from dash_onnx.contract import layer_path, scorer_ports
 from dash_onnx.exporters.fused.names import BUDGET, PATH
 from dash_onnx.manifest import Manifest
-from dash_onnx.runtime.ort import create_session
+from dash_onnx.runtime.sessions import Sessions
 
 if TYPE_CHECKING:
     from dash_onnx.exporters.fused.facts import FusedFacts
@@ -155,8 +155,7 @@ class Decisions:
 
         The same for every token, so that no graph needs to compute it.
         """
-        facts = scorer_facts(self._manifest)
-        session = create_session(self._fusion.bundle.verified(facts.file), "cpu")
+        session = Sessions(self._fusion.bundle, "cpu").scorer()
         ports = scorer_ports(self._manifest.dims, self._layers, len(self._actions))
         nothing = {
             port.name: np.zeros([int(n) for n in port.shape], port.dtype) for port in ports.inputs

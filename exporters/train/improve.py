@@ -128,7 +128,7 @@ def _pass(
         "log_price": log_prices.expand(-1, kl.shape[1]).flatten(),
         "changes": torch.cat(changes, 1).float(),
     }
-    for state in drawing.states:
+    for state in drawing.states[1:]:
         hidden = state.hidden[:, seen].flatten(0, 1).to(run.dtype)
         experience[f"hidden.{state.layers.start}"] = hidden
     gradients = [g for g in slopes[len(leaves) :] if g is not None]
@@ -174,7 +174,9 @@ def _learn(
         totals = changes + log_price.exp()[:, None, None] * costs
         loss = torch.zeros(())
         for layers in run.env.segments:
-            state = State(layers, everything[f"hidden.{layers.start}"][rows].float())
+            nothing = changes[:, :0, 0]  # the first segment looks at no token
+            hidden = everything[f"hidden.{layers.start}"][rows].float() if layers.start else nothing
+            state = State(layers, hidden)
             p = chances(run.scorer, run.costs, state, log_price, temperature)
             expected = (p * totals[:, layers]).sum((-1, -2))
             loss = loss + (expected * (-log_price / 2).exp()).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -71,7 +72,6 @@ class Learning:
         self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
         self.dtype = _fast_dtype()
-        self.checkpoint = Checkpoint(bundle.folder, self._fingerprint())
         self.frozen = Frozen(bundle, self.actions, self.dtype)
         prompt = min(PROMPT_TOKENS, manifest.model.max_length // 2)
         facts = manifest.model
@@ -83,6 +83,7 @@ class Learning:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), looks)
+        self.checkpoint = Checkpoint(bundle.folder, self._fingerprint())
         self.moves: list[Move] = []
         self.history: list[tuple[float, float, float]] = []
         self._references: dict[int, Tensor] = {}
@@ -90,9 +91,10 @@ class Learning:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         files = {name: facts.sha256 for name, facts in self.graphs().items()}
-        digest.update(
-            json.dumps([files, self.options.effort, self.options.seed, str(self.dtype)]).encode()
-        )
+        form = {name: list(weight.shape) for name, weight in self.scorer.state_dict().items()}
+        effort, looks = dataclasses.asdict(self.effort), self.scorer.looks
+        facts = [files, effort, form, looks, self.options.seed, str(self.dtype)]
+        digest.update(json.dumps(facts).encode())
         for path in self.options.calibration:
             digest.update(read_text(path).encode())
         return digest.hexdigest()

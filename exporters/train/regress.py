@@ -26,18 +26,18 @@ def regress(run: Learning) -> None:
         run.moves = [static.Move(**move) for move in state["descent"]]
         return
     seen = slice(run.env.prompt_tokens // 8, None)
-    hidden: list[list[Tensor]] = [[] for _ in run.env.segments]
+    hidden: list[list[Tensor]] = [[] for _ in run.scorer.looks]
     samples: list[Tensor] = []
     for number in tqdm(range(run.effort.batches), desc="values", disable=None):
         with run.autocast():
             states, sampled, final = sampled_values(run.env, run.batch(number), run.generator)
         run.keep_reference(number, final)
         samples.append(sampled[:, seen].flatten(0, 1))
-        for part, at in zip(hidden, states, strict=True):
+        for part, at in zip(hidden, states[1:], strict=True):
             part.append(at.hidden[:, seen].flatten(0, 1).to(run.dtype))
     inputs, targets = [torch.cat(part) for part in hidden], torch.cat(samples)
     values = targets.mean(0)  # [L, A], nats
-    run.scorer.calibrate(torch.cat(inputs[1:]).float())
+    run.scorer.calibrate(torch.cat(inputs).float())
     with torch.no_grad():
         run.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
     _fit(run, inputs, targets)
@@ -53,12 +53,13 @@ def _fit(run: Learning, inputs: list[Tensor], targets: Tensor) -> None:
     """Regresses samples `[n, L, A]` on the hidden states `[n, D]` of each look."""
     optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=_RATE, weight_decay=0.1)
     middle = torch.tensor([sum(run.log_price_range) / 2])
+    nothing = targets.new_empty(len(targets), 0)  # the first segment looks at no token
     for epoch in range(_EPOCHS):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * (1 + math.cos(math.pi * epoch / _EPOCHS)) / 2
         for rows in torch.randperm(len(targets), generator=run.generator).split(256):
             loss = torch.zeros(())
-            for layers, hidden in zip(run.env.segments, inputs, strict=True):
+            for layers, hidden in zip(run.env.segments, (nothing, *inputs), strict=True):
                 state = State(layers, hidden[rows].float())
                 part = targets[rows, layers]
                 loss = loss + regression_loss(run.scorer, state, part, middle)

@@ -167,7 +167,7 @@ class BundleScorer(nn.Module):
         """Index of the action with the least sum of value and penalty, `[B, T, n]`.
 
         Args:
-            state: of the process: its actions lack the extra one.
+            state: of the decisions for n layers.
             log_price: broadcastable to `[B, T]`.
             penalty: `[L, A]` nats.
         """
