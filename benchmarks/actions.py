@@ -15,28 +15,30 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from tqdm import tqdm
 
-import dash_onnx
 from dash_onnx.actions import SKIP
 from dash_onnx.bundle import Bundle
-from dash_onnx.contract import layer_path, layer_ports
+from dash_onnx.contract import layer_path
 from dash_onnx.exporters.train.environment import Environment
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
+from dash_onnx.exporters.train.learning import BATCH, PROMPT_TOKENS
+from dash_onnx.exporters.train.text import LENGTH
 from dash_onnx.exporters.train.values import random_direction
-from dash_onnx.runtime.buffers import bound_run
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.ort import create_session
+from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.text import TextCodec, read_text
 
-LENGTH, BATCH, FIRST = 256, 4, 32  # tokens, sequences of a pass, tokens that stay out as prompts do
 RANK = 64
 TOKENS = 60  # that are timed, after as many
 ATTENTION, MIXED = "attention only", "INT8 attention, INT4 MLP"
+MLP = ("gate_up_proj.", "down_proj.")
 MAPPED = f"attention, rank {RANK} for the MLP"
 
 
@@ -63,53 +65,48 @@ def attention_only(folder: Path, layer: int) -> onnx.ModelProto:
 def mixed(folder: Path, layer: int) -> onnx.ModelProto:
     """The INT8 graph with the MLP of the INT4 one."""
     eight, four = (
-        onnx.load(folder / layer_path(layer, action), load_external_data=False)
+        onnx.load(folder / layer_path(layer, action), load_external_data=False).graph
         for action in ("int8", "int4")
     )
-    parts = [
-        (model.graph, [("gate_up_proj." in t.name or "down_proj." in t.name) == (model is four)
-                       for t in model.graph.initializer])
-        for model in (eight, four)
-    ]  # fmt: skip
-    tensors = [
-        t for graph, wanted in parts for t, w in zip(graph.initializer, wanted, strict=True) if w
-    ]
-    cut = [next(i for i, n in enumerate(m.graph.node) if "gate_up_proj.values" in n.input)
-           for m in (eight, four)]  # fmt: skip
-    nodes = [*list(eight.graph.node)[: cut[0]], *list(four.graph.node)[cut[1] :]]
-    del eight.graph.node[:], eight.graph.initializer[:]
-    eight.graph.node.extend(nodes)
-    eight.graph.initializer.extend(tensors)
-    return eight
+    # Up to the MLP the nodes and tensors of one, from there on those of the other.
+    nodes, tensors = [], []
+    for graph, wanted in ((eight, False), (four, True)):
+        cut = next(i for i, node in enumerate(graph.node) if "gate_up_proj.values" in node.input)
+        nodes += graph.node[cut:] if wanted else graph.node[:cut]
+        tensors += [t for t in graph.initializer if t.name.startswith(MLP) == wanted]
+    model = onnx.load(folder / layer_path(layer, "int8"), load_external_data=False)
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensors)
+    return model
+
+
+class Others(Sessions):
+    """Has graphs for the further actions as well."""
+
+    def layer(self, layer: int, action: Any) -> Any:
+        """See `Sessions`."""
+        if action in self.manifest.actions:
+            return super().layer(layer, action)
+        folder = self._bundle.folder
+        path = folder / "layers" / f"{layer:02d}" / "other.onnx"
+        onnx.save(GRAPHS[action](folder, layer), path)
+        return create_session(path, "cpu")
+
+
+GRAPHS = {ATTENTION: attention_only, MIXED: mixed}
 
 
 def times(folder: Path) -> dict[str, float]:
     """Microseconds of a layer."""
-    model = dash_onnx.load(folder)
-    manifest, sessions = model.manifest, model._sessions
+    sessions = Others(Bundle(folder), "cpu")
+    manifest = sessions.manifest
     layers = manifest.model.num_layers
     lane = Lane(sessions)
     lane.prefill(np.arange(1000, 1064), ("int8",) * layers, manifest.heads["int8"])
-    span, kv, ports = lane._single, lane.kv, layer_ports(manifest.dims)
-
-    def runs(name: str) -> list:
-        made = []
-        for layer in range(layers):
-            if name in manifest.actions:
-                made.append(span._run_of(layer, name))  # type: ignore[arg-type]
-                continue
-            graph = attention_only(folder, layer) if name == ATTENTION else mixed(folder, layer)
-            path = folder / "layers" / f"{layer:02d}" / "other.onnx"
-            onnx.save(graph, path)
-            hidden = span.hidden[layer % 2], span.hidden[(layer + 1) % 2]
-            cache = kv.keys[layer], kv.values[layer]
-            rotary = kv.rotary[manifest.rope_of(layer)]
-            state = lane.seqlens, lane.total, lane.start
-            inputs = [hidden[0], *cache, *state, *rotary]
-            made.append(bound_run(create_session(path, "cpu"), ports, inputs, [hidden[1], *cache]))
-        return made
-
-    all_runs = {name: runs(name) for name in ("int8", "int4", SKIP, ATTENTION, MIXED)}
+    span = lane._single
+    names: Any = ("int8", "int4", SKIP, *GRAPHS)
+    all_runs = {name: [span._run_of(layer, name) for layer in range(layers)] for name in names}
     seen: dict[str, list[float]] = {name: [] for name in all_runs}
     for _ in tqdm(range(2 * TOKENS), desc="times", disable=None):
         for name, steps in all_runs.items():
@@ -130,7 +127,7 @@ class Losses:
     def __init__(self, folder: Path, text: Path, sequences: int):
         """Reads the model."""
         self._frozen = Frozen(Bundle(folder), ("int8", "int4"), torch.float32)
-        self._env = Environment(self._frozen, self._frozen.actions, FIRST, "int8", (1,))
+        self._env = Environment(self._frozen, self._frozen.actions, PROMPT_TOKENS, "int8", (1,))
         ids = torch.from_numpy(TextCodec(Bundle(folder)).encode(read_text(text)))
         self._ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:sequences]
         self._generator = torch.Generator().manual_seed(0)
@@ -152,7 +149,7 @@ class Losses:
         return {name: float(np.mean([one["kl"][name] for one in seen])) for name in seen[0]["kl"]}
 
     def _pass(self, ids: Tensor, maps: list[Tensor] | None) -> dict:
-        frozen, seen = self._frozen, slice(FIRST, None)
+        frozen, seen = self._frozen, slice(PROMPT_TOKENS, None)
         rotary = frozen.rotary(ids.shape[1])
         x = frozen.embed(ids).requires_grad_()
         outputs, others, inputs, mlps = [], [], [], []
@@ -185,13 +182,12 @@ class Losses:
         direction = random_direction(self._env, frozen.final(x), self._generator)
         gradients = torch.autograd.grad(direction, outputs)
         kl: dict[str, float] = {}
-        if maps:
-            for name in others[0]:
-                effects = [
-                    (torch.linalg.vecdot(g, other[name]).square() / 2)[:, seen].mean()
-                    for g, other in zip(gradients[1:], others[1:], strict=True)
-                ]
-                kl[name] = float(torch.stack(effects).mean())
+        for name in others[0]:
+            effects = [
+                (torch.linalg.vecdot(g, other[name]).square() / 2)[:, seen].mean()
+                for g, other in zip(gradients[1:], others[1:], strict=True)
+            ]
+            kl[name] = float(torch.stack(effects).mean())
         return {"x": inputs, "mlp": mlps, "kl": kl}
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dash_onnx.actions import SKIP, Action
 from dash_onnx.budget import price_of, scorer_facts
-from dash_onnx.contract import layer_path, scorer_ports
+from dash_onnx.contract import layer_path
 from dash_onnx.exporters.fused.names import BUDGET, PATH
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.sessions import Sessions
@@ -155,12 +155,12 @@ class Decisions:
 
         The same for every token, so that no graph needs to compute it.
         """
-        session = Sessions(self._fusion.bundle, "cpu").scorer()
-        ports = scorer_ports(self._manifest.dims, self._layers, len(self._actions))
+        sessions = Sessions(self._fusion.bundle, "cpu")
         nothing = {
-            port.name: np.zeros([int(n) for n in port.shape], port.dtype) for port in ports.inputs
+            port.name: np.zeros([int(n) for n in port.shape], port.dtype)
+            for port in sessions.scorer_ports.inputs
         }
-        values: np.ndarray = session.run(["total"], nothing)[0]
+        values: np.ndarray = sessions.scorer().run(["total"], nothing)[0]
         return values
 
     def _look(self, number: int, hidden: str) -> None:
