@@ -21,7 +21,8 @@ PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
 
 DEFAULT_PRESET = "balanced"
 
-_GAIN = 0.2  # of the log price per token and unit of relative overspending: settles in ~50 tokens
+_SETTLING = 100  # tokens in which the controller makes up for two thirds of a wrong price
+_GAINS = (0.2, 1.0)  # of the log price, per token and unit of relative overspending
 _STEP = 0.05  # of the log price: each new price takes the runtime new penalties
 _REACH = 1.5  # how far beyond the table the controller may push the log price
 
@@ -184,6 +185,11 @@ class Controller:
         self._target_ms = budget * reference_ms(manifest)
         points = scorer_facts(manifest).points
         prices = [math.log(point.price) for point in points]
+        # Where the cost hardly answers to the price, the price has to move further.
+        a, b = _neighbours(budget, points)
+        answer = math.log(b.budget / a.budget)
+        wanted = math.log(a.price / b.price) / (_SETTLING * answer) if answer > 0 else 0.0
+        self._gain = min(max(wanted, _GAINS[0]), _GAINS[1])
         self._moved = 0.0  # of the log price, from the first one
         self._low = min(prices) - _REACH - math.log(price)
         self._high = max(prices) + _REACH - math.log(price)
@@ -191,7 +197,7 @@ class Controller:
     def spent(self, path: Path) -> None:
         """Notes what a token cost."""
         ms = self._costs.token_ms(path, self._head, scored=True)
-        self._moved += _GAIN * (ms / self._target_ms - 1)
+        self._moved += self._gain * (ms / self._target_ms - 1)
         self._moved = min(max(self._moved, self._low), self._high)
         self.price = self._first * math.exp(_STEP * round(self._moved / _STEP))
 

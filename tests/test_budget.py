@@ -526,6 +526,18 @@ def test_the_controller_starts_at_the_price_of_the_table(simulated: Manifest) ->
     assert policy.controller().price == policy.price  # each generation has its own
 
 
+def test_the_price_moves_further_where_the_cost_hardly_answers(plain: Manifest) -> None:
+    prices = []
+    for dearer in (0.6, 0.306):
+        points = (point(0.3, 0.1), point(dearer, 0.02))
+        controller = Controller(replace(plain, scorer=scorer_of(points)), 0.303, 0.06, "int8")
+        for _ in range(3):
+            controller.spent(("int8",) * LAYERS)
+        prices.append(controller.price)
+    steep, flat = prices
+    assert 0.06 < 1.2 * steep < flat
+
+
 @settings(max_examples=25)
 @given(st.sampled_from(["full", "skip"]), st.integers(50, 2000))
 def test_the_price_stays_bounded_whatever_happens(
