@@ -34,7 +34,7 @@ from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
-from dash_onnx.exporters.train.scorer import Scorer, greedy
+from dash_onnx.exporters.train.scorer import Scorer, greedy, looks_of
 from dash_onnx.exporters.train.text import LENGTH
 from dash_onnx.text import TextCodec, read_text
 
@@ -217,6 +217,9 @@ def main() -> None:
             told(f"{name}: best static", assignments(run), math.nan)
         told(name, curve(run), time.monotonic() - started)
 
+    def later(layers: int, count: int) -> tuple[int, ...]:
+        return tuple(look + 1 for look in looks_of(layers, count))
+
     def looking(fraction: float) -> Callable[[int, int], tuple[int, ...]]:
         return lambda layers, _: (round(layers * fraction),)
 
@@ -228,9 +231,10 @@ def main() -> None:
         lambda: train("+ policy gradient", improving=policy_gradient, regression="usual"),
         lambda: train("half the tokens", sequences=count // 2),
         lambda: train("twice the tokens", sequences=count * 2),
+        lambda: train("one layer later (as without lookahead)", looks_of=later),
+        lambda: train("look before layer 1, at the embedding", looks_of=lambda *_: (1,)),
         lambda: train("look before layer L/6", looks_of=looking(1 / 6)),
-        lambda: train("one layer later (as without lookahead)", looks_of=looking(11 / 30)),
-        lambda: train("look before layer L/2", looks_of=looking(1 / 2)),
+        lambda: train("look before layer L/3", looks_of=looking(1 / 3)),
         lambda: train("three looks", _LOOKS=3),
         lambda: train("blind to the price", Scorer=Priceless),
         lambda: train("skipped layers leave no K/V", Frozen=Omitting),

@@ -22,11 +22,11 @@ _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale
 
 
 def looks_of(layers: int, count: int) -> tuple[int, ...]:
-    """Layers before which the scorer looks at a token: the first after a third, then evenly.
+    """Layers before which the scorer looks at a token: the first after an eighth, then evenly.
 
-    Every token needs the first layers; what they make of it says how hard it is.
+    The first layers tell how hard a token is; what is decided without a look is no choice at all.
     """
-    first = max(layers // 3, 1)
+    first = max(layers // 8, 1)
     count = min(count, layers - first)
     return tuple(first + number * (layers - first) // count for number in range(count))
 
