@@ -235,6 +235,7 @@ def main() -> None:
         lambda: train("look before layer 1, at the embedding", looks_of=lambda *_: (1,)),
         lambda: train("look before layer L/6", looks_of=looking(1 / 6)),
         lambda: train("look before layer L/3", looks_of=looking(1 / 3)),
+        lambda: train("look before layer L/2", looks_of=looking(1 / 2)),
         lambda: train("three looks", _LOOKS=3),
         lambda: train("blind to the price", Scorer=Priceless),
         lambda: train("skipped layers leave no K/V", Frozen=Omitting),
