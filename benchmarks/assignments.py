@@ -4,8 +4,9 @@
 
 Training searches before the compensation is trained, on a few sequences and with one or two moves
 measured per step. Prints, for each number of skipped layers, the assignment that this search and
-the bundle's table have, and the KL in nats of both on sequences that neither search saw. An
-assignment can be given to `dash-eval out/ --policy`.
+the bundle's table have, and the KL in nats of both on sequences that this search did not see (the
+table's may have, where both read the same file). An assignment can be given to `dash-eval out/
+--policy`.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def main() -> None:
             listed = ",".join(f"{action}*{count}" for action, count in runs)
             print(f"{path.count(skip):2} skips  {kl:.3f}  {name:6}  static:{listed}", flush=True)
 
-        for point in scorer.static[::-1] if scorer else ():
-            told("table", tuple(run.actions.index(action) for action in point.path))
+        # Each path is in the table once per head.
+        for path in dict.fromkeys(point.path for point in scorer.static[::-1]) if scorer else ():
+            told("table", tuple(run.actions.index(action) for action in path))
         moves = static.search(
             run.env, run.ids, searched, run.costs, values.mean(0), arguments.tried
         )
