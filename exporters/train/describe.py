@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from dash_onnx.contract import data_name, layer_path
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train import static, table
 from dash_onnx.exporters.train.frozen import Tensor
-from dash_onnx.exporters.train.learning import Learning
+from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
+from dash_onnx.exporters.train.values import sampled_values
 from dash_onnx.facts import FileFacts, ScorerFacts, StaticPoint, Training
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.engine import Model
@@ -113,14 +115,11 @@ def _static(
     run: Learning, manifest: Manifest, wanted: Tensor, rounding: float
 ) -> tuple[StaticPoint, ...]:
     """Best static assignments, searched on training text, measured on held-out text."""
-    full_ms = reference_ms(manifest)
+    full_ms, skip = reference_ms(manifest), run.actions.index(SKIP)
+    without = [move for move in run.moves if skip not in move.path]
     # Each skip is a large step; those between precisions are small and many.
     every = max(1, run.env.layers // 6)
-    moves = [
-        move
-        for number, move in enumerate(run.moves)
-        if number % every == 0 or run.actions.index(SKIP) in move.path
-    ]
+    moves = [*without[::every], *_skipping(run, without)]
     points: list[StaticPoint] = []
     heads = list(run.frozen.heads)
     for move in tqdm(moves, desc="static table", disable=None):
@@ -130,6 +129,24 @@ def _static(
             share = round(manifest.costs.token_ms(named, head) / full_ms, 5)
             points.append(StaticPoint(share, head, round(loss + rounding, 6), named))
     return tuple(sorted(points, key=lambda point: point.budget))
+
+
+def _skipping(run: Learning, without: Sequence[static.Move]) -> list[static.Move]:
+    """The descent from the last move before the first skip, with the compensation as trained."""
+    ids = run.ids[: BATCH * run.effort.tried]
+    parts = [sampled_values(run.env, part, run.generator) for part in ids.split(BATCH)]
+    reference = torch.cat([final for *_, final in parts]).float()
+    values = torch.cat([sampled[:, run.env.prompt_tokens :] for _, sampled, _ in parts])
+    moves = static.search(
+        run.env,
+        ids,
+        reference,
+        run.costs,
+        values.mean((0, 1)),
+        run.effort.tried,
+        without[-1].path if without else None,
+    )
+    return list(tqdm(moves, desc="static", disable=None))
 
 
 def _training(run: Learning, started: float) -> Training:

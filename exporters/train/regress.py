@@ -16,7 +16,6 @@ from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
 _RATE, _EPOCHS = 2e-3, 10  # of the scorer's fit; the rate falls to 0
-_STATIC_LIMIT = 1.0  # nats; worse assignments interest nobody
 
 
 def regress(run: Learning) -> None:
@@ -74,14 +73,11 @@ def _descend(run: Learning, values: Tensor) -> None:
     Single deviations do not see that losses add up to more than their sum; the descent does.
     What the scorer learned about tokens stays: each is moved by its layer's correction.
     """
-    ids = run.ids[: BATCH * run.effort.tried]
+    ids = run.ids[:BATCH]
     with run.autocast():
         reference = run.env.reference(ids, run.actions[0])
-        moves = static.search(run.env, ids, reference, run.costs, values, run.effort.tried)
-        for move in tqdm(moves, desc="static", disable=None):
-            run.moves.append(move)
-            if move.kl > _STATIC_LIMIT:
-                break
+        moves = static.search(run.env, ids, reference, run.costs, values, tried=1)
+        run.moves = list(tqdm(moves, desc="static", disable=None))
     if not run.moves:  # no action saves time on this machine
         return
     costs = run.costs.clone()

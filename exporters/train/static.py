@@ -11,6 +11,8 @@ from dash_onnx.actions import SKIP, Action
 from dash_onnx.exporters.train.environment import Decide, Environment
 from dash_onnx.exporters.train.frozen import Tensor
 
+_LIMIT = 1.0  # nats; worse assignments interest nobody
+
 
 @dataclass(frozen=True)
 class Move:
@@ -32,13 +34,19 @@ class Move:
 
 
 def search(
-    env: Environment, ids: Tensor, reference: Tensor, costs: Tensor, values: Tensor, tried: int
+    env: Environment,
+    ids: Tensor,
+    reference: Tensor,
+    costs: Tensor,
+    values: Tensor,
+    tried: int,
+    start: tuple[int, ...] | None = None,
 ) -> Iterator[Move]:
-    """Greedy descent from the reference path, one layer one action cheaper at a time.
+    """Greedy descent, one layer one action cheaper at a time, as far as assignments are useful.
 
-    Every step takes, among the `tried` moves with the best predicted ratio of KL to cost,
-    the one with the best measured ratio. A move that turned out worse than predicted is
-    predicted worse from then on.
+    Every step measures the moves with the best predicted ratio of KL to cost, until no other is
+    predicted to be better or `tried` are measured, and takes the best. A move that turned out
+    worse than predicted is predicted worse from then on.
 
     Args:
         env: the process, whose actions go from dear to cheap.
@@ -46,32 +54,35 @@ def search(
         reference: input of the LM head on the reference path, `[B, T, D]`.
         costs: `[L, A]`, in any unit.
         values: predicted KL of each action alone, `[L, A]` nats.
-        tried: moves that are measured per step.
+        tried: moves that are measured per step at most.
+        start: path to begin with, the reference path if none.
 
     Yields:
         The moves, from dear to cheap.
     """
-    path: tuple[int, ...] = (0,) * env.layers
-    current = 0.0
+    path, current = start or (0,) * env.layers, 0.0
+    if start:
+        (current,) = path_kl(env, ids, reference, path, [env.frozen.head])
     values = values.clone()
-    while moves := _moves(env, path):
+    while current <= _LIMIT:
         ranked = sorted(
             (float(values[layer, action] - values[layer, path[layer]]) / saved, layer, action)
-            for layer, action in moves
+            for layer, action in _moves(env, path)
             if (saved := float(costs[layer, path[layer]] - costs[layer, action])) > 0
         )
-        measured: list[tuple[float, Move]] = []
-        for _, layer, action in ranked[:tried]:
+        best: Move | None = None
+        for predicted, layer, action in ranked[:tried]:
+            if best and best.price <= predicted:
+                break
             before = path[layer]
             candidate = (*path[:layer], action, *path[layer + 1 :])
             (kl,) = path_kl(env, ids, reference, candidate, [env.frozen.head])
             loss, saved = kl - current, float(costs[layer, before] - costs[layer, action])
             values[layer, action] = values[layer, before] + max(loss, 1e-7)
-            price = loss / saved
-            measured.append((price, Move(layer, action, candidate, kl, price)))
-        if not measured:
+            if best is None or loss / saved < best.price:
+                best = Move(layer, action, candidate, kl, loss / saved)
+        if best is None:
             return
-        best = min(measured, key=lambda pair: pair[0])[1]
         current, path = best.kl, best.path
         yield best
 
