@@ -5,7 +5,7 @@
 
 Decides between the highest precision and skip. Prints the KL in nats at 2, 4, 6 and 8 skipped
 layers a token (read between measured prices) on sequences held out of the training text, or on
-another text (`--text`); the scorer's time is not counted. Other bundles of the same model, say of
+other texts (`--text`); the scorer's time is not counted. Other bundles of the same model, say of
 another `--compensation-rank`, may follow: they are trained as they are.
 """
 
@@ -123,9 +123,9 @@ def policy_gradient(run: Learning) -> None:
         on_policy._clipped_step(optimizer)
 
 
-def curve(run: Learning) -> list[float]:
-    """KL at each of `SKIPS`."""
-    ids, seen = run.held_out, slice(run.env.prompt_tokens, None)
+def curve(run: Learning, ids: Tensor) -> list[float]:
+    """KL at each of `SKIPS`, on `[B, T]` tokens."""
+    seen = slice(run.env.prompt_tokens, None)
     low, high = run.log_price_range
     skips, losses = [], []
     with torch.no_grad(), run.autocast():
@@ -146,23 +146,30 @@ def between(skips: list[float], losses: list[float]) -> list[float]:
     return [float(loss) for loss in np.exp(logs)]
 
 
-def assignments(run: Learning) -> list[float]:
-    """KL of the best static assignments of the descent."""
+def assignments(run: Learning, ids: Tensor) -> list[float]:
+    """KL of the best static assignments of the descent, likewise."""
     skip = run.actions.index(SKIP)
     found = {move.path.count(skip): move.path for move in run.moves}
     with run.autocast():
-        wanted = run.env.reference(run.held_out, run.actions[0])
+        wanted = run.env.reference(ids, run.actions[0])
         return [
-            static.path_kl(run.env, run.held_out, wanted, found[count], [run.frozen.head])[0]
+            static.path_kl(run.env, ids, wanted, found[count], [run.frozen.head])[0]
             if count in found
             else math.nan
             for count in SKIPS
         ]
 
 
+def other_text(run: Learning, path: Path) -> Tensor:
+    """The first tokens of a text, `[B, T]`."""
+    tokens = TextCodec(run.bundle).encode(read_text(path))
+    rows = min(len(tokens) // LENGTH, run.effort.held_out)
+    return torch.from_numpy(tokens[: rows * LENGTH].reshape(rows, LENGTH))
+
+
 def told(name: str, losses: list[float], seconds: float) -> None:
     """Prints a row."""
-    print(f"{name:44}" + "".join(f"{loss:8.3f}" for loss in losses) + f"{seconds:7.0f}", flush=True)
+    print(f"{name:56}" + "".join(f"{loss:8.3f}" for loss in losses) + f"{seconds:7.0f}", flush=True)
 
 
 def main() -> None:
@@ -171,10 +178,10 @@ def main() -> None:
     parser.add_argument("bundle", metavar="OUT", type=Path)
     parser.add_argument("others", nargs="*", type=Path, metavar="OTHER")
     parser.add_argument("--calibration", nargs="+", type=Path, default=[])
-    parser.add_argument("--text", type=Path, help="that the KL is measured on")
+    parser.add_argument("--text", nargs="+", type=Path, help="that the KL is measured on")
     parser.add_argument("--sequences", type=int, default=120)
     parser.add_argument("--steps", type=int, default=24, help="of the on-policy phase")
-    parser.add_argument("--only", help="variants whose name contains this")
+    parser.add_argument("--only", nargs="+", help="variants whose name contains one of these")
     arguments = parser.parse_args()
     count, steps = arguments.sequences, arguments.steps
     ids: dict[int, Tensor] = {}  # by number of sequences: all variants read the same
@@ -189,7 +196,7 @@ def main() -> None:
         also_static: bool = False,
         **patches: Any,
     ) -> None:
-        if arguments.only and arguments.only not in name:
+        if arguments.only and not any(part in name for part in arguments.only):
             return
         started = time.monotonic()
         effort = Effort(sequences, 16, sequences // learning.BATCH, steps, 1)
@@ -201,10 +208,7 @@ def main() -> None:
         if sequences in ids:
             run.checkpoint.state["ids"] = ids[sequences]
         run.texts()
-        if arguments.text:
-            tokens = TextCodec(run.bundle).encode(read_text(arguments.text))
-            rows = min(len(tokens) // LENGTH, effort.held_out)
-            run.held_out = torch.from_numpy(tokens[: rows * LENGTH].reshape(rows, LENGTH))
+        texts = {path.stem: other_text(run, path) for path in arguments.text or ()}
         ids[sequences] = run.checkpoint.state["ids"]
         regress(run)
         if regression:
@@ -213,9 +217,11 @@ def main() -> None:
             improving(run)
         else:
             run.scorer.load_state_dict(run.checkpoint.state["scorer"])
-        if also_static:
-            told(f"{name}: best static", assignments(run), math.nan)
-        told(name, curve(run), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        for text, tokens in (texts or {"": run.held_out}).items():
+            if also_static:
+                told(f"{name}: best static {text}", assignments(run, tokens), math.nan)
+            told(f"{name} {text}", curve(run, tokens), seconds)
 
     def later(layers: int, count: int) -> tuple[int, ...]:
         return tuple(look + 1 for look in looks_of(layers, count))
@@ -223,7 +229,7 @@ def main() -> None:
     def looking(fraction: float) -> Callable[[int, int], tuple[int, ...]]:
         return lambda layers, _: (round(layers * fraction),)
 
-    print(" " * 44 + "".join(f"{f'{skips} skips':>8}" for skips in SKIPS) + "seconds")
+    print(" " * 56 + "".join(f"{f'{skips} skips':>8}" for skips in SKIPS) + "seconds")
     variants: list[Callable[[], None]] = [
         lambda: train("value regression", improving=None, regression="usual", also_static=True),
         lambda: train("+ on-policy", regression="usual", also_static=True),

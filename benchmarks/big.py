@@ -1,7 +1,7 @@
 """Writes a checkpoint with random weights in the shape of a Llama 3.2, shard by shard.
 
 What an export of it needs is what docs/export.md tells: `python benchmarks/big.py FOLDER`, then
-`dash-export FOLDER OUT --effort none --variants int8,int4 --calibration TEXT`.
+`dash-export FOLDER OUT --effort none --variants int8 --calibration TEXT`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 dash-fuse out/ && python examples/genai.py out/fused "What is the capital of France?" fast
 """
 
+import json
 import sys
 
 import onnxruntime_genai as og
@@ -10,7 +11,7 @@ import onnxruntime_genai as og
 folder, question = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "Hello!"
 model = og.Model(folder)
 tokenizer = og.Tokenizer(model)
-prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+prompt = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": question}]))
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=512)
 generator = og.Generator(model, params)

@@ -240,3 +240,20 @@ def test_help_has_examples(capsys: Capture) -> None:
     assert run("--help") == 0
     examples = capsys.readouterr().out.partition("examples:")[2]
     assert examples.count("dash-eval ") >= 2
+
+
+@pytest.mark.parametrize(
+    ("what", "option"),
+    [
+        ("task", ("--window", 32)),
+        ("task", ("--prompt-tokens", 8)),
+        ("task", ("--prefill", "int8")),
+        ("task", ("--max-windows", 2)),
+        ("text", ("--max-items", 2)),
+    ],
+)
+def test_an_option_of_the_other_kind_of_input_is_refused(
+    what: str, option: tuple[object, ...], tiny_bundle: Path, text: Path, capsys: Capture
+) -> None:
+    message = refused(capsys, tiny_bundle, f"--{what}", text, *option)
+    assert f"{option[0]} goes with --{'text' if what == 'task' else 'task'}" in message

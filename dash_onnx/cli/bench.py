@@ -67,9 +67,17 @@ def _parser() -> Parser:
         metavar="FILE",
         help="one prompt per line, or .jsonl with `prompt` or `turns` (default: six of its own)",
     )
-    parser.add_argument("--max-prompts", type=positive, default=6, metavar="N")
-    parser.add_argument("--new-tokens", type=_at_least_two, default=96, metavar="N")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N")
+    parser.add_argument("--max-prompts", type=positive, default=6, metavar="N", help="(default: 6)")
+    parser.add_argument(
+        "--new-tokens", type=_at_least_two, default=96, metavar="N", help="(default: 96)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="in which all contenders take turns (default: 5)",
+    )
     parser.add_argument(
         "--processes",
         type=positive,

@@ -98,7 +98,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         help="fraction of the full time per token, such as 0.3, or quality, balanced, fast "
-        "(default: balanced)",
+        "(default: balanced for dash; static, even and cosine need one, random may have one)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
@@ -143,7 +143,9 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         choices=efforts,
         default="quick",
         help="training of the policy (quick: 5 minutes for a 135M model on 2 cores, normal: 20, "
-        "thorough: 90; default: %(default)s)",
+        "thorough: 90; "
+        + ("none: no policy, dash-train makes one later; " if "none" in efforts else "")
+        + "default: %(default)s)",
     )
     parser.add_argument(
         "--calibration",
@@ -152,6 +154,6 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         default=[],
         metavar="FILE",
         help="text, or .jsonl with prompts and responses, of your own domain (default: text that "
-        "the model generates itself)",
+        "the model generates itself; forms and amounts: docs/export.md)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of everything random")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")

@@ -18,6 +18,8 @@ _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy static:full,int8*28,full
   dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced"""
 
+_OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows")
+
 
 def _parser() -> Parser:
     parser = Parser(
@@ -35,27 +37,35 @@ def _parser() -> Parser:
         metavar="FILE.jsonl",
         help="LAMBADA, HellaSwag, ARC, or exact match (prompt, answer)",
     )
-    parser.add_argument("--window", type=positive, default=512, help="tokens (default: 512)")
     parser.add_argument(
-        "--prompt-tokens", type=positive, default=128, help="prefilled part (default: 128)"
+        "--window", type=positive, metavar="N", help="of a text, tokens (default: 512)"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=positive,
+        metavar="N",
+        help="of a window, prefilled part (default: 128)",
     )
     parser.add_argument(
         "--prefill",
         choices=PRECISIONS,
-        help="precision of the prompt part (default: the highest exported)",
+        help="precision of that part (default: the highest exported)",
     )
     parser.add_argument(
-        "--max-windows", type=positive, metavar="N", help="(default: the whole text)"
+        "--max-windows", type=positive, metavar="N", help="of a text (default: all)"
     )
-    parser.add_argument(
-        "--max-items", type=positive, metavar="N", help="of the task (default: all)"
-    )
+    parser.add_argument("--max-items", type=positive, metavar="N", help="of a task (default: all)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    other, foreign = ("text", _OF_A_TEXT) if arguments.task else ("task", ("max_items",))
+    for name in foreign:
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} goes with --{other}")
     return run("dash-eval", lambda: (_task if arguments.task else _eval)(arguments))
 
 
@@ -72,8 +82,8 @@ def _eval(arguments: argparse.Namespace) -> None:
             model,
             text,
             model.policy(arguments.policy, arguments.budget),
-            window=arguments.window,
-            prompt_tokens=arguments.prompt_tokens,
+            window=arguments.window or 512,
+            prompt_tokens=arguments.prompt_tokens or 128,
             max_windows=arguments.max_windows,
             prefill=prefill,
             on_window=bar.update,

@@ -45,20 +45,24 @@ def _parser() -> Parser:
         help="cpu computes in FP32 from FP16-stored weights, cuda in FP16 (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-length", type=positive, help="context in tokens (default: the model's own)"
+        "--max-length",
+        type=positive,
+        help="context in tokens (default: the model's own; with longrope its first length)",
     )
     parser.add_argument(
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128, 256),
-        help="weights that share one scale (default: 64; 32 for a GGUF file's own integers)",
+        help="weights that share one scale (default: 64; 32 for a GGUF file's own integers and "
+        "where 64 does not divide a size of the model)",
     )
     add_training_options(parser, ("none", *EFFORTS))
     parser.add_argument(
         "--compensation-rank",
         type=int,
         metavar="R",
-        help="rank of the map that stands in for a skipped layer; 0: only its scale (default: 64)",
+        help="rank of the map that stands in for a skipped layer, a multiple of the block size; 0: "
+        "only its scale (default: 64, or one block if that is more)",
     )
     parser.add_argument(
         "--requantize",

@@ -37,6 +37,9 @@ def _parser() -> Parser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--max-length", type=positive, help="context in tokens")
     parser.add_argument("--block-size", type=int, choices=(16, 32, 64, 128, 256))
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
@@ -65,7 +68,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.exporters.sizes import sizes_of
     from dash_onnx.exporters.sources import open_source
 
-    source = open_source(arguments.path, REGISTRY)
+    source = open_source(arguments.path, REGISTRY, revision=arguments.revision)
     options = ExportOptions(
         variants=variants,
         device=arguments.device,

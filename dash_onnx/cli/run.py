@@ -38,7 +38,9 @@ def _parser() -> Parser:
         "--chat", action="store_true", help="PROMPT is a chat message: apply the chat template"
     )
     parser.add_argument("--system", help="system message of the chat")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=512, metavar="N", help="(default: 512)"
+    )
     parser.add_argument(
         "--prefill",
         choices=PRECISIONS,
