@@ -16,6 +16,7 @@ from families import CASES, LAYERS, save_random
 from test_report import with_scorer
 
 import dash_onnx
+from dash_onnx.actions import SKIP, Action
 from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main
 from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
@@ -122,6 +123,29 @@ def test_decisions_and_logits_are_those_of_the_runtime(
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
         paths.add(tuple(path))
     assert len(paths) > 1 or budget not in (0.35, 0.6)
+
+
+@pytest.mark.parametrize("variants", [("full", "int8", "int4"), ("int8",)], ids="+".join)
+def test_a_budget_that_skips_most_layers_decides_as_the_runtime(
+    variants: tuple[Action, ...],
+    tiny_folder: Path,
+    night: Path,
+    export_tiny: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    exported = export_tiny(tiny_folder, calibration=(night,), variants=variants)
+    folder = with_scorer(Path(shutil.copytree(exported, tmp_path / "out")), (2,), often=SKIP)
+    assert TOOL.run(folder, tmp_path / "graph") == 0
+    model = dash_onnx.load(folder)
+    client, lane = Client(tmp_path / "graph", model.manifest), Lane(model._sessions)
+    policy = model.policy("dash")
+    lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, policy, "int8"))
+    assert set(client(PROMPT)[1]) == {"int8"}
+    for token in range(100, 120):
+        ours, decided = lane.decode_scored(token, policy.price, "int8")  # type: ignore[attr-defined]
+        theirs, path = client([token])
+        assert path == list(decided)
+        np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
 
 
 def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:
@@ -333,5 +357,5 @@ def test_misuse_is_one_line(
 def test_other_data_in_the_place_is_not_replaced(
     bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    assert "holds no model.onnx" in TOOL.refused(capsys, bundle, tmp_path, "--overwrite")
+    (tmp_path / MODEL).write_text("another program's")
+    assert f"holds no {FACTS}" in TOOL.refused(capsys, bundle, tmp_path, "--overwrite")

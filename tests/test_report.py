@@ -39,44 +39,47 @@ TOOL = Tool("dash-report", main)
 run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
 
 
-def with_scorer(folder: Path, looks: tuple[int, ...] = ()) -> Path:
+def with_scorer(folder: Path, looks: tuple[int, ...] = (), often: Action = "int4") -> Path:
     """Gives a bundle an untrained scorer whose decisions vary, and tables made up for it.
 
-    It looks before each layer, or before some.
+    It looks before each layer, or before some; one action is taken more often than others.
     """
     manifest = Bundle(folder).manifest
+    extra: tuple[Action, ...] = ("full",) if "full" in manifest.actions else ()
+    learned = manifest.actions[len(extra) :]
     layers, hidden = manifest.model.num_layers, manifest.model.hidden_size
     torch.manual_seed(0)
     looks = looks or tuple(range(1, layers))
-    scorer = Scorer(layers, hidden, 3, looks)
+    scorer = Scorer(layers, hidden, len(learned), looks)
     with torch.no_grad():
-        scorer.bias.copy_(torch.tensor([-6.0, -2.0]).expand(layers, 2))
-    graph = BundleScorer(scorer, ACTIONS[1:], ("full",), torch.full((layers,), 1e-4), (-9.0, 9.0))
+        scorer.bias.copy_(torch.tensor([-6.0, -2.0])[1 - len(learned) :].expand(layers, -1))
+    graph = BundleScorer(scorer, learned, extra, torch.full((layers,), 1e-4), (-9.0, 9.0))
     file = export_scorer(graph, folder, manifest.dims)
     files = {**manifest.files, file: file_facts(folder / file)}
     # Not the profile of this machine: the decisions must be the same everywhere.
-    layer: dict[Action, float] = {"full": 1.0, "int8": 0.4, "int4": 0.3, "skip": 0.1}
-    heads: dict[Action, float] = {head: 0.5 for head in manifest.costs.heads_ms}
-    heads["int4"] = 0.4
+    all_ms: dict[Action, float] = {"full": 1.0, "int8": 0.4, "int4": 0.3, "skip": 0.1}
+    layer = {action: all_ms[action] for action in manifest.actions}
+    heads = {head: 0.4 if head == "int4" else 0.5 for head in manifest.costs.heads_ms}
     costs = Costs("a machine", 2, 0.1, 0.05, heads, (layer,) * layers)
     manifest = replace(manifest, files=files, costs=costs)
-    replace_manifest(folder, replace(manifest, scorer=made_up(manifest, file, looks)))
+    replace_manifest(folder, replace(manifest, scorer=made_up(manifest, file, looks, often)))
     return folder
 
 
-def made_up(manifest: Manifest, file: str, looks: tuple[int, ...]) -> ScorerFacts:
+def made_up(manifest: Manifest, file: str, looks: tuple[int, ...], often: Action) -> ScorerFacts:
     """Tables in the form that training leaves."""
     layers, full = manifest.model.num_layers, reference_ms(manifest)
     costs = manifest.costs
-    shares = {"full": 0.1, "int8": 0.4, "int4": 0.4, "skip": 0.1}
+    actions = manifest.actions
+    shares = {action: 0.7 if action == often else 0.3 / (len(actions) - 1) for action in actions}
     points = tuple(
-        BudgetPoint(budget, price, "int8", kl, shares)  # type: ignore[arg-type]
+        BudgetPoint(budget, price, "int8", kl, shares)
         for budget, price, kl in ((0.2, 1.0, 0.9), (0.5, 0.02, 0.05), (0.99, 1e-5, 0.0))
     )
     static = []
-    for action in ACTIONS[1:3]:
+    for action in [a for a in ("int8", "int4") if a in actions]:
         path = (action,) * layers
-        for head in ("int8", "int4"):
+        for head in [a for a in ("int8", "int4") if a in actions]:
             budget = costs.token_ms(path, head) / full
             kl = {"int8": 0.004, "int4": 0.2}[action] + (0.01 if head == "int4" else 0.0)
             static.append(StaticPoint(budget, head, kl, path))
@@ -84,7 +87,7 @@ def made_up(manifest: Manifest, file: str, looks: tuple[int, ...]) -> ScorerFact
     static.append(StaticPoint(costs.token_ms(mixed, "int8") / full, "int8", 1.5, mixed))
     return ScorerFacts(
         file=file,
-        actions=ACTIONS,
+        actions=actions,
         looks=looks,
         points=points,
         presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},

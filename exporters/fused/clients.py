@@ -14,7 +14,6 @@ class Client:
     """One kind of program.
 
     Attributes:
-        programs: what it stands for.
         position_ids: declared as an input. It is not read: positions follow from the mask.
         feeds_budget: lists every input and feeds it, so the budget has no default in the graph.
             The others list required inputs only, and take the default or an adapter's budget.
@@ -24,7 +23,6 @@ class Client:
         multiplies_blocks: has a fast kernel of MatMulNBits; see `widen`.
     """
 
-    programs: str
     position_ids: bool = False
     feeds_budget: bool = False
     shares_kv: bool = False
@@ -34,15 +32,12 @@ class Client:
 
 
 CLIENTS = {
-    "genai": Client(
-        "ONNX Runtime GenAI in any language, lm-eval", shares_kv=True, genai_files=True
-    ),
-    "optimum": Client("optimum's ORTModelForCausalLM", position_ids=True),
-    "web": Client(
-        "onnxruntime-web",
-        feeds_budget=True,
-        data_in_branches=False,
-        multiplies_blocks=False,
-    ),
-    "node": Client("onnxruntime-node", feeds_budget=True),
+    # ONNX Runtime GenAI in any language, lm-eval
+    "genai": Client(shares_kv=True, genai_files=True),
+    # optimum's ORTModelForCausalLM
+    "optimum": Client(position_ids=True),
+    # onnxruntime-web
+    "web": Client(feeds_budget=True, data_in_branches=False, multiplies_blocks=False),
+    # onnxruntime-node
+    "node": Client(feeds_budget=True),
 }

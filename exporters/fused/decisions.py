@@ -30,8 +30,8 @@ class Decisions:
 
     Attributes:
         branches: the actions that have a branch: those that are decided between, and the one of
-            prompts. The one that the default budget takes most often is the last, whose branch
-            lies in the outermost `If`: each further one costs 7 microseconds.
+            prompts. The precision that the default budget takes most often is the last, whose
+            branch lies in the outermost `If`: each further one costs 7 microseconds.
         spans: layers that are tested together for the commonest action.
     """
 
@@ -45,7 +45,7 @@ class Decisions:
         self._budget = np.array([self._default], np.float32)
         shares = min(scorer.points, key=lambda row: abs(row.budget - self._default)).shares
         known = [a for a in scorer.actions if a in facts.runs or a == facts.prompt]
-        self.branches = sorted(known, key=lambda action: shares.get(action, 0.0))
+        self.branches = sorted(known, key=lambda a: (a != SKIP, shares.get(a, 0.0)))
         self._layers = manifest.model.num_layers
         self._segments = scorer.segments(self._layers)
         self._costs = self._layer_costs()
@@ -55,7 +55,7 @@ class Decisions:
         """Cuts the layers; one whose input the scorer reads stands alone."""
         layers, common = self._layers, self.branches[-1]
         size = self._manifest.graph_bytes(layer_path(layers - 1, common), common)
-        small = self._fusion.client.multiplies_blocks and size <= _SMALL and common != SKIP
+        small = self._fusion.client.multiplies_blocks and size <= _SMALL
         spans = []
         for start, stop in self._segments:
             end = stop if stop == layers else stop - 1

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from dash_onnx.bundle import Bundle, writing
 from dash_onnx.errors import BundleError, UnsupportedError
@@ -19,6 +18,7 @@ from dash_onnx.exporters.fused.genai import genai_config
 from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, FOLDER, MODEL, adapter
 from dash_onnx.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.records import RecordError, from_json, to_json
+from dash_onnx.runtime.ort import onnxruntime
 
 _TEXT_FILES = (
     "tokenizer.json",
@@ -52,7 +52,7 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
     if not isinstance(policy, ScoredPolicy | StaticPolicy):
         raise UnsupportedError(f"policy {policy.name!r} has no graph; fuse dash or a static one")
     facts = FusedFacts.of(options, policy, manifest)
-    with writing(out, overwrite=overwrite, marker=MODEL) as folder:
+    with writing(out, overwrite=overwrite, marker=FACTS) as folder:
         with (folder / DATA).open("wb") as data:
             model = Fusion(bundle, data, client, policy.head, facts).build()
         onnx.save(model, folder / MODEL)
@@ -88,8 +88,9 @@ def options_of(folder: Path) -> FuseOptions | None:
 
 def _write_adapter(path: Path, budget: float) -> None:
     """GenAI feeds inputs that have a default from adapters only."""
-    value = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([budget], np.float32))
-    file = onnxruntime.AdapterFormat()
+    ort = onnxruntime()
+    value = ort.OrtValue.ortvalue_from_numpy(np.array([budget], np.float32))
+    file = ort.AdapterFormat()
     file.set_adapter_version(1)
     file.set_model_version(1)
     file.set_parameters({BUDGET: value})

@@ -185,6 +185,10 @@ class Fusion:
             actions: none takes all that the layer may take.
         """
         *rest, tested = actions or [a for a in decisions.branches if layer or a != SKIP]
+        if not rest:
+            only = self._branch(layer, tested, hidden, outputs)
+            self.initializers += only.initializer
+            return list(only.node)
         inner = [f"{name}.not_{tested}" for name in outputs]
         if len(rest) == 1:
             otherwise = self._branch(layer, rest[0], hidden, inner)
