@@ -870,6 +870,7 @@ def test_a_bundle_of_some_precisions_can_be_trained(
     facts = train(bundle, TrainOptions()).scorer
     assert facts is not None
     assert facts.actions == (*variants, "skip")
+    assert {point.head for point in facts.static} == set(variants)
     model = dash_onnx.load(bundle)
     ids = np.random.default_rng(3).integers(2, 384, 24)
     lane = Lane(model._sessions)

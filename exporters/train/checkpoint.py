@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dash_onnx.errors import DashError
+
 _NAME = "state.pt"
 
 
@@ -37,7 +39,10 @@ class Checkpoint:
         self.state.update(values, fingerprint=self._fingerprint)
         self._folder.mkdir(exist_ok=True)
         temporary = self._folder / f"{_NAME}.partial"
-        torch.save(self.state, temporary)
+        try:
+            torch.save(self.state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise DashError(f"cannot write {temporary}: {str(error).splitlines()[0]}") from None
         temporary.rename(self._folder / _NAME)
 
     def remove(self) -> None:

@@ -154,7 +154,8 @@ def _training(run: Learning, started: float) -> Training:
     rows = np.array(run.history)
     tenths = [part.mean(0) for part in np.array_split(rows, 10) if len(part)]
     loss, kl, cost = (tuple(round(float(v), 5) for v in column) for column in np.transpose(tenths))
-    full, unit_ms = reference_ms(manifest), manifest.costs.unit_ms
+    costs, full, unit_ms = manifest.costs, reference_ms(manifest), manifest.costs.unit_ms
+    rest = costs.embed_ms + costs.scorer_ms + costs.heads_ms[manifest.heads[SKIP]]
     files = ", ".join(path.name for path in run.options.calibration)
     return Training(
         effort=run.options.effort,
@@ -165,5 +166,5 @@ def _training(run: Learning, started: float) -> Training:
         seconds=round(time.monotonic() - started, 1),
         loss=loss,
         kl=kl,
-        cost=tuple(round(value * unit_ms / full, 5) for value in cost),
+        cost=tuple(round((rest + value * unit_ms) / full, 5) for value in cost),
     )

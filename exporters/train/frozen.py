@@ -92,7 +92,9 @@ class Frozen:
                     norms = {name: _norm(found, name) for name in _NORMS if name in found}
             self._norms.append(norms)
             self._layers.append(weights)
-        heads: list[Action] = [a for a in self.manifest.exported_heads if a != "full"] or ["full"]
+        # INT8 stands for `full` here as in the layers.
+        exported = self.manifest.exported_heads
+        heads: list[Action] = [a for a in exported if a != "full" or "int8" not in exported]
         self.heads: dict[Action, Product] = {}
         for precision in heads:
             found = self._tensors(head_path(precision))

@@ -93,7 +93,8 @@ class Learning:
         files = {name: facts.sha256 for name, facts in self.graphs().items()}
         form = {name: list(weight.shape) for name, weight in self.scorer.state_dict().items()}
         effort, looks = dataclasses.asdict(self.effort), self.scorer.looks
-        facts = [files, effort, form, looks, self.options.seed, str(self.dtype)]
+        costs = self.bundle.manifest.costs.in_units(self.actions)
+        facts = [files, effort, form, looks, costs, self.options.seed, str(self.dtype)]
         digest.update(json.dumps(facts).encode())
         for path in self.options.calibration:
             digest.update(read_text(path).encode())
