@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,9 +80,10 @@ class Model:
         self._sessions.preload(chosen, prefill_plan(self._sessions, chosen))
 
     def close(self) -> None:
-        """Frees every graph and its weights; caches and running generations keep what they use.
+        """Frees every graph and its weights.
 
-        A later generation raises `BundleError`. A model is also a context manager that closes it.
+        A later generation raises `BundleError`, and so may one that still runs, as soon as it needs
+        another graph or a larger K/V cache. A model is also a context manager that closes it.
         """
         self._sessions.close()
 
@@ -168,8 +168,8 @@ class Model:
         eos = self.text.eos_token_ids
         return generate_step(self._sessions, self._checked(ids), policy, eos, chosen)
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
-        """Generates text piece by piece.
+    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk]:
+        """Generates text piece by piece; `close()` ends it and frees its cache.
 
         Args:
             prompt: raw text, or chat messages, which the chat template turns into text.
@@ -180,7 +180,7 @@ class Model:
         steps = self.generate_step(ids, **options)
         chunks = stream(self.text, steps, len(ids), chosen.stop)
         first = next(chunks)  # errors surface here, not at the first use
-        return chain([first], chunks)
+        return _continued(first, chunks)
 
     def generate(self, prompt: Prompt, **options: Any) -> str:
         """Generates the whole text."""
@@ -194,6 +194,14 @@ class Model:
         array = np.asarray(ids, np.int64)
         check_prompt(array, self.manifest.model.max_length, self.manifest.model.vocab_size)
         return array
+
+
+def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
+    try:
+        yield first
+        yield from rest
+    finally:
+        rest.close()
 
 
 def load(

@@ -202,7 +202,7 @@ def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
 
 def stream(
     codec: TextCodec, steps: Iterator[Step], prompt_tokens: int, stop: tuple[str, ...]
-) -> Iterator[Chunk]:
+) -> Generator[Chunk]:
     """Turns tokens into text; holds back what may become a stop string."""
     try:
         yield from _chunks(codec, steps, prompt_tokens, stop)

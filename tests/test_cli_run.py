@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 from cli_tool import Capture, Tool
 
+from dash_onnx.cli import run as cli_run
 from dash_onnx.cli.run import main
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.generate import Chunk
 
 PROMPT = "the keeper of the lighthouse"
 QUICK = ("--max-new-tokens", "6", "--ignore-eos")
@@ -597,6 +600,37 @@ def test_an_interrupted_answer_does_not_end_the_chat(
     monkeypatch.undo()
     assert "stopped" in err
     assert out.endswith(conversation(tiny_model, "ships?")[0] + "\n")
+
+
+def test_an_interrupt_while_the_text_is_written_frees_the_conversation(
+    tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    show, kept = cli_run._show, []
+
+    def interrupted(chunks: Iterator[Chunk], view: Any) -> str:
+        if kept:
+            return show(chunks, view)
+        kept.append(chunks)  # somebody still holds them, as a traceback would
+        next(chunks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_run, "_show", interrupted)
+    out, err = chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK)
+    assert "stopped" in err and "in use" not in err
+    assert out.endswith(conversation(tiny_model, "ships?")[0] + "\n")
+
+
+def test_kill_ends_the_chat(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def killed(*_: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(cli_run, "_show", killed)
+    give_stdin(monkeypatch, "hello\nships?\n")
+    assert run(tiny_bundle, *QUICK) == 130
+    assert "dash-run: interrupted" in capsys.readouterr().err
 
 
 def test_a_chat_under_a_policy_that_cannot_be_is_refused_at_once(

@@ -39,8 +39,7 @@ def run(tool: str, body: Callable[[], None]) -> int:
         The exit code: 0; 2 for an error the user can mend, told in one line; 130 when
         interrupted. Anything else is a defect and keeps its traceback.
     """
-    # `kill` ends a tool as Ctrl-C does, so that temporary folders are removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         body()
         sys.stdout.flush()
@@ -59,9 +58,18 @@ def run(tool: str, body: Callable[[], None]) -> int:
     except OSError as error:  # such as a full disk
         _discard_stdout()
         place = f" {error.filename}" if error.filename else ""
-        print(f"{tool}: error: cannot read or write{place}: {error.strerror}", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"{tool}: error: cannot read or write{place}: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """`kill` ends a tool as Ctrl-C does, so that temporary folders are removed."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def _discard_stdout() -> None:

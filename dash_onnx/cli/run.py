@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.actions import PRECISIONS, check_action
-from dash_onnx.cli.common import Parser, add_memory_option, add_runtime_options, positive, run, seed
+from dash_onnx.cli.common import (
+    Parser,
+    Terminated,
+    add_memory_option,
+    add_runtime_options,
+    positive,
+    run,
+    seed,
+)
 from dash_onnx.errors import ContextLengthError, DashError, SourceError
 
 if TYPE_CHECKING:
@@ -109,7 +117,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.prefill is not None:
         check_action(arguments.prefill, model.manifest.variants)
     Options.of(**options)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         trace = None
         if arguments.trace:
             try:
@@ -220,8 +228,6 @@ def _chat(
     show_path: bool,
 ) -> None:
     """Reads messages until the end of input; the K/V of the conversation is kept."""
-    import contextlib
-
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing in input())
     terminal = sys.stdin.isatty()
@@ -244,8 +250,11 @@ def _chat(
         asked = [*messages, {"role": "user", "content": line}]
         record = Record(prompt_policy=model.policy(options["policy"], options["budget"]).name)
         try:
-            chunks = record.watch(model.stream(asked, cache=cache, **options), model, trace)
-            answer = _show(chunks, _path_view(model, options, show_path))
+            view = _path_view(model, options, show_path)
+            with contextlib.closing(model.stream(asked, cache=cache, **options)) as chunks:
+                answer = _show(record.watch(chunks, model, trace), view)
+        except Terminated:
+            raise
         except KeyboardInterrupt:  # stops this answer, not the chat
             print()
             print("[stopped]", file=sys.stderr)
