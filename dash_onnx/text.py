@@ -133,14 +133,23 @@ class Detokenizer:
     def __init__(self, codec: TextCodec):
         """Starts at the beginning of an answer."""
         self._tokenizer = codec.tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._pending: list[int] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self._stream = DecodeStream(skip_special_tokens=True)
 
     def add(self, token: int) -> str:
         """Returns the text that is complete with this token, possibly none."""
-        text = self._stream.step(self._tokenizer, int(token))
+        broken = ""
+        try:
+            text = self._stream.step(self._tokenizer, int(token))
+        except Exception:  # tokenizers' own: bytes that are no character changed what came before
+            broken = self.finish()
+            self._restart()
+            text = self._stream.step(self._tokenizer, int(token))
         self._pending = [*self._pending, int(token)] if text is None else []
-        return text or ""
+        return broken + (text or "")
 
     def finish(self) -> str:
         """Returns what an answer that ends inside a character still holds."""

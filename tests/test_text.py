@@ -321,6 +321,18 @@ def test_a_replacement_character_of_the_text_itself_is_kept(codec: TextCodec, te
 
 
 @settings(max_examples=300)
+@given(st.lists(st.sampled_from([0xF0, 0x9F, 0x98, 0x80, 0xC3, 0xE2, 0x82, 258, 259]), max_size=12))
+def test_bytes_that_are_no_character_do_not_stop_the_stream(
+    fallback_codec: TextCodec, places: list[int]
+) -> None:
+    """They may turn what was a character into several broken ones, after it was said."""
+    said = "".join(pieces(fallback_codec, [place + 1 for place in places]))
+    wanted = fallback_codec.decode([place + 1 for place in places])
+    for letter in "ab":
+        assert said.count(letter) == wanted.count(letter)
+
+
+@settings(max_examples=300)
 @given(st.data())
 def test_any_tokens_stream_to_what_they_decode_to(codec: TextCodec, data: st.DataObject) -> None:
     size = codec.tokenizer.get_vocab_size()
