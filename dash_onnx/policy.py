@@ -160,7 +160,11 @@ class RandomPolicy(PathPolicy):
             inner = costs.layers_ms[1:-1]
             saved = sum(layer[base] - layer[SKIP] for layer in inner)
             excess = run - budget * reference_ms(manifest)
-            share = min(max(excess / saved, 0.0), 1.0) if saved > 0 else 0.0
+            if excess > max(saved, 0.0) + 1e-9:
+                raise PolicyError(
+                    f"budget {budget:g} is less than skipping every inner layer costs"
+                )
+            share = max(excess / saved, 0.0) if saved > 0 else 0.0
             self._actions, self._weights = (base, SKIP), [1 - share, share]
 
     def paths(self) -> Iterator[Path]:
@@ -210,7 +214,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
         raise PolicyError(f"policy {policy!r} needs a budget, such as 0.3")
     if policy in ("even", "cosine"):
         path = skipping_path(manifest, resolve(budget, manifest), policy)
-        return StaticPolicy(path, manifest, name=policy)
+        return StaticPolicy(path, manifest, name=policy, head=manifest.heads[SKIP])
     if policy == "static":
         return _best_static(manifest, resolve(budget, manifest))
     if kind == "random":

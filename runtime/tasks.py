@@ -76,7 +76,10 @@ def read_task(path: Path, max_items: int | None = None) -> list[Item]:
         if max_items is not None and len(items) >= max_items:
             break
         try:
-            items.append(_item(record))
+            item = _item(record)
+            if not item.context or not item.choices:
+                raise ValueError("nothing to score, or nothing before it")
+            items.append(item)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise SourceError(
                 f"{where} is no item of LAMBADA (context, continuation), HellaSwag "

@@ -395,6 +395,18 @@ def test_the_base_is_the_cheapest_precision_that_costs_at_least_the_budget(
 
 
 @pytest.mark.parametrize("order", ["even", "cosine"])
+@pytest.mark.parametrize("budget", [0.12, 0.3, 0.9, 0.95, 0.99, 1.0])
+def test_a_skipping_policy_costs_no_more_than_its_budget(
+    plain: Manifest, order: str, budget: float
+) -> None:
+    """Its LM head is that of mixed paths also where it skips nothing."""
+    policy = make_policy(order, plain, budget)
+    assert isinstance(policy, PathPolicy)
+    ms = policy.cost_ms(next(policy.paths()), plain.costs)
+    assert ms <= budget * reference_ms(plain) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("order", ["even", "cosine", "random"])
 def test_a_budget_below_every_skip_is_refused(plain: Manifest, order: str) -> None:
     assert "0.05" in one_line(lambda: make_policy(order, plain, 0.05))
 

@@ -52,7 +52,18 @@ def test_every_form_is_read(record: dict[str, Any], wanted: Item, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "content", ["", "\n", "{", "[]", '{"text": "word"}', '{"prompt": "a"}', '{"endings": []}']
+    "content",
+    [
+        "",
+        "\n",
+        "{",
+        "[]",
+        '{"text": "word"}',
+        '{"prompt": "a"}',
+        '{"endings": []}',
+        '{"activity_label": "a", "ctx": "b", "endings": [], "label": 0}',
+        '{"context": "", "continuation": "x"}',
+    ],
 )
 def test_a_line_of_another_form_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
