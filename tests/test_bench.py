@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -166,6 +167,7 @@ def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capt
         (("--peer", "vllm:x"), "expected KIND:PATH"),
         (("--peer", "genai:/nowhere"), "there is no /nowhere"),
         (("--run", "int3"), "unknown policy"),
+        (("--run", "static:@/nowhere"), "/nowhere"),
         (("--picture", "x.gif"), ".png or .svg"),
         (("--picture", "/nowhere/x.png"), "no folder"),
         (("--new-tokens", 1), "at least 2"),
@@ -177,6 +179,15 @@ def test_misuse_is_one_line(
     tiny_bundle: Path, arguments: tuple[object, ...], why: str, capsys: Capture
 ) -> None:
     assert why in TOOL.refused(capsys, tiny_bundle, *arguments)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_rounds(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("dash_onnx.bench.measure.restarted", None)
+    arguments = ("--picture", tmp_path / "x.png")
+    assert "needs matplotlib" in TOOL.refused(capsys, tiny_bundle, *arguments)
 
 
 @pytest.mark.parametrize(

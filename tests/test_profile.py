@@ -41,5 +41,13 @@ def test_a_dry_run_prints_and_leaves_the_bundle(bundle: Path, capsys: Capture) -
     assert (bundle / "dash.json").read_bytes() == before
 
 
+def test_a_fused_folder_is_said_to_keep_its_costs(bundle: Path, capsys: Capture) -> None:
+    (bundle / "fused").mkdir()
+    assert TOOL.run(bundle, "--dry-run") == 0
+    assert capsys.readouterr().err == ""
+    assert TOOL.run(bundle) == 0
+    assert f"dash-fuse {bundle} --overwrite" in capsys.readouterr().err
+
+
 def test_what_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:
     assert "no bundle" in TOOL.refused(capsys, tmp_path)

@@ -75,6 +75,8 @@ def policy_of(model: Model, variant: str) -> Policy:
     Raises:
         PolicyError: the bundle has no such policy.
     """
+    if variant.startswith("static:"):  # whose `@` names a file
+        return model.policy(variant)
     policy, _, budget = variant.partition("@")
     return model.policy(policy, budget or None)
 

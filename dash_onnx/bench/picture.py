@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dash_onnx.bench.measure import Result
 from dash_onnx.errors import DeviceError
@@ -11,8 +12,8 @@ from dash_onnx.errors import DeviceError
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
 
 
-def draw(results: Sequence[Result], path: Path, title: str) -> None:
-    """Writes the picture; its format follows the name (`.png`, `.svg`).
+def figure_class() -> Any:
+    """Matplotlib's `Figure`.
 
     Raises:
         DeviceError: matplotlib is not installed.
@@ -21,7 +22,12 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise DeviceError("the picture needs matplotlib: `pip install matplotlib`") from None
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    return Figure
+
+
+def draw(results: Sequence[Result], path: Path, title: str) -> None:
+    """Writes the picture; its format follows the name (`.png`, `.svg`)."""
+    figure = figure_class()(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     shown = [result for result in results if result.kl is not None]
     for number, result in enumerate(shown, 1):

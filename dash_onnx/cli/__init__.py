@@ -1,1 +1,1 @@
-"""The command line tools: dash-export, dash-run, dash-eval."""
+"""The command line tools: one module each; `common` is shared."""

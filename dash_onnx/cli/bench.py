@@ -128,7 +128,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from dash_onnx.bench.contenders import policy_of
     from dash_onnx.bench.measure import divergence, restarted, rounds
     from dash_onnx.bench.memory import read_gigabytes_per_s
-    from dash_onnx.bench.picture import draw
+    from dash_onnx.bench.picture import draw, figure_class
     from dash_onnx.bench.prompts import read_prompts
     from dash_onnx.bench.worker import Worker
     from dash_onnx.runtime.machine import machine_name
@@ -139,6 +139,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         path = Path(peer.partition(":")[2])
         if not path.exists():
             raise SourceError(f"--peer {peer}: there is no {path}")
+    if arguments.picture:
+        figure_class()  # missing, it is told before the rounds
     for picture in arguments.picture:
         if not picture.resolve().parent.is_dir():
             raise SourceError(f"cannot write {picture}: there is no folder {picture.parent}")
@@ -176,20 +178,20 @@ def _bench(arguments: argparse.Namespace) -> None:
             read = model.manifest.weight_bytes(policy.uniform, policy.head)
             results[index] = dataclasses.replace(results[index], weight_bytes=read)
     machine = f"{machine_name()}, {threads} threads"
-    for picture in arguments.picture:
-        draw(results, picture, machine)
     if arguments.json:
         rows = [
             {**dataclasses.asdict(r), "tokens_per_s": r.tokens_per_s, "gb_per_s": r.gigabytes_per_s}
             for r in results
         ]
         print(json.dumps({"machine": machine, "read_gb_per_s": ceiling, "contenders": rows}))
-        return
-    print(_table(results))
-    print(
-        f"\n{machine}; {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
-        f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
-    )
+    else:
+        print(_table(results))
+        print(
+            f"\n{machine}; {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
+            f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
+        )
+    for picture in arguments.picture:  # last: what fails here takes no figures with it
+        draw(results, picture, machine)
 
 
 def _encoded(model: Model, text: str) -> list[int]:

@@ -25,7 +25,7 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-info",
         "Show what a model contains and what its export would write and need, or what a bundle "
-        "contains. Reads no weights.",
+        "contains. Reads no weights; but a hub id is downloaded first, as its export needs it.",
         _EXAMPLES,
     )
     parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 
 from dash_onnx.cli.common import Parser, positive, run
 
@@ -49,6 +50,12 @@ def _profile(arguments: argparse.Namespace) -> None:
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
         replace_manifest(bundle.folder, manifest)
+        if (fused := bundle.folder / "fused").is_dir():
+            print(
+                f"dash-profile: {fused} keeps the costs that it was made with; renew it with "
+                f"dash-fuse {bundle.folder} --overwrite",
+                file=sys.stderr,
+            )
     if arguments.json:
         print(json.dumps(to_json(costs)))
         return

@@ -11,6 +11,7 @@ from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.source import Source
 
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
+_HUB_IGNORED = ["consolidated*"]  # the same weights in another layout
 
 
 def open_source(
@@ -59,7 +60,9 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
     try:
-        found = snapshot_download(model, revision=revision, allow_patterns=_HUB_PATTERNS)
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED
+        )
         return Path(found)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
