@@ -1,7 +1,7 @@
 """The contract of the graphs: names, dtypes and shapes of every input and output.
 
 The exporter declares the ports of a graph from here and the runtime binds them from
-here, so the two cannot drift apart. `seq`, `past` and `capacity` are symbolic dimensions;
+here, so the two cannot drift apart. `seq`, `capacity` and `positions` are symbolic dimensions;
 the batch dimension is always 1: a bundle serves one sequence per dispatch.
 """
 

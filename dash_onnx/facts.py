@@ -62,12 +62,12 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What calibration measured on one layer (x: its input, y: its full output, per token).
+    """What some of the calibration tokens show of one layer (x: its input, y: its full output).
 
     Attributes:
         scale: mean of ||y|| / ||x||; a skipped layer returns `scale * x`.
         cosine: mean cosine similarity of x and y.
-        relative_error: per action, ||y_action - y|| / ||y|| over all calibration tokens.
+        relative_error: per action, ||y_action - y|| / ||y|| over all those tokens.
         bytes: per action, size of graph and weights on disk.
     """
 

@@ -34,10 +34,10 @@ class KVCache:
         self.values: list[Buffer] = []
         self.reserve(1)
 
-    def reserve(self, tokens: int) -> bool:
-        """Makes room for `tokens` in all; returns whether the buffers moved."""
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` in all; the buffers move where there is none."""
         if tokens <= self.capacity:
-            return False
+            return
         capacity = max(self.capacity, _FIRST_CAPACITY)
         while capacity < tokens:
             capacity *= 2
@@ -46,7 +46,6 @@ class KVCache:
         self.values = self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
         self.capacity = capacity
-        return True
 
     def _tables(self, rope: Rope, capacity: int) -> tuple[Buffer, Buffer]:
         dtype = self._manifest.dims.dtype
