@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ def streamed_model(source: Source) -> PreTrainedModel:
     Source: the hooks follow the idea of accelerate's disk offloading; here the weights come
     from any `Weights`, GGUF included.
     """
+    config = source.config
+    if "lm_head.weight" in source.weights and config.tie_word_embeddings:
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False  # as transformers does where the two differ
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.eval()
     decoder = model.get_decoder()
     layers = dict(decoder.layers.named_children())

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_tool import Capture, Tool
+from families import CASES, save_random
 
 from dash_onnx.actions import Action
 from dash_onnx.bundle import Bundle, file_facts
@@ -52,6 +53,17 @@ def test_full_layers_and_the_whole_path_equal_transformers(
     for row in report.rows[1:-1]:
         assert row.errors["full"] < row.errors["int8"] < row.errors["int4"] < row.errors["skip"]
         assert set(row.limits) == {"full", "int8", "int4"}
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2", "stablelm parallel"])
+def test_families_whose_layers_are_folded_equal_transformers(
+    name: str, tmp_path: Path, night: Path, export_tiny: Callable[..., Path]
+) -> None:
+    source = save_random(tmp_path / "source", CASES[name])
+    report = checked(source, export_tiny(source, calibration=(night,)), "quick")
+    assert report.failures == []
+    for row in report.rows[:-1]:
+        assert row.errors["full"] < 1e-4, row
 
 
 def test_the_quick_form_takes_the_other_errors_from_the_calibration(

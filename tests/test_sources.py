@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dash_onnx
+from dash_onnx.bundle import Bundle
 from dash_onnx.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.check import check
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.sources import Source, open_source
 
@@ -102,6 +104,28 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     assert "model.norm.weight" in opened(folder).weights
     (folder / "b.safetensors").unlink()
     assert "b.safetensors is missing" in refusal(SourceError, folder)
+
+
+def test_a_single_file_beside_older_shards_is_what_counts(folder: Path) -> None:
+    path, name = folder / "model.safetensors", "model.norm.weight"
+    tensors = load_file(path)
+    sharded(folder)
+    save_file({**tensors, name: tensors[name] + 1}, path)
+    assert torch.equal(opened(folder).weights[name], tensors[name] + 1)
+    (folder / "b.safetensors").unlink()
+    assert torch.equal(opened(folder).weights[name], tensors[name] + 1)
+
+
+def test_a_head_of_its_own_counts_where_the_config_calls_it_tied(
+    folder: Path, text: Path, export_tiny: Callable[..., Path]
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    bundle = export_tiny(folder, calibration=(text,), variants=("full",))
+    np.testing.assert_allclose(
+        dash_onnx.load(bundle).logits(IDS, policy="full"), reference_logits(folder), atol=1e-4
+    )
+    assert check(opened(folder), Bundle(bundle), "quick").failures == []
 
 
 @pytest.mark.parametrize("absolute", [False, True])

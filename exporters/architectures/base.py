@@ -154,6 +154,7 @@ class ModelSpec:
         ropes: rotary position embeddings; most models have one.
         attention: of each layer.
         embedding_scale: factor on the token embedding.
+        stream_scale: hidden states of transformers, as a multiple of those of the graphs.
     """
 
     facts: ModelFacts
@@ -161,6 +162,7 @@ class ModelSpec:
     ropes: tuple[Rope, ...]
     attention: tuple[Attention, ...]
     embedding_scale: float = 1.0
+    stream_scale: float = 1.0
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:

@@ -93,6 +93,7 @@ class Decoder:
                 self.attention(config, index, length) for index in range(config.num_hidden_layers)
             ),
             embedding_scale=self.embedding_scale(config),
+            stream_scale=self.stream_scale(config),
         )
 
     def block(self, config: PretrainedConfig) -> Block:
@@ -122,6 +123,10 @@ class Decoder:
 
     def embedding_scale(self, config: PretrainedConfig) -> float:
         """Factor on the token embedding."""
+        return 1.0
+
+    def stream_scale(self, config: PretrainedConfig) -> float:
+        """Hidden states of transformers, as a multiple of those of the graphs."""
         return 1.0
 
     def logit_scale(self, config: PretrainedConfig) -> float:
@@ -177,8 +182,8 @@ class Decoder:
     def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
         """See `Architecture`."""
         facts, names = spec.facts, self.names
-        tied = config.tie_word_embeddings or f"{names.head}.weight" not in weights
-        name = names.embedding if tied else names.head
+        # As transformers: a head that is stored counts, whatever the config says about it.
+        name = names.head if f"{names.head}.weight" in weights else names.embedding
         linear = _linear(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
         norm = self._norm(weights, names.final_norm, facts.hidden_size)
         scale = self.logit_scale(config) / (spec.block.logit_softcap or 1.0)

@@ -31,6 +31,10 @@ class Granite(Decoder):
         """See `Decoder`."""
         return float(config.embedding_multiplier / config.residual_multiplier)
 
+    def stream_scale(self, config: PretrainedConfig) -> float:
+        """See `Decoder`."""
+        return float(config.residual_multiplier)
+
     def logit_scale(self, config: PretrainedConfig) -> float:
         """See `Decoder`."""
         return float(1.0 / config.logits_scaling)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from dash_onnx.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.sources.source import Source
 
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _RENAMED = {"embed_out.weight": "lm_head.weight"}  # in files of GPT-NeoX; transformers' name now
 
 
@@ -28,7 +28,9 @@ class SafetensorsWeights:
             SourceError: a file is missing or damaged.
         """
         index = folder / _INDEX
-        if index.is_file():
+        if (folder / _SINGLE).is_file():  # as transformers: an index beside it is of older shards
+            shards = [_SINGLE]
+        elif index.is_file():
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(shard, str) for shard in weight_map.values()
