@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -115,10 +116,13 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         marker: the file that every folder of this kind holds.
 
     Raises:
-        BundleError: it exists without `overwrite`, or holds something of another kind.
+        BundleError: it exists without `overwrite`, holds something of another kind, or cannot be
+            renamed.
     """
     if not folder.exists() and not folder.is_symlink():
         return
+    if folder.is_mount():
+        raise BundleError(f"{folder} is a mount point: give a folder inside it")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / marker).is_file():
@@ -139,16 +143,19 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
 def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes `folder` when the block succeeds.
 
-    On any error or interrupt the temporary folder is removed and `folder` is untouched.
+    On any error or interrupt the temporary folder is removed and `folder` is untouched. What an
+    earlier process left that was killed is removed, too.
 
     Raises:
         BundleError: see `check_destination`.
     """
     check_destination(folder, overwrite, marker)
     folder = folder.resolve()
+    _sweep(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+        lock = _locked(temporary)
     except OSError as error:
         raise BundleError(f"cannot write {folder}: {error.strerror}") from None
     try:
@@ -158,10 +165,39 @@ def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> It
         retired = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))
         move_into_place(temporary, folder, retired)
         if retired.exists():
-            shutil.rmtree(retired)
+            shutil.rmtree(retired, ignore_errors=True)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """Locks a folder for as long as this process lives; raises OSError where another has it."""
+    import fcntl  # bundles are written on POSIX systems only, and read anywhere
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left beside a folder."""
+    for state in ("replaced", "partial"):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.{state}-*"):
+            made = left.with_name(left.name.replace(".replaced-", ".partial-"))
+            try:
+                lock = _locked(made) if made.exists() else None
+            except OSError:  # its process is alive
+                continue
+            if state == "partial" or folder.exists():  # else it is the only copy
+                shutil.rmtree(left, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
 
 
 def move_into_place(temporary: Path, folder: Path, retired: Path) -> None:

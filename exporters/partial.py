@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -154,8 +154,11 @@ def exporting(
             keep = resume and partial.progress() is not None
             raise
         finally:
-            if not keep:
-                shutil.rmtree(folder)
+            if not keep:  # the lock last: until then no other process takes the folder
+                partial.clear()
+                (folder / "lock").unlink()
+                with suppress(OSError):  # another process has it already
+                    folder.rmdir()
 
 
 @contextmanager

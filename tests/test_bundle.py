@@ -325,6 +325,34 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str, overwrit
     assert snapshot(tmp_path) == before
 
 
+def test_a_mount_point_is_refused_before_any_work(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in (old, tmp_path))
+    for place in (old, tmp_path):
+        with pytest.raises(BundleError, match="mount point: give a folder inside it"):
+            check_destination(place, overwrite=True)
+
+
+def test_what_a_killed_process_left_is_swept_but_not_what_a_living_one_writes(old: Path) -> None:
+    dead = old.with_name(f".{old.name}.partial-dead")
+    gone = old.with_name(f".{old.name}.replaced-gone")
+    for left in (dead, gone):
+        left.mkdir()
+        (left / "graph").write_text("left")
+    with writing(old, overwrite=True) as first, writing(old, overwrite=True) as second:
+        assert first.is_dir() and second.is_dir()
+        assert not dead.exists() and not gone.exists()
+
+
+def test_the_only_copy_that_a_killed_process_left_is_kept(tmp_path: Path) -> None:
+    """Killed between two renames: the old bundle lies beside its place."""
+    only = tmp_path / ".out.replaced-x"
+    only.mkdir()
+    with writing(tmp_path / "out", overwrite=False):
+        assert only.is_dir()
+
+
 def test_a_destination_that_appears_during_the_block_is_not_replaced(tmp_path: Path) -> None:
     place = tmp_path / "out"
     with (

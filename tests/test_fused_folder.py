@@ -82,6 +82,8 @@ def test_a_killed_dash_fuse_leaves_no_folder(bundle: Path, tmp_path: Path, name:
     assert not out.exists()
     left = [path for path in tmp_path.iterdir() if path.name.startswith(".fused")]
     assert len(left) == (0 if name == "SIGTERM" else 1)  # nobody can tidy up after SIGKILL
+    assert FUSE.run(bundle, out) == 0  # but the next one does
+    assert [path.name for path in tmp_path.iterdir() if "fused" in path.name] == ["fused"]
 
 
 # Training

@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from dash_onnx.bundle import Bundle, writing
+from dash_onnx.bundle import Bundle, check_destination, writing
 from dash_onnx.exporters.fused import FOLDER
 from dash_onnx.exporters.train.describe import describe
 from dash_onnx.exporters.train.improve import improve
@@ -29,13 +29,14 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
     started = time.monotonic()
     bundle = Bundle(folder)
     check_device(bundle.manifest.target.device)  # the costs are measured there
+    check_destination(bundle.folder, overwrite=True)
     run = Learning(bundle, options)
     run.texts()
     regress(run)
     improve(run)
     with writing(run.bundle.folder, overwrite=True) as trained:
-        # A fused graph of the old policy must not outlive it.
-        old = shutil.ignore_patterns(FOLDER)
+        # What shows the old policy must not outlive it.
+        old = shutil.ignore_patterns(FOLDER, "report.html")
         shutil.copytree(run.bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
         manifest = describe(run, trained, started)
         (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
