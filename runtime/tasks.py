@@ -46,17 +46,17 @@ class TaskResult:
     Attributes:
         accuracy: share of right items: greedy match, exact match, or the most likely choice.
         stderr: its standard error.
-        accuracy_norm: likewise with the log-likelihood divided by the choice's length in bytes;
+        accuracy_norm: likewise with the log-likelihood divided by its length in characters;
             None where items have no choices.
         items: how many.
-        cost_ms: profiled mean cost of a decoded token.
+        cost_ms: profiled mean cost of a scored token; None where the model wrote freely.
     """
 
     accuracy: float
     stderr: float
     accuracy_norm: float | None
     items: int
-    cost_ms: float
+    cost_ms: float | None
 
 
 def read_task(path: Path, max_items: int | None = None) -> list[Item]:
@@ -93,7 +93,10 @@ def read_task(path: Path, max_items: int | None = None) -> list[Item]:
 
 def _item(record: dict[str, Any]) -> Item:
     if "endings" in record:
-        context = f"{record['activity_label']}: {record['ctx']}"
+        context = record["ctx"]
+        if "ctx_a" in record and "ctx_b" in record:
+            context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
+        context = f"{record['activity_label']}: {context}"
         endings = tuple(" " + _clean(ending) for ending in record["endings"])
         return Item(_clean(context), endings, int(record["label"]))
     if "answerKey" in record:
@@ -160,7 +163,7 @@ def run_task(
         if len(item.choices) == 1:
             right.append(greedy[0])
         else:
-            lengths = [len(choice.encode()) for choice in item.choices]
+            lengths = [len(choice) - 1 for choice in item.choices]  # without the space before it
             right.append(int(np.argmax(totals)) == item.answer)
             right_norm.append(int(np.argmax(np.divide(totals, lengths))) == item.answer)
         on_item()
@@ -170,7 +173,7 @@ def run_task(
         stderr=math.sqrt(share * (1 - share) / max(len(right) - 1, 1)),
         accuracy_norm=float(np.mean(right_norm)) if right_norm else None,
         items=len(right),
-        cost_ms=float(np.mean(spent)) if spent else 0.0,
+        cost_ms=float(np.mean(spent)) if spent else None,
     )
 
 
@@ -178,4 +181,5 @@ def _generates(model: Model, item: Item, policy: Policy) -> bool:
     wanted = item.choices[0].strip()
     budget = len(model.text.encode(wanted)) + 8
     text = model.generate(item.context, policy=policy, max_new_tokens=budget)
-    return text.strip().startswith(wanted)
+    found = text.strip()
+    return found.startswith(wanted) and not found[len(wanted) : len(wanted) + 1].isalnum()

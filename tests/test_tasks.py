@@ -43,6 +43,11 @@ def written(path: Path, *records: Any) -> Path:
              "label": "1"},
             Item("Rowing: A man. rows", (" on", " o ff"), 1),
         ),
+        (
+            {"activity_label": "Rowing", "ctx": "A man. he", "ctx_a": "A man.", "ctx_b": "he",
+             "endings": ["rows"], "label": 0},
+            Item("Rowing: A man. He", (" rows",), 0),
+        ),
         ({"prompt": "2 + 2 =", "answer": 4}, Item("2 + 2 =", ("4",), 0, generate=True)),
         ({"text": "one line\u2028still"}, Item("one", (" line\u2028still",), 0)),
     ],
@@ -124,10 +129,14 @@ def test_a_single_continuation_must_be_what_the_model_says(tiny_model: Model) ->
 
 
 def test_generation_is_compared_exactly(tiny_model: Model) -> None:
+    written = iter(["4.", " 4", "42", "44 and 4", "no such answer"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "generate", lambda *_, **__: next(written))
+        result = run_task(tiny_model, [Item(CONTEXT, ("4",), 0, True)] * 5)
+    assert result.accuracy == pytest.approx(0.4) and result.accuracy_norm is None
+    assert result.cost_ms is None
     text = tiny_model.generate(CONTEXT, max_new_tokens=4)
-    items = [Item(CONTEXT, (text.strip(),), 0, True), Item(CONTEXT, ("no such answer",), 0, True)]
-    result = run_task(tiny_model, items)
-    assert result.accuracy == 0.5 and result.accuracy_norm is None
+    assert run_task(tiny_model, [Item(CONTEXT, (text.strip()[:1],), 0, True)]).items == 1
 
 
 def test_the_command_scores_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -116,4 +116,5 @@ def _task(arguments: argparse.Namespace) -> None:
     print(f"accuracy       {result.accuracy:.2%} (+- {result.stderr:.2%}, {result.items} items)")
     if result.accuracy_norm is not None:
         print(f"by length      {result.accuracy_norm:.2%}")
-    print(f"profiled cost  {result.cost_ms:.2f} ms per token")
+    if result.cost_ms is not None:
+        print(f"profiled cost  {result.cost_ms:.2f} ms per token")
