@@ -66,19 +66,31 @@ class Sampler:
             logits = _penalized(logits, seen, options.repetition_penalty)
         if options.temperature == 0:
             return int(np.argmax(logits))
+        ids = np.arange(len(logits))
+        if 0 < options.top_k < len(logits):
+            ids = np.argpartition(-logits, options.top_k - 1)[: options.top_k]
         with np.errstate(over="ignore"):  # a tiny temperature is nearly greedy
-            logits = (logits.astype(np.float64) - logits.max()) / options.temperature
-        order = np.argsort(-logits, kind="stable")
-        if options.top_k:
-            order = order[: options.top_k]
-        weights = np.exp(logits[order] - logits[order[0]])  # most likely first
-        weights /= weights.sum()
+            logits = (logits[ids].astype(np.float64) - logits.max()) / options.temperature
+        weights = np.exp(logits)  # 1 for the most likely
         if options.top_p < 1:
-            # The token that crosses the threshold stays.
-            order = order[: int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1]
-        weights = weights[: len(order)]
-        weights = weights[weights >= options.min_p * weights[0]]
-        return int(self._rng.choice(order[: len(weights)], p=weights / weights.sum()))
+            kept = _nucleus(weights, options.top_p)
+            ids, weights = ids[kept], weights[kept]
+        if options.min_p > 0:
+            likely = weights >= options.min_p
+            ids, weights = ids[likely], weights[likely]
+        heights = np.cumsum(weights)
+        drawn = np.searchsorted(heights, self._rng.random() * heights[-1], side="right")
+        return int(ids[min(drawn, len(ids) - 1)])
+
+
+def _nucleus(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.intp]:
+    """Places of the largest weights that together reach a share; the one that crosses it stays."""
+    total = weights.sum()
+    # All that are smaller have less than the rest of the share together, so only a few are sorted.
+    large = np.flatnonzero(weights >= (1 - share) * total / len(weights))
+    order = large[np.argsort(-weights[large], kind="stable")]
+    reached = np.searchsorted(np.cumsum(weights[order]) / total, share)
+    return order[: int(reached) + 1]
 
 
 def _penalized(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dash_onnx.errors import PolicyError
 from dash_onnx.runtime.options import Options
-from dash_onnx.runtime.sampling import Sampler, Sampling
+from dash_onnx.runtime.sampling import Sampler, Sampling, _nucleus
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))  # most likely first: 1 3 4 0 2
 DRAWS = 8_000
@@ -106,6 +108,18 @@ def test_top_p_that_is_reached_exactly_keeps_no_further_token() -> None:
     logits = np.array([0.0, 0.0, 0.0, 0.0])  # 1/4 each, exact in binary
     found = shares(Sampling(temperature=1.0, top_p=0.5, seed=6), logits)
     assert_distribution(found, np.array([0.5, 0.5, 0, 0]))
+
+
+@given(st.integers(0, 2**32), st.floats(0.001, 0.999), st.integers(1, 400), st.floats(0.1, 6))
+def test_the_nucleus_is_the_shortest_prefix_that_reaches_the_share(
+    seed: int, share: float, size: int, spread: float
+) -> None:
+    weights = np.exp(np.random.default_rng(seed).normal(0, spread, size))
+    kept = _nucleus(weights, share)
+    assert list(kept) == list(np.argsort(-weights, kind="stable")[: len(kept)])
+    mass = weights[kept].sum() / weights.sum()
+    assert mass >= share * (1 - 1e-12)
+    assert mass - weights[kept[-1]] / weights.sum() < share * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
