@@ -190,6 +190,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"\n{machine}; {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
             f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
         )
+        if any(peer.startswith("llama.cpp:") for peer in arguments.peer):
+            print("of llama.cpp the mean of an answer's tokens, of all others their median")
     for picture in arguments.picture:  # last: what fails here takes no figures with it
         draw(results, picture, machine)
 
