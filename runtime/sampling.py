@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from dash_onnx.errors import PolicyError
 
+_LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -66,30 +68,32 @@ class Sampler:
             logits = _penalized(logits, seen, options.repetition_penalty)
         if options.temperature == 0:
             return int(np.argmax(logits))
-        ids = np.arange(len(logits))
-        if 0 < options.top_k < len(logits):
-            ids = np.argpartition(-logits, options.top_k - 1)[: options.top_k]
+        scaled, ids = logits.astype(np.float32), None
+        scaled -= scaled.max()
+        if 0 < options.top_k < len(scaled):
+            ids = np.argpartition(scaled, -options.top_k)[-options.top_k :]
+            scaled = scaled[ids]
         with np.errstate(over="ignore"):  # a tiny temperature is nearly greedy
-            logits = (logits[ids].astype(np.float64) - logits.max()) / options.temperature
-        weights = np.exp(logits)  # 1 for the most likely
+            scaled /= np.float32(max(options.temperature, _LEAST_TEMPERATURE))
+        weights = np.exp(scaled)  # 1 for the most likely
         if options.top_p < 1:
             kept = _nucleus(weights, options.top_p)
-            ids, weights = ids[kept], weights[kept]
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         if options.min_p > 0:
-            likely = weights >= options.min_p
-            ids, weights = ids[likely], weights[likely]
-        heights = np.cumsum(weights)
-        drawn = np.searchsorted(heights, self._rng.random() * heights[-1], side="right")
-        return int(ids[min(drawn, len(ids) - 1)])
+            weights[weights < options.min_p] = 0
+        heights = np.cumsum(weights, dtype=np.float64)
+        drawn = int(np.searchsorted(heights, self._rng.random() * heights[-1], side="right"))
+        drawn = min(drawn, len(heights) - 1)
+        return drawn if ids is None else int(ids[drawn])
 
 
-def _nucleus(weights: npt.NDArray[np.float64], share: float) -> npt.NDArray[np.intp]:
+def _nucleus(weights: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.intp]:
     """Places of the largest weights that together reach a share; the one that crosses it stays."""
-    total = weights.sum()
+    total = weights.sum(dtype=np.float64)
     # All that are smaller have less than the rest of the share together, so only a few are sorted.
     large = np.flatnonzero(weights >= (1 - share) * total / len(weights))
     order = large[np.argsort(-weights[large], kind="stable")]
-    reached = np.searchsorted(np.cumsum(weights[order]) / total, share)
+    reached = np.searchsorted(np.cumsum(weights[order], dtype=np.float64) / total, share)
     return order[: int(reached) + 1]
 
 
