@@ -141,15 +141,14 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Returns the text that is complete with this token, possibly none."""
-        broken = ""
+        held = [*self._pending, int(token)]
         try:
-            text = self._stream.step(self._tokenizer, int(token))
+            text = self._stream.step(self._tokenizer, held[-1])
         except Exception:  # tokenizers' own: bytes that are no character changed what came before
-            broken = self.finish()
             self._restart()
-            text = self._stream.step(self._tokenizer, int(token))
-        self._pending = [*self._pending, int(token)] if text is None else []
-        return broken + (text or "")
+            text = "".join(self._stream.step(self._tokenizer, one) or "" for one in held)
+        self._pending = [] if text else held
+        return text or ""
 
     def finish(self) -> str:
         """Returns what an answer that ends inside a character still holds."""
