@@ -121,7 +121,7 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
     """
     if not folder.exists() and not folder.is_symlink():
         return
-    if folder.is_mount():
+    if folder.resolve().is_mount():  # unresolved, `.` looks like one
         raise BundleError(f"{folder} is a mount point: give a folder inside it")
     if folder.is_dir() and not any(folder.iterdir()):
         return

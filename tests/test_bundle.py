@@ -334,6 +334,18 @@ def test_a_mount_point_is_refused_before_any_work(
             check_destination(place, overwrite=True)
 
 
+def test_the_folder_one_is_in_and_a_link_are_no_mount_points(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(old)
+    check_destination(Path(), overwrite=True)
+    (tmp_path / "link").symlink_to("/proc")
+    with pytest.raises(BundleError, match="mount point"):
+        check_destination(tmp_path / "link", overwrite=True)
+    (tmp_path / "other").symlink_to(old)
+    check_destination(tmp_path / "other", overwrite=True)
+
+
 def test_what_a_killed_process_left_is_swept_but_not_what_a_living_one_writes(old: Path) -> None:
     dead = old.with_name(f".{old.name}.partial-dead")
     gone = old.with_name(f".{old.name}.replaced-gone")
