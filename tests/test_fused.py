@@ -138,14 +138,17 @@ def test_a_budget_that_skips_most_layers_decides_as_the_runtime(
     assert TOOL.run(folder, tmp_path / "graph") == 0
     model = dash_onnx.load(folder)
     client, lane = Client(tmp_path / "graph", model.manifest), Lane(model._sessions)
-    policy = model.policy("dash")
-    lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, policy, "int8"))
+    lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, model.policy("dash"), "int8"))
     assert set(client(PROMPT)[1]) == {"int8"}
-    for token in range(100, 120):
-        ours, decided = lane.decode_scored(token, policy.price, "int8")  # type: ignore[attr-defined]
-        theirs, path = client([token])
+    seen: set[str] = set()
+    for token in range(100, 140):
+        budget = 0.5 if token % 2 else 0.25  # that of the graph, and one that skips more
+        ours, decided = lane.decode_scored(token, price_at(model, budget), "int8")
+        theirs, path = client([token], **{BUDGET: np.array([budget], np.float32)})
         assert path == list(decided)
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
+        seen |= set(path)
+    assert SKIP in seen and len(seen) > 1
 
 
 def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:

@@ -53,7 +53,7 @@ def _profile(arguments: argparse.Namespace) -> None:
         if (fused := bundle.folder / "fused").is_dir():
             print(
                 f"dash-profile: {fused} keeps the costs that it was made with; renew it with "
-                f"dash-fuse {bundle.folder} --overwrite",
+                f"dash-fuse {bundle.folder} --overwrite and the options of the first time",
                 file=sys.stderr,
             )
     if arguments.json:

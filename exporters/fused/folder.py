@@ -83,7 +83,9 @@ def options_of(folder: Path) -> FuseOptions | None:
     try:
         return from_json(FusedFacts, json.loads((folder / FACTS).read_text("utf-8"))).options
     except (OSError, ValueError, RecordError):
-        raise BundleError(f"{folder / FACTS} cannot be read; run dash-fuse --overwrite") from None
+        raise BundleError(
+            f"{folder / FACTS} cannot be read; remove {folder} and run dash-fuse again"
+        ) from None
 
 
 def _write_adapter(path: Path, budget: float) -> None:

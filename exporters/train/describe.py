@@ -51,7 +51,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
         gain = rounding * torch.tensor(errors) / sum(errors)
     scorer = BundleScorer(run.scorer, run.actions, run.extra, gain, run.log_price_range)
     file = export_scorer(scorer, folder, manifest.dims)
-    looks, training = run.scorer.looks, _training(run, started)
+    looks, training = run.scorer.looks, _training(run, manifest, started)
     facts = ScorerFacts(file, scorer.actions, looks, (), {}, (), training)
     if manifest.scorer is not None and manifest.scorer.file != file:
         (folder / manifest.scorer.file).unlink()
@@ -71,7 +71,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
         points=points,
         presets=presets(points),
         static=assignments,
-        training=_training(run, started),
+        training=_training(run, manifest, started),
     )
     return replace(manifest, scorer=facts)
 
@@ -149,8 +149,7 @@ def _skipping(run: Learning, without: Sequence[static.Move]) -> list[static.Move
     return list(tqdm(moves, desc="static", disable=None))
 
 
-def _training(run: Learning, started: float) -> Training:
-    manifest = run.bundle.manifest
+def _training(run: Learning, manifest: Manifest, started: float) -> Training:
     rows = np.array(run.history)
     tenths = [part.mean(0) for part in np.array_split(rows, 10) if len(part)]
     loss, kl, cost = (tuple(round(float(v), 5) for v in column) for column in np.transpose(tenths))
