@@ -121,4 +121,4 @@ def test_unreadable_facts_are_told_before_training(bundle: Path, capsys: Capture
     assert FUSE.run(bundle) == 0
     (bundle / FOLDER / FACTS).write_text("{}")
     capsys.readouterr()
-    assert "run dash-fuse --overwrite" in TRAIN.refused(capsys, bundle)
+    assert "and run dash-fuse again" in TRAIN.refused(capsys, bundle)
