@@ -237,7 +237,12 @@ def skipping_path(
         path = tuple(SKIP if layer in skipped else base for layer in range(layers))
         if manifest.costs.token_ms(path, manifest.heads[SKIP]) <= limit * (1 + 1e-9):
             return path
-    raise PolicyError(f"budget {budget:g} is less than skipping every inner layer costs")
+    raise below_every_skip(budget)
+
+
+def below_every_skip(budget: float) -> PolicyError:
+    """What a budget is answered with that no skipping meets."""
+    return PolicyError(f"budget {budget:g} is less than skipping every inner layer costs")
 
 
 def base_precision(manifest: Manifest, budget: float) -> Action:

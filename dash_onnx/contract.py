@@ -16,6 +16,9 @@ DType = Literal["float32", "float16", "int32", "int64"]
 
 EMBED_PATH = "embed.onnx"
 
+FUSED_FOLDER, REPORT_NAME = "fused", "report.html"
+"""What dash-fuse and dash-report write into a bundle unless told otherwise: no part of it."""
+
 
 def layer_path(layer: int, action: Action) -> str:
     """Path of a layer graph inside the bundle."""

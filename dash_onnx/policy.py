@@ -18,6 +18,7 @@ from dash_onnx.budget import (
     Budget,
     Controller,
     base_precision,
+    below_every_skip,
     price_of,
     reference_ms,
     resolve,
@@ -146,6 +147,9 @@ class RandomPolicy(PathPolicy):
             manifest: of the bundle.
             seed: of the draws.
             budget: a fraction: layers run at one precision or are skipped.
+
+        Raises:
+            PolicyError: not even skipping every inner layer is cheap enough.
         """
         self.name = f"random:{seed}"
         self.head = manifest.heads[SKIP]
@@ -161,9 +165,7 @@ class RandomPolicy(PathPolicy):
             saved = sum(layer[base] - layer[SKIP] for layer in inner)
             excess = run - budget * reference_ms(manifest)
             if excess > max(saved, 0.0) + 1e-9:
-                raise PolicyError(
-                    f"budget {budget:g} is less than skipping every inner layer costs"
-                )
+                raise below_every_skip(budget)
             share = max(excess / saved, 0.0) if saved > 0 else 0.0
             self._actions, self._weights = (base, SKIP), [1 - share, share]
 

@@ -25,7 +25,7 @@ from conftest import save_tiny
 import dash_onnx
 from dash_onnx.bundle import Bundle, file_facts
 from dash_onnx.cli.train import main
-from dash_onnx.contract import scorer_ports
+from dash_onnx.contract import REPORT_NAME, scorer_ports
 from dash_onnx.errors import BundleError, DashError, SourceError
 from dash_onnx.exporters.train import describe, improve, learning, regress
 from dash_onnx.exporters.train import text as training_text
@@ -825,9 +825,11 @@ def test_text_of_ones_own_is_named_and_changes_the_scorer(
     chats = tmp_path / "chats.jsonl"
     record = {"prompt": "who counts the ships?", "response": "the keeper, in the night"}
     chats.write_text((json.dumps(record) + "\n") * 50)
+    (bundle / REPORT_NAME).write_text("of the old policy")
     facts = train(bundle, TrainOptions(calibration=(text, chats))).scorer
     assert facts is not None
     assert facts.training.source == "night.txt, chats.jsonl"
+    assert not (bundle / REPORT_NAME).exists()
     assert not torch.equal(scorers[0]["bias"], parameters(first[1])["bias"])
 
 

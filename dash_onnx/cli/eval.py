@@ -18,6 +18,7 @@ _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy static:full,int8*28,full
   dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced"""
 
+# Options of `evaluate` by their names there; it has the defaults.
 _OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows")
 
 
@@ -76,17 +77,16 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     text = read_text(arguments.text)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
-    prefill = arguments.prefill and check_action(arguments.prefill, model.manifest.variants)
+    given = {name: value for name in _OF_A_TEXT if (value := getattr(arguments, name)) is not None}
+    if arguments.prefill is not None:
+        check_action(arguments.prefill, model.manifest.variants)
     with tqdm(desc="windows", total=arguments.max_windows, disable=None) as bar:
         result = evaluate(
             model,
             text,
             model.policy(arguments.policy, arguments.budget),
-            window=arguments.window or 512,
-            prompt_tokens=arguments.prompt_tokens or 128,
-            max_windows=arguments.max_windows,
-            prefill=prefill,
             on_window=bar.update,
+            **given,
         )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))

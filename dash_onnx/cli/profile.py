@@ -39,6 +39,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.budget import reference_ms, with_costs
     from dash_onnx.bundle import Bundle, replace_manifest
+    from dash_onnx.contract import FUSED_FOLDER
     from dash_onnx.records import to_json
     from dash_onnx.runtime.profile import profile
     from dash_onnx.runtime.sessions import Sessions
@@ -50,7 +51,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
         replace_manifest(bundle.folder, manifest)
-        if (fused := bundle.folder / "fused").is_dir():
+        if (fused := bundle.folder / FUSED_FOLDER).is_dir():
             print(
                 f"dash-profile: {fused} keeps the costs that it was made with; renew it with "
                 f"dash-fuse {bundle.folder} --overwrite and the options of the first time",

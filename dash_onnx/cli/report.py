@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.contract import REPORT_NAME
 from dash_onnx.errors import SourceError
 
 _EXAMPLES = """\
@@ -76,7 +77,7 @@ def _report(arguments: argparse.Namespace) -> None:
     budgets = arguments.budgets or sorted(facts.presets, key=facts.presets.__getitem__)
     for budget in budgets:
         model.policy("dash", budget)  # a wrong one is refused before anything runs
-    target = arguments.html or arguments.bundle / "report.html"
+    target = arguments.html or arguments.bundle / REPORT_NAME
     if not arguments.json:
         _check_target(target)
     if given is None:

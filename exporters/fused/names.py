@@ -1,6 +1,8 @@
 """Names of the fused folder's files and of the graph's own ports."""
 
-FOLDER = "fused"
+from dash_onnx.contract import FUSED_FOLDER
+
+FOLDER = FUSED_FOLDER
 """Inside the bundle, unless another place is given."""
 
 MODEL = "model.onnx"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from dash_onnx.bundle import Bundle, check_destination, writing
-from dash_onnx.exporters.fused import FOLDER
+from dash_onnx.contract import FUSED_FOLDER, REPORT_NAME
 from dash_onnx.exporters.train.describe import describe
 from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.learning import Learning
@@ -36,7 +36,7 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
     improve(run)
     with writing(run.bundle.folder, overwrite=True) as trained:
         # What shows the old policy must not outlive it.
-        old = shutil.ignore_patterns(FOLDER, "report.html")
+        old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
         shutil.copytree(run.bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
         manifest = describe(run, trained, started)
         (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
