@@ -28,13 +28,12 @@ from dash_onnx.bundle import Bundle
 from dash_onnx.exporters.train import improve as on_policy
 from dash_onnx.exporters.train import learning, static
 from dash_onnx.exporters.train.effort import Effort
-from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
 from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
-from dash_onnx.exporters.train.scorer import Scorer, greedy, looks_of
+from dash_onnx.exporters.train.scorer import greedy, looks_of
 from dash_onnx.exporters.train.text import LENGTH
 from dash_onnx.text import TextCodec, read_text
 
@@ -79,14 +78,6 @@ class Omitting(Frozen):
         seen = torch.ones(length, length, dtype=torch.bool).tril() & self._kept[:, None, None]
         seen = seen | torch.eye(length, dtype=torch.bool)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-
-
-class Priceless(Scorer):
-    """Does not see the price."""
-
-    def log_steps(self, state: State, log_price: Tensor) -> Tensor:
-        """See `Scorer`."""
-        return super().log_steps(state, torch.zeros_like(log_price))
 
 
 class Untrained(Frozen):
@@ -243,7 +234,6 @@ def main() -> None:
         lambda: train("look before layer L/3", looks_of=looking(1 / 3)),
         lambda: train("look before layer L/2", looks_of=looking(1 / 2)),
         lambda: train("three looks", _LOOKS=3),
-        lambda: train("blind to the price", Scorer=Priceless),
         lambda: train("skipped layers leave no K/V", Frozen=Omitting),
         *(
             lambda bundle=bundle: train(bundle.name, bundle=bundle, also_static=True)  # type: ignore[misc]

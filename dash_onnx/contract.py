@@ -133,17 +133,15 @@ def head_ports(dims: Dims) -> Ports:
 def scorer_ports(dims: Dims, layers: int, actions: int) -> Ports:
     """The scorer of one token's decisions for a segment of layers.
 
-    `hidden` is the input of the layer before the segment, `log_price` the log of nats per
-    `Costs.unit_ms`, `penalty` what each action costs (price times cost, in nats). `total` is
-    `penalty` plus the predicted KL of each action in nats, `action` the index of the least. Both
-    have a row for every layer; those of the first segment depend on the penalty alone, those of
-    other segments than the input's mean nothing.
+    `hidden` is the input of the layer before the segment, `penalty` what each action costs (price
+    times cost, in nats). `total` is `penalty` plus the predicted KL of each action in nats,
+    `action` the index of the least. Both have a row for every layer; those of the first segment
+    depend on the penalty alone, those of other segments than the input's mean nothing.
     """
     rows = (layers, actions)
     return Ports(
         inputs=(
             Port("hidden", dims.dtype, (1, dims.hidden_size)),
-            Port("log_price", "float32", (1, 1)),
             Port("penalty", "float32", rows),
         ),
         outputs=(Port("total", "float32", rows), Port("action", "int64", (layers,))),

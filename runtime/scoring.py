@@ -42,7 +42,6 @@ class Scoring:
         self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
         self._segments = facts.segments(layers)
         self._price = 0.0
-        self._log_price = Buffer((1, 1), "float32", device)
         self._penalty = Buffer((layers, count), "float32", device)
         self._totals: list[Buffer] = []
         self._results: list[Handover] = []
@@ -57,7 +56,7 @@ class Scoring:
             results = sessions.streams.handover(action)
             self._results.append(results)
             self._decided.append(results.results[start:stop])
-            inputs = [hidden[(start - 1) % 2], self._log_price, self._penalty]
+            inputs = [hidden[(start - 1) % 2], self._penalty]
             self._runs.append(
                 bound_run(
                     sessions.scorer(),
@@ -104,7 +103,6 @@ class Scoring:
         if price == self._price:
             return
         self._price = price
-        self._log_price.write(np.log(np.float32(price)))
         penalty = np.float32(price) * self._costs
         if SKIP in self.actions:
             penalty[0, self.actions.index(SKIP)] = _NEVER

@@ -53,7 +53,7 @@ def with_scorer(folder: Path, looks: tuple[int, ...] = (), often: Action = "int4
     scorer = Scorer(layers, hidden, len(learned), looks)
     with torch.no_grad():
         scorer.bias.copy_(torch.tensor([-6.0, -2.0])[1 - len(learned) :].expand(layers, -1))
-    graph = BundleScorer(scorer, learned, extra, torch.full((layers,), 1e-4), (-9.0, 9.0))
+    graph = BundleScorer(scorer, learned, extra, torch.full((layers,), 1e-4))
     file = export_scorer(graph, folder, manifest.dims)
     files = {**manifest.files, file: file_facts(folder / file)}
     # Not the profile of this machine: the decisions must be the same everywhere.

@@ -317,22 +317,15 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     for price in [extreme] if extreme else prices_of(model):
         penalty = price * costs
         penalty[0, -1] = 1e30
-        log_price = torch.tensor(math.log(price))
         paths = scored_paths(model, ids, price)
         seen |= set(paths)
         for path, inputs in inputs_along(model, ids, paths):
             for start, stop in segments:
                 hidden = torch.from_numpy(inputs[max(start - 1, 0)])
-                totals, decided = session.run(
-                    None,
-                    {
-                        "hidden": hidden[None].numpy(),
-                        "log_price": log_price.view(1, 1).numpy(),
-                        "penalty": penalty.numpy(),
-                    },
-                )
+                feeds = {"hidden": hidden[None].numpy(), "penalty": penalty.numpy()}
+                totals, decided = session.run(None, feeds)
                 state = State(slice(start, stop), hidden[None, None])
-                known = scorer.decide(state, log_price, penalty)[0, 0]
+                known = scorer.decide(state, penalty)[0, 0]
                 for layer in range(start, stop):
                     row = totals[layer]
                     assert ACTIONS[decided[layer]] == ACTIONS[int(row.argmin())] == path[layer]
@@ -493,12 +486,12 @@ def test_values_are_learned_from_the_states_that_they_were_sampled_in(
             known.update({hidden.numpy().tobytes(): value for hidden, value in pairs})
         return states, values, final
 
-    def noting(scorer: Scorer, state: State, samples: torch.Tensor, price: torch.Tensor) -> Any:
+    def noting(scorer: Scorer, state: State, samples: torch.Tensor) -> Any:
         learned.update(range(state.layers.start, state.layers.stop))
         for hidden, value in zip(state.hidden, samples, strict=True):
             if state.layers.start:
                 assert torch.equal(seen[state.layers.start][hidden.numpy().tobytes()], value)
-        return loss(scorer, state, samples, price)
+        return loss(scorer, state, samples)
 
     monkeypatch.setattr(regress, "sampled_values", watching)
     monkeypatch.setattr(regress, "regression_loss", noting)

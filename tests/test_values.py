@@ -118,10 +118,7 @@ def test_the_regression_loss_falls_when_the_scorer_learns_the_values(env: Enviro
     optimizer = torch.optim.Adam(scorer.parameters(), lr=1e-2)
     losses = []
     for _ in range(40):
-        loss = sum(
-            regression_loss(scorer, state, samples[:, :, state.layers], torch.zeros(1, 1))
-            for state in states
-        )
+        loss = sum(regression_loss(scorer, state, samples[:, :, state.layers]) for state in states)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

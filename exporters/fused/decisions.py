@@ -88,7 +88,6 @@ class Decisions:
         decided = (values + penalty).argmin(1)
         common = decided == self._actions.index(self.branches[-1])
         known = {
-            "log_price": np.log(np.float32(price)).reshape(1, 1),
             "penalty": penalty,
             "decided.0": decided,
             **{self.flag(span): common[span.start : span.stop].all()[None] for span in self._of(0)},
@@ -129,10 +128,8 @@ class Decisions:
         unit = f.constant("one.f", np.array(1, np.float32))
         f.node("Clip", ["share", zero, unit], ["passed"])
         f.node("MatMul", ["passed", f.constant("steps", np.diff(logs)[:, None])], ["climb"])
-        f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_price.flat"])
-        f.node("Exp", ["log_price.flat"], ["price"])
-        shape = f.constant("pair", np.array([1, 1], np.int64))
-        f.node("Reshape", ["log_price.flat", shape], ["log_price"])
+        f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_price"])
+        f.node("Exp", ["log_price"], ["price"])
         f.node("Mul", ["price", f.constant("costs", self._costs)], ["penalty"])
 
     def _layer_costs(self) -> np.ndarray:
@@ -170,7 +167,6 @@ class Decisions:
             f"look.{number}",
             {
                 "hidden": f"seen.{number}",
-                "log_price": "log_price",
                 "penalty": "penalty",
                 "total": f"total.{number}",
                 "action": f"action.{number}",

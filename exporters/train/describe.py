@@ -49,7 +49,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
         rounding = _rounding_kl(run, Model(run.bundle, device, None, policy=best))
         errors = [layer.relative_error["int8"] ** 2 for layer in manifest.layers]
         gain = rounding * torch.tensor(errors) / sum(errors)
-    scorer = BundleScorer(run.scorer, run.actions, run.extra, gain, run.log_price_range)
+    scorer = BundleScorer(run.scorer, run.actions, run.extra, gain)
     file = export_scorer(scorer, folder, manifest.dims)
     looks, training = run.scorer.looks, _training(run, manifest, started)
     facts = ScorerFacts(file, scorer.actions, looks, (), {}, (), training)
@@ -106,7 +106,7 @@ def _table_prices(run: Learning) -> list[float]:
     inside = np.exp(np.linspace(low, high, _TABLE)).tolist()
     # Below the range fewer layers are skipped, and INT8 is left for `full`, layer by layer.
     below = np.exp(np.linspace(low - (7.0 if run.extra else 1.2), low, 5)[:-1]).tolist()
-    # Above it, where it sees the highest price that it knows, time is worth still more.
+    # Above it time is worth still more.
     above = np.exp(np.linspace(high, high + 1.2, 4)[1:]).tolist()
     return [*below, *inside, *above]
 

@@ -202,7 +202,7 @@ def chances(
         log_price: log nats per unit of cost, broadcastable to the tokens.
         temperature: scale of the logistic noise on log values that it stands for.
     """
-    steps = scorer.log_steps(state, log_price)  # [..., n, A-1]
+    steps = scorer.log_steps(state)  # [..., n, A-1]
     rows = costs[state.layers]
     saved = log_price.exp()[..., None, None] * (rows[:, :-1] - rows[:, 1:])  # [..., n, A-1] nats
     beyond = torch.zeros_like(steps[..., 0])

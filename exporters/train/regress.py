@@ -51,7 +51,6 @@ def regress(run: Learning) -> None:
 def _fit(run: Learning, inputs: list[Tensor], targets: Tensor) -> None:
     """Regresses samples `[n, L, A]` on the hidden states `[n, D]` of each look."""
     optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=_RATE, weight_decay=0.1)
-    middle = torch.tensor([sum(run.log_price_range) / 2])
     nothing = targets.new_empty(len(targets), 0)  # the first segment looks at no token
     for epoch in range(_EPOCHS):
         for group in optimizer.param_groups:
@@ -60,8 +59,7 @@ def _fit(run: Learning, inputs: list[Tensor], targets: Tensor) -> None:
             loss = torch.zeros(())
             for layers, hidden in zip(run.env.segments, (nothing, *inputs), strict=True):
                 state = State(layers, hidden[rows].float())
-                part = targets[rows, layers]
-                loss = loss + regression_loss(run.scorer, state, part, middle)
+                loss = loss + regression_loss(run.scorer, state, targets[rows, layers])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

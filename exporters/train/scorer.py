@@ -37,8 +37,8 @@ class Scorer(nn.Module):
     The layers are cut into segments. The first one's values are the same for every token; those
     of segment k follow from the input of the layer before it:
 
-    `steps[layer] = exp(W2[layer] relu(W1 [z, log price] + b1) + b2[layer])`, where z is that input
-    normalised over its dimensions, divided by its standard deviation and clamped.
+    `steps[layer] = exp(W2[layer] relu(W1 z + b1) + b2[layer])`, where z is that input normalised
+    over its dimensions, divided by its standard deviation and clamped.
     Actions are ordered from dear to cheap; step k is what action k costs more than action k-1, so
     values grow from 0 along that order. `scale * x` gives the same values as x: the normalisation
     takes the scale away.
@@ -63,31 +63,24 @@ class Scorer(nn.Module):
         self.looks = looks
         self.normalise = nn.LayerNorm(hidden_size, eps=_EPSILON, bias=False)
         self.normalise.weight.requires_grad_(False)  # 1 / standard deviation
-        self.reduce = nn.Linear(hidden_size + 1, width)
-        nn.init.zeros_(self.reduce.weight[:, -1:])
+        self.reduce = nn.Linear(hidden_size, width)
         nn.init.zeros_(self.reduce.bias)
         self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
 
-    def log_steps(self, state: State, log_price: Tensor) -> Tensor:
-        """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`.
-
-        Args:
-            state: of the decisions for n layers.
-            log_price: log of nats per unit of cost, broadcastable to `[B, T]`.
-        """
+    def log_steps(self, state: State) -> Tensor:
+        """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`."""
         bias = self.bias[state.layers]
         if state.layers.start < self.looks[0]:
             return bias.expand(*state.hidden.shape[:-1], -1, -1)
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
-        price = log_price[..., None].expand(*inputs.shape[:-1], 1)
-        hidden = nn.functional.relu(self.reduce(torch.cat([inputs, price], -1)))
+        hidden = nn.functional.relu(self.reduce(inputs))
         expand = self.expand[state.layers].flatten(0, 1)
         return nn.functional.linear(hidden, expand, bias.flatten()).unflatten(-1, bias.shape)
 
-    def values(self, state: State, log_price: Tensor) -> Tensor:
+    def values(self, state: State) -> Tensor:
         """Predicted KL of every action in nats, `[B, T, n, A]`; 0 for the dearest."""
-        steps = self.log_steps(state, log_price).exp()
+        steps = self.log_steps(state).exp()
         return nn.functional.pad(steps.cumsum(-1), (1, 0))
 
     def calibrate(self, hidden: Tensor) -> None:
@@ -108,8 +101,7 @@ def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
 
     def decide(state: State) -> Tensor:
         with torch.no_grad():
-            values = scorer.values(state, log_price)
-            total = values + log_price.exp()[..., None, None] * costs[state.layers]
+            total = scorer.values(state) + log_price.exp()[..., None, None] * costs[state.layers]
             return nn.functional.one_hot(total.argmin(-1), total.shape[-1]).float()
 
     return decide
@@ -134,7 +126,6 @@ class BundleScorer(nn.Module):
         actions: tuple[Action, ...],
         extra: tuple[Action, ...],
         gain: Tensor,
-        log_price_range: tuple[float, float],
     ):
         """Lays the weights out so that the graph has few operators.
 
@@ -143,17 +134,14 @@ class BundleScorer(nn.Module):
             actions: of the trained scorer.
             extra: the highest precision, where the process left it out.
             gain: `[L]` nats that running a layer at it saves.
-            log_price_range: prices that training has seen; beyond them it is clamped.
         """
         super().__init__()
         self.scorer = scorer
         self.actions = (*extra, *actions)
         self.extra, self.layers = len(extra), len(gain)
-        self._range = log_price_range
         count, width = len(self.actions), scorer.expand.shape[-1]
         with torch.no_grad():
-            reduce = scorer.reduce.weight.T.contiguous()
-            self._reduce, self._by_price = reduce[:-1], reduce[-1:]  # [D, width], [1, width]
+            self._reduce = scorer.reduce.weight.T.contiguous()  # [D, width]
             still = scorer.expand.new_zeros(len(gain), self.extra, width)
             expand = torch.cat([still, scorer.expand], 1)
             expand[: scorer.looks[0]] = 0  # the same for every token
@@ -163,26 +151,24 @@ class BundleScorer(nn.Module):
             # Sums the steps of a layer up to each action.
             self._sums = torch.ones(count - 1, count).triu(1)
 
-    def decide(self, state: State, log_price: Tensor, penalty: Tensor) -> Tensor:
+    def decide(self, state: State, penalty: Tensor) -> Tensor:
         """Index of the action with the least sum of value and penalty, `[B, T, n]`.
 
         Args:
             state: of the decisions for n layers.
-            log_price: broadcastable to `[B, T]`.
             penalty: `[L, A]` nats.
         """
         with torch.no_grad():
-            values = self.scorer.values(state, log_price.clamp(*self._range))
+            values = self.scorer.values(state)
             if self.extra:
                 gain = self._bias[state.layers, :1].exp()
                 values = nn.functional.pad(values + gain, (1, 0))
             return (values + penalty[state.layers]).argmin(-1)
 
-    def forward(self, hidden: Tensor, log_price: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
         """The graph; see `dash_onnx.contract.scorer_ports`."""
         inputs = self.scorer.normalise(hidden.float()).clamp(-_CLAMP, _CLAMP)
-        bias = torch.addmm(self.scorer.reduce.bias, log_price.clamp(*self._range), self._by_price)
-        reduced = nn.functional.relu(torch.addmm(bias, inputs, self._reduce))  # [1, width]
+        reduced = nn.functional.relu(torch.addmm(self.scorer.reduce.bias, inputs, self._reduce))
         steps = torch.addmm(self._bias.flatten(), reduced, self._expand).exp()
         total = torch.addmm(penalty, steps.view(self.layers, -1), self._sums)
         return total, total.argmin(1)

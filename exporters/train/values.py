@@ -77,15 +77,14 @@ def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:
     return samples * torch.exp(-log_values) + log_values
 
 
-def regression_loss(scorer: Scorer, state: State, samples: Tensor, log_price: Tensor) -> Tensor:
+def regression_loss(scorer: Scorer, state: State, samples: Tensor) -> Tensor:
     """Mean deviance of all actions but the reference, summed over the layers of a segment.
 
     Args:
         scorer: in training.
         state: of n layers.
         samples: `[..., n, A]` nats.
-        log_price: broadcastable to the tokens.
     """
-    predicted = scorer.values(state, log_price)[..., 1:].log()
+    predicted = scorer.values(state)[..., 1:].log()
     deviance = gamma_deviance(predicted, samples[..., 1:].clamp(min=1e-9))
     return deviance.mean(-1).flatten(0, -2).mean(0).sum()
