@@ -363,6 +363,14 @@ def test_the_kl_of_the_reference_itself_is_nothing_and_no_kl_is_negative(tiny: C
     assert (tiny.env.kl(reference, tiny.env.reference(ids, "int4"))[:, PROMPT:] > 0).all()
 
 
+def test_the_mean_kl_with_each_head_is_that_of_the_decided_tokens(tiny: Case) -> None:
+    ids, heads = random_ids(), list(tiny.env.frozen.heads)
+    reference, final = tiny.env.reference(ids, "full"), tiny.env.reference(ids, "int4")
+    wanted = [float(tiny.env.kl(reference, final, head)[:, PROMPT:].mean()) for head in heads]
+    assert len(set(wanted)) == len(heads) > 1
+    assert tiny.env.mean_kl(reference, final, heads) == pytest.approx(wanted, rel=1e-5)
+
+
 # The model writes its own training text
 
 

@@ -10,7 +10,7 @@ of every token are those its own action wrote, so later tokens attend to what ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -193,6 +193,25 @@ class Environment:
             final.flatten(0, -2), reference.flatten(0, -2), self.frozen, head or self.frozen.head
         )
         return result.view(final.shape[:-1])
+
+    def mean_kl(self, reference: Tensor, final: Tensor, heads: Sequence[Action]) -> list[float]:
+        """Mean of `kl` over the decided tokens with each head, without gradient.
+
+        Args:
+            reference: input of the LM head, `[B, T, D]`.
+            final: likewise of the path.
+            heads: the path's.
+        """
+        totals, count = [0.0] * len(heads), 0
+        theirs, ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, final))
+        with torch.no_grad():
+            for a, b in zip(theirs.split(_CHUNK), ours.split(_CHUNK), strict=True):
+                log_p = self.frozen.logits(a).float().log_softmax(-1)
+                p, count = log_p.exp(), count + len(a)
+                for number, head in enumerate(heads):
+                    log_q = self.frozen.logits(b, head).float().log_softmax(-1)
+                    totals[number] += float((p * (log_p - log_q)).sum())
+        return [total / count for total in totals]
 
 
 class _HeadKL(torch.autograd.Function):

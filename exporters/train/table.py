@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_onnx.actions import SKIP, Action
+from dash_onnx.actions import SKIP
 from dash_onnx.budget import reference_ms
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import BundleScorer
+from dash_onnx.exporters.train.static import LIMIT
 from dash_onnx.facts import BudgetPoint
 from dash_onnx.manifest import Manifest
 
@@ -23,11 +24,10 @@ class _Recorder:
     scorer: BundleScorer
     env: Environment
     penalty: Tensor  # [L, A'] nats
-    log_price: Tensor
     chosen: list[Tensor]
 
     def __call__(self, state: State) -> Tensor:
-        action = self.scorer.decide(state, self.log_price, self.penalty)
+        action = self.scorer.decide(state, self.penalty)
         self.chosen.append(action)
         known = (action - self.scorer.extra).clamp(min=0)
         return torch.nn.functional.one_hot(known, len(self.env.actions)).float()
@@ -55,8 +55,8 @@ def measure(
             loses that leaves `full`.
 
     Returns:
-        Rows of the table by ascending budget; a price that is no cheaper than the one below it is
-        left out.
+        Rows of the table by ascending budget, as far as they are useful; a price that is no cheaper
+        than the one below it is left out.
     """
     unit_ms = manifest.costs.unit_ms
     costs = torch.tensor(manifest.costs.in_units(scorer.actions))
@@ -70,9 +70,8 @@ def measure(
         for price in sorted(prices):
             chosen, finals = [], []
             for part in ids.split(4):
-                log_price = torch.tensor(math.log(price))
                 penalty = price * allowed
-                recorder = _Recorder(scorer, env, penalty, log_price, [])
+                recorder = _Recorder(scorer, env, penalty, [])
                 finals.append(env.run(part, recorder).final)
                 chosen.append(torch.cat(recorder.chosen, -1))
             paths = torch.cat(chosen)[:, env.prompt_tokens :]  # [B, T, L]
@@ -80,13 +79,12 @@ def measure(
             counts = torch.nn.functional.one_hot(paths, len(scorer.actions)).float().mean((0, 1))
             layers_ms = float((counts * costs).sum()) * unit_ms
             left = 1.0 - float(counts[:, 0].mean()) if scorer.extra else 1.0
+            losses = env.mean_kl(reference, final, list(env.frozen.heads))
             head, kl = min(
-                (
-                    (head, _mean_kl(env, reference, final, head) + left * rounding_kl)
-                    for head in env.frozen.heads
-                ),
+                zip(env.frozen.heads, losses, strict=True),
                 key=lambda pair: pair[1] + price * heads[pair[0]],
             )
+            kl += left * rounding_kl
             ms = fixed_ms + layers_ms + manifest.costs.heads_ms[head]
             shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
             points.append(
@@ -98,13 +96,10 @@ def measure(
                     shares={action: round(share, 4) for action, share in shares.items()},
                 )
             )
+            if kl > LIMIT:
+                break
     kept: list[BudgetPoint] = []
     for point in points:  # from dear to cheap
         if not kept or point.budget < kept[-1].budget - 1e-4:
             kept.append(point)
     return tuple(reversed(kept))
-
-
-def _mean_kl(env: Environment, reference: Tensor, final: Tensor, head: Action) -> float:
-    seen = slice(env.prompt_tokens, None)
-    return float(env.kl(reference[:, seen], final[:, seen], head).mean())

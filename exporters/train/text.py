@@ -21,7 +21,7 @@ LENGTH = 256
 
 LEAST_SEQUENCES = 8
 
-_BATCH = 64  # sequences generated side by side
+_BATCH = 96  # sequences generated side by side
 
 
 def training_ids(
