@@ -66,18 +66,24 @@ class Model:
         """An empty K/V cache that several generations of one conversation share, in turn."""
         return Cache(self._sessions)
 
-    def preload(self, policy: str | Policy | None = None, budget: Budget | None = None) -> None:
+    def preload(
+        self,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+    ) -> None:
         """Loads graphs now instead of when they are first used.
 
         Args:
             policy: whose graphs, as in `policy`; None loads every graph of the bundle.
             budget: likewise.
+            prefill: precision of the prompts, as in `stream`.
         """
         if policy is None:
             self._sessions.preload()
             return
         chosen = self.policy(policy, budget)
-        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen))
+        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen, prefill))
 
     def close(self) -> None:
         """Frees every graph and its weights.

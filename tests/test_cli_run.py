@@ -69,7 +69,7 @@ def test_text_goes_to_stdout_and_a_one_line_summary_to_stderr(
     captured = capsys.readouterr()
     assert captured.out == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True) + "\n"
     assert captured.err.count("\n") == 1
-    for part in ("6 tokens", "tokens/s", "first token after", "full 100%", "length"):
+    for part in ("loaded in", "6 tokens", "tokens/s", "first token after", "full 100%", "length"):
         assert part in captured.err
 
 
@@ -79,6 +79,7 @@ def test_json_is_one_object_with_text_and_figures(
     facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
     assert set(facts) == {
         "text",
+        "load_ms",
         "finish_reason",
         "prompt_tokens",
         "generated_tokens",
@@ -92,6 +93,7 @@ def test_json_is_one_object_with_text_and_figures(
     assert facts["finish_reason"] == "length"
     assert facts["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
     assert facts["generated_tokens"] == 6
+    assert facts["load_ms"] > 0
     assert facts["time_to_first_token_ms"] > 0
     assert facts["ms_per_token"] > 0
     assert facts["tokens_per_second"] > 0
@@ -436,17 +438,36 @@ def test_a_graph_that_is_damaged_but_not_used_does_no_harm(damaged: Path, capsys
     assert json_of(capsys, damaged, PROMPT, *QUICK, "--policy", "int8")["text"]
 
 
-def test_a_graph_found_damaged_only_while_decoding_is_one_line(
+def test_a_damaged_graph_that_only_decoding_uses_is_found_before_anything_is_written(
     damaged: Path, capsys: Capture
 ) -> None:
     path = damaged / "layers/02/int4.onnx.data"
     path.write_bytes(bytes(len(path.read_bytes())))
-    code = run(damaged, PROMPT, *QUICK, "--policy", "int4")
-    errors = capsys.readouterr().err
-    assert code == 2
-    lines = [line for line in errors.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("dash-run: error: ")
-    assert "int4.onnx.data" in lines[0]
+    assert "int4.onnx.data" in refused(capsys, damaged, PROMPT, *QUICK, "--policy", "int4")
+
+
+@pytest.mark.parametrize("prefill", [(), ("--prefill", "int8")])
+@pytest.mark.parametrize("given", [(PROMPT,), ()])
+def test_no_token_waits_for_a_graph_to_load(
+    given: tuple[str, ...],
+    prefill: tuple[str, ...],
+    tiny_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[set[str]] = []
+    stream = Model.stream
+
+    def watching(model: Model, *prompt: Any, **options: Any) -> Iterator[Chunk]:
+        loaded.append(set(model._sessions._loaded))
+        yield from stream(model, *prompt, **options)
+        loaded.append(set(model._sessions._loaded))
+
+    monkeypatch.setattr(Model, "stream", watching)
+    give_stdin(monkeypatch, PROMPT)
+    assert run(tiny_bundle, *given, *QUICK, "--policy", "static:int4*3,skip", *prefill) == 0
+    before, after = loaded
+    assert before == after
+    assert "layers/00/int4.onnx" in before and "layers/01/skip.onnx" not in before
 
 
 # Pipes

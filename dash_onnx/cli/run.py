@@ -7,13 +7,14 @@ import contextlib
 import json
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.actions import PRECISIONS, check_action
+from dash_onnx.actions import PRECISIONS
 from dash_onnx.cli.common import (
     Parser,
     Terminated,
@@ -106,6 +107,7 @@ def _run(arguments: argparse.Namespace) -> None:
         ).split()
     }
     options["stop"] = tuple(arguments.stop)
+    started = time.perf_counter()
     model = dash_onnx.load(
         arguments.bundle,
         device=arguments.device,
@@ -114,9 +116,9 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     # Before anything is written, or asked.
     policy = model.policy(arguments.policy, arguments.budget)
-    if arguments.prefill is not None:
-        check_action(arguments.prefill, model.manifest.variants)
     Options.of(**options)
+    model.preload(policy, prefill=arguments.prefill)  # no token waits for a graph to load
+    load_ms = (time.perf_counter() - started) * 1e3
     with contextlib.ExitStack() as stack:
         trace = None
         if arguments.trace:
@@ -129,7 +131,7 @@ def _run(arguments: argparse.Namespace) -> None:
             return
         text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         prompt: Any = _messages(arguments.system, text) if arguments.chat else text
-        record = Record(prompt_policy=policy.name)
+        record = Record(policy.name, load_ms)
         chunks = record.watch(model.stream(prompt, **options), model, trace)
         if arguments.json:
             text = "".join(chunk.text for chunk in chunks)
@@ -143,7 +145,8 @@ def _run(arguments: argparse.Namespace) -> None:
 class Record:
     """What happened during one generation."""
 
-    prompt_policy: str
+    policy: str
+    load_ms: float | None = None  # of the model, where this is its first generation
     times: list[float] = field(default_factory=list)
     actions: Counter[str] = field(default_factory=Counter)
     last: Chunk | None = None
@@ -171,13 +174,14 @@ class Record:
         decode = self.times[1:]
         total = sum(self.actions.values())
         return {
+            "load_ms": None if self.load_ms is None else round(self.load_ms, 3),
             "finish_reason": self.last.finish_reason,
             "prompt_tokens": self.last.prompt_tokens,
             "generated_tokens": len(self.times),
             "time_to_first_token_ms": round(self.times[0], 3),
             "ms_per_token": round(statistics.median(decode), 3) if decode else None,
             "tokens_per_second": round(1e3 * len(decode) / sum(decode), 2) if decode else None,
-            "policy": self.prompt_policy,
+            "policy": self.policy,
             "actions": {a: round(n / total, 4) for a, n in sorted(self.actions.items())},
         }
 
@@ -187,7 +191,9 @@ class Record:
         speed = facts["tokens_per_second"]
         shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
         return (
-            f"[{facts['generated_tokens']} tokens"
+            "["
+            + (f"loaded in {self.load_ms / 1e3:.1f} s | " if self.load_ms is not None else "")
+            + f"{facts['generated_tokens']} tokens"
             + (f", {speed:.1f} tokens/s" if speed else "")
             + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
             + (f" | {shares}" if shares else "")
@@ -248,7 +254,7 @@ def _chat(
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line}]
-        record = Record(prompt_policy=model.policy(options["policy"], options["budget"]).name)
+        record = Record(model.policy(options["policy"], options["budget"]).name)
         try:
             view = _path_view(model, options, show_path)
             with contextlib.closing(model.stream(asked, cache=cache, **options)) as chunks:
