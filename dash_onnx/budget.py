@@ -21,9 +21,9 @@ PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
 
 DEFAULT_PRESET = "balanced"
 
-_SETTLING = 100  # tokens in which the controller makes up for two thirds of a wrong price
+_SETTLING = 33  # tokens in which the controller makes up for two thirds of a wrong price
 _GAINS = (0.2, 1.0)  # of the log price, per token and unit of relative overspending
-_STEP = 0.05  # of the log price: each new price takes the runtime new penalties
+_STEP = 0.1  # of the log price: each new price takes the runtime new penalties
 _REACH = 1.5  # how far beyond the table the controller may push the log price
 
 
