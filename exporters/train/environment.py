@@ -202,16 +202,16 @@ class Environment:
             final: likewise of the path.
             heads: the path's.
         """
-        totals, count = [0.0] * len(heads), 0
+        totals = [0.0] * len(heads)
         theirs, ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, final))
         with torch.no_grad():
             for a, b in zip(theirs.split(_CHUNK), ours.split(_CHUNK), strict=True):
                 log_p = self.frozen.logits(a).float().log_softmax(-1)
-                p, count = log_p.exp(), count + len(a)
+                p = log_p.exp()
                 for number, head in enumerate(heads):
                     log_q = self.frozen.logits(b, head).float().log_softmax(-1)
                     totals[number] += float((p * (log_p - log_q)).sum())
-        return [total / count for total in totals]
+        return [total / len(theirs) for total in totals]
 
 
 class _HeadKL(torch.autograd.Function):

@@ -65,24 +65,30 @@ def search(
     values = values.clone()
     while current <= LIMIT:
         ranked = sorted(
-            (float(values[layer, action] - values[layer, path[layer]]) / saved, layer, action)
+            (
+                float(values[layer, action] - values[layer, path[layer]]) / saved,
+                layer,
+                action,
+                saved,
+            )
             for layer, action in _moves(env, path)
             if (saved := float(costs[layer, path[layer]] - costs[layer, action])) > 0
         )
         if not ranked:
             return
+        price, layer, action, saved = ranked[0]
+        if env.actions[action] != SKIP:
+            path, current, known = _moved(path, layer, action), current + price * saved, False
+            yield Move(layer, action, path, current, price)
+            continue
+        if not known:
+            (current,) = path_kl(env, ids, reference, path, [env.frozen.head])
+            known = True
         best: Move | None = None
-        for price, layer, action in ranked[:tried]:
+        for price, layer, action, saved in ranked[:tried]:
             if best and best.price <= price:
                 break
-            candidate = (*path[:layer], action, *path[layer + 1 :])
-            saved = float(costs[layer, path[layer]] - costs[layer, action])
-            if best is None and env.actions[action] != SKIP:
-                best, known = Move(layer, action, candidate, current + price * saved, price), False
-                break
-            if not known:
-                (current,) = path_kl(env, ids, reference, path, [env.frozen.head])
-                known = True
+            candidate = _moved(path, layer, action)
             (kl,) = path_kl(env, ids, reference, candidate, [env.frozen.head])
             loss = kl - current
             values[layer, action] = values[layer, path[layer]] + max(loss, 1e-7)
@@ -91,6 +97,10 @@ def search(
         assert best
         current, path = best.kl, best.path
         yield best
+
+
+def _moved(path: tuple[int, ...], layer: int, action: int) -> tuple[int, ...]:
+    return (*path[:layer], action, *path[layer + 1 :])
 
 
 def _moves(env: Environment, path: Sequence[int]) -> list[tuple[int, int]]:
