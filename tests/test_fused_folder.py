@@ -16,7 +16,8 @@ from test_report import with_scorer
 from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main as fuse_main
 from dash_onnx.cli.train import main as train_main
-from dash_onnx.exporters.fused import DATA, FACTS, FOLDER, MODEL
+from dash_onnx.contract import FUSED_FOLDER
+from dash_onnx.exporters.fused import DATA, FACTS, MODEL
 from dash_onnx.exporters.train import learning
 from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train.effort import EFFORTS, Effort
@@ -49,18 +50,18 @@ def session(folder: Path) -> onnxruntime.InferenceSession:
 
 def test_a_missing_data_file_is_the_clients_own_error(bundle: Path) -> None:
     assert FUSE.run(bundle) == 0
-    (bundle / FOLDER / DATA).unlink()
+    (bundle / FUSED_FOLDER / DATA).unlink()
     with pytest.raises(Exception, match=DATA):
-        session(bundle / FOLDER)
+        session(bundle / FUSED_FOLDER)
 
 
 def test_a_truncated_data_file_is_the_clients_own_error(bundle: Path) -> None:
     assert FUSE.run(bundle) == 0
-    data = bundle / FOLDER / DATA
+    data = bundle / FUSED_FOLDER / DATA
     with data.open("rb+") as file:
         file.truncate(data.stat().st_size // 2)
     with pytest.raises(Exception, match=r"out of bounds|exceed|invalid|size"):
-        session(bundle / FOLDER)
+        session(bundle / FUSED_FOLDER)
 
 
 # All or nothing
@@ -93,32 +94,32 @@ def test_training_renews_the_fused_folder_as_it_was_asked_for(
     bundle: Path, night: Path, quick: None, capsys: Capture
 ) -> None:
     assert FUSE.run(bundle, "--for", "web", "--budget", "fast") == 0
-    before = (bundle / FOLDER / MODEL).read_bytes()
+    before = (bundle / FUSED_FOLDER / MODEL).read_bytes()
     assert TRAIN.run(bundle, "--calibration", night) == 0
-    facts = json.loads((bundle / FOLDER / FACTS).read_text())
+    facts = json.loads((bundle / FUSED_FOLDER / FACTS).read_text())
     wanted = {"client": "web", "policy": "", "budget": "fast", "prefill": None}
     assert facts["options"] == wanted
     scorer = Bundle(bundle).manifest.scorer
     assert scorer is not None
     assert facts["budgets"]["presets"] == scorer.presets
     assert facts["budgets"]["default"] == scorer.presets["fast"]
-    assert (bundle / FOLDER / MODEL).read_bytes() != before
+    assert (bundle / FUSED_FOLDER / MODEL).read_bytes() != before
 
 
 def test_a_fused_folder_that_cannot_be_renewed_is_removed_and_named(
     bundle: Path, night: Path, quick: None, capsys: Capture
 ) -> None:
     assert FUSE.run(bundle, "--budget", "0.25") == 0
-    facts = bundle / FOLDER / FACTS
+    facts = bundle / FUSED_FOLDER / FACTS
     facts.write_text(facts.read_text().replace('"0.25"', '"0.0001"'))  # no new policy holds it
     capsys.readouterr()
     assert TRAIN.run(bundle, "--calibration", night) == 0
     assert "held the old policy: removed; budget 0.0001 is outside" in capsys.readouterr().err
-    assert not (bundle / FOLDER).exists()
+    assert not (bundle / FUSED_FOLDER).exists()
 
 
 def test_unreadable_facts_are_told_before_training(bundle: Path, capsys: Capture) -> None:
     assert FUSE.run(bundle) == 0
-    (bundle / FOLDER / FACTS).write_text("{}")
+    (bundle / FUSED_FOLDER / FACTS).write_text("{}")
     capsys.readouterr()
     assert "and run dash-fuse again" in TRAIN.refused(capsys, bundle)

@@ -141,9 +141,10 @@ def main(argv: list[str] | None = None) -> int:
             manifest = train(arguments.out, choice)
         if arguments.fused:
             from dash_onnx.bundle import Bundle
-            from dash_onnx.exporters.fused import FOLDER, FuseOptions, fuse
+            from dash_onnx.contract import FUSED_FOLDER
+            from dash_onnx.exporters.fused import FuseOptions, fuse
 
-            fuse(Bundle(arguments.out), arguments.out / FOLDER, FuseOptions(), overwrite=True)
+            fuse(Bundle(arguments.out), arguments.out / FUSED_FOLDER, FuseOptions(), overwrite=True)
         if arguments.json:
             facts = to_json(manifest)
             del facts["files"], facts["ropes"], facts["attention"]

@@ -68,9 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 def _fuse(arguments: argparse.Namespace) -> None:
     prepare_export()
     from dash_onnx.bundle import Bundle
-    from dash_onnx.exporters.fused import DATA, FOLDER, MODEL, FuseOptions, fuse
+    from dash_onnx.contract import FUSED_FOLDER
+    from dash_onnx.exporters.fused import DATA, MODEL, FuseOptions, fuse
 
-    out = arguments.dest or arguments.bundle / FOLDER
+    out = arguments.dest or arguments.bundle / FUSED_FOLDER
     options = FuseOptions(arguments.client, arguments.policy, arguments.budget, arguments.prefill)
     fuse(Bundle(arguments.bundle), out, options, overwrite=arguments.overwrite)
     size = sum((out / name).stat().st_size for name in (MODEL, DATA))

@@ -40,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         prepare_export()
         from dash_onnx.bundle import Bundle
-        from dash_onnx.exporters.fused import FOLDER, options_of, renew
+        from dash_onnx.contract import FUSED_FOLDER
+        from dash_onnx.exporters.fused import options_of, renew
         from dash_onnx.exporters.train.options import TrainOptions
         from dash_onnx.exporters.train.train import train
 
-        fused = options_of(arguments.bundle / FOLDER)
+        fused = options_of(arguments.bundle / FUSED_FOLDER)
         calibration = tuple(arguments.calibration)
         options = TrainOptions(arguments.effort, calibration, arguments.seed)
         facts = train(arguments.bundle, options).scorer
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 renew(Bundle(arguments.bundle), fused)
             except DashError as error:  # such as a budget that the new policy cannot hold
-                where = arguments.bundle / FOLDER
+                where = arguments.bundle / FUSED_FOLDER
                 print(f"dash-train: {where} held the old policy: removed; {error}", file=sys.stderr)
         print(json.dumps(to_json(facts)) if arguments.json else table(facts))
 

@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 
 from dash_onnx.bundle import Bundle, writing
+from dash_onnx.contract import FUSED_FOLDER
 from dash_onnx.errors import BundleError, UnsupportedError
 from dash_onnx.exporters.fused.clients import CLIENTS
 from dash_onnx.exporters.fused.facts import FusedFacts, FuseOptions
 from dash_onnx.exporters.fused.fusion import Fusion
 from dash_onnx.exporters.fused.genai import genai_config
-from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, FOLDER, MODEL, adapter
+from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, MODEL, adapter
 from dash_onnx.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.records import RecordError, from_json, to_json
 from dash_onnx.runtime.ort import onnxruntime
@@ -69,7 +70,7 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
 
 def renew(bundle: Bundle, before: FuseOptions) -> None:
     """Fuses a bundle's own folder again, as it was asked for."""
-    fuse(bundle, bundle.folder / FOLDER, before, overwrite=True)
+    fuse(bundle, bundle.folder / FUSED_FOLDER, before, overwrite=True)
 
 
 def options_of(folder: Path) -> FuseOptions | None:

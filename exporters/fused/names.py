@@ -1,10 +1,5 @@
 """Names of the fused folder's files and of the graph's own ports."""
 
-from dash_onnx.contract import FUSED_FOLDER
-
-FOLDER = FUSED_FOLDER
-"""Inside the bundle, unless another place is given."""
-
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 FACTS = "dash_fused.json"
