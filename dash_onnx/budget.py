@@ -190,16 +190,22 @@ class Controller:
         answer = math.log(b.budget / a.budget)
         wanted = math.log(a.price / b.price) / (_SETTLING * answer) if answer > 0 else 0.0
         self._gain = min(max(wanted, _GAINS[0]), _GAINS[1])
-        self._moved = 0.0  # of the log price, from the first one
+        self._owed = 0.0  # relative overspending of all tokens; what is saved is spent later
+        self._offset = 0.0  # of the log price: what this text asks for lastingly
         self._low = min(prices) - _REACH - math.log(price)
         self._high = max(prices) + _REACH - math.log(price)
 
     def spent(self, path: Path) -> None:
         """Notes what a token cost."""
         ms = self._costs.token_ms(path, self._head, scored=True)
-        self._moved += self._gain * (ms / self._target_ms - 1)
-        self._moved = min(max(self._moved, self._low), self._high)
-        self.price = self._first * math.exp(_STEP * round(self._moved / _STEP))
+        owed = self._owed + ms / self._target_ms - 1
+        # Critically damped: the offset follows four times as slowly as the price answers.
+        offset = self._offset + self._gain * owed / (4 * _SETTLING)
+        moved = self._gain * owed + offset
+        if not self._low <= moved <= self._high:  # no price can do it: the debt must not pile up
+            return
+        self._owed, self._offset = owed, offset
+        self.price = self._first * math.exp(_STEP * round(moved / _STEP))
 
 
 def evenly_skipped(manifest: Manifest, count: int) -> list[int]:

@@ -519,6 +519,28 @@ def test_the_controller_brings_the_mean_cost_to_the_budget(
         assert steered(simulated, budget, seed, scale, 400) == pytest.approx(budget, rel=0.05)
 
 
+@pytest.mark.parametrize("scale", [3.0, 1 / 3], ids=["harder", "easier"])
+def test_what_the_first_tokens_overspent_or_saved_is_made_up_for(
+    simulated: Manifest, scale: float
+) -> None:
+    budget = list(budgets_inside(simulated))[1]
+    found = [steered(simulated, budget, seed, scale, 400) for seed in range(16)]
+    assert sum(found) / len(found) == pytest.approx(budget, rel=0.003)
+
+
+def test_a_budget_that_no_price_reaches_is_not_made_up_for_later(simulated: Manifest) -> None:
+    assert simulated.scorer is not None
+    points = simulated.scorer.points
+    controller = Controller(simulated, 0.3, points[3].price, "int8")
+    highest = 0.0
+    for _ in range(1000):  # far too dear, whatever the price
+        controller.spent(("full",) * LAYERS)
+        highest = max(highest, controller.price)
+    for _ in range(100):  # then far too cheap
+        controller.spent((*("int4",), *("skip",) * (LAYERS - 1)))
+    assert controller.price < highest / 2
+
+
 def test_without_the_controller_harder_text_would_miss_the_budget(simulated: Manifest) -> None:
     budget = list(budgets_inside(simulated))[1]
     price = ScoredPolicy(simulated, budget).price
