@@ -27,7 +27,6 @@ from dash_onnx.actions import SKIP
 from dash_onnx.bundle import Bundle
 from dash_onnx.exporters.train import improve as on_policy
 from dash_onnx.exporters.train import learning, static
-from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train.effort import Effort
 from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
 from dash_onnx.exporters.train.improve import improve
@@ -176,7 +175,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="variants whose name contains one of these")
     arguments = parser.parse_args()
     count, steps = arguments.sequences, arguments.steps
-    ids: dict[object, Tensor] = {}  # by number of sequences and forms: variants share them
+    ids: dict[int, Tensor] = {}  # by number of sequences: all variants read the same
     known: dict[str, dict[str, Any]] = {}  # what the regression left, where variants share it
 
     def train(
@@ -186,7 +185,7 @@ def main() -> None:
         improving: Callable[[Learning], None] | None = improve,
         regression: str | None = None,
         also_static: bool = False,
-        forms: Callable[..., Tensor] = training_text.in_other_forms,
+        forms: Callable[..., Tensor] = learning.in_other_forms,
         **patches: Any,
     ) -> None:
         if arguments.only and not any(part in name for part in arguments.only):
@@ -198,12 +197,12 @@ def main() -> None:
         run.effort = effort
         if regression in known:
             run.checkpoint.state.update(known[regression])
-        if (sequences, forms) in ids:
-            run.checkpoint.state["ids"] = ids[sequences, forms]
-        with mock.patch.object(training_text, "in_other_forms", forms):
+        if sequences in ids:
+            run.checkpoint.state["ids"] = ids[sequences]
+        with mock.patch.object(learning, "in_other_forms", forms):
             run.texts()
         texts = {path.stem: other_text(run, path) for path in arguments.text or ()}
-        ids[sequences, forms] = run.checkpoint.state["ids"]
+        ids[sequences] = run.checkpoint.state["ids"]
         regress(run)
         if regression:
             known.setdefault(regression, dict(run.checkpoint.state))

@@ -82,6 +82,7 @@ def quick() -> Iterator[Scorers]:
         patch.setattr(learning, "PROMPT_TOKENS", PROMPT)
         patch.setattr(learning, "looks_of", lambda *_: (2, 3))  # segments of one and two layers
         patch.setattr(training_text, "LENGTH", LENGTH)
+        patch.setattr(learning, "in_other_forms", lambda ids, *_: ids)  # a random model's are bytes
         patch.setattr(describe, "profile", costs_of)
         patch.setattr(learning, "_fast_dtype", lambda: torch.float32)
         patch.setattr(describe, "export_scorer", noting)
@@ -412,6 +413,18 @@ def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer)
         wanted = greedy(indifferent, allowed_costs(), prices)(state)
         assert torch.equal(cold.argmax(-1), wanted.argmax(-1))
         assert len(wanted.argmax(-1)[:, :, -1].unique()) > 1
+
+
+def test_only_the_models_own_text_and_only_what_is_learned_from_it_gets_other_forms(
+    untrained: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "in_other_forms", lambda ids, *_: -1 - ids)
+    own = learning.Learning(Bundle(untrained), TrainOptions())
+    own.texts()
+    assert (own.ids < 0).all() and (own.held_out >= 0).all()
+    given = learning.Learning(Bundle(untrained), TrainOptions(calibration=(text,)))
+    given.texts()
+    assert (given.ids >= 0).all()
 
 
 def test_a_pass_tells_what_other_decisions_would_have_changed(

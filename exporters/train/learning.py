@@ -16,6 +16,7 @@ from dash_onnx.bundle import Bundle
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.effort import EFFORTS
 from dash_onnx.exporters.train.environment import Environment
+from dash_onnx.exporters.train.forms import in_other_forms
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, looks_of
@@ -115,14 +116,16 @@ class Learning:
     def texts(self) -> None:
         """Training and held-out tokens."""
         ids = self.checkpoint.state.get("ids")
+        codec, files, seed = TextCodec(self.bundle), self.options.calibration, self.options.seed
         if ids is None:
             wanted = self.effort.sequences + self.effort.held_out
-            codec, seed = TextCodec(self.bundle), self.options.seed
             with self.autocast():
-                ids = training_ids(self.frozen, codec, self.options.calibration, wanted, seed)
+                ids = training_ids(self.frozen, codec, files, wanted, seed)
             self.checkpoint.save(ids=ids)
         held_out = min(self.effort.held_out, len(ids) // 4)
         self.held_out, self.ids = ids[:held_out], ids[held_out:]
+        if not files:  # what is held out stays as the model writes it
+            self.ids = in_other_forms(self.ids, codec.tokenizer, seed)
 
     def cost(self, weights: Tensor) -> Tensor:
         """Cost of decisions `[..., L, A]` in `Costs.unit_ms`; a forbidden one counts as nothing."""

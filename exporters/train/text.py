@@ -13,7 +13,6 @@ from dash_onnx.actions import Action
 from dash_onnx.errors import SourceError
 from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, drawn
 from dash_onnx.exporters.texts import calibration_text, plain
-from dash_onnx.exporters.train.forms import in_other_forms
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.text import Message, TextCodec
 
@@ -31,8 +30,7 @@ def training_ids(
     """Token ids `[sequences, length]`, shuffled.
 
     Args:
-        frozen: the model, which writes the text where there are no files, some of it in the
-            forms of people's text.
+        frozen: the model, which writes the text where there are no files.
         codec: its tokenizer.
         files: text, or JSON lines with prompts and responses or with messages.
         sequences: how many are wanted; files may hold fewer, but at least 8.
@@ -45,8 +43,7 @@ def training_ids(
     length = min(LENGTH, frozen.manifest.model.max_length)
     if not files:
         first = _first_tokens(frozen, codec, sequences, generator)
-        written = _generated(frozen, first, length, generator)
-        return in_other_forms(written, codec.tokenizer, seed)
+        return _generated(frozen, first, length, generator)
 
     def render(messages: Sequence[Message]) -> str:
         if codec.chat_template is None:
