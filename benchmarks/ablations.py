@@ -185,7 +185,6 @@ def main() -> None:
         improving: Callable[[Learning], None] | None = improve,
         regression: str | None = None,
         also_static: bool = False,
-        forms: Callable[..., Tensor] = learning.in_other_forms,
         **patches: Any,
     ) -> None:
         if arguments.only and not any(part in name for part in arguments.only):
@@ -194,12 +193,11 @@ def main() -> None:
         effort = Effort(sequences, 16, sequences // learning.BATCH, steps, 1)
         with mock.patch.multiple(learning, Checkpoint=Remembering, **patches):
             run = Learning(Bundle(bundle), TrainOptions(calibration=tuple(arguments.calibration)))
-        run.effort = effort
-        if regression in known:
-            run.checkpoint.state.update(known[regression])
-        if sequences in ids:
-            run.checkpoint.state["ids"] = ids[sequences]
-        with mock.patch.object(learning, "in_other_forms", forms):
+            run.effort = effort
+            if regression in known:
+                run.checkpoint.state.update(known[regression])
+            if sequences in ids:
+                run.checkpoint.state["ids"] = ids[sequences]
             run.texts()
         texts = {path.stem: other_text(run, path) for path in arguments.text or ()}
         ids[sequences] = run.checkpoint.state["ids"]
@@ -228,7 +226,7 @@ def main() -> None:
         lambda: train("+ on-policy", regression="usual", also_static=True),
         lambda: train("+ on-policy, compensation as fitted", regression="usual", Frozen=Untrained),
         lambda: train("+ policy gradient", improving=policy_gradient, regression="usual"),
-        lambda: train("+ on-policy, text in the model's form", forms=lambda ids, *_: ids),
+        lambda: train("+ on-policy, text in the model's form", in_other_forms=lambda ids, *_: ids),
         lambda: train("half the tokens", sequences=count // 2),
         lambda: train("twice the tokens", sequences=count * 2),
         lambda: train("one layer later (as without lookahead)", looks_of=later),

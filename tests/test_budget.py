@@ -537,7 +537,7 @@ def test_a_budget_that_no_price_reaches_is_not_made_up_for_later(simulated: Mani
         controller.spent(("full",) * LAYERS)
         highest = max(highest, controller.price)
     for _ in range(100):  # then far too cheap
-        controller.spent((*("int4",), *("skip",) * (LAYERS - 1)))
+        controller.spent(("int4", *("skip",) * (LAYERS - 1)))
     assert controller.price < highest / 2
 
 

@@ -27,16 +27,18 @@ def in_other_forms(ids: Tensor, tokenizer: Tokenizer, seed: int) -> Tensor:
     draw = random.Random(seed)
     tokens = tokenizer.get_added_tokens_decoder().values()
     special = "|".join(re.escape(token.content) for token in tokens if token.special) or "(?!)"
-    rows = []
-    for row in ids:
+    rows = list(ids)
+    for number, row in enumerate(ids):
         forms = [form for form, share in _SHARES if draw.random() < share]
+        if not forms:
+            continue
         text = tokenizer.decode(row.tolist(), skip_special_tokens=False)
         parts = re.split(f"({special})", text)  # in turns: text, a special token, text, ...
         for form in forms:
             parts[::2] = [form(part, draw) for part in parts[::2]]
         read = tokenizer.encode("".join(parts), add_special_tokens=False).ids[: len(row)]
         # Other forms mostly take more tokens. Where they do not, the row's own end follows.
-        rows.append(torch.cat([row.new_tensor(read), row[len(read) :]]) if forms else row)
+        rows[number] = torch.cat([row.new_tensor(read), row[len(read) :]])
     return torch.stack(rows)
 
 
