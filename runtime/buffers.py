@@ -11,6 +11,9 @@ import numpy as np
 from dash_onnx.contract import Port, Ports
 from dash_onnx.runtime.ort import Device, onnxruntime
 
+Run = Callable[[], Any]
+"""Runs a graph on what it is bound to."""
+
 
 class Buffer:
     """A tensor on the device; on the CPU it is a NumPy array that the graphs share.
@@ -76,7 +79,7 @@ def bound_run(
     inputs: Sequence[Buffer],
     outputs: Sequence[Buffer],
     run_options: Any = None,
-) -> Callable[[], Any]:
+) -> Run:
     """Binds every port of a graph to a buffer, once; returns what runs it, again and again.
 
     A port whose sizes are all known takes as much of its buffer, in its own shape.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from dash_onnx.actions import Action, Path
 from dash_onnx.contract import Ports
 from dash_onnx.errors import ContextLengthError
-from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output, bound_run
+from dash_onnx.runtime.buffers import Buffer, Run, bind_input, bind_output, bound_run
 from dash_onnx.runtime.kv import KVCache
 from dash_onnx.runtime.scoring import Scoring
 from dash_onnx.runtime.sessions import Sessions
@@ -24,9 +25,22 @@ PREFILL_CHUNK = 512
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-Run = Callable[[], Any]
 Step = tuple[int, Action]
 """A layer and what it does."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_turn(method: Callable[Concatenate[Lane, _P], _R]) -> Callable[Concatenate[Lane, _P], _R]:
+    """Marks what uses the device: it waits until no other lane does, where that matters."""
+
+    @functools.wraps(method)
+    def called(lane: Lane, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with lane.sessions.streams.turn:
+            return method(lane, *args, **kwargs)
+
+    return called
 
 
 class Lane:
@@ -38,12 +52,13 @@ class Lane:
     def __init__(self, sessions: Sessions):
         """Allocates an empty cache; binds nothing yet."""
         self.sessions = sessions
-        self.kv = KVCache(sessions.manifest, sessions.device)
-        # Position state, read by every layer: written once per run.
-        self.seqlens = Buffer((1,), "int32", sessions.device)
-        self.total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
-        self.start = Buffer((1,), "int64", sessions.device)
-        self._single = _Span(self, 1)
+        with sessions.streams.turn:
+            self.kv = KVCache(sessions.manifest, sessions.device)
+            # Position state, read by every layer: written once per run.
+            self.seqlens = Buffer((1,), "int32", sessions.device)
+            self.total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
+            self.start = Buffer((1,), "int64", sessions.device)
+            self._single = _Span(self, 1)
         self._scoring: Scoring | None = None
 
     @property
@@ -55,6 +70,7 @@ class Lane:
         """Forgets all tokens from position `length` on."""
         self.kv.truncate(length)
 
+    @_in_turn
     def decode_scored(self, token: int, price: float, head: Action) -> tuple[Logits, Path]:
         """Runs one token, the scorer deciding layer by layer.
 
@@ -77,6 +93,7 @@ class Lane:
         span.run_head(head)
         return span.logits.array[0, 0], tuple(scoring.path)
 
+    @_in_turn
     def decode(self, token: int, path: Path, head: Action) -> Logits:
         """Runs one token on a given path.
 
@@ -101,6 +118,7 @@ class Lane:
         """Counts tokens as cached without running them: timing does not depend on their values."""
         self._advance(count)
 
+    @_in_turn
     def time_token(
         self,
         token: int,
@@ -130,6 +148,7 @@ class Lane:
         self.sessions.streams.drain()
         return [*times, (time.perf_counter() - started) * 1e3]
 
+    @_in_turn
     def time_scorer(self, token: int, steps: Sequence[Step]) -> float:
         """Runs some layers, the scorer deciding in vain; returns its milliseconds."""
         scoring = self._scorer()
@@ -142,6 +161,7 @@ class Lane:
             self._scoring = Scoring(self.sessions, self._single.hidden)
         return self._scoring
 
+    @_in_turn
     def prefill(self, ids: Ids, path: Path, head: Action) -> Logits:
         """Runs a prompt, the same path for all of its tokens.
 
@@ -169,6 +189,7 @@ class Lane:
         session.run_with_iobinding(binding, self.sessions.streams.run_options)
         return logits.array[0, 0]
 
+    @_in_turn
     def prefill_all(self, ids: Ids, path: Path, head: Action) -> Logits:
         """Like `prefill`, but returns the logits of every token, `[S, V]` float32."""
         rows = []
@@ -195,7 +216,9 @@ class Lane:
         self.kv.reserve(total)
         self.kv.length = total
         self.seqlens.write(total - 1)
-        self.total.write(total)
+        # A recorded run keeps what it read on the CPU: the bound that holds for all its launches.
+        recorded = count == 1 and self.sessions.streams.graphs
+        self.total.write(self.kv.capacity if recorded else total)
         self.start.write(total - count)
 
 
@@ -341,5 +364,6 @@ class _Span:
     def _bound(
         self, session: Any, ports: Ports, inputs: list[Buffer], outputs: list[Buffer]
     ) -> Run:
-        options = self._lane.sessions.streams.run_options
-        return bound_run(session, ports, inputs, outputs, options)
+        streams = self._lane.sessions.streams
+        run = bound_run(session, ports, inputs, outputs, streams.run_options)
+        return streams.replayed(run) if self.seq == 1 else run

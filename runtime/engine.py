@@ -52,13 +52,14 @@ class Model:
         policy: str | Policy = "",
         budget: Budget | None = None,
         memory: Memory = "high",
+        cuda_graphs: bool = False,
     ):
         """See `load`."""
         check_device(device)
         use_threads(threads)
         self.manifest = bundle.manifest
         self.text = TextCodec(bundle)
-        self._sessions = Sessions(bundle, device, memory)
+        self._sessions = Sessions(bundle, device, memory, cuda_graphs)
         self._default = (policy, budget)
         self.policy()  # refuses a wrong one now
 
@@ -218,6 +219,7 @@ def load(
     policy: str | Policy = "",
     budget: Budget | None = None,
     memory: Memory = "high",
+    cuda_graphs: bool = False,
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
 
@@ -233,6 +235,8 @@ def load(
         budget: likewise, a fraction of the full time per token or a preset.
         memory: `low` runs prompts in the precisions that the policy uses, so that no others are
             loaded; `high` runs them at the highest exported.
+        cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and
+            launches those; generations on several threads then take turns, token by token.
 
     Raises:
         PolicyError: the policy or the budget is not one that the bundle can do.
@@ -246,4 +250,4 @@ def load(
             f"{folder} was exported for device {built_for!r}, not {device!r}; "
             f"export again with --device {device}"
         )
-    return Model(bundle, device, threads, policy, budget, memory)
+    return Model(bundle, device, threads, policy, budget, memory, cuda_graphs)

@@ -29,12 +29,18 @@ Memory = Literal["high", "low"]
 class Sessions:
     """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
 
-    def __init__(self, bundle: Bundle, device: Device, memory: Memory = "high"):
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        memory: Memory = "high",
+        cuda_graphs: bool = False,
+    ):
         """Loads nothing yet."""
         self.memory = memory
         self.manifest = bundle.manifest
         self.device: Device = device
-        self.streams = open_streams(device)
+        self.streams = open_streams(device, cuda_graphs)
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
@@ -104,7 +110,7 @@ class Sessions:
     ) -> Any:
         session = self._loaded.get(path)
         if session is None:
-            with self._lock:
+            with self.streams.turn, self._lock:
                 session = self._loaded.get(path)
                 if self._closed:
                     raise BundleError("this model is closed; load the bundle again")

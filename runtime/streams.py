@@ -13,22 +13,33 @@ host's memory. Layer i-1 runs meanwhile, so the queue of the layers does not dra
 Both streams wait for the default stream and it for them (the legacy one of CUDA), on which ORT
 copies tokens to the device and logits from it: a token's writes come before its layers, and its
 logits after them, without further events.
+
+With CUDA graphs, what a decoded token runs on the layers' stream is recorded once it has run
+twice, each (layer, action) for itself, and launched from then on: one call of the driver instead of
+one for each kernel. While the driver records, nothing else may use the layers' or the default
+stream, so the generations take turns, token by token.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
 import weakref
 from typing import Any
 
 import numpy as np
 
 from dash_onnx.errors import DeviceError
-from dash_onnx.runtime.buffers import Buffer
+from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.ort import Device, onnxruntime
 
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _DRIVER = "libcuda.so.1"
+
+_WARM_UP = 2
+"""Runs before the recording, during which ORT must not allocate memory."""
 
 
 class Handover:
@@ -61,11 +72,19 @@ class Streams:
         layers: address of the stream of embedding, layers and heads, or None for ORT's own.
         scorer: likewise of the scorer.
         run_options: of every run, or None.
+        graphs: whether runs are recorded as CUDA graphs.
+        turn: held by the generation that uses the device.
     """
 
     layers: int | None = None
     scorer: int | None = None
     run_options: Any = None
+    graphs: bool = False
+    turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def replayed(self, run: Run) -> Run:
+        """The fastest way to a run of the layers' stream whose shapes and addresses stay."""
+        return run
 
     def handover(self, results: Buffer) -> Handover:
         """For a sequence, and for results that the scorer writes into a buffer."""
@@ -78,11 +97,12 @@ class Streams:
 class CudaStreams(Streams):
     """Two CUDA streams. They live as long as the process, as ORT's sessions refer to them."""
 
-    def __init__(self, driver: Any, device: int = 0):
+    def __init__(self, driver: Any, graphs: bool = False, device: int = 0):
         """Creates the streams in the device's primary context, which ORT uses as well.
 
         Args:
             driver: the CUDA driver library, or what stands for it in a test.
+            graphs: records runs as CUDA graphs.
             device: its number.
 
         Raises:
@@ -94,6 +114,9 @@ class CudaStreams(Streams):
         self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
         self.enter()
         self.layers, self.scorer = self._stream(), self._stream()
+        self.graphs = graphs
+        if graphs:
+            self.turn = threading.RLock()
         self.run_options = onnxruntime().RunOptions()
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -115,6 +138,10 @@ class CudaStreams(Streams):
         self.call("cuStreamCreate", ctypes.byref(handle), 0)
         return handle.value or 0
 
+    def replayed(self, run: Run) -> Run:
+        """See `Streams`."""
+        return _Recorded(self, run) if self.graphs else run
+
     def handover(self, results: Buffer) -> Handover:
         """See `Streams`."""
         return _CudaHandover(self, results)
@@ -123,6 +150,50 @@ class CudaStreams(Streams):
         """See `Streams`."""
         self.enter()
         self.call("cuStreamSynchronize", ctypes.c_void_p(self.layers))
+
+
+class _Recorded:
+    """A run that is recorded after a few times, and launched as a CUDA graph from then on."""
+
+    def __init__(self, streams: CudaStreams, run: Run):
+        self._streams, self._run = streams, run
+        self._stream = ctypes.c_void_p(streams.layers)
+        self._graph: ctypes.c_void_p | None = None
+        self._warm = 0
+
+    def __call__(self) -> None:
+        if self._warm < _WARM_UP:
+            self._warm += 1
+            self._run()
+            return
+        self._streams.enter()
+        if self._graph is None:
+            self._graph = self._record()
+            weakref.finalize(self, _destroy, self._streams, self._graph).atexit = False
+        self._streams.call("cuGraphLaunch", self._graph, self._stream)
+
+    def _record(self) -> ctypes.c_void_p:
+        call, recorded, graph = self._streams.call, ctypes.c_void_p(), ctypes.c_void_p()
+        call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
+        try:
+            self._run()
+        except Exception as error:  # ORT raises types of its C extension, without a common base
+            with contextlib.suppress(DeviceError):
+                call("cuStreamEndCapture", self._stream, ctypes.byref(recorded))
+            reason = str(error).splitlines()[0]
+            raise DeviceError(
+                f"ONNX Runtime cannot run a graph while it is recorded ({reason}); load the bundle "
+                "without CUDA graphs"
+            ) from None
+        call("cuStreamEndCapture", self._stream, ctypes.byref(recorded))
+        call("cuGraphInstantiateWithFlags", ctypes.byref(graph), recorded, ctypes.c_uint64(0))
+        call("cuGraphDestroy", recorded)
+        return graph
+
+
+def _destroy(streams: CudaStreams, graph: ctypes.c_void_p) -> None:
+    streams.enter()
+    streams.call("cuGraphExecDestroy", graph)
 
 
 class _CudaHandover(Handover):
@@ -165,15 +236,20 @@ def _release(streams: CudaStreams, *handles: ctypes.c_void_p) -> None:
     streams.call("cuMemFreeHost", host)
 
 
-def open_streams(device: Device) -> Streams:
+def open_streams(device: Device, cuda_graphs: bool = False) -> Streams:
     """The streams of a device.
 
+    Args:
+        cuda_graphs: records runs as CUDA graphs.
+
     Raises:
-        DeviceError: no CUDA driver.
+        DeviceError: no CUDA driver, or CUDA graphs on another device.
     """
     if device == "cpu":
+        if cuda_graphs:
+            raise DeviceError("CUDA graphs need a bundle exported with --device cuda, run on it")
         return Streams()
     try:
-        return CudaStreams(ctypes.CDLL(_DRIVER))
+        return CudaStreams(ctypes.CDLL(_DRIVER), cuda_graphs)
     except OSError as error:
         raise DeviceError(f"no CUDA driver ({error}); install one, or use --device cpu") from None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections import defaultdict
+import threading
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 from test_report import with_scorer
 
 import dash_onnx
+from dash_onnx.cli.run import main
 from dash_onnx.errors import DeviceError
-from dash_onnx.runtime import sessions, streams
+from dash_onnx.runtime import kv, sessions, streams
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.streams import CudaStreams, open_streams
@@ -31,6 +34,8 @@ class Driver:
     Attributes:
         log: what was called, in order.
         refuses: name of the function that returns an error.
+        recorded: what was called since a recording began, or None.
+        disturbed: threads that ran something on the device while another one recorded.
     """
 
     def __init__(self) -> None:
@@ -41,6 +46,35 @@ class Driver:
         self._handles = 0
         self.alive: set[int] = set()
         self._memory: dict[int, Any] = {}
+        self.recorded: list[Callable[[], object]] | None = None
+        self._recorder = 0
+        self.disturbed: set[int] = set()
+        self._graphs: dict[int, list[Callable[[], object]]] = {}
+
+    def watch(self) -> None:
+        """Something is about to use the device."""
+        if self.recorded is not None and threading.get_ident() != self._recorder:
+            self.disturbed.add(threading.get_ident())
+
+    def _cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> None:
+        assert NAMES[stream.value or 0] == "layers" and mode == 1 and self.recorded is None
+        self.recorded, self._recorder = [], threading.get_ident()
+        time.sleep(0.001)  # a chance for other threads to disturb it
+
+    def _cuStreamEndCapture(self, stream: ctypes.c_void_p, place: Any) -> None:
+        assert self.recorded is not None
+        self._new(place)
+        self._graphs[place._obj.value], self.recorded = self.recorded, None
+
+    def _cuGraphInstantiateWithFlags(self, place: Any, graph: ctypes.c_void_p, _: Any) -> None:
+        self._new(place)
+        self._graphs[place._obj.value] = self._graphs[graph.value or 0]
+
+    def _cuGraphLaunch(self, graph: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
+        assert NAMES[stream.value or 0] == "layers" and graph.value in self.alive
+        self.watch()
+        for run in self._graphs[graph.value]:
+            run()
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         def function(*arguments: Any) -> int:
@@ -106,14 +140,17 @@ class Driver:
         assert handle.value is not None
         self.alive.remove(handle.value)
 
-    _cuEventDestroy_v2 = _cuMemFreeHost = _destroy
+    _cuEventDestroy_v2 = _cuMemFreeHost = _cuGraphDestroy = _cuGraphExecDestroy = _destroy
 
 
 NAMES = {1: "layers", 2: "scorer"}  # by handle: a driver creates the streams first
 
 
 class Session:
-    """Runs a graph of layers at once, as a device may, and the scorer's as late as it may."""
+    """Runs a graph of layers at once, as a device may, and the scorer's as late as it may.
+
+    While the driver records, nothing runs.
+    """
 
     def __init__(self, session: Any, name: str, stream: int, driver: Driver):
         self._session, self._name, self._stream, self._driver = session, name, stream, driver
@@ -124,6 +161,17 @@ class Session:
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
         key = "disable_synchronize_execution_providers"
         assert options.get_run_config_entry(key) == "1"
+        self._driver.watch()
+        if self._driver.recorded is not None:
+            assert NAMES[self._stream] == "layers"
+            self._driver.log.append((self._name, "recorded"))
+
+            def launched() -> None:
+                self._driver.log.append((self._name, "launched"))
+                self._session.run_with_iobinding(binding)
+
+            self._driver.recorded.append(launched)
+            return
         self._driver.log.append((self._name, NAMES[self._stream]))
         if NAMES[self._stream] == "scorer":
             queue = self._driver.queues[self._stream]
@@ -141,13 +189,24 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """Every bundle loaded from now on runs on its streams."""
     made = Driver()
+    _pretend(monkeypatch, made, graphs=False)
+    return made
 
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """Likewise, with CUDA graphs."""
+    made = Driver()
+    _pretend(monkeypatch, made, graphs=True)
+    return made
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, made: Driver, graphs: bool) -> None:
     def create(path: Path, device: Any, stream: int) -> Session:
         return Session(create_session(path, device), path.stem.split("-")[0], stream, made)
 
-    monkeypatch.setattr(sessions, "open_streams", lambda _: CudaStreams(made))
+    monkeypatch.setattr(sessions, "open_streams", lambda *_: CudaStreams(made, graphs))
     monkeypatch.setattr(sessions, "create_session", create)
-    return made
 
 
 def decoded(bundle: Path, driver: Driver | None = None) -> tuple[list[tuple[str, ...]], np.ndarray]:
@@ -225,3 +284,117 @@ def test_a_missing_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "_DRIVER", "libnosuchdriver.so.1")
     with pytest.raises(DeviceError, match=r"^no CUDA driver .*; install one, or use --device cpu$"):
         open_streams("cuda")
+
+
+def test_what_was_recorded_runs_as_the_cpu_does(
+    bundle: Path, request: pytest.FixtureRequest
+) -> None:
+    paths, logits = decoded(bundle)
+    driver = request.getfixturevalue("recorder")
+    found, rows = decoded(bundle)
+    assert found == paths
+    np.testing.assert_array_equal(rows, logits)
+    assert Counter(what for _, what in driver.log)["launched"] > len(TOKENS)
+
+
+def test_a_layer_is_recorded_once_per_action_after_two_runs(bundle: Path, recorder: Driver) -> None:
+    lane = Lane(dash_onnx.load(bundle)._sessions)
+    layers = lane.sessions.manifest.model.num_layers
+    for _ in range(5):
+        lane.decode(100, ("int4",) * layers, "int8")
+    counts = Counter(recorder.log)
+    for name, runs in {"embed": 1, "int4": layers, "int8": 1}.items():
+        ways = [counts[name, way] for way in ("layers", "recorded", "launched")]
+        assert ways == [2 * runs, runs, 3 * runs]
+
+
+def test_decisions_come_between_launches(bundle: Path, recorder: Driver) -> None:
+    lane = Lane(dash_onnx.load(bundle)._sessions)
+    for _ in range(4):
+        lane.truncate(0)
+        recorder.log.clear()
+        _, (*before, last) = lane.decode_scored(100, PRICE, "int8")
+    wanted = [("embed", "launched")]
+    for action in before:
+        wanted += [
+            ("record", "layers"),
+            ("wait", "scorer"),
+            ("scorer", "scorer"),
+            ("copy", "scorer"),
+            ("record", "scorer"),
+            (action, "launched"),
+            ("host waits", "scorer"),
+        ]
+    assert recorder.log == [*wanted, (last, "launched"), ("int8", "launched")]
+
+
+def test_a_grown_cache_is_recorded_anew_and_a_lane_gives_its_graphs_back(
+    bundle: Path, recorder: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv, "_FIRST_CAPACITY", 16)
+    model, ids = dash_onnx.load(bundle), np.arange(24)
+    path = ("int8",) * model.manifest.model.num_layers
+    taken = len(recorder.alive)
+    lane = Lane(model._sessions)
+    rows = []
+    for token in ids.tolist():
+        rows.append(lane.decode(token, path, "int8").copy())
+        # A recording keeps what the host passes by value, so it must hold at every launch.
+        assert lane.total.array == lane.kv.capacity
+    assert lane.kv.capacity == 32
+    layers = Counter(recorder.log)["int8", "recorded"]
+    assert layers == 2 * len(path) + 1  # before and after, and the head
+    del lane
+    assert len(recorder.alive) == taken
+    wanted = Lane(model._sessions).prefill_all(ids, path, "int8")
+    np.testing.assert_allclose(np.stack(rows), wanted, atol=2e-3)
+
+
+def test_nothing_else_runs_while_one_generation_records(bundle: Path, recorder: Driver) -> None:
+    model = dash_onnx.load(bundle)
+    texts: list[str] = []
+    threads = [
+        threading.Thread(
+            target=lambda: texts.append(model.generate("ab", max_new_tokens=12, ignore_eos=True))
+        )
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 3 and len(set(texts)) == 1
+    assert not recorder.disturbed
+
+
+def test_a_run_that_cannot_be_recorded_is_one_line(
+    bundle: Path, recorder: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane = Lane(dash_onnx.load(bundle)._sessions)
+    run = Session.run_with_iobinding
+
+    def refusing(session: Session, binding: Any, options: Any) -> None:
+        if recorder.recorded is not None:
+            raise RuntimeError("operation not permitted\nmore of it")
+        run(session, binding, options)
+
+    monkeypatch.setattr(Session, "run_with_iobinding", refusing)
+    path = ("int4",) * lane.sessions.manifest.model.num_layers
+    with pytest.raises(
+        DeviceError,
+        match=r"^ONNX Runtime cannot .* recorded \(operation not permitted\); load .* without CUDA",
+    ):
+        for _ in range(3):
+            lane.decode(100, path, "int8")
+    assert recorder.recorded is None  # the stream is free again
+
+
+def test_cuda_graphs_on_the_cpu_are_refused(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        DeviceError, match=r"^CUDA graphs need a bundle exported with --device cuda"
+    ):
+        dash_onnx.load(bundle, cuda_graphs=True)
+    assert main([str(bundle), "ab", "--cuda-graphs"]) == 2
+    assert capsys.readouterr().err.startswith("dash-run: error: CUDA graphs need a bundle")

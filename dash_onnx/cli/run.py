@@ -56,6 +56,11 @@ def _parser() -> Parser:
         help="precision of the prompt (default: see --memory)",
     )
     add_memory_option(parser)
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="record what a token runs as CUDA graphs, one per layer and action (--device cuda)",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-k", type=int, default=0, help="0 is off")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
@@ -113,6 +118,7 @@ def _run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         threads=arguments.threads,
         memory=arguments.memory,
+        cuda_graphs=arguments.cuda_graphs,
     )
     # Before anything is written, or asked.
     policy = model.policy(arguments.policy, arguments.budget)
