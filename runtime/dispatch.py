@@ -46,7 +46,8 @@ def _in_turn(method: Callable[Concatenate[Lane, _P], _R]) -> Callable[Concatenat
 class Lane:
     """One sequence in flight: its K/V cache, its hidden buffers and its bindings.
 
-    A lane belongs to one generation at a time; lanes share nothing but the sessions.
+    A lane belongs to one generation at a time; lanes share nothing but the sessions
+    and, where CUDA graphs are recorded, the turn.
     """
 
     def __init__(self, sessions: Sessions):
@@ -114,6 +115,7 @@ class Lane:
         span.run_head(head)
         return span.logits.array[0, 0]
 
+    @_in_turn
     def assume(self, count: int) -> None:
         """Counts tokens as cached without running them: timing does not depend on their values."""
         self._advance(count)
@@ -216,9 +218,9 @@ class Lane:
         self.kv.reserve(total)
         self.kv.length = total
         self.seqlens.write(total - 1)
-        # A recorded run keeps what it read on the CPU: the bound that holds for all its launches.
-        recorded = count == 1 and self.sessions.streams.graphs
-        self.total.write(self.kv.capacity if recorded else total)
+        # A recording keeps what it read on the host: the bound that holds for all its launches.
+        recordable = count == 1 and self.sessions.streams.graphs
+        self.total.write(self.kv.capacity if recordable else total)
         self.start.write(total - count)
 
 

@@ -236,7 +236,8 @@ def load(
         memory: `low` runs prompts in the precisions that the policy uses, so that no others are
             loaded; `high` runs them at the highest exported.
         cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and
-            launches those; generations on several threads then take turns, token by token.
+            launches those. Generations on several threads then take turns, and other CUDA work of
+            the process must keep off the default stream.
 
     Raises:
         PolicyError: the policy or the budget is not one that the bundle can do.

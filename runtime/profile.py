@@ -182,7 +182,7 @@ def _scorer_ms(sessions: Sessions) -> float:
 
 def _forget(sessions: Sessions) -> None:
     sessions.forget()
-    release_memory()  # a lane and its spans refer to each other, and to sessions
+    release_memory()
 
 
 def _others(window: _Window) -> npt.NDArray[np.uint64]:

@@ -96,12 +96,12 @@ class Sessions:
 
     def forget(self) -> None:
         """Forgets every session; each loads again when it is next needed."""
-        with self._lock:
+        with self.streams.turn, self._lock:
             self._loaded.clear()
 
     def close(self) -> None:
         """Forgets every session, for good; what is bound to one keeps it alive."""
-        with self._lock:
+        with self.streams.turn, self._lock:
             self._closed = True
             self._loaded.clear()
 

@@ -16,8 +16,8 @@ logits after them, without further events.
 
 With CUDA graphs, what a decoded token runs on the layers' stream is recorded once it has run
 twice, each (layer, action) for itself, and launched from then on: one call of the driver instead of
-one for each kernel. While the driver records, nothing else may use the layers' or the default
-stream, so the generations take turns, token by token.
+one for each kernel. While the driver records, nothing else in the process may use the layers' or
+the default stream, so generations take turns: for a token, a prompt, or to load a graph.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _DRIVER = "libcuda.so.1"
 
+_HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
+
 _WARM_UP = 2
-"""Runs before the recording, during which ORT must not allocate memory."""
+"""Runs before the recording, so that ORT has all memory that it takes: it may not allocate then."""
+
+_turn = threading.RLock()  # of the process: while one stream is recorded, all must wait
 
 
 class Handover:
@@ -73,7 +77,7 @@ class Streams:
         scorer: likewise of the scorer.
         run_options: of every run, or None.
         graphs: whether runs are recorded as CUDA graphs.
-        turn: held by the generation that uses the device.
+        turn: to be held by whoever uses the device; nothing where nothing is recorded.
     """
 
     layers: int | None = None
@@ -83,7 +87,10 @@ class Streams:
     turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
     def replayed(self, run: Run) -> Run:
-        """The fastest way to a run of the layers' stream whose shapes and addresses stay."""
+        """The fastest way to a run of the layers' stream.
+
+        Shapes, addresses and what it reads on the host must stay the same.
+        """
         return run
 
     def handover(self, results: Buffer) -> Handover:
@@ -116,7 +123,7 @@ class CudaStreams(Streams):
         self.layers, self.scorer = self._stream(), self._stream()
         self.graphs = graphs
         if graphs:
-            self.turn = threading.RLock()
+            self.turn = _turn
         self.run_options = onnxruntime().RunOptions()
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
@@ -158,7 +165,7 @@ class _Recorded:
     def __init__(self, streams: CudaStreams, run: Run):
         self._streams, self._run = streams, run
         self._stream = ctypes.c_void_p(streams.layers)
-        self._graph: ctypes.c_void_p | None = None
+        self._executable: ctypes.c_void_p | None = None
         self._warm = 0
 
     def __call__(self) -> None:
@@ -167,33 +174,57 @@ class _Recorded:
             self._run()
             return
         self._streams.enter()
-        if self._graph is None:
-            self._graph = self._record()
-            weakref.finalize(self, _destroy, self._streams, self._graph).atexit = False
-        self._streams.call("cuGraphLaunch", self._graph, self._stream)
+        if self._executable is None:
+            self._executable = self._record()
+            weakref.finalize(self, _destroy, self._streams, self._executable).atexit = False
+        self._streams.call("cuGraphLaunch", self._executable, self._stream)
 
     def _record(self) -> ctypes.c_void_p:
-        call, recorded, graph = self._streams.call, ctypes.c_void_p(), ctypes.c_void_p()
-        call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
+        call, graph, executable = self._streams.call, ctypes.c_void_p(), ctypes.c_void_p()
+        end = ("cuStreamEndCapture", self._stream, ctypes.byref(graph))
         try:
-            self._run()
+            call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
+            try:
+                self._run()
+            except BaseException:
+                with contextlib.suppress(DeviceError):  # the stream must be free in any case
+                    call(*end)
+                raise
+            call(*end)
+            self._check(graph)
+            call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
         except Exception as error:  # ORT raises types of its C extension, without a common base
-            with contextlib.suppress(DeviceError):
-                call("cuStreamEndCapture", self._stream, ctypes.byref(recorded))
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DeviceError(
-                f"ONNX Runtime cannot run a graph while it is recorded ({reason}); load the bundle "
+                f"what a layer runs cannot be recorded as a CUDA graph ({reason}); load the bundle "
                 "without CUDA graphs"
             ) from None
-        call("cuStreamEndCapture", self._stream, ctypes.byref(recorded))
-        call("cuGraphInstantiateWithFlags", ctypes.byref(graph), recorded, ctypes.c_uint64(0))
-        call("cuGraphDestroy", recorded)
-        return graph
+        finally:
+            if graph.value:
+                call("cuGraphDestroy", graph)
+        return executable
+
+    def _check(self, graph: ctypes.c_void_p) -> None:
+        """Refuses a graph that holds nothing, or calls of the host.
+
+        ORT before microsoft/onnxruntime#32121 frees memory of the host by such a call, which the
+        second launch of a recording reads.
+        """
+        call, count, kind = self._streams.call, ctypes.c_size_t(), ctypes.c_int()
+        call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        call("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
+        if not nodes:
+            raise DeviceError("it is empty")
+        for node in nodes:
+            call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+            if kind.value == _HOST:
+                raise DeviceError("this ONNX Runtime would call the host in it")
 
 
-def _destroy(streams: CudaStreams, graph: ctypes.c_void_p) -> None:
+def _destroy(streams: CudaStreams, executable: ctypes.c_void_p) -> None:
     streams.enter()
-    streams.call("cuGraphExecDestroy", graph)
+    streams.call("cuGraphExecDestroy", executable)
 
 
 class _CudaHandover(Handover):
@@ -247,7 +278,9 @@ def open_streams(device: Device, cuda_graphs: bool = False) -> Streams:
     """
     if device == "cpu":
         if cuda_graphs:
-            raise DeviceError("CUDA graphs need a bundle exported with --device cuda, run on it")
+            raise DeviceError(
+                "CUDA graphs need --device cuda, and a bundle that was exported with it"
+            )
         return Streams()
     try:
         return CudaStreams(ctypes.CDLL(_DRIVER), cuda_graphs)

@@ -19,6 +19,7 @@ import dash_onnx
 from dash_onnx.cli.run import main
 from dash_onnx.errors import DeviceError
 from dash_onnx.runtime import kv, sessions, streams
+from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.streams import CudaStreams, open_streams
@@ -34,8 +35,12 @@ class Driver:
     Attributes:
         log: what was called, in order.
         refuses: name of the function that returns an error.
+        alive: what was created and not yet destroyed, by handle.
         recorded: what was called since a recording began, or None.
-        disturbed: threads that ran something on the device while another one recorded.
+        error: what ORT raises while its run is recorded.
+        nodes: whether what is recorded has any.
+        node: their kind.
+        disturbed: threads that used the device while another one recorded.
     """
 
     def __init__(self) -> None:
@@ -44,7 +49,12 @@ class Driver:
         self.queues: dict[int, list[Callable[[], object]]] = defaultdict(list)
         self._events: dict[int, tuple[int, int]] = {}  # stream, and how much of it came before
         self._handles = 0
-        self.alive: set[int] = set()
+        self.alive: dict[int, str] = {}
+        self.error: BaseException | None = None
+        self.nodes = True
+        self.node = 0  # a kernel
+        self._entered: set[int] = set()
+        self.names: dict[int, str] = {}  # of the streams, which every model makes in this order
         self._memory: dict[int, Any] = {}
         self.recorded: list[Callable[[], object]] | None = None
         self._recorder = 0
@@ -57,73 +67,101 @@ class Driver:
             self.disturbed.add(threading.get_ident())
 
     def _cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> None:
-        assert NAMES[stream.value or 0] == "layers" and mode == 1 and self.recorded is None
+        assert self.names[stream.value or 0] == "layers" and mode == 1 and self.recorded is None
+        assert threading.get_ident() in self._entered
         self.recorded, self._recorder = [], threading.get_ident()
         time.sleep(0.001)  # a chance for other threads to disturb it
 
     def _cuStreamEndCapture(self, stream: ctypes.c_void_p, place: Any) -> None:
         assert self.recorded is not None
-        self._new(place)
+        assert threading.get_ident() == self._recorder
+        self._new("graph", place)
         self._graphs[place._obj.value], self.recorded = self.recorded, None
 
+    def _cuGraphGetNodes(self, graph: ctypes.c_void_p, nodes: Any, count: Any) -> None:
+        assert self.alive[graph.value or 0] == "graph"
+        count._obj.value = len(self._graphs[graph.value or 0]) if self.nodes else 0
+        for index in range(count._obj.value if nodes is not None else 0):
+            nodes[index] = index + 1
+
+    def _cuGraphNodeGetType(self, node: ctypes.c_void_p, kind: Any) -> None:
+        assert node.value
+        kind._obj.value = self.node
+
     def _cuGraphInstantiateWithFlags(self, place: Any, graph: ctypes.c_void_p, _: Any) -> None:
-        self._new(place)
+        assert self.alive[graph.value or 0] == "graph"
+        self._new("executable", place)
         self._graphs[place._obj.value] = self._graphs[graph.value or 0]
 
     def _cuGraphLaunch(self, graph: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
-        assert NAMES[stream.value or 0] == "layers" and graph.value in self.alive
+        assert self.names[stream.value or 0] == "layers"
+        assert self.alive[graph.value or 0] == "executable"
+        assert threading.get_ident() in self._entered
         self.watch()
         for run in self._graphs[graph.value]:
             run()
 
     def __getattr__(self, name: str) -> Callable[..., int]:
+        known = vars(Driver)[f"_{name}"]  # a misspelt one is an error
+
         def function(*arguments: Any) -> int:
             if name == self.refuses:
                 return 719
-            if known := vars(Driver).get(f"_{name}"):
-                known(self, *arguments)
+            known(self, *arguments)
             return 0
 
         return function
 
-    def _new(self, place: Any, value: int | None = None) -> None:
+    def _new(self, kind: str, place: Any, value: int | None = None) -> None:
         self._handles += 1
         place._obj.value = value or self._handles
-        self.alive.add(place._obj.value)
+        self.alive[place._obj.value] = kind
+
+    def _cuInit(self, _: int) -> None:
+        pass
+
+    def _cuDevicePrimaryCtxRetain(self, place: Any, device: int) -> None:
+        assert device == 0
+        place._obj.value = 77
+
+    def _cuCtxSetCurrent(self, context: ctypes.c_void_p) -> None:
+        assert context.value == 77
+        self._entered.add(threading.get_ident())
 
     def _cuStreamCreate(self, place: Any, _: int) -> None:
-        self._new(place)
+        self._new("stream", place)
+        self.names[place._obj.value] = ("layers", "scorer")[len(self.names) % 2]
 
     def _cuEventCreate(self, place: Any, flags: int) -> None:
         assert flags == 2  # timing would make every wait slower
-        self._new(place)
+        self._new("event", place)
 
     def _cuMemHostAlloc(self, place: Any, size: ctypes.c_size_t, _: int) -> None:
         memory = (ctypes.c_char * size.value)()
         self._memory[ctypes.addressof(memory)] = memory
-        self._new(place, ctypes.addressof(memory))
+        self._new("memory", place, ctypes.addressof(memory))
 
     def _cuEventRecord(self, event: ctypes.c_void_p, stream: ctypes.c_void_p) -> None:
         assert event.value is not None and stream.value is not None
-        self.log.append(("record", NAMES[stream.value]))
+        self.log.append(("record", self.names[stream.value]))
         self._events[event.value] = stream.value, len(self.queues[stream.value])
 
     def _cuStreamWaitEvent(self, stream: ctypes.c_void_p, event: ctypes.c_void_p, _: int) -> None:
         assert event.value in self._events and stream.value is not None
-        self.log.append(("wait", NAMES[stream.value]))
+        self.log.append(("wait", self.names[stream.value]))
 
     def _cuMemcpyDtoHAsync_v2(
         self, target: ctypes.c_void_p, source: Any, size: ctypes.c_size_t, stream: ctypes.c_void_p
     ) -> None:
         assert stream.value is not None
-        self.log.append(("copy", NAMES[stream.value]))
+        self.log.append(("copy", self.names[stream.value]))
         places = target.value, source.value, size.value
         self.queues[stream.value].append(lambda: ctypes.memmove(*places))
 
     def _cuEventSynchronize(self, event: ctypes.c_void_p) -> None:
         assert event.value is not None
         stream, count = self._events[event.value]
-        self.log.append(("host waits", NAMES[stream]))
+        self.log.append(("host waits", self.names[stream]))
         for run in self.queues[stream][:count]:
             run()
         self.queues[stream] = self.queues[stream][count:]
@@ -134,16 +172,22 @@ class Driver:
 
     def _cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
         assert stream.value is not None
-        self.log.append(("drain", NAMES[stream.value]))
+        self.log.append(("drain", self.names[stream.value]))
 
-    def _destroy(self, handle: ctypes.c_void_p) -> None:
-        assert handle.value is not None
-        self.alive.remove(handle.value)
+    def _destroy(self, kind: str, handle: ctypes.c_void_p) -> None:
+        assert self.alive.pop(handle.value or 0) == kind
 
-    _cuEventDestroy_v2 = _cuMemFreeHost = _cuGraphDestroy = _cuGraphExecDestroy = _destroy
+    def _cuEventDestroy_v2(self, event: ctypes.c_void_p) -> None:
+        self._destroy("event", event)
 
+    def _cuMemFreeHost(self, memory: ctypes.c_void_p) -> None:
+        self._destroy("memory", memory)
 
-NAMES = {1: "layers", 2: "scorer"}  # by handle: a driver creates the streams first
+    def _cuGraphDestroy(self, graph: ctypes.c_void_p) -> None:
+        self._destroy("graph", graph)
+
+    def _cuGraphExecDestroy(self, executable: ctypes.c_void_p) -> None:
+        self._destroy("executable", executable)
 
 
 class Session:
@@ -163,8 +207,10 @@ class Session:
         assert options.get_run_config_entry(key) == "1"
         self._driver.watch()
         if self._driver.recorded is not None:
-            assert NAMES[self._stream] == "layers"
+            assert self._driver.names[self._stream] == "layers"
             self._driver.log.append((self._name, "recorded"))
+            if self._driver.error is not None:
+                raise self._driver.error
 
             def launched() -> None:
                 self._driver.log.append((self._name, "launched"))
@@ -172,8 +218,8 @@ class Session:
 
             self._driver.recorded.append(launched)
             return
-        self._driver.log.append((self._name, NAMES[self._stream]))
-        if NAMES[self._stream] == "scorer":
+        self._driver.log.append((self._name, self._driver.names[self._stream]))
+        if self._driver.names[self._stream] == "scorer":
             queue = self._driver.queues[self._stream]
             queue.append(lambda: self._session.run_with_iobinding(binding))
         else:
@@ -202,7 +248,16 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, made: Driver, graphs: bool) -> None:
+    write = Buffer.write
+
+    def watched(buffer: Buffer, content: Any) -> None:
+        made.watch()
+        write(buffer, content)
+
+    monkeypatch.setattr(Buffer, "write", watched)
+
     def create(path: Path, device: Any, stream: int) -> Session:
+        made.watch()
         return Session(create_session(path, device), path.stem.split("-")[0], stream, made)
 
     monkeypatch.setattr(sessions, "open_streams", lambda *_: CudaStreams(made, graphs))
@@ -350,51 +405,120 @@ def test_a_grown_cache_is_recorded_anew_and_a_lane_gives_its_graphs_back(
     np.testing.assert_allclose(np.stack(rows), wanted, atol=2e-3)
 
 
-def test_nothing_else_runs_while_one_generation_records(bundle: Path, recorder: Driver) -> None:
-    model = dash_onnx.load(bundle)
+def test_nothing_else_uses_the_device_while_one_generation_records(
+    bundle: Path, recorder: Driver
+) -> None:
+    models = [dash_onnx.load(bundle) for _ in range(2)]
     texts: list[str] = []
+    together = threading.Barrier(6)
+
+    def generate(model: Any, policy: str) -> None:
+        together.wait()
+        texts.append(model.generate("ab", policy=policy, max_new_tokens=9, ignore_eos=True))
+
     threads = [
-        threading.Thread(
-            target=lambda: texts.append(model.generate("ab", max_new_tokens=12, ignore_eos=True))
-        )
-        for _ in range(3)
+        threading.Thread(target=generate, args=(model, policy))
+        for model in models
+        for policy in ("int4", "int8", "dash")
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(texts) == 3 and len(set(texts)) == 1
+    assert not recorder.disturbed
+    assert len(texts) == 6 and len(set(texts)) <= 3
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda lane: Lane(lane.sessions),
+        lambda lane: lane.prefill(PROMPT, ("int8",) * 4, "int8"),
+        lambda lane: lane.prefill_all(PROMPT, ("int8",) * 4, "int8"),
+        lambda lane: lane.decode(100, ("int8",) * 4, "int8"),
+        lambda lane: lane.decode_scored(100, PRICE, "int8"),
+        lambda lane: lane.assume(20),
+        lambda lane: lane.sessions.layer(0, "full"),
+        lambda lane: lane.sessions.forget(),
+        lambda lane: lane.sessions.close(),
+    ],
+)
+def test_whatever_uses_the_device_waits_for_its_turn(
+    bundle: Path, recorder: Driver, use: Callable[[Lane], object]
+) -> None:
+    lane = Lane(dash_onnx.load(bundle)._sessions)
+    lane.sessions.layer(0, "int8")
+    loaded = dict(lane.sessions._loaded)
+    thread = threading.Thread(target=use, args=[lane])
+    with lane.sessions.streams.turn:
+        recorder.recorded, recorder._recorder = [], threading.get_ident()
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive() and not recorder.disturbed
+        assert lane.sessions._loaded == loaded
+        recorder.recorded = None
+    thread.join()
     assert not recorder.disturbed
 
 
-def test_a_run_that_cannot_be_recorded_is_one_line(
-    bundle: Path, recorder: Driver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def int4_lane(bundle: Path, recorder: Driver) -> tuple[Lane, Callable[[], object]]:
+    """A lane whose next token is recorded, and what runs that token."""
     lane = Lane(dash_onnx.load(bundle)._sessions)
-    run = Session.run_with_iobinding
-
-    def refusing(session: Session, binding: Any, options: Any) -> None:
-        if recorder.recorded is not None:
-            raise RuntimeError("operation not permitted\nmore of it")
-        run(session, binding, options)
-
-    monkeypatch.setattr(Session, "run_with_iobinding", refusing)
     path = ("int4",) * lane.sessions.manifest.model.num_layers
+    for _ in range(2):
+        lane.decode(100, path, "int8")
+    return lane, lambda: lane.decode(100, path, "int8")
+
+
+@pytest.mark.parametrize("name", ["cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
+def test_a_recording_that_the_driver_refuses_is_one_line(
+    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver, name: str
+) -> None:
+    recorder.refuses = name
     with pytest.raises(
         DeviceError,
-        match=r"^ONNX Runtime cannot .* recorded \(operation not permitted\); load .* without CUDA",
+        match=f"recorded .*{name} failed with error 719.*; load .* without CUDA graphs$",
     ):
-        for _ in range(3):
-            lane.decode(100, path, "int8")
-    assert recorder.recorded is None  # the stream is free again
+        int4_lane[1]()
+    assert "graph" not in recorder.alive.values()
+
+
+def test_a_recording_with_calls_of_the_host_is_refused(
+    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver
+) -> None:
+    recorder.node = 3
+    with pytest.raises(DeviceError, match=r"would call the host in it.*without CUDA graphs$"):
+        int4_lane[1]()
+    assert not {"graph", "executable"} & {*recorder.alive.values()}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted\nmore of it"), KeyboardInterrupt()])
+def test_a_recording_that_is_broken_off_leaves_the_stream_free(
+    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver, error: BaseException
+) -> None:
+    recorder.error = error
+    wanted = DeviceError if isinstance(error, Exception) else type(error)
+    with pytest.raises(wanted) as caught:
+        int4_lane[1]()
+    if wanted is DeviceError:
+        assert "(not permitted); load the bundle without CUDA graphs" in str(caught.value)
+    assert recorder.recorded is None
+    assert "graph" not in recorder.alive.values()
+
+
+def test_an_empty_recording_is_refused(
+    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver
+) -> None:
+    recorder.nodes = False
+    with pytest.raises(DeviceError, match=r"\(it is empty\)"):
+        int4_lane[1]()
 
 
 def test_cuda_graphs_on_the_cpu_are_refused(
     bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(
-        DeviceError, match=r"^CUDA graphs need a bundle exported with --device cuda"
-    ):
+    with pytest.raises(DeviceError, match=r"^CUDA graphs need --device cuda, and a bundle"):
         dash_onnx.load(bundle, cuda_graphs=True)
     assert main([str(bundle), "ab", "--cuda-graphs"]) == 2
-    assert capsys.readouterr().err.startswith("dash-run: error: CUDA graphs need a bundle")
+    assert capsys.readouterr().err.startswith("dash-run: error: CUDA graphs need --device cuda")
