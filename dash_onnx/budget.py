@@ -21,6 +21,8 @@ PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
 
 DEFAULT_PRESET = "balanced"
 
+_LEAST_KL = 1e-4  # nats; what is less has no logarithm worth interpolating
+
 _SETTLING = 33  # tokens in which the controller makes up for two thirds of a wrong price
 _GAINS = (0.2, 1.0)  # of the log price, per token and unit of relative overspending
 _STEP = 0.1  # of the log price: each new price takes the runtime new penalties
@@ -109,7 +111,7 @@ def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetP
 
 
 def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
-    """Budgets of the presets, interpolated in the table (KL falls with the budget)."""
+    """Budgets of the presets: the log of the KL is linear in the budget between two rows."""
     result = {}
     for name, limit in PRESETS.items():
         below = [point for point in points if point.kl <= limit]
@@ -121,7 +123,8 @@ def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
         budget = best.budget
         if index > 0 and points[index - 1].kl > limit:
             worse = points[index - 1]
-            share = (limit - best.kl) / (worse.kl - best.kl)
+            lower = max(best.kl, _LEAST_KL)
+            share = math.log(limit / lower) / math.log(worse.kl / lower)
             budget += share * (worse.budget - best.budget)
         result[name] = min(max(round(budget, 4), points[0].budget), points[-1].budget)
     return result

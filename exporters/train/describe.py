@@ -24,10 +24,11 @@ from dash_onnx.exporters.train.values import sampled_values
 from dash_onnx.facts import FileFacts, ScorerFacts, StaticPoint, Training
 from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.machine import kept_memory
 from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions
 
-_TABLE = 10  # rows of the policy table inside the range of prices
+_TABLE = 12  # rows of the policy table where prices decide between the cheaper actions
 
 
 def describe(run: Learning, folder: Path, started: float) -> Manifest:
@@ -60,7 +61,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
     manifest = replace(manifest, files=files, scorer=facts)
     costs = profile(Sessions(Bundle(folder, manifest), device))
     manifest = replace(manifest, costs=costs)
-    with run.autocast():
+    with run.autocast(), kept_memory():
         wanted = run.env.reference(run.held_out, run.actions[0])
         points = table.measure(
             run.env, scorer, manifest, run.held_out, wanted, _table_prices(run), rounding
@@ -102,13 +103,11 @@ def _write_compensation(run: Learning, folder: Path) -> dict[str, FileFacts]:
 
 
 def _table_prices(run: Learning) -> list[float]:
-    low, high = run.log_price_range
-    inside = np.exp(np.linspace(low, high, _TABLE)).tolist()
-    # Below the range fewer layers are skipped, and INT8 is left for `full`, layer by layer.
-    below = np.exp(np.linspace(low - (7.0 if run.extra else 1.2), low, 5)[:-1]).tolist()
-    # Above it time is worth still more.
-    above = np.exp(np.linspace(high, high + 1.2, 4)[1:]).tolist()
-    return [*below, *inside, *above]
+    low, high = run.log_price_range  # that training draws from; the table goes beyond
+    logs = np.linspace(low - 1.7, high + 1.2, _TABLE)
+    # Still lower, INT8 is left for `full`, layer by layer.
+    below = np.linspace(low - 7.0, low - 1.7, 3)[:-1] if run.extra else logs[:0]
+    return [float(price) for price in np.exp([*below, *logs])]
 
 
 def _static(

@@ -28,7 +28,7 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    "quick": Effort(sequences=72, held_out=6, batches=18, steps=8, tried=1),
+    "quick": Effort(sequences=72, held_out=10, batches=18, steps=8, tried=1),
     "normal": Effort(sequences=400, held_out=16, batches=100, steps=100, tried=4),
     "thorough": Effort(sequences=1000, held_out=24, batches=250, steps=300, tried=4),
 }

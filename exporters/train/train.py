@@ -14,6 +14,7 @@ from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
 from dash_onnx.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.runtime.machine import kept_memory
 from dash_onnx.runtime.ort import check_device
 
 
@@ -31,9 +32,10 @@ def train(folder: Path, options: TrainOptions) -> Manifest:
     check_device(bundle.manifest.target.device)  # the costs are measured there
     check_destination(bundle.folder, overwrite=True)
     run = Learning(bundle, options)
-    run.texts()
-    regress(run)
-    improve(run)
+    with kept_memory():
+        run.texts()
+        regress(run)
+        improve(run)
     with writing(run.bundle.folder, overwrite=True) as trained:
         # What shows the old policy must not outlive it.
         old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
