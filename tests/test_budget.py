@@ -271,6 +271,15 @@ def test_a_preset_at_an_end_of_the_table_is_inside_it(
         price_of(budget, points)
 
 
+def test_a_preset_between_two_rows_is_where_the_log_of_the_kl_says() -> None:
+    points = (point(0.3, 0.1, 0.4), point(0.5, 0.01, 0.025), point(0.9, 0.001, 0.0))
+    # 0.1 is half way from 0.4 to 0.025; from 0 to 0.025 the log begins at 1e-4.
+    assert presets(points)["balanced"] == pytest.approx(0.4)
+    low, limit, high = map(math.log, (1e-4, PRESETS["quality"], 0.025))
+    expected = 0.9 - (limit - low) / (high - low) * 0.4
+    assert presets(points)["quality"] == pytest.approx(expected, abs=1e-4)
+
+
 @given(tables())
 def test_every_preset_lies_inside_the_table_and_a_better_one_costs_no_less(
     points: tuple[BudgetPoint, ...],

@@ -150,8 +150,8 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         "--effort",
         choices=efforts,
         default="quick",
-        help="training of the policy (quick: 4 to 7 minutes for a 135M model on 2 cores, "
-        "normal: 15 to 30, thorough: 45 to 90; "
+        help="training of the policy (quick: 3 to 6 minutes for a 135M model on 2 cores, "
+        "normal: 12 to 25, thorough: 30 to 70; "
         + ("none: no policy, dash-train makes one later; " if "none" in efforts else "")
         + "default: %(default)s)",
     )
