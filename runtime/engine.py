@@ -14,7 +14,7 @@ from dash_onnx.bundle import Bundle
 from dash_onnx.errors import DeviceError
 from dash_onnx.policy import Policy, make_policy
 from dash_onnx.runtime.decoding import decoding
-from dash_onnx.runtime.dispatch import Ids, Lane, Logits
+from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.generate import (
     Cache,
     Chunk,
@@ -27,6 +27,7 @@ from dash_onnx.runtime.generate import (
 from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.ort import Device, check_device, use_threads
 from dash_onnx.runtime.sessions import Memory, Sessions
+from dash_onnx.runtime.span import Ids
 from dash_onnx.text import Message, TextCodec
 
 Prompt = str | Sequence[Message]

@@ -14,8 +14,8 @@ from dash_onnx.actions import Action
 from dash_onnx.budget import Budget
 from dash_onnx.errors import PolicyError
 from dash_onnx.policy import Policy
-from dash_onnx.runtime.dispatch import Ids
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.span import Ids
 
 
 @dataclass(frozen=True)

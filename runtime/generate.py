@@ -14,10 +14,11 @@ from dash_onnx.actions import Action, Path
 from dash_onnx.errors import ContextLengthError, PolicyError
 from dash_onnx.policy import Policy
 from dash_onnx.runtime.decoding import decoding
-from dash_onnx.runtime.dispatch import Ids, Lane, Logits
+from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.sampling import Sampler
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.span import Ids
 from dash_onnx.text import Detokenizer, TextCodec
 
 FinishReason = Literal["stop", "length", "context"]

@@ -16,10 +16,11 @@ from dash_onnx.actions import SKIP, Action
 from dash_onnx.contract import head_path, layer_path
 from dash_onnx.facts import Costs
 from dash_onnx.manifest import Manifest
-from dash_onnx.runtime.dispatch import Lane, Step
+from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import thread_count
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.span import Step
 
 _TOKENS = 96
 _WARM_UP = 16  # tokens until every graph has run and memory has settled

@@ -12,10 +12,11 @@ from dash_onnx.budget import DEFAULT_PRESET, Budget, reference_ms
 from dash_onnx.errors import PolicyError, SourceError
 from dash_onnx.policy import Policy, ScoredPolicy
 from dash_onnx.report.tokens import Token, describe, path_letters
-from dash_onnx.runtime.dispatch import Ids, Lane, Logits
+from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import kl_divergence, log_softmax
 from dash_onnx.runtime.generate import prefill_plan
+from dash_onnx.runtime.span import Ids
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
 _PREFILLED = 8  # tokens of a given text: the first ones, attention sinks, are not typical
