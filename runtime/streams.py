@@ -136,6 +136,10 @@ class CudaStreams(Streams):
         if code := getattr(self._driver, name)(*arguments):
             raise DeviceError(f"CUDA driver: {name} failed with error {code}")
 
+    def release_with(self, owner: object, *calls: tuple[str, ctypes.c_void_p]) -> None:
+        """Makes calls that destroy handles, as pairs of name and handle, when their owner goes."""
+        weakref.finalize(owner, _release, self, calls).atexit = False
+
     def enter(self) -> None:
         """Makes the context that of this thread."""
         self.call("cuCtxSetCurrent", self._context)
@@ -176,7 +180,7 @@ class _Recorded:
         self._streams.enter()
         if self._executable is None:
             self._executable = self._record()
-            weakref.finalize(self, _destroy, self._streams, self._executable).atexit = False
+            self._streams.release_with(self, ("cuGraphExecDestroy", self._executable))
         self._streams.call("cuGraphLaunch", self._executable, self._stream)
 
     def _record(self) -> ctypes.c_void_p:
@@ -222,11 +226,6 @@ class _Recorded:
                 raise DeviceError("this ONNX Runtime would call the host in it")
 
 
-def _destroy(streams: CudaStreams, executable: ctypes.c_void_p) -> None:
-    streams.enter()
-    streams.call("cuGraphExecDestroy", executable)
-
-
 class _CudaHandover(Handover):
     def __init__(self, streams: CudaStreams, results: Buffer):
         self._streams, self._source = streams, results
@@ -240,8 +239,12 @@ class _CudaHandover(Handover):
         streams.call("cuMemHostAlloc", ctypes.byref(self._host), self._size, 0)
         memory: Any = (ctypes.c_char * size).from_address(self._host.value or 0)
         super().__init__(np.frombuffer(memory, results.dtype).reshape(results.shape))
-        handles = self._offered, self._fetched, self._host
-        weakref.finalize(self, _release, streams, *handles).atexit = False
+        streams.release_with(
+            self,
+            ("cuEventDestroy_v2", self._offered),
+            ("cuEventDestroy_v2", self._fetched),
+            ("cuMemFreeHost", self._host),
+        )
 
     def offer(self) -> None:
         self._streams.enter()
@@ -259,12 +262,10 @@ class _CudaHandover(Handover):
         self._streams.call("cuEventSynchronize", self._fetched)
 
 
-def _release(streams: CudaStreams, *handles: ctypes.c_void_p) -> None:
-    offered, fetched, host = handles
+def _release(streams: CudaStreams, calls: tuple[tuple[str, ctypes.c_void_p], ...]) -> None:
     streams.enter()
-    streams.call("cuEventDestroy_v2", offered)
-    streams.call("cuEventDestroy_v2", fetched)
-    streams.call("cuMemFreeHost", host)
+    for name, handle in calls:
+        streams.call(name, handle)
 
 
 def open_streams(device: Device, cuda_graphs: bool = False) -> Streams:

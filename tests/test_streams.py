@@ -462,57 +462,55 @@ def test_whatever_uses_the_device_waits_for_its_turn(
 
 
 @pytest.fixture
-def int4_lane(bundle: Path, recorder: Driver) -> tuple[Lane, Callable[[], object]]:
-    """A lane whose next token is recorded, and what runs that token."""
+def recording(bundle: Path, recorder: Driver) -> Callable[[], object]:
+    """Runs the token of a lane that is the first to be recorded."""
     lane = Lane(dash_onnx.load(bundle)._sessions)
     path = ("int4",) * lane.sessions.manifest.model.num_layers
     for _ in range(2):
         lane.decode(100, path, "int8")
-    return lane, lambda: lane.decode(100, path, "int8")
+    return lambda: lane.decode(100, path, "int8")
 
 
 @pytest.mark.parametrize("name", ["cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
 def test_a_recording_that_the_driver_refuses_is_one_line(
-    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver, name: str
+    recording: Callable[[], object], recorder: Driver, name: str
 ) -> None:
     recorder.refuses = name
     with pytest.raises(
         DeviceError,
         match=f"recorded .*{name} failed with error 719.*; load .* without CUDA graphs$",
     ):
-        int4_lane[1]()
+        recording()
     assert "graph" not in recorder.alive.values()
 
 
 def test_a_recording_with_calls_of_the_host_is_refused(
-    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver
+    recording: Callable[[], object], recorder: Driver
 ) -> None:
     recorder.node = 3
     with pytest.raises(DeviceError, match=r"would call the host in it.*without CUDA graphs$"):
-        int4_lane[1]()
+        recording()
     assert not {"graph", "executable"} & {*recorder.alive.values()}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted\nmore of it"), KeyboardInterrupt()])
 def test_a_recording_that_is_broken_off_leaves_the_stream_free(
-    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver, error: BaseException
+    recording: Callable[[], object], recorder: Driver, error: BaseException
 ) -> None:
     recorder.error = error
     wanted = DeviceError if isinstance(error, Exception) else type(error)
     with pytest.raises(wanted) as caught:
-        int4_lane[1]()
+        recording()
     if wanted is DeviceError:
         assert "(not permitted); load the bundle without CUDA graphs" in str(caught.value)
     assert recorder.recorded is None
     assert "graph" not in recorder.alive.values()
 
 
-def test_an_empty_recording_is_refused(
-    int4_lane: tuple[Lane, Callable[[], object]], recorder: Driver
-) -> None:
+def test_an_empty_recording_is_refused(recording: Callable[[], object], recorder: Driver) -> None:
     recorder.nodes = False
     with pytest.raises(DeviceError, match=r"\(it is empty\)"):
-        int4_lane[1]()
+        recording()
 
 
 def test_cuda_graphs_on_the_cpu_are_refused(

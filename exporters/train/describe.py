@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -104,10 +105,10 @@ def _write_compensation(run: Learning, folder: Path) -> dict[str, FileFacts]:
 
 def _table_prices(run: Learning) -> list[float]:
     low, high = run.log_price_range  # that training draws from; the table goes beyond
-    logs = np.linspace(low - 1.7, high + 1.2, _TABLE)
-    # Still lower, INT8 is left for `full`, layer by layer.
-    below = np.linspace(low - 7.0, low - 1.7, 3)[:-1] if run.extra else logs[:0]
-    return [float(price) for price in np.exp([*below, *logs])]
+    logs = np.linspace(low - 1.7, high + 1.2, _TABLE).tolist()
+    if run.extra:  # still lower, INT8 is left for `full`, layer by layer
+        logs = [low - 7.0, low - 4.35, *logs]
+    return [math.exp(log) for log in logs]
 
 
 def _static(
