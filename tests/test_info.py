@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +123,40 @@ def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:
 def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:
     assert "no config.json" in TOOL.refused(capsys, tmp_path)
     assert "int8, int4" in TOOL.refused(capsys, tmp_path, "--variants", "int2")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a known model", "an unknown one"])
+def test_no_code_of_a_folder_runs_whatever_the_terminal_answers(
+    known: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(tiny_folder, folder)
+    code = f"open({str(ran)!r}, 'w').close()\nclass Odd: pass\nclass OddConfig: pass\n"
+    (folder / "odd.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.Odd"}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "tokenizer_config.json"
+    tokens = json.loads(path.read_text())
+    tokens["auto_map"] = {"AutoTokenizer": ["odd.Odd", "odd.Odd"]}
+    tokens["tokenizer_class"] = "PreTrainedTokenizerFast" if known else "OddTokenizer"
+    path.write_text(json.dumps(tokens))
+    program = f"import sys; from {main.__module__} import main; sys.exit(main(sys.argv[1:]))"
+    terminal, end = pty.openpty()
+    os.write(terminal, b"y\ny\ny\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder), "--json"],
+        stdin=end,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    os.close(terminal)
+    os.close(end)
+    assert not ran.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    if known:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)["model"]["num_layers"] == 4
+    else:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

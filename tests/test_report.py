@@ -397,6 +397,24 @@ def test_misuse_is_told_in_one_line(
     assert told in refused(capsys, bundle, *arguments)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling link", "device"])
+def test_only_a_regular_file_is_replaced(
+    kind: str, bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    target = tmp_path / "r.html"
+    (tmp_path / "page.html").write_text("somebody's page")
+    if kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "device":
+        target = Path("/dev/full")
+    else:
+        target.symlink_to("page.html" if kind == "link" else "nothing")
+    before = target.lstat()
+    assert "exists and is not a regular file" in refused(capsys, bundle, "--html", target)
+    assert (target.lstat().st_mode, target.lstat().st_ino) == (before.st_mode, before.st_ino)
+    assert (tmp_path / "page.html").read_text() == "somebody's page"
+
+
 def test_a_text_that_is_too_short_is_refused(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
     text = tmp_path / "short.txt"
     text.write_text("the")

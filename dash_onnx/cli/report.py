@@ -96,6 +96,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _check_target(target: Path) -> None:
     if target.is_dir():
         raise SourceError(f"cannot write {target}: it is a folder")
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise SourceError(f"cannot write {target}: it exists and is not a regular file")
     if not target.parent.is_dir():
         raise SourceError(f"cannot write {target}: there is no folder {target.parent}")
 

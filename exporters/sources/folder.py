@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.sources.source import Source
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# No code from a folder runs: asked for, transformers refuses it; not told, it asks the terminal.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _RENAMED = {"embed_out.weight": "lm_head.weight"}  # in files of GPT-NeoX; transformers' name now
 
 
@@ -97,13 +99,14 @@ def open_folder(
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     weights = SafetensorsWeights(folder)
+    config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
     return Source(
         kind=kind,
         name=name,
-        config=readable(config_path, lambda: AutoConfig.from_pretrained(folder)),
+        config=config,
         weights=weights,
         tokenizer=_tokenizer(folder),
-        generation_config=_generation_config(folder),
+        generation_config=_generation_config(folder, config),
         files=tuple(path for path in sorted(folder.iterdir()) if path.is_file()),
         revision=revision,
     )
@@ -124,7 +127,7 @@ def check_supported(model_type: str, supported: Collection[str]) -> None:
 
 def _tokenizer(folder: Path) -> Any:
     def load() -> Any:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, **_LOCAL)
 
     tokenizer = readable(folder / "tokenizer.json", load)
     if not tokenizer.is_fast:
@@ -132,13 +135,13 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _generation_config(folder: Path) -> GenerationConfig:
+def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     path = folder / "generation_config.json"
     if path.is_file():
+        # It holds no code, and would keep an option that it does not know as one of the model's.
         load = lambda: GenerationConfig.from_pretrained(folder, local_files_only=True)  # noqa: E731
-    else:
-        load = lambda: GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))  # noqa: E731
-    return readable(path, load)
+        return readable(path, load)
+    return GenerationConfig.from_model_config(config)
 
 
 def readable(path: Path, load: Callable[[], Any]) -> Any:
