@@ -20,7 +20,9 @@ test-slow: .venv/.dev .venv/.bench $(DEMO)
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/lib
+	$(BIN)/python -c "import setuptools; setuptools.setup()" --quiet build_py
+	cd build/lib && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 demo-model: $(DEMO)
 

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dash_onnx.actions import SKIP
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train import improve as on_policy
 from dash_onnx.exporters.train import learning, static
 from dash_onnx.exporters.train.effort import Effort
@@ -35,7 +36,6 @@ from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
 from dash_onnx.exporters.train.scorer import greedy, looks_of
 from dash_onnx.exporters.train.text import LENGTH
-from dash_onnx.text import TextCodec, read_text
 
 SKIPS = (2, 4, 6, 8)
 PRICES = 7  # at which each policy is measured

@@ -22,9 +22,10 @@ import onnx
 import torch
 from tqdm import tqdm
 
-from dash_onnx.actions import SKIP
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import layer_path
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import layer_path
+from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train.environment import Environment
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.learning import BATCH, PROMPT_TOKENS
@@ -33,7 +34,6 @@ from dash_onnx.exporters.train.values import random_direction
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.sessions import Sessions
-from dash_onnx.text import TextCodec, read_text
 
 RANK = 64
 TOKENS = 60  # that are timed, after as many

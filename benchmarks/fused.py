@@ -28,14 +28,14 @@ import onnxruntime_genai as og
 from tqdm import tqdm
 
 import dash_onnx
-from dash_onnx.actions import Action
 from dash_onnx.bench.measure import Result, divergence, ratio, restarted, rounds
 from dash_onnx.bench.worker import Worker
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.actions import Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.policy import PathPolicy, ScoredPolicy, make_policy
+from dash_onnx.core.text import read_text
 from dash_onnx.exporters.fused import PATH, FuseOptions, fuse
 from dash_onnx.exporters.fused.facts import FusedFacts
-from dash_onnx.policy import PathPolicy, ScoredPolicy, make_policy
-from dash_onnx.text import read_text
 
 PROMPTS = (
     "What is the capital of France?",

@@ -18,11 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import dash_onnx
-from dash_onnx.actions import SKIP
-from dash_onnx.budget import reference_ms
-from dash_onnx.errors import PolicyError
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.text import read_text
 from dash_onnx.runtime.evaluate import evaluate
-from dash_onnx.text import read_text
 
 POLICIES = ("dash", "static", "even", "cosine", "random")
 

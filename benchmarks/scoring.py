@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dash_onnx
-from dash_onnx.policy import ScoredPolicy
+from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.scoring import Scoring
 from dash_onnx.runtime.sessions import Sessions

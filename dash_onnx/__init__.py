@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dash_onnx.errors import DashError
-from dash_onnx.version import __version__
+from dash_onnx.core.errors import DashError
+from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model, load

@@ -13,13 +13,13 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from dash_onnx.errors import SourceError
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.facts import Calibration
+from dash_onnx.core.text import Message
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, Sample
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.texts import calibration_text, plain
-from dash_onnx.facts import Calibration
-from dash_onnx.text import Message
 
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""

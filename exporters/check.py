@@ -9,16 +9,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.calibrate import SINK_TOKENS
 from dash_onnx.exporters.measure import Runner, relative_errors
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.states import Hidden
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import create_session, has_device
 

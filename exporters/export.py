@@ -12,20 +12,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dash_onnx.bundle import Bundle, check_destination, file_facts, list_files
+from dash_onnx.core.bundle import Bundle, check_destination, file_facts, list_files
+from dash_onnx.core.facts import Costs, ExportFacts
+from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.core.version import FORMAT_VERSION, __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.calibrate import calibration_ids
 from dash_onnx.exporters.graph_writer import GraphWriter
 from dash_onnx.exporters.options import ExportOptions
 from dash_onnx.exporters.partial import Progress, exporting
 from dash_onnx.exporters.sources import Source, open_source
-from dash_onnx.facts import Costs, ExportFacts
-from dash_onnx.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.runtime.machine import peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import onnxruntime
 from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions
-from dash_onnx.version import FORMAT_VERSION, __version__
 
 _UNMEASURED = Costs("", 0, 0.0, 0.0, {}, ())
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.contract import EMBED_PATH, data_name, head_path, layer_path
-from dash_onnx.errors import UnsupportedError
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.contract import EMBED_PATH, data_name, head_path, layer_path
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.core.facts import LayerFacts
 from dash_onnx.exporters.architectures import Architecture
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibrate import Ids
@@ -25,7 +26,6 @@ from dash_onnx.exporters.measure import (
 from dash_onnx.exporters.options import ExportOptions
 from dash_onnx.exporters.sources import Source
 from dash_onnx.exporters.states import States
-from dash_onnx.facts import LayerFacts
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import has_device
 

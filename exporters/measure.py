@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import torch
 
-from dash_onnx.actions import Action
-from dash_onnx.block import Block
+from dash_onnx.core.actions import Action
+from dash_onnx.core.block import Block
+from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import ModelSpec, Norm
 from dash_onnx.exporters.calibrate import SINK_TOKENS, Ids
 from dash_onnx.exporters.graphs import HIDDEN
 from dash_onnx.exporters.states import Hidden, States
-from dash_onnx.rope import rotary_tables
 from dash_onnx.runtime.ort import Device, create_session
 
 _EXACT_WIDTH = 1024  # beyond it all eigenvectors of a matrix take too long

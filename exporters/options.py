@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_onnx.actions import PRECISIONS, Action
-from dash_onnx.facts import Target
+from dash_onnx.core.actions import PRECISIONS, Action
+from dash_onnx.core.facts import Target
 from dash_onnx.runtime.ort import Device
 
 

@@ -14,12 +14,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from dash_onnx.bundle import check_destination, move_into_place
-from dash_onnx.errors import BundleError
+from dash_onnx.core.bundle import check_destination, move_into_place
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.facts import Calibration, LayerFacts
+from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.exporters.calibrate import Ids
 from dash_onnx.exporters.states import States
-from dash_onnx.facts import Calibration, LayerFacts
-from dash_onnx.records import RecordError, from_json, to_json
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.errors import SourceError
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Layer, Linear, Norm
 from dash_onnx.exporters.calibrate import LENGTH, SEQUENCES

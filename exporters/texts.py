@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dash_onnx.errors import SourceError
-from dash_onnx.text import Message, json_lines, read_text
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.text import Message, json_lines, read_text
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
 """A whole conversation as text."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.contract import Port, Ports
+from dash_onnx.core.contract import Port, Ports
 from dash_onnx.runtime.ort import Device, onnxruntime
 
 Run = Callable[[], Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from dash_onnx.actions import Path
-from dash_onnx.policy import PathPolicy, Policy, ScoredPolicy
+from dash_onnx.core.actions import Path
+from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
 from dash_onnx.runtime.dispatch import Lane, Logits
 
 Decode: TypeAlias = Callable[[int], tuple[Logits, Path]]

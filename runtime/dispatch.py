@@ -10,8 +10,8 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.errors import ContextLengthError
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.runtime.buffers import Buffer, bind_input, bind_output
 from dash_onnx.runtime.kv import KVCache
 from dash_onnx.runtime.scoring import Scoring

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.budget import Budget
-from dash_onnx.bundle import Bundle
-from dash_onnx.errors import DeviceError
-from dash_onnx.policy import Policy, make_policy
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.policy import Policy, make_policy
+from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.runtime.decoding import decoding
 from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.generate import (
@@ -28,7 +29,6 @@ from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.ort import Device, check_device, use_threads
 from dash_onnx.runtime.sessions import Memory, Sessions
 from dash_onnx.runtime.span import Ids
-from dash_onnx.text import Message, TextCodec
 
 Prompt = str | Sequence[Message]
 """Raw text, or the messages of a conversation."""
@@ -102,7 +102,7 @@ class Model:
         self.close()
 
     def policy(self, policy: str | Policy = "", budget: Budget | None = None) -> Policy:
-        """Resolves a policy; see `dash_onnx.policy.make_policy`.
+        """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
 
         Args:
             policy: a name or a `Policy`; empty takes the one that the model was loaded with.
@@ -232,7 +232,7 @@ def load(
         folder: what `dash-export` wrote.
         device: `cpu` or `cuda`; must be what the bundle was exported for.
         threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
-        policy: of generations that name none; see `dash_onnx.policy.make_policy`.
+        policy: of generations that name none; see `dash_onnx.core.policy.make_policy`.
         budget: likewise, a fraction of the full time per token or a preset.
         memory: `low` runs prompts in the precisions that the policy uses, so that no others are
             loaded; `high` runs them at the highest exported.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.actions import Action
-from dash_onnx.budget import Budget
-from dash_onnx.errors import PolicyError
-from dash_onnx.policy import Policy
+from dash_onnx.core.actions import Action
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.span import Ids
 

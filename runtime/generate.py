@@ -10,16 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.errors import ContextLengthError, PolicyError
-from dash_onnx.policy import Policy
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.errors import ContextLengthError, PolicyError
+from dash_onnx.core.policy import Policy
+from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.decoding import decoding
 from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.sampling import Sampler
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.span import Ids
-from dash_onnx.text import Detokenizer, TextCodec
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""

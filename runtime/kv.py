@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dash_onnx.facts import Rope
-from dash_onnx.manifest import Manifest
-from dash_onnx.rope import rotary_tables
+from dash_onnx.core.facts import Rope
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.rope import rotary_tables
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.ort import Device
 

@@ -7,10 +7,10 @@ import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dash_onnx.actions import Action
-from dash_onnx.budget import Budget
-from dash_onnx.errors import PolicyError
-from dash_onnx.policy import Policy
+from dash_onnx.core.actions import Action
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Options:
     """What a user may choose per generation.
 
     Attributes:
-        policy: which action each layer takes; see `dash_onnx.policy.make_policy`.
+        policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`.
         budget: fraction of the full time per token, or a preset; None takes the model's own.
         prefill: precision of the prompt; None takes the highest exported.
         max_new_tokens: most tokens to generate.

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from dash_onnx.errors import BundleError, DeviceError
+from dash_onnx.core.errors import BundleError, DeviceError
 
 Device = Literal["cpu", "cuda"]
 

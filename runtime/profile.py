@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.contract import head_path, layer_path
-from dash_onnx.facts import Costs
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.contract import head_path, layer_path
+from dash_onnx.core.facts import Costs
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import thread_count

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.errors import PolicyError
+from dash_onnx.core.errors import PolicyError
 
 _LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.budget import scorer_facts
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.budget import scorer_facts
 from dash_onnx.runtime.buffers import Buffer, bound_run
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.streams import Handover

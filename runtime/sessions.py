@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any, Literal
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.budget import scorer_facts
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import (
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import (
     EMBED_PATH,
     Ports,
     embed_ports,
@@ -18,8 +18,8 @@ from dash_onnx.contract import (
     layer_ports,
     scorer_ports,
 )
-from dash_onnx.errors import BundleError
-from dash_onnx.policy import Policy
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.ort import Device, create_session
 from dash_onnx.runtime.streams import open_streams
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.contract import Ports
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.contract import Ports
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.scoring import Scoring
 

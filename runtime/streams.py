@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.errors import DeviceError
+from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.ort import Device, onnxruntime
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.budget import Budget
-from dash_onnx.errors import SourceError
-from dash_onnx.policy import Policy
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.policy import Policy
+from dash_onnx.core.text import json_lines
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import log_softmax
-from dash_onnx.text import json_lines
 
 
 @dataclass(frozen=True)

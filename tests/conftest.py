@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dash_onnx
-from dash_onnx.block import Block
+from dash_onnx.core.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
 

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.manifest import Manifest
 
 
 class SlowModel:

@@ -17,7 +17,7 @@ from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.bench.worker import Worker
 from dash_onnx.cli.bench import main
-from dash_onnx.errors import DashError, SourceError
+from dash_onnx.core.errors import DashError, SourceError
 
 TOOL = Tool("dash-bench", main)
 IDS = list(range(10, 26))

@@ -11,12 +11,12 @@ from conftest import LLAMA_BLOCK
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
-from dash_onnx.contract import Port, Ports
+from dash_onnx.core.contract import Port, Ports
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Linear, stack
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.quantize import dequantize, quantize
 from dash_onnx.exporters.sources.blocks import unpack
-from dash_onnx.facts import Target
 from dash_onnx.runtime.ort import create_session
 
 RNG = np.random.default_rng(0)

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dash_onnx
-from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.actions import Path as ActionPath
-from dash_onnx.budget import (
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action
+from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.budget import (
     PRESETS,
     Controller,
     base_precision,
@@ -30,11 +30,11 @@ from dash_onnx.budget import (
     skipping_path,
     with_costs,
 )
-from dash_onnx.bundle import Bundle, replace_manifest
-from dash_onnx.errors import PolicyError
-from dash_onnx.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
-from dash_onnx.manifest import Manifest
-from dash_onnx.policy import PathPolicy, RandomPolicy, ScoredPolicy, make_policy
+from dash_onnx.core.bundle import Bundle, replace_manifest
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import PathPolicy, RandomPolicy, ScoredPolicy, make_policy
 
 LAYERS = 12
 LAYER_MS: dict[Action, float] = {"full": 4.0, "int8": 2.0, "int4": 1.0, "skip": 0.25}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import dash_onnx
-from dash_onnx.bundle import Bundle, check_destination, file_facts, list_files, writing
-from dash_onnx.errors import BundleError
+from dash_onnx.core.bundle import Bundle, check_destination, file_facts, list_files, writing
+from dash_onnx.core.errors import BundleError
 
 LAYER = "layers/01/int4.onnx"
 

@@ -13,9 +13,9 @@ import pytest
 from cli_tool import Capture, Tool
 from families import CASES, save_random
 
-from dash_onnx.actions import Action
-from dash_onnx.bundle import Bundle, file_facts
 from dash_onnx.cli.export import main
+from dash_onnx.core.actions import Action
+from dash_onnx.core.bundle import Bundle, file_facts
 from dash_onnx.exporters import check as module
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.check import Report, check

@@ -13,7 +13,7 @@ import pytest
 from test_fused import PROMPT, Client
 from test_report import with_scorer
 
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.fused import BUDGET, MODEL, FuseOptions, fuse
 
 SOURCE = Path(__file__).parent.parent / "examples/cpp/generate.cpp"

@@ -14,13 +14,13 @@ from conftest import LLAMA3_ROPE, save_tiny
 from transformers import LlamaForCausalLM
 
 import dash_onnx
-from dash_onnx.actions import Action
-from dash_onnx.actions import Path as ActionPath
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.policy import PathPolicy
 from dash_onnx.exporters.train.environment import Decide, Environment, State
 from dash_onnx.exporters.train.frozen import Frozen
 from dash_onnx.exporters.train.static import fixed
-from dash_onnx.policy import PathPolicy
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 

@@ -19,13 +19,13 @@ from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.graph_writer import GraphWriter
 from dash_onnx.exporters.options import ExportOptions
 from dash_onnx.exporters.sources import open_source
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.ort import create_session
 
 SENTENCES = (

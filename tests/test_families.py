@@ -15,9 +15,9 @@ from test_fused import Client
 from transformers import AutoConfig, LlamaForCausalLM
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import layer_path
-from dash_onnx.errors import ContextLengthError, UnsupportedError
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import layer_path
+from dash_onnx.core.errors import ContextLengthError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.calibrate import SINK_TOKENS

@@ -16,12 +16,12 @@ from families import CASES, LAYERS, save_random
 from test_report import with_scorer
 
 import dash_onnx
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
 from dash_onnx.exporters.fused.widen import widen
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import prefill_plan

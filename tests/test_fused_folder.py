@@ -13,10 +13,10 @@ import pytest
 from cli_tool import Capture, Tool
 from test_report import with_scorer
 
-from dash_onnx.bundle import Bundle
 from dash_onnx.cli.fuse import main as fuse_main
 from dash_onnx.cli.train import main as train_main
-from dash_onnx.contract import FUSED_FOLDER
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import FUSED_FOLDER
 from dash_onnx.exporters.fused import DATA, FACTS, MODEL
 from dash_onnx.exporters.train import learning
 from dash_onnx.exporters.train import text as training_text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.fused import FuseOptions, fuse
 
 ROOT = Path(__file__).parent.parent

@@ -10,9 +10,9 @@ import pytest
 from test_report import with_scorer
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused import PATH, FuseOptions, adapter, fuse
-from dash_onnx.policy import ScoredPolicy
 from dash_onnx.runtime.dispatch import Lane
 
 pytestmark = pytest.mark.slow  # quick, but what it needs is installed for the slow tests

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import dash_onnx
-from dash_onnx.errors import ContextLengthError, DeviceError, PolicyError
+from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
 from dash_onnx.runtime.engine import Model
 
 PROMPT = list(range(10, 30))

@@ -15,7 +15,7 @@ from gguf_files import FAMILIES, add_byte_level, tiny_model, write_model
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.sources.gguf_config import Metadata, config_of
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources import Source, open_source
 
 SAMPLES = [

@@ -13,13 +13,13 @@ import torch
 from conftest import save_tiny
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import Ports, embed_ports, head_ports, layer_ports
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.graphs import build, replace_expand
 from dash_onnx.exporters.measure import Runner, relative_errors
 from dash_onnx.exporters.train.frozen import Frozen
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.engine import Model
 
 

@@ -16,9 +16,9 @@ import pytest
 from cli_tool import Capture, Tool
 from conftest import save_tiny
 
-from dash_onnx.bundle import Bundle
 from dash_onnx.cli.info import main
-from dash_onnx.contract import EMBED_PATH, data_name, head_path
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH, data_name, head_path
 
 TOOL = Tool("dash-info", main)
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 1024}

@@ -16,8 +16,8 @@ from slow_layer import SlowModel
 from transformers import LlamaForCausalLM
 
 import dash_onnx
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.quantize import Quantized, dequantize
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 

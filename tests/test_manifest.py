@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dash_onnx.errors import BundleError
-from dash_onnx.manifest import Manifest
-from dash_onnx.version import FORMAT_VERSION
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.version import FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from test_fused import Client
 from test_report import with_scorer
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.fused import BUDGET, FuseOptions, fuse
-from dash_onnx.text import TextCodec
 
 QUESTION = "the keeper counts 12 ships"
 TOKENS = 24

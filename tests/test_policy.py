@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_onnx.actions import ACTIONS, Action, check_action, parse_precisions
-from dash_onnx.actions import Path as ActionPath
-from dash_onnx.errors import PolicyError
-from dash_onnx.manifest import Manifest
-from dash_onnx.policy import PathPolicy, RandomPolicy, StaticPolicy, make_policy
+from dash_onnx.core.actions import ACTIONS, Action, check_action, parse_precisions
+from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import PathPolicy, RandomPolicy, StaticPolicy, make_policy
 
 
 @pytest.fixture(scope="module")

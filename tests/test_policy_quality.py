@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dash_onnx
-from dash_onnx.budget import reference_ms
+from dash_onnx.core.budget import reference_ms
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import Evaluation, evaluate
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cli_tool import Capture, Tool
 
-from dash_onnx.bundle import Bundle
 from dash_onnx.cli.profile import main
+from dash_onnx.core.bundle import Bundle
 
 TOOL = Tool("dash-profile", main)
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dash_onnx.contract import Port, Ports
+from dash_onnx.core.contract import Port, Ports
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.gptq import gptq
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.quantize import dequantize, pack4, quantize, unpack4
-from dash_onnx.facts import Target
 from dash_onnx.runtime.ort import create_session
 
 GENERATOR = torch.Generator().manual_seed(0)

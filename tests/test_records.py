@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_onnx.records import RecordError, from_json, to_json
+from dash_onnx.core.records import RecordError, from_json, to_json
 
 Size = Literal["small", "large"]
 

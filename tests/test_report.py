@@ -17,13 +17,13 @@ import torch
 from cli_tool import Capture, Tool
 
 import dash_onnx
-from dash_onnx.actions import Action
-from dash_onnx.budget import reference_ms
-from dash_onnx.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.cli.report import main
+from dash_onnx.core.actions import Action
+from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
+from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer
-from dash_onnx.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
-from dash_onnx.manifest import Manifest
 from dash_onnx.report.facts import curve, interpolated_kl, pareto
 from dash_onnx.report.page import render
 from dash_onnx.report.report import Report, build

@@ -18,7 +18,7 @@ from cli_tool import Capture, Tool
 from conftest import save_tiny
 
 from dash_onnx.cli.export import main
-from dash_onnx.errors import BundleError
+from dash_onnx.core.errors import BundleError
 from dash_onnx.exporters.graph_writer import GraphWriter
 from dash_onnx.exporters.partial import exporting
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_onnx.errors import PolicyError
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.options import Options
 from dash_onnx.runtime.sampling import Sampler, Sampling, _nucleus
 

@@ -13,9 +13,9 @@ import pytest
 from cli_tool import Capture, Tool
 
 from dash_onnx.cli.run import main
-from dash_onnx.facts import BudgetPoint, ScorerFacts, Training
-from dash_onnx.manifest import Manifest
-from dash_onnx.policy import ScoredPolicy
+from dash_onnx.core.facts import BudgetPoint, ScorerFacts, Training
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.report.terminal import PathView, paint
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk

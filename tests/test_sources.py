@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dash_onnx
-from dash_onnx.bundle import Bundle
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.check import check
 from dash_onnx.exporters.export import ExportOptions, export

@@ -17,7 +17,7 @@ from test_report import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.run import main
-from dash_onnx.errors import DeviceError
+from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime import kv, sessions, streams
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.dispatch import Lane

@@ -11,7 +11,7 @@ import pytest
 from cli_tool import Capture, Tool
 
 from dash_onnx.cli.eval import main
-from dash_onnx.errors import SourceError
+from dash_onnx.core.errors import SourceError
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import log_softmax

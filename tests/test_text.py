@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from dash_onnx.bundle import Bundle, list_files
-from dash_onnx.errors import BundleError, PolicyError, SourceError
-from dash_onnx.records import to_json
+from dash_onnx.core.bundle import Bundle, list_files
+from dash_onnx.core.errors import BundleError, PolicyError, SourceError
+from dash_onnx.core.records import to_json
+from dash_onnx.core.text import Detokenizer, TextCodec, read_text
 from dash_onnx.runtime.generate import Chunk, FinishReason, Step, stream
-from dash_onnx.text import Detokenizer, TextCodec, read_text
 
 UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))
 WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "ﷺ", "\U0010ffff"]

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 
-from dash_onnx.bundle import Bundle
-from dash_onnx.errors import DashError, SourceError
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.calibrate import calibration_ids
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.texts import calibration_text, plain
-from dash_onnx.text import Message, TextCodec
 
 CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the keeper"}]
 

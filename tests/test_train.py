@@ -23,10 +23,12 @@ from cli_tool import Capture, Tool
 from conftest import save_tiny
 
 import dash_onnx
-from dash_onnx.bundle import Bundle, file_facts
 from dash_onnx.cli.train import main
-from dash_onnx.contract import REPORT_NAME, scorer_ports
-from dash_onnx.errors import BundleError, DashError, SourceError
+from dash_onnx.core.bundle import Bundle, file_facts
+from dash_onnx.core.contract import REPORT_NAME, scorer_ports
+from dash_onnx.core.errors import BundleError, DashError, SourceError
+from dash_onnx.core.facts import Costs
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.train import describe, improve, learning, regress
 from dash_onnx.exporters.train import text as training_text
 from dash_onnx.exporters.train.effort import EFFORTS, Effort
@@ -35,8 +37,6 @@ from dash_onnx.exporters.train.improve import chances
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, greedy
 from dash_onnx.exporters.train.train import train
-from dash_onnx.facts import Costs
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.ort import create_session

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.train.environment import Environment
 from dash_onnx.exporters.train.frozen import Frozen
 from dash_onnx.exporters.train.scorer import Scorer

@@ -17,8 +17,8 @@ from node import example
 from test_node import QUESTION, fused, python
 from test_report import with_scorer
 
-from dash_onnx.bundle import Bundle
-from dash_onnx.text import TextCodec
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.text import TextCodec
 
 COMPARED = 40  # tokens: later, sums in another order may turn a near-tie
 

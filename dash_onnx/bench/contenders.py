@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.bench import PEERS
-from dash_onnx.errors import DeviceError
+from dash_onnx.core.errors import DeviceError
 
 if TYPE_CHECKING:
-    from dash_onnx.policy import Policy
+    from dash_onnx.core.policy import Policy
     from dash_onnx.runtime.engine import Model
     from dash_onnx.runtime.sessions import Memory
 

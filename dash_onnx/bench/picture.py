@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_onnx.bench.measure import Result
-from dash_onnx.errors import DeviceError
+from dash_onnx.core.errors import DeviceError
 
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
 

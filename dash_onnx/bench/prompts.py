@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dash_onnx.errors import SourceError
-from dash_onnx.text import json_lines, read_text
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.text import json_lines, read_text
 
 
 def read_prompts(path: Path) -> list[str]:

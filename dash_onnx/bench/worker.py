@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dash_onnx.bench.contenders import Logits, load
-from dash_onnx.errors import DashError
+from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.machine import peak_rss_bytes
 
 

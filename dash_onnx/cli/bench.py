@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dash_onnx.bench import PEERS
 from dash_onnx.cli.common import Parser, add_memory_option, aligned, positive, run
-from dash_onnx.errors import SourceError
+from dash_onnx.core.errors import SourceError
 
 if TYPE_CHECKING:
     import numpy as np

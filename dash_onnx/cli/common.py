@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dash_onnx.errors import DashError
-from dash_onnx.version import __version__
+from dash_onnx.core.errors import DashError
+from dash_onnx.core.version import __version__
 
 
 class Parser(argparse.ArgumentParser):

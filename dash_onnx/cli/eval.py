@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dash_onnx.actions import PRECISIONS, check_action
 from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
+from dash_onnx.core.actions import PRECISIONS, check_action
 
 _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy int4 --max-windows 8
@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _eval(arguments: argparse.Namespace) -> None:
     import dash_onnx
+    from dash_onnx.core.text import read_text
     from dash_onnx.runtime.evaluate import evaluate
-    from dash_onnx.text import read_text
 
     text = read_text(arguments.text)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_onnx.actions import ACTIONS, PRECISIONS, parse_precisions
 from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, positive, run
-from dash_onnx.errors import DashError
-from dash_onnx.records import to_json
+from dash_onnx.core.actions import ACTIONS, PRECISIONS, parse_precisions
+from dash_onnx.core.errors import DashError
+from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
+    from dash_onnx.core.manifest import Manifest
     from dash_onnx.exporters.check import Kind, Report
     from dash_onnx.exporters.options import ExportOptions
-    from dash_onnx.manifest import Manifest
 
 _EXAMPLES = """\
   dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
             choice = TrainOptions(arguments.effort, options.calibration, options.seed)
             manifest = train(arguments.out, choice)
         if arguments.fused:
-            from dash_onnx.bundle import Bundle
-            from dash_onnx.contract import FUSED_FOLDER
+            from dash_onnx.core.bundle import Bundle
+            from dash_onnx.core.contract import FUSED_FOLDER
             from dash_onnx.exporters.fused import FuseOptions, fuse
 
             fuse(Bundle(arguments.out), arguments.out / FUSED_FOLDER, FuseOptions(), overwrite=True)
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(model: str, out: Path, options: ExportOptions, kind: Kind) -> Report | None:
-    from dash_onnx.bundle import Bundle
+    from dash_onnx.core.bundle import Bundle
     from dash_onnx.exporters.architectures import REGISTRY
     from dash_onnx.exporters.check import check
     from dash_onnx.exporters.sources import open_source

@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from dash_onnx.actions import PRECISIONS
 from dash_onnx.cli.common import Parser, run
 from dash_onnx.cli.export import prepare_export
+from dash_onnx.core.actions import PRECISIONS
 
 _CLIENTS = ("genai", "optimum", "node", "web")
 _EXAMPLES = """\
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fuse(arguments: argparse.Namespace) -> None:
     prepare_export()
-    from dash_onnx.bundle import Bundle
-    from dash_onnx.contract import FUSED_FOLDER
+    from dash_onnx.core.bundle import Bundle
+    from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.exporters.fused import DATA, MODEL, FuseOptions, fuse
 
     out = arguments.dest or arguments.bundle / FUSED_FOLDER

@@ -8,12 +8,12 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_onnx.actions import PRECISIONS, parse_precisions
 from dash_onnx.cli.common import Parser, aligned, positive, run
-from dash_onnx.records import to_json
+from dash_onnx.core.actions import PRECISIONS, parse_precisions
+from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
-    from dash_onnx.manifest import Manifest
+    from dash_onnx.core.manifest import Manifest
 
 _EXAMPLES = """\
   dash-info ./model-folder
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     def body() -> None:
-        from dash_onnx.manifest import MANIFEST_NAME
+        from dash_onnx.core.manifest import MANIFEST_NAME
 
         bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
         facts, lines = _bundle(arguments) if bundle else _model(arguments)
@@ -104,8 +104,8 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from dash_onnx.budget import reference_ms
-    from dash_onnx.bundle import Bundle
+    from dash_onnx.core.budget import reference_ms
+    from dash_onnx.core.bundle import Bundle
 
     manifest = Bundle(arguments.path).manifest
     facts = to_json(manifest)

@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _profile(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.budget import reference_ms, with_costs
-    from dash_onnx.bundle import Bundle, replace_manifest
-    from dash_onnx.contract import FUSED_FOLDER
-    from dash_onnx.records import to_json
+    from dash_onnx.core.budget import reference_ms, with_costs
+    from dash_onnx.core.bundle import Bundle, replace_manifest
+    from dash_onnx.core.contract import FUSED_FOLDER
+    from dash_onnx.core.records import to_json
     from dash_onnx.runtime.profile import profile
     from dash_onnx.runtime.sessions import Sessions
 

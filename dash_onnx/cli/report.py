@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dash_onnx.cli.common import Parser, positive, run
-from dash_onnx.contract import REPORT_NAME
-from dash_onnx.errors import SourceError
+from dash_onnx.core.contract import REPORT_NAME
+from dash_onnx.core.errors import SourceError
 
 _EXAMPLES = """\
   dash-report out/
@@ -64,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.budget import scorer_facts
-    from dash_onnx.records import to_json
+    from dash_onnx.core.budget import scorer_facts
+    from dash_onnx.core.records import to_json
+    from dash_onnx.core.text import read_text
     from dash_onnx.report.page import render
     from dash_onnx.report.report import build
     from dash_onnx.report.sample import generated_text, given_text
-    from dash_onnx.text import read_text
 
     given = read_text(arguments.text) if arguments.text else None
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)

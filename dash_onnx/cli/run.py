@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.actions import PRECISIONS
 from dash_onnx.cli.common import (
     Parser,
     Terminated,
@@ -24,7 +23,8 @@ from dash_onnx.cli.common import (
     run,
     seed,
 )
-from dash_onnx.errors import ContextLengthError, DashError, SourceError
+from dash_onnx.core.actions import PRECISIONS
+from dash_onnx.core.errors import ContextLengthError, DashError, SourceError
 
 if TYPE_CHECKING:
     from dash_onnx.report.terminal import PathView

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, run
 from dash_onnx.cli.export import prepare_export
-from dash_onnx.errors import DashError
-from dash_onnx.records import to_json
+from dash_onnx.core.errors import DashError
+from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
-    from dash_onnx.facts import ScorerFacts
+    from dash_onnx.core.facts import ScorerFacts
 
 _EXAMPLES = """\
   dash-train out/ --effort normal
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         prepare_export()
-        from dash_onnx.bundle import Bundle
-        from dash_onnx.contract import FUSED_FOLDER
+        from dash_onnx.core.bundle import Bundle
+        from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.fused import options_of, renew
         from dash_onnx.exporters.train.options import TrainOptions
         from dash_onnx.exporters.train.train import train

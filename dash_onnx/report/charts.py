@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dash_onnx.actions import Action
-from dash_onnx.facts import Training
+from dash_onnx.core.actions import Action
+from dash_onnx.core.facts import Training
 from dash_onnx.report.facts import Curve, CurvePoint
 from dash_onnx.report.stats import Calibration
 from dash_onnx.report.svg import (

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dash_onnx.actions import PRECISIONS, Action, Path
-from dash_onnx.budget import scorer_facts
-from dash_onnx.facts import BudgetPoint, StaticPoint
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.actions import PRECISIONS, Action, Path
+from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.facts import BudgetPoint, StaticPoint
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.report.tokens import path_letters
 
 

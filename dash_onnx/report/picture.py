@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dash_onnx.actions import Action
+from dash_onnx.core.actions import Action
 from dash_onnx.report.sample import Measured
 from dash_onnx.report.svg import Scale, chart, label, line, number, tag, title
 from dash_onnx.report.tokens import LETTERS, Token, visible

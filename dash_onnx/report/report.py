@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from dash_onnx.actions import Action
-from dash_onnx.budget import Budget, reference_ms, scorer_facts
-from dash_onnx.facts import Costs, LayerFacts, Training
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.actions import Action
+from dash_onnx.core.budget import Budget, reference_ms, scorer_facts
+from dash_onnx.core.facts import Costs, LayerFacts, Training
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.version import __version__
 from dash_onnx.report.facts import Curve, curve
 from dash_onnx.report.sample import Sample, Text, measure
 from dash_onnx.report.stats import Analysis, analyse
 from dash_onnx.runtime.engine import Model
-from dash_onnx.version import __version__
 
 
 @dataclass(frozen=True)

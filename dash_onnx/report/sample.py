@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.budget import DEFAULT_PRESET, Budget, reference_ms
-from dash_onnx.errors import PolicyError, SourceError
-from dash_onnx.policy import Policy, ScoredPolicy
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms
+from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.report.tokens import Token, describe, path_letters
 from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.engine import Model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dash_onnx.actions import Action
+from dash_onnx.core.actions import Action
 from dash_onnx.report.sample import Measured
 from dash_onnx.report.tokens import KINDS, LETTERS, Kind, Token
 

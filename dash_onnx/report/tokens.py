@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from dash_onnx.actions import Action, Path
-from dash_onnx.text import TextCodec
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.text import TextCodec
 
 Kind: TypeAlias = Literal[
     "word start", "word continuation", "punctuation", "digit", "whitespace", "special"

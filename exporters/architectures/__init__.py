@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from dash_onnx.errors import UnsupportedError
+from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Architecture
 from dash_onnx.exporters.architectures.gemma import Gemma2, Gemma3
 from dash_onnx.exporters.architectures.gpt_neox import GPTNeoX

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Attention, Block
-from dash_onnx.errors import SourceError
+from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.facts import ModelFacts, Rope
 from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, turns
 from dash_onnx.exporters.sources import Weights
-from dash_onnx.facts import ModelFacts, Rope
 
 F = torch.nn.functional
 

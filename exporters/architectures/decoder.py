@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Activation, Attention, Block
-from dash_onnx.errors import UnsupportedError
+from dash_onnx.core.block import Activation, Attention, Block
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.core.facts import ModelFacts, Rope
 from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, Norm, stack, take
 from dash_onnx.exporters.architectures.rope import context_length, head_order, rope_of, widened
 from dash_onnx.exporters.sources import Weights
-from dash_onnx.facts import ModelFacts, Rope
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Attention, Block
-from dash_onnx.errors import UnsupportedError
+from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.core.facts import Rope
 from dash_onnx.exporters.architectures.decoder import Decoder, Names, sliding_where_listed
 from dash_onnx.exporters.architectures.rope import rope_of
-from dash_onnx.facts import Rope
 
 
 class Gemma2(Decoder):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Block
+from dash_onnx.core.block import Block
 from dash_onnx.exporters.architectures.base import Linear, ModelSpec
 from dash_onnx.exporters.architectures.decoder import Decoder, Names
 

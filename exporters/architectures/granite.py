@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Block
+from dash_onnx.core.block import Block
 from dash_onnx.exporters.architectures.decoder import Decoder
 
 

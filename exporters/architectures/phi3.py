@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Attention
+from dash_onnx.core.block import Attention
 from dash_onnx.exporters.architectures.decoder import Decoder, Names, sliding
 
 

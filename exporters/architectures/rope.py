@@ -18,8 +18,8 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dash_onnx.errors import ContextLengthError, UnsupportedError
-from dash_onnx.facts import Rope
+from dash_onnx.core.errors import ContextLengthError, UnsupportedError
+from dash_onnx.core.facts import Rope
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 

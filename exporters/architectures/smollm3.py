@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from dash_onnx.block import Attention
+from dash_onnx.core.block import Attention
 from dash_onnx.exporters.architectures.decoder import Decoder, sliding_where_listed
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.budget import price_of, scorer_facts
-from dash_onnx.contract import layer_path
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.budget import price_of, scorer_facts
+from dash_onnx.core.contract import layer_path
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.names import BUDGET, PATH
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.sessions import Sessions
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dash_onnx.actions import Action, check_action
-from dash_onnx.errors import PolicyError
-from dash_onnx.manifest import Manifest
-from dash_onnx.policy import Policy, ScoredPolicy
+from dash_onnx.core.actions import Action, check_action
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import Policy, ScoredPolicy
 
 
 @dataclass(frozen=True)

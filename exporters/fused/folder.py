@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from dash_onnx.bundle import Bundle, writing
-from dash_onnx.contract import FUSED_FOLDER
-from dash_onnx.errors import BundleError, UnsupportedError
+from dash_onnx.core.bundle import Bundle, writing
+from dash_onnx.core.contract import FUSED_FOLDER
+from dash_onnx.core.errors import BundleError, UnsupportedError
+from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
+from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.exporters.fused.clients import CLIENTS
 from dash_onnx.exporters.fused.facts import FusedFacts, FuseOptions
 from dash_onnx.exporters.fused.fusion import Fusion
 from dash_onnx.exporters.fused.genai import genai_config
 from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, MODEL, adapter
-from dash_onnx.policy import ScoredPolicy, StaticPolicy, make_policy
-from dash_onnx.records import RecordError, from_json, to_json
 from dash_onnx.runtime.ort import onnxruntime
 
 _TEXT_FILES = (

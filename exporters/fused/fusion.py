@@ -11,10 +11,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.budget import scorer_facts
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import FusedFacts
@@ -22,8 +24,6 @@ from dash_onnx.exporters.fused.names import BUDGET, DATA, PATH
 from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
-from dash_onnx.manifest import Manifest
-from dash_onnx.rope import rotary_tables
 
 _OPSET = 23  # of RMSNormalization; TensorScatter, which needs 24, is not used
 _ALIGNMENT = 64  # bytes, of a tensor in the data file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.names import MODEL
 

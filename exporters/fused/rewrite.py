@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import helper
 
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.manifest import Manifest
 
 _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 

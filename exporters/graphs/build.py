@@ -12,10 +12,11 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder
 
-from dash_onnx.actions import Action
-from dash_onnx.block import Block
-from dash_onnx.contract import Port, Ports, data_name
-from dash_onnx.errors import UnsupportedError
+from dash_onnx.core.actions import Action
+from dash_onnx.core.block import Block
+from dash_onnx.core.contract import Port, Ports, data_name
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.gptq import gptq
 from dash_onnx.exporters.quantize import (
@@ -26,7 +27,6 @@ from dash_onnx.exporters.quantize import (
     quantize,
     turns,
 )
-from dash_onnx.facts import Target
 
 OPSET = 24
 """First with TensorScatter, which writes a skipped token's K/V in place."""

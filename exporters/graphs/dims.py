@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dash_onnx.contract import Dims
+from dash_onnx.core.contract import Dims
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import ModelSpec
-from dash_onnx.facts import Target
 
 
 def dims_of(spec: ModelSpec, target: Target) -> Dims:

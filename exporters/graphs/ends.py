@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dash_onnx.actions import Action
-from dash_onnx.contract import EMBED_PATH, embed_ports, head_path, head_ports
+from dash_onnx.core.actions import Action
+from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Head, ModelSpec
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.exporters.quantize import Quantized, concatenate, dequantize, quantize, turns
-from dash_onnx.facts import Target
 
 
 def build_embed(

@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from dash_onnx.actions import Action
-from dash_onnx.contract import layer_path, layer_ports
+from dash_onnx.core.actions import Action
+from dash_onnx.core.contract import layer_path, layer_ports
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
 from dash_onnx.exporters.graphs.build import Graph
 from dash_onnx.exporters.graphs.dims import dims_of
-from dash_onnx.facts import Target
 
 HIDDEN = "hidden_in"
 """The port of a layer's input."""

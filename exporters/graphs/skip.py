@@ -11,13 +11,13 @@ import onnx_ir as ir
 import torch
 from onnx import numpy_helper
 
-from dash_onnx.actions import SKIP
-from dash_onnx.contract import data_name, layer_path, layer_ports
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.contract import data_name, layer_path, layer_ports
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
 from dash_onnx.exporters.graphs.build import INLINE_BYTES, Graph
 from dash_onnx.exporters.graphs.dims import dims_of
 from dash_onnx.exporters.quantize import dequantize, quantize
-from dash_onnx.facts import Target
 
 _EXPAND = "expand_proj"
 

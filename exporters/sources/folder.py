@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from dash_onnx.errors import DashError, SourceError, UnsupportedError
+from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.sources.source import Source
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"

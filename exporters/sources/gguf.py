@@ -13,7 +13,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
 from transformers import GenerationConfig, PretrainedConfig
 
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.quantize import Quantized
 from dash_onnx.exporters.sources.blocks import unpack
 from dash_onnx.exporters.sources.folder import check_supported, readable

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 
 MODEL_TYPES = {
     "gemma2": "gemma2",

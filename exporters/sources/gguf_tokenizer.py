@@ -23,7 +23,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dash_onnx.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 
 
 class _Type(IntEnum):

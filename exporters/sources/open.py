@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from dash_onnx.errors import SourceError
+from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.sources.folder import open_folder
 from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.source import Source

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dash_onnx.errors import DashError
+from dash_onnx.core.errors import DashError
 
 _NAME = "state.pt"
 

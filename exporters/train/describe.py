@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dash_onnx.actions import SKIP
-from dash_onnx.budget import presets, reference_ms
-from dash_onnx.bundle import Bundle, file_facts
-from dash_onnx.contract import data_name, layer_path
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.budget import presets, reference_ms
+from dash_onnx.core.bundle import Bundle, file_facts
+from dash_onnx.core.contract import data_name, layer_path
+from dash_onnx.core.facts import FileFacts, ScorerFacts, StaticPoint, Training
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train import static, table
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
 from dash_onnx.exporters.train.values import sampled_values
-from dash_onnx.facts import FileFacts, ScorerFacts, StaticPoint, Training
-from dash_onnx.manifest import Manifest
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.machine import kept_memory
 from dash_onnx.runtime.profile import profile

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from dash_onnx.actions import SKIP, Action
+from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
 
 

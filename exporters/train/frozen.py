@@ -16,14 +16,14 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.bundle import Bundle
-from dash_onnx.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Norm
 from dash_onnx.exporters.graphs.build import OFFSETS
 from dash_onnx.exporters.quantize import Bits, Quantized, dequantize
-from dash_onnx.manifest import Manifest
-from dash_onnx.rope import rotary_tables
 
 Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from dash_onnx.actions import SKIP, Action
-from dash_onnx.bundle import Bundle
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.facts import FileFacts
+from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.effort import EFFORTS
 from dash_onnx.exporters.train.environment import Environment
@@ -22,8 +24,6 @@ from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, looks_of
 from dash_onnx.exporters.train.static import Move
 from dash_onnx.exporters.train.text import training_ids
-from dash_onnx.facts import FileFacts
-from dash_onnx.text import TextCodec, read_text
 
 PROMPT_TOKENS = 32
 """First tokens of a training sequence, which run at the best precision as a prompt does."""

@@ -8,7 +8,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from dash_onnx.actions import SKIP
+from dash_onnx.core.actions import SKIP
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.frozen import Tensor

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dash_onnx.actions import Action
-from dash_onnx.contract import Dims, scorer_path, scorer_ports
+from dash_onnx.core.actions import Action
+from dash_onnx.core.contract import Dims, scorer_path, scorer_ports
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.frozen import Tensor
 
@@ -166,7 +166,7 @@ class BundleScorer(nn.Module):
             return (values + penalty[state.layers]).argmin(-1)
 
     def forward(self, hidden: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
-        """The graph; see `dash_onnx.contract.scorer_ports`."""
+        """The graph; see `dash_onnx.core.contract.scorer_ports`."""
         inputs = self.scorer.normalise(hidden.float()).clamp(-_CLAMP, _CLAMP)
         reduced = nn.functional.relu(torch.addmm(self.scorer.reduce.bias, inputs, self._reduce))
         steps = torch.addmm(self._bias.flatten(), reduced, self._expand).exp()

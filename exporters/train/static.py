@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_onnx.actions import SKIP, Action
+from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.exporters.train.environment import Decide, Environment
 from dash_onnx.exporters.train.frozen import Tensor
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from dash_onnx.actions import SKIP
-from dash_onnx.budget import reference_ms
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.facts import BudgetPoint
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.scorer import BundleScorer
 from dash_onnx.exporters.train.static import LIMIT
-from dash_onnx.facts import BudgetPoint
-from dash_onnx.manifest import Manifest
 
 
 @dataclass

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dash_onnx.actions import Action
-from dash_onnx.errors import SourceError
+from dash_onnx.core.actions import Action
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, drawn
 from dash_onnx.exporters.texts import calibration_text, plain
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
-from dash_onnx.text import Message, TextCodec
 
 LENGTH = 256
 """Tokens of a training sequence."""

@@ -6,14 +6,14 @@ import shutil
 import time
 from pathlib import Path
 
-from dash_onnx.bundle import Bundle, check_destination, writing
-from dash_onnx.contract import FUSED_FOLDER, REPORT_NAME
+from dash_onnx.core.bundle import Bundle, check_destination, writing
+from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
+from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.train.describe import describe
 from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
-from dash_onnx.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.runtime.machine import kept_memory
 from dash_onnx.runtime.ort import check_device
 

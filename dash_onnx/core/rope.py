@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.facts import Rope
+from dash_onnx.core.facts import Rope
 
 
 def rotary_tables(rope: Rope, length: int, dtype: str) -> tuple[npt.NDArray, npt.NDArray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
-from dash_onnx.errors import PolicyError
+from dash_onnx.core.errors import PolicyError
 
 Action: TypeAlias = Literal["skip", "int4", "int8", "full"]
 Path: TypeAlias = tuple[Action, ...]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TypeAlias
 
-from dash_onnx.actions import ACTIONS, SKIP, Action, Path
-from dash_onnx.errors import PolicyError
-from dash_onnx.facts import BudgetPoint, Costs, ScorerFacts
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.actions import ACTIONS, SKIP, Action, Path
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
+from dash_onnx.core.manifest import Manifest
 
 Budget: TypeAlias = float | str
 """A fraction of the reference's time per token, or the name of a preset."""

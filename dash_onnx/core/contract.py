@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dash_onnx.actions import Action
+from dash_onnx.core.actions import Action
 
 DType = Literal["float32", "float16", "int32", "int64"]
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from dash_onnx.bundle import Bundle
-from dash_onnx.errors import BundleError, PolicyError, SourceError
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from dash_onnx.actions import PRECISIONS, Action
+from dash_onnx.core.actions import PRECISIONS, Action
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from dash_onnx.contract import data_name
-from dash_onnx.errors import BundleError
-from dash_onnx.facts import FileFacts
-from dash_onnx.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.core.contract import data_name
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.facts import FileFacts
+from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 
 
 def file_facts(path: Path) -> FileFacts:

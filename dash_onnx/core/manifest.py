@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dash_onnx.actions import PRECISIONS, SKIP, Action
-from dash_onnx.block import Attention, Block
-from dash_onnx.contract import Dims, DType, data_name, head_path, layer_path
-from dash_onnx.errors import BundleError
-from dash_onnx.facts import (
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action
+from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.contract import Dims, DType, data_name, head_path, layer_path
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.facts import (
     Calibration,
     Costs,
     ExportFacts,
@@ -25,8 +25,8 @@ from dash_onnx.facts import (
     ScorerFacts,
     Target,
 )
-from dash_onnx.records import RecordError, from_json, to_json
-from dash_onnx.version import FORMAT_VERSION
+from dash_onnx.core.records import RecordError, from_json, to_json
+from dash_onnx.core.version import FORMAT_VERSION
 
 MANIFEST_NAME = "dash.json"
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path as FilePath
 
-from dash_onnx.actions import PRECISIONS, SKIP, Action, Path, check_action
-from dash_onnx.budget import (
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Path, check_action
+from dash_onnx.core.budget import (
     Budget,
     Controller,
     base_precision,
@@ -26,9 +26,9 @@ from dash_onnx.budget import (
     skipping_path,
     used_actions,
 )
-from dash_onnx.errors import PolicyError
-from dash_onnx.facts import Costs
-from dash_onnx.manifest import Manifest
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.facts import Costs
+from dash_onnx.core.manifest import Manifest
 
 
 class Policy(ABC):

@@ -1,0 +1,75 @@
+"""The layers of the code: a module imports from its own layer and from those below, never up."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "dash_onnx.exporters": ROOT / "exporters",
+    "dash_onnx.runtime": ROOT / "runtime",
+    "dash_onnx": ROOT / "dash_onnx",
+}
+
+PACKAGE = ("core", "runtime", "exporters", "report bench", "cli")
+"""From the bottom up; those in one string do not know each other."""
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package by its installed name."""
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([package, *(part for part in parts if part != "__init__")]), path
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module or ""} | {f"{node.module}.{a.name}" for a in node.names}
+    return {name for name in found if name.startswith("dash_onnx.")}
+
+
+def violations(parent: str, layers: tuple[str, ...]) -> list[str]:
+    """Imports from one part of a package to another that is not below it."""
+    height = {name: at for at, names in enumerate(layers) for name in names.split()}
+
+    def part(module: str) -> str | None:
+        name = module.removeprefix(f"{parent}.").partition(".")[0]
+        return name if module.startswith(f"{parent}.") and name in height else None
+
+    return [
+        f"{module} imports {target}"
+        for module, path in modules()
+        if (here := part(module))
+        for target in sorted(imported(path))
+        if (there := part(target)) and there != here and height[there] >= height[here]
+    ]
+
+
+@pytest.mark.parametrize(("parent", "layers"), [("dash_onnx", PACKAGE)])
+def test_imports_point_down(parent: str, layers: tuple[str, ...]) -> None:
+    assert violations(parent, layers) == []
+
+
+def test_an_import_that_points_up_is_found() -> None:
+    assert violations("dash_onnx", tuple(reversed(PACKAGE)))
+
+
+def test_every_package_has_a_layer_and_says_what_it_holds() -> None:
+    folders = {path.parent for _, path in modules()}
+    names = {name for names in PACKAGE for name in names.split()}
+    assert {f.name for f in folders if f.parent in (ROOT, ROOT / "dash_onnx")} - {
+        "dash_onnx"
+    } == names
+    for folder in folders:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))), folder
