@@ -4,7 +4,7 @@
     python benchmarks/ablations.py out/ --calibration text.txt
 
 Decides between the highest precision and skip. Prints the KL in nats at 2, 4, 6 and 8 skipped
-layers a token (read between measured prices) on sequences held out of the training text, or on
+layers a token (read between measured multipliers) on sequences held out of the training text, or on
 other texts (`--text`); the scorer's time is not counted. Other bundles of the same model, say of
 another `--compensation-rank`, may follow: they are trained as they are.
 """
@@ -34,11 +34,11 @@ from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.learning import Learning
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
-from dash_onnx.exporters.train.scorer import greedy, looks_of
+from dash_onnx.exporters.train.scorer import decision_points_of, greedy
 from dash_onnx.exporters.train.text import LENGTH
 
 SKIPS = (2, 4, 6, 8)
-PRICES = 7  # at which each policy is measured
+MULTIPLIERS = 7  # at which each policy is measured
 TEMPERATURE = 0.3  # of the policy gradient's draws
 
 
@@ -94,19 +94,19 @@ def policy_gradient(run: Learning) -> None:
     scorer.load_state_dict(run.checkpoint.state["scorer"])
     optimizer = torch.optim.Adam(scorer.parameters(), lr=on_policy._RATE, betas=(0.9, 0.98))
     for step in tqdm(range(run.effort.steps), desc="policy gradient", disable=None):
-        batch, prices = run.batch(step), run.log_prices(learning.BATCH)
+        batch, multipliers = run.batch(step), run.log_multipliers(learning.BATCH)
         draws: list[tuple[Tensor, Tensor]] = []
         for _ in range(2):
-            drawing = on_policy._Drawing(run, prices, TEMPERATURE)
+            drawing = on_policy._Drawing(run, multipliers, TEMPERATURE)
             with torch.no_grad(), run.autocast():
                 rollout = run.env.run(batch, drawing)
                 kl = run.env.kl(run.reference(step), rollout.final)
                 cost = run.cost(rollout.weights)
             log_p = torch.zeros(())
             for state, taken in zip(drawing.states, drawing.weights, strict=True):
-                p = on_policy.chances(scorer, run.costs, state, prices, TEMPERATURE)
+                p = on_policy.chances(scorer, run.costs, state, multipliers, TEMPERATURE)
                 log_p = log_p + (p * taken).sum(-1).clamp(min=1e-9).log().sum(-1)
-            draws.append(((kl + prices.exp() * cost) / (prices / 2).exp(), log_p))
+            draws.append(((kl + multipliers.exp() * cost) / (multipliers / 2).exp(), log_p))
         (one, log_one), (other, log_other) = draws
         loss = ((one - other) / 2 * (log_one - log_other))[:, seen].mean()
         optimizer.zero_grad()
@@ -117,12 +117,12 @@ def policy_gradient(run: Learning) -> None:
 def curve(run: Learning, ids: Tensor) -> list[float]:
     """KL at each of `SKIPS`, on `[B, T]` tokens."""
     seen = slice(run.env.prompt_tokens, None)
-    low, high = run.log_price_range
+    low, high = run.log_multiplier_range
     skips, losses = [], []
     with torch.no_grad(), run.autocast():
         wanted = run.env.reference(ids, run.actions[0])
-        for log_price in np.linspace(low + 1, high + 1.2, PRICES):
-            decide = greedy(run.scorer, run.costs, torch.tensor([[log_price]]).float())
+        for log_multiplier in np.linspace(low + 1, high + 1.2, MULTIPLIERS):
+            decide = greedy(run.scorer, run.costs, torch.tensor([[log_multiplier]]).float())
             rollouts = [run.env.run(part, decide) for part in ids.split(learning.BATCH)]
             final = torch.cat([rollout.final for rollout in rollouts])
             paths = torch.cat([rollout.paths for rollout in rollouts])[:, seen]
@@ -215,7 +215,7 @@ def main() -> None:
             told(f"{name} {text}", curve(run, tokens), seconds)
 
     def later(layers: int, count: int) -> tuple[int, ...]:
-        return tuple(look + 1 for look in looks_of(layers, count))
+        return tuple(look + 1 for look in decision_points_of(layers, count))
 
     def looking(fraction: float) -> Callable[[int, int], tuple[int, ...]]:
         return lambda layers, _: (round(layers * fraction),)
@@ -229,12 +229,12 @@ def main() -> None:
         lambda: train("+ on-policy, text in the model's form", in_other_forms=lambda ids, *_: ids),
         lambda: train("half the tokens", sequences=count // 2),
         lambda: train("twice the tokens", sequences=count * 2),
-        lambda: train("one layer later (as without lookahead)", looks_of=later),
-        lambda: train("look before layer 1, at the embedding", looks_of=lambda *_: (1,)),
-        lambda: train("look before layer L/6", looks_of=looking(1 / 6)),
-        lambda: train("look before layer L/3", looks_of=looking(1 / 3)),
-        lambda: train("look before layer L/2", looks_of=looking(1 / 2)),
-        lambda: train("three looks", _LOOKS=3),
+        lambda: train("one layer later (as without lookahead)", decision_points_of=later),
+        lambda: train("look before layer 1, at the embedding", decision_points_of=lambda *_: (1,)),
+        lambda: train("look before layer L/6", decision_points_of=looking(1 / 6)),
+        lambda: train("look before layer L/3", decision_points_of=looking(1 / 3)),
+        lambda: train("look before layer L/2", decision_points_of=looking(1 / 2)),
+        lambda: train("three looks", _DECISION_POINTS=3),
         lambda: train("skipped layers leave no K/V", Frozen=Omitting),
         *(
             lambda bundle=bundle: train(bundle.name, bundle=bundle, also_static=True)  # type: ignore[misc]

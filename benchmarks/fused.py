@@ -3,10 +3,10 @@
     python benchmarks/fused.py tokens out/                      # the same greedy tokens?
     python benchmarks/fused.py speed out/ --peer build/peers/int4 --text book.txt
 
-`tokens`: our runtime writes greedily, on the graph's terms: prompts at the graph's precision, the
-price of the budget without the controller. GenAI is then given the same tokens, one by one, and
-each of its choices is compared. A choice that differs is explained by the margin between the two
-best logits and by how far the logits of the two lie apart there.
+`tokens`: our runtime writes greedily, on the graph's terms: prompts at the graph's precision,
+the budget's multiplier without the controller. GenAI is then given the same tokens, one by one,
+and each of its choices is compared. A choice that differs is explained by the margin between the
+two best logits and by how far the logits of the two lie apart there.
 
 `speed`: the default policy, an `If` per layer that always takes INT4, and a flat INT4 graph, in
 alternating rounds with GenAI's own INT4 model; KL against our highest precision on a text. A
@@ -94,7 +94,7 @@ def ours(
         if token in model.text.eos_token_ids:
             return
         if isinstance(chosen, ScoredPolicy):
-            logits, path = lane.decode_scored(token, chosen.price, chosen.head)
+            logits, path = lane.decode_scored(token, chosen.multiplier, chosen.head)
         else:
             logits = lane.decode(token, path, chosen.head)
 
@@ -172,7 +172,9 @@ def always_int4(bundle: Bundle) -> Bundle:
         {action: ms if action == "int4" else _FAR for action, ms in layer.items()}
         for layer in manifest.costs.layers_ms
     )
-    points = tuple(dataclasses.replace(p, head=head, price=1.0) for p in manifest.scorer.points)
+    points = tuple(
+        dataclasses.replace(p, head=head, multiplier=1.0) for p in manifest.scorer.points
+    )
     changed = dataclasses.replace(
         manifest,
         costs=dataclasses.replace(manifest.costs, layers_ms=layers),

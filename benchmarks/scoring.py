@@ -67,7 +67,7 @@ def main() -> None:
     times: list[list[float]] = []
     for count in tqdm(range(WARM_UP + arguments.tokens), disable=None):
         token, row = ids[count % len(ids)], dict.fromkeys(names, 0.0)
-        _, path = lane.decode_scored(token, policy.price, policy.head)
+        _, path = lane.decode_scored(token, policy.multiplier, policy.head)
         for name in names[count % len(names) :] + names[: count % len(names)]:
             lane.truncate(lane.length - 1)
             started = time.perf_counter()
@@ -75,21 +75,23 @@ def main() -> None:
                 lane.decode(token, path, policy.head)
             else:
                 lane._scoring = modes[name]
-                _, taken = lane.decode_scored(token, policy.price, policy.head)
+                _, taken = lane.decode_scored(token, policy.multiplier, policy.head)
                 assert taken == path, f"{name} decided otherwise"
             row[name] = (time.perf_counter() - started) * 1e3
         times.append(list(row.values()))
     table = np.array(times[WARM_UP:])
     base = float(np.median(table[:, 0]))
-    print(f"{base:.3f} ms a token on given paths; the scorer looks {_looks(modes['call'])} times")
+    print(
+        f"{base:.3f} ms a token on given paths; {_decision_points(modes['call'])} decision points"
+    )
     for index, name in enumerate(names[1:], 1):
         added = float(np.median(table[:, index] - table[:, 0]))
         share, each = added / base, added * 1e3 / layers
         print(f"{name:7} {added:+.3f} ms, {share:.1%} of the token, {each:.1f} µs a layer")
 
 
-def _looks(scoring: Scoring) -> int:
-    return sum(look is not None for look in scoring.looks)
+def _decision_points(scoring: Scoring) -> int:
+    return sum(point is not None for point in scoring.decision_points)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def decoding(lane: Lane, policy: Policy) -> Decode:
         controller = policy.controller()
 
         def scored(token: int) -> tuple[Logits, Path]:
-            logits, path = lane.decode_scored(token, controller.price, policy.head)
+            logits, path = lane.decode_scored(token, controller.multiplier, policy.head)
             controller.spent(path)
             return logits, path
 

@@ -67,12 +67,12 @@ class Lane:
         self.kv.truncate(length)
 
     @_in_turn
-    def decode_scored(self, token: int, price: float, head: Action) -> tuple[Logits, Path]:
+    def decode_scored(self, token: int, multiplier: float, head: Action) -> tuple[Logits, Path]:
         """Runs one token, the scorer deciding layer by layer.
 
         Args:
             token: its id.
-            price: nats per `Costs.unit_ms`.
+            multiplier: nats per `Costs.unit_ms`.
             head: precision of the LM head.
 
         Returns:
@@ -83,7 +83,7 @@ class Lane:
             PolicyError: the bundle has no scorer.
         """
         span, scoring = self._single, self._scorer()
-        scoring.set_price(price)
+        scoring.set_multiplier(multiplier)
         self._advance(1)
         span.run_scored(token, scoring)
         span.run_head(head)
@@ -149,7 +149,7 @@ class Lane:
     def time_scorer(self, token: int, steps: Sequence[Step]) -> float:
         """Runs some layers, the scorer deciding in vain; returns its milliseconds."""
         scoring = self._scorer()
-        scoring.set_price(1.0)
+        scoring.set_multiplier(1.0)
         self._advance(1)
         return self._single.time_scorer(token, steps, scoring)
 

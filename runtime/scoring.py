@@ -20,8 +20,8 @@ class Scoring:
 
     Attributes:
         actions: that are decided between.
-        path: what each layer does; the first segment's decisions hold until the price changes.
-        looks: per layer, the number of the look that decides for the segment after it, or None:
+        path: what each layer does; the first segment's decisions hold until the multiplier changes.
+        decision_points: per layer, the number of the one before the next segment, or None:
             `begin` before the layer is called, `finish` afterwards.
     """
 
@@ -41,13 +41,13 @@ class Scoring:
         device, count = sessions.device, len(self.actions)
         self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
         self._segments = facts.segments(layers)
-        self._price = 0.0
+        self._multiplier = 0.0
         self._penalty = Buffer((layers, count), "float32", device)
         self._totals: list[Buffer] = []
         self._results: list[Handover] = []
         self._decided: list[np.ndarray] = []  # views of them, of the segment's layers
         self.path: list[Action] = [self.actions[0]] * layers
-        self.looks: list[int | None] = [None] * layers
+        self.decision_points: list[int | None] = [None] * layers
         self._runs: list[Callable[[], object]] = []
         for number, (start, stop) in enumerate(self._segments[1:]):
             total = Buffer((layers, count), "float32", device)
@@ -66,7 +66,7 @@ class Scoring:
                     sessions.streams.run_options,
                 )
             )
-            self.looks[start - 1] = number
+            self.decision_points[start - 1] = number
         # The first segment's values are the same at every look: what is left without a penalty.
         self.begin(0)
         self.finish(0)
@@ -98,12 +98,12 @@ class Scoring:
         ]
         return np.where(penalty < _NEVER, np.concatenate([self._first, *looked]), 0.0)
 
-    def set_price(self, price: float) -> None:
+    def set_multiplier(self, multiplier: float) -> None:
         """Sets nats per `Costs.unit_ms`, and decides for the first segment."""
-        if price == self._price:
+        if multiplier == self._multiplier:
             return
-        self._price = price
-        penalty = np.float32(price) * self._costs
+        self._multiplier = multiplier
+        penalty = np.float32(multiplier) * self._costs
         if SKIP in self.actions:
             penalty[0, self.actions.index(SKIP)] = _NEVER
         self._penalty.write(penalty)

@@ -73,7 +73,7 @@ class Span:
         """Like `run_layers`; the scorer decides for the layers after layer i while it runs."""
         self._start(token)
         path = scoring.path
-        for layer, look in enumerate(scoring.looks):
+        for layer, look in enumerate(scoring.decision_points):
             if look is None:
                 self._run_of(layer, path[layer])()
                 continue
@@ -129,7 +129,7 @@ class Span:
         self._start(token)
         seconds = 0.0
         for layer, action in steps:
-            run, look = self._run_of(layer, action), scoring.looks[layer]
+            run, look = self._run_of(layer, action), scoring.decision_points[layer]
             if look is None:
                 run()
                 continue

@@ -1,4 +1,4 @@
-"""Budgets: from a fraction of the full time to a price, and how it is held."""
+"""Budgets: from a fraction of the full time to a multiplier, and how it is held."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dash_onnx.core.budget import (
     Controller,
     base_precision,
     evenly_skipped,
+    multiplier_of,
     presets,
-    price_of,
     reference_ms,
     resolve,
     similar_skipped,
@@ -41,9 +41,9 @@ LAYER_MS: dict[Action, float] = {"full": 4.0, "int8": 2.0, "int4": 1.0, "skip": 
 ACTIONS: tuple[Action, ...] = ("int8", "int4", "skip")
 
 
-def point(budget: float, price: float, kl: float = 0.1, head: Action = "int8") -> BudgetPoint:
+def point(budget: float, multiplier: float, kl: float = 0.1, head: Action = "int8") -> BudgetPoint:
     shares: dict[Action, float] = {"full": 0.0, "int8": 0.6, "int4": 0.3, "skip": 0.1}
-    return BudgetPoint(budget=budget, price=price, head=head, kl=kl, shares=shares)
+    return BudgetPoint(budget=budget, multiplier=multiplier, head=head, kl=kl, shares=shares)
 
 
 def scorer_of(points: tuple[BudgetPoint, ...], static: tuple[StaticPoint, ...] = ()) -> ScorerFacts:
@@ -110,7 +110,11 @@ def test_a_machine_of_another_speed_leaves_budgets_as_they_are(scored: Manifest)
     assert scored.scorer is not None and moved.scorer is not None
     for before, after in zip(scored.scorer.points, moved.scorer.points, strict=True):
         assert after.budget == pytest.approx(before.budget, abs=1e-5)
-        assert (after.price, after.kl, after.head) == (before.price, before.kl, before.head)
+        assert (after.multiplier, after.kl, after.head) == (
+            before.multiplier,
+            before.kl,
+            before.head,
+        )
     assert reference_ms(moved) == pytest.approx(3 * reference_ms(scored))
 
 
@@ -221,39 +225,41 @@ def test_the_rows_of_the_table_are_met_exactly_and_rows_between_are_interpolated
     assert scored.scorer is not None
     points = scored.scorer.points
     for row in points:
-        price, head = price_of(row.budget, points)
-        assert price == pytest.approx(row.price)
+        multiplier, head = multiplier_of(row.budget, points)
+        assert multiplier == pytest.approx(row.multiplier)
         assert head == row.head
-    price, _ = price_of(0.25, points)
-    assert price == pytest.approx(math.sqrt(0.5 * 0.1))  # halfway in the logarithm
-    assert price_of(0.31, points)[1] == "int4"
-    assert price_of(0.44, points)[1] == "int8"
+    multiplier, _ = multiplier_of(0.25, points)
+    assert multiplier == pytest.approx(math.sqrt(0.5 * 0.1))  # halfway in the logarithm
+    assert multiplier_of(0.31, points)[1] == "int4"
+    assert multiplier_of(0.44, points)[1] == "int8"
 
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[BudgetPoint, ...]:
     count = draw(st.integers(2, 14))
     steps = st.lists(st.integers(12, 9000), min_size=count, max_size=count)
-    budgets, prices = draw(steps), draw(steps)
+    budgets, multipliers = draw(steps), draw(steps)
     losses = draw(st.lists(st.floats(0, 3), min_size=count, max_size=count))
-    at, log_price, rows = 0, 0.0, []
-    for budget, price, kl in zip(budgets, prices, sorted(losses, reverse=True), strict=True):
+    at, log_multiplier, rows = 0, 0.0, []
+    for budget, multiplier, kl in zip(
+        budgets, multipliers, sorted(losses, reverse=True), strict=True
+    ):
         at += budget
-        log_price -= price / 1000
-        rows.append(point(round(at / 1e5, 5), math.exp(log_price), round(kl, 6)))
+        log_multiplier -= multiplier / 1000
+        rows.append(point(round(at / 1e5, 5), math.exp(log_multiplier), round(kl, 6)))
     return tuple(rows)
 
 
 @given(tables(), st.lists(st.floats(0, 1), min_size=2, max_size=20))
-def test_a_smaller_budget_never_has_a_lower_price(
+def test_a_smaller_budget_never_has_a_lower_multiplier(
     points: tuple[BudgetPoint, ...], shares: list[float]
 ) -> None:
     low, high = points[0].budget, points[-1].budget
     budgets = [min(low + share * (high - low), high) for share in sorted(shares)]
-    prices = [price_of(budget, points)[0] for budget in budgets]
-    assert all(a >= b * (1 - 1e-9) for a, b in pairwise(prices))
-    assert points[-1].price * (1 - 1e-9) <= min(prices)
-    assert max(prices) <= points[0].price * (1 + 1e-9)
+    multipliers = [multiplier_of(budget, points)[0] for budget in budgets]
+    assert all(a >= b * (1 - 1e-9) for a, b in pairwise(multipliers))
+    assert points[-1].multiplier * (1 - 1e-9) <= min(multipliers)
+    assert max(multipliers) <= points[0].multiplier * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -264,11 +270,13 @@ def test_a_preset_at_an_end_of_the_table_is_inside_it(
 ) -> None:
     """An end that is not a round number; no row as good as the preset `quality` asks for."""
     points = tuple(
-        point(budget, price, kl)
-        for price, (budget, kl) in zip((0.1, 0.01, 0.001), (low, (0.5, 0.05), high), strict=True)
+        point(budget, multiplier, kl)
+        for multiplier, (budget, kl) in zip(
+            (0.1, 0.01, 0.001), (low, (0.5, 0.05), high), strict=True
+        )
     )
     for budget in presets(points).values():
-        price_of(budget, points)
+        multiplier_of(budget, points)
 
 
 def test_a_preset_between_two_rows_is_where_the_log_of_the_kl_says() -> None:
@@ -287,7 +295,7 @@ def test_every_preset_lies_inside_the_table_and_a_better_one_costs_no_less(
     named = presets(points)
     assert set(named) == set(PRESETS)
     for budget in named.values():
-        price_of(budget, points)
+        multiplier_of(budget, points)
     by_quality = [named[name] for name in sorted(PRESETS, key=lambda name: PRESETS[name])]
     assert by_quality == sorted(by_quality, reverse=True)
 
@@ -297,7 +305,7 @@ def test_a_table_of_one_row_is_usable_or_refused_in_one_line(scored: Manifest) -
     manifest = replace(scored, scorer=scorer_of(points))
     policy = make_policy("dash", manifest, 0.4)
     assert isinstance(policy, ScoredPolicy)
-    assert policy.price == pytest.approx(0.1)
+    assert policy.multiplier == pytest.approx(0.1)
     one_line(lambda: make_policy("dash", manifest, 0.41))
 
 
@@ -473,7 +481,9 @@ def test_skips_that_save_nothing_are_no_crash(plain: Manifest, policy: str) -> N
 # The controller
 
 
-def decided(manifest: Manifest, rng: random.Random, price: float, scale: float = 1.0) -> ActionPath:
+def decided(
+    manifest: Manifest, rng: random.Random, multiplier: float, scale: float = 1.0
+) -> ActionPath:
     """A simulated scorer: the values of a token differ, as those of a real one do."""
     token = rng.lognormvariate(0, 0.7)
     path: list[Action] = []
@@ -483,7 +493,7 @@ def decided(manifest: Manifest, rng: random.Random, price: float, scale: float =
         if not layer:
             del values["skip"]
         row = manifest.costs.layers_ms[layer]
-        path.append(min(values, key=lambda a: values[a] + price * row[a]))
+        path.append(min(values, key=lambda a: values[a] + multiplier * row[a]))
     return tuple(path)
 
 
@@ -492,11 +502,11 @@ def simulated(plain: Manifest) -> Manifest:
     """The policy table of the simulated scorer."""
     rows = []
     full = reference_ms(plain)
-    for price in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1):
+    for multiplier in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1):
         rng = random.Random(1)
-        paths = [decided(plain, rng, price) for _ in range(300)]
+        paths = [decided(plain, rng, multiplier) for _ in range(300)]
         mean = sum(plain.costs.token_ms(path, "int8", scored=True) for path in paths) / 300
-        rows.append(point(mean / full, price))
+        rows.append(point(mean / full, multiplier))
     return replace(plain, scorer=scorer_of(tuple(sorted(rows, key=lambda row: row.budget))))
 
 
@@ -514,7 +524,7 @@ def steered(manifest: Manifest, budget: float, seed: int, scale: float, tokens: 
     rng = random.Random(seed)
     spent = 0.0
     for _ in range(tokens):
-        path = decided(manifest, rng, controller.price, scale)
+        path = decided(manifest, rng, controller.multiplier, scale)
         controller.spent(path)
         spent += manifest.costs.token_ms(path, policy.head, scored=True)
     return spent / tokens / reference_ms(manifest)
@@ -537,62 +547,62 @@ def test_what_the_first_tokens_overspent_or_saved_is_made_up_for(
     assert sum(found) / len(found) == pytest.approx(budget, rel=0.003)
 
 
-def test_a_budget_that_no_price_reaches_is_not_made_up_for_later(simulated: Manifest) -> None:
+def test_a_budget_that_no_multiplier_reaches_is_not_made_up_for_later(simulated: Manifest) -> None:
     assert simulated.scorer is not None
     points = simulated.scorer.points
-    controller = Controller(simulated, 0.3, points[3].price, "int8")
+    controller = Controller(simulated, 0.3, points[3].multiplier, "int8")
     highest = 0.0
-    for _ in range(1000):  # far too dear, whatever the price
+    for _ in range(1000):  # far too dear, whatever the multiplier
         controller.spent(("full",) * LAYERS)
-        highest = max(highest, controller.price)
+        highest = max(highest, controller.multiplier)
     for _ in range(100):  # then far too cheap
         controller.spent(("int4", *("skip",) * (LAYERS - 1)))
-    assert controller.price < highest / 2
+    assert controller.multiplier < highest / 2
 
 
 def test_without_the_controller_harder_text_would_miss_the_budget(simulated: Manifest) -> None:
     budget = list(budgets_inside(simulated))[1]
-    price = ScoredPolicy(simulated, budget).price
+    multiplier = ScoredPolicy(simulated, budget).multiplier
     rng = random.Random(0)
-    paths = [decided(simulated, rng, price, 3.0) for _ in range(400)]
+    paths = [decided(simulated, rng, multiplier, 3.0) for _ in range(400)]
     costs = [simulated.costs.token_ms(path, "int8", scored=True) for path in paths]
     assert sum(costs) / 400 / reference_ms(simulated) > 1.05 * budget
 
 
-def test_the_controller_starts_at_the_price_of_the_table(simulated: Manifest) -> None:
+def test_the_controller_starts_at_the_multiplier_of_the_table(simulated: Manifest) -> None:
     budget = next(budgets_inside(simulated))
     policy = ScoredPolicy(simulated, budget)
-    assert policy.controller().price == policy.price
+    assert policy.controller().multiplier == policy.multiplier
     controller = policy.controller()
     controller.spent(("int8",) * LAYERS)
-    assert controller.price > policy.price  # too dear: time gets more precious
-    assert policy.controller().price == policy.price  # each generation has its own
+    assert controller.multiplier > policy.multiplier  # too dear: time gets more precious
+    assert policy.controller().multiplier == policy.multiplier  # each generation has its own
 
 
-def test_the_price_moves_further_where_the_cost_hardly_answers(plain: Manifest) -> None:
-    prices = []
+def test_the_multiplier_moves_further_where_the_cost_hardly_answers(plain: Manifest) -> None:
+    multipliers = []
     for dearer in (0.6, 0.306):
         points = (point(0.3, 0.1), point(dearer, 0.02))
         controller = Controller(replace(plain, scorer=scorer_of(points)), 0.303, 0.06, "int8")
         for _ in range(3):
             controller.spent(("int8",) * LAYERS)
-        prices.append(controller.price)
-    steep, flat = prices
+        multipliers.append(controller.multiplier)
+    steep, flat = multipliers
     assert 0.06 < 1.2 * steep < flat
 
 
 @settings(max_examples=25)
 @given(st.sampled_from(["full", "skip"]), st.integers(50, 2000))
-def test_the_price_stays_bounded_whatever_happens(
+def test_the_multiplier_stays_bounded_whatever_happens(
     simulated: Manifest, action: Action, tokens: int
 ) -> None:
     assert simulated.scorer is not None
     points = simulated.scorer.points
-    controller = Controller(simulated, 0.3, points[3].price, "int8")
+    controller = Controller(simulated, 0.3, points[3].multiplier, "int8")
     for _ in range(tokens):
         controller.spent((action,) * LAYERS)
-    low, high = points[-1].price, points[0].price
-    assert low / 20 < controller.price < high * 20
+    low, high = points[-1].multiplier, points[0].multiplier
+    assert low / 20 < controller.multiplier < high * 20
 
 
 # The loaded model

@@ -229,7 +229,7 @@ def write(folder: Path, content: str = "new", overwrite: bool = False) -> None:
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """An existing bundle (as far as `writing` looks)."""
+    """An existing bundle (as far as `writing` decision_points)."""
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "dash.json").write_text("old")

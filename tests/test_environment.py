@@ -59,8 +59,8 @@ def case_of(folder: Path, prompt_tokens: int = PROMPT) -> Case:
     model = dash_onnx.load(folder)
     actions = model.manifest.actions
     frozen = Frozen(Bundle(folder), actions, torch.float32)
-    looks = tuple(range(1, model.manifest.model.num_layers))
-    return Case(model, Environment(frozen, actions, prompt_tokens, actions[0], looks))
+    decision_points = tuple(range(1, model.manifest.model.num_layers))
+    return Case(model, Environment(frozen, actions, prompt_tokens, actions[0], decision_points))
 
 
 def save_with_biases(folder: Path) -> Path:
@@ -221,12 +221,12 @@ def test_the_reference_is_the_prefill_of_the_runtime_at_one_action(tiny: Case) -
             np.testing.assert_allclose(ours, runtime_logits(tiny, ids[0], choice[0]), atol=1e-3)
 
 
-@pytest.mark.parametrize("looks", [tuple(range(1, LAYERS)), (1, 3), (2,), (LAYERS - 1,)])
+@pytest.mark.parametrize("decision_points", [tuple(range(1, LAYERS)), (1, 3), (2,), (LAYERS - 1,)])
 def test_decisions_see_what_the_layer_before_their_segment_sees(
-    tiny: Case, looks: tuple[int, ...]
+    tiny: Case, decision_points: tuple[int, ...]
 ) -> None:
     frozen = tiny.env.frozen
-    env = Environment(frozen, tiny.actions, PROMPT, "full", looks)
+    env = Environment(frozen, tiny.actions, PROMPT, "full", decision_points)
     ids = random_ids()
     weights = one_hot(random_choice(tiny, ids), tiny)
     states: list[State] = []
@@ -237,7 +237,7 @@ def test_decisions_see_what_the_layer_before_their_segment_sees(
 
     with torch.no_grad():
         paths = env.run(ids, decide).paths
-    bounds = (0, *looks, LAYERS)
+    bounds = (0, *decision_points, LAYERS)
     assert [state.layers for state in states] == [slice(*pair) for pair in pairwise(bounds)]
     inputs = inputs_in_the_runtime(tiny, ids, paths)
     for state in states:

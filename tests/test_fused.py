@@ -98,9 +98,9 @@ class Client:
         return found["logits"][0], [self.facts["actions"][index] for index in path]
 
 
-def price_at(model: Model, budget: float) -> float:
+def multiplier_at(model: Model, budget: float) -> float:
     policy = model.policy("dash", budget)
-    return float(policy.price)  # type: ignore[attr-defined]
+    return float(policy.multiplier)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("budget", [None, 0.25, 0.35, 0.6])
@@ -117,7 +117,7 @@ def test_decisions_and_logits_are_those_of_the_runtime(
     assert set(path) == {"int8"}
     paths = set()
     for token in range(100, 140):
-        ours, decided = lane.decode_scored(token, price_at(model, chosen), "int8")
+        ours, decided = lane.decode_scored(token, multiplier_at(model, chosen), "int8")
         theirs, path = client([token], **extra)
         assert path == list(decided)
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
@@ -143,7 +143,7 @@ def test_a_budget_that_skips_most_layers_decides_as_the_runtime(
     seen: set[str] = set()
     for token in range(100, 140):
         budget = 0.5 if token % 2 else 0.25  # that of the graph, and one that skips more
-        ours, decided = lane.decode_scored(token, price_at(model, budget), "int8")
+        ours, decided = lane.decode_scored(token, multiplier_at(model, budget), "int8")
         theirs, path = client([token], **{BUDGET: np.array([budget], np.float32)})
         assert path == list(decided)
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
@@ -215,7 +215,7 @@ def test_prompts_run_at_a_precision_of_their_own(
     theirs, path = client(PROMPT)
     np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
     assert set(path) == {"full"}
-    wanted, decided = lane.decode_scored(100, model.policy("dash").price, head)  # type: ignore[attr-defined]
+    wanted, decided = lane.decode_scored(100, model.policy("dash").multiplier, head)  # type: ignore[attr-defined]
     theirs, path = client([100])
     np.testing.assert_allclose(theirs[-1], wanted, atol=2e-4)
     assert path == list(decided) and "full" not in path

@@ -53,7 +53,7 @@ def theirs(folder: Path, ids: list[int]) -> list[int]:
 
 
 def ours(model: dash_onnx.Model, ids: list[int], policy: str) -> list[int]:
-    """On the price that the graph has: without the controller, prompts at the best branch."""
+    """On the multiplier that the graph has: without the controller, prompts at the best branch."""
     chosen = model.policy(policy)
     if policy != "dash":
         steps = model.generate_step(ids, policy=policy, prefill=policy, max_new_tokens=TOKENS)
@@ -67,7 +67,7 @@ def ours(model: dash_onnx.Model, ids: list[int], policy: str) -> list[int]:
         found.append(token)
         if token in model.text.eos_token_ids or len(found) == TOKENS:
             return found
-        logits, _ = lane.decode_scored(token, chosen.price, chosen.head)  # type: ignore[attr-defined]
+        logits, _ = lane.decode_scored(token, chosen.multiplier, chosen.head)  # type: ignore[attr-defined]
 
 
 def test_greedy_tokens_are_those_of_our_runtime(fused: Path, policy: str) -> None:

@@ -62,6 +62,6 @@ def test_tokens_and_paths_are_those_of_the_runtime(
     for _ in theirs:
         wanted.append(int(logits.argmax()))
         taken.append(tuple(path))
-        logits, path = lane.decode_scored(wanted[-1], policy.price, policy.head)
+        logits, path = lane.decode_scored(wanted[-1], policy.multiplier, policy.head)
     assert theirs == wanted
     assert paths == taken

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dash_onnx.core.errors import BundleError
+from dash_onnx.core.facts import BudgetPoint, ScorerFacts, Training
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.version import FORMAT_VERSION
 
@@ -48,7 +50,9 @@ def test_text_outside_ascii_is_written_as_it_is(text: str) -> None:
     assert '"name": "小模型"' in manifest.to_text()
 
 
-@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, str(FORMAT_VERSION), None])
+@pytest.mark.parametrize(
+    "version", [0, FORMAT_VERSION - 2, FORMAT_VERSION + 1, str(FORMAT_VERSION), None]
+)
 def test_another_format_version_is_refused_and_both_are_named(text: str, version: object) -> None:
     changed = edited(text, lambda data: data.update(format_version=version))
     with pytest.raises(BundleError) as caught:
@@ -151,3 +155,22 @@ def test_dims_follow_from_model_rope_and_target(text: str) -> None:
     assert (dims.hidden_size, dims.num_kv_heads, dims.head_dim) == (64, 2, 16)
     assert dims.rotary_dim == 2 * len(manifest.ropes[0].inv_freq) == 16
     assert dims.dtype == manifest.target.dtype == "float32"
+
+
+def test_a_manifest_of_the_format_before_is_read(text: str) -> None:
+    """Format 2 called decision points looks, and multipliers prices."""
+    manifest = Manifest.from_text(text)
+    layers = manifest.model.num_layers
+    row = BudgetPoint(0.5, 0.1, "int8", 0.2, {"int8": 1.0})
+    training = Training("quick", "a test", 1, 1, 0, 1.0, (), (), ())
+    costs = replace(manifest.costs, layers_ms=({"int8": 1.0},) * layers)
+    facts = (manifest.actions, (1,), (row,), {"balanced": 0.5}, (), training)
+    now = replace(manifest, costs=costs, scorer=ScorerFacts("embed.onnx", *facts))
+
+    def age(data: dict[str, Any]) -> None:
+        data["format_version"] = 2
+        data["scorer"]["looks"] = data["scorer"].pop("decision_points")
+        point = data["scorer"]["points"][0]
+        point["price"] = point.pop("multiplier")
+
+    assert Manifest.from_text(edited(now.to_text(), age)) == now

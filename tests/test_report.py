@@ -39,7 +39,9 @@ TOOL = Tool("dash-report", main)
 run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
 
 
-def with_scorer(folder: Path, looks: tuple[int, ...] = (), often: Action = "int4") -> Path:
+def with_scorer(
+    folder: Path, decision_points: tuple[int, ...] = (), often: Action = "int4"
+) -> Path:
     """Gives a bundle an untrained scorer whose decisions vary, and tables made up for it.
 
     It looks before each layer, or before some; one action is taken more often than others.
@@ -49,8 +51,8 @@ def with_scorer(folder: Path, looks: tuple[int, ...] = (), often: Action = "int4
     learned = manifest.actions[len(extra) :]
     layers, hidden = manifest.model.num_layers, manifest.model.hidden_size
     torch.manual_seed(0)
-    looks = looks or tuple(range(1, layers))
-    scorer = Scorer(layers, hidden, len(learned), looks)
+    decision_points = decision_points or tuple(range(1, layers))
+    scorer = Scorer(layers, hidden, len(learned), decision_points)
     with torch.no_grad():
         scorer.bias.copy_(torch.tensor([-6.0, -2.0])[1 - len(learned) :].expand(layers, -1))
     graph = BundleScorer(scorer, learned, extra, torch.full((layers,), 1e-4))
@@ -62,19 +64,23 @@ def with_scorer(folder: Path, looks: tuple[int, ...] = (), often: Action = "int4
     heads = {head: 0.4 if head == "int4" else 0.5 for head in manifest.costs.heads_ms}
     costs = Costs("a machine", 2, 0.1, 0.05, heads, (layer,) * layers)
     manifest = replace(manifest, files=files, costs=costs)
-    replace_manifest(folder, replace(manifest, scorer=made_up(manifest, file, looks, often)))
+    replace_manifest(
+        folder, replace(manifest, scorer=made_up(manifest, file, decision_points, often))
+    )
     return folder
 
 
-def made_up(manifest: Manifest, file: str, looks: tuple[int, ...], often: Action) -> ScorerFacts:
+def made_up(
+    manifest: Manifest, file: str, decision_points: tuple[int, ...], often: Action
+) -> ScorerFacts:
     """Tables in the form that training leaves."""
     layers, full = manifest.model.num_layers, reference_ms(manifest)
     costs = manifest.costs
     actions = manifest.actions
     shares = {action: 0.7 if action == often else 0.3 / (len(actions) - 1) for action in actions}
     points = tuple(
-        BudgetPoint(budget, price, "int8", kl, shares)
-        for budget, price, kl in ((0.2, 1.0, 0.9), (0.5, 0.02, 0.05), (0.99, 1e-5, 0.0))
+        BudgetPoint(budget, multiplier, "int8", kl, shares)
+        for budget, multiplier, kl in ((0.2, 1.0, 0.9), (0.5, 0.02, 0.05), (0.99, 1e-5, 0.0))
     )
     static = []
     for action in [a for a in ("int8", "int4") if a in actions]:
@@ -88,7 +94,7 @@ def made_up(manifest: Manifest, file: str, looks: tuple[int, ...], often: Action
     return ScorerFacts(
         file=file,
         actions=actions,
-        looks=looks,
+        decision_points=decision_points,
         points=points,
         presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},
         static=tuple(sorted(static, key=lambda point: point.budget)),

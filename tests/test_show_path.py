@@ -114,8 +114,8 @@ def scored(manifest: Manifest) -> Manifest:
     """The manifest with a policy table; its scorer does not exist."""
     shares = {"full": 0.0, "int8": 0.5, "int4": 0.5, "skip": 0.0}
     points = tuple(
-        BudgetPoint(budget, price, "int8", kl, shares)  # type: ignore[arg-type]
-        for budget, price, kl in ((0.2, 1.0, 0.5), (0.9, 1e-3, 0.0))
+        BudgetPoint(budget, multiplier, "int8", kl, shares)  # type: ignore[arg-type]
+        for budget, multiplier, kl in ((0.2, 1.0, 0.5), (0.9, 1e-3, 0.0))
     )
     training = Training("quick", "s", 1, 1, 0, 1.0, (), (), ())
     facts = ScorerFacts("s.onnx", manifest.actions, 1, points, {"balanced": 0.5}, (), training)

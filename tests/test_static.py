@@ -42,8 +42,8 @@ def search(values: torch.Tensor, tried: int, start: Any = None) -> list[static.M
 def test_each_step_loses_least_per_time_saved(measured: list[Any]) -> None:
     moves = search(LOSSES, 4)
     assert [(move.layer, move.action) for move in moves[:4]] == [(3, 1), (1, 1), (2, 1), (0, 1)]
-    prices = [move.price for move in moves]
-    assert prices == pytest.approx(sorted(prices))
+    multipliers = [move.multiplier for move in moves]
+    assert multipliers == pytest.approx(sorted(multipliers))
     for move in moves:
         assert move.path[0] < 2 and move.path[4] < 2  # the ends are never skipped
     skips = [move.path for move in moves if 2 in move.path]

@@ -26,7 +26,7 @@ from dash_onnx.runtime.streams import CudaStreams, open_streams
 
 PROMPT = np.arange(20, 33)
 TOKENS = range(100, 130)
-PRICE = 0.18
+MULTIPLIER = 0.18
 
 
 class Driver:
@@ -273,7 +273,7 @@ def decoded(bundle: Path, driver: Driver | None = None) -> tuple[list[tuple[str,
     for token in TOKENS:
         if driver:
             driver.log.clear()
-        logits, path = lane.decode_scored(token, PRICE, "int8")
+        logits, path = lane.decode_scored(token, MULTIPLIER, "int8")
         paths.append(path)
         rows.append(logits.copy())
     return paths, np.stack(rows)  # type: ignore[return-value]
@@ -320,7 +320,7 @@ def test_what_a_generation_took_is_given_back_at_once(bundle: Path, driver: Driv
     model = dash_onnx.load(bundle)
     taken = len(driver.alive)
     lane = Lane(model._sessions)
-    lane.decode_scored(100, PRICE, "int8")
+    lane.decode_scored(100, MULTIPLIER, "int8")
     assert len(driver.alive) > taken
     del lane
     assert len(driver.alive) == taken
@@ -332,7 +332,7 @@ def test_an_error_of_the_driver_is_one_line(bundle: Path, driver: Driver) -> Non
     with pytest.raises(
         DeviceError, match=r"^CUDA driver: cuStreamWaitEvent failed with error 719$"
     ):
-        lane.decode_scored(100, PRICE, "int8")
+        lane.decode_scored(100, MULTIPLIER, "int8")
 
 
 def test_a_missing_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +368,7 @@ def test_decisions_come_between_launches(bundle: Path, recorder: Driver) -> None
     for _ in range(4):
         lane.truncate(0)
         recorder.log.clear()
-        _, (*before, last) = lane.decode_scored(100, PRICE, "int8")
+        _, (*before, last) = lane.decode_scored(100, MULTIPLIER, "int8")
     wanted = [("embed", "launched")]
     for action in before:
         wanted += [
@@ -436,7 +436,7 @@ def test_nothing_else_uses_the_device_while_one_generation_records(
         lambda lane: lane.prefill(PROMPT, ("int8",) * 4, "int8"),
         lambda lane: lane.prefill_all(PROMPT, ("int8",) * 4, "int8"),
         lambda lane: lane.decode(100, ("int8",) * 4, "int8"),
-        lambda lane: lane.decode_scored(100, PRICE, "int8"),
+        lambda lane: lane.decode_scored(100, MULTIPLIER, "int8"),
         lambda lane: lane.assume(20),
         lambda lane: lane.sessions.layer(0, "full"),
         lambda lane: lane.sessions.forget(),

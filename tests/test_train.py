@@ -80,7 +80,9 @@ def quick() -> Iterator[Scorers]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EFFORTS, "quick", effort)
         patch.setattr(learning, "PROMPT_TOKENS", PROMPT)
-        patch.setattr(learning, "looks_of", lambda *_: (2, 3))  # segments of one and two layers
+        patch.setattr(
+            learning, "decision_points_of", lambda *_: (2, 3)
+        )  # segments of one and two layers
         patch.setattr(training_text, "LENGTH", LENGTH)
         patch.setattr(learning, "in_other_forms", lambda ids, *_: ids)  # a random model's are bytes
         patch.setattr(describe, "profile", costs_of)
@@ -199,10 +201,10 @@ def test_the_table_ascends_and_its_presets_lie_within(trained: Path) -> None:
     facts = Bundle(trained).manifest.scorer
     assert facts is not None
     budgets = [point.budget for point in facts.points]
-    prices = [point.price for point in facts.points]
+    multipliers = [point.multiplier for point in facts.points]
     assert len(budgets) > 3
     assert budgets == sorted(set(budgets))
-    assert prices == sorted(set(prices), reverse=True)
+    assert multipliers == sorted(set(multipliers), reverse=True)
     for point in facts.points:
         assert sum(point.shares.values()) == pytest.approx(1, abs=1e-3)
         assert point.shares["skip"] <= 0.75
@@ -275,15 +277,15 @@ def test_a_trained_bundle_generates_with_the_scorer_by_default(model: Model) -> 
         assert model.generate("the keeper", policy="dash", budget=budget, **options)
 
 
-def scored_paths(model: Model, ids: np.ndarray, price: float) -> list[tuple[str, ...]]:
+def scored_paths(model: Model, ids: np.ndarray, multiplier: float) -> list[tuple[str, ...]]:
     lane = Lane(model._sessions)
     lane.prefill(ids[:4], ("full",) * LAYERS, "full")
-    return [lane.decode_scored(int(token), price, "int8")[1] for token in ids[4:]]
+    return [lane.decode_scored(int(token), multiplier, "int8")[1] for token in ids[4:]]
 
 
-def prices_of(model: Model) -> list[float]:
+def multipliers_of(model: Model) -> list[float]:
     assert model.manifest.scorer is not None
-    return [point.price for point in model.manifest.scorer.points]
+    return [point.multiplier for point in model.manifest.scorer.points]
 
 
 def inputs_along(
@@ -315,10 +317,10 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     segments = model.manifest.scorer.segments(LAYERS)
     seen: set[tuple[str, ...]] = set()
     compared = 0
-    for price in [extreme] if extreme else prices_of(model):
-        penalty = price * costs
+    for multiplier in [extreme] if extreme else multipliers_of(model):
+        penalty = multiplier * costs
         penalty[0, -1] = 1e30
-        paths = scored_paths(model, ids, price)
+        paths = scored_paths(model, ids, multiplier)
         seen |= set(paths)
         for path, inputs in inputs_along(model, ids, paths):
             for start, stop in segments:
@@ -332,7 +334,7 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
                     assert ACTIONS[decided[layer]] == ACTIONS[int(row.argmin())] == path[layer]
                     values = row - penalty[layer].numpy()
                     if layer:
-                        assert abs(values[0]) <= 1e-6 * price
+                        assert abs(values[0]) <= 1e-6 * multiplier
                         assert (np.diff(values) >= -1e-5 * abs(row[:-1])).all()
                     ordered = np.sort(row)
                     if ordered[1] - ordered[0] < 1e-5 * ordered[1]:
@@ -343,16 +345,16 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     assert len(seen) > (1 if extreme else 5) or extreme
 
 
-def test_decisions_differ_between_prices_and_between_tokens(model: Model) -> None:
+def test_decisions_differ_between_multipliers_and_between_tokens(model: Model) -> None:
     ids = np.random.default_rng(2).integers(2, 384, 64)
-    low, high = min(prices_of(model)), max(prices_of(model))
+    low, high = min(multipliers_of(model)), max(multipliers_of(model))
     cheap, dear = scored_paths(model, ids, high), scored_paths(model, ids, low)
     cost = {
-        price: np.mean([COSTS.token_ms(path, "int8", scored=True) for path in paths])
-        for price, paths in (("high", cheap), ("low", dear))
+        multiplier: np.mean([COSTS.token_ms(path, "int8", scored=True) for path in paths])
+        for multiplier, paths in (("high", cheap), ("low", dear))
     }
     assert cost["high"] < 0.7 * cost["low"]
-    middle = sorted(prices_of(model))[len(prices_of(model)) // 2]
+    middle = sorted(multipliers_of(model))[len(multipliers_of(model)) // 2]
     assert any(len(set(scored_paths(model, ids, p))) > 1 for p in (low, middle, high))
 
 
@@ -361,8 +363,8 @@ def test_decisions_differ_between_prices_and_between_tokens(model: Model) -> Non
 
 def test_the_runtime_never_skips_the_first_layer_at_any_price(model: Model) -> None:
     ids = np.random.default_rng(3).integers(2, 384, 24)
-    for price in (1e-9, 1.0, 1e6, 1e20):
-        assert all(path[0] != "skip" for path in scored_paths(model, ids, price))
+    for multiplier in (1e-9, 1.0, 1e6, 1e20):
+        assert all(path[0] != "skip" for path in scored_paths(model, ids, multiplier))
 
 
 @pytest.fixture
@@ -406,11 +408,11 @@ def test_without_noise_training_decides_as_the_runtime_does(indifferent: Scorer)
     with torch.no_grad():
         indifferent.expand.normal_(0, 0.3, generator=generator)
         indifferent.bias.fill_(-0.5)
-    prices = torch.linspace(-2, 2, 8)[:, None]
+    multipliers = torch.linspace(-2, 2, 8)[:, None]
     for layers in (slice(0, 2), slice(2, 3), slice(3, LAYERS)):
         state = State(layers, torch.randn(8, 64, 64, generator=generator))
-        cold = chances(indifferent, allowed_costs(), state, prices, 1e-6)
-        wanted = greedy(indifferent, allowed_costs(), prices)(state)
+        cold = chances(indifferent, allowed_costs(), state, multipliers, 1e-6)
+        wanted = greedy(indifferent, allowed_costs(), multipliers)(state)
         assert torch.equal(cold.argmax(-1), wanted.argmax(-1))
         assert len(wanted.argmax(-1)[:, :, -1].unique()) > 1
 
@@ -883,7 +885,7 @@ def test_a_bundle_of_some_precisions_can_be_trained(
     ids = np.random.default_rng(3).integers(2, 384, 24)
     lane = Lane(model._sessions)
     for token in ids:
-        _, path = lane.decode_scored(int(token), prices_of(model)[0], facts.points[0].head)
+        _, path = lane.decode_scored(int(token), multipliers_of(model)[0], facts.points[0].head)
         assert set(path) <= set(facts.actions) and path[0] != "skip"
     assert model.generate("the keeper", policy="dash", max_new_tokens=2, ignore_eos=True)
 

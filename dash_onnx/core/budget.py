@@ -1,4 +1,4 @@
-"""Budgets: from the share of the reference's time that a user allows to a price of time."""
+"""Budgets: from the share of the reference's time that a user allows to a multiplier of time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DEFAULT_PRESET = "balanced"
 
 _LEAST_KL = 1e-4  # nats; what is less has no logarithm worth interpolating
 
-_SETTLING = 33  # tokens in which the controller makes up for two thirds of a wrong price
-_GAINS = (0.2, 1.0)  # of the log price, per token and unit of relative overspending
-_STEP = 0.1  # of the log price: each new price takes the runtime new penalties
-_REACH = 1.5  # how far beyond the table the controller may push the log price
+_SETTLING = 33  # tokens in which the controller makes up for two thirds of a wrong multiplier
+_GAINS = (0.2, 1.0)  # of the log multiplier, per token and unit of relative overspending
+_STEP = 0.1  # of the log multiplier: each new multiplier takes the runtime new penalties
+_REACH = 1.5  # how far beyond the table the controller may push the log multiplier
 
 
 def reference_ms(manifest: Manifest) -> float:
@@ -70,7 +70,7 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
     return value
 
 
-def price_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float, Action]:
+def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float, Action]:
     """Interpolates the policy table.
 
     Args:
@@ -91,10 +91,10 @@ def price_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float, Act
         )
     a, b = _neighbours(budget, points)
     if a is b:
-        return a.price, a.head
+        return a.multiplier, a.head
     share = (budget - a.budget) / (b.budget - a.budget)
-    price = math.exp((1 - share) * math.log(a.price) + share * math.log(b.price))
-    return price, (a if share < 0.5 else b).head
+    multiplier = math.exp((1 - share) * math.log(a.multiplier) + share * math.log(b.multiplier))
+    return multiplier, (a if share < 0.5 else b).head
 
 
 def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action, ...]:
@@ -133,7 +133,7 @@ def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
 def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     """A manifest for another machine's costs: budgets and presets follow them.
 
-    Prices are in units of a layer, so decisions change only where the ratios of costs do. The
+    Multipliers are in units of a layer, so decisions change only where the ratios of costs do. The
     budget of each row of the policy table scales as its mix of actions does, its KL stays.
     """
     scorer = manifest.scorer
@@ -172,43 +172,45 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
 
 
 class Controller:
-    """Keeps the mean cost of one generation at its budget by steering the price.
+    """Keeps the mean cost of one generation at its budget by steering the multiplier.
 
     Works on profiled milliseconds, so a generation does not depend on how busy the machine is.
 
     Attributes:
-        price: nats per `Costs.unit_ms`, for the next token.
+        multiplier: nats per `Costs.unit_ms`, for the next token.
     """
 
-    def __init__(self, manifest: Manifest, budget: float, price: float, head: Action):
-        """Starts at the table's price."""
-        self.price = self._first = price
+    def __init__(self, manifest: Manifest, budget: float, multiplier: float, head: Action):
+        """Starts at the table's multiplier."""
+        self.multiplier = self._first = multiplier
         self._costs = manifest.costs
         self._head = head
         self._target_ms = budget * reference_ms(manifest)
         points = scorer_facts(manifest).points
-        prices = [math.log(point.price) for point in points]
-        # Where the cost hardly answers to the price, the price has to move further.
+        multipliers = [math.log(point.multiplier) for point in points]
+        # Where the cost hardly answers to the multiplier, the multiplier has to move further.
         a, b = _neighbours(budget, points)
         answer = math.log(b.budget / a.budget)
-        wanted = math.log(a.price / b.price) / (_SETTLING * answer) if answer > 0 else 0.0
+        wanted = math.log(a.multiplier / b.multiplier) / (_SETTLING * answer) if answer > 0 else 0.0
         self._gain = min(max(wanted, _GAINS[0]), _GAINS[1])
         self._owed = 0.0  # relative overspending of all tokens; what is saved is spent later
-        self._offset = 0.0  # of the log price: what this text asks for lastingly
-        self._low = min(prices) - _REACH - math.log(price)
-        self._high = max(prices) + _REACH - math.log(price)
+        self._offset = 0.0  # of the log multiplier: what this text asks for lastingly
+        self._low = min(multipliers) - _REACH - math.log(multiplier)
+        self._high = max(multipliers) + _REACH - math.log(multiplier)
 
     def spent(self, path: Path) -> None:
         """Notes what a token cost."""
         ms = self._costs.token_ms(path, self._head, scored=True)
         owed = self._owed + ms / self._target_ms - 1
-        # Critically damped: the offset follows four times as slowly as the price answers.
+        # Critically damped: the offset follows four times as slowly as the multiplier answers.
         offset = self._offset + self._gain * owed / (4 * _SETTLING)
         moved = self._gain * owed + offset
-        if not self._low <= moved <= self._high:  # no price can do it: the debt must not pile up
+        if (
+            not self._low <= moved <= self._high
+        ):  # no multiplier can do it: the debt must not pile up
             return
         self._owed, self._offset = owed, offset
-        self.price = self._first * math.exp(_STEP * round(moved / _STEP))
+        self.multiplier = self._first * math.exp(_STEP * round(moved / _STEP))
 
 
 def evenly_skipped(manifest: Manifest, count: int) -> list[int]:

@@ -133,8 +133,8 @@ def head_ports(dims: Dims) -> Ports:
 def scorer_ports(dims: Dims, layers: int, actions: int) -> Ports:
     """The scorer of one token's decisions for a segment of layers.
 
-    `hidden` is the input of the layer before the segment, `penalty` what each action costs (price
-    times cost, in nats). `total` is `penalty` plus the predicted KL of each action in nats,
+    `hidden` is the input of the layer before the segment, `penalty` what each action costs in nats
+    (multiplier times cost). `total` is `penalty` plus the predicted KL of each action in nats,
     `action` the index of the least. Both have a row for every layer; those of the first segment
     depend on the penalty alone, those of other segments than the input's mean nothing.
     """

@@ -120,7 +120,7 @@ class Costs:
 
     @property
     def unit_ms(self) -> float:
-        """Mean milliseconds of a layer in the cheapest precision: prices are nats per this.
+        """Mean milliseconds of a layer in the cheapest precision: multipliers are nats per this.
 
         So that a policy table holds on another machine, as far as the ratios of costs do.
         """
@@ -150,14 +150,14 @@ class BudgetPoint:
 
     Attributes:
         budget: mean cost of a token as a fraction of the reference's.
-        price: nats per `Costs.unit_ms` that lead to it.
+        multiplier: Lagrange multiplier of the cost that leads to it, in nats per `Costs.unit_ms`.
         head: precision of the LM head.
         kl: mean KL(reference || policy) in nats.
         shares: of each action among the decisions.
     """
 
     budget: float
-    price: float
+    multiplier: float
     head: Action
     kl: float
     shares: dict[Action, float]
@@ -214,8 +214,8 @@ class ScorerFacts:
     Attributes:
         file: its graph.
         actions: what its action indices mean.
-        looks: layers before which it looks at the hidden state, to decide for them and those that
-            follow; the layers before the first look are decided by the price alone.
+        decision_points: layers before which it reads the hidden state, to decide for them and those
+            that follow; the layers before the first one are decided by the multiplier alone.
         points: the policy table, by ascending budget.
         presets: named budgets.
         static: the best static assignments, by ascending budget.
@@ -224,7 +224,7 @@ class ScorerFacts:
 
     file: str
     actions: tuple[Action, ...]
-    looks: tuple[int, ...]
+    decision_points: tuple[int, ...]
     points: tuple[BudgetPoint, ...]
     presets: dict[str, float]
     static: tuple[StaticPoint, ...]
@@ -232,7 +232,7 @@ class ScorerFacts:
 
     def segments(self, layers: int) -> tuple[tuple[int, int], ...]:
         """First layer, and the one after the last, of each segment that is decided at once."""
-        return tuple(pairwise((0, *self.looks, layers)))
+        return tuple(pairwise((0, *self.decision_points, layers)))
 
 
 @dataclass(frozen=True)

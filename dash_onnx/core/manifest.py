@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action
 from dash_onnx.core.block import Attention, Block
@@ -120,6 +120,8 @@ class Manifest:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{name} is not valid JSON ({error}); export again") from None
+        if isinstance(data, dict) and data.get("format_version") == FORMAT_VERSION - 1:
+            _upgrade(data)
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise BundleError(
@@ -150,6 +152,20 @@ class Manifest:
         return manifest
 
 
+def _upgrade(data: dict[str, Any]) -> None:
+    """Renames the keys of format 2 that format 3 calls otherwise."""
+    data["format_version"] = FORMAT_VERSION
+    scorer = data.get("scorer")
+    points = scorer.get("points") if isinstance(scorer, dict) else None
+    for old, new, records in (
+        ("looks", "decision_points", [scorer]),
+        ("price", "multiplier", points if isinstance(points, list) else []),
+    ):
+        for record in records:
+            if isinstance(record, dict) and old in record:
+                record[new] = record.pop(old)
+
+
 def _check_scorer(manifest: Manifest, scorer: ScorerFacts, name: str) -> None:
     budgets = [point.budget for point in scorer.points]
     heads = {point.head for point in scorer.points} | {point.head for point in scorer.static}
@@ -158,8 +174,8 @@ def _check_scorer(manifest: Manifest, scorer: ScorerFacts, name: str) -> None:
         (scorer.file not in manifest.files, f"scorer.file {scorer.file!r} is not in files"),
         (scorer.actions != manifest.actions, "scorer.actions must be the bundle's actions"),
         (
-            not scorer.looks or any(a >= b for a, b in scorer.segments(layers)),
-            "scorer.looks must be layers after the first, in order",
+            not scorer.decision_points or any(a >= b for a, b in scorer.segments(layers)),
+            "scorer.decision_points must be layers after the first, in order",
         ),
         (not budgets or budgets != sorted(set(budgets)), "scorer.points must ascend in budget"),
         (

@@ -19,7 +19,7 @@ from dash_onnx.core.budget import (
     Controller,
     base_precision,
     below_every_skip,
-    price_of,
+    multiplier_of,
     reference_ms,
     resolve,
     scorer_facts,
@@ -73,7 +73,7 @@ class ScoredPolicy(Policy):
 
     Attributes:
         budget: mean cost of a token as a fraction of the reference's.
-        price: nats per `Costs.unit_ms` that the table gives for it.
+        multiplier: nats per `Costs.unit_ms` that the table gives for it.
         uses: actions that it takes at this budget, highest precision first.
     """
 
@@ -88,7 +88,7 @@ class ScoredPolicy(Policy):
         points = scorer_facts(manifest).points
         self.name = "dash" if budget is None else f"dash:{budget}"
         self.budget = resolve(budget, manifest)
-        self.price, self.head = price_of(self.budget, points)
+        self.multiplier, self.head = multiplier_of(self.budget, points)
         self.uses = used_actions(self.budget, points)
         self._manifest = manifest
 
@@ -98,7 +98,7 @@ class ScoredPolicy(Policy):
 
     def controller(self) -> Controller:
         """What holds the budget during one generation."""
-        return Controller(self._manifest, self.budget, self.price, self.head)
+        return Controller(self._manifest, self.budget, self.multiplier, self.head)
 
 
 class StaticPolicy(PathPolicy):

@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-FORMAT_VERSION = 2
-"""Version of the bundle format; a reader refuses any other."""
+FORMAT_VERSION = 3
+"""Version of the bundle format; a reader takes the one before it, and refuses any other."""

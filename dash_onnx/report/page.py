@@ -30,7 +30,7 @@ def render(report: Report) -> str:
         _sample(report),
         _section(
             "Training",
-            "How the scorer learned: means over each tenth of the steps. The price of time is "
+            "How the scorer learned: means over each tenth of the steps. The multiplier of time is "
             "drawn anew for every sequence, so that cost and KL are those of the whole range.",
             charts.learning(report.training),
         ),

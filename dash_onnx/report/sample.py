@@ -180,7 +180,7 @@ def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -
     record = _Record(model, policy, reference)
     predicted = []
     for token in text.ids[text.prompt_tokens :].tolist():
-        logits, path = lane.decode_scored(token, controller.price, policy.head)
+        logits, path = lane.decode_scored(token, controller.multiplier, policy.head)
         controller.spent(path)
         record.add(logits, path)
         values = lane._scorer().values

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import price_of, scorer_facts
+from dash_onnx.core.budget import multiplier_of, scorer_facts
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.names import BUDGET, PATH
@@ -67,7 +67,7 @@ class Decisions:
         return [span for span in spans if span]
 
     def begin(self) -> None:
-        """Price, penalties and the decisions of the first segment: what follows from the budget.
+        """What follows from the budget: multiplier, penalties, decisions of the first segment.
 
         For a decoded token at the default budget they are constants.
         """
@@ -83,8 +83,8 @@ class Decisions:
         for layer in range(self._layers):
             f.constant(f"at.{layer}", np.array([layer], np.int64))
         f.constant("last_row", np.array(-1, np.int64))
-        values, (price, _) = self._first_values(), price_of(self._default, self._points)
-        penalty = np.float32(price) * self._costs
+        values, (multiplier, _) = self._first_values(), multiplier_of(self._default, self._points)
+        penalty = np.float32(multiplier) * self._costs
         decided = (values + penalty).argmin(1)
         common = decided == self._actions.index(self.branches[-1])
         known = {
@@ -109,18 +109,18 @@ class Decisions:
         f.node("If", ["known"], list(known), then_branch=usual, else_branch=asked)
 
     def _ask(self, values: np.ndarray) -> None:
-        """From any budget to the price, as the policy table has it, and on."""
+        """From any budget to the multiplier, as the policy table has it, and on."""
         f = self._fusion
-        self._price()
+        self._multiplier()
         f.node("Add", [f.constant("values.0", values), "penalty"], ["total.0"])
         f.node("ArgMin", ["total.0"], ["action.0"], axis=1, keepdims=0)
         self._decide(0)
 
-    def _price(self) -> None:
+    def _multiplier(self) -> None:
         f, facts = self._fusion, scorer_facts(self._manifest)
         budgets = np.array([point.budget for point in facts.points], np.float32)
-        logs = np.log(np.array([point.price for point in facts.points], np.float32))
-        # Between rows the log price is linear: the sum of what each interval adds.
+        logs = np.log(np.array([point.multiplier for point in facts.points], np.float32))
+        # Between rows the log multiplier is linear: the sum of what each interval adds.
         width = np.maximum(np.diff(budgets), 1e-6)
         f.node("Sub", [BUDGET, f.constant("budgets", budgets[:-1])], ["above"])
         f.node("Div", ["above", f.constant("widths", width)], ["share"])
@@ -128,9 +128,9 @@ class Decisions:
         unit = f.constant("one.f", np.array(1, np.float32))
         f.node("Clip", ["share", zero, unit], ["passed"])
         f.node("MatMul", ["passed", f.constant("steps", np.diff(logs)[:, None])], ["climb"])
-        f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_price"])
-        f.node("Exp", ["log_price"], ["price"])
-        f.node("Mul", ["price", f.constant("costs", self._costs)], ["penalty"])
+        f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_multiplier"])
+        f.node("Exp", ["log_multiplier"], ["multiplier"])
+        f.node("Mul", ["multiplier", f.constant("costs", self._costs)], ["penalty"])
 
     def _layer_costs(self) -> np.ndarray:
         """Costs of the actions of every layer `[L, A]`, in units."""
@@ -140,11 +140,11 @@ class Decisions:
             rows[0, self._actions.index(SKIP)] = _NEVER
         return rows
 
-    def look(self, layer: int) -> None:
+    def decide_after(self, layer: int) -> None:
         """Decides for the segment that begins after a layer, from that layer's input."""
         starts = [start for start, _ in self._segments]
         if layer + 1 in starts:
-            self._look(starts.index(layer + 1), f"hidden.{layer}")
+            self._score(starts.index(layer + 1), f"hidden.{layer}")
             self._decide(starts.index(layer + 1))
 
     def _first_values(self) -> np.ndarray:
@@ -160,11 +160,11 @@ class Decisions:
         values: np.ndarray = sessions.scorer().run(["total"], nothing)[0]
         return values
 
-    def _look(self, number: int, hidden: str) -> None:
+    def _score(self, number: int, hidden: str) -> None:
         f = self._fusion
         f.node("Gather", [hidden, "last_row"], [f"seen.{number}"], axis=1)
         f.inline_scorer(
-            f"look.{number}",
+            f"scorer.{number}",
             {
                 "hidden": f"seen.{number}",
                 "penalty": "penalty",
@@ -209,7 +209,7 @@ class Decisions:
         return nodes, flag
 
     def report(self) -> None:
-        """The decisions as an output, each from the look at its segment."""
+        """The decisions as an output, each from the decision point of its segment."""
         numbers = range(len(self._segments))
         self._fusion.node("Concat", [f"decided.{number}" for number in numbers], ["all"], axis=0)
         places = [

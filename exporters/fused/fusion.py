@@ -63,7 +63,7 @@ class Fusion:
                 default = np.array([self.facts.budgets.default], np.float32)
                 self.initializers.append(numpy_helper.from_array(default, BUDGET))
             for span in decisions.spans:
-                decisions.look(span.start)
+                decisions.decide_after(span.start)
                 self._decided(span, decisions)
         for layer, action in enumerate(self.facts.path or ()):
             self._fixed(layer, action)

@@ -29,7 +29,7 @@ from dash_onnx.runtime.machine import kept_memory
 from dash_onnx.runtime.profile import profile
 from dash_onnx.runtime.sessions import Sessions
 
-_TABLE = 12  # rows of the policy table where prices decide between the cheaper actions
+_TABLE = 12  # rows of the policy table where multipliers decide between the cheaper actions
 
 
 def describe(run: Learning, folder: Path, started: float) -> Manifest:
@@ -53,8 +53,8 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
         gain = rounding * torch.tensor(errors) / sum(errors)
     scorer = BundleScorer(run.scorer, run.actions, run.extra, gain)
     file = export_scorer(scorer, folder, manifest.dims)
-    looks, training = run.scorer.looks, _training(run, manifest, started)
-    facts = ScorerFacts(file, scorer.actions, looks, (), {}, (), training)
+    decision_points, training = run.scorer.decision_points, _training(run, manifest, started)
+    facts = ScorerFacts(file, scorer.actions, decision_points, (), {}, (), training)
     if manifest.scorer is not None and manifest.scorer.file != file:
         (folder / manifest.scorer.file).unlink()
     files = {**run.graphs(), **_write_compensation(run, folder)}
@@ -65,7 +65,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
     with run.autocast(), kept_memory():
         wanted = run.env.reference(run.held_out, run.actions[0])
         points = table.measure(
-            run.env, scorer, manifest, run.held_out, wanted, _table_prices(run), rounding
+            run.env, scorer, manifest, run.held_out, wanted, _table_multipliers(run), rounding
         )
         assignments = _static(run, manifest, wanted, rounding)
     facts = replace(
@@ -103,8 +103,8 @@ def _write_compensation(run: Learning, folder: Path) -> dict[str, FileFacts]:
     return files
 
 
-def _table_prices(run: Learning) -> list[float]:
-    low, high = run.log_price_range  # that training draws from; the table goes beyond
+def _table_multipliers(run: Learning) -> list[float]:
+    low, high = run.log_multiplier_range  # that training draws from; the table goes beyond
     logs = np.linspace(low - 1.7, high + 1.2, _TABLE).tolist()
     if run.extra:  # still lower, INT8 is left for `full`, layer by layer
         logs = [low - 7.0, low - 4.35, *logs]

@@ -1,8 +1,8 @@
 """The decision process: layers are steps, tokens are the vectorised episodes.
 
 State of a step: the input of the layer before its segment (what the runtime knows while that layer
-runs), the layer index, the price. Action: what the layer does for this token. Cost: its profiled
-milliseconds. Terminal reward: -KL(reference || path) of the token.
+runs), the layer index, the multiplier. Action: what the layer does for this token. Cost: its
+profiled milliseconds. Terminal reward: -KL(reference || path) of the token.
 
 One teacher-forced pass runs any token-level paths as the runtime's decode would: keys and values
 of every token are those its own action wrote, so later tokens attend to what earlier ones left.
@@ -23,7 +23,7 @@ from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
 
 @dataclass(frozen=True)
 class State:
-    """What decisions may look at.
+    """What decisions may depend on.
 
     Attributes:
         layers: to decide for; a segment that begins at layer i.
@@ -72,14 +72,14 @@ class Environment:
         actions: tuple[Action, ...],
         prompt_tokens: int,
         prefill: Action,
-        looks: tuple[int, ...],
+        decision_points: tuple[int, ...],
     ):
-        """The prompt is executed, not decided; a segment begins at layer 0 and at each look."""
+        """The prompt is executed, not decided; each decision point begins a segment."""
         self.frozen = frozen
         self.actions = actions
         self.prompt_tokens = prompt_tokens
         self.layers = frozen.manifest.model.num_layers
-        self.segments = [slice(*pair) for pair in pairwise((0, *looks, self.layers))]
+        self.segments = [slice(*pair) for pair in pairwise((0, *decision_points, self.layers))]
         self._prefill = torch.zeros(len(actions))
         self._prefill[actions.index(prefill)] = 1.0
 

@@ -24,8 +24,8 @@ _LEAST = 1e-8  # nats; a log of nothing
 _NEVER = -100.0  # logit of a forbidden action
 
 Experience: TypeAlias = dict[str, Tensor]
-"""What a pass over n decided tokens taught: `log_price` `[n]`; for the look at layer K `hidden.K`
-`[n, D]`; `changes` `[n, L, A]`, nats that another action would add."""
+"""What a pass over n decided tokens taught: `log_multiplier` `[n]`; for the decision point at
+layer K `hidden.K` `[n, D]`; `changes` `[n, L, A]`, nats that another action would add."""
 
 
 def improve(run: Learning) -> None:
@@ -96,16 +96,16 @@ def _pass(
 
     Returns:
         What it taught; the gradients of the compensation; the mean over decided tokens of
-        (KL + price * cost) / sqrt(price), of the KL in nats, and of the cost.
+        (KL + multiplier * cost) / sqrt(multiplier), of the KL in nats, and of the cost.
     """
-    batch, log_prices = run.batch(step), run.log_prices(BATCH)
+    batch, log_multipliers = run.batch(step), run.log_multipliers(BATCH)
     seen = slice(run.env.prompt_tokens, None)
-    drawing = _Drawing(run, log_prices, temperature)
+    drawing = _Drawing(run, log_multipliers, temperature)
     with run.autocast():
         reference = run.reference(step)
         rollout = run.env.run(batch, drawing, dense=True)
         kl = run.env.kl(reference, rollout.final)[:, seen]
-        weight = (-log_prices / 2).exp()  # [B, 1]
+        weight = (-log_multipliers / 2).exp()  # [B, 1]
         direction = random_direction(run.env, rollout.final, run.generator)
     count, leaves = kl.numel(), drawing.weights
     slopes = torch.autograd.grad(
@@ -123,9 +123,9 @@ def _pass(
         changes.append((slope + effect.square() / 2)[:, seen].flatten(0, 1))
     cost = run.cost(rollout.weights.detach())[:, seen]
     kl = kl.detach()
-    loss = ((kl + log_prices.exp() * cost) * weight).mean()
+    loss = ((kl + log_multipliers.exp() * cost) * weight).mean()
     experience = {
-        "log_price": log_prices.expand(-1, kl.shape[1]).flatten(),
+        "log_multiplier": log_multipliers.expand(-1, kl.shape[1]).flatten(),
         "changes": torch.cat(changes, 1).float(),
     }
     for state in drawing.states[1:]:
@@ -143,15 +143,15 @@ class _Drawing:
         weights: one-hot decisions `[B, T, n, A]` of each segment.
     """
 
-    def __init__(self, run: Learning, log_prices: Tensor, temperature: float):
-        self._run, self._log_prices, self._temperature = run, log_prices, temperature
+    def __init__(self, run: Learning, log_multipliers: Tensor, temperature: float):
+        self._run, self._log_multipliers, self._temperature = run, log_multipliers, temperature
         self.states: list[State] = []
         self.weights: list[Tensor] = []
 
     def __call__(self, state: State) -> Tensor:
         run = self._run
         with torch.no_grad():
-            p = chances(run.scorer, run.costs, state, self._log_prices, self._temperature)
+            p = chances(run.scorer, run.costs, state, self._log_multipliers, self._temperature)
             drawn = torch.rand(p.shape[:-1], generator=run.generator)[..., None]
             index = (drawn >= p.cumsum(-1)).sum(-1).clamp(max=p.shape[-1] - 1)
             weights = torch.nn.functional.one_hot(index, p.shape[-1]).float()
@@ -165,46 +165,48 @@ def _learn(
 ) -> None:
     """Moves the chances towards the actions that would have lost less."""
     everything = {name: torch.cat([one[name] for one in memory]) for name in memory[0]}
-    tokens = len(everything["log_price"])
+    tokens = len(everything["log_multiplier"])
     costs = run.costs.nan_to_num(posinf=0.0)
     for _ in range(_UPDATES):
         rows = torch.randint(tokens, (_TOKENS,), generator=run.generator)
-        log_price = everything["log_price"][rows]
+        log_multiplier = everything["log_multiplier"][rows]
         changes = everything["changes"][rows]  # [n, L, A]
-        totals = changes + log_price.exp()[:, None, None] * costs
+        totals = changes + log_multiplier.exp()[:, None, None] * costs
         loss = torch.zeros(())
         for layers in run.env.segments:
-            nothing = changes[:, :0, 0]  # the first segment looks at no token
+            nothing = changes[:, :0, 0]  # the first segment sees no token
             hidden = everything[f"hidden.{layers.start}"][rows].float() if layers.start else nothing
             state = State(layers, hidden)
-            p = chances(run.scorer, run.costs, state, log_price, temperature)
+            p = chances(run.scorer, run.costs, state, log_multiplier, temperature)
             expected = (p * totals[:, layers]).sum((-1, -2))
-            loss = loss + (expected * (-log_price / 2).exp()).mean()
+            loss = loss + (expected * (-log_multiplier / 2).exp()).mean()
         optimizer.zero_grad()
         loss.backward()
         _clipped_step(optimizer)
 
 
 def chances(
-    scorer: Scorer, costs: Tensor, state: State, log_price: Tensor, temperature: float
+    scorer: Scorer, costs: Tensor, state: State, log_multiplier: Tensor, temperature: float
 ) -> Tensor:
     """Probability of each action, `[..., n, A]`: the decision of the runtime, made smooth.
 
-    The argmin of value + price * cost, taken from the cheap end: going one action cheaper is
-    worth the price of the time it saves, plus what going further would gain from there. The logit
-    of each such choice is the log of worth over value, so that it acts on the scale of the values,
+    The argmin of value + multiplier * cost, taken from the cheap end: going one action cheaper is
+    worth the time it saves, times the multiplier, plus what going further would gain. The logit of
+    each such choice is the log of worth over value, so that it acts on the scale of the values,
     which differ by orders of magnitude between tokens.
 
     Args:
         scorer: in training.
         costs: `[L, A]`, in any unit, from dear to cheap, infinite where forbidden.
         state: of the decisions for n layers.
-        log_price: log nats per unit of cost, broadcastable to the tokens.
+        log_multiplier: log nats per unit of cost, broadcastable to the tokens.
         temperature: scale of the logistic noise on log values that it stands for.
     """
     steps = scorer.log_steps(state)  # [..., n, A-1]
     rows = costs[state.layers]
-    saved = log_price.exp()[..., None, None] * (rows[:, :-1] - rows[:, 1:])  # [..., n, A-1] nats
+    saved = log_multiplier.exp()[..., None, None] * (
+        rows[:, :-1] - rows[:, 1:]
+    )  # [..., n, A-1] nats
     beyond = torch.zeros_like(steps[..., 0])
     go: list[Tensor] = []
     for step in reversed(range(steps.shape[-1])):

@@ -21,7 +21,7 @@ from dash_onnx.exporters.train.environment import Environment
 from dash_onnx.exporters.train.forms import in_other_forms
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.options import TrainOptions
-from dash_onnx.exporters.train.scorer import Scorer, looks_of
+from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.static import Move
 from dash_onnx.exporters.train.text import training_ids
 
@@ -31,8 +31,13 @@ PROMPT_TOKENS = 32
 BATCH = 4
 """Sequences of one pass."""
 
-_PRICES = (0.006, 0.12)  # nats per mean layer of the cheapest precision: training draws from these
-_LOOKS = 1  # of the scorer per token: each costs a third of an INT4 layer, see docs/design.md
+_MULTIPLIERS = (
+    0.006,
+    0.12,
+)  # nats per mean layer of the cheapest precision: training draws from these
+_DECISION_POINTS = (
+    1  # of the scorer per token: each costs a third of an INT4 layer, see docs/design.md
+)
 
 
 class Learning:
@@ -76,14 +81,16 @@ class Learning:
         self.frozen = Frozen(bundle, self.actions, self.dtype)
         prompt = min(PROMPT_TOKENS, manifest.model.max_length // 2)
         facts = manifest.model
-        looks = looks_of(facts.num_layers, _LOOKS)
-        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], looks)
+        decision_points = decision_points_of(facts.num_layers, _DECISION_POINTS)
+        self.env = Environment(self.frozen, self.actions, prompt, self.actions[0], decision_points)
         self.costs = torch.tensor(manifest.costs.in_units(self.actions))
         self.costs[0, self.actions.index(SKIP)] = math.inf
         self.generator = torch.Generator().manual_seed(options.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
-            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), looks)
+            self.scorer = Scorer(
+                facts.num_layers, facts.hidden_size, len(self.actions), decision_points
+            )
         self.checkpoint = Checkpoint(bundle.folder, self._fingerprint())
         self.moves: list[Move] = []
         self.history: list[tuple[float, float, float]] = []
@@ -93,9 +100,9 @@ class Learning:
         digest = hashlib.sha256()
         files = {name: facts.sha256 for name, facts in self.graphs().items()}
         form = {name: list(weight.shape) for name, weight in self.scorer.state_dict().items()}
-        effort, looks = dataclasses.asdict(self.effort), self.scorer.looks
+        effort, decision_points = dataclasses.asdict(self.effort), self.scorer.decision_points
         costs = self.bundle.manifest.costs.in_units(self.actions)
-        facts = [files, effort, form, looks, costs, self.options.seed, str(self.dtype)]
+        facts = [files, effort, form, decision_points, costs, self.options.seed, str(self.dtype)]
         digest.update(json.dumps(facts).encode())
         for path in self.options.calibration:
             digest.update(read_text(path).encode())
@@ -131,15 +138,15 @@ class Learning:
         """Cost of decisions `[..., L, A]` in `Costs.unit_ms`; a forbidden one counts as nothing."""
         return (weights * self.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
 
-    def log_prices(self, count: int) -> Tensor:
-        """Log prices `[count, 1]`, drawn log-uniformly."""
-        low, high = self.log_price_range
+    def log_multipliers(self, count: int) -> Tensor:
+        """Log multipliers `[count, 1]`, drawn log-uniformly."""
+        low, high = self.log_multiplier_range
         return low + torch.rand(count, 1, generator=self.generator) * (high - low)
 
     @property
-    def log_price_range(self) -> tuple[float, float]:
+    def log_multiplier_range(self) -> tuple[float, float]:
         """Log of nats per `Costs.unit_ms`."""
-        return math.log(_PRICES[0]), math.log(_PRICES[1])
+        return math.log(_MULTIPLIERS[0]), math.log(_MULTIPLIERS[1])
 
     def batch(self, number: int) -> Tensor:
         """Training tokens `[BATCH, T]` of a pass; they come round again."""

@@ -25,7 +25,7 @@ def regress(run: Learning) -> None:
         run.moves = [static.Move(**move) for move in state["descent"]]
         return
     seen = slice(run.env.prompt_tokens // 8, None)
-    hidden: list[list[Tensor]] = [[] for _ in run.scorer.looks]
+    hidden: list[list[Tensor]] = [[] for _ in run.scorer.decision_points]
     samples: list[Tensor] = []
     for number in tqdm(range(run.effort.batches), desc="values", disable=None):
         with run.autocast():
@@ -49,9 +49,9 @@ def regress(run: Learning) -> None:
 
 
 def _fit(run: Learning, inputs: list[Tensor], targets: Tensor) -> None:
-    """Regresses samples `[n, L, A]` on the hidden states `[n, D]` of each look."""
+    """Regresses samples `[n, L, A]` on the hidden states `[n, D]` of each decision point."""
     optimizer = torch.optim.AdamW(run.scorer.parameters(), lr=_RATE, weight_decay=0.1)
-    nothing = targets.new_empty(len(targets), 0)  # the first segment looks at no token
+    nothing = targets.new_empty(len(targets), 0)  # the first segment sees no token
     for epoch in range(_EPOCHS):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * (1 + math.cos(math.pi * epoch / _EPOCHS)) / 2

@@ -21,10 +21,10 @@ _OPSET = 21  # none of its operators is newer
 _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale of its input
 
 
-def looks_of(layers: int, count: int) -> tuple[int, ...]:
-    """Layers before which the scorer looks at a token: the first after an eighth, then evenly.
+def decision_points_of(layers: int, count: int) -> tuple[int, ...]:
+    """Layers before which the scorer runs: the first after an eighth of them, then evenly.
 
-    The first layers tell how hard a token is; what is decided without a look is no choice at all.
+    The first layers tell how hard a token is; what is decided before them is no choice at all.
     """
     first = max(layers // 8, 1)
     count = min(count, layers - first)
@@ -32,7 +32,7 @@ def looks_of(layers: int, count: int) -> tuple[int, ...]:
 
 
 class Scorer(nn.Module):
-    """Values of the actions of every layer, from a few looks at the hidden state.
+    """Values of the actions of every layer, from the hidden state at a few decision points.
 
     The layers are cut into segments. The first one's values are the same for every token; those
     of segment k follow from the input of the layer before it:
@@ -44,11 +44,16 @@ class Scorer(nn.Module):
     takes the scale away.
 
     Attributes:
-        looks: first layer of each segment but the first one.
+        decision_points: first layer of each segment but the first one.
     """
 
     def __init__(
-        self, layers: int, hidden_size: int, actions: int, looks: tuple[int, ...], width: int = 64
+        self,
+        layers: int,
+        hidden_size: int,
+        actions: int,
+        decision_points: tuple[int, ...],
+        width: int = 64,
     ):
         """Starts with the same steps for every token.
 
@@ -56,11 +61,11 @@ class Scorer(nn.Module):
             layers: number of layers.
             hidden_size: D.
             actions: A.
-            looks: see the class.
+            decision_points: see the class.
             width: of the hidden layer.
         """
         super().__init__()
-        self.looks = looks
+        self.decision_points = decision_points
         self.normalise = nn.LayerNorm(hidden_size, eps=_EPSILON, bias=False)
         self.normalise.weight.requires_grad_(False)  # 1 / standard deviation
         self.reduce = nn.Linear(hidden_size, width)
@@ -71,7 +76,7 @@ class Scorer(nn.Module):
     def log_steps(self, state: State) -> Tensor:
         """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`."""
         bias = self.bias[state.layers]
-        if state.layers.start < self.looks[0]:
+        if state.layers.start < self.decision_points[0]:
             return bias.expand(*state.hidden.shape[:-1], -1, -1)
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
         hidden = nn.functional.relu(self.reduce(inputs))
@@ -90,18 +95,20 @@ class Scorer(nn.Module):
             self.normalise.weight.copy_(1 / normed.square().mean(0).sqrt().clamp(min=1e-3))
 
 
-def greedy(scorer: Scorer, costs: Tensor, log_price: Tensor) -> Decide:
-    """Decisions as the runtime takes them: argmin of value + price * cost.
+def greedy(scorer: Scorer, costs: Tensor, log_multiplier: Tensor) -> Decide:
+    """Decisions as the runtime takes them: argmin of value + multiplier * cost.
 
     Args:
         scorer: trained.
         costs: `[L, A]`, in any unit, infinite where an action must not be taken.
-        log_price: broadcastable to `[B, T]`.
+        log_multiplier: broadcastable to `[B, T]`.
     """
 
     def decide(state: State) -> Tensor:
         with torch.no_grad():
-            total = scorer.values(state) + log_price.exp()[..., None, None] * costs[state.layers]
+            total = (
+                scorer.values(state) + log_multiplier.exp()[..., None, None] * costs[state.layers]
+            )
             return nn.functional.one_hot(total.argmin(-1), total.shape[-1]).float()
 
     return decide
@@ -144,7 +151,7 @@ class BundleScorer(nn.Module):
             self._reduce = scorer.reduce.weight.T.contiguous()  # [D, width]
             still = scorer.expand.new_zeros(len(gain), self.extra, width)
             expand = torch.cat([still, scorer.expand], 1)
-            expand[: scorer.looks[0]] = 0  # the same for every token
+            expand[: scorer.decision_points[0]] = 0  # the same for every token
             self._expand = expand.flatten(0, 1).T.contiguous()  # [width, L * (A - 1)]
             constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
             self._bias = torch.cat([constant, scorer.bias], 1)

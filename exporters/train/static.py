@@ -23,14 +23,14 @@ class Move:
         action: index of its new action.
         path: action indices of all layers after the move.
         kl: mean KL of that path in nats.
-        price: nats lost per unit of cost saved by this move.
+        multiplier: nats lost per unit of cost saved by this move.
     """
 
     layer: int
     action: int
     path: tuple[int, ...]
     kl: float
-    price: float
+    multiplier: float
 
 
 def search(
@@ -76,23 +76,23 @@ def search(
         )
         if not ranked:
             return
-        price, layer, action, saved = ranked[0]
+        multiplier, layer, action, saved = ranked[0]
         if env.actions[action] != SKIP:
-            path, current, known = _moved(path, layer, action), current + price * saved, False
-            yield Move(layer, action, path, current, price)
+            path, current, known = _moved(path, layer, action), current + multiplier * saved, False
+            yield Move(layer, action, path, current, multiplier)
             continue
         if not known:
             (current,) = path_kl(env, ids, reference, path, [env.frozen.head])
             known = True
         best: Move | None = None
-        for price, layer, action, saved in ranked[:tried]:
-            if best and best.price <= price:
+        for multiplier, layer, action, saved in ranked[:tried]:
+            if best and best.multiplier <= multiplier:
                 break
             candidate = _moved(path, layer, action)
             (kl,) = path_kl(env, ids, reference, candidate, [env.frozen.head])
             loss = kl - current
             values[layer, action] = values[layer, path[layer]] + max(loss, 1e-7)
-            if best is None or loss / saved < best.price:
+            if best is None or loss / saved < best.multiplier:
                 best = Move(layer, action, candidate, kl, loss / saved)
         assert best
         current, path = best.kl, best.path
@@ -129,10 +129,10 @@ def fixed(env: Environment, path: Sequence[int], shape: torch.Size) -> Decide:
 
 
 def step_values(moves: Sequence[Move], costs: Tensor) -> Tensor:
-    """Values that make the price alone reproduce a descent: `[L, A-1]` nats per step.
+    """Values that make the multiplier alone reproduce a descent: `[L, A-1]` nats per step.
 
-    A layer leaves an action when the price reaches what that move lost per unit of cost, or what
-    an earlier move lost, if that was more. Steps that the descent never took are worth half as
+    A layer leaves an action when the multiplier reaches what that move lost per unit of cost, or
+    what an earlier move lost, if that was more. Steps that the descent never took are worth half as
     much again as its last one.
 
     Args:
@@ -141,11 +141,11 @@ def step_values(moves: Sequence[Move], costs: Tensor) -> Tensor:
     """
     saved = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6)
     highest = 0.0
-    prices = torch.zeros_like(saved)
+    multipliers = torch.zeros_like(saved)
     now = [0] * len(costs)
     for move in moves:
-        highest = max(highest, move.price, 1e-6)
-        prices[move.layer, now[move.layer] : move.action] = highest
+        highest = max(highest, move.multiplier, 1e-6)
+        multipliers[move.layer, now[move.layer] : move.action] = highest
         now[move.layer] = move.action
-    prices[prices == 0] = 1.5 * highest
-    return prices * saved
+    multipliers[multipliers == 0] = 1.5 * highest
+    return multipliers * saved

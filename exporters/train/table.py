@@ -1,4 +1,4 @@
-"""The policy table: which price leads to which budget and KL, on tokens held out of training."""
+"""The policy table: each multiplier's budget and KL, on tokens held out of training."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def measure(
     manifest: Manifest,
     ids: Tensor,
     reference: Tensor,
-    prices: list[float],
+    multipliers: list[float],
     rounding_kl: float,
 ) -> tuple[BudgetPoint, ...]:
-    """Runs the policy at every price.
+    """Runs the policy at every multiplier.
 
     Args:
         env: the process.
@@ -50,12 +50,12 @@ def measure(
         manifest: of the bundle, with its costs.
         ids: held-out tokens `[B, T]`.
         reference: input of the LM head on the reference path, `[B, T, D]`.
-        prices: nats per `Costs.unit_ms`.
+        multipliers: nats per `Costs.unit_ms`.
         rounding_kl: KL of the process's own reference against the bundle's; it is what a token
             loses that leaves `full`.
 
     Returns:
-        Rows of the table by ascending budget, as far as they are useful; a price that is no cheaper
+        Rows of the table by ascending budget, as far as they are useful; one that is no cheaper
         than the one below it is left out.
     """
     unit_ms = manifest.costs.unit_ms
@@ -67,10 +67,10 @@ def measure(
     fixed_ms = manifest.costs.embed_ms + manifest.costs.scorer_ms
     with torch.no_grad():
         points: list[BudgetPoint] = []
-        for price in sorted(prices):
+        for multiplier in sorted(multipliers):
             chosen, finals = [], []
             for part in ids.split(4):
-                penalty = price * allowed
+                penalty = multiplier * allowed
                 recorder = _Recorder(scorer, env, penalty, [])
                 finals.append(env.run(part, recorder).final)
                 chosen.append(torch.cat(recorder.chosen, -1))
@@ -82,7 +82,7 @@ def measure(
             losses = env.mean_kl(reference, final, list(env.frozen.heads))
             head, kl = min(
                 zip(env.frozen.heads, losses, strict=True),
-                key=lambda pair: pair[1] + price * heads[pair[0]],
+                key=lambda pair: pair[1] + multiplier * heads[pair[0]],
             )
             kl += left * rounding_kl
             ms = fixed_ms + layers_ms + manifest.costs.heads_ms[head]
@@ -90,7 +90,7 @@ def measure(
             points.append(
                 BudgetPoint(
                     budget=round(ms / full_ms, 5),
-                    price=price,
+                    multiplier=multiplier,
                     head=head,
                     kl=round(kl, 6),
                     shares={action: round(share, 4) for action, share in shares.items()},
