@@ -31,7 +31,7 @@ from dash_onnx.exporters.train.frozen import Frozen, Tensor
 from dash_onnx.exporters.train.learning import BATCH, PROMPT_TOKENS
 from dash_onnx.exporters.train.text import LENGTH
 from dash_onnx.exporters.train.values import random_direction
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.sessions import Sessions
 
@@ -99,25 +99,23 @@ GRAPHS = {ATTENTION: attention_only, MIXED: mixed}
 
 def times(folder: Path) -> dict[str, float]:
     """Microseconds of a layer."""
-    sessions = Others(Bundle(folder), "cpu")
+    sessions = Others(Bundle(folder), open_backend("cpu"))
     manifest = sessions.manifest
     layers = manifest.model.num_layers
-    lane = Lane(sessions)
-    lane.prefill(np.arange(1000, 1064), ("int8",) * layers, manifest.heads["int8"])
-    span = lane._single
+    sequence = sessions.new_sequence()
+    sequence.prefill(np.arange(1000, 1064), ("int8",) * layers, manifest.heads["int8"])
     names: Any = ("int8", "int4", SKIP, *GRAPHS)
-    all_runs = {name: [span._run_of(layer, name) for layer in range(layers)] for name in names}
-    seen: dict[str, list[float]] = {name: [] for name in all_runs}
+    seen: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(2 * TOKENS), desc="times", disable=None):
-        for name, steps in all_runs.items():
-            lane.truncate(64)
-            lane._advance(1)
-            span._start(17)
+        for name in names:
+            sequence.truncate(64)
+            sequence.advance(1)
+            sequence.embed(17)
             started = time.perf_counter()
-            for run in steps:
-                run()
+            for layer in range(layers):
+                sequence.run(layer, name)
             seen[name].append((time.perf_counter() - started) / layers * 1e6)
-            span.run_head(manifest.heads["int8"])
+            sequence.head(manifest.heads["int8"])
     return {name: float(np.median(values[TOKENS:])) for name, values in seen.items()}
 
 

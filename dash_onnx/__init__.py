@@ -7,21 +7,47 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
-    from dash_onnx.runtime.engine import Model, load
+    from dash_onnx.runtime.cache import Cache
+    from dash_onnx.runtime.engine import Model, ScoredToken, load
+    from dash_onnx.runtime.generate import Chunk, GeneratedToken
+    from dash_onnx.runtime.options import GenerationOptions
 
-__all__ = ["DashError", "Model", "__version__", "load"]
+_LAZY = {
+    "Cache": "cache",
+    "Chunk": "generate",
+    "GeneratedToken": "generate",
+    "GenerationOptions": "options",
+    "Model": "engine",
+    "ScoredToken": "engine",
+    "load": "engine",
+}
+
+__all__ = [
+    "Cache",
+    "Chunk",
+    "DashError",
+    "GeneratedToken",
+    "GenerationOptions",
+    "Model",
+    "ScoredToken",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
     # The exporter must not pay for the runtime's imports, nor `--help` for ORT's.
-    if name in ("Model", "load"):
-        from dash_onnx.runtime import engine
-
-        return getattr(engine, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"dash_onnx.runtime.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,6 @@ from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.runtime.machine import peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import onnxruntime
 from dash_onnx.runtime.profile import profile
-from dash_onnx.runtime.sessions import Sessions
 
 _UNMEASURED = Costs("", 0, 0.0, 0.0, {}, ())
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")
@@ -93,7 +92,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
         release_memory()
-        manifest = replace(manifest, costs=profile(Sessions(Bundle(folder), writer.runner.device)))
+        manifest = replace(manifest, costs=profile(Bundle(folder), writer.runner.device))
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from dash_onnx.core.contract import Port, Ports
-from dash_onnx.runtime.ort import Device, onnxruntime
+from dash_onnx.runtime.ort import Device
 
 Run = Callable[[], Any]
 """Runs a graph on what it is bound to."""
 
 
 class Buffer:
-    """A tensor on the device; on the CPU it is a NumPy array that the graphs share.
+    """A tensor in the CPU's memory, shared with the graphs that are bound to it.
 
     Attributes:
         shape: its dimensions.
@@ -25,52 +25,44 @@ class Buffer:
         pointer: address of its first element on that device.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: Device = "cpu"):
+    device: Device = "cpu"
+
+    def __init__(self, shape: tuple[int, ...], dtype: str):
         """Allocates zeros."""
         self.shape = shape
         self.dtype = np.dtype(dtype)
-        self.device: Device = device
-        self._value: Any = np.zeros(shape, self.dtype)
-        if device == "cpu":
-            self.pointer = int(self._value.ctypes.data)
-        else:
-            self._value = onnxruntime().OrtValue.ortvalue_from_numpy(self._value, device, 0)
-            self.pointer = int(self._value.data_ptr())
+        self._array = np.zeros(shape, self.dtype)
+        self.pointer = int(self._array.ctypes.data)
 
     @property
     def array(self) -> np.ndarray:
-        """The content: the shared memory itself on the CPU, a copy elsewhere."""
-        return self._value if self.device == "cpu" else self._value.numpy()
+        """The content: the memory itself on the CPU, a copy elsewhere."""
+        return self._array
 
     def write(self, content: Any) -> None:
         """Replaces the whole content."""
-        if self.device == "cpu":
-            self._value[...] = content
-        else:
-            self._value.update_inplace(np.ascontiguousarray(content, self.dtype))
+        self._array[...] = content
 
 
-def bind_input(
-    binding: Any, port: Port, buffer: Buffer, shape: tuple[int, ...] | None = None, start: int = 0
+def bind(
+    bind_port: Callable[..., None],
+    port: Port,
+    buffer: Buffer,
+    shape: tuple[int, ...] | None = None,
+    start: int = 0,
 ) -> None:
-    """Binds a graph input to a buffer, or to a part of it.
+    """Binds a port of a graph to a buffer, or to a part of it.
 
     Args:
+        bind_port: `bind_input` or `bind_output` of an IOBinding.
+        port: of the graph.
+        buffer: to read from or to write to.
         shape: of the part; None takes the whole buffer.
         start: first element of the part.
     """
     address = buffer.pointer + start * buffer.dtype.itemsize
     shape = buffer.shape if shape is None else shape
-    binding.bind_input(port.name, buffer.device, 0, buffer.dtype.type, shape, address)
-
-
-def bind_output(
-    binding: Any, port: Port, buffer: Buffer, shape: tuple[int, ...] | None = None, start: int = 0
-) -> None:
-    """Binds a graph output to a buffer, or to a part of it (see `bind_input`)."""
-    address = buffer.pointer + start * buffer.dtype.itemsize
-    shape = buffer.shape if shape is None else shape
-    binding.bind_output(port.name, buffer.device, 0, buffer.dtype.type, shape, address)
+    bind_port(port.name, buffer.device, 0, buffer.dtype.type, shape, address)
 
 
 def bound_run(
@@ -85,13 +77,13 @@ def bound_run(
     A port whose sizes are all known takes as much of its buffer, in its own shape.
     """
     binding = session.io_binding()
-    for bind, side, buffers in (
-        (bind_input, ports.inputs, inputs),
-        (bind_output, ports.outputs, outputs),
+    for bind_port, side, buffers in (
+        (binding.bind_input, ports.inputs, inputs),
+        (binding.bind_output, ports.outputs, outputs),
     ):
         for port, buffer in zip(side, buffers, strict=True):
             known = tuple(size for size in port.shape if isinstance(size, int))
-            bind(binding, port, buffer, known if len(known) == len(port.shape) else None)
+            bind(bind_port, port, buffer, known if len(known) == len(port.shape) else None)
     run = partial(session.run_with_iobinding, binding, run_options)
     # The binding holds raw addresses: the partial must keep the buffers alive.
     run.buffers = (inputs, outputs)  # type: ignore[attr-defined]

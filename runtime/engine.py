@@ -4,41 +4,59 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DeviceError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
-from dash_onnx.runtime.decoding import decoding
-from dash_onnx.runtime.dispatch import Lane, Logits
+from dash_onnx.runtime.backend import Backend, open_backend
+from dash_onnx.runtime.cache import Cache
+from dash_onnx.runtime.deciders import ScoredDecider, decider_of
 from dash_onnx.runtime.generate import (
-    Cache,
     Chunk,
-    Step,
+    GeneratedToken,
     check_prompt,
-    generate_step,
+    generate_tokens,
     prefill_plan,
     stream,
 )
-from dash_onnx.runtime.options import Options
-from dash_onnx.runtime.ort import Device, check_device, use_threads
+from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.ort import Device, use_threads
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
-from dash_onnx.runtime.span import Ids
 
 Prompt = str | Sequence[Message]
 """Raw text, or the messages of a conversation."""
 
 
+@dataclass(frozen=True)
+class ScoredToken:
+    """What the model made of one token of a given text.
+
+    Attributes:
+        logits: of the token after it, `[V]`; the next one overwrites them.
+        path: the action of each layer.
+        predicted_kl: what each action of each layer was predicted to cost, `[L, A]` nats; None
+            where it was not asked for, or no scorer decides.
+    """
+
+    logits: Logits
+    path: Path
+    predicted_kl: npt.NDArray[np.float32] | None = None
+
+
 class Model:
     """A bundle, ready to generate. Safe to use from several threads at once.
 
-    Keyword options of every generating method are those of `runtime.options.Options` and
-    `runtime.sampling.Sampling`.
+    The options of every generating method are those of `GenerationOptions`.
 
     Attributes:
         manifest: what `dash.json` says.
@@ -48,21 +66,31 @@ class Model:
     def __init__(
         self,
         bundle: Bundle,
-        device: Device,
-        threads: int | None,
+        backend: Backend,
+        *,
         policy: str | Policy = "",
         budget: Budget | None = None,
         memory: Memory = "high",
-        cuda_graphs: bool = False,
     ):
         """See `load`."""
-        check_device(device)
-        use_threads(threads)
         self.manifest = bundle.manifest
         self.text = TextCodec(bundle)
-        self._sessions = Sessions(bundle, device, memory, cuda_graphs)
+        self._sessions = Sessions(bundle, backend, memory)
         self._default = (policy, budget)
         self.policy()  # refuses a wrong one now
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """The graphs that are loaded, by their path in the bundle."""
+        return self._sessions.loaded
+
+    def new_sequence(self, capacity: int = CAPACITY) -> SequenceState:
+        """An empty sequence, for a caller who drives the decode loop with deciders of its own.
+
+        Args:
+            capacity: tokens that its K/V cache has room for at first; it doubles when full.
+        """
+        return self._sessions.new_sequence(capacity)
 
     def new_cache(self) -> Cache:
         """An empty K/V cache that several generations of one conversation share, in turn."""
@@ -101,11 +129,11 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def policy(self, policy: str | Policy = "", budget: Budget | None = None) -> Policy:
+    def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
         """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
 
         Args:
-            policy: a name or a `Policy`; empty takes the one that the model was loaded with.
+            policy: a name or a `Policy`; None or empty takes the one the model was loaded with.
             budget: fraction of the full time per token or a preset; likewise.
         """
         if not policy:
@@ -114,7 +142,11 @@ class Model:
         return make_policy(policy, self.manifest, budget)
 
     def logits(
-        self, ids: Ids | Sequence[int], *, policy: str | Policy = "", budget: Budget | None = None
+        self,
+        ids: Ids | Sequence[int],
+        *,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
     ) -> Logits:
         """Teacher-forced logits of a text.
 
@@ -122,81 +154,244 @@ class Model:
         the highest exported precision.
 
         Args:
-            ids: 1-D token ids, `[S]`.
+            ids: token ids `[S]`.
+            policy: see `policy`.
+            budget: likewise.
 
         Returns:
             `[S, V]` float32: row i predicts token i + 1.
         """
         ids = self._checked(ids)
-        chosen, lane = self.policy(policy, budget), Lane(self._sessions)
+        chosen, sequence = (
+            self.policy(policy, budget),
+            self.new_sequence(),
+        )
         if chosen.uniform is not None:
-            return lane.prefill_all(ids, chosen.uniform, chosen.head)
-        first = lane.prefill_all(ids[:1], *prefill_plan(self._sessions, chosen))
-        decode = decoding(lane, chosen)
-        rows = [decode(token)[0].astype(np.float32)[None] for token in ids[1:].tolist()]
-        return np.concatenate([first, *rows])
+            return sequence.prefill(ids, chosen.uniform, chosen.head, every=True)
+        first = sequence.prefill(ids[:1], *prefill_plan(self._sessions, chosen), every=True)
+        decider = decider_of(chosen, sequence)
+        rows = [
+            sequence.forward(token, decider)[0].astype(np.float32) for token in ids[1:].tolist()
+        ]
+        return np.stack([*first, *rows])
 
-    def teacher_forced(
+    def score(
         self,
         ids: Ids | Sequence[int],
-        policy: str | Policy,
-        prompt_tokens: int,
+        *,
+        prompt_tokens: int = 1,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
         prefill: Action | None = None,
         cache: Cache | None = None,
-    ) -> Iterator[tuple[Logits, Path]]:
+        predictions: bool = False,
+    ) -> Iterator[ScoredToken]:
         """Prefills a part of a text, then decodes the rest of it under a policy.
 
         Args:
-            ids: 1-D token ids.
+            ids: token ids `[S]`.
             prompt_tokens: how many are prefilled.
-            prefill: at which precision; None takes the highest exported.
+            policy: see `policy`.
+            budget: likewise.
+            prefill: precision of the prefilled part; None takes the highest exported.
             cache: keeps the K/V of the prefilled part for the next call.
+            predictions: tell what the scorer predicted, where one decides.
 
         Yields:
-            For each later token, the logits `[V]` after it (overwritten by the next step) and
-            its path.
+            One result for each token after the prefilled part.
         """
         ids = self._checked(ids)
-        chosen = self.policy(policy)
-        if cache is None:  # an empty one is false
-            cache = self.new_cache()
-        lane, rest = cache.acquire(ids[:prompt_tokens])
+        chosen = self.policy(policy, budget)
+        cache = self.new_cache() if cache is None else cache  # an empty one is false
+        sequence, rest = cache.acquire(ids[:prompt_tokens])
         try:
             if len(rest):
-                lane.prefill(rest, *prefill_plan(self._sessions, chosen, prefill))
+                sequence.prefill(rest, *prefill_plan(self._sessions, chosen, prefill))
                 cache.tokens += rest.tolist()
-            yield from map(decoding(lane, chosen), ids[prompt_tokens:].tolist())
+            decider = decider_of(chosen, sequence)
+            scorer = decider if predictions and isinstance(decider, ScoredDecider) else None
+            for token in ids[prompt_tokens:].tolist():
+                logits, path = sequence.forward(token, decider)
+                yield ScoredToken(logits, path, scorer.predicted_kl if scorer else None)
         finally:
             cache.release()
 
-    def generate_step(self, ids: Ids | Sequence[int], **options: Any) -> Iterator[Step]:
-        """Generates tokens after a prompt of token ids; the first step is the prefill."""
-        chosen = Options.of(**options)
-        policy = self.policy(chosen.policy, chosen.budget)
-        eos = self.text.eos_token_ids
-        return generate_step(self._sessions, self._checked(ids), policy, eos, chosen)
+    def generate_step(
+        self,
+        ids: Ids | Sequence[int],
+        *,
+        options: GenerationOptions | None = None,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        cache: Cache | None = None,
+        temperature: float | None = None,
+        repetition_penalty: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[GeneratedToken]:
+        """Generates tokens after a prompt of token ids; the first one comes from the prefill.
 
-    def stream(self, prompt: Prompt, **options: Any) -> Generator[Chunk]:
+        Args:
+            ids: the prompt, `[S]`.
+            options: the value of whatever is None here; the rest is described there.
+
+        Raises:
+            PolicyError: an option is out of range, or not one that the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        chosen = GenerationOptions.of(
+            options,
+            policy=policy,
+            budget=budget,
+            prefill=prefill,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            cache=cache,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+        )
+        ids, policy_ = self._checked(ids), self.policy(chosen.policy, chosen.budget)
+        return generate_tokens(self._sessions, ids, policy_, self.text.eos_token_ids, chosen)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerationOptions | None = None,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        cache: Cache | None = None,
+        temperature: float | None = None,
+        repetition_penalty: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+    ) -> Generator[Chunk]:
         """Generates text piece by piece; `close()` ends it and frees its cache.
 
         Args:
             prompt: raw text, or chat messages, which the chat template turns into text.
+            options: the value of whatever is None here; the rest is described there.
+
+        Raises:
+            PolicyError: an option is out of range, or not one that the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
         """
-        chosen = Options.of(**options)
+        chosen = GenerationOptions.of(
+            options,
+            policy=policy,
+            budget=budget,
+            prefill=prefill,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            cache=cache,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+        )
         text = isinstance(prompt, str)
         ids = self.text.encode(prompt) if text else self.text.encode_chat(prompt)  # type: ignore[arg-type]
-        steps = self.generate_step(ids, **options)
-        chunks = stream(self.text, steps, len(ids), chosen.stop)
+        steps = self.generate_step(ids, options=chosen)
+        chunks = stream(self.text, steps, len(ids), tuple(chosen.stop))
         first = next(chunks)  # errors surface here, not at the first use
         return _continued(first, chunks)
 
-    def generate(self, prompt: Prompt, **options: Any) -> str:
-        """Generates the whole text."""
-        return "".join(chunk.text for chunk in self.stream(prompt, **options))
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerationOptions | None = None,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        cache: Cache | None = None,
+        temperature: float | None = None,
+        repetition_penalty: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """Generates the whole text; see `stream`."""
+        chunks = self.stream(
+            prompt,
+            options=options,
+            policy=policy,
+            budget=budget,
+            prefill=prefill,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            cache=cache,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+        )
+        return "".join(chunk.text for chunk in chunks)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> str:
-        """Generates the assistant's answer to a conversation."""
-        return self.generate(list(messages), **options)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        options: GenerationOptions | None = None,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        cache: Cache | None = None,
+        temperature: float | None = None,
+        repetition_penalty: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """Generates the assistant's answer to a conversation; see `stream`."""
+        return self.generate(
+            list(messages),
+            options=options,
+            policy=policy,
+            budget=budget,
+            prefill=prefill,
+            max_new_tokens=max_new_tokens,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            cache=cache,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+        )
 
     def _checked(self, ids: Ids | Sequence[int]) -> Ids:
         array = np.asarray(ids, np.int64)
@@ -252,4 +447,6 @@ def load(
             f"{folder} was exported for device {built_for!r}, not {device!r}; "
             f"export again with --device {device}"
         )
-    return Model(bundle, device, threads, policy, budget, memory, cuda_graphs)
+    backend = open_backend(device, cuda_graphs=cuda_graphs)
+    use_threads(threads)
+    return Model(bundle, backend, policy=policy, budget=budget, memory=memory)

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.core.actions import Action
+from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.span import Ids
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,13 @@ def evaluate(
         reference = log_softmax(model.logits(ids, policy=best)[prompt_tokens:-1])
         rows = []
         started = time.perf_counter()
-        for logits, path in model.teacher_forced(ids[:-1], chosen, prompt_tokens, prefill):
+        for token in model.score(
+            ids[:-1], prompt_tokens=prompt_tokens, policy=chosen, prefill=prefill
+        ):
             times.append((time.perf_counter() - started) * 1e3)
-            rows.append(logits.astype(np.float32))  # a copy: the next token overwrites it
-            counts.update(path)
-            spent.append(chosen.cost_ms(path, costs))
+            rows.append(token.logits.astype(np.float32))  # a copy: the next one overwrites it
+            counts.update(token.path)
+            spent.append(chosen.cost_ms(token.path, costs))
             started = time.perf_counter()
         ours = log_softmax(np.stack(rows))
         targets = ids[prompt_tokens + 1 :, None]

@@ -1,38 +1,35 @@
-"""Generation in layers: `generate_step` yields tokens, `stream` yields text."""
+"""Generation: from a prompt to tokens, and from tokens to text."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import Detokenizer, TextCodec
-from dash_onnx.runtime.decoding import decoding
-from dash_onnx.runtime.dispatch import Lane, Logits
-from dash_onnx.runtime.options import Options
+from dash_onnx.runtime.cache import Cache
+from dash_onnx.runtime.deciders import decider_of
+from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampler
 from dash_onnx.runtime.sessions import Sessions
-from dash_onnx.runtime.span import Ids
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
 
 
 @dataclass(frozen=True)
-class Step:
+class GeneratedToken:
     """One generated token.
 
     Attributes:
         token: its id.
-        path: the action of each layer in the run that produced it.
-        ms: wall time of that run and the sampling, in milliseconds (the first: the prefill).
+        path: the action of each layer in the pass that produced it.
+        ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
         finish_reason: set on the last token.
     """
 
@@ -65,47 +62,10 @@ class Chunk:
     finish_reason: FinishReason | None = None
 
 
-class Cache:
-    """The K/V of a conversation, kept between generations. One generation at a time uses it."""
-
-    def __init__(self, sessions: Sessions):
-        """Starts empty."""
-        self.tokens: list[int] = []
-        self._lane = Lane(sessions)
-        self._busy = threading.Lock()
-
-    def __len__(self) -> int:
-        """Tokens it holds."""
-        return self._lane.length
-
-    def acquire(self, ids: Ids) -> tuple[Lane, Ids]:
-        """Takes the lane; returns it with the part of the prompt that it does not hold yet.
-
-        Raises:
-            PolicyError: another generation is using it.
-        """
-        if not self._busy.acquire(blocking=False):
-            raise PolicyError("this cache is in use by another generation; give each its own")
-        held = np.asarray(self.tokens, np.int64)
-        # The last token runs again: it gives the logits.
-        shortest = max(min(len(held), len(ids) - 1), 0)
-        differs = np.flatnonzero(held[:shortest] != ids[:shortest])
-        common = int(differs[0]) if len(differs) else shortest
-        self._lane.truncate(common)
-        del self.tokens[common:]
-        return self._lane, ids[common:]
-
-    def release(self) -> None:
-        """Gives the lane back; an interrupted run leaves no half-written token behind."""
-        del self.tokens[self._lane.length :]
-        self._lane.truncate(len(self.tokens))
-        self._busy.release()
-
-
-def generate_step(
-    sessions: Sessions, ids: Ids, policy: Policy, eos: frozenset[int], options: Options
-) -> Iterator[Step]:
-    """Generates token by token.
+def generate_tokens(
+    sessions: Sessions, ids: Ids, policy: Policy, eos: frozenset[int], options: GenerationOptions
+) -> Iterator[GeneratedToken]:
+    """Generates token by token; the first one comes from the prefill.
 
     Args:
         ids: the prompt, `[S]`.
@@ -119,32 +79,31 @@ def generate_step(
     manifest = sessions.manifest
     check_prompt(ids, manifest.model.max_length, manifest.model.vocab_size)
     cache = Cache(sessions) if options.cache is None else options.cache
-    lane, rest = cache.acquire(ids)
+    sequence, rest = cache.acquire(ids)
     try:
-        sampler = Sampler(options.sampling)
+        sampler = Sampler(options)
         seen = [int(token) for token in ids]
-        decode = decoding(lane, policy)
+        decider = decider_of(policy, sequence)
         path, head = prefill_plan(sessions, policy, options.prefill)
         token = -1
         for count in range(1, options.max_new_tokens + 1):
             started = time.perf_counter()
-            logits: Logits
             if count == 1:
-                logits = lane.prefill(rest, path, head)
+                logits = sequence.prefill(rest, path, head)
                 cache.tokens += rest.tolist()
             else:
-                logits, path = decode(token)
+                logits, path = sequence.forward(token, decider)
                 cache.tokens.append(token)
             token = sampler(logits, seen)
             seen.append(token)
             reason: FinishReason | None = None
             if token in eos and not options.ignore_eos:
                 reason = "stop"
-            elif lane.length >= manifest.model.max_length:
+            elif sequence.length >= manifest.model.max_length:
                 reason = "context"
             elif count == options.max_new_tokens:
                 reason = "length"
-            yield Step(token, path, (time.perf_counter() - started) * 1e3, reason)
+            yield GeneratedToken(token, path, (time.perf_counter() - started) * 1e3, reason)
             if reason is not None:
                 return
     finally:
@@ -202,7 +161,7 @@ def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
 
 
 def stream(
-    codec: TextCodec, steps: Iterator[Step], prompt_tokens: int, stop: tuple[str, ...]
+    codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
 ) -> Generator[Chunk]:
     """Turns tokens into text; holds back what may become a stop string."""
     try:
@@ -213,7 +172,7 @@ def stream(
 
 
 def _chunks(
-    codec: TextCodec, steps: Iterator[Step], prompt_tokens: int, stop: tuple[str, ...]
+    codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
 ) -> Iterator[Chunk]:
     detokenizer = Detokenizer(codec)
     held = ""

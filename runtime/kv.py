@@ -7,10 +7,11 @@ import numpy as np
 from dash_onnx.core.facts import Rope
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
+from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer
-from dash_onnx.runtime.ort import Device
 
-_FIRST_CAPACITY = 256  # tokens; most chat turns fit, and a copy of this size costs nothing
+CAPACITY = 256
+"""Tokens there is room for at first: most chat turns fit, and a copy of this size costs nothing."""
 
 
 class KVCache:
@@ -24,21 +25,21 @@ class KVCache:
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
     """
 
-    def __init__(self, manifest: Manifest, device: Device):
-        """Starts empty."""
+    def __init__(self, manifest: Manifest, backend: Backend, capacity: int = CAPACITY):
+        """Starts empty, with room for some tokens."""
         self.length = 0
         self.capacity = 0
         self._manifest = manifest
-        self._device: Device = device
+        self._backend = backend
         self.keys: list[Buffer] = []
         self.values: list[Buffer] = []
-        self.reserve(1)
+        self.reserve(min(capacity, manifest.model.max_length))
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` in all; the buffers move where there is none."""
+    def reserve(self, tokens: int) -> bool:
+        """Makes room for `tokens` in all; returns whether the buffers had to move for it."""
         if tokens <= self.capacity:
-            return
-        capacity = max(self.capacity, _FIRST_CAPACITY)
+            return False
+        capacity = self.capacity or tokens
         while capacity < tokens:
             capacity *= 2
         capacity = min(capacity, self._manifest.model.max_length)
@@ -46,11 +47,12 @@ class KVCache:
         self.values = self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
         self.capacity = capacity
+        return True
 
     def _tables(self, rope: Rope, capacity: int) -> tuple[Buffer, Buffer]:
         dtype = self._manifest.dims.dtype
         tables = rotary_tables(rope, capacity, dtype)
-        cos, sin = (Buffer(table.shape, dtype, self._device) for table in tables)
+        cos, sin = (self._backend.buffer(table.shape, dtype) for table in tables)
         cos.write(tables[0])
         sin.write(tables[1])
         return cos, sin
@@ -60,7 +62,7 @@ class KVCache:
         shape = (1, dims.num_kv_heads, capacity, dims.head_dim)
         new = []
         for layer in range(self._manifest.model.num_layers):
-            buffer = Buffer(shape, dims.dtype, self._device)
+            buffer = self._backend.buffer(shape, dims.dtype)
             if self.length:
                 content = np.zeros(shape, dims.dtype)
                 content[:, :, : self.length] = old[layer].array[:, :, : self.length]

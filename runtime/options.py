@@ -1,10 +1,10 @@
-"""The options of a generation."""
+"""The options of a generation, and their defaults: the Python API and the tools take them here."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.core.actions import Action
@@ -14,23 +14,23 @@ from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
-    from dash_onnx.runtime.generate import Cache
+    from dash_onnx.runtime.cache import Cache
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose per generation.
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(Sampling):
+    """What a user may choose for a generation, `Sampling` included.
 
     Attributes:
-        policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`.
+        policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`. Empty takes
+            the one that the model was loaded with.
         budget: fraction of the full time per token, or a preset; None takes the model's own.
         prefill: precision of the prompt; None takes the highest exported.
         max_new_tokens: most tokens to generate.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         stop: strings that end the text; they are not part of it.
-        cache: a `Cache` from `Model.new_cache`: the prompt's common prefix with what it
-            holds is not computed again.
-        sampling: how the next token is drawn.
+        cache: from `Model.new_cache`: what it shares with the beginning of the prompt is not
+            computed again.
     """
 
     policy: str | Policy = ""
@@ -38,36 +38,24 @@ class Options:
     prefill: Action | None = None
     max_new_tokens: int = 512
     ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()
     cache: Cache | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if "" in stop:
+            raise PolicyError("an empty stop string would end every text at once")
+        if self.max_new_tokens < 1:
+            raise PolicyError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
 
     @classmethod
-    def of(cls, **options: Any) -> Options:
-        """Builds options from keywords; those of `Sampling` may be given directly.
+    def of(cls, options: GenerationOptions | None, **given: Any) -> GenerationOptions:
+        """Options, or the defaults, with every value that is given and not None.
 
         Raises:
             PolicyError: a value is out of range.
-            TypeError: an unknown option.
         """
-        own = {f.name for f in dataclasses.fields(cls)}
-        drawn = {f.name for f in dataclasses.fields(Sampling)}
-        for name in options:
-            if name not in own | drawn:
-                close = difflib.get_close_matches(name, own | drawn, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"unknown option {name!r}{hint}")
-        sampling = {name: value for name, value in options.items() if name in drawn}
-        if sampling and "sampling" in options:
-            raise TypeError(f"give either sampling= or {', '.join(sampling)}, not both")
-        if sampling:
-            options = {n: v for n, v in options.items() if n not in drawn}
-            options["sampling"] = Sampling(**sampling)
-        if isinstance(options.get("stop"), str):
-            options["stop"] = (options["stop"],)
-        result = cls(**options)
-        if "" in result.stop:
-            raise PolicyError("an empty stop string would end every text at once")
-        if result.max_new_tokens < 1:
-            raise PolicyError(f"max_new_tokens={result.max_new_tokens} must be at least 1")
-        return result
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(options or cls(), **chosen)

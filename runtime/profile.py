@@ -6,21 +6,29 @@ Never more of the model is loaded than fits a window: some consecutive layers, o
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.machine import machine_name, release_memory
-from dash_onnx.runtime.ort import thread_count
+from dash_onnx.runtime.ort import Device, thread_count
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
-from dash_onnx.runtime.span import Step
+
+LayerAction = tuple[int, Action]
+"""A layer and what it does."""
 
 _TOKENS = 96
 _WARM_UP = 16  # tokens until every graph has run and memory has settled
@@ -53,14 +61,18 @@ class _Times:
     embeds: list[float] = field(default_factory=list)
 
 
-def profile(sessions: Sessions) -> Costs:
+def profile(bundle: Bundle, device: Device) -> Costs:
     """Decodes random paths and takes the median of each part's time.
 
     Random paths, because a policy mixes actions and then finds their weights as cold in memory
     as it finds them here. The highest precision takes turns of its own: mixed paths that use it
     are rare, and its weights would push all others out of the caches.
+
+    Args:
+        bundle: whose graphs run.
+        device: where they run.
     """
-    manifest = sessions.manifest
+    sessions, manifest = Sessions(bundle, open_backend(device)), bundle.manifest
     best, *others = manifest.variants
     cheap = (*(others or [best]), SKIP)
     rng = random.Random(0)
@@ -130,53 +142,115 @@ def _time(
     """Decodes tokens on paths of a window's layers, and forgets their graphs."""
     manifest = sessions.manifest
     longest, vocab = manifest.model.max_length, manifest.model.vocab_size
-    lane = Lane(sessions)
+    sequence = sessions.new_sequence()
     prompt = min(_PROMPT, longest - 1)
-    lane.assume(prompt)
+    sequence.advance(prompt)  # counted, not run: timing does not depend on what the cache holds
     others = _others(window)
     # What comes first after `others` would pay for waking threads and for cold instructions. In a
     # decoding token the embedding comes after the head, and all layers but the first after a layer.
     last = manifest.model.num_layers - 1
-    before: list[Step] = [] if window.whole else [(last, SKIP)]
-    lead: list[Step] = []
+    before: list[LayerAction] = [] if window.whole else [(last, SKIP)]
+    lead: list[LayerAction] = []
     if 0 not in window.layers:
         lead = [(window.layers[0] - 1 if window.layers else last, SKIP)]
     for count in range(_WARM_UP + tokens):
-        if lane.length == longest:  # a short context: again from the prompt
-            lane.truncate(prompt)
-        steps = [(layer, choose(layer)) for layer in window.layers]
+        if sequence.length == longest:  # a short context: again from the prompt
+            sequence.truncate(prompt)
+        parts = [(layer, choose(layer)) for layer in window.layers]
         head = rng.choice(window.heads) if window.heads else None
         others.max(initial=0)
-        embed, *rest = lane.time_token(rng.randrange(vocab), steps, head, before, lead)
+        embed, *rest = _time_token(sequence, rng.randrange(vocab), parts, head, before, lead)
         if count < _WARM_UP:
             continue
         if 0 in window.layers:
             times.embeds.append(embed)
         if head is not None:
             times.heads[head].append(rest.pop())
-        for (layer, action), ms in zip(steps, rest, strict=True):
+        for (layer, action), ms in zip(parts, rest, strict=True):
             times.layers[layer].setdefault(action, []).append(ms)
-    del lane
+    del sequence
     _forget(sessions)
+
+
+def _time_token(
+    sequence: SequenceState,
+    token: int,
+    parts: Sequence[LayerAction],
+    head: Action | None,
+    before: Sequence[LayerAction],
+    lead: Sequence[LayerAction],
+) -> list[float]:
+    """Runs a token as `SequenceState.forward` does, but for what is left out.
+
+    Args:
+        sequence: whose next token it is.
+        token: its id.
+        parts: the layers that are timed.
+        head: precision of the LM head; None leaves it out.
+        before: layers that run before the embedding and are not timed.
+        lead: layers that run after it and are not timed.
+
+    Returns:
+        Milliseconds of the embedding, each layer, and the head if there is one.
+    """
+
+    def timed(part: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        part()
+        sequence.sessions.backend.synchronize()
+        return (time.perf_counter() - started) * 1e3
+
+    sequence.advance(1)
+    for layer, action in before:
+        sequence.run(layer, action)
+    sequence.sessions.backend.synchronize()
+    times = [timed(lambda: sequence.embed(token))]
+    if lead:
+        # The first layer that is timed may read either: neither may add up over the tokens.
+        even, odd = sequence.hidden
+        odd.write(even.array)
+        for layer, action in lead:
+            sequence.run(layer, action)
+        sequence.sessions.backend.synchronize()
+    times += [timed(partial(sequence.run, layer, action)) for layer, action in parts]
+    if head is not None:
+        times.append(timed(lambda: sequence.head(head)))
+    return times
 
 
 def _scorer_ms(sessions: Sessions) -> float:
     """All decisions of one token, each made between two layers, as in decoding."""
     manifest = sessions.manifest
     cheapest = manifest.variants[-1]
+    read = {layer - 1 for layer in scorer_facts(manifest).decision_points}
     total = 0.0
     for window in _windows(manifest, (cheapest,), ()):
-        lane = Lane(sessions)
-        lane.assume(min(_PROMPT, manifest.model.max_length))
+        sequence = sessions.new_sequence()
+        sequence.advance(min(_PROMPT, manifest.model.max_length))
+        decider = ScoredDecider(sequence, cheapest, 1.0)
         others = _others(window)
-        steps = [(layer, cheapest) for layer in window.layers]
         times = []
         for _ in range(_WARM_UP + _TOKENS // 4):
-            lane.truncate(lane.length - 1)
+            sequence.truncate(sequence.length - 1)
             others.max(initial=0)
-            times.append(lane.time_scorer(0, steps))
+            sequence.advance(1)
+            sequence.embed(0)
+            decider.begin()
+            seconds = 0.0
+            for layer in window.layers:
+                if layer not in read:
+                    sequence.run(layer, cheapest)
+                    continue
+                started = time.perf_counter()
+                decider.before(layer)
+                seconds += time.perf_counter() - started
+                sequence.run(layer, cheapest)
+                started = time.perf_counter()
+                decider.after(layer)
+                seconds += time.perf_counter() - started
+            times.append(seconds * 1e3)
         total += _median(times[_WARM_UP:])
-        del lane
+        del sequence, decider
         _forget(sessions)
     return round(total, 5)
 

@@ -13,7 +13,7 @@ from dash_onnx.core.errors import PolicyError
 _LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn. The penalty comes first, then temperature and filters.
 

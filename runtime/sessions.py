@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.budget import scorer_facts
@@ -20,8 +19,11 @@ from dash_onnx.core.contract import (
 )
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.ort import Device, create_session
-from dash_onnx.runtime.streams import open_streams
+from dash_onnx.runtime.backend import Backend
+from dash_onnx.runtime.kv import CAPACITY
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.sequence import SequenceState
 
 Memory = Literal["high", "low"]
 
@@ -29,18 +31,11 @@ Memory = Literal["high", "low"]
 class Sessions:
     """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: Device,
-        memory: Memory = "high",
-        cuda_graphs: bool = False,
-    ):
+    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
         """Loads nothing yet."""
         self.memory = memory
         self.manifest = bundle.manifest
-        self.device: Device = device
-        self.streams = open_streams(device, cuda_graphs)
+        self.backend = backend
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
         self.layer_ports = layer_ports(dims)
@@ -49,25 +44,24 @@ class Sessions:
         self.scorer_ports = scorer_ports(dims, layers, actions)
         self._bundle = bundle
         self._loaded: dict[str, Any] = {}
-        self._lock = threading.Lock()
         self._closed = False
 
     def embed(self) -> Any:
         """The token embedding."""
-        return self._get(EMBED_PATH, self.embed_ports, self.streams.layers)
+        return self._get(EMBED_PATH, self.embed_ports)
 
     def layer(self, layer: int, action: Action) -> Any:
         """One layer in one action."""
-        return self._get(layer_path(layer, action), self.layer_ports, self.streams.layers)
+        return self._get(layer_path(layer, action), self.layer_ports)
 
     def head(self, precision: Action) -> Any:
         """Final norm and LM head."""
-        return self._get(head_path(precision), self.head_ports, self.streams.layers)
+        return self._get(head_path(precision), self.head_ports)
 
     def scorer(self) -> Any:
         """What decides; see `ScorerFacts`."""
         file = scorer_facts(self.manifest).file
-        return self._get(file, self.scorer_ports, self.streams.scorer, "train again (dash-train)")
+        return self._get(file, self.scorer_ports, "train again (dash-train)", scorer=True)
 
     def preload(
         self, policy: Policy | None = None, prompt: tuple[Path, Action] | None = None
@@ -94,28 +88,37 @@ class Sessions:
             for action in used:
                 self.layer(layer, action)
 
+    def new_sequence(self, capacity: int = CAPACITY) -> SequenceState:
+        """The state of a new, empty sequence; see there."""
+        return self.backend.sequence(self, capacity)
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """The graphs that are loaded, by their path in the bundle."""
+        return frozenset(self._loaded)
+
     def forget(self) -> None:
         """Forgets every session; each loads again when it is next needed."""
-        with self.streams.turn, self._lock:
+        with self.backend.lock:
             self._loaded.clear()
 
     def close(self) -> None:
         """Forgets every session, for good; what is bound to one keeps it alive."""
-        with self.streams.turn, self._lock:
+        with self.backend.lock:
             self._closed = True
             self._loaded.clear()
 
     def _get(
-        self, path: str, ports: Ports, stream: int | None, remedy: str = "export again"
+        self, path: str, ports: Ports, remedy: str = "export again", *, scorer: bool = False
     ) -> Any:
         session = self._loaded.get(path)
         if session is None:
-            with self.streams.turn, self._lock:
+            with self.backend.lock:
                 session = self._loaded.get(path)
                 if self._closed:
                     raise BundleError("this model is closed; load the bundle again")
                 if session is None:
-                    session = create_session(self._bundle.verified(path), self.device, stream)
+                    session = self.backend.session(self._bundle.verified(path), scorer=scorer)
                     _check_ports(path, session, ports, remedy)
                     self._loaded[path] = session
         return session

@@ -153,11 +153,11 @@ def run_task(
             # Encoded together, as the harness does: a tokenizer may merge across the border.
             ids = model.text.encode(item.context + choice)
             total, match = 0.0, True
-            steps = model.teacher_forced(ids[:-1], chosen, border - 1, cache=cache)
-            for target, (logits, path) in zip(ids[border:].tolist(), steps, strict=True):
-                total += log_softmax(logits)[target]
-                match &= int(logits.argmax()) == target
-                spent.append(chosen.cost_ms(path, costs))
+            scored = model.score(ids[:-1], prompt_tokens=border - 1, policy=chosen, cache=cache)
+            for target, token in zip(ids[border:].tolist(), scored, strict=True):
+                total += log_softmax(token.logits)[target]
+                match &= int(token.logits.argmax()) == target
+                spent.append(chosen.cost_ms(token.path, costs))
             totals.append(total)
             greedy.append(match)
         if len(item.choices) == 1:

@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import dash_onnx
 from dash_onnx.core.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.engine import Model, ScoredToken
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -96,6 +97,11 @@ def save_biased(folder: Path) -> Path:
         bias.data = torch.randn_like(bias).mul(0.2).half().float()
     model.save_pretrained(folder)
     return folder
+
+
+def logits_of(scored: Iterable[ScoredToken]) -> np.ndarray:
+    """Logits `[S, V]` of what `Model.score` yields, which overwrites them."""
+    return np.stack([token.logits.copy() for token in scored])
 
 
 @pytest.fixture(scope="session")

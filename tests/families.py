@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import LLAMA3_ROPE, tiny_tokenizer
+from conftest import LLAMA3_ROPE, logits_of, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
 from dash_onnx.exporters.architectures.rope import head_order
 from dash_onnx.exporters.export import ExportOptions, export
-from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 
 LAYERS = 3
@@ -178,8 +177,7 @@ class Pair:
 
     def decode(self, ids: np.ndarray, prompt: int, policy: str) -> np.ndarray:
         """Logits of the runtime after each token that follows the prompt."""
-        rows = [logits.copy() for logits, _ in self.model.teacher_forced(ids, policy, prompt)]
-        return np.stack(rows)
+        return logits_of(self.model.score(ids, prompt_tokens=prompt, policy=policy))
 
     def runs(self, policy: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Logits of transformers and runtime: of every prompt, and of what follows it."""
@@ -208,21 +206,20 @@ class Pair:
             in `full`, and of those that skipped it.
         """
         rng, length = np.random.default_rng(5), max(30, self.case.lengths[0])
-        ids, lane = random_ids(length), Lane(self.model._sessions)
+        ids, sequence = random_ids(length), self.model.new_sequence()
         paths = rng.choice(["full", "skip"], (length, LAYERS))
         paths[:PROMPT] = "full"
         paths[:, 0] = "full"
         inputs = np.zeros((LAYERS, length, _SIZES["hidden_size"]), np.float32)
-        span = lane._single
         for position, token in enumerate(ids):
-            lane._advance(1)
-            span._start(int(token))
+            sequence.advance(1)
+            sequence.embed(int(token))
             for layer, action in enumerate(paths[position]):
-                inputs[layer, position] = span.hidden[layer % 2].array[0, 0]
-                span._run_of(layer, action)()
+                inputs[layer, position] = sequence.hidden[layer % 2].array[0, 0]
+                sequence.run(layer, action)
         errors: dict[str, list[float]] = {"full": [], "skip": []}
         for layer, wanted in enumerate(self._cache_of(ids, inputs)):
-            buffers = lane.kv.keys[layer], lane.kv.values[layer]
+            buffers = sequence.kv.keys[layer], sequence.kv.values[layer]
             for ours, theirs in zip(buffers, wanted, strict=True):
                 got = ours.array[0, :, :length]
                 for action, found in errors.items():

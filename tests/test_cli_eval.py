@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cli_tool import Capture, Tool
+from conftest import logits_of
 from transformers import AutoModelForCausalLM
 
 from dash_onnx.cli.eval import main
@@ -103,8 +104,9 @@ def test_kl_and_top1_compare_with_the_full_model_in_its_own_context(
     divergences, agreements = [], []
     for ids in windows(tiny_model, text):
         wanted = torch.from_numpy(tiny_model.logits(ids, policy="full")[PROMPT:-1]).double()
-        steps = tiny_model.teacher_forced(ids[:-1], "static:full,int4,skip,full", PROMPT)
-        found = torch.from_numpy(np.stack([logits.copy() for logits, _ in steps])).double()
+        policy = "static:full,int4,skip,full"
+        scored = tiny_model.score(ids[:-1], prompt_tokens=PROMPT, policy=policy)
+        found = torch.from_numpy(logits_of(scored)).double()
         divergences.append(
             torch.nn.functional.kl_div(
                 found.log_softmax(1), wanted.log_softmax(1), reduction="none", log_target=True

@@ -21,9 +21,9 @@ from cli_tool import Capture, Tool
 
 from dash_onnx.cli import run as cli_run
 from dash_onnx.cli.run import main
-from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.sequence import SequenceState
 
 PROMPT = "the keeper of the lighthouse"
 QUICK = ("--max-new-tokens", "6", "--ignore-eos")
@@ -458,9 +458,9 @@ def test_no_token_waits_for_a_graph_to_load(
     stream = Model.stream
 
     def watching(model: Model, *prompt: Any, **options: Any) -> Iterator[Chunk]:
-        loaded.append(set(model._sessions._loaded))
+        loaded.append(set(model.loaded))
         yield from stream(model, *prompt, **options)
-        loaded.append(set(model._sessions._loaded))
+        loaded.append(set(model.loaded))
 
     monkeypatch.setattr(Model, "stream", watching)
     give_stdin(monkeypatch, PROMPT)
@@ -499,13 +499,13 @@ Prefills = list[tuple[int, int]]
 def prefills(monkeypatch: pytest.MonkeyPatch) -> Prefills:
     """For each prefill, how many tokens the cache held and how many were run."""
     seen: Prefills = []
-    prefill = Lane.prefill
+    prefill = SequenceState.prefill
 
-    def watched(self: Lane, ids: np.ndarray, *more: Any) -> Any:
+    def watched(self: SequenceState, ids: np.ndarray, *more: Any) -> Any:
         seen.append((self.length, len(ids)))
         return prefill(self, ids, *more)
 
-    monkeypatch.setattr(Lane, "prefill", watched)
+    monkeypatch.setattr(SequenceState, "prefill", watched)
     return seen
 
 
@@ -608,15 +608,15 @@ def test_a_message_that_does_not_fit_the_context_does_not_end_the_chat(
 def test_an_interrupted_answer_does_not_end_the_chat(
     tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    decode, calls = Lane.decode, iter(range(1000))
+    forward, calls = SequenceState.forward, iter(range(1000))
 
-    def interrupted(self: Lane, *arguments: Any) -> Any:
-        result = decode(self, *arguments)
+    def interrupted(self: SequenceState, *arguments: Any) -> Any:
+        result = forward(self, *arguments)
         if next(calls) == 2:
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(Lane, "decode", interrupted)
+    monkeypatch.setattr(SequenceState, "forward", interrupted)
     out, err = chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK)
     monkeypatch.undo()
     assert "stopped" in err

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import logits_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dash_onnx
@@ -83,7 +84,7 @@ def test_decode_equals_transformers(
     model: Model, rounded: PreTrainedModel, text_ids: np.ndarray
 ) -> None:
     wanted = reference_logits(rounded, text_ids)[16:]
-    got = np.stack([row.copy() for row, _ in model.teacher_forced(text_ids, "full", 16)])
+    got = logits_of(model.score(text_ids, prompt_tokens=16, policy="full"))
     assert np.abs(got - wanted).max() <= 2e-3
 
 
@@ -117,8 +118,7 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
     assert mean_kl(full, model.logits(text_ids, policy="int8")) <= 0.008  # 0.004 in blocks of 32
     # As the runtime decodes it, after a prompt in full.
     prompt = 32
-    steps = model.teacher_forced(text_ids, "int4", prompt)
-    int4 = np.stack([logits.copy() for logits, _ in steps])
+    int4 = logits_of(model.score(text_ids, prompt_tokens=prompt, policy="int4"))
     assert 0.005 < mean_kl(full[prompt:], int4) <= 0.15  # plain rounding: 0.27 on WikiText-2
 
 

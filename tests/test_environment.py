@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, save_tiny
+from conftest import LLAMA3_ROPE, logits_of, save_tiny
 from transformers import LlamaForCausalLM
 
 import dash_onnx
@@ -21,7 +21,6 @@ from dash_onnx.core.policy import PathPolicy
 from dash_onnx.exporters.train.environment import Decide, Environment, State
 from dash_onnx.exporters.train.frozen import Frozen
 from dash_onnx.exporters.train.static import fixed
-from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 
 LAYERS = 4
@@ -146,8 +145,8 @@ def runtime_logits(case: Case, ids: torch.Tensor, choice: torch.Tensor) -> np.nd
     prompt = case.env.prompt_tokens
     paths = [tuple(case.actions[i] for i in row) for row in choice[prompt:].tolist()]
     policy = Recorded(paths, case.env.frozen.head)
-    steps = case.model.teacher_forced(ids.numpy(), policy, prompt)
-    rows = [(logits.copy(), path) for logits, path in steps]
+    scored = case.model.score(ids.numpy(), prompt_tokens=prompt, policy=policy)
+    rows = [(token.logits.copy(), token.path) for token in scored]
     assert [path for _, path in rows] == paths
     return np.stack([logits for logits, _ in rows])
 
@@ -211,9 +210,7 @@ def test_the_reference_is_the_prefill_of_the_runtime_at_one_action(tiny: Case) -
             path = (action,) * LAYERS
             for row, tokens in zip(tiny.env.frozen.logits(reference), ids, strict=True):
                 policy = Recorded([path], tiny.env.frozen.head)
-                wanted = [
-                    logits.copy() for logits, _ in tiny.model.teacher_forced(tokens[:7], policy, 6)
-                ]
+                wanted = logits_of(tiny.model.score(tokens[:7], prompt_tokens=6, policy=policy))
                 np.testing.assert_allclose(row[6].numpy(), wanted[0], atol=1e-3)
         else:
             choice = torch.full((*ids.shape, LAYERS), ALL.index(action))
@@ -249,11 +246,11 @@ def inputs_in_the_runtime(case: Case, ids: torch.Tensor, paths: torch.Tensor) ->
     """Input of each layer for each decoded token, `[B, T - prompt, L, D]`."""
     rows = []
     for tokens, path in zip(ids.numpy(), paths.tolist(), strict=True):
-        lane = Lane(case.model._sessions)
-        lane.prefill(tokens[:PROMPT], ("full",) * LAYERS, "int8")
-        span = lane._single
+        sequence = case.model.new_sequence()
+        sequence.prefill(tokens[:PROMPT], ("full",) * LAYERS, "int8")
+        span = sequence._single
         for position in range(PROMPT, LENGTH):
-            lane._advance(1)
+            sequence._advance(1)
             span._start(int(tokens[position]))
             for layer, action in enumerate(path[position]):
                 rows.append(span.hidden[layer % 2].array[0, 0].copy())

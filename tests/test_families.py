@@ -28,8 +28,7 @@ from dash_onnx.exporters.measure import Runner
 from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.states import States
-from dash_onnx.runtime import dispatch
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.deciders import FixedPath
 
 INT8_ERROR = 0.06
 """Of the logits. INT8 has 127 levels for the largest of a block's 32 weights, which is about 2.3
@@ -54,10 +53,11 @@ def test_full_layers_give_the_logits_of_transformers(pair: Pair) -> None:
     assert pair.full_difference() < 1e-4
 
 
-def test_a_prompt_in_chunks_gives_them_too(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "PREFILL_CHUNK", 17)  # chunks begin inside and beyond windows
-    ids = random_ids(max(60, pair.case.lengths[0]))
-    np.testing.assert_allclose(pair.prefill(ids, "full"), pair.wanted(ids), atol=1e-4)
+def test_a_prompt_in_chunks_gives_them_too(pair: Pair) -> None:
+    ids, path = random_ids(max(60, pair.case.lengths[0])), ("full",) * LAYERS
+    # Chunks begin inside and beyond windows.
+    got = pair.model.new_sequence().prefill(ids, path, "full", every=True, chunk=17)
+    np.testing.assert_allclose(got, pair.wanted(ids), atol=1e-4)
 
 
 def test_int8_layers_give_them_within_the_rounding_of_their_weights(pair: Pair) -> None:
@@ -160,17 +160,17 @@ def test_the_fused_graph_computes_what_the_runtime_computes(
     pair = Pair.build(CASES[name], tmp_path, night)
     options = FuseOptions("optimum", "static:int8,skip,skip")
     fuse(Bundle(pair.bundle), tmp_path / "fused", options, overwrite=False)
-    client, lane = Client(tmp_path / "fused", pair.model.manifest), Lane(pair.model._sessions)
+    client, sequence = Client(tmp_path / "fused", pair.model.manifest), pair.model.new_sequence()
     path, ids = ("int8", "skip", "skip"), random_ids(WINDOW + 8)
-    ours = lane.prefill(ids[:3], path, "int8")
+    ours = sequence.prefill(ids[:3], path, "int8")
     np.testing.assert_allclose(client(ids[:3].tolist())[0][-1], ours, atol=2e-4)
     for token in ids[3:].tolist():
-        ours = lane.decode(token, path, "int8")
+        ours = sequence.forward(token, FixedPath(path, "int8"))[0]
         np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
     for layer in range(LAYERS):  # nothing ever reads the K/V of a layer that every token skips
-        for kind, buffers in (("key", lane.kv.keys), ("value", lane.kv.values)):
+        for kind, buffers in (("key", sequence.kv.keys), ("value", sequence.kv.values)):
             theirs = client.past[f"past_key_values.{layer}.{kind}"][0]
-            ours = buffers[layer].array[0, :, : lane.length]
+            ours = buffers[layer].array[0, :, : sequence.length]
             np.testing.assert_allclose(theirs, ours, atol=2e-4)
 
 

@@ -22,20 +22,20 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
 from dash_onnx.exporters.fused.widen import widen
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import prefill_plan
 
 TOOL = Tool("dash-fuse", main)
 PROMPT = list(range(20, 33))
 STATIC = "static:int8,int4,skip,int8"
+PLAN = ("int8",) * 4, "int8"  # path and head of prompts
 
 
-@pytest.fixture(scope="module", params=[(1, 2, 3), (2,)], ids=["look at each", "look once"])
+@pytest.fixture(scope="module", params=[(1, 2, 3), (2,)], ids=["every layer", "one point"])
 def bundle(
     tiny_bundle: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """With one look the layers after it have a common branch."""
+    """With one decision point the layers after it have a common branch."""
     folder = tmp_path_factory.mktemp("f") / "out"
     return with_scorer(Path(shutil.copytree(tiny_bundle, folder)), request.param)
 
@@ -110,14 +110,16 @@ def test_decisions_and_logits_are_those_of_the_runtime(
     chosen = budget or model.manifest.scorer.presets["balanced"]  # type: ignore[union-attr]
     extra = {} if budget is None else {BUDGET: np.array([budget], np.float32)}
     client = Client(fused, model.manifest)
-    lane = Lane(model._sessions)
-    ours = lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, model.policy(), "int8"))
+    sequence = model.new_sequence()
+    ours = sequence.prefill(np.array(PROMPT), *PLAN)
     theirs, path = client(PROMPT, **extra)
     np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
     assert set(path) == {"int8"}
     paths = set()
     for token in range(100, 140):
-        ours, decided = lane.decode_scored(token, multiplier_at(model, chosen), "int8")
+        ours, decided = sequence.forward(
+            token, ScoredDecider(sequence, "int8", multiplier_at(model, chosen))
+        )
         theirs, path = client([token], **extra)
         assert path == list(decided)
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
@@ -137,13 +139,15 @@ def test_a_budget_that_skips_most_layers_decides_as_the_runtime(
     folder = with_scorer(Path(shutil.copytree(exported, tmp_path / "out")), (2,), often=SKIP)
     assert TOOL.run(folder, tmp_path / "graph") == 0
     model = dash_onnx.load(folder)
-    client, lane = Client(tmp_path / "graph", model.manifest), Lane(model._sessions)
-    lane.prefill(np.array(PROMPT), *prefill_plan(model._sessions, model.policy("dash"), "int8"))
+    client, sequence = Client(tmp_path / "graph", model.manifest), model.new_sequence()
+    sequence.prefill(np.array(PROMPT), *PLAN)
     assert set(client(PROMPT)[1]) == {"int8"}
     seen: set[str] = set()
     for token in range(100, 140):
         budget = 0.5 if token % 2 else 0.25  # that of the graph, and one that skips more
-        ours, decided = lane.decode_scored(token, multiplier_at(model, budget), "int8")
+        ours, decided = sequence.forward(
+            token, ScoredDecider(sequence, "int8", multiplier_at(model, budget))
+        )
         theirs, path = client([token], **{BUDGET: np.array([budget], np.float32)})
         assert path == list(decided)
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
@@ -170,13 +174,13 @@ def test_every_form_of_layer_becomes_part_of_one_graph(
     skipped = ",".join("skip" if layer == 1 else "int8" for layer in range(LAYERS))
     assert TOOL.run(out, tmp_path / "flat", "--policy", f"static:{skipped}") == 0
     model = dash_onnx.load(out)
-    client, lane = Client(tmp_path / "flat", model.manifest), Lane(model._sessions)
+    client, sequence = Client(tmp_path / "flat", model.manifest), model.new_sequence()
     policy = model.policy(f"static:{skipped}")
     assert policy.uniform is not None
-    ours = lane.prefill(np.array(PROMPT), policy.uniform, policy.head)
+    ours = sequence.prefill(np.array(PROMPT), policy.uniform, policy.head)
     np.testing.assert_allclose(client(PROMPT)[0][-1], ours, atol=2e-4)
     for token in (100, 101, 102):
-        ours = lane.decode(token, policy.uniform, policy.head)
+        ours = sequence.forward(token, FixedPath(policy.uniform, policy.head))[0]
         np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
 
 
@@ -185,23 +189,22 @@ def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: P
     graph = onnx.load(tmp_path / "flat" / MODEL, load_external_data=False).graph
     assert "If" not in {node.op_type for node in graph.node}
     assert BUDGET not in {value.name for value in graph.input}
-    client, lane = Client(tmp_path / "flat", model.manifest), Lane(model._sessions)
+    client, sequence = Client(tmp_path / "flat", model.manifest), model.new_sequence()
     policy = model.policy(STATIC)
     assert policy.uniform is not None
-    ours = lane.prefill(np.array(PROMPT), policy.uniform, policy.head)
+    ours = sequence.prefill(np.array(PROMPT), policy.uniform, policy.head)
     np.testing.assert_allclose(client(PROMPT)[0][-1], ours, atol=2e-4)
     for token in range(100, 110):
-        ours = lane.decode(token, policy.uniform, policy.head)
+        ours = sequence.forward(token, FixedPath(policy.uniform, policy.head))[0]
         np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
 
 
 def test_several_tokens_after_a_prompt_run_at_the_precision_of_prompts(
     fused: Path, model: Model
 ) -> None:
-    client, lane = Client(fused, model.manifest), Lane(model._sessions)
-    plan = prefill_plan(model._sessions, model.policy(), "int8")
+    client, sequence = Client(fused, model.manifest), model.new_sequence()
     for part in (PROMPT, [50, 51, 52]):
-        ours = lane.prefill(np.array(part), *plan)
+        ours = sequence.prefill(np.array(part), *PLAN)
         np.testing.assert_allclose(client(part)[0][-1], ours, atol=2e-4)
 
 
@@ -209,13 +212,15 @@ def test_prompts_run_at_a_precision_of_their_own(
     bundle: Path, model: Model, tmp_path: Path
 ) -> None:
     assert TOOL.run(bundle, tmp_path / "graph", "--prefill", "full") == 0
-    client, lane = Client(tmp_path / "graph", model.manifest), Lane(model._sessions)
+    client, sequence = Client(tmp_path / "graph", model.manifest), model.new_sequence()
     head = model.policy("dash").head
-    ours = lane.prefill(np.array(PROMPT), ("full",) * model.manifest.model.num_layers, head)
+    ours = sequence.prefill(np.array(PROMPT), ("full",) * model.manifest.model.num_layers, head)
     theirs, path = client(PROMPT)
     np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
     assert set(path) == {"full"}
-    wanted, decided = lane.decode_scored(100, model.policy("dash").multiplier, head)  # type: ignore[attr-defined]
+    wanted, decided = sequence.forward(
+        100, ScoredDecider(sequence, head, model.policy("dash").multiplier)
+    )  # type: ignore[attr-defined]
     theirs, path = client([100])
     np.testing.assert_allclose(theirs[-1], wanted, atol=2e-4)
     assert path == list(decided) and "full" not in path

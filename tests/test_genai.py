@@ -12,6 +12,7 @@ import pytest
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.fused import FuseOptions, fuse
+from dash_onnx.runtime.deciders import ScoredDecider
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "build/demo/bundle"
@@ -58,16 +59,17 @@ def ours(model: dash_onnx.Model, ids: list[int], policy: str) -> list[int]:
     if policy != "dash":
         steps = model.generate_step(ids, policy=policy, prefill=policy, max_new_tokens=TOKENS)
         return [step.token for step in steps]
-    lane = model.new_cache()._lane
+    sequence = model.new_sequence()
     path = ("int8",) * model.manifest.model.num_layers
-    logits = lane.prefill(np.array(ids), path, chosen.head)
+    logits = sequence.prefill(np.array(ids), path, chosen.head)
+    decider = ScoredDecider(sequence, chosen.head, chosen.multiplier)  # type: ignore[attr-defined]
     found: list[int] = []
     while True:
         token = int(logits.argmax())
         found.append(token)
         if token in model.text.eos_token_ids or len(found) == TOKENS:
             return found
-        logits, _ = lane.decode_scored(token, chosen.multiplier, chosen.head)  # type: ignore[attr-defined]
+        logits, _ = sequence.forward(token, decider)
 
 
 def test_greedy_tokens_are_those_of_our_runtime(fused: Path, policy: str) -> None:

@@ -13,7 +13,7 @@ import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused import PATH, FuseOptions, adapter, fuse
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.deciders import ScoredDecider
 
 pytestmark = pytest.mark.slow  # quick, but what it needs is installed for the slow tests
 og = pytest.importorskip("onnxruntime_genai", reason="needs `make .venv/.bench`")
@@ -55,13 +55,15 @@ def test_tokens_and_paths_are_those_of_the_runtime(
     theirs = [int(token) for token in generator.get_sequence(0)[len(PROMPT) :]]
 
     ours = dash_onnx.load(bundle.folder, threads=1)
-    policy, lane = ours.policy("dash", preset), Lane(ours._sessions)
+    policy, sequence = ours.policy("dash", preset), ours.new_sequence()
+    assert isinstance(policy, ScoredPolicy)
+    decider = ScoredDecider(sequence, policy.head, policy.multiplier)
     assert isinstance(policy, ScoredPolicy)
     path = ("int8",) * bundle.manifest.model.num_layers
-    logits, wanted, taken = lane.prefill(np.array(PROMPT), path, policy.head), [], []  # type: ignore[arg-type]
+    logits, wanted, taken = sequence.prefill(np.array(PROMPT), path, policy.head), [], []  # type: ignore[arg-type]
     for _ in theirs:
         wanted.append(int(logits.argmax()))
         taken.append(tuple(path))
-        logits, path = lane.decode_scored(wanted[-1], policy.multiplier, policy.head)
+        logits, path = sequence.forward(wanted[-1], decider)
     assert theirs == wanted
     assert paths == taken

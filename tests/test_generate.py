@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import dash_onnx
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
+from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.sequence import SequenceState
 
 PROMPT = list(range(10, 30))
 
@@ -28,8 +31,8 @@ def test_generation_equals_teacher_forcing_of_its_own_output(
     tiny_model: Model, policy: str
 ) -> None:
     out = tokens(tiny_model, PROMPT, policy=policy)
-    forced = tiny_model.teacher_forced(PROMPT + out[:-1], policy, len(PROMPT))
-    assert [int(row.argmax()) for row, _ in forced] == out[1:]
+    scored = tiny_model.score(PROMPT + out[:-1], prompt_tokens=len(PROMPT), policy=policy)
+    assert [int(token.logits.argmax()) for token in scored] == out[1:]
 
 
 def test_steps_tell_path_and_time(tiny_model: Model) -> None:
@@ -80,12 +83,9 @@ def test_bad_prompts_are_refused(tiny_model: Model, ids: list, message: str) -> 
         tiny_model.logits(ids)
 
 
-def test_an_unknown_option_is_refused_with_a_hint(tiny_model: Model) -> None:
-    with pytest.raises(TypeError, match="did you mean 'temperature'"):
-        tiny_model.generate("a", temprature=1.0)
-
-
-def test_a_cache_saves_the_common_prefix(tiny_model: Model) -> None:
+def test_a_cache_saves_the_common_prefix(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tiny_model.new_cache()
     first = tokens(tiny_model, PROMPT, cache=cache, max_new_tokens=6)
     longer = [*PROMPT, *first, 40, 41]
@@ -93,9 +93,13 @@ def test_a_cache_saves_the_common_prefix(tiny_model: Model) -> None:
     assert len(cache) == len(PROMPT) + 5
     fresh = tokens(tiny_model, longer)
     runs: list[int] = []
-    lane = cache._lane
-    original = lane.prefill
-    lane.prefill = lambda ids, *a: runs.append(len(ids)) or original(ids, *a)  # type: ignore
+    prefill = SequenceState.prefill
+
+    def watched(self: SequenceState, ids: np.ndarray, *plan: Any) -> Any:
+        runs.append(len(ids))
+        return prefill(self, ids, *plan)
+
+    monkeypatch.setattr(SequenceState, "prefill", watched)
     assert tokens(tiny_model, longer, cache=cache) == fresh
     assert runs == [len(longer) - len(PROMPT) - 5]
 
@@ -154,18 +158,15 @@ def test_threads_may_generate_at_once(tiny_bundle: Path) -> None:
     assert results == {p: [alone[p]] * 5 for p in policies}
 
 
-def test_each_session_exists_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_session_exists_once(tiny_bundle: Path) -> None:
     created: list[Path] = []
-    from dash_onnx.runtime import sessions
 
-    original: Callable = sessions.create_session
+    class Counting(Backend):
+        def session(self, graph: Path, *, scorer: bool = False) -> Any:
+            created.append(graph)
+            return super().session(graph, scorer=scorer)
 
-    def counting(path: Path, device: str, stream: int | None) -> object:
-        created.append(path)
-        return original(path, device, stream)
-
-    monkeypatch.setattr(sessions, "create_session", counting)
-    model = dash_onnx.load(tiny_bundle)
+    model = Model(Bundle(tiny_bundle), Counting())
     tokens(model, PROMPT, policy="int8", prefill="int8")
     names = {path.relative_to(tiny_bundle).as_posix() for path in created}
     # Lazily: nothing of another precision was loaded.

@@ -18,8 +18,9 @@ from transformers import LlamaForCausalLM
 import dash_onnx
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.quantize import Quantized, dequantize
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.sequence import SequenceState
 
 LAYERS = 4
 NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -104,31 +105,31 @@ def test_kv_after_any_mixture_of_actions(
 ) -> None:
     """Prefill, decode, forget a part, decode on; hidden states and K/V are compared."""
     slow.__init__(slow.model, slow.weights, slow.manifest)  # type: ignore[misc]
-    lane = Lane(model._sessions)
-    lane.prefill(np.array(prompt), (prefill,) * LAYERS, "full")
+    sequence = model.new_sequence()
+    sequence.prefill(np.array(prompt), (prefill,) * LAYERS, "full")
     for token in prompt:
         hidden = slow.token(token, (prefill,) * LAYERS)
     for part in (decoded, again):
         for token, path in part:
-            lane.decode(token, path, "full")
+            sequence.forward(token, FixedPath(path, "full"))[0]
             hidden = slow.token(token, path)
-        assert lane.length == len(slow.keys[0])
-        compare(lane, slow)
+        assert sequence.length == len(slow.keys[0])
+        compare(sequence, slow)
         if part is decoded:
-            length = max(1, int(kept * lane.length))
-            lane.truncate(length)
+            length = max(1, int(kept * sequence.length))
+            sequence.truncate(length)
             for layer in range(LAYERS):
                 del slow.keys[layer][length:], slow.values[layer][length:]
     if again:
-        got = lane._single.final.array[0, 0]
+        got = sequence.hidden[LAYERS % 2].array[0, 0]
         np.testing.assert_allclose(got, hidden.numpy(), rtol=2e-4, atol=2e-4)
 
 
-def compare(lane: Lane, slow: SlowModel) -> None:
+def compare(sequence: SequenceState, slow: SlowModel) -> None:
     for layer in range(LAYERS):
         for buffer, rows in (
-            (lane.kv.keys[layer], slow.keys[layer]),
-            (lane.kv.values[layer], slow.values[layer]),
+            (sequence.kv.keys[layer], slow.keys[layer]),
+            (sequence.kv.values[layer], slow.values[layer]),
         ):
-            got = buffer.array[0, :, : lane.length]
+            got = buffer.array[0, :, : sequence.length]
             np.testing.assert_allclose(got, torch.stack(rows, 1).numpy(), rtol=2e-4, atol=2e-4)

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, save_tiny
+from conftest import LLAMA3_ROPE, logits_of, save_tiny
 from transformers import LlamaForCausalLM
 
 import dash_onnx
-from dash_onnx.runtime import dispatch
+from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
 
 CONFIGS: dict[str, dict] = {
@@ -75,27 +75,42 @@ def test_decode_after_prefill_equals_transformers(
     model, reference = pair
     ids = random_ids(prompt + 12, prompt)
     wanted = reference_logits(reference, ids)[prompt:]
-    got = [row.copy() for row, _ in model.teacher_forced(ids, "full", prompt)]
-    np.testing.assert_allclose(np.stack(got), wanted, atol=1e-4)
+    got = logits_of(model.score(ids, prompt_tokens=prompt, policy="full"))
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
-def test_a_prompt_in_chunks_equals_one_in_a_single_run(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_in_chunks_equals_one_in_a_single_run(tiny_model: Model) -> None:
     ids = random_ids(101)
     whole = tiny_model.logits(ids, policy="full")
-    monkeypatch.setattr(dispatch, "PREFILL_CHUNK", 25)  # the last chunk is a single token
-    np.testing.assert_allclose(tiny_model.logits(ids, policy="full"), whole, atol=1e-5)
+    sequence = tiny_model.new_sequence()
+    chunk = 25  # the last one is a single token
+    got = sequence.prefill(ids, ("full",) * 4, "full", every=True, chunk=chunk)
+    np.testing.assert_allclose(got, whole, atol=1e-5)
+    again = tiny_model.new_sequence().prefill(ids, ("full",) * 4, "full", chunk=chunk)
+    np.testing.assert_allclose(again, whole[-1], atol=1e-5)
 
 
-def test_a_cache_that_grows_keeps_its_content(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_tokens_at_once_have_the_logits_of_each_alone(tiny_model: Model) -> None:
+    ids, decider = random_ids(40), FixedPath(("full", "int8", "skip", "int4"), "int8")
+    alone, together = tiny_model.new_sequence(), tiny_model.new_sequence()
+    wanted = [alone.forward(token, decider)[0].copy() for token in ids.tolist()]
+    got = []
+    for part in np.split(ids, [1, 4, 9, 39]):  # drafts of several lengths, after one another
+        rows, path = together.forward(part, decider, every=True)
+        assert rows.shape == (len(part), tiny_model.manifest.model.vocab_size)
+        assert path == decider.path
+        got.append(rows.copy())
+    np.testing.assert_allclose(np.concatenate(got), np.stack(wanted), atol=2e-4)
+    assert together.length == alone.length == 40
+
+
+def test_a_cache_that_grows_keeps_its_content(tiny_model: Model) -> None:
     ids = random_ids(150)
     wanted = tiny_model.logits(ids, policy="full")
-    monkeypatch.setattr("dash_onnx.runtime.kv._FIRST_CAPACITY", 16)
-    got = [row.copy() for row, _ in tiny_model.teacher_forced(ids, "full", 10)]
-    np.testing.assert_allclose(np.stack(got), wanted[10:], atol=1e-5)
+    sequence, decider = tiny_model.new_sequence(capacity=16), FixedPath(("full",) * 4, "full")
+    got = [sequence.forward(token, decider)[0].copy() for token in ids.tolist()]
+    assert sequence.kv.capacity == 256
+    np.testing.assert_allclose(np.stack(got), wanted, atol=1e-5)
 
 
 def test_int8_is_much_nearer_to_the_reference_than_int4(tiny_model: Model) -> None:

@@ -226,8 +226,8 @@ def test_a_run_tells_what_teacher_forcing_tells(model: Model, report: Report) ->
     text = given_text(model, TEXT, 60, "t.txt")
     policy = model.policy("dash", "balanced")
     forced = list(
-        (logits.copy(), path)
-        for logits, path in model.teacher_forced(text.ids, policy, text.prompt_tokens)
+        (token.logits.copy(), token.path)
+        for token in model.score(text.ids, prompt_tokens=text.prompt_tokens, policy=policy)
     )
     letters = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
     assert run_.paths == tuple("".join(letters[a] for a in path) for _, path in forced)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.options import Options
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampler, Sampling, _nucleus
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))  # most likely first: 1 3 4 0 2
@@ -236,36 +240,40 @@ def test_draws_of_one_generation_leave_the_global_generator_alone() -> None:
 )
 def test_an_option_out_of_range_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(PolicyError, match=f"^{name}={value} is not allowed; it must be "):
-        Options.of(**{name: value})
+        GenerationOptions(**{name: value})
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_p": 1, "min_p": 1, "top_k": 0}])
 def test_limits_are_allowed(options: dict) -> None:
-    Options.of(**options)
+    GenerationOptions(**options)
 
 
-def test_sampling_options_may_be_given_directly_or_as_one() -> None:
-    direct = Options.of(temperature=0.5, top_k=7, max_new_tokens=3)
-    assert direct.sampling == Sampling(temperature=0.5, top_k=7)
-    assert direct == Options.of(sampling=Sampling(temperature=0.5, top_k=7), max_new_tokens=3)
+def test_what_is_given_replaces_a_value_and_none_leaves_it() -> None:
+    options = GenerationOptions(temperature=0.5, top_k=7, stop="END")
+    found = GenerationOptions.of(options, top_k=3, temperature=None, max_new_tokens=9)
+    assert found == GenerationOptions(temperature=0.5, top_k=3, stop="END", max_new_tokens=9)
+    assert GenerationOptions.of(None) == GenerationOptions()
+
+
+@pytest.mark.parametrize("name", ["generate_step", "stream", "generate", "chat"])
+def test_every_option_is_a_keyword_that_editors_and_type_checkers_see(name: str) -> None:
+    parameters = inspect.signature(getattr(Model, name)).parameters
+    assert [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD] == []
+    found = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert found == {"options"} | {field.name for field in fields(GenerationOptions)}
 
 
 def test_a_single_stop_string_is_not_taken_for_its_letters() -> None:
-    assert Options.of(stop="END").stop == ("END",)
+    assert GenerationOptions(stop="END").stop == ("END",)
 
 
 @pytest.mark.parametrize("stop", ["", ("END", "")])
 def test_an_empty_stop_string_is_refused(stop: str | tuple[str, ...]) -> None:
     with pytest.raises(PolicyError, match="stop"):
-        Options.of(stop=stop)
+        GenerationOptions(stop=stop)
 
 
 @pytest.mark.parametrize("count", [0, -5])
 def test_no_new_tokens_at_all_is_refused(count: int) -> None:
     with pytest.raises(PolicyError, match=f"max_new_tokens={count} must be at least 1"):
-        Options.of(max_new_tokens=count)
-
-
-def test_an_unknown_option_is_refused_with_the_nearest_one() -> None:
-    with pytest.raises(TypeError, match="unknown option 'temprature'; did you mean 'temperature'"):
-        Options.of(temprature=1.0)
+        GenerationOptions(max_new_tokens=count)

@@ -12,9 +12,9 @@ from cli_tool import Capture, Tool
 
 from dash_onnx.cli.eval import main
 from dash_onnx.core.errors import SourceError
-from dash_onnx.runtime.dispatch import Lane
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import log_softmax
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.tasks import Item, read_task, run_task
 
 TOOL = Tool("dash-eval", main)
@@ -106,13 +106,13 @@ def test_the_choices_share_the_prefilled_context(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[int] = []
-    prefill = Lane.prefill
+    prefill = SequenceState.prefill
 
-    def noting(lane: Lane, ids: np.ndarray, *plan: Any) -> np.ndarray:
+    def noting(sequence: SequenceState, ids: np.ndarray, *plan: Any) -> np.ndarray:
         ran.append(len(ids))
-        return prefill(lane, ids, *plan)
+        return prefill(sequence, ids, *plan)
 
-    monkeypatch.setattr(Lane, "prefill", noting)
+    monkeypatch.setattr(SequenceState, "prefill", noting)
     run_task(tiny_model, [Item(CONTEXT, CHOICES, 0)])
     assert ran[0] == len(tiny_model.text.encode(CONTEXT)) - 1
     assert ran[1:] == [1] * (len(CHOICES) - 1)  # the last token alone, which gives the logits

@@ -17,7 +17,7 @@ from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
-from dash_onnx.runtime.generate import Chunk, FinishReason, Step, stream
+from dash_onnx.runtime.generate import Chunk, FinishReason, GeneratedToken, stream
 
 UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))
 WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "ﷺ", "\U0010ffff"]
@@ -353,18 +353,19 @@ def test_special_tokens_in_an_answer_are_silent(codec: TextCodec) -> None:
 
 
 class Feed:
-    """Steps as `generate_step` yields them; counts how many were taken."""
+    """Tokens as `generate_step` yields them; counts how many were taken."""
 
     def __init__(self, ids: Sequence[int], reason: FinishReason = "length"):
         self.taken = 0
         self._ids = ids
         self._reason = reason
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[GeneratedToken]:
         for number, token in enumerate(self._ids, 1):
             self.taken = number
             last = number == len(self._ids)
-            yield Step(token, ("full",) * 4, float(number), self._reason if last else None)
+            reason = self._reason if last else None
+            yield GeneratedToken(token, ("full",) * 4, float(number), reason)
 
 
 def split(codec: TextCodec, text: str) -> list[int]:

@@ -9,11 +9,15 @@ import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import dash_onnx
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.runtime import ort
+from dash_onnx.runtime.backend import Backend
+from dash_onnx.runtime.engine import Model
 
 
 def test_a_second_size_of_the_thread_pool_is_warned_about(
@@ -102,18 +106,25 @@ def test_a_closed_model_says_so(tiny_bundle: Path) -> None:
 
 
 def test_closing_frees_the_sessions(tiny_bundle: Path) -> None:
-    model = dash_onnx.load(tiny_bundle)
+    created: list[weakref.ref[Any]] = []
+
+    class Watched(Backend):
+        def session(self, graph: Path, *, scorer: bool = False) -> Any:
+            session = super().session(graph, scorer=scorer)
+            created.append(weakref.ref(session))
+            return session
+
+    model = Model(Bundle(tiny_bundle), Watched())
     model.generate("the keeper", max_new_tokens=2, ignore_eos=True)
-    session = weakref.ref(model._sessions.layer(0, "full"))
     model.close()
     gc.collect()
-    assert session() is None
+    assert created and not [session for session in created if session() is not None]
 
 
 def test_preloading_a_policy_loads_what_it_uses(tiny_bundle: Path) -> None:
     model = dash_onnx.load(tiny_bundle)
     model.preload("static:int8*3,int4")
-    loaded = {path for path in model._sessions._loaded if path.startswith("layers/")}
+    loaded = {path for path in model.loaded if path.startswith("layers/")}
     wanted = {f"layers/{i:02d}/{a}.onnx" for i, a in enumerate(("int8", "int8", "int8", "int4"))}
     assert loaded == wanted | {f"layers/{i:02d}/full.onnx" for i in range(4)}  # for prompts
 
@@ -122,9 +133,9 @@ def test_preloading_a_policy_loads_what_it_uses(tiny_bundle: Path) -> None:
 def test_low_memory_loads_nothing_but_what_a_policy_uses(tiny_bundle: Path, policy: str) -> None:
     with dash_onnx.load(tiny_bundle, policy=policy, memory="low") as model:
         model.preload("")
-        preloaded = set(model._sessions._loaded)
+        preloaded = set(model.loaded)
         model.generate("the keeper", max_new_tokens=4, ignore_eos=True)
-        assert set(model._sessions._loaded) == preloaded
+        assert set(model.loaded) == preloaded
         uniform = model.policy().uniform
         assert uniform is not None
         runs = [a if a != "skip" else "int8" for a in uniform]  # the highest of the others
@@ -133,7 +144,7 @@ def test_low_memory_loads_nothing_but_what_a_policy_uses(tiny_bundle: Path, poli
         assert preloaded == {"embed.onnx", f"head/{model.policy().head}.onnx"} | prompt | rest
     with dash_onnx.load(tiny_bundle, policy=policy) as model:
         model.generate("the keeper", max_new_tokens=4, ignore_eos=True)
-        assert "layers/00/full.onnx" in model._sessions._loaded
+        assert "layers/00/full.onnx" in model.loaded
 
 
 def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(

@@ -37,7 +37,7 @@ from dash_onnx.exporters.train.improve import chances
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, greedy
 from dash_onnx.exporters.train.train import train
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.ort import create_session
 
@@ -278,9 +278,10 @@ def test_a_trained_bundle_generates_with_the_scorer_by_default(model: Model) -> 
 
 
 def scored_paths(model: Model, ids: np.ndarray, multiplier: float) -> list[tuple[str, ...]]:
-    lane = Lane(model._sessions)
-    lane.prefill(ids[:4], ("full",) * LAYERS, "full")
-    return [lane.decode_scored(int(token), multiplier, "int8")[1] for token in ids[4:]]
+    sequence = model.new_sequence()
+    sequence.prefill(ids[:4], ("full",) * LAYERS, "full")
+    decider = ScoredDecider(sequence, "int8", multiplier)
+    return [sequence.forward(int(token), decider)[1] for token in ids[4:]]
 
 
 def multipliers_of(model: Model) -> list[float]:
@@ -292,11 +293,11 @@ def inputs_along(
     model: Model, ids: np.ndarray, paths: list[tuple[str, ...]]
 ) -> Iterator[tuple[tuple[str, ...], list[np.ndarray]]]:
     """The input of each layer, `[D]`, when the tokens are decoded on given paths."""
-    lane = Lane(model._sessions)
-    lane.prefill(ids[:4], ("full",) * LAYERS, "full")
-    span = lane._single
+    sequence = model.new_sequence()
+    sequence.prefill(ids[:4], ("full",) * LAYERS, "full")
+    span = sequence._single
     for token, path in zip(ids[4:], paths, strict=True):
-        lane._advance(1)
+        sequence._advance(1)
         span._start(int(token))
         inputs = []
         for layer, action in enumerate(path):
@@ -883,9 +884,10 @@ def test_a_bundle_of_some_precisions_can_be_trained(
     assert {point.head for point in facts.static} == set(variants)
     model = dash_onnx.load(bundle)
     ids = np.random.default_rng(3).integers(2, 384, 24)
-    lane = Lane(model._sessions)
+    sequence = model.new_sequence()
+    decider = ScoredDecider(sequence, facts.points[0].head, multipliers_of(model)[0])
     for token in ids:
-        _, path = lane.decode_scored(int(token), multipliers_of(model)[0], facts.points[0].head)
+        _, path = sequence.forward(int(token), decider)
         assert set(path) <= set(facts.actions) and path[0] != "skip"
     assert model.generate("the keeper", policy="dash", max_new_tokens=2, ignore_eos=True)
 

@@ -54,13 +54,15 @@ class Dash:
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
-        options: dict[str, Any] = {"max_new_tokens": new, "ignore_eos": True}
-        return [step.ms for step in self._model.generate_step(ids, policy=self._policy, **options)]
+        tokens = self._model.generate_step(
+            ids, policy=self._policy, max_new_tokens=new, ignore_eos=True
+        )
+        return [token.ms for token in tokens]
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits:
         """Decoded token by token, as the policy decides."""
-        steps = self._model.teacher_forced(ids, self._policy, prompt_tokens)
-        return np.stack([logits.astype(np.float32) for logits, _ in steps])
+        scored = self._model.score(ids, prompt_tokens=prompt_tokens, policy=self._policy)
+        return np.stack([token.logits.astype(np.float32) for token in scored])
 
 
 class DashLow(Dash):

@@ -42,12 +42,11 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.core.records import to_json
     from dash_onnx.runtime.profile import profile
-    from dash_onnx.runtime.sessions import Sessions
 
     # Checks the device and sets the threads.
     dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
-    costs = profile(Sessions(bundle, arguments.device))
+    costs = profile(bundle, arguments.device)
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
         replace_manifest(bundle.folder, manifest)

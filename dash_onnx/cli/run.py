@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import sys
@@ -25,12 +26,14 @@ from dash_onnx.cli.common import (
 )
 from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.core.errors import ContextLengthError, DashError, SourceError
+from dash_onnx.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
     from dash_onnx.report.terminal import PathView
     from dash_onnx.runtime.engine import Model
     from dash_onnx.runtime.generate import Chunk
 
+_DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
   dash-run out/ --chat "What is the capital of France?"
   dash-run out/ "Once upon a time" --policy int4 --max-new-tokens 100 --temperature 0.8
@@ -48,7 +51,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--system", help="system message of the chat")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=512, metavar="N", help="(default: 512)"
+        "--max-new-tokens",
+        type=positive,
+        default=_DEFAULTS.max_new_tokens,
+        metavar="N",
+        help="(default: %(default)s)",
     )
     parser.add_argument(
         "--prefill",
@@ -61,11 +68,21 @@ def _parser() -> Parser:
         action="store_true",
         help="record what a token runs as CUDA graphs, one per layer and action (--device cuda)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 is off")
-    parser.add_argument("--min-p", type=float, default=0.0, help="0 is off")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is off")
+    for name, off in (
+        ("temperature", "0 is greedy"),
+        ("top_k", "0 is off"),
+        ("top_p", "1 is off"),
+        ("min_p", "0 is off"),
+        ("repetition_penalty", "1 is off"),
+    ):
+        default = getattr(_DEFAULTS, name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar="X",
+            help=f"{off} (default: %(default)s)",
+        )
     parser.add_argument("--seed", type=seed, help="of the sampling (default: different each time)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
@@ -102,16 +119,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.runtime.options import Options
 
-    options = {
-        name: getattr(arguments, name)
-        for name in (
-            "policy budget prefill max_new_tokens ignore_eos temperature top_k top_p min_p "
-            "repetition_penalty seed"
-        ).split()
-    }
-    options["stop"] = tuple(arguments.stop)
+    names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"cache"}
+    options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
     started = time.perf_counter()
     model = dash_onnx.load(
         arguments.bundle,
@@ -122,7 +132,6 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     # Before anything is written, or asked.
     policy = model.policy(arguments.policy, arguments.budget)
-    Options.of(**options)
     model.preload(policy, prefill=arguments.prefill)  # no token waits for a graph to load
     load_ms = (time.perf_counter() - started) * 1e3
     with contextlib.ExitStack() as stack:
@@ -138,7 +147,7 @@ def _run(arguments: argparse.Namespace) -> None:
         text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
         prompt: Any = _messages(arguments.system, text) if arguments.chat else text
         record = Record(policy.name, load_ms)
-        chunks = record.watch(model.stream(prompt, **options), model, trace)
+        chunks = record.watch(model.stream(prompt, options=options), model, trace)
         if arguments.json:
             text = "".join(chunk.text for chunk in chunks)
             print(json.dumps({"text": text, **record.figures()}))
@@ -218,12 +227,12 @@ def _show(chunks: Iterator[Chunk], view: PathView | None) -> str:
     return text
 
 
-def _path_view(model: Model, options: dict[str, Any], wanted: bool) -> PathView | None:
+def _path_view(model: Model, options: GenerationOptions, wanted: bool) -> PathView | None:
     if not wanted:
         return None
     from dash_onnx.report.terminal import PathView
 
-    policy = model.policy(options["policy"], options["budget"])
+    policy = model.policy(options.policy, options.budget)
     return PathView(model.text, model.manifest, policy)
 
 
@@ -235,7 +244,7 @@ def _messages(system: str | None, user: str) -> list[dict[str, str]]:
 def _chat(
     model: Model,
     system: str | None,
-    options: dict[str, Any],
+    options: GenerationOptions,
     trace: TextIO | None,
     show_path: bool,
 ) -> None:
@@ -260,10 +269,10 @@ def _chat(
         if not line:
             continue
         asked = [*messages, {"role": "user", "content": line}]
-        record = Record(model.policy(options["policy"], options["budget"]).name)
+        record = Record(model.policy(options.policy, options.budget).name)
         try:
             view = _path_view(model, options, show_path)
-            with contextlib.closing(model.stream(asked, cache=cache, **options)) as chunks:
+            with contextlib.closing(model.stream(asked, options=options, cache=cache)) as chunks:
                 answer = _show(record.watch(chunks, model, trace), view)
         except Terminated:
             raise

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.report.tokens import Token, describe, path_letters
-from dash_onnx.runtime.dispatch import Lane, Logits
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.evaluate import kl_divergence, log_softmax
-from dash_onnx.runtime.generate import prefill_plan
-from dash_onnx.runtime.span import Ids
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
 _PREFILLED = 8  # tokens of a given text: the first ones, attention sinks, are not typical
@@ -171,21 +169,16 @@ def _baselines(model: Model, policies: Sequence[Policy]) -> list[tuple[Policy, f
 
 
 def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -> Measured:
-    # `Model.teacher_forced` would do, but for the predictions, which live on the lane until the
-    # next token overwrites them.
-    lane = Lane(model._sessions)
-    lane.prefill(text.ids[: text.prompt_tokens], *prefill_plan(model._sessions, policy))
-    controller = policy.controller()
-    actions = lane._scorer().actions
-    record = _Record(model, policy, reference)
-    predicted = []
-    for token in text.ids[text.prompt_tokens :].tolist():
-        logits, path = lane.decode_scored(token, controller.multiplier, policy.head)
-        controller.spent(path)
-        record.add(logits, path)
-        values = lane._scorer().values
-        chosen = [actions.index(action) for action in path]
-        predicted.append(float(values[np.arange(len(path)), chosen].sum(dtype=np.float64)))
+    record, predicted = _Record(model, policy, reference), []
+    actions = model.manifest.actions
+    for token in model.score(
+        text.ids, prompt_tokens=text.prompt_tokens, policy=policy, predictions=True
+    ):
+        record.add(token.logits, token.path)
+        assert token.predicted_kl is not None
+        chosen = [actions.index(action) for action in token.path]
+        values = token.predicted_kl[np.arange(len(chosen)), chosen]
+        predicted.append(float(values.sum(dtype=np.float64)))
     return record.measured(policy.budget, predicted)
 
 
@@ -193,8 +186,8 @@ def _unscored(
     model: Model, text: Text, policy: Policy, budget: float, reference: Logits
 ) -> Measured:
     record = _Record(model, policy, reference)
-    for logits, path in model.teacher_forced(text.ids, policy, text.prompt_tokens):
-        record.add(logits, path)
+    for token in model.score(text.ids, prompt_tokens=text.prompt_tokens, policy=policy):
+        record.add(token.logits, token.path)
     return record.measured(budget, [])
 
 

@@ -14,6 +14,7 @@ from dash_onnx.core.budget import multiplier_of, scorer_facts
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.names import BUDGET, PATH
+from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.sessions import Sessions
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class Decisions:
 
         The same for every token, so that no graph needs to compute it.
         """
-        sessions = Sessions(self._fusion.bundle, "cpu")
+        sessions = Sessions(self._fusion.bundle, open_backend("cpu"))
         nothing = {
             port.name: np.zeros([int(n) for n in port.shape], port.dtype)
             for port in sessions.scorer_ports.inputs

@@ -24,10 +24,10 @@ from dash_onnx.exporters.train.frozen import Tensor
 from dash_onnx.exporters.train.learning import BATCH, Learning
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
 from dash_onnx.exporters.train.values import sampled_values
+from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.machine import kept_memory
 from dash_onnx.runtime.profile import profile
-from dash_onnx.runtime.sessions import Sessions
 
 _TABLE = 12  # rows of the policy table where multipliers decide between the cheaper actions
 
@@ -48,7 +48,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
     rounding, gain = 0.0, torch.zeros(run.env.layers)
     if run.extra:
         best = manifest.variants[0]
-        rounding = _rounding_kl(run, Model(run.bundle, device, None, policy=best))
+        rounding = _rounding_kl(run, Model(run.bundle, open_backend(device), policy=best))
         errors = [layer.relative_error["int8"] ** 2 for layer in manifest.layers]
         gain = rounding * torch.tensor(errors) / sum(errors)
     scorer = BundleScorer(run.scorer, run.actions, run.extra, gain)
@@ -60,7 +60,7 @@ def describe(run: Learning, folder: Path, started: float) -> Manifest:
     files = {**run.graphs(), **_write_compensation(run, folder)}
     files[file] = file_facts(folder / file)
     manifest = replace(manifest, files=files, scorer=facts)
-    costs = profile(Sessions(Bundle(folder, manifest), device))
+    costs = profile(Bundle(folder, manifest), device)
     manifest = replace(manifest, costs=costs)
     with run.autocast(), kept_memory():
         wanted = run.env.reference(run.held_out, run.actions[0])

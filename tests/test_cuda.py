@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -17,19 +19,22 @@ from test_report import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.run import main
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DeviceError
-from dash_onnx.runtime import kv, sessions, streams
 from dash_onnx.runtime.buffers import Buffer
-from dash_onnx.runtime.dispatch import Lane
+from dash_onnx.runtime.cuda import CudaBackend, CudaGraphBackend, Driver, open_driver
+from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
+from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.ort import create_session
-from dash_onnx.runtime.streams import CudaStreams, open_streams
+from dash_onnx.runtime.sequence import SequenceState
 
+LAYERS = 4
 PROMPT = np.arange(20, 33)
 TOKENS = range(100, 130)
 MULTIPLIER = 0.18
 
 
-class Driver:
+class StandIn:
     """Stands for the CUDA driver library on host memory. Nothing runs before somebody waits for it.
 
     Attributes:
@@ -102,7 +107,7 @@ class Driver:
             run()
 
     def __getattr__(self, name: str) -> Callable[..., int]:
-        known = vars(Driver)[f"_{name}"]  # a misspelt one is an error
+        known = vars(StandIn)[f"_{name}"]  # a misspelt one is an error
 
         def function(*arguments: Any) -> int:
             if name == self.refuses:
@@ -172,7 +177,7 @@ class Driver:
 
     def _cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
         assert stream.value is not None
-        self.log.append(("drain", self.names[stream.value]))
+        self.log.append(("synchronize", self.names[stream.value]))
 
     def _destroy(self, kind: str, handle: ctypes.c_void_p) -> None:
         assert self.alive.pop(handle.value or 0) == kind
@@ -196,7 +201,7 @@ class Session:
     While the driver records, nothing runs.
     """
 
-    def __init__(self, session: Any, name: str, stream: int, driver: Driver):
+    def __init__(self, session: Any, name: str, stream: int, driver: StandIn):
         self._session, self._name, self._stream, self._driver = session, name, stream, driver
 
     def __getattr__(self, name: str) -> Any:
@@ -226,75 +231,97 @@ class Session:
             self._session.run_with_iobinding(binding)
 
 
+class WatchedBuffer(Buffer):
+    """A buffer of the device, in the host's memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, stand_in: StandIn):
+        super().__init__(shape, dtype)
+        self._stand_in = stand_in
+
+    def write(self, content: Any) -> None:
+        self._stand_in.watch()
+        super().write(content)
+
+
+class OnHost:
+    """What a CUDA backend does, on the CPU."""
+
+    stand_in: StandIn
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return WatchedBuffer(shape, dtype, self.stand_in)
+
+    def session(self, graph: Path, *, scorer: bool = False) -> Session:
+        self.stand_in.watch()
+        stream = (self.scorer if scorer else self.layers).value  # type: ignore[attr-defined]
+        return Session(
+            create_session(graph, "cpu"), graph.stem.split("-")[0], stream, self.stand_in
+        )
+
+
+class Streams(OnHost, CudaBackend):
+    """Two streams of the stand-in."""
+
+
+class Recorder(OnHost, CudaGraphBackend):
+    """Likewise, with recordings."""
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("s") / "out")))
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """Every bundle loaded from now on runs on its streams."""
-    made = Driver()
-    _pretend(monkeypatch, made, graphs=False)
-    return made
+def driver() -> StandIn:
+    return StandIn()
 
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """Likewise, with CUDA graphs."""
-    made = Driver()
-    _pretend(monkeypatch, made, graphs=True)
-    return made
+def loaded(bundle: Path, driver: StandIn | None, kind: type[CudaBackend] = Streams) -> Model:
+    """A model on the CPU, or on the streams of a stand-in."""
+    if driver is None:
+        return dash_onnx.load(bundle)
+    backend = kind(Driver(driver))
+    backend.stand_in = driver  # type: ignore[attr-defined]
+    return Model(Bundle(bundle), backend)
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, made: Driver, graphs: bool) -> None:
-    write = Buffer.write
-
-    def watched(buffer: Buffer, content: Any) -> None:
-        made.watch()
-        write(buffer, content)
-
-    monkeypatch.setattr(Buffer, "write", watched)
-
-    def create(path: Path, device: Any, stream: int) -> Session:
-        made.watch()
-        return Session(create_session(path, device), path.stem.split("-")[0], stream, made)
-
-    monkeypatch.setattr(sessions, "open_streams", lambda *_: CudaStreams(made, graphs))
-    monkeypatch.setattr(sessions, "create_session", create)
+def recording(bundle: Path, driver: StandIn) -> Model:
+    return loaded(bundle, driver, Recorder)
 
 
-def decoded(bundle: Path, driver: Driver | None = None) -> tuple[list[tuple[str, ...]], np.ndarray]:
+def decoded(
+    model: Model, driver: StandIn | None = None
+) -> tuple[list[tuple[str, ...]], np.ndarray]:
     """Paths and logits; of the driver's log only the last token stays."""
-    model = dash_onnx.load(bundle)
-    lane = Lane(model._sessions)
-    lane.prefill(PROMPT, ("int8",) * model.manifest.model.num_layers, "int8")
+    sequence = model.new_sequence()
+    sequence.prefill(PROMPT, ("int8",) * model.manifest.model.num_layers, "int8")
+    decider = ScoredDecider(sequence, "int8", MULTIPLIER)
     paths, rows = [], []
     for token in TOKENS:
         if driver:
             driver.log.clear()
-        logits, path = lane.decode_scored(token, MULTIPLIER, "int8")
+        logits, path = sequence.forward(token, decider)
         paths.append(path)
         rows.append(logits.copy())
     return paths, np.stack(rows)  # type: ignore[return-value]
 
 
-def test_decisions_are_those_of_the_cpu(bundle: Path, request: pytest.FixtureRequest) -> None:
-    paths, logits = decoded(bundle)
+def test_decisions_are_those_of_the_cpu(bundle: Path, driver: StandIn) -> None:
+    paths, logits = decoded(loaded(bundle, None))
     assert len(set(paths)) > 3
-    request.getfixturevalue("driver")
-    found, rows = decoded(bundle)
+    found, rows = decoded(loaded(bundle, driver))
     assert found == paths
     np.testing.assert_array_equal(rows, logits)
 
 
 def test_a_layer_waits_for_its_decision_and_a_decision_for_no_layer(
-    bundle: Path, driver: Driver
+    bundle: Path, driver: StandIn
 ) -> None:
-    paths, _ = decoded(bundle, driver)
+    paths, _ = decoded(loaded(bundle, driver), driver)
     *before, last = paths[-1]
     wanted = [("embed", "layers")]
-    for action in before:  # the scorer looks before every layer but the first
+    for action in before:  # every layer but the first is a decision point
         wanted += [
             ("record", "layers"),  # its input is there
             ("wait", "scorer"),
@@ -307,68 +334,74 @@ def test_a_layer_waits_for_its_decision_and_a_decision_for_no_layer(
     assert driver.log == [*wanted, (last, "layers"), ("int8", "layers")]
 
 
-def test_a_profile_times_what_has_run(bundle: Path, driver: Driver) -> None:
-    lane = Lane(dash_onnx.load(bundle)._sessions)
-    lane.time_token(100, [(0, "int8"), (1, "skip")], "int8", lead=[(0, "int4")])
-    wanted = [("drain", "layers")]
-    for name in ("embed", "int4", "int8", "skip", "int8"):
-        wanted += [(name, "layers"), ("drain", "layers")]
-    assert driver.log == wanted
+def test_synchronizing_waits_for_the_layers(bundle: Path, driver: StandIn) -> None:
+    model = loaded(bundle, driver)
+    driver.log.clear()
+    model.new_sequence().sessions.backend.synchronize()
+    assert driver.log == [("synchronize", "layers")]
 
 
-def test_what_a_generation_took_is_given_back_at_once(bundle: Path, driver: Driver) -> None:
-    model = dash_onnx.load(bundle)
+def test_what_a_generation_took_is_given_back_at_once(bundle: Path, driver: StandIn) -> None:
+    model = loaded(bundle, driver)
     taken = len(driver.alive)
-    lane = Lane(model._sessions)
-    lane.decode_scored(100, MULTIPLIER, "int8")
+    sequence = model.new_sequence()
+    decider = ScoredDecider(sequence, "int8", MULTIPLIER)
+    sequence.forward(100, decider)
     assert len(driver.alive) > taken
-    del lane
+    del sequence, decider
     assert len(driver.alive) == taken
 
 
-def test_an_error_of_the_driver_is_one_line(bundle: Path, driver: Driver) -> None:
-    lane = Lane(dash_onnx.load(bundle)._sessions)
+def test_an_error_of_the_driver_is_one_line(bundle: Path, driver: StandIn) -> None:
+    sequence = loaded(bundle, driver).new_sequence()
     driver.refuses = "cuStreamWaitEvent"
     with pytest.raises(
         DeviceError, match=r"^CUDA driver: cuStreamWaitEvent failed with error 719$"
     ):
-        lane.decode_scored(100, MULTIPLIER, "int8")
+        sequence.forward(100, ScoredDecider(sequence, "int8", MULTIPLIER))
 
 
-def test_a_missing_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "_DRIVER", "libnosuchdriver.so.1")
+def test_a_missing_driver_is_one_line() -> None:
     with pytest.raises(DeviceError, match=r"^no CUDA driver .*; install one, or use --device cpu$"):
-        open_streams("cuda")
+        open_driver("libnosuchdriver.so.1")
 
 
-def test_what_was_recorded_runs_as_the_cpu_does(
-    bundle: Path, request: pytest.FixtureRequest
-) -> None:
-    paths, logits = decoded(bundle)
-    driver = request.getfixturevalue("recorder")
-    found, rows = decoded(bundle)
+def test_the_cpu_meets_nothing_of_cuda(tiny_bundle: Path) -> None:
+    code = (
+        "import sys, dash_onnx\n"
+        "dash_onnx.load(sys.argv[1], threads=1).generate('ab', max_new_tokens=2)\n"
+        "print([name for name in sys.modules if 'cuda' in name and 'dash' in name])\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_what_was_recorded_runs_as_the_cpu_does(bundle: Path, driver: StandIn) -> None:
+    paths, logits = decoded(loaded(bundle, None))
+    found, rows = decoded(recording(bundle, driver))
     assert found == paths
     np.testing.assert_array_equal(rows, logits)
     assert Counter(what for _, what in driver.log)["launched"] > len(TOKENS)
 
 
-def test_a_layer_is_recorded_once_per_action_after_two_runs(bundle: Path, recorder: Driver) -> None:
-    lane = Lane(dash_onnx.load(bundle)._sessions)
-    layers = lane.sessions.manifest.model.num_layers
+def test_a_layer_is_recorded_once_per_action_after_two_runs(bundle: Path, driver: StandIn) -> None:
+    sequence = recording(bundle, driver).new_sequence()
     for _ in range(5):
-        lane.decode(100, ("int4",) * layers, "int8")
-    counts = Counter(recorder.log)
-    for name, runs in {"embed": 1, "int4": layers, "int8": 1}.items():
+        sequence.forward(100, FixedPath(("int4",) * LAYERS, "int8"))
+    counts = Counter(driver.log)
+    for name, runs in {"embed": 1, "int4": LAYERS, "int8": 1}.items():
         ways = [counts[name, way] for way in ("layers", "recorded", "launched")]
         assert ways == [2 * runs, runs, 3 * runs]
 
 
-def test_decisions_come_between_launches(bundle: Path, recorder: Driver) -> None:
-    lane = Lane(dash_onnx.load(bundle)._sessions)
+def test_decisions_come_between_launches(bundle: Path, driver: StandIn) -> None:
+    sequence = recording(bundle, driver).new_sequence()
+    decider = ScoredDecider(sequence, "int8", MULTIPLIER)
     for _ in range(4):
-        lane.truncate(0)
-        recorder.log.clear()
-        _, (*before, last) = lane.decode_scored(100, MULTIPLIER, "int8")
+        sequence.truncate(0)
+        driver.log.clear()
+        _, (*before, last) = sequence.forward(100, decider)
     wanted = [("embed", "launched")]
     for action in before:
         wanted += [
@@ -380,39 +413,36 @@ def test_decisions_come_between_launches(bundle: Path, recorder: Driver) -> None
             (action, "launched"),
             ("host waits", "scorer"),
         ]
-    assert recorder.log == [*wanted, (last, "launched"), ("int8", "launched")]
+    assert driver.log == [*wanted, (last, "launched"), ("int8", "launched")]
 
 
-def test_a_grown_cache_is_recorded_anew_and_a_lane_gives_its_graphs_back(
-    bundle: Path, recorder: Driver, monkeypatch: pytest.MonkeyPatch
+def test_a_grown_cache_is_recorded_anew_and_a_sequence_gives_its_graphs_back(
+    bundle: Path, driver: StandIn
 ) -> None:
-    monkeypatch.setattr(kv, "_FIRST_CAPACITY", 16)
-    model, ids = dash_onnx.load(bundle), np.arange(24)
-    path = ("int8",) * model.manifest.model.num_layers
-    taken = len(recorder.alive)
-    lane = Lane(model._sessions)
-    rows = []
-    for token in ids.tolist():
-        rows.append(lane.decode(token, path, "int8").copy())
-        # A recording keeps what the host passes by value, so it must hold at every launch.
-        assert lane.total.array == lane.kv.capacity
-    assert lane.kv.capacity == 32
-    layers = Counter(recorder.log)["int8", "recorded"]
+    model, ids = recording(bundle, driver), np.arange(24)
+    path = ("int8",) * LAYERS
+    taken = len(driver.alive)
+    sequence = model.new_sequence(capacity=16)
+    # Each launch repeats what the host passed by value when it was recorded: the K/V cache's
+    # capacity, or the logits would be wrong after the next token.
+    rows = [sequence.forward(token, FixedPath(path, "int8"))[0].copy() for token in ids.tolist()]
+    assert sequence.kv.capacity == 32
+    layers = Counter(driver.log)["int8", "recorded"]
     assert layers == 2 * len(path) + 1  # before and after, and the head
-    del lane
-    assert len(recorder.alive) == taken
-    wanted = Lane(model._sessions).prefill_all(ids, path, "int8")
+    del sequence
+    assert len(driver.alive) == taken
+    wanted = model.new_sequence().prefill(ids, path, "int8", every=True)
     np.testing.assert_allclose(np.stack(rows), wanted, atol=2e-3)
 
 
 def test_nothing_else_uses_the_device_while_one_generation_records(
-    bundle: Path, recorder: Driver
+    bundle: Path, driver: StandIn
 ) -> None:
-    models = [dash_onnx.load(bundle) for _ in range(2)]
+    models = [recording(bundle, driver) for _ in range(2)]
     texts: list[str] = []
     together = threading.Barrier(6)
 
-    def generate(model: Any, policy: str) -> None:
+    def generate(model: Model, policy: str) -> None:
         together.wait()
         texts.append(model.generate("ab", policy=policy, max_new_tokens=9, ignore_eos=True))
 
@@ -425,92 +455,91 @@ def test_nothing_else_uses_the_device_while_one_generation_records(
         thread.start()
     for thread in threads:
         thread.join()
-    assert not recorder.disturbed
+    assert not driver.disturbed
     assert len(texts) == 6 and len(set(texts)) <= 3
 
 
 @pytest.mark.parametrize(
     "use",
     [
-        lambda lane: Lane(lane.sessions),
-        lambda lane: lane.prefill(PROMPT, ("int8",) * 4, "int8"),
-        lambda lane: lane.prefill_all(PROMPT, ("int8",) * 4, "int8"),
-        lambda lane: lane.decode(100, ("int8",) * 4, "int8"),
-        lambda lane: lane.decode_scored(100, MULTIPLIER, "int8"),
-        lambda lane: lane.assume(20),
-        lambda lane: lane.sessions.layer(0, "full"),
-        lambda lane: lane.sessions.forget(),
-        lambda lane: lane.sessions.close(),
+        lambda model, _: model.new_sequence(),
+        lambda _, sequence: sequence.prefill(PROMPT, ("int8",) * 4, "int8"),
+        lambda _, sequence: sequence.prefill(PROMPT, ("int8",) * 4, "int8", every=True),
+        lambda _, sequence: sequence.forward(100, FixedPath(("int8",) * 4, "int8")),
+        lambda _, sequence: sequence.forward(PROMPT, FixedPath(("int8",) * 4, "int8"), every=True),
+        lambda _, sequence: sequence.advance(20),
+        lambda model, _: model.preload(),
+        lambda model, _: model.close(),
     ],
 )
-def test_whatever_uses_the_device_waits_for_its_turn(
-    bundle: Path, recorder: Driver, use: Callable[[Lane], object]
+def test_whatever_uses_the_device_waits_for_the_lock(
+    bundle: Path, driver: StandIn, use: Callable[[Model, SequenceState], object]
 ) -> None:
-    lane = Lane(dash_onnx.load(bundle)._sessions)
-    lane.sessions.layer(0, "int8")
-    loaded = dict(lane.sessions._loaded)
-    thread = threading.Thread(target=use, args=[lane])
-    with lane.sessions.streams.turn:
-        recorder.recorded, recorder._recorder = [], threading.get_ident()
+    model = recording(bundle, driver)
+    sequence = model.new_sequence()
+    before = model.loaded
+    thread = threading.Thread(target=use, args=[model, sequence])
+    with sequence.sessions.backend.lock:
+        driver.recorded, driver._recorder = [], threading.get_ident()
         thread.start()
         thread.join(0.1)
-        assert thread.is_alive() and not recorder.disturbed
-        assert lane.sessions._loaded == loaded
-        recorder.recorded = None
+        assert thread.is_alive() and not driver.disturbed
+        assert model.loaded == before
+        driver.recorded = None
     thread.join()
-    assert not recorder.disturbed
+    assert not driver.disturbed
 
 
 @pytest.fixture
-def recording(bundle: Path, recorder: Driver) -> Callable[[], object]:
-    """Runs the token of a lane that is the first to be recorded."""
-    lane = Lane(dash_onnx.load(bundle)._sessions)
-    path = ("int4",) * lane.sessions.manifest.model.num_layers
+def third(bundle: Path, driver: StandIn) -> Callable[[], object]:
+    """Runs the token of a sequence that is the first to be recorded."""
+    sequence = recording(bundle, driver).new_sequence()
+    decider = FixedPath(("int4",) * LAYERS, "int8")
     for _ in range(2):
-        lane.decode(100, path, "int8")
-    return lambda: lane.decode(100, path, "int8")
+        sequence.forward(100, decider)
+    return lambda: sequence.forward(100, decider)
 
 
 @pytest.mark.parametrize("name", ["cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
 def test_a_recording_that_the_driver_refuses_is_one_line(
-    recording: Callable[[], object], recorder: Driver, name: str
+    third: Callable[[], object], driver: StandIn, name: str
 ) -> None:
-    recorder.refuses = name
+    driver.refuses = name
     with pytest.raises(
         DeviceError,
         match=f"recorded .*{name} failed with error 719.*; load .* without CUDA graphs$",
     ):
-        recording()
-    assert "graph" not in recorder.alive.values()
+        third()
+    assert "graph" not in driver.alive.values()
 
 
 def test_a_recording_with_calls_of_the_host_is_refused(
-    recording: Callable[[], object], recorder: Driver
+    third: Callable[[], object], driver: StandIn
 ) -> None:
-    recorder.node = 3
+    driver.node = 3
     with pytest.raises(DeviceError, match=r"would call the host in it.*without CUDA graphs$"):
-        recording()
-    assert not {"graph", "executable"} & {*recorder.alive.values()}
+        third()
+    assert not {"graph", "executable"} & {*driver.alive.values()}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("not permitted\nmore of it"), KeyboardInterrupt()])
 def test_a_recording_that_is_broken_off_leaves_the_stream_free(
-    recording: Callable[[], object], recorder: Driver, error: BaseException
+    third: Callable[[], object], driver: StandIn, error: BaseException
 ) -> None:
-    recorder.error = error
+    driver.error = error
     wanted = DeviceError if isinstance(error, Exception) else type(error)
     with pytest.raises(wanted) as caught:
-        recording()
+        third()
     if wanted is DeviceError:
         assert "(not permitted); load the bundle without CUDA graphs" in str(caught.value)
-    assert recorder.recorded is None
-    assert "graph" not in recorder.alive.values()
+    assert driver.recorded is None
+    assert "graph" not in driver.alive.values()
 
 
-def test_an_empty_recording_is_refused(recording: Callable[[], object], recorder: Driver) -> None:
-    recorder.nodes = False
+def test_an_empty_recording_is_refused(third: Callable[[], object], driver: StandIn) -> None:
+    driver.nodes = False
     with pytest.raises(DeviceError, match=r"\(it is empty\)"):
-        recording()
+        third()
 
 
 def test_cuda_graphs_on_the_cpu_are_refused(

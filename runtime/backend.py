@@ -1,0 +1,94 @@
+"""What differs between devices. This is the CPU's; `dash_onnx.runtime.cuda` has the other one."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dash_onnx.core.errors import DeviceError
+from dash_onnx.runtime.buffers import Buffer, Run
+from dash_onnx.runtime.ort import Device, check_device, create_session
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.sequence import SequenceState
+    from dash_onnx.runtime.sessions import Sessions
+
+
+class AsyncRun:
+    """A run whose result may arrive after the call has returned; on the CPU it never does."""
+
+    def __init__(self, run: Run, output: Buffer):
+        """Takes the run and the buffer that it writes."""
+        self.start = run
+        self._output = output
+
+    def result(self) -> np.ndarray:
+        """Waits for the run started last; returns the buffer's content, on the host."""
+        return self._output.array
+
+
+class Backend:
+    """Where the graphs of a bundle run.
+
+    Attributes:
+        device: its name.
+        run_options: of every run, or None.
+        lock: held while a graph is loaded.
+    """
+
+    device: Device = "cpu"
+    run_options: Any = None
+
+    def __init__(self) -> None:
+        """The CPU needs nothing."""
+        self.lock: AbstractContextManager[Any] = threading.Lock()
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A tensor of zeros on the device."""
+        return Buffer(shape, dtype)
+
+    def session(self, graph: Path, *, scorer: bool = False) -> Any:
+        """Loads a graph; the scorer's may run beside the others.
+
+        Raises:
+            BundleError: ORT refuses the graph.
+        """
+        return create_session(graph, self.device)
+
+    def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
+        """The scorer's run, ordered after the layers called before it, its result on the host."""
+        return AsyncRun(run, output)
+
+    def sequence(self, sessions: Sessions, capacity: int) -> SequenceState:
+        """The state of a new, empty sequence; see there."""
+        from dash_onnx.runtime.sequence import SequenceState
+
+        return SequenceState(sessions, capacity)
+
+    def synchronize(self) -> None:
+        """Waits until everything that was called has run."""
+
+
+def open_backend(device: str, *, cuda_graphs: bool = False) -> Backend:
+    """The backend of a device.
+
+    Args:
+        device: `cpu` or `cuda`.
+        cuda_graphs: records what a token runs as CUDA graphs.
+
+    Raises:
+        DeviceError: this ONNX Runtime or this machine lacks the device, or CUDA graphs are wanted
+            on another one.
+    """
+    check_device(device)
+    if device == "cuda":
+        from dash_onnx.runtime.cuda import open_cuda
+
+        return open_cuda(graphs=cuda_graphs)
+    if cuda_graphs:
+        raise DeviceError("CUDA graphs need --device cuda, and a bundle that was exported with it")
+    return Backend()

@@ -1,0 +1,25 @@
+"""The CUDA backend, imported for `device="cuda"` alone: nothing of it is met on the CPU.
+
+`driver.py` calls the CUDA driver, by ctypes: seventeen functions of a stable C interface, where
+NVIDIA's cuda-bindings would be one more compiled package that must match CUDA. `backend.py` orders
+layers, scorer and host on two streams; `graphs.py` records what a token runs, on request.
+"""
+
+from __future__ import annotations
+
+from dash_onnx.runtime.cuda.backend import CudaBackend
+from dash_onnx.runtime.cuda.driver import Driver, open_driver
+from dash_onnx.runtime.cuda.graphs import CudaGraphBackend
+
+
+def open_cuda(*, graphs: bool = False) -> CudaBackend:
+    """The backend of the first CUDA device.
+
+    Args:
+        graphs: records what a token runs as CUDA graphs.
+
+    Raises:
+        DeviceError: there is no CUDA driver, or it refuses.
+    """
+    driver = Driver(open_driver())
+    return CudaGraphBackend(driver) if graphs else CudaBackend(driver)

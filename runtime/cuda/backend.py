@@ -1,0 +1,129 @@
+"""Layers on one CUDA stream, the scorer on another, and the host ahead of both.
+
+    layers   ... layer i-2 | E | layer i-1 .......... | layer i ...
+    scorer                   E > scorer > copy | F
+    host     calls all of the above, then waits for F and calls layer i as decided
+
+E says that the input of layer i-1 exists, F that the decisions for the layers from i on are in the
+host's memory. Layer i-1 runs meanwhile, so the queue of the layers does not drain.
+
+Both streams wait for the default stream and it for them (the legacy one of CUDA), on which ORT
+copies tokens to the device and logits from it: a token's writes come before its layers, and its
+logits after them, without further events.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.runtime.backend import AsyncRun, Backend
+from dash_onnx.runtime.buffers import Buffer, Run
+from dash_onnx.runtime.cuda.driver import Driver
+from dash_onnx.runtime.ort import Device, create_session, onnxruntime
+
+_NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+
+
+class CudaBuffer(Buffer):
+    """A tensor in the memory of the device."""
+
+    device: Device = "cuda"
+
+    def __init__(self, shape: tuple[int, ...], dtype: str):
+        """Allocates zeros."""
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        zeros = np.zeros(shape, self.dtype)
+        self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        self.pointer = int(self._value.data_ptr())
+
+    @property
+    def array(self) -> np.ndarray:
+        """A copy of the content."""
+        copy: np.ndarray = self._value.numpy()
+        return copy
+
+    def write(self, content: Any) -> None:
+        """See `Buffer`."""
+        self._value.update_inplace(np.asarray(content, self.dtype).reshape(self.shape))
+
+
+class CudaBackend(Backend):
+    """Two streams of one device."""
+
+    device: Device = "cuda"
+
+    def __init__(self, driver: Driver):
+        """Creates the streams.
+
+        Raises:
+            DeviceError: the driver refuses.
+        """
+        super().__init__()
+        self.driver = driver
+        self.layers, self.scorer = driver.new_stream(), driver.new_stream()
+        self.run_options = onnxruntime().RunOptions()
+        self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """See `Backend`."""
+        return CudaBuffer(shape, dtype)
+
+    def session(self, graph: Path, *, scorer: bool = False) -> Any:
+        """See `Backend`."""
+        stream = self.scorer if scorer else self.layers
+        return create_session(graph, self.device, stream.value)
+
+    def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
+        """See `Backend`."""
+        return _CudaRun(self, run, output)
+
+    def synchronize(self) -> None:
+        """See `Backend`."""
+        self.driver.enter()
+        self.driver.call("cuStreamSynchronize", self.layers)
+
+
+class _CudaRun(AsyncRun):
+    """A run on the scorer's stream, once the layers called before it have written its input."""
+
+    def __init__(self, backend: CudaBackend, run: Run, output: Buffer):
+        self._backend, self._run, self._source = backend, run, output
+        driver = backend.driver
+        driver.enter()
+        self._ready, self._fetched, host = (ctypes.c_void_p() for _ in range(3))
+        self._size = ctypes.c_size_t(int(np.prod(output.shape)) * output.dtype.itemsize)
+        for event in (self._ready, self._fetched):
+            driver.call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
+        # Only from page-locked memory is a copy beside running kernels possible.
+        driver.call("cuMemHostAlloc", ctypes.byref(host), self._size, 0)
+        self._host = host
+        memory: Any = (ctypes.c_char * self._size.value).from_address(host.value or 0)
+        self._result = np.frombuffer(memory, output.dtype).reshape(output.shape)
+        driver.release_with(
+            self,
+            ("cuEventDestroy_v2", self._ready),
+            ("cuEventDestroy_v2", self._fetched),
+            ("cuMemFreeHost", host),
+        )
+
+    def start(self) -> None:
+        """See `AsyncRun`."""
+        layers, scorer = self._backend.layers, self._backend.scorer
+        driver = self._backend.driver
+        driver.enter()
+        driver.call("cuEventRecord", self._ready, layers)
+        driver.call("cuStreamWaitEvent", scorer, self._ready, 0)
+        self._run()
+        source = ctypes.c_uint64(self._source.pointer)
+        driver.call("cuMemcpyDtoHAsync_v2", self._host, source, self._size, scorer)
+        driver.call("cuEventRecord", self._fetched, scorer)
+
+    def result(self) -> np.ndarray:
+        """See `AsyncRun`."""
+        self._backend.driver.call("cuEventSynchronize", self._fetched)
+        return self._result

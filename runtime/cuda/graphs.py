@@ -1,0 +1,147 @@
+"""What a token runs as CUDA graphs: one launch for each layer, not one for each kernel.
+
+Each (layer, action) is recorded for itself once it has run twice, and launched from then on, until
+the K/V cache moves. ORT's own capture frees nothing before its session ends.
+
+While the driver records, nothing else in the process may use the layers' or the default stream, so
+generations hold a lock for a token, a prompt, or to load a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from typing import Any
+
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.contract import Ports
+from dash_onnx.core.errors import DeviceError
+from dash_onnx.runtime.buffers import Buffer, Run
+from dash_onnx.runtime.cuda.backend import CudaBackend
+from dash_onnx.runtime.cuda.driver import Driver
+from dash_onnx.runtime.deciders import Decider
+from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.sessions import Sessions
+
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
+_HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
+
+_WARM_UP = 2
+"""Runs before the recording, so that ORT has all memory that it takes: it may not allocate then."""
+
+_lock = threading.RLock()  # of the process: while one stream is recorded, all must wait
+
+
+class CudaGraphBackend(CudaBackend):
+    """Two streams of one device, and recordings of what runs on the first."""
+
+    def __init__(self, driver: Driver):
+        """See `CudaBackend`."""
+        super().__init__(driver)
+        self.lock = _lock
+
+    def sequence(self, sessions: Sessions, capacity: int) -> SequenceState:
+        """See `Backend`."""
+        return _RecordedSequence(sessions, capacity)
+
+    def recorded(self, run: Run) -> Run:
+        """What records a run after a few times. Shapes and addresses must stay the same."""
+        return _RecordedRun(self, run)
+
+
+class _RecordedSequence(SequenceState):
+    """Locks whatever uses the device, and records what runs for a single token."""
+
+    def __init__(self, sessions: Sessions, capacity: int):
+        with _lock:
+            super().__init__(sessions, capacity)
+
+    def forward(
+        self, tokens: int | Ids, decider: Decider, *, every: bool = False
+    ) -> tuple[Logits, Path]:
+        with _lock:
+            return super().forward(tokens, decider, every=every)
+
+    def prefill(self, ids: Ids, path: Path, head: Action, **options: Any) -> Logits:
+        with _lock:
+            return super().prefill(ids, path, head, **options)
+
+    def advance(self, count: int) -> None:
+        with _lock:
+            super().advance(count)
+
+    def _longest(self, total: int, count: int) -> int:
+        # A recording keeps what it read on the host: the bound that holds for all its launches.
+        return self.kv.capacity if count == 1 else total
+
+    def _bound(
+        self, seq: int, session: Any, ports: Ports, inputs: list[Buffer], outputs: list[Buffer]
+    ) -> Run:
+        run = super()._bound(seq, session, ports, inputs, outputs)
+        backend = self.sessions.backend
+        assert isinstance(backend, CudaGraphBackend)
+        return backend.recorded(run) if seq == 1 else run
+
+
+class _RecordedRun:
+    """A run that is recorded after a few times, and launched as a CUDA graph from then on."""
+
+    def __init__(self, backend: CudaBackend, run: Run):
+        self._driver, self._stream, self._run = backend.driver, backend.layers, run
+        self._executable: ctypes.c_void_p | None = None
+        self._warm = 0
+
+    def __call__(self) -> None:
+        if self._warm < _WARM_UP:
+            self._warm += 1
+            self._run()
+            return
+        self._driver.enter()
+        if self._executable is None:
+            self._executable = self._record()
+            self._driver.release_with(self, ("cuGraphExecDestroy", self._executable))
+        self._driver.call("cuGraphLaunch", self._executable, self._stream)
+
+    def _record(self) -> ctypes.c_void_p:
+        call, graph, executable = self._driver.call, ctypes.c_void_p(), ctypes.c_void_p()
+        end = ("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        try:
+            call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
+            try:
+                self._run()
+            except BaseException:
+                with contextlib.suppress(DeviceError):  # the stream must be free in any case
+                    call(*end)
+                raise
+            call(*end)
+            self._check(graph)
+            call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
+        except Exception as error:  # ORT raises types of its C extension, without a common base
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DeviceError(
+                f"what a layer runs cannot be recorded as a CUDA graph ({reason}); load the bundle "
+                "without CUDA graphs"
+            ) from None
+        finally:
+            if graph.value:
+                call("cuGraphDestroy", graph)
+        return executable
+
+    def _check(self, graph: ctypes.c_void_p) -> None:
+        """Refuses a graph that holds nothing, or calls of the host.
+
+        ORT before microsoft/onnxruntime#32121 frees memory of the host by such a call, which the
+        second launch of a recording reads.
+        """
+        call, count, kind = self._driver.call, ctypes.c_size_t(), ctypes.c_int()
+        call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        call("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
+        if not nodes:
+            raise DeviceError("it is empty")
+        for node in nodes:
+            call("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+            if kind.value == _HOST:
+                raise DeviceError("this ONNX Runtime would call the host in it")

@@ -1,0 +1,204 @@
+"""What the decode loop asks: the action of each layer, for one pass after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.core.actions import SKIP, Action, Path
+from dash_onnx.core.budget import Controller, scorer_facts
+from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
+from dash_onnx.runtime.backend import AsyncRun
+from dash_onnx.runtime.buffers import Buffer, bound_run
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.sequence import SequenceState
+
+_NEVER = 1e30  # penalty of an action that must not be chosen
+
+
+class Decider(Protocol):
+    """Chooses the action of each layer in the passes of one sequence.
+
+    Attributes:
+        head: precision of the LM head.
+    """
+
+    head: Action
+
+    def begin(self) -> None:
+        """Before the first layer of a pass."""
+
+    def before(self, layer: int) -> None:
+        """Before a layer runs, once its input has been asked for."""
+
+    def action(self, layer: int) -> Action:
+        """What the layer does."""
+
+    def after(self, layer: int) -> None:
+        """Once the layer has been called."""
+
+    def end(self) -> Path:
+        """After the last layer; returns the path that was taken."""
+
+
+class FixedPath:
+    """The same path in every pass."""
+
+    def __init__(self, path: Path, head: Action):
+        """Takes the action of each layer, and the precision of the LM head."""
+        self.path, self.head = path, head
+
+    def begin(self) -> None:
+        """See `Decider`."""
+
+    def before(self, layer: int) -> None:
+        """See `Decider`."""
+
+    def action(self, layer: int) -> Action:
+        """See `Decider`."""
+        return self.path[layer]
+
+    def after(self, layer: int) -> None:
+        """See `Decider`."""
+
+    def end(self) -> Path:
+        """See `Decider`."""
+        return self.path
+
+
+class PathSequence(FixedPath):
+    """The next path of a sequence in each pass."""
+
+    def __init__(self, paths: Iterator[Path], head: Action):
+        """Takes an endless sequence of paths, and the precision of the LM head."""
+        super().__init__((), head)
+        self._paths = paths
+
+    def begin(self) -> None:
+        """See `Decider`."""
+        self.path = next(self._paths)
+
+
+class ScoredDecider:
+    """The scorer decides, at each decision point for the layers from there to the next one.
+
+    It reads the input of the layer before the decision point, so that it may run beside that layer:
+    a decision never waits for the output of the layer that runs.
+
+    Attributes:
+        head: precision of the LM head.
+        actions: that are decided between, dearest first.
+    """
+
+    def __init__(
+        self,
+        sequence: SequenceState,
+        head: Action,
+        multiplier: float,
+        controller: Controller | None = None,
+    ):
+        """Binds nothing yet: the first pass does, which holds the device.
+
+        Args:
+            sequence: whose tokens it decides for, one at a time.
+            head: precision of the LM head.
+            multiplier: nats per `Costs.unit_ms`.
+            controller: moves the multiplier from token to token; None leaves it as it is.
+
+        Raises:
+            PolicyError: the bundle has no scorer.
+        """
+        manifest = sequence.sessions.manifest
+        facts = scorer_facts(manifest)
+        self.head, self.actions = head, facts.actions
+        self._sequence, self._controller, self._given = sequence, controller, multiplier
+        self._segments = facts.segments(sequence.num_layers)
+        # By layer, the number of the decision point after it: its input is what the scorer reads.
+        self._points: list[int | None] = [None] * sequence.num_layers
+        for number, (start, _) in enumerate(self._segments[1:]):
+            self._points[start - 1] = number
+        self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
+        self._path: list[Action] = [self.actions[0]] * sequence.num_layers
+        self._multiplier: float | None = None
+        self._runs: list[AsyncRun] = []  # by decision point, like what they write
+        self._totals: list[Buffer] = []
+
+    def _bind(self) -> None:
+        sessions, layers = self._sequence.sessions, self._sequence.num_layers
+        backend, ports = sessions.backend, sessions.scorer_ports
+        self._penalty = backend.buffer((layers, len(self.actions)), "float32")
+        for start, _ in self._segments[1:]:
+            inputs = [self._sequence.hidden[(start - 1) % 2], self._penalty]
+            total = backend.buffer(self._penalty.shape, "float32")
+            decided = backend.buffer((layers,), "int64")
+            run = bound_run(sessions.scorer(), ports, inputs, [total, decided], backend.run_options)
+            self._totals.append(total)
+            self._runs.append(backend.asynchronous(run, decided))
+        # The first segment's values are the same for every token: what is left without a penalty.
+        self._runs[0].start()
+        self._runs[0].result()
+        self._first = self._totals[0].array[: self._segments[0][1]].copy()
+
+    def begin(self) -> None:
+        """See `Decider`."""
+        if not self._runs:
+            self._bind()
+        self._set(self._given if self._controller is None else self._controller.multiplier)
+
+    def before(self, layer: int) -> None:
+        """See `Decider`."""
+        if (point := self._points[layer]) is not None:
+            self._runs[point].start()
+
+    def action(self, layer: int) -> Action:
+        """See `Decider`."""
+        return self._path[layer]
+
+    def after(self, layer: int) -> None:
+        """See `Decider`."""
+        if (point := self._points[layer]) is not None:
+            start, stop = self._segments[point + 1]
+            self._decide(start, self._runs[point].result()[start:stop])
+
+    def end(self) -> Path:
+        """See `Decider`."""
+        path = tuple(self._path)
+        if self._controller is not None:
+            self._controller.spent(path)
+        return path
+
+    @property
+    def predicted_kl(self) -> npt.NDArray[np.float32]:
+        """What each action of each layer was predicted to cost the last token, `[L, A]` nats."""
+        penalty = self._penalty.array
+        later = [
+            (total.array - penalty)[start:stop]
+            for total, (start, stop) in zip(self._totals, self._segments[1:], strict=True)
+        ]
+        return np.where(penalty < _NEVER, np.concatenate([self._first, *later]), np.float32(0))
+
+    def _decide(self, start: int, indices: np.ndarray) -> None:
+        self._path[start : start + len(indices)] = map(self.actions.__getitem__, indices.tolist())
+
+    def _set(self, multiplier: float) -> None:
+        """Weighs the costs, and decides for the layers before the first decision point."""
+        if multiplier == self._multiplier:
+            return
+        self._multiplier = multiplier
+        penalty = np.float32(multiplier) * self._costs
+        if SKIP in self.actions:
+            penalty[0, self.actions.index(SKIP)] = _NEVER
+        self._penalty.write(penalty)
+        self._decide(0, (self._first + penalty[: len(self._first)]).argmin(1))
+
+
+def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
+    """What chooses the actions of one generation under a policy."""
+    if isinstance(policy, ScoredPolicy):
+        return ScoredDecider(sequence, policy.head, policy.multiplier, policy.controller())
+    assert isinstance(policy, PathPolicy)
+    return PathSequence(policy.paths(), policy.head)

@@ -1,0 +1,223 @@
+"""One sequence: its K/V cache, buffers and bindings, and the loop that runs its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.contract import Ports
+from dash_onnx.core.errors import ContextLengthError
+from dash_onnx.runtime.buffers import Buffer, Run, bind, bound_run
+from dash_onnx.runtime.deciders import Decider, FixedPath
+from dash_onnx.runtime.kv import CAPACITY, KVCache
+from dash_onnx.runtime.sessions import Sessions
+
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
+
+_KEPT = 16  # tokens: bindings for longer passes go when their prompt has run
+
+
+@dataclass
+class _Pass:
+    """Buffers and bound graphs for passes of S tokens."""
+
+    tokens: Buffer  # [1, S] int64
+    hidden: tuple[Buffer, Buffer]  # [1, S, D]: input of the even and of the odd layers
+    embed: Run
+    layers: list[dict[Action, Run]]
+    logits: Buffer | None = None  # [1, S, V]
+    heads: dict[Action, Run] = field(default_factory=dict)
+
+
+class SequenceState:
+    """K/V cache, buffers and bindings of one sequence; one generation at a time uses it.
+
+    `forward` is the decode loop. Its parts (`advance`, `embed`, `run`, `head`) are public for those
+    who time or rearrange them.
+    """
+
+    def __init__(self, sessions: Sessions, capacity: int = CAPACITY):
+        """Allocates an empty cache; sequences share nothing but the sessions.
+
+        Args:
+            sessions: of the bundle.
+            capacity: tokens that its K/V cache has room for at first; it doubles when full.
+        """
+        backend = sessions.backend
+        self.sessions = sessions
+        self.num_layers = sessions.manifest.model.num_layers
+        self.kv = KVCache(sessions.manifest, backend, capacity)
+        # Position state, read by every layer: written once per pass.
+        self._seqlens = backend.buffer((1,), "int32")
+        self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
+        self._start = backend.buffer((1,), "int64")
+        self._passes: dict[int, _Pass] = {}
+        self._now = self._pass(1)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self.kv.length
+
+    @property
+    def hidden(self) -> tuple[Buffer, Buffer]:
+        """Input `[1, 1, D]` of the even and of the odd layers while one token runs."""
+        return self._passes[1].hidden
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from position `length` on."""
+        self.kv.truncate(length)
+
+    def forward(
+        self, tokens: int | Ids, decider: Decider, *, every: bool = False
+    ) -> tuple[Logits, Path]:
+        """Runs one token, or several at once that take the same path.
+
+        Args:
+            tokens: an id, or ids `[S]` with S up to `PREFILL_CHUNK`.
+            decider: chooses each layer's action.
+            every: logits after every token, not after the last one alone.
+
+        Returns:
+            Logits `[V]`, or `[S, V]` with `every` (the next call overwrites them), and the path.
+
+        Raises:
+            ContextLengthError: the tokens do not fit the context.
+        """
+        path = self._layers(tokens, decider)
+        return self.head(decider.head, every=every), path
+
+    def _layers(self, tokens: int | Ids, decider: Decider) -> Path:
+        self.advance(1 if isinstance(tokens, int) else len(tokens))
+        self.embed(tokens)
+        decider.begin()
+        for layer in range(self.num_layers):
+            decider.before(layer)
+            self.run(layer, decider.action(layer))
+            decider.after(layer)
+        return decider.end()
+
+    def prefill(
+        self,
+        ids: Ids,
+        path: Path,
+        head: Action,
+        *,
+        every: bool = False,
+        chunk: int = PREFILL_CHUNK,
+    ) -> Logits:
+        """Runs a prompt of any length on one path, in chunks.
+
+        Args:
+            ids: `[S]`, at least one.
+            path: action of each layer.
+            head: precision of the LM head.
+            every: logits after every token, not after the last one alone.
+            chunk: tokens that run at once.
+
+        Returns:
+            Logits `[V]` (the next call overwrites them), or a copy `[S, V]` float32 with `every`.
+
+        Raises:
+            ContextLengthError: it does not fit the context.
+        """
+        decider, rows = FixedPath(path, head), []
+        for start in range(0, len(ids), chunk):
+            self._layers(ids[start : start + chunk], decider)
+            if every:
+                rows.append(self.head(head, every=True).astype(np.float32))
+        logits = np.concatenate(rows) if every else self.head(head)
+        for count in [count for count in self._passes if count > _KEPT]:
+            del self._passes[count]
+        return logits
+
+    def advance(self, count: int) -> None:
+        """Makes room in the K/V cache for the next `count` tokens, and sets their positions.
+
+        Raises:
+            ContextLengthError: they do not fit the context.
+        """
+        total = self.kv.length + count
+        limit = self.sessions.manifest.model.max_length
+        if total > limit:
+            raise ContextLengthError(f"{total} tokens do not fit the context of {limit}")
+        if self.kv.reserve(total):  # the buffers moved
+            for bound in self._passes.values():
+                for runs in bound.layers:
+                    runs.clear()
+        self.kv.length = total
+        self._seqlens.write(total - 1)
+        self._total.write(self._longest(total, count))
+        self._start.write(total - count)
+        self._now = self._passes.get(count) or self._pass(count)
+
+    def _longest(self, total: int, count: int) -> int:
+        """The sequence length that the graphs are told on the host."""
+        return total
+
+    def embed(self, tokens: int | Ids) -> None:
+        """Runs the token embedding on an id, or on as many ids as were advanced by."""
+        self._now.tokens.write(tokens)
+        self._now.embed()
+
+    def run(self, layer: int, action: Action) -> None:
+        """Runs one layer: hidden states ping-pong between two buffers."""
+        runs = self._now.layers[layer]
+        (runs.get(action) or runs.setdefault(action, self._bind_layer(layer, action)))()
+
+    def head(self, precision: Action, *, every: bool = False) -> Logits:
+        """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`."""
+        now, sessions = self._now, self.sessions
+        final = now.hidden[self.num_layers % 2]  # [1, S, D]
+        seq = final.shape[1]
+        if not every and seq > 1:
+            one = self._passes[1]
+            logits = one.logits = one.logits or self._logits(1)
+            session, width = sessions.head(precision), final.shape[2]
+            binding, ports = session.io_binding(), sessions.head_ports
+            bind(binding.bind_input, ports.inputs[0], final, (1, 1, width), (seq - 1) * width)
+            bind(binding.bind_output, ports.outputs[0], logits)
+            session.run_with_iobinding(binding, sessions.backend.run_options)
+            return logits.array[0, 0]
+        run = now.heads.get(precision)
+        if run is None:
+            now.logits = now.logits or self._logits(seq)
+            run = now.heads[precision] = self._bound(
+                seq, sessions.head(precision), sessions.head_ports, [final], [now.logits]
+            )
+        run()
+        assert now.logits is not None
+        return now.logits.array[0] if every else now.logits.array[0, 0]
+
+    def _pass(self, seq: int) -> _Pass:
+        sessions = self.sessions
+        backend, dims = sessions.backend, sessions.manifest.dims
+        tokens = backend.buffer((1, seq), "int64")
+        even, odd = (backend.buffer((1, seq, dims.hidden_size), dims.dtype) for _ in range(2))
+        embed = self._bound(seq, sessions.embed(), sessions.embed_ports, [tokens], [even])
+        layers: list[dict[Action, Run]] = [{} for _ in range(self.num_layers)]
+        return self._passes.setdefault(seq, _Pass(tokens, (even, odd), embed, layers))
+
+    def _logits(self, seq: int) -> Buffer:
+        dims = self.sessions.manifest.dims
+        return self.sessions.backend.buffer((1, seq, dims.vocab_size), dims.dtype)
+
+    def _bind_layer(self, layer: int, action: Action) -> Run:
+        sessions, kv, hidden = self.sessions, self.kv, self._now.hidden
+        key, value = kv.keys[layer], kv.values[layer]
+        source, target = hidden[layer % 2], hidden[(layer + 1) % 2]
+        rotary = kv.rotary[sessions.manifest.rope_of(layer)]
+        inputs = [source, key, value, self._seqlens, self._total, self._start, *rotary]
+        session, ports = sessions.layer(layer, action), sessions.layer_ports
+        return self._bound(source.shape[1], session, ports, inputs, [target, key, value])
+
+    def _bound(
+        self, seq: int, session: Any, ports: Ports, inputs: list[Buffer], outputs: list[Buffer]
+    ) -> Run:
+        """Binds a graph of a pass of `seq` tokens."""
+        return bound_run(session, ports, inputs, outputs, self.sessions.backend.run_options)
