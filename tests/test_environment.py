@@ -248,13 +248,12 @@ def inputs_in_the_runtime(case: Case, ids: torch.Tensor, paths: torch.Tensor) ->
     for tokens, path in zip(ids.numpy(), paths.tolist(), strict=True):
         sequence = case.model.new_sequence()
         sequence.prefill(tokens[:PROMPT], ("full",) * LAYERS, "int8")
-        span = sequence._single
         for position in range(PROMPT, LENGTH):
-            sequence._advance(1)
-            span._start(int(tokens[position]))
+            sequence.advance(1)
+            sequence.embed(int(tokens[position]))
             for layer, action in enumerate(path[position]):
-                rows.append(span.hidden[layer % 2].array[0, 0].copy())
-                span._run_of(layer, case.actions[action])()
+                rows.append(sequence.hidden[layer % 2].array[0, 0].copy())
+                sequence.run(layer, case.actions[action])
     return np.stack(rows).reshape(len(ids), LENGTH - PROMPT, LAYERS, -1)
 
 

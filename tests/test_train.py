@@ -295,14 +295,13 @@ def inputs_along(
     """The input of each layer, `[D]`, when the tokens are decoded on given paths."""
     sequence = model.new_sequence()
     sequence.prefill(ids[:4], ("full",) * LAYERS, "full")
-    span = sequence._single
     for token, path in zip(ids[4:], paths, strict=True):
-        sequence._advance(1)
-        span._start(int(token))
+        sequence.advance(1)
+        sequence.embed(int(token))
         inputs = []
         for layer, action in enumerate(path):
-            inputs.append(span.hidden[layer % 2].array[0, 0].copy())
-            span._run_of(layer, action)()
+            inputs.append(sequence.hidden[layer % 2].array[0, 0].copy())
+            sequence.run(layer, action)
         yield path, inputs
 
 
