@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +36,8 @@ from dash_onnx.runtime.ort import Device, use_threads
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
 
+P = ParamSpec("P")
+
 Prompt = str | Sequence[Message]
 """Raw text, or the messages of a conversation."""
 
@@ -51,6 +56,20 @@ class ScoredToken:
     logits: Logits
     path: Path
     predicted_kl: npt.NDArray[np.float32] | None = None
+
+
+def _joined(
+    name: str, stream: Callable[Concatenate[Model, P], Generator[Chunk]]
+) -> Callable[Concatenate[Model, P], str]:
+    """A method that takes what `stream` takes and returns the text of all chunks."""
+
+    @functools.wraps(stream)
+    def generate(model: Model, /, *args: P.args, **options: P.kwargs) -> str:
+        return "".join(chunk.text for chunk in stream(model, *args, **options))
+
+    signature = inspect.signature(stream).replace(return_annotation="str")
+    generate.__name__, generate.__signature__ = name, signature  # type: ignore[attr-defined]
+    return generate
 
 
 class Model:
@@ -316,82 +335,11 @@ class Model:
         first = next(chunks)  # errors surface here, not at the first use
         return _continued(first, chunks)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        options: GenerationOptions | None = None,
-        policy: str | Policy | None = None,
-        budget: Budget | None = None,
-        prefill: Action | None = None,
-        max_new_tokens: int | None = None,
-        ignore_eos: bool | None = None,
-        stop: str | Sequence[str] | None = None,
-        cache: Cache | None = None,
-        temperature: float | None = None,
-        repetition_penalty: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-    ) -> str:
-        """Generates the whole text; see `stream`."""
-        chunks = self.stream(
-            prompt,
-            options=options,
-            policy=policy,
-            budget=budget,
-            prefill=prefill,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            stop=stop,
-            cache=cache,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-        )
-        return "".join(chunk.text for chunk in chunks)
+    generate = _joined("generate", stream)
+    """Generates the whole text, `str`; takes what `stream` takes."""
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        options: GenerationOptions | None = None,
-        policy: str | Policy | None = None,
-        budget: Budget | None = None,
-        prefill: Action | None = None,
-        max_new_tokens: int | None = None,
-        ignore_eos: bool | None = None,
-        stop: str | Sequence[str] | None = None,
-        cache: Cache | None = None,
-        temperature: float | None = None,
-        repetition_penalty: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-    ) -> str:
-        """Generates the assistant's answer to a conversation; see `stream`."""
-        return self.generate(
-            list(messages),
-            options=options,
-            policy=policy,
-            budget=budget,
-            prefill=prefill,
-            max_new_tokens=max_new_tokens,
-            ignore_eos=ignore_eos,
-            stop=stop,
-            cache=cache,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-        )
+    chat = _joined("chat", stream)
+    """Generates the assistant's answer to chat messages, `str`; takes what `stream` takes."""
 
     def _checked(self, ids: Ids | Sequence[int]) -> Ids:
         array = np.asarray(ids, np.int64)
