@@ -22,6 +22,7 @@ from dash_onnx.core.budget import (
     Controller,
     base_precision,
     evenly_skipped,
+    kl_at,
     multiplier_of,
     presets,
     reference_ms,
@@ -286,6 +287,15 @@ def test_a_preset_between_two_rows_is_where_the_log_of_the_kl_says() -> None:
     low, limit, high = map(math.log, (1e-4, PRESETS["quality"], 0.025))
     expected = 0.9 - (limit - low) / (high - low) * 0.4
     assert presets(points)["quality"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_kl_of_a_budget_is_that_of_the_table_and_of_a_preset_what_it_promises() -> None:
+    points = (point(0.3, 0.1, 0.4), point(0.5, 0.01, 0.025), point(0.9, 0.001, 0.0))
+    assert [kl_at(row.budget, points) for row in points] == [row.kl for row in points]
+    assert (kl_at(0.1, points), kl_at(1.0, points)) == (0.4, 0.0)
+    assert kl_at(0.4, points) == pytest.approx(0.1)  # halfway in the logarithm
+    for name, budget in presets(points).items():
+        assert kl_at(budget, points) == pytest.approx(PRESETS[name], rel=0.001)
 
 
 @given(tables())

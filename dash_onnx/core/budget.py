@@ -97,6 +97,24 @@ def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float
     return multiplier, (a if share < 0.5 else b).head
 
 
+def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:
+    """KL in nats that the policy table gives for a budget, which may lie outside of it.
+
+    Between two rows the log of the KL is linear in the budget; beyond the table it is that of the
+    nearest row.
+    """
+    budget = min(max(budget, points[0].budget), points[-1].budget)
+    a, b = _neighbours(budget, points)
+    if budget in (a.budget, b.budget):  # of a row itself the KL may be 0
+        return a.kl if budget == a.budget else b.kl
+    share = (budget - a.budget) / (b.budget - a.budget)
+    return math.exp((1 - share) * _log_kl(a) + share * _log_kl(b))
+
+
+def _log_kl(point: BudgetPoint) -> float:
+    return math.log(max(point.kl, _LEAST_KL))
+
+
 def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action, ...]:
     """Actions that the policy takes at a budget inside the table, highest precision first."""
     rows = _neighbours(budget, points)
@@ -111,7 +129,7 @@ def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetP
 
 
 def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
-    """Budgets of the presets: the log of the KL is linear in the budget between two rows."""
+    """Budgets of the presets: where `kl_at` reaches the KL that each of them promises."""
     result = {}
     for name, limit in PRESETS.items():
         below = [point for point in points if point.kl <= limit]
@@ -123,8 +141,7 @@ def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
         budget = best.budget
         if index > 0 and points[index - 1].kl > limit:
             worse = points[index - 1]
-            lower = max(best.kl, _LEAST_KL)
-            share = math.log(limit / lower) / math.log(worse.kl / lower)
+            share = (math.log(limit) - _log_kl(best)) / (_log_kl(worse) - _log_kl(best))
             budget += share * (worse.budget - best.budget)
         result[name] = min(max(round(budget, 4), points[0].budget), points[-1].budget)
     return result
