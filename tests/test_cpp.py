@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from scored_bundle import with_scorer
 from test_fused import PROMPT, Client
-from test_report import with_scorer
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.fused import BUDGET, MODEL, FuseOptions, fuse

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_report import with_scorer
+from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.run import main

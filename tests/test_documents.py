@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from test_report import with_scorer
+from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core import contract

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from cli_tool import Capture, Tool
 from families import CASES, LAYERS, save_random
-from test_report import with_scorer
+from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.fuse import main

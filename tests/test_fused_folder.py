@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from cli_tool import Capture, Tool
-from test_report import with_scorer
+from scored_bundle import with_scorer
 
 from dash_onnx.cli.fuse import main as fuse_main
 from dash_onnx.cli.train import main as train_main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import with_scorer
+from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from node import example
+from scored_bundle import with_scorer
 from test_fused import Client
-from test_report import with_scorer
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle

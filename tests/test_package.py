@@ -65,6 +65,13 @@ def test_the_wheel_holds_every_module_of_the_sources_and_nothing_else(
         )
         for path in (ROOT / folder).rglob("*.py")
     }
+    data = {
+        "dash_onnx/py.typed",
+        "dash_onnx/report/charts.svg.jinja",
+        "dash_onnx/report/report.css",
+        "dash_onnx/report/report.html.jinja",
+        "dash_onnx/report/tables.html.jinja",
+    }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {
         "dash_onnx/exporters/export.py",
@@ -72,7 +79,7 @@ def test_the_wheel_holds_every_module_of_the_sources_and_nothing_else(
         "dash_onnx/runtime/engine.py",
         "dash_onnx/cli/run.py",
     } <= modules
-    assert found == {*modules, "dash_onnx/py.typed"}
+    assert found == modules | data
 
 
 def test_the_wheel_installs_one_top_level_package(wheel: zipfile.ZipFile) -> None:

@@ -15,93 +15,24 @@ import numpy as np
 import pytest
 import torch
 from cli_tool import Capture, Tool
+from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.report import main
-from dash_onnx.core.actions import Action
-from dash_onnx.core.budget import reference_ms
-from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
-from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
-from dash_onnx.core.manifest import Manifest
-from dash_onnx.exporters.train.scorer import BundleScorer, Scorer, export_scorer
-from dash_onnx.report.facts import curve, interpolated_kl, pareto
-from dash_onnx.report.page import render
+from dash_onnx.core.budget import PRESETS, presets, reference_ms, scorer_facts
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.report.analysis import reliability
+from dash_onnx.report.curve import curve, pareto
+from dash_onnx.report.page import number, render
 from dash_onnx.report.report import Report, build
-from dash_onnx.report.sample import given_text
-from dash_onnx.report.stats import calibration
-from dash_onnx.report.svg import Scale, decades, number
-from dash_onnx.report.tokens import describe
+from dash_onnx.report.sample import SampleText, given_text
+from dash_onnx.report.scale import Scale, decades, padded
+from dash_onnx.report.tokens import describe, path_letters
 from dash_onnx.runtime.engine import Model
 
-ACTIONS: tuple[Action, ...] = ("full", "int8", "int4", "skip")
 TEXT = "the keeper of the lighthouse counts 12 ships,\n that pass in the night <s>! " * 4
 TOOL = Tool("dash-report", main)
 run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
-
-
-def with_scorer(
-    folder: Path, decision_points: tuple[int, ...] = (), often: Action = "int4"
-) -> Path:
-    """Gives a bundle an untrained scorer whose decisions vary, and tables made up for it.
-
-    It looks before each layer, or before some; one action is taken more often than others.
-    """
-    manifest = Bundle(folder).manifest
-    extra: tuple[Action, ...] = ("full",) if "full" in manifest.actions else ()
-    learned = manifest.actions[len(extra) :]
-    layers, hidden = manifest.model.num_layers, manifest.model.hidden_size
-    torch.manual_seed(0)
-    decision_points = decision_points or tuple(range(1, layers))
-    scorer = Scorer(layers, hidden, len(learned), decision_points)
-    with torch.no_grad():
-        scorer.bias.copy_(torch.tensor([-6.0, -2.0])[1 - len(learned) :].expand(layers, -1))
-    graph = BundleScorer(scorer, learned, extra, torch.full((layers,), 1e-4))
-    file = export_scorer(graph, folder, manifest.dims)
-    files = {**manifest.files, file: file_facts(folder / file)}
-    # Not the profile of this machine: the decisions must be the same everywhere.
-    all_ms: dict[Action, float] = {"full": 1.0, "int8": 0.4, "int4": 0.3, "skip": 0.1}
-    layer = {action: all_ms[action] for action in manifest.actions}
-    heads = {head: 0.4 if head == "int4" else 0.5 for head in manifest.costs.heads_ms}
-    costs = Costs("a machine", 2, 0.1, 0.05, heads, (layer,) * layers)
-    manifest = replace(manifest, files=files, costs=costs)
-    replace_manifest(
-        folder, replace(manifest, scorer=made_up(manifest, file, decision_points, often))
-    )
-    return folder
-
-
-def made_up(
-    manifest: Manifest, file: str, decision_points: tuple[int, ...], often: Action
-) -> ScorerFacts:
-    """Tables in the form that training leaves."""
-    layers, full = manifest.model.num_layers, reference_ms(manifest)
-    costs = manifest.costs
-    actions = manifest.actions
-    shares = {action: 0.7 if action == often else 0.3 / (len(actions) - 1) for action in actions}
-    points = tuple(
-        BudgetPoint(budget, multiplier, "int8", kl, shares)
-        for budget, multiplier, kl in ((0.2, 1.0, 0.9), (0.5, 0.02, 0.05), (0.99, 1e-5, 0.0))
-    )
-    static = []
-    for action in [a for a in ("int8", "int4") if a in actions]:
-        path = (action,) * layers
-        for head in [a for a in ("int8", "int4") if a in actions]:
-            budget = costs.token_ms(path, head) / full
-            kl = {"int8": 0.004, "int4": 0.2}[action] + (0.01 if head == "int4" else 0.0)
-            static.append(StaticPoint(budget, head, kl, path))
-    mixed: tuple[Action, ...] = ("int8", *["skip"] * (layers - 1))
-    static.append(StaticPoint(costs.token_ms(mixed, "int8") / full, "int8", 1.5, mixed))
-    return ScorerFacts(
-        file=file,
-        actions=actions,
-        decision_points=decision_points,
-        points=points,
-        presets={"quality": 0.7, "balanced": 0.5, "fast": 0.3},
-        static=tuple(sorted(static, key=lambda point: point.budget)),
-        training=Training(
-            "quick", "a <b> & c", 4096, 1024, 7, 12.5, (2.0, 1.5), (0.3, 0.2), (0.4, 0.5)
-        ),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +49,20 @@ def model(bundle: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def report(model: Model) -> Report:
-    return build(model, given_text(model, TEXT, 60, "t.txt"), ["balanced", "0.4"])
+def text(model: Model) -> SampleText:
+    return given_text(model, TEXT, 60, "t.txt")
+
+
+@pytest.fixture(scope="module")
+def report(model: Model, text: SampleText) -> Report:
+    return build(model, text, ["balanced", "0.4"])
+
+
+@pytest.fixture
+def ships(tmp_path: Path) -> Path:
+    path = tmp_path / "ships.txt"
+    path.write_text(TEXT)
+    return path
 
 
 class Page(HTMLParser):
@@ -139,9 +82,6 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -169,25 +109,17 @@ def test_tokens_are_told_apart_by_what_they_are(model: Model) -> None:
 
 
 def test_a_word_goes_on_only_after_a_letter(model: Model) -> None:
-    letters = {char: model.text.encode(char, add_special_tokens=False)[0] for char in "ab,"}
-    a, b, comma = letters.values()
+    a, b, comma = (model.text.encode(c, add_special_tokens=False)[0] for c in "ab,")
     kinds = [token.kind for token in describe(model.text, [a, b, comma, b, 0, a])]
-    assert kinds == [
-        "word start",
-        "word continuation",
-        "punctuation",
-        "word start",
-        "special",
-        "word start",
-    ]
+    start, further = "word start", "word continuation"
+    assert kinds == [start, further, "punctuation", start, "special", start]
 
 
 # The curve
 
 
 def test_the_curve_keeps_only_static_points_that_nothing_beats(model: Model) -> None:
-    facts = model.manifest.scorer
-    assert facts is not None
+    facts = scorer_facts(model.manifest)
     front = pareto(facts.static)
     for point in facts.static:
         beaten = [p for p in facts.static if p.budget <= point.budget and p.kl < point.kl]
@@ -199,51 +131,49 @@ def test_the_curve_keeps_only_static_points_that_nothing_beats(model: Model) -> 
 
 def test_uniform_precisions_come_with_the_head_that_their_policy_uses(model: Model) -> None:
     uniform = curve(model.manifest).uniform
-    assert {action: point.path for action, point in uniform.items()} == {
-        "int8": "8888",
-        "int4": "4444",
-    }
+    assert [point.path for point in uniform.values()] == ["8888", "4444"]
     for action, point in uniform.items():
         assert point.head == model.manifest.heads[action]
         assert point.shares[action] == 1.0
 
 
-def test_presets_get_the_kl_of_the_table(model: Model) -> None:
-    presets = {preset.name: preset for preset in curve(model.manifest).presets}
-    assert list(presets) == ["fast", "balanced", "quality"]
-    assert presets["balanced"].kl == pytest.approx(0.05)
-    assert 0.05 < presets["fast"].kl < 0.9
-    points = model.manifest.scorer.points  # type: ignore[union-attr]
-    assert interpolated_kl(points, 0.01) == 0.9
-    assert interpolated_kl(points, 1.0) == 0.0
+def test_a_preset_is_shown_with_the_kl_that_it_promises(model: Model, report: Report) -> None:
+    facts = scorer_facts(model.manifest)
+    trained = replace(facts, presets=presets(facts.points))
+    found = curve(replace(model.manifest, scorer=trained))
+    assert [preset.name for preset in found.presets] == ["fast", "balanced", "quality"]
+    for preset in found.presets:
+        assert preset.kl == pytest.approx(PRESETS[preset.name], rel=0.002)
+    page = Page(render(replace(report, curve=found)))
+    for kl in PRESETS.values():
+        assert f"KL {kl:g} ·" in page.text
 
 
 # The sample
 
 
-def test_a_run_tells_what_teacher_forcing_tells(model: Model, report: Report) -> None:
-    run_ = report.sample.runs[0]
-    text = given_text(model, TEXT, 60, "t.txt")
-    policy = model.policy("dash", "balanced")
-    forced = list(
-        (token.logits.copy(), token.path)
-        for token in model.score(text.ids, prompt_tokens=text.prompt_tokens, policy=policy)
-    )
-    letters = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
-    assert run_.paths == tuple("".join(letters[a] for a in path) for _, path in forced)
-    assert len(set("".join(run_.paths))) > 1
-    full = reference_ms(model.manifest)
-    costs = [
-        model.manifest.costs.token_ms(path, policy.head, scored=True) / full for _, path in forced
-    ]
-    assert run_.cost == pytest.approx(costs, abs=1e-4)
-    reference = torch.from_numpy(model.logits(text.ids, policy="full")[text.prompt_tokens :])
+def test_a_run_tells_what_teacher_forcing_tells(
+    model: Model, text: SampleText, report: Report
+) -> None:
+    found, policy = report.sample.runs[0], model.policy("dash", "balanced")
+    costs, full = model.manifest.costs, reference_ms(model.manifest)
+    rows, actions = [], scorer_facts(model.manifest).actions
+    scored = model.score(text.ids, prompt_tokens=8, policy=policy, predictions=True)
+    for at, token in enumerate(scored):
+        rows.append(token.logits.copy())
+        assert found.paths[at] == path_letters(token.path)
+        spent = costs.token_ms(token.path, policy.head, scored=True) / full
+        assert found.cost[at] == pytest.approx(spent, abs=1e-4)
+        assert token.predicted_kl is not None
+        predicted = sum(token.predicted_kl[i, actions.index(a)] for i, a in enumerate(token.path))
+        assert found.predicted[at] == pytest.approx(predicted, abs=1e-6)
+    assert len(rows) == len(found.predicted) == len(found.kl) == len(report.sample.tokens)
+    assert len(set("".join(found.paths))) > 1
+    reference = torch.from_numpy(model.logits(text.ids, policy="full")[8:])
     p = reference.double().log_softmax(-1)
-    q = torch.from_numpy(np.stack([logits for logits, _ in forced])).double().log_softmax(-1)
-    assert run_.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-6)
-    assert run_.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
-    assert len(run_.predicted) == len(run_.kl) == len(report.sample.tokens)
-    assert min(run_.predicted) >= 0
+    q = torch.from_numpy(np.stack(rows)).double().log_softmax(-1)
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-6)
+    assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 
 def test_the_baselines_are_static_within_each_budget_and_uniform(report: Report) -> None:
@@ -270,17 +200,17 @@ def test_shares_and_classes_add_up(report: Report) -> None:
         assert skipped == pytest.approx("".join(run_.paths).count(".") / (4 * total))
 
 
-def test_calibration_bins_by_prediction() -> None:
+def test_reliability_bins_by_prediction() -> None:
     predicted = [float(i) for i in range(40)]
-    facts = calibration(predicted, [2 * value for value in predicted])
+    facts = reliability(predicted, [2 * value for value in predicted])
     assert [b.tokens for b in facts.bins] == [4] * 10
     assert [b.realised for b in facts.bins] == [2 * b.predicted for b in facts.bins]
     assert facts.bins[0].predicted == pytest.approx(1.5)
     assert all(b.low <= b.realised <= b.high for b in facts.bins)
     assert facts.rank_correlation == pytest.approx(1.0)
-    assert calibration(predicted, predicted[::-1]).rank_correlation == pytest.approx(-1.0)
-    assert calibration([1.0] * 40, predicted).rank_correlation == 0.0
-    assert len(calibration([1.0, 2.0], [1.0, 2.0]).bins) == 2
+    assert reliability(predicted, predicted[::-1]).rank_correlation == pytest.approx(-1.0)
+    assert reliability([1.0] * 40, predicted).rank_correlation == 0.0
+    assert len(reliability([1.0, 2.0], [1.0, 2.0]).bins) == 2
 
 
 # Drawing
@@ -296,6 +226,8 @@ def test_a_scale_maps_and_stops_at_its_ends() -> None:
     assert Scale(3.0, 3.0, 5, 9)(3.0) == 5  # no division by an empty range
     assert decades([0.0, 0.002, 0.5]) == pytest.approx((0.001, 1.0))
     assert decades([0.0]) == (1.0, 10.0)
+    assert padded([2.0, 3.0]) == pytest.approx((1.92, 3.08))
+    assert padded([]) == (-1.0, 1.0)
     assert [number(v) for v in (0, 1e-4, 0.0123456, 12.34)] == ["0", "1e-4", "0.0123", "12.3"]
 
 
@@ -305,11 +237,8 @@ def test_the_page_is_one_well_formed_document_that_loads_nothing(report: Report)
     loading = {"script", "link", "img", "iframe", "object", "use", "image"}
     assert not loading & {name for name, _ in page.tags}
     assert not {"src", "href", "srcset"} & {key for _, attrs in page.tags for key in attrs}
-    assert "url(" not in html and "@import" not in html and "http" not in html
-    assert "prefers-color-scheme: dark" in html
-    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
-        page.tags
-    )
+    assert not [word for word in ("url(", "@import", "http") if word in html]
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
     assert "nan" not in "".join(v or "" for _, attrs in page.tags for v in attrs.values()).lower()
 
 
@@ -344,13 +273,11 @@ def test_a_report_does_not_load_the_exporters_packages(bundle: Path, tmp_path: P
 
 
 def test_the_report_lies_in_the_bundle_and_may_be_made_again(
-    bundle: Path, tmp_path: Path, capsys: Capture
+    bundle: Path, ships: Path, capsys: Capture
 ) -> None:
-    text = tmp_path / "ships.txt"
-    text.write_text(TEXT)
     before = sorted(os.listdir(bundle))
     for _ in range(2):
-        assert run(bundle, "--text", text, "--tokens", 20, "--budgets", "fast") == 0
+        assert run(bundle, "--text", ships, "--tokens", 20, "--budgets", "fast") == 0
         assert capsys.readouterr().out == f"{bundle / 'report.html'}\n"
     assert sorted(os.listdir(bundle)) == sorted([*before, "report.html"])
     assert "ships.txt" in Page((bundle / "report.html").read_text("utf-8")).text
@@ -367,10 +294,8 @@ def test_without_a_text_the_model_writes_one(bundle: Path, tmp_path: Path, capsy
     assert os.listdir(tmp_path) == ["r.html"]
 
 
-def test_json_is_the_data(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
-    text = tmp_path / "ships.txt"
-    text.write_text(TEXT)
-    data = json_of(capsys, bundle, "--text", text, "--tokens", 20, "--budgets", "0.45", "quality")
+def test_json_is_the_data(bundle: Path, ships: Path, capsys: Capture) -> None:
+    data = json_of(capsys, bundle, "--text", ships, "--tokens", 20, "--budgets", "0.45", "quality")
     assert [run_["name"] for run_ in data["sample"]["runs"]] == ["dash:0.45", "dash:quality"]
     assert len(data["analyses"]) == 2
     assert len(data["sample"]["tokens"]) == 20
@@ -378,9 +303,7 @@ def test_json_is_the_data(bundle: Path, tmp_path: Path, capsys: Capture) -> None
     assert all(math.isfinite(kl) for kl in data["sample"]["runs"][0]["kl"])
 
 
-def test_a_bundle_without_a_scorer_is_refused_in_one_line(
-    tiny_bundle: Path, capsys: Capture
-) -> None:
+def test_a_bundle_without_a_scorer_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
     assert "no trained scorer" in refused(capsys, tiny_bundle)
     assert not (tiny_bundle / "report.html").exists()
 
@@ -407,13 +330,11 @@ def test_misuse_is_told_in_one_line(
 def test_only_a_regular_file_is_replaced(
     kind: str, bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    target = tmp_path / "r.html"
+    target = Path("/dev/full") if kind == "device" else tmp_path / "r.html"
     (tmp_path / "page.html").write_text("somebody's page")
     if kind == "fifo":
         os.mkfifo(target)
-    elif kind == "device":
-        target = Path("/dev/full")
-    else:
+    elif kind != "device":
         target.symlink_to("page.html" if kind == "link" else "nothing")
     before = target.lstat()
     assert "exists and is not a regular file" in refused(capsys, bundle, "--html", target)

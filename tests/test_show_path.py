@@ -7,13 +7,14 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from cli_tool import Capture, Tool
+from scored_bundle import made_up
 
 from dash_onnx.cli.run import main
-from dash_onnx.core.facts import BudgetPoint, ScorerFacts, Training
+from dash_onnx.core.actions import Action
+from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.report.terminal import PathView, paint
@@ -40,18 +41,23 @@ def rows(printed: str, count: int = 6) -> list[tuple[str, str]]:
     return [(line.split()[-2], line.split()[-1]) for line in lines]
 
 
-def test_without_a_terminal_a_table_follows_the_text(
-    tiny_bundle: Path, tiny_model: Model, capsys: Capture
+@pytest.mark.parametrize("terminal", [False, True], ids=["no terminal", "NO_COLOR"])
+def test_without_colours_a_table_follows_the_text(
+    terminal: bool,
+    tiny_bundle: Path,
+    tiny_model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
 ) -> None:
+    if terminal:
+        pretend_terminal(monkeypatch)
+        monkeypatch.setenv("NO_COLOR", "1")
+    policy = tiny_model.policy("static:int8,skip,int4,full")
     assert TOOL.run(tiny_bundle, PROMPT, *QUICK, "--policy", "static:int8,skip,int4,full") == 0
     captured = capsys.readouterr()
-    expected = tiny_model.generate(
-        PROMPT, policy="static:int8,skip,int4,full", max_new_tokens=6, ignore_eos=True
-    )
+    expected = tiny_model.generate(PROMPT, policy=policy, max_new_tokens=6, ignore_eos=True)
     assert captured.out.startswith(expected + "\n")
-    manifest = tiny_model.manifest
-    policy = tiny_model.policy("static:int8,skip,int4,full")
-    ms = manifest.costs.token_ms(("int8", "skip", "int4", "full"), policy.head)
+    ms = tiny_model.manifest.costs.token_ms(("int8", "skip", "int4", "full"), policy.head)
     table = rows(captured.out[len(expected) + 1 :])
     assert table == [("prompt", "FFFF")] + [(f"{ms:.2f}", "8.4F")] * 5
     assert "\x1b" not in captured.out + captured.err
@@ -72,17 +78,6 @@ def test_in_a_terminal_tokens_are_coloured_and_a_legend_follows(
     assert "cost per token" in legend and GREEN in legend and RED in legend
 
 
-def test_no_color_is_respected(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    pretend_terminal(monkeypatch)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert TOOL.run(tiny_bundle, PROMPT, *QUICK) == 0
-    captured = capsys.readouterr()
-    assert "\x1b" not in captured.out + captured.err
-    assert rows(captured.out)[-1][1] == "FFFF"
-
-
 def test_a_chat_message_and_an_interactive_chat_show_paths_too(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -94,13 +89,9 @@ def test_a_chat_message_and_an_interactive_chat_show_paths_too(
     assert capsys.readouterr().out == once * 2
 
 
-def test_json_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
-    message = TOOL.refused(capsys, tiny_bundle, PROMPT, "--show-path", "--json")
-    assert "--json" in message
-
-
-def test_a_wrong_policy_is_still_told_in_one_line(tiny_bundle: Path, capsys: Capture) -> None:
-    TOOL.refused(capsys, tiny_bundle, PROMPT, "--show-path", "--policy", "swift")
+def test_json_and_wrong_policies_are_refused(tiny_bundle: Path, capsys: Capture) -> None:
+    assert "--json" in TOOL.refused(capsys, tiny_bundle, PROMPT, "--show-path", "--json")
+    assert "swift" in TOOL.refused(capsys, tiny_bundle, PROMPT, *QUICK, "--policy", "swift")
 
 
 def test_a_colour_never_crosses_a_line_break() -> None:
@@ -110,49 +101,39 @@ def test_a_colour_never_crosses_a_line_break() -> None:
     assert paint("", 114) == "" and paint("\n", 114) == "\n"
 
 
-def scored(manifest: Manifest) -> Manifest:
-    """The manifest with a policy table; its scorer does not exist."""
-    shares = {"full": 0.0, "int8": 0.5, "int4": 0.5, "skip": 0.0}
-    points = tuple(
-        BudgetPoint(budget, multiplier, "int8", kl, shares)  # type: ignore[arg-type]
-        for budget, multiplier, kl in ((0.2, 1.0, 0.5), (0.9, 1e-3, 0.0))
-    )
-    training = Training("quick", "s", 1, 1, 0, 1.0, (), (), ())
-    facts = ScorerFacts("s.onnx", manifest.actions, 1, points, {"balanced": 0.5}, (), training)
-    return replace(manifest, scorer=facts, costs=replace(manifest.costs, scorer_ms=1.0))
+def scored(manifest: Manifest, int8_ms: float) -> Manifest:
+    """The manifest with a policy table and made-up costs; its scorer does not exist."""
+    layer: dict[Action, float] = {"full": 1.0, "int8": int8_ms, "int4": 0.3, "skip": 0.1}
+    costs = Costs("a machine", 2, 0.1, 0.05, {"full": 0.5, "int8": 0.5, "int4": 0.4}, (layer,) * 4)
+    manifest = replace(manifest, costs=costs)
+    return replace(manifest, scorer=made_up(manifest, "scorer.onnx"))
 
 
-def chunk(path: tuple[str, ...]) -> Chunk:
-    return Chunk("x", 100, path, 1.0, 1, 1)  # type: ignore[arg-type]
+def chunk(action: Action) -> Chunk:
+    return Chunk("x", 100, (action,) * 4, 1.0, 1, 1)
 
 
-def test_a_scored_policy_is_coloured_around_its_budget(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    manifest = scored(tiny_model.manifest)
-    view = PathView(tiny_model.text, manifest, ScoredPolicy(manifest), colour=True)
-    budget = 0.5 * manifest.costs.token_ms(("full",) * 4, manifest.heads["full"])
+def test_a_scored_policy_is_coloured_around_its_budget(tiny_model: Model, capsys: Capture) -> None:
+    budget = 0.5 * (0.1 + 0.5 + 4 * 1.0)
 
     def shade(ms: float) -> str:
-        costs = SimpleNamespace(token_ms=lambda path, head, scored: ms if scored else -1.0)
-        monkeypatch.setattr(view, "_costs", costs)
-        ((found, _),) = COLOUR.findall(view.show(chunk(("int8",) * 4)))
-        return found
+        manifest = scored(tiny_model.manifest, (ms - 0.1 - 0.05 - 0.5) / 4)
+        view = PathView(tiny_model.text, manifest, ScoredPolicy(manifest), colour=True)
+        assert view.show(chunk("full")) == "x"  # the prompt's run is no token's cost
+        ((found, _),) = COLOUR.findall(view.show(chunk("int8")))
+        view.finish()
+        assert f"budget of {budget:.2f} ms" in capsys.readouterr().err
+        return str(found)
 
-    assert view.show(chunk(("full",) * 4)) == "x"  # the prompt's run is no token's cost
     assert shade(0.5 * budget) == shade(0.86 * budget) == GREEN
     assert shade(budget) == "222"
     assert shade(1.14 * budget) == shade(9 * budget) == RED
-    view.finish()
-    assert f"budget of {budget:.2f} ms" in capsys.readouterr().err
 
 
 def test_the_table_counts_the_scorer(tiny_model: Model, capsys: Capture) -> None:
-    manifest = scored(tiny_model.manifest)
-    policy = ScoredPolicy(manifest)
-    view = PathView(tiny_model.text, manifest, policy, colour=False)
+    manifest = scored(tiny_model.manifest, 0.4)
+    view = PathView(tiny_model.text, manifest, ScoredPolicy(manifest), colour=False)
     for _ in range(2):
-        assert view.show(chunk(("int8",) * 4)) == "x"
+        assert view.show(chunk("int8")) == "x"
     view.finish()
-    ms = manifest.costs.token_ms(("int8",) * 4, policy.head, scored=True)
-    assert rows(capsys.readouterr().out, 2)[1] == (f"{ms:.2f}", "8888")
+    assert rows(capsys.readouterr().out, 2)[1] == ("2.25", "8888")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_report import with_scorer
+from scored_bundle import with_scorer
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from node import example
+from scored_bundle import with_scorer
 from test_node import QUESTION, fused, python
-from test_report import with_scorer
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec

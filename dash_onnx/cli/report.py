@@ -24,7 +24,7 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-report",
         "Show what the trained policy of a bundle does: speed against quality, the decisions on a "
-        "sample text token by token, training, calibration. One HTML file, nothing else needed.",
+        "sample text token by token, training, reliability. One HTML file, nothing else needed.",
         _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="OUT", type=Path, help="the bundle; it has a policy")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,10 +11,11 @@ from dash_onnx.core.budget import Budget, reference_ms, scorer_facts
 from dash_onnx.core.facts import Costs, LayerFacts, Training
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.version import __version__
-from dash_onnx.report.facts import Curve, curve
-from dash_onnx.report.sample import Sample, Text, measure
-from dash_onnx.report.stats import Analysis, analyse
+from dash_onnx.report.analysis import Analysis, analyse
+from dash_onnx.report.curve import Curve, curve
+from dash_onnx.report.sample import Sample, SampleText, measure
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.ort import onnxruntime
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ class Report:
 
 
 def build(
-    model: Model, text: Text, budgets: Sequence[Budget], on_run: Callable[[], object] = lambda: None
+    model: Model,
+    text: SampleText,
+    budgets: Sequence[Budget],
+    on_run: Callable[[], object] = lambda: None,
 ) -> Report:
     """Measures the sample and gathers the rest from the manifest.
 
@@ -89,15 +92,6 @@ def _provenance(manifest: Manifest, training: Training, sample: Sample) -> dict[
         "sample": f"{len(sample.tokens)} tokens, {sample.source}, after "
         f"{sample.prompt_tokens} prefilled ones",
         "exported with": tools,
-        "report made with": f"dash-onnx {__version__}, onnxruntime {_onnxruntime()}, on "
+        "report made with": f"dash-onnx {__version__}, onnxruntime {onnxruntime().__version__}, on "
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
-
-
-def _onnxruntime() -> str:
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"

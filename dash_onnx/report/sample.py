@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Action
 from dash_onnx.core.arrays import Ids, Logits
-from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms
+from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms, scorer_facts
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.report.tokens import Token, describe, path_letters
@@ -22,7 +22,7 @@ _LEAST = 8  # decoded tokens without which no figure means anything
 
 
 @dataclass(frozen=True)
-class Measured:
+class PolicyRun:
     """What one policy did to the sample; one entry per decoded token where it is a tuple.
 
     Attributes:
@@ -48,12 +48,12 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Text:
+class SampleText:
     """Token ids of the sample.
 
     Attributes:
         source: where it came from.
-        ids: prompt part first.
+        ids: `[S]`, prompt part first.
         prompt_tokens: how many are prefilled at the highest exported precision.
     """
 
@@ -77,11 +77,11 @@ class Sample:
     source: str
     prompt_tokens: int
     tokens: tuple[Token, ...]
-    runs: tuple[Measured, ...]
-    baselines: tuple[Measured, ...]
+    runs: tuple[PolicyRun, ...]
+    baselines: tuple[PolicyRun, ...]
 
 
-def given_text(model: Model, text: str, tokens: int, source: str) -> Text:
+def given_text(model: Model, text: str, tokens: int, source: str) -> SampleText:
     """The beginning of a text.
 
     Raises:
@@ -93,11 +93,15 @@ def given_text(model: Model, text: str, tokens: int, source: str) -> Text:
         raise SourceError(
             f"{source} has {len(ids)} tokens; a report needs at least {_PREFILLED + _LEAST}"
         )
-    return Text(source, ids, _PREFILLED)
+    return SampleText(source, ids, _PREFILLED)
 
 
-def generated_text(model: Model, tokens: int) -> Text:
-    """What the model answers to a short prompt under the default preset."""
+def generated_text(model: Model, tokens: int) -> SampleText:
+    """What the model answers to a short prompt under the default preset.
+
+    Raises:
+        PolicyError: the context has no room for an answer.
+    """
     codec = model.text
     if codec.chat_template is None:
         prompt = codec.encode(_PROMPT)
@@ -121,13 +125,16 @@ def generated_text(model: Model, tokens: int) -> Text:
         ids.append(step.token)
         if step.token in codec.eos_token_ids and count >= _LEAST:
             break
-    return Text("self-generated", np.asarray(ids, np.int64), len(prompt))
+    return SampleText("self-generated", np.asarray(ids, np.int64), len(prompt))
 
 
 def measure(
-    model: Model, text: Text, budgets: Sequence[Budget], on_run: Callable[[], object]
+    model: Model, text: SampleText, budgets: Sequence[Budget], on_run: Callable[[], object]
 ) -> Sample:
     """Runs the scorer at every budget, and what it has to beat.
+
+    The baselines are the best static assignment within each budget, and every uniform precision
+    but the highest.
 
     Args:
         budgets: presets or fractions.
@@ -136,91 +143,59 @@ def measure(
     Raises:
         PolicyError: a budget that the bundle cannot meet, or no scorer.
     """
-    policies = [model.policy("dash", budget) for budget in budgets]
     reference = model.logits(text.ids, policy=model.manifest.variants[0])[text.prompt_tokens :]
-    runs = []
+
+    def run(policy: Policy, budget: float) -> PolicyRun:
+        done = _run(model, text, policy, budget, reference)
+        on_run()
+        return done
+
+    policies = [ScoredPolicy(model.manifest, budget) for budget in budgets]
+    others: list[tuple[Policy, float]] = []
     for policy in policies:
-        assert isinstance(policy, ScoredPolicy)
-        runs.append(_scored(model, text, policy, reference))
-        on_run()
-    others = []
-    for other, budget in _baselines(model, policies):
-        others.append(_unscored(model, text, other, budget, reference))
-        on_run()
+        try:
+            others.append((model.policy("static", policy.budget), policy.budget))
+        except PolicyError:  # none is that cheap
+            continue
+    others += [(model.policy(precision), 0.0) for precision in model.manifest.variants[1:]]
     return Sample(
         text.source,
         text.prompt_tokens,
         describe(model.text, text.ids.tolist())[text.prompt_tokens :],
-        tuple(runs),
-        tuple(others),
+        tuple(run(policy, policy.budget) for policy in policies),
+        tuple(run(*other) for other in others),
     )
 
 
-def _baselines(model: Model, policies: Sequence[Policy]) -> list[tuple[Policy, float]]:
-    """The best static assignment within each budget, and every uniform precision but the top."""
-    found: list[tuple[Policy, float]] = []
-    for policy in policies:
-        assert isinstance(policy, ScoredPolicy)
-        try:
-            found.append((model.policy("static", policy.budget), policy.budget))
-        except PolicyError:  # none is that cheap
-            continue
-    return found + [(model.policy(action), 0.0) for action in model.manifest.variants[1:]]
-
-
-def _scored(model: Model, text: Text, policy: ScoredPolicy, reference: Logits) -> Measured:
-    record, predicted = _Record(model, policy, reference), []
-    actions = model.manifest.actions
-    for token in model.score(
+def _run(
+    model: Model,
+    text: SampleText,
+    policy: Policy,
+    budget: float,
+    reference: Logits,
+) -> PolicyRun:
+    """One policy over the whole text; `reference` holds logits `[S - prompt, V]`."""
+    full_ms, actions = reference_ms(model.manifest), scorer_facts(model.manifest).actions
+    paths, cost, kl, predicted, agree = [], [], [], [], []
+    scored = model.score(
         text.ids, prompt_tokens=text.prompt_tokens, policy=policy, predictions=True
-    ):
-        record.add(token.logits, token.path)
-        assert token.predicted_kl is not None
-        chosen = [actions.index(action) for action in token.path]
-        values = token.predicted_kl[np.arange(len(chosen)), chosen]
-        predicted.append(float(values.sum(dtype=np.float64)))
-    return record.measured(policy.budget, predicted)
-
-
-def _unscored(
-    model: Model, text: Text, policy: Policy, budget: float, reference: Logits
-) -> Measured:
-    record = _Record(model, policy, reference)
-    for token in model.score(text.ids, prompt_tokens=text.prompt_tokens, policy=policy):
-        record.add(token.logits, token.path)
-    return record.measured(budget, [])
-
-
-class _Record:
-    """What a run did, token by token."""
-
-    def __init__(self, model: Model, policy: Policy, reference: Logits):
-        self._policy = policy
-        self._reference = reference
-        self._costs, self._full_ms = model.manifest.costs, reference_ms(model.manifest)
-        self._paths: list[str] = []
-        self._cost: list[float] = []
-        self._kl: list[float] = []
-        self._agree: list[bool] = []
-
-    def add(self, logits: Logits, path: Path) -> None:
-        """Compares one token with the reference."""
-        theirs = self._reference[len(self._kl)]
-        p, q = log_softmax(theirs), log_softmax(logits)
-        self._kl.append(max(float(kl_divergence(p, q)), 0.0))
-        self._agree.append(bool(theirs.argmax() == logits.argmax()))
-        self._paths.append(path_letters(path))
-        self._cost.append(self._policy.cost_ms(path, self._costs) / self._full_ms)
-
-    def measured(self, budget: float, predicted: list[float]) -> Measured:
-        """The whole run."""
-        return Measured(
-            self._policy.name,
-            budget,
-            self._policy.head,
-            tuple(self._paths),
-            tuple(round(cost, 5) for cost in self._cost),
-            tuple(self._kl),
-            tuple(predicted),
-            float(np.mean(self._agree)),
-        )
+    )
+    for theirs, token in zip(reference, scored, strict=True):
+        paths.append(path_letters(token.path))
+        cost.append(round(policy.cost_ms(token.path, model.manifest.costs) / full_ms, 5))
+        kl.append(max(float(kl_divergence(log_softmax(theirs), log_softmax(token.logits))), 0.0))
+        agree.append(theirs.argmax() == token.logits.argmax())
+        if token.predicted_kl is not None:
+            chosen = [actions.index(action) for action in token.path]
+            values = token.predicted_kl[np.arange(len(chosen)), chosen]
+            predicted.append(float(values.sum(dtype=np.float64)))
+    return PolicyRun(
+        policy.name,
+        budget,
+        policy.head,
+        tuple(paths),
+        tuple(cost),
+        tuple(kl),
+        tuple(predicted),
+        float(np.mean(agree)),
+    )

@@ -74,16 +74,13 @@ class PathView:
         return _RAMP[min(max(int(share * len(_RAMP)), 0), len(_RAMP) - 1)]
 
     def _legend(self) -> str:
-        plain = not wants_colour(sys.stderr)
-        ramp = "green to red" if plain else "".join(paint("  ", shade) for shade in _RAMP)
+        ramp = "green to red"
+        if wants_colour(sys.stderr):
+            ramp = "".join(paint("  ", shade) for shade in _RAMP)
         middle = ""
         if self._policy.scored:
-            middle = f", the middle is the budget of {self._middle:.2f} ms"
+            middle = f", the middle is the budget of {(self._low + self._high) / 2:.2f} ms"
         return f"[cost per token: {self._low:.2f} ms {ramp} {self._high:.2f} ms{middle}]"
-
-    @property
-    def _middle(self) -> float:
-        return (self._low + self._high) / 2
 
 
 def _ends(manifest: Manifest, policy: Policy) -> tuple[float, float]:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.text import TextCodec
 
-Kind: TypeAlias = Literal[
+TokenKind: TypeAlias = Literal[
     "word start", "word continuation", "punctuation", "digit", "whitespace", "special"
 ]
-KINDS: tuple[Kind, ...] = (
-    "word start",
-    "word continuation",
-    "punctuation",
-    "digit",
-    "whitespace",
-    "special",
-)
+KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
 LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
 """One character per action, so that a path fits a line."""
@@ -38,7 +31,7 @@ class Token:
     """
 
     text: str
-    kind: Kind
+    kind: TokenKind
 
 
 def path_letters(path: Path) -> str:
@@ -76,7 +69,7 @@ def visible(text: str, limit: int) -> str:
 _MARKS = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
-def _kind(text: str, before: str) -> Kind:
+def _kind(text: str, before: str) -> TokenKind:
     content = text.strip()
     if not content:
         return "whitespace"

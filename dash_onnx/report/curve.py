@@ -1,14 +1,13 @@
-"""What the manifest alone tells: the speed/quality curve."""
+"""The speed/quality curve: what the manifest alone tells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
-from dash_onnx.core.actions import PRECISIONS, Action, Path
-from dash_onnx.core.budget import scorer_facts
-from dash_onnx.core.facts import BudgetPoint, StaticPoint
+from dash_onnx.core.actions import PRECISIONS, Action
+from dash_onnx.core.budget import kl_at, scorer_facts
+from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.report.tokens import path_letters
 
@@ -34,7 +33,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named budget, with the KL that the policy table gives for it."""
+    """A named budget, with the KL in nats that the policy table gives for it."""
 
     name: str
     cost: float
@@ -65,25 +64,25 @@ def curve(manifest: Manifest) -> Curve:
         PolicyError: the bundle has no scorer.
     """
     facts = scorer_facts(manifest)
-    presets = [
-        Preset(name, budget, interpolated_kl(facts.points, budget))
-        for name, budget in facts.presets.items()
-    ]
+
+    def fixed(point: StaticPoint) -> CurvePoint:
+        shares = {a: round(point.path.count(a) / len(point.path), 4) for a in manifest.actions}
+        return CurvePoint(point.budget, point.kl, point.head, shares, path_letters(point.path))
+
+    uniform = {}
+    for action in PRECISIONS:
+        same = [point for point in facts.static if set(point.path) == {action}]
+        # With the LM head that `--policy int8` and the like use, where the search measured it.
+        usual = [point for point in same if point.head == manifest.heads[action]]
+        if same:
+            uniform[action] = fixed(min(usual or same, key=lambda point: point.kl))
+    presets = (Preset(name, b, kl_at(b, facts.points)) for name, b in facts.presets.items())
     return Curve(
         dash=tuple(CurvePoint(p.budget, p.kl, p.head, p.shares, "") for p in facts.points),
-        static=tuple(_of_static(point, manifest) for point in pareto(facts.static)),
-        uniform=_uniform(facts.static, manifest),
+        static=tuple(map(fixed, pareto(facts.static))),
+        uniform=uniform,
         presets=tuple(sorted(presets, key=lambda preset: preset.cost)),
     )
-
-
-def interpolated_kl(points: tuple[BudgetPoint, ...], budget: float) -> float:
-    """KL of the policy table at a budget, linear between its rows."""
-    for a, b in pairwise(points):
-        if a.budget <= budget <= b.budget:
-            share = (budget - a.budget) / (b.budget - a.budget)
-            return a.kl + share * (b.kl - a.kl)
-    return points[0].kl if budget < points[0].budget else points[-1].kl
 
 
 def pareto(points: Iterable[StaticPoint]) -> list[StaticPoint]:
@@ -96,25 +95,3 @@ def pareto(points: Iterable[StaticPoint]) -> list[StaticPoint]:
         if not front or point.kl < front[-1].kl:
             front.append(point)
     return front
-
-
-def _uniform(points: tuple[StaticPoint, ...], manifest: Manifest) -> dict[Action, CurvePoint]:
-    """With the LM head that `--policy int8` and the like use, where the search measured it."""
-    found: dict[Action, CurvePoint] = {}
-    for action in PRECISIONS:
-        same = [point for point in points if set(point.path) == {action}]
-        if same:
-            usual = [point for point in same if point.head == manifest.heads[action]]
-            best = min(usual or same, key=lambda point: point.kl)
-            found[action] = _of_static(best, manifest)
-    return found
-
-
-def _of_static(point: StaticPoint, manifest: Manifest) -> CurvePoint:
-    return CurvePoint(
-        point.budget, point.kl, point.head, _shares(point.path, manifest), path_letters(point.path)
-    )
-
-
-def _shares(path: Path, manifest: Manifest) -> dict[Action, float]:
-    return {action: round(path.count(action) / len(path), 4) for action in manifest.actions}
