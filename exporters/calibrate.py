@@ -76,7 +76,7 @@ def _self_generated(source: Source, seed: int) -> Ids:
     """Samples at temperature 1, from where documents start.
 
     A chat-tuned model writes chats after its start token; documents are the better calibration
-    (see docs/benchmarks.md).
+    (docs/decisions/0039).
     """
     model: Any = streamed_model(source)
     config = source.generation_config

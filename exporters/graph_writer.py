@@ -30,13 +30,13 @@ from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import has_device
 
 _FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compensation see all
-_RANK = 64  # see docs/design.md
+_RANK = 64  # see docs/decisions/0002
 _BLOCK, _KEPT_BLOCK = 64, 32  # the second is that of GGUF's types
 
 _SINK_WEIGHT = 0.003
 """Of a sequence's first tokens in what GPTQ sees. Their inputs are up to 1,000 times as large: with
 all their weight they decide how every other token is rounded, and where prompts run at a higher
-precision, they never are (docs/design.md)."""
+precision, they never are (docs/decisions/0043)."""
 
 
 @dataclass

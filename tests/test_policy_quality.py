@@ -48,8 +48,8 @@ def quality(model: Model, text: str, policy: str, budget: float | None = None) -
 def skipping_budget(model: Model) -> float:
     """A tenth of the layers' time below all INT4 with the cheapest head: layers must be skipped.
 
-    Nearer to all INT4, where every layer is cheap and none is bad, nothing is gained: see
-    docs/quality.md.
+    Nearer to all INT4, where every layer is cheap and none is bad, little is gained: see
+    docs/concepts/method.md.
     """
     manifest = model.manifest
     costs, path = manifest.costs, ("int4",) * manifest.model.num_layers

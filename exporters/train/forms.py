@@ -17,7 +17,7 @@ _WIDTHS = (45, 90)  # characters of a wrapped line
 def in_other_forms(ids: Tensor, tokenizer: Tokenizer, seed: int) -> Tensor:
     """The same text `[B, T]`, parts of it as corpora, books and hasty writers would have it.
 
-    A scorer that saw one form only takes the others for other text: see docs/quality.md.
+    A scorer that saw one form only takes the others for other text: see docs/decisions/0016.
 
     Args:
         ids: `[B, T]`, special tokens among them.

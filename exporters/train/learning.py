@@ -36,7 +36,7 @@ _MULTIPLIERS = (
     0.12,
 )  # nats per mean layer of the cheapest precision: training draws from these
 _DECISION_POINTS = (
-    1  # of the scorer per token: each costs a third of an INT4 layer, see docs/design.md
+    1  # of the scorer per token: each costs a third of an INT4 layer, see docs/decisions/0008
 )
 
 
