@@ -22,7 +22,7 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import read_text
-from dash_onnx.runtime.evaluate import evaluate
+from dash_onnx.eval.text import evaluate_text
 
 POLICIES = ("dash", "static", "even", "cosine", "random")
 
@@ -74,7 +74,7 @@ def main() -> None:
         except PolicyError as error:
             print(f"{policy:7} {budget or 0:.3f}   {error}", flush=True)
             continue
-        result = evaluate(model, text, chosen, max_windows=arguments.max_windows)
+        result = evaluate_text(model, text, chosen, max_windows=arguments.max_windows)
         if arguments.json:
             row = {"policy": policy, "budget": budget, **dataclasses.asdict(result)}
             print(json.dumps(row), flush=True)

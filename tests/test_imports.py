@@ -81,9 +81,22 @@ def test_the_runtime_does_not_load_the_exporters_packages_where_they_are_install
 
 @pytest.mark.parametrize("module", ["run", "eval"])
 def test_the_tools_of_the_runtime_do_without_the_exporters_packages(module: str) -> None:
-    code = f"import dash_onnx.cli.{module}, dash_onnx.runtime.evaluate\nresult = []\n"
+    code = f"import dash_onnx.cli.{module}, dash_onnx.eval.text\nresult = []\n"
     _, roots = report(BLOCK + code)
-    assert not roots & set(EXPORT_ONLY)
+    assert not roots & {*EXPORT_ONLY, "lm_eval", "datasets"}
+
+
+def test_tasks_do_without_the_exporters_packages(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"context": "the keeper of the", "continuation": "lighthouse"}\n')
+    code = (
+        "import sys, dash_onnx.cli.eval as tool\n"
+        "result = tool.main([sys.argv[1], '--task', sys.argv[2], '--policy', 'int4'])\n"
+    )
+    done = python(code + REPORT, tiny_bundle, path)
+    assert done.returncode == 0, done.stderr
+    result, roots = json.loads(done.stdout.splitlines()[-1])
+    assert result == 0 and not set(roots) & {"torch", "transformers"}
 
 
 def test_importing_the_package_loads_neither_runtime_nor_exporters() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dash_onnx
-from dash_onnx.runtime.evaluate import kl_divergence, log_softmax
+from dash_onnx.core.statistics import kl_divergence, log_softmax
 
 pytest.importorskip("xllamacpp", reason="needs `make .venv/.bench`")
 

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dash_onnx.bench.worker import Worker
-from dash_onnx.runtime.evaluate import kl_divergence, log_softmax, stderr
+from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 
 
 @dataclass(frozen=True)
@@ -157,4 +157,4 @@ def divergence(
         vocab = min(ours.shape[1], theirs.shape[1])  # some pad their head
         p, q = log_softmax(theirs[:, :vocab]), log_softmax(ours[:, :vocab])
         means.append(float(kl_divergence(p, q).mean()))
-    return float(np.mean(means)), stderr(means)
+    return float(np.mean(means)), standard_error(means)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
 from dash_onnx.core.actions import PRECISIONS, check_action
+from dash_onnx.core.errors import DashError
 
 _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy int4 --max-windows 8
   dash-eval out/ --text book.txt --policy dash --budget 0.3 --json
   dash-eval out/ --text book.txt --policy static:full,int8*28,full
-  dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced"""
+  dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced
+  dash-eval out/ --task piqa --policy int8 --json"""
 
-# Options of `evaluate` by their names there; it has the defaults.
+# Options of `evaluate_text` by their names there; it has the defaults.
 _OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows")
 
 
@@ -34,9 +41,9 @@ def _parser() -> Parser:
     what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
     what.add_argument(
         "--task",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="LAMBADA, HellaSwag, ARC, or exact match (prompt, answer)",
+        metavar="FILE.jsonl|NAME",
+        help="items of LAMBADA, HellaSwag, ARC, or exact match (prompt, answer); or a task of "
+        "lm-evaluation-harness by its name or YAML file. Needs the extra [eval]",
     )
     parser.add_argument(
         "--window", type=positive, metavar="N", help="of a text, tokens (default: 512)"
@@ -73,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 def _eval(arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.core.text import read_text
-    from dash_onnx.runtime.evaluate import evaluate
+    from dash_onnx.eval.text import evaluate_text
 
     text = read_text(arguments.text)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
@@ -81,7 +88,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.prefill is not None:
         check_action(arguments.prefill, model.manifest.variants)
     with tqdm(desc="windows", total=arguments.max_windows, disable=None) as bar:
-        result = evaluate(
+        result = evaluate_text(
             model,
             text,
             model.policy(arguments.policy, arguments.budget),
@@ -104,17 +111,38 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _task(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.runtime.tasks import read_task, run_task
 
-    items = read_task(arguments.task, arguments.max_items)
-    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
-    with tqdm(desc="items", total=len(items), disable=None) as bar:
-        result = run_task(model, items, arguments.policy, arguments.budget, bar.update)
+    try:
+        from lm_eval.utils import handle_non_serializable, make_table
+
+        from dash_onnx.eval.model import DashLM
+        from dash_onnx.eval.tasks import evaluate_task
+    except ImportError as error:
+        remedy = "`pip install 'dash-onnx[eval]'`"
+        raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
+    bundle = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    model = DashLM(bundle, arguments.policy, arguments.budget)
+    with _quietly():
+        found = evaluate_task(model, arguments.task, arguments.max_items)
+    facts = model.get_model_info()
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        facts = {"results": found["results"], **facts}
+        print(json.dumps(facts, default=handle_non_serializable))
         return
-    print(f"accuracy       {result.accuracy:.2%} (+- {result.stderr:.2%}, {result.items} items)")
-    if result.accuracy_norm is not None:
-        print(f"by length      {result.accuracy_norm:.2%}")
-    if result.cost_ms is not None:
-        print(f"profiled cost  {result.cost_ms:.2f} ms per token")
+    print(make_table(found).rstrip())
+    if facts["cost_ms"] is not None:
+        print(f"profiled cost {facts['cost_ms']:.2f} ms per decoded token")
+    if facts["truncated"]:
+        print(f"cut from the left to the context: {facts['truncated']} requests")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The harness prints, and shows progress whether anyone looks or not."""
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork beside ONNX Runtime's threads
+    with open(os.devnull, "w") as nowhere:
+        stderr = sys.stderr if sys.stderr.isatty() else nowhere
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stderr):
+            yield

@@ -41,8 +41,9 @@ class TextCodec:
             for key, value in _json(bundle, "tokenizer_config.json").items()
             if key.endswith("_token") and value
         }
-        bos = self._special.get("bos_token")
-        self.start_token_id: int | None = self.tokenizer.token_to_id(bos) if bos else None
+        start, end = (self._special.get(name) for name in ("bos_token", "eos_token"))
+        self.start_token_id: int | None = self.tokenizer.token_to_id(start) if start else None
+        self.end_token_id: int | None = self.tokenizer.token_to_id(end) if end else None
         self.eos_token_ids = _eos_ids(_json(bundle, "generation_config.json"))
         self.chat_template: str | None = None
         if "chat_template.jinja" in bundle:

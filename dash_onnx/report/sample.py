@@ -12,9 +12,9 @@ from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms, scorer_facts
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.policy import Policy, ScoredPolicy
+from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.report.tokens import Token, describe, path_letters
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.evaluate import kl_divergence, log_softmax
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
 _PREFILLED = 8  # tokens of a given text: the first ones, attention sinks, are not typical

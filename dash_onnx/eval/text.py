@@ -1,4 +1,4 @@
-"""Quality and speed of a policy on a text, teacher-forced through the runtime."""
+"""Perplexity of a text under a policy, its divergence from the reference, and its speed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 from dash_onnx.runtime.engine import Model
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured, over the tokens that were decoded under the policy.
+    """What `evaluate_text` measured, over the tokens that were decoded under the policy.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the text.
@@ -45,7 +45,7 @@ class Evaluation:
     reference_perplexity: float
 
 
-def evaluate(
+def evaluate_text(
     model: Model,
     text: str,
     policy: str | Policy,
@@ -57,7 +57,7 @@ def evaluate(
     prefill: Action | None = None,
     on_window: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Runs a policy over windows of a text.
+    """Runs a policy over consecutive windows of a text.
 
     Of each window the first `prompt_tokens` are prefilled and the rest is decoded token by token
     under the policy.
@@ -70,15 +70,13 @@ def evaluate(
     Raises:
         PolicyError: the text is shorter than one window, or the sizes do not fit.
     """
-    windows = text_windows(model, text, window, prompt_tokens, max_windows)
-    chosen = model.policy(policy, budget)
-    costs = model.manifest.costs
-    spent = []
-    nll, reference_nll, kl, agree, times = [], [], [], [], []
+    manifest, chosen = model.manifest, model.policy(policy, budget)
+    spent, times = [], []
+    nll, reference_nll, kl, agree = [], [], [], []  # of each window, [window - prompt_tokens - 1]
     counts: Counter[str] = Counter()
-    for ids in windows:
-        best = model.manifest.variants[0]
-        reference = log_softmax(model.logits(ids, policy=best)[prompt_tokens:-1])
+    for ids in _windows(model, text, window, prompt_tokens)[:max_windows]:
+        best = model.logits(ids, policy=manifest.variants[0])
+        reference = log_softmax(best[prompt_tokens:-1])
         rows = []
         started = time.perf_counter()
         for token in model.score(
@@ -87,7 +85,7 @@ def evaluate(
             times.append((time.perf_counter() - started) * 1e3)
             rows.append(token.logits.astype(np.float32))  # a copy: the next one overwrites it
             counts.update(token.path)
-            spent.append(chosen.cost_ms(token.path, costs))
+            spent.append(chosen.cost_ms(token.path, manifest.costs))
             started = time.perf_counter()
         ours = log_softmax(np.stack(rows))
         targets = ids[prompt_tokens + 1 :, None]
@@ -96,28 +94,21 @@ def evaluate(
         kl.append(kl_divergence(reference, ours))
         agree.append(reference.argmax(1) == ours.argmax(1))
         on_window()
-    decisions = sum(counts.values())
     return Evaluation(
         perplexity=float(np.exp(np.mean(nll))),
         kl=float(np.mean(kl)),
-        kl_stderr=stderr([float(part.mean()) for part in kl]),
+        kl_stderr=standard_error([float(part.mean()) for part in kl]),
         top1=float(np.mean(agree)),
         ms_per_token=float(np.median(times)),
         cost_ms=float(np.mean(spent)),
-        tokens=sum(len(part) for part in kl),
-        actions={action: count / decisions for action, count in sorted(counts.items())},
+        tokens=len(times),
+        actions={action: n / counts.total() for action, n in sorted(counts.items())},
         reference_perplexity=float(np.exp(np.mean(reference_nll))),
     )
 
 
-def text_windows(
-    model: Model, text: str, window: int, prompt_tokens: int, max_windows: int | None
-) -> list[Ids]:
-    """Consecutive windows of token ids, `[window]` each.
-
-    Raises:
-        PolicyError: the text is shorter than one window, or the sizes do not fit.
-    """
+def _windows(model: Model, text: str, window: int, prompt_tokens: int) -> list[Ids]:
+    """Consecutive whole windows of token ids, `[window]` each."""
     limit = model.manifest.model.max_length
     if not 1 <= prompt_tokens <= window - 2 or window > limit:
         raise PolicyError(
@@ -125,29 +116,6 @@ def text_windows(
             f"leave at least 2 tokens of the window, and the context is {limit}"
         )
     ids = model.text.encode(text)
-    count = len(ids) // window
-    if count == 0:
+    if len(ids) < window:
         raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
-    count = min(count, max_windows or count)
-    return [ids[i * window : (i + 1) * window] for i in range(count)]
-
-
-def stderr(means: list[float]) -> float:
-    """Standard error of the mean of independent values; 0 for a single one."""
-    if len(means) < 2:
-        return 0.0
-    return float(np.std(means, ddof=1) / np.sqrt(len(means)))
-
-
-def kl_divergence(p: npt.NDArray, q: npt.NDArray) -> npt.NDArray[np.float64]:
-    """KL(p || q) in nats from log-probabilities over the last axis."""
-    result: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return result
-
-
-def log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:
-    """Log-probabilities over the last axis, in float64."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return result
+    return [ids[end - window : end] for end in range(window, len(ids) + 1, window)]

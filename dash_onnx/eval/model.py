@@ -1,0 +1,198 @@
+"""A bundle as a model of lm-evaluation-harness, by the name `dash`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+import dash_onnx
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import ContextLengthError
+from dash_onnx.core.policy import Policy
+from dash_onnx.core.statistics import log_softmax
+from dash_onnx.runtime.engine import Model
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+@register_model("dash")
+class DashLM(TemplateLM):
+    """Scores and generates token by token under a policy.
+
+    A context but its last token is prefilled; that one and what is scored are decoded. The choices
+    of a question share the K/V cache of its context.
+
+    Attributes:
+        model: the loaded bundle.
+        policy: what chooses the paths.
+        max_length: tokens of the context; a longer request loses its beginning.
+        truncated: how many requests were cut so.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Model,
+        policy: str | Policy = "",
+        budget: Budget | None = None,
+        threads: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: object = None,
+        max_batch_size: object = None,
+        device: object = None,
+    ):
+        """Loads a bundle, for the device that it was exported for.
+
+        Args:
+            bundle: its folder, or a loaded one.
+            policy: see `dash_onnx.core.policy.make_policy`.
+            budget: likewise.
+            threads: see `dash_onnx.load`.
+            max_gen_toks: most tokens to generate for tasks that set no limit.
+            batch_size: not used, the harness gives it to every model; sequences run one by one.
+            max_batch_size: likewise.
+            device: likewise.
+        """
+        super().__init__()
+        if not isinstance(bundle, Model):
+            target = Bundle(bundle).manifest.target.device
+            bundle = dash_onnx.load(bundle, device=target, threads=threads)
+        self.model = bundle
+        self.policy = bundle.policy(policy, budget)
+        self.max_length = bundle.manifest.model.max_length
+        self.truncated = 0
+        self._max_gen_toks = max_gen_toks
+        self._cache = bundle.new_cache()
+        self._costs: list[float] = []
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness adds to its results: the mean profiled cost of a decoded token, too."""
+        cost_ms = float(np.mean(self._costs)) if self._costs else None
+        return {"policy": self.policy.name, "cost_ms": cost_ms, "truncated": self.truncated}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        end = self.model.text.end_token_id
+        return min(self.model.text.eos_token_ids, default=0) if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        start = self.model.text.start_token_id
+        return self.eot_token_id if start is None else start
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells apart the requests that the harness caches."""
+        return self.model.manifest.model.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The bundle's own."""
+        return self.model.text.chat_template
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation, up to the next answer or inside the last message."""
+        text = self.model.text.render_chat(chat_history, answer_next=add_generation_prompt)
+        last = chat_history[-1]["content"].strip()
+        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
+        """Token ids; None adds special tokens unless the text, as of a chat, begins with them."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.model.text.token(self.prefix_token_id))
+        return self.model.text.encode(string, add_special_tokens=add_special_tokens).tolist()
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts in nats, in windows of the context's length."""
+        totals = []
+        for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm or None):
+            windows = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            )
+            total = sum(self._score(*make_disjoint_window(window))[0] for window in windows)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+            totals.append(total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: object,
+    ) -> list[tuple[float, bool]]:
+        answers = []
+        for texts, context, continuation in tqdm(requests, disable=disable_tqdm or None):
+            answers.append(self._score(context, continuation))
+            self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
+        return answers
+
+    def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        """Log-likelihood of a continuation in nats, and whether it is the most likely one."""
+        if not continuation:  # its characters became part of the context's last token
+            return 0.0, True
+        ids = self._fitting((context + continuation)[:-1], self.max_length)
+        targets = continuation[-len(ids) :]
+        total, greedy = 0.0, True
+        prompt_tokens = len(ids) - len(targets)
+        scored = self.model.score(
+            ids, prompt_tokens=prompt_tokens, policy=self.policy, cache=self._cache
+        )
+        for target, token in zip(targets, scored, strict=True):
+            total += float(log_softmax(token.logits)[target])
+            greedy &= int(token.logits.argmax()) == target
+            self._costs.append(self.policy.cost_ms(token.path, self.model.manifest.costs))
+        return total, greedy
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continues each context up to a stop string, the end of the text, or `max_gen_toks`."""
+        answers = []
+        for context, options in tqdm([r.args for r in requests], disable=disable_tqdm or None):
+            normal = normalize_gen_kwargs(options, self._max_gen_toks)
+            answers.append(self._generate(context, normal))
+            self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
+        return answers
+
+    def _generate(self, context: str, options: Mapping[str, Any]) -> str:
+        room = self.max_length - options["max_gen_toks"]
+        if room < 1:
+            raise ContextLengthError(
+                f"max_gen_toks={options['max_gen_toks']} leaves no room for a prompt: the context "
+                f"of this bundle is {self.max_length}"
+            )
+        text, until = self.model.text, [word for word in options["until"] if word]
+        tokens: list[int] = []
+        for step in self.model.generate_step(
+            self._fitting(self.tok_encode(context) or [self.prefix_token_id], room),
+            policy=self.policy,
+            max_new_tokens=options["max_gen_toks"],
+            **{name: options[name] for name in _SAMPLING if name in options},
+        ):
+            if tokens:  # the first comes from the prompt's run
+                self._costs.append(self.policy.cost_ms(step.path, self.model.manifest.costs))
+            if step.finish_reason == "stop":
+                break
+            tokens.append(step.token)
+            so_far = text.tokenizer.decode(tokens, skip_special_tokens=False)
+            if any(word in so_far for word in until):
+                break
+        answer: str = postprocess_generated_text(text.decode(tokens), until, None)
+        return answer
+
+    def _fitting(self, ids: list[int], length: int) -> list[int]:
+        self.truncated += len(ids) > length
+        return ids[-length:]

@@ -1,0 +1,133 @@
+"""Tasks of lm-evaluation-harness: its own by name, a YAML file, or JSON lines."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval import evaluate
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.hellaswag.utils import preprocess
+
+from dash_onnx.core.errors import SourceError
+from dash_onnx.core.text import json_lines
+
+_FEWSHOT_SEED = 1234  # the harness's own
+_BOOTSTRAP_ITERS = 1000  # for the standard error of what is no mean
+
+
+def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[str, Any]:
+    """Evaluates a task, or a group of tasks.
+
+    Args:
+        model: a `DashLM`, or any other model of the harness.
+        name: a file of JSON lines (see `json_lines_task`), a YAML file that describes a task, or
+            the name of one of the harness's tasks.
+        max_items: the first so many of each task; None takes all.
+
+    Returns:
+        What the harness's own `evaluate` returns: the figures of each task in `results`.
+
+    Raises:
+        SourceError: there is no such task or file, its data cannot be read or fetched, or it needs
+            what does not run here.
+    """
+    path = Path(name)
+    if path.suffix in (".json", ".jsonl") or (path.suffix != ".yaml" and path.is_file()):
+        loaded = {"tasks": {path.stem: json_lines_task(path, max_items)}}
+    else:
+        try:
+            loaded = TaskManager(include_defaults=path.suffix != ".yaml").load([name])
+        except Exception as error:  # a task has code and data of its own
+            reason = str(error.args[0] if error.args else error).partition("\n")[0]
+            raise SourceError(f"cannot load task {name!r}: {reason}") from None
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise SourceError(f"task {name!r} runs the model's code or shows it images; not here")
+        task.set_fewshot_seed(_FEWSHOT_SEED)
+    return evaluate(
+        model, loaded, limit=max_items, bootstrap_iters=_BOOTSTRAP_ITERS, log_samples=False
+    )
+
+
+def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTask:
+    """Makes a task of a file, with the prompts of the harness's task of that form.
+
+    Args:
+        path: JSON lines of LAMBADA (`context`, `continuation`, or `text`), HellaSwag (`ctx`,
+            `endings`, `label`), ARC (`question`, `choices`, `answerKey`), or free generation with
+            exact match (`prompt`, `answer`).
+        max_items: the first so many; None takes all.
+
+    Raises:
+        SourceError: a line is not JSON, of none of these forms, or of another than the first.
+    """
+    documents: list[dict[str, Any]] = []
+    kinds: set[str] = set()
+    for where, record in islice(json_lines(path), max_items):
+        try:
+            kind, document = _document(record)
+            documents.append(document)
+            (kind,) = kinds = kinds | {kind}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise SourceError(
+                f"{where} is no item of LAMBADA (context, continuation), HellaSwag "
+                "(ctx, endings, label), ARC (question, choices, answerKey) or exact match "
+                "(prompt, answer), or of another of these than the lines before it"
+            ) from None
+    if not documents:
+        raise SourceError(f"{path} holds no item")
+    config = {
+        "task": path.stem,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(documents)},
+        "test_split": "test",
+        "output_type": kind,
+        "doc_to_text": "context",
+        "doc_to_target": "answer",
+    }
+    if kind == "multiple_choice":
+        config["doc_to_choice"] = "choices"
+    elif kind == "generate_until":
+        longest = max(len(document["answer"].encode()) for document in documents)
+        config["generation_kwargs"] = {"until": [], "max_gen_toks": longest + 8}
+        config["process_results"] = _begins_with_the_answer
+    return ConfigurableTask(config=config)
+
+
+def _document(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What the harness is to do with an item, and the item as `context`, `choices`, `answer`."""
+    document: dict[str, Any]
+    if "endings" in record:
+        kind, context = "multiple_choice", record["ctx"]
+        if "ctx_a" in record and "ctx_b" in record:
+            context = f"{record['ctx_a']} {record['ctx_b'].capitalize()}"
+        context = preprocess(f"{record['activity_label']}: {context}")
+        document = {"choices": [preprocess(ending) for ending in record["endings"]]}
+        document["answer"] = range(len(document["choices"]))[int(record["label"])]
+    elif "answerKey" in record:
+        kind, context = "multiple_choice", f"Question: {record['question']}\nAnswer:"
+        document = {"choices": [str(text) for text in record["choices"]["text"]]}
+        document["answer"] = record["choices"]["label"].index(record["answerKey"])
+    elif "continuation" in record:
+        kind, context = "loglikelihood", record["context"].rstrip()
+        document = {"answer": " " + record["continuation"].strip()}
+    elif "answer" in record:
+        kind, context = "generate_until", record["prompt"]
+        document = {"answer": str(record["answer"])}
+    else:
+        kind, (context, _, last) = "loglikelihood", record["text"].rpartition(" ")
+        document = {"answer": " " + last}
+    texts = [context, *document.get("choices", [str(document["answer"])])]
+    if not all(text.encode("utf-8") for text in texts):  # which refuses lone surrogates
+        raise ValueError("nothing to score, or nothing before it")
+    return kind, {"context": context, **document}
+
+
+def _begins_with_the_answer(document: dict[str, Any], answers: list[str]) -> dict[str, float]:
+    wanted, found = document["answer"].strip(), answers[0].strip()
+    after = found[len(wanted) : len(wanted) + 1]
+    return {"exact_match": float(found.startswith(wanted) and not after.isalnum())}
