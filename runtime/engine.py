@@ -49,8 +49,8 @@ class ScoredToken:
     Attributes:
         logits: of the token after it, `[V]`; the next one overwrites them.
         path: the action of each layer.
-        predicted_kl: what each action of each layer was predicted to cost, `[L, A]` nats; None
-            where it was not asked for, or no scorer decides.
+        predicted_kl: what each action of each layer was predicted to cost, `[L, A]` nats, with the
+            actions of `manifest.scorer`; None where it was not asked for, or no scorer decides.
     """
 
     logits: Logits
