@@ -12,7 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dash_onnx.core.bundle import Bundle, check_destination, file_facts, list_files
+from dash_onnx.core.atomic import check_destination
+from dash_onnx.core.bundle import Bundle, file_facts, list_files
 from dash_onnx.core.facts import Costs, ExportFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.version import FORMAT_VERSION, __version__

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from dash_onnx.core.bundle import check_destination, move_into_place
+from dash_onnx.core.atomic import NEW, clear, workspace, write_text
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import Calibration, LayerFacts
 from dash_onnx.core.records import RecordError, from_json, to_json
@@ -51,7 +48,7 @@ class Partial:
     def __init__(self, folder: Path):
         """Reads nothing yet."""
         self._folder = folder
-        self.bundle = folder / "bundle"
+        self.bundle = folder / NEW
 
     def states(self, layer: int) -> States:
         """Input of a layer, or the output of the last one."""
@@ -63,7 +60,7 @@ class Partial:
 
     def finish(self, progress: Progress) -> None:
         """Notes what is finished; the input of its last layer is not needed any more."""
-        self._write("progress", progress)
+        self._write("progress", to_json(progress))
         for layer in range(len(progress.layers)):
             self.states(layer).path.unlink(missing_ok=True)
 
@@ -74,7 +71,7 @@ class Partial:
         if known is None:
             ids, known = make()
             np.save(path, ids)
-            self._write("calibration", known)
+            self._write("calibration", to_json(known))
         return np.load(path), known
 
     def begin(self, key: Mapping[str, str], resume: bool) -> None:
@@ -93,17 +90,9 @@ class Partial:
                     "repeat that one, or leave --resume out to start afresh"
                 )
             return
-        self.clear()
+        clear(self._folder)
         self.bundle.mkdir()
-        _replace(path, json.dumps(key))
-
-    def clear(self) -> None:
-        """Removes everything but the lock."""
-        for path in self._folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+        self._write("key", key)
 
     def _read(self, kind: type[T], name: str) -> T | None:
         path = self._folder / f"{name}.json"
@@ -114,8 +103,8 @@ class Partial:
         except (ValueError, RecordError) as error:
             raise BundleError(f"{path} is damaged ({error}); leave --resume out") from None
 
-    def _write(self, name: str, record: Progress | Calibration) -> None:
-        _replace(self._folder / f"{name}.json", json.dumps(to_json(record)))
+    def _write(self, name: str, data: object) -> None:
+        write_text(self._folder / f"{name}.json", json.dumps(data))
 
 
 @contextmanager
@@ -133,60 +122,14 @@ def exporting(
         resume: go on with what a process that is dead has finished.
 
     Raises:
-        BundleError: `out` must not be written, another process is at it, or there is nothing
-            that could be gone on with.
+        BundleError: `out` must not be written, another process is at it, or what is finished is
+            of another export.
     """
-    check_destination(out, overwrite)
-    out = out.resolve()
-    folder = out.with_name(f".{out.name}.partial")
-    with _locked(folder, out):
-        partial, retired = Partial(folder), folder / "replaced"
-        if retired.is_dir() and not out.exists():  # killed between two renames
-            retired.rename(out)
-            check_destination(out, overwrite)
+
+    def keep(space: Path) -> bool:
+        return resume and (space / "calibration.json").exists()
+
+    with workspace(out, "partial", overwrite=overwrite, keep=keep) as space:
+        partial = Partial(space)
         partial.begin(key, resume)
-        keep = False
-        try:
-            yield partial
-            check_destination(out, overwrite)
-            move_into_place(partial.bundle, out, retired)
-        except BaseException:
-            keep = resume and partial.progress() is not None
-            raise
-        finally:
-            if not keep:  # the lock last: until then no other process takes the folder
-                partial.clear()
-                (folder / "lock").unlink()
-                with suppress(OSError):  # another process has it already
-                    folder.rmdir()
-
-
-@contextmanager
-def _locked(folder: Path, out: Path) -> Iterator[None]:
-    """Makes the folder, and holds a lock that ends with the process."""
-    path = folder / "lock"
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = path.open("w")
-        except FileNotFoundError:  # removed in between by the process that had it
-            continue
-        except OSError as error:
-            raise BundleError(f"cannot write {out}: {error.strerror}") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BundleError(
-                    f"another dash-export is writing {out}; wait for it or choose another folder"
-                ) from None
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                yield
-                return
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file, all or nothing."""
-    temporary = path.with_suffix(".new")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
+        yield partial

@@ -1,10 +1,9 @@
-"""Bundles: every path and checksum checked, written all or nothing."""
+"""Bundles: every path and checksum checked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 import dash_onnx
-from dash_onnx.core.bundle import Bundle, check_destination, file_facts, list_files, writing
+from dash_onnx.core.bundle import Bundle, file_facts, list_files
 from dash_onnx.core.errors import BundleError
 
 LAYER = "layers/01/int4.onnx"
@@ -41,18 +40,6 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x40
     path.write_bytes(content)
-
-
-def snapshot(folder: Path) -> dict[str, bytes | str]:
-    return {
-        path.relative_to(folder).as_posix(): (
-            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
-        )
-        for path in folder.rglob("*")
-    }
-
-
-# Reading
 
 
 def test_a_whole_bundle_opens_and_every_file_is_verified(tiny_bundle: Path) -> None:
@@ -165,6 +152,7 @@ def test_a_file_that_is_not_part_of_the_bundle_is_refused(bundle: Path) -> None:
         "..\\x",
         "layers\\x",
         "C:x",
+        "a\0b",
     ],
 )
 def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
@@ -180,12 +168,6 @@ def test_an_absolute_path_is_refused_even_if_it_leads_into_the_bundle(bundle: Pa
     facts = {"bytes": 1, "sha256": ""}
     edit_manifest(bundle, {str(bundle / "embed.onnx"): facts})
     with pytest.raises(BundleError, match="which leaves the bundle; refused"):
-        Bundle(bundle)
-
-
-def test_a_path_with_a_null_byte_is_refused(bundle: Path) -> None:
-    edit_manifest(bundle, {"a\0b": {"bytes": 1, "sha256": ""}})
-    with pytest.raises(BundleError):
         Bundle(bundle)
 
 
@@ -216,197 +198,3 @@ def test_files_are_listed_by_posix_path_without_the_manifest(tmp_path: Path) -> 
     for name in ("a/b/c.onnx", "d.json", "dash.json"):
         (tmp_path / name).write_text(name)
     assert sorted(list_files(tmp_path)) == ["a/b/c.onnx", "d.json"]
-
-
-# Writing
-
-
-def write(folder: Path, content: str = "new", overwrite: bool = False) -> None:
-    with writing(folder, overwrite=overwrite) as temporary:
-        (temporary / "layers").mkdir()
-        (temporary / "dash.json").write_text(content)
-
-
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    """An existing bundle (as far as `writing` decision_points)."""
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "dash.json").write_text("old")
-    (folder / "stale.onnx").write_text("stale")
-    return folder
-
-
-def test_a_bundle_appears_when_the_block_succeeds(tmp_path: Path) -> None:
-    folder = tmp_path / "a/b/out"
-    with writing(folder, overwrite=False) as temporary:
-        assert temporary.parent == folder.parent  # a rename, not a copy
-        (temporary / "dash.json").write_text("new")
-        assert not folder.exists()
-    assert (folder / "dash.json").read_text() == "new"
-    assert os.listdir(folder.parent) == ["out"]
-    assert folder.stat().st_mode & 0o777 == 0o755
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
-def test_an_error_leaves_no_destination_and_no_temporary(
-    tmp_path: Path, error: BaseException
-) -> None:
-    with pytest.raises(type(error)), writing(tmp_path / "out", overwrite=False) as temporary:
-        (temporary / "dash.json").write_text("new")
-        raise error
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_an_error_leaves_the_old_bundle_as_it_was(old: Path, error: BaseException) -> None:
-    before = snapshot(old.parent)
-    with pytest.raises(type(error)), writing(old, overwrite=True) as temporary:
-        (temporary / "dash.json").write_text("new")
-        raise error
-    assert snapshot(old.parent) == before
-
-
-@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
-def test_a_failure_between_the_two_renames_brings_the_old_bundle_back(
-    old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    before = snapshot(old.parent)
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(type(error)):
-        write(old, overwrite=True)
-    assert snapshot(old.parent) == before
-
-
-def test_overwrite_replaces_the_whole_folder(old: Path) -> None:
-    write(old, overwrite=True)
-    assert snapshot(old) == {"layers": "", "dash.json": b"new"}
-    assert os.listdir(old.parent) == ["out"]
-
-
-def test_the_old_bundle_stays_until_the_new_one_is_complete(old: Path) -> None:
-    with writing(old, overwrite=True) as temporary:
-        assert (old / "dash.json").read_text() == "old"
-        (temporary / "dash.json").write_text("new")
-        assert (old / "dash.json").read_text() == "old"
-    assert (old / "dash.json").read_text() == "new"
-
-
-def test_an_existing_bundle_is_refused_without_overwrite(old: Path) -> None:
-    before = snapshot(old.parent)
-    with pytest.raises(BundleError, match=f"{old} exists; pass --overwrite"):
-        write(old)
-    with pytest.raises(BundleError, match="pass --overwrite"):
-        check_destination(old, overwrite=False)
-    assert snapshot(old.parent) == before
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
-def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str, overwrite: bool) -> None:
-    place = tmp_path / "out"
-    if kind == "folder":
-        place.mkdir()
-        (place / "thesis.tex").write_text("precious")
-    elif kind == "file":
-        place.write_text("precious")
-    else:
-        place.symlink_to(tmp_path / "nowhere")
-    before = snapshot(tmp_path)
-    with pytest.raises(BundleError, match=f"{place} exists and is not a bundle"):
-        write(place, overwrite=overwrite)
-    assert snapshot(tmp_path) == before
-
-
-def test_a_mount_point_is_refused_before_any_work(
-    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda path: path in (old, tmp_path))
-    for place in (old, tmp_path):
-        with pytest.raises(BundleError, match="mount point: give a folder inside it"):
-            check_destination(place, overwrite=True)
-
-
-def test_the_folder_one_is_in_and_a_link_are_no_mount_points(
-    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(old)
-    check_destination(Path(), overwrite=True)
-    (tmp_path / "link").symlink_to("/proc")
-    with pytest.raises(BundleError, match="mount point"):
-        check_destination(tmp_path / "link", overwrite=True)
-    (tmp_path / "other").symlink_to(old)
-    check_destination(tmp_path / "other", overwrite=True)
-
-
-def test_what_a_killed_process_left_is_swept_but_not_what_a_living_one_writes(old: Path) -> None:
-    dead = old.with_name(f".{old.name}.partial-dead")
-    gone = old.with_name(f".{old.name}.replaced-gone")
-    for left in (dead, gone):
-        left.mkdir()
-        (left / "graph").write_text("left")
-    with writing(old, overwrite=True) as first, writing(old, overwrite=True) as second:
-        assert first.is_dir() and second.is_dir()
-        assert not dead.exists() and not gone.exists()
-
-
-def test_the_only_copy_that_a_killed_process_left_is_kept(tmp_path: Path) -> None:
-    """Killed between two renames: the old bundle lies beside its place."""
-    only = tmp_path / ".out.replaced-x"
-    only.mkdir()
-    with writing(tmp_path / "out", overwrite=False):
-        assert only.is_dir()
-
-
-def test_a_destination_that_appears_during_the_block_is_not_replaced(tmp_path: Path) -> None:
-    place = tmp_path / "out"
-    with (
-        pytest.raises(BundleError, match="is not a bundle"),
-        writing(place, overwrite=True) as new,
-    ):
-        (new / "dash.json").write_text("new")
-        place.mkdir()
-        (place / "thesis.tex").write_text("precious")
-    assert snapshot(tmp_path) == {"out": "", "out/thesis.tex": b"precious"}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_empty_folder_is_filled(tmp_path: Path, overwrite: bool) -> None:
-    place = tmp_path / "out"
-    place.mkdir()
-    write(place, overwrite=overwrite)
-    assert snapshot(tmp_path) == {"out": "", "out/layers": "", "out/dash.json": b"new"}
-
-
-def test_a_relative_destination_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(Path("out"))
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_destination_behind_a_link_is_replaced_or_refused_but_nothing_is_left_half_done(
-    old: Path,
-) -> None:
-    link = old.parent / "link"
-    link.symlink_to(old)
-    before = snapshot(old.parent)
-    try:
-        write(link, overwrite=True)
-    except BundleError:
-        assert snapshot(old.parent) == before
-    else:
-        assert (link / "dash.json").read_text() == "new"
-        assert sorted(os.listdir(old.parent)) == ["link", "out"]
-
-
-def test_a_destination_below_a_file_is_a_bundle_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleError):
-        write(tmp_path / "file/out")

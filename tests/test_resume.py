@@ -236,7 +236,7 @@ def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
         (partial.bundle / "dash.json").write_text("new")
         for resume in (False, True):
             with (
-                pytest.raises(BundleError, match="another dash-export is writing"),
+                pytest.raises(BundleError, match="another process is writing"),
                 exporting(out, KEY, overwrite=False, resume=resume),
             ):
                 pass

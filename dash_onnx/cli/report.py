@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dash_onnx.cli.common import Parser, positive, run
 from dash_onnx.core.contract import REPORT_NAME
-from dash_onnx.core.errors import SourceError
 
 _EXAMPLES = """\
   dash-report out/
@@ -64,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(arguments: argparse.Namespace) -> None:
     import dash_onnx
+    from dash_onnx.core.atomic import check_file, write_text
     from dash_onnx.core.budget import scorer_facts
     from dash_onnx.core.records import to_json
     from dash_onnx.core.text import read_text
@@ -79,7 +77,7 @@ def _report(arguments: argparse.Namespace) -> None:
         model.policy("dash", budget)  # a wrong one is refused before anything runs
     target = arguments.html or arguments.bundle / REPORT_NAME
     if not arguments.json:
-        _check_target(target)
+        check_file(target)
     if given is None:
         text = generated_text(model, arguments.tokens)
     else:
@@ -89,27 +87,5 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(to_json(report)))
         return
-    _write(target, render(report))
+    write_text(target, render(report))
     print(target)
-
-
-def _check_target(target: Path) -> None:
-    if target.is_dir():
-        raise SourceError(f"cannot write {target}: it is a folder")
-    if target.is_symlink() or (target.exists() and not target.is_file()):
-        raise SourceError(f"cannot write {target}: it exists and is not a regular file")
-    if not target.parent.is_dir():
-        raise SourceError(f"cannot write {target}: there is no folder {target.parent}")
-
-
-def _write(target: Path, page: str) -> None:
-    """All or nothing: a reader sees the earlier report or the whole new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,16 +1,12 @@
-"""A bundle on disk: opened with every path and checksum checked, written all or nothing."""
+"""A bundle on disk, opened with every path and checksum checked."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from dash_onnx.core.atomic import write_text
 from dash_onnx.core.contract import data_name
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import FileFacts
@@ -107,109 +103,9 @@ class Bundle:
         return self.folder / name
 
 
-def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME) -> None:
-    """Refuses a destination that must not be written, before any expensive work.
-
-    Args:
-        folder: the destination.
-        overwrite: whether it may be replaced.
-        marker: the file that every folder of this kind holds.
-
-    Raises:
-        BundleError: it exists without `overwrite`, holds something of another kind, or cannot be
-            renamed.
-    """
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if folder.resolve().is_mount():  # unresolved, `.` looks like one
-        raise BundleError(f"{folder} is a mount point: give a folder inside it")
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if not (folder / marker).is_file():
-        what = "is not a bundle" if marker == MANIFEST_NAME else f"holds no {marker}"
-        raise BundleError(f"{folder} exists and {what}; choose another folder")
-    if not overwrite:
-        raise BundleError(f"{folder} exists; pass --overwrite to replace it")
-
-
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest of an existing bundle, all or nothing."""
-    temporary = folder / f"{MANIFEST_NAME}.partial"
-    temporary.write_text(manifest.to_text(), "utf-8")
-    temporary.replace(folder / MANIFEST_NAME)
-
-
-@contextmanager
-def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> Iterator[Path]:
-    """Yields a temporary sibling folder that becomes `folder` when the block succeeds.
-
-    On any error or interrupt the temporary folder is removed and `folder` is untouched. What an
-    earlier process left that was killed is removed, too.
-
-    Raises:
-        BundleError: see `check_destination`.
-    """
-    check_destination(folder, overwrite, marker)
-    folder = folder.resolve()
-    _sweep(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-        lock = _locked(temporary)
-    except OSError as error:
-        raise BundleError(f"cannot write {folder}: {error.strerror}") from None
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        check_destination(folder, overwrite, marker)
-        retired = temporary.with_name(temporary.name.replace(".partial-", ".replaced-"))
-        move_into_place(temporary, folder, retired)
-        if retired.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        os.close(lock)
-
-
-def _locked(folder: Path) -> int:
-    """Locks a folder for as long as this process lives; raises OSError where another has it."""
-    import fcntl  # bundles are written on POSIX systems only, and read anywhere
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what killed processes left beside a folder."""
-    for state in ("replaced", "partial"):
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.{state}-*"):
-            made = left.with_name(left.name.replace(".replaced-", ".partial-"))
-            try:
-                lock = _locked(made) if made.exists() else None
-            except OSError:  # its process is alive
-                continue
-            if state == "partial" or folder.exists():  # else it is the only copy
-                shutil.rmtree(left, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
-
-
-def move_into_place(temporary: Path, folder: Path, retired: Path) -> None:
-    """Makes `temporary` the folder; what was there goes to `retired`, or stays on any error."""
-    if folder.exists():
-        folder.rename(retired)
-    try:
-        temporary.rename(folder)
-    except BaseException:  # Ctrl-C between the two renames
-        if retired.exists():
-            retired.rename(folder)
-        raise
+    write_text(folder / MANIFEST_NAME, manifest.to_text())
 
 
 def list_files(folder: Path) -> dict[str, FileFacts]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from dash_onnx.core.bundle import Bundle, writing
+from dash_onnx.core.atomic import writing
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import FUSED_FOLDER
 from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy

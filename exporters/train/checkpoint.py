@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dash_onnx.core.atomic import new_file
 from dash_onnx.core.errors import DashError
 
 _NAME = "state.pt"
@@ -38,12 +39,12 @@ class Checkpoint:
         """Adds values and writes everything."""
         self.state.update(values, fingerprint=self._fingerprint)
         self._folder.mkdir(exist_ok=True)
-        temporary = self._folder / f"{_NAME}.partial"
+        path = self._folder / _NAME
         try:
-            torch.save(self.state, temporary)
+            with new_file(path) as temporary:
+                torch.save(self.state, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise DashError(f"cannot write {temporary}: {str(error).splitlines()[0]}") from None
-        temporary.rename(self._folder / _NAME)
+            raise DashError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
     def remove(self) -> None:
         """Training is done."""

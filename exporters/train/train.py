@@ -6,7 +6,8 @@ import shutil
 import time
 from pathlib import Path
 
-from dash_onnx.core.bundle import Bundle, check_destination, writing
+from dash_onnx.core.atomic import check_destination, writing
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.train.describe import describe

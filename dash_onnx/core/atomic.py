@@ -1,0 +1,194 @@
+"""Files and folders that appear whole or not at all, wherever the process that writes them dies.
+
+Writing needs POSIX: the lock is `flock`, which the system releases with the process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.manifest import MANIFEST_NAME
+
+NEW, OLD, _LOCK = "bundle", "replaced", "lock"
+"""In a workspace: what becomes the destination, what was there, and the lock."""
+
+
+def check_file(path: Path) -> None:
+    """Refuses a file that must not be written, before any expensive work.
+
+    Raises:
+        BundleError: it exists and is no regular file, or its folder does not exist.
+    """
+    if path.is_dir():
+        raise BundleError(f"cannot write {path}: it is a folder")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise BundleError(f"cannot write {path}: it exists and is not a regular file")
+    if not path.parent.is_dir():
+        raise BundleError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`; what the block writes there takes its place at the end.
+
+    On any error or interrupt `path` is as it was.
+
+    Raises:
+        BundleError: see `check_file`.
+    """
+    check_file(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, all or nothing: see `new_file`."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME) -> None:
+    """Refuses a folder that must not be written, before any expensive work.
+
+    Args:
+        folder: the destination.
+        overwrite: whether it may be replaced.
+        marker: the file that every folder of this kind holds.
+
+    Raises:
+        BundleError: it exists without `overwrite`, holds something of another kind, or cannot be
+            renamed.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.resolve().is_mount():  # unresolved, `.` looks like one
+        raise BundleError(f"{folder} is a mount point: give a folder inside it")
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if not (folder / marker).is_file():
+        what = "is not a bundle" if marker == MANIFEST_NAME else f"holds no {marker}"
+        raise BundleError(f"{folder} exists and {what}; choose another folder")
+    if not overwrite:
+        raise BundleError(f"{folder} exists; pass --overwrite to replace it")
+
+
+@contextmanager
+def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> Iterator[Path]:
+    """Yields an empty folder that becomes `folder` when the block succeeds.
+
+    On any error or interrupt it is removed and `folder` is as it was. What a process that was
+    killed left is removed, too.
+
+    Raises:
+        BundleError: see `workspace`.
+    """
+    with workspace(folder, "new", overwrite=overwrite, marker=marker) as space:
+        clear(space)
+        (space / NEW).mkdir()
+        yield space / NEW
+
+
+@contextmanager
+def workspace(
+    folder: Path,
+    name: str,
+    *,
+    overwrite: bool,
+    marker: str = MANIFEST_NAME,
+    keep: Callable[[Path], bool] = lambda space: False,
+) -> Iterator[Path]:
+    """Yields the locked folder `.FOLDER.NAME`, whose `NEW` becomes `folder` at the end.
+
+    It may hold what an earlier process left.
+
+    Args:
+        folder: the destination.
+        name: of the workspace, for each kind of writer another.
+        overwrite: see `check_destination`.
+        marker: likewise.
+        keep: whether the workspace is to be kept after an error or interrupt.
+
+    Raises:
+        BundleError: see `check_destination`; or another process is at it.
+    """
+    check_destination(folder, overwrite, marker)
+    folder = folder.resolve()
+    space = folder.with_name(f".{folder.name}.{name}")
+    with _locked(space, folder):
+        kept = False
+        try:
+            if (space / OLD).is_dir() and not folder.exists():  # killed between two renames
+                (space / OLD).rename(folder)
+                check_destination(folder, overwrite, marker)
+            yield space
+            check_destination(folder, overwrite, marker)
+            _move(space, folder)
+        except BaseException:
+            kept = keep(space)
+            raise
+        finally:
+            if not kept:  # the lock last: until then no other process takes the folder
+                clear(space)
+                (space / _LOCK).unlink()
+                with suppress(OSError):  # another process has it already
+                    space.rmdir()
+
+
+def clear(space: Path) -> None:
+    """Removes everything in a workspace but its lock, as far as that is possible."""
+    for path in space.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+def _move(space: Path, folder: Path) -> None:
+    """Puts the new folder in its place; what was there stays there on any error."""
+    if folder.exists():
+        folder.rename(space / OLD)
+    try:
+        (space / NEW).rename(folder)
+    except BaseException:  # Ctrl-C between the two renames
+        if (space / OLD).exists():
+            (space / OLD).rename(folder)
+        raise
+
+
+@contextmanager
+def _locked(space: Path, folder: Path) -> Iterator[None]:
+    """Makes a workspace, and holds a lock that ends with the process."""
+    import fcntl  # bundles are read anywhere
+
+    path = space / _LOCK
+    while True:
+        try:
+            space.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except FileNotFoundError:  # removed in between by the process that had it
+            continue
+        except OSError as error:
+            raise BundleError(f"cannot write {folder}: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BundleError(
+                    f"another process is writing {folder}; wait for it or choose another folder"
+                ) from None
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                yield
+                return

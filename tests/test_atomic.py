@@ -1,0 +1,261 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dash_onnx.core.atomic import check_destination, new_file, workspace, write_text, writing
+from dash_onnx.core.errors import BundleError
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str]:
+    return {
+        path.relative_to(folder).as_posix(): (
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
+        )
+        for path in folder.rglob("*")
+    }
+
+
+# Files
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no"), KeyboardInterrupt()])
+def test_a_file_is_replaced_when_the_block_succeeds(
+    tmp_path: Path, error: BaseException | None
+) -> None:
+    path = tmp_path / "report.html"
+    write_text(path, "old")
+    try:
+        with new_file(path) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+            if error:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        assert error
+    assert path.read_text() == ("old" if error else "new")
+    assert os.listdir(tmp_path) == ["report.html"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "it is a folder"),
+        ("link", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("none/file", "there is no folder"),
+    ],
+)
+def test_what_is_no_file_is_never_replaced(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BundleError, match=f"cannot write {tmp_path / name}: .*{message}"):
+        write_text(tmp_path / name, "new")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+# Folders
+
+
+def write(folder: Path, content: str = "new", overwrite: bool = False) -> None:
+    with writing(folder, overwrite=overwrite) as temporary:
+        (temporary / "layers").mkdir()
+        (temporary / "dash.json").write_text(content)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """An existing bundle, as far as `writing` looks."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "dash.json").write_text("old")
+    (folder / "stale.onnx").write_text("stale")
+    return folder
+
+
+def test_a_bundle_appears_when_the_block_succeeds(tmp_path: Path) -> None:
+    folder = tmp_path / "a/b/out"
+    with writing(folder, overwrite=False) as temporary:
+        assert temporary.parent.parent == folder.parent  # a rename, not a copy
+        (temporary / "dash.json").write_text("new")
+        assert not folder.exists()
+    assert (folder / "dash.json").read_text() == "new"
+    assert os.listdir(folder.parent) == ["out"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_error_leaves_no_destination_and_no_temporary(
+    tmp_path: Path, error: BaseException
+) -> None:
+    with pytest.raises(type(error)), writing(tmp_path / "out", overwrite=False) as temporary:
+        (temporary / "dash.json").write_text("new")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_bundle_as_it_was(old: Path, error: BaseException) -> None:
+    before = snapshot(old.parent)
+    with pytest.raises(type(error)), writing(old, overwrite=True) as temporary:
+        (temporary / "dash.json").write_text("new")
+        raise error
+    assert snapshot(old.parent) == before
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
+def test_a_failure_between_the_two_renames_brings_the_old_bundle_back(
+    old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = snapshot(old.parent)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "bundle":
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)):
+        write(old, overwrite=True)
+    assert snapshot(old.parent) == before
+
+
+def test_overwrite_replaces_the_whole_folder_once_the_new_one_is_complete(old: Path) -> None:
+    with writing(old, overwrite=True) as temporary:
+        (temporary / "dash.json").write_text("new")
+        assert (old / "dash.json").read_text() == "old"
+    assert snapshot(old.parent) == {"out": "", "out/dash.json": b"new"}
+
+
+def test_an_existing_bundle_is_refused_without_overwrite(old: Path) -> None:
+    before = snapshot(old.parent)
+    with pytest.raises(BundleError, match=f"{old} exists; pass --overwrite"):
+        write(old)
+    with pytest.raises(BundleError, match="pass --overwrite"):
+        check_destination(old, overwrite=False)
+    assert snapshot(old.parent) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str, overwrite: bool) -> None:
+    place = tmp_path / "out"
+    if kind == "folder":
+        place.mkdir()
+        (place / "thesis.tex").write_text("precious")
+    elif kind == "file":
+        place.write_text("precious")
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    before = snapshot(tmp_path)
+    with pytest.raises(BundleError, match=f"{place} exists and is not a bundle"):
+        write(place, overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in (old, tmp_path))
+    for place in (old, tmp_path):
+        with pytest.raises(BundleError, match="mount point: give a folder inside it"):
+            check_destination(place, overwrite=True)
+
+
+def test_the_folder_one_is_in_and_a_link_are_no_mount_points(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(old)
+    check_destination(Path(), overwrite=True)
+    (tmp_path / "link").symlink_to("/proc")
+    with pytest.raises(BundleError, match="mount point"):
+        check_destination(tmp_path / "link", overwrite=True)
+    (tmp_path / "other").symlink_to(old)
+    check_destination(tmp_path / "other", overwrite=True)
+
+
+def test_what_a_killed_process_left_is_swept_but_not_what_a_living_one_writes(old: Path) -> None:
+    for left in ("bundle", "replaced"):
+        (old.with_name(".out.new") / left).mkdir(parents=True)
+        (old.with_name(".out.new") / left / "graph").write_text("left")
+    with writing(old, overwrite=True) as new:
+        assert snapshot(new.parent) == {"lock": b"", "bundle": ""}
+        (new / "dash.json").write_text("new")
+        with pytest.raises(BundleError, match="another process is writing"):
+            write(old, overwrite=True)
+    assert snapshot(old.parent) == {"out": "", "out/dash.json": b"new"}
+
+
+def test_the_only_copy_that_a_killed_process_left_comes_back(tmp_path: Path) -> None:
+    """Killed between two renames: the old bundle lies beside its place."""
+    only = tmp_path / ".out.new/replaced"
+    only.mkdir(parents=True)
+    (only / "dash.json").write_text("old")
+    with pytest.raises(BundleError, match="pass --overwrite"):
+        write(tmp_path / "out")
+    assert snapshot(tmp_path) == {"out": "", "out/dash.json": b"old"}
+
+
+def test_a_destination_that_appears_during_the_block_is_not_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    with (
+        pytest.raises(BundleError, match="is not a bundle"),
+        writing(place, overwrite=True) as new,
+    ):
+        (new / "dash.json").write_text("new")
+        place.mkdir()
+        (place / "thesis.tex").write_text("precious")
+    assert snapshot(tmp_path) == {"out": "", "out/thesis.tex": b"precious"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_is_filled(tmp_path: Path, overwrite: bool) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    write(place, overwrite=overwrite)
+    assert snapshot(tmp_path) == {"out": "", "out/layers": "", "out/dash.json": b"new"}
+
+
+def test_a_relative_destination_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("out"))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_destination_behind_a_link_is_replaced_where_the_link_leads(old: Path) -> None:
+    link = old.parent / "link"
+    link.symlink_to(old)
+    write(link, overwrite=True)
+    assert link.is_symlink() and (old / "dash.json").read_text() == "new"
+    assert sorted(os.listdir(old.parent)) == ["link", "out"]
+
+
+def test_a_destination_below_a_file_is_a_bundle_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError):
+        write(tmp_path / "file/out")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_workspace_is_kept_after_an_error_where_it_is_wanted(
+    tmp_path: Path, wanted: bool
+) -> None:
+    out = tmp_path / "out"
+    with (
+        pytest.raises(ValueError),
+        workspace(out, "new", overwrite=False, keep=lambda _: wanted) as space,
+    ):
+        (space / "part").write_text("finished")
+        raise ValueError
+    assert os.listdir(tmp_path) == ([".out.new"] if wanted else [])
+    with workspace(out, "new", overwrite=False) as space:
+        assert (space / "part").exists() == wanted
+        (space / "bundle").mkdir()
+    assert os.listdir(tmp_path) == ["out"]
