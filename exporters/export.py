@@ -82,7 +82,6 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
             target=options.target,
             variants=options.variants,
             heads=heads,
-            kv_of_skipped="project",
             compensation_rank=writer.rank,
             layers=progress.layers,
             calibration=calibration,

@@ -81,7 +81,7 @@ def test_another_version_is_told_before_any_key_it_may_have_changed(text: str) -
         (lambda data: data.pop("heads"), "missing key 'heads'"),
         (lambda data: data["model"].pop("head_dim"), "missing key 'model.head_dim'"),
         (lambda data: data["target"].update(device="tpu"), "'target.device' must be one of"),
-        (lambda data: data.update(kv_of_skipped="copy"), "'kv_of_skipped' must be one of project"),
+        (lambda data: data.update(kv_of_skipped="project"), "unknown key 'kv_of_skipped'"),
         (lambda data: data["heads"].update(int8="int2"), "'heads.int8' must be one of"),
         (lambda data: data["model"].update(num_layers="4"), "'model.num_layers' must be int"),
     ],
@@ -158,7 +158,7 @@ def test_dims_follow_from_model_rope_and_target(text: str) -> None:
 
 
 def test_a_manifest_of_the_format_before_is_read(text: str) -> None:
-    """Format 2 called decision points looks, and multipliers prices."""
+    """Format 2 called decision points looks, multipliers prices, and had a key of one value."""
     manifest = Manifest.from_text(text)
     layers = manifest.model.num_layers
     row = BudgetPoint(0.5, 0.1, "int8", 0.2, {"int8": 1.0})
@@ -168,7 +168,7 @@ def test_a_manifest_of_the_format_before_is_read(text: str) -> None:
     now = replace(manifest, costs=costs, scorer=ScorerFacts("embed.onnx", *facts))
 
     def age(data: dict[str, Any]) -> None:
-        data["format_version"] = 2
+        data |= {"format_version": 2, "kv_of_skipped": "project"}
         data["scorer"]["looks"] = data["scorer"].pop("decision_points")
         point = data["scorer"]["points"][0]
         point["price"] = point.pop("multiplier")

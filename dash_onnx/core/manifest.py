@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action
 from dash_onnx.core.block import Attention, Block
@@ -45,8 +45,6 @@ class Manifest:
         variants: the precisions exported for each layer, highest first; `skip` always exists.
         heads: per kind of policy (a precision, or `skip` for mixed paths), the precision of
             the LM head it uses.
-        kv_of_skipped: what a skipped layer leaves in the K/V cache (`project`: the token's
-            own K/V, projected from the layer's input).
         compensation_rank: r of what a skipped layer returns for its input x,
             `scale * x + B @ A @ rms_norm(x)` with A `[r, D]`, B `[D, r]` fitted; 0: `scale * x`.
         layers: what calibration showed of each layer.
@@ -65,7 +63,6 @@ class Manifest:
     target: Target
     variants: tuple[Action, ...]
     heads: dict[Action, Action]
-    kv_of_skipped: Literal["project"]
     compensation_rank: int
     layers: tuple[LayerFacts, ...]
     calibration: Calibration
@@ -160,8 +157,9 @@ class Manifest:
 
 
 def _upgrade(data: dict[str, Any]) -> None:
-    """Renames the keys of format 2 that format 3 calls otherwise."""
+    """Renames the keys that format 3 calls otherwise, and drops the one that it has not."""
     data["format_version"] = FORMAT_VERSION
+    data.pop("kv_of_skipped", None)
     scorer = data.get("scorer")
     points = scorer.get("points") if isinstance(scorer, dict) else None
     for old, new, records in (
