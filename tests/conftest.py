@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
 import subprocess
@@ -25,6 +27,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Torch's threads and ORT's would fight for two cores over models this small.
 torch.set_num_threads(1)
+
+# An export collects garbage after each layer: most of its time, where layers are this small and the
+# objects of torch, transformers and onnx this many.
+gc.freeze()
 
 DEMO_GGUF = Path(__file__).parent.parent / "build/demo/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -135,6 +141,19 @@ def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 def tiny_bundle(tiny_folder: Path, export_tiny: Callable[..., Path]) -> Path:
     """The exported tiny model. Read-only: copy it before changing a file."""
     return export_tiny(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_with(
+    tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]
+) -> Callable[..., Path]:
+    """The tiny model exported with some options, once for each. Read-only, like `tiny_bundle`."""
+
+    @functools.cache
+    def run(**options: object) -> Path:
+        return export_tiny(tiny_folder, calibration=(night,), **options)
+
+    return run
 
 
 @pytest.fixture(scope="session")

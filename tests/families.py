@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import LLAMA3_ROPE, logits_of, tiny_tokenizer
+from conftest import LLAMA3_ROPE, TINY, logits_of, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
@@ -29,17 +29,11 @@ DECODED = 8  # tokens after each prompt
 PROMPT = 5  # tokens before mixed paths
 
 _SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    **TINY,
     "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 384,
-    "max_position_embeddings": 256,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,
-    "tie_word_embeddings": False,
 }
 _WIDE = {"num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
 _SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}

@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from conftest import TINY, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from transformers import (
     AutoConfig,
@@ -23,34 +24,10 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-ARCHITECTURES = {
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gpt_neox": "gptneox",
-    "granite": "granite",
-    "llama": "llama",
-    "mistral": "llama",
-    "olmo2": "olmo2",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "smollm3": "smollm3",
-    "stablelm": "stablelm",
-}
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 384,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "tie_word_embeddings": False,
-}
+from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
+
+ARCHITECTURES = {**{kind: name for name, kind in MODEL_TYPES.items()}, "mistral": "llama"}
+SIZES = {**TINY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 # Heads of 32, of which half rotates: less than 16 is no multiple that ORT's attention takes.
 _HALF = {
     "num_attention_heads": 2,
@@ -116,7 +93,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model of a family, norms and biases random too, weights rounded to FP16."""
-    sizes = {**TINY, **FAMILIES[family], **overrides}
+    sizes = {**SIZES, **FAMILIES[family], **overrides}
     if family == "gpt_neox":
         del sizes["num_key_value_heads"]  # it has as many as queries
     config = AutoConfig.for_model(family, **sizes)
@@ -245,16 +222,28 @@ def add_byte_level(
         writer.add_chat_template(tokenizer.chat_template)
 
 
+def add_tiny_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """That of `conftest`."""
+    add_byte_level(writer, tiny_tokenizer(), TINY["vocab_size"], "gpt-2")
+
+
 def write_model(
     path: Path,
     model: PreTrainedModel,
-    extras: Callable[[gguf.GGUFWriter], None],
+    *extras: Callable[[gguf.GGUFWriter], object],
     kind: Kind = Kind.F32,
+    tokenizer: Callable[[gguf.GGUFWriter], object] = add_tiny_tokenizer,
+    without: str = "",
 ) -> dict[str, torch.Tensor]:
     """Writes a model; matrices as `kind`, vectors as F32.
 
     Args:
-        extras: adds the tokenizer's keys, and whatever else.
+        path: the file.
+        model: what to write.
+        extras: further keys or tensors.
+        kind: of matrices.
+        tokenizer: adds its keys.
+        without: a tensor that is left out, by its name in the file.
 
     Returns:
         The values that the file stands for, by Hugging Face name.
@@ -265,7 +254,8 @@ def write_model(
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, architecture)
     add_config(writer, config)
-    extras(writer)
+    for add in (tokenizer, *extras):
+        add(writer)
     values = {}
     for name, tensor in model.state_dict().items():
         if "rotary" in name or (config.tie_word_embeddings and name.endswith("lm_head.weight")):
@@ -279,7 +269,8 @@ def write_model(
         raw = None if into in (Kind.F32, Kind.F16) else into
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None, name
-        writer.add_tensor(mapped, packed, raw_dtype=raw)
+        if mapped != without:
+            writer.add_tensor(mapped, packed, raw_dtype=raw)
     for name, value in rope_tensors(config).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

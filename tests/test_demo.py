@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dash_onnx
 from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.export import ExportOptions, export
-from dash_onnx.exporters.reference import streamed_model
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.engine import Model
 

@@ -19,15 +19,15 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.errors import ContextLengthError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
-from dash_onnx.exporters.architectures.decoder import Decoder
-from dash_onnx.exporters.calibrate import SINK_TOKENS
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
+from dash_onnx.exporters.calibration.reference import streamed_model
+from dash_onnx.exporters.calibration.runner import Runner
+from dash_onnx.exporters.calibration.tokens import SINK_TOKENS
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
-from dash_onnx.exporters.graphs import taps_of
-from dash_onnx.exporters.measure import Runner
-from dash_onnx.exporters.reference import streamed_model
+from dash_onnx.exporters.graphs import captured_inputs
 from dash_onnx.exporters.sources import open_source
-from dash_onnx.exporters.states import States
+from dash_onnx.exporters.train.text import decoder
 from dash_onnx.runtime.deciders import FixedPath
 
 INT8_ERROR = 0.06
@@ -87,7 +87,6 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
 ) -> None:
     source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
     family = REGISTRY[pair.case.family]
-    assert isinstance(family, Decoder)
     names, ids = family.names, random_ids(max(50, pair.case.lengths[0]))
     read: dict[tuple[int, str], torch.Tensor] = {}
     for index, module in enumerate(pair.reference.get_decoder().layers):
@@ -103,13 +102,13 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
     pair.wanted(ids)
     spec = family.describe("", source.config, pair.case.max_length)
     runner = Runner(spec, "cpu")
-    hidden = [States(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
-    hidden[0].write(runner.embed(pair.bundle / "embed.onnx", ids[None]))
+    hidden = [HiddenStateFile(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
+    hidden[0].write(1, [runner.embed(pair.bundle / "embed.onnx", ids[None])])
     for index in range(LAYERS):
-        taps = taps_of(family.layer(source.weights, index, spec), spec, 32)
+        inputs = captured_inputs(family.layer(source.weights, index, spec), spec, 32)
         path = pair.bundle / layer_path(index, "full")
         states = hidden[index : index + 2]
-        hessians = runner.layer_with_hessians(index, path, *states, taps, sink_weight=0.25)
+        hessians = runner.layer_with_hessians(index, path, *states, inputs, sink_weight=0.25)
         for name, found in hessians.items():
             x = read.pop((index, name)).clone()
             x[:SINK_TOKENS] *= 0.5
@@ -127,19 +126,13 @@ def test_calibration_reads_the_model_that_is_exported(pair: Pair) -> None:
 def test_training_text_is_sampled_from_what_is_trained_on(pair: Pair) -> None:
     """The attention that grows a cache, token by token, is that of whole sequences."""
     env, count = case_of(pair.bundle, PROMPT).env, WINDOW + 5
-    frozen, ids = env.frozen, torch.from_numpy(random_ids(count))[None]
-    wanted = env.reference(ids, "full")
-    tables, caches = frozen.rotary(count), [frozen.new_cache(1, count) for _ in range(LAYERS)]
+    ids = torch.from_numpy(random_ids(count))[None]
+    wanted = env.frozen.logits(env.reference(ids, "full"))
+    next_logits = decoder(env.frozen, 1, count)
     with torch.inference_mode():
         for position in range(count):
-            now = slice(position, position + 1)
-            rotary = [(cos[now], sin[now]) for cos, sin in tables]
-            x = frozen.embed(ids[:, now])
-            for layer, cache in enumerate(caches):
-                q, kv = frozen.split(layer, frozen.qkv(layer, "full", frozen.normed(layer, x)))
-                attention = frozen.attend_cached(layer, q, kv, rotary, cache, position)
-                x = frozen.complete(layer, "full", x, attention)
-            torch.testing.assert_close(frozen.final(x), wanted[:, now], atol=1e-4, rtol=1e-4)
+            found = next_logits(ids[:, position : position + 1], position)
+            torch.testing.assert_close(found, wanted[:, position], atol=1e-4, rtol=1e-4)
 
 
 def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
@@ -154,7 +147,7 @@ def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "smollm3", "olmo2", "gpt_neox"])
-def test_the_fused_graph_computes_what_the_runtime_computes(
+def test_the_fused_graph_computes_what_the_graphs_of_the_bundle_compute(
     name: str, tmp_path: Path, night: Path
 ) -> None:
     pair = Pair.build(CASES[name], tmp_path, night)

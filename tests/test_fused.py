@@ -166,11 +166,12 @@ def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:
     [("gemma2", 32), ("olmo2", 0), ("stablelm", 32), ("stablelm parallel", 0), ("gpt_neox", 32)],
 )
 def test_every_form_of_layer_becomes_part_of_one_graph(
-    name: str, rank: int, tmp_path: Path, export_tiny: Callable[..., Path]
+    name: str, rank: int, night: Path, tmp_path: Path, export_tiny: Callable[..., Path]
 ) -> None:
     """With other norms, attention and MLP beside each other, and skips without compensation."""
     source = save_random(tmp_path / "source", CASES[name])
-    out = export_tiny(source, variants=("int8",), compensation_rank=rank)
+    options = {"variants": ("int8",), "compensation_rank": rank}
+    out = export_tiny(source, calibration=(night,), **options)
     skipped = ",".join("skip" if layer == 1 else "int8" for layer in range(LAYERS))
     assert TOOL.run(out, tmp_path / "flat", "--policy", f"static:{skipped}") == 0
     model = dash_onnx.load(out)

@@ -1,6 +1,9 @@
+"""GGUF files: config, weights and integers as they were written, and what is refused."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,39 +14,26 @@ import pytest
 import torch
 from conftest import LLAMA3_ROPE, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import FAMILIES, add_byte_level, tiny_model, write_model
-from transformers import PreTrainedModel
+from gguf_files import FAMILIES, tiny_model, write_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.sources.gguf_config import Metadata, config_of
+from dash_onnx.runtime.engine import Model
 
 SUPPORTED = set(FAMILIES)
+IDS = np.random.default_rng(3).integers(2, 300, 30)
+TOKENS = 12
 KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
-
-def tokens(writer: gguf.GGUFWriter) -> None:
-    add_byte_level(writer, tiny_tokenizer(), 384, "gpt-2")
-
-
-def written(
-    path: Path,
-    model: PreTrainedModel,
-    kind: Kind = Kind.F32,
-    extras: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-) -> dict[str, torch.Tensor]:
-    def add(writer: gguf.GGUFWriter) -> None:
-        tokens(writer)
-        extras(writer)
-
-    return write_model(path, model, add, kind)
 
 
 def opened(path: Path) -> Source:
@@ -53,7 +43,7 @@ def opened(path: Path) -> Source:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gguf_has_the_config_it_was_made_of(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    written(tmp_path / "tiny.gguf", model)
+    write_model(tmp_path / "tiny.gguf", model)
     ours, wanted = opened(tmp_path / "tiny.gguf").config.to_dict(), model.config.to_dict()
     for key in ("initializer_range", "dtype", "architectures", "_sliding_window_pattern"):
         ours.pop(key, None), wanted.pop(key, None)  # no part of what the model computes
@@ -73,7 +63,7 @@ def nearly(value: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gguf_has_the_weights_it_was_made_of(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    wanted = written(tmp_path / "tiny.gguf", model)
+    wanted = write_model(tmp_path / "tiny.gguf", model)
     weights = opened(tmp_path / "tiny.gguf").weights
     state = model.state_dict()
     assert len(wanted) >= len(state) - 1  # all but a head that is the embedding
@@ -89,7 +79,7 @@ def test_a_gguf_has_the_weights_it_was_made_of(family: str, tmp_path: Path) -> N
 def test_every_tensor_type_keeps_its_values_and_their_rows(
     family: str, kind: Kind, tmp_path: Path
 ) -> None:
-    wanted = written(tmp_path / "tiny.gguf", tiny_model(family), kind)
+    wanted = write_model(tmp_path / "tiny.gguf", tiny_model(family), kind=kind)
     weights = opened(tmp_path / "tiny.gguf").weights
     for name, value in wanted.items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
@@ -99,7 +89,7 @@ def test_every_tensor_type_keeps_its_values_and_their_rows(
     ("family", "rope"),
     [
         ("llama", LLAMA3_ROPE),
-        ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+        ("llama", LINEAR),
         ("mistral", YARN),
         ("qwen2", {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.2}),
         ("granite", LLAMA3_ROPE),
@@ -110,7 +100,7 @@ def test_rope_scaling_gives_the_same_frequencies(
     family: str, rope: dict[str, Any], tmp_path: Path
 ) -> None:
     model = tiny_model(family, rope_parameters=dict(rope))
-    written(tmp_path / "tiny.gguf", model)
+    write_model(tmp_path / "tiny.gguf", model)
     config = opened(tmp_path / "tiny.gguf").config
     for length in (64, 256):
         ours = rope_of(config, length)
@@ -127,7 +117,7 @@ def rope_of(config: Any, length: int) -> tuple[torch.Tensor, float]:
 
 
 def layers_of(path: Path, family: str, add: Callable[[gguf.GGUFWriter], None]) -> list[str]:
-    written(path, tiny_model(family, num_hidden_layers=6), extras=add)
+    write_model(path, tiny_model(family, num_hidden_layers=6), add)
     types: list[str] = opened(path).config.layer_types
     return types
 
@@ -142,20 +132,58 @@ def test_windows_are_where_the_file_says(tmp_path: Path) -> None:
     pattern = layers_of(path, "gemma2", lambda w: w.add_sliding_window_pattern(listed))
     assert pattern == [slides if value else sees for value in listed]
     model = tiny_model("gemma3_text", num_hidden_layers=6, sliding_window=None)
-    written(path, model)
+    write_model(path, model)
     config = opened(path).config
     assert config.layer_types == [sees] * 6 and config.sliding_window is None
 
 
-def refusal(
-    path: Path, family: str, add: Callable[[gguf.GGUFWriter], None], **overrides: Any
-) -> str:
-    written(path, tiny_model(family, num_hidden_layers=2, **overrides), extras=add)
+def refusal(path: Path) -> str:
     with pytest.raises((SourceError, UnsupportedError)) as caught:
         opened(path)
     message = str(caught.value)
     assert message and "\n" not in message
     return message
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A readable file."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_model(path, tiny_model("llama", num_hidden_layers=2))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"GGUF", b"not a model" * 100, b"GGUF" * 100])
+def test_a_file_that_only_claims_to_be_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.gguf").write_bytes(content)
+    assert "not a readable GGUF file" in refusal(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.05, 0.3, 0.9, 0.9999])
+def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path, share: float) -> None:
+    (tmp_path / "model.gguf").write_bytes(whole[: int(len(whole) * share)])
+    assert "not a readable GGUF file" in refusal(tmp_path / "model.gguf")
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    path, model = tmp_path / "model.gguf", tiny_model("llama", num_hidden_layers=2)
+    assert "model.gguf" in refusal(path)
+    write_model(path, model, tokenizer=lambda writer: None)
+    assert "tokenizer" in refusal(path)
+    write_model(path, model, without="blk.1.ffn_up.weight")
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        opened(path).weights["model.layers.1.mlp.up_proj.weight"]
+    write_model(path, model, without="token_embd.weight")
+    assert "token_embd.weight" in refusal(path)
+
+
+def test_another_architecture_is_refused_and_the_known_ones_are_listed(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    message = refusal(tmp_path / "model.gguf")
+    assert "mamba" in message and "llama" in message
 
 
 FACTORS = np.linspace(1.0, 2.0, 8, dtype=np.float32)
@@ -169,21 +197,35 @@ FACTORS = np.linspace(1.0, 2.0, 8, dtype=np.float32)
         ("llama", lambda w: w.add_string("llama.rope.scaling.type", "ntk"), "'ntk'"),
         ("llama", lambda w: w.add_string("llama.rope.scaling.type", "longrope"), "rope_factors"),
         ("llama", lambda w: w.add_tensor("rope_freqs.weight", FACTORS[:5]), "are not 8"),
+        ("linear", lambda w: w.add_tensor("rope_freqs.weight", FACTORS), "at once"),
         ("granite", lambda w: w.add_rope_scaling_finetuned(False), "no position embedding"),
         ("olmo2", lambda w: w.add_sliding_window(16), "OLMo 3"),
     ],
-    ids=["experts", "split", "scaling", "longrope", "factors", "granite", "olmo3"],
+    ids=["experts", "split", "scaling", "longrope", "factors", "two scalings", "granite", "olmo3"],
 )
 def test_what_the_file_asks_for_and_nobody_has_is_refused(
     family: str, add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path
 ) -> None:
-    assert said in refusal(tmp_path / "tiny.gguf", family, add)
+    if family == "linear":
+        model = tiny_model("llama", num_hidden_layers=2, rope_parameters=LINEAR)
+    else:
+        model = tiny_model(family, num_hidden_layers=2)
+    write_model(tmp_path / "tiny.gguf", model, add)
+    assert said in refusal(tmp_path / "tiny.gguf")
 
 
-def test_two_scalings_at_once_are_refused(tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    add = lambda w: w.add_tensor("rope_freqs.weight", FACTORS)  # noqa: E731
-    assert "at once" in refusal(tmp_path / "t.gguf", "llama", add, rope_parameters=rope)
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+        lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+    ],
+)
+def test_rope_scaling_by_nothing_is_no_scaling(
+    add: Callable[[gguf.GGUFWriter], None], tmp_path: Path
+) -> None:
+    write_model(tmp_path / "tiny.gguf", tiny_model("llama", num_hidden_layers=2), add)
+    assert opened(tmp_path / "tiny.gguf").config.rope_parameters["rope_type"] == "default"
 
 
 def test_layers_of_different_sizes_and_missing_keys_are_refused() -> None:
@@ -213,3 +255,63 @@ def test_the_largest_gemmas_scale_attention_by_the_share_of_a_head() -> None:
         assert config_of(family, values, tensors).query_pre_attn_scalar == 144
         values[f"{family}.block_count"] = 26
         assert config_of(family, values, tensors).query_pre_attn_scalar == 128
+
+
+# Exported
+
+
+def greedy(model: Model) -> list[int]:
+    """What the model writes after a prompt that outgrows the windows."""
+    steps = model.generate_step(IDS, policy="full", max_new_tokens=TOKENS, ignore_eos=True)
+    return [step.token for step in steps]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_and_safetensors_of_the_same_weights_give_the_same_tokens(
+    family: str, night: Path, tmp_path: Path, export_tiny: Callable[..., Path]
+) -> None:
+    layers = {"gemma3_text": 6, "smollm3": 4}  # one of them is different
+    model = tiny_model(family, num_hidden_layers=layers.get(family, 2))
+    model.save_pretrained(tmp_path / "folder")
+    tiny_tokenizer().save_pretrained(tmp_path / "folder")
+    write_model(tmp_path / "tiny.gguf", model, kind=Kind.F16)
+    options = {"calibration": (night,), "variants": ("full",)}
+    ours = dash_onnx.load(export_tiny(tmp_path / "tiny.gguf", **options))
+    same = dash_onnx.load(export_tiny(tmp_path / "folder", **options))
+    assert greedy(ours) == greedy(same)
+    np.testing.assert_allclose(ours.logits(IDS), same.logits(IDS), atol=2e-4)
+    assert ours.manifest.model == replace(same.manifest.model, name="tiny")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "phi3", "qwen2"])
+def test_the_integers_of_the_file_are_the_weights_in_their_rows(
+    family: str, night: Path, tmp_path: Path, export_tiny: Callable[..., Path]
+) -> None:
+    model = tiny_model(family, tie_word_embeddings=False, num_hidden_layers=2)
+    write_model(tmp_path / "tiny.gguf", model, kind=Kind.Q4_0)
+    options = {"calibration": (night,), "variants": ("full", "int4")}
+    bundle = dash_onnx.load(export_tiny(tmp_path / "tiny.gguf", **options))
+    full, int4 = (bundle.logits(IDS, policy=policy) for policy in ("full", "int4"))
+    assert np.abs(full).max() > 1.0
+    np.testing.assert_allclose(int4, full, atol=1e-2)  # `full` rounds to FP16
+
+
+def test_int8_of_the_file_is_int8_of_the_bundle_bit_for_bit(
+    night: Path, tmp_path: Path, export_tiny: Callable[..., Path]
+) -> None:
+    """Q8_0 has the same blocks and levels; what it stands for is rounded to them once more."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    values = write_model(tmp_path / "tiny.gguf", model, kind=Kind.Q8_0)
+    model.load_state_dict(values, strict=False)
+    model.save_pretrained(tmp_path / "folder")
+    tiny_tokenizer().save_pretrained(tmp_path / "folder")
+    ours, same = (
+        dash_onnx.load(
+            export_tiny(tmp_path / name, calibration=(night,), variants=("full", "int8"))
+        )
+        for name in ("tiny.gguf", "folder")
+    )
+    assert ours.manifest.export.source == "gguf:tiny"
+    for policy in ("full", "int8"):
+        found, wanted = (one.logits(IDS, policy=policy) for one in (ours, same))
+        np.testing.assert_array_equal(found, wanted)

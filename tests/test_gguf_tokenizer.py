@@ -103,7 +103,7 @@ def written(
 ) -> Source:
     """A file with this tokenizer, opened."""
     model = tiny_model(family, num_hidden_layers=1, vocab_size=992)
-    write_model(path, model, tokenizer)
+    write_model(path, model, tokenizer=tokenizer)
     return open_source(str(path), FAMILIES)
 
 
@@ -121,6 +121,7 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_its_model(pre: str, tmp_path: P
     assert source.tokenizer.chat_template == TEMPLATE
     assert source.tokenizer.bos_token == "<s>" and source.tokenizer.eos_token == "</s>"
     assert source.generation_config.eos_token_id == [1, 2]  # a chat ends with <|im_end|>
+    assert source.generation_config.bos_token_id == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 import dash_onnx
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.exporters.quantize import Quantized, dequantize
+from dash_onnx.exporters.quantize.blockwise import Quantized, dequantize
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.sequence import SequenceState

@@ -18,6 +18,9 @@ FOLDERS = {
 PACKAGE = ("core", "runtime", "exporters", "report bench eval", "cli")
 """From the bottom up; those in one string do not know each other."""
 
+EXPORTERS = ("quantize", "sources", "architectures", "graphs", "calibration", "export train fused")
+"""Likewise, inside `dash_onnx.exporters`."""
+
 
 def modules() -> Iterator[tuple[str, Path]]:
     """Every module of the package by its installed name."""
@@ -56,7 +59,9 @@ def violations(parent: str, layers: tuple[str, ...]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("parent", "layers"), [("dash_onnx", PACKAGE)])
+@pytest.mark.parametrize(
+    ("parent", "layers"), [("dash_onnx", PACKAGE), ("dash_onnx.exporters", EXPORTERS)]
+)
 def test_imports_point_down(parent: str, layers: tuple[str, ...]) -> None:
     assert violations(parent, layers) == []
 
@@ -67,9 +72,11 @@ def test_an_import_that_points_up_is_found() -> None:
 
 def test_every_package_has_a_layer_and_says_what_it_holds() -> None:
     folders = {path.parent for _, path in modules()}
-    names = {name for names in PACKAGE for name in names.split()}
-    assert {f.name for f in folders if f.parent in (ROOT, ROOT / "dash_onnx")} - {
-        "dash_onnx"
-    } == names
+    for layers, parents in (
+        (PACKAGE, (ROOT, ROOT / "dash_onnx")),
+        (EXPORTERS, (ROOT / "exporters",)),
+    ):
+        found = {folder.name for folder in folders if folder.parent in parents} - {"dash_onnx"}
+        assert found == {name for names in layers for name in names.split()}
     for folder in folders:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))), folder

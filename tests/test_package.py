@@ -74,8 +74,8 @@ def test_the_wheel_holds_every_module_of_the_sources_and_nothing_else(
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {
-        "dash_onnx/exporters/export.py",
-        "dash_onnx/exporters/architectures/llama.py",
+        "dash_onnx/exporters/export/pipeline.py",
+        "dash_onnx/exporters/architectures/families.py",
         "dash_onnx/runtime/engine.py",
         "dash_onnx/cli/run.py",
     } <= modules

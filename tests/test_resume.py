@@ -19,8 +19,8 @@ from conftest import save_tiny
 
 from dash_onnx.cli.export import main
 from dash_onnx.core.errors import BundleError
-from dash_onnx.exporters.graph_writer import GraphWriter
-from dash_onnx.exporters.partial import exporting
+from dash_onnx.exporters.export.graph_writer import GraphWriter
+from dash_onnx.exporters.export.partial import exporting
 
 TOOL = Tool("dash-export", main)
 LAYERS = 8

@@ -12,12 +12,12 @@ import pytest
 from conftest import tiny_tokenizer
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.exporters.architectures import REGISTRY
-from dash_onnx.exporters.calibrate import calibration_ids
+from dash_onnx.exporters.calibration.texts import calibration_text, plain
+from dash_onnx.exporters.calibration.tokens import calibration_ids
 from dash_onnx.exporters.sources import Source, open_source
-from dash_onnx.exporters.texts import calibration_text, plain
 
 CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the keeper"}]
 
@@ -50,53 +50,34 @@ def refusal(files: Sequence[Path]) -> str:
 # What is read
 
 
-def test_a_text_file_is_taken_as_it_is(write: Callable[..., Path]) -> None:
-    path = write("a.txt", "  one\n\ntwo {not json}")
-    assert calibration_text([path], render) == "  one\n\ntwo {not json}\n"
+def test_files_of_both_kinds_are_joined_in_their_order(write: Callable[..., Path]) -> None:
+    text = write("a.md", "  one\n\ntwo {not json}")
+    lines = write("b.jsonl", {"text": "second"}, "", "  \t", {"text": "third"})
+    assert calibration_text([text, lines], render) == "  one\n\ntwo {not json}\n\n\nsecond\n\nthird"
+    assert calibration_text([lines, text], render) == "second\n\nthird\n\n  one\n\ntwo {not json}\n"
 
 
-def test_several_files_of_both_kinds_are_joined_in_their_order(write: Callable[..., Path]) -> None:
-    text, lines = write("a.md", "first"), write("b.jsonl", {"text": "second"}, {"text": "third"})
-    assert calibration_text([text, lines], render) == "first\n\n\nsecond\n\nthird"
-    assert calibration_text([lines, text], render) == "second\n\nthird\n\nfirst\n"
+PAIR = {"prompt": "p", "response": "r"}
+ASKED = ("prompt", "instruction", "question", "input")
+ANSWERED = ("response", "output", "answer", "completion")
 
 
-def test_messages_are_rendered_as_a_conversation(write: Callable[..., Path]) -> None:
-    path = write("a.jsonl", {"messages": CHAT, "id": 7})
-    assert calibration_text([path], render) == "user:who?|assistant:the keeper"
-
-
-@pytest.mark.parametrize("asked", ["prompt", "instruction", "question", "input"])
-@pytest.mark.parametrize("answered", ["response", "output", "answer", "completion"])
-def test_a_prompt_and_a_response_become_a_conversation_under_their_usual_names(
-    write: Callable[..., Path], asked: str, answered: str
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"messages": CHAT, "id": 7}, "user:who?|assistant:the keeper"),
+        *(({a: "p", b: "r"}, "user:p|assistant:r") for a in ASKED for b in ANSWERED),
+        ({"instruction": "count", "input": "", "output": "1 2"}, "user:count|assistant:1 2"),
+        ({"text": "t", "messages": CHAT, **PAIR}, "t"),
+        ({"messages": CHAT, **PAIR}, "user:who?|assistant:the keeper"),
+        *(({"text": f"one{line}two"}, f"one{line}two") for line in "\u2028\u2029\u0085"),
+    ],
+)
+def test_a_record_is_a_text_or_a_conversation(
+    record: dict[str, Any], text: str, write: Callable[..., Path]
 ) -> None:
-    path = write("a.jsonl", {asked: "who?", answered: "the keeper"})
-    assert calibration_text([path], render) == "user:who?|assistant:the keeper"
-
-
-def test_an_empty_input_beside_an_instruction_does_not_count(write: Callable[..., Path]) -> None:
-    path = write("a.jsonl", {"instruction": "count", "input": "", "output": "1 2 3"})
-    assert calibration_text([path], render) == "user:count|assistant:1 2 3"
-
-
-def test_text_is_preferred_and_then_messages(write: Callable[..., Path]) -> None:
-    pair = {"prompt": "p", "response": "r"}
-    path = write("a.jsonl", {"text": "t", "messages": CHAT, **pair}, {"messages": CHAT, **pair})
-    assert calibration_text([path], render) == "t\n\nuser:who?|assistant:the keeper"
-
-
-def test_blank_lines_between_records_are_left_out(write: Callable[..., Path]) -> None:
-    path = write("a.jsonl", {"text": "a"}, "", "  \t", {"text": "b"})
-    assert calibration_text([path], render) == "a\n\nb"
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
-def test_a_line_separator_of_unicode_inside_a_record_does_not_end_it(
-    write: Callable[..., Path], separator: str
-) -> None:
-    path = write("a.jsonl", {"text": f"one{separator}two"})
-    assert calibration_text([path], render) == f"one{separator}two"
+    """Under the usual names; separators of Unicode inside a text do not end it."""
+    assert calibration_text([write("a.jsonl", record)], render) == text
 
 
 def test_records_may_end_as_windows_ends_lines(tmp_path: Path) -> None:
@@ -164,47 +145,35 @@ def test_a_line_of_another_form_is_named_by_its_number(
 # Records in the pipelines: the template is the model's own
 
 
-BAD_MESSAGES: list[list[Any]] = [["hello"], [3], [{}], [{"role": "user"}], [{"content": None}]]
-
-
 @pytest.fixture(scope="module")
 def source(tiny_folder: Path) -> Source:
     return open_source(str(tiny_folder), REGISTRY)
 
 
-@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=str)
-def test_messages_that_are_no_messages_never_end_in_a_traceback(
-    write: Callable[..., Path], source: Source, messages: list[Any]
+@pytest.mark.parametrize(
+    "messages", [["hello"], [3], [{}], [{"role": "user"}], [{"content": None}]], ids=str
+)
+@pytest.mark.parametrize("render", [render, plain])
+def test_messages_that_are_no_messages_are_refused_in_one_line(
+    write: Callable[..., Path], render: Callable[..., str], messages: list[Any]
 ) -> None:
     path = write("a.jsonl", {"messages": messages})
-    with pytest.raises(DashError) as caught:  # refused, or too short
-        calibration_ids(source, [path], 0)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(SourceError, match="every message needs a role and a text") as caught:
+        calibration_text([path], render)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=str)
-def test_nor_do_they_without_a_template(write: Callable[..., Path], messages: list[Any]) -> None:
-    path = write("a.jsonl", {"messages": messages})
-    try:
-        calibration_text([path], plain)
-    except DashError as error:
-        assert str(path) in str(error) and "\n" not in str(error)
-
-
-def test_a_lone_surrogate_never_ends_in_a_traceback(tmp_path: Path, source: Source) -> None:
+def test_a_lone_surrogate_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "\\ud800 ' + "night " * 2000 + '"}\n')
-    try:
-        calibration_ids(source, [path], 0)
-    except DashError as error:
-        assert "\n" not in str(error)
+    path.write_text('{"text": "\\ud800 night"}\n')
+    assert refusal([path]) == f"{path}:1 is not valid Unicode"
 
 
 def test_a_template_that_refuses_is_one_line(write: Callable[..., Path], source: Source) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write("a.jsonl", {"messages": CHAT})
-    with pytest.raises(DashError, match="roles must alternate") as caught:
+    with pytest.raises(SourceError, match="roles must alternate") as caught:
         calibration_ids(dataclasses.replace(source, tokenizer=tokenizer), [path], 0)
     assert "\n" not in str(caught.value)
 

@@ -16,8 +16,8 @@ from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
     from dash_onnx.core.manifest import Manifest
-    from dash_onnx.exporters.check import Kind, Report
-    from dash_onnx.exporters.options import ExportOptions
+    from dash_onnx.exporters.export import ExportOptions
+    from dash_onnx.exporters.export.check import CheckKind, CheckResult
 
 _EXAMPLES = """\
   dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
@@ -63,6 +63,13 @@ def _parser() -> Parser:
         metavar="R",
         help="rank of the map that stands in for a skipped layer, a multiple of the block size; 0: "
         "only its scale (default: 64, or one block if that is more)",
+    )
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=range(5),
+        help="in what ONNX Runtime computes products with INT8 and INT4 weights: 0 as it chooses, "
+        "1 FP32, 2 FP16, 3 BF16, 4 INT8 (default: 4 for cpu, 0 for cuda)",
     )
     parser.add_argument(
         "--requantize",
@@ -118,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             calibration=tuple(arguments.calibration),
             least_tokens=0 if arguments.effort == "none" else LEAST_SEQUENCES * LENGTH,
             compensation_rank=arguments.compensation_rank,
+            accuracy_level=arguments.accuracy_level,
             requantize=arguments.requantize,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
@@ -125,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
         )
         manifest = export(arguments.model, arguments.out, options)
-        report = _check(arguments.model, arguments.out, options, arguments.check)
-        failures.extend(report.failures if report else [])
+        checked = _check(arguments.model, arguments.out, options, arguments.check)
+        failures.extend(checked.failures if checked else [])
         if arguments.effort != "none" and not has_device(arguments.device):
             print(
                 f"dash-export: no device {arguments.device} here: no policy trained; "
@@ -148,12 +156,12 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             facts = to_json(manifest)
             del facts["files"], facts["ropes"], facts["attention"]
-            checked = report and to_json(report)
-            print(json.dumps({"out": str(arguments.out), **facts, "check": checked}))
+            facts["check"] = checked and to_json(checked)
+            print(json.dumps({"out": str(arguments.out), **facts}))
         else:
             print(summary(manifest, arguments.out))
-            if report is not None:
-                print("\n".join(check_lines(report)))
+            if checked is not None:
+                print("\n".join(check_lines(checked)))
 
     code = run("dash-export", body)
     for failure in failures:
@@ -161,10 +169,10 @@ def main(argv: list[str] | None = None) -> int:
     return code or (1 if failures else 0)
 
 
-def _check(model: str, out: Path, options: ExportOptions, kind: Kind) -> Report | None:
+def _check(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> CheckResult | None:
     from dash_onnx.core.bundle import Bundle
     from dash_onnx.exporters.architectures import REGISTRY
-    from dash_onnx.exporters.check import check
+    from dash_onnx.exporters.export.check import check
     from dash_onnx.exporters.sources import open_source
 
     if kind == "none":
@@ -173,19 +181,19 @@ def _check(model: str, out: Path, options: ExportOptions, kind: Kind) -> Report 
     return check(source, Bundle(out), kind)
 
 
-def check_lines(report: Report) -> list[str]:
+def check_lines(result: CheckResult) -> list[str]:
     """What a check found: a table of relative errors where it ran every graph or failed."""
-    if not report.rows:
+    if not result.rows:
         return ["not compared with transformers: a context of this length rotates otherwise"]
-    *rows, whole = report.rows
+    *rows, whole = result.rows
     ((best, kl),) = whole.errors.items()
     worst = max(row.errors[best] for row in rows)
     line = (
-        f"against transformers on {report.tokens} tokens: {best} layers differ by at most "
+        f"against transformers on {result.tokens} tokens: {best} layers differ by at most "
         f"{worst:.1e} (limit {rows[0].limits[best]:.0e}), KL of the whole path {kl:.1e} "
         f"(limit {whole.limits[best]:.0e})"
     )
-    if report.kind == "quick" and not report.failures:
+    if result.kind == "quick" and not result.failures:
         return [line]
     actions = [action for action in ACTIONS if any(action in row.errors for row in rows)]
     head = ["layer", *(f"{action} err" for action in actions), "limits exceeded"]
@@ -195,7 +203,7 @@ def check_lines(report: Report) -> list[str]:
             *(f"{row.errors[a]:.2e}" if a in row.errors else "" for a in actions),
             ", ".join(row.exceeded),
         ]
-        for row in report.rows
+        for row in result.rows
     ]
     return [*aligned([head, *cells]), "", line]
 

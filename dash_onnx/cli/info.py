@@ -64,8 +64,8 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
     prepare_export()
     from dash_onnx.exporters.architectures import REGISTRY, architecture_of
-    from dash_onnx.exporters.options import ExportOptions
-    from dash_onnx.exporters.sizes import sizes_of
+    from dash_onnx.exporters.export.options import ExportOptions
+    from dash_onnx.exporters.export.sizes import sizes_of
     from dash_onnx.exporters.sources import open_source
 
     source = open_source(arguments.path, REGISTRY, revision=arguments.revision)

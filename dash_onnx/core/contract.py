@@ -7,10 +7,12 @@ the batch dimension is always 1: a bundle serves one sequence per dispatch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dash_onnx.core.actions import Action
+from dash_onnx.core.facts import ModelFacts, Rope, Target
 
 DType = Literal["float32", "float16", "int32", "int64"]
 
@@ -82,6 +84,18 @@ class Dims:
     rotary_dim: int
     vocab_size: int
     dtype: DType
+
+    @classmethod
+    def of(cls, model: ModelFacts, ropes: Sequence[Rope], target: Target) -> Dims:
+        """The sizes of a model; its rotary embeddings all have as many dimensions."""
+        return cls(
+            hidden_size=model.hidden_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            rotary_dim=2 * len(ropes[0].inv_freq),
+            vocab_size=model.vocab_size,
+            dtype=target.dtype,
+        )
 
 
 def embed_ports(dims: Dims) -> Ports:

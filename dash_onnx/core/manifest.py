@@ -12,7 +12,7 @@ from typing import Any
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action
 from dash_onnx.core.block import Attention, Block
-from dash_onnx.core.contract import Dims, DType, data_name, head_path, layer_path
+from dash_onnx.core.contract import Dims, data_name, head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import (
     Calibration,
@@ -74,16 +74,7 @@ class Manifest:
     @property
     def dims(self) -> Dims:
         """The sizes that the graph contract depends on."""
-        dtype: DType = self.target.dtype
-        model = self.model
-        return Dims(
-            hidden_size=model.hidden_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            rotary_dim=2 * len(self.ropes[0].inv_freq),
-            vocab_size=model.vocab_size,
-            dtype=dtype,
-        )
+        return Dims.of(self.model, self.ropes, self.target)
 
     def rope_of(self, layer: int) -> int:
         """Index of the rotary table that a layer is given; one that rotates nothing ignores it."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import PretrainedConfig
 
 from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.contract import Dims
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.facts import ModelFacts, Rope
-from dash_onnx.exporters.quantize import Bits, Quantized, concatenate, turns
+from dash_onnx.core.facts import ModelFacts, Rope, Target
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, concatenate, row_groups
 from dash_onnx.exporters.sources import Weights
 
 F = torch.nn.functional
@@ -79,7 +78,9 @@ def _same_form(parts: Sequence[Quantized | None]) -> Quantized | None:
     """Stacked integers where every part has them in the same form."""
     known = [part for part in parts if part is not None]
     forms = {(part.bits, part.block_size, part.offsets is None) for part in known}
-    return concatenate(known) if len(known) == len(parts) and len(forms) == 1 else None
+    if len(known) < len(parts) or len(forms) > 1:
+        return None
+    return concatenate(known, sum(part.shape[0] for part in known))
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ class Layer:
     down: Linear
     down_norm: Norm | None
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All matrix products."""
+        return self.qkv, self.output, self.gate_up, self.down
+
 
 @dataclass(frozen=True)
 class Head:
@@ -142,6 +148,21 @@ class Head:
 
     norm: Norm
     linear: Linear
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors that cost nothing: norms and the embedding take them in.
+
+    Attributes:
+        embedding: on the token embedding.
+        stream: hidden states of transformers, as a multiple of those of the graphs.
+        logit: on the logits, before their softcap.
+    """
+
+    embedding: float = 1.0
+    stream: float = 1.0
+    logit: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,16 +174,18 @@ class ModelSpec:
         block: what all layers compute.
         ropes: rotary position embeddings; most models have one.
         attention: of each layer.
-        embedding_scale: factor on the token embedding.
-        stream_scale: hidden states of transformers, as a multiple of those of the graphs.
+        scales: factors of the model.
     """
 
     facts: ModelFacts
     block: Block
     ropes: tuple[Rope, ...]
     attention: tuple[Attention, ...]
-    embedding_scale: float = 1.0
-    stream_scale: float = 1.0
+    scales: Scales = Scales()
+
+    def dims(self, target: Target) -> Dims:
+        """What the ports of the model's graphs depend on."""
+        return Dims.of(self.facts, self.ropes, target)
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
@@ -177,30 +200,6 @@ def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
             f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}: "
             "config.json and weights do not belong together"
         )
-    if not all(torch.isfinite(rows).all() for rows in turns(tensor)):
+    if not all(torch.isfinite(rows).all() for rows in row_groups(tensor)):
         raise SourceError(f"{name} has values that are not finite: the weights are damaged")
     return tensor
-
-
-class Architecture(Protocol):
-    """One model family."""
-
-    def describe(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
-        """Maps the config.
-
-        Raises:
-            UnsupportedError: the config asks for something the graphs do not have.
-        """
-        ...
-
-    def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
-        """Token embedding `[V, D]`."""
-        ...
-
-    def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
-        """Weights of one decoder layer."""
-        ...
-
-    def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
-        """Final norm and LM head; the head may be the embedding (tied)."""
-        ...

@@ -1,9 +1,9 @@
-"""What the families have in common; each of them is a `Decoder` that says where it differs."""
+"""What the families have in common: from config and weights to the description in `base`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,16 @@ from transformers import PretrainedConfig
 from dash_onnx.core.block import Activation, Attention, Block
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
-from dash_onnx.exporters.architectures.base import Head, Layer, Linear, ModelSpec, Norm, stack, take
+from dash_onnx.exporters.architectures.base import (
+    Head,
+    Layer,
+    Linear,
+    ModelSpec,
+    Norm,
+    Scales,
+    stack,
+    take,
+)
 from dash_onnx.exporters.architectures.rope import context_length, head_order, rope_of, widened
 from dash_onnx.exporters.sources import Weights
 
@@ -53,23 +62,36 @@ class Names:
     down_norm: str | None = None
 
 
+@dataclass(frozen=True)
 class Decoder:
-    """A dense pre-norm decoder with gated MLP, as Llama is one."""
+    """A dense decoder, as Llama is one unless told; a family that computes otherwise overrides.
 
-    names: ClassVar[Names] = Names()
-    norm_offset: ClassVar[float] = 0.0
-    """Added to the weights of norms when they are read."""
-    heads_together: ClassVar[bool] = False
-    """Whether the norm of queries, and that of keys, takes all heads as one."""
+    Attributes:
+        names: of its weights.
+        windows: layers that see the last tokens only, as many as the config's `sliding_window`:
+            `listed` are those that its `layer_types` call so.
+        norm_offset: added to the weights of norms when they are read.
+        heads_together: the norm of queries, and that of keys, takes all heads as one.
+    """
+
+    names: Names = Names()
+    windows: Literal["none", "all", "listed"] = "none"
+    norm_offset: float = 0.0
+    heads_together: bool = False
 
     def describe(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
-        """See `Architecture`."""
+        """Maps the config, for contexts of `max_length` tokens; None takes the model's own.
+
+        Raises:
+            UnsupportedError: the config asks for something that the graphs do not have.
+            ContextLengthError: the model cannot have such a context.
+        """
         for key in _EXPERTS:
             if (count := getattr(config, key, None) or 1) > 1:
                 raise UnsupportedError(
                     f"{key} is {count}: mixtures of experts are not supported, only dense models"
                 )
-        length, block = context_length(config, max_length), self.block(config)
+        length = context_length(config, max_length)
         heads, head = config.num_attention_heads, _head_dim(config)
         ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))
         if self.names.q_norm is not None and head_order(ropes[0], head) is not None:
@@ -87,13 +109,12 @@ class Decoder:
                 vocab_size=config.vocab_size,
                 max_length=length,
             ),
-            block=block,
+            block=self.block(config),
             ropes=ropes,
             attention=tuple(
                 self.attention(config, index, length) for index in range(config.num_hidden_layers)
             ),
-            embedding_scale=self.embedding_scale(config),
-            stream_scale=self.stream_scale(config),
+            scales=self.scales(config),
         )
 
     def block(self, config: PretrainedConfig) -> Block:
@@ -119,27 +140,35 @@ class Decoder:
 
     def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
         """Of one layer, in contexts of `length` tokens."""
-        return Attention(rope=0, window=None)
+        return Attention(rope=0, window=self.window(config, layer, length))
 
-    def embedding_scale(self, config: PretrainedConfig) -> float:
-        """Factor on the token embedding."""
-        return 1.0
+    def window(self, config: PretrainedConfig, layer: int, length: int) -> int | None:
+        """Tokens that a layer sees, in contexts of `length` tokens; None where it sees all.
 
-    def stream_scale(self, config: PretrainedConfig) -> float:
-        """Hidden states of transformers, as a multiple of those of the graphs."""
-        return 1.0
+        Raises:
+            UnsupportedError: the layer has attention of another type.
+        """
+        kind = "full_attention" if self.windows == "none" else "sliding_attention"
+        if self.windows == "listed":
+            kind = config.layer_types[layer]
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(
+                f"layer {layer} is of type {kind!r}; supported: full_attention, sliding_attention"
+            )
+        window = config.sliding_window if kind == "sliding_attention" else None
+        return None if window is None or window >= length else int(window)
 
-    def logit_scale(self, config: PretrainedConfig) -> float:
-        """Factor on the logits, before their softcap."""
-        return 1.0
+    def scales(self, config: PretrainedConfig) -> Scales:
+        """Factors of the model."""
+        return Scales()
 
     def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
-        """See `Architecture`."""
+        """Token embedding `[V, D]`."""
         facts = spec.facts
         return take(weights, f"{self.names.embedding}.weight", facts.vocab_size, facts.hidden_size)
 
     def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
-        """See `Architecture`."""
+        """Weights of one decoder layer."""
         names, facts = self.names, spec.facts
         prefix = f"{names.layers}.{index}."
         width, inner, head = facts.hidden_size, facts.intermediate_size, facts.head_dim
@@ -151,27 +180,28 @@ class Decoder:
         def norm(name: str | None, size: int = width) -> Norm | None:
             return None if name is None else self._norm(weights, prefix + name, size)
 
-        def linear(name: str, rows: int, columns: int) -> Linear:
-            return _linear(weights, prefix + name, name, rows, columns)
+        def linear(name: str, short: str, rows: int, columns: int) -> Linear:
+            return _linear(weights, prefix + name, short, rows, columns)
 
-        def stacked(name: str, parts: tuple[str, ...], rows: tuple[int, ...]) -> Linear:
+        def stacked(short: str, parts: tuple[str, ...], *rows: int) -> Linear:
             if len(parts) == 1:
-                return _linear(weights, prefix + parts[0], name, sum(rows), width)
-            return stack(name, *(linear(p, r, width) for p, r in zip(parts, rows, strict=True)))
+                return linear(parts[0], short, sum(rows), width)
+            sizes = zip(parts, rows, strict=True)
+            return stack(short, *(linear(part, part, size, width) for part, size in sizes))
 
-        qkv = stacked("qkv_proj", names.qkv, (queries, keys, keys))
+        qkv = stacked("qkv_proj", names.qkv, queries, keys, keys)
         return Layer(
             input_norm=norm(names.input_norm),
             qkv=_paired(self.qkv(qkv, spec), spec),
             q_norm=norm(names.q_norm, queries if self.heads_together else head),
             k_norm=norm(names.k_norm, keys if self.heads_together else head),
-            output=_linear(weights, prefix + names.output, "o_proj", width, queries),
+            output=linear(names.output, "o_proj", width, queries),
             output_norm=norm(names.output_norm),
             post_norm=norm(post_norm),
             gate_up=stacked(
-                "gate_up_proj", names.gate_up, (inner, inner) if spec.block.gated else (inner,)
+                "gate_up_proj", names.gate_up, *[inner] * (2 if spec.block.gated else 1)
             ),
-            down=_linear(weights, prefix + names.down, "down_proj", width, inner),
+            down=linear(names.down, "down_proj", width, inner),
             down_norm=norm(names.down_norm),
         )
 
@@ -179,14 +209,14 @@ class Decoder:
         """Puts rows into the order of the graphs: all queries, all keys, all values."""
         return stacked
 
-    def head(self, weights: Weights, spec: ModelSpec, config: PretrainedConfig) -> Head:
-        """See `Architecture`."""
+    def head(self, weights: Weights, spec: ModelSpec) -> Head:
+        """Final norm and LM head; the head may be the embedding (tied)."""
         facts, names = spec.facts, self.names
         # As transformers: a head that is stored counts, whatever the config says about it.
         name = names.head if f"{names.head}.weight" in weights else names.embedding
         linear = _linear(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
         norm = self._norm(weights, names.final_norm, facts.hidden_size)
-        scale = self.logit_scale(config) / (spec.block.logit_softcap or 1.0)
+        scale = spec.scales.logit / (spec.block.logit_softcap or 1.0)
         return Head(norm if scale == 1.0 else norm.scaled(scale), linear)
 
     def _norm(self, weights: Weights, name: str, size: int) -> Norm:
@@ -194,26 +224,6 @@ class Decoder:
         if self.norm_offset:
             weight = weight.float() + self.norm_offset
         return Norm(weight, take(weights, bias, size) if bias in weights else None)
-
-
-def sliding_where_listed(config: PretrainedConfig, layer: int, length: int) -> int | None:
-    """Window of a layer, in tokens, from the config's `layer_types`; None where it sees all.
-
-    Raises:
-        UnsupportedError: the layer is of another type.
-    """
-    kind = config.layer_types[layer]
-    if kind not in ("full_attention", "sliding_attention"):
-        raise UnsupportedError(
-            f"layer {layer} is of type {kind!r}; supported: full_attention, sliding_attention"
-        )
-    return sliding(config, length) if kind == "sliding_attention" else None
-
-
-def sliding(config: PretrainedConfig, length: int) -> int | None:
-    """The config's window, in tokens; None where no context of `length` tokens outgrows it."""
-    window = config.sliding_window
-    return None if window is None or window >= length else int(window)
 
 
 def _paired(qkv: Linear, spec: ModelSpec) -> Linear:

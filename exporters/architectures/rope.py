@@ -72,14 +72,10 @@ def rope_of(config: PretrainedConfig, length: int, layer_type: str | None = None
 
 
 def widened(rope: Rope, head: int) -> Rope:
-    """The same rotation in a form that ONNX Runtime can do, for heads in `head_order`.
-
-    Args:
-        rope: of a part of each head.
-        head: dimensions of a head.
+    """The rotation of heads of `head` dimensions, in `head_order`, as ONNX Runtime can do it.
 
     Raises:
-        UnsupportedError: there is no such form.
+        UnsupportedError: it cannot.
     """
     pairs = len(rope.inv_freq)
     if pairs % 8 == 0 and head % 8 == 0:

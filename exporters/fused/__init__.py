@@ -6,9 +6,8 @@ buffers or not. Decoding decides per token; a prompt runs at one precision.
 """
 
 from dash_onnx.exporters.fused.clients import CLIENTS
-from dash_onnx.exporters.fused.facts import FuseOptions
+from dash_onnx.exporters.fused.facts import BUDGET, DATA, FACTS, MODEL, PATH, FuseOptions, adapter
 from dash_onnx.exporters.fused.folder import fuse, options_of, renew
-from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, MODEL, PATH, adapter
 
 __all__ = [
     "BUDGET",

@@ -13,7 +13,7 @@ from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.budget import multiplier_of, scorer_facts
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.exporters.fused.names import BUDGET, PATH
+from dash_onnx.exporters.fused.facts import BUDGET, PATH
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.sessions import Sessions
 
@@ -33,7 +33,7 @@ class Decisions:
         branches: the actions that have a branch: those that are decided between, and the one of
             prompts. The precision that the default budget takes most often is the last, whose
             branch lies in the outermost `If`: each further one costs 7 microseconds.
-        spans: layers that are tested together for the commonest action.
+        groups: layers that are tested together for the commonest action.
     """
 
     def __init__(self, fusion: Fusion, manifest: Manifest, facts: FusedFacts):
@@ -50,22 +50,22 @@ class Decisions:
         self._layers = manifest.model.num_layers
         self._segments = scorer.segments(self._layers)
         self._costs = self._layer_costs()
-        self.spans = self._spans()
+        self.groups = self._groups()
 
-    def _spans(self) -> list[range]:
+    def _groups(self) -> list[range]:
         """Cuts the layers; one whose input the scorer reads stands alone."""
         layers, common = self._layers, self.branches[-1]
         size = self._manifest.graph_bytes(layer_path(layers - 1, common), common)
         small = self._fusion.client.multiplies_blocks and size <= _SMALL
-        spans = []
+        groups = []
         for start, stop in self._segments:
             end = stop if stop == layers else stop - 1
             count = -(-(end - start) // (_TOGETHER if small else 1))
             borders = np.linspace(start, end, count + 1, dtype=int).tolist()
-            spans += [
+            groups += [
                 range(*pair) for pair in pairwise([*borders, *([stop] if end < stop else [])])
             ]
-        return [span for span in spans if span]
+        return [group for group in groups if group]
 
     def begin(self) -> None:
         """What follows from the budget: multiplier, penalties, decisions of the first segment.
@@ -91,7 +91,10 @@ class Decisions:
         known = {
             "penalty": penalty,
             "decided.0": decided,
-            **{self.flag(span): common[span.start : span.stop].all()[None] for span in self._of(0)},
+            **{
+                self.flag(group): common[group.start : group.stop].all()[None]
+                for group in self._of(0)
+            },
         }
         nodes = f.apart(lambda: self._ask(values))
         for node in nodes:
@@ -178,26 +181,26 @@ class Decisions:
         f = self._fusion
         f.node("Where", ["decoding", f"action.{number}", "prompt"], [f"decided.{number}"])
         f.node("Equal", [f"decided.{number}", f"index.{self.branches[-1]}"], [f"common.{number}"])
-        spans = self._of(number)
-        members = np.zeros((self._layers, len(spans)), np.float32)
-        for column, span in enumerate(spans):
-            members[span.start : span.stop, column] = 1
+        groups = self._of(number)
+        members = np.zeros((self._layers, len(groups)), np.float32)
+        for column, group in enumerate(groups):
+            members[group.start : group.stop, column] = 1
         f.node("Cast", [f"common.{number}"], [f"common.{number}.f"], to=TensorProto.FLOAT)
         members_name = f.constant(f"members.{number}", members)
         f.node("MatMul", [f"common.{number}.f", members_name], [f"counts.{number}"])
         sizes = f.constant(f"sizes.{number}", members.sum(0))
         f.node("Equal", [f"counts.{number}", sizes], [f"together.{number}"])
-        flags = [self.flag(span) for span in spans]
+        flags = [self.flag(group) for group in groups]
         f.node("Split", [f"together.{number}"], flags, num_outputs=len(flags))
 
     def _of(self, number: int) -> list[range]:
-        """The spans of a segment."""
+        """The groups of a segment."""
         start, stop = self._segments[number]
-        return [span for span in self.spans if start <= span.start < stop]
+        return [group for group in self.groups if start <= group.start < stop]
 
-    def flag(self, span: range) -> str:
-        """Whether all layers of a span take the commonest action; read for every token."""
-        return f"together.{span.start}.{span.stop}"
+    def flag(self, group: range) -> str:
+        """Whether all layers of a group take the commonest action; read for every token."""
+        return f"together.{group.start}.{group.stop}"
 
     def condition(self, layer: int, action: Action) -> tuple[list[onnx.NodeProto], str]:
         """The flag that a layer takes an action, and the nodes that make it where it is read."""

@@ -1,4 +1,4 @@
-"""What a fused folder says about itself, for hosts that know of the budget, and for `renew`."""
+"""What a fused folder holds, and what it says about itself to hosts that know of the budget."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from dash_onnx.core.actions import Action, check_action
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, ScoredPolicy
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+FACTS = "dash_fused.json"
+BUDGET = "dash_budget"
+"""Graph input, float `[1]`: fraction of the full time per token."""
+
+PATH = "dash_path"
+"""Graph output, int64 `[L]`: index of each layer's action in the actions of `dash_fused.json`."""
+
+
+def adapter(preset: str) -> str:
+    """File of the adapter that sets a preset's budget."""
+    return f"{preset}.onnx_adapter"
 
 
 @dataclass(frozen=True)

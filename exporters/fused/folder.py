@@ -16,10 +16,17 @@ from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.exporters.fused.clients import CLIENTS
-from dash_onnx.exporters.fused.facts import FusedFacts, FuseOptions
+from dash_onnx.exporters.fused.facts import (
+    BUDGET,
+    DATA,
+    FACTS,
+    MODEL,
+    FusedFacts,
+    FuseOptions,
+    adapter,
+)
 from dash_onnx.exporters.fused.fusion import Fusion
 from dash_onnx.exporters.fused.genai import genai_config
-from dash_onnx.exporters.fused.names import BUDGET, DATA, FACTS, MODEL, adapter
 from dash_onnx.runtime.ort import onnxruntime
 
 _TEXT_FILES = (

@@ -10,6 +10,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import (
+    load_external_data_for_tensor,
+    set_external_data,
+    uses_external_data,
+)
 
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.budget import scorer_facts
@@ -19,11 +24,10 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
-from dash_onnx.exporters.fused.facts import FusedFacts
-from dash_onnx.exporters.fused.names import BUDGET, DATA, PATH
+from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
 from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
 from dash_onnx.exporters.fused.widen import widen
-from dash_onnx.exporters.graphs.build import INLINE_BYTES, IR_VERSION
+from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 
 _OPSET = 23  # of RMSNormalization; TensorScatter, which needs 24, is not used
 _ALIGNMENT = 64  # bytes, of a tensor in the data file
@@ -62,42 +66,46 @@ class Fusion:
             if not self.client.feeds_budget:
                 default = np.array([self.facts.budgets.default], np.float32)
                 self.initializers.append(numpy_helper.from_array(default, BUDGET))
-            for span in decisions.spans:
-                decisions.decide_after(span.start)
-                self._decided(span, decisions)
+            for group in decisions.groups:
+                decisions.decide_after(group.start)
+                self._decided(group, decisions)
         for layer, action in enumerate(self.facts.path or ()):
             self._fixed(layer, action)
         final = f"hidden.{facts.num_layers}"
         self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
-        inputs = [
-            _info("input_ids", TensorProto.INT64, [1, "sequence_length"]),
-            _info("attention_mask", TensorProto.INT64, [1, "total_sequence_length"]),
-        ]
-        if self.client.position_ids:
-            inputs.append(_info("position_ids", TensorProto.INT64, [1, "sequence_length"]))
-        outputs = [_info("logits", TensorProto.FLOAT, [1, "sequence_length", facts.vocab_size])]
-        for layer in range(facts.num_layers):
-            for kind in ("key", "value"):
-                cache = [1, facts.num_kv_heads, "past_sequence_length", facts.head_dim]
-                inputs.append(_info(f"past_key_values.{layer}.{kind}", TensorProto.FLOAT, cache))
-                cache = [1, facts.num_kv_heads, "total_sequence_length", facts.head_dim]
-                outputs.append(_info(f"present.{layer}.{kind}", TensorProto.FLOAT, cache))
+        ports = self._ports(decisions is not None)
         if decisions:
-            inputs.append(_info(BUDGET, TensorProto.FLOAT, [1]))
-            outputs.append(_info(PATH, TensorProto.INT64, [facts.num_layers]))
             decisions.report()
-        graph = helper.make_graph(self.nodes, "dash", inputs, outputs, self.initializers)
+        graph = helper.make_graph(self.nodes, "dash", *ports, self.initializers)
         opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dash-onnx"
         )
 
-    def node(
-        self, kind: str, inputs: Iterable[str], outputs: Sequence[str], **attributes: Any
-    ) -> str:
-        """Adds a node to the main graph; returns its first output."""
-        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), **attributes))
-        return outputs[0]
+    def node(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+        """Adds a node to the main graph."""
+        self.nodes.append(helper.make_node(kind, inputs, outputs, **attributes))
+
+    def _ports(self, decides: bool) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+        """Inputs and outputs of the graph."""
+        facts = self.bundle.manifest.model
+        ids, mask = [1, "sequence_length"], [1, "total_sequence_length"]
+        inputs = [_int64("input_ids", ids), _int64("attention_mask", mask)]
+        if self.client.position_ids:
+            inputs.append(_int64("position_ids", ids))
+        outputs = [_float("logits", [*ids, facts.vocab_size])]
+        for layer in range(facts.num_layers):
+            for part in ("key", "value"):
+                for side, name, length in (
+                    (inputs, "past_key_values", "past_sequence_length"),
+                    (outputs, "present", "total_sequence_length"),
+                ):
+                    shape = [1, facts.num_kv_heads, length, facts.head_dim]
+                    side.append(_float(f"{name}.{layer}.{part}", shape))
+        if decides:
+            inputs.append(_float(BUDGET, [1]))
+            outputs.append(_int64(PATH, [facts.num_layers]))
+        return inputs, outputs
 
     def apart(self, build: Callable[[], None]) -> list[onnx.NodeProto]:
         """The nodes that a function adds: for a branch, not for the main graph."""
@@ -132,21 +140,21 @@ class Fusion:
         self.nodes += branch.node
         self.initializers += branch.initializer
 
-    def _decided(self, span: range, decisions: Decisions) -> None:
-        """The layers of a span: one branch for the commonest action in all, else an `If` each."""
-        actions, flag = decisions.branches, decisions.flag(span)
+    def _decided(self, group: range, decisions: Decisions) -> None:
+        """The layers of a group: one branch for the commonest action in all, else an `If` each."""
+        actions, flag = decisions.branches, decisions.flag(group)
         if len(actions) == 1:
-            for layer in span:
+            for layer in group:
                 self._fixed(layer, actions[0])
             return
-        if len(span) == 1:
-            (layer,) = span
+        if len(group) == 1:
+            (layer,) = group
             self.nodes += self._if(layer, f"hidden.{layer}", _made_by(layer), decisions, flag)
             return
-        together = helper.make_graph([], f"layers_{span.start}_together", [], [])
+        together = helper.make_graph([], f"layers_{group.start}_together", [], [])
         nodes: list[onnx.NodeProto] = []
-        one = other = f"hidden.{span.start}"
-        for layer in span:
+        one = other = f"hidden.{group.start}"
+        for layer in group:
             names = [f"{name}.together" for name in _made_by(layer)]
             branch = self._branch(layer, actions[-1], one, names)
             together.node.extend(branch.node)
@@ -157,13 +165,13 @@ class Fusion:
             nodes += self._if(layer, other, names, decisions)
             other = names[0]
         together.output.extend(_outputs([one]))
-        present = [name for layer in span for name in _made_by(layer)[1:]]
+        present = [name for layer in group for name in _made_by(layer)[1:]]
         apart = _outputs([*(f"{name}.apart" for name in present), other])
         branches = {
             "then_branch": together,
-            "else_branch": helper.make_graph(nodes, f"layers_{span.start}_apart", [], apart),
+            "else_branch": helper.make_graph(nodes, f"layers_{group.start}_apart", [], apart),
         }
-        self.node("If", [flag], [*present, f"hidden.{span.stop}"], **branches)
+        self.node("If", [flag], [*present, f"hidden.{group.stop}"], **branches)
 
     def _if(
         self,
@@ -181,7 +189,7 @@ class Fusion:
             hidden: its input.
             outputs: hidden state, keys and values.
             decisions: what made them.
-            flag: whether the last action is taken, where it is known already.
+            flag: whether the last action is taken, where that is known.
             actions: none takes all that the layer may take.
         """
         *rest, tested = actions or [a for a in decisions.branches if layer or a != SKIP]
@@ -227,8 +235,7 @@ class Fusion:
             model.graph.node, f"layer_{layer}_{action}", [], _outputs(outputs)
         )
         for tensor in model.graph.initializer:
-            external = tensor.data_location == TensorProto.EXTERNAL
-            outside = external and not self.client.data_in_branches
+            outside = uses_external_data(tensor) and not self.client.data_in_branches
             (self.initializers if outside else graph.initializer).append(tensor)
         return graph
 
@@ -264,30 +271,23 @@ class Fusion:
         file = self.bundle.verified(path)
         model = onnx.load(file, load_external_data=False)
         for tensor in model.graph.initializer:
-            if tensor.data_location != TensorProto.EXTERNAL:
-                continue
-            places = {entry.key: entry.value for entry in tensor.external_data}
-            with (file.parent / places["location"]).open("rb") as source:
-                source.seek(int(places.get("offset", 0)))
-                self._append(tensor, source.read(int(places["length"])))
+            if uses_external_data(tensor):
+                load_external_data_for_tensor(tensor, str(file.parent))
+                self._append(tensor)
         self._loaded[path] = copy.deepcopy(model)
         return model
 
     def _stored(self, tensor: TensorProto) -> TensorProto:
         if len(tensor.raw_data) >= INLINE_BYTES:
-            raw = tensor.raw_data
-            tensor.ClearField("raw_data")
-            self._append(tensor, raw)
+            self._append(tensor)
         return tensor
 
-    def _append(self, tensor: TensorProto, raw: bytes) -> None:
+    def _append(self, tensor: TensorProto) -> None:
+        """Moves a tensor's data to the end of the data file."""
         self.data.write(bytes(-self.data.tell() % _ALIGNMENT))
-        place = {"location": DATA, "offset": self.data.tell(), "length": len(raw)}
-        self.data.write(raw)
-        tensor.data_location = TensorProto.EXTERNAL
-        del tensor.external_data[:]
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=str(value))
+        set_external_data(tensor, DATA, self.data.tell(), len(tensor.raw_data))
+        self.data.write(tensor.raw_data)
+        tensor.ClearField("raw_data")
 
 
 def _made_by(layer: int) -> list[str]:
@@ -301,9 +301,13 @@ def _rotary_names(rope: int) -> tuple[str, str]:
     return f"cos_cache{suffix}", f"sin_cache{suffix}"
 
 
-def _info(name: str, kind: int, shape: list) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, shape)
+def _int64(name: str, shape: list) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+
+
+def _float(name: str, shape: list | None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
 def _outputs(names: Sequence[str]) -> list[onnx.ValueInfoProto]:
-    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+    return [_float(name, None) for name in names]

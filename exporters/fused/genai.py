@@ -6,7 +6,7 @@ import json
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.exporters.fused.clients import Client
-from dash_onnx.exporters.fused.names import MODEL
+from dash_onnx.exporters.fused.facts import MODEL
 
 
 def genai_config(bundle: Bundle, client: Client) -> str:

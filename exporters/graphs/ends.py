@@ -13,23 +13,22 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Head, ModelSpec
-from dash_onnx.exporters.graphs.build import Graph
-from dash_onnx.exporters.graphs.dims import dims_of
-from dash_onnx.exporters.quantize import Quantized, concatenate, dequantize, quantize, turns
+from dash_onnx.exporters.graphs.graph import Graph
+from dash_onnx.exporters.quantize.blockwise import (
+    Quantized,
+    concatenate,
+    dequantize,
+    quantize,
+    row_groups,
+)
 
 
-def build_embed(
-    folder: Path, table: torch.Tensor, spec: ModelSpec, target: Target
-) -> tuple[str, ...]:
-    """Writes `embed.onnx`: FP16 rows, or INT8 rows where those give exactly the same values.
+def build_embed(folder: Path, table: torch.Tensor, spec: ModelSpec, target: Target) -> list[str]:
+    """Writes `embed.onnx` from `[V, D]`; returns `Graph.fp32_kept`.
 
-    Args:
-        table: `[V, D]`.
-
-    Returns:
-        Names of weights that FP16 cannot hold and that were stored as FP32.
+    It holds FP16 rows, or INT8 rows where those give exactly the same values.
     """
-    graph = Graph("embed", embed_ports(dims_of(spec, target)), target, spec.block)
+    graph = Graph("embed", embed_ports(spec.dims(target)), target, spec.block)
     ids = graph.inputs["input_ids"]
     exact = _exact_rows(table, target.block_size)
     if exact is not None:
@@ -46,11 +45,10 @@ def build_embed(
         array = graph.stored_half("embedding", table)
         rows = graph.op.Gather(graph.tensor("embedding", array), ids)
     hidden = graph.op.Cast(rows, to=graph.dtype)
-    if spec.embedding_scale != 1.0:
-        scale = graph.activation_tensor("embedding_scale", torch.tensor(spec.embedding_scale))
+    if spec.scales.embedding != 1.0:
+        scale = graph.activation_tensor("embedding_scale", torch.tensor(spec.scales.embedding))
         hidden = graph.op.Mul(hidden, scale)
-    graph.save(folder, EMBED_PATH, hidden=hidden)
-    return tuple(graph.fp32_kept)
+    return graph.save(folder, EMBED_PATH, hidden=hidden)
 
 
 def _exact_rows(table: torch.Tensor, block_size: int) -> Quantized | None:
@@ -58,14 +56,14 @@ def _exact_rows(table: torch.Tensor, block_size: int) -> Quantized | None:
     if table.shape[1] % block_size:
         return None
     parts = []
-    for part in turns(table):
+    for part in row_groups(table):
         rows = quantize(part, 8, block_size)
         scales = rows.scales.astype(np.float16)
         rows = replace(rows, scales=scales.astype(np.float32))
         if not torch.equal(dequantize(rows).half(), part.half()):
             return None
         parts.append(rows)
-    return concatenate(parts)
+    return concatenate(parts, len(table))
 
 
 def build_head(
@@ -75,21 +73,13 @@ def build_head(
     target: Target,
     precision: Action,
     hessians: Mapping[str, torch.Tensor],
-) -> tuple[str, ...]:
-    """Writes `head/{full,int8,int4}.onnx`.
-
-    Args:
-        hessians: see `Graph`.
-
-    Returns:
-        Names of weights that FP16 cannot hold and that were stored as FP32.
-    """
-    ports = head_ports(dims_of(spec, target))
+) -> list[str]:
+    """Writes `head/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`."""
+    ports = head_ports(spec.dims(target))
     graph = Graph(f"head_{precision}", ports, target, spec.block, hessians)
     normed = graph.norm(graph.inputs["hidden"], "final_norm", head.norm)
     logits = graph.linear(normed, head.linear, precision)
     if (cap := spec.block.logit_softcap) is not None:  # the norm has divided by it
         logits = graph.op.Tanh(logits)
         logits = graph.op.Mul(logits, graph.activation_tensor("softcap", torch.tensor(cap)))
-    graph.save(folder, head_path(precision), logits=logits)
-    return tuple(graph.fp32_kept)
+    return graph.save(folder, head_path(precision), logits=logits)

@@ -12,29 +12,28 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.contract import layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
-from dash_onnx.exporters.graphs.build import Graph
-from dash_onnx.exporters.graphs.dims import dims_of
+from dash_onnx.exporters.graphs.graph import Graph
 
 HIDDEN = "hidden_in"
 """The port of a layer's input."""
 
 
-def taps_of(layer: Layer, spec: ModelSpec, block_size: int) -> dict[str, str]:
+def captured_inputs(layer: Layer, spec: ModelSpec, block_size: int) -> dict[str, str]:
     """By linear layer that is rounded to INT4, the value inside the graph that is its input."""
     attends = HIDDEN if layer.input_norm is None else "input_norm.out"
     if layer.post_norm is not None:
         reads = "post_norm.out"
     else:
         reads = attends if spec.block.parallel else "post_norm.sum"
-    taps = [
+    inputs = [
         (layer.qkv, attends),
         (layer.output, "attention"),
         (layer.gate_up, reads),
         (layer.down, "activated"),
     ]
     return {
-        linear.name: tap
-        for linear, tap in taps
+        linear.name: value
+        for linear, value in inputs
         # A skipped layer rounds its K and V together with its compensation, always.
         if linear is layer.qkv or linear.stored(4, block_size) is None
     }
@@ -48,16 +47,9 @@ def build_layer(
     target: Target,
     precision: Action,
     hessians: Mapping[str, torch.Tensor],
-) -> tuple[str, ...]:
-    """Writes `layers/NN/{full,int8,int4}.onnx`.
-
-    Args:
-        hessians: see `Graph`; `taps_of` names the values they are measured on.
-
-    Returns:
-        Names of weights that FP16 cannot hold and that were stored as FP32.
-    """
-    ports, block = layer_ports(dims_of(spec, target)), spec.block
+) -> list[str]:
+    """Writes `layers/NN/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`, with the layer."""
+    ports, block = layer_ports(spec.dims(target)), spec.block
     graph = Graph(f"layer_{index}_{precision}", ports, target, block, hessians)
     op = graph.op
 
@@ -76,14 +68,9 @@ def build_layer(
     activated = _activate(graph, graph.linear(normed, layer.gate_up, precision))
     down = graph.linear(activated, layer.down, precision)
     down = graph.norm(down, "down_norm", layer.down_norm)
-    graph.save(
-        folder,
-        layer_path(index, precision),
-        hidden_out=op.Add(residual, down),
-        present_key=key,
-        present_value=value,
-    )
-    return tuple(f"layers.{index}.{name}" for name in graph.fp32_kept)
+    outputs = {"hidden_out": op.Add(residual, down), "present_key": key, "present_value": value}
+    kept = graph.save(folder, layer_path(index, precision), **outputs)
+    return [f"layers.{index}.{name}" for name in kept]
 
 
 def _attend(

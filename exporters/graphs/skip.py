@@ -15,9 +15,8 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.contract import data_name, layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
-from dash_onnx.exporters.graphs.build import INLINE_BYTES, Graph
-from dash_onnx.exporters.graphs.dims import dims_of
-from dash_onnx.exporters.quantize import dequantize, quantize
+from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph
+from dash_onnx.exporters.quantize.blockwise import dequantize, quantize
 
 _EXPAND = "expand_proj"
 
@@ -45,7 +44,7 @@ def build_skip(
         hessians: see `Graph`; the one of `qkv_proj`, whose input this graph shares.
     """
     facts = spec.facts
-    ports = layer_ports(dims_of(spec, target))
+    ports = layer_ports(spec.dims(target))
     shared = {"skip_proj": hessians["qkv_proj"]} if hessians else {}
     graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
     op, ms, inputs = graph.op, graph.ms, graph.inputs
@@ -97,13 +96,9 @@ def build_skip(
 
 
 def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Puts another map from the reduced input into a skip graph.
+    """Puts another map from the reduced input, `[D, r]`, into a skip graph.
 
-    Args:
-        folder: a bundle that nobody reads yet.
-        index: of the layer.
-        weight: `[D, r]`.
-        block_size: of the bundle.
+    Nobody may read the bundle yet.
 
     Returns:
         The map as the graph has it now, rounded to INT8, `[D, r]` float32.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
-from dash_onnx.exporters.sources.source import Source
+from dash_onnx.exporters.sources.source import Source, check_supported
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # No code from a folder runs: asked for, transformers refuses it; not told, it asks the terminal.
@@ -110,19 +110,6 @@ def open_folder(
         files=tuple(path for path in sorted(folder.iterdir()) if path.is_file()),
         revision=revision,
     )
-
-
-def check_supported(model_type: str, supported: Collection[str]) -> None:
-    """Refuses an architecture without exporter, naming those that have one.
-
-    Raises:
-        UnsupportedError: `model_type` is not in `supported`.
-    """
-    if model_type not in supported:
-        raise UnsupportedError(
-            f"architecture {model_type!r} is not supported; supported: "
-            + ", ".join(sorted(supported))
-        )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -14,12 +14,12 @@ from gguf.quants import dequantize
 from transformers import GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
-from dash_onnx.exporters.quantize import Quantized
-from dash_onnx.exporters.sources.blocks import unpack
-from dash_onnx.exporters.sources.folder import check_supported, readable
+from dash_onnx.exporters.quantize.blockwise import Quantized
+from dash_onnx.exporters.sources.folder import readable
+from dash_onnx.exporters.sources.gguf_blocks import unpack
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
-from dash_onnx.exporters.sources.source import Source
+from dash_onnx.exporters.sources.source import Source, check_supported
 
 # llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
 _INTERLEAVED_ROPE = ("granite", "llama", "smollm3")

@@ -8,7 +8,7 @@ families, and of none RoPE scaling, windows' layers, softcaps or multipliers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ MODEL_TYPES = {
     "stablelm": "stablelm",
 }
 """transformers' model type by `general.architecture`."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # in transformers' `layer_types`
 
 # Their largest models scale attention by the embedding's share of a head instead of `head_dim`;
 # llama.cpp knows them by their number of layers.
@@ -77,12 +79,7 @@ class Metadata:
 def config_of(
     architecture: str, values: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """Builds the config.
-
-    Args:
-        architecture: a key of `MODEL_TYPES`.
-        values: all metadata, by key.
-        tensors: readers of all tensors, by GGUF name.
+    """Builds the config from all metadata, by key, and readers of all tensors, by name.
 
     Raises:
         SourceError: a value is missing.
@@ -100,7 +97,7 @@ def config_of(
     head_dim = int(meta.get("attention.key_length", width // heads))
     length = int(meta["context_length"])
     window = meta.get("attention.sliding_window")
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": int(meta["feed_forward_length"]),
         "num_hidden_layers": int(meta["block_count"]),
@@ -108,6 +105,7 @@ def config_of(
         "num_key_value_heads": int(meta.get("attention.head_count_kv", heads)),
         "head_dim": head_dim,
         "max_position_embeddings": length,
+        "sliding_window": int(window) if window else None,
         # The tensor, not the key: converters cut rows that no token has, or pad.
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -122,18 +120,14 @@ def config_of(
     model_type = MODEL_TYPES[architecture]
     if architecture == "llama" and window:
         model_type = "mistral"
-    own = _OWN.get(architecture, lambda meta, common, tensors: {})(meta, common, tensors)
     if architecture in ("stablelm", "gptneox"):
-        own["layer_norm_eps"] = float(meta["attention.layer_norm_epsilon"])
+        common["layer_norm_eps"] = float(meta["attention.layer_norm_epsilon"])
     else:
-        own["rms_norm_eps"] = float(meta["attention.layer_norm_rms_epsilon"])
-    if window:
-        own["sliding_window"] = int(window)
-    elif architecture in ("phi3", "gemma3"):
-        own["sliding_window"] = None
+        common["rms_norm_eps"] = float(meta["attention.layer_norm_rms_epsilon"])
+    common |= _own(meta, common, tensors)
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{key: v for key, v in {**common, **own}.items() if key in known})
+    return config_class(**{key: value for key, value in common.items() if key in known})
 
 
 def rope_parameters(
@@ -216,90 +210,67 @@ def _layer_types(meta: Metadata, layers: int, period: int) -> list[str]:
         slides = [bool(value) for value in pattern]
     else:
         slides = [bool((index + 1) % (pattern or period)) for index in range(layers)]
-    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return [_SLIDING if slide else _FULL for slide in slides]
 
 
-def _gemma(meta: Metadata, common: dict[str, Any]) -> dict[str, Any]:
+def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of an architecture has beside the common, or otherwise."""
     layers, head_dim = common["num_hidden_layers"], common["head_dim"]
-    if layers == _GEMMA_27B_LAYERS[meta.architecture]:
-        return {"query_pre_attn_scalar": common["hidden_size"] // common["num_attention_heads"]}
-    return {"query_pre_attn_scalar": head_dim}
-
-
-def _gemma2(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        **_gemma(meta, common),
-        "sliding_window": 4096,
-        "layer_types": _layer_types(meta, common["num_hidden_layers"], 2),
-        "attn_logit_softcapping": float(meta.get("attn_logit_softcapping", 50.0)),
-        "final_logit_softcapping": float(meta.get("final_logit_softcapping", 30.0)),
-    }
-
-
-def _gemma3(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    layers = common["num_hidden_layers"]
-    windowed = bool(meta.get("attention.sliding_window"))
-    softcap = meta.get("final_logit_softcapping")
-    local = float(meta.get("rope.freq_base_swa", 10000.0))
-    glob = common["rope_parameters"]
-    if meta.get("rope.freq_base") is None:
-        glob["rope_theta"] = 1e6
-    return {
-        **_gemma(meta, common),
-        "layer_types": _layer_types(meta, layers, 6) if windowed else ["full_attention"] * layers,
-        "final_logit_softcapping": None if softcap is None else float(softcap),
-        "rope_parameters": {
-            "full_attention": glob,
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        },
-    }
-
-
-def _granite(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    if meta.get("rope.scaling.finetuned") is False:
-        raise UnsupportedError("this granite model has no position embedding: not supported")
-    return {
-        "attention_multiplier": float(meta.get("attention.scale") or common["head_dim"] ** -0.5),
-        "embedding_multiplier": float(meta.get("embedding_scale") or 1.0),
-        "residual_multiplier": float(meta.get("residual_scale") or 1.0),
-        "logits_scaling": float(meta["logit_scale"]),
-    }
-
-
-def _olmo2(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    if meta.get("attention.sliding_window"):
-        raise UnsupportedError("olmo2.attention.sliding_window is set: OLMo 3 is not supported")
+    window, softcap = common["sliding_window"], meta.get("final_logit_softcapping")
+    if meta.architecture in _GEMMA_27B_LAYERS:
+        common["query_pre_attn_scalar"] = head_dim
+        if layers == _GEMMA_27B_LAYERS[meta.architecture]:
+            share = common["hidden_size"] // common["num_attention_heads"]
+            common["query_pre_attn_scalar"] = share
+    match meta.architecture:
+        case "gemma2":
+            return {
+                "sliding_window": window or 4096,
+                "layer_types": _layer_types(meta, layers, 2),
+                "attn_logit_softcapping": float(meta.get("attn_logit_softcapping", 50.0)),
+                "final_logit_softcapping": 30.0 if softcap is None else float(softcap),
+            }
+        case "gemma3":
+            everywhere = common["rope_parameters"]
+            if meta.get("rope.freq_base") is None:
+                everywhere["rope_theta"] = 1e6
+            local = float(meta.get("rope.freq_base_swa", 10000.0))
+            return {
+                "layer_types": _layer_types(meta, layers, 6) if window else [_FULL] * layers,
+                "final_logit_softcapping": None if softcap is None else float(softcap),
+                "rope_parameters": {
+                    _FULL: everywhere,
+                    _SLIDING: {"rope_type": "default", "rope_theta": local},
+                },
+            }
+        case "gptneox":
+            return {
+                "use_parallel_residual": bool(meta.get("use_parallel_residual", True)),
+                "attention_bias": "blk.0.attn_qkv.bias" in tensors,
+                "hidden_act": "gelu",
+            }
+        case "granite":
+            if meta.get("rope.scaling.finetuned") is False:
+                raise UnsupportedError(
+                    "this granite model has no position embedding: not supported"
+                )
+            return {
+                "attention_multiplier": float(meta.get("attention.scale") or head_dim**-0.5),
+                "embedding_multiplier": float(meta.get("embedding_scale") or 1.0),
+                "residual_multiplier": float(meta.get("residual_scale") or 1.0),
+                "logits_scaling": float(meta["logit_scale"]),
+            }
+        case "olmo2" if window:
+            raise UnsupportedError("olmo2.attention.sliding_window is set: OLMo 3 is not supported")
+        case "phi3":
+            length = common["max_position_embeddings"]
+            original = meta.get("rope.scaling.original_context_length", length)
+            return {"original_max_position_embeddings": int(original)}
+        case "stablelm":
+            # Of tensors, not of the key `use_parallel_residual`: converters write it anyway.
+            return {
+                "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+                "use_qkv_bias": common["attention_bias"],
+                "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+            }
     return {}
-
-
-def _phi3(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    original = meta.get("rope.scaling.original_context_length", common["max_position_embeddings"])
-    return {"original_max_position_embeddings": int(original)}
-
-
-def _stablelm(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    # Of tensors, not of the key `use_parallel_residual`: converters write it where it is not so.
-    return {
-        "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
-        "use_qkv_bias": common["attention_bias"],
-        "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
-    }
-
-
-def _gptneox(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "use_parallel_residual": bool(meta.get("use_parallel_residual", True)),
-        "attention_bias": "blk.0.attn_qkv.bias" in tensors,
-        "hidden_act": "gelu",
-    }
-
-
-_OWN: dict[str, Callable[[Metadata, dict[str, Any], Mapping[str, Any]], dict[str, Any]]] = {
-    "gemma2": _gemma2,
-    "gemma3": _gemma3,
-    "gptneox": _gptneox,
-    "granite": _granite,
-    "olmo2": _olmo2,
-    "phi3": _phi3,
-    "stablelm": _stablelm,
-}

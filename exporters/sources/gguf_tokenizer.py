@@ -132,11 +132,7 @@ class _Vocabulary:
 
 
 def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    """Builds the tokenizer.
-
-    Args:
-        architecture: `general.architecture`.
-        values: all metadata, by key.
+    """Builds the tokenizer from all metadata, by key.
 
     Raises:
         SourceError: the file has none, or a damaged one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -9,7 +10,8 @@ from typing import Literal, Protocol
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from dash_onnx.exporters.quantize import Quantized
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.exporters.quantize.blockwise import Quantized
 
 
 class Weights(Protocol):
@@ -47,3 +49,16 @@ class Source:
     generation_config: GenerationConfig
     files: tuple[Path, ...]
     revision: str | None = None
+
+
+def check_supported(model_type: str, supported: Collection[str]) -> None:
+    """Refuses an architecture without exporter, naming those that have one.
+
+    Raises:
+        UnsupportedError: `model_type` is not in `supported`.
+    """
+    if model_type not in supported:
+        raise UnsupportedError(
+            f"architecture {model_type!r} is not supported; supported: "
+            + ", ".join(sorted(supported))
+        )

@@ -22,8 +22,8 @@ from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Norm
-from dash_onnx.exporters.graphs.build import OFFSETS
-from dash_onnx.exporters.quantize import Bits, Quantized, dequantize
+from dash_onnx.exporters.graphs.graph import OFFSETS
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
 
 Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -12,8 +11,8 @@ from tqdm import tqdm
 from dash_onnx.core.actions import Action
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import Message, TextCodec
-from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, drawn
-from dash_onnx.exporters.texts import calibration_text, plain
+from dash_onnx.exporters.calibration.sampling import DOCUMENT_TOKEN, NextLogits, sample_tokens
+from dash_onnx.exporters.calibration.texts import calibration_text, plain
 from dash_onnx.exporters.train.frozen import Frozen, Tensor
 
 LENGTH = 256
@@ -79,35 +78,33 @@ def _first_tokens(
     return first
 
 
-@torch.inference_mode()
 def _generated(frozen: Frozen, first: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """Samples at temperature 1; the model runs at its best precision."""
-    rows = []
-    total = -(-len(first) // _BATCH) * (length - 1)
+    """What the model writes at its best precision, `[sequences, length]`."""
+    parts = first.split(_BATCH)
+    total = len(parts) * (length - 1)
     with tqdm(total=total, desc="training text", unit="tok", disable=None) as bar:
-        for part in first.split(_BATCH):
-            rows.append(_sampled(frozen, part, length, generator, bar))
+        rows = [
+            sample_tokens(decoder(frozen, len(part), length), part, length, generator, bar.update)
+            for part in parts
+        ]
     return torch.cat(rows)
 
 
-def _sampled(
-    frozen: Frozen, first: Tensor, length: int, generator: torch.Generator, bar: Any
-) -> Tensor:
+def decoder(frozen: Frozen, sequences: int, length: int) -> NextLogits:
+    """Decodes sequences from the first token on; none is longer than `length`."""
     action: Action = frozen.actions[0]
-    caches = [frozen.new_cache(len(first), length) for _ in frozen.manifest.layers]
-    ids = torch.empty(len(first), length, dtype=torch.int64)
-    ids[:, 0] = first
+    caches = [frozen.new_cache(sequences, length) for _ in frozen.manifest.layers]
     tables = frozen.rotary(length)
-    for position in range(length - 1):
+
+    def next_logits(tokens: Tensor, position: int) -> Tensor:
         now = slice(position, position + 1)
-        x = frozen.embed(ids[:, now])
         rotary = [(cos[now], sin[now]) for cos, sin in tables]
+        x = frozen.embed(tokens)
         for layer, cache in enumerate(caches):
             normed = frozen.normed(layer, x)
             queries, keys_values = frozen.split(layer, frozen.qkv(layer, action, normed))
             attention = frozen.attend_cached(layer, queries, keys_values, rotary, cache, position)
             x = frozen.complete(layer, action, x, attention)
-        logits = frozen.logits(frozen.final(x))[:, 0].float()
-        ids[:, position + 1] = drawn(logits.softmax(-1), generator)[:, 0]
-        bar.update()
-    return ids
+        return frozen.logits(frozen.final(x))[:, 0]
+
+    return next_logits

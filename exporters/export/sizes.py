@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Layer, Linear, Norm
-from dash_onnx.exporters.calibrate import LENGTH, SEQUENCES
-from dash_onnx.exporters.graph_writer import GraphWriter
-from dash_onnx.exporters.options import ExportOptions
+from dash_onnx.exporters.calibration.tokens import LENGTH, SEQUENCES
+from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.sources import Source
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
@@ -76,24 +76,27 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     Raises:
         DashError: the model or the options would be refused.
     """
-    writer = GraphWriter(source, architecture_of(source.config), options)
-    spec, facts, variants = writer.spec, writer.spec.facts, options.variants
-    weights, rule = _Shapes(source.config), _Rule(writer.options)
-    kept = dict.fromkeys((*variants, SKIP), 0)
+    architecture, weights = architecture_of(source.config), _Shapes(source.config)
+    spec = architecture.describe(source.name, source.config, options.max_length)
+    facts, variants = spec.facts, options.variants
+    rule = _Rule(options.resolved(source.kind, facts))
+    kept: dict[Action, int] = dict.fromkeys((*variants, SKIP), 0)
     widest = 0
     for index in range(facts.num_layers):
-        layer = writer.architecture.layer(weights, index, spec)
+        layer = architecture.layer(weights, index, spec)
         for precision in variants:
-            kept[precision] += rule.layer(layer, precision)
-        kept[SKIP] += rule.skip(layer, writer.rank, facts.num_kv_heads * facts.head_dim)
-        widest = max(widest, rule.working(layer))
-    head = writer.architecture.head(weights, spec, source.config)
-    heads = {p: rule.norms(head.norm) + rule.linear(head.linear, p) for p in variants}
+            kept[precision] += rule.stored(precision, *vars(layer).values()) + _GRAPH_BYTES
+        kept[SKIP] += rule.skip(layer, facts.num_kv_heads * facts.head_dim) + _GRAPH_BYTES
+        widest = max(widest, rule.working(layer.linears))
+    head = architecture.head(weights, spec)
+    heads = {precision: rule.stored(precision, head.norm, head.linear) for precision in variants}
     embedding = 2 * facts.vocab_size * facts.hidden_size
     states = 4 * SEQUENCES * LENGTH * facts.hidden_size
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
-    loaded = {a: size * wide if a == "full" else size for a, size in kept.items()}
-    loaded_heads = {a: size * wide if a == "full" else size for a, size in heads.items()}
+    loaded, loaded_heads = (
+        {action: size * (wide if action == "full" else 1) for action, size in sizes.items()}
+        for sizes in (kept, heads)
+    )
     run: dict[str, int] = {a: loaded[a] + loaded_heads[a] + embedding for a in variants}
     run["policy"] = sum(loaded.values()) + sum(loaded_heads.values()) + embedding
     return Sizes(
@@ -114,16 +117,20 @@ class _Rule:
 
     def __init__(self, options: ExportOptions):
         target = options.target
-        self.block = target.block_size
+        self.block, self.rank = target.block_size, options.compensation_rank or 0
         self.wide = 4 if target.dtype == "float32" else 2  # bytes of an activation
-        self.skip_precision: Action = "int4" if "int4" in options.variants else "int8"
         self.hessians = "int4" in options.variants
 
-    def linear(self, linear: Linear, precision: Action) -> int:
-        rows, columns = linear.out_features, linear.in_features
-        return self.matrix(rows, columns, precision) + (
-            0 if linear.bias is None else rows * self.wide
-        )
+    def stored(self, precision: Action, *parts: Linear | Norm | None) -> int:
+        size = 0
+        for part in parts:
+            if isinstance(part, Linear):
+                size += self.matrix(part.out_features, part.in_features, precision)
+            elif part is not None:
+                size += self.wide * part.weight.numel()
+            if part is not None and part.bias is not None:
+                size += self.wide * part.bias.numel()
+        return size
 
     def matrix(self, rows: int, columns: int, precision: Action) -> int:
         if precision == "full":
@@ -133,35 +140,17 @@ class _Rule:
         zeros = -(-blocks // 2) if precision == "int4" else 0
         return rows * (blocks * self.block * bits // 8 + blocks * self.wide + zeros)
 
-    def norms(self, *norms: Norm | None) -> int:
-        found = [t for norm in norms if norm for t in (norm.weight, norm.bias) if t is not None]
-        return sum(self.wide * tensor.numel() for tensor in found)
-
-    def layer(self, layer: Layer, precision: Action) -> int:
-        linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
-        norms = (layer.input_norm, layer.q_norm, layer.k_norm, layer.output_norm, layer.post_norm)
+    def skip(self, layer: Layer, keys: int) -> int:
+        width, rows = layer.qkv.in_features, 2 * keys + self.rank
         return (
-            sum(self.linear(linear, precision) for linear in linears)
-            + self.norms(*norms, layer.down_norm)
-            + _GRAPH_BYTES
+            self.matrix(rows, width, "int4" if self.hessians else "int8")
+            + self.matrix(width, self.rank, "int8")
+            + self.stored("full", layer.input_norm, layer.k_norm)
+            + (0 if layer.qkv.bias is None else rows * self.wide)
         )
 
-    def skip(self, layer: Layer, rank: int, keys: int) -> int:
-        width = layer.qkv.in_features
-        bias = 0 if layer.qkv.bias is None else (2 * keys + rank) * self.wide
-        return (
-            self.matrix(2 * keys + rank, width, self.skip_precision)
-            + (self.matrix(width, rank, "int8") if rank else 0)
-            + self.norms(layer.input_norm, layer.k_norm)
-            + bias
-            + _GRAPH_BYTES
-        )
-
-    def working(self, layer: Layer) -> int:
+    def working(self, linears: Sequence[Linear]) -> int:
         """Memory while a layer is exported: its weights in FP32 and FP16 and as read, Hessians."""
-        linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
         weights = sum(linear.out_features * linear.in_features for linear in linears)
-        if not self.hessians:
-            return 14 * weights
-        squares = [linear.in_features**2 for linear in linears]
-        return 14 * weights + 4 * sum(squares) + 16 * max(squares) // 4
+        squares = [linear.in_features**2 for linear in linears] if self.hessians else [0]
+        return 14 * weights + 4 * sum(squares) + 4 * max(squares)

@@ -18,10 +18,10 @@ from dash_onnx.core.facts import Costs, ExportFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.version import FORMAT_VERSION, __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
-from dash_onnx.exporters.calibrate import calibration_ids
-from dash_onnx.exporters.graph_writer import GraphWriter
-from dash_onnx.exporters.options import ExportOptions
-from dash_onnx.exporters.partial import Progress, exporting
+from dash_onnx.exporters.calibration.tokens import calibration_ids
+from dash_onnx.exporters.export.graph_writer import GraphWriter
+from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.export.partial import Progress, exporting
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.runtime.machine import peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import onnxruntime
@@ -45,49 +45,54 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     onnxruntime()
     check_destination(out, options.overwrite)
     source = open_source(model, REGISTRY, options.requantize, options.revision)
-    writer = GraphWriter(source, architecture_of(source.config), options)
-    options = writer.options
+    architecture = architecture_of(source.config)
+    spec = architecture.describe(source.name, source.config, options.max_length)
+    options = options.resolved(source.kind, spec.facts)
+    writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)
     with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
         ids, calibration = partial.calibration(
             lambda: calibration_ids(source, options.calibration, options.seed, options.least_tokens)
         )
-        progress = partial.progress() or Progress()
-        started -= progress.seconds
-        folder, writer.fp32_kept = partial.bundle, list(progress.fp32_kept)
+        folder, known = partial.bundle, partial.progress()
+        before = known or Progress()
+        layers, writer.fp32_kept = before.layers, list(before.fp32_kept)
 
-        def finish(progress: Progress) -> Progress:
-            progress = _so_far(progress, writer, started)
-            partial.finish(progress)
+        def so_far() -> Progress:
+            seconds = round(before.seconds + time.monotonic() - started, 1)
+            peak = max(before.peak_rss_bytes, peak_rss_bytes())
+            return Progress(layers, tuple(writer.fp32_kept), seconds, peak)
+
+        def finish() -> None:
+            partial.finish(so_far())
             release_memory()
-            return progress
 
-        if partial.progress() is None:
+        if known is None:
             writer.embed(folder, ids, partial.states(0))
-            progress = finish(progress)
-        layers = range(writer.spec.facts.num_layers)
-        left = layers[len(progress.layers) :]
-        for index in tqdm(left, desc="layers", initial=left.start, total=len(layers), disable=None):
+            finish()
+        every = range(spec.facts.num_layers)
+        left = every[len(layers) :]
+        for index in tqdm(left, desc="layers", initial=left.start, total=len(every), disable=None):
             states = partial.states(index), partial.states(index + 1)
-            facts = writer.layer(folder, index, *states)
-            progress = finish(replace(progress, layers=(*progress.layers, facts)))
-        heads = writer.heads(folder, partial.states(len(layers)))
+            layers = (*layers, writer.layer(folder, index, *states))
+            finish()
+        heads = writer.heads(folder, partial.states(len(every)))
         _write_text_files(folder, source)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            model=writer.spec.facts,
-            block=writer.spec.block,
-            ropes=writer.spec.ropes,
-            attention=writer.spec.attention,
+            model=spec.facts,
+            block=spec.block,
+            ropes=spec.ropes,
+            attention=spec.attention,
             target=options.target,
             variants=options.variants,
             heads=heads,
-            compensation_rank=writer.rank,
-            layers=progress.layers,
+            compensation_rank=options.compensation_rank or 0,
+            layers=layers,
             calibration=calibration,
             costs=_UNMEASURED,
             scorer=None,
-            export=_facts(source, _so_far(progress, writer, started)),
+            export=_facts(source, so_far()),
             files=list_files(folder),
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
@@ -114,16 +119,6 @@ def _key(source: Source, options: ExportOptions) -> dict[str, str]:
         "model": hashlib.sha256(content.encode()).hexdigest(),
         "tools": json.dumps(_tools()),
     }
-
-
-def _so_far(progress: Progress, writer: GraphWriter, started: float) -> Progress:
-    """Adds what this process has done."""
-    return replace(
-        progress,
-        fp32_kept=tuple(writer.fp32_kept),
-        seconds=round(time.monotonic() - started, 1),
-        peak_rss_bytes=max(progress.peak_rss_bytes, peak_rss_bytes()),
-    )
 
 
 def _tools() -> dict[str, str]:

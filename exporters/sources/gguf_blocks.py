@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import Q4_K
 
-from dash_onnx.exporters.quantize import Bits, Quantized, pack4
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, pack4
 
 BLOCK_SIZE = 32
 """Weights that share a scale, in every type below."""

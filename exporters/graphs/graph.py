@@ -18,15 +18,15 @@ from dash_onnx.core.contract import Port, Ports, data_name
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Linear, Norm
-from dash_onnx.exporters.gptq import gptq
-from dash_onnx.exporters.quantize import (
+from dash_onnx.exporters.quantize.blockwise import (
     Bits,
     Quantized,
     concatenate,
     pack_int4,
     quantize,
-    turns,
+    row_groups,
 )
+from dash_onnx.exporters.quantize.gptq import gptq
 
 OPSET = 24
 """First with TensorScatter, which writes a skipped token's K/V in place."""
@@ -39,7 +39,6 @@ OFFSETS = ".offsets"
 """Ends the name of the second product of a weight that has offsets."""
 
 _BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
-_FOLDED = 1 << 27  # weights; ORT 1.32 casts more than 1 GB of FP32 anew at every run
 
 
 @dataclass
@@ -52,6 +51,8 @@ class Graph:
         block: what the model's layers compute.
         hessians: per linear layer, `[K, K]` sum of x x^T of its calibration inputs.
         fp32_kept: names of weights stored as FP32 because FP16 cannot hold them.
+        folded: most weights of a product in full precision: ORT 1.32 casts more than 1 GB of FP32
+            anew at every run.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Graph:
     block: Block
     hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fp32_kept: list[str] = field(default_factory=list)
+    folded: int = 1 << 27
 
     def __post_init__(self) -> None:
         opsets = {"": OPSET, "com.microsoft": 1}
@@ -134,7 +136,9 @@ class Graph:
         sums = -(-blocks // size) * size  # kernels are slow at rows and columns of odd number
         ones = np.kron(np.eye(sums, blocks, dtype=np.float32), np.ones(size, np.float32))
         summing = pack_int4(torch.from_numpy(ones + 8), torch.ones(sums, blocks), None, size)
-        product = self._product(x, name, concatenate([replace(weight, offsets=None), summing]))
+        product = self._product(
+            x, name, concatenate([replace(weight, offsets=None), summing], rows + sums)
+        )
         y, x_sums = self.op.Split(
             product,
             self.int64(rows, sums),
@@ -167,7 +171,7 @@ class Graph:
     def _full_weights(self, linear: Linear) -> list[ir.Value]:
         """The weight `[K, N]`, cut along N into parts that ORT folds the cast of."""
         name, rows, columns = f"{linear.name}.weight", *linear.weight.shape
-        most = rows if self.target.dtype == "float16" else max(_FOLDED // columns, 1)
+        most = rows if self.target.dtype == "float16" else max(self.folded // columns, 1)
         parts = linear.weight.split(most)
         names = [name, *(f"{name}.{number}" for number in range(1, len(parts)))]
         return [self._full_weight(*part) for part in zip(names, parts, strict=True)]
@@ -185,7 +189,7 @@ class Graph:
         Raises:
             UnsupportedError: FP16 cannot hold it and is what the device computes in.
         """
-        if all(fits_half(rows) for rows in turns(weight)):
+        if all(fits_half(rows) for rows in row_groups(weight)):
             return weight.half().numpy()
         if self.target.dtype == "float16":
             raise self._beyond_half(name)
@@ -196,11 +200,10 @@ class Graph:
         """Norm over the last axis; x itself where there is none."""
         if norm is None:
             return x
-        weights, epsilon = self._norm_weights(name, norm), self.block.norm_epsilon
-        outputs = [self.value(f"{name}.out")]
-        if self.block.norm == "rms":
-            return self.op.RMSNormalization(x, *weights, axis=-1, epsilon=epsilon, _outputs=outputs)
-        return self.op.LayerNormalization(x, *weights, axis=-1, epsilon=epsilon, _outputs=outputs)
+        rms = self.block.norm == "rms"
+        kernel = self.op.RMSNormalization if rms else self.op.LayerNormalization
+        weights, outputs = self._norm_weights(name, norm), [self.value(f"{name}.out")]
+        return kernel(x, *weights, axis=-1, epsilon=self.block.norm_epsilon, _outputs=outputs)
 
     def norm_heads(self, x: ir.Value, name: str, norm: Norm | None, width: int) -> ir.Value:
         """Norm of queries or keys `[1, seq, width]`: of each head, or of all heads together."""
@@ -219,19 +222,10 @@ class Graph:
             return total, total
         rms = self.block.norm == "rms"
         kernel = self.ms.SkipSimplifiedLayerNormalization if rms else self.ms.SkipLayerNormalization
-        normed, _, _, total = kernel(
-            x,
-            residual,
-            *self._norm_weights(name, norm),
-            epsilon=self.block.norm_epsilon,
-            _outputs=[
-                self.value(f"{name}.out"),
-                self.value(""),
-                self.value(""),
-                self.value(f"{name}.sum"),
-            ],
-        )
-        return normed, total
+        weights = self._norm_weights(name, norm)
+        outputs = [self.value(output) for output in (f"{name}.out", "", "", f"{name}.sum")]
+        kernel(x, residual, *weights, epsilon=self.block.norm_epsilon, _outputs=outputs)
+        return outputs[0], outputs[3]
 
     def _norm_weights(self, name: str, norm: Norm) -> list[ir.Value]:
         weights = [self.activation_tensor(name, norm.weight)]
@@ -243,13 +237,11 @@ class Graph:
         """A constant int64 vector."""
         return self.op.Constant(value_ints=list(values))
 
-    def save(self, folder: Path, path: str, **outputs: ir.Value) -> None:
+    def save(self, folder: Path, path: str, **outputs: ir.Value) -> list[str]:
         """Adds the declared outputs, writes graph and weights, and checks them with onnx.
 
-        Args:
-            folder: the bundle under construction.
-            path: where in it the graph goes.
-            outputs: the value of each declared output, by port name.
+        Returns:
+            `fp32_kept`.
         """
         for node in self.builder.graph:
             for value in node.outputs:  # the builder prefixes the names it is given
@@ -270,6 +262,7 @@ class Graph:
             size_threshold_bytes=INLINE_BYTES,
         )
         onnx.checker.check_model(target)
+        return self.fp32_kept
 
 
 def fits_half(tensor: torch.Tensor) -> bool:

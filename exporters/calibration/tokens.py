@@ -1,9 +1,10 @@
-"""Calibration: the text it runs on, and what it measures on each layer."""
+"""Chooses the calibration tokens: from the user's text, or from what the model writes itself."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache
 
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Calibration
 from dash_onnx.core.text import Message
-from dash_onnx.exporters.reference import streamed_model
-from dash_onnx.exporters.sampling import DOCUMENT_TOKEN, Sample
+from dash_onnx.exporters.calibration.reference import streamed_model
+from dash_onnx.exporters.calibration.sampling import DOCUMENT_TOKEN, sample_tokens
+from dash_onnx.exporters.calibration.texts import calibration_text, plain
 from dash_onnx.exporters.sources import Source
-from dash_onnx.exporters.texts import calibration_text, plain
 
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
@@ -73,36 +74,25 @@ def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
 
 
 def _self_generated(source: Source, seed: int) -> Ids:
-    """Samples at temperature 1, from where documents start.
+    """From where documents start.
 
     A chat-tuned model writes chats after its start token; documents are the better calibration
     (docs/decisions/0039).
     """
     model: Any = streamed_model(source)
-    config = source.generation_config
-    start = next(
-        (token for token in (config.bos_token_id, source.tokenizer.bos_token_id) if token), 0
-    )
+    starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
+    start = next((token for token in starts if token), 0)
     start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
-    first = np.full((SEQUENCES, 1), start)
     length = min(LENGTH, source.config.max_position_embeddings)
+    # transformers 5 calls the argument `past_key_values` at first, `cache` later.
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    cache = {name: DynamicCache(config=model.config)}
+
+    def next_logits(tokens: torch.Tensor, _: int) -> torch.Tensor:
+        logits: torch.Tensor = model(tokens, **cache).logits[:, -1]
+        return logits
+
+    first, generator = torch.full((SEQUENCES,), start), torch.Generator().manual_seed(seed)
     with tqdm(total=length - 1, desc="calibration text", unit="tok", disable=None) as bar:
-
-        def tick(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-            bar.update()
-            return torch.zeros(ids.shape[0], dtype=torch.bool)
-
-        sample = Sample(torch.Generator().manual_seed(seed))
-        with torch.inference_mode():
-            ids = model.generate(
-                torch.from_numpy(first).long(),
-                attention_mask=torch.ones((SEQUENCES, 1), dtype=torch.int64),
-                do_sample=False,
-                logits_processor=LogitsProcessorList([sample]),
-                max_new_tokens=length - 1,
-                eos_token_id=None,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([tick]),
-            )
-    result: Ids = ids.numpy()
-    return result
+        ids: Ids = sample_tokens(next_logits, first, length, generator, bar.update).numpy()
+    return ids

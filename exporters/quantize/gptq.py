@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from dash_onnx.exporters.quantize import Quantized, gathered, pack_int4, turns
+from dash_onnx.exporters.quantize.blockwise import Quantized, concatenate, pack_int4, row_groups
 
 _DAMPING = 0.01  # of the mean diagonal; the paper's value
 _LAZY = 128  # columns whose updates of the later ones are applied in one product
@@ -30,8 +30,8 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
     hessian = hessian[order][:, order]
     importance, inverse = hessian.diagonal(), _inverse_cholesky(hessian)
     # Rows do not depend on each other.
-    parts = (_rounded(rows, order, importance, inverse, block_size) for rows in turns(weight))
-    return gathered(parts, len(weight))
+    parts = (_rounded(rows, order, importance, inverse, block_size) for rows in row_groups(weight))
+    return concatenate(parts, len(weight))
 
 
 def _order(importance: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ Source: the operator's specification, onnxruntime docs/ContribOperators.md (com.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 
 Bits = Literal[4, 8]
 
-_TURN = 1 << 24  # weights in FP32 at a time, of a head for a large vocabulary
+_GROUP = 1 << 24  # weights that are FP32 at a time, of a head for a large vocabulary
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
         bits: 4 or 8.
         block_size: a power of two, at least 16 (MatMulNBits).
     """
-    parts = (_rounded(rows, bits, block_size) for rows in turns(weight))
-    return gathered(parts, len(weight))
+    parts = (_rounded(rows, bits, block_size) for rows in row_groups(weight))
+    return concatenate(parts, len(weight))
 
 
-def turns(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def row_groups(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Groups of rows of a weight `[N, ...]`, each small enough to be copied as FP32."""
-    return weight.split(max(_TURN // max(weight[:1].numel(), 1), 1))
+    return weight.split(max(_GROUP // max(weight[:1].numel(), 1), 1))
 
 
 def _rounded(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
@@ -105,18 +105,14 @@ def pack_int4(
     )
 
 
-def concatenate(parts: Sequence[Quantized]) -> Quantized:
-    """Rows of several weights, all of the same form, below one another."""
-    return gathered(iter(parts), sum(part.shape[0] for part in parts))
-
-
-def gathered(parts: Iterator[Quantized], rows: int) -> Quantized:
-    """Likewise, of parts that need not exist at once.
+def concatenate(parts: Iterable[Quantized], rows: int) -> Quantized:
+    """Stacks the rows of several weights of the same form.
 
     Args:
-        parts: of the same form.
-        rows: of all of them.
+        parts: one after the other, so that they need not exist at once.
+        rows: of all parts together.
     """
+    parts = iter(parts)
     first = next(parts)
     if first.shape[0] == rows:
         return first

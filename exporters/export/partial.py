@@ -15,8 +15,8 @@ from dash_onnx.core.atomic import NEW, clear, workspace, write_text
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import Calibration, LayerFacts
 from dash_onnx.core.records import RecordError, from_json, to_json
-from dash_onnx.exporters.calibrate import Ids
-from dash_onnx.exporters.states import States
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
+from dash_onnx.exporters.calibration.tokens import Ids
 
 T = TypeVar("T")
 
@@ -50,9 +50,9 @@ class Partial:
         self._folder = folder
         self.bundle = folder / NEW
 
-    def states(self, layer: int) -> States:
+    def states(self, layer: int) -> HiddenStateFile:
         """Input of a layer, or the output of the last one."""
-        return States(self._folder / f"hidden-{layer:02d}.npy")
+        return HiddenStateFile(self._folder / f"hidden-{layer:02d}.npy")
 
     def progress(self) -> Progress | None:
         """What an earlier process finished; None where not even the embedding is."""

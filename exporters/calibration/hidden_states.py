@@ -1,0 +1,47 @@
+"""Hidden states of the calibration tokens, on disk: they outlive the process and fill no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+HiddenStates = npt.NDArray[np.floating]
+"""`[sequences, length, D]`."""
+
+BATCH = 8
+"""Sequences that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class HiddenStateFile:
+    """Hidden states `[sequences, length, D]` in a file of NumPy's format."""
+
+    path: Path
+
+    def write(self, sequences: int, batches: Iterable[HiddenStates]) -> None:
+        """Writes `sequences` sequences, which come a few at a time."""
+        with self.path.open("wb") as file:
+            for batch in batches:
+                if not file.tell():
+                    shape = (sequences, *batch.shape[1:])
+                    header = {"descr": batch.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(batch).data)
+
+    def __getitem__(self, sequences: slice) -> HiddenStates:
+        """Reads some sequences."""
+        # A copy, whose file is mapped no longer than it takes.
+        return np.array(np.load(self.path, mmap_mode="r")[sequences])
+
+    def __len__(self) -> int:
+        """How many sequences there are."""
+        return int(np.load(self.path, mmap_mode="r").shape[0])
+
+    def batches(self) -> Iterator[HiddenStates]:
+        """A few sequences after the other."""
+        for start in range(0, len(self), BATCH):
+            yield self[start : start + BATCH]

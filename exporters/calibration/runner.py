@@ -1,0 +1,128 @@
+"""Runs freshly written graphs over the calibration tokens: the load test and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from dash_onnx.core.rope import rotary_tables
+from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile, HiddenStates
+from dash_onnx.exporters.calibration.tokens import SINK_TOKENS, Ids
+from dash_onnx.exporters.graphs import HIDDEN
+from dash_onnx.runtime.ort import Device, create_session, has_device
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs graphs of a model outside the runtime, each sequence from an empty K/V cache."""
+
+    spec: ModelSpec
+    device: Device
+
+    @classmethod
+    def on(cls, device: Device, spec: ModelSpec) -> Runner:
+        """Without a GPU the CPU runs graphs built for CUDA, slowly: enough to calibrate."""
+        return cls(spec, device if has_device(device) else "cpu")
+
+    def embed(self, path: Path, ids: Ids) -> HiddenStates:
+        """Token ids `[sequences, length]` -> hidden states."""
+        session = create_session(path, self.device)
+        return np.concatenate([session.run(["hidden"], {"input_ids": row[None]})[0] for row in ids])
+
+    def layer(self, index: int, path: Path, hidden: HiddenStates) -> HiddenStates:
+        """Output of a graph of one layer."""
+        session = create_session(path, self.device)
+        rows = [session.run(["hidden_out"], self._feeds(index, x))[0] for x in hidden]
+        return np.concatenate(rows)
+
+    def layer_with_hessians(
+        self,
+        index: int,
+        path: Path,
+        hidden: HiddenStateFile,
+        out: HiddenStateFile,
+        inputs: Mapping[str, str],
+        sink_weight: float,
+    ) -> dict[str, torch.Tensor]:
+        """Writes the output of a layer graph, and sums x x^T of the inputs of its linear layers.
+
+        Args:
+            index: of the layer.
+            path: its graph in full precision.
+            hidden: its input.
+            out: where its output goes.
+            inputs: see `captured_inputs`.
+            sink_weight: of the first tokens of each sequence in the sums.
+
+        Returns:
+            By linear layer, `[K, K]` float32.
+        """
+        names = list(dict.fromkeys(inputs.values()))
+        captured = [name for name in names if name != HIDDEN]
+        session = self._capturing_session(path, captured)
+        sums: dict[str, torch.Tensor] = {}
+
+        def outputs() -> Iterator[HiddenStates]:
+            # In batches: ORT's threads spin for a while after each run, on cores that torch needs.
+            for batch in hidden.batches():
+                runs = [
+                    session.run([*captured, "hidden_out"], self._feeds(index, x)) for x in batch
+                ]
+                for name in names:
+                    at = None if name == HIDDEN else captured.index(name)
+                    found = batch if at is None else np.concatenate([run[at] for run in runs])
+                    x = torch.from_numpy(found).float()  # [sequences, length, K]
+                    sinks, others = (
+                        x[:, :SINK_TOKENS].flatten(0, 1),
+                        x[:, SINK_TOKENS:].flatten(0, 1),
+                    )
+                    if name not in sums:
+                        sums[name] = torch.zeros(x.shape[-1], x.shape[-1])
+                    sums[name].addmm_(others.T, others).addmm_(sinks.T, sinks, alpha=sink_weight)
+                yield np.concatenate([run[-1] for run in runs])
+
+        out.write(len(hidden), outputs())
+        return {linear: sums[name] for linear, name in inputs.items()}
+
+    def _capturing_session(self, path: Path, captured: Sequence[str]) -> Any:
+        """A session whose graph has values of its inside as further outputs."""
+        if not captured:
+            return create_session(path, self.device)
+        model = onnx.load(path, load_external_data=False)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in captured)
+        beside = path.with_name(f"{path.stem}.capturing.onnx")  # the weights, which both share
+        beside.write_bytes(model.SerializeToString())
+        try:
+            return create_session(beside, self.device)
+        finally:
+            beside.unlink()
+
+    def head(self, path: Path, hidden: HiddenStateFile) -> None:
+        """Loads a head graph and runs it on the last token of the first sequence."""
+        session = create_session(path, self.device)
+        logits = session.run(["logits"], {"hidden": hidden[:1][:, -1:]})[0]
+        if not np.isfinite(logits).all():
+            raise FloatingPointError(f"{path} gives logits that are not finite")
+
+    def _feeds(self, index: int, x: HiddenStates) -> dict[str, np.ndarray]:
+        facts, length = self.spec.facts, x.shape[0]
+        rope = self.spec.ropes[self.spec.attention[index].rope or 0]
+        cos, sin = rotary_tables(rope, length, x.dtype.name)
+        cache = np.zeros((1, facts.num_kv_heads, length, facts.head_dim), x.dtype)
+        return {
+            HIDDEN: x[None],
+            "past_key": cache,
+            "past_value": cache,
+            "seqlens_k": np.array([length - 1], np.int32),
+            "total_sequence_length": np.array(length, np.int32),
+            "start": np.zeros(1, np.int64),
+            "cos_cache": cos,
+            "sin_cache": sin,
+        }

@@ -1,0 +1,132 @@
+"""Writes the graphs of a model, one layer in memory at a time, and measures each on the way."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dash_onnx.core.actions import ACTIONS, SKIP, Action
+from dash_onnx.core.contract import EMBED_PATH, data_name, head_path, layer_path
+from dash_onnx.core.facts import LayerFacts
+from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
+from dash_onnx.exporters.calibration.runner import Runner
+from dash_onnx.exporters.calibration.statistics import (
+    compensation,
+    gram_of,
+    relative_error,
+    scale_and_cosine,
+)
+from dash_onnx.exporters.calibration.tokens import Ids
+from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.graphs import (
+    build_embed,
+    build_head,
+    build_layer,
+    build_skip,
+    captured_inputs,
+)
+from dash_onnx.exporters.sources import Source
+from dash_onnx.runtime.machine import release_memory
+
+_FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compensation see all
+
+_SINK_WEIGHT = 0.003
+"""Of a sequence's first tokens in what GPTQ sees. Their inputs are up to 1,000 times as large: with
+all their weight they decide how every other token is rounded, and where prompts run at a higher
+precision, they never are (docs/decisions/0043)."""
+
+
+@dataclass
+class GraphWriter:
+    """Writes a model's graphs.
+
+    Attributes:
+        options: resolved.
+        fp32_kept: names of weights stored as FP32, of the graphs written so far.
+    """
+
+    source: Source
+    architecture: Decoder
+    spec: ModelSpec
+    options: ExportOptions
+    fp32_kept: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.target = self.options.target
+        self.runner = Runner.on(self.options.device, self.spec)
+
+    def embed(self, folder: Path, ids: Ids, out: HiddenStateFile) -> None:
+        """Writes the token embedding, and the calibration tokens' hidden states after it."""
+        table = self.architecture.embedding(self.source.weights, self.spec)
+        self.fp32_kept += build_embed(folder, table, self.spec, self.target)
+        out.write(len(ids), [self.runner.embed(folder / EMBED_PATH, ids)])
+
+    def layer(
+        self, folder: Path, index: int, hidden: HiddenStateFile, out: HiddenStateFile
+    ) -> LayerFacts:
+        """Writes every variant of a layer, and its full output; returns the layer's figures."""
+        spec, target, variants = self.spec, self.target, self.options.variants
+        paths = {action: layer_path(index, action) for action in ACTIONS}
+        shutil.rmtree((folder / paths[SKIP]).parent, ignore_errors=True)
+        layer = self.architecture.layer(self.source.weights, index, spec)
+
+        # `full` is the reference of the figures even where it is not kept.
+        kept = build_layer(folder, index, layer, spec, target, "full", {})
+        inputs = captured_inputs(layer, spec, target.block_size) if "int4" in variants else {}
+        weight = 1.0 if variants == ("int4",) else _SINK_WEIGHT
+        hessians = self.runner.layer_with_hessians(
+            index, folder / paths["full"], hidden, out, inputs, weight
+        )
+        if "full" in variants:
+            self.fp32_kept += kept
+        else:
+            for part in _files_of(folder, paths["full"]):
+                part.unlink()
+        few, full = hidden[:_FIGURE_SEQUENCES], out[:_FIGURE_SEQUENCES]
+        scale, cosine = scale_and_cosine(few, full)
+        correction = None
+        if rank := self.options.compensation_rank:
+            correction = compensation(hidden, out, layer.input_norm, spec.block, scale, rank)
+        errors: dict[Action, float] = {}
+        for action in (*variants, SKIP):
+            if action == "full":
+                continue
+            if action == SKIP:
+                build_skip(folder, index, layer, spec, target, scale, correction, hessians)
+            else:
+                self.fp32_kept += build_layer(folder, index, layer, spec, target, action, hessians)
+            output = self.runner.layer(index, folder / paths[action], few)
+            errors[action] = relative_error(output, full)
+        sizes = {
+            action: sum(part.stat().st_size for part in _files_of(folder, paths[action]))
+            for action in (*variants, SKIP)
+        }
+        return LayerFacts(scale, cosine, errors, sizes)
+
+    def heads(self, folder: Path, hidden: HiddenStateFile) -> dict[Action, Action]:
+        """Writes the LM heads; returns which one each kind of policy uses."""
+        variants = self.options.variants
+        chosen: dict[Action, Action] = {precision: precision for precision in variants}
+        # Mixed paths take INT8: nearly lossless, half the bytes of FP16. So does `int4`: the head
+        # loses more per millisecond than any layer does. Small budgets may still use the INT4 one.
+        chosen[SKIP] = "int8" if "int8" in variants else variants[0]
+        if "int4" in variants and "int8" in variants:
+            chosen["int4"] = "int8"
+        head = self.architecture.head(self.source.weights, self.spec)
+        gram = gram_of(hidden, head.norm, self.spec.block)
+        hessians = {head.linear.name: gram}
+        for precision in variants:
+            self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)
+        del head, gram, hessians  # a large vocabulary's, before the graphs hold its weights again
+        release_memory()
+        for precision in variants:
+            self.runner.head(folder / head_path(precision), hidden)
+        return chosen
+
+
+def _files_of(folder: Path, graph: str) -> list[Path]:
+    """A graph and its weights, which may lie inside it."""
+    return [part for part in (folder / graph, folder / data_name(graph)) if part.exists()]
