@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -32,7 +35,9 @@ torch.set_num_threads(1)
 # objects of torch, transformers and onnx this many.
 gc.freeze()
 
-DEMO_GGUF = Path(__file__).parent.parent / "build/demo/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO = Path(__file__).parent.parent / "build/demo"
+DEMO_GGUF = DEMO / "SmolLM2-135M-Instruct.Q4_1.gguf"
+TRAINED = DEMO / "bundle"
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -162,14 +167,33 @@ def tiny_model(tiny_bundle: Path) -> Model:
     return dash_onnx.load(tiny_bundle)
 
 
+def missing(what: str) -> NoReturn:
+    """Skips the test; in CI it fails, so that no claim goes untested in silence."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+
+
+def needed(package: str) -> ModuleType:
+    """A package of a peer."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        missing(f"{error}: run `make .venv/.bench`")
+
+
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """The demo model's GGUF file; skips where it was not fetched, fails in CI."""
+    """The demo model's GGUF file."""
     if not DEMO_GGUF.is_file():
-        if os.environ.get("CI"):
-            pytest.fail(f"{DEMO_GGUF} is missing: run `make demo-model`")
-        pytest.skip("demo model not fetched: run `make demo-model`")
+        missing(f"{DEMO_GGUF} is missing: run `make demo-model`")
     return DEMO_GGUF
+
+
+@pytest.fixture(scope="session")
+def trained_bundle() -> Path:
+    """The demo bundle with its trained policy; training it here would take five minutes."""
+    if not (TRAINED / "dash.json").is_file():
+        missing(f"{TRAINED} is missing: run `make demo`")
+    return TRAINED
 
 
 @pytest.fixture(scope="session")

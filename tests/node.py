@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
-import pytest
+from conftest import missing
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -14,11 +13,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def example(name: str) -> Path:
     """The folder of an example whose packages are installed; skips without, fails in CI."""
     folder = EXAMPLES / name
-    missing = []
     if shutil.which("node") is None:
-        missing.append("node is not installed")
-    elif not (folder / "node_modules").is_dir():
-        missing.append(f"examples/{name} lacks its packages: run `make node`")
-    if missing:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(missing[0])
+        missing("node is not installed")
+    if not (folder / "node_modules").is_dir():
+        missing(f"examples/{name} lacks its packages: run `make node`")
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import missing
 from node import example
 from scored_bundle import with_scorer
 from test_node import QUESTION, fused, python
@@ -48,7 +48,7 @@ def chromium() -> str:
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if (path := shutil.which(name)) is not None:
             return path
-    (pytest.fail if os.environ.get("CI") else pytest.skip)("chromium is not installed")
+    missing("chromium is not installed")
 
 
 def shown(address: str, *arguments: str) -> dict[str, Any]:
