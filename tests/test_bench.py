@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_tool import Capture, Tool
+from conftest import needed
 
-from dash_onnx.bench.contenders import Dash, Transformers
-from dash_onnx.bench.measure import Result, divergence, ratio, restarted, rounds
+from dash_onnx.bench.measure import Reference, Result, divergence, measure, ratio
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.bench.worker import Worker
@@ -38,23 +38,23 @@ def test_speed_and_bandwidth_follow_from_the_median() -> None:
     assert found.gigabytes_per_s == pytest.approx(1.0)
 
 
-class Fake:
+class Fake(Worker):
     """A worker that notes its turns."""
 
     load_s = 0.5
 
     def __init__(self, name: str, log: list[str]):
-        self.name, self._log = name, log
+        self.name, self.log = name, log
 
     def decode(self, ids: list[int], new: int) -> list[float]:
-        self._log.append(f"{self.name}{len(ids)}")
+        self.log.append(f"{self.name}{len(ids)}")
         return [100.0, *[float(len(ids))] * (new - 1)]
 
     def peak_rss_bytes(self) -> int:
         return 7
 
     def close(self) -> None:
-        self._log.append(f"{self.name} closed")
+        self.log.append(f"{self.name} closed")
 
     def logits(self, ids: list[int], prompt_tokens: int) -> np.ndarray | None:
         if self.name == "mute":
@@ -64,50 +64,33 @@ class Fake:
         return rows
 
 
-def test_contenders_take_turns_over_all_prompts_after_a_warm_up() -> None:
-    log: list[str] = []
-    workers = [Fake("a", log), Fake("b", log)]
-    found = rounds(workers, [[1], [1, 2], [1, 2, 3]], 2, 4)  # type: ignore[arg-type]
-    assert log == ["a1", "b1"] + ["a1", "a2", "a3", "b1", "b2", "b3"] * 2
-    assert [r.decode_ms for r in found] == [(2.0, 2.0)] * 2
-    assert [r.ttft_ms for r in found] == [(100.0, 100.0)] * 2
-
-
-def test_processes_that_start_anew_add_their_rounds() -> None:
+def test_contenders_take_turns_over_all_prompts_after_a_warm_up_in_each_process() -> None:
     log: list[str] = []
     starts = [lambda name=name: Fake(name, log) for name in "ab"]
-    found = restarted(
-        starts,  # type: ignore[arg-type]
-        3,
-        lambda workers: rounds(workers, [[1]], 2, 4),
-    )
+    prompts = [[1], [1, 2], [1, 2, 3]]
+    found = measure(starts, prompts, new_tokens=4, rounds=2, processes=3)
+    turns = ["a1", "a2", "a3", "b1", "b2", "b3"] * 2
+    assert log == ["a1", "b1", *turns, "b closed", "a closed"] * 3
     assert [r.name for r in found] == ["a", "b"]
-    assert [r.decode_ms for r in found] == [(1.0,) * 6] * 2
-    assert log == ["a1", "b1", *["a1", "b1"] * 2, "b closed", "a closed"] * 3
+    assert [r.decode_ms for r in found] == [(2.0,) * 6] * 2
+    assert [r.ttft_ms for r in found] == [(100.0,) * 6] * 2
 
 
 def test_the_divergence_is_the_kl_to_the_reference() -> None:
-    texts = [([1, 2, 3], 1), ([1, 2, 3, 4], 1)]
-    same = [np.tile(np.float32([1, 0, 0]), (len(ids) - 1, 1)) for ids, _ in texts]
+    def texts(row: list[float]) -> list[Reference]:
+        ids = [1, 2, 3, 4]
+        return [Reference(ids[:n], 1, np.tile(np.float32(row), (n - 1, 1))) for n in (3, 4)]
+
     fake = Fake("a", [])
-    assert divergence(fake, same, texts) == pytest.approx((0, 0))  # type: ignore[arg-type]
-    flat = [np.zeros_like(rows) for rows in same]
+    assert divergence(fake, texts([1, 0, 0])) == pytest.approx((0, 0))
     q = np.exp([1.0, 0, 0]) / np.exp([1.0, 0, 0]).sum()
     wanted = float((np.log(1 / 3) - np.log(q)).mean())
-    found = divergence(fake, flat, texts)  # type: ignore[arg-type]
-    assert found == pytest.approx((wanted, 0), abs=1e-6)
-    assert divergence(Fake("mute", []), same, texts) is None  # type: ignore[arg-type]
-
-
-def test_two_runtimes_agree_on_the_same_weights(tiny_folder: Path, tiny_bundle: Path) -> None:
-    ours = Dash(str(tiny_bundle), "full", 2).logits(IDS, 5)
-    theirs = Transformers(str(tiny_folder), "", 2).logits(IDS, 5)
-    assert ours.shape == theirs.shape == (11, ours.shape[1])
-    np.testing.assert_allclose(ours, theirs, atol=5e-3)
+    assert divergence(fake, texts([0, 0, 0])) == pytest.approx((wanted, 0), abs=1e-6)
+    assert divergence(Fake("mute", []), texts([0, 0, 0])) is None
 
 
 def test_a_worker_answers_from_its_own_process(tiny_bundle: Path) -> None:
-    worker = Worker("dash int8", "dash", str(tiny_bundle), "int8", 1)
+    worker = Worker("dash int8", "dash", str(tiny_bundle), 1, "int8")
     try:
         assert len(worker.decode(IDS, 5)) == 5
         logits = worker.logits(IDS, 4)
@@ -120,7 +103,7 @@ def test_a_worker_answers_from_its_own_process(tiny_bundle: Path) -> None:
 
 def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
     with pytest.raises(DashError, match="no bundle at"):
-        Worker("dash int8", "dash", str(tmp_path), "int8", 1)
+        Worker("dash int8", "dash", str(tmp_path), 1, "int8")
 
 
 def test_memory_reads_at_a_plausible_speed() -> None:
@@ -130,42 +113,80 @@ def test_memory_reads_at_a_plausible_speed() -> None:
 # The command
 
 
+@pytest.fixture
+def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package with a peer that works, one that dies and one that lacks a package."""
+    source = (
+        "import numpy\n"
+        "class Flat:\n"
+        "    def __init__(self, path, threads): print('loading', path)\n"
+        "    def decode(self, ids, new): return [2.0] * new\n"
+        "    def logits(self, ids, prompt_tokens):\n"
+        "        return numpy.zeros((len(ids) - prompt_tokens, 400), 'f4')\n"
+        "class Dying(Flat):\n"
+        "    def decode(self, ids, new): raise RuntimeError('out of luck')\n"
+    )
+    points = "flat = flat_peer:Flat\ndying = flat_peer:Dying\nlacking = no_such_package:Peer\n"
+    (tmp_path / "flat_peer.py").write_text(source)
+    info = tmp_path / "flat_peer-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: flat-peer\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[dash_onnx.peers]\n{points}")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+FEW = ("--new-tokens", 4, "--rounds", 1, "--max-prompts", 1)
+
+
 def test_json_compares_policies_and_a_peer(
-    tiny_bundle: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture
+    tiny_bundle: Path, clients: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    pytest.importorskip("matplotlib")
+    needed("matplotlib")
     picture, drawing = tmp_path / "speed.png", tmp_path / "speed.svg"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the keeper\nthe ships\n")
     found = TOOL.json_of(
-        capsys, tiny_bundle, "--run", "full", "--run", "int4", "--peer",
-        f"transformers:{tiny_folder}", "--prompts", prompts, "--new-tokens", 6, "--rounds", 2,
-        "--picture", picture, "--picture", drawing,
+        capsys, tiny_bundle, "--run", "full", "--run", "int4", "--peer", f"flat:{clients}",
+        "--prompts", prompts, "--new-tokens", 6, "--rounds", 2, "--picture", picture,
+        "--picture", drawing,
     )  # fmt: skip
     full, int4, peer = found["contenders"]
     assert [full["name"], int4["name"]] == ["dash full", "dash int4"]
-    assert full["kl"] < 1e-6 < int4["kl"]
-    assert peer["kl"] < 1e-3
+    assert full["kl"] < 1e-6 < int4["kl"] < peer["kl"]
+    assert peer["decode_ms"] == [2.0, 2.0] and peer["tokens_per_s"] == 500
     assert full["weight_bytes"] > int4["weight_bytes"] > 0 and peer["weight_bytes"] is None
-    assert all(len(row["decode_ms"]) == 2 for row in (full, int4, peer))
+    assert all(len(row["decode_ms"]) == 2 for row in (full, int4))
     assert found["read_gb_per_s"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert xml.etree.ElementTree.parse(drawing).getroot().tag.endswith("svg")
 
 
 def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capture) -> None:
-    few = ("--new-tokens", 4, "--rounds", 1, "--processes", 2, "--max-prompts", 1)
-    assert TOOL.run(tiny_bundle, *few) == 0
+    assert TOOL.run(tiny_bundle, *FEW, "--processes", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["dash full", "dash int8", "dash int4"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("dying", "stopped: RuntimeError: out of luck"),
+        ("lacking", "No module named 'no_such_package'"),
+        ("vllm", "no client of vllm is installed (there are: "),
+    ],
+)
+def test_a_peer_that_cannot_run_is_one_line(
+    kind: str, why: str, tiny_bundle: Path, clients: Path, capsys: Capture
+) -> None:
+    assert why in TOOL.refused(capsys, tiny_bundle, *FEW, "--peer", f"{kind}:{clients}")
 
 
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
         (("--peer", "genai"), "expected KIND:PATH"),
-        (("--peer", "vllm:x"), "expected KIND:PATH"),
-        (("--peer", "genai:/nowhere"), "there is no /nowhere"),
+        (("--peer", "flat:/nowhere"), "there is no /nowhere"),
         (("--run", "int3"), "unknown policy"),
         (("--run", "static:@/nowhere"), "/nowhere"),
         (("--picture", "x.gif"), ".png or .svg"),
@@ -176,7 +197,7 @@ def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capt
     ],
 )
 def test_misuse_is_one_line(
-    tiny_bundle: Path, arguments: tuple[object, ...], why: str, capsys: Capture
+    tiny_bundle: Path, clients: Path, arguments: tuple[object, ...], why: str, capsys: Capture
 ) -> None:
     assert why in TOOL.refused(capsys, tiny_bundle, *arguments)
 
@@ -185,7 +206,7 @@ def test_a_picture_without_matplotlib_is_refused_before_the_rounds(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("dash_onnx.bench.measure.restarted", None)
+    monkeypatch.setattr("dash_onnx.bench.measure.measure", None)
     arguments = ("--picture", tmp_path / "x.png")
     assert "needs matplotlib" in TOOL.refused(capsys, tiny_bundle, *arguments)
 

@@ -1,9 +1,7 @@
-"""Speed and quality of a bundle and of its peers, side by side."""
+"""Speed, memory and quality of a bundle beside other runtimes, for dash-bench.
 
-PEERS = {
-    "genai": "onnxruntime-genai",
-    "llama.cpp": "xllamacpp",
-    "transformers": "transformers torch",
-    "openvino": "openvino-genai",
-}
-"""By kind of peer, the packages that it needs."""
+A contender loads one model and answers two questions; each lives in a process of its own and all
+take turns. Ours is here; the clients of other runtimes are entry points of the group
+`dash_onnx.peers`, and those that we ship lie in benchmarks/, outside this package. May import core
+and runtime.
+"""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
+from dash_onnx.bench.contenders import Logits
 from dash_onnx.bench.worker import Worker
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 
@@ -51,44 +52,63 @@ class Result:
         return self.weight_bytes * self.tokens_per_s / 1e9
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What the reference makes of a text.
+
+    Attributes:
+        ids: of the text, `[S]`.
+        prompt_tokens: how many of them are the prompt.
+        logits: `[S - prompt_tokens, V]`, after each later token.
+    """
+
+    ids: list[int]
+    prompt_tokens: int
+    logits: Logits
+
+
 def ratio(of: Result, to: Result) -> tuple[float, float, float]:
     """Speed of one contender in units of another's, within each round: median, least, most."""
     ratios = [b / a for a, b in zip(of.decode_ms, to.decode_ms, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def restarted(
+def measure(
     starts: Sequence[Callable[[], Worker]],
-    count: int,
-    measure: Callable[[list[Worker]], list[Result]],
-    quality: Callable[[Worker], tuple[float, float] | None] = lambda _: None,
+    prompts: Sequence[list[int]],
+    *,
+    new_tokens: int,
+    rounds: int,
+    processes: int,
+    quality: Callable[[Worker], tuple[float, float] | None] | None = None,
 ) -> list[Result]:
-    """Measures contenders whose processes start anew several times.
-
-    A process keeps an advantage of up to 8 % for as long as it lives, by where its memory lies.
+    """Contenders take turns round by round: a machine that drifts drifts for all of them.
 
     Args:
         starts: load each contender.
-        count: of generations of processes.
-        measure: all of them, loaded.
-        quality: KL and its standard error, of the first generation alone; None where not known.
+        prompts: token ids.
+        new_tokens: decoded after each prompt, at least 2.
+        rounds: over all prompts, after one with a single prompt that warms up.
+        processes: how often all start anew, each time for all rounds. A process keeps an
+            advantage of up to 8 % for as long as it lives, by where its memory lies.
+        quality: KL and its standard error, or None; asked once for each contender.
 
     Returns:
-        What was found of the first generation, with the times of all.
+        One for each contender, over all of its processes.
     """
-    turns: list[list[Result]] = []
-    for _ in range(count):
+    generations: list[list[Result]] = []
+    for _ in range(processes):
         with ExitStack() as stack:
             workers = []
             for start in tqdm(starts, desc="load", disable=None):
                 workers.append(start())
                 stack.callback(workers[-1].close)
-            results = measure(workers)
-            if not turns:
+            results = _rounds(workers, prompts, new_tokens, rounds)
+            if quality and not generations:
                 for index, worker in enumerate(tqdm(workers, desc="quality", disable=None)):
                     if kl := quality(worker):
                         results[index] = replace(results[index], kl=kl[0], kl_stderr=kl[1])
-            turns.append(results)
+            generations.append(results)
     return [
         replace(
             same[0],
@@ -97,64 +117,36 @@ def restarted(
             load_s=statistics.median(one.load_s for one in same),
             peak_rss_bytes=max(one.peak_rss_bytes for one in same),
         )
-        for same in zip(*turns, strict=True)
+        for same in zip(*generations, strict=True)
     ]
 
 
-def rounds(
-    workers: Sequence[Worker],
-    prompts: Sequence[list[int]],
-    count: int,
-    new_tokens: int,
-    on_turn: Callable[[], None] = lambda: None,
+def _rounds(
+    workers: Sequence[Worker], prompts: Sequence[list[int]], new_tokens: int, count: int
 ) -> list[Result]:
-    """Contenders take turns round by round: a machine that drifts drifts for all of them.
-
-    Args:
-        workers: loaded.
-        prompts: token ids.
-        count: of rounds, after one round of a single prompt that warms up.
-        new_tokens: decoded after each prompt, at least 2.
-        on_turn: called after each turn.
-    """
     decode: list[list[float]] = [[] for _ in workers]
     first: list[list[float]] = [[] for _ in workers]
     for worker in workers:
         worker.decode(prompts[0], new_tokens)
-        on_turn()
-    for _ in range(count):
-        for index, worker in enumerate(workers):
-            runs = [worker.decode(prompt, new_tokens) for prompt in prompts]
-            decode[index].append(statistics.median(statistics.median(run[1:]) for run in runs))
-            first[index].append(statistics.median(run[0] for run in runs))
-            on_turn()
+    for turn in tqdm(range(count * len(workers)), desc="turns", disable=None):
+        index = turn % len(workers)
+        runs = [workers[index].decode(prompt, new_tokens) for prompt in prompts]
+        decode[index].append(statistics.median(statistics.median(run[1:]) for run in runs))
+        first[index].append(statistics.median(run[0] for run in runs))
     return [
-        Result(
-            worker.name, tuple(decode[i]), tuple(first[i]), worker.load_s, worker.peak_rss_bytes()
-        )
-        for i, worker in enumerate(workers)
+        Result(w.name, tuple(decode[i]), tuple(first[i]), w.load_s, w.peak_rss_bytes())
+        for i, w in enumerate(workers)
     ]
 
 
-def divergence(
-    worker: Worker, reference: Sequence[np.ndarray], texts: Sequence[tuple[list[int], int]]
-) -> tuple[float, float] | None:
-    """Mean KL(reference || worker) over texts, and its standard error.
-
-    Args:
-        worker: loaded.
-        reference: per text, logits `[S - prompt, V]`.
-        texts: token ids and the length of the prompt in them.
-
-    Returns:
-        None where the worker shows no logits.
-    """
+def divergence(worker: Worker, texts: Sequence[Reference]) -> tuple[float, float] | None:
+    """Mean KL(reference || worker) over texts, and its standard error; None without logits."""
     means = []
-    for theirs, (ids, prompt_tokens) in zip(reference, texts, strict=True):
-        ours = worker.logits(ids, prompt_tokens)
+    for text in texts:
+        ours = worker.logits(text.ids, text.prompt_tokens)
         if ours is None:
             return None
-        vocab = min(ours.shape[1], theirs.shape[1])  # some pad their head
-        p, q = log_softmax(theirs[:, :vocab]), log_softmax(ours[:, :vocab])
+        vocab = min(ours.shape[1], text.logits.shape[1])  # some pad their head
+        p, q = log_softmax(text.logits[:, :vocab]), log_softmax(ours[:, :vocab])
         means.append(float(kl_divergence(p, q).mean()))
     return float(np.mean(means)), standard_error(means)

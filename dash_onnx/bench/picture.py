@@ -31,7 +31,7 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     axes = figure.subplots()
     shown = [result for result in results if result.kl is not None]
     for number, result in enumerate(shown, 1):
-        ours = result.name.startswith("dash ")
+        ours = result.name.startswith("dash")
         x, y = result.tokens_per_s, max(result.kl or 0.0, _FLOOR)
         colour, marker = ("#1f6f8b", "o") if ours else ("#b5651d", "s")
         label = f"{number}  {result.name}"

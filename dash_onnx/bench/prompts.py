@@ -1,4 +1,4 @@
-"""Prompts for the benchmark from a file."""
+"""Prompts for the benchmark: six of its own, or a file's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import json_lines, read_text
+
+PROMPTS = (
+    "Write a short letter from a lighthouse keeper to the captain of a ship that passed at night.",
+    "Explain to a child why the sky is blue and why sunsets are red.",
+    "List five things to check before a long journey by bicycle, with a reason for each.",
+    "What is the difference between a virus and a bacterium?",
+    "Summarise the story of a man who planted trees for thirty years in an empty valley.",
+    "How do I convert a temperature from Celsius to Fahrenheit? Give two examples.",
+)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dash_onnx.bench.contenders import Logits, load
 from dash_onnx.core.errors import DashError
@@ -26,100 +23,83 @@ class Worker:
         load_s: seconds that loading the model took, the import of its packages included.
     """
 
-    def __init__(self, name: str, kind: str, target: str, variant: str, threads: int):
+    def __init__(self, name: str, *contender: Any):
         """Starts it and waits until its model is loaded.
+
+        Args:
+            name: in tables.
+            contender: the arguments of `contenders.load`.
 
         Raises:
             DashError: it cannot load.
         """
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="dash-bench-")
-        # What the peer's libraries print goes to a file: it would garble the table.
-        self._log = (Path(self._folder.name) / "log").open("w+b")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, kind, target, variant, str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
+        self._log = Path(self._folder.name) / "log"
+        self._log.touch()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._log, contender), daemon=True
         )
-        self.load_s: float = self._answer()["load_s"]
+        self._process.start()
+        theirs.close()
+        self.load_s: float = self._answer()
 
     def decode(self, ids: list[int], new: int) -> list[float]:
-        """See `contenders`."""
-        times: list[float] = self._ask(do="decode", ids=ids, new=new)["times"]
+        """See `Contender`."""
+        times: list[float] = self._ask("decode", ids, new)
         return times
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits | None:
-        """See `contenders`."""
-        path = Path(self._folder.name) / "logits.npy"
-        answer = self._ask(do="logits", ids=ids, prompt_tokens=prompt_tokens, file=str(path))
-        return np.load(path) if answer["found"] else None
+        """See `Contender`."""
+        found: Logits | None = self._ask("logits", ids, prompt_tokens)
+        return found
 
     def peak_rss_bytes(self) -> int:
         """Highest resident memory of its process so far."""
-        peak: int = self._ask(do="memory")["peak_rss_bytes"]
+        peak: int = self._ask("memory")
         return peak
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
+        self._pipe.close()
+        self._process.join()
         self._folder.cleanup()
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
+    def _ask(self, *question: Any) -> Any:
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
+            self._pipe.send(question)
         except BrokenPipeError:
             pass  # it died; what it said is told below
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            said = self._log.read().decode("utf-8", "replace").strip().splitlines()
-            raise DashError(f"{self.name} stopped: {said[-1] if said else 'it says nothing'}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise DashError(f"{self.name}: {answer['error']}")
+    def _answer(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            said = self._log.read_text("utf-8", "replace").strip().splitlines()
+            raise DashError(f"{self.name} stopped: {said[-1] if said else 'no message'}") from None
+        if isinstance(answer, DashError):
+            raise DashError(f"{self.name}: {answer}")
         return answer
 
 
-def main(kind: str, target: str, variant: str, threads: str) -> None:
-    """The process: JSON requests on stdin, JSON answers on stdout."""
-    # Libraries that print to stdout would break the answers: they get stderr.
-    answers = os.fdopen(os.dup(1), "w")
+def _serve(pipe: Connection, log: Path, contender: tuple[Any, ...]) -> None:
+    """The process: loads, then answers until the pipe is closed."""
+    # What the peer's libraries print would garble the table.
+    os.dup2(os.open(log, os.O_WRONLY), 2)
     os.dup2(2, 1)
-
-    def answer(**content: Any) -> None:
-        print(json.dumps(content), file=answers, flush=True)
-
     started = time.perf_counter()
     try:
-        contender = load(kind, target, variant, int(threads))
+        loaded = load(*contender)
     except DashError as error:
-        answer(error=str(error))
+        pipe.send(DashError(str(error)))
         return
-    answer(load_s=time.perf_counter() - started)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "decode":
-            answer(times=contender.decode(request["ids"], request["new"]))
-        elif request["do"] == "logits":
-            logits = contender.logits(request["ids"], request["prompt_tokens"])
-            if logits is not None:
-                np.save(request["file"], logits)
-            answer(found=logits is not None)
-        else:
-            answer(peak_rss_bytes=peak_rss_bytes())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    pipe.send(time.perf_counter() - started)
+    while True:
+        try:
+            what, *arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(peak_rss_bytes() if what == "memory" else getattr(loaded, what)(*arguments))

@@ -6,35 +6,25 @@ import argparse
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dash_onnx.bench import PEERS
 from dash_onnx.cli.common import Parser, add_memory_option, aligned, positive, run
 from dash_onnx.core.errors import SourceError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from dash_onnx.bench.measure import Result
+    from dash_onnx.bench.measure import Reference, Result
+    from dash_onnx.bench.worker import Worker
     from dash_onnx.runtime.engine import Model
 
 _EXAMPLES = """\
   dash-bench out/
   dash-bench out/ --run int4 --run dash@fast --peer genai:peers/int4 --picture speed.png
   dash-bench out/ --peer llama.cpp:model.gguf --peer transformers:model/ --prompts p.jsonl --json"""
-
-_PROMPTS = (
-    "Write a short letter from a lighthouse keeper to the captain of a ship that passed at night.",
-    "Explain to a child why the sky is blue and why sunsets are red.",
-    "List five things to check before a long journey by bicycle, with a reason for each.",
-    "What is the difference between a virus and a bacterium?",
-    "Summarise the story of a man who planted trees for thirty years in an empty valley.",
-    "How do I convert a temperature from Celsius to Fahrenheit? Give two examples.",
-)
 
 
 def _parser() -> Parser:
@@ -59,7 +49,8 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="KIND:PATH",
-        help=f"another runtime and its model: {', '.join(PEERS)}; may be repeated",
+        help="another runtime whose client is installed, and its model: genai, llama.cpp, openvino "
+        "or transformers come with `pip install ./benchmarks[all]`; may be repeated",
     )
     parser.add_argument(
         "--prompts",
@@ -112,9 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     for peer in arguments.peer:
-        kind, _, path = peer.partition(":")
-        if kind not in PEERS or not path:
-            parser.error(f"--peer {peer}: expected KIND:PATH with KIND of {', '.join(PEERS)}")
+        if not all(peer.partition(":")):
+            parser.error(f"--peer {peer}: expected KIND:PATH, such as genai:model/")
     for picture in arguments.picture:
         if picture.suffix not in (".png", ".svg"):
             parser.error(f"--picture {picture}: the name must end in .png or .svg")
@@ -126,53 +116,38 @@ def main(argv: list[str] | None = None) -> int:
 def _bench(arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.bench.contenders import policy_of
-    from dash_onnx.bench.measure import divergence, restarted, rounds
+    from dash_onnx.bench.measure import divergence, measure
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw, figure_class
-    from dash_onnx.bench.prompts import read_prompts
-    from dash_onnx.bench.worker import Worker
+    from dash_onnx.bench.prompts import PROMPTS, read_prompts
     from dash_onnx.runtime.machine import machine_name
     from dash_onnx.runtime.ort import thread_count
 
-    texts = list(_PROMPTS) if arguments.prompts is None else read_prompts(arguments.prompts)
-    for peer in arguments.peer:
-        path = Path(peer.partition(":")[2])
-        if not path.exists():
-            raise SourceError(f"--peer {peer}: there is no {path}")
+    # Whatever can be wrong is told before the rounds.
+    texts = list(PROMPTS) if arguments.prompts is None else read_prompts(arguments.prompts)
+    _check_peers(arguments.peer)
     if arguments.picture:
-        figure_class()  # missing, it is told before the rounds
+        figure_class()
     for picture in arguments.picture:
         if not picture.resolve().parent.is_dir():
             raise SourceError(f"cannot write {picture}: there is no folder {picture.parent}")
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
     variants = arguments.run or _default_runs(model)
-    # A wrong one is refused now, not in its process.
     policies = [policy_of(model, variant) for variant in variants]
     prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
-    reference: list[np.ndarray] = []
-    answers: list[tuple[list[int], int]] = []
+    quality = None
     if not arguments.no_quality:
-        reference, answers = _reference(model, prompts, arguments.new_tokens)
+        quality = partial(divergence, texts=_reference(model, prompts, arguments.new_tokens))
     threads = thread_count()
     ceiling = read_gigabytes_per_s(threads)
-    ours = "dash" if arguments.memory == "high" else "dash-low"
-    wanted = [(f"{ours} {variant}", ours, arguments.bundle, variant) for variant in variants]
-    for peer in arguments.peer:
-        kind, _, path = peer.partition(":")
-        wanted.append((f"{kind} {'/'.join(Path(path).parts[-2:])}", kind, path, ""))
-    starts = [partial(Worker, *contender, threads) for contender in wanted]
-
-    def measure(workers: list[Worker]) -> list[Result]:
-        turns = (arguments.rounds + 1) * len(workers)
-        with tqdm(desc="rounds", total=turns, disable=None) as bar:
-            return rounds(
-                workers, prompts, arguments.rounds, arguments.new_tokens, lambda: bar.update()
-            )
-
-    def quality(worker: Worker) -> tuple[float, float] | None:
-        return divergence(worker, reference, answers) if answers else None
-
-    results = restarted(starts, arguments.processes, measure, quality)
+    results = measure(
+        _starts(arguments, variants, threads),
+        prompts,
+        new_tokens=arguments.new_tokens,
+        rounds=arguments.rounds,
+        processes=arguments.processes,
+        quality=quality,
+    )
     for index, policy in enumerate(policies):  # ours come first
         if policy.uniform is not None:  # else every token reads what it chooses
             read = model.manifest.weight_bytes(policy.uniform, policy.head)
@@ -196,6 +171,39 @@ def _bench(arguments: argparse.Namespace) -> None:
         draw(results, picture, machine)
 
 
+def _check_peers(wanted: list[str]) -> None:
+    from dash_onnx.bench.contenders import peers
+
+    installed = peers()
+    for peer in wanted:
+        kind, _, path = peer.partition(":")
+        if kind not in installed:
+            raise SourceError(
+                f"--peer {peer}: no client of {kind} is installed "
+                f"(there are: {', '.join(installed) or 'none'}); in a clone of dash-onnx, "
+                "`pip install './benchmarks[all]'` brings those of this project"
+            )
+        if not Path(path).exists():
+            raise SourceError(f"--peer {peer}: there is no {path}")
+
+
+def _starts(
+    arguments: argparse.Namespace, variants: list[str], threads: int
+) -> list[Callable[[], Worker]]:
+    from dash_onnx.bench.worker import Worker
+
+    bundle, memory = arguments.bundle, arguments.memory
+    ours = "dash" if memory == "high" else "dash-low"
+    starts: list[Callable[[], Worker]] = [
+        partial(Worker, f"{ours} {v}", "dash", bundle, threads, v, memory) for v in variants
+    ]
+    for peer in arguments.peer:
+        kind, _, path = peer.partition(":")
+        name = f"{kind} {'/'.join(Path(path).parts[-2:])}"
+        starts.append(partial(Worker, name, kind, path, threads))
+    return starts
+
+
 def _encoded(model: Model, text: str) -> list[int]:
     if model.text.chat_template is None:
         return model.text.encode(text).tolist()
@@ -210,16 +218,18 @@ def _default_runs(model: Model) -> list[str]:
     return runs
 
 
-def _reference(
-    model: Model, prompts: list[list[int]], new_tokens: int
-) -> tuple[list[np.ndarray], list[tuple[list[int], int]]]:
+def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[Reference]:
     """What the highest precision answers, and its logits there."""
+    from dash_onnx.bench.measure import Reference
+
     best = model.manifest.variants[0]
-    answers = []
+    found = []
     for prompt in tqdm(prompts, desc="reference", disable=None):
         steps = model.generate_step(prompt, policy=best, max_new_tokens=new_tokens, ignore_eos=True)
-        answers.append(([*prompt, *(step.token for step in steps)], len(prompt)))
-    return [model.logits(ids, policy=best)[start:] for ids, start in answers], answers
+        ids = [*prompt, *(step.token for step in steps)]
+        logits = model.logits(ids, policy=best)[len(prompt) :]
+        found.append(Reference(ids, len(prompt), logits))
+    return found
 
 
 def _table(results: list[Result]) -> str:

@@ -1,0 +1,52 @@
+"""The peers' clients: from the same weights they compute what we compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import needed
+
+import dash_onnx
+from dash_onnx.bench.worker import Worker
+from dash_onnx.core.statistics import kl_divergence, log_softmax
+
+pytestmark = pytest.mark.slow  # quick, but the peers are installed for the slow tests
+
+
+@pytest.fixture(params=["llama.cpp xllamacpp", "openvino openvino_genai"])
+def peer(request: pytest.FixtureRequest, demo_gguf: Path) -> Worker:
+    kind, package = request.param.split()
+    needed(package)
+    worker = Worker(kind, kind, str(demo_gguf), 1)
+    request.addfinalizer(worker.close)
+    return worker
+
+
+@pytest.mark.demo
+def test_a_peer_reads_the_demo_model_as_we_do(peer: Worker, trained_bundle: Path) -> None:
+    model = dash_onnx.load(trained_bundle)
+    ids = model.text.encode("The lighthouse keeper counts the ships that pass").tolist()
+    times = peer.decode(ids, 5)
+    assert len(times) == 5 and min(times) > 0
+    if (theirs := peer.logits(ids, 4)) is None:
+        assert peer.name == "openvino"
+        return
+    assert theirs.shape == (len(ids) - 4, model.manifest.model.vocab_size)
+    ours = model.logits(np.array(ids), policy="full")[4:]
+    # It rounds activations to INT8 as `int8` does.
+    assert kl_divergence(log_softmax(ours), log_softmax(theirs)).mean() < 0.02
+
+
+def test_transformers_agrees_on_the_tiny_model(tiny_folder: Path, tiny_bundle: Path) -> None:
+    needed("dash_onnx_peers")
+    ids = list(range(10, 26))
+    rows = []
+    for kind, path in (("dash", tiny_bundle), ("transformers", tiny_folder)):
+        worker = Worker(kind, kind, str(path), 1, *(["full"] if kind == "dash" else []))
+        assert len(worker.decode(ids, 3)) == 3
+        rows.append(worker.logits(ids, 5))
+        worker.close()
+    assert rows[0] is not None and len(rows[0]) == 11
+    np.testing.assert_allclose(*rows, atol=5e-3)
