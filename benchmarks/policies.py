@@ -1,11 +1,11 @@
-"""Quality of the trained policy and of its baselines, at the same profiled cost.
+"""Quality of the trained policy and of its baselines on a text, at the same profiled cost.
 
-    python benchmarks/policies.py out/ --text book.txt --max-windows 8
+    python benchmarks/policies.py out/ --text book.txt
+    python benchmarks/policies.py out/ --text book.txt --skips 2 4 6 8
 
-For each budget `dash` and the best static assignment; `even`, `cosine` and `random` where it asks
-for skipping; and the uniform paths. Budgets are the presets, the costs of a token whose layers take
-some share of what all layers in the cheapest precision take, and those of the best static
-assignments that skip some layers.
+The precisions, and for each budget `dash` and the best static assignment within it, and where
+layers must be skipped `even`, `cosine` and `random`. Budgets are the presets, or what the best
+static assignments that skip some layers cost.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,70 +23,64 @@ import dash_onnx
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.text import read_text
 from dash_onnx.eval.text import evaluate_text
 
-POLICIES = ("dash", "static", "even", "cosine", "random")
+BASELINES = ("even", "cosine", "random")
 
 
 def main() -> None:
-    """Prints a table, or JSON lines."""
+    """Prints a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="OUT")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs="*",
-        default=[1.0, 0.93, 0.87, 0.81],
-        help="of the layers' time in the cheapest precision (default: 1.0 0.93 0.87 0.81)",
-    )
-    parser.add_argument("--skips", type=int, nargs="*", default=[], help="layers per token")
-    parser.add_argument("--no-presets", action="store_true")
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
-    parser.add_argument("--max-windows", type=int, default=8)
+    parser.add_argument("--skips", type=int, nargs="+", metavar="N", help="layers per token")
+    parser.add_argument("--max-windows", type=int, default=8, help="(default: 8)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    model = dash_onnx.load(arguments.bundle)
-    manifest, text = model.manifest, read_text(arguments.text)
-    assert manifest.scorer is not None, "train a policy first: dash-train OUT"
-    full_ms = reference_ms(manifest)
-    costs, layers, base = manifest.costs, manifest.model.num_layers, manifest.variants[-1]
-    base_ms = costs.token_ms((base,) * layers, manifest.heads[base])
-    layers_ms = costs.unit_ms * layers
-    runs: list[tuple[str, float | None]] = [(variant, None) for variant in manifest.variants[1:]]
-    if not arguments.no_presets:
-        for budget in sorted(manifest.scorer.presets.values(), reverse=True):
-            runs += [("dash", budget), ("static", budget)]
-    budgets = [(base_ms - (1 - share) * layers_ms) / full_ms for share in arguments.shares]
-    for count in arguments.skips:
-        same = [point for point in manifest.scorer.static if point.path.count(SKIP) == count]
-        assert same, f"the static search stopped before {count} skipped layers"
-        budgets.append(min(same, key=lambda point: point.kl).budget)
-    for budget in budgets:
-        runs += [("dash", budget), ("static", budget)]
-        if budget < base_ms / full_ms:
-            runs += [("even", budget), ("cosine", budget), ("random", budget)]
-    runs = [run for run in runs if run[0] in (*arguments.policies, *manifest.variants)]
-    if not arguments.json:
-        print("policy  budget  cost/full  cost ms  ms    KL (stderr)       top-1   skipped")
-    for policy, budget in tqdm(runs, disable=None):
+    model, text = dash_onnx.load(arguments.bundle), read_text(arguments.text)
+    full_ms = reference_ms(model.manifest)
+    rows = []
+    for name, policy, budget in tqdm(runs(model.manifest, arguments.skips), disable=None):
         try:
             chosen = model.policy(policy, budget)
-        except PolicyError as error:
-            print(f"{policy:7} {budget or 0:.3f}   {error}", flush=True)
+        except PolicyError as error:  # such as a budget below what a baseline can do
+            print(f"{name}, {policy}: {error}", file=sys.stderr)
             continue
-        result = evaluate_text(model, text, chosen, max_windows=arguments.max_windows)
-        if arguments.json:
-            row = {"policy": policy, "budget": budget, **dataclasses.asdict(result)}
-            print(json.dumps(row), flush=True)
-            continue
-        print(
-            f"{policy:7} {budget or 0:.3f}   {result.cost_ms / full_ms:.3f}      "
-            f"{result.cost_ms:.2f}     {result.ms_per_token:.2f}  {result.kl:.4f} "
-            f"({result.kl_stderr:.4f})   {result.top1:.1%}   {result.actions.get('skip', 0):.1%}",
-            flush=True,
-        )
+        found = evaluate_text(model, text, chosen, max_windows=arguments.max_windows)
+        row = {"name": name, "policy": policy, "cost": found.cost_ms / full_ms}
+        rows.append({**row, **dataclasses.asdict(found)})
+        if not arguments.json:
+            print(
+                f"{name:9} {policy:7} cost {found.cost_ms / full_ms:.3f}  KL {found.kl:.4f} "
+                f"({found.kl_stderr:.4f})  top-1 {found.top1:.1%}  "
+                f"skipped {found.actions.get(SKIP, 0):.1%}",
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps({"text": arguments.text.name, "rows": rows}))
+
+
+def runs(manifest: Manifest, skips: list[int] | None) -> Iterator[tuple[str, str, float | None]]:
+    """The names, policies and budgets, from dear to cheap."""
+    assert manifest.scorer is not None, "train a policy first: dash-train OUT"
+    budgets = sorted(manifest.scorer.presets.items(), key=lambda item: -item[1])
+    if skips:
+        budgets = []
+        for count in skips:
+            same = [p for p in manifest.scorer.static if p.path.count(SKIP) == count]
+            assert same, f"the static search stopped before {count} skipped layers"
+            best = min(same, key=lambda point: point.kl)
+            budgets.append((f"{count} skips", best.budget))
+    base = manifest.variants[-1]
+    path = (base,) * manifest.model.num_layers
+    least = manifest.costs.token_ms(path, manifest.heads[base]) / reference_ms(manifest)
+    for variant in manifest.variants[1:]:
+        yield variant, variant, None
+    for name, budget in budgets:
+        for policy in ("dash", "static", *(BASELINES if budget < least else ())):
+            yield name, policy, budget
 
 
 if __name__ == "__main__":

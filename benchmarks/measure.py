@@ -1,0 +1,274 @@
+"""Runs what docs/results.md shows, part by part, and keeps what each command printed as JSON.
+
+    python benchmarks/measure.py --bundle build/demo/bundle --text wikitext2-valid.txt
+    python benchmarks/measure.py speed memory --bundle out/ --quick
+
+`make results` calls it with the demo bundle and its peers, and then results.py, which writes the
+page. A part is a list of commands; one that ends in `--json` has its output kept, with the commit,
+the machine, the versions and the seconds it took. `--quick` writes to build/quick/ instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dash_onnx.runtime.machine import machine_name
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = Path("build/results")
+PACKAGES = (
+    "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai xllamacpp "
+    "lm-eval"
+).split()
+Command = list[str | Path]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    processes: int = 3
+    rounds: int = 2
+    prompts: int = 3
+    new_tokens: int = 64
+    windows: int = 8
+    items: int = 1000
+    answers: int = 100
+    count_to: int = 900
+    """In the long prompt, about four tokens a number."""
+
+
+QUICK = Size(1, 1, 1, 4, 1, 2, 1, 50)
+
+
+def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
+    """What an action costs, and the export: the manifest knows it. No time."""
+    return [["dash-info", a.bundle, "--json"]]
+
+
+def speed(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Speed, memory and quality beside the peers. 10 minutes."""
+    peers = [word for peer in a.peer for word in ("--peer", peer)]
+    picture = (a.out if a.quick else ROOT / "docs") / "speed.png"
+    return [["dash-bench", a.bundle, *peers, *_amount(size), "--picture", picture, "--json"]]
+
+
+def memory(a: argparse.Namespace, size: Size) -> list[Command]:
+    """The same policies with `--memory low`. 1 minute."""
+    once = _amount(replace(size, processes=1, rounds=1))
+    return [["dash-bench", a.bundle, "--memory", "low", *once, "--json"]]
+
+
+def context(a: argparse.Namespace, size: Size) -> list[Command]:
+    """A token and the prompt after some 3,500 tokens. 3 minutes."""
+    prompt = BUILD / "long.txt"
+    peers = [word for p in a.peer if re.match("genai:.*int4", p) for word in ("--peer", p)]
+    bench: Command = ["dash-bench", a.bundle, "--run", "int4", "--run", "dash@balanced", *peers]
+    amount = _amount(replace(size, processes=1))
+    return [
+        ["sh", "-c", f"seq -s, {size.count_to} > {prompt}"],
+        [*bench, "--prompts", prompt, "--no-quality", *amount, "--json"],
+    ]
+
+
+def quality(a: argparse.Namespace, size: Size) -> list[Command]:
+    """KL of precisions, presets and baselines on each text. 8 minutes a text."""
+    return [_policies(a.bundle, text, size) for text in a.text]
+
+
+def skips(a: argparse.Namespace, size: Size) -> list[Command]:
+    """The same between INT8 and skip, in a bundle of its own. 20 minutes, and 12 a text."""
+    out = BUILD / "int8"
+    export: Command = ["dash-export", a.model, out, "--variants", "int8", "--requantize"]
+    export += ["--effort", a.effort, "--overwrite", "--json"]
+    return [export, *(_policies(out, text, size, "--skips", "2", "4", "6", "8") for text in a.text)]
+
+
+def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Accuracy on each task. 15 minutes for 1,000 items."""
+    policies = (["--policy", "full"], ["--policy", "int8"], ["--policy", "int4"])
+    budgets = (["--budget", preset] for preset in ("quality", "balanced", "fast"))
+    return [
+        ["dash-eval", a.bundle, "--task", task, *chosen, "--max-items", str(size.items), "--json"]
+        for task in a.task
+        for chosen in (*policies, *budgets)
+    ]
+
+
+def answers(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Length and repetition of answers. 5 minutes."""
+    command: Command = ["python", "benchmarks/answers.py", a.bundle, "--prompts", a.prompts]
+    return [[*command, "--max-prompts", str(size.answers), "--json"]]
+
+
+def larger(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Random weights in the shape of Llama 3.2 1B. 25 minutes and 8 GB of disk."""
+    model, out, peer = BUILD / "1b", BUILD / "1b-dash", BUILD / "1b-genai"
+    builder = ["python", "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    export: Command = ["dash-export", model, out, "--effort", "none", "--variants", "int4"]
+    export += ["--calibration", a.text[0], "--check", "none", "--overwrite", "--json"]
+    fourth = "static:" + ",".join(["int4*3,skip"] * 4)
+    bench: Command = ["dash-bench", out, "--run", "int4", "--run", fourth, "--no-quality"]
+    return [
+        ["python", "benchmarks/big.py", model, "--shape", "1b"],
+        [*builder, "-i", model, "-o", peer, "-c", BUILD / "cache"],
+        export,
+        [*bench, "--peer", f"genai:{peer}", *_amount(size), "--json"],
+    ]
+
+
+def _amount(size: Size) -> list[str]:
+    words = ["--processes", size.processes, "--rounds", size.rounds]
+    words += ["--max-prompts", size.prompts, "--new-tokens", size.new_tokens]
+    return [str(word) for word in words]
+
+
+def _policies(bundle: Path, text: Path, size: Size, *words: str) -> Command:
+    command: Command = ["python", "benchmarks/policies.py", bundle, "--text", text, *words]
+    return [*command, "--max-windows", str(size.windows), "--json"]
+
+
+Part = Callable[[argparse.Namespace, Size], list[Command]]
+PARTS: dict[str, tuple[Part, str]] = {
+    "bundle": (bundle, "bundle"),
+    "speed": (speed, "bundle"),
+    "memory": (memory, "bundle"),
+    "context": (context, "bundle"),
+    "quality": (quality, "bundle text"),
+    "skips": (skips, "model text"),
+    "tasks": (tasks, "bundle task"),
+    "answers": (answers, "bundle prompts"),
+    "larger": (larger, "text"),
+}
+"""By name the commands, and the options that they need."""
+
+
+def main() -> None:
+    """Measures the parts that are asked for."""
+    told = "\n".join(f"  {name:8} {part.__doc__}" for name, (part, _) in PARTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"parts, with their time on 2 cores:\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="(default: all but `larger` whose options are given)",
+    )
+    parser.add_argument("--bundle", type=_path, metavar="OUT", help="with a trained policy")
+    parser.add_argument("--model", type=_path, help="what OUT was exported from")
+    parser.add_argument("--peer", action="append", default=[], metavar="KIND:PATH")
+    parser.add_argument(
+        "--text", type=_path, action="append", default=[], help="held out of training"
+    )
+    parser.add_argument(
+        "--task", type=_path, action="append", default=[], help="as of dash-eval --task"
+    )
+    parser.add_argument("--prompts", type=_path, help="as of dash-bench")
+    parser.add_argument("--effort", default="normal", help="of `skips` (default: normal)")
+    parser.add_argument("--quick", action="store_true", help="as little as runs: for a first try")
+    parser.add_argument("--out", type=_path, help="(default: benchmarks/results, or build/quick)")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out or ROOT / (
+        "build/quick" if arguments.quick else "benchmarks/results"
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    for name in arguments.parts or [name for name in PARTS if name != "larger"]:
+        part, needs = PARTS[name]
+        if lacking := [option for option in needs.split() if not getattr(arguments, option)]:
+            if name in arguments.parts:
+                parser.error(f"{name} needs --{lacking[0]}")
+            print(f"{name}: left out, it needs --{lacking[0]}", file=sys.stderr)
+            continue
+        commands = part(arguments, QUICK if arguments.quick else Size())
+        found = {**_circumstances(arguments), "commands": [_run(words) for words in commands]}
+        (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.abspath(text))
+
+
+def _run(command: Command) -> dict[str, Any]:
+    """Runs a command in the root of the repository, as it will be shown."""
+    shown = shlex.join(_shown(word) for word in command)
+    print(f"$ {shown}", file=sys.stderr)
+    (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    keeps = command[-1] == "--json"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**os.environ, "PATH": scripts},
+        stdout=subprocess.PIPE if keeps else sys.stderr,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"measure.py: error: {shown} ended with {done.returncode}")
+    seconds = round(time.perf_counter() - started, 1)
+    found = json.loads(done.stdout) if keeps else None
+    return {"command": shown, "seconds": seconds, "found": found}
+
+
+def _shown(word: str | Path) -> str:
+    """A file outside the repository by its name: where it lies says nothing to others."""
+    if isinstance(word, str) or not word.is_absolute():
+        return str(word)
+    return str(word.relative_to(ROOT) if word.is_relative_to(ROOT) else word.name)
+
+
+def _circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where, when and on what: results.py refuses parts that differ in it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
+    written = (":!docs", ":!README.md", ":!benchmarks/results")  # by results.py
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *written]).returncode
+    files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts])]
+    manifest = [arguments.bundle / "dash.json"] if arguments.bundle else []
+    return {
+        "commit": commit + ("+changes" if changed else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{machine_name()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **_versions()},
+        "bundle": "".join(_sha256(path) for path in manifest),
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    main()

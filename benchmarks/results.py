@@ -1,0 +1,239 @@
+"""Writes docs/results.md from what measure.py kept, and the table between README.md's marks.
+
+    python benchmarks/results.py                # of benchmarks/results/
+    python benchmarks/results.py --check        # fails where they differ from the JSON
+    python benchmarks/results.py build/quick    # writes build/quick/results.md only
+
+All parts must come from one commit, one machine, one bundle and the same versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SAME = ("commit", "machine", "versions", "bundle")
+MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+Part = dict[str, Any]
+PEERS = {
+    "genai fused": "ORT GenAI, our fused graph of `{}`",
+    "genai": "ORT GenAI, {}",
+    "transformers": "transformers, FP32",
+    "openvino": "OpenVINO GenAI, the GGUF file",
+    "llama.cpp": "llama.cpp, the GGUF file",
+}
+
+
+def read(folder: Path) -> dict[str, Part]:
+    """The parts by name.
+
+    Raises:
+        SystemExit: they do not belong together.
+    """
+    parts = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    for name, part in parts.items():
+        first, other = next(iter(parts.items()))
+        if differing := [key for key in SAME if part[key] != other[key]]:
+            sys.exit(f"results.py: error: {name} and {first} differ in {', '.join(differing)}")
+    return parts
+
+
+def page(parts: dict[str, Part]) -> str:
+    """The whole of docs/results.md."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = environment.get_template("results.md.jinja")
+    functions = (bundle, contenders, policies, tasks, answers, seconds, shown)
+    return template.render(
+        parts=parts,
+        any=next(iter(parts.values()), None),
+        files={k: v for part in parts.values() for k, v in part["files"].items()},
+        **{function.__name__: function for function in functions},
+    )
+
+
+def table(rows: list[list[str]], left: int = 1) -> str:
+    """Markdown; the head first, and `left` columns of words."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * left + "|--:" * (len(rows[0]) - left) + "|")
+    return "\n".join(lines)
+
+
+def found(part: Part) -> list[Any]:
+    """What the commands printed, of those that printed JSON."""
+    return [command["found"] for command in part["commands"] if command["found"] is not None]
+
+
+def seconds(value: float) -> str:
+    """A duration that is easy to read."""
+    return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min"
+
+
+def label(name: str) -> str:
+    """A contender in plain words; dash-bench joins its kind, folder and file."""
+    kind, _, target = name.partition(" ")
+    if kind in ("dash", "dash-low"):
+        policy, _, budget = target.partition("@")
+        return ours(budget or policy)
+    folder, _, file = target.rpartition("/")
+    if told := PEERS.get(f"{kind} {folder}"):
+        return told.format(file)
+    return PEERS.get(kind, name).format(file.upper())
+
+
+def ours(name: str) -> str:
+    """A policy of the bundle, by its preset, precision or path."""
+    if name in ("full", "int8", "int4"):
+        return f"every layer {name if name == 'full' else name.upper()}"
+    if name.endswith("skips"):
+        return f"policy at the cost of {name}"
+    return f"`{name}`" if name.startswith("static") else f"policy at `{name}`"
+
+
+def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str:
+    """A figure with its standard error."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if error else f"{value:.{digits}f}"
+
+
+def percent(value: float, error: float | None) -> str:
+    """A share likewise."""
+    return f"{value:.1%} ± {error:.1%}" if error else f"{value:.1%}"
+
+
+def shown(command: dict[str, Any]) -> str:
+    """A command in lines that fit a page, and the time it took."""
+    joined = re.sub(r" (?!-)", "\0", command["command"])  # an option stays with its value
+    lines = textwrap.wrap(joined, 94, break_long_words=False, break_on_hyphens=False)
+    text = " \\\n  ".join(lines).replace("\0", " ")
+    return f"{text}   # {seconds(command['seconds'])}"
+
+
+def contenders(part: Part, *columns: str, kinds: str = "", sort: bool = False) -> str:
+    """What dash-bench found; `kinds`: of those alone; `sort`: from fast to slow."""
+    rows = [c for c in found(part)[-1]["contenders"] if re.match(kinds, c["name"])]
+    if sort:
+        rows.sort(key=lambda c: -c["tokens_per_s"])
+    cells = [[label(c["name"]), *(COLUMNS[column](c) for column in columns)] for c in rows]
+    return table([["", *columns], *cells])
+
+
+def _span(c: dict[str, Any]) -> str:
+    rates = [1e3 / ms for ms in c["decode_ms"]]
+    return f"{c['tokens_per_s']:.0f} ({min(rates):.0f}-{max(rates):.0f})"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda c: f"{c['tokens_per_s']:.0f}",
+    "tokens/s (rounds)": _span,
+    "first token, ms": lambda c: f"{statistics.median(c['ttft_ms']):.0f}",
+    "KL": lambda c: "-" if c["kl"] is None else f"{c['kl']:.2g}" if c["kl"] > 1e-4 else "0",
+    "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
+    "peak memory, MB": lambda c: f"{c['peak_rss_bytes'] / 1e6:.0f}",
+    "load, s": lambda c: f"{c['load_s']:.1f}",
+}
+
+
+def policies(part: Part) -> str:
+    """The policy beside what may stand in its place, by text."""
+    others = ("static", "even", "cosine", "random")
+    rows = [["text", "", "cost", "KL, nats", "top-1", "best static", *others[1:]]]
+    for text in found(part):
+        for name in dict.fromkeys(row["name"] for row in text.get("rows", ())):
+            of = {row["policy"]: row for row in text["rows"] if row["name"] == name}
+            own = of.get("dash") or of[name]
+            kl, top1 = plus_minus(own["kl"], own["kl_stderr"]), f"{own['top1']:.1%}"
+            cells = [
+                f"{row['kl']:.4f} at {row['cost']:.3f}" if row else ""
+                for row in map(of.get, others)
+            ]
+            rows.append([text["text"], ours(name), f"{own['cost']:.3f}", kl, top1, *cells])
+    return table(rows, left=2)
+
+
+def tasks(part: Part) -> str:
+    """Accuracy by task and policy."""
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for command in part["commands"]:
+        (policy,) = re.findall(r"--(?:policy|budget) (\S+)", command["command"])
+        for task, scores in command["found"]["results"].items():
+            for metric in ("acc", "acc_norm", "exact_match"):
+                if (value := scores.get(f"{metric},none")) is not None:
+                    row = cells.setdefault((task, metric, str(scores["sample_len"])), {})
+                    row[ours(policy)] = percent(value, scores[f"{metric}_stderr,none"])
+    columns = list(dict.fromkeys(policy for row in cells.values() for policy in row))
+    rows = [[*key, *(row.get(column, "") for column in columns)] for key, row in cells.items()]
+    return table([["task", "metric", "items", *columns], *rows], left=2)
+
+
+def answers(part: Part) -> str:
+    """Length and repetition by policy."""
+    rows = [["", "mean length, tokens", "ended by itself", "repeated 4-grams"]]
+    for row in found(part)[0]:
+        rows.append(
+            [
+                ours(row["name"]),
+                plus_minus(row["length"], row["length_stderr"], 1),
+                f"{row['ended']:.0%}",
+                percent(row["repeated"], row["repeated_stderr"]),
+            ]
+        )
+    return table(rows)
+
+
+def bundle(part: Part) -> str:
+    """What an action costs."""
+    facts = found(part)[0]
+    costs, layers = facts["costs"], facts["layers"]
+    rows = [["", *facts["variants"], "skip"]]
+    middle = {
+        action: statistics.median(layer[action] for layer in costs["layers_ms"])
+        for action in rows[0][1:]
+    }
+    rows.append(["one layer, µs (median)", *(f"{ms * 1e3:.0f}" for ms in middle.values())])
+    size = {a: sum(layer["bytes"][a] for layer in layers) for a in middle}
+    rows.append(["all layers, MB", *(f"{count / 1e6:.0f}" for count in size.values())])
+    heads = costs["heads_ms"]
+    rows.append(["LM head, µs", *(f"{heads[a] * 1e3:.0f}" if a in heads else "-" for a in middle)])
+    return table(rows)
+
+
+def main() -> None:
+    """Writes or checks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="(default: benchmarks/results)")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    parts = read(arguments.folder or HERE / "results")
+    texts = {(arguments.folder or ROOT / "docs") / "results.md": page(parts)}
+    if "speed" in parts and arguments.folder is None:
+        readme = ROOT / "README.md"
+        columns = ("tokens/s", "KL", "peak memory, MB")
+        short = contenders(parts["speed"], *columns, kinds="dash|genai", sort=True)
+        texts[readme] = MARKS.sub(rf"\1{short}\n\2", readme.read_text("utf-8"))
+    for path, text in texts.items():
+        if not arguments.check:
+            path.write_text(text, "utf-8")
+        elif not path.is_file() or path.read_text("utf-8") != text:
+            sys.exit(f"results.py: error: {path} is not what the results give: run it again")
+
+
+if __name__ == "__main__":
+    main()

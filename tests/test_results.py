@@ -1,0 +1,119 @@
+"""docs/results.md: it is what the committed measurements give."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scored_bundle import with_scorer
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+KL = {"cost": 0.3, "kl": 0.1234, "kl_stderr": 0.01, "top1": 0.8}
+SPEED = {
+    "tokens_per_s": 200.0, "decode_ms": [4.0, 5.0, 6.0], "ttft_ms": [40.0], "kl": 0.0123,
+    "kl_stderr": 0.001, "peak_rss_bytes": 5e8, "load_s": 1.0,
+}  # fmt: skip
+SCORES = {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.02, "sample_len": 100}}
+ANSWERS = {"name": "fast", "length": 80.0, "length_stderr": 2.0, "ended": 0.3}
+PRINTED: dict[str, list[tuple[str, Any]]] = {
+    "speed": [
+        (
+            "dash-bench out --json",
+            {
+                "read_gb_per_s": 34.0,
+                "contenders": [
+                    {**SPEED, "name": "dash dash@fast"},
+                    {**SPEED, "name": "genai peers/int4", "kl": None},
+                ],
+            },
+        )
+    ],
+    "quality": [
+        (
+            "python benchmarks/policies.py out --text a.txt",
+            {
+                "text": "a.txt",
+                "rows": [
+                    {**KL, "name": "int8", "policy": "int8"},
+                    {**KL, "name": "fast", "policy": "dash"},
+                    {**KL, "name": "fast", "policy": "static", "kl": 0.4321},
+                ],
+            },
+        )
+    ],
+    "tasks": [(f"dash-eval out --budget {name}", {"results": SCORES}) for name in ("fast", "0.3")],
+    "answers": [
+        ("python benchmarks/answers.py", [{**ANSWERS, "repeated": 0.1, "repeated_stderr": 0.02}])
+    ],
+}
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    import results
+
+    return results
+
+
+@pytest.fixture
+def parts() -> dict[str, Any]:
+    same = {"commit": "abc", "date": "2026-01-01", "machine": "one", "versions": {}, "bundle": ""}
+    return {
+        name: {
+            **same,
+            "files": {"a.txt": {"bytes": 1000, "sha256": "0123"}},
+            "commands": [{"command": c, "seconds": 130.0, "found": f} for c, f in commands],
+        }
+        for name, commands in PRINTED.items()
+    }
+
+
+def test_the_page_and_the_readme_are_what_the_measurements_give() -> None:
+    subprocess.run([sys.executable, FOLDER / "results.py", "--check"], check=True)
+
+
+def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, Any]) -> None:
+    page = results.page(parts)
+    for row in (
+        "| policy at `fast` | 200 (167-250) | 40 | 0.0123 ± 0.0010 | 500 | 1.0 |",
+        "| ORT GenAI, INT4 | 200 (167-250) | 40 | - | 500 | 1.0 |",
+        "| a.txt | policy at `fast` | 0.300 | 0.1234 ± 0.0100 | 80.0% | 0.4321 at 0.300 |  |  |  |",
+        "| arc | acc | 100 | 50.0% ± 2.0% | 50.0% ± 2.0% |",
+        "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
+    ):
+        assert row in page.splitlines(), row
+    for commands in PRINTED.values():
+        for command, _ in commands:
+            assert f"{command}   # 2 min" in page.splitlines()
+
+
+@pytest.mark.parametrize("key", ["commit", "machine", "versions", "bundle"])
+def test_parts_that_do_not_belong_together_are_refused(
+    results: Any, parts: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    parts = copy.deepcopy(parts)
+    parts["tasks"][key] = "another"
+    for name, part in parts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    with pytest.raises(SystemExit, match=f"differ in {key}"):
+        results.read(tmp_path)
+
+
+@pytest.mark.slow
+def test_measuring_and_writing_go_together(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+    out = tmp_path / "results"
+    words = [FOLDER / "measure.py", "bundle", "speed", "memory", "--quick", "--bundle", bundle]
+    subprocess.run([sys.executable, *words, "--out", out], check=True)
+    subprocess.run([sys.executable, FOLDER / "results.py", out], check=True)
+    page = (out / "results.md").read_text("utf-8")
+    assert "dash-info bundle --json" in page and "| policy at `balanced` |" in page
+    assert str(tmp_path) not in page
