@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -26,24 +25,22 @@ from tqdm import tqdm
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec, read_text
-from dash_onnx.exporters.train import improve as on_policy
-from dash_onnx.exporters.train import learning, static
-from dash_onnx.exporters.train.effort import Effort
-from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
-from dash_onnx.exporters.train.improve import improve
-from dash_onnx.exporters.train.learning import Learning
-from dash_onnx.exporters.train.options import TrainOptions
+from dash_onnx.exporters.train.checkpoint import Checkpoint
+from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
+from dash_onnx.exporters.train.environment import Decide, State
+from dash_onnx.exporters.train.improve import clipped_step, drawing, improve, probabilities
+from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
 from dash_onnx.exporters.train.regress import regress
-from dash_onnx.exporters.train.scorer import decision_points_of, greedy
-from dash_onnx.exporters.train.text import LENGTH
+from dash_onnx.exporters.train.scorer import cheapest, decision_points_of
+from dash_onnx.exporters.train.trainer import Trainer
 
 SKIPS = (2, 4, 6, 8)
 MULTIPLIERS = 7  # at which each policy is measured
 TEMPERATURE = 0.3  # of the policy gradient's draws
 
 
-class Remembering:
-    """A checkpoint in memory; variants must not go on from each other's files."""
+class InMemory(Checkpoint):
+    """Variants must not go on from each other's files."""
 
     def __init__(self, *_: Any):
         """Starts empty."""
@@ -54,7 +51,7 @@ class Remembering:
         self.state.update(values)
 
 
-class Omitting(Frozen):
+class Omitting(DequantizedModel):
     """Skipped layers leave no K/V: later tokens do not see them there."""
 
     _kept: Tensor
@@ -80,54 +77,58 @@ class Omitting(Frozen):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-class Untrained(Frozen):
-    """Leaves the compensation as it was fitted."""
-
-    def compensation(self) -> list[Tensor]:
-        """Nothing to train."""
-        return []
-
-
-def policy_gradient(run: Learning) -> None:
+def policy_gradient(trainer: Trainer) -> None:
     """REINFORCE in place of `improve`; a draw's baseline is another draw of the same tokens."""
-    scorer, seen = run.scorer, slice(run.env.prompt_tokens, None)
-    scorer.load_state_dict(run.checkpoint.state["scorer"])
-    optimizer = torch.optim.Adam(scorer.parameters(), lr=on_policy._RATE, betas=(0.9, 0.98))
-    for step in tqdm(range(run.effort.steps), desc="policy gradient", disable=None):
-        batch, multipliers = run.batch(step), run.log_multipliers(learning.BATCH)
+    scorer, env, plan = trainer.scorer, trainer.env, trainer.plan
+    scorer.load_state_dict(trainer.checkpoint.state["scorer"])
+    optimizer = torch.optim.Adam(scorer.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98))
+    for step in tqdm(range(plan.improvement_steps), desc="policy gradient", disable=None):
+        log_multipliers = trainer.log_multipliers(plan.batch)
         draws: list[tuple[Tensor, Tensor]] = []
         for _ in range(2):
-            drawing = on_policy._Drawing(run, multipliers, TEMPERATURE)
-            with torch.no_grad(), run.autocast():
-                rollout = run.env.run(batch, drawing)
-                kl = run.env.kl(run.reference(step), rollout.final)
-                cost = run.cost(rollout.weights)
+            with torch.no_grad(), trainer.autocast():
+                decide = drawing(trainer, log_multipliers, TEMPERATURE)
+                rollout = env.run(trainer.batch(step), decide)
+                kl = env.kl(trainer.reference(step), rollout.final)
+                cost = trainer.cost(torch.cat(rollout.decisions, 2))
             log_p = torch.zeros(())
-            for state, taken in zip(drawing.states, drawing.weights, strict=True):
-                p = on_policy.chances(scorer, run.costs, state, multipliers, TEMPERATURE)
+            for state, taken in zip(rollout.states, rollout.decisions, strict=True):
+                p = probabilities(scorer, trainer.costs, state, log_multipliers, TEMPERATURE)
                 log_p = log_p + (p * taken).sum(-1).clamp(min=1e-9).log().sum(-1)
-            draws.append(((kl + multipliers.exp() * cost) / (multipliers / 2).exp(), log_p))
+            lagrangian = (kl + log_multipliers.exp() * cost) / (log_multipliers / 2).exp()
+            draws.append((lagrangian, log_p))
         (one, log_one), (other, log_other) = draws
-        loss = ((one - other) / 2 * (log_one - log_other))[:, seen].mean()
+        loss = ((one - other) / 2 * (log_one - log_other))[:, env.prompt_tokens :].mean()
         optimizer.zero_grad()
         loss.backward()
-        on_policy._clipped_step(optimizer)
+        clipped_step(optimizer)
 
 
-def curve(run: Learning, ids: Tensor) -> list[float]:
+def greedy(trainer: Trainer, multiplier: float) -> Decide:
+    """Decisions as the runtime takes them."""
+    penalty = multiplier * trainer.costs
+
+    def decide(state: State) -> Tensor:
+        taken = cheapest(trainer.scorer.values(state), penalty[state.layers])
+        return torch.nn.functional.one_hot(taken, len(trainer.actions)).float()
+
+    return decide
+
+
+def curve(trainer: Trainer, ids: Tensor) -> list[float]:
     """KL at each of `SKIPS`, on `[B, T]` tokens."""
-    seen = slice(run.env.prompt_tokens, None)
-    low, high = run.log_multiplier_range
+    env, decided = trainer.env, slice(trainer.env.prompt_tokens, None)
+    low, high = trainer.log_multiplier_range
     skips, losses = [], []
-    with torch.no_grad(), run.autocast():
-        wanted = run.env.reference(ids, run.actions[0])
+    with torch.no_grad(), trainer.autocast():
+        wanted = env.reference(ids)
         for log_multiplier in np.linspace(low + 1, high + 1.2, MULTIPLIERS):
-            decide = greedy(run.scorer, run.costs, torch.tensor([[log_multiplier]]).float())
-            rollouts = [run.env.run(part, decide) for part in ids.split(learning.BATCH)]
+            decide = greedy(trainer, math.exp(log_multiplier))
+            rollouts = [env.run(part, decide) for part in ids.split(trainer.plan.batch)]
             final = torch.cat([rollout.final for rollout in rollouts])
-            paths = torch.cat([rollout.paths for rollout in rollouts])[:, seen]
-            skips.append(float((paths == run.actions.index(SKIP)).float().sum(-1).mean()))
-            losses.append(float(run.env.kl(wanted[:, seen], final[:, seen]).mean()))
+            paths = torch.cat([rollout.paths for rollout in rollouts])[:, decided]
+            skips.append(float((paths == trainer.actions.index(SKIP)).float().sum(-1).mean()))
+            losses.append(float(env.kl(wanted[:, decided], final[:, decided]).mean()))
     return between(skips, losses)
 
 
@@ -137,25 +138,25 @@ def between(skips: list[float], losses: list[float]) -> list[float]:
     return [float(loss) for loss in np.exp(logs)]
 
 
-def assignments(run: Learning, ids: Tensor) -> list[float]:
-    """KL of the best static assignments of the descent, likewise."""
-    skip = run.actions.index(SKIP)
-    found = {move.path.count(skip): move.path for move in run.moves}
-    with run.autocast():
-        wanted = run.env.reference(ids, run.actions[0])
+def assignments(trainer: Trainer, ids: Tensor) -> list[float]:
+    """KL of the best static assignments of the search, likewise."""
+    env, skip = trainer.env, trainer.actions.index(SKIP)
+    found = {one.path.count(skip): one.path for one in trainer.downgrades}
+    with trainer.autocast():
+        wanted, heads = env.reference(ids), [env.model.head]
         return [
-            static.path_kl(run.env, ids, wanted, found[count], [run.frozen.head])[0]
+            env.mean_kl(wanted, env.run_path(ids, found[count]), heads)[0]
             if count in found
             else math.nan
             for count in SKIPS
         ]
 
 
-def other_text(run: Learning, path: Path) -> Tensor:
+def other_text(trainer: Trainer, path: Path) -> Tensor:
     """The first tokens of a text, `[B, T]`."""
-    tokens = TextCodec(run.bundle).encode(read_text(path))
-    rows = min(len(tokens) // LENGTH, run.effort.held_out)
-    return torch.from_numpy(tokens[: rows * LENGTH].reshape(rows, LENGTH))
+    tokens, length = TextCodec(trainer.bundle).encode(read_text(path)), trainer.plan.length
+    rows = min(len(tokens) // length, trainer.plan.held_out)
+    return torch.from_numpy(tokens[: rows * length].reshape(rows, length))
 
 
 def told(name: str, losses: list[float], seconds: float) -> None:
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="of the on-policy phase")
     parser.add_argument("--only", nargs="+", help="variants whose name contains one of these")
     arguments = parser.parse_args()
-    count, steps = arguments.sequences, arguments.steps
+    shipped, count = TrainingPlan(), arguments.sequences
     ids: dict[int, Tensor] = {}  # by number of sequences: all variants read the same
     known: dict[str, dict[str, Any]] = {}  # what the regression left, where variants share it
 
@@ -182,60 +183,66 @@ def main() -> None:
         name: str,
         bundle: Path = arguments.bundle,
         sequences: int = count,
-        improving: Callable[[Learning], None] | None = improve,
+        improving: Callable[[Trainer], None] | None = improve,
         regression: str | None = None,
         also_static: bool = False,
-        **patches: Any,
+        model: type[DequantizedModel] = DequantizedModel,
+        **changes: Any,
     ) -> None:
         if arguments.only and not any(part in name for part in arguments.only):
             return
         started = time.monotonic()
-        effort = Effort(sequences, 16, sequences // learning.BATCH, steps, 1)
-        with mock.patch.multiple(learning, Checkpoint=Remembering, **patches):
-            run = Learning(Bundle(bundle), TrainOptions(calibration=tuple(arguments.calibration)))
-            run.effort = effort
-            if regression in known:
-                run.checkpoint.state.update(known[regression])
-            if sequences in ids:
-                run.checkpoint.state["ids"] = ids[sequences]
-            run.texts()
-        texts = {path.stem: other_text(run, path) for path in arguments.text or ()}
-        ids[sequences] = run.checkpoint.state["ids"]
-        regress(run)
+        plan = TrainingPlan(
+            sequences=sequences,
+            held_out=16,
+            regression_batches=sequences // shipped.batch,
+            improvement_steps=arguments.steps,
+            **changes,
+        )
+        options = TrainOptions(calibration=tuple(arguments.calibration), plan=plan)
+        trainer = Trainer(Bundle(bundle), options, model=model, checkpoint=InMemory)
+        state = trainer.checkpoint.state
+        state.update(known.get(regression or "", {}))
+        if sequences in ids:
+            state["ids"] = ids[sequences]
+        trainer.prepare_text()
+        texts = {path.stem: other_text(trainer, path) for path in arguments.text or ()}
+        ids[sequences] = state["ids"]
+        regress(trainer)
         if regression:
-            known.setdefault(regression, dict(run.checkpoint.state))
+            known.setdefault(regression, dict(state))
         if improving:
-            improving(run)
+            improving(trainer)
         else:
-            run.scorer.load_state_dict(run.checkpoint.state["scorer"])
+            trainer.scorer.load_state_dict(state["scorer"])
         seconds = time.monotonic() - started
-        for text, tokens in (texts or {"": run.held_out}).items():
+        for text, tokens in (texts or {"": trainer.held_out}).items():
             if also_static:
-                told(f"{name}: best static {text}", assignments(run, tokens), math.nan)
-            told(f"{name} {text}", curve(run, tokens), seconds)
+                told(f"{name}: best static {text}", assignments(trainer, tokens), math.nan)
+            told(f"{name} {text}", curve(trainer, tokens), seconds)
 
-    def later(layers: int, count: int) -> tuple[int, ...]:
-        return tuple(look + 1 for look in decision_points_of(layers, count))
+    layers = Bundle(arguments.bundle).manifest.model.num_layers
 
-    def looking(fraction: float) -> Callable[[int, int], tuple[int, ...]]:
-        return lambda layers, _: (round(layers * fraction),)
+    def point(name: str, layer: int) -> Callable[[], None]:
+        return lambda: train(f"decision point before layer {name}", decision_points=(layer,))
 
     print(" " * 56 + "".join(f"{f'{skips} skips':>8}" for skips in SKIPS) + "seconds")
+    usual: Any = {"regression": "usual"}
     variants: list[Callable[[], None]] = [
-        lambda: train("value regression", improving=None, regression="usual", also_static=True),
-        lambda: train("+ on-policy", regression="usual", also_static=True),
-        lambda: train("+ on-policy, compensation as fitted", regression="usual", Frozen=Untrained),
-        lambda: train("+ policy gradient", improving=policy_gradient, regression="usual"),
-        lambda: train("+ on-policy, text in the model's form", in_other_forms=lambda ids, *_: ids),
+        lambda: train("value regression", improving=None, also_static=True, **usual),
+        lambda: train("+ on-policy", also_static=True, **usual),
+        lambda: train("+ on-policy, compensation as fitted", train_compensation=False, **usual),
+        lambda: train("+ policy gradient", improving=policy_gradient, **usual),
+        lambda: train("+ on-policy, text as the model writes it", augment=False),
         lambda: train("half the tokens", sequences=count // 2),
         lambda: train("twice the tokens", sequences=count * 2),
-        lambda: train("one layer later (as without lookahead)", decision_points_of=later),
-        lambda: train("look before layer 1, at the embedding", decision_points_of=lambda *_: (1,)),
-        lambda: train("look before layer L/6", decision_points_of=looking(1 / 6)),
-        lambda: train("look before layer L/3", decision_points_of=looking(1 / 3)),
-        lambda: train("look before layer L/2", decision_points_of=looking(1 / 2)),
-        lambda: train("three looks", _DECISION_POINTS=3),
-        lambda: train("skipped layers leave no K/V", Frozen=Omitting),
+        point("L/8 + 1 (as without lookahead)", decision_points_of(layers, 1)[0] + 1),
+        point("1, at the embedding", 1),
+        point("L/6", round(layers / 6)),
+        point("L/3", round(layers / 3)),
+        point("L/2", round(layers / 2)),
+        lambda: train("three decision points", decision_points=3),
+        lambda: train("skipped layers leave no K/V", model=Omitting),
         *(
             lambda bundle=bundle: train(bundle.name, bundle=bundle, also_static=True)
             for bundle in arguments.others

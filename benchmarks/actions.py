@@ -26,15 +26,15 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.text import TextCodec, read_text
+from dash_onnx.exporters.train.dequantized import DequantizedModel, Tensor
 from dash_onnx.exporters.train.environment import Environment
-from dash_onnx.exporters.train.frozen import Frozen, Tensor
-from dash_onnx.exporters.train.learning import BATCH, PROMPT_TOKENS
-from dash_onnx.exporters.train.text import LENGTH
-from dash_onnx.exporters.train.values import random_direction
+from dash_onnx.exporters.train.options import TrainingPlan
+from dash_onnx.exporters.train.values import fisher_sample
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.sessions import Sessions
 
+PLAN = TrainingPlan()
 RANK = 64
 TOKENS = 60  # that are timed, after as many
 ATTENTION, MIXED = "attention only", "INT8 attention, INT4 MLP"
@@ -125,16 +125,17 @@ class Losses:
 
     def __init__(self, folder: Path, text: Path, sequences: int):
         """Reads the model."""
-        self._frozen = Frozen(Bundle(folder), ("int8", "int4"), torch.float32)
-        self._env = Environment(self._frozen, self._frozen.actions, PROMPT_TOKENS, "int8", (1,))
-        ids = torch.from_numpy(TextCodec(Bundle(folder)).encode(read_text(text)))
-        self._ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:sequences]
+        bundle = Bundle(folder)
+        self._model = DequantizedModel(bundle, ("int8", "int4"), torch.float32)
+        self._env = Environment(self._model, self._model.actions, PLAN.prompt_tokens, (1,))
+        ids = torch.from_numpy(TextCodec(bundle).encode(read_text(text)))
+        self._ids = ids[: len(ids) // PLAN.length * PLAN.length].view(-1, PLAN.length)[:sequences]
         self._generator = torch.Generator().manual_seed(0)
 
     def measured(self) -> dict[str, float]:
         """Nats of one layer, mean over layers and tokens."""
         half = len(self._ids) // 2
-        fitted = [self._pass(ids, None) for ids in self._ids[:half].split(BATCH)]
+        fitted = [self._pass(ids, None) for ids in self._ids[:half].split(PLAN.batch)]
         maps = []
         for layer in range(self._env.layers):
             x, y = (torch.cat([one[kind][layer] for one in fitted]) for kind in ("x", "mlp"))
@@ -144,42 +145,39 @@ class Losses:
             # The best map of that rank for these inputs: cut where the outputs vary least.
             _, _, v = torch.linalg.svd(x @ full, full_matrices=False)
             maps.append(full @ v[:RANK].T @ v[:RANK])
-        seen = [self._pass(ids, maps) for ids in self._ids[half:].split(BATCH)]
+        seen = [self._pass(ids, maps) for ids in self._ids[half:].split(PLAN.batch)]
         return {name: float(np.mean([one["kl"][name] for one in seen])) for name in seen[0]["kl"]}
 
     def _pass(self, ids: Tensor, maps: list[Tensor] | None) -> dict:
-        frozen, seen = self._frozen, slice(PROMPT_TOKENS, None)
-        rotary = frozen.rotary(ids.shape[1])
-        x = frozen.embed(ids).requires_grad_()
+        model, seen = self._model, slice(PLAN.prompt_tokens, None)
+        rotary = model.rotary(ids.shape[1])
+        x = model.embed(ids).requires_grad_()
         outputs, others, inputs, mlps = [], [], [], []
         for layer in range(self._env.layers):
-            normed = frozen.normed(layer, x)
-            q, kv = frozen.split(layer, frozen.qkv(layer, "int8", normed))
-            heads = frozen.attend(layer, q, kv, rotary)
-            y = frozen.complete(layer, "int8", x, heads)
+            normed = model.normed(layer, x)
+            attention = model.attend(layer, *model.qkv(layer, "int8", normed), rotary)
+            y = model.complete(layer, "int8", x, attention)
             outputs.append(y)
             with torch.no_grad():
-                q4, kv4 = frozen.split(layer, frozen.qkv(layer, "int4", normed))
-                attended = x + frozen._layers[layer]["int8"]["o_proj"](heads)
-                read = frozen._norm(layer, "post_norm", attended)
+                eight, four = (
+                    model.attended(layer, action, x, attention) for action in ("int8", "int4")
+                )
+                read = model.mlp_input(layer, x, eight)
                 inputs.append(read[:, seen].flatten(0, 1))
-                mlps.append((y - attended)[:, seen].flatten(0, 1))
-                four = frozen.complete(layer, "int4", x, frozen.attend(layer, q4, kv4, rotary))
-                four_mlp = frozen.complete(layer, "int4", x, heads)
-                o_proj = (frozen._layers[layer][a]["o_proj"](heads) for a in ("int8", "int4"))
-                o_proj_difference = next(o_proj) - next(o_proj)
+                mlps.append((y - eight)[:, seen].flatten(0, 1))
+                attention4 = model.attend(layer, *model.qkv(layer, "int4", normed), rotary)
                 found = {
-                    "int4": four,
-                    SKIP: frozen.skip(layer, x, normed)[0],
-                    ATTENTION: attended,
-                    MIXED: four_mlp + o_proj_difference,
+                    "int4": model.complete(layer, "int4", x, attention4),
+                    SKIP: model.skip(layer, x, normed)[0],
+                    ATTENTION: eight,
+                    MIXED: model.complete(layer, "int4", x, attention) + eight - four,
                 }
                 if maps:
-                    found[MAPPED] = attended + read @ maps[layer]
+                    found[MAPPED] = eight + read @ maps[layer]
                 others.append({name: (other - y).detach() for name, other in found.items()})
             x = y
-        direction = random_direction(self._env, frozen.final(x), self._generator)
-        gradients = torch.autograd.grad(direction, outputs)
+        sample = fisher_sample(self._env, model.final(x), self._generator)
+        gradients = torch.autograd.grad(sample, outputs)
         kl: dict[str, float] = {}
         for name in others[0]:
             effects = [

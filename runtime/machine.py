@@ -7,11 +7,7 @@ import gc
 import platform
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of malloc.h
 
 
 def machine_name() -> str:
@@ -43,31 +39,5 @@ def release_memory() -> None:
     and go, as layers do in an export.
     """
     gc.collect()
-    if _glibc():
+    if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keeps freed blocks for the next ones of their size, however large.
-
-    The C library maps each block of over 32 MB anew, and the system clears its pages: a fifth of
-    the time of passes that need the same large blocks again and again.
-    """
-    if not _glibc():
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:  # told anything, glibc adapts no more: this is how far it would have come
-        libc.mallopt(_M_MMAP_MAX, 65536)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-        release_memory()
-
-
-def _glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dash_onnx
+from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model, ScoredToken
@@ -113,6 +114,22 @@ def save_biased(folder: Path) -> Path:
 def logits_of(scored: Iterable[ScoredToken]) -> np.ndarray:
     """Logits `[S, V]` of what `Model.score` yields, which overwrites them."""
     return np.stack([token.logits.copy() for token in scored])
+
+
+def layer_inputs(
+    model: Model, ids: np.ndarray, paths: Sequence[ActionPath], prompt_tokens: int
+) -> np.ndarray:
+    """Input of each layer for each decoded token, `[S - prompt, L, D]`, on a path for each."""
+    sequence, rows = model.new_sequence(), []
+    best, layers = model.manifest.variants[0], model.manifest.model.num_layers
+    sequence.prefill(ids[:prompt_tokens], (best,) * layers, model.manifest.heads[best])
+    for token, path in zip(ids[prompt_tokens:].tolist(), paths, strict=True):
+        sequence.advance(1)
+        sequence.embed(token)
+        for layer, action in enumerate(path):
+            rows.append(sequence.hidden[layer % 2].array[0, 0].copy())
+            sequence.run(layer, action)
+    return np.stack(rows).reshape(len(ids) - prompt_tokens, layers, -1)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,7 @@ from dash_onnx.cli.train import main as train_main
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import FUSED_FOLDER
 from dash_onnx.exporters.fused import DATA, FACTS, MODEL
-from dash_onnx.exporters.train import learning
-from dash_onnx.exporters.train import text as training_text
-from dash_onnx.exporters.train.effort import EFFORTS, Effort
+from dash_onnx.exporters.train.options import PLANS, TrainingPlan
 
 FUSE, TRAIN = Tool("dash-fuse", fuse_main), Tool("dash-train", train_main)
 
@@ -33,10 +31,15 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least training there is."""
-    effort = Effort(sequences=8, held_out=4, batches=1, steps=1, tried=1)
-    monkeypatch.setitem(EFFORTS, "quick", effort)
-    monkeypatch.setattr(training_text, "LENGTH", 48)
-    monkeypatch.setattr(learning, "PROMPT_TOKENS", 16)
+    plan = TrainingPlan(
+        sequences=8,
+        held_out=4,
+        length=48,
+        prompt_tokens=16,
+        regression_batches=1,
+        improvement_steps=1,
+    )
+    monkeypatch.setitem(PLANS, "quick", plan)
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:

@@ -22,7 +22,7 @@ from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.calibration.statistics import relative_error
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.graphs.graph import Graph
-from dash_onnx.exporters.train.frozen import Frozen
+from dash_onnx.exporters.train.dequantized import DequantizedModel
 
 ACTIONS = ("full", "int8", "int4", "skip")
 IDS = np.random.default_rng(1).integers(2, 384, (2, 24))
@@ -95,14 +95,14 @@ def test_graphs_for_cuda_compute_in_fp16_and_agree_with_fp32(bundles: dict[str, 
 def test_graphs_compute_what_their_own_weights_say(device: str, bundles: dict[str, Path]) -> None:
     bundle = Bundle(bundles[device])
     outputs = outputs_of(bundle)
-    frozen = Frozen(bundle, bundle.manifest.variants, torch.float32)
+    model = DequantizedModel(bundle, bundle.manifest.variants, torch.float32)
     x = torch.from_numpy(outputs["hidden"]).float()
-    normed = frozen.normed(0, x)
-    wanted = {"skip": frozen.skip(0, x, normed)[0]}
+    normed = model.normed(0, x)
+    wanted = {"skip": model.skip(0, x, normed)[0]}
     for action in bundle.manifest.variants:
-        queries, keys_values = frozen.split(0, frozen.qkv(0, action, normed))
-        attention = frozen.attend(0, queries, keys_values, frozen.rotary(24))
-        wanted[action] = frozen.complete(0, action, x, attention)
+        queries, keys_values = model.qkv(0, action, normed)
+        attention = model.attend(0, queries, keys_values, model.rotary(24))
+        wanted[action] = model.complete(0, action, x, attention)
     for action, output in wanted.items():
         assert relative_error(outputs[action], output.numpy()) < 0.005, action
 
@@ -114,12 +114,12 @@ def test_another_compensation_takes_the_place_of_the_fitted_one(
     folder = Path(shutil.copytree(bundles[device], tmp_path / "out"))
     bundle = Bundle(folder)
     before = outputs_of(bundle)
-    frozen = Frozen(bundle, bundle.manifest.variants, torch.float32)
-    weight = frozen.compensation()[0]
+    model = DequantizedModel(bundle, bundle.manifest.variants, torch.float32)
+    weight = model.compensation()[0]
     block = bundle.manifest.target.block_size
     weight.copy_(replace_expand(folder, 0, 3 * torch.randn_like(weight), block))
     x = torch.from_numpy(before["hidden"]).float()
-    wanted = frozen.skip(0, x, frozen.normed(0, x))[0].numpy()
+    wanted = model.skip(0, x, model.normed(0, x))[0].numpy()
     assert relative_error(outputs_of(bundle)["skip"], wanted) < 0.005
     assert relative_error(before["skip"], wanted) > 0.1
     onnx.checker.check_model(folder / "layers/00/skip.onnx")
@@ -146,5 +146,5 @@ def test_runtime_and_training_read_a_product_that_is_cut(
     (folder / "dash.json").write_text(dataclasses.replace(manifest, files=files).to_text())
     wanted, found = (dash_onnx.load(f).logits(IDS[0], policy="full") for f in (whole, folder))
     assert np.abs(found - wanted).max() <= 1e-5
-    one, other = (Frozen(Bundle(f), ("full",), torch.float32) for f in (whole, folder))
+    one, other = (DequantizedModel(Bundle(f), ("full",), torch.float32) for f in (whole, folder))
     assert torch.equal(one.heads["full"].weight, other.heads["full"].weight)

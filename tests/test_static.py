@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from itertools import pairwise
 
 import pytest
 import torch
 
-from dash_onnx.exporters.train import static
+from dash_onnx.exporters.train.static import Downgrade, increments_of, search
 
 LOSSES = torch.tensor(
     [[0.0, 0.1, 9.0], [0.0, 0.02, 0.3], [0.0, 0.05, 0.2], [0.0, 0.01, 0.9], [0.0, 0.2, 9.0]]
@@ -16,54 +15,57 @@ LOSSES = torch.tensor(
 """Nats of each layer's actions alone; here they add up."""
 
 COSTS = torch.tensor([2.0, 1.0, 0.5]).expand(5, 3)
-ENV: Any = SimpleNamespace(
-    layers=5, actions=("int8", "int4", "skip"), frozen=SimpleNamespace(head="int8")
-)
+START = (1, 1, 1, 1, 1)  # loses 0.38 nats
+
+Path = tuple[int, ...]
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Paths that the search has measured."""
-    paths: list[tuple[int, ...]] = []
+def searched(
+    values: torch.Tensor, candidates: int, start: Path | None = None
+) -> tuple[list[Downgrade], list[Path]]:
+    """What the search finds, and the paths that it measures."""
+    measured: list[Path] = []
 
-    def path_kl(_env: Any, _ids: Any, _reference: Any, path: Any, _heads: Any) -> list[float]:
-        paths.append(tuple(path))
-        return [float(sum(LOSSES[layer, action] for layer, action in enumerate(path)))]
+    def measure(path: Path) -> float:
+        measured.append(path)
+        return float(sum(LOSSES[layer, action] for layer, action in enumerate(path)))
 
-    monkeypatch.setattr(static, "path_kl", path_kl)
-    return paths
-
-
-def search(values: torch.Tensor, tried: int, start: Any = None) -> list[static.Move]:
-    nothing = torch.zeros(())
-    return list(static.search(ENV, nothing, nothing, COSTS, values, tried, start))
+    return list(search(COSTS, values, measure, candidates, start)), measured
 
 
-def test_each_step_loses_least_per_time_saved(measured: list[Any]) -> None:
-    moves = search(LOSSES, 4)
-    assert [(move.layer, move.action) for move in moves[:4]] == [(3, 1), (1, 1), (2, 1), (0, 1)]
-    multipliers = [move.multiplier for move in moves]
+def test_each_downgrade_loses_least_per_time_saved() -> None:
+    found, measured = searched(LOSSES, 4)
+    assert [(one.layer, one.action) for one in found[:4]] == [(3, 1), (1, 1), (2, 1), (0, 1)]
+    multipliers = [one.multiplier for one in found]
     assert multipliers == pytest.approx(sorted(multipliers))
-    for move in moves:
-        assert move.path[0] < 2 and move.path[4] < 2  # the ends are never skipped
-    skips = [move.path for move in moves if 2 in move.path]
+    assert all(one.path[0] < 2 and one.path[4] < 2 for one in found)  # the ends are never skipped
+    skips = [one.path for one in found if 2 in one.path]
     # What is between precisions is taken as predicted; where predictions hold, a skip is measured
     # once, against what the path before the first one measures.
-    assert measured == [moves[-len(skips) - 1].path, *skips]
+    assert measured == [found[-len(skips) - 1].path, *skips]
 
 
-def test_a_wrong_prediction_is_found_out_by_measuring_more(measured: list[Any]) -> None:
-    hopeful, start = LOSSES.clone(), (1, 1, 1, 1, 1)
+def test_a_wrong_prediction_is_found_out_by_measuring_more() -> None:
+    hopeful = LOSSES.clone()
     hopeful[1, 2] = 0.1  # it loses 0.3
-    assert search(hopeful, 1, start)[0].layer == 1
-    measured.clear()
-    assert search(hopeful, 2, start)[0].layer == 2
-    assert measured[:3] == [start, (1, 2, 1, 1, 1), (1, 1, 2, 1, 1)]
+    assert searched(hopeful, 1, START)[0][0].layer == 1
+    found, measured = searched(hopeful, 2, START)
+    assert found[0].layer == 2
+    assert measured[:3] == [START, (1, 2, 1, 1, 1), (1, 1, 2, 1, 1)]
 
 
-def test_it_begins_where_it_is_told_and_ends_where_nothing_is_useful(measured: list[Any]) -> None:
-    start = (1, 1, 1, 1, 1)  # 0.38 nats
-    moves = search(LOSSES, 3, start)
-    assert measured[0] == start
-    assert [(move.layer, move.action) for move in moves] == [(2, 2), (1, 2)]
-    assert [move.kl for move in moves] == pytest.approx([0.53, 0.81])
+def test_it_begins_where_it_is_told_and_ends_where_nothing_is_useful() -> None:
+    found, measured = searched(LOSSES, 3, START)
+    assert measured[0] == START
+    assert [(one.layer, one.action) for one in found] == [(2, 2), (1, 2)]
+    assert [one.kl for one in found] == pytest.approx([0.53, 0.81])
+
+
+def test_increments_make_the_multiplier_alone_repeat_the_search() -> None:
+    found, _ = searched(LOSSES, 3)
+    increments = increments_of(found, COSTS)
+    values = torch.nn.functional.pad(increments.cumsum(-1), (1, 0))
+    for one, later in pairwise(found):
+        if later.multiplier > one.multiplier * 1.001:
+            multiplier = (one.multiplier * later.multiplier) ** 0.5
+            assert tuple((values + multiplier * COSTS).argmin(-1).tolist()) == one.path

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             raise DashError("--fused graphs are built for the CPU: leave --device out")
         prepare_export()
         from dash_onnx.exporters.export import ExportOptions, export
-        from dash_onnx.exporters.train.text import LEAST_SEQUENCES, LENGTH
+        from dash_onnx.exporters.train.options import PLANS, TrainOptions
         from dash_onnx.runtime.ort import has_device
 
         options = ExportOptions(
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             max_length=arguments.max_length,
             block_size=arguments.block_size,
             calibration=tuple(arguments.calibration),
-            least_tokens=0 if arguments.effort == "none" else LEAST_SEQUENCES * LENGTH,
+            least_tokens=0 if arguments.effort == "none" else PLANS[arguments.effort].least_tokens,
             compensation_rank=arguments.compensation_rank,
             accuracy_level=arguments.accuracy_level,
             requantize=arguments.requantize,
@@ -142,7 +142,6 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
         elif arguments.effort != "none":
-            from dash_onnx.exporters.train.options import TrainOptions
             from dash_onnx.exporters.train.train import train
 
             choice = TrainOptions(arguments.effort, options.calibration, options.seed)

@@ -1,1 +1,7 @@
-"""Training of the scorer: a Markov decision process over the frozen model of a bundle."""
+"""Training of the policy: a bundle in, the same bundle with a scorer and its tables out.
+
+`train.py` is the pipeline: text, value regression (`regress.py`), on-policy improvement
+(`improve.py`), scorer graph and tables (`finish.py`). `options.py` holds every quantity that may be
+varied. `dequantized.py` must compute what the bundle's graphs compute, to rounding; `scorer.py`
+must keep `core.contract.scorer_ports`. Everything else may change freely.
+"""

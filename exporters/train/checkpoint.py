@@ -1,4 +1,4 @@
-"""The state of a training run, so that an interrupted one goes on where it stopped."""
+"""The state of a training, so that an interrupted one goes on where it was last saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _NAME = "state.pt"
 
 
 class Checkpoint:
-    """A sibling folder of the bundle, there only while training runs or was interrupted."""
+    """A sibling folder of the bundle, there only while training runs or was interrupted.
+
+    Attributes:
+        state: what the phases saved, by name.
+    """
 
     def __init__(self, bundle: Path, fingerprint: str):
         """Reads what an interrupted run with the same fingerprint left.
@@ -36,7 +40,11 @@ class Checkpoint:
             self.state = found
 
     def save(self, **values: Any) -> None:
-        """Adds values and writes everything."""
+        """Adds values to the state and writes all of it.
+
+        Raises:
+            DashError: the disk is full.
+        """
         self.state.update(values, fingerprint=self._fingerprint)
         self._folder.mkdir(exist_ok=True)
         path = self._folder / _NAME

@@ -1,11 +1,12 @@
-"""The decision process: layers are steps, tokens are the vectorised episodes.
+"""Teacher-forced decoding of a bundle's layers on any paths, vectorised over the tokens.
 
-State of a step: the input of the layer before its segment (what the runtime knows while that layer
-runs), the layer index, the multiplier. Action: what the layer does for this token. Cost: its
-profiled milliseconds. Terminal reward: -KL(reference || path) of the token.
+As a decision process: the tokens are the episodes, the layers their steps. The state of a decision
+is the input of the layer before its segment (what the runtime knows while that layer runs), the
+action is what a layer does for the token, its cost the profiled milliseconds, and the reward at the
+end minus KL(reference || path) of the token.
 
-One teacher-forced pass runs any token-level paths as the runtime's decode would: keys and values
-of every token are those its own action wrote, so later tokens attend to what earlier ones left.
+One pass gives what decoding token after token gives: the keys and values of every token are those
+that its own actions wrote, so later tokens attend to what earlier decisions left.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from typing import Any, TypeAlias
 import torch
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.exporters.train.frozen import Frozen, Rotary, Tensor
+from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
+
+_SEQUENCES = 4  # that passes without a gradient run at once
 
 
 @dataclass(frozen=True)
 class State:
-    """What decisions may depend on.
+    """What the decisions for a segment of layers may depend on.
 
     Attributes:
-        layers: to decide for; a segment that begins at layer i.
+        layers: the segment, n layers from layer i on.
         hidden: `[B, T, D]`, input of layer i-1 (of layer 0 itself for i = 0).
     """
 
@@ -35,7 +38,7 @@ class State:
 
 
 Decide: TypeAlias = Callable[[State], Tensor]
-"""Weights `[B, T, n, A]` of the actions of n layers: one-hot in value, with or without gradient."""
+"""From the state of a segment to its decisions, `[B, T, n, A]`: one-hot over the actions."""
 
 
 @dataclass(frozen=True)
@@ -44,44 +47,42 @@ class Rollout:
 
     Attributes:
         final: input of the LM head, `[B, T, D]`.
-        weights: of the actions, `[B, T, L, A]`.
+        states: of each segment.
+        decisions: of each segment `[B, T, n, A]`, those of the prompt as executed.
     """
 
     final: Tensor
-    weights: Tensor
+    states: list[State]
+    decisions: list[Tensor]
 
     @property
     def paths(self) -> Tensor:
         """Action indices `[B, T, L]`."""
-        return self.weights.argmax(-1)
+        return torch.cat(self.decisions, 2).argmax(-1)
 
 
 class Environment:
-    """Vectorised teacher-forced episodes over a frozen model.
+    """Runs sequences on the paths that are decided.
 
     Attributes:
-        frozen: the model.
-        actions: what the indices of decisions mean.
-        prompt_tokens: first tokens of each sequence, which run at `prefill`.
+        model: whose layers run.
+        actions: what the indices of decisions mean, from dear to cheap, `skip` last.
+        prompt_tokens: first tokens of each sequence; they run at the dearest action.
+        layers: their number L.
         segments: of layers that are decided at once.
     """
 
     def __init__(
         self,
-        frozen: Frozen,
+        model: DequantizedModel,
         actions: tuple[Action, ...],
         prompt_tokens: int,
-        prefill: Action,
         decision_points: tuple[int, ...],
     ):
-        """The prompt is executed, not decided; each decision point begins a segment."""
-        self.frozen = frozen
-        self.actions = actions
-        self.prompt_tokens = prompt_tokens
-        self.layers = frozen.manifest.model.num_layers
+        """Each decision point begins a segment."""
+        self.model, self.actions, self.prompt_tokens = model, actions, prompt_tokens
+        self.layers = model.manifest.model.num_layers
         self.segments = [slice(*pair) for pair in pairwise((0, *decision_points, self.layers))]
-        self._prefill = torch.zeros(len(actions))
-        self._prefill[actions.index(prefill)] = 1.0
 
     def run(self, ids: Tensor, decide: Decide, dense: bool = False) -> Rollout:
         """One pass.
@@ -89,100 +90,107 @@ class Environment:
         Args:
             ids: `[B, T]`.
             decide: called once per segment, in order.
-            dense: compute every action for every token, so that the weights have a gradient;
-                otherwise each token runs its own action only.
+            dense: computes every action for every token, so that there is a gradient with respect
+                to the decisions; else each token runs its own action only.
         """
-        frozen = self.frozen
-        rotary = frozen.rotary(ids.shape[1])
-        x = before = frozen.embed(ids)
-        all_weights = []
+        rotary = self.model.rotary(ids.shape[1])
+        x = before = self.model.embed(ids)
+        states, all_decisions = [], []
         step = self._dense if dense else self._sparse
         for layers in self.segments:
-            weights = decide(State(layers, before.detach()))
-            prompt = self._prefill.expand_as(weights[:, : self.prompt_tokens])
-            weights = torch.cat([prompt, weights[:, self.prompt_tokens :]], 1)
+            states.append(State(layers, before.detach()))
+            decisions = decide(states[-1])
+            prompt = torch.zeros_like(decisions[:, : self.prompt_tokens])
+            prompt[..., 0] = 1.0
+            decisions = torch.cat([prompt, decisions[:, self.prompt_tokens :]], 1)
+            if dense:
+                decisions.requires_grad_()
+            all_decisions.append(decisions)
             for number, layer in enumerate(range(layers.start, layers.stop)):
-                before = x
-                x = step(layer, x, weights[:, :, number], rotary)
-            all_weights.append(weights)
-        return Rollout(frozen.final(x), torch.cat(all_weights, 2))
+                before, x = x, step(layer, x, decisions[:, :, number], rotary)
+        return Rollout(self.model.final(x), states, all_decisions)
 
-    def _sparse(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> Tensor:
-        frozen = self.frozen
-        normed, choice = frozen.normed(layer, x), weights.argmax(-1)
-        parts = [
-            (action, chosen)
+    def run_path(self, ids: Tensor, path: Sequence[int]) -> Tensor:
+        """Input of the LM head `[B, T, D]` when all tokens take the same path, without gradient.
+
+        Args:
+            ids: `[B, T]`.
+            path: action index of each layer.
+        """
+        one_hot = torch.nn.functional.one_hot(torch.tensor(path), len(self.actions)).float()
+
+        def decide(state: State) -> Tensor:
+            return one_hot[state.layers].expand(*state.hidden.shape[:2], -1, -1)
+
+        with torch.no_grad():
+            return torch.cat([self.run(part, decide).final for part in ids.split(_SEQUENCES)])
+
+    def reference(self, ids: Tensor) -> Tensor:
+        """`run_path` with every layer at the dearest action."""
+        return self.run_path(ids, (0,) * self.layers)
+
+    def _sparse(self, layer: int, x: Tensor, decisions: Tensor, rotary: Rotary) -> Tensor:
+        model, normed = self.model, self.model.normed(layer, x)
+        choice = decisions.argmax(-1)  # [B, T]
+        chosen = {
+            action: rows
             for index, action in enumerate(self.actions)
-            if (chosen := choice == index).any()
-        ]
+            if (rows := choice == index).any()
+        }
         queries = keys_values = output = x.new_empty(0)
-        for action, chosen in parts:
+        for action, rows in chosen.items():
             if action == SKIP:
-                y, kv = frozen.skip(layer, x[chosen], normed[chosen])
-                output = _put(output, chosen, y)
+                y, kv = model.skip(layer, x[rows], normed[rows])
+                output = _put(output, rows, y)
             else:
-                q, kv = frozen.split(layer, frozen.qkv(layer, action, normed[chosen]))
-                queries = _put(queries, chosen, q)
-            keys_values = _put(keys_values, chosen, kv)
-        running = [(action, chosen) for action, chosen in parts if action != SKIP]
-        if running:
-            attention = frozen.attend(layer, queries, keys_values, rotary)
-            for action, chosen in running:
-                y = frozen.complete(layer, action, x[chosen], attention[chosen])
-                output = _put(output, chosen, y)
+                q, kv = model.qkv(layer, action, normed[rows])
+                queries = _put(queries, rows, q)
+            keys_values = _put(keys_values, rows, kv)
+        chosen.pop(SKIP, None)
+        if chosen:
+            attention = model.attend(layer, queries, keys_values, rotary)
+            for action, rows in chosen.items():
+                y = model.complete(layer, action, x[rows], attention[rows])
+                output = _put(output, rows, y)
         return output
 
-    def outputs(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> list[Tensor]:
-        """Output of every action, `[B, T, D]` each, over the K/V that `weights` select.
+    def _dense(self, layer: int, x: Tensor, decisions: Tensor, rotary: Rotary) -> Tensor:
+        total = x.new_zeros(())
+        for index, output in enumerate(self.outputs(layer, x, decisions, rotary)):
+            total = total + decisions[..., index : index + 1] * output
+        return total
+
+    def outputs(self, layer: int, x: Tensor, decisions: Tensor, rotary: Rotary) -> list[Tensor]:
+        """Output `[B, T, D]` of every action, over the K/V that the decisions select.
 
         The first action carries the gradient of all precisions: their Jacobians differ by the
         rounding of the weights only, so the others are added as constant differences.
+
+        Args:
+            layer: its index.
+            x: its input, `[B, T, D]`.
+            decisions: `[B, T, A]`.
+            rotary: of T positions.
         """
-        frozen = self.frozen
-        normed = frozen.normed(layer, x)
-        base, *others = (action for action in self.actions if action != SKIP)
-        q, kv = frozen.split(layer, frozen.qkv(layer, base, normed))
-        queries: dict[Action, Tensor] = {}
-        skipped, kv_skipped = frozen.skip(layer, x, normed)
-        keys_values = {SKIP: kv_skipped.detach()}
+        model, normed = self.model, self.model.normed(layer, x)
+        base, *others = self.actions[:-1]
+        query, kv = model.qkv(layer, base, normed)
+        skipped, kv_skipped = model.skip(layer, x, normed)
         with torch.no_grad():
-            for action in others:
-                projected = frozen.qkv(layer, action, normed)
-                queries[action], keys_values[action] = frozen.split(layer, projected)
+            projected = [model.qkv(layer, action, normed) for action in others]
         mixed = kv
-        for action in self.actions[1:]:
-            weight = weights[..., self.actions.index(action), None]
-            mixed = mixed + weight * (keys_values[action] - kv.detach())
-        y = frozen.complete(layer, base, x, frozen.attend(layer, q, mixed, rotary))
-        result: dict[Action, Tensor] = {base: y, SKIP: skipped}
+        for index, other in enumerate([*(kv for _, kv in projected), kv_skipped.detach()], 1):
+            mixed = mixed + decisions[..., index, None] * (other - kv.detach())
+        y = model.complete(layer, base, x, model.attend(layer, query, mixed, rotary))
+        differences = []
         with torch.no_grad():
-            for action in others:
-                attention = frozen.attend(layer, queries[action], mixed, rotary)
-                result[action] = frozen.complete(layer, action, x, attention) - y
-        for action in others:
-            result[action] = result[action] + y
-        return [result[action] for action in self.actions]
-
-    def _dense(self, layer: int, x: Tensor, weights: Tensor, rotary: Rotary) -> Tensor:
-        outputs = self.outputs(layer, x, weights, rotary)
-        total = x.new_zeros(())
-        for index, output in enumerate(outputs):
-            total = total + weights[..., index : index + 1] * output
-        return total
-
-    def reference(self, ids: Tensor, action: Action) -> Tensor:
-        """Input of the LM head with every layer at one action, `[B, T, D]`."""
-        weights = torch.zeros(len(self.actions))
-        weights[self.actions.index(action)] = 1.0
-        with torch.no_grad():
-            return torch.cat([self._uniform(part, weights) for part in ids.split(_SEQUENCES)])
-
-    def _uniform(self, ids: Tensor, weights: Tensor) -> Tensor:
-        every = weights.expand(*ids.shape, self.layers, -1)
-        return self.run(ids, lambda state: every[:, :, state.layers]).final
+            for action, (q, _) in zip(others, projected, strict=True):
+                attention = model.attend(layer, q, mixed, rotary)
+                differences.append(model.complete(layer, action, x, attention) - y)
+        return [y, *(difference + y for difference in differences), skipped]
 
     def kl(self, reference: Tensor, final: Tensor, head: Action | None = None) -> Tensor:
-        """KL(reference || path) in nats of each token.
+        """KL(reference || path) in nats of each token, `[...]`.
 
         Args:
             reference: input of the LM head, `[..., D]`.
@@ -190,7 +198,7 @@ class Environment:
             head: the path's LM head; None takes the one of mixed paths, as the reference does.
         """
         result: Tensor = _HeadKL.apply(
-            final.flatten(0, -2), reference.flatten(0, -2), self.frozen, head or self.frozen.head
+            final.flatten(0, -2), reference.flatten(0, -2), self.model, head or self.model.head
         )
         return result.view(final.shape[:-1])
 
@@ -205,32 +213,36 @@ class Environment:
         totals = [0.0] * len(heads)
         theirs, ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, final))
         with torch.no_grad():
-            for a, b in zip(theirs.split(_CHUNK), ours.split(_CHUNK), strict=True):
-                log_p = self.frozen.logits(a).float().log_softmax(-1)
+            chunk = self.model.chunk
+            for a, b in zip(theirs.split(chunk), ours.split(chunk), strict=True):
+                log_p = self.model.logits(a).float().log_softmax(-1)
                 p = log_p.exp()
                 for number, head in enumerate(heads):
-                    log_q = self.frozen.logits(b, head).float().log_softmax(-1)
+                    log_q = self.model.logits(b, head).float().log_softmax(-1)
                     totals[number] += float((p * (log_p - log_q)).sum())
         return [total / len(theirs) for total in totals]
 
 
 class _HeadKL(torch.autograd.Function):
-    """KL through the LM head without keeping `[tokens, V]` for the backward pass."""
+    """KL through the LM head without keeping logits `[tokens, V]` for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, final: Tensor, reference: Tensor, frozen: Frozen, head: Action) -> Tensor:
+    def forward(
+        ctx: Any, final: Tensor, reference: Tensor, model: DequantizedModel, head: Action
+    ) -> Tensor:
         kl, gradients = [], []
         needs = ctx.needs_input_grad[0]
-        for ours, theirs in zip(final.split(_CHUNK), reference.split(_CHUNK), strict=True):
-            p = frozen.logits(theirs).float().log_softmax(-1)
-            logits = frozen.logits(ours, head).float()
+        chunk = model.chunk
+        for ours, theirs in zip(final.split(chunk), reference.split(chunk), strict=True):
+            p = model.logits(theirs).float().log_softmax(-1)
+            logits = model.logits(ours, head).float()
             q = logits.log_softmax(-1)
             difference = p - q
             p.exp_()
             kl.append((p * difference).sum(-1))  # autocast would round a dot product to BF16
             if needs:  # of KL with respect to the logits: q - p
-                weight = frozen.heads[head].weight
-                slope = (q.exp_() - p) * frozen.logits_slope(logits)
+                weight = model.heads[head].weight
+                slope = (q.exp_() - p) * model.logits_slope(logits)
                 gradients.append(slope.to(weight.dtype) @ weight)
         if needs:
             ctx.save_for_backward(torch.cat(gradients))
@@ -240,10 +252,6 @@ class _HeadKL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0][:, None], None, None, None
-
-
-_SEQUENCES = 4  # that a reference pass runs at once
-_CHUNK = 64  # tokens whose logits exist at once: larger buffers cost page faults, twice as slow
 
 
 def _put(target: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:

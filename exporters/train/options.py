@@ -1,23 +1,85 @@
-"""What the user of a training chose."""
+"""What a training does: the user's choice, and the plan behind it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from dash_onnx.exporters.train.effort import EffortName
+EffortName = Literal["quick", "normal", "thorough"]
+
+LEAST_SEQUENCES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """Every quantity of a training that may be varied; the defaults are what ships.
+
+    Attributes:
+        sequences: of training text; the user's files may hold fewer.
+        held_out: further sequences, which only the tables are measured on; a quarter at most.
+        length: tokens of a sequence, or the model's context if that is shorter.
+        prompt_tokens: first tokens of a sequence, which run at the best precision as a prompt does;
+            half of the model's context at most.
+        augment: whether the model's own text is rewritten in part, see `augmentation.py`.
+        batch: sequences of one pass.
+        regression_batches: passes of the value regression.
+        improvement_steps: passes of the on-policy improvement.
+        learning_rate: of the improvement.
+        multipliers: nats per `Costs.unit_ms`; the improvement draws from between these two.
+        decision_points: the layers before which the scorer runs, or how many: each costs a third
+            of an INT4 layer.
+        train_compensation: whether the improvement trains the low-rank maps of skipped layers too.
+        candidates: paths that the search for static assignments measures per step at most.
+        dtype: of matrix products; None takes BF16 where the processor multiplies it natively.
+        save_every: improvement steps after which an interrupted training can go on.
+    """
+
+    sequences: int = 72
+    held_out: int = 10
+    length: int = 256
+    prompt_tokens: int = 32
+    augment: bool = True
+    batch: int = 4
+    regression_batches: int = 18
+    improvement_steps: int = 8
+    learning_rate: float = 1e-3
+    multipliers: tuple[float, float] = (0.006, 0.12)
+    decision_points: int | tuple[int, ...] = 1
+    train_compensation: bool = True
+    candidates: int = 1
+    dtype: Literal["float32", "bfloat16"] | None = None
+    save_every: int = 20
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that the user's own text must have."""
+        return LEAST_SEQUENCES * self.length
+
+
+PLANS: dict[EffortName, TrainingPlan] = {
+    "quick": TrainingPlan(),
+    "normal": TrainingPlan(
+        sequences=400, held_out=16, regression_batches=100, improvement_steps=100, candidates=4
+    ),
+    "thorough": TrainingPlan(
+        sequences=1000, held_out=24, regression_batches=250, improvement_steps=300, candidates=4
+    ),
+}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the user chose.
+    """What the user chooses.
 
     Attributes:
         effort: how much to do.
         calibration: text or JSON lines; none lets the model write the text itself.
         seed: of everything random.
+        plan: in place of that of the effort.
     """
 
     effort: EffortName = "quick"
     calibration: tuple[Path, ...] = ()
     seed: int = 0
+    plan: TrainingPlan | None = None

@@ -13,8 +13,8 @@ from torch import nn
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.contract import Dims, scorer_path, scorer_ports
-from dash_onnx.exporters.train.environment import Decide, State
-from dash_onnx.exporters.train.frozen import Tensor
+from dash_onnx.exporters.train.dequantized import Tensor
+from dash_onnx.exporters.train.environment import State
 
 _CLAMP = 8.0  # standard deviations; massive activations must not drown the rest
 _OPSET = 21  # none of its operators is newer
@@ -37,11 +37,13 @@ class Scorer(nn.Module):
     The layers are cut into segments. The first one's values are the same for every token; those
     of segment k follow from the input of the layer before it:
 
-    `steps[layer] = exp(W2[layer] relu(W1 z + b1) + b2[layer])`, where z is that input normalised
-    over its dimensions, divided by its standard deviation and clamped.
-    Actions are ordered from dear to cheap; step k is what action k costs more than action k-1, so
-    values grow from 0 along that order. `scale * x` gives the same values as x: the normalisation
-    takes the scale away.
+    `increments[layer] = exp(W2[layer] relu(W1 z + b1) + b2[layer])`
+
+    with W1 `[width, D]`, b1 `[width]`, W2 `[L, A-1, width]`, b2 `[L, A-1]`, and z `[D]` that input
+    normalised over its dimensions, divided by the standard deviation of each, and clamped. Actions
+    are ordered from dear to cheap; increment k is the KL that action k costs more than action k-1,
+    so values grow from 0 along that order. `scale * x` gives the same values as x: the
+    normalisation takes the scale away.
 
     Attributes:
         decision_points: first layer of each segment but the first one.
@@ -55,7 +57,7 @@ class Scorer(nn.Module):
         decision_points: tuple[int, ...],
         width: int = 64,
     ):
-        """Starts with the same steps for every token.
+        """Starts with the same increments for every token.
 
         Args:
             layers: number of layers.
@@ -73,7 +75,7 @@ class Scorer(nn.Module):
         self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
 
-    def log_steps(self, state: State) -> Tensor:
+    def log_increments(self, state: State) -> Tensor:
         """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`."""
         bias = self.bias[state.layers]
         if state.layers.start < self.decision_points[0]:
@@ -85,41 +87,30 @@ class Scorer(nn.Module):
 
     def values(self, state: State) -> Tensor:
         """Predicted KL of every action in nats, `[B, T, n, A]`; 0 for the dearest."""
-        steps = self.log_steps(state).exp()
-        return nn.functional.pad(steps.cumsum(-1), (1, 0))
+        return nn.functional.pad(self.log_increments(state).exp().cumsum(-1), (1, 0))
 
-    def calibrate(self, hidden: Tensor) -> None:
+    def standardise(self, hidden: Tensor) -> None:
         """Sets the standard deviations from samples of hidden states `[n, D]`."""
         with torch.no_grad():
             normed = nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=_EPSILON)
             self.normalise.weight.copy_(1 / normed.square().mean(0).sqrt().clamp(min=1e-3))
 
 
-def greedy(scorer: Scorer, costs: Tensor, log_multiplier: Tensor) -> Decide:
-    """Decisions as the runtime takes them: argmin of value + multiplier * cost.
+def cheapest(values: Tensor, penalty: Tensor) -> Tensor:
+    """The decision: index of the action with the least value + penalty, `[..., A]` -> `[...]`.
 
-    Args:
-        scorer: trained.
-        costs: `[L, A]`, in any unit, infinite where an action must not be taken.
-        log_multiplier: broadcastable to `[B, T]`.
+    Training decides here alone. The runtime (NumPy, without torch) and the graphs (where the sum is
+    part of another operator) do the same in their own terms.
     """
-
-    def decide(state: State) -> Tensor:
-        with torch.no_grad():
-            total = (
-                scorer.values(state) + log_multiplier.exp()[..., None, None] * costs[state.layers]
-            )
-            return nn.functional.one_hot(total.argmin(-1), total.shape[-1]).float()
-
-    return decide
+    return (values + penalty).argmin(-1)
 
 
 class BundleScorer(nn.Module):
     """What the scorer graph computes: the trained scorer, extended by the highest precision.
 
-    The process leaves `full` out where INT8 stands for it: the difference is the rounding of the
-    weights and activations, small and much the same for every token, so it is a constant step per
-    layer, before the trained ones.
+    Training leaves `full` out where INT8 stands for it: the difference is the rounding of the
+    weights and activations, small and much the same for every token, so it is a constant increment
+    per layer, before the trained ones.
 
     Attributes:
         actions: what the columns of the outputs mean.
@@ -139,7 +130,7 @@ class BundleScorer(nn.Module):
         Args:
             scorer: trained.
             actions: of the trained scorer.
-            extra: the highest precision, where the process left it out.
+            extra: the highest precision, where training left it out.
             gain: `[L]` nats that running a layer at it saves.
         """
         super().__init__()
@@ -155,46 +146,38 @@ class BundleScorer(nn.Module):
             self._expand = expand.flatten(0, 1).T.contiguous()  # [width, L * (A - 1)]
             constant = gain.clamp(min=1e-9).log()[:, None].expand(-1, self.extra)
             self._bias = torch.cat([constant, scorer.bias], 1)
-            # Sums the steps of a layer up to each action.
+            # Sums the increments of a layer up to each action.
             self._sums = torch.ones(count - 1, count).triu(1)
 
-    def decide(self, state: State, penalty: Tensor) -> Tensor:
-        """Index of the action with the least sum of value and penalty, `[B, T, n]`.
-
-        Args:
-            state: of the decisions for n layers.
-            penalty: `[L, A]` nats.
-        """
-        with torch.no_grad():
-            values = self.scorer.values(state)
-            if self.extra:
-                gain = self._bias[state.layers, :1].exp()
-                values = nn.functional.pad(values + gain, (1, 0))
-            return (values + penalty[state.layers]).argmin(-1)
+    def values(self, state: State) -> Tensor:
+        """As `Scorer.values`, with the extra action in front."""
+        values = self.scorer.values(state)
+        if not self.extra:
+            return values
+        return nn.functional.pad(values + self._bias[state.layers, :1].exp(), (1, 0))
 
     def forward(self, hidden: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
-        """The graph; see `dash_onnx.core.contract.scorer_ports`."""
+        """The graph, see `core.contract.scorer_ports`: `[1, D]`, `[L, A]` -> `[L, A]`, `[L]`."""
         inputs = self.scorer.normalise(hidden.float()).clamp(-_CLAMP, _CLAMP)
         reduced = nn.functional.relu(torch.addmm(self.scorer.reduce.bias, inputs, self._reduce))
-        steps = torch.addmm(self._bias.flatten(), reduced, self._expand).exp()
-        total = torch.addmm(penalty, steps.view(self.layers, -1), self._sums)
+        increments = torch.addmm(self._bias.flatten(), reduced, self._expand).exp()
+        total = torch.addmm(penalty, increments.view(self.layers, -1), self._sums)
         return total, total.argmin(1)
 
 
 def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
-    """Writes the graph into a bundle; returns its name there."""
+    """Writes the graph into a bundle, named by its content; returns the name."""
     ports = scorer_ports(dims, scorer.layers, len(scorer.actions))
-    kinds = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
-    inputs = tuple(
-        torch.zeros([int(size) for size in port.shape], dtype=kinds[port.dtype])
+    inputs = [
+        torch.zeros([int(size) for size in port.shape], dtype=getattr(torch, port.dtype))
         for port in ports.inputs
-    )
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             scorer.eval(),
-            inputs,
+            tuple(inputs),
             dynamo=True,
             opset_version=_OPSET,
             input_names=[port.name for port in ports.inputs],
@@ -203,7 +186,10 @@ def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
             external_data=False,
         )
     assert program is not None
-    content = program.model_proto.SerializeToString(deterministic=True)
+    proto = program.model_proto
+    for node in proto.graph.node:  # stack traces, with the paths of this machine
+        del node.metadata_props[:]
+    content = proto.SerializeToString(deterministic=True)
     name = scorer_path(hashlib.sha256(content).hexdigest())
     (folder / name).write_bytes(content)
     return name

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.exporters.train.environment import Decide, Environment
-from dash_onnx.exporters.train.frozen import Tensor
+from dash_onnx.exporters.train.dequantized import Tensor
 
 LIMIT = 0.8  # nats; what loses more interests nobody
 
 
 @dataclass(frozen=True)
-class Move:
-    """One step of the descent.
+class Downgrade:
+    """One layer made cheaper.
 
     Attributes:
         layer: that became cheaper.
         action: index of its new action.
-        path: action indices of all layers after the move.
+        path: action indices of all layers from then on.
         kl: mean KL of that path in nats.
-        multiplier: nats lost per unit of cost saved by this move.
+        multiplier: nats lost per unit of cost saved.
     """
 
     layer: int
@@ -34,118 +30,85 @@ class Move:
 
 
 def search(
-    env: Environment,
-    ids: Tensor,
-    reference: Tensor,
     costs: Tensor,
     values: Tensor,
-    tried: int,
+    measure: Callable[[tuple[int, ...]], float],
+    candidates: int,
     start: tuple[int, ...] | None = None,
-) -> Iterator[Move]:
-    """Greedy descent, one layer one action cheaper at a time, as far as assignments are useful.
+) -> Iterator[Downgrade]:
+    """Greedy search: one layer one action cheaper at a time, as far as assignments are useful.
 
-    A move between precisions is taken as predicted: such losses are small and add up. Where a skip
-    is predicted to have the best ratio of KL to cost, the best moves are measured, until no other
-    is predicted to be better or `tried` are measured, and the best is taken. A move that turned
-    out worse than predicted is predicted worse from then on.
+    The next downgrade is the one that loses least KL per cost saved. One between precisions is
+    taken as predicted: such losses are small and add up. Where a skip is predicted to be best, the
+    best ones are measured, until no other is predicted to be better or `candidates` are measured,
+    and the best is taken. What turned out worse than predicted is predicted worse from then on.
+    The first and the last layer are never skipped.
 
     Args:
-        env: the process, whose actions go from dear to cheap.
-        ids: `[B, T]` to measure on.
-        reference: input of the LM head on the reference path, `[B, T, D]`.
-        costs: `[L, A]`, in any unit.
+        costs: `[L, A]`, in any unit; actions from dear to cheap, `skip` last.
         values: predicted KL of each action alone, `[L, A]` nats.
-        tried: moves that are measured per step at most, at least 1.
-        start: path to begin with, the reference path if none.
+        measure: mean KL of a path in nats.
+        candidates: downgrades that are measured per step at most, at least 1.
+        start: path to begin with, the dearest if none.
 
     Yields:
-        The moves, from dear to cheap.
+        The downgrades, from dear to cheap.
     """
-    path, current, known = start or (0,) * env.layers, 0.0, start is None
+    layers, skip = len(costs), costs.shape[1] - 1
+    path, kl, measured = start or (0,) * layers, 0.0, start is None
     values = values.clone()
-    while current <= LIMIT:
+    while kl <= LIMIT:
         ranked = sorted(
-            (
-                float(values[layer, action] - values[layer, path[layer]]) / saved,
-                layer,
-                action,
-                saved,
-            )
-            for layer, action in _moves(env, path)
-            if (saved := float(costs[layer, path[layer]] - costs[layer, action])) > 0
+            (float(values[layer, action] - values[layer, now]) / saved, layer, action, saved)
+            for layer, now in enumerate(path)
+            for action in range(now + 1, skip if layer in (0, layers - 1) else skip + 1)
+            if (saved := float(costs[layer, now] - costs[layer, action])) > 0
         )
         if not ranked:
             return
         multiplier, layer, action, saved = ranked[0]
-        if env.actions[action] != SKIP:
-            path, current, known = _moved(path, layer, action), current + multiplier * saved, False
-            yield Move(layer, action, path, current, multiplier)
+        if action != skip:
+            path, kl, measured = _with(path, layer, action), kl + multiplier * saved, False
+            yield Downgrade(layer, action, path, kl, multiplier)
             continue
-        if not known:
-            (current,) = path_kl(env, ids, reference, path, [env.frozen.head])
-            known = True
-        best: Move | None = None
-        for multiplier, layer, action, saved in ranked[:tried]:
+        if not measured:
+            kl, measured = measure(path), True
+        best: Downgrade | None = None
+        for multiplier, layer, action, saved in ranked[:candidates]:
             if best and best.multiplier <= multiplier:
                 break
-            candidate = _moved(path, layer, action)
-            (kl,) = path_kl(env, ids, reference, candidate, [env.frozen.head])
-            loss = kl - current
-            values[layer, action] = values[layer, path[layer]] + max(loss, 1e-7)
-            if best is None or loss / saved < best.multiplier:
-                best = Move(layer, action, candidate, kl, loss / saved)
+            candidate = _with(path, layer, action)
+            found = measure(candidate)
+            values[layer, action] = values[layer, path[layer]] + max(found - kl, 1e-7)
+            if best is None or (found - kl) / saved < best.multiplier:
+                best = Downgrade(layer, action, candidate, found, (found - kl) / saved)
         assert best
-        current, path = best.kl, best.path
+        kl, path = best.kl, best.path
         yield best
 
 
-def _moved(path: tuple[int, ...], layer: int, action: int) -> tuple[int, ...]:
+def _with(path: tuple[int, ...], layer: int, action: int) -> tuple[int, ...]:
     return (*path[:layer], action, *path[layer + 1 :])
 
 
-def _moves(env: Environment, path: Sequence[int]) -> list[tuple[int, int]]:
-    ends = {0, env.layers - 1}
-    return [
-        (layer, action)
-        for layer, now in enumerate(path)
-        for action in range(now + 1, len(env.actions))
-        if not (env.actions[action] == SKIP and layer in ends)
-    ]
+def increments_of(downgrades: Sequence[Downgrade], costs: Tensor) -> Tensor:
+    """Increments of the KL that make the multiplier alone repeat a search: `[L, A-1]` nats.
 
-
-def path_kl(
-    env: Environment, ids: Tensor, reference: Tensor, path: Sequence[int], heads: Sequence[Action]
-) -> list[float]:
-    """Mean KL of the decided tokens when every token takes the same path, with each head."""
-    with torch.no_grad():
-        parts = [env.run(part, fixed(env, path, part.shape)).final for part in ids.split(4)]
-    return env.mean_kl(reference, torch.cat(parts), heads)
-
-
-def fixed(env: Environment, path: Sequence[int], shape: torch.Size) -> Decide:
-    """The same path for every token of `[B, T]`."""
-    chosen = torch.nn.functional.one_hot(torch.tensor(path), len(env.actions)).float()  # [L, A]
-    return lambda state: chosen[state.layers].expand(*shape, -1, -1)
-
-
-def step_values(moves: Sequence[Move], costs: Tensor) -> Tensor:
-    """Values that make the multiplier alone reproduce a descent: `[L, A-1]` nats per step.
-
-    A layer leaves an action when the multiplier reaches what that move lost per unit of cost, or
-    what an earlier move lost, if that was more. Steps that the descent never took are worth half as
-    much again as its last one.
+    A layer leaves an action when the multiplier reaches what that downgrade lost per unit of cost,
+    or what an earlier one lost, if that was more. Increments that the search never paid are worth
+    half as much again as its last one.
 
     Args:
-        moves: of `search`, in order.
+        downgrades: of `search`, in order.
         costs: `[L, A]`, in any unit.
     """
     saved = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6)
     highest = 0.0
-    multipliers = torch.zeros_like(saved)
+    multipliers = costs.new_zeros(saved.shape)
     now = [0] * len(costs)
-    for move in moves:
-        highest = max(highest, move.multiplier, 1e-6)
-        multipliers[move.layer, now[move.layer] : move.action] = highest
-        now[move.layer] = move.action
+    for one in downgrades:
+        highest = max(highest, one.multiplier, 1e-6)
+        multipliers[one.layer, now[one.layer] : one.action] = highest
+        now[one.layer] = one.action
     multipliers[multipliers == 0] = 1.5 * highest
     return multipliers * saved

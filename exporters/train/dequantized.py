@@ -1,7 +1,7 @@
-"""The model in training: what the graphs of a bundle compute, in torch, from their own weights.
+"""The bundle's layers in torch: what its graphs compute, differentiable, from the same weights.
 
-Read from the bundle, not from the source model, so that what the policy is trained on is to the
-last bit what it will steer.
+The weights are read from the bundle and dequantized, not taken from the source model: so the policy
+is trained on exactly the layers that it will choose between.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ F = torch.nn.functional
 
 
 @dataclass(frozen=True)
-class Product:
-    """y = x @ weight.T + bias, weight `[N, K]`."""
+class Linear:
+    """y = x @ weight.T + bias; weight `[N, K]`, bias `[N]`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -41,12 +41,15 @@ class Product:
         return F.linear(x, self.weight, self.bias)
 
 
-Weights: TypeAlias = dict[str, Product]
-"""By name of the linear layer."""
+Projections: TypeAlias = dict[str, Linear]
+"""The linear layers of a decoder layer under one action, by name."""
 
 Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
+# The C library maps each block of over 32 MB anew and the system clears its pages: a fifth of the
+# time of passes whose logits are larger.
+_LOGITS_BYTES = 12 << 20
 _NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,16 +58,18 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Frozen:
+class DequantizedModel:
     """The layers of a bundle under each action; nothing but the compensation is ever trained.
 
-    Shapes: B sequences, T tokens each, D hidden size, H heads, H_kv key/value heads, d head size.
+    Shapes: B sequences, T tokens each, D hidden size, H heads, H_kv key/value heads, d head size,
+    V vocabulary. Tensors are float32 unless told.
 
     Attributes:
         manifest: of the bundle.
-        actions: those it holds weights for; `skip` always.
+        actions: those it holds weights for, from dear to cheap; the last is `skip`.
         heads: the LM heads, by precision.
-        head: the one that mixed paths use.
+        head: precision of the one that mixed paths use.
+        chunk: tokens whose logits should exist at once.
     """
 
     def __init__(self, bundle: Bundle, actions: tuple[Action, ...], dtype: torch.dtype):
@@ -73,7 +78,10 @@ class Frozen:
         Args:
             bundle: to read from.
             actions: the precisions to hold.
-            dtype: of the stored matrices (norms and hidden states stay float32).
+            dtype: of the stored matrices; norms and hidden states stay float32.
+
+        Raises:
+            BundleError: a file is missing or damaged.
         """
         self.manifest: Manifest = bundle.manifest
         self.actions: tuple[Action, ...] = (*(a for a in actions if a != SKIP), SKIP)
@@ -81,26 +89,27 @@ class Frozen:
         facts, self._block = self.manifest.model, self.manifest.block
         self._heads, self._kv_heads, self._d = facts.num_heads, facts.num_kv_heads, facts.head_dim
         self._norms: list[dict[str, Norm]] = []
-        self._layers: list[dict[Action, Weights]] = []
+        self._layers: list[dict[Action, Projections]] = []
         self._scales = [layer.scale for layer in self.manifest.layers]
         for index in range(facts.num_layers):
-            weights: dict[Action, Weights] = {}
+            layer: dict[Action, Projections] = {}
             for action in self.actions:
                 found = self._tensors(layer_path(index, action))
-                weights[action] = _products(found, self.manifest.target.block_size, dtype)
+                layer[action] = _projections(found, self.manifest.target.block_size, dtype)
                 if action != SKIP:
                     norms = {name: _norm(found, name) for name in _NORMS if name in found}
             self._norms.append(norms)
-            self._layers.append(weights)
+            self._layers.append(layer)
         # INT8 stands for `full` here as in the layers.
         exported = self.manifest.exported_heads
         heads: list[Action] = [a for a in exported if a != "full" or "int8" not in exported]
-        self.heads: dict[Action, Product] = {}
+        self.heads: dict[Action, Linear] = {}
         for precision in heads:
             found = self._tensors(head_path(precision))
-            products = _products(found, self.manifest.target.block_size, dtype)
-            self.heads[precision] = products["lm_head"]
+            projections = _projections(found, self.manifest.target.block_size, dtype)
+            self.heads[precision] = projections["lm_head"]
             self._final_norm = _norm(found, "final_norm")
+        self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 1), 64)
         mixed = self.manifest.heads[SKIP]
         self.head: Action = mixed if mixed in self.heads else next(iter(self.heads))
 
@@ -125,25 +134,21 @@ class Frozen:
         return table[ids].float() * scale
 
     def rotary(self, length: int) -> Rotary:
-        """Rotary tables of the first positions."""
+        """Rotary tables of the first `length` positions."""
         tables = [rotary_tables(rope, length, "float32") for rope in self.manifest.ropes]
         return [(torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in tables]
 
     def normed(self, layer: int, x: Tensor) -> Tensor:
-        """What attention reads of a layer's input `[..., D]`."""
+        """What attention reads of a layer's input, `[..., D]` -> `[..., D]`."""
         return self._norm(layer, "input_norm", x)
 
     def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
         norm = self._norms[layer].get(name)
         return x if norm is None else norm(x, self._block)
 
-    def qkv(self, layer: int, action: Action, normed: Tensor) -> Tensor:
-        """Stacked queries, keys and values `[..., (H + 2 * H_kv) * d]`, as projected."""
-        return self._layers[layer][action]["qkv_proj"](normed)
-
-    def split(self, layer: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[..., H * d]`; keys and values stacked `[..., 2 * H_kv * d]`; not rotated."""
-        width = self._heads * self._d
+    def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated."""
+        qkv, width = self._layers[layer][action]["qkv_proj"](normed), self._heads * self._d
         queries = self._norm(layer, "q_norm", qkv[..., :width])
         return queries, self._key_normed(layer, qkv[..., width:])
 
@@ -167,7 +172,7 @@ class Frozen:
     def _attention(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
     ) -> Tensor:
-        """Heads' outputs `[B, H, T, d]`; without `causal` every query sees every key."""
+        """Outputs of the heads `[B, H, T, d]`; without `causal` every query sees every key."""
         scale, cap = self._block.attention_scale, self._block.attention_softcap
         length = q.shape[2]
         if cap is None and (not causal or window is None or window >= length):
@@ -182,7 +187,7 @@ class Frozen:
             return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.float()
 
     def new_cache(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """Room for the keys and values of one layer, `[B, H_kv, length, d]` each."""
+        """Empty cache for the keys and values of one layer, `[B, H_kv, length, d]` each."""
         shape = batch, self._kv_heads, length, self._d
         return torch.zeros(shape), torch.zeros(shape)
 
@@ -198,8 +203,9 @@ class Frozen:
         """Like `attend` for one token a sequence (T = 1) at `position`; extends the cache.
 
         Args:
-            rotary: of that position alone.
+            cache: what `new_cache` gave.
         """
+        rotary = [(cos[position, None], sin[position, None]) for cos, sin in rotary]
         keys, values = keys_values.chunk(2, -1)
         k, v = cache
         k[:, :, position] = self._rotated(layer, keys, rotary)[:, :, 0]
@@ -221,47 +227,53 @@ class Frozen:
         return heads if rope is None else _rotated(heads, *rotary[rope])
 
     def complete(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
-        """Output of a layer from its input `[..., D]` and the heads' outputs `[..., H * d]`."""
-        weights, block = self._layers[layer][action], self._block
-        total = x + self._norm(layer, "output_norm", weights["o_proj"](attention))
-        read = total
-        if block.parallel:
-            read = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
-        up = weights["gate_up_proj"](self._norm(layer, "post_norm", read))
-        activation = _ACTIVATIONS[block.activation]
+        """Output of a layer from its input `[..., D]` and its attention `[..., H * d]`."""
+        attended, block = self.attended(layer, action, x, attention), self._block
+        projections, activation = self._layers[layer][action], _ACTIVATIONS[block.activation]
+        up = projections["gate_up_proj"](self.mlp_input(layer, x, attended))
         if block.gated:
             gate, up = up.chunk(2, -1)
             up = activation(gate) * up
         else:
             up = activation(up)
-        return total + self._norm(layer, "down_norm", weights["down_proj"](up))
+        return attended + self._norm(layer, "down_norm", projections["down_proj"](up))
+
+    def attended(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
+        """Input plus projected attention, `[..., D]`; arguments as for `complete`."""
+        projected = self._layers[layer][action]["o_proj"](attention)
+        return x + self._norm(layer, "output_norm", projected)
+
+    def mlp_input(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """What the MLP reads, `[..., D]`, given the layer's input and `attended`."""
+        if self._block.parallel:
+            attended = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
+        return self._norm(layer, "post_norm", attended)
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated output `[..., D]`; keys and values `[..., 2 * H_kv * d]`."""
-        weights = self._layers[layer][SKIP]
-        projected = weights["skip_proj"](normed)
+        projections = self._layers[layer][SKIP]
+        projected = projections["skip_proj"](normed)
         width = 2 * self._kv_heads * self._d
         keys_values, reduced = projected[..., :width], projected[..., width:]
         y = self._scales[layer] * x
-        if "expand_proj" in weights:
-            y = y + weights["expand_proj"](reduced)
+        if "expand_proj" in projections:
+            y = y + projections["expand_proj"](reduced)
         return y, self._key_normed(layer, keys_values)
 
     def compensation(self) -> list[Tensor]:
-        """Per layer the `[D, r]` map from the reduced input to what a skip adds, in FP32.
+        """Per layer the `[D, r]` map from the reduced input to what a skip adds, in float32.
 
         From the first call on, `skip` uses these very tensors: changing one changes what it
         computes. Empty where skipped layers are only scaled.
         """
         found = []
-        for weights in self._layers:
-            product = weights[SKIP].get("expand_proj")
-            if product is None:
+        for layer in self._layers:
+            if "expand_proj" not in layer[SKIP]:
                 return []
-            if product.weight.dtype != torch.float32:
-                product = Product(product.weight.float(), product.bias)
-                weights[SKIP]["expand_proj"] = product
-            found.append(product.weight)
+            expand = layer[SKIP]["expand_proj"]
+            if expand.weight.dtype != torch.float32:
+                expand = layer[SKIP]["expand_proj"] = Linear(expand.weight.float(), expand.bias)
+            found.append(expand.weight)
         return found
 
     def final(self, x: Tensor) -> Tensor:
@@ -269,7 +281,7 @@ class Frozen:
         return self._final_norm(x, self._block)
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
-        """Logits `[..., V]` from what `final` returns, by the head of mixed paths unless given."""
+        """Logits `[..., V]` from what `final` gives, by the head of mixed paths unless given."""
         logits = self.heads[head or self.head](final)
         cap = self._block.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits)
@@ -281,10 +293,12 @@ class Frozen:
 
 
 def _norm(found: dict[str, np.ndarray], name: str) -> Norm:
+    return Norm(torch.tensor(found[name]).float(), _bias(found, name, torch.float32))
+
+
+def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> Tensor | None:
     bias = found.get(f"{name}.bias")
-    return Norm(
-        torch.tensor(found[name]).float(), None if bias is None else torch.tensor(bias).float()
-    )
+    return None if bias is None else torch.tensor(bias).to(dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -294,8 +308,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-def _products(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype) -> Weights:
-    products = {}
+def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype) -> Projections:
+    """The linear layers among the tensors of a graph, stored in FP32, FP16, INT8 or INT4."""
+    projections = {}
     for key, array in found.items():
         name, _, part = key.rpartition(".")
         if part == "weight":
@@ -311,11 +326,8 @@ def _products(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype)
                 weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
         else:
             continue
-        bias = found.get(f"{name}.bias")
-        products[name] = Product(
-            weight.to(dtype), None if bias is None else torch.tensor(bias).to(dtype)
-        )
-    return products
+        projections[name] = Linear(weight.to(dtype), _bias(found, name, dtype))
+    return projections
 
 
 def _dequantized(found: dict[str, np.ndarray], name: str, block_size: int) -> Tensor:

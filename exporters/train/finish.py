@@ -1,0 +1,122 @@
+"""The last phase: completes a copy of the bundle with scorer, compensation, costs and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.budget import presets, reference_ms
+from dash_onnx.core.bundle import Bundle, file_facts
+from dash_onnx.core.contract import data_name, layer_path
+from dash_onnx.core.facts import Costs, FileFacts, ScorerFacts, Training
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.exporters.graphs import replace_expand
+from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
+from dash_onnx.exporters.train.tables import policy_table, static_table
+from dash_onnx.exporters.train.trainer import Trainer
+from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.ort import Device
+
+Profile: TypeAlias = Callable[[Bundle, Device], Costs]
+"""Measures the costs of a bundle on a device."""
+
+
+def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
+    """Completes a copy of the bundle.
+
+    Args:
+        trainer: after its improvement.
+        folder: the copy.
+        profile: measures its costs.
+
+    Returns:
+        Its manifest, which is not written.
+    """
+    manifest, device = trainer.bundle.manifest, trainer.bundle.manifest.target.device
+    scorer, rounding = exported_scorer(trainer)
+    file = export_scorer(scorer, folder, manifest.dims)
+    points, training = trainer.scorer.decision_points, _training(trainer, manifest)
+    facts = ScorerFacts(file, scorer.actions, points, (), {}, (), training)
+    if manifest.scorer is not None and manifest.scorer.file != file:
+        (folder / manifest.scorer.file).unlink()
+    files = {**trainer.graphs(), **_write_compensation(trainer, folder)}
+    files[file] = file_facts(folder / file)
+    manifest = replace(manifest, files=files, scorer=facts)
+    manifest = replace(manifest, costs=profile(Bundle(folder, manifest), device))
+    with trainer.autocast():
+        reference = trainer.env.reference(trainer.held_out)
+        table = policy_table(trainer, scorer, manifest, reference, rounding)
+        static = static_table(trainer, manifest, reference, rounding)
+    training = _training(trainer, manifest)
+    facts = replace(facts, points=table, presets=presets(table), static=static, training=training)
+    return replace(manifest, scorer=facts)
+
+
+def exported_scorer(trainer: Trainer) -> tuple[BundleScorer, float]:
+    """The trained scorer with the extra action, and the KL in nats that this saves a token."""
+    rounding, gain = 0.0, torch.zeros(trainer.env.layers)
+    if trainer.extra:
+        rounding = _rounding_kl(trainer)
+        errors = [layer.relative_error["int8"] ** 2 for layer in trainer.bundle.manifest.layers]
+        gain = rounding * torch.tensor(errors) / sum(errors)
+    return BundleScorer(trainer.scorer, trainer.actions, trainer.extra, gain), rounding
+
+
+def _rounding_kl(trainer: Trainer) -> float:
+    """KL(full || int8) in nats through the runtime, INT8 activations included."""
+    manifest, results = trainer.bundle.manifest, []
+    backend = open_backend(manifest.target.device)
+    model = Model(trainer.bundle, backend, policy=manifest.variants[0])
+    for row in trainer.held_out[:4].numpy():
+        p, q = (
+            torch.from_numpy(model.logits(row, policy=policy)).double().log_softmax(-1)
+            for policy in ("full", "int8")
+        )
+        results.append(float((p.exp() * (p - q)).sum(-1)[trainer.env.prompt_tokens :].mean()))
+    return float(np.mean(results))
+
+
+def _write_compensation(trainer: Trainer, folder: Path) -> dict[str, FileFacts]:
+    """Puts the trained maps into the skip graphs; training's model uses them as rounded there."""
+    block, files = trainer.bundle.manifest.target.block_size, {}
+    for layer, weight in enumerate(trainer.compensation):
+        with torch.no_grad():
+            weight.copy_(replace_expand(folder, layer, weight.detach(), block))
+        graph = layer_path(layer, SKIP)
+        for name in (graph, data_name(graph)):
+            if (folder / name).is_file():
+                files[name] = file_facts(folder / name)
+    return files
+
+
+def _training(trainer: Trainer, manifest: Manifest) -> Training:
+    """What the manifest says of the training; curves as averages over at most ten parts."""
+    options, costs = trainer.options, manifest.costs
+    full_ms = reference_ms(manifest)
+    parts = [part.mean(0) for part in np.array_split(np.array(trainer.history), 10) if len(part)]
+    loss, kl, cost = np.transpose(parts)
+    rest = costs.embed_ms + costs.scorer_ms + costs.heads_ms[manifest.heads[SKIP]]
+    files = ", ".join(path.name for path in options.calibration)
+    return Training(
+        effort=options.effort,
+        source=files or "self-generated",
+        tokens=trainer.ids.numel(),
+        held_out_tokens=trainer.held_out.numel(),
+        seed=options.seed,
+        seconds=round(time.monotonic() - trainer.started, 1),
+        loss=_rounded(loss),
+        kl=_rounded(kl),
+        cost=_rounded((rest + cost * costs.unit_ms) / full_ms),
+    )
+
+
+def _rounded(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(round(float(value), 5) for value in values)

@@ -1,0 +1,200 @@
+"""A training in progress: the environment, the scorer that learns in it, and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.facts import FileFacts
+from dash_onnx.core.text import TextCodec, read_text
+from dash_onnx.exporters.train import static
+from dash_onnx.exporters.train.augmentation import augmented
+from dash_onnx.exporters.train.checkpoint import Checkpoint
+from dash_onnx.exporters.train.dequantized import DequantizedModel, Tensor
+from dash_onnx.exporters.train.environment import Environment
+from dash_onnx.exporters.train.options import PLANS, TrainOptions
+from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
+from dash_onnx.exporters.train.text import training_ids
+
+
+class Trainer:
+    """What the phases of a training share.
+
+    Attributes:
+        bundle: that is trained; it stays as it is.
+        options: what the user chose.
+        plan: what that means.
+        checkpoint: what an earlier run of the same training reached.
+        actions: that are trained, from dear to cheap.
+        extra: dearer actions that the exported scorer has beside them.
+        dtype: of matrix products.
+        model: the bundle's layers.
+        env: in which they run.
+        costs: `[L, A]` in `Costs.unit_ms`, infinite where forbidden.
+        compensation: the maps that are trained, see `DequantizedModel.compensation`.
+        scorer: that learns.
+        generator: of everything random but the text and the scorer's first weights.
+        ids: training tokens `[B, T]`, once `prepare_text` has run.
+        held_out: tokens `[B, T]` that only the tables see, likewise.
+        downgrades: of the static search, once the values are regressed.
+        history: Lagrangian, KL in nats and cost in `Costs.unit_ms` of each improvement step.
+        started: when, of `time.monotonic`.
+    """
+
+    ids: Tensor
+    held_out: Tensor
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: TrainOptions,
+        *,
+        model: Callable[..., DequantizedModel] = DequantizedModel,
+        checkpoint: Callable[[Path, str], Checkpoint] = Checkpoint,
+    ):
+        """Opens the model; nothing is written.
+
+        Args:
+            bundle: to train.
+            options: what the user chose.
+            model: opens the bundle's layers.
+            checkpoint: opens the saved state, by the bundle's folder and a fingerprint.
+
+        Raises:
+            DashError: the bundle or the calibration text cannot be used.
+        """
+        self.bundle, self.options, self.started = bundle, options, time.monotonic()
+        self.plan = plan = options.plan or PLANS[options.effort]
+        manifest = bundle.manifest
+        facts, variants = manifest.model, manifest.variants
+        # `full` costs far more than it gains over INT8: training does without it.
+        self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
+        self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
+        self.dtype = getattr(torch, plan.dtype) if plan.dtype else _fast_dtype()
+        self.model = model(bundle, self.actions, self.dtype)
+        points = plan.decision_points
+        if isinstance(points, int):
+            points = decision_points_of(facts.num_layers, points)
+        prompt = min(plan.prompt_tokens, facts.max_length // 2)
+        self.env = Environment(self.model, self.actions, prompt, points)
+        self.costs = torch.tensor(manifest.costs.in_units(self.actions))
+        self.costs[0, self.actions.index(SKIP)] = math.inf
+        maps = self.model.compensation() if plan.train_compensation else []
+        self.compensation = [weight.requires_grad_() for weight in maps]
+        self.generator = torch.Generator().manual_seed(options.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
+        self.checkpoint = checkpoint(bundle.folder, self._fingerprint())
+        self.downgrades: list[static.Downgrade] = []
+        self.history: list[tuple[float, float, float]] = []
+        self._references: dict[int, Tensor] = {}
+
+    def _fingerprint(self) -> str:
+        """Of everything that decides how the training goes."""
+        files = {name: facts.sha256 for name, facts in self.graphs().items()}
+        shapes = {name: list(weight.shape) for name, weight in self.scorer.state_dict().items()}
+        costs = self.bundle.manifest.costs.in_units(self.actions)
+        plan, seed, dtype = dataclasses.asdict(self.plan), self.options.seed, str(self.dtype)
+        digest = hashlib.sha256(json.dumps([files, shapes, costs, plan, seed, dtype]).encode())
+        for path in self.options.calibration:
+            digest.update(read_text(path).encode())
+        return digest.hexdigest()
+
+    def graphs(self) -> dict[str, FileFacts]:
+        """Every file of the bundle but an earlier scorer."""
+        manifest = self.bundle.manifest
+        earlier = manifest.scorer.file if manifest.scorer else None
+        return {name: facts for name, facts in manifest.files.items() if name != earlier}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in the lower precision where that is faster."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast("cpu", self.dtype)
+
+    def prepare_text(self) -> None:
+        """Reads or generates the training and the held-out tokens."""
+        ids, plan = self.checkpoint.state.get("ids"), self.plan
+        codec, files, seed = TextCodec(self.bundle), self.options.calibration, self.options.seed
+        if ids is None:
+            count, length = plan.sequences + plan.held_out, plan.length
+            with self.autocast():
+                ids = training_ids(self.model, codec, files, count, length, seed)
+            self.checkpoint.save(ids=ids)
+        held_out = min(plan.held_out, len(ids) // 4)
+        self.held_out, self.ids = ids[:held_out], ids[held_out:]
+        if plan.augment and not files:  # what is held out stays as the model writes it
+            self.ids = augmented(self.ids, codec.tokenizer, seed)
+
+    def cost(self, decisions: Tensor) -> Tensor:
+        """Cost of `[..., L, A]` decisions in `Costs.unit_ms`, `[...]`; forbidden ones are free."""
+        return (decisions * self.costs.nan_to_num(posinf=0.0)).sum((-1, -2))
+
+    @property
+    def log_multiplier_range(self) -> tuple[float, float]:
+        """Log of nats per `Costs.unit_ms`."""
+        low, high = self.plan.multipliers
+        return math.log(low), math.log(high)
+
+    def log_multipliers(self, count: int) -> Tensor:
+        """Log multipliers `[count, 1]`, drawn log-uniformly."""
+        low, high = self.log_multiplier_range
+        return low + torch.rand(count, 1, generator=self.generator) * (high - low)
+
+    def batch(self, number: int) -> Tensor:
+        """Training tokens `[B, T]` of a pass; they come round again."""
+        start = number % self._batches * self.plan.batch
+        return self.ids[start : start + self.plan.batch]
+
+    @property
+    def _batches(self) -> int:
+        return max(len(self.ids) // self.plan.batch, 1)
+
+    def reference(self, number: int) -> Tensor:
+        """Input of the LM head on the reference path of a batch, kept for when it returns."""
+        key = number % self._batches
+        if key not in self._references:
+            self.keep_reference(number, self.env.reference(self.batch(number)))
+        return self._references[key].float()
+
+    def keep_reference(self, number: int, final: Tensor) -> None:
+        """Keeps what `reference` would compute."""
+        self._references[number % self._batches] = final.to(self.dtype)
+
+    def static_search(
+        self,
+        ids: Tensor,
+        reference: Tensor,
+        values: Tensor,
+        candidates: int,
+        start: tuple[int, ...] | None = None,
+    ) -> list[static.Downgrade]:
+        """`static.search`, measured on `[B, T]` tokens against their reference `[B, T, D]`."""
+
+        def measure(path: tuple[int, ...]) -> float:
+            (kl,) = self.env.mean_kl(reference, self.env.run_path(ids, path), [self.model.head])
+            return kl
+
+        found = static.search(self.costs, values, measure, candidates, start)
+        return list(tqdm(found, desc="static", disable=None))
+
+
+def _fast_dtype() -> torch.dtype:
+    """BF16 where the processor multiplies it natively, twice as fast as FP32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
