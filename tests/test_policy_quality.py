@@ -11,8 +11,8 @@ import pytest
 
 import dash_onnx
 from dash_onnx.core.budget import reference_ms
+from dash_onnx.eval.text import Evaluation, evaluate_text
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.evaluate import Evaluation, evaluate
 
 BASELINES = ("static", "random", "even", "cosine")
 TRAINED = Path(__file__).parent.parent / "build/demo/bundle"
@@ -44,7 +44,7 @@ def text(model: Model) -> str:
 
 
 def quality(model: Model, text: str, policy: str, budget: float | None = None) -> Evaluation:
-    return evaluate(model, text, policy, budget, window=256, prompt_tokens=64, max_windows=5)
+    return evaluate_text(model, text, policy, budget, window=256, prompt_tokens=64, max_windows=5)
 
 
 def skipping_budget(model: Model) -> float:
