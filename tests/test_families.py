@@ -78,7 +78,7 @@ def test_training_computes_what_the_runtime_computes(pair: Pair, dense: bool) ->
     choice = random_choice(case, ids)
     with torch.no_grad():
         final = case.env.run(ids, recorded(one_hot(choice, case)), dense).final
-        ours = case.env.frozen.logits(final)[0, PROMPT:].numpy()
+        ours = case.env.model.logits(final)[0, PROMPT:].numpy()
     np.testing.assert_allclose(ours, runtime_logits(case, ids[0], choice[0]), atol=1e-3)
 
 
@@ -127,8 +127,8 @@ def test_training_text_is_sampled_from_what_is_trained_on(pair: Pair) -> None:
     """The attention that grows a cache, token by token, is that of whole sequences."""
     env, count = case_of(pair.bundle, PROMPT).env, WINDOW + 5
     ids = torch.from_numpy(random_ids(count))[None]
-    wanted = env.frozen.logits(env.reference(ids, "full"))
-    next_logits = decoder(env.frozen, 1, count)
+    wanted = env.model.logits(env.reference(ids))
+    next_logits = decoder(env.model, 1, count)
     with torch.inference_mode():
         for position in range(count):
             found = next_logits(ids[:, position : position + 1], position)
@@ -137,9 +137,9 @@ def test_training_text_is_sampled_from_what_is_trained_on(pair: Pair) -> None:
 
 def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
     env, generator = case_of(pair.bundle, PROMPT).env, torch.Generator().manual_seed(3)
-    reference, final = (env.frozen.final(torch.randn(9, 64, generator=generator)) for _ in "ab")
+    reference, final = (env.model.final(torch.randn(9, 64, generator=generator)) for _ in "ab")
     final.requires_grad_()
-    plain = plain_kl(env, reference, final, env.frozen.head)
+    plain = plain_kl(env, reference, final, env.model.head)
     torch.testing.assert_close(env.kl(reference, final), plain, atol=1e-5, rtol=1e-4)
     (wanted,) = torch.autograd.grad(plain.sum(), final)
     (ours,) = torch.autograd.grad(env.kl(reference, final).sum(), final)
