@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,13 @@ from dash_onnx.eval.text import Evaluation, evaluate_text
 from dash_onnx.runtime.engine import Model
 
 BASELINES = ("static", "random", "even", "cosine")
-TRAINED = Path(__file__).parent.parent / "build/demo/bundle"
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo]
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    """The demo bundle with its trained policy; training it here would take five minutes."""
-    if not (TRAINED / "dash.json").is_file():
-        # It guards the central claim: where it must run, it must not be passed over.
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no {TRAINED}: run `make demo`")
-    return dash_onnx.load(TRAINED)
+def model(trained_bundle: Path) -> Model:
+    return dash_onnx.load(trained_bundle)
 
 
 @pytest.fixture(scope="module")
