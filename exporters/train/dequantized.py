@@ -7,7 +7,7 @@ is trained on exactly the layers that it will choose between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TypeAlias
 
@@ -21,24 +21,12 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
-from dash_onnx.exporters.architectures.base import Norm
+from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.graphs.graph import OFFSETS
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
 
 Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x @ weight.T + bias; weight `[N, K]`, bias `[N]`."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[..., K]` -> `[..., N]`; under autocast in its lower precision."""
-        return F.linear(x, self.weight, self.bias)
 
 
 Projections: TypeAlias = dict[str, Linear]
@@ -123,10 +111,7 @@ class DequantizedModel:
         scale = np.asarray(found.get("embedding_scale", 1.0)).item()
         if "embedding" in found:
             return torch.tensor(found["embedding"]), scale
-        values, scales = found["embedding.values"], found["embedding.scales"].astype(np.float32)
-        block = values.shape[1] // scales.shape[1]
-        rows = values.reshape(*scales.shape, block)
-        return dequantize(Quantized(rows, scales, None, values.shape, 8, block)), scale
+        return _dequantized(found, "embedding", self.manifest.target.block_size), scale
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
@@ -146,9 +131,13 @@ class DequantizedModel:
         norm = self._norms[layer].get(name)
         return x if norm is None else norm(x, self._block)
 
+    def _project(self, layer: int, action: Action, name: str, x: Tensor) -> Tensor:
+        """`[..., K]` -> `[..., N]`; under autocast in its lower precision."""
+        return _product(x, self._layers[layer][action][name])
+
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated."""
-        qkv, width = self._layers[layer][action]["qkv_proj"](normed), self._heads * self._d
+        qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * self._d
         queries = self._norm(layer, "q_norm", qkv[..., :width])
         return queries, self._key_normed(layer, qkv[..., width:])
 
@@ -229,18 +218,19 @@ class DequantizedModel:
     def complete(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
         """Output of a layer from its input `[..., D]` and its attention `[..., H * d]`."""
         attended, block = self.attended(layer, action, x, attention), self._block
-        projections, activation = self._layers[layer][action], _ACTIVATIONS[block.activation]
-        up = projections["gate_up_proj"](self.mlp_input(layer, x, attended))
+        activation, read = _ACTIVATIONS[block.activation], self.mlp_input(layer, x, attended)
+        up = self._project(layer, action, "gate_up_proj", read)
         if block.gated:
             gate, up = up.chunk(2, -1)
             up = activation(gate) * up
         else:
             up = activation(up)
-        return attended + self._norm(layer, "down_norm", projections["down_proj"](up))
+        down = self._project(layer, action, "down_proj", up)
+        return attended + self._norm(layer, "down_norm", down)
 
     def attended(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
         """Input plus projected attention, `[..., D]`; arguments as for `complete`."""
-        projected = self._layers[layer][action]["o_proj"](attention)
+        projected = self._project(layer, action, "o_proj", attention)
         return x + self._norm(layer, "output_norm", projected)
 
     def mlp_input(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
@@ -251,13 +241,12 @@ class DequantizedModel:
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated output `[..., D]`; keys and values `[..., 2 * H_kv * d]`."""
-        projections = self._layers[layer][SKIP]
-        projected = projections["skip_proj"](normed)
+        projected = self._project(layer, SKIP, "skip_proj", normed)
         width = 2 * self._kv_heads * self._d
         keys_values, reduced = projected[..., :width], projected[..., width:]
         y = self._scales[layer] * x
-        if "expand_proj" in projections:
-            y = y + projections["expand_proj"](reduced)
+        if "expand_proj" in self._layers[layer][SKIP]:
+            y = y + self._project(layer, SKIP, "expand_proj", reduced)
         return y, self._key_normed(layer, keys_values)
 
     def compensation(self) -> list[Tensor]:
@@ -270,10 +259,9 @@ class DequantizedModel:
         for layer in self._layers:
             if "expand_proj" not in layer[SKIP]:
                 return []
-            expand = layer[SKIP]["expand_proj"]
-            if expand.weight.dtype != torch.float32:
-                expand = layer[SKIP]["expand_proj"] = Linear(expand.weight.float(), expand.bias)
-            found.append(expand.weight)
+            weight = layer[SKIP]["expand_proj"].weight.float()
+            layer[SKIP]["expand_proj"] = replace(layer[SKIP]["expand_proj"], weight=weight)
+            found.append(weight)
         return found
 
     def final(self, x: Tensor) -> Tensor:
@@ -282,7 +270,7 @@ class DequantizedModel:
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
         """Logits `[..., V]` from what `final` gives, by the head of mixed paths unless given."""
-        logits = self.heads[head or self.head](final)
+        logits = _product(final, self.heads[head or self.head])
         cap = self._block.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits)
 
@@ -290,6 +278,10 @@ class DequantizedModel:
         """Derivative of the softcap at the logits it gave; 1 where there is none."""
         cap = self._block.logit_softcap
         return 1.0 if cap is None else cap - logits.square() / cap
+
+
+def _product(x: Tensor, linear: Linear) -> Tensor:
+    return F.linear(x, linear.weight, linear.bias)
 
 
 def _norm(found: dict[str, np.ndarray], name: str) -> Norm:
@@ -326,14 +318,14 @@ def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dty
                 weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
         else:
             continue
-        projections[name] = Linear(weight.to(dtype), _bias(found, name, dtype))
+        projections[name] = Linear(name, weight.to(dtype), _bias(found, name, dtype))
     return projections
 
 
 def _dequantized(found: dict[str, np.ndarray], name: str, block_size: int) -> Tensor:
-    values = found[f"{name}.values"]  # [N, blocks, bytes]
+    scales = found[f"{name}.scales"].astype(np.float32)  # [N, blocks]
+    values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
     bits: Bits = 8 if values.shape[2] == block_size else 4
     shape = values.shape[0], values.shape[1] * block_size
-    scales = found[f"{name}.scales"].astype(np.float32)
     zero_points = found.get(f"{name}.zero_points")
     return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size))
