@@ -2,10 +2,14 @@
 
 The second phase. A pass runs a batch on decisions that the scorer draws, and credits every action
 of every layer with the KL that it would have added in place of the one drawn (counterfactual
-credit, from two backward passes). The scorer then learns to expect less of
-(KL + multiplier * cost) / sqrt(multiplier): the Lagrangian of KL under a bounded cost, scaled so
-that small and large multipliers weigh alike. The compensation of skipped layers learns from the
-same passes.
+credit). With s and f `[A]` the gradients of the KL of all tokens, and of a Fisher sample
+(`values.py`), with respect to one decision, action a in place of c adds, to second order,
+
+    s[a] - s[c] + (f[a] - f[c])^2 / 2.
+
+The scorer then learns to expect less of (KL + multiplier * cost) / sqrt(multiplier): the Lagrangian
+of KL under a bounded cost, scaled so that small and large multipliers weigh alike. The compensation
+of skipped layers learns from the same passes.
 """
 
 from __future__ import annotations
@@ -140,7 +144,6 @@ def explore(
         taken = taken.detach()
         slope = slope * count / scale[..., None, None]  # of the KL of all tokens, in nats
         slope, effect = (x - (x * taken).sum(-1, keepdim=True) for x in (slope, effect))
-        # To second order: half the curvature is one more unbiased sample, as in `values.py`.
         credit.append((slope + effect.square() / 2)[:, decided].flatten(0, 1))
     cost = trainer.cost(torch.cat(decisions, 2).detach())[:, decided]
     kl = kl.detach()
@@ -157,7 +160,10 @@ def explore(
 
 
 def _learn(
-    trainer: Trainer, optimizer: torch.optim.Optimizer, memory: list[Experience], heat: float
+    trainer: Trainer,
+    optimizer: torch.optim.Optimizer,
+    memory: list[Experience],
+    temperature: float,
 ) -> None:
     """Moves the probabilities towards the actions that would have lost less."""
     everything = {name: torch.cat([one[name] for one in memory]) for name in memory[0]}
@@ -173,7 +179,7 @@ def _learn(
             nothing = credit[:, :0, 0]  # the first segment sees no token
             hidden = everything[f"hidden.{layers.start}"][rows].float() if layers.start else nothing
             state = State(layers, hidden)
-            p = probabilities(trainer.scorer, trainer.costs, state, log_multiplier, heat)
+            p = probabilities(trainer.scorer, trainer.costs, state, log_multiplier, temperature)
             expected = (p * totals[:, layers]).sum((-1, -2))
             loss = loss + (expected * (-log_multiplier / 2).exp()).mean()
         optimizer.zero_grad()
