@@ -385,16 +385,14 @@ def interrupted(*_: object) -> Costs:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_the_same_seed_gives_the_same_bundle_interrupted_or_not(
-    stopped: bool, bundle: Path, trained: Path
+def test_the_same_seed_gives_the_same_bundle_although_it_was_interrupted(
+    bundle: Path, trained: Path
 ) -> None:
     torch.manual_seed(99)  # training must not depend on it, and must leave it alone
     state, before = torch.get_rng_state(), files_of(bundle)
-    if stopped:
-        with pytest.raises(KeyboardInterrupt):
-            train(bundle, OPTIONS, profile=interrupted)
-        assert files_of(bundle) == before
+    with pytest.raises(KeyboardInterrupt):
+        train(bundle, OPTIONS, profile=interrupted)
+    assert files_of(bundle) == before
     train(bundle, OPTIONS, profile=fixed_costs)
     assert torch.equal(torch.get_rng_state(), state)
     found, wanted = scorer_of(bundle), scorer_of(trained)
@@ -468,22 +466,15 @@ def test_another_seed_gives_another_scorer(untrained: Path, trainer: Trainer) ->
 # All or nothing
 
 
-def out_of_memory(*_: object) -> Costs:
-    raise RuntimeError("out of memory")
-
-
 def headless(bundle: Bundle, _: object) -> Costs:
     """Costs that no table can be made with."""
     return dataclasses.replace(fixed_costs(bundle), heads_ms={})
 
 
-@pytest.mark.parametrize("profile", [out_of_memory, headless])
-def test_a_training_that_fails_at_its_end_leaves_the_old_bundle(
-    profile: Callable[..., Costs], again: Path
-) -> None:
+def test_a_training_that_fails_at_its_end_leaves_the_old_bundle(again: Path) -> None:
     before = files_of(again)
-    with pytest.raises((RuntimeError, KeyError)):
-        train(again, dataclasses.replace(OPTIONS, seed=1), profile=profile)
+    with pytest.raises(KeyError):
+        train(again, dataclasses.replace(OPTIONS, seed=1), profile=headless)
     assert files_of(again) == before
     assert dash_onnx.load(again).generate("the keeper", max_new_tokens=8, ignore_eos=True)
 
@@ -592,11 +583,15 @@ def test_training_in_half_precision_ends_with_a_finite_scorer(untrained: Path) -
         assert torch.isfinite(value).all(), name
 
 
-def test_the_compensation_stays_as_exported_where_it_is_not_trained(bundle: Path) -> None:
-    before = files_of(bundle)
-    train(bundle, with_plan(train_compensation=False), profile=fixed_costs)
-    after = files_of(bundle)
-    assert all(after[name] == content for name, content in before.items() if "skip" in name)
+def test_the_compensation_stays_as_exported_where_it_is_not_trained(
+    untrained: Path, trainer: Trainer
+) -> None:
+    fixed = learned(untrained, with_plan(train_compensation=False))
+    before = prepared(untrained).model.compensation()
+    assert fixed.compensation == []
+    assert all(map(torch.equal, fixed.model.compensation(), before))
+    # The first layer is never skipped.
+    assert not any(map(torch.equal, trainer.compensation[1:], before[1:]))
 
 
 @pytest.mark.parametrize("variants", [("full", "int4"), ("int4",)], ids="+".join)
@@ -636,7 +631,7 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
 ) -> None:
     """In a process of its own, with the costs of this machine and nothing changed."""
     level = ExportOptions().accuracy_level
-    bundle = export_tiny(source, calibration=(night,), accuracy_level=level, max_length=96)
+    bundle = export_tiny(source, calibration=(night,), accuracy_level=level, max_length=64)
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, str(bundle)],
         capture_output=True,
@@ -653,7 +648,7 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
         assert line.split()[:3] == [f"{point.budget:.3f}", f"{point.kl:.4f}", point.head]
     assert "balanced" in done.stdout and "self-generated" in done.stdout
     assert facts.decision_points == (1,)
-    assert facts.training.tokens == plan.sequences * 96  # the model's context
+    assert facts.training.tokens == plan.sequences * 64  # the model's context
     assert costs.scorer_ms > 0 and costs.threads >= 1
     assert set(costs.heads_ms) == {"full", "int8", "int4"}
     assert all(set(row) == set(ACTIONS) for row in costs.layers_ms)
