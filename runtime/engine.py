@@ -181,10 +181,7 @@ class Model:
             `[S, V]` float32: row i predicts token i + 1.
         """
         ids = self._checked(ids)
-        chosen, sequence = (
-            self.policy(policy, budget),
-            self.new_sequence(),
-        )
+        chosen, sequence = self.policy(policy, budget), self.new_sequence()
         if chosen.uniform is not None:
             return sequence.prefill(ids, chosen.uniform, chosen.head, every=True)
         first = sequence.prefill(ids[:1], *prefill_plan(self._sessions, chosen), every=True)
