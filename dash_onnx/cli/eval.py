@@ -141,7 +141,6 @@ def _quietly() -> Iterator[None]:
     """The harness prints, and shows progress whether anyone looks or not."""
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would fork beside ONNX Runtime's threads
     with open(os.devnull, "w") as nowhere:
         stderr = sys.stderr if sys.stderr.isatty() else nowhere
         with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stderr):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,8 @@ class DashLM(TemplateLM):
             device: likewise.
         """
         super().__init__()
+        # The harness forks to find standard errors: beside ONNX Runtime's threads that can hang.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if not isinstance(bundle, Model):
             target = Bundle(bundle).manifest.target.device
             bundle = dash_onnx.load(bundle, device=target, threads=threads)
