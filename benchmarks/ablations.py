@@ -66,11 +66,7 @@ class Omitting(DequantizedModel):
         self._kept = (keys_values != 0).any(-1)  # [B, T]
         return super().attend(layer, queries, keys_values, rotary)
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
-    ) -> Tensor:
-        if not causal:
-            return super()._attention(q, k, v, causal, window)
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         length = q.shape[2]
         seen = torch.ones(length, length, dtype=torch.bool).tril() & self._kept[:, None, None]
         seen = seen | torch.eye(length, dtype=torch.bool)

@@ -63,11 +63,11 @@ class Backend:
         """The scorer's run, ordered after the layers called before it, its result on the host."""
         return AsyncRun(run, output)
 
-    def sequence(self, sessions: Sessions, capacity: int) -> SequenceState:
-        """The state of a new, empty sequence; see there."""
+    def sequence(self, sessions: Sessions, capacity: int, batch: int) -> SequenceState:
+        """The state of a new, empty sequence, or of a batch of them; see there."""
         from dash_onnx.runtime.sequence import SequenceState
 
-        return SequenceState(sessions, capacity)
+        return SequenceState(sessions, capacity, batch)
 
     def synchronize(self) -> None:
         """Waits until everything that was called has run."""

@@ -103,13 +103,14 @@ class Model:
         """The graphs that are loaded, by their path in the bundle."""
         return self._sessions.loaded
 
-    def new_sequence(self, capacity: int = CAPACITY) -> SequenceState:
+    def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
         """An empty sequence, for a caller who drives the decode loop with deciders of its own.
 
         Args:
             capacity: tokens that its K/V cache has room for at first; it doubles when full.
+            batch: sequences of one length, whose tokens take the same path.
         """
-        return self._sessions.new_sequence(capacity)
+        return self._sessions.new_sequence(capacity, batch)
 
     def new_cache(self) -> Cache:
         """An empty K/V cache that several generations of one conversation share, in turn."""

@@ -18,15 +18,19 @@ class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-        length: valid tokens.
+        batch: sequences B, equally long.
+        length: valid tokens of each.
         capacity: tokens there is room for.
-        keys: one buffer `[1, H_kv, capacity, d]` per layer.
+        keys: one buffer `[B, H_kv, capacity, d]` per layer.
         values: likewise.
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, capacity: int = CAPACITY):
+    def __init__(
+        self, manifest: Manifest, backend: Backend, capacity: int = CAPACITY, batch: int = 1
+    ):
         """Starts empty, with room for some tokens."""
+        self.batch = batch
         self.length = 0
         self.capacity = 0
         self._manifest = manifest
@@ -59,7 +63,7 @@ class KVCache:
 
     def _grown(self, old: list[Buffer], capacity: int) -> list[Buffer]:
         dims = self._manifest.dims
-        shape = (1, dims.num_kv_heads, capacity, dims.head_dim)
+        shape = (self.batch, dims.num_kv_heads, capacity, dims.head_dim)
         new = []
         for layer in range(self._manifest.model.num_layers):
             buffer = self._backend.buffer(shape, dims.dtype)

@@ -1,4 +1,4 @@
-"""One sequence: its K/V cache, buffers and bindings, and the loop that runs its tokens."""
+"""A sequence, or several of one length: K/V cache, buffers, and the loop that runs its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import ContextLengthError
-from dash_onnx.runtime.buffers import Buffer, Run, bind, bound_run
+from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.kv import CAPACITY, KVCache
 from dash_onnx.runtime.sessions import Sessions
@@ -24,38 +24,44 @@ _KEPT = 16  # tokens: bindings for longer passes go when their prompt has run
 
 @dataclass
 class _Pass:
-    """Buffers and bound graphs for passes of S tokens."""
+    """Buffers and bound graphs for passes of S tokens of each of B sequences."""
 
-    tokens: Buffer  # [1, S] int64
-    hidden: tuple[Buffer, Buffer]  # [1, S, D]: input of the even and of the odd layers
+    tokens: Buffer  # [B, S] int64
+    hidden: tuple[Buffer, Buffer]  # [B, S, D]: input of the even and of the odd layers
     embed: Run
     layers: list[dict[Action, Run]]
-    logits: Buffer | None = None  # [1, S, V]
+    logits: Buffer | None = None  # [B, S, V]
     heads: dict[Action, Run] = field(default_factory=dict)
 
 
 class SequenceState:
     """K/V cache, buffers and bindings of one sequence; one generation at a time uses it.
 
+    Or of a batch: B sequences of one length, whose tokens take the same path. Then ids and logits
+    have a first dimension of B. ONNX Runtime's attention runs several tokens of each at once only
+    at their beginning, later one.
+
     `forward` is the decode loop. Its parts (`advance`, `embed`, `run`, `head`) are public for those
     who time or rearrange them.
     """
 
-    def __init__(self, sessions: Sessions, capacity: int = CAPACITY):
+    def __init__(self, sessions: Sessions, capacity: int = CAPACITY, batch: int = 1):
         """Allocates an empty cache; sequences share nothing but the sessions.
 
         Args:
             sessions: of the bundle.
             capacity: tokens that its K/V cache has room for at first; it doubles when full.
+            batch: sequences.
         """
         backend = sessions.backend
         self.sessions = sessions
         self.num_layers = sessions.manifest.model.num_layers
-        self.kv = KVCache(sessions.manifest, backend, capacity)
+        self.batch = batch
+        self.kv = KVCache(sessions.manifest, backend, capacity, batch)
         # Position state, read by every layer: written once per pass.
-        self._seqlens = backend.buffer((1,), "int32")
+        self._seqlens = backend.buffer((batch,), "int32")
         self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
-        self._start = backend.buffer((1,), "int64")
+        self._start = backend.buffer((batch,), "int64")
         self._passes: dict[int, _Pass] = {}
         self._now = self._pass(1)
 
@@ -66,7 +72,7 @@ class SequenceState:
 
     @property
     def hidden(self) -> tuple[Buffer, Buffer]:
-        """Input `[1, 1, D]` of the even and of the odd layers while one token runs."""
+        """Input `[B, 1, D]` of the even and of the odd layers while one token runs."""
         return self._passes[1].hidden
 
     def truncate(self, length: int) -> None:
@@ -79,7 +85,7 @@ class SequenceState:
         """Runs one token, or several at once that take the same path.
 
         Args:
-            tokens: an id, or ids `[S]` with S up to `PREFILL_CHUNK`.
+            tokens: an id, ids `[S]` with S up to `PREFILL_CHUNK`, or `[B, S]`.
             decider: chooses each layer's action.
             every: logits after every token, not after the last one alone.
 
@@ -93,7 +99,7 @@ class SequenceState:
         return self.head(decider.head, every=every), path
 
     def _layers(self, tokens: int | Ids, decider: Decider) -> Path:
-        self.advance(1 if isinstance(tokens, int) else len(tokens))
+        self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
         self.embed(tokens)
         decider.begin()
         for layer in range(self.num_layers):
@@ -114,7 +120,7 @@ class SequenceState:
         """Runs a prompt of any length on one path, in chunks.
 
         Args:
-            ids: `[S]`, at least one.
+            ids: `[S]` or `[B, S]`, at least one token.
             path: action of each layer.
             head: precision of the LM head.
             every: logits after every token, not after the last one alone.
@@ -127,11 +133,11 @@ class SequenceState:
             ContextLengthError: it does not fit the context.
         """
         decider, rows = FixedPath(path, head), []
-        for start in range(0, len(ids), chunk):
-            self._layers(ids[start : start + chunk], decider)
+        for start in range(0, ids.shape[-1], chunk):
+            self._layers(ids[..., start : start + chunk], decider)
             if every:
                 rows.append(self.head(head, every=True).astype(np.float32))
-        logits = np.concatenate(rows) if every else self.head(head)
+        logits = np.concatenate(rows, -2) if every else self.head(head)
         for count in [count for count in self._passes if count > _KEPT]:
             del self._passes[count]
         return logits
@@ -173,17 +179,12 @@ class SequenceState:
     def head(self, precision: Action, *, every: bool = False) -> Logits:
         """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`."""
         now, sessions = self._now, self.sessions
-        final = now.hidden[self.num_layers % 2]  # [1, S, D]
+        final = now.hidden[self.num_layers % 2]  # [B, S, D]
         seq = final.shape[1]
         if not every and seq > 1:
-            one = self._passes[1]
-            logits = one.logits = one.logits or self._logits(1)
-            session, width = sessions.head(precision), final.shape[2]
-            binding, ports = session.io_binding(), sessions.head_ports
-            bind(binding.bind_input, ports.inputs[0], final, (1, 1, width), (seq - 1) * width)
-            bind(binding.bind_output, ports.outputs[0], logits)
-            session.run_with_iobinding(binding, sessions.backend.run_options)
-            return logits.array[0, 0]
+            now = self._passes[1]
+            now.hidden[self.num_layers % 2].write(final.array[:, -1:])
+            final, seq = now.hidden[self.num_layers % 2], 1
         run = now.heads.get(precision)
         if run is None:
             now.logits = now.logits or self._logits(seq)
@@ -192,20 +193,23 @@ class SequenceState:
             )
         run()
         assert now.logits is not None
-        return now.logits.array[0] if every else now.logits.array[0, 0]
+        logits = now.logits.array if self.batch > 1 else now.logits.array[0]
+        return logits if every else logits[..., -1, :]
 
     def _pass(self, seq: int) -> _Pass:
         sessions = self.sessions
         backend, dims = sessions.backend, sessions.manifest.dims
-        tokens = backend.buffer((1, seq), "int64")
-        even, odd = (backend.buffer((1, seq, dims.hidden_size), dims.dtype) for _ in range(2))
+        tokens = backend.buffer((self.batch, seq), "int64")
+        even, odd = (
+            backend.buffer((self.batch, seq, dims.hidden_size), dims.dtype) for _ in range(2)
+        )
         embed = self._bound(seq, sessions.embed(), sessions.embed_ports, [tokens], [even])
         layers: list[dict[Action, Run]] = [{} for _ in range(self.num_layers)]
         return self._passes.setdefault(seq, _Pass(tokens, (even, odd), embed, layers))
 
     def _logits(self, seq: int) -> Buffer:
         dims = self.sessions.manifest.dims
-        return self.sessions.backend.buffer((1, seq, dims.vocab_size), dims.dtype)
+        return self.sessions.backend.buffer((self.batch, seq, dims.vocab_size), dims.dtype)
 
     def _bind_layer(self, layer: int, action: Action) -> Run:
         sessions, kv, hidden = self.sessions, self.kv, self._now.hidden

@@ -88,9 +88,9 @@ class Sessions:
             for action in used:
                 self.layer(layer, action)
 
-    def new_sequence(self, capacity: int = CAPACITY) -> SequenceState:
-        """The state of a new, empty sequence; see there."""
-        return self.backend.sequence(self, capacity)
+    def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
+        """The state of a new, empty sequence, or of a batch of them; see there."""
+        return self.backend.sequence(self, capacity, batch)
 
     @property
     def loaded(self) -> frozenset[str]:

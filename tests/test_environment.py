@@ -255,7 +255,7 @@ def test_the_gradient_of_the_decisions_is_the_slope_of_the_kl(tiny: Case) -> Non
         return tiny.env.kl(wanted, final)[:, PROMPT:].double().sum()
 
     (gradient,) = torch.autograd.grad(loss(decisions), decisions)
-    step = 0.02
+    step = 0.004
     for layer in range(LAYERS):
         for action in (1, 2, 3):
             direction = torch.zeros_like(gradient)
@@ -312,19 +312,3 @@ def test_the_mean_kl_with_each_head_is_that_of_the_decided_tokens(tiny: Case) ->
     wanted = [float(tiny.env.kl(reference, final, head)[:, PROMPT:].mean()) for head in heads]
     assert len(set(wanted)) == len(heads) > 1
     assert tiny.env.mean_kl(reference, final, heads) == pytest.approx(wanted, rel=1e-5)
-
-
-# The model writes its own training text
-
-
-def test_the_cached_attention_of_sampling_is_the_attention_of_the_environment(tiny: Case) -> None:
-    model, ids = tiny.env.model, random_ids(2, 12)
-    rotary, caches = model.rotary(12), [model.new_cache(2, 12) for _ in range(LAYERS)]
-    wanted = tiny.env.reference(ids)
-    for position in range(12):
-        x = model.embed(ids[:, position, None])
-        for layer, cache in enumerate(caches):
-            queries, keys_values = model.qkv(layer, "full", model.normed(layer, x))
-            attention = model.attend_cached(layer, queries, keys_values, rotary, cache, position)
-            x = model.complete(layer, "full", x, attention)
-        torch.testing.assert_close(model.final(x)[:, 0], wanted[:, position], atol=1e-4, rtol=1e-4)

@@ -27,7 +27,6 @@ from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.graphs import captured_inputs
 from dash_onnx.exporters.sources import open_source
-from dash_onnx.exporters.train.text import decoder
 from dash_onnx.runtime.deciders import FixedPath
 
 INT8_ERROR = 0.06
@@ -121,18 +120,6 @@ def test_calibration_reads_the_model_that_is_exported(pair: Pair) -> None:
     with torch.inference_mode():
         logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
     np.testing.assert_allclose(logits, pair.wanted(ids), atol=1e-5)
-
-
-def test_training_text_is_sampled_from_what_is_trained_on(pair: Pair) -> None:
-    """The attention that grows a cache, token by token, is that of whole sequences."""
-    env, count = case_of(pair.bundle, PROMPT).env, WINDOW + 5
-    ids = torch.from_numpy(random_ids(count))[None]
-    wanted = env.model.logits(env.reference(ids))
-    next_logits = decoder(env.model, 1, count)
-    with torch.inference_mode():
-        for position in range(count):
-            found = next_logits(ids[:, position : position + 1], position)
-            torch.testing.assert_close(found, wanted[:, position], atol=1e-4, rtol=1e-4)
 
 
 def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:

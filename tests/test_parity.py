@@ -104,6 +104,23 @@ def test_several_tokens_at_once_have_the_logits_of_each_alone(tiny_model: Model)
     assert together.length == alone.length == 40
 
 
+def test_a_batch_has_the_logits_of_each_sequence_alone(tiny_model: Model) -> None:
+    ids, decider = (
+        random_ids(3 * 30).reshape(3, 30),
+        FixedPath(("full", "int8", "skip", "int4"), "int8"),
+    )
+    batch = tiny_model.new_sequence(capacity=16, batch=3)  # grows
+    got = [
+        batch.forward(part, decider, every=True)[0].copy()
+        for part in np.split(ids, range(9, 30), -1)
+    ]
+    last = tiny_model.new_sequence(batch=3).prefill(ids, decider.path, decider.head)
+    for row, one in enumerate(ids):
+        wanted = tiny_model.new_sequence().prefill(one, decider.path, decider.head, every=True)
+        np.testing.assert_allclose(np.concatenate(got, 1)[row], wanted, atol=2e-4)
+        np.testing.assert_allclose(last[row], wanted[-1], atol=2e-4)
+
+
 def test_a_cache_that_grows_keeps_its_content(tiny_model: Model) -> None:
     ids = random_ids(150)
     wanted = tiny_model.logits(ids, policy="full")

@@ -150,6 +150,10 @@ def source(tiny_folder: Path) -> Source:
     return open_source(str(tiny_folder), REGISTRY)
 
 
+def no_draft() -> Bundle:
+    raise AssertionError("there is text")
+
+
 @pytest.mark.parametrize(
     "messages", [["hello"], [3], [{}], [{"role": "user"}], [{"content": None}]], ids=str
 )
@@ -174,7 +178,7 @@ def test_a_template_that_refuses_is_one_line(write: Callable[..., Path], source:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write("a.jsonl", {"messages": CHAT})
     with pytest.raises(SourceError, match="roles must alternate") as caught:
-        calibration_ids(dataclasses.replace(source, tokenizer=tokenizer), [path], 0)
+        calibration_ids(dataclasses.replace(source, tokenizer=tokenizer), [path], 0, no_draft)
     assert "\n" not in str(caught.value)
 
 
@@ -182,7 +186,7 @@ def test_calibration_on_conversations_uses_the_chat_template(
     write: Callable[..., Path], source: Source, tiny_bundle: Path
 ) -> None:
     path = write("a.jsonl", *[{"messages": CHAT}] * 100)
-    ids, facts = calibration_ids(source, [path], 0)
+    ids, facts = calibration_ids(source, [path], 0, no_draft)
     text = source.tokenizer.decode(ids[0])
     assert "<s>user\nwho?</s>\n<s>assistant\nthe keeper</s>\n" in text
     assert "<s>assistant\n<s>" not in text  # no answer is asked for
@@ -195,6 +199,6 @@ def test_several_files_are_all_named_in_the_facts(
     write: Callable[..., Path], source: Source
 ) -> None:
     files = [write("a.txt", "night " * 800), write("b.jsonl", {"text": "night " * 800})]
-    ids, facts = calibration_ids(source, files, 0)
+    ids, facts = calibration_ids(source, files, 0, no_draft)
     assert facts.source == "a.txt, b.jsonl"
     assert facts.tokens == ids.size > 0

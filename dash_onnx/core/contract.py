@@ -1,8 +1,8 @@
 """The contract of the graphs: names, dtypes and shapes of every input and output.
 
 The exporter declares the ports of a graph from here and the runtime binds them from
-here, so the two cannot drift apart. `seq`, `capacity` and `positions` are symbolic dimensions;
-the batch dimension is always 1: a bundle serves one sequence per dispatch.
+here, so the two cannot drift apart. `batch`, `seq`, `capacity` and `positions` are symbolic
+dimensions. The sequences of a batch are equally long, and take the same actions.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ class Dims:
 
 
 def embed_ports(dims: Dims) -> Ports:
-    """Token embedding: ids `[1, seq]` -> hidden `[1, seq, D]`."""
+    """Token embedding: ids `[batch, seq]` -> hidden `[batch, seq, D]`."""
     return Ports(
-        inputs=(Port("input_ids", "int64", (1, "seq")),),
-        outputs=(Port("hidden", dims.dtype, (1, "seq", dims.hidden_size)),),
+        inputs=(Port("input_ids", "int64", ("batch", "seq")),),
+        outputs=(Port("hidden", dims.dtype, ("batch", "seq", dims.hidden_size)),),
     )
 
 
@@ -114,17 +114,17 @@ def layer_ports(dims: Dims) -> Ports:
     valid tokens after this run minus one (GroupQueryAttention's convention), `start` the number
     before it: where a skipped layer writes its K/V.
     """
-    hidden = (1, "seq", dims.hidden_size)
-    cache = (1, dims.num_kv_heads, "capacity", dims.head_dim)
+    hidden = ("batch", "seq", dims.hidden_size)
+    cache = ("batch", dims.num_kv_heads, "capacity", dims.head_dim)
     rotary = ("positions", dims.rotary_dim // 2)
     return Ports(
         inputs=(
             Port("hidden_in", dims.dtype, hidden),
             Port("past_key", dims.dtype, cache),
             Port("past_value", dims.dtype, cache),
-            Port("seqlens_k", "int32", (1,)),
+            Port("seqlens_k", "int32", ("batch",)),
             Port("total_sequence_length", "int32", ()),
-            Port("start", "int64", (1,)),
+            Port("start", "int64", ("batch",)),
             Port("cos_cache", dims.dtype, rotary),
             Port("sin_cache", dims.dtype, rotary),
         ),
@@ -137,10 +137,10 @@ def layer_ports(dims: Dims) -> Ports:
 
 
 def head_ports(dims: Dims) -> Ports:
-    """Final norm and LM head: hidden `[1, seq, D]` -> logits `[1, seq, V]`."""
+    """Final norm and LM head: hidden `[batch, seq, D]` -> logits `[batch, seq, V]`."""
     return Ports(
-        inputs=(Port("hidden", dims.dtype, (1, "seq", dims.hidden_size)),),
-        outputs=(Port("logits", dims.dtype, (1, "seq", dims.vocab_size)),),
+        inputs=(Port("hidden", dims.dtype, ("batch", "seq", dims.hidden_size)),),
+        outputs=(Port("logits", dims.dtype, ("batch", "seq", dims.vocab_size)),),
     )
 
 

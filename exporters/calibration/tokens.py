@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from inspect import signature
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from tqdm import tqdm
-from transformers import DynamicCache
 
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Calibration
 from dash_onnx.core.text import Message
-from dash_onnx.exporters.calibration.reference import streamed_model
-from dash_onnx.exporters.calibration.sampling import DOCUMENT_TOKEN, sample_tokens
+from dash_onnx.exporters.calibration.self_written import DOCUMENT_TOKEN, write_text
 from dash_onnx.exporters.calibration.texts import calibration_text, plain
 from dash_onnx.exporters.sources import Source
 
@@ -32,19 +27,24 @@ Ids = npt.NDArray[np.int64]
 
 
 def calibration_ids(
-    source: Source, files: Sequence[Path], seed: int, least_tokens: int = 0
+    source: Source,
+    files: Sequence[Path],
+    seed: int,
+    draft: Callable[[], Bundle],
+    least_tokens: int = 0,
 ) -> tuple[Ids, Calibration]:
     """Returns token ids `[sequences, length]` and where they came from.
 
     Args:
         files: see `calibration_text`; none lets the model write the text itself.
         seed: of the sampling.
+        draft: makes a bundle of the model, which writes.
         least_tokens: that the files must hold.
 
     Raises:
         SourceError: the file is missing, not text, or too short.
     """
-    ids = _from_text(source, files, least_tokens) if files else _self_generated(source, seed)
+    ids = _from_text(source, files, least_tokens) if files else _self_generated(source, seed, draft)
     return ids, Calibration(
         source=", ".join(path.name for path in files) or "self-generated",
         sequences=ids.shape[0],
@@ -73,26 +73,16 @@ def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
     return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])
 
 
-def _self_generated(source: Source, seed: int) -> Ids:
+def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle]) -> Ids:
     """From where documents start.
 
     A chat-tuned model writes chats after its start token; documents are the better calibration
     (docs/decisions/0039).
     """
-    model: Any = streamed_model(source)
     starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
     start = next((token for token in starts if token), 0)
     start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
-    length = min(LENGTH, source.config.max_position_embeddings)
-    # transformers 5 calls the argument `past_key_values` at first, `cache` later.
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    cache = {name: DynamicCache(config=model.config)}
-
-    def next_logits(tokens: torch.Tensor, _: int) -> torch.Tensor:
-        logits: torch.Tensor = model(tokens, **cache).logits[:, -1]
-        return logits
-
-    first, generator = torch.full((SEQUENCES,), start), torch.Generator().manual_seed(seed)
-    with tqdm(total=length - 1, desc="calibration text", unit="tok", disable=None) as bar:
-        ids: Ids = sample_tokens(next_logits, first, length, generator, bar.update).numpy()
-    return ids
+    first, generator = np.full(SEQUENCES, start), np.random.default_rng(seed)
+    bundle = draft()
+    length = min(LENGTH, bundle.manifest.model.max_length)
+    return write_text(bundle, first, length, generator, "calibration text")

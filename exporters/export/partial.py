@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ class Partial:
         """Input of a layer, or the output of the last one."""
         return HiddenStateFile(self._folder / f"hidden-{layer:02d}.npy")
 
+    def draft(self) -> Path:
+        """An empty folder for the bundle that writes the calibration text."""
+        folder = self._folder / "draft"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
     def progress(self) -> Progress | None:
         """What an earlier process finished; None where not even the embedding is."""
         return self._read(Progress, "progress")
@@ -70,6 +78,7 @@ class Partial:
         known = self._read(Calibration, "calibration")
         if known is None:
             ids, known = make()
+            shutil.rmtree(self._folder / "draft", ignore_errors=True)
             np.save(path, ids)
             self._write("calibration", to_json(known))
         return np.load(path), known

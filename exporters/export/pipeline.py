@@ -19,6 +19,7 @@ from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.version import FORMAT_VERSION, __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.calibration.tokens import calibration_ids
+from dash_onnx.exporters.export.draft import write_draft
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.partial import Progress, exporting
@@ -51,8 +52,14 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)
     with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
+
+        def draft() -> Bundle:
+            return write_draft(partial.draft(), source, architecture, spec, options.target)
+
         ids, calibration = partial.calibration(
-            lambda: calibration_ids(source, options.calibration, options.seed, options.least_tokens)
+            lambda: calibration_ids(
+                source, options.calibration, options.seed, draft, options.least_tokens
+            )
         )
         folder, known = partial.bundle, partial.progress()
         before = known or Progress()

@@ -103,7 +103,7 @@ class Graph:
         )
 
     def linear(self, x: ir.Value, linear: Linear, precision: Action) -> ir.Value:
-        """X `[1, seq, K]` -> `[1, seq, N]` in a precision."""
+        """X `[batch, seq, K]` -> `[batch, seq, N]` in a precision."""
         if precision == "full":
             products = [self.op.MatMul(x, weight) for weight in self._full_weights(linear)]
             y = products[0] if len(products) == 1 else self.op.Concat(*products, axis=-1)
@@ -206,7 +206,7 @@ class Graph:
         return kernel(x, *weights, axis=-1, epsilon=self.block.norm_epsilon, _outputs=outputs)
 
     def norm_heads(self, x: ir.Value, name: str, norm: Norm | None, width: int) -> ir.Value:
-        """Norm of queries or keys `[1, seq, width]`: of each head, or of all heads together."""
+        """Norm of queries or keys `[batch, seq, width]`: of each head, or of all heads together."""
         size = width if norm is None else norm.weight.shape[0]
         if size == width:
             return self.norm(x, name, norm)

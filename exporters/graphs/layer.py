@@ -53,9 +53,9 @@ def build_layer(
     graph = Graph(f"layer_{index}_{precision}", ports, target, block, hessians)
     op = graph.op
 
-    hidden = graph.inputs[HIDDEN]  # [1, seq, D]
+    hidden = graph.inputs[HIDDEN]  # [batch, seq, D]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
-    qkv = graph.linear(normed, layer.qkv, precision)  # [1, seq, (H + 2 * H_kv) * d]
+    qkv = graph.linear(normed, layer.qkv, precision)  # [batch, seq, (H + 2 * H_kv) * d]
     attention, key, value = _attend(graph, qkv, index, layer, spec)
     output = graph.linear(attention, layer.output, precision)
     output = graph.norm(output, "output_norm", layer.output_norm)
@@ -76,7 +76,7 @@ def build_layer(
 def _attend(
     graph: Graph, qkv: ir.Value, index: int, layer: Layer, spec: ModelSpec
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Returns the heads' outputs `[1, seq, H * d]`, and K and V of all tokens."""
+    """Returns the heads' outputs `[batch, seq, H * d]`, and K and V of all tokens."""
     facts, block, sees, inputs = spec.facts, spec.block, spec.attention[index], graph.inputs
     projected: list[ir.Value | None] = [qkv, None, None]
     if layer.q_norm is not None or layer.k_norm is not None:
@@ -116,7 +116,7 @@ def _attend(
 
 
 def _activate(graph: Graph, up: ir.Value) -> ir.Value:
-    """`[1, seq, 2 * I]` (`[1, seq, I]` without gate) -> `[1, seq, I]`, the input of `down`."""
+    """`[..., 2 * I]` (`[..., I]` without gate) -> `[..., I]`, the input of `down`."""
     op, name = graph.op, graph.value("activated")
     if not graph.block.gated:
         return _activation(graph, up, _outputs=[name])

@@ -49,7 +49,7 @@ def build_skip(
     graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
     op, ms, inputs = graph.op, graph.ms, graph.inputs
 
-    hidden = inputs["hidden_in"]  # [1, seq, D]
+    hidden = inputs["hidden_in"]  # [batch, seq, D]
     kv_size = facts.num_kv_heads * facts.head_dim
     kv = layer.qkv.rows(-2 * kv_size, layer.qkv.out_features, "skip_proj")
     sizes, names = [kv_size, kv_size], ["key", "value"]
@@ -67,16 +67,16 @@ def build_skip(
         rotated = 2 * len(spec.ropes[0].inv_freq)
         key = ms.RotaryEmbedding(
             key,
-            inputs["start"],  # one number: positions count on from it
+            op.Gather(inputs["start"], graph.int64(0)),  # one number: positions count on from it
             inputs["cos_cache"],
             inputs["sin_cache"],
             num_heads=facts.num_kv_heads,
             rotary_embedding_dim=0 if rotated == facts.head_dim else rotated,
         )
-    heads = graph.int64(1, -1, facts.num_kv_heads, facts.head_dim)
+    heads = graph.int64(0, -1, facts.num_kv_heads, facts.head_dim)
 
     def scatter(past: str, update: ir.Value, present: str) -> ir.Value:
-        # [1, seq, H_kv * d] -> [1, H_kv, seq, d]
+        # [batch, seq, H_kv * d] -> [batch, H_kv, seq, d]
         update = op.Transpose(op.Reshape(update, heads), perm=[0, 2, 1, 3])
         return op.TensorScatter(
             inputs[past], update, inputs["start"], axis=2, _outputs=[graph.value(present)]

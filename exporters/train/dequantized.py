@@ -156,56 +156,22 @@ class DequantizedModel:
         groups = self._heads // self._kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         window = self.manifest.attention[layer].window
-        return self._attention(q, k, v, True, window).transpose(1, 2).flatten(2)
+        return self._attention(q, k, v, window).transpose(1, 2).flatten(2)
 
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None
-    ) -> Tensor:
-        """Outputs of the heads `[B, H, T, d]`; without `causal` every query sees every key."""
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Outputs of the heads, `[B, H, T, d]`."""
         scale, cap = self._block.attention_scale, self._block.attention_softcap
         length = q.shape[2]
-        if cap is None and (not causal or window is None or window >= length):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-        seen = torch.ones(length, k.shape[2], dtype=torch.bool)
-        if causal:
-            seen = seen.tril() if window is None else seen.tril().triu(1 - window)
+        if cap is None and (window is None or window >= length):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        if window is not None:
+            seen = seen.triu(1 - window)
         if cap is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         with torch.autocast("cpu", enabled=False):  # BF16 scores near the cap are off by a tenth
             scores = cap * torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / cap))
             return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.float()
-
-    def new_cache(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
-        """Empty cache for the keys and values of one layer, `[B, H_kv, length, d]` each."""
-        shape = batch, self._kv_heads, length, self._d
-        return torch.zeros(shape), torch.zeros(shape)
-
-    def attend_cached(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys_values: Tensor,
-        rotary: Rotary,
-        cache: tuple[Tensor, Tensor],
-        position: int,
-    ) -> Tensor:
-        """Like `attend` for one token a sequence (T = 1) at `position`; extends the cache.
-
-        Args:
-            cache: what `new_cache` gave.
-        """
-        rotary = [(cos[position, None], sin[position, None]) for cos, sin in rotary]
-        keys, values = keys_values.chunk(2, -1)
-        k, v = cache
-        k[:, :, position] = self._rotated(layer, keys, rotary)[:, :, 0]
-        v[:, :, position] = self._by_head(values)[:, :, 0]
-        q = self._rotated(layer, queries, rotary).float()
-        window = self.manifest.attention[layer].window
-        seen = slice(0 if window is None else max(0, position + 1 - window), position + 1)
-        k, v = k[:, :, seen], v[:, :, seen]
-        # Queries that share K/V lie side by side, as if they were several tokens.
-        q = q.view(len(q), self._kv_heads, -1, self._d)
-        return self._attention(q, k, v, False, None).reshape(len(q), 1, -1)
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self._d)).transpose(1, 2)  # [B, heads, T, d]

@@ -130,8 +130,7 @@ class Trainer:
         codec, files, seed = TextCodec(self.bundle), self.options.calibration, self.options.seed
         if ids is None:
             count, length = plan.sequences + plan.held_out, plan.length
-            with self.autocast():
-                ids = training_ids(self.model, codec, files, count, length, seed)
+            ids = training_ids(self.bundle, codec, files, count, length, seed)
             self.checkpoint.save(ids=ids)
         held_out = min(plan.held_out, len(ids) // 4)
         self.held_out, self.ids = ids[:held_out], ids[held_out:]

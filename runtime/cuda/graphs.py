@@ -42,9 +42,9 @@ class CudaGraphBackend(CudaBackend):
         super().__init__(driver)
         self.lock = _lock
 
-    def sequence(self, sessions: Sessions, capacity: int) -> SequenceState:
+    def sequence(self, sessions: Sessions, capacity: int, batch: int) -> SequenceState:
         """See `Backend`."""
-        return _RecordedSequence(sessions, capacity)
+        return _RecordedSequence(sessions, capacity, batch)
 
     def recorded(self, run: Run) -> Run:
         """What records a run after a few times. Shapes and addresses must stay the same."""
@@ -54,9 +54,9 @@ class CudaGraphBackend(CudaBackend):
 class _RecordedSequence(SequenceState):
     """Locks whatever uses the device, and records what runs for a single token."""
 
-    def __init__(self, sessions: Sessions, capacity: int):
+    def __init__(self, sessions: Sessions, capacity: int, batch: int):
         with _lock:
-            super().__init__(sessions, capacity)
+            super().__init__(sessions, capacity, batch)
 
     def forward(
         self, tokens: int | Ids, decider: Decider, *, every: bool = False

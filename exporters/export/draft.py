@@ -1,0 +1,61 @@
+"""A draft of a bundle: INT8 alone, which needs no calibration, to write the text for the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dash_onnx.core.actions import SKIP
+from dash_onnx.core.bundle import Bundle, list_files
+from dash_onnx.core.facts import Calibration, Costs, ExportFacts, LayerFacts, Target
+from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.core.version import FORMAT_VERSION
+from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.graphs import build_embed, build_head, build_layer
+from dash_onnx.exporters.sources import Source
+from dash_onnx.runtime.machine import release_memory
+from dash_onnx.runtime.ort import has_device
+
+
+def write_draft(
+    folder: Path, source: Source, architecture: Decoder, spec: ModelSpec, target: Target
+) -> Bundle:
+    """Writes a bundle of INT8 layers, for the CPU where its device is not there.
+
+    Args:
+        folder: an empty one.
+        source: of the weights.
+        architecture: of the model.
+        spec: of the model.
+        target: of the bundle in the making.
+    """
+    if not has_device(target.device) or target.device == "cpu":
+        target = Target("cpu", "float32", target.block_size, 4)  # INT8 activations: the fastest
+    build_embed(folder, architecture.embedding(source.weights, spec), spec, target)
+    count = spec.facts.num_layers
+    for index in tqdm(range(count), desc="INT8 draft", disable=None):
+        layer = architecture.layer(source.weights, index, spec)
+        build_layer(folder, index, layer, spec, target, "int8", {})
+    build_head(folder, architecture.head(source.weights, spec), spec, target, "int8", {})
+    release_memory()
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        model=spec.facts,
+        block=spec.block,
+        ropes=spec.ropes,
+        attention=spec.attention,
+        target=target,
+        variants=("int8",),
+        heads={"int8": "int8", SKIP: "int8"},
+        compensation_rank=0,
+        layers=(LayerFacts(1.0, 1.0, {}, {}),) * count,
+        calibration=Calibration("", 0, 0, 0, 0, ""),
+        costs=Costs("", 0, 0.0, 0.0, {}, ()),
+        scorer=None,
+        export=ExportFacts("", {}, 0.0, 0, ()),
+        files=list_files(folder),
+    )
+    (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
+    return Bundle(folder, manifest)
