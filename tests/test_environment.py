@@ -312,3 +312,26 @@ def test_the_mean_kl_with_each_head_is_that_of_the_decided_tokens(tiny: Case) ->
     wanted = [float(tiny.env.kl(reference, final, head)[:, PROMPT:].mean()) for head in heads]
     assert len(set(wanted)) == len(heads) > 1
     assert tiny.env.mean_kl(reference, final, heads) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_model_too_large_to_keep_gives_the_same_gradients(case: Case) -> None:
+    ids, env = random_ids(), case.env
+    maps = [weight.requires_grad_() for weight in env.model.compensation()]
+
+    def gradients() -> list[torch.Tensor]:
+        rollout = env.run(ids, recorded(one_hot(random_choice(case, ids), case)), dense=True)
+        kl = env.kl(env.reference(ids), rollout.final).sum()
+        first = torch.autograd.grad(kl, [*rollout.decisions, *maps], retain_graph=True)
+        second = torch.autograd.grad(rollout.final.square().sum(), rollout.decisions)
+        return [*first, *second]
+
+    assert env.model.keeps_layers
+    wanted = gradients()
+    env.model.keeps_layers = False
+    try:
+        found = gradients()
+    finally:
+        env.model.keeps_layers = True
+        for weight in maps:
+            weight.requires_grad_(False)
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)

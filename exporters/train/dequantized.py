@@ -6,8 +6,8 @@ is trained on exactly the layers that it will choose between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TypeAlias
 
@@ -29,6 +29,9 @@ Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
 
 
+_EXPAND = "expand_proj"
+_KEEP_BYTES = 1 << 30  # of dequantized layers
+
 Projections: TypeAlias = dict[str, Linear]
 """The linear layers of a decoder layer under one action, by name."""
 
@@ -46,6 +49,19 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class _LayerWeights:
+    """What the graphs of a layer hold, by action."""
+
+    norms: dict[str, Norm]
+    projections: dict[Action, Projections]
+
+    @property
+    def weights(self) -> Iterator[Tensor]:
+        """Every matrix."""
+        return (one.weight for all_ in self.projections.values() for one in all_.values())
+
+
 class DequantizedModel:
     """The layers of a bundle under each action; nothing but the compensation is ever trained.
 
@@ -58,10 +74,11 @@ class DequantizedModel:
         heads: the LM heads, by precision.
         head: precision of the one that mixed paths use.
         chunk: tokens whose logits should exist at once.
+        keeps_layers: whether the layers stay dequantized; of larger models only the one that runs.
     """
 
     def __init__(self, bundle: Bundle, actions: tuple[Action, ...], dtype: torch.dtype):
-        """Reads and dequantizes every weight.
+        """Reads the LM heads; layers are dequantized when they are first needed.
 
         Args:
             bundle: to read from.
@@ -76,30 +93,48 @@ class DequantizedModel:
         self._bundle = bundle
         facts, self._block = self.manifest.model, self.manifest.block
         self._heads, self._kv_heads, self._d = facts.num_heads, facts.num_kv_heads, facts.head_dim
-        self._norms: list[dict[str, Norm]] = []
-        self._layers: list[dict[Action, Projections]] = []
         self._scales = [layer.scale for layer in self.manifest.layers]
-        for index in range(facts.num_layers):
-            layer: dict[Action, Projections] = {}
-            for action in self.actions:
-                found = self._tensors(layer_path(index, action))
-                layer[action] = _projections(found, self.manifest.target.block_size, dtype)
-                if action != SKIP:
-                    norms = {name: _norm(found, name) for name in _NORMS if name in found}
-            self._norms.append(norms)
-            self._layers.append(layer)
+        self._dtype = dtype
+        self._loaded: dict[int, _LayerWeights] = {}
+        self._compensation: list[Tensor] = []
+        self.keeps_layers = True
+        layer = sum(weight.nbytes for weight in self._layer(0).weights)
+        self.keeps_layers = facts.num_layers * layer <= _KEEP_BYTES
         # INT8 stands for `full` here as in the layers.
         exported = self.manifest.exported_heads
         heads: list[Action] = [a for a in exported if a != "full" or "int8" not in exported]
         self.heads: dict[Action, Linear] = {}
         for precision in heads:
             found = self._tensors(head_path(precision))
-            projections = _projections(found, self.manifest.target.block_size, dtype)
-            self.heads[precision] = projections["lm_head"]
+            self.heads[precision] = self._projections(found)["lm_head"]
             self._final_norm = _norm(found, "final_norm")
         self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 1), 64)
         mixed = self.manifest.heads[SKIP]
         self.head: Action = mixed if mixed in self.heads else next(iter(self.heads))
+
+    def _layer(self, index: int) -> _LayerWeights:
+        found = self._loaded.get(index)
+        if found is None:
+            if self._loaded and not self.keeps_layers:
+                self._loaded.clear()
+            found = self._loaded[index] = self._read(index)
+        return found
+
+    def _read(self, index: int) -> _LayerWeights:
+        norms: dict[str, Norm] = {}
+        projections: dict[Action, Projections] = {}
+        for action in self.actions:
+            found = self._tensors(layer_path(index, action))
+            projections[action] = self._projections(found)
+            if action != SKIP:
+                norms = {name: _norm(found, name) for name in _NORMS if name in found}
+        if self._compensation:
+            expand = projections[SKIP][_EXPAND]
+            projections[SKIP][_EXPAND] = replace(expand, weight=self._compensation[index])
+        return _LayerWeights(norms, projections)
+
+    def _projections(self, found: dict[str, np.ndarray]) -> Projections:
+        return _projections(found, self.manifest.target.block_size, self._dtype)
 
     def _tensors(self, path: str) -> dict[str, np.ndarray]:
         model = onnx.load(self._bundle.verified(path))
@@ -128,12 +163,12 @@ class DequantizedModel:
         return self._norm(layer, "input_norm", x)
 
     def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
-        norm = self._norms[layer].get(name)
+        norm = self._layer(layer).norms.get(name)
         return x if norm is None else norm(x, self._block)
 
     def _project(self, layer: int, action: Action, name: str, x: Tensor) -> Tensor:
         """`[..., K]` -> `[..., N]`; under autocast in its lower precision."""
-        return _product(x, self._layers[layer][action][name])
+        return _product(x, self._layer(layer).projections[action][name])
 
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated."""
@@ -142,7 +177,7 @@ class DequantizedModel:
         return queries, self._key_normed(layer, qkv[..., width:])
 
     def _key_normed(self, layer: int, keys_values: Tensor) -> Tensor:
-        if "k_norm" not in self._norms[layer]:
+        if "k_norm" not in self._layer(layer).norms:
             return keys_values
         keys, values = keys_values.chunk(2, -1)
         return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
@@ -202,7 +237,7 @@ class DequantizedModel:
     def mlp_input(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """What the MLP reads, `[..., D]`, given the layer's input and `attended`."""
         if self._block.parallel:
-            attended = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
+            attended = x if "post_norm" in self._layer(layer).norms else self.normed(layer, x)
         return self._norm(layer, "post_norm", attended)
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,8 +246,8 @@ class DequantizedModel:
         width = 2 * self._kv_heads * self._d
         keys_values, reduced = projected[..., :width], projected[..., width:]
         y = self._scales[layer] * x
-        if "expand_proj" in self._layers[layer][SKIP]:
-            y = y + self._project(layer, SKIP, "expand_proj", reduced)
+        if _EXPAND in self._layer(layer).projections[SKIP]:
+            y = y + self._project(layer, SKIP, _EXPAND, reduced)
         return y, self._key_normed(layer, keys_values)
 
     def compensation(self) -> list[Tensor]:
@@ -221,14 +256,13 @@ class DequantizedModel:
         From the first call on, `skip` uses these very tensors: changing one changes what it
         computes. Empty where skipped layers are only scaled.
         """
-        found = []
-        for layer in self._layers:
-            if "expand_proj" not in layer[SKIP]:
-                return []
-            weight = layer[SKIP]["expand_proj"].weight.float()
-            layer[SKIP]["expand_proj"] = replace(layer[SKIP]["expand_proj"], weight=weight)
-            found.append(weight)
-        return found
+        if not self._compensation and self.manifest.compensation_rank:
+            self._compensation = [
+                self._projections(self._tensors(layer_path(index, SKIP)))[_EXPAND].weight.float()
+                for index in range(self.manifest.model.num_layers)
+            ]
+            self._loaded.clear()
+        return self._compensation
 
     def final(self, x: Tensor) -> Tensor:
         """Input of the LM head, `[..., D]`."""

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
@@ -172,21 +173,38 @@ class Environment:
             decisions: `[B, T, A]`.
             rotary: of T positions.
         """
-        model, normed = self.model, self.model.normed(layer, x)
-        base, *others = self.actions[:-1]
-        query, kv = model.qkv(layer, base, normed)
-        skipped, kv_skipped = model.skip(layer, x, normed)
-        with torch.no_grad():
-            projected = [model.qkv(layer, action, normed) for action in others]
-        mixed = kv
-        for index, other in enumerate([*(kv for _, kv in projected), kv_skipped.detach()], 1):
-            mixed = mixed + decisions[..., index, None] * (other - kv.detach())
-        y = model.complete(layer, base, x, model.attend(layer, query, mixed, rotary))
-        differences = []
-        with torch.no_grad():
-            for action, (q, _) in zip(others, projected, strict=True):
-                attention = model.attend(layer, q, mixed, rotary)
-                differences.append(model.complete(layer, action, x, attention) - y)
+        model, (base, *others) = self.model, self.actions[:-1]
+        keys_values: list[Tensor] = []  # these are constants: the first run finds them
+        differences: list[Tensor] = []
+
+        def run(x: Tensor, decisions: Tensor) -> tuple[Tensor, Tensor]:
+            known, normed = bool(differences), model.normed(layer, x)
+            query, kv = model.qkv(layer, base, normed)
+            skipped, kv_skipped = model.skip(layer, x, normed)
+            queries: list[Tensor] = []
+            if not known:
+                with torch.no_grad():
+                    for action in others:
+                        projected = model.qkv(layer, action, normed)
+                        queries.append(projected[0])
+                        keys_values.append(projected[1])
+            mixed = kv
+            for index, other in enumerate([*keys_values, kv_skipped.detach()], 1):
+                mixed = mixed + decisions[..., index, None] * (other - kv.detach())
+            y = model.complete(layer, base, x, model.attend(layer, query, mixed, rotary))
+            if not known:
+                with torch.no_grad():
+                    for action, q in zip(others, queries, strict=True):
+                        attention = model.attend(layer, q, mixed, rotary)
+                        differences.append(model.complete(layer, action, x, attention) - y)
+            return y, skipped
+
+        if model.keeps_layers or not torch.is_grad_enabled():
+            y, skipped = run(x, decisions)
+        else:  # the gradient runs it again: neither weights nor activations are kept until then
+            y, skipped = checkpoint(
+                run, x, decisions, use_reentrant=False, preserve_rng_state=False
+            )
         return [y, *(difference + y for difference in differences), skipped]
 
     def kl(self, reference: Tensor, final: Tensor, head: Action | None = None) -> Tensor:
