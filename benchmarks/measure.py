@@ -68,9 +68,9 @@ def speed(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same policies with `--memory low`. 1 minute."""
+    """The same policies with `--memory high`. 1 minute."""
     once = _amount(replace(size, processes=1, rounds=1))
-    return [["dash-bench", a.bundle, "--memory", "low", *once, "--json"]]
+    return [["dash-bench", a.bundle, "--memory", "high", *once, "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:

@@ -89,7 +89,7 @@ class Model:
         *,
         policy: str | Policy = "",
         budget: Budget | None = None,
-        memory: Memory = "high",
+        memory: Memory = "low",
     ):
         """See `load`."""
         self.manifest = bundle.manifest
@@ -360,7 +360,7 @@ def load(
     threads: int | None = None,
     policy: str | Policy = "",
     budget: Budget | None = None,
-    memory: Memory = "high",
+    memory: Memory = "low",
     cuda_graphs: bool = False,
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
@@ -375,8 +375,8 @@ def load(
         threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
         policy: of generations that name none; see `dash_onnx.core.policy.make_policy`.
         budget: likewise, a fraction of the full time per token or a preset.
-        memory: `low` runs prompts in the precisions that the policy uses, so that no others are
-            loaded; `high` runs them at the highest exported.
+        memory: `low` runs prompts in the highest precision that the policy uses in each layer, so
+            that no others are loaded; `high` runs them at the highest exported.
         cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and
             launches those. Generations on several threads then take turns, and other CUDA work of
             the process must keep off the default stream.

@@ -31,7 +31,7 @@ Memory = Literal["high", "low"]
 class Sessions:
     """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
+    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "low"):
         """Loads nothing yet."""
         self.memory = memory
         self.manifest = bundle.manifest

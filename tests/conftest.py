@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dash_onnx
+from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
@@ -149,11 +150,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports a model folder; MatMulNBits computes exactly (accuracy level 0) unless told."""
+    """Exports a model folder, every precision and exact products (level 0) unless told."""
 
     def run(source: Path, **options: object) -> Path:
         out = tmp_path_factory.mktemp("bundles") / "out"
-        export(str(source), out, ExportOptions(**{"accuracy_level": 0, **options}))
+        usual = {"variants": PRECISIONS, "accuracy_level": 0}
+        export(str(source), out, ExportOptions(**{**usual, **options}))
         return out
 
     return run

@@ -18,6 +18,7 @@ from conftest import LLAMA3_ROPE, TINY, logits_of, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
+from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.exporters.architectures.rope import head_order
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
@@ -151,7 +152,12 @@ class Pair:
     def build(cls, case: Case, folder: Path, text: Path) -> Pair:
         """Saves and exports; MatMulNBits computes exactly (accuracy level 0)."""
         source, out = save_random(folder / "source", case), folder / "out"
-        options = ExportOptions(max_length=case.max_length, calibration=(text,), accuracy_level=0)
+        options = ExportOptions(
+            variants=PRECISIONS,
+            max_length=case.max_length,
+            calibration=(text,),
+            accuracy_level=0,
+        )
         export(str(source), out, options)
         reference = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, attn_implementation="eager"

@@ -44,7 +44,7 @@ class Contender(Protocol):
 class Dash:
     """Our runtime; `variant` is a policy, or `policy@budget`."""
 
-    def __init__(self, bundle: str, threads: int, variant: str, memory: Memory = "high"):
+    def __init__(self, bundle: str, threads: int, variant: str, memory: Memory = "low"):
         """Loads every graph that the policy uses."""
         import dash_onnx
 
@@ -83,7 +83,7 @@ def peers() -> dict[str, EntryPoint]:
 
 
 def load(
-    kind: str, target: str, threads: int, variant: str = "", memory: Memory = "high"
+    kind: str, target: str, threads: int, variant: str = "", memory: Memory = "low"
 ) -> Contender:
     """Loads a contender.
 

@@ -193,7 +193,7 @@ def _starts(
     from dash_onnx.bench.worker import Worker
 
     bundle, memory = arguments.bundle, arguments.memory
-    ours = "dash" if memory == "high" else "dash-low"
+    ours = "dash" if memory == "low" else "dash-high"
     starts: list[Callable[[], Worker]] = [
         partial(Worker, f"{ours} {v}", "dash", bundle, threads, v, memory) for v in variants
     ]

@@ -135,9 +135,9 @@ def add_memory_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         choices=("high", "low"),
-        default="high",
-        help="low: prompts run in the precisions that the policy uses, and no others are loaded; "
-        "high: at the highest exported (default)",
+        default="low",
+        help="low: prompts run in the highest precision that the policy uses in each layer, and no "
+        "others are loaded (default); high: at the highest exported",
     )
 
 

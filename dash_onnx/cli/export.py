@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, positive, run
-from dash_onnx.core.actions import ACTIONS, PRECISIONS, parse_precisions
+from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, parse_precisions
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.records import to_json
 
@@ -35,8 +35,8 @@ def _parser() -> Parser:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new bundle")
     parser.add_argument(
         "--variants",
-        default=",".join(PRECISIONS),
-        help="precisions of each layer (default: %(default)s)",
+        default=",".join(DEFAULT_VARIANTS),
+        help="precisions of each layer, of full, int8, int4 (default: %(default)s)",
     )
     parser.add_argument(
         "--device",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, run
-from dash_onnx.core.actions import PRECISIONS, parse_precisions
+from dash_onnx.core.actions import DEFAULT_VARIANTS, parse_precisions
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _parser() -> Parser:
     parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
     parser.add_argument(
         "--variants",
-        default=",".join(PRECISIONS),
+        default=",".join(DEFAULT_VARIANTS),
         help="precisions that would be exported (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -15,6 +15,9 @@ SKIP: Action = "skip"
 PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4")
 """Actions that run the layer, highest precision first."""
 
+DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
+"""What is exported unless told: `full` takes four times INT8's memory, and gains hardly anything."""
+
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 
 

@@ -18,6 +18,8 @@ from dash_onnx.exporters.calibration.tokens import SINK_TOKENS, Ids
 from dash_onnx.exporters.graphs import HIDDEN
 from dash_onnx.runtime.ort import Device, create_session, has_device
 
+_GRAM_PARTS = 6  # of the columns of x^T x: of 6 x 6 squares only 21 are computed
+
 
 @dataclass(frozen=True)
 class Runner:
@@ -78,17 +80,16 @@ class Runner:
                 for name in names:
                     at = None if name == HIDDEN else captured.index(name)
                     found = batch if at is None else np.concatenate([run[at] for run in runs])
-                    x = torch.from_numpy(found).float()  # [sequences, length, K]
-                    sinks, others = (
-                        x[:, :SINK_TOKENS].flatten(0, 1),
-                        x[:, SINK_TOKENS:].flatten(0, 1),
-                    )
+                    x = torch.tensor(found, dtype=torch.float32)  # [sequences, length, K]
+                    x[:, :SINK_TOKENS] *= sink_weight**0.5
                     if name not in sums:
                         sums[name] = torch.zeros(x.shape[-1], x.shape[-1])
-                    sums[name].addmm_(others.T, others).addmm_(sinks.T, sinks, alpha=sink_weight)
+                    _add_upper(sums[name], x.flatten(0, 1))
                 yield np.concatenate([run[-1] for run in runs])
 
         out.write(len(hidden), outputs())
+        for total in sums.values():
+            total.triu_().add_(total.triu(1).T)
         return {linear: sums[name] for linear, name in inputs.items()}
 
     def _capturing_session(self, path: Path, captured: Sequence[str]) -> Any:
@@ -126,3 +127,10 @@ class Runner:
             "cos_cache": cos,
             "sin_cache": sin,
         }
+
+
+def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds x^T x of `[tokens, K]` to the upper triangle of `[K, K]`, and to some of the lower."""
+    width = -(-len(total) // _GRAM_PARTS)
+    for start in range(0, len(total), width):
+        total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.facts import Calibration
+from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.self_written import DOCUMENT_TOKEN, write_text
 from dash_onnx.exporters.calibration.texts import calibration_text, plain
@@ -22,8 +22,16 @@ SINK_TOKENS = 4
 
 SEQUENCES = 64
 LENGTH = 256
+_SMALL = 200_000_000  # weights in layers
 
 Ids = npt.NDArray[np.int64]
+
+
+def sequences_of(facts: ModelFacts) -> int:
+    """How many sequences a model is calibrated on: a large one takes long for each."""
+    attention = 2 * (facts.num_heads + facts.num_kv_heads) * facts.head_dim
+    weights = facts.num_layers * facts.hidden_size * (attention + 3 * facts.intermediate_size)
+    return SEQUENCES if weights <= _SMALL else SEQUENCES // 2
 
 
 def calibration_ids(
@@ -32,6 +40,7 @@ def calibration_ids(
     seed: int,
     draft: Callable[[], Bundle],
     least_tokens: int = 0,
+    sequences: int = SEQUENCES,
 ) -> tuple[Ids, Calibration]:
     """Returns token ids `[sequences, length]` and where they came from.
 
@@ -40,11 +49,15 @@ def calibration_ids(
         seed: of the sampling.
         draft: makes a bundle of the model, which writes.
         least_tokens: that the files must hold.
+        sequences: how many are wanted; files may hold fewer.
 
     Raises:
         SourceError: the file is missing, not text, or too short.
     """
-    ids = _from_text(source, files, least_tokens) if files else _self_generated(source, seed, draft)
+    if files:
+        ids = _from_text(source, files, least_tokens, sequences)
+    else:
+        ids = _self_generated(source, seed, draft, sequences)
     return ids, Calibration(
         source=", ".join(path.name for path in files) or "self-generated",
         sequences=ids.shape[0],
@@ -55,7 +68,7 @@ def calibration_ids(
     )
 
 
-def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
+def _from_text(source: Source, files: Sequence[Path], least_tokens: int, sequences: int) -> Ids:
     def render(messages: Sequence[Message]) -> str:
         if source.tokenizer.chat_template is None:
             return plain(messages)
@@ -68,12 +81,12 @@ def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
     if len(ids) < least:
         names = ", ".join(map(str, files))
         raise SourceError(f"{names} has {len(ids)} tokens; calibration needs at least {least}")
-    count = min(SEQUENCES, len(ids) // length)
+    count = min(sequences, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
     return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])
 
 
-def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle]) -> Ids:
+def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:
     """From where documents start.
 
     A chat-tuned model writes chats after its start token; documents are the better calibration
@@ -82,7 +95,7 @@ def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle]) -> I
     starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
     start = next((token for token in starts if token), 0)
     start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
-    first, generator = np.full(SEQUENCES, start), np.random.default_rng(seed)
+    first, generator = np.full(sequences, start), np.random.default_rng(seed)
     bundle = draft()
     length = min(LENGTH, bundle.manifest.model.max_length)
     return write_text(bundle, first, length, generator, "calibration text")

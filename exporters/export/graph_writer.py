@@ -31,7 +31,7 @@ from dash_onnx.exporters.graphs import (
 from dash_onnx.exporters.sources import Source
 from dash_onnx.runtime.machine import release_memory
 
-_FIGURE_SEQUENCES = 16  # enough for the figures of a layer; GPTQ and the compensation see all
+_FIGURE_SEQUENCES = 8  # enough for the figures of a layer; GPTQ and the compensation see all
 
 _SINK_WEIGHT = 0.003
 """Of a sequence's first tokens in what GPTQ sees. Their inputs are up to 1,000 times as large: with

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from dash_onnx.core.actions import PRECISIONS, Action
+from dash_onnx.core.actions import DEFAULT_VARIANTS, Action
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Target
 from dash_onnx.runtime.ort import Device
@@ -39,7 +39,7 @@ class ExportOptions:
         revision: of a hub id.
     """
 
-    variants: tuple[Action, ...] = PRECISIONS
+    variants: tuple[Action, ...] = DEFAULT_VARIANTS
     device: Device = "cpu"
     max_length: int | None = None
     block_size: int | None = None

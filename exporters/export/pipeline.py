@@ -18,7 +18,7 @@ from dash_onnx.core.facts import Costs, ExportFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.version import FORMAT_VERSION, __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
-from dash_onnx.exporters.calibration.tokens import calibration_ids
+from dash_onnx.exporters.calibration.tokens import calibration_ids, sequences_of
 from dash_onnx.exporters.export.draft import write_draft
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.options import ExportOptions
@@ -58,7 +58,12 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
 
         ids, calibration = partial.calibration(
             lambda: calibration_ids(
-                source, options.calibration, options.seed, draft, options.least_tokens
+                source,
+                options.calibration,
+                options.seed,
+                draft,
+                options.least_tokens,
+                sequences_of(spec.facts),
             )
         )
         folder, known = partial.bundle, partial.progress()
