@@ -16,7 +16,7 @@ PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4")
 """Actions that run the layer, highest precision first."""
 
 DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
-"""What is exported unless told: `full` takes four times INT8's memory, and gains hardly anything."""
+"""What is exported unless told: `full` takes four times INT8's memory and gains hardly anything."""
 
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 
