@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,7 @@ class Backend:
     Attributes:
         device: its name.
         run_options: of every run, or None.
-        lock: held while a graph is loaded.
+        lock: held while a graph is loaded, by devices where that must not happen beside others.
     """
 
     device: Device = "cpu"
@@ -45,7 +44,7 @@ class Backend:
 
     def __init__(self) -> None:
         """The CPU needs nothing."""
-        self.lock: AbstractContextManager[Any] = threading.Lock()
+        self.lock: AbstractContextManager[Any] = nullcontext()
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A tensor of zeros on the device."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dash_onnx.core.actions import Action, Path
@@ -21,6 +25,7 @@ from dash_onnx.core.errors import BundleError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.ort import thread_count
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.sequence import SequenceState
@@ -44,6 +49,7 @@ class Sessions:
         self.scorer_ports = scorer_ports(dims, layers, actions)
         self._bundle = bundle
         self._loaded: dict[str, Any] = {}
+        self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
         self._closed = False
 
     def embed(self) -> Any:
@@ -79,14 +85,17 @@ class Sessions:
             heads = {policy.head, prompt[1]}
             later = policy.used(layers, manifest.actions)
             actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
-        self.embed()
+        loads: list[Callable[[], Any]] = [partial(self.head, precision) for precision in heads]
+        loads.append(self.embed)
         if manifest.scorer is not None and (policy is None or policy.scored):
-            self.scorer()
-        for precision in heads:
-            self.head(precision)
-        for layer, used in enumerate(actions):
-            for action in used:
-                self.layer(layer, action)
+            loads.append(self.scorer)
+        loads += [
+            partial(self.layer, layer, action)
+            for layer, used in enumerate(actions)
+            for action in used
+        ]
+        with ThreadPoolExecutor(thread_count()) as pool:
+            list(pool.map(lambda load: load(), loads))
 
     def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
         """The state of a new, empty sequence, or of a batch of them; see there."""
@@ -113,7 +122,7 @@ class Sessions:
     ) -> Any:
         session = self._loaded.get(path)
         if session is None:
-            with self.backend.lock:
+            with self._locks.setdefault(path, threading.Lock()), self.backend.lock:
                 session = self._loaded.get(path)
                 if self._closed:
                     raise BundleError("this model is closed; load the bundle again")
