@@ -15,7 +15,8 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.exporters.architectures import REGISTRY
-from dash_onnx.exporters.calibration.texts import calibration_text, plain
+from dash_onnx.exporters.calibration.records import plain
+from dash_onnx.exporters.calibration.texts import TextLike, text_sources
 from dash_onnx.exporters.calibration.tokens import calibration_ids
 from dash_onnx.exporters.sources import Source, open_source
 
@@ -24,6 +25,12 @@ CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "t
 
 def render(messages: Sequence[Message]) -> str:
     return "|".join(f"{message['role']}:{message['content']}" for message in messages)
+
+
+def joined(*given: TextLike) -> str:
+    """All that sources hold."""
+    parts = [source.content.excerpt(render, 1_000_000) for source in text_sources(given)]
+    return "\n\n".join(part.text for part in parts)
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
 def refusal(files: Sequence[Path]) -> str:
     with pytest.raises(SourceError) as caught:
-        calibration_text(files, render)
+        joined(*files)
     message = str(caught.value)
     assert message and "\n" not in message
     return message
@@ -53,8 +60,8 @@ def refusal(files: Sequence[Path]) -> str:
 def test_files_of_both_kinds_are_joined_in_their_order(write: Callable[..., Path]) -> None:
     text = write("a.md", "  one\n\ntwo {not json}")
     lines = write("b.jsonl", {"text": "second"}, "", "  \t", {"text": "third"})
-    assert calibration_text([text, lines], render) == "  one\n\ntwo {not json}\n\n\nsecond\n\nthird"
-    assert calibration_text([lines, text], render) == "second\n\nthird\n\n  one\n\ntwo {not json}\n"
+    assert joined(text, lines) == "  one\n\ntwo {not json}\n\n\nsecond\n\nthird"
+    assert joined(lines, text) == "second\n\nthird\n\n  one\n\ntwo {not json}\n"
 
 
 PAIR = {"prompt": "p", "response": "r"}
@@ -77,12 +84,12 @@ def test_a_record_is_a_text_or_a_conversation(
     record: dict[str, Any], text: str, write: Callable[..., Path]
 ) -> None:
     """Under the usual names; separators of Unicode inside a text do not end it."""
-    assert calibration_text([write("a.jsonl", record)], render) == text
+    assert joined(write("a.jsonl", record)) == text
 
 
 def test_records_may_end_as_windows_ends_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert calibration_text([tmp_path / "a.jsonl"], render) == "a\n\nb"
+    assert joined(tmp_path / "a.jsonl") == "a\n\nb"
 
 
 def test_a_conversation_without_a_template_is_its_contents() -> None:
@@ -153,13 +160,12 @@ def source(tiny_folder: Path) -> Source:
 @pytest.mark.parametrize(
     "messages", [["hello"], [3], [{}], [{"role": "user"}], [{"content": None}]], ids=str
 )
-@pytest.mark.parametrize("render", [render, plain])
 def test_messages_that_are_no_messages_are_refused_in_one_line(
-    write: Callable[..., Path], render: Callable[..., str], messages: list[Any]
+    write: Callable[..., Path], messages: list[Any]
 ) -> None:
     path = write("a.jsonl", {"messages": messages})
     with pytest.raises(SourceError, match="every message needs a role and a text") as caught:
-        calibration_text([path], render)
+        joined(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -174,7 +180,7 @@ def test_a_template_that_refuses_is_one_line(write: Callable[..., Path], source:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write("a.jsonl", {"messages": CHAT})
     with pytest.raises(SourceError, match="roles must alternate") as caught:
-        calibration_ids(dataclasses.replace(source, tokenizer=tokenizer), [path], 0)
+        calibration_ids(dataclasses.replace(source, tokenizer=tokenizer), text_sources([path]), 0)
     assert "\n" not in str(caught.value)
 
 
@@ -182,7 +188,7 @@ def test_calibration_on_conversations_uses_the_chat_template(
     write: Callable[..., Path], source: Source, tiny_bundle: Path
 ) -> None:
     path = write("a.jsonl", *[{"messages": CHAT}] * 100)
-    ids, facts = calibration_ids(source, [path], 0)
+    ids, facts = calibration_ids(source, text_sources([path]), 0)
     text = source.tokenizer.decode(ids[0])
     assert "<s>user\nwho?</s>\n<s>assistant\nthe keeper</s>\n" in text
     assert "<s>assistant\n<s>" not in text  # no answer is asked for
@@ -195,6 +201,6 @@ def test_several_files_are_all_named_in_the_facts(
     write: Callable[..., Path], source: Source
 ) -> None:
     files = [write("a.txt", "night " * 800), write("b.jsonl", {"text": "night " * 800})]
-    ids, facts = calibration_ids(source, files, 0)
+    ids, facts = calibration_ids(source, text_sources(files), 0)
     assert facts.source == "a.txt, b.jsonl"
     assert facts.tokens == ids.size > 0

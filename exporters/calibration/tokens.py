@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Calibration
 from dash_onnx.core.text import Message
+from dash_onnx.exporters.calibration.draw import Ids, draw
+from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.calibration.sampling import DOCUMENT_TOKEN, sample_tokens
-from dash_onnx.exporters.calibration.texts import calibration_text, plain
+from dash_onnx.exporters.calibration.texts import TextSource, names_of
 from dash_onnx.exporters.sources import Source
 
 SINK_TOKENS = 4
@@ -28,25 +27,23 @@ SINK_TOKENS = 4
 SEQUENCES = 64
 LENGTH = 256
 
-Ids = npt.NDArray[np.int64]
-
 
 def calibration_ids(
-    source: Source, files: Sequence[Path], seed: int, least_tokens: int = 0
+    source: Source, texts: Sequence[TextSource], seed: int, least_tokens: int = 0
 ) -> tuple[Ids, Calibration]:
     """Returns token ids `[sequences, length]` and where they came from.
 
     Args:
-        files: see `calibration_text`; none lets the model write the text itself.
+        texts: the user's own; none lets the model write the text itself.
         seed: of the sampling.
-        least_tokens: that the files must hold.
+        least_tokens: that the texts must hold.
 
     Raises:
-        SourceError: the file is missing, not text, or too short.
+        SourceError: a text cannot be read, or all are too short.
     """
-    ids = _from_text(source, files, least_tokens) if files else _self_generated(source, seed)
+    ids = _from_text(source, texts, least_tokens) if texts else _self_generated(source, seed)
     return ids, Calibration(
-        source=", ".join(path.name for path in files) or "self-generated",
+        source=names_of(texts) or "self-generated",
         sequences=ids.shape[0],
         tokens=ids.size,
         sink_tokens=SINK_TOKENS,
@@ -55,22 +52,27 @@ def calibration_ids(
     )
 
 
-def _from_text(source: Source, files: Sequence[Path], least_tokens: int) -> Ids:
+def _from_text(source: Source, texts: Sequence[TextSource], least_tokens: int) -> Ids:
     def render(messages: Sequence[Message]) -> str:
         if source.tokenizer.chat_template is None:
             return plain(messages)
         return str(source.tokenizer.apply_chat_template(list(messages), tokenize=False))
 
-    text = calibration_text(files, render)
-    ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(text: str) -> Ids:
+        ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, np.int64)
+
     length = min(LENGTH, source.config.max_position_embeddings)
     least = max(2 * length, least_tokens)
-    if len(ids) < least:
-        names = ", ".join(map(str, files))
-        raise SourceError(f"{names} has {len(ids)} tokens; calibration needs at least {least}")
-    count = min(SEQUENCES, len(ids) // length)
-    starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
-    return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])
+    return draw(
+        texts,
+        render,
+        encode,
+        sequences=SEQUENCES,
+        length=length,
+        least=least,
+        purpose="calibration",
+    )
 
 
 def _self_generated(source: Source, seed: int) -> Ids:

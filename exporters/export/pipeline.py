@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dash_onnx.core.atomic import check_destination
-from dash_onnx.core.bundle import Bundle, file_facts, list_files
+from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.facts import Costs, ExportFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.version import FORMAT_VERSION, __version__
@@ -52,7 +52,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     key = _key(source, options)
     with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
         ids, calibration = partial.calibration(
-            lambda: calibration_ids(source, options.calibration, options.seed, options.least_tokens)
+            lambda: calibration_ids(source, options.texts, options.seed, options.least_tokens)
         )
         folder, known = partial.bundle, partial.progress()
         before = known or Progress()
@@ -105,7 +105,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
 def _key(source: Source, options: ExportOptions) -> dict[str, str]:
     """What the files of a bundle depend on, by name: an export goes on only where all is equal."""
     files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in source.files}
-    texts = [file_facts(path).sha256 for path in options.calibration if path.is_file()]
+    texts = [source.sha256() for source in options.texts]
     chosen = {
         field.name.replace("_", "-"): str(getattr(options, field.name))
         for field in dataclasses.fields(options)
