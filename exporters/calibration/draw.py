@@ -50,15 +50,16 @@ def draw(
     Raises:
         SourceError: a source cannot be read, or they hold too little.
     """
-    budget = _CHARACTERS * sequences * length
-    parts = [source.content.excerpt(render, budget) for source in sources]
+    passage = _CHARACTERS * length
+    characters = sequences * passage
+    parts = [source.content.excerpt(render, characters, passage) for source in sources]
     for source, part in zip(sources, parts, strict=True):
-        _check_language(source, excerpt(part.text, _SAMPLE), encode)
+        _check_language(source, excerpt(part.text, _SAMPLE, passage), encode)
     weights = [source.weight for source in sources if source.weight is not None]
     if weights:
         texts = [encode(part.text) for part in parts]
     else:
-        texts, weights = [encode(_joined(parts, budget))], [1.0]
+        texts, weights = [encode(_joined(parts, characters, passage))], [1.0]
     # The shares hold even where one source is short of tokens: then there are fewer in all.
     shares_of = [weight / sum(weights) for weight in weights]
     held = [int(len(ids) / share) for ids, share in zip(texts, shares_of, strict=True)]
@@ -83,12 +84,14 @@ def draw(
     return np.stack(rows)
 
 
-def _joined(parts: Sequence[Excerpt], characters: int) -> str:
+def _joined(parts: Sequence[Excerpt], characters: int, passage: int) -> str:
     """All of them as one text; of each as much as its size deserves where that is too much."""
     total = sum(part.size for part in parts)
     if total <= characters:
         return BETWEEN.join(part.text for part in parts)
-    return BETWEEN.join(excerpt(part.text, characters * part.size // total) for part in parts)
+    return BETWEEN.join(
+        excerpt(part.text, characters * part.size // total, passage) for part in parts
+    )
 
 
 def _counts(total: int, shares: Sequence[float], most: Sequence[int]) -> list[int]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PASSAGE = 4096
-"""Characters of a passage: a few sequences long, so that most sequences lie within one."""
-
 BETWEEN = "\n\n"
 """What separates one text from the next."""
 
@@ -24,11 +21,17 @@ class Excerpt:
     size: int
 
 
-def excerpt(text: str, characters: int) -> str:
-    """A text of about `characters` characters at most: whole, or passages at equal distances."""
+def excerpt(text: str, characters: int, passage: int) -> str:
+    """A text of about `characters` characters at most: whole, or passages at equal distances.
+
+    Args:
+        text: to take it from.
+        characters: that are wanted.
+        passage: characters of each passage.
+    """
     if len(text) <= characters:
         return text
-    count = max(1, characters // PASSAGE)
-    length = min(PASSAGE, characters)
-    starts = (index * len(text) // count for index in range(count))
+    count = max(1, characters // passage)
+    length = min(passage, characters)
+    starts = (index * (len(text) - length) // max(1, count - 1) for index in range(count))
     return BETWEEN.join(text[start : start + length] for start in starts)

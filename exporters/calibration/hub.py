@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_onnx.core.errors import SourceError
-from dash_onnx.exporters.calibration.excerpt import BETWEEN, PASSAGE, Excerpt, excerpt
+from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
 from dash_onnx.exporters.calibration.records import ANSWERED, ASKED, Render, record_text
 
 PREFIX = "hub:"
@@ -46,18 +46,18 @@ class HubDataset:
         self._dataset = dataset
         self._split, self._column = (*parts[1:], "", "")[:2]
         self._local = Path(dataset).is_dir()
-        self.name = spelling
+        self.name = self._spelling = spelling
         if self._local:
             self.name = spelling.replace(dataset, Path(dataset).resolve().name, 1)
 
-    def excerpt(self, render: Render, characters: int) -> Excerpt:
-        """About `characters` characters at most, in runs of rows from all over the split.
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
+        """See `Content`; a passage is a run of rows.
 
         Raises:
             SourceError: there is no such dataset, split or column, or it holds no text.
         """
         rows, total = self._rows, len(self._rows)
-        runs = max(1, min(characters // PASSAGE, total))
+        runs = max(1, min(characters // passage, total))
         each = characters // runs
         parts: list[str] = []
         read = size = 0
@@ -73,9 +73,9 @@ class HubDataset:
                     length += len(text)
             size += length
             if texts:
-                parts.append(excerpt(BETWEEN.join(texts), each))
+                parts.append(excerpt(BETWEEN.join(texts), each, passage))
         if not any(part.strip() for part in parts):
-            raise SourceError(f"{self.name} holds no text in {', '.join(rows.column_names)}")
+            raise SourceError(f"{self._spelling} holds no text in {', '.join(rows.column_names)}")
         return Excerpt(BETWEEN.join(parts), size * total // read)
 
     def sha256(self) -> str:
@@ -85,7 +85,7 @@ class HubDataset:
 
     def _text(self, row: dict[str, Any], index: int, render: Render) -> str:
         """Of one row; empty where its columns are, as in many a dataset."""
-        where = f"{self.name}, row {index},"
+        where = f"{self._spelling}, row {index},"
         record = row
         if self._column:
             value = row[self._column]
@@ -104,7 +104,8 @@ class HubDataset:
         split = self._split or (next(iter(splits)) if len(splits) == 1 else "train")
         if split not in splits:
             raise SourceError(
-                f"{self.name} has no split {split}; it has {', '.join(splits)}: {FORM}"
+                f"{self._spelling} has no split {split}; it has {', '.join(splits)}: "
+                f"name one, {FORM}"
             )
         rows = splits[split]
         names = self._columns(rows.column_names)
@@ -118,7 +119,7 @@ class HubDataset:
             if found := [name for name in names if name in choice]:
                 return found
         raise SourceError(
-            f"{self.name} has no column {self._column or 'of a usual name'}; it has "
+            f"{self._spelling} has no column {self._column or 'of a usual name'}; it has "
             f"{', '.join(names)}: name one that holds texts or messages, {FORM}"
         )
 
@@ -128,45 +129,46 @@ class HubDataset:
             import datasets
         except ImportError:
             raise SourceError(
-                f"{self.name} needs the package datasets: `pip install 'dash-onnx[hub]'`"
+                f"{self._spelling} needs the package datasets: `pip install 'dash-onnx[hub]'`"
             ) from None
         if not self._local and not _ID.fullmatch(self._dataset):
             raise SourceError(
-                f"{self.name}: {self._dataset} is neither a folder nor the id of a dataset "
+                f"{self._spelling}: {self._dataset} is neither a folder nor the id of a dataset "
                 "(org/name)"
             )
-        for name in ("datasets", "huggingface_hub"):  # a line for every attempt to reach the hub
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("datasets", "huggingface_hub"):  # a line for each of many attempts
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         config = self._config or None
         try:
             try:
                 return datasets.load_dataset(self._dataset, config)
-            except ConnectionError as error:
-                return datasets.load_dataset(self._downloaded(error), config)
+            except ConnectionError:
+                return datasets.load_dataset(self._downloaded(), config)
         except SourceError:
             raise
         except datasets.exceptions.DatasetNotFoundError:
             raise SourceError(
-                f"{self.name}: the hub has no dataset {self._dataset}, or keeps it from you: check "
-                "the name; a gated or private one needs `hf auth login`"
+                f"{self._spelling}: the hub has no dataset {self._dataset}, or keeps it from you: "
+                "check the name; a gated or private one needs `hf auth login`"
             ) from None
         except Exception as error:  # of others' files, so of any kind
             reason = _line(error.__cause__ or error)
             remedy = f"; choose one, {FORM}" if "onfig" in reason else ""
-            raise SourceError(f"{self.name} cannot be opened: {reason}{remedy}") from None
+            raise SourceError(f"{self._spelling} cannot be opened: {reason}{remedy}") from None
 
-    def _downloaded(self, error: ConnectionError) -> str:
+    def _downloaded(self) -> str:
         """The folder that `hf download` left, which the library overlooks without a network."""
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
         try:
             return snapshot_download(self._dataset, repo_type="dataset", local_files_only=True)
         except Exception:
             raise SourceError(
-                f"{self.name}: the hub cannot be reached and no copy is in the cache "
-                f"({_line(error)}); go online (HF_HUB_OFFLINE unset), or give a local folder"
+                f"{self._spelling}: "
+                + ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no hub is in reach")
+                + f" and the cache has no {self._dataset}: go online once, or give a local folder"
             ) from None
 
 

@@ -29,8 +29,13 @@ class Content(Protocol):
     def name(self) -> str:
         """As manifests and messages tell it."""
 
-    def excerpt(self, render: Render, characters: int) -> Excerpt:
-        """About `characters` characters of it at most, from all over it.
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
+        """About `characters` characters of it at most, in passages from all over it.
+
+        Args:
+            render: turns a conversation into text.
+            characters: that are wanted.
+            passage: characters of each passage.
 
         Raises:
             SourceError: it cannot be read, or holds no text.
@@ -52,10 +57,10 @@ class Files:
         self._path = path
         self.name = path.name or path.resolve().name
 
-    def excerpt(self, render: Render, characters: int) -> Excerpt:
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
         """See `Content`."""
         text = BETWEEN.join(text for path in self._paths() for text in _texts(path, render))
-        return Excerpt(excerpt(text, characters), len(text))
+        return Excerpt(excerpt(text, characters, passage), len(text))
 
     def sha256(self) -> str:
         """See `Content`."""
@@ -88,13 +93,13 @@ class StandardInput:
 
     name = "-"
 
-    def excerpt(self, render: Render, characters: int) -> Excerpt:
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
         """See `Content`."""
         text = self._text
         if _is_object(text.lstrip().partition("\n")[0]):
             records = json_records(text, "standard input")
             text = BETWEEN.join(record_text(record, where, render) for where, record in records)
-        return Excerpt(excerpt(text, characters), len(text))
+        return Excerpt(excerpt(text, characters, passage), len(text))
 
     def sha256(self) -> str:
         """See `Content`."""
