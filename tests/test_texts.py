@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,13 +193,14 @@ def test_the_file_at_fault_is_named_among_several(
         (["FOLDER/empty@0.5"], "FOLDER/empty holds no text"),
         (["FOLDER/none.txt@0.5"], "cannot read FOLDER/none.txt:"),
         (["FOLDER/none@home"], "cannot read FOLDER/none@home:"),
-        (["a.txt@0"], "the weight of a.txt@0 must be above 0, as in a.txt@0.5"),
-        (["a.txt@-1"], "must be above 0"),
-        (["a.txt@nan"], "must be above 0"),
-        (["a.txt@inf"], "must be above 0"),
+        (["a.txt@0"], "the weight of a.txt@0 must lie in 1e-06..1e+06, as in a.txt@0.5"),
+        (["a.txt@-1"], "must lie in"),
+        (["a.txt@nan"], "must lie in"),
+        (["a.txt@inf"], "must lie in"),
         (["@1"], "cannot read @1:"),
         (["a.txt@0.5", "b.txt"], "give every text a weight, as in b.txt@0.5, or none"),
-        (["-", "-"], "standard input (-) can be read once"),
+        (["-", "-"], "one text may come from standard input (-) or a pipe"),
+        ([""], "a text has an empty name"),
     ],
 )
 def test_a_source_that_cannot_be_is_told_with_its_remedy(
@@ -207,6 +210,17 @@ def test_a_source_that_cannot_be_is_told_with_its_remedy(
     (tmp_path / "empty/code.py").touch()
     found = refusal([spelling.replace("FOLDER", str(tmp_path)) for spelling in spellings])
     assert message.replace("FOLDER", str(tmp_path)) in found
+
+
+def test_a_pipe_is_read_once_as_standard_input_is(tmp_path: Path) -> None:
+    """As the shell gives `<(zcat chats.jsonl.gz)`."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('{"text": "piped"}\n',))
+    writer.start()
+    (source,) = text_sources([str(pipe)])
+    assert source.sha256() and joined(source) == "piped"
+    writer.join()
 
 
 @pytest.mark.parametrize(

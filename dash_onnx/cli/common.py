@@ -162,6 +162,6 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         metavar="TEXT",
         help="text of your own domain: a file (.jsonl may hold prompts and responses), a folder, - "
         "for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; TEXT@0.5 sets its share "
-        "(default: text that the model generates itself; forms and amounts: docs/guide/train.md)",
+        "(default: text that the model generates itself; see docs/reference/texts.md)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")

@@ -60,22 +60,20 @@ def draw(
         texts = [encode(part.text) for part in parts]
     else:
         texts, weights = [encode(_joined(parts, characters, passage))], [1.0]
-    # The shares hold even where one source is short of tokens: then there are fewer in all.
-    shares_of = [weight / sum(weights) for weight in weights]
-    held = [int(len(ids) / share) for ids, share in zip(texts, shares_of, strict=True)]
-    if min(held) < least:
-        if len(held) == 1:
-            found = f"{names_of(sources)} has {held[0]} tokens"
-        else:
-            shortest = int(np.argmin(held))
+    shares = [weight / sum(weights) for weight in weights]
+    # The shares hold even where one text is short: then there are fewer tokens in all.
+    allowed = [int(len(ids) / share) for ids, share in zip(texts, shares, strict=True)]
+    if (most := min(allowed)) < least:
+        found = f"{names_of(sources)} has {most} tokens"
+        if len(texts) > 1:
+            short = allowed.index(most)
             found = (
-                f"{sources[shortest].name} has {len(texts[shortest])} tokens, with which its "
-                f"weight allows {held[shortest]} in all"
+                f"{sources[short].name} has {len(texts[short])} tokens, with which its weight "
+                f"allows {most} in all"
             )
         raise SourceError(f"{found}; {purpose} needs at least {least}")
-    counts = _counts(
-        min(sequences, min(held) // length), shares_of, [len(ids) // length for ids in texts]
-    )
+    limits = [len(ids) // length for ids in texts]
+    counts = _counts(min(sequences, most // length), shares, limits)
     rows = [
         ids[start : start + length]
         for ids, count in zip(texts, counts, strict=True)
@@ -94,14 +92,14 @@ def _joined(parts: Sequence[Excerpt], characters: int, passage: int) -> str:
     )
 
 
-def _counts(total: int, shares: Sequence[float], most: Sequence[int]) -> list[int]:
-    """Sequences of each source, by largest remainders; `total` in all if they hold so many."""
+def _counts(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
+    """Sequences of each text, by largest remainders; `total` in all if the limits allow it."""
     wanted = [total * share for share in shares]
-    counts = [min(int(number), limit) for number, limit in zip(wanted, most, strict=True)]
+    counts = [min(int(number), limit) for number, limit in zip(wanted, limits, strict=True)]
     for _ in range(total - sum(counts)):
-        open_ = [index for index, count in enumerate(counts) if count < most[index]]
-        if open_:
-            counts[max(open_, key=lambda index: wanted[index] - counts[index])] += 1
+        left = [index for index, count in enumerate(counts) if count < limits[index]]
+        if left:
+            counts[max(left, key=lambda index: wanted[index] - counts[index])] += 1
     return counts
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from dash_onnx.exporters.calibration.records import Render, record_text
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 """Of the files that are read in a folder."""
+
+_LEAST, _MOST = 1e-6, 1e6  # weights
 
 
 class Content(Protocol):
@@ -88,16 +89,25 @@ class Files:
         return not hidden and path.suffix in SUFFIXES and path.is_file() and path.stat().st_size > 0
 
 
-class StandardInput:
-    """A text, or JSON lines if the first line is an object; read once, for it can be no more."""
+class Stream:
+    """Standard input or a pipe: text, or JSON lines where the first line is an object."""
 
     name = "-"
+
+    def __init__(self, pipe: Path | None = None):
+        """Reads nothing yet.
+
+        Args:
+            pipe: such as the shell's `<(zcat chats.gz)`; None is standard input.
+        """
+        self._pipe = pipe
+        self._where = str(pipe or "standard input")
 
     def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
         """See `Content`."""
         text = self._text
         if _is_object(text.lstrip().partition("\n")[0]):
-            records = json_records(text, "standard input")
+            records = json_records(text, self._where)
             text = BETWEEN.join(record_text(record, where, render) for where, record in records)
         return Excerpt(excerpt(text, characters, passage), len(text))
 
@@ -107,12 +117,14 @@ class StandardInput:
 
     @cached_property
     def _text(self) -> str:
+        """All of it; export and training share it, for it can be read once only."""
+        content = self._pipe.read_bytes() if self._pipe else sys.stdin.buffer.read()
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            text = content.decode("utf-8")
         except UnicodeDecodeError:
-            raise SourceError("standard input is not UTF-8 text") from None
+            raise SourceError(f"{self._where} is not UTF-8 text") from None
         if not text.strip():
-            raise SourceError("standard input is empty")
+            raise SourceError(f"{self._where} is empty")
         return text
 
 
@@ -156,8 +168,8 @@ def text_sources(given: Sequence[TextLike]) -> tuple[TextSource, ...]:
     without = [source.name for source in sources if source.weight is None]
     if 0 < len(without) < len(sources):
         raise SourceError(f"give every text a weight, as in {without[0]}@0.5, or none")
-    if sum(isinstance(source.content, StandardInput) for source in sources) > 1:
-        raise SourceError("standard input (-) can be read once: name it once")
+    if sum(source.content.name == "-" for source in sources) > 1:
+        raise SourceError("one text may come from standard input (-) or a pipe, not several")
     return sources
 
 
@@ -169,11 +181,16 @@ def names_of(sources: Sequence[TextSource]) -> str:
 def _source(given: TextLike) -> TextSource:
     if isinstance(given, TextSource):
         return given
-    if isinstance(given, Path) or Path(given).exists():
-        return TextSource(Files(Path(given)))
+    if given == "":  # which pathlib takes for the current folder
+        raise SourceError("a text has an empty name: name a file, a folder, - or a dataset")
+    path = Path(given)
+    if path.is_fifo():
+        return TextSource(Stream(path))
+    if isinstance(given, Path) or path.exists():
+        return TextSource(Files(path))
     spelling, weight = _weight(given)
     if spelling == "-":
-        return TextSource(StandardInput(), weight)
+        return TextSource(Stream(), weight)
     if spelling.startswith(PREFIX):
         return TextSource(HubDataset(spelling), weight)
     return TextSource(Files(Path(spelling)), weight)
@@ -187,8 +204,10 @@ def _weight(spelling: str) -> tuple[str, float | None]:
         return spelling, None
     if not before:
         return spelling, None
-    if not 0 < weight < math.inf:
-        raise SourceError(f"the weight of {spelling} must be above 0, as in {before}@0.5")
+    if not _LEAST <= weight <= _MOST:
+        raise SourceError(
+            f"the weight of {spelling} must lie in {_LEAST:g}..{_MOST:g}, as in {before}@0.5"
+        )
     return before, weight
 
 
