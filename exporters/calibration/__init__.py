@@ -1,8 +1,9 @@
 """The calibration tokens, and what the layers of a model do with them.
 
 `tokens` chooses them: from the user's text, or what the model writes itself (`sampling`, on the
-model of `reference`). `texts` says where text comes from (files, `hub` for datasets; each gives an
-`excerpt`, `records` as text), `draw` takes token sequences from it, for training too. `runner` runs each freshly written graph on them, `hidden_states` keeps
-what it gives, `statistics` what that shows of a layer. Another choice of tokens changes every
-bundle; sums over tokens may be computed otherwise, not be other sums.
+model of `reference`). `texts` says where text comes from: files and pipes, or `hub` for datasets;
+each gives an `excerpt`, its `records` as text. `draw` takes token sequences from that, for training
+too. `runner` runs each freshly written graph on the tokens, `hidden_states` keeps what it gives,
+`statistics` what that shows of a layer. Another choice of tokens changes every bundle; sums over
+tokens may be computed otherwise, not be other sums.
 """
