@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="OUT", type=Path)
     parser.add_argument("others", nargs="*", type=Path, metavar="OTHER")
-    parser.add_argument("--calibration", nargs="+", type=Path, default=[])
+    parser.add_argument("--calibration", nargs="+", default=[])
     parser.add_argument("--text", nargs="+", type=Path, help="that the KL is measured on")
     parser.add_argument("--sequences", type=int, default=120)
     parser.add_argument("--steps", type=int, default=24, help="of the on-policy phase")

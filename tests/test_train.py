@@ -519,6 +519,25 @@ def test_unusable_text_is_one_line_and_leaves_nothing(
     assert sorted(path.name for path in bundle.parent.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("NIGHT@0.5", "NIGHT"), "give every text a weight"),
+        (("hub:nowhere",), "neither a folder nor the id of a dataset"),
+        (("FOLDER",), "holds no text"),
+    ],
+)
+def test_a_source_of_text_that_cannot_be_is_one_line_and_leaves_nothing(
+    texts: tuple[str, ...], message: str, bundle: Path, night: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "none").mkdir()
+    before, folder = files_of(bundle), str(tmp_path / "none")
+    given = [text.replace("NIGHT", str(night)).replace("FOLDER", folder) for text in texts]
+    assert message in TOOL.refused(capsys, bundle, "--calibration", *given)
+    assert files_of(bundle) == before
+    assert sorted(path.name for path in bundle.parent.iterdir()) == ["out"]
+
+
 # A scorer that cannot be used
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from dash_onnx.core.errors import DashError
@@ -157,11 +156,12 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
     )
     parser.add_argument(
         "--calibration",
-        type=Path,
         nargs="+",
+        action="extend",
         default=[],
-        metavar="FILE",
-        help="text, or .jsonl with prompts and responses, of your own domain (default: text that "
-        "the model generates itself; forms and amounts: docs/guide/train.md)",
+        metavar="TEXT",
+        help="text of your own domain: a file (.jsonl may hold prompts and responses), a folder, - "
+        "for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; TEXT@0.5 sets its share "
+        "(default: text that the model generates itself; see docs/reference/texts.md)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")

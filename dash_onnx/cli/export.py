@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
   dash-export ./model-folder out/ --variants int8,int4 --max-length 2048
-  dash-export model.gguf out/ --calibration my-domain.txt --overwrite"""
+  dash-export model.gguf out/ --calibration my-domain.txt --overwrite
+  dash-export model.gguf out/ --calibration chats/@0.7 hub:HuggingFaceH4/no_robots@0.3"""
 
 
 def _parser() -> Parser:
@@ -113,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.fused and arguments.device != "cpu":
             raise DashError("--fused graphs are built for the CPU: leave --device out")
         prepare_export()
+        from dash_onnx.exporters.calibration.texts import text_sources
         from dash_onnx.exporters.export import ExportOptions, export
         from dash_onnx.exporters.train.options import PLANS, TrainOptions
         from dash_onnx.runtime.ort import has_device
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             device=arguments.device,
             max_length=arguments.max_length,
             block_size=arguments.block_size,
-            calibration=tuple(arguments.calibration),
+            calibration=text_sources(arguments.calibration),
             least_tokens=0 if arguments.effort == "none" else PLANS[arguments.effort].least_tokens,
             compensation_rank=arguments.compensation_rank,
             accuracy_level=arguments.accuracy_level,

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   dash-train out/ --effort normal
-  dash-train out/ --calibration support-chats.jsonl handbook.txt"""
+  dash-train out/ --calibration support-chats.jsonl handbook.txt
+  dash-train out/ --calibration handbook/@0.3 hub:HuggingFaceH4/ultrachat_200k:train_sft@0.7
+  zcat tickets.jsonl.gz | dash-train out/ --calibration -"""
 
 
 def _parser() -> Parser:

@@ -91,7 +91,7 @@ class Calibration:
     """Where the calibration tokens came from.
 
     Attributes:
-        source: `self-generated`, or the name of the text file.
+        source: `self-generated`, or the texts as they were given, without folders.
         sequences: number of sequences.
         tokens: number of tokens in all of them.
         sink_tokens: first tokens of each sequence that were left out of every figure.
@@ -195,7 +195,7 @@ class Training:
 
     Attributes:
         effort: quick, normal or thorough.
-        source: of the training text.
+        source: of the training text, likewise.
         tokens: of training text.
         held_out_tokens: of the tables.
         seed: of everything random.

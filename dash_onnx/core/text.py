@@ -181,11 +181,20 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         SourceError: missing, empty, not text, or a line is not JSON.
     """
+    return json_records(read_text(path), str(path))
+
+
+def json_records(text: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Records of JSON lines, each with its place (`name:line`) for messages.
+
+    Raises:
+        SourceError: a line is not JSON.
+    """
     # Not splitlines: JSON strings may hold other line separators than the newline.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

@@ -1,80 +1,226 @@
-"""The user's own calibration text: plain text, or JSON lines of prompts and responses."""
+"""Where the user's own text comes from: files, folders, standard input, datasets; and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Protocol, TypeAlias
 
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.text import Message, json_lines, read_text
+from dash_onnx.core.text import json_lines, json_records, read_text
+from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
+from dash_onnx.exporters.calibration.hub import PREFIX, HubDataset
+from dash_onnx.exporters.calibration.records import Render, record_text
 
-Render: TypeAlias = Callable[[Sequence[Message]], str]
-"""A whole conversation as text."""
+SUFFIXES = (".txt", ".md", ".jsonl")
+"""Of the files that are read in a folder."""
 
-_ASKED = ("prompt", "instruction", "question", "input")
-_ANSWERED = ("response", "output", "answer", "completion")
+_LEAST, _MOST = 1e-6, 1e6  # weights
 
 
-def calibration_text(files: Sequence[Path], render: Render) -> str:
-    """Joins calibration files.
+class Content(Protocol):
+    """What can be read of a source."""
+
+    @property
+    def name(self) -> str:
+        """As manifests and messages tell it."""
+
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
+        """About `characters` characters of it at most, in passages from all over it.
+
+        Args:
+            render: turns a conversation into text.
+            characters: that are wanted.
+            passage: characters of each passage.
+
+        Raises:
+            SourceError: it cannot be read, or holds no text.
+        """
+
+    def sha256(self) -> str:
+        """Of what it holds: another text has another one.
+
+        Raises:
+            SourceError: as of `excerpt`.
+        """
+
+
+class Files:
+    """A file, or all files of `SUFFIXES` below a folder, in the order of their paths."""
+
+    def __init__(self, path: Path):
+        """Reads nothing yet."""
+        self._path = path
+        self.name = path.name or path.resolve().name
+
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
+        """See `Content`."""
+        text = BETWEEN.join(text for path in self._paths() for text in _texts(path, render))
+        return Excerpt(excerpt(text, characters, passage), len(text))
+
+    def sha256(self) -> str:
+        """See `Content`."""
+        digest = hashlib.sha256()
+        for path in self._paths():
+            content = hashlib.sha256(read_text(path).encode()).hexdigest()
+            digest.update(f"{path.suffix == '.jsonl'} {content}\n".encode())
+        return digest.hexdigest()
+
+    def _paths(self) -> list[Path]:
+        if not self._path.is_dir():
+            return [self._path]
+        below = sorted(self._path.rglob("*"), key=lambda path: path.relative_to(self._path).parts)
+        found = [path for path in below if self._is_text(path)]
+        if not found:
+            raise SourceError(
+                f"{self._path} holds no text: no {', '.join(SUFFIXES)} below it "
+                f"(a folder of parquet is a dataset: {PREFIX}{self._path})"
+            )
+        return found
+
+    def _is_text(self, path: Path) -> bool:
+        """Not what is hidden, such as the packages of a `.venv`."""
+        hidden = any(part.startswith(".") for part in path.relative_to(self._path).parts)
+        return not hidden and path.suffix in SUFFIXES and path.is_file() and path.stat().st_size > 0
+
+
+class Stream:
+    """Standard input or a pipe: text, or JSON lines where the first line is an object."""
+
+    name = "-"
+
+    def __init__(self, pipe: Path | None = None):
+        """Reads nothing yet.
+
+        Args:
+            pipe: such as the shell's `<(zcat chats.gz)`; None is standard input.
+        """
+        self._pipe = pipe
+        self._where = str(pipe or "standard input")
+
+    def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
+        """See `Content`."""
+        text = self._text
+        if _is_object(text.lstrip().partition("\n")[0]):
+            records = json_records(text, self._where)
+            text = BETWEEN.join(record_text(record, where, render) for where, record in records)
+        return Excerpt(excerpt(text, characters, passage), len(text))
+
+    def sha256(self) -> str:
+        """See `Content`."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    @cached_property
+    def _text(self) -> str:
+        """All of it; export and training share it, for it can be read once only."""
+        content = self._pipe.read_bytes() if self._pipe else sys.stdin.buffer.read()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise SourceError(f"{self._where} is not UTF-8 text") from None
+        if not text.strip():
+            raise SourceError(f"{self._where} is empty")
+        return text
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A source of text and its weight beside others.
+
+    Attributes:
+        content: what can be read.
+        weight: its share of the tokens, relative to the others'; None: by its size.
+    """
+
+    content: Content
+    weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As the user spelled it, without folders."""
+        return self.content.name + ("" if self.weight is None else f"@{self.weight:g}")
+
+    def sha256(self) -> str:
+        """Of the content and the weight."""
+        return hashlib.sha256(f"{self.content.sha256()} {self.weight}".encode()).hexdigest()
+
+
+TextLike: TypeAlias = TextSource | Path | str
+"""A source; a path, taken literally; or a spelling, see `text_sources`."""
+
+
+def text_sources(given: Sequence[TextLike]) -> tuple[TextSource, ...]:
+    """What spellings mean; nothing is read.
 
     Args:
-        files: UTF-8 text, or `.jsonl` whose lines hold `text`, `messages`, or a prompt and a
-            response.
-        render: turns a conversation into text.
+        given: each a file, a folder, `-` for standard input, or a dataset (`hub.FORM`). A weight
+            may follow, as in `chats.jsonl@0.5`. What exists under the whole spelling is a path.
 
     Raises:
-        SourceError: a file is missing, empty, not text, or a line is not of this form.
+        SourceError: a weight or a spelling is not valid, or only some sources have weights.
     """
-    parts = []
-    for path in files:
-        if path.suffix == ".jsonl":
-            parts += [_record(record, where, render) for where, record in json_lines(path)]
-        else:
-            parts.append(read_text(path))
-    return "\n\n".join(parts)
+    sources = tuple(map(_source, given))
+    without = [source.name for source in sources if source.weight is None]
+    if 0 < len(without) < len(sources):
+        raise SourceError(f"give every text a weight, as in {without[0]}@0.5, or none")
+    if sum(source.content.name == "-" for source in sources) > 1:
+        raise SourceError("one text may come from standard input (-) or a pipe, not several")
+    return sources
 
 
-def _record(record: Any, where: str, render: Render) -> str:
-    if not isinstance(record, dict):
-        raise SourceError(f"{where} is not a JSON object")
-    if isinstance(record.get("text"), str):
-        return _encodable(record["text"], where)
-    messages = record.get("messages")
-    if not isinstance(messages, list):
-        asked = next((record[key] for key in _ASKED if record.get(key)), None)
-        answered = next((record[key] for key in _ANSWERED if record.get(key)), None)
-        if not isinstance(asked, str) or not isinstance(answered, str):
-            raise SourceError(
-                f"{where} needs `text`, `messages`, or a prompt and a response "
-                f"({'/'.join(_ASKED)} and {'/'.join(_ANSWERED)})"
-            )
-        messages = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": answered},
-        ]
-    if not messages or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str)
-        for message in messages
-    ):
-        raise SourceError(f"{where}: every message needs a role and a text as content")
+def names_of(sources: Sequence[TextSource]) -> str:
+    """All of them, as manifests and messages tell."""
+    return ", ".join(source.name for source in sources)
+
+
+def _source(given: TextLike) -> TextSource:
+    if isinstance(given, TextSource):
+        return given
+    if given == "":  # which pathlib takes for the current folder
+        raise SourceError("a text has an empty name: name a file, a folder, - or a dataset")
+    path = Path(given)
+    if path.is_fifo():
+        return TextSource(Stream(path))
+    if isinstance(given, Path) or path.exists():
+        return TextSource(Files(path))
+    spelling, weight = _weight(given)
+    if spelling == "-":
+        return TextSource(Stream(), weight)
+    if spelling.startswith(PREFIX):
+        return TextSource(HubDataset(spelling), weight)
+    return TextSource(Files(Path(spelling)), weight)
+
+
+def _weight(spelling: str) -> tuple[str, float | None]:
+    before, _, after = spelling.rpartition("@")
     try:
-        return _encodable(render(messages), where)
-    except SourceError:
-        raise
-    except Exception as error:  # the template is the model's code: it may raise anything
-        raise SourceError(f"{where}: the chat template refuses it: {error}") from None
+        weight = float(after)
+    except ValueError:
+        return spelling, None
+    if not before:
+        return spelling, None
+    if not _LEAST <= weight <= _MOST:
+        raise SourceError(
+            f"the weight of {spelling} must lie in {_LEAST:g}..{_MOST:g}, as in {before}@0.5"
+        )
+    return before, weight
 
 
-def _encodable(text: str, where: str) -> str:
+def _texts(path: Path, render: Render) -> Iterator[str]:
+    if path.suffix != ".jsonl":
+        yield read_text(path)
+        return
+    for where, record in json_lines(path):
+        yield record_text(record, where, render)
+
+
+def _is_object(line: str) -> bool:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise SourceError(f"{where} is not valid Unicode") from None
-    return text
-
-
-def plain(messages: Sequence[Message]) -> str:
-    """A conversation for models without a chat template."""
-    return "\n".join(str(message.get("content", "")) for message in messages)
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

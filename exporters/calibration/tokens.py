@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
+from dash_onnx.exporters.calibration.draw import Ids, draw
+from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.self_written import DOCUMENT_TOKEN, write_text
-from dash_onnx.exporters.calibration.texts import calibration_text, plain
+from dash_onnx.exporters.calibration.texts import TextSource, names_of
 from dash_onnx.exporters.sources import Source
 
 SINK_TOKENS = 4
@@ -23,8 +22,6 @@ SINK_TOKENS = 4
 SEQUENCES = 64
 LENGTH = 256
 _SMALL = 200_000_000  # weights in layers
-
-Ids = npt.NDArray[np.int64]
 
 
 def sequences_of(facts: ModelFacts) -> int:
@@ -36,7 +33,7 @@ def sequences_of(facts: ModelFacts) -> int:
 
 def calibration_ids(
     source: Source,
-    files: Sequence[Path],
+    texts: Sequence[TextSource],
     seed: int,
     draft: Callable[[], Bundle],
     least_tokens: int = 0,
@@ -45,21 +42,21 @@ def calibration_ids(
     """Returns token ids `[sequences, length]` and where they came from.
 
     Args:
-        files: see `calibration_text`; none lets the model write the text itself.
+        texts: the user's own; none lets the model write the text itself.
         seed: of the sampling.
         draft: makes a bundle of the model, which writes.
-        least_tokens: that the files must hold.
-        sequences: how many are wanted; files may hold fewer.
+        least_tokens: that the texts must hold.
+        sequences: how many are wanted; texts may hold fewer.
 
     Raises:
-        SourceError: the file is missing, not text, or too short.
+        SourceError: a text cannot be read, or all are too short.
     """
-    if files:
-        ids = _from_text(source, files, least_tokens, sequences)
+    if texts:
+        ids = _from_text(source, texts, least_tokens, sequences)
     else:
         ids = _self_generated(source, seed, draft, sequences)
     return ids, Calibration(
-        source=", ".join(path.name for path in files) or "self-generated",
+        source=names_of(texts) or "self-generated",
         sequences=ids.shape[0],
         tokens=ids.size,
         sink_tokens=SINK_TOKENS,
@@ -68,22 +65,29 @@ def calibration_ids(
     )
 
 
-def _from_text(source: Source, files: Sequence[Path], least_tokens: int, sequences: int) -> Ids:
+def _from_text(
+    source: Source, texts: Sequence[TextSource], least_tokens: int, sequences: int
+) -> Ids:
     def render(messages: Sequence[Message]) -> str:
         if source.tokenizer.chat_template is None:
             return plain(messages)
         return str(source.tokenizer.apply_chat_template(list(messages), tokenize=False))
 
-    text = calibration_text(files, render)
-    ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(text: str) -> Ids:
+        ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, np.int64)
+
     length = min(LENGTH, source.config.max_position_embeddings)
     least = max(2 * length, least_tokens)
-    if len(ids) < least:
-        names = ", ".join(map(str, files))
-        raise SourceError(f"{names} has {len(ids)} tokens; calibration needs at least {least}")
-    count = min(sequences, len(ids) // length)
-    starts = np.linspace(0, len(ids) - length, count).astype(int)  # spread over the whole file
-    return np.stack([np.asarray(ids[start : start + length], np.int64) for start in starts])
+    return draw(
+        texts,
+        render,
+        encode,
+        sequences=sequences,
+        length=length,
+        least=least,
+        purpose="calibration",
+    )
 
 
 def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Literal
 
 from dash_onnx.core.actions import DEFAULT_VARIANTS, Action
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Target
+from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.runtime.ort import Device
 
 _BLOCK, _GGUF_BLOCK = 64, 32  # the second is that of GGUF's types
@@ -25,8 +26,8 @@ class ExportOptions:
         max_length: context in tokens; None takes the model's own.
         block_size: weights that share one quantization scale; None takes 32 for GGUF files whose
             integers are kept and for sizes that 64 does not divide, else 64.
-        calibration: text files; none lets the model write the text itself.
-        least_tokens: that calibration files must hold, for what comes after the export.
+        calibration: the user's own text, see `text_sources`; none lets the model write it itself.
+        least_tokens: that it must hold, for what comes after the export.
         compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
             first multiple of the block size from 64 on.
         accuracy_level: in what MatMulNBits computes: 0 (as ONNX Runtime chooses), 1 (FP32), 2
@@ -43,7 +44,7 @@ class ExportOptions:
     device: Device = "cpu"
     max_length: int | None = None
     block_size: int | None = None
-    calibration: tuple[Path, ...] = ()
+    calibration: tuple[TextLike, ...] = ()
     least_tokens: int = 0
     accuracy_level: int | None = None
     compensation_rank: int | None = None
@@ -80,6 +81,15 @@ class ExportOptions:
         usual = 4 if self.device == "cpu" else 0
         level = usual if self.accuracy_level is None else self.accuracy_level
         return replace(self, block_size=block, compensation_rank=rank, accuracy_level=level)
+
+    @cached_property
+    def texts(self) -> tuple[TextSource, ...]:
+        """What `calibration` means.
+
+        Raises:
+            SourceError: a spelling is not valid.
+        """
+        return text_sources(self.calibration)
 
     @property
     def target(self) -> Target:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dash_onnx.core.atomic import check_destination
-from dash_onnx.core.bundle import Bundle, file_facts, list_files
+from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.facts import Costs, ExportFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.version import FORMAT_VERSION, __version__
@@ -59,7 +59,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
         ids, calibration = partial.calibration(
             lambda: calibration_ids(
                 source,
-                options.calibration,
+                options.texts,
                 options.seed,
                 draft,
                 options.least_tokens,
@@ -117,7 +117,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
 def _key(source: Source, options: ExportOptions) -> dict[str, str]:
     """What the files of a bundle depend on, by name: an export goes on only where all is equal."""
     files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in source.files}
-    texts = [file_facts(path).sha256 for path in options.calibration if path.is_file()]
+    texts = [source.sha256() for source in options.texts]
     chosen = {
         field.name.replace("_", "-"): str(getattr(options, field.name))
         for field in dataclasses.fields(options)

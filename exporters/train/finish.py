@@ -17,6 +17,7 @@ from dash_onnx.core.bundle import Bundle, file_facts
 from dash_onnx.core.contract import data_name, layer_path
 from dash_onnx.core.facts import Costs, FileFacts, ScorerFacts, Training
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.exporters.calibration.texts import names_of
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
 from dash_onnx.exporters.train.tables import policy_table, static_table
@@ -104,10 +105,9 @@ def _training(trainer: Trainer, manifest: Manifest) -> Training:
     parts = [part.mean(0) for part in np.array_split(np.array(trainer.history), 10) if len(part)]
     loss, kl, cost = np.transpose(parts)
     rest = costs.embed_ms + costs.scorer_ms + costs.heads_ms[manifest.heads[SKIP]]
-    files = ", ".join(path.name for path in options.calibration)
     return Training(
         effort=options.effort,
-        source=files or "self-generated",
+        source=names_of(options.texts) or "self-generated",
         tokens=trainer.ids.numel(),
         held_out_tokens=trainer.held_out.numel(),
         seed=options.seed,

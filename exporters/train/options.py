@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Literal
+
+from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 
 EffortName = Literal["quick", "normal", "thorough"]
 
@@ -74,12 +76,21 @@ class TrainOptions:
 
     Attributes:
         effort: how much to do.
-        calibration: text or JSON lines; none lets the model write the text itself.
+        calibration: the user's own text, see `text_sources`; none lets the model write it itself.
         seed: of everything random.
         plan: in place of that of the effort.
     """
 
     effort: EffortName = "quick"
-    calibration: tuple[Path, ...] = ()
+    calibration: tuple[TextLike, ...] = ()
     seed: int = 0
     plan: TrainingPlan | None = None
+
+    @cached_property
+    def texts(self) -> tuple[TextSource, ...]:
+        """What `calibration` means.
+
+        Raises:
+            SourceError: a spelling is not valid.
+        """
+        return text_sources(self.calibration)

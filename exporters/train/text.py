@@ -1,18 +1,18 @@
-"""Training text: what the model writes itself, or the user's own files."""
+"""Training text: what the model writes itself, or the user's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import Message, TextCodec
+from dash_onnx.exporters.calibration.draw import draw
+from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.self_written import DOCUMENT_TOKEN, write_text
-from dash_onnx.exporters.calibration.texts import calibration_text, plain
+from dash_onnx.exporters.calibration.texts import TextSource
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.options import LEAST_SEQUENCES
 
@@ -20,7 +20,7 @@ from dash_onnx.exporters.train.options import LEAST_SEQUENCES
 def training_ids(
     bundle: Bundle,
     codec: TextCodec,
-    files: Sequence[Path],
+    texts: Sequence[TextSource],
     sequences: int,
     length: int,
     seed: int,
@@ -28,19 +28,19 @@ def training_ids(
     """Token ids `[sequences, length]`, int64, shuffled.
 
     Args:
-        bundle: writes the text where there are no files.
+        bundle: writes the text where there is none.
         codec: its tokenizer.
-        files: text, or JSON lines with prompts and responses or with messages.
-        sequences: how many are wanted; files may hold fewer, but at least `LEAST_SEQUENCES`.
+        texts: the user's own.
+        sequences: how many are wanted; texts may hold fewer, but at least `LEAST_SEQUENCES`.
         length: tokens of each; cut to the model's context.
         seed: of the sampling and the order.
 
     Raises:
-        SourceError: a file is missing, not text, not of this form, or all are too short.
+        SourceError: a text cannot be read, or all are too short.
     """
     generator = torch.Generator().manual_seed(seed)
     length = min(length, bundle.manifest.model.max_length)
-    if not files:
+    if not texts:
         first = _first_tokens(bundle, codec, sequences, generator).numpy()
         drawing = np.random.default_rng(seed)
         return torch.from_numpy(write_text(bundle, first, length, drawing, "training text"))
@@ -50,15 +50,16 @@ def training_ids(
             return plain(messages)
         return codec.render_chat(messages, answer_next=False)
 
-    ids = torch.from_numpy(codec.encode(calibration_text(files, render)))
-    count = min(len(ids) // length, sequences)
-    if count < LEAST_SEQUENCES:
-        names = ", ".join(map(str, files))
-        least = LEAST_SEQUENCES * length
-        raise SourceError(f"{names} has {len(ids)} tokens; training needs at least {least}")
-    starts = torch.linspace(0, len(ids) - length, count).long()  # spread over all of it
-    rows = torch.stack([ids[start : start + length] for start in starts.tolist()])
-    return rows[torch.randperm(count, generator=generator)]
+    rows = draw(
+        texts,
+        render,
+        codec.encode,
+        sequences=sequences,
+        length=length,
+        least=LEAST_SEQUENCES * length,
+        purpose="training",
+    )
+    return torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)]
 
 
 def _first_tokens(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import FileFacts
-from dash_onnx.core.text import TextCodec, read_text
+from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.augmentation import augmented
 from dash_onnx.exporters.train.checkpoint import Checkpoint
@@ -108,8 +108,8 @@ class Trainer:
         costs = self.bundle.manifest.costs.in_units(self.actions)
         plan, seed, dtype = dataclasses.asdict(self.plan), self.options.seed, str(self.dtype)
         digest = hashlib.sha256(json.dumps([files, shapes, costs, plan, seed, dtype]).encode())
-        for path in self.options.calibration:
-            digest.update(read_text(path).encode())
+        for source in self.options.texts:
+            digest.update(source.sha256().encode())
         return digest.hexdigest()
 
     def graphs(self) -> dict[str, FileFacts]:
@@ -127,14 +127,14 @@ class Trainer:
     def prepare_text(self) -> None:
         """Reads or generates the training and the held-out tokens."""
         ids, plan = self.checkpoint.state.get("ids"), self.plan
-        codec, files, seed = TextCodec(self.bundle), self.options.calibration, self.options.seed
+        codec, texts, seed = TextCodec(self.bundle), self.options.texts, self.options.seed
         if ids is None:
             count, length = plan.sequences + plan.held_out, plan.length
-            ids = training_ids(self.bundle, codec, files, count, length, seed)
+            ids = training_ids(self.bundle, codec, texts, count, length, seed)
             self.checkpoint.save(ids=ids)
         held_out = min(plan.held_out, len(ids) // 4)
         self.held_out, self.ids = ids[:held_out], ids[held_out:]
-        if plan.augment and not files:  # what is held out stays as the model writes it
+        if plan.augment and not texts:  # what is held out stays as the model writes it
             self.ids = augmented(self.ids, codec.tokenizer, seed)
 
     def cost(self, decisions: Tensor) -> Tensor:
