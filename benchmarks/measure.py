@@ -30,6 +30,7 @@ from dash_onnx.runtime.machine import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
+REFERENCE = BUILD / "full"  # what `bundle` makes
 PACKAGES = (
     "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai xllamacpp "
     "lm-eval"
@@ -56,21 +57,24 @@ QUICK = Size(1, 1, 1, 4, 1, 2, 1, 50)
 
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
-    """What an action costs, and the export: the manifest knows it. No time."""
-    return [["dash-info", a.bundle, "--json"]]
+    """What an action costs, and the export: the manifest knows it. Makes the reference. 1 minute."""
+    export: Command = ["dash-export", a.model, REFERENCE, "--variants", "full", "--overwrite"]
+    return [[*export, "--effort", "none"], ["dash-info", a.bundle, "--json"]]
 
 
 def speed(a: argparse.Namespace, size: Size) -> list[Command]:
     """Speed, memory and quality beside the peers. 10 minutes."""
     peers = [word for peer in a.peer for word in ("--peer", peer)]
     picture = (a.out if a.quick else ROOT / "docs") / "speed.png"
-    return [["dash-bench", a.bundle, *peers, *_amount(size), "--picture", picture, "--json"]]
+    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *peers]
+    return [[*bench, *_amount(size), "--picture", picture, "--json"]]
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same policies with `--memory high`. 1 minute."""
     once = _amount(replace(size, processes=1, rounds=1))
-    return [["dash-bench", a.bundle, "--memory", "high", *once, "--json"]]
+    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "high"]
+    return [[*bench, *once, "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -100,12 +104,13 @@ def skips(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
     """Accuracy on each task. 15 minutes for 1,000 items."""
-    policies = (["--policy", "full"], ["--policy", "int8"], ["--policy", "int4"])
-    budgets = (["--budget", preset] for preset in ("quality", "balanced", "fast"))
+    runs: list[Command] = [[REFERENCE, "--policy", "full"]]
+    runs += [[a.bundle, "--policy", precision] for precision in ("int8", "int4")]
+    runs += [[a.bundle, "--budget", preset] for preset in ("quality", "balanced", "fast")]
     return [
-        ["dash-eval", a.bundle, "--task", task, *chosen, "--max-items", str(size.items), "--json"]
+        ["dash-eval", *chosen, "--task", task, "--max-items", str(size.items), "--json"]
         for task in a.task
-        for chosen in (*policies, *budgets)
+        for chosen in runs
     ]
 
 
@@ -139,12 +144,13 @@ def _amount(size: Size) -> list[str]:
 
 def _policies(bundle: Path, text: Path, size: Size, *words: str) -> Command:
     command: Command = ["python", "benchmarks/policies.py", bundle, "--text", text, *words]
+    command += ["--reference", REFERENCE]
     return [*command, "--max-windows", str(size.windows), "--json"]
 
 
 Part = Callable[[argparse.Namespace, Size], list[Command]]
 PARTS: dict[str, tuple[Part, str]] = {
-    "bundle": (bundle, "bundle"),
+    "bundle": (bundle, "bundle model"),
     "speed": (speed, "bundle"),
     "memory": (memory, "bundle"),
     "context": (context, "bundle"),

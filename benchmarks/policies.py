@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import dash_onnx
+from dash_onnx.cli.common import add_reference_option, load_reference
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
@@ -35,11 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="OUT")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
+    add_reference_option(parser)
     parser.add_argument("--skips", type=int, nargs="+", metavar="N", help="layers per token")
     parser.add_argument("--max-windows", type=int, default=8, help="(default: 8)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     model, text = dash_onnx.load(arguments.bundle), read_text(arguments.text)
+    reference = load_reference(arguments.reference, model, None)
     full_ms = reference_ms(model.manifest)
     rows = []
     for name, policy, budget in tqdm(runs(model.manifest, arguments.skips), disable=None):
@@ -48,7 +51,9 @@ def main() -> None:
         except PolicyError as error:  # such as a budget below what a baseline can do
             print(f"{name}, {policy}: {error}", file=sys.stderr)
             continue
-        found = evaluate_text(model, text, chosen, max_windows=arguments.max_windows)
+        found = evaluate_text(
+            model, text, chosen, max_windows=arguments.max_windows, reference=reference
+        )
         row = {"name": name, "policy": policy, "cost": found.cost_ms / full_ms}
         rows.append({**row, **dataclasses.asdict(found)})
         if not arguments.json:

@@ -88,7 +88,7 @@ def seconds(value: float) -> str:
 def label(name: str) -> str:
     """A contender in plain words; dash-bench joins its kind, folder and file."""
     kind, _, target = name.partition(" ")
-    if kind in ("dash", "dash-low"):
+    if kind in ("dash", "dash-high"):
         policy, _, budget = target.partition("@")
         return ours(budget or policy)
     folder, _, file = target.rpartition("/")

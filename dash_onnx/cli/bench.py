@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from dash_onnx.cli.common import Parser, add_memory_option, aligned, positive, run
+from dash_onnx.cli.common import (
+    Parser,
+    add_memory_option,
+    add_reference_option,
+    aligned,
+    load_reference,
+    positive,
+    run,
+)
 from dash_onnx.core.errors import SourceError
 
 if TYPE_CHECKING:
@@ -79,6 +87,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
     add_memory_option(parser)
+    add_reference_option(parser)
     parser.add_argument("--no-quality", action="store_true", help="measure speed only")
     parser.add_argument(
         "--picture",
@@ -135,9 +144,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     variants = arguments.run or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
     prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
-    quality = None
+    quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if not arguments.no_quality:
-        quality = partial(divergence, texts=_reference(model, prompts, arguments.new_tokens))
+        quality = partial(divergence, texts=_reference(reference, prompts, arguments.new_tokens))
     threads = thread_count()
     ceiling = read_gigabytes_per_s(threads)
     results = measure(

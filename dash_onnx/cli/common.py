@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.version import __version__
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.engine import Model
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,6 +143,37 @@ def add_memory_option(parser: argparse.ArgumentParser) -> None:
         help="low: prompts run in the highest precision that the policy uses in each layer, and no "
         "others are loaded (default); high: at the highest exported",
     )
+
+
+def add_reference_option(parser: argparse.ArgumentParser) -> None:
+    """Option of the tools that tell a KL."""
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="OTHER",
+        help="another bundle of the same model, such as one of `--variants full`: its highest "
+        "precision is what KL is measured against (default: that of the bundle itself)",
+    )
+
+
+def load_reference(path: Path | None, model: Model, threads: int | None) -> Model:
+    """The bundle that `--reference` names, or the model itself.
+
+    Raises:
+        DashError: it cannot be loaded, or it is another model.
+    """
+    if path is None:
+        return model
+    import dash_onnx
+
+    device = model.manifest.target.device
+    other = dash_onnx.load(path, device=device, threads=threads)
+    ours, theirs = (
+        dataclasses.replace(one.manifest.model, name="", max_length=0) for one in (model, other)
+    )
+    if ours != theirs:
+        raise DashError(f"--reference {path}: another model than that of the bundle")
+    return other
 
 
 EFFORTS = ("quick", "normal", "thorough")

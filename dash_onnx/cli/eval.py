@@ -14,7 +14,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dash_onnx.cli.common import Parser, add_runtime_options, positive, run
+from dash_onnx.cli.common import (
+    Parser,
+    add_reference_option,
+    add_runtime_options,
+    load_reference,
+    positive,
+    run,
+)
 from dash_onnx.core.actions import PRECISIONS, check_action
 from dash_onnx.core.errors import DashError
 
@@ -26,7 +33,7 @@ _EXAMPLES = """\
   dash-eval out/ --task piqa --policy int8 --json"""
 
 # Options of `evaluate_text` by their names there; it has the defaults.
-_OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows")
+_OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows", "reference")
 
 
 def _parser() -> Parser:
@@ -57,8 +64,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefill",
         choices=PRECISIONS,
-        help="precision of that part (default: the highest exported)",
+        help="precision of that part (default: the highest that the policy loads)",
     )
+    add_reference_option(parser)
     parser.add_argument(
         "--max-windows", type=positive, metavar="N", help="of a text (default: all)"
     )
@@ -85,6 +93,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     text = read_text(arguments.text)
     model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     given = {name: value for name in _OF_A_TEXT if (value := getattr(arguments, name)) is not None}
+    given["reference"] = load_reference(arguments.reference, model, arguments.threads)
     if arguments.prefill is not None:
         check_action(arguments.prefill, model.manifest.variants)
     with tqdm(desc="windows", total=arguments.max_windows, disable=None) as bar:

@@ -55,6 +55,7 @@ def evaluate_text(
     prompt_tokens: int = 128,
     max_windows: int | None = None,
     prefill: Action | None = None,
+    reference: Model | None = None,
     on_window: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Runs a policy over consecutive windows of a text.
@@ -64,19 +65,22 @@ def evaluate_text(
 
     Args:
         max_windows: None takes every whole window.
-        prefill: precision of the prompt; None takes the highest exported.
+        prefill: precision of the prompt; None takes what the policy loads.
+        reference: another bundle of the same model; its highest precision is what the policy is
+            compared with, and None takes that of `model`.
         on_window: called after each window.
 
     Raises:
         PolicyError: the text is shorter than one window, or the sizes do not fit.
     """
     manifest, chosen = model.manifest, model.policy(policy, budget)
+    other = reference or model
     spent, times = [], []
     nll, reference_nll, kl, agree = [], [], [], []  # of each window, [window - prompt_tokens - 1]
     counts: Counter[str] = Counter()
     for ids in _windows(model, text, window, prompt_tokens)[:max_windows]:
-        best = model.logits(ids, policy=manifest.variants[0])
-        reference = log_softmax(best[prompt_tokens:-1])
+        best = other.logits(ids, policy=other.manifest.variants[0])
+        wanted = log_softmax(best[prompt_tokens:-1])
         rows = []
         started = time.perf_counter()
         for token in model.score(
@@ -90,9 +94,9 @@ def evaluate_text(
         ours = log_softmax(np.stack(rows))
         targets = ids[prompt_tokens + 1 :, None]
         nll.append(-np.take_along_axis(ours, targets, 1))
-        reference_nll.append(-np.take_along_axis(reference, targets, 1))
-        kl.append(kl_divergence(reference, ours))
-        agree.append(reference.argmax(1) == ours.argmax(1))
+        reference_nll.append(-np.take_along_axis(wanted, targets, 1))
+        kl.append(kl_divergence(wanted, ours))
+        agree.append(wanted.argmax(1) == ours.argmax(1))
         on_window()
     return Evaluation(
         perplexity=float(np.exp(np.mean(nll))),
