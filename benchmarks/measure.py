@@ -57,7 +57,7 @@ QUICK = Size(1, 1, 1, 4, 1, 2, 1, 50)
 
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
-    """What an action costs, and the export: the manifest knows it. Makes the reference. 1 minute."""
+    """What an action costs, and the export, as the manifest has it; the reference. 1 minute."""
     export: Command = ["dash-export", a.model, REFERENCE, "--variants", "full", "--overwrite"]
     return [[*export, "--effort", "none"], ["dash-info", a.bundle, "--json"]]
 

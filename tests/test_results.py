@@ -108,11 +108,14 @@ def test_parts_that_do_not_belong_together_are_refused(
 
 
 @pytest.mark.slow
-def test_measuring_and_writing_go_together(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_measuring_and_writing_go_together(
+    tiny_folder: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
     bundle = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
     out = tmp_path / "results"
     words = [FOLDER / "measure.py", "bundle", "speed", "memory", "--quick", "--bundle", bundle]
-    subprocess.run([sys.executable, *words, "--out", out], check=True)
+    words += ["--model", tiny_folder, "--out", out]
+    subprocess.run([sys.executable, *words], check=True)
     subprocess.run([sys.executable, FOLDER / "results.py", out], check=True)
     page = (out / "results.md").read_text("utf-8")
     assert "dash-info bundle --json" in page and "| policy at `balanced` |" in page
