@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import Calibration
+from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.calibration.sampling import DOCUMENT_TOKEN, sample_tokens
@@ -93,6 +93,6 @@ def _self_generated(source: Source, seed: int) -> Ids:
         return logits
 
     first, generator = torch.full((SEQUENCES,), start), torch.Generator().manual_seed(seed)
-    with tqdm(total=length - 1, desc="calibration text", unit="tok", disable=None) as bar:
+    with Phase("calibration text", total=length - 1, unit="tokens") as bar:
         ids: Ids = sample_tokens(next_logits, first, length, generator, bar.update).numpy()
     return ids

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.errors import SourceError
+from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.exporters.calibration.sampling import DOCUMENT_TOKEN, NextLogits, sample_tokens
 from dash_onnx.exporters.calibration.texts import calibration_text, plain
@@ -86,7 +86,7 @@ def _generated(
     """What the model writes at its best precision, `[sequences, length]`."""
     parts = first.split(_BATCH)
     total = len(parts) * (length - 1)
-    with tqdm(total=total, desc="training text", unit="tok", disable=None) as bar:
+    with Phase("training text", total=total, unit="tokens") as bar:
         rows = [
             sample_tokens(decoder(model, len(part), length), part, length, generator, bar.update)
             for part in parts

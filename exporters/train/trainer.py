@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import FileFacts
+from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.augmentation import augmented
@@ -188,7 +188,7 @@ class Trainer:
             return kl
 
         found = static.search(self.costs, values, measure, candidates, start)
-        return list(tqdm(found, desc="static", disable=None))
+        return list(Phase("static search", found))
 
 
 def _fast_dtype() -> torch.dtype:
