@@ -200,13 +200,15 @@ class Phase(Generic[T]):
         if kind not in (None, GeneratorExit):
             return
         took = self._elapsed()
-        early = kind is not None and self._done != self._total  # `break` in the loop
+        # By `break`, or by an error: a loop closes its generator before that is handled.
+        early = kind is not None and self._done != self._total
         text = f"ended after {self._count()}" if early else "done"
         text += f" in {took:.1f} s"
         if self._announced is not None and self._expected is not None:
             text += f" (expected {_about(self._expected)})"
             self._schedule.end(self._announced, took)
-        if later := self._schedule.later * self._schedule.correction():
+        later = self._schedule.later * self._schedule.correction()
+        if later and not early:
             text += f", about {_about(later)} to go"
         self._say(text)
 
