@@ -11,7 +11,7 @@ import numpy as np
 
 from dash_onnx.bench.contenders import Logits
 from dash_onnx.bench.worker import Worker
-from dash_onnx.core.progress import Phase
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 
 
@@ -100,12 +100,12 @@ def measure(
     for _ in range(processes):
         with ExitStack() as stack:
             workers = []
-            for start in Phase("load", starts):
+            for start in Loop("load", starts):
                 workers.append(start())
                 stack.callback(workers[-1].close)
             results = _rounds(workers, prompts, new_tokens, rounds)
             if quality and not generations:
-                for index, worker in enumerate(Phase("quality", workers)):
+                for index, worker in enumerate(Loop("quality", workers)):
                     if kl := quality(worker):
                         results[index] = replace(results[index], kl=kl[0], kl_stderr=kl[1])
             generations.append(results)
@@ -128,7 +128,7 @@ def _rounds(
     first: list[list[float]] = [[] for _ in workers]
     for worker in workers:
         worker.decode(prompts[0], new_tokens)
-    for turn in Phase("turns", range(count * len(workers))):
+    for turn in Loop("turns", range(count * len(workers))):
         index = turn % len(workers)
         runs = [workers[index].decode(prompt, new_tokens) for prompt in prompts]
         decode[index].append(statistics.median(statistics.median(run[1:]) for run in runs))

@@ -21,7 +21,7 @@ from dash_onnx.cli.common import (
     run,
 )
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.progress import Phase
+from dash_onnx.core.progress import Loop
 
 if TYPE_CHECKING:
     from dash_onnx.bench.measure import Reference, Result
@@ -232,7 +232,7 @@ def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[
 
     best = model.manifest.variants[0]
     found = []
-    for prompt in Phase("reference", prompts):
+    for prompt in Loop("reference", prompts):
         steps = model.generate_step(prompt, policy=best, max_new_tokens=new_tokens, ignore_eos=True)
         ids = [*prompt, *(step.token for step in steps)]
         logits = model.logits(ids, policy=best)[len(prompt) :]

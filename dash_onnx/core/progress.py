@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 _MARK = {"phase": True}  # of records that a bar stands for
 
 
-class BarHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class BarHandler(logging.StreamHandler):
     """Writes records to a terminal, above the bars that stand for those of phases."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -124,10 +124,9 @@ def announce(phases: Sequence[Expected]) -> None:
     _schedule = Schedule(phases)
 
 
-class Phase(Generic[T]):
-    """A part of long work, as a context or around what it iterates over.
+class Phase:
+    """A part of long work, as a context.
 
-    >>> for layer in Phase("layers", range(12, 30), done=12): ...
     >>> with Phase("text", total=255, unit="tokens") as phase:
     ...     phase.update(1)
     """
@@ -135,7 +134,6 @@ class Phase(Generic[T]):
     def __init__(
         self,
         name: str,
-        items: Iterable[T] | None = None,
         *,
         total: int | None = None,
         done: int = 0,
@@ -146,25 +144,20 @@ class Phase(Generic[T]):
 
         Args:
             name: as in the schedule, where there is one.
-            items: to iterate over.
-            total: steps, None if it is not known; of items whose number is known it is that, and
-                `done`. A single step is done when its context ends.
+            total: steps, None if it is not known. A single one is done when the context ends.
             done: steps of an earlier run.
             unit: of the steps, in the plural.
             every_s: seconds from line to line.
         """
-        self._items: Iterable[T] = () if items is None else items
-        if total is None and isinstance(items, Sized):
-            total = done + len(items)
         self._name, self._total, self._first, self._done = name, total, done, done
-        self._single = items is None and total == 1
+        self._single = total == 1
         self._unit, self._every_s = f" {unit}" if unit else "", every_s
         self._ended = threading.Event()
         self._announced: float | None = None  # seconds
         self._expected: float | None = None  # seconds, after what phases before it took
         self._figures = ""
 
-    def __enter__(self) -> Phase[T]:
+    def __enter__(self) -> Self:
         self._schedule, self._started = _schedule, time.monotonic()
         left = 1 - self._first / self._total if self._total else 1.0
         shown = _LOG.isEnabledFor(logging.INFO)
@@ -194,7 +187,7 @@ class Phase(Generic[T]):
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._single and kind is None:
+        if self._single and self._done < 1 and kind is None:
             self.update()
         self._bar.close()
         if kind not in (None, GeneratorExit):
@@ -211,12 +204,6 @@ class Phase(Generic[T]):
         if later and not early:
             text += f", about {_about(later)} to go"
         self._say(text)
-
-    def __iter__(self) -> Iterator[T]:
-        with self:
-            for item in self._items:
-                yield item
-                self.update()
 
     def update(self, steps: int = 1) -> None:
         """Some steps are done."""
@@ -276,6 +263,41 @@ class Phase(Generic[T]):
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         _LOG.log(level, "%s: %s", self._name, text, extra=_MARK)
+
+
+class Loop(Phase, Generic[T]):
+    """A phase that goes over items.
+
+    >>> for layer in Loop("layers", range(12, 30), done=12): ...
+    """
+
+    def __init__(
+        self,
+        name: str,
+        items: Iterable[T],
+        *,
+        done: int = 0,
+        unit: str = "",
+        every_s: float = 30.0,
+    ):
+        """Shows nothing yet.
+
+        Args:
+            name: see `Phase`, also for the others.
+            items: to go over; those that an earlier run has done are not among them.
+            done: how many these are.
+            unit: of the items, in the plural.
+            every_s: seconds from line to line.
+        """
+        total = done + len(items) if isinstance(items, Sized) else None
+        super().__init__(name, total=total, done=done, unit=unit, every_s=every_s)
+        self._items = items
+
+    def __iter__(self) -> Iterator[T]:
+        with self:
+            for item in self._items:
+                yield item
+                self.update()
 
 
 def _about(seconds: float) -> str:

@@ -15,7 +15,7 @@ from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle, file_facts, list_files
 from dash_onnx.core.facts import Costs, ExportFacts, ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
-from dash_onnx.core.progress import Phase
+from dash_onnx.core.progress import Loop, Phase
 from dash_onnx.core.version import FORMAT_VERSION, __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.calibration.tokens import calibration_ids
@@ -81,7 +81,7 @@ def export(
             finish()
         every = range(spec.facts.num_layers)
         left = every[len(layers) :]
-        for index in Phase("layers", left, done=left.start):
+        for index in Loop("layers", left, done=left.start):
             states = partial.states(index), partial.states(index + 1)
             layers = (*layers, writer.layer(folder, index, *states))
             finish()

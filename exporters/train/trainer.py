@@ -16,7 +16,7 @@ import torch
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import FileFacts
-from dash_onnx.core.progress import Phase
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.augmentation import augmented
@@ -188,7 +188,7 @@ class Trainer:
             return kl
 
         found = static.search(self.costs, values, measure, candidates, start)
-        return list(Phase("static search", found))
+        return list(Loop("static search", found))
 
 
 def _fast_dtype() -> torch.dtype:
