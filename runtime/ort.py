@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import logging
 import os
 import re
 import threading
@@ -19,8 +18,6 @@ Device = Literal["cpu", "cuda"]
 
 MINIMUM = (1, 25)
 """First ORT release with every operator of the graphs: 1.24 has no TensorScatter on the CPU."""
-
-_LOG = logging.getLogger(__name__)
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _pool_lock = threading.Lock()
@@ -162,7 +159,7 @@ def create_session(model: Path | bytes, device: Device, stream: int | None = Non
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     # Each session would warn that its own thread options are unused.
-    options.log_severity_level = 2 if _LOG.isEnabledFor(logging.DEBUG) else 3
+    options.log_severity_level = 3
     provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
     try:
         session = ort.InferenceSession(model, options, providers=[provider])
