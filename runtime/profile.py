@@ -20,6 +20,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.progress import Phase
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.machine import machine_name, release_memory
@@ -72,6 +73,11 @@ def profile(bundle: Bundle, device: Device) -> Costs:
         bundle: whose graphs run.
         device: where they run.
     """
+    with Phase("costs", total=1):
+        return _profile(bundle, device)
+
+
+def _profile(bundle: Bundle, device: Device) -> Costs:
     sessions, manifest = Sessions(bundle, open_backend(device)), bundle.manifest
     best, *others = manifest.variants
     cheap = (*(others or [best]), SKIP)

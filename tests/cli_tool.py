@@ -27,20 +27,21 @@ class Tool:
             return int(leave.code or 0)
 
     def refused(self, capsys: Capture, *arguments: object) -> str:
-        """The one line with which the tool refuses: exit code 2, nothing on stdout."""
+        """The one line with which the tool refuses, after its log: exit code 2, empty stdout."""
         code = self.run(*arguments)
         captured = capsys.readouterr()
-        assert captured.err.startswith(f"{self.name}: error: ")
-        assert captured.err.endswith("\n") and captured.err.count("\n") == 1
+        *log, error = captured.err.splitlines(keepends=True)
+        assert error.startswith(f"{self.name}: error: ") and error.endswith("\n")
+        assert all(line.startswith(f"{self.name}: ") and "error: " not in line for line in log)
         assert captured.out == ""
         assert code == 2
-        return captured.err
+        return error
 
     def json_of(self, capsys: Capture, *arguments: object) -> dict[str, Any]:
-        """The object that `--json` prints; nothing on stderr."""
+        """The object that `--json` prints; only the log is on stderr."""
         assert self.run(*arguments, "--json") == 0
         captured = capsys.readouterr()
-        assert captured.err == ""
+        assert all(line.startswith(f"{self.name}: ") for line in captured.err.splitlines())
         found = json.loads(captured.out)
         assert isinstance(found, dict)
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -210,8 +211,9 @@ def demo_gguf() -> Path:
 @pytest.fixture(scope="session")
 def trained_bundle() -> Path:
     """The demo bundle with its trained policy; training it here would take five minutes."""
-    if not (TRAINED / "dash.json").is_file():
-        missing(f"{TRAINED} is missing: run `make demo`")
+    manifest = TRAINED / "dash.json"
+    if not manifest.is_file() or json.loads(manifest.read_text("utf-8"))["scorer"] is None:
+        missing(f"{TRAINED} is missing or has no policy: run `make demo`")
     return TRAINED
 
 

@@ -154,7 +154,7 @@ def test_a_random_policy_repeats_itself(tiny_bundle: Path, text: Path, capsys: C
 def test_the_table_shows_what_json_has(tiny_bundle: Path, text: Path, capsys: Capture) -> None:
     arguments = (tiny_bundle, "--text", text, *SIZES, "--policy", "int8")
     facts = json_of(capsys, *arguments)
-    assert run(*arguments) == 0
+    assert run(*arguments, "--quiet") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     shown = dict(line.split(maxsplit=1) for line in captured.out.splitlines())

@@ -56,7 +56,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_the_closing_table_has_a_row_for_each_layer_and_says_what_to_do_next(
     tiny_folder: Path, night: Path, out: Path, capsys: Capture
 ) -> None:
-    assert run(tiny_folder, out, *UNTRAINED, "--calibration", night) == 0
+    assert run(tiny_folder, out, *UNTRAINED, "--calibration", night, "--quiet") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     lines = captured.out.splitlines()
@@ -93,10 +93,7 @@ def test_json_is_one_object_with_the_figures_and_nothing_else(
         "--variants",
         "int8, full,int8",
     )
-    assert run(*quick(tiny_folder, out, night, *options, "--json")) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    facts = json.loads(captured.out)
+    facts = TOOL.json_of(capsys, *quick(tiny_folder, out, night, *options))
     assert facts["out"] == str(out)
     assert facts["variants"] == ["full", "int8"]
     assert facts["target"]["accuracy_level"] == 1
@@ -281,7 +278,7 @@ def test_export_for_cuda_works_without_cuda_and_the_bundle_says_so(
     recwarn: pytest.WarningsRecorder,
     capsys: Capture,
 ) -> None:
-    assert run(*quick(tiny_folder, out, night, "--device", "cuda", "--json")) == 0
+    assert run(*quick(tiny_folder, out, night, "--device", "cuda", "--json", "--quiet")) == 0
     captured = capsys.readouterr()
     target = json.loads(captured.out)["target"]
     assert (target["device"], target["dtype"]) == ("cuda", "float16")
@@ -296,7 +293,7 @@ def test_export_for_cuda_works_without_cuda_and_the_bundle_says_so(
 
 def started(model: Path, out: Path, text: Path) -> subprocess.Popen[str]:
     code = "import sys; from dash_onnx.cli.export import main; sys.exit(main())"
-    arguments = [model, out, *UNTRAINED, "--calibration", text, "--overwrite"]
+    arguments = [model, out, *UNTRAINED, "--calibration", text, "--overwrite", "--quiet"]
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -265,7 +265,7 @@ def test_a_report_does_not_load_the_exporters_packages(bundle: Path, tmp_path: P
         "import sys\nfor name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
         "from dash_onnx.cli.report import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    arguments = [str(bundle), "--html", str(tmp_path / "r.html"), "--tokens", "8"]
+    arguments = [str(bundle), "--html", str(tmp_path / "r.html"), "--tokens", "8", "--quiet"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
     )

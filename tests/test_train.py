@@ -658,8 +658,13 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # the model is too small for more
     )
-    assert done.stderr == ""
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
+    log = done.stderr.splitlines()
+    assert log[0].startswith("dash-train: 8 phases, about ")
+    phases = ("training text", "values", "static search", "policy", "costs", "policy table")
+    for name in (*phases, "static table"):
+        starts = log.index(next(x for x in log if x.startswith(f"dash-train: {name}: starts")))
+        assert any(" in " in x and "expected" in x for x in log[starts:] if f" {name}: " in x), name
     costs, facts, plan = Bundle(bundle).manifest.costs, scorer_of(bundle), TrainingPlan()
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["budget", "KL", "head", *ACTIONS]

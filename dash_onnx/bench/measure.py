@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
 from dash_onnx.bench.contenders import Logits
 from dash_onnx.bench.worker import Worker
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 
 
@@ -100,12 +100,12 @@ def measure(
     for _ in range(processes):
         with ExitStack() as stack:
             workers = []
-            for start in tqdm(starts, desc="load", disable=None):
+            for start in Loop("load", starts):
                 workers.append(start())
                 stack.callback(workers[-1].close)
             results = _rounds(workers, prompts, new_tokens, rounds)
             if quality and not generations:
-                for index, worker in enumerate(tqdm(workers, desc="quality", disable=None)):
+                for index, worker in enumerate(Loop("quality", workers)):
                     if kl := quality(worker):
                         results[index] = replace(results[index], kl=kl[0], kl_stderr=kl[1])
             generations.append(results)
@@ -128,7 +128,7 @@ def _rounds(
     first: list[list[float]] = [[] for _ in workers]
     for worker in workers:
         worker.decode(prompts[0], new_tokens)
-    for turn in tqdm(range(count * len(workers)), desc="turns", disable=None):
+    for turn in Loop("turns", range(count * len(workers))):
         index = turn % len(workers)
         runs = [workers[index].decode(prompt, new_tokens) for prompt in prompts]
         decode[index].append(statistics.median(statistics.median(run[1:]) for run in runs))

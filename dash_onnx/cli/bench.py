@@ -11,18 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from dash_onnx.cli.common import (
     Parser,
+    add_log_options,
     add_memory_option,
     add_reference_option,
     aligned,
     load_reference,
+    log_level,
     positive,
     run,
 )
 from dash_onnx.core.errors import SourceError
+from dash_onnx.core.progress import Loop
 
 if TYPE_CHECKING:
     from dash_onnx.bench.measure import Reference, Result
@@ -98,6 +99,7 @@ def _parser() -> Parser:
         help="write speed against quality as .png or .svg; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_log_options(parser)
     return parser
 
 
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--picture {picture}: the name must end in .png or .svg")
         if arguments.no_quality:
             parser.error("--picture shows the quality: leave --no-quality out")
-    return run("dash-bench", lambda: _bench(arguments))
+    return run("dash-bench", lambda: _bench(arguments), log_level(arguments))
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -233,7 +235,7 @@ def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[
 
     best = model.manifest.variants[0]
     found = []
-    for prompt in tqdm(prompts, desc="reference", disable=None):
+    for prompt in Loop("reference", prompts):
         steps = model.generate_step(prompt, policy=best, max_new_tokens=new_tokens, ignore_eos=True)
         ids = [*prompt, *(step.token for step in steps)]
         logits = model.logits(ids, policy=best)[len(prompt) :]

@@ -1,17 +1,20 @@
-"""What the command line tools share: one-line errors, exit codes, common options."""
+"""What the command line tools share: one-line errors, exit codes, the log, common options."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dash_onnx.core.errors import DashError
+from dash_onnx.core.progress import PACKAGE, BarHandler, announce
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
@@ -36,8 +39,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run(tool: str, body: Callable[[], None]) -> int:
+def run(tool: str, body: Callable[[], None], level: int = logging.WARNING) -> int:
     """Runs a tool's body.
+
+    Args:
+        tool: its name.
+        body: what it does.
+        level: of the log on stderr, see `log_level`.
 
     Returns:
         The exit code: 0; 2 for an error the user can mend, told in one line; 130 when
@@ -45,7 +53,8 @@ def run(tool: str, body: Callable[[], None]) -> int:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        body()
+        with _logging(tool, level):
+            body()
         sys.stdout.flush()
     except DashError as error:
         print(f"{tool}: error: {error}", file=sys.stderr)
@@ -66,6 +75,35 @@ def run(tool: str, body: Callable[[], None]) -> int:
         print(f"{tool}: error: cannot read or write{place}: {reason}", file=sys.stderr)
         return 2
     return 0
+
+
+class _Line(logging.Formatter):
+    """As the tools write: their name, a word where it is more than information, the message."""
+
+    def __init__(self, tool: str):
+        super().__init__()
+        self._tool = tool
+
+    def format(self, record: logging.LogRecord) -> str:
+        word = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self._tool}: {word}{super().format(record)}"
+
+
+@contextmanager
+def _logging(tool: str, level: int) -> Iterator[None]:
+    """The package's log goes to stderr, with bars if that is a terminal."""
+    logger = logging.getLogger(PACKAGE)
+    handler = (BarHandler if sys.stderr.isatty() else logging.StreamHandler)(sys.stderr)
+    handler.setFormatter(_Line(tool))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:  # before an error is told: it is the last line
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        announce(())
 
 
 class Terminated(KeyboardInterrupt):
@@ -95,6 +133,22 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the tools that take long."""
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--verbose", action="store_true", help="log every step, and what other packages warn of"
+    )
+    choice.add_argument("--quiet", action="store_true", help="log warnings and errors only")
+
+
+def log_level(arguments: argparse.Namespace) -> int:
+    """What `--verbose` and `--quiet` ask for."""
+    if arguments.verbose:
+        return logging.DEBUG
+    return logging.WARNING if arguments.quiet else logging.INFO
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:

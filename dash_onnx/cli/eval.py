@@ -12,18 +12,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dash_onnx.cli.common import (
     Parser,
+    add_log_options,
     add_reference_option,
     add_runtime_options,
     load_reference,
+    log_level,
     positive,
     run,
 )
 from dash_onnx.core.actions import PRECISIONS, check_action
 from dash_onnx.core.errors import DashError
+from dash_onnx.core.progress import Phase
+
+_LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy int4 --max-windows 8
@@ -71,6 +74,7 @@ def _parser() -> Parser:
         "--max-windows", type=positive, metavar="N", help="of a text (default: all)"
     )
     parser.add_argument("--max-items", type=positive, metavar="N", help="of a task (default: all)")
+    add_log_options(parser)
     return parser
 
 
@@ -82,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in foreign:
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --{other}")
-    return run("dash-eval", lambda: (_task if arguments.task else _eval)(arguments))
+    body = _task if arguments.task else _eval
+    return run("dash-eval", lambda: body(arguments), log_level(arguments))
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -96,12 +101,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     given["reference"] = load_reference(arguments.reference, model, arguments.threads)
     if arguments.prefill is not None:
         check_action(arguments.prefill, model.manifest.variants)
-    with tqdm(desc="windows", total=arguments.max_windows, disable=None) as bar:
+    with Phase("windows", total=arguments.max_windows) as phase:
         result = evaluate_text(
             model,
             text,
             model.policy(arguments.policy, arguments.budget),
-            on_window=bar.update,
+            on_window=phase.update,
             **given,
         )
     if arguments.json:
@@ -148,6 +153,10 @@ def _task(arguments: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """The harness prints, and shows progress whether anyone looks or not."""
+    if _LOG.isEnabledFor(logging.DEBUG):
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, positive, run
+from dash_onnx.cli.common import (
+    EFFORTS,
+    Parser,
+    add_log_options,
+    add_training_options,
+    aligned,
+    log_level,
+    positive,
+    run,
+)
 from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, parse_precisions
 from dash_onnx.core.errors import DashError
+from dash_onnx.core.progress import Phase, announce
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
+    from dash_onnx.core.facts import ModelFacts
     from dash_onnx.core.manifest import Manifest
     from dash_onnx.exporters.export import ExportOptions
     from dash_onnx.exporters.export.check import CheckKind, CheckResult
+    from dash_onnx.exporters.train.options import TrainingPlan
+
+_LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
@@ -101,6 +116,7 @@ def _parser() -> Parser:
         "and a table (full), or nothing (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_log_options(parser)
     return parser
 
 
@@ -134,16 +150,28 @@ def main(argv: list[str] | None = None) -> int:
             revision=arguments.revision,
             seed=arguments.seed,
         )
-        manifest = export(arguments.model, arguments.out, options)
+        trained = arguments.effort != "none" and has_device(arguments.device)
+        plan = PLANS[arguments.effort] if trained else None
+        _LOG.debug("opening %s", arguments.model)
+        manifest = export(
+            arguments.model,
+            arguments.out,
+            options,
+            opened=lambda facts: _announce(facts, options, plan, arguments.check != "none"),
+        )
+        if trained:
+            _LOG.info(
+                '%s can answer now: dash-run %s --chat "Hello!"; the policy is being trained',
+                *(arguments.out, arguments.out),
+            )
         checked = _check(arguments.model, arguments.out, options, arguments.check)
         failures.extend(checked.failures if checked else [])
-        if arguments.effort != "none" and not has_device(arguments.device):
-            print(
-                f"dash-export: no device {arguments.device} here: no policy trained; "
-                f"run `dash-train {arguments.out}` where there is one",
-                file=sys.stderr,
+        if arguments.effort != "none" and not trained:
+            _LOG.warning(
+                "no device %s here: no policy trained; run `dash-train %s` where there is one",
+                *(arguments.device, arguments.out),
             )
-        elif arguments.effort != "none":
+        elif trained:
             from dash_onnx.exporters.train.train import train
 
             choice = TrainOptions(arguments.effort, options.calibration, options.seed)
@@ -164,10 +192,25 @@ def main(argv: list[str] | None = None) -> int:
             if checked is not None:
                 print("\n".join(check_lines(checked)))
 
-    code = run("dash-export", body)
+    code = run("dash-export", body, log_level(arguments))
     for failure in failures:
         print(f"dash-export: check: layer {failure} (see dash-export --help)", file=sys.stderr)
     return code or (1 if failures else 0)
+
+
+def _announce(
+    facts: ModelFacts, options: ExportOptions, plan: TrainingPlan | None, check: bool
+) -> None:
+    """Says what is coming, where somebody listens: it takes half a second to tell how long."""
+    if not _LOG.isEnabledFor(logging.INFO):
+        return
+    from dash_onnx.exporters.expected import Speed, export_phases, training_phases
+
+    speed = Speed.measured()
+    phases = export_phases(facts, options, speed, check=check)
+    if plan is not None:
+        phases += training_phases(facts, plan, speed, generated=not options.calibration)
+    announce(phases)
 
 
 def _check(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> CheckResult | None:
@@ -179,7 +222,8 @@ def _check(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> Ch
     if kind == "none":
         return None
     source = open_source(model, REGISTRY, options.requantize, options.revision)
-    return check(source, Bundle(out), kind)
+    with Phase("check", total=1):
+        return check(source, Bundle(out), kind)
 
 
 def check_lines(result: CheckResult) -> list[str]:
@@ -251,7 +295,7 @@ def summary(manifest: Manifest, out: Path) -> str:
 
 
 def prepare_export() -> None:
-    """Checks that the tools of the export are installed, and keeps them quiet.
+    """Checks that the tools of the export are installed; they are quiet unless we are verbose.
 
     Raises:
         DashError: some are missing.
@@ -268,5 +312,8 @@ def prepare_export() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
+    if _LOG.isEnabledFor(logging.DEBUG):
+        transformers.logging.set_verbosity_warning()
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -6,10 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
-from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.cli.common import Parser, add_log_options, log_level, positive, run
 from dash_onnx.core.contract import REPORT_NAME
+from dash_onnx.core.progress import Phase
 
 _EXAMPLES = """\
   dash-report out/
@@ -47,6 +46,7 @@ def _parser() -> Parser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
     parser.add_argument("--json", action="store_true", help="print the data as JSON; write no HTML")
+    add_log_options(parser)
     return parser
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.json and arguments.html:
         parser.error("--json writes no HTML; leave --html out")
-    return run("dash-report", lambda: _report(arguments))
+    return run("dash-report", lambda: _report(arguments), log_level(arguments))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -82,8 +82,8 @@ def _report(arguments: argparse.Namespace) -> None:
         text = generated_text(model, arguments.tokens)
     else:
         text = given_text(model, given, arguments.tokens, arguments.text.name)
-    with tqdm(desc="runs", disable=None) as bar:
-        report = build(model, text, budgets, bar.update)
+    with Phase("runs") as phase:
+        report = build(model, text, budgets, phase.update)
     if arguments.json:
         print(json.dumps(to_json(report)))
         return

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_onnx.cli.common import EFFORTS, Parser, add_training_options, aligned, run
+from dash_onnx.cli.common import (
+    EFFORTS,
+    Parser,
+    add_log_options,
+    add_training_options,
+    aligned,
+    log_level,
+    run,
+)
 from dash_onnx.cli.export import prepare_export
 from dash_onnx.core.errors import DashError
+from dash_onnx.core.progress import announce
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
     from dash_onnx.core.facts import ScorerFacts
+
+_LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-train out/ --effort normal
@@ -32,6 +43,7 @@ def _parser() -> Parser:
     parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
     add_training_options(parser, EFFORTS)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_log_options(parser)
     return parser
 
 
@@ -44,12 +56,18 @@ def main(argv: list[str] | None = None) -> int:
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.fused import options_of, renew
-        from dash_onnx.exporters.train.options import TrainOptions
+        from dash_onnx.exporters.train.options import PLANS, TrainOptions
         from dash_onnx.exporters.train.train import train
 
         fused = options_of(arguments.bundle / FUSED_FOLDER)
         calibration = tuple(arguments.calibration)
         options = TrainOptions(arguments.effort, calibration, arguments.seed)
+        if _LOG.isEnabledFor(logging.INFO):
+            from dash_onnx.exporters.expected import Speed, training_phases
+
+            model, plan = Bundle(arguments.bundle).manifest.model, PLANS[arguments.effort]
+            speed = Speed.measured()
+            announce(training_phases(model, plan, speed, generated=not calibration))
         facts = train(arguments.bundle, options).scorer
         assert facts is not None
         if fused is not None:
@@ -57,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
                 renew(Bundle(arguments.bundle), fused)
             except DashError as error:  # such as a budget that the new policy cannot hold
                 where = arguments.bundle / FUSED_FOLDER
-                print(f"dash-train: {where} held the old policy: removed; {error}", file=sys.stderr)
+                _LOG.warning("%s held the old policy: removed; %s", where, error)
         print(json.dumps(to_json(facts)) if arguments.json else table(facts))
 
-    return run("dash-train", body)
+    return run("dash-train", body, log_level(arguments))
 
 
 def table(facts: ScorerFacts) -> str:

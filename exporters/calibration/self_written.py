@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError
+from dash_onnx.core.progress import Phase
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.sequence import SequenceState
@@ -48,14 +48,14 @@ def write_text(
     batch = int(np.clip(_KV_BYTES // (kv_bytes * length), 1, _BATCH))
     parts = np.array_split(first, -(-len(first) // batch))
     rows = []
-    with tqdm(total=len(first) * (length - 1), desc=label, unit="tok", disable=None) as bar:
+    with Phase(label, total=len(first) * (length - 1), unit="tokens") as phase:
         for part in parts:
             sequence = sessions.new_sequence(length, len(part))
             ids = np.empty((len(part), length), np.int64)
             ids[:, 0] = part
             for position in range(length - 1):
                 ids[:, position + 1] = _next(sequence, ids[:, position], generator)
-                bar.update(len(part))
+                phase.update(len(part))
             rows.append(ids)
     return np.concatenate(rows)
 

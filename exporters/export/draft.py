@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.facts import Calibration, Costs, ExportFacts, LayerFacts, Target
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.version import FORMAT_VERSION
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.architectures.decoder import Decoder
@@ -35,7 +34,7 @@ def write_draft(
         target = Target("cpu", "float32", target.block_size, 4)  # INT8 activations: the fastest
     build_embed(folder, architecture.embedding(source.weights, spec), spec, target)
     count = spec.facts.num_layers
-    for index in tqdm(range(count), desc="INT8 draft", disable=None):
+    for index in Loop("INT8 draft", range(count)):
         layer = architecture.layer(source.weights, index, spec)
         build_layer(folder, index, layer, spec, target, "int8", {})
     build_head(folder, architecture.head(source.weights, spec), spec, target, "int8", {})

@@ -7,15 +7,15 @@ import hashlib
 import importlib.metadata
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle, list_files
-from dash_onnx.core.facts import Costs, ExportFacts
+from dash_onnx.core.facts import Costs, ExportFacts, ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.core.progress import Loop, Phase
 from dash_onnx.core.version import FORMAT_VERSION, __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.calibration.tokens import calibration_ids, sequences_of
@@ -32,12 +32,20 @@ _UNMEASURED = Costs("", 0, 0.0, 0.0, {}, ())
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")
 
 
-def export(model: str, out: Path, options: ExportOptions) -> Manifest:
+def export(
+    model: str,
+    out: Path,
+    options: ExportOptions,
+    *,
+    opened: Callable[[ModelFacts], None] = lambda _: None,
+) -> Manifest:
     """Exports a model.
 
     Args:
         model: hub id, local folder or `.gguf` file.
         out: the bundle's folder; written to a temporary sibling and renamed at the end.
+        options: what the user chose.
+        opened: called once the model is open and before any phase.
 
     Raises:
         DashError: anything the user can mend; `out` is then as it was before.
@@ -49,6 +57,7 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
     architecture = architecture_of(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     options = options.resolved(source.kind, spec.facts)
+    opened(spec.facts)
     writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)
     with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
@@ -84,11 +93,12 @@ def export(model: str, out: Path, options: ExportOptions) -> Manifest:
             finish()
         every = range(spec.facts.num_layers)
         left = every[len(layers) :]
-        for index in tqdm(left, desc="layers", initial=left.start, total=len(every), disable=None):
+        for index in Loop("layers", left, done=left.start):
             states = partial.states(index), partial.states(index + 1)
             layers = (*layers, writer.layer(folder, index, *states))
             finish()
-        heads = writer.heads(folder, partial.states(len(every)))
+        with Phase("LM head", total=1):
+            heads = writer.heads(folder, partial.states(len(every)))
         _write_text_files(folder, source)
         manifest = Manifest(
             format_version=FORMAT_VERSION,

@@ -18,8 +18,8 @@ import math
 from typing import TypeAlias
 
 import torch
-from tqdm import tqdm
 
+from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.scorer import Scorer
@@ -52,7 +52,7 @@ def improve(trainer: Trainer) -> None:
             optimizer.load_state_dict(saved)
         trainer.history = [tuple(row) for row in state["history"].tolist()]
     steps = plan.improvement_steps
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="policy", disable=None)
+    bar = Loop("policy", range(first, steps), done=first)
     for step in bar:
         done = step / steps
         for optimizer in optimizers:

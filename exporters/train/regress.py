@@ -10,9 +10,9 @@ import dataclasses
 import math
 
 import torch
-from tqdm import tqdm
 
 from dash_onnx.core.actions import SKIP
+from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
@@ -53,7 +53,7 @@ def collect(trainer: Trainer) -> tuple[list[Tensor], Tensor]:
     seen = slice(trainer.env.prompt_tokens // 8, None)
     hidden: list[list[Tensor]] = [[] for _ in trainer.scorer.decision_points]
     samples: list[Tensor] = []
-    for number in tqdm(range(trainer.plan.regression_batches), desc="values", disable=None):
+    for number in Loop("values", range(trainer.plan.regression_batches)):
         with trainer.autocast():
             states, sampled, final = sampled_values(
                 trainer.env, trainer.batch(number), trainer.generator

@@ -9,12 +9,12 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.scorer import BundleScorer, cheapest
@@ -49,7 +49,7 @@ def policy_table(
     heads = list(env.model.heads)
     head_costs = torch.tensor([costs.heads_ms[head] / costs.unit_ms for head in heads]).double()
     points: list[BudgetPoint] = []
-    for multiplier in _multipliers(trainer):
+    for multiplier in Loop("policy table", _multipliers(trainer)):
         penalty = multiplier * allowed
         parts = [_run(env, scorer, part, penalty) for part in trainer.held_out.split(4)]
         final, paths = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -113,9 +113,7 @@ def static_table(
     # Each skip is a large step; those between precisions are small and many.
     every = max(1, env.layers // 6)
     points: list[StaticPoint] = []
-    for one in tqdm(
-        [*precise[::every], *_skipping(trainer, precise)], desc="static table", disable=None
-    ):
+    for one in Loop("static table", [*precise[::every], *_skipping(trainer, precise)]):
         path = tuple(trainer.actions[action] for action in one.path)
         losses = env.mean_kl(reference, env.run_path(trainer.held_out, one.path), heads)
         for head, loss in zip(heads, losses, strict=True):

@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import FileFacts
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.augmentation import augmented
@@ -187,7 +187,7 @@ class Trainer:
             return kl
 
         found = static.search(self.costs, values, measure, candidates, start)
-        return list(tqdm(found, desc="static", disable=None))
+        return list(Loop("static search", found))
 
 
 def _fast_dtype() -> torch.dtype:

@@ -1,0 +1,306 @@
+"""Progress of long work: a bar on a terminal, lines in a log, nothing where nobody listens.
+
+Everything goes through `logging`, at INFO. A terminal gets a `BarHandler`: where the package's
+logger has one, phases are bars, else they are a line at their start, every half minute and at their
+end. A program that configures no logging sees nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+PACKAGE = "dash_onnx"
+"""Name of the logger above all of the package's."""
+
+_LOG = logging.getLogger(__name__)
+_MARK = {"phase": True}  # of records that a bar stands for
+
+
+class BarHandler(logging.StreamHandler):
+    """Writes records to a terminal, above the bars that stand for those of phases."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Leaves out what a bar shows."""
+        if not hasattr(record, "phase"):
+            with tqdm.external_write_mode(self.stream):
+                super().emit(record)
+
+
+def _bars() -> bool:
+    return any(isinstance(one, BarHandler) for one in logging.getLogger(PACKAGE).handlers)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A phase to come.
+
+    Attributes:
+        name: of the `Phase`.
+        seconds: that it is expected to take.
+    """
+
+    name: str
+    seconds: float
+
+
+class Schedule:
+    """The phases that a command will run, in order; what they took corrects what is left."""
+
+    def __init__(self, phases: Sequence[Expected]):
+        """Says nothing until the first phase starts: those before it are done already."""
+        self._phases = phases
+        self._next = 0  # the first phase that has not started
+        self._announced = self._took = 0.0  # seconds, of those that ended
+
+    def start(self, name: str, left: float) -> float | None:
+        """The next phase of a name starts.
+
+        Args:
+            name: of the phase.
+            left: fraction of it that an earlier run did not finish.
+
+        Returns:
+            Seconds announced for what is left of it; None where it is not scheduled.
+        """
+        found = (at for at in range(self._next, len(self._phases)) if self._phases[at].name == name)
+        at = next(found, None)
+        if at is None:
+            return None
+        if not self._next:
+            self._tell(at, left)
+        self._next = at + 1
+        return self._phases[at].seconds * left
+
+    def end(self, announced: float, took: float) -> None:
+        """A phase ended: seconds that were announced for it, and those that it took."""
+        self._announced, self._took = self._announced + announced, self._took + took
+
+    def correction(self, announced: float = 0.0, took: float = 0.0) -> float:
+        """By how much longer phases take than announced.
+
+        Args:
+            announced: seconds, for the phase that runs.
+            took: seconds that it will have taken, as it looks now.
+        """
+        announced, took = self._announced + announced, self._took + took
+        return took / announced if announced else 1.0
+
+    @property
+    def later(self) -> float:
+        """Seconds announced for the phases after the one that runs."""
+        return self._seconds(self._next)
+
+    def _tell(self, first: int, left: float) -> None:
+        fractions = [0.0] * first + [left] + [1.0] * (len(self._phases) - first - 1)
+        parts = [
+            f"{phase.name} {_about(phase.seconds * fraction) if fraction else '(done)'}"
+            for phase, fraction in zip(self._phases, fractions, strict=True)
+        ]
+        done = f" ({number} done)" if (number := fractions.count(0.0)) else ""
+        total = _about(self._phases[first].seconds * left + self._seconds(first + 1))
+        _LOG.info(f"{len(parts)} phases{done}, about {total} on this machine: {', '.join(parts)}")
+
+    def _seconds(self, first: int) -> float:
+        return sum(phase.seconds for phase in self._phases[first:])
+
+
+_schedule = Schedule(())
+
+
+def announce(phases: Sequence[Expected]) -> None:
+    """Sets the phases of what this process does next; none forgets them."""
+    global _schedule
+    _schedule = Schedule(phases)
+
+
+class Phase:
+    """A part of long work, as a context.
+
+    >>> with Phase("text", total=255, unit="tokens") as phase:
+    ...     phase.update(1)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: int | None = None,
+        done: int = 0,
+        unit: str = "",
+        every_s: float = 30.0,
+    ):
+        """Shows nothing yet.
+
+        Args:
+            name: as in the schedule, where there is one.
+            total: steps, None if it is not known. A single one is done when the context ends.
+            done: steps of an earlier run.
+            unit: of the steps, in the plural.
+            every_s: seconds from line to line.
+        """
+        self._name, self._total, self._first, self._done = name, total, done, done
+        self._single = total == 1
+        self._unit, self._every_s = f" {unit}" if unit else "", every_s
+        self._ended = threading.Event()
+        self._announced: float | None = None  # seconds
+        self._expected: float | None = None  # seconds, after what phases before it took
+        self._figures = ""
+
+    def __enter__(self) -> Self:
+        self._schedule, self._started = _schedule, time.monotonic()
+        left = 1 - self._first / self._total if self._total else 1.0
+        shown = _LOG.isEnabledFor(logging.INFO)
+        self._announced = self._schedule.start(self._name, left)
+        if self._announced is not None:
+            self._expected = self._announced * self._schedule.correction()
+        self._bar = tqdm(
+            desc=self._name,
+            total=self._total,
+            initial=self._first,
+            unit=self._unit.strip() or "it",
+            file=sys.stderr,
+            disable=not (shown and _bars()),
+        )
+        self._say(self._start())
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+        if shown and self._bar.disable:  # steps may be long: lines come from beside them
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._single and self._done < 1 and kind is None:
+            self.update()
+        self._bar.close()
+        if kind not in (None, GeneratorExit):
+            return
+        took = self._elapsed()
+        # By `break`, or by an error: a loop closes its generator before that is handled.
+        early = kind is not None and self._done != self._total
+        text = f"ended after {self._count()}" if early else "done"
+        text += f" in {took:.1f} s"
+        if self._announced is not None and self._expected is not None:
+            text += f" (expected {_about(self._expected)})"
+            self._schedule.end(self._announced, took)
+        later = self._schedule.later * self._schedule.correction()
+        if later and not early:
+            text += f", about {_about(later)} to go"
+        self._say(text)
+
+    def update(self, steps: int = 1) -> None:
+        """Some steps are done."""
+        self._done += steps
+        self._bar.update(steps)
+        if not self._bar.disable:
+            later = self._rest()[1]
+            parts = [self._figures, f"then {_about(later)}" if later else ""]
+            self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+        self._say(self._state(), logging.DEBUG)
+
+    def set_postfix(self, **figures: str) -> None:
+        """Figures of the last step, for a bar and for DEBUG."""
+        self._figures = ", ".join(f"{name}={text}" for name, text in figures.items())
+        self._say(self._figures, logging.DEBUG)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(self._every_s):
+            own, later = self._rest()
+            text = self._state()
+            if own:
+                text += f", about {_about(own)} to go"
+            if later:
+                text += f", then {_about(later)}"
+            self._say(text)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _rest(self) -> tuple[float | None, float]:
+        """Seconds left, of this phase if that can be told, and of those after it."""
+        elapsed, own = self._elapsed(), None
+        if self._total and self._done > self._first:
+            own = elapsed / (self._done - self._first) * max(self._total - self._done, 0)
+        elif self._expected is not None:
+            own = max(self._expected - elapsed, 0.0)
+        if self._announced is None or own is None:
+            return own, 0.0
+        correction = self._schedule.correction(self._announced, elapsed + own)
+        return own, self._schedule.later * correction
+
+    def _start(self) -> str:
+        text = "starts"
+        if self._first:
+            text += f" after {self._count()}"
+        elif self._total and not self._single:
+            text += f", {self._total}{self._unit or ' steps'}"
+        return text if self._expected is None else f"{text}, expected {_about(self._expected)}"
+
+    def _count(self) -> str:
+        total = "" if self._total is None else f" of {self._total}"
+        return f"{self._done}{total}{self._unit}"
+
+    def _state(self) -> str:
+        count = "" if self._single else f"{self._count()} "
+        return f"{count}after {_about(self._elapsed())}"
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        _LOG.log(level, "%s: %s", self._name, text, extra=_MARK)
+
+
+class Loop(Phase, Generic[T]):
+    """A phase that goes over items.
+
+    >>> for layer in Loop("layers", range(12, 30), done=12): ...
+    """
+
+    def __init__(
+        self,
+        name: str,
+        items: Iterable[T],
+        *,
+        done: int = 0,
+        unit: str = "",
+        every_s: float = 30.0,
+    ):
+        """Shows nothing yet.
+
+        Args:
+            name: see `Phase`, also for the others.
+            items: to go over; those that an earlier run has done are not among them.
+            done: how many these are.
+            unit: of the items, in the plural.
+            every_s: seconds from line to line.
+        """
+        total = done + len(items) if isinstance(items, Sized) else None
+        super().__init__(name, total=total, done=done, unit=unit, every_s=every_s)
+        self._items = items
+
+    def __iter__(self) -> Iterator[T]:
+        with self:
+            for item in self._items:
+                yield item
+                self.update()
+
+
+def _about(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,126 @@
+"""How long the phases of an export and a training will take on this machine.
+
+Counted in floating-point operations and divided by the speed of a matrix product that is measured
+now. What moves memory instead counts as the operations that take as long. Both are good to a factor
+of two; what the first phases take then corrects the rest (`core/progress.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from dash_onnx.core.facts import ModelFacts
+from dash_onnx.core.progress import Expected
+from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
+from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.train.options import TrainingPlan
+
+_SIZE = 1024  # rows and columns of the matrix product
+_CHECKED = 64  # tokens
+_ROWS = 14  # of the policy table
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations per second of a matrix product.
+
+    Attributes:
+        float32: as the export computes.
+        fast: as training does, in the faster of FP32 and BF16.
+    """
+
+    float32: float
+    fast: float
+
+    @classmethod
+    def measured(cls, seconds: float = 0.5) -> Speed:
+        """Of this machine as busy as it is now; takes the seconds given."""
+        single, half = (_speed(dtype, seconds / 2) for dtype in (torch.float32, torch.bfloat16))
+        return cls(single, max(single, half))
+
+
+def _speed(dtype: torch.dtype, seconds: float) -> float:
+    x = torch.ones(_SIZE, _SIZE, dtype=dtype)
+    torch.mm(x, x)  # starts the threads
+    started, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - started) < seconds or not count:
+        torch.mm(x, x)
+        count += 1
+    return 2 * _SIZE**3 * count / took
+
+
+def _layer_parameters(facts: ModelFacts) -> int:
+    attention = 2 * facts.head_dim * (facts.num_heads + facts.num_kv_heads)
+    return facts.hidden_size * (attention + 3 * facts.intermediate_size)
+
+
+def _parameters(facts: ModelFacts) -> int:
+    """Of all that multiplies: layers and LM head."""
+    return facts.num_layers * _layer_parameters(facts) + facts.vocab_size * facts.hidden_size
+
+
+def export_phases(
+    facts: ModelFacts, options: ExportOptions, speed: Speed, *, check: bool
+) -> list[Expected]:
+    """The phases of an export, in order.
+
+    Args:
+        facts: shape of the model.
+        options: of the export.
+        speed: of this machine.
+        check: whether the bundle is compared with transformers.
+    """
+    width, wide, layers = facts.hidden_size, facts.intermediate_size, facts.num_layers
+    vocab, parameters = facts.vocab_size, _parameters(facts)
+    tokens = sequences_of(facts) * min(LENGTH, facts.max_length)
+    layer = 2 * tokens * _layer_parameters(facts)  # in full precision, for all its figures
+    head = 0
+    if "int4" in options.variants:  # GPTQ: sums of x x^T, their inverses, the rounding
+        layer += tokens * (3 * width**2 + wide**2) + 3 * width**3 + wide**3
+        layer += 2 * width * _layer_parameters(facts)
+        head = 2 * width * vocab * width
+    phases: list[tuple[str, float, float]] = []
+    if not options.calibration:
+        phases.append(("INT8 draft", 1.0, 10_000 * parameters))
+        phases.append(("calibration text", 1.0, 2 * tokens * parameters))
+    phases += [
+        ("layers", 0.5 * layers, layers * layer),
+        ("LM head", 1.0, head + 200 * vocab * width),
+        ("costs", 3.0, 2000 * parameters),
+    ]
+    if check:
+        phases.append(("check", 2.0, 2 * _CHECKED * parameters + 400 * parameters))
+    return [Expected(name, fixed + work / speed.float32) for name, fixed, work in phases]
+
+
+def training_phases(
+    facts: ModelFacts, plan: TrainingPlan, speed: Speed, *, generated: bool
+) -> list[Expected]:
+    """The phases of a training, in order.
+
+    Args:
+        facts: shape of the model.
+        plan: of the training.
+        speed: of this machine.
+        generated: whether the model writes the text itself.
+    """
+    length = min(plan.length, facts.max_length)
+    forward = 2 * length * _parameters(facts)  # of a sequence, on one path
+    batch, held_out = plan.batch * forward, plan.held_out * forward
+    measured = facts.num_layers * plan.candidates // 2  # paths of a search
+    search = measured * plan.batch * forward
+    phases = [("training text", 1.0, (plan.sequences + plan.held_out) * forward)]
+    phases = phases if generated else []
+    phases += [
+        ("values", 1.0, 5 * plan.regression_batches * batch),  # forward, back, every action
+        ("static search", 0.0, search),
+        ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
+        ("costs", 3.0, 1000 * _parameters(facts)),
+        ("policy table", 0.0, _ROWS * held_out),
+        ("static search", 0.0, plan.candidates * search),
+        ("static table", 0.0, (6 + facts.num_layers // 2) * held_out),
+    ]
+    return [Expected(name, fixed + work / speed.fast) for name, fixed, work in phases]

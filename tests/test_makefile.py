@@ -1,0 +1,61 @@
+"""The demo's recipe: it answers before it trains, and repeats nothing that is done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """With the tools that run this test, whatever `pyproject.toml` is newer than."""
+    fixed = ["-C", ROOT, "-o", ".venv/.export", f"BIN={Path(sys.executable).parent}"]
+    return subprocess.run(
+        ["make", *map(str, (*fixed, *arguments))],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",  # what a tiny model writes is no text
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def commands(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The tools that a call of make ran, or would run."""
+    assert done.returncode == 0, done.stderr
+    words = [line.split() for line in done.stdout.splitlines() if "/dash-" in line]
+    return [Path(line[0]).name for line in words]
+
+
+@pytest.mark.parametrize(
+    ("model", "bundle"),
+    [("org/Name-0.5B", "Name-0.5B"), ("some/Name-0.5B.Q4_K_M.gguf", "Name-0.5B.Q4_K_M")],
+)
+def test_any_model_goes_the_way_of_the_demo_into_a_folder_of_its_name(
+    model: str, bundle: str
+) -> None:
+    done = make("-n", "demo-0.5b", f"MODEL={model}")
+    steps = ["dash-export", "dash-run", "dash-train", "dash-run", "dash-report"]
+    assert commands(done) == steps
+    assert f"build/demo-0.5b/{bundle} --effort none" in done.stdout
+    assert "--requantize" not in done.stdout
+
+
+def test_a_demo_of_another_model_needs_one() -> None:
+    done = make("-n", "demo-0.5b")
+    assert done.returncode != 0 and "demo-0.5b needs MODEL=" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_answers_trains_and_answers_again(tiny_folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    demo = ("demo", f"MODEL={tiny_folder}", f"BUNDLE={bundle}")
+    assert commands(make(*demo)) == ["dash-export", "dash-run", "dash-train", "dash-run"]
+    assert commands(make(*demo)) == ["dash-run"]
+    (bundle / ".trained").unlink()  # as an interrupted training leaves it
+    assert commands(make(*demo)) == ["dash-run", "dash-train", "dash-run"]
+    assert (bundle / ".trained").is_file()
