@@ -52,14 +52,9 @@ def _speed(dtype: torch.dtype, seconds: float) -> float:
     return 2 * _SIZE**3 * count / took
 
 
-def _layer_parameters(facts: ModelFacts) -> int:
-    attention = 2 * facts.head_dim * (facts.num_heads + facts.num_kv_heads)
-    return facts.hidden_size * (attention + 3 * facts.intermediate_size)
-
-
 def _parameters(facts: ModelFacts) -> int:
     """Of all that multiplies: layers and LM head."""
-    return facts.num_layers * _layer_parameters(facts) + facts.vocab_size * facts.hidden_size
+    return facts.num_layers * facts.layer_parameters + facts.vocab_size * facts.hidden_size
 
 
 def export_phases(
@@ -76,11 +71,11 @@ def export_phases(
     width, wide, layers = facts.hidden_size, facts.intermediate_size, facts.num_layers
     vocab, parameters = facts.vocab_size, _parameters(facts)
     tokens = sequences_of(facts) * min(LENGTH, facts.max_length)
-    layer = 2 * tokens * _layer_parameters(facts)  # in full precision, for all its figures
+    layer = 2 * tokens * facts.layer_parameters  # in full precision, for all its figures
     head = 0
     if "int4" in options.variants:  # GPTQ: sums of x x^T, their inverses, the rounding
         layer += tokens * (3 * width**2 + wide**2) + 3 * width**3 + wide**3
-        layer += 2 * width * _layer_parameters(facts)
+        layer += 2 * width * facts.layer_parameters
         head = 2 * width * vocab * width
     phases: list[tuple[str, float, float]] = []
     if not options.calibration:

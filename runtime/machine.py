@@ -32,6 +32,21 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_bytes() -> int | None:
+    """Memory that could still be taken: of the machine, and of the container; None: not known."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text("utf-8").strip()
+        if limit != "max":
+            found.append(int(limit) - int((group / "memory.current").read_text("utf-8")))
+    except (OSError, ValueError):
+        pass
+    return min(found, default=None)
+
+
 def release_memory() -> None:
     """Gives memory that is no longer used back to the system.
 

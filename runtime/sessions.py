@@ -21,10 +21,11 @@ from dash_onnx.core.contract import (
     layer_ports,
     scorer_ports,
 )
-from dash_onnx.core.errors import BundleError
+from dash_onnx.core.errors import BundleError, DeviceError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.machine import available_bytes
 from dash_onnx.runtime.ort import thread_count
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ class Sessions:
         Args:
             policy: None loads every graph.
             prompt: path and LM head of its prompts.
+
+        Raises:
+            BundleError: a graph is damaged.
+            DeviceError: they do not fit the memory.
         """
         manifest = self.manifest
         layers = manifest.model.num_layers
@@ -85,6 +90,9 @@ class Sessions:
             heads = {policy.head, prompt[1]}
             later = policy.used(layers, manifest.actions)
             actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
+        graphs = [(head_path(precision), precision) for precision in heads]
+        graphs += [(layer_path(layer, a), a) for layer, used in enumerate(actions) for a in used]
+        self._check_memory(graphs)
         loads: list[Callable[[], Any]] = [partial(self.head, precision) for precision in heads]
         loads.append(self.embed)
         if manifest.scorer is not None and (policy is None or policy.scored):
@@ -96,6 +104,18 @@ class Sessions:
         ]
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
+
+    def _check_memory(self, graphs: list[tuple[str, Action]]) -> None:
+        if self.backend.device != "cpu" or (available := available_bytes()) is None:
+            return
+        new = [graph for graph in graphs if graph[0] not in self._loaded]
+        needed = sum(self.manifest.graph_bytes(*graph) for graph in new)
+        if needed > available:
+            raise DeviceError(
+                f"the graphs to load take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
+                "memory are free: choose a policy that uses fewer (--policy int4), or close other "
+                "programs"
+            )
 
     def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
         """The state of a new, empty sequence, or of a batch of them; see there."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dash_onnx.core.manifest import Manifest
     from dash_onnx.exporters.export import ExportOptions
     from dash_onnx.exporters.export.check import CheckKind, CheckResult
-    from dash_onnx.exporters.train.options import TrainingPlan
+    from dash_onnx.exporters.train.options import EffortName
 
 _LOG = logging.getLogger(__name__)
 
@@ -151,13 +151,13 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
         )
         trained = arguments.effort != "none" and has_device(arguments.device)
-        plan = PLANS[arguments.effort] if trained else None
+        effort = arguments.effort if trained else None
         _LOG.debug("opening %s", arguments.model)
         manifest = export(
             arguments.model,
             arguments.out,
             options,
-            opened=lambda facts: _announce(facts, options, plan, arguments.check != "none"),
+            opened=lambda facts: _announce(facts, options, effort, arguments.check != "none"),
         )
         if trained:
             _LOG.info(
@@ -199,16 +199,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _announce(
-    facts: ModelFacts, options: ExportOptions, plan: TrainingPlan | None, check: bool
+    facts: ModelFacts, options: ExportOptions, effort: EffortName | None, check: bool
 ) -> None:
     """Says what is coming, where somebody listens: it takes half a second to tell how long."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
     from dash_onnx.exporters.expected import Speed, export_phases, training_phases
+    from dash_onnx.exporters.train.options import plan_of
 
     speed = Speed.measured()
     phases = export_phases(facts, options, speed, check=check)
-    if plan is not None:
+    if effort is not None:
+        plan = plan_of(effort, facts)
         phases += training_phases(facts, plan, speed, generated=not options.calibration)
     announce(phases)
 

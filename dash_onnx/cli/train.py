@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.fused import options_of, renew
-        from dash_onnx.exporters.train.options import PLANS, TrainOptions
+        from dash_onnx.exporters.train.options import TrainOptions, plan_of
         from dash_onnx.exporters.train.train import train
 
         fused = options_of(arguments.bundle / FUSED_FOLDER)
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         if _LOG.isEnabledFor(logging.INFO):
             from dash_onnx.exporters.expected import Speed, training_phases
 
-            model, plan = Bundle(arguments.bundle).manifest.model, PLANS[arguments.effort]
-            speed = Speed.measured()
+            model, speed = Bundle(arguments.bundle).manifest.model, Speed.measured()
+            plan = plan_of(arguments.effort, model)
             announce(training_phases(model, plan, speed, generated=not calibration))
         facts = train(arguments.bundle, options).scorer
         assert facts is not None

@@ -9,6 +9,8 @@ from typing import Literal
 
 from dash_onnx.core.actions import PRECISIONS, Action
 
+_LARGE = 200_000_000  # weights of the layers
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -37,6 +39,17 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     max_length: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the products of a layer with a gated MLP."""
+        attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def large(self) -> bool:
+        """Whether work over many tokens is done over fewer of them."""
+        return self.num_layers * self.layer_parameters > _LARGE
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,11 @@ SINK_TOKENS = 4
 
 SEQUENCES = 64
 LENGTH = 256
-_SMALL = 200_000_000  # weights in layers
 
 
 def sequences_of(facts: ModelFacts) -> int:
     """How many sequences a model is calibrated on: a large one takes long for each."""
-    attention = 2 * (facts.num_heads + facts.num_kv_heads) * facts.head_dim
-    weights = facts.num_layers * facts.hidden_size * (attention + 3 * facts.intermediate_size)
-    return SEQUENCES if weights <= _SMALL else SEQUENCES // 2
+    return SEQUENCES // 2 if facts.large else SEQUENCES
 
 
 def calibration_ids(

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle, list_files
+from dash_onnx.core.errors import DashError
 from dash_onnx.core.facts import Costs, ExportFacts, ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.progress import Loop, Phase
@@ -23,8 +25,9 @@ from dash_onnx.exporters.export.draft import write_draft
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.partial import Progress, exporting
+from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import Source, open_source
-from dash_onnx.runtime.machine import peak_rss_bytes, release_memory
+from dash_onnx.runtime.machine import available_bytes, peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import onnxruntime
 from dash_onnx.runtime.profile import profile
 
@@ -58,6 +61,7 @@ def export(
     spec = architecture.describe(source.name, source.config, options.max_length)
     options = options.resolved(source.kind, spec.facts)
     opened(spec.facts)
+    _check_space(source, out, options)
     writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)
     with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
@@ -122,6 +126,28 @@ def export(
         manifest = replace(manifest, costs=profile(Bundle(folder), writer.runner.device))
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest
+
+
+def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
+    """Refuses an export that the disk or the memory cannot hold, before it takes hours.
+
+    Raises:
+        DashError: says what is needed.
+    """
+    sizes = sizes_of(source, options)
+    disk = sizes.bundle + sizes.work
+    free = shutil.disk_usage(out.resolve().parent).free
+    if disk > free:
+        raise DashError(
+            f"the export needs {disk / 1e9:.1f} GB of disk beside {out}, and {free / 1e9:.1f} GB "
+            "are free: make room, or export fewer --variants"
+        )
+    memory = available_bytes()
+    if memory is not None and sizes.export > memory:
+        raise DashError(
+            f"the export needs about {sizes.export / 1e9:.1f} GB of memory, and "
+            f"{memory / 1e9:.1f} GB are free: close other programs, or take a larger machine"
+        )
 
 
 def _key(source: Source, options: ExportOptions) -> dict[str, str]:

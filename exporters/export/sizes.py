@@ -14,7 +14,7 @@ from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Layer, Linear, Norm
-from dash_onnx.exporters.calibration.tokens import LENGTH, SEQUENCES
+from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.sources import Source
 
@@ -32,6 +32,7 @@ class Sizes:
         heads: the LM head of a precision on disk.
         embedding: on disk, as FP16; INT8 rows of a GGUF file take half of it.
         bundle: all files but the text files.
+        work: on disk beside it, until the export is done.
         run: memory of a process that runs all layers in an action, at the start of a context;
             `policy` has every graph loaded.
         kv_per_token: of the K/V cache.
@@ -43,6 +44,7 @@ class Sizes:
     heads: dict[Action, int]
     embedding: int
     bundle: int
+    work: int
     run: dict[str, int]
     kv_per_token: int
     export: int
@@ -81,17 +83,19 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     facts, variants = spec.facts, options.variants
     rule = _Rule(options.resolved(source.kind, facts))
     kept: dict[Action, int] = dict.fromkeys((*variants, SKIP), 0)
-    widest = 0
+    widest = draft = 0
     for index in range(facts.num_layers):
         layer = architecture.layer(weights, index, spec)
         for precision in variants:
             kept[precision] += rule.stored(precision, *vars(layer).values()) + _GRAPH_BYTES
         kept[SKIP] += rule.skip(layer, facts.num_kv_heads * facts.head_dim) + _GRAPH_BYTES
+        draft += rule.stored("int8", *vars(layer).values())
         widest = max(widest, rule.working(layer.linears))
     head = architecture.head(weights, spec)
     heads = {precision: rule.stored(precision, head.norm, head.linear) for precision in variants}
     embedding = 2 * facts.vocab_size * facts.hidden_size
-    states = 4 * SEQUENCES * LENGTH * facts.hidden_size
+    states = 4 * sequences_of(facts) * LENGTH * facts.hidden_size
+    draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
     loaded, loaded_heads = (
         {action: size * (wide if action == "full" else 1) for action, size in sizes.items()}
@@ -105,6 +109,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         heads=heads,
         embedding=embedding,
         bundle=sum(kept.values()) + sum(heads.values()) + embedding,
+        work=2 * states + (0 if options.calibration else draft),
         run=run,
         kv_per_token=2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * rule.wide,
         export=_PROCESS_BYTES

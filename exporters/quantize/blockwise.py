@@ -132,18 +132,19 @@ def concatenate(parts: Iterable[Quantized], rows: int) -> Quantized:
 
 def dequantize(quantized: Quantized) -> torch.Tensor:
     """Returns the float32 weight `[N, K]` that the integers stand for."""
-    levels, zeros = quantized.values, quantized.zero_points
+    levels, zeros = torch.tensor(quantized.values), quantized.zero_points
     if quantized.bits == 4:
-        levels = unpack4(levels, quantized.block_size)
+        levels = torch.stack([levels & 15, levels >> 4], -1).flatten(2)
+    blocks = levels[..., : quantized.block_size].float()
     if zeros is None:
-        offset: npt.NDArray | np.float32 = np.float32(2 ** (quantized.bits - 1))
+        blocks -= 2 ** (quantized.bits - 1)
     else:
-        offset = unpack4(zeros, quantized.scales.shape[1])[..., None].astype(np.float32)
-    blocks = (levels.astype(np.float32) - offset) * quantized.scales[..., None]
+        offsets = unpack4(zeros, quantized.scales.shape[1]).astype(np.float32)
+        blocks -= torch.from_numpy(offsets)[..., None]
+    blocks *= torch.tensor(quantized.scales)[..., None]
     if quantized.offsets is not None:
-        blocks += quantized.offsets[..., None]
-    rows = blocks.reshape(blocks.shape[0], -1)[:, : quantized.shape[1]]
-    return torch.from_numpy(np.ascontiguousarray(rows))
+        blocks += torch.tensor(quantized.offsets)[..., None]
+    return blocks.flatten(1)[:, : quantized.shape[1]].contiguous()
 
 
 def pack4(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

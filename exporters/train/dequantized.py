@@ -6,8 +6,8 @@ is trained on exactly the layers that it will choose between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TypeAlias
 
@@ -29,6 +29,9 @@ Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
 
 
+LOGITS_TOKENS = 64
+"""Tokens whose logits exist at once."""
+
 _EXPAND = "expand_proj"
 _KEEP_BYTES = 1 << 30  # of dequantized layers
 
@@ -38,28 +41,12 @@ Projections: TypeAlias = dict[str, Linear]
 Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
-# The C library maps each block of over 32 MB anew and the system clears its pages: a fifth of the
-# time of passes whose logits are larger.
-_LOGITS_BYTES = 12 << 20
 _NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-
-
-@dataclass(frozen=True)
-class _LayerWeights:
-    """What the graphs of a layer hold, by action."""
-
-    norms: dict[str, Norm]
-    projections: dict[Action, Projections]
-
-    @property
-    def weights(self) -> Iterator[Tensor]:
-        """Every matrix."""
-        return (one.weight for all_ in self.projections.values() for one in all_.values())
 
 
 class DequantizedModel:
@@ -73,7 +60,6 @@ class DequantizedModel:
         actions: those it holds weights for, from dear to cheap; the last is `skip`.
         heads: the LM heads, by precision.
         head: precision of the one that mixed paths use.
-        chunk: tokens whose logits should exist at once.
         keeps_layers: whether the layers stay dequantized; of larger models only the one that runs.
     """
 
@@ -95,10 +81,13 @@ class DequantizedModel:
         self._heads, self._kv_heads, self._d = facts.num_heads, facts.num_kv_heads, facts.head_dim
         self._scales = [layer.scale for layer in self.manifest.layers]
         self._dtype = dtype
-        self._loaded: dict[int, _LayerWeights] = {}
+        self._norms = [self._read_norms(index) for index in range(facts.num_layers)]
+        self._loaded: dict[tuple[int, Action], Projections] = {}
         self._compensation: list[Tensor] = []
         self.keeps_layers = True
-        layer = sum(weight.nbytes for weight in self._layer(0).weights)
+        layer = sum(
+            one.weight.nbytes for action in self.actions for one in self._layer(0, action).values()
+        )
         self.keeps_layers = facts.num_layers * layer <= _KEEP_BYTES
         # INT8 stands for `full` here as in the layers.
         exported = self.manifest.exported_heads
@@ -108,37 +97,36 @@ class DequantizedModel:
             found = self._tensors(head_path(precision))
             self.heads[precision] = self._projections(found)["lm_head"]
             self._final_norm = _norm(found, "final_norm")
-        self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 1), 64)
         mixed = self.manifest.heads[SKIP]
         self.head: Action = mixed if mixed in self.heads else next(iter(self.heads))
 
-    def _layer(self, index: int) -> _LayerWeights:
-        found = self._loaded.get(index)
-        if found is None:
-            if self._loaded and not self.keeps_layers:
-                self._loaded.clear()
-            found = self._loaded[index] = self._read(index)
-        return found
+    def _read_norms(self, index: int) -> dict[str, Norm]:
+        found = self._tensors(layer_path(index, self.actions[0]), _NORMS)
+        return {name: _norm(found, name) for name in _NORMS if name in found}
 
-    def _read(self, index: int) -> _LayerWeights:
-        norms: dict[str, Norm] = {}
-        projections: dict[Action, Projections] = {}
-        for action in self.actions:
-            found = self._tensors(layer_path(index, action))
-            projections[action] = self._projections(found)
-            if action != SKIP:
-                norms = {name: _norm(found, name) for name in _NORMS if name in found}
-        if self._compensation:
-            expand = projections[SKIP][_EXPAND]
-            projections[SKIP][_EXPAND] = replace(expand, weight=self._compensation[index])
-        return _LayerWeights(norms, projections)
+    def _layer(self, index: int, action: Action) -> Projections:
+        found = self._loaded.get((index, action))
+        if found is None:
+            if not self.keeps_layers:
+                others = [key for key in self._loaded if key[0] != index]
+                for key in others:
+                    del self._loaded[key]
+            found = self._projections(self._tensors(layer_path(index, action)))
+            if action == SKIP and self._compensation:
+                expand = replace(found[_EXPAND], weight=self._compensation[index])
+                found[_EXPAND] = expand
+            self._loaded[index, action] = found
+        return found
 
     def _projections(self, found: dict[str, np.ndarray]) -> Projections:
         return _projections(found, self.manifest.target.block_size, self._dtype)
 
-    def _tensors(self, path: str) -> dict[str, np.ndarray]:
-        model = onnx.load(self._bundle.verified(path))
-        return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    def _tensors(self, path: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Tensors of a graph: those of a name, or all."""
+        file = self._bundle.verified(path)
+        tensors = onnx.load(file, load_external_data=False).graph.initializer
+        chosen = [t for t in tensors if not names or t.name.partition(".")[0] in names]
+        return {t.name: numpy_helper.to_array(t, str(file.parent)) for t in chosen}
 
     @cached_property
     def _embedding(self) -> tuple[Tensor, float]:
@@ -163,12 +151,12 @@ class DequantizedModel:
         return self._norm(layer, "input_norm", x)
 
     def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
-        norm = self._layer(layer).norms.get(name)
+        norm = self._norms[layer].get(name)
         return x if norm is None else norm(x, self._block)
 
     def _project(self, layer: int, action: Action, name: str, x: Tensor) -> Tensor:
         """`[..., K]` -> `[..., N]`; under autocast in its lower precision."""
-        return _product(x, self._layer(layer).projections[action][name])
+        return _product(x, self._layer(layer, action)[name])
 
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated."""
@@ -177,7 +165,7 @@ class DequantizedModel:
         return queries, self._key_normed(layer, qkv[..., width:])
 
     def _key_normed(self, layer: int, keys_values: Tensor) -> Tensor:
-        if "k_norm" not in self._layer(layer).norms:
+        if "k_norm" not in self._norms[layer]:
             return keys_values
         keys, values = keys_values.chunk(2, -1)
         return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
@@ -237,7 +225,7 @@ class DequantizedModel:
     def mlp_input(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
         """What the MLP reads, `[..., D]`, given the layer's input and `attended`."""
         if self._block.parallel:
-            attended = x if "post_norm" in self._layer(layer).norms else self.normed(layer, x)
+            attended = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
         return self._norm(layer, "post_norm", attended)
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +234,7 @@ class DequantizedModel:
         width = 2 * self._kv_heads * self._d
         keys_values, reduced = projected[..., :width], projected[..., width:]
         y = self._scales[layer] * x
-        if _EXPAND in self._layer(layer).projections[SKIP]:
+        if _EXPAND in self._layer(layer, SKIP):
             y = y + self._project(layer, SKIP, _EXPAND, reduced)
         return y, self._key_normed(layer, keys_values)
 

@@ -20,9 +20,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
+from dash_onnx.exporters.train.dequantized import LOGITS_TOKENS, DequantizedModel, Rotary, Tensor
 
-_SEQUENCES = 4  # that passes without a gradient run at once
+_SEQUENCES = 4  # of passes without a gradient
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,13 @@ class Environment:
                 before, x = x, step(layer, x, decisions[:, :, number], rotary)
         return Rollout(self.model.final(x), states, all_decisions)
 
+    def parts(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Sequences that passes without a gradient run at once.
+
+        Few stay in the caches; where each pass dequantizes the layers, fewer passes are faster.
+        """
+        return ids.split(_SEQUENCES if self.model.keeps_layers else 4 * _SEQUENCES)
+
     def run_path(self, ids: Tensor, path: Sequence[int]) -> Tensor:
         """Input of the LM head `[B, T, D]` when all tokens take the same path, without gradient.
 
@@ -124,7 +131,7 @@ class Environment:
             return one_hot[state.layers].expand(*state.hidden.shape[:2], -1, -1)
 
         with torch.no_grad():
-            return torch.cat([self.run(part, decide).final for part in ids.split(_SEQUENCES)])
+            return torch.cat([self.run(part, decide).final for part in self.parts(ids)])
 
     def reference(self, ids: Tensor) -> Tensor:
         """`run_path` with every layer at the dearest action."""
@@ -231,8 +238,8 @@ class Environment:
         totals = [0.0] * len(heads)
         theirs, ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, final))
         with torch.no_grad():
-            chunk = self.model.chunk
-            for a, b in zip(theirs.split(chunk), ours.split(chunk), strict=True):
+            parts = (x.split(LOGITS_TOKENS) for x in (theirs, ours))
+            for a, b in zip(*parts, strict=True):
                 log_p = self.model.logits(a).float().log_softmax(-1)
                 p = log_p.exp()
                 for number, head in enumerate(heads):
@@ -250,8 +257,8 @@ class _HeadKL(torch.autograd.Function):
     ) -> Tensor:
         kl, gradients = [], []
         needs = ctx.needs_input_grad[0]
-        chunk = model.chunk
-        for ours, theirs in zip(final.split(chunk), reference.split(chunk), strict=True):
+        parts = (x.split(LOGITS_TOKENS) for x in (final, reference))
+        for ours, theirs in zip(*parts, strict=True):
             p = model.logits(theirs).float().log_softmax(-1)
             logits = model.logits(ours, head).float()
             q = logits.log_softmax(-1)

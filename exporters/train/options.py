@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+from dash_onnx.core.facts import ModelFacts
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 
 EffortName = Literal["quick", "normal", "thorough"]
@@ -68,6 +69,16 @@ PLANS: dict[EffortName, TrainingPlan] = {
         sequences=1000, held_out=24, regression_batches=250, improvement_steps=300, candidates=4
     ),
 }
+
+
+_ON_LARGE = {"sequences": 48, "held_out": 8, "regression_batches": 12, "improvement_steps": 6}
+"""Of `quick`, for a model that is large."""
+
+
+def plan_of(effort: EffortName, facts: ModelFacts) -> TrainingPlan:
+    """What an effort means for a model."""
+    plan = PLANS[effort]
+    return replace(plan, **_ON_LARGE) if effort == "quick" and facts.large else plan
 
 
 @dataclass(frozen=True)

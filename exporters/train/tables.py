@@ -51,7 +51,7 @@ def policy_table(
     points: list[BudgetPoint] = []
     for multiplier in Loop("policy table", _multipliers(trainer)):
         penalty = multiplier * allowed
-        parts = [_run(env, scorer, part, penalty) for part in trainer.held_out.split(4)]
+        parts = [_run(env, scorer, part, penalty) for part in env.parts(trainer.held_out)]
         final, paths = (torch.cat(part) for part in zip(*parts, strict=True))
         losses = env.mean_kl(reference, final, heads)
         index = int(cheapest(torch.tensor(losses).double(), multiplier * head_costs))
