@@ -1,4 +1,4 @@
-"""Writes a checkpoint with random weights in the shape of a Llama 3.2, shard by shard.
+"""Writes a checkpoint with random weights in the shape of a Llama 3, shard by shard.
 
     python benchmarks/big.py FOLDER
     dash-export FOLDER OUT --effort none --variants int8 --calibration TEXT
@@ -17,7 +17,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SHAPES = {"3b": (28, 3072, 24), "1b": (16, 2048, 32)}  # layers, width, heads
+SHAPES = {  # layers, width, width inside the MLP, heads
+    "1b": (16, 2048, 8192, 32),
+    "3b": (28, 3072, 8192, 24),
+    "8b": (32, 4096, 14336, 32),
+}
 
 
 def main() -> None:
@@ -27,12 +31,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
     arguments = parser.parse_args()
-    folder, (layers, width, heads) = arguments.folder, SHAPES[arguments.shape]
+    folder, (layers, width, inner, heads) = arguments.folder, SHAPES[arguments.shape]
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=width,
-        intermediate_size=8192,
+        intermediate_size=inner,
         num_hidden_layers=arguments.layers or layers,
         num_attention_heads=heads,
         num_key_value_heads=8,

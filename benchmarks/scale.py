@@ -1,0 +1,107 @@
+"""What models of any size take: measured with few layers, extrapolated to all of them.
+
+    python benchmarks/scale.py FOLDER --shapes 1b 3b 8b
+
+Each shape (see big.py) is exported with its own text, with few and with twice as many layers of
+random weights, and one pass of the training runs on each. A line through both tells what all layers
+take. FOLDER needs room for such a model and its bundle: 10 GB for `8b`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from big import SHAPES
+
+FEW = {"1b": 4, "3b": 2, "8b": 2}  # layers, as many as make the model a large one
+
+
+def main() -> None:
+    """Prints a JSON line for each shape."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--a-pass", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.a_pass:
+        a_pass(arguments.folder)
+        return
+    for shape in arguments.shapes:
+        least, layers = FEW[shape], SHAPES[shape][0]
+        few, more = (measured(arguments.folder, shape, n) for n in (least, 2 * least))
+        found: dict[str, object] = {"shape": shape, "layers": layers, "measured": [few, more]}
+        for name in few:
+            slope = (more[name] - few[name]) / least
+            found[name] = round(few[name] + slope * (layers - least), 2)
+        print(json.dumps(found), flush=True)
+
+
+def measured(folder: Path, shape: str, layers: int) -> dict[str, float]:
+    """Seconds and peak memory of an export, and of a pass of the training on what it gave."""
+    here, model, out = Path(__file__).parent, folder / "model", folder / "out"
+    subprocess.run(
+        [sys.executable, here / "big.py", model, "--shape", shape, "--layers", str(layers)],
+        check=True,
+        stdout=sys.stderr,
+    )
+    tool = Path(sys.executable).with_name("dash-export")
+    options = ("--effort", "none", "--check", "none", "--overwrite")
+    seconds, memory, _ = timed([tool, model, out, *options])
+    _, pass_memory, printed = timed([sys.executable, __file__, out, "--a-pass"])
+    facts = {
+        "export_s": round(seconds, 1),
+        "export_gb": round(memory / 1e9, 2),
+        "bundle_gb": round(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e9, 2),
+        "pass_s": float(printed),
+        "pass_gb": round(pass_memory / 1e9, 2),
+    }
+    shutil.rmtree(model)
+    shutil.rmtree(out)
+    return facts
+
+
+def timed(command: list[str | Path]) -> tuple[float, int, bytes]:
+    """Seconds, peak memory in bytes and output of a command."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"scale.py: error: {command[0]} ended with status {status}")
+    return time.monotonic() - started, usage.ru_maxrss * 1024, printed
+
+
+def a_pass(bundle: Path) -> None:
+    """Runs the two passes that take most memory, each once; prints the seconds of the first."""
+    import torch
+
+    from dash_onnx.core.bundle import Bundle
+    from dash_onnx.exporters.train.improve import drawing, explore
+    from dash_onnx.exporters.train.options import TrainOptions
+    from dash_onnx.exporters.train.trainer import Trainer
+    from dash_onnx.exporters.train.values import sampled_values
+
+    trainer = Trainer(Bundle(bundle), TrainOptions())
+    shape = (trainer.plan.batch, trainer.plan.length)
+    trainer.ids = torch.randint(2, 250, shape, generator=trainer.generator)
+    started = time.monotonic()
+    with trainer.autocast():
+        sampled_values(trainer.env, trainer.batch(0), trainer.generator)
+    seconds = time.monotonic() - started
+    multipliers = trainer.log_multipliers(trainer.plan.batch)
+    explore(trainer, 0, multipliers, drawing(trainer, multipliers, 0.4))
+    print(round(seconds, 1))
+
+
+if __name__ == "__main__":
+    main()
