@@ -147,4 +147,4 @@ def test_runtime_and_training_read_a_product_that_is_cut(
     wanted, found = (dash_onnx.load(f).logits(IDS[0], policy="full") for f in (whole, folder))
     assert np.abs(found - wanted).max() <= 1e-5
     one, other = (DequantizedModel(Bundle(f), ("full",), torch.float32) for f in (whole, folder))
-    assert torch.equal(one.heads["full"].weight, other.heads["full"].weight)
+    assert torch.equal(one.lm_head("full").weight, other.lm_head("full").weight)

@@ -29,9 +29,9 @@ Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
 
 
-LOGITS_TOKENS = 64
-"""Tokens whose logits exist at once."""
-
+# The C library maps each block of over 32 MB anew and the system clears its pages: a fifth of the
+# time of passes whose logits are larger. Of few tokens at once, the product is slow.
+_LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
 _KEEP_BYTES = 1 << 30  # of dequantized layers
 
@@ -58,13 +58,14 @@ class DequantizedModel:
     Attributes:
         manifest: of the bundle.
         actions: those it holds weights for, from dear to cheap; the last is `skip`.
-        heads: the LM heads, by precision.
+        heads: precisions of the LM heads.
         head: precision of the one that mixed paths use.
+        chunk: tokens whose logits should exist at once.
         keeps_layers: whether the layers stay dequantized; of larger models only the one that runs.
     """
 
     def __init__(self, bundle: Bundle, actions: tuple[Action, ...], dtype: torch.dtype):
-        """Reads the LM heads; layers are dequantized when they are first needed.
+        """Reads the norms; what else is needed is dequantized then.
 
         Args:
             bundle: to read from.
@@ -91,14 +92,13 @@ class DequantizedModel:
         self.keeps_layers = facts.num_layers * layer <= _KEEP_BYTES
         # INT8 stands for `full` here as in the layers.
         exported = self.manifest.exported_heads
-        heads: list[Action] = [a for a in exported if a != "full" or "int8" not in exported]
-        self.heads: dict[Action, Linear] = {}
-        for precision in heads:
-            found = self._tensors(head_path(precision))
-            self.heads[precision] = self._projections(found)["lm_head"]
-            self._final_norm = _norm(found, "final_norm")
+        self.heads = tuple(a for a in exported if a != "full" or "int8" not in exported)
+        self._lm_heads: dict[Action, Linear] = {}
+        norm = self._tensors(head_path(self.heads[0]), ("final_norm",))
+        self._final_norm = _norm(norm, "final_norm")
+        self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 16), 64)
         mixed = self.manifest.heads[SKIP]
-        self.head: Action = mixed if mixed in self.heads else next(iter(self.heads))
+        self.head: Action = mixed if mixed in self.heads else self.heads[0]
 
     def _read_norms(self, index: int) -> dict[str, Norm]:
         found = self._tensors(layer_path(index, self.actions[0]), _NORMS)
@@ -256,9 +256,16 @@ class DequantizedModel:
         """Input of the LM head, `[..., D]`."""
         return self._final_norm(x, self._block)
 
+    def lm_head(self, precision: Action) -> Linear:
+        """The LM head of a precision, `[V, D]`."""
+        if precision not in self._lm_heads:
+            found = self._projections(self._tensors(head_path(precision)))
+            self._lm_heads[precision] = found["lm_head"]
+        return self._lm_heads[precision]
+
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
         """Logits `[..., V]` from what `final` gives, by the head of mixed paths unless given."""
-        logits = _product(final, self.heads[head or self.head])
+        logits = _product(final, self.lm_head(head or self.head))
         cap = self._block.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits)
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.exporters.train.dequantized import LOGITS_TOKENS, DequantizedModel, Rotary, Tensor
+from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
 
 _SEQUENCES = 4  # of passes without a gradient
 
@@ -238,7 +238,7 @@ class Environment:
         totals = [0.0] * len(heads)
         theirs, ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, final))
         with torch.no_grad():
-            parts = (x.split(LOGITS_TOKENS) for x in (theirs, ours))
+            parts = (x.split(self.model.chunk) for x in (theirs, ours))
             for a, b in zip(*parts, strict=True):
                 log_p = self.model.logits(a).float().log_softmax(-1)
                 p = log_p.exp()
@@ -257,7 +257,7 @@ class _HeadKL(torch.autograd.Function):
     ) -> Tensor:
         kl, gradients = [], []
         needs = ctx.needs_input_grad[0]
-        parts = (x.split(LOGITS_TOKENS) for x in (final, reference))
+        parts = (x.split(model.chunk) for x in (final, reference))
         for ours, theirs in zip(*parts, strict=True):
             p = model.logits(theirs).float().log_softmax(-1)
             logits = model.logits(ours, head).float()
@@ -266,7 +266,7 @@ class _HeadKL(torch.autograd.Function):
             p.exp_()
             kl.append((p * difference).sum(-1))  # autocast would round a dot product to BF16
             if needs:  # of KL with respect to the logits: q - p
-                weight = model.heads[head].weight
+                weight = model.lm_head(head).weight
                 slope = (q.exp_() - p) * model.logits_slope(logits)
                 gradients.append(slope.to(weight.dtype) @ weight)
         if needs:

@@ -71,7 +71,7 @@ PLANS: dict[EffortName, TrainingPlan] = {
 }
 
 
-_ON_LARGE = {"sequences": 48, "held_out": 8, "regression_batches": 12, "improvement_steps": 6}
+_ON_LARGE = {"sequences": 40, "held_out": 8, "regression_batches": 10, "improvement_steps": 5}
 """Of `quick`, for a model that is large."""
 
 

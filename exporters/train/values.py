@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from dash_onnx.exporters.train.dequantized import LOGITS_TOKENS, Tensor
+from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.scorer import Scorer
 
@@ -62,7 +62,7 @@ def fisher_sample(env: Environment, final: Tensor, generator: torch.Generator) -
         generator: of v.
     """
     total = final.new_zeros(())
-    for part in final.flatten(0, 1).split(LOGITS_TOKENS):
+    for part in final.flatten(0, 1).split(env.model.chunk):
         logits = env.model.logits(part).float()
         with torch.no_grad():
             p = logits.softmax(-1)
