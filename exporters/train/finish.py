@@ -24,6 +24,7 @@ from dash_onnx.exporters.train.tables import policy_table, static_table
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import Device
 
 Profile: TypeAlias = Callable[[Bundle, Device], Costs]
@@ -52,6 +53,7 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     files[file] = file_facts(folder / file)
     manifest = replace(manifest, files=files, scorer=facts)
     manifest = replace(manifest, costs=profile(Bundle(folder, manifest), device))
+    release_memory()
     with trainer.autocast():
         reference = trainer.env.reference(trainer.held_out)
         table = policy_table(trainer, scorer, manifest, reference, rounding)

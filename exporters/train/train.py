@@ -14,6 +14,7 @@ from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.regress import regress
 from dash_onnx.exporters.train.trainer import Trainer
+from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import check_device
 from dash_onnx.runtime.profile import profile
 
@@ -52,6 +53,6 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
 
 def learn(trainer: Trainer) -> None:
     """The phases that leave the bundle alone; each goes on from what the checkpoint holds."""
-    trainer.prepare_text()
-    regress(trainer)
-    improve(trainer)
+    for phase in (Trainer.prepare_text, regress, improve):
+        phase(trainer)
+        release_memory()
