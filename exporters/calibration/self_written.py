@@ -19,7 +19,8 @@ DOCUMENT_TOKEN = "<|endoftext|>"
 
 _BATCH = 96  # sequences that are written side by side at most
 _BLOCK = 1024  # tokens of the vocabulary
-_KV_BYTES = 512 << 20  # of all of them
+KV_BYTES = 512 << 20
+"""Of all of them at most."""
 
 
 def write_text(
@@ -45,7 +46,7 @@ def write_text(
         raise BundleError(f"{bundle.folder} is of an earlier version of dash-onnx; export again")
     dims, layers = bundle.manifest.dims, bundle.manifest.model.num_layers
     kv_bytes = 2 * layers * dims.num_kv_heads * dims.head_dim * np.dtype(dims.dtype).itemsize
-    batch = int(np.clip(_KV_BYTES // (kv_bytes * length), 1, _BATCH))
+    batch = int(np.clip(KV_BYTES // (kv_bytes * length), 1, _BATCH))
     parts = np.array_split(first, -(-len(first) // batch))
     rows = []
     with Phase(label, total=len(first) * (length - 1), unit="tokens") as phase:

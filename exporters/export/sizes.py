@@ -14,12 +14,17 @@ from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Layer, Linear, Norm
+from dash_onnx.exporters.calibration.self_written import KV_BYTES
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.sources import Source
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
+_TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
+_ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
+_RUNTIME_BYTES = 120 << 20  # Python with ONNX Runtime
+_LOADED_TOKEN_BYTES = 1000  # of its tokenizer, for each token of its vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Sizes:
         embedding: on disk, as FP16; INT8 rows of a GGUF file take half of it.
         bundle: all files but the text files.
         work: on disk beside it, until the export is done.
-        run: memory of a process that runs all layers in an action, at the start of a context;
-            `policy` has every graph loaded.
+        run: memory of a process that runs all layers in an action, at the start of a context, with
+            `memory="low"`; `policy` loads every action.
         kv_per_token: of the K/V cache.
         export: highest memory of the export.
     """
@@ -101,8 +106,13 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         {action: size * (wide if action == "full" else 1) for action, size in sizes.items()}
         for sizes in (kept, heads)
     )
-    run: dict[str, int] = {a: loaded[a] + loaded_heads[a] + embedding for a in variants}
-    run["policy"] = sum(loaded.values()) + sum(loaded_heads.values()) + embedding
+    mixed = loaded_heads["int8" if "int8" in variants else variants[0]]
+    process = _RUNTIME_BYTES + _LOADED_TOKEN_BYTES * facts.vocab_size
+    run: dict[str, int] = {
+        a: process + loaded[a] + (mixed if a == "int4" else loaded_heads[a]) for a in variants
+    }
+    run["policy"] = process + sum(loaded.values()) + mixed
+    text = 0 if options.calibration else draft - embedding + KV_BYTES
     return Sizes(
         parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
         layers=kept,
@@ -113,7 +123,8 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         run=run,
         kv_per_token=2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * rule.wide,
         export=_PROCESS_BYTES
-        + max(2 * embedding + 2 * states, widest, embedding + 2 * max(loaded_heads.values())),
+        + _TOKEN_BYTES * facts.vocab_size
+        + max(_ENDS * embedding // 2, text, widest),
     )
 
 
