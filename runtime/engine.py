@@ -154,7 +154,7 @@ class Model:
 
         Args:
             policy: a name or a `Policy`; None or empty takes the one the model was loaded with.
-            budget: fraction of the full time per token or a preset; likewise.
+            budget: fraction of the reference's time per token or a preset; likewise.
         """
         if not policy:
             policy = self._default[0]
@@ -170,8 +170,8 @@ class Model:
     ) -> Logits:
         """Teacher-forced logits of a text.
 
-        A policy whose paths differ between tokens is run token by token, its first token at
-        the highest exported precision.
+        A policy whose paths differ between tokens is run token by token, its first token as a
+        prompt.
 
         Args:
             ids: token ids `[S]`.
@@ -210,7 +210,7 @@ class Model:
             prompt_tokens: how many are prefilled.
             policy: see `policy`.
             budget: likewise.
-            prefill: precision of the prefilled part; None takes the highest exported.
+            prefill: precision of the prefilled part; None: see `memory` of `load`.
             cache: keeps the K/V of the prefilled part for the next call.
             predictions: tell what the scorer predicted, where one decides.
 
@@ -374,7 +374,8 @@ def load(
         device: `cpu` or `cuda`; must be what the bundle was exported for.
         threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
         policy: of generations that name none; see `dash_onnx.core.policy.make_policy`.
-        budget: likewise, a fraction of the full time per token or a preset.
+        budget: likewise, a fraction of the time that a token takes at the highest exported
+            precision, or a preset.
         memory: `low` runs prompts in the highest precision that the policy uses in each layer, so
             that no others are loaded; `high` runs them at the highest exported.
         cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and

@@ -24,8 +24,9 @@ class GenerationOptions(Sampling):
     Attributes:
         policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`. Empty takes
             the one that the model was loaded with.
-        budget: fraction of the full time per token, or a preset; None takes the model's own.
-        prefill: precision of the prompt; None takes the highest exported.
+        budget: fraction of the time that a token takes at the highest exported precision, or a
+            preset; None takes the model's own.
+        prefill: precision of the prompt; None: see `memory` of `dash_onnx.load`.
         max_new_tokens: most tokens to generate.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         stop: strings that end the text; they are not part of it.

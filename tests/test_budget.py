@@ -1,4 +1,4 @@
-"""Budgets: from a fraction of the full time to a multiplier, and how it is held."""
+"""Budgets: from a fraction of the reference's time to a multiplier, and how it is held."""
 
 from __future__ import annotations
 
@@ -528,7 +528,7 @@ def budgets_inside(manifest: Manifest) -> Iterator[float]:
 
 
 def steered(manifest: Manifest, budget: float, seed: int, scale: float, tokens: int) -> float:
-    """Mean cost, as a fraction of the full time, of a generation under the controller."""
+    """Mean cost, as a fraction of the reference's time, of a generation under the controller."""
     policy = ScoredPolicy(manifest, budget)
     controller = policy.controller()
     rng = random.Random(seed)

@@ -41,7 +41,7 @@ def test_a_dry_run_prints_and_leaves_the_bundle(bundle: Path, capsys: Capture) -
     before = (bundle / "dash.json").read_bytes()
     assert TOOL.run(bundle, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "one layer, skip" in printed and "a token in full precision" in printed
+    assert "one layer, skip" in printed and "a token, all layers full" in printed
     assert (bundle / "dash.json").read_bytes() == before
 
 

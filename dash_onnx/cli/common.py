@@ -163,8 +163,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--budget",
-        help="fraction of the full time per token, such as 0.3, or quality, balanced, fast "
-        "(default: balanced for dash; static, even and cosine need one, random may have one)",
+        help="fraction of the time that a token takes at the highest exported precision, such as "
+        "0.8, or quality, balanced, fast (default: balanced for dash; static, even and cosine need "
+        "one, random may have one)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")

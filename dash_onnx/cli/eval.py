@@ -30,8 +30,8 @@ _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy int4 --max-windows 8
-  dash-eval out/ --text book.txt --policy dash --budget 0.3 --json
-  dash-eval out/ --text book.txt --policy static:full,int8*28,full
+  dash-eval out/ --text book.txt --policy dash --budget 0.8 --json
+  dash-eval out/ --text book.txt --policy static:int8,int4*28,int8
   dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced
   dash-eval out/ --task piqa --policy int8 --json"""
 

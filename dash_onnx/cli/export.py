@@ -36,7 +36,7 @@ _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
-  dash-export ./model-folder out/ --variants int8,int4 --max-length 2048
+  dash-export ./model-folder out/ --variants full,int8,int4 --max-length 2048
   dash-export model.gguf out/ --calibration my-domain.txt --overwrite
   dash-export model.gguf out/ --calibration chats/@0.7 hub:HuggingFaceH4/no_robots@0.3"""
 
@@ -44,7 +44,8 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-export",
-        "Export each layer of a causal LM as full-precision, INT8, INT4 and skip ONNX graphs.",
+        "Export each layer of a causal LM as INT8, INT4 and skip ONNX graphs; --variants adds full "
+        "precision.",
         _EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")

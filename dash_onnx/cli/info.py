@@ -126,8 +126,8 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "",
         *aligned(rows, left=1),
         "",
-        f"a token in full precision {reference_ms(manifest):.2f} ms on {costs.machine}, "
-        f"{costs.threads} threads",
+        f"a token, all layers {manifest.variants[0]}: {reference_ms(manifest):.2f} ms on "
+        f"{costs.machine}, {costs.threads} threads",
         *_policy(manifest),
         f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
@@ -140,7 +140,7 @@ def _policy(manifest: Manifest) -> list[str]:
     if scorer is None:
         return ["no policy trained: see dash-train"]
     named = ", ".join(f"{name} {budget:.3f}" for name, budget in scorer.presets.items())
-    return [f"policy: {scorer.training.effort} training; presets {named} (of the full time)"]
+    return [f"policy: {scorer.training.effort} training; presets {named} (of that time)"]
 
 
 def _median_ms(manifest: Manifest, action: Any) -> float:

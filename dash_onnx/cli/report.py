@@ -12,7 +12,7 @@ from dash_onnx.core.progress import Phase
 
 _EXAMPLES = """\
   dash-report out/
-  dash-report out/ --text book.txt --html report.html --budgets quality balanced 0.3
+  dash-report out/ --text book.txt --html report.html --budgets quality balanced 0.8
   dash-report out/ --json > report.json"""
 
 

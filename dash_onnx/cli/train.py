@@ -98,7 +98,7 @@ def table(facts: ScorerFacts) -> str:
     training = facts.training
     lines += [
         "",
-        f"presets: {named} (fraction of the full time per token)",
+        f"presets: {named} (of the time at the highest exported precision)",
         f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]

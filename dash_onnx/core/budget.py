@@ -66,7 +66,7 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
         known = ", ".join(presets) or "none: this bundle has no trained scorer"
         raise PolicyError(f"budget {budget!r} is neither a number nor a preset ({known})") from None
     if not math.isfinite(value) or not 0 < value <= 1:
-        raise PolicyError(f"budget {value:g} is outside 0..1 (a fraction of the full time)")
+        raise PolicyError(f"budget {value:g} is outside 0..1 (a fraction of the reference's time)")
     return value
 
 
@@ -87,7 +87,7 @@ def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float
     if not low <= budget <= high:
         raise PolicyError(
             f"budget {budget:g} is outside what this bundle can do: {low:.3f} to {high:.3f} of the "
-            "full time"
+            "time at the highest exported precision"
         )
     a, b = _neighbours(budget, points)
     if a is b:

@@ -191,7 +191,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
             `dash`: the trained scorer decides per token and layer (budget: a preset or fraction);
             `full`, `int8`, `int4`: every layer of every token in that precision;
             `static`: the best static assignment that training found for the budget;
-            `static:LIST`: one path for all tokens, such as `static:full,int4*28,int8`;
+            `static:LIST`: one path for all tokens, such as `static:int8,int4*28,int8`;
             `static:@FILE`: the same list read from a file;
             `even`, `cosine`: one precision, and as many layers skipped as the budget asks for,
             evenly spaced or by the similarity of their input and output;
@@ -213,7 +213,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
     if policy in ("", "dash"):
         return ScoredPolicy(manifest, budget)
     if policy in ("static", "even", "cosine") and budget is None:
-        raise PolicyError(f"policy {policy!r} needs a budget, such as 0.3")
+        raise PolicyError(f"policy {policy!r} needs a budget, such as 0.8")
     if policy in ("even", "cosine"):
         path = skipping_path(manifest, resolve(budget, manifest), policy)
         return StaticPolicy(path, manifest, name=policy, head=manifest.heads[SKIP])

@@ -21,7 +21,7 @@ class KindFacts:
 
     Attributes:
         tokens: how many.
-        cost: mean, as a fraction of the full time.
+        cost: mean, as a fraction of the reference's time.
         skipped: share of skips among the decisions.
         kl: mean, in nats.
     """

@@ -17,7 +17,7 @@ class CurvePoint:
     """One policy on the speed/quality plane.
 
     Attributes:
-        cost: mean cost of a token as a fraction of the full time.
+        cost: mean cost of a token as a fraction of the reference's time.
         kl: mean KL(reference || policy) in nats on held-out tokens.
         head: precision of the LM head.
         shares: of each action among the decisions.

@@ -30,7 +30,7 @@ class PolicyRun:
         budget: the fraction asked for; 0 for policies without one.
         head: precision of the LM head.
         paths: one character per layer.
-        cost: as a fraction of the full time.
+        cost: as a fraction of the reference's time.
         kl: KL(reference || policy) of the next token in nats.
         predicted: sum of the scorer's predictions for the chosen actions, in nats; empty where no
             scorer decided.
@@ -54,7 +54,7 @@ class SampleText:
     Attributes:
         source: where it came from.
         ids: `[S]`, prompt part first.
-        prompt_tokens: how many are prefilled at the highest exported precision.
+        prompt_tokens: how many are prefilled.
     """
 
     source: str

@@ -87,7 +87,8 @@ def _ends(manifest: Manifest, policy: Policy) -> tuple[float, float]:
     """Milliseconds at both ends of the ramp.
 
     Around the budget for a scored policy, whose tokens differ by less than the actions could
-    make them differ; else everything between skipping all layers but the first and `full`.
+    make them differ; else everything between skipping all layers but the first and the
+    reference.
     """
     full = reference_ms(manifest)
     if isinstance(policy, ScoredPolicy):

@@ -14,7 +14,7 @@ import { Fused, Text } from "../web/fused.mjs";
 const { positionals, values } = parseArgs({
   allowPositionals: true,
   options: {
-    budget: { type: "string" }, // fraction of the full time per token, or a preset
+    budget: { type: "string" }, // fraction of the reference's time per token, or a preset
     tokens: { type: "string", default: "256" }, // the most that are generated
     json: { type: "boolean", default: false }, // ids and paths instead of text
   },

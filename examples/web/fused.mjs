@@ -26,7 +26,7 @@ export class Fused {
    * Runs tokens after those that the cache holds.
    *
    * @param ids one token is decoded as the scorer decides, several run at one precision
-   * @param budget fraction of the full time per token; undefined takes the default
+   * @param budget fraction of the reference's time per token; undefined takes the default
    * @returns the most likely next token, and the action of each layer
    */
   async run(ids, budget) {

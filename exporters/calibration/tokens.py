@@ -91,7 +91,7 @@ def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequ
     """From where documents start.
 
     A chat-tuned model writes chats after its start token; documents are the better calibration
-    (docs/decisions/0039).
+    (docs/decisions/0078).
     """
     starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
     start = next((token for token in starts if token), 0)

@@ -13,7 +13,7 @@ MODEL = "model.onnx"
 DATA = "model.onnx.data"
 FACTS = "dash_fused.json"
 BUDGET = "dash_budget"
-"""Graph input, float `[1]`: fraction of the full time per token."""
+"""Graph input, float `[1]`: fraction of the reference's time per token."""
 
 PATH = "dash_path"
 """Graph output, int64 `[L]`: index of each layer's action in the actions of `dash_fused.json`."""
@@ -44,7 +44,7 @@ class FuseOptions:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Budgets of a scorer-driven graph, as fractions of the full time per token.
+    """Budgets of a scorer-driven graph, as fractions of the reference's time per token.
 
     Attributes:
         default: what the graph takes unless told.
