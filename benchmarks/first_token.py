@@ -43,7 +43,7 @@ def main() -> None:
             "precision": precision,
             "chats": len(chats),
             "kl": round(float(kl.mean()), 5),
-            "kl_stderr": round(standard_error(kl), 5),
+            "kl_stderr": round(standard_error(kl.tolist()), 5),
             "kl_max": round(float(kl.max()), 5),
             "other_first_token": others,
         }
