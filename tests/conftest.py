@@ -219,9 +219,10 @@ def trained_bundle() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_bundle(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model exported by the command, so that its figures are true; it trains nothing."""
+    """The demo model exported by the command, in every precision; it trains nothing."""
     out = tmp_path_factory.mktemp("demo") / "out"
     arguments = [str(demo_gguf), str(out), "--effort", "none", "--requantize"]  # as in Makefile
+    arguments += ["--variants", "full,int8,int4"]
     command = "import sys; from dash_onnx.cli.export import main; sys.exit(main(sys.argv[1:]))"
     subprocess.run([sys.executable, "-c", command, *arguments], check=True)
     return out

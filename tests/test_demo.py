@@ -116,9 +116,9 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
 ) -> None:
     full = model.logits(text_ids, policy="full")
     assert mean_kl(full, model.logits(text_ids, policy="int8")) <= 0.008  # 0.004 in blocks of 32
-    # As the runtime decodes it, after a prompt in full.
     prompt = 32
-    int4 = logits_of(model.score(text_ids, prompt_tokens=prompt, policy="int4"))
+    scored = model.score(text_ids, prompt_tokens=prompt, policy="int4", prefill="full")
+    int4 = logits_of(scored)
     assert 0.005 < mean_kl(full[prompt:], int4) <= 0.15  # plain rounding: 0.27 on WikiText-2
 
 
@@ -136,9 +136,10 @@ def test_the_integers_of_the_file_are_nearly_lossless(
     assert sum(x.bytes["int4"] for x in layers) < 0.7 * sum(x.bytes["int8"] for x in layers)
 
 
-def test_the_demo_question_is_answered(model: Model) -> None:
+@pytest.mark.parametrize("policy", ["full", "int8"])
+def test_the_demo_question_is_answered(model: Model, policy: str) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    assert "Paris" in model.chat(question, max_new_tokens=32)
+    assert "Paris" in model.chat(question, policy=policy, max_new_tokens=32)
 
 
 def test_tokenizer_agrees_with_itself_on_many_scripts(model: Model) -> None:
