@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import dash_onnx
 from dash_onnx.cli.export import main
+from dash_onnx.exporters.export import pipeline
 
 UNTRAINED = ("--effort", "none")
 TOOL = Tool("dash-export", main)
@@ -61,19 +63,19 @@ def test_the_closing_table_has_a_row_for_each_layer_and_says_what_to_do_next(
     assert captured.err == ""
     lines = captured.out.splitlines()
     head, rows, total, rest = lines[0], lines[1:5], lines[5], "\n".join(lines[6:])
-    for column in ("layer", "full MB", "int8 MB", "int4 MB", "skip MB", "scale", "cosine"):
+    for column in ("layer", "int8 MB", "int4 MB", "skip MB", "scale", "cosine"):
         assert column in head
     assert all(f"{action} err" in head for action in ("int8", "int4", "skip"))
-    assert "full err" not in head
+    assert "full" not in head  # by default it is not kept
     manifest = dash_onnx.load(out).manifest
     assert manifest.target.accuracy_level == 4
     for index, (row, layer) in enumerate(zip(rows, manifest.layers, strict=True)):
         cells = row.split()
         assert cells[0] == str(index)
-        sizes = [f"{layer.bytes[action] / 1e6:.2f}" for action in ("full", "int8", "int4", "skip")]
+        sizes = [f"{layer.bytes[action] / 1e6:.2f}" for action in ("int8", "int4", "skip")]
         errors = [f"{layer.relative_error[action]:.4f}" for action in ("int8", "int4", "skip")]
         assert cells[1:] == [*sizes, f"{layer.scale:.3f}", f"{layer.cosine:.3f}", *errors]
-    assert total.split()[0] == "all" and len(total.split()) == 5
+    assert total.split()[0] == "all" and len(total.split()) == 4
     assert f"tiny -> {out}" in rest
     assert "night.txt" in rest
     assert f"dash-run {out} --chat" in rest
@@ -365,3 +367,25 @@ def test_the_next_export_works_beside_what_a_killed_one_left(
     assert run(*quick(tiny_folder, out, night, "--overwrite", "--max-length", 55)) == 0
     assert dash_onnx.load(out).manifest.model.max_length == 55
     assert os.listdir(out.parent) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [
+        ({"disk": 1000}, "the export needs 0.0 GB of disk beside"),
+        ({"memory": 1000}, "the export needs about 0.5 GB of memory, and 0.0 GB are free"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_anything_is_written(
+    room: dict[str, int],
+    message: str,
+    tiny_folder: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    usage = SimpleNamespace(free=room.get("disk", 1 << 40))
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(pipeline, "available_bytes", lambda: room.get("memory"))
+    assert message in refused(capsys, tiny_folder, out)
+    assert not list(out.parent.iterdir())

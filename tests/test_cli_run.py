@@ -116,7 +116,8 @@ def test_a_trace_has_a_line_for_each_token_with_its_path(
     policy: str, tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     path = tmp_path / "trace.jsonl"
-    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK, "--policy", policy, "--trace", path)
+    told = ("--policy", policy, "--prefill", "full", "--trace", path)
+    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK, *told)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == facts["generated_tokens"] == 6
     for line in lines:

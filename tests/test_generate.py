@@ -36,9 +36,12 @@ def test_generation_equals_teacher_forcing_of_its_own_output(
 
 
 def test_steps_tell_path_and_time(tiny_model: Model) -> None:
-    steps = list(tiny_model.generate_step(PROMPT, policy="int4", max_new_tokens=3, ignore_eos=True))
-    assert steps[0].path == ("full",) * 4  # the prefill gives the first token
-    assert all(step.path == ("int4",) * 4 for step in steps[1:])
+    options = dash_onnx.GenerationOptions(
+        policy="static:int4,skip*3", max_new_tokens=3, ignore_eos=True
+    )
+    steps = list(tiny_model.generate_step(PROMPT, options=options))
+    assert steps[0].path == ("int4",) * 4  # the prefill gives the first token, and skips nothing
+    assert all(step.path == ("int4", *["skip"] * 3) for step in steps[1:])
     assert all(step.ms > 0 for step in steps)
     assert [step.finish_reason for step in steps] == [None, None, "length"]
 

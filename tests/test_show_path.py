@@ -59,7 +59,7 @@ def test_without_colours_a_table_follows_the_text(
     assert captured.out.startswith(expected + "\n")
     ms = tiny_model.manifest.costs.token_ms(("int8", "skip", "int4", "full"), policy.head)
     table = rows(captured.out[len(expected) + 1 :])
-    assert table == [("prompt", "FFFF")] + [(f"{ms:.2f}", "8.4F")] * 5
+    assert table == [("prompt", "8F4F")] + [(f"{ms:.2f}", "8.4F")] * 5
     assert "\x1b" not in captured.out + captured.err
     assert captured.err.count("\n") == 1
 

@@ -421,7 +421,7 @@ def test_a_text_that_is_split_into_bytes_is_taken_with_one_warning(
     texts = text_sources([write("a.txt", text * 90)])
     codec = TextCodec(Bundle(tiny_bundle))
     with caplog.at_level(logging.WARNING, "dash_onnx"):
-        ids, _ = calibration_ids(source, texts, 0)
+        ids, _ = calibration_ids(source, texts, 0, no_draft)
         draw(texts, plain, codec.encode, sequences=8, length=64, least=8, purpose="training")
     assert len(ids) >= 2
     assert len(caplog.records) == warned

@@ -15,7 +15,7 @@ import pytest
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.runtime import ort
+from dash_onnx.runtime import ort, sessions
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.engine import Model
 
@@ -126,12 +126,15 @@ def test_preloading_a_policy_loads_what_it_uses(tiny_bundle: Path) -> None:
     model.preload("static:int8*3,int4")
     loaded = {path for path in model.loaded if path.startswith("layers/")}
     wanted = {f"layers/{i:02d}/{a}.onnx" for i, a in enumerate(("int8", "int8", "int8", "int4"))}
-    assert loaded == wanted | {f"layers/{i:02d}/full.onnx" for i in range(4)}  # for prompts
+    assert loaded == wanted
+    model.preload("static:int8*3,int4", prefill="full")
+    loaded = {path for path in model.loaded if path.startswith("layers/")}
+    assert loaded == wanted | {f"layers/{i:02d}/full.onnx" for i in range(4)}
 
 
 @pytest.mark.parametrize("policy", ["int4", "static:int8,skip,int4*2"])
-def test_low_memory_loads_nothing_but_what_a_policy_uses(tiny_bundle: Path, policy: str) -> None:
-    with dash_onnx.load(tiny_bundle, policy=policy, memory="low") as model:
+def test_nothing_is_loaded_but_what_a_policy_uses(tiny_bundle: Path, policy: str) -> None:
+    with dash_onnx.load(tiny_bundle, policy=policy) as model:
         model.preload("")
         preloaded = set(model.loaded)
         model.generate("the keeper", max_new_tokens=4, ignore_eos=True)
@@ -142,9 +145,19 @@ def test_low_memory_loads_nothing_but_what_a_policy_uses(tiny_bundle: Path, poli
         prompt = {f"layers/{i:02d}/{action}.onnx" for i, action in enumerate(runs)}
         rest = {f"layers/{i:02d}/{action}.onnx" for i, action in enumerate(uniform)}
         assert preloaded == {"embed.onnx", f"head/{model.policy().head}.onnx"} | prompt | rest
-    with dash_onnx.load(tiny_bundle, policy=policy) as model:
+    with dash_onnx.load(tiny_bundle, policy=policy, memory="high") as model:
         model.generate("the keeper", max_new_tokens=4, ignore_eos=True)
         assert "layers/00/full.onnx" in model.loaded
+
+
+def test_what_does_not_fit_the_memory_is_refused(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "available_bytes", lambda: 1000)
+    with dash_onnx.load(tiny_bundle) as model:
+        with pytest.raises(dash_onnx.DashError, match="free: choose a policy that uses fewer"):
+            model.preload("int4")
+        assert model.loaded == frozenset()
 
 
 def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(

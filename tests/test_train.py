@@ -374,7 +374,7 @@ def test_a_pass_credits_actions_with_what_they_would_have_changed(untrained: Pat
     kept = theirs == 0  # what was drawn anyway
     assert torch.allclose(ours[kept], torch.zeros(()).double())
     assert (theirs < 0).any() and (theirs > 0).any()
-    assert float(torch.corrcoef(torch.stack([ours[~kept], theirs[~kept]]))[0, 1]) > 0.9
+    assert float(torch.corrcoef(torch.stack([ours[~kept], theirs[~kept]]))[0, 1]) > 0.85
     assert 0.8 < float((ours * theirs).sum() / theirs.square().sum()) < 1.25
 
 

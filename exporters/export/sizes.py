@@ -99,7 +99,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     head = architecture.head(weights, spec)
     heads = {precision: rule.stored(precision, head.norm, head.linear) for precision in variants}
     embedding = 2 * facts.vocab_size * facts.hidden_size
-    states = 4 * sequences_of(facts) * LENGTH * facts.hidden_size
+    tokens = sequences_of(facts) * LENGTH
+    states = 4 * tokens * facts.hidden_size
+    kv = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * rule.wide
     draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
     loaded, loaded_heads = (
@@ -112,7 +114,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         a: process + loaded[a] + (mixed if a == "int4" else loaded_heads[a]) for a in variants
     }
     run["policy"] = process + sum(loaded.values()) + mixed
-    text = 0 if options.calibration else draft - embedding + KV_BYTES
+    text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv)
     return Sizes(
         parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
         layers=kept,
@@ -121,7 +123,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         bundle=sum(kept.values()) + sum(heads.values()) + embedding,
         work=2 * states + (0 if options.calibration else draft),
         run=run,
-        kv_per_token=2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * rule.wide,
+        kv_per_token=kv,
         export=_PROCESS_BYTES
         + _TOKEN_BYTES * facts.vocab_size
         + max(_ENDS * embedding // 2, text, widest),
