@@ -27,7 +27,7 @@ from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import REPORT_NAME
 from dash_onnx.core.errors import BundleError, DashError, DeviceError
-from dash_onnx.core.facts import Costs, ScorerFacts
+from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import Decide, State
@@ -36,7 +36,7 @@ from dash_onnx.exporters.train.improve import drawing, explore
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
 from dash_onnx.exporters.train.regress import collect
 from dash_onnx.exporters.train.scorer import BundleScorer
-from dash_onnx.exporters.train.tables import policy_table
+from dash_onnx.exporters.train.tables import efficient, policy_table
 from dash_onnx.exporters.train.train import learn, train
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import sampled_values
@@ -212,10 +212,13 @@ def test_the_manifest_says_how_the_scorer_came_about(untrained: Path, trained: P
 def test_the_table_ascends_and_its_presets_lie_within(trained: Path) -> None:
     facts = scorer_of(trained)
     budgets = [point.budget for point in facts.points]
-    multipliers = [point.multiplier for point in facts.points]
+    lost = [point.kl for point in facts.points]
     assert len(budgets) > 3
     assert budgets == sorted(set(budgets))
-    assert multipliers == sorted(set(multipliers), reverse=True)
+    assert lost == sorted(set(lost), reverse=True)
+    for head in ("int8", "int4"):
+        multipliers = [point.multiplier for point in facts.points if point.head == head]
+        assert multipliers == sorted(set(multipliers), reverse=True)
     for point in facts.points:
         assert sum(point.shares.values()) == pytest.approx(1, abs=1e-3)
         assert point.shares["skip"] <= 0.75
@@ -594,6 +597,14 @@ def test_a_machine_on_which_cheaper_actions_save_no_time_gets_a_usable_policy(
     reference = trainer.env.reference(trainer.held_out)
     points = policy_table(trainer, scorer, Bundle(bundle).manifest, reference, rounding)
     assert points and all(math.isfinite(point.kl) for point in points)
+
+
+def test_rows_of_the_table_lose_less_than_every_cheaper_one() -> None:
+    rows = [(0.5, 0.9, "int4"), (0.6, 0.4, "int8"), (0.7, 0.4, "int4"), (0.8, 0.1, "int4")]
+    rows += [(0.80005, 0.09, "int8"), (0.9, 0.2, "int8"), (1.0, 0.01, "int8")]
+    points = [BudgetPoint(budget, 0.1, head, kl, {}) for budget, kl, head in rows]  # type: ignore[arg-type]
+    found = [(point.budget, point.kl, point.head) for point in efficient(points[::-1])]
+    assert found == [rows[0], rows[1], rows[4], rows[6]]
 
 
 def test_training_in_half_precision_ends_with_a_finite_scorer(untrained: Path) -> None:

@@ -93,8 +93,11 @@ def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float
     if a is b:
         return a.multiplier, a.head
     share = (budget - a.budget) / (b.budget - a.budget)
+    if a.head != b.head:  # the two multipliers need not be in order; the controller does the rest
+        nearer = a if share < 0.5 else b
+        return nearer.multiplier, nearer.head
     multiplier = math.exp((1 - share) * math.log(a.multiplier) + share * math.log(b.multiplier))
-    return multiplier, (a if share < 0.5 else b).head
+    return multiplier, a.head
 
 
 def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:

@@ -6,6 +6,7 @@ Measured on tokens held out of training.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -39,44 +40,53 @@ def policy_table(
             that leaves `full`.
 
     Returns:
-        Rows by ascending budget, as far as they are useful; one that is no cheaper than the one
-        below it is left out.
+        Rows by ascending budget, as far as they are useful: see `efficient`.
     """
     env, costs, full_ms = trainer.env, manifest.costs, reference_ms(manifest)
     layer_costs = torch.tensor(costs.in_units(scorer.actions))
     allowed = layer_costs.clone()
     allowed[0, scorer.actions.index(SKIP)] = math.inf
-    heads = list(env.model.heads)
-    head_costs = torch.tensor([costs.heads_ms[head] / costs.unit_ms for head in heads]).double()
     points: list[BudgetPoint] = []
     for multiplier in Loop("policy table", _multipliers(trainer)):
         penalty = multiplier * allowed
         parts = [_run(env, scorer, part, penalty) for part in env.parts(trainer.held_out)]
         final, paths = (torch.cat(part) for part in zip(*parts, strict=True))
-        losses = env.mean_kl(reference, final, heads)
-        index = int(cheapest(torch.tensor(losses).double(), multiplier * head_costs))
+        losses = env.mean_kl(reference, final, env.model.heads)
         counts = torch.nn.functional.one_hot(paths[:, env.prompt_tokens :], len(scorer.actions))
         counts = counts.float().mean((0, 1))  # [L, A]
         shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
-        kl = losses[index] + rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
-        ms = costs.embed_ms + costs.scorer_ms + costs.heads_ms[heads[index]]
-        ms += float((counts * layer_costs).sum()) * costs.unit_ms
-        points.append(
-            BudgetPoint(
-                budget=round(ms / full_ms, 5),
-                multiplier=multiplier,
-                head=heads[index],
-                kl=round(kl, 6),
-                shares={action: round(share, 4) for action, share in shares.items()},
+        lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
+        layers_ms = float((counts * layer_costs).sum()) * costs.unit_ms
+        for head, loss in zip(env.model.heads, losses, strict=True):
+            ms = costs.embed_ms + costs.scorer_ms + costs.heads_ms[head] + layers_ms
+            points.append(
+                BudgetPoint(
+                    budget=round(ms / full_ms, 5),
+                    multiplier=multiplier,
+                    head=head,
+                    kl=round(loss + lost, 6),
+                    shares={action: round(share, 4) for action, share in shares.items()},
+                )
             )
-        )
-        if kl > LIMIT:
+        if min(losses) + lost > LIMIT:
             break
+    return efficient(points)
+
+
+def efficient(points: Sequence[BudgetPoint]) -> tuple[BudgetPoint, ...]:
+    """The rows that lose less than every row that is cheaper, by ascending budget.
+
+    Of two that cost the same, to a ten thousandth, the one that loses less. Every multiplier comes
+    with every LM head, because between rows of different heads nothing else tells what is lost.
+    """
     kept: list[BudgetPoint] = []
-    for point in points:  # from dear to cheap
-        if not kept or point.budget < kept[-1].budget - 1e-4:
-            kept.append(point)
-    return tuple(reversed(kept))
+    for point in sorted(points, key=lambda point: (point.budget, point.kl)):
+        if kept and point.kl >= kept[-1].kl:
+            continue
+        if kept and point.budget < kept[-1].budget + 1e-4:
+            kept.pop()
+        kept.append(point)
+    return tuple(kept)
 
 
 def _multipliers(trainer: Trainer) -> list[float]:
