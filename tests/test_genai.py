@@ -126,4 +126,6 @@ def test_the_example_answers(demo: tuple[str, Path]) -> None:
     command = [sys.executable, str(ROOT / "examples/genai.py"), str(demo[1]), QUESTIONS[0]]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
+    assert result.stdout.strip()
+    if demo[0] != "int4":  # whose prompt runs in INT4: docs/decisions/0043
+        assert "Paris" in result.stdout
