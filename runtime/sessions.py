@@ -90,18 +90,19 @@ class Sessions:
             heads = {policy.head, prompt[1]}
             later = policy.used(layers, manifest.actions)
             actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
-        graphs = [(head_path(precision), precision) for precision in heads]
-        graphs += [(layer_path(layer, a), a) for layer, used in enumerate(actions) for a in used]
-        self._check_memory(graphs)
-        loads: list[Callable[[], Any]] = [partial(self.head, precision) for precision in heads]
+        graphs = [(head_path(a), a, self.head_ports) for a in heads]
+        graphs += [
+            (layer_path(layer, a), a, self.layer_ports)
+            for layer, used in enumerate(actions)
+            for a in used
+        ]
+        self._check_memory([(path, action) for path, action, _ in graphs])
+        loads: list[Callable[[], Any]] = [
+            partial(self._get, path, ports) for path, _, ports in graphs
+        ]
         loads.append(self.embed)
         if manifest.scorer is not None and (policy is None or policy.scored):
             loads.append(self.scorer)
-        loads += [
-            partial(self.layer, layer, action)
-            for layer, used in enumerate(actions)
-            for action in used
-        ]
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
 
@@ -137,6 +138,11 @@ class Sessions:
             self._closed = True
             self._loaded.clear()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            self._loaded.clear()
+            raise BundleError("this model is closed; load the bundle again")
+
     def _get(
         self, path: str, ports: Ports, remedy: str = "export again", *, scorer: bool = False
     ) -> Any:
@@ -144,12 +150,12 @@ class Sessions:
         if session is None:
             with self._locks.setdefault(path, threading.Lock()), self.backend.lock:
                 session = self._loaded.get(path)
-                if self._closed:
-                    raise BundleError("this model is closed; load the bundle again")
+                self._check_open()
                 if session is None:
                     session = self.backend.session(self._bundle.verified(path), scorer=scorer)
                     _check_ports(path, session, ports, remedy)
                     self._loaded[path] = session
+                    self._check_open()  # it may have been closed while this loaded
         return session
 
 
