@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from tqdm import tqdm
-
 T = TypeVar("T")
 
 PACKAGE = "dash_onnx"
@@ -32,6 +30,8 @@ class BarHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Leaves out what a bar shows."""
+        from tqdm import tqdm
+
         if not hasattr(record, "phase"):
             with tqdm.external_write_mode(self.stream):
                 super().emit(record)
@@ -158,6 +158,8 @@ class Phase:
         self._figures = ""
 
     def __enter__(self) -> Self:
+        from tqdm import tqdm  # here: every tool imports this module, and few have phases
+
         self._schedule, self._started = _schedule, time.monotonic()
         left = 1 - self._first / self._total if self._total else 1.0
         shown = _LOG.isEnabledFor(logging.INFO)
