@@ -44,7 +44,10 @@ def write_text(
     sessions = Sessions(bundle, open_backend(bundle.manifest.target.device))
     if sessions.embed().get_inputs()[0].shape[0] == 1:
         raise BundleError(f"{bundle.folder} is of an earlier version of dash-onnx; export again")
-    dims, layers = bundle.manifest.dims, bundle.manifest.model.num_layers
+    manifest, dims = bundle.manifest, bundle.manifest.dims
+    layers = manifest.model.num_layers
+    best = "int8" if "int8" in manifest.variants else manifest.variants[0]
+    decider = FixedPath((best,) * layers, manifest.heads[best])
     kv_bytes = 2 * layers * dims.num_kv_heads * dims.head_dim * np.dtype(dims.dtype).itemsize
     batch = int(np.clip(KV_BYTES // (kv_bytes * length), 1, _BATCH))
     parts = np.array_split(first, -(-len(first) // batch))
@@ -55,18 +58,17 @@ def write_text(
             ids = np.empty((len(part), length), np.int64)
             ids[:, 0] = part
             for position in range(length - 1):
-                ids[:, position + 1] = _next(sequence, ids[:, position], generator)
+                ids[:, position + 1] = _next(sequence, decider, ids[:, position], generator)
                 phase.update(len(part))
             rows.append(ids)
     return np.concatenate(rows)
 
 
-def _next(sequence: SequenceState, tokens: Ids, generator: np.random.Generator) -> Ids:
+def _next(
+    sequence: SequenceState, decider: FixedPath, tokens: Ids, generator: np.random.Generator
+) -> Ids:
     """Runs a token of each sequence and draws the next ones, `[n]`."""
-    manifest = sequence.sessions.manifest
-    best = "int8" if "int8" in manifest.variants else manifest.variants[0]
-    path = FixedPath((best,) * manifest.model.num_layers, manifest.heads[best])
-    logits = sequence.forward(tokens[:, None], path)[0].reshape(len(tokens), -1)
+    logits = sequence.forward(tokens[:, None], decider)[0].reshape(len(tokens), -1)
     return np.array([_draw(row, generator) for row in logits], np.int64)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.bundle import Bundle, list_files
@@ -16,6 +17,27 @@ from dash_onnx.exporters.graphs import build_embed, build_head, build_layer
 from dash_onnx.exporters.sources import Source
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import has_device
+
+
+def untrained_manifest(spec: ModelSpec, target: Target, **facts: Any) -> Manifest:
+    """The manifest of a bundle before its costs are profiled and a policy is trained.
+
+    Args:
+        spec: of the model.
+        target: that it is for.
+        facts: what a `Manifest` has beside that.
+    """
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        model=spec.facts,
+        block=spec.block,
+        ropes=spec.ropes,
+        attention=spec.attention,
+        target=target,
+        costs=Costs("", 0, 0.0, 0.0, {}, ()),
+        scorer=None,
+        **facts,
+    )
 
 
 def write_draft(
@@ -39,20 +61,14 @@ def write_draft(
         build_layer(folder, index, layer, spec, target, "int8", {})
     build_head(folder, architecture.head(source.weights, spec), spec, target, "int8", {})
     release_memory()
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        model=spec.facts,
-        block=spec.block,
-        ropes=spec.ropes,
-        attention=spec.attention,
-        target=target,
+    manifest = untrained_manifest(
+        spec,
+        target,
         variants=("int8",),
         heads={"int8": "int8", SKIP: "int8"},
         compensation_rank=0,
         layers=(LayerFacts(1.0, 1.0, {}, {}),) * count,
         calibration=Calibration("", 0, 0, 0, 0, ""),
-        costs=Costs("", 0, 0.0, 0.0, {}, ()),
-        scorer=None,
         export=ExportFacts("", {}, 0.0, 0, ()),
         files=list_files(folder),
     )

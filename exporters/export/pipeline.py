@@ -15,13 +15,13 @@ from pathlib import Path
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.errors import DashError
-from dash_onnx.core.facts import Costs, ExportFacts, ModelFacts
+from dash_onnx.core.facts import ExportFacts, ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.progress import Loop, Phase
-from dash_onnx.core.version import FORMAT_VERSION, __version__
+from dash_onnx.core.version import __version__
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.calibration.tokens import calibration_ids, sequences_of
-from dash_onnx.exporters.export.draft import write_draft
+from dash_onnx.exporters.export.draft import untrained_manifest, write_draft
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.partial import Progress, exporting
@@ -31,7 +31,6 @@ from dash_onnx.runtime.machine import available_bytes, peak_rss_bytes, release_m
 from dash_onnx.runtime.ort import onnxruntime
 from dash_onnx.runtime.profile import profile
 
-_UNMEASURED = Costs("", 0, 0.0, 0.0, {}, ())
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")
 
 
@@ -104,20 +103,14 @@ def export(
         with Phase("LM head", total=1):
             heads = writer.heads(folder, partial.states(len(every)))
         _write_text_files(folder, source)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            model=spec.facts,
-            block=spec.block,
-            ropes=spec.ropes,
-            attention=spec.attention,
-            target=options.target,
+        manifest = untrained_manifest(
+            spec,
+            options.target,
             variants=options.variants,
             heads=heads,
             compensation_rank=options.compensation_rank or 0,
             layers=layers,
             calibration=calibration,
-            costs=_UNMEASURED,
-            scorer=None,
             export=_facts(source, so_far()),
             files=list_files(folder),
         )
