@@ -141,7 +141,7 @@ def assignments(trainer: Trainer, ids: Tensor) -> list[float]:
     with trainer.autocast():
         wanted, heads = env.reference(ids), [env.model.head]
         return [
-            env.mean_kl(wanted, env.run_path(ids, found[count]), heads)[0]
+            env.mean_kl(wanted, [env.run_path(ids, found[count])], heads)[0][0]
             if count in found
             else math.nan
             for count in SKIPS

@@ -104,7 +104,10 @@ def training_phases(
     """
     length = min(plan.length, facts.max_length)
     forward = 2 * length * _parameters(facts)  # of a sequence, on one path
-    batch, held_out = plan.batch * forward, plan.held_out * forward
+    batch, tokens = plan.batch * forward, plan.held_out * length
+    layers = 2 * tokens * facts.num_layers * facts.layer_parameters
+    heads = 4 * tokens * facts.vocab_size * facts.hidden_size  # INT8 and INT4
+    paths = 6 + facts.num_layers // 2
     measured = facts.num_layers * plan.candidates // 2  # paths of a search
     search = measured * plan.batch * forward
     phases = [("training text", 1.0, (plan.sequences + plan.held_out) * forward)]
@@ -114,8 +117,9 @@ def training_phases(
         ("static search", 0.0, search),
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
         ("costs", 3.0, 1000 * _parameters(facts)),
-        ("policy table", 0.0, _ROWS * held_out),
+        ("policy table", 0.0, _ROWS * layers),
         ("static search", 0.0, plan.candidates * search),
-        ("static table", 0.0, (6 + facts.num_layers // 2) * held_out),
+        ("static table", 0.0, paths * layers),
+        ("table losses", 0.0, (_ROWS + paths) * heads),
     ]
     return [Expected(name, fixed + work / speed.fast) for name, fixed, work in phases]

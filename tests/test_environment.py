@@ -311,7 +311,9 @@ def test_the_mean_kl_with_each_head_is_that_of_the_decided_tokens(tiny: Case) ->
     reference, final = tiny.env.reference(ids), uniform(tiny, ids, "int4")
     wanted = [float(tiny.env.kl(reference, final, head)[:, PROMPT:].mean()) for head in heads]
     assert len(set(wanted)) == len(heads) > 1
-    assert tiny.env.mean_kl(reference, final, heads) == pytest.approx(wanted, rel=1e-5)
+    found = tiny.env.mean_kl(reference, [final, reference], heads)
+    assert found[0] == pytest.approx(wanted, rel=1e-5)
+    assert found[1][heads.index(tiny.env.model.head)] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_model_too_large_to_keep_gives_the_same_gradients(case: Case) -> None:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.exporters.calibration.self_written import write_text
+from dash_onnx.core.text import TextCodec
+from dash_onnx.exporters.calibration.self_written import self_written, turns_of, write_text
 from dash_onnx.runtime.engine import Model
 
 
 def written(bundle: Path, count: int = 5, length: int = 12, seed: int = 3) -> np.ndarray:
-    first = np.arange(7, 7 + count)
-    return write_text(Bundle(bundle), first, length, np.random.default_rng(seed), "text")
+    openings = [(token,) for token in range(7, 7 + count)]
+    return write_text(Bundle(bundle), openings, length, np.random.default_rng(seed), "text")
 
 
 def test_a_seed_repeats_a_text_and_another_gives_another(tiny_bundle: Path) -> None:
@@ -29,7 +30,7 @@ def test_a_seed_repeats_a_text_and_another_gives_another(tiny_bundle: Path) -> N
 def test_tokens_are_drawn_as_int8_predicts_them(tiny_bundle: Path, tiny_model: Model) -> None:
     """Of many draws after the same token, each token's share is its probability."""
     count = 3000
-    ids = write_text(Bundle(tiny_bundle), np.full(count, 9), 2, np.random.default_rng(0), "text")
+    ids = write_text(Bundle(tiny_bundle), [(9,)] * count, 2, np.random.default_rng(0), "text")
     logits = tiny_model.logits([9], policy="int8")[0].astype(np.float64)
     wanted = np.exp(logits - logits.max())
     wanted /= wanted.sum()
@@ -37,3 +38,36 @@ def test_tokens_are_drawn_as_int8_predicts_them(tiny_bundle: Path, tiny_model: M
     assert np.abs(found - wanted).max() < 4 * np.sqrt(wanted.max() / count)
     expected = 0.5 * np.sqrt(2 / np.pi) * np.sqrt(wanted * (1 - wanted) / count).sum()
     assert np.abs(found - wanted).sum() / 2 == pytest.approx(expected, rel=0.2)
+
+
+def test_every_second_sequence_is_a_conversation(tiny_bundle: Path) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    turns = turns_of(codec)
+    assert turns is not None
+    parts = (turns.first, turns.answer, turns.user)
+    around = [codec.tokenizer.decode(part, skip_special_tokens=False) for part in parts]
+    assert around == ["<s>user\n", "</s>\n<s>assistant\n", "</s>\n<s>user\n"]
+    ids = self_written(Bundle(tiny_bundle), 12, 200, 0, "text")
+    assert ids.shape == (12, 200)
+    answered = 0
+    for row in ids[::2].tolist():
+        expected, given = turns.first, 0
+        while True:
+            assert tuple(row[given : given + len(expected)]) == expected[: len(row) - given]
+            start = given + len(expected)
+            ends = [place for place in range(start, len(row)) if row[place] in turns.ends]
+            if not ends:
+                break
+            expected = turns.user if expected == turns.answer else turns.answer
+            given, answered = ends[0], answered + 1
+    assert answered
+    assert len({*ids[1::2, 0].tolist()}) > 3
+
+
+@pytest.mark.parametrize(
+    "template", [None, "<s>{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"]
+)
+def test_a_model_without_turns_writes_documents(template: str | None, tiny_bundle: Path) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    codec.chat_template = template
+    assert turns_of(codec) is None

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import BundleError
+from dash_onnx.core.errors import BundleError, PolicyError
 from dash_onnx.core.progress import Phase
+from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
-
-DOCUMENT_TOKEN = "<|endoftext|>"
-"""What separates documents in the training text of most models with a byte-level BPE."""
 
 _BATCH = 96  # sequences that are written side by side at most
 _BLOCK = 1024  # tokens of the vocabulary
@@ -23,17 +24,92 @@ KV_BYTES = 512 << 20
 """Of all of them at most."""
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What a chat template puts around the messages of a conversation, as token ids.
+
+    Attributes:
+        first: before the user's first message.
+        answer: between a message of the user and the answer.
+        user: between an answer and the next message of the user.
+        ends: tokens that end a message.
+    """
+
+    first: tuple[int, ...]
+    answer: tuple[int, ...]
+    user: tuple[int, ...]
+    ends: frozenset[int]
+
+
+def turns_of(codec: TextCodec) -> Turns | None:
+    """The turns of a model's chat template; None where it has none, or one of another kind."""
+    marks = [f"({number})" for number in (333, 555, 777)]
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        rest = codec.render_chat(messages, answer_next=False)
+    except PolicyError:
+        return None
+    parts = []
+    for mark in marks:
+        before, _, rest = rest.partition(mark)
+        parts.append(tuple(codec.encode(before, add_special_tokens=False).tolist()))
+    first, answer, user = parts
+    if not (first and answer and user):
+        return None
+    return Turns(first, answer, user, codec.eos_token_ids | {answer[0], user[0]})
+
+
+def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: str) -> Ids:
+    """Text of a model that nobody gave a text for.
+
+    Every second sequence is a conversation whose messages the model writes all, those of the user
+    as well (Magpie, arXiv 2406.08464). The others begin with a random token and become documents of
+    many kinds and languages (LLM-QAT, arXiv 2305.17888): after the token that separates documents
+    many models write only debris.
+
+    Args:
+        bundle: whose layers run, with its tokenizer.
+        sequences: how many.
+        length: tokens of each; cut to the model's context.
+        seed: of what is drawn.
+        label: of the progress.
+
+    Returns:
+        Token ids `[sequences, length]`.
+
+    Raises:
+        BundleError: the graphs take one sequence only.
+    """
+    codec, generator = TextCodec(bundle), np.random.default_rng(seed)
+    length = min(length, bundle.manifest.model.max_length)
+    turns = turns_of(codec)
+    if turns and len(turns.first) > length // 2:
+        turns = None
+    words = codec.tokenizer.get_vocab_size(with_added_tokens=False)
+    openings = [(int(token),) for token in generator.integers(words, size=sequences)]
+    if turns:
+        openings[::2] = [turns.first] * len(openings[::2])
+    return write_text(bundle, openings, length, generator, label, turns)
+
+
 def write_text(
-    bundle: Bundle, first: Ids, length: int, generator: np.random.Generator, label: str
+    bundle: Bundle,
+    openings: Sequence[tuple[int, ...]],
+    length: int,
+    generator: np.random.Generator,
+    label: str,
+    turns: Turns | None = None,
 ) -> Ids:
     """Lets a bundle write sequences, at INT8 where it has it.
 
     Args:
         bundle: whose layers run.
-        first: `[n]`, the token that each sequence begins with.
-        length: tokens of a sequence, the first included.
+        openings: the first tokens of each sequence.
+        length: tokens of a sequence, its opening included.
         generator: of what is drawn.
         label: of the progress.
+        turns: in a sequence that opens as they do, the model writes the messages of both sides.
 
     Returns:
         Token ids `[n, length]`.
@@ -50,26 +126,37 @@ def write_text(
     decider = FixedPath((best,) * layers, manifest.heads[best])
     kv_bytes = 2 * layers * dims.num_kv_heads * dims.head_dim * np.dtype(dims.dtype).itemsize
     batch = int(np.clip(KV_BYTES // (kv_bytes * length), 1, _BATCH))
-    parts = np.array_split(first, -(-len(first) // batch))
-    rows = []
-    with Phase(label, total=len(first) * (length - 1), unit="tokens") as phase:
+    parts = np.array_split(np.arange(len(openings)), -(-len(openings) // batch))
+    ids = np.empty((len(openings), length), np.int64)
+    with Phase(label, total=len(openings) * (length - 1), unit="tokens") as phase:
         for part in parts:
             sequence = sessions.new_sequence(length, len(part))
-            ids = np.empty((len(part), length), np.int64)
-            ids[:, 0] = part
+            writers = [_Writer(openings[row], turns) for row in part]
+            ids[part, 0] = [writer.given.popleft() for writer in writers]
             for position in range(length - 1):
-                ids[:, position + 1] = _next(sequence, decider, ids[:, position], generator)
+                logits = sequence.forward(ids[part, position, None], decider)[0]
+                ids[part, position + 1] = [
+                    writer.next(_draw(row, generator))
+                    for writer, row in zip(writers, logits.reshape(len(part), -1), strict=True)
+                ]
                 phase.update(len(part))
-            rows.append(ids)
-    return np.concatenate(rows)
+    return ids
 
 
-def _next(
-    sequence: SequenceState, decider: FixedPath, tokens: Ids, generator: np.random.Generator
-) -> Ids:
-    """Runs a token of each sequence and draws the next ones, `[n]`."""
-    logits = sequence.forward(tokens[:, None], decider)[0].reshape(len(tokens), -1)
-    return np.array([_draw(row, generator) for row in logits], np.int64)
+class _Writer:
+    """What one sequence goes on with: a token that is given, or the one that was drawn."""
+
+    def __init__(self, opening: tuple[int, ...], turns: Turns | None):
+        """`turns` hold where the sequence opens as they do."""
+        self.given = deque(opening)
+        self._turns = turns if turns and opening == turns.first else None
+        self._answers = False  # whose message is being written
+
+    def next(self, drawn: int) -> int:
+        if not self.given and self._turns and drawn in self._turns.ends:
+            self.given.extend(self._turns.user if self._answers else self._turns.answer)
+            self._answers = not self._answers
+        return self.given.popleft() if self.given else drawn
 
 
 def _draw(logits: npt.NDArray[np.floating], generator: np.random.Generator) -> int:

@@ -12,7 +12,7 @@ from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.draw import Ids, draw
 from dash_onnx.exporters.calibration.records import plain
-from dash_onnx.exporters.calibration.self_written import DOCUMENT_TOKEN, write_text
+from dash_onnx.exporters.calibration.self_written import self_written
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
 from dash_onnx.exporters.sources import Source
 
@@ -51,7 +51,7 @@ def calibration_ids(
     if texts:
         ids = _from_text(source, texts, least_tokens, sequences)
     else:
-        ids = _self_generated(source, seed, draft, sequences)
+        ids = self_written(draft(), sequences, LENGTH, seed, "calibration text")
     return ids, Calibration(
         source=names_of(texts) or "self-generated",
         sequences=ids.shape[0],
@@ -85,18 +85,3 @@ def _from_text(
         least=least,
         purpose="calibration",
     )
-
-
-def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:
-    """From where documents start.
-
-    A chat-tuned model writes chats after its start token; documents are the better calibration
-    (docs/decisions/0078).
-    """
-    starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
-    start = next((token for token in starts if token), 0)
-    start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
-    first, generator = np.full(sequences, start), np.random.default_rng(seed)
-    bundle = draft()
-    length = min(LENGTH, bundle.manifest.model.max_length)
-    return write_text(bundle, first, length, generator, "calibration text")

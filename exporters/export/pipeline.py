@@ -102,7 +102,7 @@ def export(
             finish()
         with Phase("LM head", total=1):
             heads = writer.heads(folder, partial.states(len(every)))
-        _write_text_files(folder, source)
+        source.save_text_files(folder)
         manifest = untrained_manifest(
             spec,
             options.target,
@@ -176,10 +176,3 @@ def _facts(source: Source, progress: Progress) -> ExportFacts:
         peak_rss_bytes=progress.peak_rss_bytes,
         fp32_kept=progress.fp32_kept,
     )
-
-
-def _write_text_files(folder: Path, source: Source) -> None:
-    """Tokenizer, chat template, and both configurations, as transformers writes them."""
-    source.tokenizer.save_pretrained(folder)
-    source.generation_config.save_pretrained(folder)
-    source.config.to_json_file(folder / "config.json")

@@ -50,6 +50,12 @@ class Source:
     files: tuple[Path, ...]
     revision: str | None = None
 
+    def save_text_files(self, folder: Path) -> None:
+        """Tokenizer, chat template, and both configurations, as transformers writes them."""
+        self.tokenizer.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        self.config.to_json_file(folder / "config.json")
+
 
 def check_supported(model_type: str, supported: Collection[str]) -> None:
     """Refuses an architecture without exporter, naming those that have one.

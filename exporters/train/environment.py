@@ -20,6 +20,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
 
 _SEQUENCES = 4  # of passes without a gradient
@@ -227,25 +228,35 @@ class Environment:
         )
         return result.view(final.shape[:-1])
 
-    def mean_kl(self, reference: Tensor, final: Tensor, heads: Sequence[Action]) -> list[float]:
-        """Mean of `kl` over the decided tokens with each head, without gradient.
+    @torch.no_grad()
+    def mean_kl(
+        self,
+        reference: Tensor,
+        finals: Sequence[Tensor],
+        heads: Sequence[Action],
+        label: str | None = None,
+    ) -> list[list[float]]:
+        """Mean of `kl` over the decided tokens, of paths and in each of heads.
 
         Args:
             reference: input of the LM head, `[B, T, D]`.
-            final: likewise of the path.
-            heads: the path's.
+            finals: likewise of each path.
+            heads: the paths'.
+            label: of the progress, if it takes long enough to show any.
         """
-        totals = [0.0] * len(heads)
-        theirs, ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, final))
-        with torch.no_grad():
-            parts = (x.split(self.model.chunk) for x in (theirs, ours))
-            for a, b in zip(*parts, strict=True):
-                log_p = self.model.logits(a).float().log_softmax(-1)
-                p = log_p.exp()
+        totals = torch.zeros(len(finals), len(heads), dtype=torch.float64)
+        theirs, *ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, *finals))
+        parts = torch.arange(len(theirs)).split(self.model.chunk)
+        for rows in Loop(label, parts) if label else parts:
+            p = self.model.logits(theirs[rows]).float().log_softmax(-1)
+            entropy = -torch.linalg.vecdot(p.exp(), p).sum()
+            p.exp_()
+            for path, final in enumerate(ours):
                 for number, head in enumerate(heads):
-                    log_q = self.model.logits(b, head).float().log_softmax(-1)
-                    totals[number] += float((p * (log_p - log_q)).sum())
-        return [total / len(theirs) for total in totals]
+                    logits = self.model.logits(final[rows], head).float()
+                    cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
+                    totals[path, number] += cross.sum() - entropy
+        return [[float(x) / len(theirs) for x in row] for row in totals]
 
 
 class _HeadKL(torch.autograd.Function):

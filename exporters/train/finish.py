@@ -20,7 +20,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.calibration.texts import names_of
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
-from dash_onnx.exporters.train.tables import policy_table, static_table
+from dash_onnx.exporters.train.tables import tables
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.engine import Model
@@ -55,9 +55,7 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     manifest = replace(manifest, costs=profile(Bundle(folder, manifest), device))
     release_memory()
     with trainer.autocast():
-        reference = trainer.env.reference(trainer.held_out)
-        table = policy_table(trainer, scorer, manifest, reference, rounding)
-        static = static_table(trainer, manifest, reference, rounding)
+        table, static = tables(trainer, scorer, manifest, rounding)
     training = _training(trainer, manifest)
     facts = replace(facts, points=table, presets=presets(table), static=static, training=training)
     return replace(manifest, scorer=facts)

@@ -24,7 +24,7 @@ from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
-from dash_onnx.exporters.train.values import fisher_sample
+from dash_onnx.exporters.train.values import MOST, fisher_sample
 
 _TEMPERATURE = (0.4, 0.2)  # of the decisions, from first to last step
 _REMEMBERED = 12  # passes that the scorer goes on learning from
@@ -144,7 +144,8 @@ def explore(
         taken = taken.detach()
         slope = slope * count / scale[..., None, None]  # of the KL of all tokens, in nats
         slope, effect = (x - (x * taken).sum(-1, keepdim=True) for x in (slope, effect))
-        credit.append((slope + effect.square() / 2)[:, decided].flatten(0, 1))
+        added = (slope + effect.square() / 2).clamp(-MOST, MOST)
+        credit.append(added[:, decided].flatten(0, 1))
     cost = trainer.cost(torch.cat(decisions, 2).detach())[:, decided]
     kl = kl.detach()
     lagrangian = ((kl + log_multipliers.exp() * cost) * scale).mean()

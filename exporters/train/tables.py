@@ -6,18 +6,18 @@ Measured on tokens held out of training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from dash_onnx.core.actions import SKIP
+from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train.dequantized import Tensor
-from dash_onnx.exporters.train.environment import Environment, State
+from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.scorer import BundleScorer, cheapest
 from dash_onnx.exporters.train.static import LIMIT, Downgrade
 from dash_onnx.exporters.train.trainer import Trainer
@@ -26,67 +26,118 @@ from dash_onnx.exporters.train.values import sampled_values
 _ROWS = 12  # of the policy table where multipliers decide between the cheaper actions
 
 
-def policy_table(
-    trainer: Trainer, scorer: BundleScorer, manifest: Manifest, reference: Tensor, rounding: float
-) -> tuple[BudgetPoint, ...]:
-    """Runs the policy at every multiplier.
+def tables(
+    trainer: Trainer, scorer: BundleScorer, manifest: Manifest, rounding: float
+) -> tuple[tuple[BudgetPoint, ...], tuple[StaticPoint, ...]]:
+    """Runs the policy at every multiplier, and the best static assignments.
+
+    The layers of all of them first, and then the LM heads, which read the reference's logits once.
 
     Args:
         trainer: after its improvement.
         scorer: as exported.
         manifest: of the trained bundle, with its costs.
-        reference: input of the LM head on the reference path, `[B, T, D]`.
         rounding: KL in nats of training's reference against the bundle's; it is what a token loses
             that leaves `full`.
 
     Returns:
-        Rows by ascending budget, as far as they are useful: see `efficient`.
+        Rows of the policy by ascending budget, as far as they are useful: see `efficient`; static
+        assignments by ascending cost, searched on training text.
     """
-    env, costs, full_ms = trainer.env, manifest.costs, reference_ms(manifest)
-    layer_costs = torch.tensor(costs.in_units(scorer.actions))
-    allowed = layer_costs.clone()
-    allowed[0, scorer.actions.index(SKIP)] = math.inf
-    points: list[BudgetPoint] = []
-    for multiplier in Loop("policy table", _multipliers(trainer)):
-        penalty = multiplier * allowed
-        parts = [_run(env, scorer, part, penalty) for part in env.parts(trainer.held_out)]
-        final, paths = (torch.cat(part) for part in zip(*parts, strict=True))
-        losses = env.mean_kl(reference, final, env.model.heads)
-        counts = torch.nn.functional.one_hot(paths[:, env.prompt_tokens :], len(scorer.actions))
-        counts = counts.float().mean((0, 1))  # [L, A]
-        shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
-        lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
-        layers_ms = float((counts * layer_costs).sum()) * costs.unit_ms
-        for head, loss in zip(env.model.heads, losses, strict=True):
-            ms = costs.embed_ms + costs.scorer_ms + costs.heads_ms[head] + layers_ms
-            points.append(
-                BudgetPoint(
-                    budget=round(ms / full_ms, 5),
-                    multiplier=multiplier,
-                    head=head,
-                    kl=round(loss + lost, 6),
-                    shares={action: round(share, 4) for action, share in shares.items()},
-                )
-            )
-        if min(losses) + lost > LIMIT:
-            break
-    return efficient(points)
+    env, ids, heads = trainer.env, trainer.held_out, list(trainer.env.model.heads)
+    multipliers, finals, counts = _multipliers(trainer), [], []
+    for multiplier in Loop("policy table", multipliers):
+        final, chosen = _run(trainer, scorer, manifest, multiplier)
+        finals.append(final)
+        counts.append(chosen)
+    paths = _static_paths(trainer)
+    for path in Loop("static table", paths):
+        finals.append(env.run_path(ids, path).to(trainer.dtype))
+    reference = env.reference(ids)
+    losses = env.mean_kl(reference, finals, heads, "table losses")
+    runs = zip(multipliers, counts, losses, strict=False)
+    points = [point for run in runs for point in _points(scorer, manifest, rounding, heads, *run)]
+    policy = efficient(points)
+    lossy = sum(point.kl > LIMIT for point in policy)  # the first, and one is enough
+    full_ms, static = reference_ms(manifest), []
+    for indices, kls in zip(paths, losses[len(multipliers) :], strict=True):
+        path = tuple(trainer.actions[index] for index in indices)
+        for lm_head, kl in zip(heads, kls, strict=True):
+            share = round(manifest.costs.token_ms(path, lm_head) / full_ms, 5)
+            static.append(StaticPoint(share, lm_head, round(kl + rounding, 6), path))
+    static.sort(key=lambda point: point.budget)
+    return policy[max(lossy - 1, 0) :], tuple(static)
+
+
+@torch.no_grad()
+def _run(
+    trainer: Trainer, scorer: BundleScorer, manifest: Manifest, multiplier: float
+) -> tuple[Tensor, Tensor]:
+    """Input of the LM head `[B, T, D]`, and how often each layer takes each action `[L, A]`."""
+    env = trainer.env
+    penalty = multiplier * torch.tensor(manifest.costs.in_units(scorer.actions))
+    penalty[0, scorer.actions.index(SKIP)] = math.inf
+    chosen, finals = [], []
+
+    def decide(state: State) -> Tensor:
+        chosen.append(cheapest(scorer.values(state), penalty[state.layers]))
+        trained = (chosen[-1] - scorer.extra).clamp(min=0)  # INT8 stands for `full`
+        return torch.nn.functional.one_hot(trained, len(env.actions)).float()
+
+    total = torch.zeros(env.layers, len(scorer.actions))
+    for part in env.parts(trainer.held_out):
+        chosen.clear()
+        finals.append(env.run(part, decide).final.to(trainer.dtype))
+        decided = torch.cat(chosen, -1)[:, env.prompt_tokens :]  # [B, T, L]
+        total += torch.nn.functional.one_hot(decided, len(scorer.actions)).sum((0, 1))
+    return torch.cat(finals), total / total.sum(-1, keepdim=True)
+
+
+def _points(
+    scorer: BundleScorer,
+    manifest: Manifest,
+    rounding: float,
+    heads: Sequence[Action],
+    multiplier: float,
+    counts: Tensor,
+    losses: Sequence[float],
+) -> Iterator[BudgetPoint]:
+    """Rows of the policy at one multiplier, one for each LM head, unless they lose too much."""
+    costs, full_ms = manifest.costs, reference_ms(manifest)
+    layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
+    shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
+    lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
+    for head, loss in zip(heads, losses, strict=True):
+        ms = costs.embed_ms + costs.scorer_ms + costs.heads_ms[head] + layers_ms
+        yield BudgetPoint(
+            budget=round(ms / full_ms, 5),
+            multiplier=multiplier,
+            head=head,
+            kl=round(loss + lost, 6),
+            shares={action: round(share, 4) for action, share in shares.items()},
+        )
 
 
 def efficient(points: Sequence[BudgetPoint]) -> tuple[BudgetPoint, ...]:
-    """The rows that lose less than every row that is cheaper, by ascending budget.
+    """The rows that lose less than any mixture of two others of the same cost, by ascending budget.
 
-    Of two that cost the same, to a ten thousandth, the one that loses less. Every multiplier comes
-    with every LM head, because between rows of different heads nothing else tells what is lost.
+    These are the corners of the lower convex hull. Every multiplier comes with every LM head, and
+    the dearer head is worth its time only from some multiplier on: a row that hardly loses less
+    than a much cheaper one would lead the budgets around it astray.
     """
     kept: list[BudgetPoint] = []
     for point in sorted(points, key=lambda point: (point.budget, point.kl)):
         if kept and point.kl >= kept[-1].kl:
             continue
-        if kept and point.budget < kept[-1].budget + 1e-4:
+        while len(kept) > 1 and _slope(kept[-1], point) <= _slope(kept[-2], kept[-1]):
             kept.pop()
         kept.append(point)
     return tuple(kept)
+
+
+def _slope(a: BudgetPoint, b: BudgetPoint) -> float:
+    """Nats per unit of budget from one row to a dearer one, which is negative."""
+    return (b.kl - a.kl) / (b.budget - a.budget)
 
 
 def _multipliers(trainer: Trainer) -> list[float]:
@@ -98,38 +149,13 @@ def _multipliers(trainer: Trainer) -> list[float]:
     return [math.exp(log) for log in logs]
 
 
-@torch.no_grad()
-def _run(
-    env: Environment, scorer: BundleScorer, ids: Tensor, penalty: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Input of the LM head `[B, T, D]` and decisions `[B, T, L]` under penalties `[L, A]`."""
-    chosen = []
-
-    def decide(state: State) -> Tensor:
-        chosen.append(cheapest(scorer.values(state), penalty[state.layers]))
-        trained = (chosen[-1] - scorer.extra).clamp(min=0)  # INT8 stands for `full`
-        return torch.nn.functional.one_hot(trained, len(env.actions)).float()
-
-    return env.run(ids, decide).final, torch.cat(chosen, -1)
-
-
-def static_table(
-    trainer: Trainer, manifest: Manifest, reference: Tensor, rounding: float
-) -> tuple[StaticPoint, ...]:
-    """Best static assignments by ascending cost, searched on training text; see `policy_table`."""
-    env, costs, full_ms = trainer.env, manifest.costs, reference_ms(manifest)
-    skip, heads = trainer.actions.index(SKIP), list(env.model.heads)
+def _static_paths(trainer: Trainer) -> list[tuple[int, ...]]:
+    """Best static assignments from dear to cheap, as action indices."""
+    skip = trainer.actions.index(SKIP)
     precise = [one for one in trainer.downgrades if skip not in one.path]
     # Each skip is a large step; those between precisions are small and many.
-    every = max(1, env.layers // 6)
-    points: list[StaticPoint] = []
-    for one in Loop("static table", [*precise[::every], *_skipping(trainer, precise)]):
-        path = tuple(trainer.actions[action] for action in one.path)
-        losses = env.mean_kl(reference, env.run_path(trainer.held_out, one.path), heads)
-        for head, loss in zip(heads, losses, strict=True):
-            share = round(costs.token_ms(path, head) / full_ms, 5)
-            points.append(StaticPoint(share, head, round(loss + rounding, 6), path))
-    return tuple(sorted(points, key=lambda point: point.budget))
+    every = max(1, trainer.env.layers // 6)
+    return [one.path for one in [*precise[::every], *_skipping(trainer, precise)]]
 
 
 def _skipping(trainer: Trainer, precise: list[Downgrade]) -> list[Downgrade]:

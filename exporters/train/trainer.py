@@ -183,8 +183,8 @@ class Trainer:
         """`static.search`, measured on `[B, T]` tokens against their reference `[B, T, D]`."""
 
         def measure(path: tuple[int, ...]) -> float:
-            (kl,) = self.env.mean_kl(reference, self.env.run_path(ids, path), [self.model.head])
-            return kl
+            final = self.env.run_path(ids, path)
+            return self.env.mean_kl(reference, [final], [self.model.head])[0][0]
 
         found = static.search(self.costs, values, measure, candidates, start)
         return list(Loop("static search", found))

@@ -16,6 +16,10 @@ from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.scorer import Scorer
 
+MOST = 8.0
+"""Nats that a replaced output costs a token at most. The quadratic form knows no bound: on tokens
+with massive activations it says thousands, and a few of them would be all that a mean tells."""
+
 
 def sampled_values(
     env: Environment, ids: Tensor, generator: torch.Generator
@@ -50,7 +54,7 @@ def sampled_values(
         torch.stack([torch.linalg.vecdot(gradient, d).square() / 2 for d in difference], -1)
         for difference, gradient in zip(differences, gradients, strict=True)
     ]
-    return states, torch.stack(samples, 2).float(), final.detach()
+    return states, torch.stack(samples, 2).float().clamp(max=MOST), final.detach()
 
 
 def fisher_sample(env: Environment, final: Tensor, generator: torch.Generator) -> Tensor:
