@@ -57,12 +57,12 @@ bench: .venv/.bench build/peers/.built build/fused/.built
 #   make results QUICK=1 TEXT=book.txt
 # All of it, in some two hours on 2 cores:
 #   make results TEXT="wikitext2-valid.txt fiction.txt" TASKS="lambada.jsonl arc.jsonl" \
-#     PROMPTS=chats.jsonl EFFORT=thorough
-# and a part again (`python benchmarks/measure.py --help` tells them): PARTS="speed larger"
+#     PROMPTS=chats.jsonl OTHER=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
+# and a part again (`python benchmarks/measure.py --help` tells them): PARTS="speed scale"
 results: .venv/.bench build/peers/.built build/fused/.built
 	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle $(BUNDLE) \
 		--model $(DEMO) $(PEERS:%=--peer %) $(TEXT:%=--text %) $(TASKS:%=--task %) \
-		$(PROMPTS:%=--prompts %) $(EFFORT:%=--effort %)
+		$(PROMPTS:%=--prompts %) $(OTHER:%=--other %) $(EFFORT:%=--effort %)
 	$(BIN)/python benchmarks/results.py $(if $(QUICK),build/quick)
 
 # What the JavaScript examples and their tests need beside Node itself.

@@ -1,6 +1,6 @@
 """Builds ORT GenAI's models from the weights that dash-export would read.
 
-python benchmarks/peers.py MODEL build/peers
+python benchmarks/build_peers.py MODEL build/peers
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="what dash-export takes")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--precisions", nargs="+", choices=_PRECISIONS, default=_PRECISIONS)
     arguments = parser.parse_args()
     source = arguments.out / "hf"
     save_folder(arguments.model, source)
-    for precision in _PRECISIONS:
+    for precision in arguments.precisions:
         build(source, arguments.out / precision, precision)
 
 

@@ -30,11 +30,13 @@ def main() -> None:
     parser.add_argument("reference", type=Path, help="a bundle of the same model that has `full`")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
     parser.add_argument("--chats", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
     arguments = parser.parse_args()
     prompts = [record["prompt"] for _, record in json_lines(arguments.prompts)][: arguments.chats]
     ours, reference = dash_onnx.load(arguments.bundle), dash_onnx.load(arguments.reference)
     chats = [ours.text.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
     wanted = [log_softmax(reference.logits(ids, policy="full")[-1:]) for ids in chats]
+    rows = []
     for precision in ours.manifest.variants:
         found = [log_softmax(ours.logits(ids, policy=precision)[-1:]) for ids in chats]
         kl = np.concatenate([kl_divergence(*pair) for pair in zip(wanted, found, strict=True)])
@@ -47,7 +49,11 @@ def main() -> None:
             "kl_max": round(float(kl.max()), 5),
             "other_first_token": others,
         }
-        print(json.dumps(facts))
+        rows.append(facts)
+        if not arguments.json:
+            print(json.dumps(facts))
+    if arguments.json:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":

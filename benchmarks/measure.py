@@ -120,20 +120,25 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
     return [[*command, "--max-prompts", str(size.answers), "--json"]]
 
 
-def larger(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Random weights in the shape of Llama 3.2 1B. 25 minutes and 8 GB of disk."""
-    model, out, peer = BUILD / "1b", BUILD / "1b-dash", BUILD / "1b-genai"
-    builder = ["python", "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
-    export: Command = ["dash-export", model, out, "--effort", "none", "--variants", "int4"]
-    export += ["--calibration", a.text[0], "--check", "none", "--overwrite", "--json"]
-    fourth = "static:" + ",".join(["int4*3,skip"] * 4)
-    bench: Command = ["dash-bench", out, "--run", "int4", "--run", fourth, "--no-quality"]
+def other(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Export, speed and quality of a larger model. 35 minutes for 0.5 billion parameters."""
+    out, full, peers = BUILD / "other", BUILD / "other-full", BUILD / "other-peers"
+    reference: Command = ["dash-export", a.other, full, "--variants", "full", "--overwrite"]
+    bench: Command = ["dash-bench", out, "--reference", full, "--peer", f"genai:{peers}/int4"]
+    first: Command = ["python", "benchmarks/first_token.py", out, full, "--prompts", a.prompts]
     return [
-        ["python", "benchmarks/big.py", model, "--shape", "1b"],
-        [*builder, "-i", model, "-o", peer, "-c", BUILD / "cache"],
-        export,
-        [*bench, "--peer", f"genai:{peer}", *_amount(size), "--json"],
+        ["dash-export", a.other, out, "--overwrite", "--json"],
+        [*reference, "--effort", "none", "--check", "none"],
+        ["python", "benchmarks/build_peers.py", a.other, peers, "--precisions", "int4"],
+        [*first, "--json"],
+        [*bench, *_amount(size), "--json"],
     ]
+
+
+def scale(_: argparse.Namespace, size: Size) -> list[Command]:
+    """Exports and passes of 1 to 8 billion random parameters. 25 minutes and 10 GB of disk."""
+    shapes = ["1b"] if size == QUICK else ["1b", "3b", "8b"]
+    return [["python", "benchmarks/scale.py", BUILD / "scale", "--shapes", *shapes, "--json"]]
 
 
 def _amount(size: Size) -> list[str]:
@@ -158,7 +163,8 @@ PARTS: dict[str, tuple[Part, str]] = {
     "skips": (skips, "model text"),
     "tasks": (tasks, "bundle task"),
     "answers": (answers, "bundle prompts"),
-    "larger": (larger, "text"),
+    "other": (other, "other prompts"),
+    "scale": (scale, ""),
 }
 """By name the commands, and the options that they need."""
 
@@ -175,7 +181,7 @@ def main() -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help="(default: all but `larger` whose options are given)",
+        help="(default: all but `scale` whose options are given)",
     )
     parser.add_argument("--bundle", type=_path, metavar="OUT", help="with a trained policy")
     parser.add_argument("--model", type=_path, help="what OUT was exported from")
@@ -187,6 +193,7 @@ def main() -> None:
         "--task", type=_path, action="append", default=[], help="as of dash-eval --task"
     )
     parser.add_argument("--prompts", type=_path, help="as of dash-bench")
+    parser.add_argument("--other", type=_path, help="a larger model than that of OUT")
     parser.add_argument("--effort", default="normal", help="of `skips` (default: normal)")
     parser.add_argument("--quick", action="store_true", help="as little as runs: for a first try")
     parser.add_argument("--out", type=_path, help="(default: benchmarks/results, or build/quick)")
@@ -197,7 +204,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    for name in arguments.parts or [name for name in PARTS if name != "larger"]:
+    for name in arguments.parts or [name for name in PARTS if name != "scale"]:
         part, needs = PARTS[name]
         if lacking := [option for option in needs.split() if not getattr(arguments, option)]:
             if name in arguments.parts:

@@ -59,7 +59,7 @@ def page(parts: dict[str, Part]) -> str:
         keep_trailing_newline=True,
     )
     template = environment.get_template("results.md.jinja")
-    functions = (bundle, contenders, policies, tasks, answers, seconds, shown)
+    functions = (bundle, contenders, policies, tasks, answers, first_tokens, sizes, seconds, shown)
     return template.render(
         parts=parts,
         any=next(iter(parts.values()), None),
@@ -195,6 +195,29 @@ def answers(part: Part) -> str:
                 percent(row["repeated"], row["repeated_stderr"]),
             ]
         )
+    return table(rows)
+
+
+def first_tokens(part: Part) -> str:
+    """KL of an answer's first token by the precision of the prompt."""
+    rows = [["", "KL, nats", "largest", "another token"]]
+    for row in found(part)[1]:
+        kl, count = plus_minus(row["kl"], row["kl_stderr"]), row["chats"]
+        others = f"{row['other_first_token']} of {count}"
+        rows.append([row["precision"], kl, f"{row['kl_max']:.4f}", others])
+    return table(rows)
+
+
+def sizes(part: Part) -> str:
+    """Time and memory by the size of a model; the last row of a shape is extrapolated."""
+    head = ["", "export, min", "its memory, GB", "bundle, GB", "a pass, min", "its memory, GB"]
+    rows = [head]
+    for row in found(part)[0]:
+        for facts in (*row["measured"], row):
+            name = f"{row['shape']}, {facts['layers']:.0f} layers"
+            times = [f"{facts[key] / 60:.1f}" for key in ("export_s", "pass_s")]
+            room = [f"{facts[key]:.1f}" for key in ("export_gb", "bundle_gb", "pass_gb")]
+            rows.append([name, times[0], *room[:2], times[1], room[2]])
     return table(rows)
 
 

@@ -30,11 +30,13 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--a-pass", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.a_pass:
         a_pass(arguments.folder)
         return
+    rows = []
     for shape in arguments.shapes:
         least, layers = FEW[shape], SHAPES[shape][0]
         few, more = (measured(arguments.folder, shape, n) for n in (least, 2 * least))
@@ -42,7 +44,11 @@ def main() -> None:
         for name in few:
             slope = (more[name] - few[name]) / least
             found[name] = round(few[name] + slope * (layers - least), 2)
-        print(json.dumps(found), flush=True)
+        rows.append(found)
+        if not arguments.json:
+            print(json.dumps(found), flush=True)
+    if arguments.json:
+        print(json.dumps(rows))
 
 
 def measured(folder: Path, shape: str, layers: int) -> dict[str, float]:
@@ -58,6 +64,7 @@ def measured(folder: Path, shape: str, layers: int) -> dict[str, float]:
     seconds, memory, _ = timed([tool, model, out, *options])
     _, pass_memory, printed = timed([sys.executable, __file__, out, "--a-pass"])
     facts = {
+        "layers": layers,
         "export_s": round(seconds, 1),
         "export_gb": round(memory / 1e9, 2),
         "bundle_gb": round(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e9, 2),

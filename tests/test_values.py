@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def second_order_kl(env: Environment, ids: torch.Tensor) -> torch.Tensor:
 def test_the_mean_of_many_draws_is_the_second_order_kl(env: Environment) -> None:
     ids = torch.randint(2, 384, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     exact = second_order_kl(env, ids)
-    _, draws, _ = sampled_values(env, ids.expand(DRAWS, -1), torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    _, draws, _ = sampled_values(env, ids.expand(DRAWS, -1), generator, most=math.inf)
     assert draws.shape == (DRAWS, TOKENS, env.layers, len(ACTIONS))
     assert (draws[..., 0] == 0).all()
     for layer in range(env.layers):
@@ -91,6 +93,16 @@ def test_the_states_and_the_end_are_those_of_the_reference_path(env: Environment
         torch.testing.assert_close(state.hidden, wanted.hidden, rtol=1e-4, atol=1e-4)
         assert state.layers == wanted.layers
     assert torch.equal(final, env.reference(ids))  # kept in its place
+
+
+def test_samples_are_cut_where_no_token_can_lose_more(env: Environment) -> None:
+    ids = torch.randint(2, 384, (4, TOKENS), generator=torch.Generator().manual_seed(4))
+    every, cut = (
+        sampled_values(env, ids, torch.Generator().manual_seed(5), most)[1]
+        for most in (math.inf, 1.0)
+    )
+    assert every.max() > 1.0
+    assert torch.equal(cut, every.clamp(max=1.0))
 
 
 def test_the_same_generator_gives_the_same_samples(env: Environment) -> None:

@@ -61,12 +61,11 @@ def turns_of(codec: TextCodec) -> Turns | None:
 
 
 def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: str) -> Ids:
-    """Text of a model that nobody gave a text for.
+    """Training text of a model that nobody gave a text for.
 
-    Every second sequence is a conversation whose messages the model writes all, those of the user
-    as well (Magpie, arXiv 2406.08464). The others begin with a random token and become documents of
-    many kinds and languages (LLM-QAT, arXiv 2305.17888): after the token that separates documents
-    many models write only debris.
+    Every second sequence is a conversation in which the model writes the messages of both sides
+    (Magpie, arXiv 2406.08464). The others begin with a random token and become documents of many
+    kinds and languages (LLM-QAT, arXiv 2305.17888).
 
     Args:
         bundle: whose layers run, with its tokenizer.

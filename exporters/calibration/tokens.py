@@ -12,12 +12,15 @@ from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.draw import Ids, draw
 from dash_onnx.exporters.calibration.records import plain
-from dash_onnx.exporters.calibration.self_written import self_written
+from dash_onnx.exporters.calibration.self_written import write_text
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
 from dash_onnx.exporters.sources import Source
 
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
+
+DOCUMENT_TOKEN = "<|endoftext|>"
+"""What separates documents in the training text of most models with a byte-level BPE."""
 
 SEQUENCES = 64
 LENGTH = 256
@@ -51,7 +54,7 @@ def calibration_ids(
     if texts:
         ids = _from_text(source, texts, least_tokens, sequences)
     else:
-        ids = self_written(draft(), sequences, LENGTH, seed, "calibration text")
+        ids = _self_generated(source, seed, draft, sequences)
     return ids, Calibration(
         source=names_of(texts) or "self-generated",
         sequences=ids.shape[0],
@@ -85,3 +88,13 @@ def _from_text(
         least=least,
         purpose="calibration",
     )
+
+
+def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:
+    """Documents: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
+    starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
+    start = next((token for token in starts if token), 0)
+    start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
+    generator, bundle = np.random.default_rng(seed), draft()
+    length = min(LENGTH, bundle.manifest.model.max_length)
+    return write_text(bundle, [(start,)] * sequences, length, generator, "calibration text")

@@ -43,7 +43,7 @@ def untrained_manifest(spec: ModelSpec, target: Target, **facts: Any) -> Manifes
 def write_draft(
     folder: Path, source: Source, architecture: Decoder, spec: ModelSpec, target: Target
 ) -> Bundle:
-    """Writes a bundle of INT8 layers and a tokenizer, for the CPU where its device is not there.
+    """Writes a bundle of INT8 layers, for the CPU where its device is not there.
 
     Args:
         folder: an empty one.
@@ -61,7 +61,6 @@ def write_draft(
         build_layer(folder, index, layer, spec, target, "int8", {})
     build_head(folder, architecture.head(source.weights, spec), spec, target, "int8", {})
     release_memory()
-    source.save_text_files(folder)
     manifest = untrained_manifest(
         spec,
         target,

@@ -22,7 +22,7 @@ with massive activations it says thousands, and a few of them would be all that 
 
 
 def sampled_values(
-    env: Environment, ids: Tensor, generator: torch.Generator
+    env: Environment, ids: Tensor, generator: torch.Generator, most: float = MOST
 ) -> tuple[list[State], Tensor, Tensor]:
     """Samples of each action's KL along the reference path.
 
@@ -30,6 +30,7 @@ def sampled_values(
         env: its first action is the reference.
         ids: `[B, T]`.
         generator: of the samples.
+        most: nats of a sample, of which more is cut.
 
     Returns:
         The state of each segment; samples `[B, T, L, A]` in nats (0 for the reference action);
@@ -54,7 +55,7 @@ def sampled_values(
         torch.stack([torch.linalg.vecdot(gradient, d).square() / 2 for d in difference], -1)
         for difference, gradient in zip(differences, gradients, strict=True)
     ]
-    return states, torch.stack(samples, 2).float().clamp(max=MOST), final.detach()
+    return states, torch.stack(samples, 2).float().clamp(max=most), final.detach()
 
 
 def fisher_sample(env: Environment, final: Tensor, generator: torch.Generator) -> Tensor:
