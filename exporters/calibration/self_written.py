@@ -86,9 +86,9 @@ def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: 
     if turns and len(turns.first) > length // 2:
         turns = None
     words = codec.tokenizer.get_vocab_size(with_added_tokens=False)
-    openings = [(int(token),) for token in generator.integers(words, size=sequences)]
-    if turns:
-        openings[::2] = [turns.first] * len(openings[::2])
+    openings: list[tuple[int, ...]] = []
+    for number, token in enumerate(generator.integers(words, size=sequences)):
+        openings.append(turns.first if turns and number % 2 == 0 else (int(token),))
     return write_text(bundle, openings, length, generator, label, turns)
 
 

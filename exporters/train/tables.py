@@ -50,9 +50,9 @@ def tables(
         final, chosen = _run(trainer, scorer, manifest, multiplier)
         finals.append(final)
         counts.append(chosen)
-    paths = _static_paths(trainer)
-    for path in Loop("static table", paths):
-        finals.append(env.run_path(ids, path).to(trainer.dtype))
+    assignments = _static_paths(trainer)
+    for indices in Loop("static table", assignments):
+        finals.append(env.run_path(ids, indices).to(trainer.dtype))
     reference = env.reference(ids)
     losses = env.mean_kl(reference, finals, heads, "table losses")
     runs = zip(multipliers, counts, losses, strict=False)
@@ -60,7 +60,7 @@ def tables(
     policy = efficient(points)
     lossy = sum(point.kl > LIMIT for point in policy)  # the first, and one is enough
     full_ms, static = reference_ms(manifest), []
-    for indices, kls in zip(paths, losses[len(multipliers) :], strict=True):
+    for indices, kls in zip(assignments, losses[len(multipliers) :], strict=True):
         path = tuple(trainer.actions[index] for index in indices)
         for lm_head, kl in zip(heads, kls, strict=True):
             share = round(manifest.costs.token_ms(path, lm_head) / full_ms, 5)
