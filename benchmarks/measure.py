@@ -47,7 +47,7 @@ class Size:
     prompts: int = 3
     new_tokens: int = 64
     windows: int = 8
-    items: int = 1000
+    items: int = 500
     answers: int = 100
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
@@ -103,7 +103,7 @@ def skips(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Accuracy on each task. 15 minutes for 1,000 items."""
+    """Accuracy on each task. 8 minutes a task."""
     runs: list[Command] = [[REFERENCE, "--policy", "full"]]
     runs += [[a.bundle, "--policy", precision] for precision in ("int8", "int4")]
     runs += [[a.bundle, "--budget", preset] for preset in ("quality", "balanced", "fast")]
