@@ -389,3 +389,16 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(pipeline, "available_bytes", lambda: room.get("memory"))
     assert message in refused(capsys, tiny_folder, out)
     assert not list(out.parent.iterdir())
+
+
+def test_an_interrupted_export_leaves_its_room_to_the_next(
+    tiny_folder: Path, out: Path, night: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    left = out.with_name(f".{out.name}.partial") / "hidden-00.npy"
+    left.parent.mkdir()
+    with left.open("wb") as file:
+        file.truncate(1 << 30)
+    arguments = (tiny_folder, out, "--calibration", night, "--effort", "none", "--check", "none")
+    assert main([str(argument) for argument in arguments]) == 0
+    assert not left.exists()

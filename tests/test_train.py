@@ -598,6 +598,14 @@ def test_a_machine_on_which_cheaper_actions_save_no_time_gets_a_usable_policy(
     assert points and all(math.isfinite(point.kl) for point in points)
 
 
+def test_files_that_onnx_refuses_to_read_are_told_in_one_line(
+    untrained: Path, tmp_path: Path
+) -> None:
+    linked = Path(shutil.copytree(untrained, tmp_path / "linked", copy_function=os.link))
+    with pytest.raises(BundleError, match=r"cannot read .*hard link"):
+        Trainer(Bundle(linked), OPTIONS)
+
+
 def test_rows_of_the_table_lose_less_than_every_mixture_of_others() -> None:
     rows = [(0.5, 0.9, "int4"), (0.51, 0.89, "int8"), (0.6, 0.4, "int8"), (0.7, 0.4, "int4")]
     rows += [(0.8, 0.1, "int4"), (0.8, 0.09, "int8"), (0.9, 0.2, "int8"), (1.0, 0.01, "int8")]

@@ -101,6 +101,12 @@ def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> It
         yield space / NEW
 
 
+def workspace_of(folder: Path, name: str) -> Path:
+    """Where `workspace` is, whether it exists or not."""
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.{name}")
+
+
 @contextmanager
 def workspace(
     folder: Path,
@@ -125,8 +131,7 @@ def workspace(
         BundleError: see `check_destination`; or another process is at it.
     """
     check_destination(folder, overwrite, marker)
-    folder = folder.resolve()
-    space = folder.with_name(f".{folder.name}.{name}")
+    folder, space = folder.resolve(), workspace_of(folder, name)
     with _locked(space, folder):
         kept = False
         try:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dash_onnx.core.atomic import NEW, clear, workspace, write_text
+from dash_onnx.core.atomic import NEW, clear, workspace, workspace_of, write_text
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import Calibration, LayerFacts
 from dash_onnx.core.records import RecordError, from_json, to_json
@@ -20,6 +20,8 @@ from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.tokens import Ids
 
 T = TypeVar("T")
+
+_NAME = "partial"
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ class Partial:
         write_text(self._folder / f"{name}.json", json.dumps(data))
 
 
+def unfinished_bytes(out: Path) -> int:
+    """Disk that an interrupted export of `out` takes, whose place the next one takes."""
+    space = workspace_of(out, _NAME)
+    return sum(path.stat().st_size for path in space.rglob("*") if path.is_file())
+
+
 @contextmanager
 def exporting(
     out: Path, key: Mapping[str, str], *, overwrite: bool, resume: bool
@@ -138,7 +146,7 @@ def exporting(
     def keep(space: Path) -> bool:
         return resume and (space / "calibration.json").exists()
 
-    with workspace(out, "partial", overwrite=overwrite, keep=keep) as space:
+    with workspace(out, _NAME, overwrite=overwrite, keep=keep) as space:
         partial = Partial(space)
         partial.begin(key, resume)
         yield partial

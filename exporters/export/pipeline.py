@@ -24,7 +24,7 @@ from dash_onnx.exporters.calibration.tokens import calibration_ids, sequences_of
 from dash_onnx.exporters.export.draft import untrained_manifest, write_draft
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.export.partial import Progress, exporting
+from dash_onnx.exporters.export.partial import Progress, exporting, unfinished_bytes
 from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.runtime.machine import available_bytes, peak_rss_bytes, release_memory
@@ -129,7 +129,7 @@ def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
     """
     sizes = sizes_of(source, options)
     disk = sizes.bundle + sizes.work
-    free = shutil.disk_usage(out.resolve().parent).free
+    free = shutil.disk_usage(out.resolve().parent).free + unfinished_bytes(out)
     if disk > free:
         raise DashError(
             f"the export needs {disk / 1e9:.1f} GB of disk beside {out}, and {free / 1e9:.1f} GB "

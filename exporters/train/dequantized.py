@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Linear, Norm
@@ -126,7 +127,10 @@ class DequantizedModel:
         file = self._bundle.verified(path)
         tensors = onnx.load(file, load_external_data=False).graph.initializer
         chosen = [t for t in tensors if not names or t.name.partition(".")[0] in names]
-        return {t.name: numpy_helper.to_array(t, str(file.parent)) for t in chosen}
+        try:
+            return {t.name: numpy_helper.to_array(t, str(file.parent)) for t in chosen}
+        except onnx.checker.ValidationError as error:  # such as a hard link, which onnx refuses
+            raise BundleError(f"cannot read {file}: {error}") from None
 
     @cached_property
     def _embedding(self) -> tuple[Tensor, float]:
