@@ -57,7 +57,9 @@ def turns_of(codec: TextCodec) -> Turns | None:
     first, answer, user = parts
     if not (first and answer and user):
         return None
-    return Turns(first, answer, user, codec.eos_token_ids | {answer[0], user[0]})
+    added = codec.tokenizer.get_added_tokens_decoder()  # any other is part of messages, too
+    ends = {token for token in (answer[0], user[0]) if token in added}
+    return Turns(first, answer, user, codec.eos_token_ids | ends)
 
 
 def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: str) -> Ids:

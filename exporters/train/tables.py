@@ -58,7 +58,7 @@ def tables(
     runs = zip(multipliers, counts, losses, strict=False)
     points = [point for run in runs for point in _points(scorer, manifest, rounding, heads, *run)]
     policy = efficient(points)
-    lossy = sum(point.kl > LIMIT for point in policy)  # the first, and one is enough
+    lossy = sum(point.kl > LIMIT for point in policy)  # the cheapest; the last of them is kept
     full_ms, static = reference_ms(manifest), []
     for indices, kls in zip(assignments, losses[len(multipliers) :], strict=True):
         path = tuple(trainer.actions[index] for index in indices)
@@ -102,7 +102,7 @@ def _points(
     counts: Tensor,
     losses: Sequence[float],
 ) -> Iterator[BudgetPoint]:
-    """Rows of the policy at one multiplier, one for each LM head, unless they lose too much."""
+    """Rows of the policy at one multiplier, one for each LM head."""
     costs, full_ms = manifest.costs, reference_ms(manifest)
     layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
     shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
