@@ -47,7 +47,7 @@ def test_every_second_sequence_is_a_conversation(tiny_bundle: Path) -> None:
     parts = (turns.first, turns.answer, turns.user)
     around = [codec.tokenizer.decode(part, skip_special_tokens=False) for part in parts]
     assert around == ["<s>user\n", "</s>\n<s>assistant\n", "</s>\n<s>user\n"]
-    ids = self_written(Bundle(tiny_bundle), 12, 200, 0, "text")
+    ids = self_written(Bundle(tiny_bundle), codec, 12, 200, 0, "text")
     assert ids.shape == (12, 200)
     answered = 0
     for row in ids[::2].tolist():

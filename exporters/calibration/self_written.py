@@ -62,7 +62,9 @@ def turns_of(codec: TextCodec) -> Turns | None:
     return Turns(first, answer, user, codec.eos_token_ids | ends)
 
 
-def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: str) -> Ids:
+def self_written(
+    bundle: Bundle, codec: TextCodec, sequences: int, length: int, seed: int, label: str
+) -> Ids:
     """Training text of a model that nobody gave a text for.
 
     Every second sequence is a conversation in which the model writes the messages of both sides
@@ -70,7 +72,8 @@ def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: 
     kinds and languages (LLM-QAT, arXiv 2305.17888).
 
     Args:
-        bundle: whose layers run, with its tokenizer.
+        bundle: whose layers run.
+        codec: its tokenizer.
         sequences: how many.
         length: tokens of each; cut to the model's context.
         seed: of what is drawn.
@@ -82,12 +85,12 @@ def self_written(bundle: Bundle, sequences: int, length: int, seed: int, label: 
     Raises:
         BundleError: the graphs take one sequence only.
     """
-    codec, generator = TextCodec(bundle), np.random.default_rng(seed)
-    length = min(length, bundle.manifest.model.max_length)
+    generator, model = np.random.default_rng(seed), bundle.manifest.model
+    length = min(length, model.max_length)
     turns = turns_of(codec)
     if turns and len(turns.first) > length // 2:
         turns = None
-    words = codec.tokenizer.get_vocab_size(with_added_tokens=False)
+    words = min(model.vocab_size, codec.tokenizer.get_vocab_size(with_added_tokens=False))
     openings: list[tuple[int, ...]] = []
     for number, token in enumerate(generator.integers(words, size=sequences)):
         openings.append(turns.first if turns and number % 2 == 0 else (int(token),))

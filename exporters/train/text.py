@@ -38,7 +38,8 @@ def training_ids(
         SourceError: a text cannot be read, or all are too short.
     """
     if not texts:
-        return torch.from_numpy(self_written(bundle, sequences, length, seed, "training text"))
+        ids = self_written(bundle, codec, sequences, length, seed, "training text")
+        return torch.from_numpy(ids)
 
     length = min(length, bundle.manifest.model.max_length)
 
