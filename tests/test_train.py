@@ -661,6 +661,25 @@ def test_a_bundle_for_a_device_that_is_not_there_is_refused(bundle: Path) -> Non
     assert files_of(bundle) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds a GPU")
+def test_a_gpu_that_torch_does_not_find_is_one_line(bundle: Path, capsys: Capture) -> None:
+    before = files_of(bundle)
+    error = TOOL.refused(capsys, bundle, "--train-device", "cuda")
+    assert "torch finds no GPU here; take --train-device cpu" in error
+    assert files_of(bundle) == before
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_a_bundle_for_the_cpu(bundle: Path, tmp_path: Path) -> None:
+    """As on the CPU in FP32: what is drawn differs, what is regressed hardly does."""
+    shutil.copytree(bundle, tmp_path / "cpu")
+    on_gpu = train(bundle, dataclasses.replace(OPTIONS, device="cuda"))
+    on_cpu = train(tmp_path / "cpu", OPTIONS)
+    assert on_gpu.scorer is not None and on_cpu.scorer is not None
+    found, wanted = (facts.scorer.static[-1].kl for facts in (on_gpu, on_cpu))
+    assert found == pytest.approx(wanted, rel=0.05)
+
+
 # The command, which trains what ships
 
 

@@ -256,3 +256,10 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         "(default: text that the model generates itself; see docs/reference/texts.md)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")
+    parser.add_argument(
+        "--train-device",
+        choices=("cpu", "cuda", "auto"),
+        default="cpu",
+        help="where torch calibrates and trains, whatever the bundle is for; auto takes a GPU that "
+        "torch finds (default: %(default)s)",
+    )

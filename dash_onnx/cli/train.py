@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
 
         fused = options_of(arguments.bundle / FUSED_FOLDER)
         calibration = tuple(arguments.calibration)
-        options = TrainOptions(arguments.effort, calibration, arguments.seed)
+        options = TrainOptions(
+            arguments.effort, calibration, arguments.seed, arguments.train_device
+        )
         if _LOG.isEnabledFor(logging.INFO):
             from dash_onnx.exporters.expected import Speed, training_phases
 

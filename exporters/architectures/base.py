@@ -99,11 +99,11 @@ class Norm:
         """`[..., k * n]` -> the same shape, float32."""
         size = self.weight.shape[0]
         groups = x.float().unflatten(-1, (-1, size))
-        weight = self.weight.float()
+        weight = self.weight.to(groups)
         if block.norm == "rms":
             result = F.rms_norm(groups, (size,), weight, block.norm_epsilon)
         else:
-            bias = None if self.bias is None else self.bias.float()
+            bias = None if self.bias is None else self.bias.to(groups)
             result = F.layer_norm(groups, (size,), weight, bias, block.norm_epsilon)
         return result.flatten(-2)
 

@@ -67,7 +67,7 @@ def compensation(
     for before, after in zip(x.batches(), y.batches(), strict=True):
         before, after = (h[:, SINK_TOKENS:] for h in (before, after))
         inputs = normed(before, norm, block)
-        missing = torch.from_numpy(after - np.float32(scale) * before).float().flatten(0, 1)
+        missing = torch.as_tensor(after - np.float32(scale) * before).float().flatten(0, 1)
         gram = gram + inputs.T @ inputs
         cross = cross + inputs.T @ missing
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
@@ -82,7 +82,7 @@ def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     if size <= _EXACT_WIDTH:
         return torch.linalg.eigh(matrix).eigenvectors[:, -rank:]
     # Subspace iteration (Halko et al., arXiv 0909.4061): at 3072 in 1 % of the time of `eigh`.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(matrix.device).manual_seed(0)
     basis = torch.randn(size, 2 * rank, generator=generator)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(matrix @ basis).Q
@@ -101,5 +101,5 @@ def gram_of(hidden: HiddenStateFile, norm: Norm | None, block: Block) -> torch.T
 
 def normed(hidden: HiddenStates, norm: Norm | None, block: Block) -> torch.Tensor:
     """What a linear layer behind a norm reads, `[tokens, D]` float32."""
-    x = torch.from_numpy(hidden).float().flatten(0, 1)
+    x = torch.as_tensor(hidden).float().flatten(0, 1)
     return x if norm is None else norm(x, block)

@@ -76,8 +76,8 @@ def _rounded(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
         scales = blocks.abs().amax(-1) / 127
         levels = _divide(blocks, scales).round() + 128
         shape = (weight.shape[0], weight.shape[1])
-        values = levels.numpy().astype(np.uint8)
-        return Quantized(values, scales.numpy(), None, shape, bits, block_size)
+        values = levels.numpy(force=True).astype(np.uint8)
+        return Quantized(values, scales.numpy(force=True), None, shape, bits, block_size)
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
     scales = (high - low) / 15
     zeros = _divide(-low[..., None], scales)[..., 0].round().clamp(0, 15)
@@ -96,9 +96,9 @@ def pack_int4(
         zeros: `[N, blocks]`, levels of the zero points; None for 8.
     """
     return Quantized(
-        values=pack4(_blocks(levels, block_size).numpy().astype(np.uint8)),
-        scales=scales.numpy(),
-        zero_points=None if zeros is None else pack4(zeros.numpy().astype(np.uint8)),
+        values=pack4(_blocks(levels, block_size).numpy(force=True).astype(np.uint8)),
+        scales=scales.numpy(force=True),
+        zero_points=None if zeros is None else pack4(zeros.numpy(force=True).astype(np.uint8)),
         shape=(levels.shape[0], levels.shape[1]),
         bits=4,
         block_size=block_size,
@@ -130,8 +130,21 @@ def concatenate(parts: Iterable[Quantized], rows: int) -> Quantized:
     return replace(first, shape=(rows, first.shape[1]), **arrays)
 
 
-def dequantize(quantized: Quantized) -> torch.Tensor:
-    """Returns the float32 weight `[N, K]` that the integers stand for."""
+def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Returns the weight `[N, K]` that the integers stand for; few rows are FP32 at once."""
+    (rows, columns), every = quantized.shape, slice(None)
+    each = max(_GROUP // max(columns, 1), 1)
+    if rows <= each:
+        return _dequantized(quantized, every).to(dtype)
+    result = torch.empty(rows, columns, dtype=dtype)
+    for start in range(0, rows, each):
+        part = slice(start, start + each)
+        result[part] = _dequantized(quantized, part)
+    return result
+
+
+def _dequantized(whole: Quantized, rows: slice) -> torch.Tensor:
+    quantized = whole.map(lambda array: array[rows])
     levels, zeros = torch.tensor(quantized.values), quantized.zero_points
     if quantized.bits == 4:
         levels = torch.stack([levels & 15, levels >> 4], -1).flatten(2)
@@ -140,7 +153,7 @@ def dequantize(quantized: Quantized) -> torch.Tensor:
         blocks -= 2 ** (quantized.bits - 1)
     else:
         offsets = unpack4(zeros, quantized.scales.shape[1]).astype(np.float32)
-        blocks -= torch.from_numpy(offsets)[..., None]
+        blocks -= torch.as_tensor(offsets)[..., None]
     blocks *= torch.tensor(quantized.scales)[..., None]
     if quantized.offsets is not None:
         blocks += torch.tensor(quantized.offsets)[..., None]

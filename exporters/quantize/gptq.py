@@ -23,7 +23,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quanti
 
     Args:
         weight: `[N, K]`, any float dtype.
-        hessian: `[K, K]` float32, sum of x x^T over calibration tokens.
+        hessian: `[K, K]` float32, sum of x x^T over calibration tokens; its device computes.
         block_size: divides K.
     """
     order = _order(hessian.diagonal(), block_size)
@@ -38,7 +38,7 @@ def _order(importance: torch.Tensor, block_size: int) -> torch.Tensor:
     """Columns `[K]` in the order in which they are rounded; those of a block are neighbours."""
     blocks = importance.view(-1, block_size)
     inside = blocks.argsort(1, descending=True)
-    inside += torch.arange(len(blocks))[:, None] * block_size
+    inside += torch.arange(len(blocks), device=blocks.device)[:, None] * block_size
     return inside[blocks.sum(1).argsort(descending=True)].flatten()
 
 
@@ -49,11 +49,11 @@ def _rounded(
     inverse: torch.Tensor,
     block_size: int,
 ) -> Quantized:
-    w = weight.float().T[order]  # [K, N]: a column of the weight is a row in memory
+    w = weight.to(inverse).T[order]  # [K, N]: a column of the weight is a row in memory
     columns, rows = w.shape
     w[importance == 0] = 0  # inputs that are never active
     levels = torch.empty_like(w)
-    scales = torch.empty(columns // block_size, rows)
+    scales = w.new_empty(columns // block_size, rows)
     zeros = torch.empty_like(scales)
     width = max(_LAZY // block_size, 1) * block_size
     for start in range(0, columns, width):
@@ -98,7 +98,7 @@ def _invert_lower(factor: torch.Tensor) -> None:
     for start in reversed(range(0, size, _COLUMNS)):
         stop = min(start + _COLUMNS, size)
         corner, below = factor[start:stop, start:stop], factor[stop:, start:stop]
-        identity = torch.eye(stop - start, dtype=factor.dtype)
+        identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
         corner.copy_(torch.linalg.solve_triangular(corner, identity, upper=False))
         below.copy_(-(factor[stop:, stop:] @ below) @ corner)
 

@@ -33,7 +33,7 @@ class Checkpoint:
         self._fingerprint = fingerprint
         self.state: dict[str, Any] = {}
         try:
-            found = torch.load(self._folder / _NAME, weights_only=True)
+            found = torch.load(self._folder / _NAME, torch.get_default_device(), weights_only=True)
         except Exception:  # absent, or damaged in any of many ways: start anew
             return
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:

@@ -34,6 +34,7 @@ F = torch.nn.functional
 # time of passes whose logits are larger. Of few tokens at once, the product is slow.
 _LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
+_STORED = ("values", "scales")  # of an embedding's rows in INT8
 _KEEP_BYTES = 1 << 30  # of dequantized layers
 
 Projections: TypeAlias = dict[str, Linear]
@@ -133,22 +134,23 @@ class DequantizedModel:
             raise BundleError(f"cannot read {file}: {error}") from None
 
     @cached_property
-    def _embedding(self) -> tuple[Tensor, float]:
-        found = self._tensors(EMBED_PATH)
-        scale = np.asarray(found.get("embedding_scale", 1.0)).item()
-        if "embedding" in found:
-            return torch.tensor(found["embedding"]), scale
-        return _dequantized(found, "embedding", self.manifest.target.block_size), scale
+    def _embedding(self) -> dict[str, np.ndarray]:
+        return self._tensors(EMBED_PATH)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
-        table, scale = self._embedding
-        return table[ids].float() * scale
+        found, tokens = self._embedding, ids.flatten().numpy(force=True)
+        if "embedding" in found:
+            rows = torch.as_tensor(found["embedding"][tokens]).float()
+        else:  # only these rows: all of a large vocabulary are half a gigabyte
+            stored = {f"embedding.{part}": found[f"embedding.{part}"][tokens] for part in _STORED}
+            rows = _dequantized(stored, "embedding", self.manifest.target.block_size, torch.float32)
+        return rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
 
     def rotary(self, length: int) -> Rotary:
         """Rotary tables of the first `length` positions."""
         tables = [rotary_tables(rope, length, "float32") for rope in self.manifest.ropes]
-        return [(torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in tables]
+        return [(torch.as_tensor(cos), torch.as_tensor(sin)) for cos, sin in tables]
 
     def normed(self, layer: int, x: Tensor) -> Tensor:
         """What attention reads of a layer's input, `[..., D]` -> `[..., D]`."""
@@ -196,7 +198,9 @@ class DequantizedModel:
             seen = seen.triu(1 - window)
         if cap is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        with torch.autocast("cpu", enabled=False):  # BF16 scores near the cap are off by a tenth
+        with torch.autocast(
+            q.device.type, enabled=False
+        ):  # BF16 scores near the cap are off by a tenth
             scores = cap * torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / cap))
             return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.float()
 
@@ -308,11 +312,12 @@ def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dty
             parts = [array]
             while (more := found.get(f"{key}.{len(parts)}")) is not None:
                 parts.append(more)
-            weight = torch.from_numpy(np.concatenate(parts, -1).T.copy()).float()
+            weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
-            weight = _dequantized(found, name, block_size)
-            if f"{name}{OFFSETS}.values" in found:  # see `Graph.matmul_nbits`
-                offsets = _dequantized(found, f"{name}{OFFSETS}", block_size)
+            shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
+            weight = _dequantized(found, name, block_size, torch.float32 if shifted else dtype)
+            if shifted:
+                offsets = _dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
                 offsets = offsets[:, : weight.shape[1] // block_size]
                 weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
         else:
@@ -321,10 +326,12 @@ def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dty
     return projections
 
 
-def _dequantized(found: dict[str, np.ndarray], name: str, block_size: int) -> Tensor:
+def _dequantized(
+    found: dict[str, np.ndarray], name: str, block_size: int, dtype: torch.dtype
+) -> Tensor:
     scales = found[f"{name}.scales"].astype(np.float32)  # [N, blocks]
     values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
     bits: Bits = 8 if values.shape[2] == block_size else 4
     shape = values.shape[0], values.shape[1] * block_size
     zero_points = found.get(f"{name}.zero_points")
-    return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size))
+    return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size), dtype)

@@ -76,7 +76,7 @@ def _rounding_kl(trainer: Trainer) -> float:
     manifest, results = trainer.bundle.manifest, []
     backend = open_backend(manifest.target.device)
     model = Model(trainer.bundle, backend, policy=manifest.variants[0])
-    for row in trainer.held_out[:4].numpy():
+    for row in trainer.held_out[:4].numpy(force=True):
         p, q = (
             torch.from_numpy(model.logits(row, policy=policy)).double().log_softmax(-1)
             for policy in ("full", "int8")

@@ -41,7 +41,7 @@ def improve(trainer: Trainer) -> None:
     """Goes on from the value regression, or from where an earlier run of this phase was saved."""
     plan, state, compensation = trainer.plan, trainer.checkpoint.state, trainer.compensation
     trainer.scorer.load_state_dict(state["scorer"])
-    trainer.generator.set_state(state["generator"])
+    trainer.generator.set_state(state["generator"].cpu())
     first, memory = state.get("step", 0), list(state.get("memory", []))
     for weight, saved in zip(compensation, state.get("compensation", compensation), strict=True):
         weight.data.copy_(saved)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
+from dash_onnx.exporters.device import TrainDevice
 
 EffortName = Literal["quick", "normal", "thorough"]
 
@@ -87,12 +88,14 @@ class TrainOptions:
         effort: how much to do.
         calibration: the user's own text, see `text_sources`; none lets the model write it itself.
         seed: of everything random.
+        device: that torch computes on.
         plan: in place of that of the effort.
     """
 
     effort: EffortName = "quick"
     calibration: tuple[TextLike, ...] = ()
     seed: int = 0
+    device: TrainDevice = "cpu"
     plan: TrainingPlan | None = None
 
     @cached_property

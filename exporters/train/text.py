@@ -39,7 +39,7 @@ def training_ids(
     """
     if not texts:
         ids = self_written(bundle, codec, sequences, length, seed, "training text")
-        return torch.from_numpy(ids)
+        return torch.as_tensor(ids)
 
     length = min(length, bundle.manifest.model.max_length)
 
@@ -58,4 +58,4 @@ def training_ids(
         purpose="training",
     )
     generator = torch.Generator().manual_seed(seed)
-    return torch.from_numpy(rows)[torch.randperm(len(rows), generator=generator)]
+    return torch.as_tensor(rows[torch.randperm(len(rows), generator=generator, device="cpu")])

@@ -9,6 +9,7 @@ from dash_onnx.core.atomic import check_destination, writing
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.exporters.device import torch_device
 from dash_onnx.exporters.train.finish import Profile, finish
 from dash_onnx.exporters.train.improve import improve
 from dash_onnx.exporters.train.options import TrainOptions
@@ -39,15 +40,16 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
     bundle = Bundle(folder)
     check_device(bundle.manifest.target.device)  # the costs are measured there
     check_destination(bundle.folder, overwrite=True)
-    trainer = Trainer(bundle, options)
-    learn(trainer)
-    with writing(bundle.folder, overwrite=True) as trained:
-        # What shows the old policy must not outlive it.
-        old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
-        shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
-        manifest = finish(trainer, trained, profile)
-        (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
-    trainer.checkpoint.remove()
+    with torch_device(options.device):
+        trainer = Trainer(bundle, options)
+        learn(trainer)
+        with writing(bundle.folder, overwrite=True) as trained:
+            # What shows the old policy must not outlive it.
+            old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
+            shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
+            manifest = finish(trainer, trained, profile)
+            (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
+        trainer.checkpoint.remove()
     return manifest
 
 

@@ -59,22 +59,26 @@ def sampled_values(
 
 
 def fisher_sample(env: Environment, final: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum over tokens of v . logits, v Gaussian with the Fisher matrix as covariance; a scalar.
+    """A scalar whose gradient is that of the sum over tokens of v . logits.
+
+    v `[V]` is Gaussian with the Fisher matrix as covariance. What would be `[tokens, V]` is not
+    kept for the backward pass.
 
     Args:
         env: whose model's LM head is used.
         final: its input, `[B, T, D]`.
         generator: of v.
     """
-    total = final.new_zeros(())
-    for part in final.flatten(0, 1).split(env.model.chunk):
-        logits = env.model.logits(part).float()
-        with torch.no_grad():
+    weight, gradients = env.model.lm_head(env.model.head).weight, []
+    with torch.no_grad():
+        for part in final.flatten(0, 1).split(env.model.chunk):
+            logits = env.model.logits(part).float()
             p = logits.softmax(-1)
             noise = p.sqrt() * torch.randn(p.shape, generator=generator)
             v = noise - p * noise.sum(-1, keepdim=True)  # (I - p 1^T) diag(p)^1/2 e
-        total = total + (v * logits).sum()
-    return total
+            v *= env.model.logits_slope(logits)
+            gradients.append((v.to(weight.dtype) @ weight).to(final.dtype))
+    return (torch.cat(gradients).view_as(final) * final).sum()
 
 
 def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+"""Where torch computes: the sums of a calibration, GPTQ, and training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dash_onnx.core.errors import DeviceError
+
+TrainDevice = Literal["cpu", "cuda", "auto"]
+
+
+def torch_device(choice: TrainDevice) -> torch.device:
+    """The device of a choice; as a context, it is where new tensors go.
+
+    Raises:
+        DeviceError: torch finds no GPU.
+    """
+    found = torch.cuda.is_available()
+    if choice == "cuda" and not found:
+        raise DeviceError(
+            "--train-device cuda: torch finds no GPU here; take --train-device cpu, or install "
+            "torch for CUDA (pytorch.org tells how)"
+        )
+    return torch.device("cuda" if found and choice != "cpu" else "cpu")
