@@ -21,7 +21,7 @@ class KVCache:
         batch: sequences B, equally long.
         length: valid tokens of each.
         capacity: tokens there is room for.
-        keys: one buffer `[B, H_kv, capacity, d]` per layer.
+        keys: one buffer `[B, H_kv, capacity, d]` per layer, see `Dims.cache_shape`.
         values: likewise.
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
     """
@@ -63,12 +63,12 @@ class KVCache:
 
     def _grown(self, old: list[Buffer], capacity: int) -> list[Buffer]:
         dims = self._manifest.dims
-        shape = (self.batch, dims.num_kv_heads, capacity, dims.head_dim)
+        shape = dims.cache_shape(self.batch, capacity)
         new = []
         for layer in range(self._manifest.model.num_layers):
-            buffer = self._backend.buffer(shape, dims.dtype)
+            buffer = self._backend.buffer(shape, dims.cache_dtype)
             if self.length:
-                content = np.zeros(shape, dims.dtype)
+                content = np.zeros(shape, dims.cache_dtype)
                 content[:, :, : self.length] = old[layer].array[:, :, : self.length]
                 buffer.write(content)
             new.append(buffer)

@@ -133,3 +133,44 @@ def compare(sequence: SequenceState, slow: SlowModel) -> None:
         ):
             got = buffer.array[0, :, : sequence.length]
             np.testing.assert_allclose(got, torch.stack(rows, 1).numpy(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("action", ["full", "int8", "int4", "skip"])
+@pytest.mark.parametrize(("cache", "top", "share"), [("int8", 127, 4), ("int4", 7, 8)])
+def test_a_quantized_cache_holds_the_nearest_levels(
+    cache: str, top: int, share: int, action: str, tiny_with: Callable[..., Path]
+) -> None:
+    """Of one layer, whose input is the same: for prompts and single tokens, in every action."""
+    ids, held = np.arange(40, 65), []
+    folder = tiny_with(kv_cache=cache)
+    for model in (dash_onnx.load(tiny_with()), dash_onnx.load(folder)):
+        sequence = model.new_sequence(16)  # it grows on the way
+        decider = FixedPath((action,) + ("full",) * (LAYERS - 1), "full")
+        sequence.forward(ids[:20], decider)
+        for token in ids[20:].tolist():
+            sequence.forward(token, decider)
+        held.append([buffers[0] for buffers in (sequence.kv.keys, sequence.kv.values)])
+    graph = onnx.load(folder / f"layers/00/{action}.onnx").graph
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for wanted, found, scale in zip(*held, (arrays["k_scale"], arrays["v_scale"]), strict=True):
+        assert wanted.array.nbytes == share * found.array.nbytes
+        levels = found.array[0, :, : len(ids)].astype(np.int64)
+        if cache == "int4":
+            levels = np.stack([levels & 15, levels >> 4], -1).reshape(*levels.shape[:-1], -1) - 8
+        nearest = np.round(wanted.array[0, :, : len(ids)] / scale).clip(-top - 1, top)
+        assert np.abs(levels - nearest).max() <= 1  # other kernels, a hair from the border
+        assert (levels == nearest).mean() > 0.98
+
+
+def test_a_quantized_cache_costs_little(tiny_with: Callable[..., Path], night: Path) -> None:
+    """Logits after every token, from a path that mixes all actions; on text like that it saw."""
+    text = dash_onnx.load(tiny_with()).text.encode(night.read_text())
+    ids, path = text[1000:1060], ("full", "skip", "int4", "int8")
+    wanted, *found = (
+        dash_onnx.load(tiny_with(kv_cache=cache))
+        .new_sequence()
+        .prefill(ids, path, "full", every=True)
+        for cache in ("float", "int8", "int4")
+    )
+    int8, int4 = (np.abs(logits - wanted).max() / np.abs(wanted).max() for logits in found)
+    assert 0 < int8 < 0.05 < int4 < 0.6

@@ -89,6 +89,13 @@ def _parser() -> Parser:
         "1 FP32, 2 FP16, 3 BF16, 4 INT8 (default: 4 for cpu, 0 for cuda)",
     )
     parser.add_argument(
+        "--kv-cache",
+        choices=("float", "int8", "int4"),
+        default="float",
+        help="element type of the K/V cache: int8 takes a quarter of float's memory on the CPU, "
+        "int4 an eighth (default: %(default)s)",
+    )
+    parser.add_argument(
         "--requantize",
         action="store_true",
         help="round the integers of a GGUF file anew: faster than its offsets, less exact",
@@ -130,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         variants = parse_precisions(arguments.variants)
         if arguments.fused and arguments.device != "cpu":
             raise DashError("--fused graphs are built for the CPU: leave --device out")
+        if arguments.fused and arguments.kv_cache != "float":
+            raise DashError("--fused graphs have a float K/V cache: leave --kv-cache out")
         prepare_export()
         from dash_onnx.exporters.calibration.texts import text_sources
         from dash_onnx.exporters.export import ExportOptions, export
@@ -139,12 +148,14 @@ def main(argv: list[str] | None = None) -> int:
         options = ExportOptions(
             variants=variants,
             device=arguments.device,
+            train_device=arguments.train_device,
             max_length=arguments.max_length,
             block_size=arguments.block_size,
             calibration=text_sources(arguments.calibration),
             least_tokens=0 if arguments.effort == "none" else PLANS[arguments.effort].least_tokens,
             compensation_rank=arguments.compensation_rank,
             accuracy_level=arguments.accuracy_level,
+            kv_cache=arguments.kv_cache,
             requantize=arguments.requantize,
             overwrite=arguments.overwrite,
             resume=arguments.resume,
@@ -175,7 +186,9 @@ def main(argv: list[str] | None = None) -> int:
         elif trained:
             from dash_onnx.exporters.train.train import train
 
-            choice = TrainOptions(arguments.effort, options.calibration, options.seed)
+            choice = TrainOptions(
+                arguments.effort, options.calibration, options.seed, options.train_device
+            )
             manifest = train(arguments.out, choice)
         if arguments.fused:
             from dash_onnx.core.bundle import Bundle

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dash_onnx.core.actions import Action
-from dash_onnx.core.facts import ModelFacts, Rope, Target
+from dash_onnx.core.facts import KVCacheType, ModelFacts, Rope, Target
 
-DType = Literal["float32", "float16", "int32", "int64"]
+Size = TypeVar("Size", int, str)
+
+DType = Literal["float32", "float16", "int8", "uint8", "int32", "int64"]
 
 EMBED_PATH = "embed.onnx"
 
@@ -75,7 +77,8 @@ class Dims:
         head_dim: width d of one head.
         rotary_dim: how many of the d dimensions are rotated.
         vocab_size: number V of logits.
-        dtype: element type of hidden states, K/V and logits.
+        dtype: element type of hidden states and logits.
+        kv_cache: of K/V.
     """
 
     hidden_size: int
@@ -84,6 +87,7 @@ class Dims:
     rotary_dim: int
     vocab_size: int
     dtype: DType
+    kv_cache: KVCacheType = "float"
 
     @classmethod
     def of(cls, model: ModelFacts, ropes: Sequence[Rope], target: Target) -> Dims:
@@ -95,7 +99,19 @@ class Dims:
             rotary_dim=2 * len(ropes[0].inv_freq),
             vocab_size=model.vocab_size,
             dtype=target.dtype,
+            kv_cache=target.kv_cache,
         )
+
+    @property
+    def cache_dtype(self) -> DType:
+        """Element type of the K/V cache's buffers."""
+        stored: dict[KVCacheType, DType] = {"int8": "int8", "int4": "uint8"}
+        return stored.get(self.kv_cache, self.dtype)
+
+    def cache_shape(self, batch: Size, capacity: Size) -> tuple[int | Size, ...]:
+        """Of the keys of a layer, or of its values; two INT4 numbers share a byte."""
+        width = self.head_dim // 2 if self.kv_cache == "int4" else self.head_dim
+        return batch, self.num_kv_heads, capacity, width
 
 
 def embed_ports(dims: Dims) -> Ports:
@@ -115,13 +131,13 @@ def layer_ports(dims: Dims) -> Ports:
     before it: where a skipped layer writes its K/V.
     """
     hidden = ("batch", "seq", dims.hidden_size)
-    cache = ("batch", dims.num_kv_heads, "capacity", dims.head_dim)
+    cache = dims.cache_shape("batch", "capacity")
     rotary = ("positions", dims.rotary_dim // 2)
     return Ports(
         inputs=(
             Port("hidden_in", dims.dtype, hidden),
-            Port("past_key", dims.dtype, cache),
-            Port("past_value", dims.dtype, cache),
+            Port("past_key", dims.cache_dtype, cache),
+            Port("past_value", dims.cache_dtype, cache),
             Port("seqlens_k", "int32", ("batch",)),
             Port("total_sequence_length", "int32", ()),
             Port("start", "int64", ("batch",)),
@@ -130,8 +146,8 @@ def layer_ports(dims: Dims) -> Ports:
         ),
         outputs=(
             Port("hidden_out", dims.dtype, hidden),
-            Port("present_key", dims.dtype, cache),
-            Port("present_value", dims.dtype, cache),
+            Port("present_key", dims.cache_dtype, cache),
+            Port("present_value", dims.cache_dtype, cache),
         ),
     )
 

@@ -11,6 +11,9 @@ from dash_onnx.core.actions import PRECISIONS, Action
 
 _LARGE = 200_000_000  # weights of the layers
 
+KVCacheType = Literal["float", "int8", "int4"]
+"""Element type of the K/V cache; float is that of the activations."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -71,15 +74,17 @@ class Target:
 
     Attributes:
         device: ORT device the operators were chosen for.
-        dtype: element type of activations, K/V cache and logits.
+        dtype: element type of activations and logits.
         block_size: weights that share one quantization scale.
         accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
+        kv_cache: element type of the K/V cache.
     """
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "float16"]
     block_size: int
     accuracy_level: int
+    kv_cache: KVCacheType = "float"
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 
@@ -15,8 +16,11 @@ from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile, HiddenStates
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS, Ids
-from dash_onnx.exporters.graphs import HIDDEN
+from dash_onnx.exporters.graphs import HIDDEN, KVScales
 from dash_onnx.runtime.ort import Device, create_session, has_device
+
+_RANGES: dict[int, tuple[float, ...]] = {8: (1.5,), 4: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)}
+"""Of what a channel of K or V shows, by bits: INT8 has room for what other text shows."""
 
 _GRAM_PARTS = 6  # of the columns of x^T x: of 6 x 6 squares only 21 are computed
 
@@ -41,7 +45,7 @@ class Runner:
     def layer(self, index: int, path: Path, hidden: HiddenStates) -> HiddenStates:
         """Output of a graph of one layer."""
         session = create_session(path, self.device)
-        rows = [session.run(["hidden_out"], self._feeds(index, x))[0] for x in hidden]
+        rows = [session.run(["hidden_out"], self._feeds(session, index, x))[0] for x in hidden]
         return np.concatenate(rows)
 
     def layer_with_hessians(
@@ -75,7 +79,8 @@ class Runner:
             # In batches: ORT's threads spin for a while after each run, on cores that torch needs.
             for batch in hidden.batches():
                 runs = [
-                    session.run([*captured, "hidden_out"], self._feeds(index, x)) for x in batch
+                    session.run([*captured, "hidden_out"], self._feeds(session, index, x))
+                    for x in batch
                 ]
                 for name in names:
                     at = None if name == HIDDEN else captured.index(name)
@@ -105,6 +110,22 @@ class Runner:
         finally:
             beside.unlink()
 
+    def kv_scales(
+        self, index: int, path: Path, hidden: HiddenStates, bits: Literal[4, 8]
+    ) -> KVScales:
+        """Scales of a quantized K/V cache with the least squared error.
+
+        Args:
+            index: of the layer.
+            path: its graph in full precision, whose cache is not quantized.
+            hidden: its input, `[sequences, length, D]`.
+            bits: of the cache.
+        """
+        session, names = create_session(path, self.device), ["present_key", "present_value"]
+        runs = [session.run(names, self._feeds(session, index, x)) for x in hidden]
+        keys, values = (np.concatenate(found, -2)[0] for found in zip(*runs, strict=True))
+        return _least_error_scales(keys, bits), _least_error_scales(values, bits)
+
     def head(self, path: Path, hidden: HiddenStateFile) -> None:
         """Loads a head graph and runs it on the last token of the first sequence."""
         session = create_session(path, self.device)
@@ -112,11 +133,13 @@ class Runner:
         if not np.isfinite(logits).all():
             raise FloatingPointError(f"{path} gives logits that are not finite")
 
-    def _feeds(self, index: int, x: HiddenStates) -> dict[str, np.ndarray]:
+    def _feeds(self, session: Any, index: int, x: HiddenStates) -> dict[str, np.ndarray]:
         facts, length = self.spec.facts, x.shape[0]
         rope = self.spec.ropes[self.spec.attention[index].rope or 0]
         cos, sin = rotary_tables(rope, length, x.dtype.name)
-        cache = np.zeros((1, facts.num_kv_heads, length, facts.head_dim), x.dtype)
+        past = next(port for port in session.get_inputs() if port.name == "past_key")
+        stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
+        cache = np.zeros((1, facts.num_kv_heads, length, past.shape[-1]), stored)
         return {
             HIDDEN: x[None],
             "past_key": cache,
@@ -127,6 +150,19 @@ class Runner:
             "cos_cache": cos,
             "sin_cache": sin,
         }
+
+
+def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.float32]:
+    """One scale per channel of keys or values `[H_kv, tokens, d]`, `[H_kv, 1, d]`."""
+    top = 2 ** (bits - 1)
+    widest = np.maximum(np.abs(x).max(1, keepdims=True), 1e-6) / (top - 1)
+    best, least = widest, np.full_like(widest, np.inf)
+    for share in _RANGES[bits]:
+        scale = widest * share
+        rounded = np.clip(np.round(x / scale), -top, top - 1) * scale
+        error = np.square(rounded - x).sum(1, keepdims=True)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return best.astype(np.float32)
 
 
 def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:

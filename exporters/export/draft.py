@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def write_draft(
         spec: of the model.
         target: of the bundle in the making.
     """
+    target = replace(target, kv_cache="float")  # its scales are not known yet
     if not has_device(target.device) or target.device == "cpu":
         target = Target("cpu", "float32", target.block_size, 4)  # INT8 activations: the fastest
     build_embed(folder, architecture.embedding(source.weights, spec), spec, target)

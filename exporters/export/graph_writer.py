@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dash_onnx.core.actions import ACTIONS, SKIP, Action
@@ -20,6 +20,7 @@ from dash_onnx.exporters.calibration.statistics import (
     scale_and_cosine,
 )
 from dash_onnx.exporters.calibration.tokens import Ids
+from dash_onnx.exporters.device import torch_device
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs import (
     build_embed,
@@ -57,6 +58,7 @@ class GraphWriter:
     def __post_init__(self) -> None:
         self.target = self.options.target
         self.runner = Runner.on(self.options.device, self.spec)
+        self.torch_device = torch_device(self.options.train_device)
 
     def embed(self, folder: Path, ids: Ids, out: HiddenStateFile) -> None:
         """Writes the token embedding, and the calibration tokens' hidden states after it."""
@@ -74,30 +76,38 @@ class GraphWriter:
         layer = self.architecture.layer(self.source.weights, index, spec)
 
         # `full` is the reference of the figures even where it is not kept.
-        kept = build_layer(folder, index, layer, spec, target, "full", {})
+        exact = replace(target, kv_cache="float")
+        kept = build_layer(folder, index, layer, spec, exact, "full", {})
         inputs = captured_inputs(layer, spec, target.block_size) if "int4" in variants else {}
         weight = 1.0 if variants == ("int4",) else _SINK_WEIGHT
-        hessians = self.runner.layer_with_hessians(
-            index, folder / paths["full"], hidden, out, inputs, weight
-        )
-        if "full" in variants:
+        with self.torch_device:
+            hessians = self.runner.layer_with_hessians(
+                index, folder / paths["full"], hidden, out, inputs, weight
+            )
+        scales, states = None, hidden[:_FIGURE_SEQUENCES]
+        if target != exact:
+            eight = target.kv_cache == "int8"
+            scales = self.runner.kv_scales(index, folder / paths["full"], states, 8 if eight else 4)
+        if "full" in variants and target == exact:
             self.fp32_kept += kept
         else:
             for part in _files_of(folder, paths["full"]):
                 part.unlink()
-        few, full = hidden[:_FIGURE_SEQUENCES], out[:_FIGURE_SEQUENCES]
+        few, full = states, out[:_FIGURE_SEQUENCES]
         scale, cosine = scale_and_cosine(few, full)
         correction = None
         if rank := self.options.compensation_rank:
-            correction = compensation(hidden, out, layer.input_norm, spec.block, scale, rank)
+            with self.torch_device:
+                correction = compensation(hidden, out, layer.input_norm, spec.block, scale, rank)
         errors: dict[Action, float] = {}
         for action in (*variants, SKIP):
+            common = folder, index, layer, spec, target
+            if action == SKIP:
+                build_skip(*common, scale, correction, hessians, scales)
+            elif action != "full" or target != exact:
+                self.fp32_kept += build_layer(*common, action, hessians, scales)
             if action == "full":
                 continue
-            if action == SKIP:
-                build_skip(folder, index, layer, spec, target, scale, correction, hessians)
-            else:
-                self.fp32_kept += build_layer(folder, index, layer, spec, target, action, hessians)
             output = self.runner.layer(index, folder / paths[action], few)
             errors[action] = relative_error(output, full)
         sizes = {

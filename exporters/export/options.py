@@ -8,8 +8,9 @@ from typing import Literal
 
 from dash_onnx.core.actions import DEFAULT_VARIANTS, Action
 from dash_onnx.core.errors import UnsupportedError
-from dash_onnx.core.facts import ModelFacts, Target
+from dash_onnx.core.facts import KVCacheType, ModelFacts, Target
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
+from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
 
 _BLOCK, _GGUF_BLOCK = 64, 32  # the second is that of GGUF's types
@@ -23,6 +24,7 @@ class ExportOptions:
     Attributes:
         variants: precisions of each layer, highest first.
         device: decides the dtype of activations and the operators.
+        train_device: that torch calibrates and rounds on.
         max_length: context in tokens; None takes the model's own.
         block_size: weights that share one quantization scale; None takes 32 for GGUF files whose
             integers are kept and for sizes that 64 does not divide, else 64.
@@ -32,6 +34,7 @@ class ExportOptions:
             first multiple of the block size from 64 on.
         accuracy_level: in what MatMulNBits computes: 0 (as ONNX Runtime chooses), 1 (FP32), 2
             (FP16), 3 (BF16) or 4 (INT8 activations). None takes 4 on the CPU, 0 on CUDA.
+        kv_cache: element type of the K/V cache.
         requantize: round weights that the source has as integers anew.
         overwrite: replace an existing bundle.
         resume: go on where an interrupted export stopped, and keep what is finished if this one
@@ -42,12 +45,14 @@ class ExportOptions:
 
     variants: tuple[Action, ...] = DEFAULT_VARIANTS
     device: Device = "cpu"
+    train_device: TrainDevice = "cpu"
     max_length: int | None = None
     block_size: int | None = None
     calibration: tuple[TextLike, ...] = ()
     least_tokens: int = 0
     accuracy_level: int | None = None
     compensation_rank: int | None = None
+    kv_cache: KVCacheType = "float"
     requantize: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -96,4 +101,4 @@ class ExportOptions:
         """What the graphs are built for, of resolved options."""
         assert self.block_size is not None and self.accuracy_level is not None
         dtype: Literal["float32", "float16"] = "float32" if self.device == "cpu" else "float16"
-        return Target(self.device, dtype, self.block_size, self.accuracy_level)
+        return Target(self.device, dtype, self.block_size, self.accuracy_level, self.kv_cache)

@@ -101,7 +101,8 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     embedding = 2 * facts.vocab_size * facts.hidden_size
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
-    kv = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim * rule.wide
+    kv = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim
+    kept_kv = int(kv * {"float": rule.wide, "int8": 1, "int4": 0.5}[options.kv_cache])
     draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
     loaded, loaded_heads = (
@@ -114,7 +115,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         a: process + loaded[a] + (mixed if a == "int4" else loaded_heads[a]) for a in variants
     }
     run["policy"] = process + sum(loaded.values()) + mixed
-    text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv)
+    text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv * rule.wide)
     return Sizes(
         parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
         layers=kept,
@@ -123,7 +124,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         bundle=sum(kept.values()) + sum(heads.values()) + embedding,
         work=2 * states + (0 if options.calibration else draft),
         run=run,
-        kv_per_token=kv,
+        kv_per_token=kept_kv,
         export=_PROCESS_BYTES
         + _TOKEN_BYTES * facts.vocab_size
         + max(_ENDS * embedding // 2, text, widest),

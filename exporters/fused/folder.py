@@ -57,6 +57,11 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
             f"this bundle is for {manifest.target.device}; fused graphs are built for the CPU: "
             "export again with --device cpu"
         )
+    if manifest.target.kv_cache != "float":
+        raise UnsupportedError(
+            f"this bundle has an {manifest.target.kv_cache} K/V cache, and fused graphs have none: "
+            "export again without --kv-cache"
+        )
     policy = make_policy(options.policy, manifest, options.budget)
     if not isinstance(policy, ScoredPolicy | StaticPolicy):
         raise UnsupportedError(f"policy {policy.name!r} has no graph; fuse dash or a static one")

@@ -6,11 +6,13 @@ stored weights are read elsewhere (training, fused graphs): who renames one look
 """
 
 from dash_onnx.exporters.graphs.ends import build_embed, build_head
+from dash_onnx.exporters.graphs.graph import KVScales
 from dash_onnx.exporters.graphs.layer import HIDDEN, build_layer, captured_inputs
 from dash_onnx.exporters.graphs.skip import build_skip, replace_expand
 
 __all__ = [
     "HIDDEN",
+    "KVScales",
     "build_embed",
     "build_head",
     "build_layer",

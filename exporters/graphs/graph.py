@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
@@ -37,6 +39,9 @@ IR_VERSION = 11
 INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
 OFFSETS = ".offsets"
 """Ends the name of the second product of a weight that has offsets."""
+
+KVScales: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""Steps between two levels of a quantized K/V cache: of keys and of values, `[H_kv, 1, d]`."""
 
 _BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
 
@@ -232,6 +237,59 @@ class Graph:
         if norm.bias is not None:
             weights.append(self.activation_tensor(f"{name}.bias", norm.bias))
         return weights
+
+    def attend(
+        self,
+        projected: Sequence[ir.Value | None],
+        num_heads: int,
+        rotates: bool,
+        kv_scales: KVScales | None,
+        output: str,
+        **options: float,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """GroupQueryAttention over the K/V cache, in which it writes the new tokens.
+
+        Args:
+            projected: queries, keys and values, or all stacked and twice None.
+            num_heads: of queries.
+            rotates: whether it applies the rotary embedding.
+            kv_scales: of a quantized cache.
+            output: name of the first output.
+            options: further attributes.
+
+        Returns:
+            The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens.
+        """
+        inputs, cache = self.inputs, self.target.kv_cache
+        scales: list[ir.Value | None] = []
+        quantized: dict[str, str | int] = {}
+        if cache != "float":
+            assert kv_scales is not None
+            keys, values = (
+                self.tensor(f"{name}_scale", scale)
+                for name, scale in zip("kv", kv_scales, strict=True)
+            )
+            scales = [None, None, None, keys, values]
+            bits = 8 if cache == "int8" else 4
+            kind = "PER_CHANNEL"
+            quantized = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
+        attended, key, value = self.ms.GroupQueryAttention(
+            *projected,
+            inputs["past_key"],
+            inputs["past_value"],
+            inputs["seqlens_k"],
+            inputs["total_sequence_length"],
+            inputs["cos_cache"] if rotates else None,
+            inputs["sin_cache"] if rotates else None,
+            *scales,
+            num_heads=num_heads,
+            kv_num_heads=inputs["past_key"].shape[1],
+            do_rotary=int(rotates),
+            **options,
+            **quantized,
+            _outputs=[self.value(name) for name in (output, "present_key", "present_value")],
+        )
+        return attended, key, value
 
     def int64(self, *values: int) -> ir.Value:
         """A constant int64 vector."""

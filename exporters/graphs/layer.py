@@ -12,7 +12,7 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.contract import layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
-from dash_onnx.exporters.graphs.graph import Graph
+from dash_onnx.exporters.graphs.graph import Graph, KVScales
 
 HIDDEN = "hidden_in"
 """The port of a layer's input."""
@@ -47,6 +47,7 @@ def build_layer(
     target: Target,
     precision: Action,
     hessians: Mapping[str, torch.Tensor],
+    kv_scales: KVScales | None = None,
 ) -> list[str]:
     """Writes `layers/NN/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`, with the layer."""
     ports, block = layer_ports(spec.dims(target)), spec.block
@@ -56,7 +57,7 @@ def build_layer(
     hidden = graph.inputs[HIDDEN]  # [batch, seq, D]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
     qkv = graph.linear(normed, layer.qkv, precision)  # [batch, seq, (H + 2 * H_kv) * d]
-    attention, key, value = _attend(graph, qkv, index, layer, spec)
+    attention, key, value = _attend(graph, qkv, index, layer, spec, kv_scales)
     output = graph.linear(attention, layer.output, precision)
     output = graph.norm(output, "output_norm", layer.output_norm)
     if block.parallel:
@@ -74,10 +75,15 @@ def build_layer(
 
 
 def _attend(
-    graph: Graph, qkv: ir.Value, index: int, layer: Layer, spec: ModelSpec
+    graph: Graph,
+    qkv: ir.Value,
+    index: int,
+    layer: Layer,
+    spec: ModelSpec,
+    kv_scales: KVScales | None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Returns the heads' outputs `[batch, seq, H * d]`, and K and V of all tokens."""
-    facts, block, sees, inputs = spec.facts, spec.block, spec.attention[index], graph.inputs
+    facts, block, sees = spec.facts, spec.block, spec.attention[index]
     projected: list[ir.Value | None] = [qkv, None, None]
     if layer.q_norm is not None or layer.k_norm is not None:
         queries, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
@@ -98,21 +104,7 @@ def _attend(
     if sees.window is not None:
         options["local_window_size"] = sees.window
     rotates = sees.rope is not None
-    attention, key, value = graph.ms.GroupQueryAttention(
-        *projected,
-        inputs["past_key"],
-        inputs["past_value"],
-        inputs["seqlens_k"],
-        inputs["total_sequence_length"],
-        inputs["cos_cache"] if rotates else None,
-        inputs["sin_cache"] if rotates else None,
-        num_heads=facts.num_heads,
-        kv_num_heads=facts.num_kv_heads,
-        do_rotary=int(rotates),
-        **options,
-        _outputs=[graph.value(name) for name in ("attention", "present_key", "present_value")],
-    )
-    return attention, key, value
+    return graph.attend(projected, facts.num_heads, rotates, kv_scales, "attention", **options)
 
 
 def _activate(graph: Graph, up: ir.Value) -> ir.Value:

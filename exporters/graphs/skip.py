@@ -15,7 +15,7 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.contract import data_name, layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
-from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph
+from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph, KVScales
 from dash_onnx.exporters.quantize.blockwise import dequantize, quantize
 
 _EXPAND = "expand_proj"
@@ -30,26 +30,28 @@ def build_skip(
     scale: float,
     correction: tuple[torch.Tensor, torch.Tensor] | None,
     hessians: Mapping[str, torch.Tensor],
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Writes `layers/NN/skip.onnx`.
 
     K and V are projected from the layer's input in INT4 (INT8 without Hessians), K is rotated,
     and both are scattered into the cache at the token's position, so that later tokens attend
-    to a skipped token as to any other.
+    to a skipped token as to any other. A quantized cache is written by GroupQueryAttention, which
+    also rotates; that the keys attend to themselves is not used, and seen from one token it is
+    cheap.
 
     Args:
         scale: the layer's calibrated mean of ||y|| / ||x||.
         correction: A `[r, D]` and B `[D, r]` of the map from the normed input to what `scale * x`
             misses of the layer's output; None returns `scale * x`.
         hessians: see `Graph`; the one of `qkv_proj`, whose input this graph shares.
+        kv_scales: of a quantized cache.
     """
     facts = spec.facts
     ports = layer_ports(spec.dims(target))
     shared = {"skip_proj": hessians["qkv_proj"]} if hessians else {}
     graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
-    op, ms, inputs = graph.op, graph.ms, graph.inputs
-
-    hidden = inputs["hidden_in"]  # [batch, seq, D]
+    op, hidden = graph.op, graph.inputs["hidden_in"]  # [batch, seq, D]
     kv_size = facts.num_kv_heads * facts.head_dim
     kv = layer.qkv.rows(-2 * kv_size, layer.qkv.out_features, "skip_proj")
     sizes, names = [kv_size, kv_size], ["key", "value"]
@@ -63,7 +65,26 @@ def build_skip(
     )
 
     key = graph.norm_heads(key, "k_norm", layer.k_norm, kv_size)
-    if spec.attention[index].rope is not None:
+    rotates = spec.attention[index].rope is not None
+    if kv_scales is None:
+        cached = [*_scattered(graph, key, value, rotates, spec)]
+    else:
+        heads, own = facts.num_kv_heads, {"local_window_size": 1}
+        _, *cached = graph.attend([key, key, value], heads, rotates, kv_scales, "unused", **own)
+    compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
+    if correction is not None:
+        expand = Linear(_EXPAND, correction[1])
+        compensated = op.Add(compensated, graph.linear(reduced[0], expand, "int8"))
+    outputs = dict(zip(("present_key", "present_value"), cached, strict=True))
+    graph.save(folder, layer_path(index, SKIP), hidden_out=compensated, **outputs)
+
+
+def _scattered(
+    graph: Graph, key: ir.Value, value: ir.Value, rotates: bool, spec: ModelSpec
+) -> tuple[ir.Value, ir.Value]:
+    """Rotates the keys and writes both, `[batch, seq, H_kv * d]`, into the cache."""
+    facts, op, ms, inputs = spec.facts, graph.op, graph.ms, graph.inputs
+    if rotates:
         rotated = 2 * len(spec.ropes[0].inv_freq)
         key = ms.RotaryEmbedding(
             key,
@@ -82,16 +103,9 @@ def build_skip(
             inputs[past], update, inputs["start"], axis=2, _outputs=[graph.value(present)]
         )
 
-    compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
-    if correction is not None:
-        expand = Linear(_EXPAND, correction[1])
-        compensated = op.Add(compensated, graph.linear(reduced[0], expand, "int8"))
-    graph.save(
-        folder,
-        layer_path(index, SKIP),
-        hidden_out=compensated,
-        present_key=scatter("past_key", key, "present_key"),
-        present_value=scatter("past_value", value, "present_value"),
+    return (
+        scatter("past_key", key, "present_key"),
+        scatter("past_value", value, "present_value"),
     )
 
 
