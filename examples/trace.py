@@ -8,7 +8,7 @@ import sys
 import dash_onnx
 
 model = dash_onnx.load(sys.argv[1])
-marks = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
+marks = {"full": "F", "int8": "8", "int4": "4", "int2": "2", "skip": "."}
 for chunk in model.stream("The lighthouse keeper", policy="random:7", max_new_tokens=16):
     path = "".join(marks[action] for action in chunk.path)
     print(f"{path}  {chunk.ms:7.2f} ms  {model.text.token(chunk.token)!r}")

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import LLAMA3_ROPE, TINY, logits_of, tiny_tokenizer
+from conftest import LLAMA3_ROPE, TINY, VARIANTS, logits_of, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
-from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.exporters.architectures.rope import head_order
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
@@ -153,7 +152,7 @@ class Pair:
         """Saves and exports; MatMulNBits computes exactly (accuracy level 0)."""
         source, out = save_random(folder / "source", case), folder / "out"
         options = ExportOptions(
-            variants=PRECISIONS,
+            variants=VARIANTS,
             max_length=case.max_length,
             calibration=(text,),
             accuracy_level=0,

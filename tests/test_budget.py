@@ -11,11 +11,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from conftest import VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dash_onnx
-from dash_onnx.core.actions import PRECISIONS, SKIP, Action
+from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.budget import (
     PRESETS,
@@ -396,7 +397,7 @@ def test_a_skipping_path_meets_the_budget_with_as_few_skips_as_possible(
 ) -> None:
     path = skipping_path(plain, budget, order)
     limit = budget * reference_ms(plain)
-    assert plain.costs.token_ms(path, "int8") <= limit * (1 + 1e-6)
+    assert plain.costs.token_ms(path, plain.heads[SKIP]) <= limit * (1 + 1e-6)
     base = base_precision(plain, budget)
     assert set(path) <= {base, SKIP}
     assert path[0] == path[-1] == base
@@ -404,7 +405,7 @@ def test_a_skipping_path_meets_the_budget_with_as_few_skips_as_possible(
     if skips:
         chosen = (evenly_skipped if order == "even" else similar_skipped)(plain, skips - 1)
         fewer = tuple(SKIP if i in chosen else base for i in range(LAYERS))
-        assert plain.costs.token_ms(fewer, "int8") > limit
+        assert plain.costs.token_ms(fewer, plain.heads[SKIP]) > limit
     policy = make_policy(order, plain, budget)
     assert (policy.name, policy.uniform) == (order, path)
 
@@ -414,8 +415,8 @@ def test_the_base_is_the_cheapest_precision_that_costs_at_least_the_budget(
     plain: Manifest, budget: float
 ) -> None:
     limit = budget * reference_ms(plain)
-    cost = {p: plain.costs.token_ms((p,) * LAYERS, "int8") for p in PRECISIONS}
-    enough = [p for p in PRECISIONS if cost[p] >= limit]
+    cost = {p: plain.costs.token_ms((p,) * LAYERS, plain.heads[SKIP]) for p in VARIANTS}
+    enough = [p for p in VARIANTS if cost[p] >= limit]
     assert base_precision(plain, budget) == (
         min(enough, key=cost.__getitem__) if enough else "full"
     )
@@ -454,7 +455,7 @@ def test_random_without_a_budget_draws_from_every_action(plain: Manifest) -> Non
     policy = make_policy("random", plain)
     assert isinstance(policy, RandomPolicy)
     paths = islice(policy.paths(), 50)
-    assert {action for path in paths for action in path} == {*PRECISIONS, SKIP}
+    assert {action for path in paths for action in path} == {*VARIANTS, SKIP}
 
 
 @pytest.mark.parametrize("policy", ["random", "even", "cosine"])

@@ -151,12 +151,12 @@ def test_misuse_of_the_arguments_is_one_line_that_leads_to_the_help(
     assert "dash-export --help" in refused(capsys, *arguments)
 
 
-@pytest.mark.parametrize("variants", ["full,int2", "skip"])
+@pytest.mark.parametrize("variants", ["full,int3", "skip"])
 def test_an_unknown_variant_is_refused_and_the_known_ones_are_listed(
     variants: str, tiny_folder: Path, out: Path, capsys: Capture
 ) -> None:
     message = refused(capsys, tiny_folder, out, "--variants", variants)
-    assert "full, int8, int4" in message
+    assert "full, int8, int4, int2" in message
     assert os.listdir(out.parent) == []
 
 

@@ -224,7 +224,7 @@ def test_facts_are_those_of_the_config_the_text_and_the_files(
     assert manifest.model == ModelFacts("tiny", "llama", *tiny)
     np.testing.assert_allclose(manifest.ropes[0].inv_freq, 1e4 ** (-np.arange(8) / 8), rtol=1e-6)
     assert manifest.variants == manifest.exported_heads == ALL
-    assert manifest.heads == {"full": "full", "int8": "int8", "int4": "int8", "skip": "int8"}
+    assert manifest.heads == {"full": "full", "int8": "int8", "int4": "int4", "skip": "int4"}
     calibration = manifest.calibration
     assert (calibration.source, calibration.sink_tokens) == ("night.txt", SINKS)
     assert calibration.sequences >= 2 and calibration.tokens == reference.ids.numel()
@@ -272,20 +272,20 @@ def test_graphs_do_not_depend_on_the_other_variants(bundle: Path, tiny_with: Exp
 
 
 @pytest.mark.parametrize(
-    ("variants", "head_of_int4"),
+    ("variants", "mixed"),
     [
-        (("full",), None),
+        (("full",), "full"),
         (("int4",), "int4"),
-        (("int8", "int4"), "int8"),
-        (("full", "int4"), "int4"),
+        (("int8", "int4"), "int4"),  # which looks twice
+        (("full", "int4"), "full"),
     ],
 )
-def test_int4_and_mixed_paths_take_the_int8_head_mixed_ones_else_the_highest(
-    variants: tuple[str, ...], head_of_int4: str | None, tiny_with: Export
+def test_int4_and_mixed_paths_take_the_int4_head_where_it_looks_twice_else_the_highest(
+    variants: tuple[str, ...], mixed: str, tiny_with: Export
 ) -> None:
     manifest = Bundle(tiny_with(variants=variants)).manifest
-    wanted = {**{v: v for v in variants}, "skip": variants[0]}
-    assert manifest.heads == (wanted | {"int4": head_of_int4} if head_of_int4 else wanted)
+    wanted = {v: mixed if v == "int4" else v for v in (*variants, "skip")}
+    assert manifest.heads == {**wanted, "skip": mixed}
     assert manifest.exported_heads == variants
 
 

@@ -104,7 +104,7 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
     hidden = [HiddenStateFile(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
     hidden[0].write(1, [runner.embed(pair.bundle / "embed.onnx", ids[None])])
     for index in range(LAYERS):
-        inputs = captured_inputs(family.layer(source.weights, index, spec), spec, 32)
+        inputs = captured_inputs(family.layer(source.weights, index, spec), spec, 32, ("int4",))
         path = pair.bundle / layer_path(index, "full")
         states = hidden[index : index + 2]
         hessians = runner.layer_with_hessians(index, path, *states, inputs, sink_weight=0.25)
@@ -142,10 +142,11 @@ def test_the_fused_graph_computes_what_the_graphs_of_the_bundle_compute(
     fuse(Bundle(pair.bundle), tmp_path / "fused", options, overwrite=False)
     client, sequence = Client(tmp_path / "fused", pair.model.manifest), pair.model.new_sequence()
     path, ids = ("int8", "skip", "skip"), random_ids(WINDOW + 8)
-    ours = sequence.prefill(ids[:3], path, "int8")
+    head = pair.model.manifest.heads["skip"]
+    ours = sequence.prefill(ids[:3], path, head)
     np.testing.assert_allclose(client(ids[:3].tolist())[0][-1], ours, atol=2e-4)
     for token in ids[3:].tolist():
-        ours = sequence.forward(token, FixedPath(path, "int8"))[0]
+        ours = sequence.forward(token, FixedPath(path, head))[0]
         np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
     for layer in range(LAYERS):  # nothing ever reads the K/V of a layer that every token skips
         for kind, buffers in (("key", sequence.kv.keys), ("value", sequence.kv.values)):

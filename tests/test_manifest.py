@@ -82,7 +82,7 @@ def test_another_version_is_told_before_any_key_it_may_have_changed(text: str) -
         (lambda data: data["model"].pop("head_dim"), "missing key 'model.head_dim'"),
         (lambda data: data["target"].update(device="tpu"), "'target.device' must be one of"),
         (lambda data: data.update(kv_of_skipped="project"), "unknown key 'kv_of_skipped'"),
-        (lambda data: data["heads"].update(int8="int2"), "'heads.int8' must be one of"),
+        (lambda data: data["heads"].update(int8="int3"), "'heads.int8' must be one of"),
         (lambda data: data["model"].update(num_layers="4"), "'model.num_layers' must be int"),
     ],
 )

@@ -9,8 +9,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from conftest import VARIANTS
 
-from dash_onnx.core.actions import ACTIONS, Action, check_action, parse_precisions
+from dash_onnx.core.actions import SKIP, Action, check_action, parse_precisions
 from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
@@ -37,7 +38,7 @@ def drawn(policy: PathPolicy, count: int) -> list[ActionPath]:
 def test_a_precision_runs_every_layer_of_every_token_in_it(manifest: Manifest, name: str) -> None:
     policy = make_policy(name, manifest)
     assert policy.name == name
-    assert policy.head == ("int8" if name == "int4" else name)  # INT4 heads lose too much
+    assert policy.head == manifest.heads[name] == name
     assert policy.uniform == (name,) * 4
     assert drawn(policy, 3) == [(name,) * 4] * 3
 
@@ -62,7 +63,7 @@ def test_a_static_policy_is_a_list_with_repeats(
 
 @pytest.mark.parametrize(
     ("text", "head"),
-    [("int4*4", "int8"), ("full*4", "full"), ("full,int4*3", "int8"), ("full*3,skip", "int8")],
+    [("int4*4", "int4"), ("full*4", "full"), ("full,int4*3", "int4"), ("full*3,skip", "int4")],
 )
 def test_the_head_follows_one_precision_and_is_that_of_mixed_paths_otherwise(
     manifest: Manifest, text: str, head: Action
@@ -87,7 +88,7 @@ def test_a_static_policy_is_read_from_a_file(
 def test_a_random_policy_takes_a_seed(manifest: Manifest, text: str, seed: int) -> None:
     policy = make_policy(text, manifest)
     assert policy.uniform is None
-    assert policy.head == "int8"
+    assert policy.head == "int4"
     assert policy.name == f"random:{seed}"
     assert drawn(policy, 20) == drawn(RandomPolicy(manifest, seed), 20)
 
@@ -133,7 +134,7 @@ def test_an_action_that_was_not_exported_is_refused(int4_only: Manifest, text: s
         ("full*5", "the path has 5 actions"),
         (",", "the path has 0 actions"),
         ("full*4,int8*0,int4", "the path has 5 actions"),
-        ("full*3,int2", "action 'int2' is not in this bundle"),
+        ("full*3,int3", "action 'int3' is not in this bundle"),
         ("full*3,", "the path has 3 actions"),
         ("skip,full*3", "the first layer must run"),
         ("skip*4", "the first layer must run"),
@@ -198,7 +199,7 @@ def test_random_paths_draw_every_action_equally_often_and_layers_independently(
     paths = drawn(RandomPolicy(manifest, 1), count)
     for layer in (1, 2):
         shares = Counter(path[layer] for path in paths)
-        assert set(shares) == set(ACTIONS)
+        assert set(shares) == {*VARIANTS, SKIP}
         assert all(abs(n / count - 1 / 4) < 0.02 for n in shares.values())
     pairs = Counter(path[1:3] for path in paths)
     assert len(pairs) == 16
@@ -249,6 +250,6 @@ def test_bad_precisions_are_refused(text: str, message: str) -> None:
 
 def test_an_action_must_be_exported_and_exist() -> None:
     assert check_action("int8", ["full", "int8"]) == "int8"
-    for name, exported in [("int4", ["full", "int8"]), ("int2", ["int2", "full"])]:
+    for name, exported in [("int4", ["full", "int8"]), ("int3", ["int3", "full"])]:
         with pytest.raises(PolicyError, match=f"action '{name}' is not in this bundle"):
             check_action(name, exported)

@@ -24,9 +24,9 @@ from dash_onnx.exporters.quantize.blockwise import (
     Bits,
     Quantized,
     dequantize,
-    pack4,
+    pack_levels,
     quantize,
-    unpack4,
+    unpack_levels,
 )
 from dash_onnx.exporters.quantize.gptq import gptq
 from dash_onnx.exporters.sources.gguf_blocks import unpack
@@ -52,15 +52,17 @@ def run_product(
 
 
 @given(
-    hnp.arrays(
-        np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.integers(0, 15)
-    )
+    hnp.arrays(np.uint8, st.tuples(st.integers(1, 4), st.integers(1, 9))),
+    st.sampled_from([2, 4, 8]),
 )
-def test_packing_is_undone_by_unpacking(values: np.ndarray) -> None:
-    np.testing.assert_array_equal(unpack4(pack4(values), values.shape[1]), values)
+def test_packing_is_undone_by_unpacking(values: np.ndarray, bits: Bits) -> None:
+    values &= 2**bits - 1
+    np.testing.assert_array_equal(
+        unpack_levels(pack_levels(values, bits), bits, values.shape[1]), values
+    )
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("columns", [256, 96])  # 96: the last block of 128 is padded
 def test_ort_computes_with_the_dequantized_weight(
@@ -106,7 +108,7 @@ def test_int8_gives_back_weights_that_were_int8_before() -> None:
     assert torch.equal(dequantize(quantize(weight, 8, 32)), weight)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_all_zero_blocks_stay_zero(bits: Bits) -> None:
     assert not dequantize(quantize(torch.zeros(4, 64), bits, 32)).any()
 
@@ -114,8 +116,9 @@ def test_all_zero_blocks_stay_zero(bits: Bits) -> None:
 # GPTQ
 
 
+@pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("block_size", [16, 32, 128])
-def test_gptq_loses_less_output_than_rounding(block_size: int) -> None:
+def test_gptq_loses_less_output_than_rounding(block_size: int, bits: Bits) -> None:
     weight = torch.randn(48, 256, generator=GENERATOR)
     # Correlated inputs of unequal size, as a language model has them.
     mix = torch.randn(256, 256, generator=GENERATOR) * torch.logspace(0, -2, 256)
@@ -125,8 +128,8 @@ def test_gptq_loses_less_output_than_rounding(block_size: int) -> None:
     def loss(quantized: Quantized) -> float:
         return float((held_out @ (dequantize(quantized) - weight).T).square().mean())
 
-    rounded = loss(quantize(weight, 4, block_size))
-    assert loss(gptq(weight, inputs.T @ inputs, block_size)) < 0.6 * rounded
+    rounded = loss(quantize(weight, bits, block_size))
+    assert loss(gptq(weight, inputs.T @ inputs, block_size, bits)) < 0.6 * rounded
 
 
 def test_gptq_rounds_a_block_alike_wherever_it_stands() -> None:

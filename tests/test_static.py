@@ -30,7 +30,7 @@ def searched(
         measured.append(path)
         return float(sum(LOSSES[layer, action] for layer, action in enumerate(path)))
 
-    return list(search(COSTS, values, measure, candidates, start)), measured
+    return list(search(COSTS, values, measure, candidates, 2, start)), measured
 
 
 def test_each_downgrade_loses_least_per_time_saved() -> None:

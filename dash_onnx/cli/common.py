@@ -157,7 +157,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy",
         default="",
-        help="dash, full, int8, int4, static, even, cosine, random[:SEED], "
+        help="dash, full, int8, int4, int2, static, even, cosine, random[:SEED], "
         "static:ACTION[*N],... or static:@FILE (default: dash where a policy was trained, else "
         "the highest exported precision)",
     )

@@ -45,7 +45,7 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-export",
         "Export each layer of a causal LM as INT8, INT4 and skip ONNX graphs; --variants adds full "
-        "precision.",
+        "precision and INT2.",
         _EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
@@ -53,7 +53,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--variants",
         default=",".join(DEFAULT_VARIANTS),
-        help="precisions of each layer, of full, int8, int4 (default: %(default)s)",
+        help="precisions of each layer, of full, int8, int4, int2 (default: %(default)s)",
     )
     parser.add_argument(
         "--device",

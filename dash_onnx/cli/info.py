@@ -86,7 +86,8 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     model = spec.facts
     rows = [["", *variants, "skip"]]
     rows.append(["layers, MB", *(f"{size / 1e6:.1f}" for size in sizes.layers.values())])
-    rows.append(["LM head, MB", *(f"{size / 1e6:.1f}" for size in sizes.heads.values()), ""])
+    heads = {a: f"{size / 1e6:.1f}" for a, size in sizes.heads.items()}
+    rows.append(["LM head, MB", *(heads.get(a, "") for a in variants), ""])
     rows.append(["memory to run, MB", *(f"{sizes.run[a] / 1e6:.1f}" for a in variants), ""])
     return facts, [
         f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",

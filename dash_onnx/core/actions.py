@@ -7,18 +7,21 @@ from typing import Literal, TypeAlias
 
 from dash_onnx.core.errors import PolicyError
 
-Action: TypeAlias = Literal["skip", "int4", "int8", "full"]
+Action: TypeAlias = Literal["skip", "int2", "int4", "int8", "full"]
 Path: TypeAlias = tuple[Action, ...]
 """All decisions of one token: one action per layer."""
 
 SKIP: Action = "skip"
-PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4")
+PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4", "int2")
 """Actions that run the layer, highest precision first."""
 
 DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
 """What is exported unless told: `full` takes four times INT8's memory and gains hardly anything."""
 
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
+
+LOSSY: tuple[Action, ...] = ("int2", SKIP)
+"""Actions whose losses neither are small nor simply add up, so that they must be measured."""
 
 
 def parse_precisions(text: str) -> tuple[Action, ...]:

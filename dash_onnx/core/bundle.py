@@ -7,7 +7,7 @@ import os
 from pathlib import Path, PurePosixPath
 
 from dash_onnx.core.atomic import write_text
-from dash_onnx.core.contract import data_name
+from dash_onnx.core.contract import SHARED_DATA, data_name
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import FileFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
@@ -86,7 +86,7 @@ class Bundle:
         """
         if name not in self.manifest.files:
             raise BundleError(f"{self.folder} has no {name}; export again")
-        for part in (name, data_name(name)):
+        for part in (name, data_name(name), SHARED_DATA.get(name, name)):
             facts = self.manifest.files.get(part)
             if part in self._verified or (facts is None and not (self.folder / part).exists()):
                 continue

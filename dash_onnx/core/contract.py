@@ -39,6 +39,10 @@ def data_name(graph: str) -> str:
     return graph + ".data"
 
 
+SHARED_DATA = {head_path("int4"): data_name(head_path("int8"))}
+"""By graph, the weights of another one that it may read too: the INT4 head takes rows of INT8's."""
+
+
 def scorer_path(digest: str) -> str:
     """Path of a scorer graph, named after its content: a new one never overwrites the old one."""
     return f"scorer-{digest[:12]}.onnx"

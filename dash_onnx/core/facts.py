@@ -147,11 +147,13 @@ class Costs:
 
     @property
     def unit_ms(self) -> float:
-        """Mean milliseconds of a layer in the cheapest precision: multipliers are nats per this.
+        """Mean milliseconds of a layer in INT4, or in the cheapest precision without it.
 
-        So that a policy table holds on another machine, as far as the ratios of costs do.
+        Multipliers are nats per this, so that a policy table holds on another machine, as far as
+        the ratios of costs do.
         """
-        cheapest = [action for action in PRECISIONS if action in self.layers_ms[0]][-1]
+        known = [action for action in PRECISIONS if action in self.layers_ms[0]]
+        cheapest = "int4" if "int4" in known else known[-1]
         return sum(costs[cheapest] for costs in self.layers_ms) / len(self.layers_ms)
 
     def in_units(self, actions: Sequence[Action]) -> list[list[float]]:

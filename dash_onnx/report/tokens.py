@@ -14,7 +14,7 @@ TokenKind: TypeAlias = Literal[
 ]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
-LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "skip": "."}
+LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "int2": "2", "skip": "."}
 """One character per action, so that a path fits a line."""
 
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space

@@ -6,7 +6,7 @@ import * as ort from "onnxruntime-web";
 import { Fused, Text } from "./fused.mjs";
 
 const LIMIT = Number(new URLSearchParams(location.search).get("tokens") ?? 200); // of an answer
-const NAMES = { full: "full precision", int8: "INT8", int4: "INT4", skip: "skipped" };
+const NAMES = { full: "full precision", int8: "INT8", int4: "INT4", int2: "INT2", skip: "skipped" };
 
 const at = (id) => document.getElementById(id);
 const percent = (share) => `${Math.round(share * 100)} %`;

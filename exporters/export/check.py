@@ -33,7 +33,7 @@ def distance(speed, hours):
     return speed * hours  # miles
 """
 
-LIMITS: Mapping[Action, float] = {"full": 2e-3, "int8": 0.1, "int4": 0.5}
+LIMITS: Mapping[Action, float] = {"full": 2e-3, "int8": 0.1, "int4": 0.5, "int2": 1.5}
 """Relative error of a layer's output: FP16's rounding of weights is 5e-4 of each, and of a residual
 stream that a layer adds little to a fraction of that; INT8 rounds weights and inputs to 1 part in
 250 of the largest of a block, INT4 to 1 in 15. Random weights, the worst case, come within 60 % of
@@ -42,7 +42,7 @@ these limits; a graph with a wrong or a missing part exceeds them."""
 CUDA_LIMIT = 1e-2
 """Likewise of `full` for CUDA, which also computes in FP16."""
 
-KL_LIMITS: Mapping[Action, float] = {"full": 1e-3, "int8": 0.25, "int4": 2.5}
+KL_LIMITS: Mapping[Action, float] = {"full": 1e-3, "int8": 0.25, "int4": 2.5, "int2": 12.0}
 """Nats between the next-token distributions of transformers and of all layers and the head at one
 precision: ten times what the demo model has (INT8 0.02, INT4 0.2 on single sentences)."""
 

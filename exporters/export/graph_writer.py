@@ -28,6 +28,7 @@ from dash_onnx.exporters.graphs import (
     build_layer,
     build_skip,
     captured_inputs,
+    looks_twice,
 )
 from dash_onnx.exporters.sources import Source
 from dash_onnx.runtime.machine import release_memory
@@ -78,8 +79,8 @@ class GraphWriter:
         # `full` is the reference of the figures even where it is not kept.
         exact = replace(target, kv_cache="float")
         kept = build_layer(folder, index, layer, spec, exact, "full", {})
-        inputs = captured_inputs(layer, spec, target.block_size) if "int4" in variants else {}
-        weight = 1.0 if variants == ("int4",) else _SINK_WEIGHT
+        inputs = captured_inputs(layer, spec, target.block_size, variants)
+        weight = 1.0 if {*variants} <= {"int4", "int2"} else _SINK_WEIGHT
         with self.torch_device:
             hessians = self.runner.layer_with_hessians(
                 index, folder / paths["full"], hidden, out, inputs, weight
@@ -118,23 +119,24 @@ class GraphWriter:
 
     def heads(self, folder: Path, hidden: HiddenStateFile) -> dict[Action, Action]:
         """Writes the LM heads; returns which one each kind of policy uses."""
-        variants = self.options.variants
-        chosen: dict[Action, Action] = {precision: precision for precision in variants}
-        # Mixed paths take INT8: nearly lossless, half the bytes of FP16. So does `int4`: the head
-        # loses more per millisecond than any layer does. Small budgets may still use the INT4 one.
-        chosen[SKIP] = "int8" if "int8" in variants else variants[0]
-        if "int4" in variants and "int8" in variants:
-            chosen["int4"] = "int8"
+        precisions = self.options.head_precisions
         head = self.architecture.head(self.source.weights, self.spec)
         gram = gram_of(hidden, head.norm, self.spec.block)
         hessians = {head.linear.name: gram}
-        for precision in variants:
+        for precision in precisions:
             self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)
         del head, gram, hessians  # a large vocabulary's, before the graphs hold its weights again
         release_memory()
-        for precision in variants:
+        for precision in precisions:
             self.runner.head(folder / head_path(precision), hidden)
-        return chosen
+        # An INT4 head that looks twice loses all but nothing; another one loses more per
+        # millisecond than any layer does.
+        mixed = "int8" if "int8" in precisions else precisions[0]
+        if "int4" in precisions and looks_twice(folder / head_path("int4")):
+            mixed = "int4"
+        own = [action for action in precisions if action in ("full", "int8")]
+        chosen: dict[Action, Action] = dict.fromkeys((*self.options.variants, SKIP), mixed)
+        return chosen | dict(zip(own, own, strict=True))
 
 
 def _files_of(folder: Path, graph: str) -> list[Path]:

@@ -97,6 +97,11 @@ class ExportOptions:
         return text_sources(self.calibration)
 
     @property
+    def head_precisions(self) -> tuple[Action, ...]:
+        """Of the LM heads."""
+        return tuple(a for a in self.variants if a != "int2") or ("int4",)
+
+    @property
     def target(self) -> Target:
         """What the graphs are built for, of resolved options."""
         assert self.block_size is not None and self.accuracy_level is not None

@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.architectures import architecture_of
-from dash_onnx.exporters.architectures.base import Layer, Linear, Norm
+from dash_onnx.exporters.architectures.base import Head, Layer, Linear, Norm
 from dash_onnx.exporters.calibration.self_written import KV_BYTES
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.graphs.ends import preview_block
+from dash_onnx.exporters.graphs.graph import BITS, block_size_of
 from dash_onnx.exporters.sources import Source
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
+_PREVIEW_BYTES = 3700  # of those of an INT4 head that looks twice
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
 _TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
 _ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
@@ -97,7 +100,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         draft += rule.stored("int8", *vars(layer).values())
         widest = max(widest, rule.working(layer.linears))
     head = architecture.head(weights, spec)
-    heads = {precision: rule.stored(precision, head.norm, head.linear) for precision in variants}
+    heads = {precision: rule.head(precision, head) for precision in rule.heads}
     embedding = 2 * facts.vocab_size * facts.hidden_size
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
@@ -109,10 +112,10 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         {action: size * (wide if action == "full" else 1) for action, size in sizes.items()}
         for sizes in (kept, heads)
     )
-    mixed = loaded_heads["int8" if "int8" in variants else variants[0]]
+    mixed = loaded_heads["int8" if "int8" in heads else rule.heads[0]]
     process = _RUNTIME_BYTES + _LOADED_TOKEN_BYTES * facts.vocab_size
     run: dict[str, int] = {
-        a: process + loaded[a] + (mixed if a == "int4" else loaded_heads[a]) for a in variants
+        a: process + loaded[a] + (loaded_heads[a] if a == "full" else mixed) for a in variants
     }
     run["policy"] = process + sum(loaded.values()) + mixed
     text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv * rule.wide)
@@ -136,9 +139,10 @@ class _Rule:
 
     def __init__(self, options: ExportOptions):
         target = options.target
-        self.block, self.rank = target.block_size, options.compensation_rank or 0
+        self.target, self.rank = target, options.compensation_rank or 0
         self.wide = 4 if target.dtype == "float32" else 2  # bytes of an activation
-        self.hessians = "int4" in options.variants
+        self.hessians = bool({"int4", "int2"} & {*options.variants})
+        self.heads = options.head_precisions
 
     def stored(self, precision: Action, *parts: Linear | Norm | None) -> int:
         size = 0
@@ -151,13 +155,24 @@ class _Rule:
                 size += self.wide * part.bias.numel()
         return size
 
-    def matrix(self, rows: int, columns: int, precision: Action) -> int:
+    def head(self, precision: Action, head: Head) -> int:
+        size, linear = self.stored(precision, head.norm, head.linear), head.linear
+        if precision != "int4" or self.target.device != "cpu" or "int8" not in self.heads:
+            return size
+        rows, columns = linear.out_features, linear.in_features
+        preview = self.matrix(rows, columns, "int4", preview_block(columns, self.target.block_size))
+        return size - self.matrix(rows, columns, "int4") + preview + _PREVIEW_BYTES
+
+    def matrix(
+        self, rows: int, columns: int, precision: Action, block_size: int | None = None
+    ) -> int:
         if precision == "full":
             return 2 * rows * columns
-        blocks = -(-columns // self.block)
-        bits = 8 if precision == "int8" else 4
-        zeros = -(-blocks // 2) if precision == "int4" else 0
-        return rows * (blocks * self.block * bits // 8 + blocks * self.wide + zeros)
+        bits = BITS[precision]
+        block = block_size or block_size_of(bits, self.target, columns)
+        blocks = -(-columns // block)
+        zeros = -(-blocks * bits // 8) if bits < 8 else 0
+        return rows * (blocks * block * bits // 8 + blocks * self.wide + zeros)
 
     def skip(self, layer: Layer, keys: int) -> int:
         width, rows = layer.qkv.in_features, 2 * keys + self.rank

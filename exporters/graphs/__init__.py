@@ -5,7 +5,7 @@
 stored weights are read elsewhere (training, fused graphs): who renames one looks there.
 """
 
-from dash_onnx.exporters.graphs.ends import build_embed, build_head
+from dash_onnx.exporters.graphs.ends import build_embed, build_head, looks_twice
 from dash_onnx.exporters.graphs.graph import KVScales
 from dash_onnx.exporters.graphs.layer import HIDDEN, build_layer, captured_inputs
 from dash_onnx.exporters.graphs.skip import build_skip, replace_expand
@@ -18,5 +18,6 @@ __all__ = [
     "build_layer",
     "build_skip",
     "captured_inputs",
+    "looks_twice",
     "replace_expand",
 ]

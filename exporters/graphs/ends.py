@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import torch
+from onnx.external_data_helper import uses_external_data
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
 from dash_onnx.core.facts import Target
-from dash_onnx.exporters.architectures.base import Head, ModelSpec
+from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec
 from dash_onnx.exporters.graphs.graph import Graph
 from dash_onnx.exporters.quantize.blockwise import (
     Quantized,
@@ -21,6 +24,12 @@ from dash_onnx.exporters.quantize.blockwise import (
     quantize,
     row_groups,
 )
+
+EXACT_TOKENS = 64
+"""Tokens of which the INT4 head computes the logit from the INT8 head's weights."""
+
+_PREVIEW_BLOCKS = (128, 64)  # of the INT4 head that chooses them: large blocks are fast
+_EXACT_ROWS = ("exact_values", "exact_scales")
 
 
 def build_embed(folder: Path, table: torch.Tensor, spec: ModelSpec, target: Target) -> list[str]:
@@ -74,12 +83,76 @@ def build_head(
     precision: Action,
     hessians: Mapping[str, torch.Tensor],
 ) -> list[str]:
-    """Writes `head/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`."""
+    """Writes `head/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`.
+
+    Where the folder holds the INT8 head, the INT4 head takes the logits of the likeliest tokens
+    from its weights, which both share: see docs/decisions/0085.
+    """
     ports = head_ports(spec.dims(target))
     graph = Graph(f"head_{precision}", ports, target, spec.block, hessians)
     normed = graph.norm(graph.inputs["hidden"], "final_norm", head.norm)
-    logits = graph.linear(normed, head.linear, precision)
+    exact = _exact_rows_of(folder, head, target) if precision == "int4" else []
+    if exact:
+        logits = _previewed(graph, normed, head.linear)
+    else:
+        logits = graph.linear(normed, head.linear, precision)
     if (cap := spec.block.logit_softcap) is not None:  # the norm has divided by it
         logits = graph.op.Tanh(logits)
         logits = graph.op.Mul(logits, graph.activation_tensor("softcap", torch.tensor(cap)))
-    return graph.save(folder, head_path(precision), logits=logits)
+    kept = graph.save(folder, head_path(precision), logits=logits)
+    if exact:
+        model = onnx.load(folder / head_path(precision), load_external_data=False)
+        shared = {tensor.name: tensor for tensor in exact}
+        for tensor in model.graph.initializer:
+            if tensor.name in shared:
+                tensor.CopyFrom(shared[tensor.name])
+        (folder / head_path(precision)).write_bytes(model.SerializeToString())
+    return kept
+
+
+def preview_block(columns: int, block_size: int) -> int:
+    """Block size of an INT4 head that looks twice."""
+    return next(size for size in (*_PREVIEW_BLOCKS, block_size) if columns % size == 0)
+
+
+def looks_twice(graph: Path) -> bool:
+    """Whether an INT4 head takes the likeliest logits from the weights of the INT8 head."""
+    stored = onnx.load(graph, load_external_data=False).graph.initializer
+    return any(tensor.name in _EXACT_ROWS for tensor in stored)
+
+
+def _exact_rows_of(folder: Path, head: Head, target: Target) -> list[onnx.TensorProto]:
+    """Values and scales of the INT8 head as rows, in its own file; none where they cannot serve."""
+    file, (rows, columns) = folder / head_path("int8"), head.linear.weight.shape
+    if not file.is_file() or target.device != "cpu" or head.linear.bias is not None:
+        return []
+    found = {t.name: t for t in onnx.load(file, load_external_data=False).graph.initializer}
+    parts = [found["lm_head.values"], found["lm_head.scales"]]
+    if columns % target.block_size or not all(uses_external_data(part) for part in parts):
+        return []
+    for part, name, width in zip(
+        parts, _EXACT_ROWS, (columns, columns // target.block_size), strict=True
+    ):
+        part.name = name
+        part.dims[:] = (rows, width)
+    return parts
+
+
+def _previewed(graph: Graph, normed: ir.Value, linear: Linear) -> ir.Value:
+    """INT4 logits, but those of the likeliest tokens from the rows of the INT8 head."""
+    op, (rows, columns), block = graph.op, linear.weight.shape, graph.target.block_size
+    logits = graph.linear(normed, linear, "int4", preview_block(columns, block))
+    _, likeliest = op.TopK(
+        logits,
+        graph.int64(min(EXACT_TOKENS, rows)),
+        sorted=0,
+        _outputs=[graph.value("likely_logits"), graph.value("likely_tokens")],
+    )
+    # Placeholders, until the file is known.
+    nothing: list[np.ndarray] = [np.zeros(1, np.uint8), np.zeros(1, np.float32)]
+    values, scales = map(graph.tensor, _EXACT_ROWS, nothing)
+    weights = graph.ms.GatherBlockQuantized(
+        values, likeliest, scales, block_size=block, bits=8, gather_axis=0, quantize_axis=1
+    )  # [batch, seq, tokens, D]
+    exact = op.MatMul(weights, op.Unsqueeze(normed, graph.int64(-1)))
+    return op.ScatterElements(logits, likeliest, op.Squeeze(exact, graph.int64(-1)), axis=-1)

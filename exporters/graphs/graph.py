@@ -24,7 +24,7 @@ from dash_onnx.exporters.quantize.blockwise import (
     Bits,
     Quantized,
     concatenate,
-    pack_int4,
+    packed,
     quantize,
     row_groups,
 )
@@ -37,13 +37,14 @@ IR_VERSION = 11
 """Lowest that allows the opset's types; clients refuse a newer one than they know."""
 
 INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
+INT2_BLOCK = 64
 OFFSETS = ".offsets"
 """Ends the name of the second product of a weight that has offsets."""
 
 KVScales: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Steps between two levels of a quantized K/V cache: of keys and of values, `[H_kv, 1, d]`."""
 
-_BITS: dict[Action, Bits] = {"int8": 8, "int4": 4}
+BITS: dict[Action, Bits] = {"int8": 8, "int4": 4, "int2": 2}
 
 
 @dataclass
@@ -107,25 +108,29 @@ class Graph:
             "computes in; export with --device cpu"
         )
 
-    def linear(self, x: ir.Value, linear: Linear, precision: Action) -> ir.Value:
-        """X `[batch, seq, K]` -> `[batch, seq, N]` in a precision."""
+    def linear(
+        self, x: ir.Value, linear: Linear, precision: Action, block_size: int | None = None
+    ) -> ir.Value:
+        """X `[batch, seq, K]` -> `[batch, seq, N]` in a precision, of usual blocks unless told."""
         if precision == "full":
             products = [self.op.MatMul(x, weight) for weight in self._full_weights(linear)]
             y = products[0] if len(products) == 1 else self.op.Concat(*products, axis=-1)
         else:
-            y = self.matmul_nbits(x, linear.name, self._quantized(linear, _BITS[precision]))
+            y = self.matmul_nbits(
+                x, linear.name, self._quantized(linear, BITS[precision], block_size)
+            )
         if linear.bias is not None:
             y = self.op.Add(y, self.activation_tensor(f"{linear.name}.bias", linear.bias))
         return y
 
-    def _quantized(self, linear: Linear, bits: Bits) -> Quantized:
-        """The source's own integers where it has them; else INT4 by GPTQ where it can."""
-        block = self.target.block_size
+    def _quantized(self, linear: Linear, bits: Bits, block_size: int | None) -> Quantized:
+        """The source's own integers where it has them; else by GPTQ where it can."""
+        block = block_size or block_size_of(bits, self.target, linear.in_features)
         if stored := linear.stored(bits, block):
             return stored
         hessian = self.hessians.get(linear.name)
-        if bits == 4 and hessian is not None:
-            return gptq(linear.weight, hessian, block)
+        if bits < 8 and hessian is not None:
+            return gptq(linear.weight, hessian, block, bits)
         return quantize(linear.weight, bits, block)
 
     def matmul_nbits(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
@@ -140,7 +145,7 @@ class Graph:
         (rows, blocks), size = weight.offsets.shape, weight.block_size
         sums = -(-blocks // size) * size  # kernels are slow at rows and columns of odd number
         ones = np.kron(np.eye(sums, blocks, dtype=np.float32), np.ones(size, np.float32))
-        summing = pack_int4(torch.from_numpy(ones + 8), torch.ones(sums, blocks), None, size)
+        summing = packed(torch.from_numpy(ones + 8), torch.ones(sums, blocks), None, 4, size)
         product = self._product(
             x, name, concatenate([replace(weight, offsets=None), summing], rows + sums)
         )
@@ -321,6 +326,12 @@ class Graph:
         )
         onnx.checker.check_model(target)
         return self.fp32_kept
+
+
+def block_size_of(bits: Bits, target: Target, columns: int) -> int:
+    """Weights that share a scale: ONNX Runtime's 2-bit kernel is fast from 64 on."""
+    larger = bits == 2 and columns % INT2_BLOCK == 0
+    return max(target.block_size, INT2_BLOCK) if larger else target.block_size
 
 
 def fits_half(tensor: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,8 +18,12 @@ HIDDEN = "hidden_in"
 """The port of a layer's input."""
 
 
-def captured_inputs(layer: Layer, spec: ModelSpec, block_size: int) -> dict[str, str]:
-    """By linear layer that is rounded to INT4, the value inside the graph that is its input."""
+def captured_inputs(
+    layer: Layer, spec: ModelSpec, block_size: int, variants: Sequence[Action]
+) -> dict[str, str]:
+    """By linear layer that GPTQ rounds, the value inside the graph that is its input."""
+    if not {"int4", "int2"} & {*variants}:
+        return {}
     attends = HIDDEN if layer.input_norm is None else "input_norm.out"
     if layer.post_norm is not None:
         reads = "post_norm.out"
@@ -35,7 +39,7 @@ def captured_inputs(layer: Layer, spec: ModelSpec, block_size: int) -> dict[str,
         linear.name: value
         for linear, value in inputs
         # A skipped layer rounds its K and V together with its compensation, always.
-        if linear is layer.qkv or linear.stored(4, block_size) is None
+        if linear is layer.qkv or "int2" in variants or linear.stored(4, block_size) is None
     }
 
 
@@ -49,7 +53,7 @@ def build_layer(
     hessians: Mapping[str, torch.Tensor],
     kv_scales: KVScales | None = None,
 ) -> list[str]:
-    """Writes `layers/NN/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`, with the layer."""
+    """Writes `layers/NN/{full,int8,int4,int2}.onnx`; returns `Graph.fp32_kept`, with the layer."""
     ports, block = layer_ports(spec.dims(target)), spec.block
     graph = Graph(f"layer_{index}_{precision}", ports, target, block, hessians)
     op = graph.op

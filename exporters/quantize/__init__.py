@@ -1,4 +1,4 @@
-"""INT8 and INT4 weights in the layout of ONNX Runtime's MatMulNBits.
+"""INT8, INT4 and INT2 weights in the layout of ONNX Runtime's MatMulNBits.
 
 `blockwise` holds the layout and rounds each block to the nearest levels; `gptq` rounds to INT4 with
 error feedback. Tensors in, integers out: nothing here knows of models, files or graphs. The layout

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Bits = Literal[4, 8]
+Bits = Literal[2, 4, 8]
 
 _GROUP = 1 << 24  # weights that are FP32 at a time, of a head for a large vocabulary
 
@@ -24,7 +24,7 @@ class Quantized:
     """A weight `[N, K]` as integers with one scale per block of K.
 
     Attributes:
-        values: uint8 `[N, blocks, block_size * bits / 8]`; 4-bit values in pairs, low half first.
+        values: uint8 `[N, blocks, block_size * bits / 8]`; several in a byte, from its low end on.
         scales: float32 `[N, blocks]`.
         zero_points: uint8 `[N, blocks * bits / 8]` (rounded up), or None for 2**(bits - 1).
         offsets: float32 `[N, blocks]`, added to every weight of a block, or None.
@@ -51,14 +51,14 @@ class Quantized:
 
 
 def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
-    """Rounds to the nearest level: INT8 symmetric, INT4 with an integer zero point per block.
+    """Rounds to the nearest level: INT8 symmetric, others with an integer zero point per block.
 
     INT8 uses levels -127..127, so that weights which were INT8 with the same blocks before
     (GGUF Q8_0) come back exactly.
 
     Args:
         weight: `[N, K]`, any float dtype, finite.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         block_size: a power of two, at least 16 (MatMulNBits).
     """
     parts = (_rounded(rows, bits, block_size) for rows in row_groups(weight))
@@ -79,28 +79,37 @@ def _rounded(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
         values = levels.numpy(force=True).astype(np.uint8)
         return Quantized(values, scales.numpy(force=True), None, shape, bits, block_size)
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    scales = (high - low) / 15
-    zeros = _divide(-low[..., None], scales)[..., 0].round().clamp(0, 15)
-    levels = (_divide(blocks, scales).round() + zeros[..., None]).clamp(0, 15)
-    return pack_int4(levels.flatten(1)[:, : weight.shape[1]], scales, zeros, block_size)
+    top = 2**bits - 1
+    scales = (high - low) / top
+    zeros = _divide(-low[..., None], scales)[..., 0].round().clamp(0, top)
+    levels = (_divide(blocks, scales).round() + zeros[..., None]).clamp(0, top)
+    return packed(levels.flatten(1)[:, : weight.shape[1]], scales, zeros, bits, block_size)
 
 
-def pack_int4(
-    levels: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, block_size: int
+def packed(
+    levels: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: Bits,
+    block_size: int,
 ) -> Quantized:
-    """Packs INT4 levels 0..15.
+    """Packs levels `0..2**bits - 1`.
 
     Args:
         levels: `[N, K]`.
         scales: `[N, blocks]`.
-        zeros: `[N, blocks]`, levels of the zero points; None for 8.
+        zeros: `[N, blocks]`, levels of the zero points; None for `2**(bits - 1)`.
+        bits: of a level.
+        block_size: levels that share a scale.
     """
     return Quantized(
-        values=pack4(_blocks(levels, block_size).numpy(force=True).astype(np.uint8)),
+        values=pack_levels(_blocks(levels, block_size).numpy(force=True).astype(np.uint8), bits),
         scales=scales.numpy(force=True),
-        zero_points=None if zeros is None else pack4(zeros.numpy(force=True).astype(np.uint8)),
+        zero_points=None
+        if zeros is None
+        else pack_levels(zeros.numpy(force=True).astype(np.uint8), bits),
         shape=(levels.shape[0], levels.shape[1]),
-        bits=4,
+        bits=bits,
         block_size=block_size,
     )
 
@@ -146,13 +155,15 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> torc
 def _dequantized(whole: Quantized, rows: slice) -> torch.Tensor:
     quantized = whole.map(lambda array: array[rows])
     levels, zeros = torch.tensor(quantized.values), quantized.zero_points
-    if quantized.bits == 4:
-        levels = torch.stack([levels & 15, levels >> 4], -1).flatten(2)
+    if quantized.bits < 8:
+        shifts = range(0, 8, quantized.bits)
+        mask = 2**quantized.bits - 1
+        levels = torch.stack([(levels >> shift) & mask for shift in shifts], -1).flatten(2)
     blocks = levels[..., : quantized.block_size].float()
     if zeros is None:
         blocks -= 2 ** (quantized.bits - 1)
     else:
-        offsets = unpack4(zeros, quantized.scales.shape[1]).astype(np.float32)
+        offsets = unpack_levels(zeros, quantized.bits, quantized.scales.shape[1]).astype(np.float32)
         blocks -= torch.as_tensor(offsets)[..., None]
     blocks *= torch.tensor(quantized.scales)[..., None]
     if quantized.offsets is not None:
@@ -160,17 +171,21 @@ def _dequantized(whole: Quantized, rows: slice) -> torch.Tensor:
     return blocks.flatten(1)[:, : quantized.shape[1]].contiguous()
 
 
-def pack4(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Packs pairs of 4-bit values of the last axis into bytes, low half first."""
-    if values.shape[-1] % 2:
-        values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
-    return np.bitwise_or(values[..., 0::2], values[..., 1::2] << 4, dtype=np.uint8)
+def pack_levels(values: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
+    """Packs neighbours of the last axis into bytes, from the low end on; the last is filled up."""
+    each = 8 // bits
+    if missing := -values.shape[-1] % each:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+    result = values[..., 0::each].copy()
+    for number in range(1, each):
+        result |= values[..., number::each] << np.uint8(number * bits)
+    return result
 
 
-def unpack4(packed: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
-    """Undoes `pack4`; `count` is the length of the last axis before packing."""
-    values = np.stack([packed & 15, packed >> 4], -1)
-    return values.reshape(*packed.shape[:-1], -1)[..., :count]
+def unpack_levels(found: npt.NDArray[np.uint8], bits: Bits, count: int) -> npt.NDArray[np.uint8]:
+    """Undoes `pack_levels`; `count` is the length of the last axis before packing."""
+    values = np.stack([(found >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    return values.reshape(*found.shape[:-1], -1)[..., :count]
 
 
 def _blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""INT4 with error feedback: GPTQ (Frantar et al., arXiv 2210.17323) in MatMulNBits' layout.
+"""INT4 and INT2 with error feedback: GPTQ (Frantar et al., arXiv 2210.17323), for MatMulNBits.
 
 Columns are rounded one after the other; the error of each is carried into those that are not
 rounded yet, weighted by the inverse Hessian of the layer's input. The blocks with the largest
@@ -10,27 +10,29 @@ from __future__ import annotations
 
 import torch
 
-from dash_onnx.exporters.quantize.blockwise import Quantized, concatenate, pack_int4, row_groups
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, concatenate, packed, row_groups
 
 _DAMPING = 0.01  # of the mean diagonal; the paper's value
 _LAZY = 128  # columns whose updates of the later ones are applied in one product
 _COLUMNS = 1024  # of a triangular matrix that are inverted at a time
-_SHRINK = torch.linspace(1.0, 0.6, 9)  # clipping ranges tried for each block
+_SHRINK = {4: (1.0, 0.6, 9), 2: (1.0, 0.4, 13)}  # clipping of each block: from, to, how many
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int) -> Quantized:
-    """Quantizes a weight to INT4 with a zero point per block.
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int, bits: Bits = 4) -> Quantized:
+    """Quantizes a weight to INT4 or INT2 with a zero point per block.
 
     Args:
         weight: `[N, K]`, any float dtype.
         hessian: `[K, K]` float32, sum of x x^T over calibration tokens; its device computes.
         block_size: divides K.
+        bits: 4 or 2.
     """
     order = _order(hessian.diagonal(), block_size)
     hessian = hessian[order][:, order]
     importance, inverse = hessian.diagonal(), _inverse_cholesky(hessian)
     # Rows do not depend on each other.
-    parts = (_rounded(rows, order, importance, inverse, block_size) for rows in row_groups(weight))
+    shared = order, importance, inverse, block_size, bits
+    parts = (_rounded(rows, *shared) for rows in row_groups(weight))
     return concatenate(parts, len(weight))
 
 
@@ -48,6 +50,7 @@ def _rounded(
     importance: torch.Tensor,
     inverse: torch.Tensor,
     block_size: int,
+    bits: Bits,
 ) -> Quantized:
     w = weight.to(inverse).T[order]  # [K, N]: a column of the weight is a row in memory
     columns, rows = w.shape
@@ -63,17 +66,17 @@ def _rounded(
         for column in range(stop - start):
             if column % block_size == 0:
                 block = slice(column, column + block_size)
-                grid = _best_grid(part[block], importance[start:stop][block])
+                grid = _best_grid(part[block], importance[start:stop][block], bits)
                 index = order[start + column] // block_size
                 scales[index], zeros[index] = scale, zero = grid
             value = part[column]
-            level = (value / scale + zero).round_().clamp_(0, 15)
+            level = (value / scale + zero).round_().clamp_(0, 2**bits - 1)
             levels[order[start + column]] = level
             error = (value - (level - zero) * scale) / inv[column, column]
             part[column:].addr_(inv[column, column:], error, alpha=-1)
             errors[column] = error
         w[stop:] -= inverse[start:stop, stop:].T @ errors
-    return pack_int4(levels.T, scales.T.contiguous(), zeros.T, block_size)
+    return packed(levels.T, scales.T.contiguous(), zeros.T, bits, block_size)
 
 
 def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
@@ -103,7 +106,9 @@ def _invert_lower(factor: torch.Tensor) -> None:
         below.copy_(-(factor[stop:, stop:] @ below) @ corner)
 
 
-def _best_grid(block: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_grid(
+    block: torch.Tensor, importance: torch.Tensor, bits: Bits
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point `[N]` of a block `[block_size, N]` with the least weighted error.
 
     Clipping the range a little costs the outliers and serves all other weights.
@@ -111,10 +116,11 @@ def _best_grid(block: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Ten
     low, high = block.amin(0).clamp(max=0), block.amax(0).clamp(min=0)
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in _SHRINK.tolist():
-        scale = ((high - low) * shrink / 15).clamp(min=1e-9)
-        zero = (-low * shrink / scale).round().clamp(0, 15)
-        level = (block / scale).add_(zero).round_().clamp_(0, 15)
+    top = 2**bits - 1
+    for shrink in torch.linspace(*_SHRINK[bits]).tolist():
+        scale = ((high - low) * shrink / top).clamp(min=1e-9)
+        zero = (-low * shrink / scale).round().clamp(0, top)
+        level = (block / scale).add_(zero).round_().clamp_(0, top)
         error = importance @ level.sub_(zero).mul_(scale).sub_(block).square_()
         better = error < best
         best = torch.where(better, error, best)

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import Q4_K
 
-from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, pack4
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, pack_levels
 
 BLOCK_SIZE = 32
 """Weights that share a scale, in every type below."""
@@ -84,6 +84,6 @@ def _halves(nibbles: np.ndarray) -> np.ndarray:
 def _quantized(
     levels: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None, bits: Bits
 ) -> Quantized:
-    values = pack4(levels) if bits == 4 else levels
+    values = pack_levels(levels, bits)
     shape = (levels.shape[0], levels.shape[1] * BLOCK_SIZE)
     return Quantized(values, scales, None, shape, bits, BLOCK_SIZE, offsets)

@@ -23,7 +23,8 @@ from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Linear, Norm
-from dash_onnx.exporters.graphs.graph import OFFSETS
+from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, looks_twice
+from dash_onnx.exporters.graphs.graph import BITS, OFFSETS
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
 
 Tensor: TypeAlias = torch.Tensor
@@ -61,7 +62,7 @@ class DequantizedModel:
         manifest: of the bundle.
         actions: those it holds weights for, from dear to cheap; the last is `skip`.
         heads: precisions of the LM heads.
-        head: precision of the one that mixed paths use.
+        head: highest of them, which the reference has.
         chunk: tokens whose logits should exist at once.
         keeps_layers: whether the layers stay dequantized; of larger models only the one that runs.
     """
@@ -99,8 +100,7 @@ class DequantizedModel:
         norm = self._tensors(head_path(self.heads[0]), ("final_norm",))
         self._final_norm = _norm(norm, "final_norm")
         self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 16), 64)
-        mixed = self.manifest.heads[SKIP]
-        self.head: Action = mixed if mixed in self.heads else self.heads[0]
+        self.head: Action = self.heads[0]
 
     def _read_norms(self, index: int) -> dict[str, Norm]:
         found = self._tensors(layer_path(index, self.actions[0]), _NORMS)
@@ -113,15 +113,16 @@ class DequantizedModel:
                 others = [key for key in self._loaded if key[0] != index]
                 for key in others:
                     del self._loaded[key]
-            found = self._projections(self._tensors(layer_path(index, action)))
+            bits: Bits | None = 2 if action == "int2" else None
+            found = self._projections(self._tensors(layer_path(index, action)), bits)
             if action == SKIP and self._compensation:
                 expand = replace(found[_EXPAND], weight=self._compensation[index])
                 found[_EXPAND] = expand
             self._loaded[index, action] = found
         return found
 
-    def _projections(self, found: dict[str, np.ndarray]) -> Projections:
-        return _projections(found, self.manifest.target.block_size, self._dtype)
+    def _projections(self, found: dict[str, np.ndarray], bits: Bits | None = None) -> Projections:
+        return _projections(found, self.manifest.target.block_size, self._dtype, bits)
 
     def _tensors(self, path: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Tensors of a graph: those of a name, or all."""
@@ -267,13 +268,23 @@ class DequantizedModel:
     def lm_head(self, precision: Action) -> Linear:
         """The LM head of a precision, `[V, D]`."""
         if precision not in self._lm_heads:
-            found = self._projections(self._tensors(head_path(precision)))
-            self._lm_heads[precision] = found["lm_head"]
+            found = self._tensors(head_path(precision), ("lm_head",))
+            bits = BITS.get(precision)
+            self._lm_heads[precision] = self._projections(found, bits)["lm_head"]
         return self._lm_heads[precision]
+
+    @cached_property
+    def _looks_twice(self) -> bool:
+        return looks_twice(self._bundle.verified(head_path("int4")))
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
         """Logits `[..., V]` from what `final` gives, by the head of mixed paths unless given."""
         logits = _product(final, self.lm_head(head or self.head))
+        if head == "int4" and self._looks_twice:
+            _, tokens = logits.topk(min(EXACT_TOKENS, logits.shape[-1]))
+            rows = self.lm_head("int8").weight[tokens]  # [..., tokens, D]
+            exact = (rows.float() @ final.float()[..., None]).squeeze(-1)
+            logits = logits.scatter(-1, tokens, exact.to(logits.dtype))
         cap = self._block.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits)
 
@@ -303,8 +314,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
-def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype) -> Projections:
-    """The linear layers among the tensors of a graph, stored in FP32, FP16, INT8 or INT4."""
+def _projections(
+    found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype, bits: Bits | None
+) -> Projections:
+    """The linear layers of a graph: of known bits, or in FP32, FP16, INT8 or INT4."""
     projections = {}
     for key, array in found.items():
         name, _, part = key.rpartition(".")
@@ -315,7 +328,9 @@ def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dty
             weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
-            weight = _dequantized(found, name, block_size, torch.float32 if shifted else dtype)
+            weight = _dequantized(
+                found, name, block_size, torch.float32 if shifted else dtype, bits
+            )
             if shifted:
                 offsets = _dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
                 offsets = offsets[:, : weight.shape[1] // block_size]
@@ -327,11 +342,16 @@ def _projections(found: dict[str, np.ndarray], block_size: int, dtype: torch.dty
 
 
 def _dequantized(
-    found: dict[str, np.ndarray], name: str, block_size: int, dtype: torch.dtype
+    found: dict[str, np.ndarray],
+    name: str,
+    block_size: int,
+    dtype: torch.dtype,
+    bits: Bits | None = None,
 ) -> Tensor:
     scales = found[f"{name}.scales"].astype(np.float32)  # [N, blocks]
     values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
-    bits: Bits = 8 if values.shape[2] == block_size else 4
+    bits = bits or (8 if values.shape[2] == block_size else 4)
+    block_size = 8 * values.shape[2] // bits
     shape = values.shape[0], values.shape[1] * block_size
     zero_points = found.get(f"{name}.zero_points")
     return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size), dtype)

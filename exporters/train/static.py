@@ -34,12 +34,13 @@ def search(
     values: Tensor,
     measure: Callable[[tuple[int, ...]], float],
     candidates: int,
+    lossy: int,
     start: tuple[int, ...] | None = None,
 ) -> Iterator[Downgrade]:
     """Greedy search: one layer one action cheaper at a time, as far as assignments are useful.
 
     The next downgrade is the one that loses least KL per cost saved. One between precisions is
-    taken as predicted: such losses are small and add up. Where a skip is predicted to be best, the
+    taken as predicted: such losses are small and add up. Where a lossy action is best, the
     best ones are measured, until no other is predicted to be better or `candidates` are measured,
     and the best is taken. What turned out worse than predicted is predicted worse from then on.
     The first and the last layer are never skipped.
@@ -48,6 +49,7 @@ def search(
         costs: `[L, A]`, in any unit; actions from dear to cheap, `skip` last.
         values: predicted KL of each action alone, `[L, A]` nats.
         measure: mean KL of a path in nats.
+        lossy: index of the first action whose losses are measured.
         candidates: downgrades that are measured per step at most, at least 1.
         start: path to begin with, the dearest if none.
 
@@ -67,7 +69,7 @@ def search(
         if not ranked:
             return
         multiplier, layer, action, saved = ranked[0]
-        if action != skip:
+        if action < lossy:
             path, kl, measured = _with(path, layer, action), kl + multiplier * saved, False
             yield Downgrade(layer, action, path, kl, multiplier)
             continue

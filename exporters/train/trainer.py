@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.actions import LOSSY, SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import FileFacts
 from dash_onnx.core.progress import Loop
@@ -37,6 +37,7 @@ class Trainer:
         plan: what that means.
         checkpoint: what an earlier run of the same training reached.
         actions: that are trained, from dear to cheap.
+        lossy: index of the first action whose losses the static search measures.
         extra: dearer actions that the exported scorer has beside them.
         dtype: of matrix products.
         model: the bundle's layers.
@@ -81,6 +82,7 @@ class Trainer:
         # `full` costs far more than it gains over INT8: training does without it.
         self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
+        self.lossy = min(self.actions.index(action) for action in LOSSY if action in self.actions)
         self.dtype = getattr(torch, plan.dtype) if plan.dtype else _fast_dtype()
         self.model = model(bundle, self.actions, self.dtype)
         points = plan.decision_points
@@ -186,7 +188,7 @@ class Trainer:
             final = self.env.run_path(ids, path)
             return self.env.mean_kl(reference, [final], [self.model.head])[0][0]
 
-        found = static.search(self.costs, values, measure, candidates, start)
+        found = static.search(self.costs, values, measure, candidates, self.lossy, start)
         return list(Loop("static search", found))
 
 
