@@ -107,7 +107,8 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
         inputs = captured_inputs(family.layer(source.weights, index, spec), spec, 32, ("int4",))
         path = pair.bundle / layer_path(index, "full")
         states = hidden[index : index + 2]
-        hessians = runner.layer_with_hessians(index, path, *states, inputs, sink_weight=0.25)
+        sinks = dict.fromkeys(inputs, 0.25)
+        hessians = runner.layer_with_hessians(index, path, *states, inputs, sinks)
         for name, found in hessians.items():
             x = read.pop((index, name)).clone()
             x[:SINK_TOKENS] *= 0.5

@@ -55,7 +55,7 @@ class Runner:
         hidden: HiddenStateFile,
         out: HiddenStateFile,
         inputs: Mapping[str, str],
-        sink_weight: float,
+        sink_weights: Mapping[str, float],
     ) -> dict[str, torch.Tensor]:
         """Writes the output of a layer graph, and sums x x^T of the inputs of its linear layers.
 
@@ -65,12 +65,13 @@ class Runner:
             hidden: its input.
             out: where its output goes.
             inputs: see `captured_inputs`.
-            sink_weight: of the first tokens of each sequence in the sums.
+            sink_weights: by linear layer, of the first tokens of each sequence in the sums.
 
         Returns:
             By linear layer, `[K, K]` float32.
         """
         names = list(dict.fromkeys(inputs.values()))
+        weights = {inputs[linear]: sink_weights[linear] for linear in reversed(inputs)}
         captured = [name for name in names if name != HIDDEN]
         session = self._capturing_session(path, captured)
         sums: dict[str, torch.Tensor] = {}
@@ -86,7 +87,7 @@ class Runner:
                     at = None if name == HIDDEN else captured.index(name)
                     found = batch if at is None else np.concatenate([run[at] for run in runs])
                     x = torch.tensor(found, dtype=torch.float32)  # [sequences, length, K]
-                    x[:, :SINK_TOKENS] *= sink_weight**0.5
+                    x[:, :SINK_TOKENS] *= weights[name] ** 0.5
                     if name not in sums:
                         sums[name] = torch.zeros(x.shape[-1], x.shape[-1])
                     _add_upper(sums[name], x.flatten(0, 1))

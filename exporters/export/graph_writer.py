@@ -9,7 +9,7 @@ from pathlib import Path
 from dash_onnx.core.actions import ACTIONS, SKIP, Action
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path, layer_path
 from dash_onnx.core.facts import LayerFacts
-from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.architectures.base import Layer, ModelSpec
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.runner import Runner
@@ -35,10 +35,13 @@ from dash_onnx.runtime.machine import release_memory
 
 _FIGURE_SEQUENCES = 8  # enough for the figures of a layer; GPTQ and the compensation see all
 
-_SINK_WEIGHT = 0.003
-"""Of a sequence's first tokens in what GPTQ sees. Their inputs are up to 1,000 times as large: with
-all their weight they decide how every other token is rounded, and where prompts run at a higher
-precision, they never are (docs/decisions/0043)."""
+_SINKS_READ = 30.0
+"""Weight of a sequence's first tokens in what GPTQ sees of Q, K and V: half of all attention goes
+to them (docs/decisions/0087)."""
+
+_SINKS_WRITTEN = 0.003
+"""Likewise where no norm bounds them. They are up to 1,000 times as large as all others there: with
+all their weight they would decide how every other token is rounded."""
 
 
 @dataclass
@@ -80,10 +83,10 @@ class GraphWriter:
         exact = replace(target, kv_cache="float")
         kept = build_layer(folder, index, layer, spec, exact, "full", {})
         inputs = captured_inputs(layer, spec, target.block_size, variants)
-        weight = 1.0 if {*variants} <= {"int4", "int2"} else _SINK_WEIGHT
+        sinks = _sink_weights(layer)
         with self.torch_device:
             hessians = self.runner.layer_with_hessians(
-                index, folder / paths["full"], hidden, out, inputs, weight
+                index, folder / paths["full"], hidden, out, inputs, sinks
             )
         scales, states = None, hidden[:_FIGURE_SEQUENCES]
         if target != exact:
@@ -137,6 +140,16 @@ class GraphWriter:
         own = [action for action in precisions if action in ("full", "int8")]
         chosen: dict[Action, Action] = dict.fromkeys((*self.options.variants, SKIP), mixed)
         return chosen | dict(zip(own, own, strict=True))
+
+
+def _sink_weights(layer: Layer) -> dict[str, float]:
+    """Weights of the first tokens, by linear layer."""
+    weights = dict.fromkeys((linear.name for linear in layer.linears), _SINKS_WRITTEN)
+    if layer.input_norm is not None:
+        weights[layer.qkv.name] = _SINKS_READ
+    if layer.post_norm is not None:
+        weights[layer.gate_up.name] = 1.0
+    return weights
 
 
 def _files_of(folder: Path, graph: str) -> list[Path]:
