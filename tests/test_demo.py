@@ -119,7 +119,10 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
     prompt = 32
     scored = model.score(text_ids, prompt_tokens=prompt, policy="int4", prefill="full")
     int4 = logits_of(scored)
-    assert 0.005 < mean_kl(full[prompt:], int4) <= 0.15  # plain rounding: 0.27 on WikiText-2
+    best = mean_kl(full[prompt:], int4)
+    assert 0.005 < best <= 0.15  # plain rounding: 0.27 on WikiText-2
+    # A prompt in INT4 costs little: its first token, which most attention goes to, is rounded well.
+    assert mean_kl(full[prompt:], model.logits(text_ids, policy="int4")[prompt:]) <= 1.3 * best
 
 
 def test_the_integers_of_the_file_are_nearly_lossless(
@@ -136,7 +139,7 @@ def test_the_integers_of_the_file_are_nearly_lossless(
     assert sum(x.bytes["int4"] for x in layers) < 0.7 * sum(x.bytes["int8"] for x in layers)
 
 
-@pytest.mark.parametrize("policy", ["full", "int8"])
+@pytest.mark.parametrize("policy", ["full", "int8", "int4"])
 def test_the_demo_question_is_answered(model: Model, policy: str) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
     assert "Paris" in model.chat(question, policy=policy, max_new_tokens=32)
