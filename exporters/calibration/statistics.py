@@ -73,7 +73,7 @@ def compensation(
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
     linear = torch.linalg.solve(gram, cross)  # [D, D], in x out
     best = _leading(cross.T @ linear, rank)  # directions of the predictions
-    return (linear @ best).T.contiguous(), best.contiguous()
+    return (linear @ best).T.contiguous().cpu(), best.contiguous().cpu()
 
 
 def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:

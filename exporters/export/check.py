@@ -134,7 +134,7 @@ def check(source: Source, bundle: Bundle, kind: CheckKind) -> CheckResult:
                 path = output[1:]
         add(str(index), errors)
         release_memory()
-    head = create_session(bundle.verified(head_path(best)), runner.device)
+    head = create_session(bundle.verified(head_path(manifest.heads[best])), runner.device)
     found = torch.from_numpy(head.run(["logits"], {"hidden": path})[0][0]).float()
     kl = float(token_kl(wanted, found).mean())
     rows.append(CheckRow("all", {best: kl}, {best: KL_LIMITS[best]}))
