@@ -15,8 +15,11 @@ from onnx import numpy_helper
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError
+from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.export.check import check
 from dash_onnx.exporters.graphs import looks_twice
 from dash_onnx.exporters.quantize.blockwise import Quantized, dequantize
+from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.runtime.ort import create_session
 
@@ -127,6 +130,17 @@ def test_int2_has_no_head_of_its_own_and_costs_least_memory(two_bits: Path) -> N
         assert layer.bytes["int2"] < layer.bytes["int4"] < layer.bytes["int8"]
         errors = layer.relative_error
         assert errors["int8"] < errors["int4"] < errors["int2"] < 1
+
+
+def test_a_bundle_of_int2_alone_runs_and_is_checked(
+    tiny_folder: Path, tiny_with: Callable[..., Path]
+) -> None:
+    out = tiny_with(variants=("int2",))
+    model = dash_onnx.load(out)
+    assert model.manifest.heads == {"int2": "int4", "skip": "int4"}
+    assert np.isfinite(model.logits(np.arange(8))).all()
+    result = check(open_source(str(tiny_folder), REGISTRY), Bundle(out), "quick")
+    assert result.rows[-1].errors.keys() == {"int2"} and not result.failures
 
 
 def test_training_computes_int2_as_the_runtime_does(two_bits: Path) -> None:
