@@ -71,7 +71,7 @@ class Runner:
             By linear layer, `[K, K]` float32.
         """
         names = list(dict.fromkeys(inputs.values()))
-        weights = {inputs[linear]: sink_weights[linear] for linear in reversed(inputs)}
+        weights = {inputs[name]: sink_weights[name] for name in reversed(tuple(inputs))}
         captured = [name for name in names if name != HIDDEN]
         session = self._capturing_session(path, captured)
         sums: dict[str, torch.Tensor] = {}
