@@ -73,7 +73,7 @@ def export_phases(
     tokens = sequences_of(facts) * min(LENGTH, facts.max_length)
     layer = 2 * tokens * facts.layer_parameters  # in full precision, for all its figures
     head = 0
-    if {"int4", "int2"} & {*options.variants}:  # GPTQ: sums of x x^T, their inverses, the rounding
+    if options.calibrates:  # GPTQ: sums of x x^T, their inverses, the rounding
         layer += tokens * (3 * width**2 + wide**2) + 3 * width**3 + wide**3
         layer += 2 * width * facts.layer_parameters
         head = 2 * width * vocab * width

@@ -82,7 +82,9 @@ class GraphWriter:
         # `full` is the reference of the figures even where it is not kept.
         exact = replace(target, kv_cache="float")
         kept = build_layer(folder, index, layer, spec, exact, "full", {})
-        inputs = captured_inputs(layer, spec, target.block_size, variants)
+        inputs: dict[str, str] = {}
+        if self.options.calibrates:
+            inputs = captured_inputs(layer, spec, target.block_size, variants)
         sinks = _sink_weights(layer)
         with self.torch_device:
             hessians = self.runner.layer_with_hessians(

@@ -97,6 +97,11 @@ class ExportOptions:
         return text_sources(self.calibration)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether GPTQ rounds a precision, which needs the inputs of every product."""
+        return not {"int4", "int2"}.isdisjoint(self.variants)
+
+    @property
     def head_precisions(self) -> tuple[Action, ...]:
         """Of the LM heads."""
         return tuple(a for a in self.variants if a != "int2") or ("int4",)

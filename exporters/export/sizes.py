@@ -141,7 +141,7 @@ class _Rule:
         target = options.target
         self.target, self.rank = target, options.compensation_rank or 0
         self.wide = 4 if target.dtype == "float32" else 2  # bytes of an activation
-        self.hessians = bool({"int4", "int2"} & {*options.variants})
+        self.hessians = options.calibrates
         self.heads = options.head_precisions
 
     def stored(self, precision: Action, *parts: Linear | Norm | None) -> int:

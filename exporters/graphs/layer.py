@@ -22,8 +22,6 @@ def captured_inputs(
     layer: Layer, spec: ModelSpec, block_size: int, variants: Sequence[Action]
 ) -> dict[str, str]:
     """By linear layer that GPTQ rounds, the value inside the graph that is its input."""
-    if not {"int4", "int2"} & {*variants}:
-        return {}
     attends = HIDDEN if layer.input_norm is None else "input_norm.out"
     if layer.post_norm is not None:
         reads = "post_norm.out"

@@ -141,10 +141,10 @@ def concatenate(parts: Iterable[Quantized], rows: int) -> Quantized:
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Returns the weight `[N, K]` that the integers stand for; few rows are FP32 at once."""
-    (rows, columns), every = quantized.shape, slice(None)
+    rows, columns = quantized.shape
     each = max(_GROUP // max(columns, 1), 1)
     if rows <= each:
-        return _dequantized(quantized, every).to(dtype)
+        return _dequantized(quantized, slice(None)).to(dtype)
     result = torch.empty(rows, columns, dtype=dtype)
     for start in range(0, rows, each):
         part = slice(start, start + each)
