@@ -17,16 +17,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 import dash_onnx
 from dash_onnx.cli.common import add_reference_option, load_reference
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import read_text
-from dash_onnx.eval.text import evaluate_text
+from dash_onnx.eval.text import evaluate_policies
 
 BASELINES = ("even", "cosine", "random")
 
@@ -44,24 +43,33 @@ def main() -> None:
     model, text = dash_onnx.load(arguments.bundle), read_text(arguments.text)
     reference = load_reference(arguments.reference, model, None)
     full_ms = reference_ms(model.manifest)
-    rows = []
-    for name, policy, budget in tqdm(runs(model.manifest, arguments.skips), disable=None):
+    names, policies = [], []
+    for name, policy, budget in runs(model.manifest, arguments.skips):
         try:
-            chosen = model.policy(policy, budget)
+            policies.append(model.policy(policy, budget))
+            names.append((name, policy))
         except PolicyError as error:  # such as a budget below what a baseline can do
             print(f"{name}, {policy}: {error}", file=sys.stderr)
-            continue
-        found = evaluate_text(
-            model, text, chosen, max_windows=arguments.max_windows, reference=reference
+    windows = arguments.max_windows
+    with Phase("windows", total=windows * len(names)) as phase:
+        evaluations = evaluate_policies(
+            model,
+            text,
+            policies,
+            max_windows=windows,
+            reference=reference,
+            timed=False,
+            on_window=phase.update,
         )
+    rows = []
+    for (name, policy), found in zip(names, evaluations, strict=True):
         row = {"name": name, "policy": policy, "cost": found.cost_ms / full_ms}
         rows.append({**row, **dataclasses.asdict(found)})
         if not arguments.json:
             print(
                 f"{name:9} {policy:7} cost {found.cost_ms / full_ms:.3f}  KL {found.kl:.4f} "
                 f"({found.kl_stderr:.4f})  top-1 {found.top1:.1%}  "
-                f"skipped {found.actions.get(SKIP, 0):.1%}",
-                flush=True,
+                f"skipped {found.actions.get(SKIP, 0):.1%}"
             )
     if arguments.json:
         print(json.dumps({"text": arguments.text.name, "rows": rows}))

@@ -165,32 +165,43 @@ class Model:
         self,
         ids: Ids | Sequence[int],
         *,
+        prompt_tokens: int = 0,
         policy: str | Policy | None = None,
         budget: Budget | None = None,
+        prefill: Action | None = None,
     ) -> Logits:
         """Teacher-forced logits of a text.
 
-        A policy whose paths differ between tokens is run token by token, its first token as a
-        prompt.
+        A policy whose paths differ between tokens is run token by token, at least its first token
+        as a prompt.
 
         Args:
             ids: token ids `[S]`.
+            prompt_tokens: how many are prefilled, as in `score`.
             policy: see `policy`.
             budget: likewise.
+            prefill: precision of the prefilled part; None: see `memory` of `load`.
 
         Returns:
             `[S, V]` float32: row i predicts token i + 1.
         """
         ids = self._checked(ids)
         chosen, sequence = self.policy(policy, budget), self.new_sequence()
-        if chosen.uniform is not None:
-            return sequence.prefill(ids, chosen.uniform, chosen.head, every=True)
-        first = sequence.prefill(ids[:1], *prefill_plan(self._sessions, chosen), every=True)
-        decider = decider_of(chosen, sequence)
-        rows = [
-            sequence.forward(token, decider)[0].astype(np.float32) for token in ids[1:].tolist()
-        ]
-        return np.stack([*first, *rows])
+        same_path = chosen.uniform is not None
+        prompt = ids[: prompt_tokens if same_path else max(prompt_tokens, 1)]
+        rest, parts = ids[len(prompt) :], []
+        if len(prompt):
+            plan = prefill_plan(self._sessions, chosen, prefill)
+            parts.append(sequence.prefill(prompt, *plan, every=True))
+        if chosen.uniform is not None and len(rest):
+            parts.append(sequence.prefill(rest, chosen.uniform, chosen.head, every=True))
+        elif len(rest):
+            decider = decider_of(chosen, sequence)
+            rows = [
+                sequence.forward(token, decider)[0].astype(np.float32) for token in rest.tolist()
+            ]
+            parts.append(np.stack(rows))
+        return np.concatenate(parts)
 
     def score(
         self,

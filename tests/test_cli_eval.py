@@ -12,6 +12,7 @@ from conftest import logits_of
 from transformers import AutoModelForCausalLM
 
 from dash_onnx.cli.eval import main
+from dash_onnx.eval.text import evaluate_policies
 from dash_onnx.runtime.engine import Model
 
 SENTENCES = (
@@ -259,3 +260,19 @@ def test_an_option_of_the_other_kind_of_input_is_refused(
 ) -> None:
     message = refused(capsys, tiny_bundle, f"--{what}", text, *option)
     assert f"{option[0]} goes with --{'text' if what == 'task' else 'task'}" in message
+
+
+def test_policies_that_are_not_timed_give_the_same_figures(tiny_model: Model, text: Path) -> None:
+    layers = tiny_model.manifest.model.num_layers
+    skips = f"static:int8,{','.join(['skip'] * (layers - 2))},int4"
+    policies = [tiny_model.policy(name) for name in ("int4", skips, "random:1")]
+    sizes = {"window": WINDOW, "prompt_tokens": PROMPT, "max_windows": 2}
+    timed, untimed = (
+        evaluate_policies(tiny_model, text.read_text(), policies, timed=timed, **sizes)
+        for timed in (True, False)
+    )
+    assert [found.ms_per_token is None for found in untimed] == [True, True, False]
+    for one, other in zip(timed, untimed, strict=True):
+        assert other.kl == pytest.approx(one.kl, rel=1e-4)
+        assert other.perplexity == pytest.approx(one.perplexity, rel=1e-4)
+        assert (other.actions, other.cost_ms) == (one.actions, one.cost_ms)

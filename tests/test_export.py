@@ -299,24 +299,30 @@ def test_max_length_is_the_context_of_the_bundle(tiny_with: Export) -> None:
 
 
 FACTS = ModelFacts("m", "llama", 2, 64, 128, 4, 2, 16, 384, 256)
+MANY = 3000  # layers of that size that make a large model
 
 
 @pytest.mark.parametrize(
-    ("inner", "kind", "options", "size"),
+    ("layers", "inner", "kind", "options", "size"),
     [
-        (128, "folder", {}, 64),
-        (96, "folder", {}, 32),
-        (128, "gguf", {}, 32),
-        (128, "gguf", {"requantize": True}, 64),
-        (128, "folder", {"block_size": 16}, 16),
-        (128, "gguf", {"block_size": 64}, 64),
+        (2, 128, "folder", {}, 64),
+        (2, 96, "folder", {}, 32),
+        (2, 128, "gguf", {}, 32),
+        (2, 128, "gguf", {"requantize": True}, 64),
+        (2, 128, "folder", {"block_size": 16}, 16),
+        (2, 128, "gguf", {"block_size": 64}, 64),
+        (MANY, 128, "folder", {}, 128),
+        (MANY, 192, "folder", {}, 64),
+        (MANY, 128, "folder", {"block_size": 64}, 64),
+        (MANY, 128, "gguf", {}, 32),
     ],
 )
 def test_blocks_are_large_where_nothing_speaks_against_it(
-    inner: int, kind: str, options: dict[str, Any], size: int
+    layers: int, inner: int, kind: str, options: dict[str, Any], size: int
 ) -> None:
-    """Smaller ones for sizes that 64 does not divide, and for the integers of a GGUF file."""
-    facts = ModelFacts(**{**vars(FACTS), "intermediate_size": inner})
+    """Smaller ones for sizes that they do not divide, and for the integers of a GGUF file."""
+    sizes = {"num_layers": layers, "intermediate_size": inner, "hidden_size": 128, "num_heads": 8}
+    facts = ModelFacts(**{**vars(FACTS), **sizes})
     assert ExportOptions(**options).resolved(kind, facts).block_size == size
 
 

@@ -70,8 +70,9 @@ def _parser() -> Parser:
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128, 256),
-        help="weights that share one scale (default: 64; 32 for a GGUF file's own integers and "
-        "where 64 does not divide a size of the model)",
+        help="weights that share one scale (default: 128 for a model of more than 200 million "
+        "weights, else 64, or 32 where that does not divide a size of the model; 32 for a GGUF "
+        "file's own integers)",
     )
     add_training_options(parser, ("none", *EFFORTS))
     parser.add_argument(

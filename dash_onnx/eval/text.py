@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from dash_onnx.core.actions import Action
-from dash_onnx.core.arrays import Ids
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.facts import Costs
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.engine import Model, ScoredToken
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Evaluation:
         kl: mean KL(reference || policy) of the next-token distribution, in nats.
         kl_stderr: its standard error over windows (0 for a single one).
         top1: share of tokens where policy and reference find the same token most likely.
-        ms_per_token: median wall time of one decoded token in milliseconds.
+        ms_per_token: median wall time of one decoded token in milliseconds; None: not timed.
         cost_ms: mean cost of one decoded token by the bundle's profile, in milliseconds.
         tokens: number of predictions.
         actions: share of each action among all decisions.
@@ -38,7 +43,7 @@ class Evaluation:
     kl: float
     kl_stderr: float
     top1: float
-    ms_per_token: float
+    ms_per_token: float | None
     cost_ms: float
     tokens: int
     actions: dict[str, float]
@@ -73,42 +78,106 @@ def evaluate_text(
     Raises:
         PolicyError: the text is shorter than one window, or the sizes do not fit.
     """
-    manifest, chosen = model.manifest, model.policy(policy, budget)
-    other = reference or model
-    spent, times = [], []
-    nll, reference_nll, kl, agree = [], [], [], []  # of each window, [window - prompt_tokens - 1]
-    counts: Counter[str] = Counter()
+    (found,) = evaluate_policies(
+        model,
+        text,
+        [model.policy(policy, budget)],
+        window=window,
+        prompt_tokens=prompt_tokens,
+        max_windows=max_windows,
+        prefill=prefill,
+        reference=reference,
+        on_window=on_window,
+    )
+    return found
+
+
+def evaluate_policies(
+    model: Model,
+    text: str,
+    policies: Sequence[Policy],
+    *,
+    window: int = 512,
+    prompt_tokens: int = 128,
+    max_windows: int | None = None,
+    prefill: Action | None = None,
+    reference: Model | None = None,
+    timed: bool = True,
+    on_window: Callable[[], None] = lambda: None,
+) -> list[Evaluation]:
+    """Runs several policies over the same windows, as `evaluate_text` does.
+
+    Args:
+        timed: whether every policy decodes token by token. Otherwise those that take the same path
+            for every token run several at once, which gives the same predictions sooner.
+        on_window: called after each window of each policy.
+    """
+    manifest, other = model.manifest, reference or model
+    tallies = [_Tally(policy) for policy in policies]
     for ids in _windows(model, text, window, prompt_tokens)[:max_windows]:
         best = other.logits(ids, policy=other.manifest.variants[0])
-        wanted = log_softmax(best[prompt_tokens:-1])
-        rows = []
-        started = time.perf_counter()
-        for token in model.score(
-            ids[:-1], prompt_tokens=prompt_tokens, policy=chosen, prefill=prefill
-        ):
-            times.append((time.perf_counter() - started) * 1e3)
+        wanted, targets = log_softmax(best[prompt_tokens:-1]), ids[prompt_tokens + 1 :, None]
+        for tally in tallies:
+            policy = tally.policy
+            path = None if timed else policy.uniform
+            if path is None:
+                tokens = model.score(
+                    ids[:-1], prompt_tokens=prompt_tokens, policy=policy, prefill=prefill
+                )
+                rows = tally.decoded(tokens)
+            else:
+                rows = model.logits(
+                    ids[:-1], prompt_tokens=prompt_tokens, policy=policy, prefill=prefill
+                )[prompt_tokens:]
+                tally.paths += [path] * len(rows)
+            tally.compare(log_softmax(rows), wanted, targets)
+            on_window()
+    return [tally.evaluation(manifest.costs) for tally in tallies]
+
+
+class _Tally:
+    """What one policy has shown so far."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.paths: list[Path] = []  # of each token
+        self._ms: list[float] = []
+        self._nll: list[Floats] = []  # of each window, [window - prompt_tokens - 1]
+        self._reference_nll: list[Floats] = []
+        self._kl: list[Floats] = []
+        self._agree: list[Floats] = []
+
+    def decoded(self, tokens: Iterator[ScoredToken]) -> Logits:
+        """The logits of all tokens, `[tokens, V]`, timed."""
+        rows, started = [], time.perf_counter()
+        for token in tokens:
+            self._ms.append((time.perf_counter() - started) * 1e3)
             rows.append(token.logits.astype(np.float32))  # a copy: the next one overwrites it
-            counts.update(token.path)
-            spent.append(chosen.cost_ms(token.path, manifest.costs))
+            self.paths.append(token.path)
             started = time.perf_counter()
-        ours = log_softmax(np.stack(rows))
-        targets = ids[prompt_tokens + 1 :, None]
-        nll.append(-np.take_along_axis(ours, targets, 1))
-        reference_nll.append(-np.take_along_axis(wanted, targets, 1))
-        kl.append(kl_divergence(wanted, ours))
-        agree.append(wanted.argmax(1) == ours.argmax(1))
-        on_window()
-    return Evaluation(
-        perplexity=float(np.exp(np.mean(nll))),
-        kl=float(np.mean(kl)),
-        kl_stderr=standard_error([float(part.mean()) for part in kl]),
-        top1=float(np.mean(agree)),
-        ms_per_token=float(np.median(times)),
-        cost_ms=float(np.mean(spent)),
-        tokens=len(times),
-        actions={action: n / counts.total() for action, n in sorted(counts.items())},
-        reference_perplexity=float(np.exp(np.mean(reference_nll))),
-    )
+        return np.stack(rows)
+
+    def compare(self, ours: Floats, wanted: Floats, targets: Ids) -> None:
+        """Adds a window: log-probabilities `[tokens, V]`, the text's own tokens `[tokens, 1]`."""
+        self._nll.append(-np.take_along_axis(ours, targets, 1))
+        self._reference_nll.append(-np.take_along_axis(wanted, targets, 1))
+        self._kl.append(kl_divergence(wanted, ours))
+        self._agree.append(wanted.argmax(1) == ours.argmax(1))
+
+    def evaluation(self, costs: Costs) -> Evaluation:
+        """The means."""
+        counts = Counter(action for path in self.paths for action in path)
+        return Evaluation(
+            perplexity=float(np.exp(np.mean(self._nll))),
+            kl=float(np.mean(self._kl)),
+            kl_stderr=standard_error([float(part.mean()) for part in self._kl]),
+            top1=float(np.mean(self._agree)),
+            ms_per_token=float(np.median(self._ms)) if self._ms else None,
+            cost_ms=float(np.mean([self.policy.cost_ms(path, costs) for path in self.paths])),
+            tokens=len(self.paths),
+            actions={action: n / counts.total() for action, n in sorted(counts.items())},
+            reference_perplexity=float(np.exp(np.mean(self._reference_nll))),
+        )
 
 
 def _windows(model: Model, text: str, window: int, prompt_tokens: int) -> list[Ids]:

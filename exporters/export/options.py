@@ -13,7 +13,7 @@ from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sou
 from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
 
-_BLOCK, _GGUF_BLOCK = 64, 32  # the second is that of GGUF's types
+_LARGE_BLOCK, _BLOCK, _GGUF_BLOCK = 128, 64, 32  # the last is that of GGUF's types
 _RANK = 64  # see docs/decisions/0002
 
 
@@ -27,7 +27,8 @@ class ExportOptions:
         train_device: that torch calibrates and rounds on.
         max_length: context in tokens; None takes the model's own.
         block_size: weights that share one quantization scale; None takes 32 for GGUF files whose
-            integers are kept and for sizes that 64 does not divide, else 64.
+            integers are kept, else 128 for a large model and 64 for others, or what divides its
+            sizes.
         calibration: the user's own text, see `text_sources`; none lets the model write it itself.
         least_tokens: that it must hold, for what comes after the export.
         compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
@@ -71,8 +72,9 @@ class ExportOptions:
             "attention width": facts.num_heads * facts.head_dim,
         }
         kept = kind == "gguf" and not self.requantize
-        small = kept or any(size % _BLOCK for size in sizes.values())
-        block = self.block_size or (_GGUF_BLOCK if small else _BLOCK)
+        usual = (_LARGE_BLOCK,) if facts.large else ()
+        fitting = (b for b in (*usual, _BLOCK) if not any(size % b for size in sizes.values()))
+        block = self.block_size or (_GGUF_BLOCK if kept else next(fitting, _GGUF_BLOCK))
         for name, size in sizes.items():
             if size % block:
                 raise UnsupportedError(f"--block-size {block} does not divide the {name} {size}")
@@ -83,8 +85,8 @@ class ExportOptions:
                 f"--compensation-rank {rank} must be 0 or a multiple of --block-size {block}"
             )
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
-        usual = 4 if self.device == "cpu" else 0
-        level = usual if self.accuracy_level is None else self.accuracy_level
+        fast = 4 if self.device == "cpu" else 0
+        level = fast if self.accuracy_level is None else self.accuracy_level
         return replace(self, block_size=block, compensation_rank=rank, accuracy_level=level)
 
     @cached_property
