@@ -59,12 +59,12 @@ def page(parts: dict[str, Part]) -> str:
         keep_trailing_newline=True,
     )
     template = environment.get_template("results.md.jinja")
-    functions = (bundle, contenders, policies, tasks, answers, first_tokens, sizes, seconds, shown)
+    functions = (bundle, contenders, policies, tasks, answers, larger, first_tokens, sizes)
     return template.render(
         parts=parts,
         any=next(iter(parts.values()), None),
         files={k: v for part in parts.values() for k, v in part["files"].items()},
-        **{function.__name__: function for function in functions},
+        **{function.__name__: function for function in (*functions, found, seconds, shown)},
     )
 
 
@@ -126,9 +126,12 @@ def shown(command: dict[str, Any]) -> str:
     return f"{text}   # {seconds(command['seconds'])}"
 
 
-def contenders(part: Part, *columns: str, kinds: str = "", sort: bool = False) -> str:
+def contenders(bench: Any, *columns: str, kinds: str = "", sort: bool = False) -> str:
     """What dash-bench found; `kinds`: of those alone; `sort`: from fast to slow."""
-    rows = [c for c in found(part)[-1]["contenders"] if re.match(kinds, c["name"])]
+    rows = [c for c in bench["contenders"] if re.match(kinds, c["name"])]
+    peer = next((c for c in rows if c["name"].startswith("genai")), None)
+    if peer:
+        rows = [{**c, "ratio": c["tokens_per_s"] / peer["tokens_per_s"]} for c in rows]
     if sort:
         rows.sort(key=lambda c: -c["tokens_per_s"])
     cells = [[label(c["name"]), *(COLUMNS[column](c) for column in columns)] for c in rows]
@@ -143,6 +146,7 @@ def _span(c: dict[str, Any]) -> str:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda c: f"{c['tokens_per_s']:.0f}",
     "tokens/s (rounds)": _span,
+    "GenAI = 1": lambda c: f"{c['ratio']:.2f}",
     "first token, ms": lambda c: f"{statistics.median(c['ttft_ms']):.0f}",
     "KL": lambda c: "-" if c["kl"] is None else f"{c['kl']:.2g}" if c["kl"] > 1e-4 else "0",
     "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
@@ -198,10 +202,26 @@ def answers(part: Part) -> str:
     return table(rows)
 
 
-def first_tokens(part: Part) -> str:
+def larger(part: Part) -> list[dict[str, Any]]:
+    """By export of the larger model: its command, what its first tokens and its benchmarks gave."""
+    exports: list[dict[str, Any]] = []
+    for command in part["commands"]:
+        result = command["found"]
+        if result is None:
+            continue
+        if command["command"].startswith("dash-export"):
+            exports.append({**command, "benches": []})
+        elif "first_token" in command["command"]:
+            exports[-1]["first_tokens"] = result
+        else:
+            exports[-1]["benches"].append(result)
+    return exports
+
+
+def first_tokens(rows_of: list[dict[str, Any]]) -> str:
     """KL of an answer's first token by the precision of the prompt."""
     rows = [["", "KL, nats", "largest", "another token"]]
-    for row in found(part)[1]:
+    for row in rows_of:
         kl, count = plus_minus(row["kl"], row["kl_stderr"]), row["chats"]
         others = f"{row['other_first_token']} of {count}"
         rows.append([row["precision"], kl, f"{row['kl_max']:.4f}", others])
@@ -249,7 +269,7 @@ def main() -> None:
     if "speed" in parts and arguments.folder is None:
         readme = ROOT / "README.md"
         columns = ("tokens/s", "KL", "peak memory, MB")
-        short = contenders(parts["speed"], *columns, kinds="dash|genai", sort=True)
+        short = contenders(found(parts["speed"])[-1], *columns, kinds="dash|genai", sort=True)
         texts[readme] = MARKS.sub(rf"\1{short}\n\2", readme.read_text("utf-8"))
     for path, text in texts.items():
         if not arguments.check:

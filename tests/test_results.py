@@ -22,6 +22,13 @@ SPEED = {
 }  # fmt: skip
 SCORES = {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.02, "sample_len": 100}}
 ANSWERS = {"name": "fast", "length": 80.0, "length_stderr": 2.0, "ended": 0.3}
+BENCH = {
+    "contenders": [
+        {**SPEED, "name": "dash int4", "tokens_per_s": 130.0},
+        {**SPEED, "name": "genai peers/int4", "tokens_per_s": 100.0},
+    ]
+}
+FIRST = {"precision": "int8", "chats": 20, "kl": 0.002, "kl_stderr": 0.0, "kl_max": 0.01}
 PRINTED: dict[str, list[tuple[str, Any]]] = {
     "speed": [
         (
@@ -51,6 +58,13 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
     "tasks": [(f"dash-eval out --budget {name}", {"results": SCORES}) for name in ("fast", "0.3")],
     "answers": [
         ("python benchmarks/answers.py", [{**ANSWERS, "repeated": 0.1, "repeated_stderr": 0.02}])
+    ],
+    "other": [
+        ("dash-export m.gguf full", None),
+        ("dash-export m.gguf out --json", {"export": {"seconds": 100.0, "peak_rss_bytes": 2e9}}),
+        ("python benchmarks/first_token.py out full", [{**FIRST, "other_first_token": 1}]),
+        ("dash-bench out --peer genai:peers/int4", BENCH),
+        ("dash-bench out --peer genai:peers/int4 --prompts lines.txt", BENCH),
     ],
 }
 
@@ -88,6 +102,8 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| a.txt | policy at `fast` | 0.300 | 0.1234 ± 0.0100 | 80.0% | 0.4321 at 0.300 |  |  |  |",
         "| arc | acc | 100 | 50.0% ± 2.0% | 50.0% ± 2.0% |",
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
+        "| every layer INT4 | 1.30 | 130 (167-250) | 0.0123 ± 0.0010 | 500 |",
+        "| int8 | 0.0020 | 0.0100 | 1 of 20 |",
     ):
         assert row in page.splitlines(), row
     for commands in PRINTED.values():
