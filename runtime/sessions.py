@@ -13,6 +13,7 @@ from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
     EMBED_PATH,
+    DType,
     Ports,
     embed_ports,
     head_path,
@@ -159,8 +160,24 @@ class Sessions:
         return session
 
 
+_TYPES: dict[DType, str] = {"float32": "float", "float16": "float16"}  # ORT's names for them
+
+
 def _check_ports(path: str, session: Any, ports: Ports, remedy: str) -> None:
-    found = [[port.name for port in side] for side in (session.get_inputs(), session.get_outputs())]
-    wanted = [[port.name for port in side] for side in (ports.inputs, ports.outputs)]
-    if found != wanted:
-        raise BundleError(f"{path} does not have the inputs and outputs of a bundle; {remedy}")
+    """Refuses a graph whose inputs and outputs are not those that the manifest's sizes ask for."""
+    for own, wanted in (
+        (session.get_inputs(), ports.inputs),
+        (session.get_outputs(), ports.outputs),
+    ):
+        if [port.name for port in own] != [port.name for port in wanted]:
+            raise BundleError(f"{path} does not have the inputs and outputs of a bundle; {remedy}")
+        for found, port in zip(own, wanted, strict=True):
+            fits = len(found.shape) == len(port.shape) and all(
+                isinstance(size, str) or size == other
+                for size, other in zip(port.shape, found.shape, strict=True)
+            )
+            if not fits or found.type != f"tensor({_TYPES.get(port.dtype, port.dtype)})":
+                raise BundleError(
+                    f"{path}: {port.name} is {found.type} {found.shape}, the manifest's sizes ask "
+                    f"for {port.dtype} {[*port.shape]}; {remedy}"
+                )

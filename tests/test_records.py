@@ -77,18 +77,22 @@ def test_json_holds_plain_values_only() -> None:
     }
 
 
+COUNTS = st.integers(-(2**63) + 1, 2**63 - 1)
+WEIGHTS = st.floats(-(2.0**62), 2.0**62)
+
+
 @given(
     st.builds(
         Whole,
-        count=st.integers(),
+        count=COUNTS,
         ready=st.booleans(),
         size=st.sampled_from(["small", "large"]),
         note=st.none() | st.text(),
-        main=st.builds(Part, st.text(), st.floats(allow_nan=False)),
-        spare=st.none() | st.builds(Part, st.text(), st.floats(allow_nan=False)),
-        parts=st.lists(st.builds(Part, st.text(), st.floats(allow_nan=False))).map(tuple),
-        shares=st.dictionaries(st.sampled_from(["small", "large"]), st.floats(allow_nan=False)),
-        boxes=st.dictionaries(st.text(), st.lists(st.integers()).map(tuple)),
+        main=st.builds(Part, st.text(), WEIGHTS),
+        spare=st.none() | st.builds(Part, st.text(), WEIGHTS),
+        parts=st.lists(st.builds(Part, st.text(), WEIGHTS)).map(tuple),
+        shares=st.dictionaries(st.sampled_from(["small", "large"]), WEIGHTS),
+        boxes=st.dictionaries(st.text(), st.lists(COUNTS).map(tuple)),
     )
 )
 def test_any_record_survives_json(whole: Whole) -> None:

@@ -39,7 +39,7 @@ class Bundle:
         """
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
-        if not path.is_file():
+        if manifest is None and not path.is_file():
             raise BundleError(
                 f"no bundle at {self.folder}: {MANIFEST_NAME} is missing; "
                 f"make one with `dash-export MODEL {self.folder}`"
@@ -57,6 +57,9 @@ class Bundle:
                     f"{file} has {size} bytes, the manifest says {facts.bytes}: "
                     "truncated or edited; export again"
                 )
+        for name in self.manifest.files:
+            if name.endswith((".json", ".jinja")):
+                self.verified(name)
 
     @staticmethod
     def _read(path: Path) -> Manifest:

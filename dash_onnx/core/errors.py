@@ -4,9 +4,25 @@ Each message is one line: the rule, what was observed, and the remedy. The comma
 tools print it on stderr and exit with code 2; nothing else is turned into exit code 2.
 """
 
+_LONGEST = 800  # characters of a message
+
 
 class DashError(Exception):
-    """Base of every error that the user can mend."""
+    """Base of every error that the user can mend.
+
+    What a message quotes from a file or a template is shown escaped where it is not printable, and
+    cut where it is long.
+    """
+
+    def __init__(self, message: str):
+        """Takes the message."""
+        escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in _cut(message))
+        super().__init__(_cut("".join(escaped)))
+
+
+def _cut(text: str) -> str:
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 class BundleError(DashError):

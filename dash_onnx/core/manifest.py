@@ -12,6 +12,7 @@ from typing import Any
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action
 from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.consistency import first_problem
 from dash_onnx.core.contract import Dims, data_name, head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import (
@@ -109,7 +110,7 @@ class Manifest:
         """Parses and checks a manifest.
 
         Raises:
-            BundleError: not JSON, of another format version, or not of this form.
+            BundleError: not JSON, of another format version, not of this form, or contradictory.
         """
         try:
             data = json.loads(text)
@@ -127,23 +128,8 @@ class Manifest:
             manifest = from_json(cls, data)
         except RecordError as error:
             raise BundleError(f"{name}: {error}; export again") from None
-        ordered = tuple(a for a in PRECISIONS if a in manifest.variants)
-        if not ordered or ordered != manifest.variants:
-            raise BundleError(f"{name}: variants must be some of {', '.join(PRECISIONS)}, in order")
-        if set(manifest.heads) != set(manifest.actions):
-            raise BundleError(f"{name}: heads must name one for each of {manifest.actions}")
-        if manifest.scorer is not None:
-            _check_scorer(manifest, manifest.scorer, name)
-        for described in (manifest.layers, manifest.attention):
-            if len(described) != manifest.model.num_layers:
-                raise BundleError(
-                    f"{name} describes {len(described)} layers of {manifest.model.num_layers}"
-                )
-        used = [manifest.rope_of(layer) for layer in range(manifest.model.num_layers)]
-        if len({len(rope.inv_freq) for rope in manifest.ropes}) != 1 or not all(
-            0 <= index < len(manifest.ropes) for index in used
-        ):
-            raise BundleError(f"{name}: attention names a rope that ropes does not have")
+        if problem := first_problem(manifest):
+            raise BundleError(f"{name}: {problem}")
         return manifest
 
 
@@ -160,28 +146,3 @@ def _upgrade(data: dict[str, Any]) -> None:
         for record in records:
             if isinstance(record, dict) and old in record:
                 record[new] = record.pop(old)
-
-
-def _check_scorer(manifest: Manifest, scorer: ScorerFacts, name: str) -> None:
-    budgets = [point.budget for point in scorer.points]
-    heads = {point.head for point in scorer.points} | {point.head for point in scorer.static}
-    layers = manifest.model.num_layers
-    for wrong, what in (
-        (scorer.file not in manifest.files, f"scorer.file {scorer.file!r} is not in files"),
-        (scorer.actions != manifest.actions, "scorer.actions must be the bundle's actions"),
-        (
-            not scorer.decision_points or any(a >= b for a, b in scorer.segments(layers)),
-            "scorer.decision_points must be layers after the first, in order",
-        ),
-        (not budgets or budgets != sorted(set(budgets)), "scorer.points must ascend in budget"),
-        (
-            not all(any(row.shares.get(a, 0) > 0 for a in PRECISIONS) for row in scorer.points),
-            "every row of scorer.points needs the share of a precision",
-        ),
-        ("balanced" not in scorer.presets, "scorer.presets must name balanced"),
-        (not heads <= set(manifest.exported_heads), "a head of the policy table is not exported"),
-        (any(len(point.path) != layers for point in scorer.static), "a static path is cut off"),
-        (len(manifest.costs.layers_ms) != layers, "costs must list every layer"),
-    ):
-        if wrong:
-            raise BundleError(f"{name}: {what}; train again with `dash-train`")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_LARGEST = 2**63  # no number reaches it
+_SHOWN = 80  # characters of a key
 
 
 class RecordError(ValueError):
@@ -38,22 +42,29 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, dict):
         raise RecordError(f"{where or 'document'} must be an object")
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = _fields(cls)
     for key in data:
         if key not in fields:
             raise RecordError(f"unknown key {_join(where, key)!r}")
     values = {}
-    for name, field in fields.items():
+    for name, (field, hint) in fields.items():
         if name in data:
-            values[name] = _value(hints[name], data[name], _join(where, name))
+            values[name] = _value(hint, data[name], _join(where, name))
         elif field.default is field.default_factory is dataclasses.MISSING:
             raise RecordError(f"missing key {_join(where, name)!r}")
     return cls(**values)
 
 
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    hints = get_type_hints(cls)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
+
+
 def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else str(key)
+    """A path that a message can show: keys of a document may be of any length."""
+    key = key if len(key) <= _SHOWN else key[:_SHOWN] + "…"
+    return f"{where}.{key}" if where else key
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:
@@ -78,11 +89,11 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         return {key: _value(args[1], item, _join(where, key)) for key, item in data.items()}
     if dataclasses.is_dataclass(hint):
         return from_json(hint, data, where)  # type: ignore[arg-type]
-    if hint is float and isinstance(data, int) and not isinstance(data, bool):
-        try:
-            return float(data)
-        except OverflowError:
-            raise RecordError(f"{where!r} is too large") from None
-    if not isinstance(data, hint) or (isinstance(data, bool) and hint is not bool):
+    number = hint in (int, float) and type(data) in (int, float)
+    if number and not (-_LARGEST < data < _LARGEST):  # nor NaN
+        raise RecordError(f"{where!r} is too large, or no number")
+    if hint is float and type(data) is int:
+        return float(data)
+    if type(data) is not hint:
         raise RecordError(f"{where!r} must be {hint.__name__}, not {type(data).__name__}")
     return data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,18 +35,18 @@ class TextCodec:
             raise BundleError(f"{path} is not a readable tokenizer: {error}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self._special = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in _json(bundle, "tokenizer_config.json").items()
-            if key.endswith("_token") and value
-        }
+        self._special = _special_tokens(bundle)
         start, end = (self._special.get(name) for name in ("bos_token", "eos_token"))
         self.start_token_id: int | None = self.tokenizer.token_to_id(start) if start else None
         self.end_token_id: int | None = self.tokenizer.token_to_id(end) if end else None
-        self.eos_token_ids = _eos_ids(_json(bundle, "generation_config.json"))
+        self.eos_token_ids = _eos_ids(bundle)
         self.chat_template: str | None = None
         if "chat_template.jinja" in bundle:
-            self.chat_template = bundle.verified("chat_template.jinja").read_text("utf-8")
+            path = bundle.verified("chat_template.jinja")
+            try:
+                self.chat_template = path.read_text("utf-8")
+            except UnicodeDecodeError:
+                raise BundleError(f"{path} is not UTF-8 text; export again") from None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> npt.NDArray[np.int64]:
         """Token ids `[S]` of text.
@@ -68,7 +67,8 @@ class TextCodec:
     def render_chat(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
         """The text of a conversation, ending where the assistant's answer begins.
 
-        The template runs in jinja2's immutable sandbox, as in transformers.
+        The template runs in jinja2's immutable sandbox, as in transformers, and within limits of
+        time and memory.
 
         Args:
             messages: in order.
@@ -79,12 +79,11 @@ class TextCodec:
         """
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
+        from dash_onnx.core.template import render  # jinja2 takes a while to import
+
+        values = {"messages": [*messages], "add_generation_prompt": answer_next, **self._special}
         try:
-            return (
-                _template_environment()
-                .from_string(self.chat_template)
-                .render(messages=list(messages), add_generation_prompt=answer_next, **self._special)
-            )
+            return render(self.chat_template, values)
         except Exception as error:  # the template is the model's code: it may raise anything
             raise PolicyError(f"the chat template refuses these messages: {error}") from None
 
@@ -99,33 +98,6 @@ class TextCodec:
     def token(self, token: int) -> str:
         """The vocabulary entry of an id, special tokens included."""
         return self.tokenizer.id_to_token(int(token)) or ""
-
-
-def _template_environment() -> Any:
-    """A sandbox with the functions that templates written for transformers expect."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the answer for training; here it is only its content."""
-
-        tags = {"generation"}  # noqa: RUF012  (jinja2 reads it so)
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
 
 
 class Detokenizer:
@@ -208,11 +180,26 @@ def _json(bundle: Bundle, name: str) -> dict[str, Any]:
     path = bundle.verified(name)
     try:
         data = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not valid JSON ({error}); export again") from None
     return data if isinstance(data, dict) else {}
 
 
-def _eos_ids(config: Mapping[str, Any]) -> frozenset[int]:
-    ids = config.get("eos_token_id")
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+def _special_tokens(bundle: Bundle) -> dict[str, str]:
+    """Text of `bos_token` and the like, as templates see it."""
+    name, found = "tokenizer_config.json", {}
+    for key, value in _json(bundle, name).items():
+        if key.endswith("_token") and value:
+            found[key] = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(found[key], str):
+                raise BundleError(f"{bundle.folder / name}: {key!r} is no text; export again")
+    return found
+
+
+def _eos_ids(bundle: Bundle) -> frozenset[int]:
+    name = "generation_config.json"
+    ids = _json(bundle, name).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if any(type(token) is not int for token in ids):
+        raise BundleError(f"{bundle.folder / name}: eos_token_id is no token id; export again")
+    return frozenset(ids)

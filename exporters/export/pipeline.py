@@ -114,9 +114,8 @@ def export(
             export=_facts(source, so_far()),
             files=list_files(folder),
         )
-        (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
         release_memory()
-        manifest = replace(manifest, costs=profile(Bundle(folder), writer.runner.device))
+        manifest = replace(manifest, costs=profile(Bundle(folder, manifest), writer.runner.device))
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest
 

@@ -1,0 +1,150 @@
+"""Whether the parts of a manifest agree with each other: what the runtime takes for granted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from dash_onnx.core.actions import PRECISIONS, SKIP
+from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+
+if TYPE_CHECKING:
+    from dash_onnx.core.facts import ScorerFacts
+    from dash_onnx.core.manifest import Manifest
+
+_MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
+_MOST_WEIGHTS = 4  # in a byte: INT2
+
+
+def first_problem(manifest: Manifest) -> str | None:
+    """What is wrong with a manifest, and the remedy; None where its parts agree.
+
+    Each check relies on those before it.
+    """
+    for problem in _problems(manifest):
+        return f"{problem}; export again"
+    if manifest.scorer is not None:
+        for problem in _scorer_problems(manifest, manifest.scorer):
+            return f"{problem}; train again with `dash-train`"
+    return None
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    ordered = tuple(a for a in PRECISIONS if a in manifest.variants)
+    if not ordered or ordered != manifest.variants:
+        yield f"variants must be some of {', '.join(PRECISIONS)}, in order"
+    yield from _size_problems(manifest)
+    yield from _rope_problems(manifest)
+    if set(manifest.heads) != set(manifest.actions):
+        yield f"heads must name one for each of {', '.join(manifest.actions)}"
+    graphs = [EMBED_PATH, *(head_path(head) for head in manifest.heads.values())]
+    graphs += [
+        layer_path(layer, action)
+        for layer in range(manifest.model.num_layers)
+        for action in manifest.actions
+    ]
+    for graph in graphs:
+        if graph not in manifest.files:
+            yield f"files lacks {graph}"
+    if any(facts.bytes < 0 for facts in manifest.files.values()):
+        yield "a file has less than no bytes"
+    yield from _claim_problems(manifest)
+    yield from _cost_problems(manifest)
+
+
+def _size_problems(manifest: Manifest) -> Iterator[str]:
+    model, target = manifest.model, manifest.target
+    for name, value in vars(model).items():
+        if isinstance(value, int) and not 1 <= value <= _MOST:
+            yield f"model.{name} is {value}, not in 1..{_MOST}"
+    if model.num_heads % model.num_kv_heads:
+        yield f"{model.num_heads} heads do not share {model.num_kv_heads} key/value heads"
+    for name, described in (("layers", manifest.layers), ("attention", manifest.attention)):
+        if len(described) != model.num_layers:
+            yield f"{name} describes {len(described)} layers of {model.num_layers}"
+    if not 0 <= manifest.compensation_rank <= model.hidden_size:
+        yield f"compensation_rank is {manifest.compensation_rank}"
+    if not 1 <= target.block_size <= _MOST or not 0 <= target.accuracy_level <= 4:
+        yield "target has a block size or an accuracy level that does not exist"
+    if target.kv_cache == "int4" and model.head_dim % 2:
+        yield f"target.kv_cache is int4, which needs an even head_dim, not {model.head_dim}"
+    for attention in manifest.attention:
+        if attention.window is not None and not 1 <= attention.window <= _MOST:
+            yield f"an attention window is {attention.window}"
+    for layer in manifest.layers:
+        lacking = [a for a in manifest.actions if a not in layer.bytes]
+        if lacking or any(a not in layer.relative_error for a in manifest.actions if a != "full"):
+            yield "layers must describe every action of each layer"
+
+
+def _rope_problems(manifest: Manifest) -> Iterator[str]:
+    pairs = {len(rope.inv_freq) for rope in manifest.ropes}
+    if len(pairs) != 1:
+        yield "ropes must all have the same number of frequencies"
+    if 2 * max(pairs) > manifest.model.head_dim:
+        yield f"ropes rotate more than the {manifest.model.head_dim} dimensions of a head"
+    for layer in range(manifest.model.num_layers):
+        if not 0 <= manifest.rope_of(layer) < len(manifest.ropes):
+            yield "attention names a rope that ropes does not have"
+
+
+def _claim_problems(manifest: Manifest) -> Iterator[str]:
+    """Sizes that the files cannot hold: whoever believed them would run out of memory."""
+    model = manifest.model
+    held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
+    weights = model.vocab_size + 2 * model.num_layers * model.intermediate_size
+    if weights * model.hidden_size > held:
+        yield f"the files are too small for the sizes of model: {held / _MOST_WEIGHTS:.0f} bytes"
+
+
+def _cost_problems(manifest: Manifest) -> Iterator[str]:
+    costs = manifest.costs
+    if len(costs.layers_ms) != manifest.model.num_layers:
+        yield "costs must list every layer"
+    if any(action not in layer for layer in costs.layers_ms for action in manifest.actions):
+        yield "costs must list every action of each layer"
+    if any(head not in costs.heads_ms for head in manifest.exported_heads):
+        yield "costs must list every LM head"
+    measured = (costs.heads_ms.values(), *(layer.values() for layer in costs.layers_ms))
+    if not _all_in(0, math.inf, (ms for part in measured for ms in part)):
+        yield "costs must be more than 0"
+    if min(costs.embed_ms, costs.scorer_ms) < 0 or costs.threads < 1:
+        yield "costs must be those of at least one thread, and none less than 0"
+
+
+def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
+    layers, actions = manifest.model.num_layers, set(manifest.actions)
+    if scorer.file not in manifest.files:
+        yield f"scorer.file {scorer.file[:200]!r} is not in files"
+    if scorer.actions != manifest.actions:
+        yield "scorer.actions must be the bundle's actions"
+    points = scorer.decision_points
+    if not points or not 1 <= points[0] or any(a >= b for a, b in scorer.segments(layers)):
+        yield "scorer.decision_points must be layers after the first, in order"
+    budgets = [point.budget for point in scorer.points]
+    if not budgets or budgets != sorted(set(budgets)):
+        yield "scorer.points must ascend in budget"
+    if not _all_in(0, 1e6, (x for row in scorer.points for x in (row.budget, row.multiplier))):
+        yield "budgets and multipliers of scorer.points must be more than 0"
+    for row in scorer.points:
+        if not set(row.shares) <= actions or not any(row.shares.get(a, 0) > 0 for a in PRECISIONS):
+            yield "every row of scorer.points needs the share of a precision"
+        if row.kl < 0 or not all(0 <= share <= 1 for share in row.shares.values()):
+            yield "scorer.points has a KL below 0, or a share outside 0..1"
+    if "balanced" not in scorer.presets:
+        yield "scorer.presets must name balanced"
+    if not all(budgets[0] <= budget <= budgets[-1] for budget in scorer.presets.values()):
+        yield "scorer.presets must lie within scorer.points"
+    for point in scorer.static:
+        if len(point.path) != layers or not set(point.path) <= actions or point.path[0] == SKIP:
+            yield "scorer.static has a path that does not fit the layers"
+        if point.kl < 0 or not 0 < point.budget <= 1e6:
+            yield "scorer.static has a KL below 0, or a budget that is not more than 0"
+    heads = {point.head for point in (*scorer.points, *scorer.static)}
+    if not heads <= set(manifest.exported_heads):
+        yield "a head of the policy table is not exported"
+
+
+def _all_in(low: float, high: float, values: Iterable[float]) -> bool:
+    return all(low < value < high for value in values)

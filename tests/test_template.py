@@ -1,0 +1,77 @@
+"""Chat templates that never end, or that fill the memory."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import pytest
+from jinja2 import TemplateError
+
+from dash_onnx.core.template import render
+
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro m() %}{% for a in range(9999) %}{{ m() }}{% endfor %}{% endmacro %}{{ m() }}",
+    "{% for a in range(99999) %}{% for b in range(999) %}{% set c = b %}{% endfor %}{% endfor %}",
+)
+DOUBLING = "{% set n = namespace(x='x' * 999) %}{% for i in range(99) %}"
+LARGE = (
+    "{{ 'x' * 10**9 }}",
+    "{{ 10**9 * 'x' }}",
+    "{{ ['x' * 10**7] * 10**3 }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ '%*d' % (10**9, 1) }}",
+    "{{ '%999999999d' | format(1) }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10**9) }}",
+    "{{ '{a:999999999}'.format_map({'a': 1}) }}",
+    "{{ 'x'.ljust(10**9) }}",
+    "{{ 'x' | center(10**9) }}",
+    "{{ ('x' * 10**6).replace('x', 'y' * 10**6) }}",
+    "{{ ('x' * 10**6) | replace('x', 'y' * 10**6) }}",
+    "{{ ('y' * 10**6).join('x' * 10**6) }}",
+    "{{ 9**9**9 }}",
+    DOUBLING + "{% set n.x = n.x ~ n.x %}{% endfor %}",
+    DOUBLING + "{% set n.x = n.x + n.x %}{% endfor %}",
+    "{% for i in range(9999) %}{{ 'x' * 10**6 }}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("template", [*ENDLESS, *LARGE])
+def test_a_template_without_measure_is_stopped(template: str) -> None:
+    started = time.monotonic()
+    with pytest.raises((TemplateError, RecursionError)):
+        render(template, {})
+    assert time.monotonic() - started < 5
+
+
+def test_a_thread_has_a_limit_of_its_own() -> None:
+    caught: list[Exception] = []
+
+    def work() -> None:
+        try:
+            render(ENDLESS[0], {})
+        except TemplateError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert render("{{ 1 + 1 }}", {}) == "2"
+    thread.join(10)
+    assert "did not end" in str(caught)
+
+
+def test_a_long_conversation_is_far_from_the_limits() -> None:
+    content = "the keeper counts 1234567890 ships\n" * 300
+    messages = [{"role": "user", "content": content}] * 300
+    template = (
+        "{% for m in messages %}{% set c = m.content | trim | replace('\\n', ' ') %}"
+        "{% if 'x' in c.split('</think>')[-1] %}{% endif %}"
+        "{{ '<|' + m.role + '|>' ~ c ~ '%s' % c }}{{ '{}'.format(c) }}{{ 7 * 1000000 % 13 }}"
+        "{% endfor %}"
+    )
+    before = sys.gettrace()
+    assert len(render(template, {"messages": messages})) > 300 * 3 * len(content)
+    assert sys.gettrace() is before
