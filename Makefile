@@ -18,7 +18,7 @@ PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 .PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench results node wheel clean
 
 demo: $(BUNDLE)/.trained
-	$(BIN)/dash-run $(BUNDLE) --chat "$(QUESTION)" --show-path
+	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)" --show-path
 
 demo-0.5b: OTHER = build/demo-0.5b/$(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
 demo-0.5b:
@@ -113,7 +113,7 @@ $(BUNDLE)/.exported: .venv/.export $(if $(filter $(DEMO),$(MODEL)),$(DEMO),$(wil
 
 # What was interrupted goes on at the next call.
 $(BUNDLE)/.trained: $(BUNDLE)/.exported
-	$(BIN)/dash-run $(BUNDLE) --chat "$(QUESTION)"
+	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)"
 	$(BIN)/dash-train $(BUNDLE)
 	touch $@
 

@@ -18,25 +18,30 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model, ScoredToken, load
     from dash_onnx.runtime.generate import Chunk, GeneratedToken
     from dash_onnx.runtime.options import GenerationOptions
+    from dash_onnx.runtime.stream import Completion, Stream
 
 _LAZY = {
     "Cache": "cache",
     "Chunk": "generate",
+    "Completion": "stream",
     "GeneratedToken": "generate",
     "GenerationOptions": "options",
     "Model": "engine",
     "ScoredToken": "engine",
+    "Stream": "stream",
     "load": "engine",
 }
 
 __all__ = [
     "Cache",
     "Chunk",
+    "Completion",
     "DashError",
     "GeneratedToken",
     "GenerationOptions",
     "Model",
     "ScoredToken",
+    "Stream",
     "__version__",
     "load",
 ]
@@ -50,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.errors import DeviceError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.runtime.backend import Backend, open_backend
@@ -24,19 +25,23 @@ from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import ScoredDecider, decider_of
 from dash_onnx.runtime.generate import (
     Chunk,
+    CurrentPolicy,
     GeneratedToken,
     check_prompt,
     generate_tokens,
     prefill_plan,
-    stream,
+    text_of,
 )
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.ort import Device, use_threads
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
+from dash_onnx.runtime.stream import Completion, Stream
 
 P = ParamSpec("P")
+
+_MOST_THREADS = 1024
 
 Prompt = str | Sequence[Message]
 """Raw text, or the messages of a conversation."""
@@ -59,17 +64,50 @@ class ScoredToken:
 
 
 def _joined(
-    name: str, stream: Callable[Concatenate[Model, P], Generator[Chunk]]
-) -> Callable[Concatenate[Model, P], str]:
+    name: str,
+    stream: Callable[Concatenate[Model, P], Stream],
+    prepare: Callable[[Prompt], Prompt] = lambda prompt: prompt,
+) -> Callable[Concatenate[Model, P], Completion]:
     """A method that takes what `stream` takes and returns the text of all chunks."""
+    signature = inspect.signature(stream)
 
     @functools.wraps(stream)
-    def generate(model: Model, /, *args: P.args, **options: P.kwargs) -> str:
-        return "".join(chunk.text for chunk in stream(model, *args, **options))
+    def joined(model: Model, /, *args: P.args, **options: P.kwargs) -> Completion:
+        bound = signature.bind(model, *args, **options)
+        bound.arguments["prompt"] = prepare(bound.arguments["prompt"])
+        return Completion.of(stream(*bound.args, **bound.kwargs))
 
-    signature = inspect.signature(stream).replace(return_annotation="str")
-    generate.__name__, generate.__signature__ = name, signature  # type: ignore[attr-defined]
-    return generate
+    return _named(joined, name, "Completion")
+
+
+def _as_messages(prompt: Prompt) -> Prompt:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _asynchronous(
+    name: str, stream: Callable[Concatenate[Model, P], Stream]
+) -> Callable[Concatenate[Model, P], AsyncIterator[Chunk]]:
+    """A method that takes what `stream` takes and leaves the event loop free."""
+
+    @functools.wraps(stream)
+    async def asynchronous(
+        model: Model, /, *args: P.args, **options: P.kwargs
+    ) -> AsyncIterator[Chunk]:
+        chunks = await asyncio.to_thread(stream, model, *args, **options)
+        try:
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            chunks.close()
+
+    return _named(asynchronous, name, "AsyncIterator[Chunk]")
+
+
+def _named(method: Callable[..., Any], name: str, returns: str) -> Callable[..., Any]:
+    """With the parameters of the method that it wraps."""
+    signature = inspect.signature(method).replace(return_annotation=returns)
+    method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
+    return method
 
 
 class Model:
@@ -97,6 +135,11 @@ class Model:
         self._sessions = Sessions(bundle, backend, memory)
         self._default = (policy, budget)
         self.policy()  # refuses a wrong one now
+
+    def __repr__(self) -> str:
+        facts, policy = self.manifest.model, self.policy()
+        actions = ", ".join(self.manifest.actions)
+        return f"<Model {facts.name}: {facts.num_layers} layers in {actions}; {policy.name}>"
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -289,8 +332,13 @@ class Model:
             min_p=min_p,
             seed=seed,
         )
-        ids, policy_ = self._checked(ids), self.policy(chosen.policy, chosen.budget)
-        return generate_tokens(self._sessions, ids, policy_, self.text.eos_token_ids, chosen)
+        current = CurrentPolicy(self.policy(chosen.policy, chosen.budget))
+        return self._steps(self._checked(ids), current, chosen)
+
+    def _steps(
+        self, ids: Ids, current: CurrentPolicy, options: GenerationOptions
+    ) -> Iterator[GeneratedToken]:
+        return generate_tokens(self._sessions, ids, current, self.text.eos_token_ids, options)
 
     def stream(
         self,
@@ -310,7 +358,7 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         seed: int | None = None,
-    ) -> Generator[Chunk]:
+    ) -> Stream:
         """Generates text piece by piece; `close()` ends it and frees its cache.
 
         Args:
@@ -318,7 +366,7 @@ class Model:
             options: the value of whatever is None here; the rest is described there.
 
         Raises:
-            PolicyError: an option is out of range, or not one that the bundle can do.
+            PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
         chosen = GenerationOptions.of(
@@ -337,18 +385,23 @@ class Model:
             min_p=min_p,
             seed=seed,
         )
-        text = isinstance(prompt, str)
-        ids = self.text.encode(prompt) if text else self.text.encode_chat(prompt)  # type: ignore[arg-type]
-        steps = self.generate_step(ids, options=chosen)
-        chunks = stream(self.text, steps, len(ids), tuple(chosen.stop))
+        encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
+        ids = self._checked(encode(prompt))  # type: ignore[arg-type]
+        current = CurrentPolicy(self.policy(chosen.policy, chosen.budget))
+        steps = self._steps(ids, current, chosen)
+        chunks = text_of(self.text, steps, len(ids), tuple(chosen.stop))
         first = next(chunks)  # errors surface here, not at the first use
-        return _continued(first, chunks)
+        policy_at = functools.partial(self.policy, chosen.policy)
+        return Stream(_continued(first, chunks), current, policy_at)
 
     generate = _joined("generate", stream)
-    """Generates the whole text, `str`; takes what `stream` takes."""
+    """Generates the whole text, a `Completion`; takes what `stream` takes."""
 
-    chat = _joined("chat", stream)
-    """Generates the assistant's answer to chat messages, `str`; takes what `stream` takes."""
+    chat = _joined("chat", stream, _as_messages)
+    """Generates the assistant's answer to messages, or to one message of the user."""
+
+    astream = _asynchronous("astream", stream)
+    """Generates text piece by piece for `async for`, each token in a thread; likewise."""
 
     def _checked(self, ids: Ids | Sequence[int]) -> Ids:
         array = np.asarray(ids, np.int64)
@@ -394,10 +447,14 @@ def load(
             the process must keep off the default stream.
 
     Raises:
-        PolicyError: the policy or the budget is not one that the bundle can do.
+        PolicyError: an option is out of range, or the bundle cannot do the policy or the budget.
         BundleError: the bundle is missing, damaged or of another format version.
         DeviceError: ORT or the device is not available, or the bundle is for another one.
     """
+    if memory not in get_args(Memory):
+        raise PolicyError(f"memory={memory!r} must be one of {', '.join(get_args(Memory))}")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
+        raise PolicyError(f"threads={threads!r} must be an integer in 1..{_MOST_THREADS}")
     bundle = Bundle(folder)
     built_for = bundle.manifest.target.device
     if device != built_for and device in ("cpu", "cuda"):

@@ -62,14 +62,29 @@ class Chunk:
     finish_reason: FinishReason | None = None
 
 
+@dataclass
+class CurrentPolicy:
+    """The policy of a generation, which may change between its tokens.
+
+    Attributes:
+        policy: of the next token.
+    """
+
+    policy: Policy
+
+
 def generate_tokens(
-    sessions: Sessions, ids: Ids, policy: Policy, eos: frozenset[int], options: GenerationOptions
+    sessions: Sessions,
+    ids: Ids,
+    current: CurrentPolicy,
+    eos: frozenset[int],
+    options: GenerationOptions,
 ) -> Iterator[GeneratedToken]:
     """Generates token by token; the first one comes from the prefill.
 
     Args:
         ids: the prompt, `[S]`.
-        policy: resolved; `options.policy` is not looked at.
+        current: its policy; `options.policy` is not looked at.
         eos: ids that end the text.
 
     Raises:
@@ -83,6 +98,7 @@ def generate_tokens(
     try:
         sampler = Sampler(options)
         seen = [int(token) for token in ids]
+        policy = current.policy
         decider = decider_of(policy, sequence)
         path, head = prefill_plan(sessions, policy, options.prefill)
         token = -1
@@ -92,6 +108,9 @@ def generate_tokens(
                 logits = sequence.prefill(rest, path, head)
                 cache.tokens += rest.tolist()
             else:
+                if current.policy is not policy:
+                    policy = current.policy
+                    decider = decider_of(policy, sequence)
                 logits, path = sequence.forward(token, decider)
                 cache.tokens.append(token)
             token = sampler(logits, seen)
@@ -160,7 +179,7 @@ def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
         )
 
 
-def stream(
+def text_of(
     codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
 ) -> Generator[Chunk]:
     """Turns tokens into text; holds back what may become a stop string."""

@@ -43,6 +43,8 @@ class GenerationOptions(Sampling):
     cache: Cache | None = None
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name))
         super().__post_init__()
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
@@ -60,3 +62,31 @@ class GenerationOptions(Sampling):
         """
         chosen = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(options or cls(), **chosen)
+
+
+_NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(_NUMBERS, ((int, float), "a number")),
+    "max_new_tokens": ((int,), "an integer"),
+    "top_k": ((int,), "an integer"),
+    "seed": ((int, type(None)), "an integer"),
+    "ignore_eos": ((bool,), "True or False"),
+    "policy": ((str, Policy), "a name or a Policy"),
+    "budget": ((int, float, str, type(None)), "a number or the name of a preset"),
+    "prefill": ((str, type(None)), "the name of a precision"),
+    "stop": ((str, list, tuple), "text, or a list of texts"),
+}
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Refuses what no caller can mean; NumPy's numbers are numbers."""
+    if name == "cache":
+        wrong, what = value is not None and not hasattr(value, "acquire"), "from Model.new_cache()"
+    else:
+        kinds, what = _KINDS[name]
+        plain = value.item() if hasattr(value, "item") else value
+        wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
+        if name == "stop" and not wrong:
+            wrong = not all(isinstance(word, str) for word in value)
+    if wrong:
+        raise PolicyError(f"{name}={value!r} must be {what}")

@@ -78,7 +78,7 @@ def test_the_closing_table_has_a_row_for_each_layer_and_says_what_to_do_next(
     assert total.split()[0] == "all" and len(total.split()) == 4
     assert f"tiny -> {out}" in rest
     assert "night.txt" in rest
-    assert f"dash-run {out} --chat" in rest
+    assert f'dash-run {out} "Hello!"' in rest
     assert os.listdir(out.parent) == ["out"]
 
 

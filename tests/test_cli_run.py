@@ -11,22 +11,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli_tool import Capture, Tool
+from scored_bundle import with_scorer
 
-from dash_onnx.cli import run as cli_run
+from dash_onnx.cli import chat
 from dash_onnx.cli.run import main
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy
 from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.stream import Stream
 
 PROMPT = "the keeper of the lighthouse"
 QUICK = ("--max-new-tokens", "6", "--ignore-eos")
+RAW = ("--raw", *QUICK)
 LAYERS = 4
 RUN = "import sys; from dash_onnx.cli.run import main; sys.exit(main())"
 TOOL = Tool("dash-run", main)
@@ -50,6 +53,12 @@ def damaged(tiny_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
+@pytest.fixture
+def scored_bundle(damaged: Path) -> Path:
+    """Likewise, with a scorer."""
+    return with_scorer(damaged)
+
+
 def give_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
@@ -65,7 +74,7 @@ def process(*arguments: object, given: bytes = b"") -> subprocess.CompletedProce
 def test_text_goes_to_stdout_and_a_one_line_summary_to_stderr(
     tiny_bundle: Path, tiny_model: Model, capsys: Capture
 ) -> None:
-    assert run(tiny_bundle, PROMPT, *QUICK) == 0
+    assert run(tiny_bundle, PROMPT, *RAW) == 0
     captured = capsys.readouterr()
     assert captured.out == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True) + "\n"
     assert captured.err.count("\n") == 1
@@ -76,7 +85,7 @@ def test_text_goes_to_stdout_and_a_one_line_summary_to_stderr(
 def test_json_is_one_object_with_text_and_figures(
     tiny_bundle: Path, tiny_model: Model, capsys: Capture
 ) -> None:
-    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
+    facts = json_of(capsys, tiny_bundle, PROMPT, *RAW)
     assert set(facts) == {
         "text",
         "load_ms",
@@ -147,7 +156,15 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(
     whole = tiny_model.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
     word = whole[8:10]
     facts = json_of(
-        capsys, tiny_bundle, PROMPT, "--max-new-tokens", 20, "--ignore-eos", "--stop", word
+        capsys,
+        tiny_bundle,
+        PROMPT,
+        "--raw",
+        "--max-new-tokens",
+        20,
+        "--ignore-eos",
+        "--stop",
+        word,
     )
     assert facts["finish_reason"] == "stop"
     assert facts["text"] == whole[: whole.index(word)]
@@ -165,17 +182,75 @@ def test_prefill_and_policy_may_differ(tiny_bundle: Path, tmp_path: Path, capsys
 # Where the prompt comes from
 
 
-def test_chat_may_stand_before_or_after_the_prompt(
+def test_a_prompt_is_a_chat_message_unless_it_is_raw(
     tiny_bundle: Path, tiny_model: Model, capsys: Capture
 ) -> None:
-    before = json_of(capsys, tiny_bundle, "--chat", PROMPT, *QUICK)
-    after = json_of(capsys, tiny_bundle, PROMPT, "--chat", *QUICK)
-    raw = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
     messages = [{"role": "user", "content": PROMPT}]
-    assert before["text"] == after["text"]
-    assert before["text"] == tiny_model.chat(messages, max_new_tokens=6, ignore_eos=True)
-    assert before["prompt_tokens"] == len(tiny_model.text.encode_chat(messages))
-    assert before["prompt_tokens"] > raw["prompt_tokens"]
+    answer = tiny_model.chat(messages, max_new_tokens=6, ignore_eos=True)
+    for arguments in ((PROMPT,), ("--chat", PROMPT), (PROMPT, "--chat")):
+        facts = json_of(capsys, tiny_bundle, *arguments, *QUICK)
+        assert facts["text"] == answer
+        assert facts["prompt_tokens"] == len(tiny_model.text.encode_chat(messages))
+    raw = json_of(capsys, tiny_bundle, PROMPT, *RAW)
+    assert raw["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
+
+
+def test_a_model_without_chat_template_continues_the_prompt(
+    damaged: Path, tiny_model: Model, capsys: Capture
+) -> None:
+    manifest = json.loads((damaged / "dash.json").read_text("utf-8"))
+    del manifest["files"]["chat_template.jinja"]
+    (damaged / "dash.json").write_text(json.dumps(manifest), "utf-8")
+    facts = json_of(capsys, damaged, PROMPT, *QUICK)
+    assert facts["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
+    for arguments in (("--chat",), ("--system", "be brief")):
+        assert "no chat template" in refused(capsys, damaged, PROMPT, *arguments)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_what_is_piped_in_follows_the_prompt(
+    kind: str, tiny_bundle: Path, tiny_model: Model, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("42 ships\n")
+    command = [sys.executable, "-c", RUN, str(tiny_bundle), PROMPT, *RAW, "--json"]
+    with notes.open() as file:
+        stdin = {"input": b"42 ships\n"} if kind == "pipe" else {"stdin": file}
+        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=60, check=True, **stdin)
+    facts = json.loads(done.stdout)
+    assert facts["prompt_tokens"] == len(tiny_model.text.encode(f"{PROMPT}\n\n42 ships\n"))
+
+
+def test_a_pipe_that_brings_nothing_is_told_of(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", RUN, str(tiny_bundle), PROMPT, *QUICK]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as running:
+        assert running.stdin is not None and running.stderr is not None
+        assert b"waiting for text on stdin" in running.stderr.readline()
+        running.stdin.close()
+        assert running.wait(60) == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_closed_streams_cause_no_traceback(closed: str, tiny_bundle: Path) -> None:
+    shell = f'exec "$0" -c \'{RUN}\' "$1" "$2" --max-new-tokens 2 {closed}'
+    words = ["bash", "-c", shell, sys.executable, str(tiny_bundle), PROMPT]
+    done = subprocess.run(words, stderr=subprocess.PIPE, timeout=60, text=True)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 2)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_text_that_stdout_cannot_hold_is_written_escaped(encoding: str, tiny_bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tiny_bundle), "🚢 灯台", *QUICK, "--show-path"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_a_system_message_comes_first(
@@ -201,7 +276,7 @@ def test_a_dash_reads_the_prompt_from_stdin(
 def test_a_prompt_that_begins_with_a_dash_follows_two_dashes(
     tiny_bundle: Path, tiny_model: Model, capsys: Capture
 ) -> None:
-    assert run(tiny_bundle, *QUICK, "--json", "--", "-x the keeper") == 0
+    assert run(tiny_bundle, *RAW, "--json", "--", "-x the keeper") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["prompt_tokens"] == len(tiny_model.text.encode("-x the keeper"))
 
@@ -250,7 +325,7 @@ def test_the_context_may_be_filled_to_the_last_token(
 ) -> None:
     prompt = tiny_model.text.decode([2] * 256)
     assert len(tiny_model.text.encode(prompt)) == 256
-    facts = json_of(capsys, tiny_bundle, prompt, "--ignore-eos")
+    facts = json_of(capsys, tiny_bundle, prompt, "--raw", "--ignore-eos")
     assert facts["generated_tokens"] == 1
     assert facts["finish_reason"] == "context"
 
@@ -345,7 +420,9 @@ def test_an_empty_stop_text_does_not_silence_the_answer(tiny_bundle: Path, capsy
         ("out", "prompt", "--temperature", "warm"),
         ("out", "prompt", "--prefill", "skip"),
         ("out", "--json"),
-        ("out", "prompt", "--system", "be brief"),
+        ("out", "prompt", "--raw", "--system", "be brief"),
+        ("out", "prompt", "--raw", "--chat"),
+        ("out", "--raw"),
     ],
     ids=" ".join,
 )
@@ -359,7 +436,7 @@ def test_help_has_examples(capsys: Capture) -> None:
     assert run("--help") == 0
     examples = capsys.readouterr().out.partition("examples:")[2]
     assert examples.count("dash-run ") >= 4
-    assert "--chat" in examples and "/reset" in examples
+    assert "--raw" in examples and "/help" in examples
 
 
 def test_a_missing_bundle_is_refused_with_the_remedy(tmp_path: Path, capsys: Capture) -> None:
@@ -385,11 +462,9 @@ needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /
 
 
 @needs_dev_full
-def test_a_trace_on_a_full_disk_is_one_line(tiny_bundle: Path) -> None:
-    done = process(tiny_bundle, PROMPT, *QUICK, "--trace", "/dev/full")
-    assert b"Traceback" not in done.stderr
-    assert b"No space left" in done.stderr
-    assert done.returncode == 2
+def test_a_trace_goes_into_no_device(tiny_bundle: Path, capsys: Capture) -> None:
+    message = refused(capsys, tiny_bundle, PROMPT, *QUICK, "--trace", "/dev/full")
+    assert "not a regular file" in message
 
 
 @needs_dev_full
@@ -458,10 +533,14 @@ def test_no_token_waits_for_a_graph_to_load(
     loaded: list[set[str]] = []
     stream = Model.stream
 
-    def watching(model: Model, *prompt: Any, **options: Any) -> Iterator[Chunk]:
+    def watching(model: Model, *prompt: Any, **options: Any) -> Stream:
+        def chunks(running: Stream) -> Generator[Chunk]:
+            yield from running
+            loaded.append(set(model.loaded))
+
         loaded.append(set(model.loaded))
-        yield from stream(model, *prompt, **options)
-        loaded.append(set(model.loaded))
+        running = stream(model, *prompt, **options)
+        return Stream(chunks(running), CurrentPolicy(model.policy()), model.policy)
 
     monkeypatch.setattr(Model, "stream", watching)
     give_stdin(monkeypatch, PROMPT)
@@ -618,41 +697,125 @@ def test_an_interrupted_answer_does_not_end_the_chat(
         return result
 
     monkeypatch.setattr(SequenceState, "forward", interrupted)
-    out, err = chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK)
+    out, err = chatted(monkeypatch, capsys, "hello\n/reset\nships?\n", tiny_bundle, *QUICK)
     monkeypatch.undo()
     assert "stopped" in err
     assert out.endswith(conversation(tiny_model, "ships?")[0] + "\n")
 
 
 def test_an_interrupt_while_the_text_is_written_frees_the_conversation(
-    tiny_bundle: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    show, kept = cli_run._show, []
+    show, kept = chat.show, []
 
-    def interrupted(chunks: Iterator[Chunk], view: Any) -> str:
+    def interrupted(chunks: Iterator[Chunk], *more: Any) -> None:
         if kept:
-            return show(chunks, view)
+            show(chunks, *more)
+            return
         kept.append(chunks)  # somebody still holds them, as a traceback would
         next(chunks)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_run, "_show", interrupted)
+    monkeypatch.setattr(chat, "show", interrupted)
     out, err = chatted(monkeypatch, capsys, "hello\nships?\n", tiny_bundle, *QUICK)
     assert "stopped" in err and "in use" not in err
-    assert out.endswith(conversation(tiny_model, "ships?")[0] + "\n")
+    assert len(out.splitlines()) >= 2
 
 
 def test_kill_ends_the_chat(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def killed(*_: Any) -> str:
+    def killed(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(cli_run, "_show", killed)
+    monkeypatch.setattr(chat, "show", killed)
     give_stdin(monkeypatch, "hello\nships?\n")
     assert run(tiny_bundle, *QUICK) == 130
     assert "dash-run: interrupted" in capsys.readouterr().err
+
+
+def test_a_stopped_answer_stays_in_the_conversation(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    forward, calls = SequenceState.forward, iter(range(1000))
+
+    def interrupted(self: SequenceState, *arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(SequenceState, "forward", interrupted)
+    path = tmp_path / "chat.json"
+    out, _ = chatted(monkeypatch, capsys, f"hello\n/save {path}\n", tiny_bundle, *QUICK)
+    asked, answered = json.loads(path.read_text("utf-8"))
+    assert asked == {"role": "user", "content": "hello"}
+    assert answered == {"role": "assistant", "content": out.removesuffix("\n")}
+
+
+def test_a_saved_conversation_goes_on(
+    tiny_bundle: Path,
+    tiny_model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    path = tmp_path / "chat.json"
+    chatted(monkeypatch, capsys, f"hello\n/save {path}\n/save {path}\n", tiny_bundle, *QUICK)
+    lines = f"/load {path}\nships?\n/reset\n/save {path}\n"
+    out, err = chatted(monkeypatch, capsys, lines, tiny_bundle, *QUICK)
+    assert out == conversation(tiny_model, "hello", "ships?")[1] + "\n"
+    assert "2 messages from" in err and "error" not in err
+    assert json.loads(path.read_text("utf-8")) == []
+    _, err = chatted(monkeypatch, capsys, f"/save {path}\n", tiny_bundle, *QUICK)
+    assert "exists" in err
+
+
+def test_regen_answers_the_last_message_again(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, err = chatted(monkeypatch, capsys, "/regen\nhello\n/regen\n", tiny_bundle, *QUICK)
+    first, again = out.splitlines()
+    assert first == again
+    assert "no answer yet" in err.splitlines()[0]
+
+
+def test_system_sets_and_removes_the_system_message(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    paths = [tmp_path / name for name in ("with.json", "without.json")]
+    lines = f"/system be brief\nhello\n/save {paths[0]}\n/system\n/save {paths[1]}\n"
+    chatted(monkeypatch, capsys, lines, tiny_bundle, *QUICK)
+    first, second = (json.loads(path.read_text("utf-8")) for path in paths)
+    assert first[0] == {"role": "system", "content": "be brief"}
+    assert second == first[1:]
+
+
+@pytest.mark.parametrize("line", ["/rest", "/budget 0.8", "/load nowhere.json", "/load", "/save"])
+def test_a_command_that_cannot_be_done_is_refused_and_the_chat_goes_on(
+    line: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, err = chatted(monkeypatch, capsys, f"{line}\nhello\n", tiny_bundle, *QUICK)
+    assert err.splitlines()[0].startswith("dash-run: error: ")
+    assert len(out.splitlines()) >= 1
+
+
+def test_the_budget_of_a_chat_may_change(
+    scored_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    lines = "/budget\n/budget fast\nhello\n/budget 7\n"
+    _, err = chatted(monkeypatch, capsys, lines, scored_bundle, *QUICK)
+    told = [line for line in err.splitlines() if line.startswith("dash-run: ")]
+    assert told[:2] == ["dash-run: policy dash", "dash-run: policy dash:fast"]
+    assert told[2].startswith("dash-run: error: budget 7 is outside")
+
+
+def test_help_lists_the_commands(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    _, err = chatted(monkeypatch, capsys, "/help\n", tiny_bundle, *QUICK)
+    for command in ("/budget", "/system", "/regen", "/save", "/load", "/reset", "/exit"):
+        assert f"\n{command}" in f"\n{err}"
 
 
 def test_a_chat_under_a_policy_that_cannot_be_is_refused_at_once(

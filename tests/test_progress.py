@@ -163,7 +163,7 @@ def test_a_log_has_every_phase_and_says_when_the_bundle_can_answer(
     assert [line.partition(": starts")[0] for line in lines if ": starts" in line] == names
     assert sum("(expected " in line for line in lines) == len(names)
     answers = lines.index(
-        f'{out} can answer now: dash-run {out} --chat "Hello!"; the policy is being trained'
+        f'{out} can answer now: dash-run {out} "Hello!"; the policy is being trained'
     )
     assert lines[answers - 1].startswith("costs: done in ")
     assert any(line.startswith("training text: starts") for line in lines[answers:])

@@ -22,7 +22,7 @@ from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 
 PROMPT = "the keeper of the lighthouse"
-QUICK = ("--max-new-tokens", "6", "--ignore-eos", "--show-path")
+QUICK = ("--raw", "--max-new-tokens", "6", "--ignore-eos", "--show-path")
 TOOL = Tool("dash-run", main)
 COLOUR = re.compile(r"\x1b\[48;5;(\d+);38;5;16m(.*?)\x1b\[0m", re.DOTALL)
 GREEN, RED = "114", "203"
@@ -81,11 +81,11 @@ def test_in_a_terminal_tokens_are_coloured_and_a_legend_follows(
 def test_a_chat_message_and_an_interactive_chat_show_paths_too(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    assert TOOL.run(tiny_bundle, "--chat", PROMPT, *QUICK, "--policy", "int4") == 0
+    assert TOOL.run(tiny_bundle, PROMPT, *QUICK[1:], "--policy", "int4") == 0
     once = capsys.readouterr().out
     assert [path for _, path in rows(once)[1:]] == ["4444"] * 5
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n/reset\n{PROMPT}\n"))
-    assert TOOL.run(tiny_bundle, *QUICK, "--policy", "int4") == 0
+    assert TOOL.run(tiny_bundle, *QUICK[1:], "--policy", "int4") == 0
     assert capsys.readouterr().out == once * 2
 
 

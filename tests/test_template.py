@@ -32,7 +32,7 @@ LARGE = (
     "{{ ('x' * 10**6).replace('x', 'y' * 10**6) }}",
     "{{ ('x' * 10**6) | replace('x', 'y' * 10**6) }}",
     "{{ ('y' * 10**6).join('x' * 10**6) }}",
-    "{{ 9**9**9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     DOUBLING + "{% set n.x = n.x ~ n.x %}{% endfor %}",
     DOUBLING + "{% set n.x = n.x + n.x %}{% endfor %}",
     "{% for i in range(9999) %}{{ 'x' * 10**6 }}{% endfor %}",

@@ -17,7 +17,7 @@ from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
-from dash_onnx.runtime.generate import Chunk, FinishReason, GeneratedToken, stream
+from dash_onnx.runtime.generate import Chunk, FinishReason, GeneratedToken, text_of
 
 UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))
 WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "ﷺ", "\U0010ffff"]
@@ -91,8 +91,11 @@ def test_decoding_undoes_encoding(codec: TextCodec, text: str) -> None:
     assert codec.decode(codec.encode(text).tolist()) == text
 
 
+HELLO = [{"role": "user", "content": "hello"}]
+
+
 def test_ids_are_a_vector_of_int64(codec: TextCodec) -> None:
-    for ids in (codec.encode("the ships"), codec.encode(""), codec.encode_chat([])):
+    for ids in (codec.encode("the ships"), codec.encode(""), codec.encode_chat(HELLO)):
         assert ids.dtype == "int64"
         assert ids.ndim == 1
     assert len(codec.encode("")) == 0
@@ -376,7 +379,7 @@ def split(codec: TextCodec, text: str) -> list[int]:
 
 
 def run(codec: TextCodec, feed: Feed, *stop: str) -> list[Chunk]:
-    return list(stream(codec, iter(feed), 5, stop))
+    return list(text_of(codec, iter(feed), 5, stop))
 
 
 def texts(chunks: list[Chunk]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import logging
 import os
 import signal
@@ -52,10 +53,15 @@ def run(tool: str, body: Callable[[], None], level: int = logging.WARNING) -> in
         interrupted. Anything else is a defect and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        # Some terminals and pipes hold no emoji; in tests the streams are others.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _logging(tool, level):
             body()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except DashError as error:
         print(f"{tool}: error: {error}", file=sys.stderr)
         return 2
@@ -116,6 +122,8 @@ def _terminate(*_: object) -> NoReturn:
 
 def _discard_stdout() -> None:
     """What is still buffered cannot be written: the interpreter must not try at its end."""
+    if sys.stdout is None:
+        return
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if trained:
             _LOG.info(
-                '%s can answer now: dash-run %s --chat "Hello!"; the policy is being trained',
+                '%s can answer now: dash-run %s "Hello!"; the policy is being trained',
                 *(arguments.out, arguments.out),
             )
         checked = _check(arguments.model, arguments.out, options, arguments.check)
@@ -307,7 +307,7 @@ def summary(manifest: Manifest, out: Path) -> str:
     ]
     if facts.fp32_kept:
         lines.append(f"stored as FP32, because FP16 cannot hold them: {', '.join(facts.fp32_kept)}")
-    lines.append(f'try it: dash-run {out} --chat "Hello!"')
+    lines.append(f'try it: dash-run {out} "Hello!"')
     return "\n".join(lines)
 
 

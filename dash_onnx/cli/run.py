@@ -6,50 +6,57 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import statistics
+import os
+import select
+import stat
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 from dash_onnx.cli.common import (
     Parser,
-    Terminated,
     add_memory_option,
     add_runtime_options,
     positive,
     run,
     seed,
 )
+from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.actions import PRECISIONS
-from dash_onnx.core.errors import ContextLengthError, DashError, SourceError
+from dash_onnx.core.atomic import check_file
+from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.runtime.options import GenerationOptions
 
-if TYPE_CHECKING:
-    from dash_onnx.report.terminal import PathView
-    from dash_onnx.runtime.engine import Model
-    from dash_onnx.runtime.generate import Chunk
-
+_PATIENCE_S = 2.0  # before a pipe that brings nothing is told
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
-  dash-run out/ --chat "What is the capital of France?"
-  dash-run out/ "Once upon a time" --policy int4 --max-new-tokens 100 --temperature 0.8
+  dash-run out/ "What is the capital of France?"
+  dash-run out/ "Tell me a story" --budget fast --show-path
+  dash-run out/ "Once upon a time" --raw --policy int4 --max-new-tokens 100 --temperature 0.8
   dash-run out/ "2 + 2 =" --policy random:1 --trace trace.jsonl --json
-  dash-run out/ --chat "Tell me a story" --budget fast --show-path
-  dash-run out/                      interactive chat; /reset forgets, /exit or Ctrl-D leaves"""
+  cat notes.txt | dash-run out/ "Summarize this"
+  dash-run out/                      interactive chat; /help lists its commands"""
 
 
 def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text from a DASH bundle.", _EXAMPLES)
     add_runtime_options(parser)
-    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="`-` reads it from stdin")
     parser.add_argument(
-        "--chat", action="store_true", help="PROMPT is a chat message: apply the chat template"
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="a chat message where the model has a chat template, else text to continue; what is "
+        "piped into stdin follows it; `-` takes stdin alone",
     )
-    parser.add_argument("--system", help="system message of the chat")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--raw", action="store_true", help="PROMPT is text to continue: no chat template"
+    )
+    form.add_argument(
+        "--chat", action="store_true", help="refuse a model that has no chat template"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -112,14 +119,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--json needs a PROMPT")
     if arguments.json and arguments.show_path:
         parser.error("--show-path colours text for a reader; it does not go with --json")
-    if arguments.system and not arguments.chat and arguments.prompt is not None:
-        parser.error("--system goes with --chat")
+    if arguments.system and arguments.raw:
+        parser.error("--system goes with a chat, not with --raw")
+    if arguments.raw and arguments.prompt is None:
+        parser.error("--raw needs a PROMPT")
     return run("dash-run", lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:
     import dash_onnx
 
+    if arguments.trace:
+        check_file(arguments.trace)
+    prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"cache"}
     options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
     started = time.perf_counter()
@@ -141,150 +153,56 @@ def _run(arguments: argparse.Namespace) -> None:
                 trace = stack.enter_context(arguments.trace.open("w", encoding="utf-8"))
             except OSError as error:
                 raise SourceError(f"cannot write {arguments.trace}: {error.strerror}") from None
-        if arguments.prompt is None:
-            _chat(model, arguments.system, options, trace, arguments.show_path)
+        if prompt is None:
+            from dash_onnx.cli.chat import Chat
+
+            Chat(
+                model,
+                options,
+                system=arguments.system,
+                trace=trace,
+                show_path=arguments.show_path,
+            ).run()
             return
-        text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-        prompt: Any = _messages(arguments.system, text) if arguments.chat else text
+        chat = arguments.chat or arguments.system or model.text.chat_template
+        if chat and not arguments.raw:
+            prompt = [{"role": "user", "content": prompt}]
+            if arguments.system:
+                prompt.insert(0, {"role": "system", "content": arguments.system})
         record = Record(policy.name, load_ms)
         chunks = record.watch(model.stream(prompt, options=options), model, trace)
         if arguments.json:
             text = "".join(chunk.text for chunk in chunks)
             print(json.dumps({"text": text, **record.figures()}))
         else:
-            _show(chunks, _path_view(model, options, arguments.show_path))
+            show(chunks, path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)
 
 
-@dataclass
-class Record:
-    """What happened during one generation."""
+def _text(prompt: str) -> str:
+    """The prompt, and below it what is piped into the tool.
 
-    policy: str
-    load_ms: float | None = None  # of the model, where this is its first generation
-    times: list[float] = field(default_factory=list)
-    actions: Counter[str] = field(default_factory=Counter)
-    last: Chunk | None = None
-
-    def watch(self, chunks: Iterator[Chunk], model: Model, trace: TextIO | None) -> Iterator[Chunk]:
-        """Passes chunks on, noting times and actions."""
-        for chunk in chunks:
-            if self.last is not None:  # the first token comes from the prefill
-                self.actions.update(chunk.path)
-            self.times.append(chunk.ms)
-            self.last = chunk
-            if trace is not None:
-                facts = {
-                    "token": chunk.token,
-                    "text": model.text.token(chunk.token),
-                    "ms": round(chunk.ms, 3),
-                    "path": chunk.path,
-                }
-                print(json.dumps(facts, ensure_ascii=False), file=trace)
-            yield chunk
-
-    def figures(self) -> dict[str, Any]:
-        """The figures of `--json`."""
-        assert self.last is not None
-        decode = self.times[1:]
-        total = sum(self.actions.values())
-        return {
-            "load_ms": None if self.load_ms is None else round(self.load_ms, 3),
-            "finish_reason": self.last.finish_reason,
-            "prompt_tokens": self.last.prompt_tokens,
-            "generated_tokens": len(self.times),
-            "time_to_first_token_ms": round(self.times[0], 3),
-            "ms_per_token": round(statistics.median(decode), 3) if decode else None,
-            "tokens_per_second": round(1e3 * len(decode) / sum(decode), 2) if decode else None,
-            "policy": self.policy,
-            "actions": {a: round(n / total, 4) for a, n in sorted(self.actions.items())},
-        }
-
-    def line(self) -> str:
-        """The summary after the text."""
-        facts = self.figures()
-        speed = facts["tokens_per_second"]
-        shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
-        return (
-            "["
-            + (f"loaded in {self.load_ms / 1e3:.1f} s | " if self.load_ms is not None else "")
-            + f"{facts['generated_tokens']} tokens"
-            + (f", {speed:.1f} tokens/s" if speed else "")
-            + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
-            + (f" | {shares}" if shares else "")
-            + f" | {facts['finish_reason']}]"
-        )
-
-
-def _show(chunks: Iterator[Chunk], view: PathView | None) -> str:
-    text = ""
-    for chunk in chunks:
-        text += chunk.text
-        print(view.show(chunk) if view else chunk.text, end="", flush=True)
-    print()
-    if view:
-        view.finish()
+    Raises:
+        PolicyError: it is empty.
+    """
+    parts = ["", _piped(wanted=True)] if prompt == "-" else [prompt, _piped()]
+    text = "\n\n".join(part for part in parts if part.strip())
+    if not text:
+        raise PolicyError("the prompt is empty")
     return text
 
 
-def _path_view(model: Model, options: GenerationOptions, wanted: bool) -> PathView | None:
-    if not wanted:
-        return None
-    from dash_onnx.report.terminal import PathView
-
-    policy = model.policy(options.policy, options.budget)
-    return PathView(model.text, model.manifest, policy)
-
-
-def _messages(system: str | None, user: str) -> list[dict[str, str]]:
-    start = [{"role": "system", "content": system}] if system else []
-    return [*start, {"role": "user", "content": user}]
-
-
-def _chat(
-    model: Model,
-    system: str | None,
-    options: GenerationOptions,
-    trace: TextIO | None,
-    show_path: bool,
-) -> None:
-    """Reads messages until the end of input; the K/V of the conversation is kept."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing in input())
-    terminal = sys.stdin.isatty()
-    cache = model.new_cache()
-    messages = _messages(system, "")[:-1]
-    if terminal:
-        print("chat with the model; /reset forgets, /exit or Ctrl-D leaves", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-        except EOFError:
-            break
-        if line == "/exit":
-            break
-        if line == "/reset":
-            messages = _messages(system, "")[:-1]
-            continue
-        if not line:
-            continue
-        asked = [*messages, {"role": "user", "content": line}]
-        record = Record(model.policy(options.policy, options.budget).name)
-        try:
-            view = _path_view(model, options, show_path)
-            with contextlib.closing(model.stream(asked, options=options, cache=cache)) as chunks:
-                answer = _show(record.watch(chunks, model, trace), view)
-        except Terminated:
-            raise
-        except KeyboardInterrupt:  # stops this answer, not the chat
-            print()
-            print("[stopped]", file=sys.stderr)
-            continue
-        except ContextLengthError as error:
-            print(f"dash-run: error: {error}; /reset starts anew", file=sys.stderr)
-            continue
-        except DashError as error:
-            print(f"dash-run: error: {error}", file=sys.stderr)
-            continue
-        messages = [*asked, {"role": "assistant", "content": answer}]
-        print(record.line(), file=sys.stderr)
+def _piped(wanted: bool = False) -> str:
+    """What stdin holds, where it is a pipe or a file."""
+    if sys.stdin is None:  # closed
+        return ""
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        kind = 0
+    if not (wanted or stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
+        return ""
+    with contextlib.suppress(OSError):  # Windows cannot tell of a pipe
+        if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
+            print("dash-run: waiting for text on stdin", file=sys.stderr)
+    return sys.stdin.read()

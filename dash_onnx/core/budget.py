@@ -62,7 +62,7 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
         return scorer_facts(manifest).presets[str(name)]
     try:
         value = float(budget)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         known = ", ".join(presets) or "none: this bundle has no trained scorer"
         raise PolicyError(f"budget {budget!r} is neither a number nor a preset ({known})") from None
     if not math.isfinite(value) or not 0 < value <= 1:

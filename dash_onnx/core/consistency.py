@@ -141,7 +141,7 @@ def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
             yield "scorer.static has a path that does not fit the layers"
         if point.kl < 0 or not 0 < point.budget <= 1e6:
             yield "scorer.static has a KL below 0, or a budget that is not more than 0"
-    heads = {point.head for point in (*scorer.points, *scorer.static)}
+    heads = {point.head for point in scorer.points} | {point.head for point in scorer.static}
     if not heads <= set(manifest.exported_heads):
         yield "a head of the policy table is not exported"
 

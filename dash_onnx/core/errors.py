@@ -37,8 +37,8 @@ class UnsupportedError(DashError):
     """The model, or a part of its configuration, has no exporter."""
 
 
-class PolicyError(DashError):
-    """A policy, action or sampling option is not valid for this bundle."""
+class PolicyError(DashError, ValueError):
+    """A policy, a message, or an option of a generation is not valid for this bundle."""
 
 
 class ContextLengthError(DashError):

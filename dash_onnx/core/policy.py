@@ -269,5 +269,6 @@ def _parse_path(text: str, manifest: Manifest) -> Path:
         if star and not count.isdecimal():
             raise PolicyError(f"{item.strip()!r}: expected ACTION*COUNT, such as int4*3")
         action = check_action(name.strip(), manifest.actions)
-        path += [action] * (min(int(count), limit + 1) if star else 1)
+        times = int(count) if star and len(count) < 9 else limit + 1  # int() has a limit of its own
+        path += [action] * (min(times, limit + 1) if star else 1)
     return tuple(path)

@@ -42,7 +42,7 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, dict):
         raise RecordError(f"{where or 'document'} must be an object")
-    fields = _fields(cls)
+    fields = _fields(cls)  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             raise RecordError(f"unknown key {_join(where, key)!r}")
@@ -58,7 +58,8 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
 @functools.cache
 def _fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     hints = get_type_hints(cls)
-    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls)
+    return {field.name: (field, hints[field.name]) for field in fields}
 
 
 def _join(where: str, key: str) -> str:

@@ -78,7 +78,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check((left, right))
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Likewise `"a".replace(b, c)` and other methods of texts."""
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)

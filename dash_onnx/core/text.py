@@ -55,8 +55,10 @@ class TextCodec:
             add_special_tokens: as the tokenizer adds them to raw text.
 
         Raises:
-            PolicyError: the text holds lone surrogates, as undecodable input does.
+            PolicyError: the text holds lone surrogates, as undecodable input does, or is none.
         """
+        if not isinstance(text, str):
+            raise PolicyError(f"a prompt must be text or messages, not {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -75,13 +77,14 @@ class TextCodec:
             answer_next: whether the assistant is to answer; otherwise the text just ends.
 
         Raises:
-            PolicyError: no template, or it refuses the messages.
+            PolicyError: no template, it refuses the messages, or they are none.
         """
+        messages = _checked(messages)
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
         from dash_onnx.core.template import render  # jinja2 takes a while to import
 
-        values = {"messages": [*messages], "add_generation_prompt": answer_next, **self._special}
+        values = {"messages": messages, "add_generation_prompt": answer_next, **self._special}
         try:
             return render(self.chat_template, values)
         except Exception as error:  # the template is the model's code: it may raise anything
@@ -98,6 +101,33 @@ class TextCodec:
     def token(self, token: int) -> str:
         """The vocabulary entry of an id, special tokens included."""
         return self.tokenizer.id_to_token(int(token)) or ""
+
+
+def _checked(messages: Sequence[Message]) -> list[Message]:
+    """Messages with their content as text: of a list of parts, as OpenAI's API has, their texts.
+
+    Raises:
+        PolicyError: none, not of this form, or a part is no text.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise PolicyError(f"messages must be a list, not {type(messages).__name__}")
+    if not messages:
+        raise PolicyError("there is no message to answer")
+    checked: list[Message] = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise PolicyError("a message must be a dict with `role` and `content`, both text")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
+                raise PolicyError("a part of a message is no text, and this model reads only text")
+            message = {**message, "content": "".join(texts)}
+        elif content is not None and not isinstance(content, str):
+            raise PolicyError(f"the content of a message is {type(content).__name__}, not text")
+        checked.append(message)
+    return checked
 
 
 class Detokenizer:
@@ -187,7 +217,8 @@ def _json(bundle: Bundle, name: str) -> dict[str, Any]:
 
 def _special_tokens(bundle: Bundle) -> dict[str, str]:
     """Text of `bos_token` and the like, as templates see it."""
-    name, found = "tokenizer_config.json", {}
+    name = "tokenizer_config.json"
+    found: dict[str, Any] = {}
     for key, value in _json(bundle, name).items():
         if key.endswith("_token") and value:
             found[key] = value.get("content") if isinstance(value, dict) else value

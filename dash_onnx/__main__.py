@@ -1,0 +1,22 @@
+"""`python -m dash_onnx run OUT ...` is `dash-run OUT ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+TOOLS = ("bench", "eval", "export", "fuse", "info", "profile", "report", "run", "train")
+
+
+def main() -> int:
+    """Calls the tool that the first argument names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in TOOLS:
+        print(f"usage: python -m dash_onnx {{{','.join(TOOLS)}}} ...", file=sys.stderr)
+        return 0 if name in ("-h", "--help") else 2
+    tool = importlib.import_module(f"dash_onnx.cli.{name}")
+    return int(tool.main(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The interactive chat of dash-run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dash_onnx.cli.common import Terminated
+from dash_onnx.cli.record import Record, path_view, show
+from dash_onnx.core.atomic import write_text
+from dash_onnx.core.errors import ContextLengthError, DashError, PolicyError, SourceError
+from dash_onnx.core.text import read_text
+from dash_onnx.runtime.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.engine import Model
+
+HELP = """\
+/budget X     answers at quality, balanced, fast or a fraction; without X: tells it
+/system TEXT  sets the system message; without TEXT: removes it
+/regen        answers the last message again
+/save FILE    writes the conversation as JSON
+/load FILE    goes on with a saved one
+/reset        forgets the conversation, and keeps the system message
+/exit         leaves, as Ctrl-D does
+Ctrl-C stops an answer. A message that begins with a slash needs a space before it."""
+
+
+class Chat:
+    """A conversation; the K/V of its beginning is kept from answer to answer."""
+
+    def __init__(
+        self,
+        model: Model,
+        options: GenerationOptions,
+        *,
+        system: str | None = None,
+        trace: TextIO | None = None,
+        show_path: bool = False,
+    ):
+        """Starts with no message but the system's."""
+        self._model, self._trace, self._show_path = model, trace, show_path
+        self._options = dataclasses.replace(options, cache=model.new_cache())
+        self._messages: list[dict[str, Any]] = []
+        self._saved: Path | None = None  # ours to overwrite
+        if system:
+            self._system(system)
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: self._say(HELP),
+            "/budget": self._budget,
+            "/system": self._system,
+            "/regen": self._regen,
+            "/save": self._save,
+            "/load": self._load,
+            "/reset": self._reset,
+        }
+
+    def run(self) -> None:
+        """Reads messages and commands until the end of input."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing in input())
+        terminal = sys.stdin.isatty()
+        if terminal:
+            self._say("chat with the model; /help lists the commands, /exit or Ctrl-D leaves")
+        while True:
+            try:
+                line = input("> " if terminal else "")
+            except EOFError:
+                break
+            if not line.strip():
+                continue
+            command, _, argument = line.strip().partition(" ")
+            if command == "/exit":
+                break
+            try:
+                if not line.startswith("/"):
+                    self._answer([*self._messages, {"role": "user", "content": line.strip()}])
+                elif command in self._commands:
+                    self._commands[command](argument.strip())
+                else:
+                    raise PolicyError(f"no command {command!r}; /help lists them")
+            except ContextLengthError as error:
+                self._say(f"error: {error}; /reset starts anew")
+            except DashError as error:
+                self._say(f"error: {error}")
+
+    def _say(self, text: str) -> None:
+        print(text if text == HELP else f"dash-run: {text}", file=sys.stderr)
+
+    def _answer(self, asked: list[dict[str, Any]]) -> None:
+        record = Record(self._model.policy(self._options.policy, self._options.budget).name)
+        view = path_view(self._model, self._options, self._show_path)
+        text: list[str] = []
+        with _typing_waits(), self._model.stream(asked, options=self._options) as chunks:
+            try:
+                show(record.watch(chunks, self._model, self._trace), view, text)
+            except Terminated:
+                raise
+            except KeyboardInterrupt:  # stops this answer, not the chat
+                print()
+                self._say("stopped")
+            else:
+                print(record.line(), file=sys.stderr)
+        self._messages = [*asked, {"role": "assistant", "content": "".join(text)}]
+
+    def _budget(self, text: str) -> None:
+        if text:
+            policy = self._model.policy(self._options.policy, text)
+            self._model.preload(policy)
+            self._options = dataclasses.replace(self._options, budget=text)
+        chosen = self._model.policy(self._options.policy, self._options.budget)
+        self._say(f"policy {chosen.name}")
+
+    def _system(self, text: str) -> None:
+        kept = [message for message in self._messages if message["role"] != "system"]
+        self._messages = [{"role": "system", "content": text}, *kept] if text else kept
+
+    def _regen(self, _: str) -> None:
+        last = self._messages[-1:]
+        if not last or last[0]["role"] != "assistant":
+            raise PolicyError("there is no answer yet")
+        self._answer(self._messages[:-1])
+
+    def _save(self, name: str) -> None:
+        path = _path(name)
+        if path.exists() and path != self._saved:
+            raise SourceError(f"{path} exists; choose another name")
+        write_text(path, json.dumps(self._messages, ensure_ascii=False, indent=1) + "\n")
+        self._saved = path
+        self._say(f"{len(self._messages)} messages in {path}")
+
+    def _load(self, name: str) -> None:
+        path = _path(name)
+        try:
+            messages = json.loads(read_text(path))
+        except (ValueError, RecursionError):
+            raise SourceError(f"{path} is not JSON") from None
+        self._model.text.render_chat(messages)  # refuses what is no conversation
+        self._messages, self._saved = messages, path
+        self._say(f"{len(messages)} messages from {path}")
+
+    def _reset(self, _: str) -> None:
+        self._messages = [message for message in self._messages if message["role"] == "system"]
+        self._say("the conversation is forgotten")
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise SourceError("give a file name")
+    return Path(name).expanduser()
+
+
+@contextlib.contextmanager
+def _typing_waits() -> Iterator[None]:
+    """What is typed during an answer does not appear in it; the next line begins with it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, OSError, ValueError):  # no terminal
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

@@ -1,0 +1,104 @@
+"""What the user of dash-run sees of a generation: its text, its figures, its trace."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dash_onnx.runtime.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from dash_onnx.report.terminal import PathView
+    from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.generate import Chunk
+
+
+@dataclass
+class Record:
+    """What happened during one generation."""
+
+    policy: str
+    load_ms: float | None = None  # of the model, where this is its first generation
+    times: list[float] = field(default_factory=list)
+    actions: Counter[str] = field(default_factory=Counter)
+    last: Chunk | None = None
+
+    def watch(self, chunks: Iterable[Chunk], model: Model, trace: TextIO | None) -> Iterator[Chunk]:
+        """Passes chunks on, noting times and actions."""
+        for chunk in chunks:
+            if self.last is not None:  # the first token comes from the prefill
+                self.actions.update(chunk.path)
+            self.times.append(chunk.ms)
+            self.last = chunk
+            if trace is not None:
+                facts = {
+                    "token": chunk.token,
+                    "text": model.text.token(chunk.token),
+                    "ms": round(chunk.ms, 3),
+                    "path": chunk.path,
+                }
+                print(json.dumps(facts, ensure_ascii=False), file=trace)
+            yield chunk
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of `--json`."""
+        assert self.last is not None
+        decode = self.times[1:]
+        total = sum(self.actions.values())
+        return {
+            "load_ms": None if self.load_ms is None else round(self.load_ms, 3),
+            "finish_reason": self.last.finish_reason,
+            "prompt_tokens": self.last.prompt_tokens,
+            "generated_tokens": len(self.times),
+            "time_to_first_token_ms": round(self.times[0], 3),
+            "ms_per_token": round(statistics.median(decode), 3) if decode else None,
+            "tokens_per_second": round(1e3 * len(decode) / sum(decode), 2) if decode else None,
+            "policy": self.policy,
+            "actions": {a: round(n / total, 4) for a, n in sorted(self.actions.items())},
+        }
+
+    def line(self) -> str:
+        """The summary after the text."""
+        facts = self.figures()
+        speed = facts["tokens_per_second"]
+        shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
+        return (
+            "["
+            + (f"loaded in {self.load_ms / 1e3:.1f} s | " if self.load_ms is not None else "")
+            + f"{facts['generated_tokens']} tokens"
+            + (f", {speed:.1f} tokens/s" if speed else "")
+            + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
+            + (f" | {shares}" if shares else "")
+            + f" | {facts['finish_reason']}]"
+        )
+
+
+def show(chunks: Iterable[Chunk], view: PathView | None, text: list[str] | None = None) -> None:
+    """Prints an answer as it comes.
+
+    Args:
+        chunks: of the answer.
+        view: colours each token by its cost.
+        text: takes each piece, also of an answer that is interrupted.
+    """
+    for chunk in chunks:
+        if text is not None:
+            text.append(chunk.text)
+        print(view.show(chunk) if view else chunk.text, end="", flush=True)
+    print()
+    if view:
+        view.finish()
+
+
+def path_view(model: Model, options: GenerationOptions, wanted: bool) -> PathView | None:
+    """What `--show-path` asks for."""
+    if not wanted:
+        return None
+    from dash_onnx.report.terminal import PathView
+
+    policy = model.policy(options.policy, options.budget)
+    return PathView(model.text, model.manifest, policy)

@@ -1,0 +1,99 @@
+"""A generation under way, and the text of one that has ended."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+from dash_onnx.core.actions import Action
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.policy import Policy
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy, FinishReason
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of a generation, one for each token.
+
+    One thread iterates; `close` and `set_budget` may be called from any. It is also a context
+    manager that closes it.
+    """
+
+    def __init__(
+        self,
+        chunks: Generator[Chunk],
+        current: CurrentPolicy,
+        policy_at: Callable[[Budget], Policy],
+    ):
+        """Takes what `Model.stream` made."""
+        self._chunks, self._current, self._policy_at = chunks, current, policy_at
+        self._running = threading.Lock()
+        self._closed = False
+
+    def __next__(self) -> Chunk:
+        with self._running:
+            chunk = None if self._closed else next(self._chunks, None)
+            if self._closed:  # perhaps meanwhile
+                self._chunks.close()
+                chunk = None
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Ends the generation and frees its cache, at the latest after the token in progress."""
+        self._closed = True
+        if self._running.acquire(blocking=False):
+            try:
+                self._chunks.close()
+            finally:
+                self._running.release()
+
+    def set_budget(self, budget: Budget) -> None:
+        """Spends another budget from the next token on.
+
+        Args:
+            budget: a fraction of the time at the highest exported precision, or a preset.
+
+        Raises:
+            PolicyError: the policy takes no budget, or the bundle cannot meet this one.
+        """
+        self._current.policy = self._policy_at(budget)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Completion(str):
+    """The text of a generation: a `str` that knows how it came about.
+
+    Attributes:
+        finish_reason: why it ended.
+        prompt_tokens: length of the prompt.
+        generated_tokens: how many tokens were generated.
+        ms: wall time of each of them in milliseconds; the first includes the prompt.
+        actions: share of each action in the layers of all tokens but the first, which comes from
+            the prompt.
+    """
+
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    generated_tokens: int
+    ms: tuple[float, ...]
+    actions: dict[Action, float]
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Completion:
+        """The text of all chunks, of which there is at least one."""
+        chunks = [*chunks]
+        completion = cls("".join(chunk.text for chunk in chunks))
+        counts = Counter(action for chunk in chunks[1:] for action in chunk.path)
+        completion.finish_reason = chunks[-1].finish_reason
+        completion.prompt_tokens = chunks[-1].prompt_tokens
+        completion.generated_tokens = chunks[-1].generated_tokens
+        completion.ms = tuple(chunk.ms for chunk in chunks)
+        completion.actions = {action: n / counts.total() for action, n in sorted(counts.items())}
+        return completion

@@ -1,0 +1,194 @@
+"""Generations under way: ended, redirected and awaited from elsewhere; and their text."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import pickle
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scored_bundle import with_scorer
+
+import dash_onnx
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.runtime.engine import Model
+
+PROMPT = "the keeper"
+ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    folder = tmp_path_factory.mktemp("scored") / "bundle"
+    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
+        yield model
+
+
+def test_a_closed_stream_yields_nothing_more_and_frees_its_cache(tiny_model: Model) -> None:
+    cache = tiny_model.new_cache()
+    with tiny_model.stream(PROMPT, cache=cache, **ENDLESS) as chunks:
+        next(chunks)
+    assert [*chunks] == []
+    assert tiny_model.generate(PROMPT, cache=cache, max_new_tokens=2)
+
+
+def test_another_thread_may_close_a_stream(tiny_model: Model) -> None:
+    cache = tiny_model.new_cache()
+    chunks, seen = tiny_model.stream(PROMPT, cache=cache, **ENDLESS), threading.Event()
+    counted = []
+
+    def read() -> None:
+        for chunk in chunks:
+            counted.append(chunk)
+            seen.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert seen.wait(10)
+    chunks.close()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert 1 <= len(counted) < 200
+    assert tiny_model.generate(PROMPT, cache=cache, max_new_tokens=2)  # it is free
+
+
+def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
+    def shares(budget: float | None) -> float:
+        with scored.stream(PROMPT, budget=0.99, **ENDLESS) as chunks:
+            for _ in range(20):
+                next(chunks)
+            if budget:
+                chunks.set_budget(budget)
+            paths = [chunk.path for chunk in chunks][50:]
+        return sum(path.count("full") + path.count("int8") for path in paths) / len(paths)
+
+    assert shares(0.25) < shares(None)
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_stream_as_it_is(
+    scored: Model, tiny_model: Model
+) -> None:
+    with scored.stream(PROMPT, **ENDLESS) as chunks:
+        for budget in (7, 10**400, "cheap"):
+            with pytest.raises(PolicyError, match="budget"):
+                chunks.set_budget(budget)
+        assert next(chunks)
+    with tiny_model.stream(PROMPT, policy="int4", **ENDLESS) as chunks:
+        with pytest.raises(PolicyError, match="takes no budget"):
+            chunks.set_budget(0.5)
+
+
+def test_an_asynchronous_stream_yields_the_same_chunks(tiny_model: Model) -> None:
+    async def read() -> list[str]:
+        chunks = tiny_model.astream(PROMPT, max_new_tokens=12, ignore_eos=True)
+        return [chunk.text async for chunk in chunks]
+
+    expected = [c.text for c in tiny_model.stream(PROMPT, max_new_tokens=12, ignore_eos=True)]
+    assert asyncio.run(read()) == expected
+
+
+def test_a_cancelled_task_ends_its_stream(tiny_model: Model) -> None:
+    cache = tiny_model.new_cache()
+
+    async def read(started: asyncio.Event) -> None:
+        async for _ in tiny_model.astream(PROMPT, cache=cache, **ENDLESS):
+            started.set()
+
+    async def main() -> None:
+        started = asyncio.Event()
+        task = asyncio.create_task(read(started))
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert tiny_model.generate(PROMPT, cache=cache, max_new_tokens=2)
+
+
+def test_a_completion_is_text_that_knows_how_it_came_about(tiny_model: Model) -> None:
+    text = tiny_model.generate(PROMPT, policy="static:int8,skip,int4,full", **ENDLESS)
+    assert isinstance(text, str) and isinstance(text, dash_onnx.Completion)
+    assert (text.finish_reason, text.generated_tokens, len(text.ms)) == ("length", 200, 200)
+    assert text.prompt_tokens == len(tiny_model.text.encode(PROMPT))
+    assert text.actions == {"full": 0.25, "int4": 0.25, "int8": 0.25, "skip": 0.25}
+    assert pickle.loads(pickle.dumps(text)).actions == text.actions
+
+
+def test_chat_takes_one_message_as_text_and_content_in_parts(tiny_model: Model) -> None:
+    answers = {
+        str(tiny_model.chat(messages, max_new_tokens=4))
+        for messages in (
+            "hello",
+            [{"role": "user", "content": "hello"}],
+            ({"role": "user", "content": [{"type": "text", "text": "hello"}]},),
+        )
+    }
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "no message"),
+        (["hi"], "must be a dict"),
+        ({"role": "user", "content": "hi"}, "must be a list"),
+        ([{"content": "hi"}], "must be a dict"),
+        ([{"role": "user", "content": 5}], "int, not text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "no text"),
+        (5, "must be a list"),
+        (None, "must be a list"),
+    ],
+)
+def test_messages_of_another_form_are_refused(tiny_model: Model, prompt: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        tiny_model.chat(prompt)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_new_tokens": "5"},
+        {"max_new_tokens": 5.0},
+        {"max_new_tokens": True},
+        {"stop": 5},
+        {"stop": [5]},
+        {"cache": 5},
+        {"temperature": "hot"},
+        {"top_k": 1.5},
+        {"seed": "x"},
+        {"policy": 5},
+        {"budget": [0.5]},
+        {"prefill": 4},
+        {"ignore_eos": "no"},
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type_are_refused_by_their_name(
+    tiny_model: Model, option: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        tiny_model.stream(PROMPT, **option)
+
+
+@pytest.mark.parametrize("option", [{"memory": "x"}, {"threads": 10**9}, {"threads": "2"}])
+def test_load_refuses_what_no_option_can_be(tiny_bundle: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        dash_onnx.load(tiny_bundle, **option)
+
+
+def test_every_generating_method_tells_its_options() -> None:
+    expected = [*inspect.signature(Model.stream).parameters]
+    for method in (Model.generate, Model.chat, Model.astream):
+        assert [*inspect.signature(method).parameters] == expected
+
+
+def test_the_top_of_the_package_lists_its_public_names(tiny_model: Model) -> None:
+    assert {"load", "Model", "Stream", "Completion", "Chunk"} <= set(dir(dash_onnx))
+    assert not [name for name in dir(dash_onnx) if name.startswith("_") and name != "__version__"]
+    assert "4 layers in full, int8, int4, skip" in repr(tiny_model)
