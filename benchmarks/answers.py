@@ -19,6 +19,7 @@ from tqdm import tqdm
 import dash_onnx
 from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.core.statistics import standard_error
+from dash_onnx.runtime.options import GREEDY
 
 
 def repeated(tokens: list[int], size: int = 4) -> float:
@@ -55,7 +56,11 @@ def main() -> None:
             message = {"role": "user", "content": text}
             answer = list(
                 model.stream(
-                    [message], policy=policy, budget=budget, max_new_tokens=arguments.new_tokens
+                    [message],
+                    options=GREEDY,
+                    policy=policy,
+                    budget=budget,
+                    max_new_tokens=arguments.new_tokens,
                 )
             )
             answers.append([chunk.token for chunk in answer])

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import dash_onnx
+from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
-from dash_onnx.core.text import json_lines
 
 
 def main() -> None:
@@ -28,11 +28,11 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("reference", type=Path, help="a bundle of the same model that has `full`")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    parser.add_argument("--prompts", type=Path, required=True, help="as of dash-bench")
     parser.add_argument("--chats", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     arguments = parser.parse_args()
-    prompts = [record["prompt"] for _, record in json_lines(arguments.prompts)][: arguments.chats]
+    prompts = read_prompts(arguments.prompts)[: arguments.chats]
     ours, reference = dash_onnx.load(arguments.bundle), dash_onnx.load(arguments.reference)
     chats = [ours.text.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
     wanted = [log_softmax(reference.logits(ids, policy="full")[-1:]) for ids in chats]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-TOOLS = ("bench", "eval", "export", "fuse", "info", "profile", "report", "run", "train")
+TOOLS = ("bench", "eval", "export", "fuse", "info", "profile", "report", "run", "serve", "train")
 
 
 def main() -> int:
@@ -19,4 +19,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -17,7 +17,7 @@ from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DeviceError, PolicyError
+from dash_onnx.core.errors import BundleError, DeviceError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.runtime.backend import Backend, open_backend
@@ -35,8 +35,10 @@ from dash_onnx.runtime.generate import (
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.ort import Device, use_threads
+from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
+from dash_onnx.runtime.speculate import Speculate
 from dash_onnx.runtime.stream import Completion, Stream
 
 P = ParamSpec("P")
@@ -118,6 +120,7 @@ class Model:
     Attributes:
         manifest: what `dash.json` says.
         text: tokenizer and chat template.
+        sampling: how tokens are drawn unless told: as the model's generation_config.json says.
     """
 
     def __init__(
@@ -132,6 +135,10 @@ class Model:
         """See `load`."""
         self.manifest = bundle.manifest
         self.text = TextCodec(bundle)
+        try:
+            self.sampling = Sampling(**self.text.sampling)  # type: ignore[arg-type]
+        except PolicyError as error:
+            raise BundleError(f"{bundle.folder / 'generation_config.json'}: {error}") from None
         self._sessions = Sessions(bundle, backend, memory)
         self._default = (policy, budget)
         self.policy()  # refuses a wrong one now
@@ -164,6 +171,7 @@ class Model:
         policy: str | Policy | None = None,
         budget: Budget | None = None,
         prefill: Action | None = None,
+        speculate: Speculate = "off",
     ) -> None:
         """Loads graphs now instead of when they are first used.
 
@@ -171,12 +179,16 @@ class Model:
             policy: whose graphs, as in `policy`; None loads every graph of the bundle.
             budget: likewise.
             prefill: precision of the prompts, as in `stream`.
+            speculate: likewise.
         """
         if policy is None:
             self._sessions.preload()
             return
         chosen = self.policy(policy, budget)
-        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen, prefill))
+        draft = self._draft(chosen) if speculate in ("dash", "auto") else None
+        for one in (chosen, draft):
+            if one is not None:
+                self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
 
     def close(self) -> None:
         """Frees every graph and its weights.
@@ -203,6 +215,13 @@ class Model:
             policy = self._default[0]
             budget = self._default[1] if budget is None else budget
         return make_policy(policy, self.manifest, budget)
+
+    def policy_of(self, options: GenerationOptions) -> Policy:
+        """The policy of a generation; speculation takes the highest precision unless told."""
+        told = options.policy or self._default[0]
+        if options.speculate != "off" and not told and options.budget is self._default[1] is None:
+            return self.policy(self.manifest.variants[0])
+        return self.policy(options.policy, options.budget)
 
     def logits(
         self,
@@ -297,6 +316,7 @@ class Model:
         prefill: Action | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool | None = None,
+        speculate: Speculate | None = None,
         stop: str | Sequence[str] | None = None,
         cache: Cache | None = None,
         temperature: float | None = None,
@@ -323,6 +343,7 @@ class Model:
             prefill=prefill,
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
+            speculate=speculate,
             stop=stop,
             cache=cache,
             temperature=temperature,
@@ -332,13 +353,28 @@ class Model:
             min_p=min_p,
             seed=seed,
         )
-        current = CurrentPolicy(self.policy(chosen.policy, chosen.budget))
+        current = CurrentPolicy(self.policy_of(chosen))
         return self._steps(self._checked(ids), current, chosen)
 
     def _steps(
         self, ids: Ids, current: CurrentPolicy, options: GenerationOptions
     ) -> Iterator[GeneratedToken]:
-        return generate_tokens(self._sessions, ids, current, self.text.eos_token_ids, options)
+        return generate_tokens(
+            self._sessions,
+            ids,
+            current,
+            options,
+            sampling=options.sampling(self.sampling),
+            eos=self.text.eos_token_ids,
+            draft=self._draft(current.policy) if options.speculate in ("dash", "auto") else None,
+        )
+
+    def _draft(self, target: Policy) -> Policy | None:
+        """Whose path guesses for a target: the trained policy's, or that of the least precision."""
+        if self.manifest.scorer is not None:
+            return self.policy("dash", min(self.manifest.scorer.presets.values()))
+        least = self.policy(self.manifest.variants[-1])
+        return None if least.uniform == target.uniform else least
 
     def stream(
         self,
@@ -350,6 +386,7 @@ class Model:
         prefill: Action | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool | None = None,
+        speculate: Speculate | None = None,
         stop: str | Sequence[str] | None = None,
         cache: Cache | None = None,
         temperature: float | None = None,
@@ -376,6 +413,7 @@ class Model:
             prefill=prefill,
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
+            speculate=speculate,
             stop=stop,
             cache=cache,
             temperature=temperature,
@@ -387,7 +425,7 @@ class Model:
         )
         encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
         ids = self._checked(encode(prompt))  # type: ignore[arg-type]
-        current = CurrentPolicy(self.policy(chosen.policy, chosen.budget))
+        current = CurrentPolicy(self.policy_of(chosen))
         steps = self._steps(ids, current, chosen)
         chunks = text_of(self.text, steps, len(ids), tuple(chosen.stop))
         first = next(chunks)  # errors surface here, not at the first use
@@ -426,12 +464,13 @@ def load(
     budget: Budget | None = None,
     memory: Memory = "low",
     cuda_graphs: bool = False,
+    sha256: str | None = None,
 ) -> Model:
     """Opens a bundle; graphs load when they are first used.
 
-    All sessions share ORT's global thread pool. While it exists ORT refuses other sessions of the
-    process that do not set `SessionOptions.use_per_session_threads = False`. An app that cannot
-    change its other sessions passes `threads=1`: then there is no pool.
+    All sessions share ORT's global thread pool, and so do those that the app creates from then on:
+    ORT refuses sessions with threads of their own while it exists. With `threads=1` there is no
+    pool, and the app's sessions stay as they are.
 
     Args:
         folder: what `dash-export` wrote.
@@ -445,6 +484,7 @@ def load(
         cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and
             launches those. Generations on several threads then take turns, and other CUDA work of
             the process must keep off the default stream.
+        sha256: that `dash.json` must have, which has the checksums of all other files.
 
     Raises:
         PolicyError: an option is out of range, or the bundle cannot do the policy or the budget.
@@ -455,7 +495,7 @@ def load(
         raise PolicyError(f"memory={memory!r} must be one of {', '.join(get_args(Memory))}")
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
         raise PolicyError(f"threads={threads!r} must be an integer in 1..{_MOST_THREADS}")
-    bundle = Bundle(folder)
+    bundle = Bundle(folder, sha256=sha256)
     built_for = bundle.manifest.target.device
     if device != built_for and device in ("cpu", "cuda"):
         raise DeviceError(

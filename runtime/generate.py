@@ -15,8 +15,9 @@ from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import decider_of
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.sampling import Sampler
+from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.speculate import Guess, Speculation
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
@@ -31,12 +32,15 @@ class GeneratedToken:
         path: the action of each layer in the pass that produced it.
         ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
         finish_reason: set on the last token.
+        guess: with `speculate`, what came of the guesses for the pass that this token is the first
+            of; its milliseconds are shared by all tokens of the pass.
     """
 
     token: int
     path: Path
     ms: float
     finish_reason: FinishReason | None = None
+    guess: Guess | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Chunk:
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated so far.
         finish_reason: set on the last chunk.
+        guess: see `GeneratedToken`.
     """
 
     text: str
@@ -60,6 +65,7 @@ class Chunk:
     prompt_tokens: int
     generated_tokens: int
     finish_reason: FinishReason | None = None
+    guess: Guess | None = None
 
 
 @dataclass
@@ -77,54 +83,73 @@ def generate_tokens(
     sessions: Sessions,
     ids: Ids,
     current: CurrentPolicy,
-    eos: frozenset[int],
     options: GenerationOptions,
+    *,
+    sampling: Sampling,
+    eos: frozenset[int],
+    draft: Policy | None = None,
 ) -> Iterator[GeneratedToken]:
     """Generates token by token; the first one comes from the prefill.
 
     Args:
         ids: the prompt, `[S]`.
         current: its policy; `options.policy` is not looked at.
+        options: what else the user chose.
+        sampling: resolved likewise.
         eos: ids that end the text.
+        draft: whose path guesses, for `options.speculate`.
 
     Raises:
         ContextLengthError: the prompt does not fit the context.
         PolicyError: the prompt is empty, or the cache is in use.
     """
     manifest = sessions.manifest
-    check_prompt(ids, manifest.model.max_length, manifest.model.vocab_size)
+    limit = manifest.model.max_length
+    check_prompt(ids, limit, manifest.model.vocab_size)
     cache = Cache(sessions) if options.cache is None else options.cache
     sequence, rest = cache.acquire(ids)
     try:
-        sampler = Sampler(options)
-        seen = [int(token) for token in ids]
+        sampler, text = Sampler(sampling), [int(token) for token in ids]
         policy = current.policy
         decider = decider_of(policy, sequence)
+        speculation = None
+        if options.speculate != "off":
+            speculation = Speculation(sequence, policy, sampler, options.speculate, draft)
         path, head = prefill_plan(sessions, policy, options.prefill)
-        token = -1
-        for count in range(1, options.max_new_tokens + 1):
+        started, count, guess = time.perf_counter(), 0, None
+        text.append(sampler(sequence.prefill(rest, path, head), text))
+        cache.tokens += rest.tolist()
+        new = text[-1:]
+        while True:
+            ms = (time.perf_counter() - started) * 1e3 / len(new)
+            for left, token in zip(reversed(range(len(new))), new, strict=True):
+                count += 1
+                reason: FinishReason | None = None
+                if token in eos and not options.ignore_eos:
+                    reason = "stop"
+                elif sequence.length - left >= limit:
+                    reason = "context"
+                elif count == options.max_new_tokens:
+                    reason = "length"
+                yield GeneratedToken(token, path, ms, reason, guess)
+                guess = None
+                if reason is not None:
+                    return
             started = time.perf_counter()
-            if count == 1:
-                logits = sequence.prefill(rest, path, head)
-                cache.tokens += rest.tolist()
-            else:
-                if current.policy is not policy:
-                    policy = current.policy
-                    decider = decider_of(policy, sequence)
-                logits, path = sequence.forward(token, decider)
-                cache.tokens.append(token)
-            token = sampler(logits, seen)
-            seen.append(token)
-            reason: FinishReason | None = None
-            if token in eos and not options.ignore_eos:
-                reason = "stop"
-            elif sequence.length >= manifest.model.max_length:
-                reason = "context"
-            elif count == options.max_new_tokens:
-                reason = "length"
-            yield GeneratedToken(token, path, (time.perf_counter() - started) * 1e3, reason)
-            if reason is not None:
-                return
+            if speculation is not None:
+                room = min(options.max_new_tokens - count, limit - sequence.length)
+                cache.tokens.append(text[-1])
+                new, guess = speculation.step(text, room)
+                cache.tokens += new[:-1]
+                path = speculation.path
+                continue
+            if current.policy is not policy:
+                policy = current.policy
+                decider = decider_of(policy, sequence)
+            logits, path = sequence.forward(text[-1], decider)
+            cache.tokens.append(text[-1])
+            new = [sampler(logits, text)]
+            text += new
     finally:
         cache.release()
 
@@ -209,7 +234,8 @@ def _chunks(
         else:
             safe = len(held) - _longest_partial(held, stop)
             text, held = held[:safe], held[safe:]
-        yield Chunk(text, step.token, step.path, step.ms, prompt_tokens, count, reason)
+        told = step.token, step.path, step.ms, prompt_tokens, count, reason, step.guess
+        yield Chunk(text, *told)
         if reason is not None:
             return
 

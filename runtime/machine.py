@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-import resource
 import sys
 from pathlib import Path
 
@@ -23,11 +22,15 @@ def machine_name() -> str:
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far."""
+    """Highest resident memory of this process so far; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     if status.exists():  # `getrusage` starts from what the parent process had, on Linux
         line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

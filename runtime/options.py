@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.sampling import Sampling
+from dash_onnx.runtime.speculate import Speculate
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.cache import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(Sampling):
-    """What a user may choose for a generation, `Sampling` included.
+class GenerationOptions:
+    """What a user may choose for a generation.
+
+    How tokens are drawn is described in `Sampling`; what is None there is the model's own choice:
+    that of its generation_config.json, else the most likely token.
 
     Attributes:
         policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`. Empty takes
@@ -29,6 +33,10 @@ class GenerationOptions(Sampling):
         prefill: precision of the prompt; None: see `memory` of `dash_onnx.load`.
         max_new_tokens: most tokens to generate.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
+        speculate: who guesses tokens that are then checked several at once, which changes the
+            speed and not the text: `ngram` looks the end of the text up in what came before,
+            `dash` runs a cheaper path of the bundle, `auto` takes what pays. The policy must take
+            one path for every token; without one it is the highest exported precision.
         stop: strings that end the text; they are not part of it.
         cache: from `Model.new_cache`: what it shares with the beginning of the prompt is not
             computed again.
@@ -39,19 +47,39 @@ class GenerationOptions(Sampling):
     prefill: Action | None = None
     max_new_tokens: int = 512
     ignore_eos: bool = False
+    speculate: Speculate = "off"
     stop: str | Sequence[str] = ()
     cache: Cache | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name))
-        super().__post_init__()
+        self.sampling(Sampling())  # checks the ranges
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         if "" in stop:
             raise PolicyError("an empty stop string would end every text at once")
+        if self.speculate not in get_args(Speculate):
+            known = ", ".join(get_args(Speculate))
+            raise PolicyError(f"speculate={self.speculate!r} must be one of {known}")
         if self.max_new_tokens < 1:
             raise PolicyError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+
+    def sampling(self, own: Sampling) -> Sampling:
+        """How tokens are drawn.
+
+        Args:
+            own: the model's choice of what is None here.
+        """
+        names = [field.name for field in dataclasses.fields(Sampling)]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(own, **given)
 
     @classmethod
     def of(cls, options: GenerationOptions | None, **given: Any) -> GenerationOptions:
@@ -66,14 +94,15 @@ class GenerationOptions(Sampling):
 
 _NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(_NUMBERS, ((int, float), "a number")),
+    **dict.fromkeys(_NUMBERS, ((int, float, type(None)), "a number")),
     "max_new_tokens": ((int,), "an integer"),
-    "top_k": ((int,), "an integer"),
+    "top_k": ((int, type(None)), "an integer"),
     "seed": ((int, type(None)), "an integer"),
     "ignore_eos": ((bool,), "True or False"),
     "policy": ((str, Policy), "a name or a Policy"),
     "budget": ((int, float, str, type(None)), "a number or the name of a preset"),
     "prefill": ((str, type(None)), "the name of a precision"),
+    "speculate": ((str,), "off, ngram, dash or auto"),
     "stop": ((str, list, tuple), "text, or a list of texts"),
 }
 
@@ -90,3 +119,7 @@ def _check_type(name: str, value: Any) -> None:
             wrong = not all(isinstance(word, str) for word in value)
     if wrong:
         raise PolicyError(f"{name}={value!r} must be {what}")
+
+
+GREEDY = GenerationOptions(temperature=0.0, repetition_penalty=1.0)
+"""The most likely token, whatever the model's authors want: for those who compare."""

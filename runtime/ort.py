@@ -86,10 +86,10 @@ def has_device(device: str) -> bool:
 def use_threads(threads: int | None) -> None:
     """Decides on the threads of all sessions of the process, once.
 
-    They share ORT's global pool. A pool per session, ORT's default, would leave the threads of
-    one layer spinning on the cores that the next layer needs: 20 times slower. The pool cannot be
-    resized later, and while it exists ORT refuses sessions that want a pool of their own. With
-    one thread there is no pool at all, so that the other sessions of an app stay as they are.
+    They share ORT's global pool, and so do the other sessions of an app. A pool per session, ORT's
+    default, would leave the threads of one layer spinning on the cores that the next layer needs:
+    20 times slower. The pool cannot be resized later. With one thread there is no pool at all, so
+    that the other sessions of an app stay as they are.
 
     Args:
         threads: intra-op threads; None takes all cores this process may use.
@@ -98,7 +98,9 @@ def use_threads(threads: int | None) -> None:
     with _pool_lock:
         if _pool_threads is None or (_pool_threads == 1 and threads != 1):
             wanted = threads or _usable_cores()
-            if wanted > 1 and not _set_pool(wanted) and threads is not None:
+            if wanted > 1 and _set_pool(wanted):
+                _share_pool()
+            elif wanted > 1 and threads is not None:
                 _warn(threads, "was set by this app")
             _pool_threads = wanted
         elif threads is not None and threads != _pool_threads:
@@ -114,6 +116,26 @@ def _set_pool(threads: int) -> bool:
             raise
         return False
     return True
+
+
+def _share_pool() -> None:
+    """Gives the pool to the app's own sessions, too: ORT refuses those that want one of their own.
+
+    An app creates them without a thought of ours, so their options are set as they are created.
+    """
+    session, options = onnxruntime().InferenceSession, onnxruntime().SessionOptions
+    create = session.__init__
+
+    @functools.wraps(create)
+    def create_on_pool(
+        self: Any, model: Any, sess_options: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        sess_options = sess_options or options()
+        if _pool_threads != 1:
+            sess_options.use_per_session_threads = False
+        create(self, model, sess_options, *args, **kwargs)
+
+    session.__init__ = create_on_pool
 
 
 def _warn(threads: int, why: str) -> None:

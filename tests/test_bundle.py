@@ -198,3 +198,10 @@ def test_files_are_listed_by_posix_path_without_the_manifest(tmp_path: Path) -> 
     for name in ("a/b/c.onnx", "d.json", "dash.json"):
         (tmp_path / name).write_text(name)
     assert sorted(list_files(tmp_path)) == ["a/b/c.onnx", "d.json"]
+
+
+def test_a_pinned_bundle_opens_and_no_other(tiny_bundle: Path) -> None:
+    digest = file_facts(tiny_bundle / "dash.json").sha256
+    assert Bundle(tiny_bundle, sha256=digest.upper()).manifest
+    with pytest.raises(BundleError, match="not the one that was asked for"):
+        Bundle(tiny_bundle, sha256="0" * 64)

@@ -96,6 +96,10 @@ def test_json_is_one_object_with_text_and_figures(
         "ms_per_token",
         "tokens_per_second",
         "policy",
+        "budget",
+        "sampling",
+        "guessed_tokens",
+        "right_guesses",
         "actions",
     }
     assert facts["text"] == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Damaged bundles: whatever is in a file, the runtime runs it or refuses it in one line."""
+"""Damaged bundles and models: whatever is in a file, it works or is refused in one line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+from gguf_files import tiny_model, write_model
 from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.bundle import file_facts
+from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.export.sizes import sizes_of
+from dash_onnx.exporters.sources import open_source
 
 CASES = pytest.mark.parametrize(
     "cases", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["quick", "long"]
 )
+UINT32 = GGUFValueType.UINT32
 SECONDS = 5  # at most, of a case
 ODD: tuple[Any, ...] = (
     None, True, 0, 1, -1, 2, 7, 0.0, -0.5, 1e-300, 1e300, float("nan"), float("inf"), 10**6,
@@ -37,14 +45,23 @@ def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(folder: Path) -> str | None:
     """Loads a bundle and generates; the message where it is refused. Checks its form."""
-    started, message = time.monotonic(), None
-    try:
+
+    def use() -> None:
         with dash_onnx.load(folder) as model:
             model.generate("the keeper", policy="int4", max_new_tokens=2)
             if model.manifest.scorer:
                 model.generate("the keeper", max_new_tokens=2)
             if model.text.chat_template:
                 model.chat([{"role": "user", "content": "hello"}], max_new_tokens=1)
+
+    return message_of(use)
+
+
+def message_of(use: Callable[[], object]) -> str | None:
+    """The message of a refusal, which has its form, in good time; None where there is none."""
+    started, message = time.monotonic(), None
+    try:
+        use()
     except dash_onnx.DashError as error:
         message = str(error)
         assert message.isprintable(), ascii(message)
@@ -163,3 +180,65 @@ def test_damaged_graphs_are_refused(bundle: Path, cases: int) -> None:
             assert refused(bundle) is not None, (case, path)
         finally:
             path.write_bytes(whole)
+
+
+def described(model: Path) -> str | None:
+    """Opens a model and estimates its export, as dash-info does; the message of a refusal."""
+    return message_of(lambda: sizes_of(open_source(str(model), REGISTRY), ExportOptions()))
+
+
+@CASES
+@pytest.mark.parametrize("damage", [torn, damaged])
+def test_a_damaged_config_is_read_or_refused_in_one_line(
+    tiny_folder: Path,
+    damage: Callable[[str, random.Random], str],
+    cases: int,
+    tmp_path: Path,
+) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    config = model / "config.json"
+    text, rng = config.read_text("utf-8"), random.Random(3)
+    for case in range(cases // 10):
+        config.write_text(damage(text, rng), "utf-8", "surrogateescape")
+        try:
+            described(model)
+        except Exception as error:
+            error.add_note(f"case {case}: {config.read_text('utf-8', 'replace')}")
+            raise
+
+
+@CASES
+def test_a_damaged_gguf_header_is_read_or_refused_in_one_line(cases: int, tmp_path: Path) -> None:
+    path, rng = tmp_path / "model.gguf", random.Random(4)
+    write_model(path, tiny_model("llama", num_hidden_layers=2))
+    whole = path.read_bytes()
+    for case in range(cases // 10):
+        changed = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 1, 8])):
+            changed[rng.randrange(24 if rng.random() < 0.2 else 12_000)] = rng.randrange(256)
+        path.write_bytes(changed[: rng.choice([len(changed)] * 9 + [rng.randrange(12_000)])])
+        try:
+            described(path)
+        except Exception as error:
+            error.add_note(f"case {case}")
+            raise
+
+
+@pytest.mark.parametrize(
+    "key",
+    "block_count context_length embedding_length feed_forward_length attention.head_count "
+    "attention.head_count_kv rope.dimension_count attention.key_length".split(),
+)
+@pytest.mark.parametrize("value", [0, 1, 3, 2**31 - 1, 2**32 - 1])
+def test_gguf_sizes_that_do_not_fit_the_tensors_are_refused(
+    key: str, value: int, tmp_path: Path
+) -> None:
+    """Before anything is computed; what is right, or only a shorter context, is taken."""
+    path = tmp_path / "model.gguf"
+    write_model(
+        path,
+        tiny_model("llama", num_hidden_layers=2),
+        lambda writer: writer.kv_data[0].update({f"llama.{key}": GGUFValue(value, UINT32)}),
+    )
+    message = described(path)
+    assert key in ("context_length", "rope.dimension_count", "attention.key_length") or message

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -242,3 +244,31 @@ def test_a_graph_that_onnxruntime_cannot_load_is_a_bundle_error(tmp_path: Path) 
     with pytest.raises(dash_onnx.DashError, match=f"ONNX Runtime cannot load {path}: ") as caught:
         ort.create_session(path, "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_every_command_of_the_runtime_works_without_what_windows_lacks(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Nor does it need a stdout that holds every character."""
+    text = tmp_path / "night.txt"
+    text.write_text("the keeper of the lighthouse counts the ships in the night\n" * 40)
+    blocked = ("fcntl", "resource", "readline", "termios", "pty")
+    code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+    code += "from dash_onnx.__main__ import main\nsys.exit(main())\n"
+    copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    for command in (
+        ("run", copy, "🚢", "--max-new-tokens", "3"),
+        ("run", copy),
+        ("eval", copy, "--text", text, "--window", "32", "--prompt-tokens", "8"),
+        ("info", copy),
+        ("profile", copy),
+        ("bench", copy, "--run", "int8", "--new-tokens", "4", "--rounds", "1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, command)],
+            env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+            input=b"hello\n",
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, (command, done.stderr)

@@ -71,6 +71,7 @@ def test_the_wheel_holds_every_module_of_the_sources_and_nothing_else(
         "dash_onnx/report/report.css",
         "dash_onnx/report/report.html.jinja",
         "dash_onnx/report/tables.html.jinja",
+        "dash_onnx/serve/page.html",
     }
     found = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {
@@ -97,6 +98,7 @@ def test_the_wheel_installs_its_tools_and_none_that_shadows_the_shell(
     assert dict(entries["console_scripts"]) == {
         "dash-export": "dash_onnx.cli.export:main",
         "dash-run": "dash_onnx.cli.run:main",
+        "dash-serve": "dash_onnx.cli.serve:main",
         "dash-eval": "dash_onnx.cli.eval:main",
         "dash-train": "dash_onnx.cli.train:main",
         "dash-report": "dash_onnx.cli.report:main",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,24 @@ from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.engine import Model
 
 
+def runtime_with(set_pool: Callable[..., None]) -> SimpleNamespace:
+    """What `use_threads` needs of ONNX Runtime."""
+
+    class InferenceSession:
+        def __init__(self, model: object, sess_options: object = None): ...
+
+    return SimpleNamespace(
+        set_global_thread_pool_sizes=set_pool,
+        InferenceSession=InferenceSession,
+        SessionOptions=SimpleNamespace,
+    )
+
+
 def test_a_second_size_of_the_thread_pool_is_warned_about(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[tuple[int, int]] = []
-    module = SimpleNamespace(set_global_thread_pool_sizes=lambda *pair: sizes.append(pair))
+    module = runtime_with(lambda *pair: sizes.append(pair))
     monkeypatch.setattr(ort, "onnxruntime", lambda: module)
     monkeypatch.setattr(ort, "_pool_threads", None)
     with warnings.catch_warnings():
@@ -39,7 +53,7 @@ def test_a_second_size_of_the_thread_pool_is_warned_about(
 
 def test_one_thread_needs_no_pool_until_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
-    module = SimpleNamespace(set_global_thread_pool_sizes=lambda *pair: sizes.append(pair))
+    module = runtime_with(lambda *pair: sizes.append(pair))
     monkeypatch.setattr(ort, "onnxruntime", lambda: module)
     monkeypatch.setattr(ort, "_pool_threads", None)
     ort.use_threads(1)
@@ -54,9 +68,7 @@ def test_the_pool_of_the_app_is_shared_and_said_once_where_a_size_was_asked_for(
     def taken(*_: int) -> None:
         raise RuntimeError("Global thread pools have already been created, cannot replace them")
 
-    monkeypatch.setattr(
-        ort, "onnxruntime", lambda: SimpleNamespace(set_global_thread_pool_sizes=taken)
-    )
+    monkeypatch.setattr(ort, "onnxruntime", lambda: runtime_with(taken))
     monkeypatch.setattr(ort, "_pool_threads", None)
     with pytest.warns(RuntimeWarning, match="threads=3 ignored: .* was set by this app"):
         ort.use_threads(3)
@@ -88,6 +100,8 @@ def generate(threads=None):
         "ort.set_global_thread_pool_sizes(2, 1); host(True); generate()",
         "generate(threads=1); host(False); generate(threads=1)",
         "generate(); host(True)",
+        "generate(); host(False); host(False).run(None, {'input_ids': [[1]]}); generate()",
+        "generate(); ort.InferenceSession(graph); ort.InferenceSession(graph, providers=None)",
         "tokens = generate(2); u = os.times(); time.sleep(1.5); v = os.times(); "
         "assert v.user - u.user + v.system - u.system < 0.3, 'threads spin while idle'",
     ],
@@ -166,7 +180,7 @@ def test_a_thread_pool_that_could_not_be_set_is_not_taken_for_set(
     def fail(*_: int) -> None:
         raise RuntimeError("no threads")
 
-    module = SimpleNamespace(set_global_thread_pool_sizes=fail)
+    module = runtime_with(fail)
     monkeypatch.setattr(ort, "onnxruntime", lambda: module)
     monkeypatch.setattr(ort, "_pool_threads", None)
     with pytest.raises(RuntimeError):

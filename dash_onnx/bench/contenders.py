@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.core.errors import DeviceError
+from dash_onnx.runtime.options import GREEDY
 
 if TYPE_CHECKING:
     from dash_onnx.core.policy import Policy
@@ -55,7 +56,7 @@ class Dash:
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
         tokens = self._model.generate_step(
-            ids, policy=self._policy, max_new_tokens=new, ignore_eos=True
+            ids, options=GREEDY, policy=self._policy, max_new_tokens=new, ignore_eos=True
         )
         return [token.ms for token in tokens]
 

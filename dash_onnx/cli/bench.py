@@ -232,11 +232,14 @@ def _default_runs(model: Model) -> list[str]:
 def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[Reference]:
     """What the highest precision answers, and its logits there."""
     from dash_onnx.bench.measure import Reference
+    from dash_onnx.runtime.options import GREEDY
 
     best = model.manifest.variants[0]
     found = []
     for prompt in Loop("reference", prompts):
-        steps = model.generate_step(prompt, policy=best, max_new_tokens=new_tokens, ignore_eos=True)
+        steps = model.generate_step(
+            prompt, options=GREEDY, policy=best, max_new_tokens=new_tokens, ignore_eos=True
+        )
         ids = [*prompt, *(step.token for step in steps)]
         logits = model.logits(ids, policy=best)[len(prompt) :]
         found.append(Reference(ids, len(prompt), logits))
@@ -269,3 +272,7 @@ def _table(results: list[Result]) -> str:
             ]
         )
     return "\n".join(aligned(rows, left=1))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

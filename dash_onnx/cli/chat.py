@@ -93,7 +93,8 @@ class Chat:
         print(text if text == HELP else f"dash-run: {text}", file=sys.stderr)
 
     def _answer(self, asked: list[dict[str, Any]]) -> None:
-        record = Record(self._model.policy(self._options.policy, self._options.budget).name)
+        sampling = self._options.sampling(self._model.sampling)
+        record = Record(self._model.policy_of(self._options), sampling)
         view = path_view(self._model, self._options, self._show_path)
         text: list[str] = []
         with _typing_waits(), self._model.stream(asked, options=self._options) as chunks:
@@ -113,8 +114,7 @@ class Chat:
             policy = self._model.policy(self._options.policy, text)
             self._model.preload(policy)
             self._options = dataclasses.replace(self._options, budget=text)
-        chosen = self._model.policy(self._options.policy, self._options.budget)
-        self._say(f"policy {chosen.name}")
+        self._say(f"policy {self._model.policy_of(self._options).name}")
 
     def _system(self, text: str) -> None:
         kept = [message for message in self._messages if message["role"] != "system"]

@@ -143,6 +143,11 @@ def positive(text: str) -> int:
     return value
 
 
+def decisions(text: str) -> int:
+    """An argparse type: how often the scorer runs for a token."""
+    return sys.maxsize if text == "every" else positive(text)
+
+
 def add_log_options(parser: argparse.ArgumentParser) -> None:
     """Options of the tools that take long."""
     choice = parser.add_mutually_exclusive_group()
@@ -262,6 +267,13 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         help="text of your own domain: a file (.jsonl may hold prompts and responses), a folder, - "
         "for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; TEXT@0.5 sets its share "
         "(default: text that the model generates itself; see docs/reference/texts.md)",
+    )
+    parser.add_argument(
+        "--decisions",
+        type=decisions,
+        metavar="N|every",
+        help="how often the scorer runs for a token: N times, spread over the layers, or before "
+        "every layer; it then decides for the layers up to the next time (default: 1)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")
     parser.add_argument(

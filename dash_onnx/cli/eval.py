@@ -163,3 +163,7 @@ def _quietly() -> Iterator[None]:
         stderr = sys.stderr if sys.stderr.isatty() else nowhere
         with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stderr):
             yield
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

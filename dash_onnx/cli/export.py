@@ -188,7 +188,11 @@ def main(argv: list[str] | None = None) -> int:
             from dash_onnx.exporters.train.train import train
 
             choice = TrainOptions(
-                arguments.effort, options.calibration, options.seed, options.train_device
+                effort=arguments.effort,
+                calibration=options.calibration,
+                seed=options.seed,
+                device=options.train_device,
+                decisions=arguments.decisions,
             )
             manifest = train(arguments.out, choice)
         if arguments.fused:
@@ -334,3 +338,7 @@ def prepare_export() -> None:
         return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -72,3 +72,7 @@ def _profile(arguments: argparse.Namespace) -> None:
         print(f"all decisions of a token   {costs.scorer_ms:8.3f} ms")
         named = ", ".join(f"{n} {b:.3f}" for n, b in manifest.scorer.presets.items())
         print(f"presets (of all {best}) {named}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

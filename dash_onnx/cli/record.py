@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections import Counter
@@ -9,22 +10,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from dash_onnx.report.terminal import PathView
     from dash_onnx.runtime.engine import Model
     from dash_onnx.runtime.generate import Chunk
+    from dash_onnx.runtime.speculate import Guess
 
 
 @dataclass
 class Record:
     """What happened during one generation."""
 
-    policy: str
+    policy: Policy
+    sampling: Sampling
     load_ms: float | None = None  # of the model, where this is its first generation
     times: list[float] = field(default_factory=list)
     actions: Counter[str] = field(default_factory=Counter)
+    guesses: list[Guess] = field(default_factory=list)
     last: Chunk | None = None
 
     def watch(self, chunks: Iterable[Chunk], model: Model, trace: TextIO | None) -> Iterator[Chunk]:
@@ -32,6 +38,8 @@ class Record:
         for chunk in chunks:
             if self.last is not None:  # the first token comes from the prefill
                 self.actions.update(chunk.path)
+            if chunk.guess is not None:
+                self.guesses.append(chunk.guess)
             self.times.append(chunk.ms)
             self.last = chunk
             if trace is not None:
@@ -41,6 +49,8 @@ class Record:
                     "ms": round(chunk.ms, 3),
                     "path": chunk.path,
                 }
+                if chunk.guess is not None:
+                    facts["guess"] = chunk.guess._asdict()
                 print(json.dumps(facts, ensure_ascii=False), file=trace)
             yield chunk
 
@@ -56,8 +66,12 @@ class Record:
             "generated_tokens": len(self.times),
             "time_to_first_token_ms": round(self.times[0], 3),
             "ms_per_token": round(statistics.median(decode), 3) if decode else None,
+            "guessed_tokens": sum(guess.tokens for guess in self.guesses),
+            "right_guesses": sum(guess.right for guess in self.guesses),
             "tokens_per_second": round(1e3 * len(decode) / sum(decode), 2) if decode else None,
-            "policy": self.policy,
+            "policy": self.policy.name,
+            "budget": self.policy.budget if isinstance(self.policy, ScoredPolicy) else None,
+            "sampling": dataclasses.asdict(self.sampling),
             "actions": {a: round(n / total, 4) for a, n in sorted(self.actions.items())},
         }
 
@@ -65,6 +79,7 @@ class Record:
         """The summary after the text."""
         facts = self.figures()
         speed = facts["tokens_per_second"]
+        right, guessed = facts["right_guesses"], facts["guessed_tokens"]
         shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
         return (
             "["
@@ -73,8 +88,22 @@ class Record:
             + (f", {speed:.1f} tokens/s" if speed else "")
             + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
             + (f" | {shares}" if shares else "")
-            + f" | {facts['finish_reason']}]"
+            + (f" | {right} of {guessed} guesses right" if guessed else "")
+            + f" | {self._drawn()} | {facts['finish_reason']}]"
         )
+
+    def _drawn(self) -> str:
+        """How tokens are drawn, as far as it is not the usual."""
+        usual = Sampling()
+        if self.sampling.temperature == 0:
+            usual = dataclasses.replace(self.sampling, repetition_penalty=1.0)
+        changed = [
+            f"{field.name.replace('_', ' ')} {value:g}"
+            for field in dataclasses.fields(Sampling)
+            if field.name != "seed"
+            and (value := getattr(self.sampling, field.name)) != getattr(usual, field.name)
+        ]
+        return ", ".join([*(["greedy"] if self.sampling.temperature == 0 else []), *changed])
 
 
 def show(chunks: Iterable[Chunk], view: PathView | None, text: list[str] | None = None) -> None:
@@ -100,5 +129,5 @@ def path_view(model: Model, options: GenerationOptions, wanted: bool) -> PathVie
         return None
     from dash_onnx.report.terminal import PathView
 
-    policy = model.policy(options.policy, options.budget)
+    policy = model.policy_of(options)
     return PathView(model.text, model.manifest, policy)

@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dash_onnx.cli.common import (
     Parser,
@@ -27,6 +27,7 @@ from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.speculate import Speculate
 
 _PATIENCE_S = 2.0  # before a pipe that brings nothing is told
 _DEFAULTS = GenerationOptions()
@@ -75,21 +76,27 @@ def _parser() -> Parser:
         action="store_true",
         help="record what a token runs as CUDA graphs, one per layer and action (--device cuda)",
     )
-    for name, off in (
-        ("temperature", "0 is greedy"),
-        ("top_k", "0 is off"),
-        ("top_p", "1 is off"),
-        ("min_p", "0 is off"),
-        ("repetition_penalty", "1 is off"),
+    for name, kind, off in (
+        ("temperature", float, "0 is greedy"),
+        ("top_k", int, "0 is off"),
+        ("top_p", float, "1 is off"),
+        ("min_p", float, "0 is off"),
+        ("repetition_penalty", float, "1 is off"),
     ):
-        default = getattr(_DEFAULTS, name)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=type(default),
-            default=default,
+            type=kind,
             metavar="X",
-            help=f"{off} (default: %(default)s)",
+            help=f"{off} (default: the model's own)",
         )
+    parser.add_argument(
+        "--speculate",
+        choices=get_args(Speculate),
+        default=_DEFAULTS.speculate,
+        help="guess tokens and check several at once: sooner, the same text; ngram looks them up "
+        "in prompt and answer, dash runs a cheaper path, auto takes what pays; goes with a policy "
+        "of one path: the highest exported precision unless told (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=seed, help="of the sampling (default: different each time)")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
@@ -143,8 +150,9 @@ def _run(arguments: argparse.Namespace) -> None:
         cuda_graphs=arguments.cuda_graphs,
     )
     # Before anything is written, or asked.
-    policy = model.policy(arguments.policy, arguments.budget)
-    model.preload(policy, prefill=arguments.prefill)  # no token waits for a graph to load
+    policy = model.policy_of(options)
+    # No token waits for a graph to load.
+    model.preload(policy, prefill=arguments.prefill, speculate=arguments.speculate)
     load_ms = (time.perf_counter() - started) * 1e3
     with contextlib.ExitStack() as stack:
         trace = None
@@ -169,7 +177,7 @@ def _run(arguments: argparse.Namespace) -> None:
             prompt = [{"role": "user", "content": prompt}]
             if arguments.system:
                 prompt.insert(0, {"role": "system", "content": arguments.system})
-        record = Record(policy.name, load_ms)
+        record = Record(policy, options.sampling(model.sampling), load_ms)
         chunks = record.watch(model.stream(prompt, options=options), model, trace)
         if arguments.json:
             text = "".join(chunk.text for chunk in chunks)
@@ -206,3 +214,7 @@ def _piped(wanted: bool = False) -> str:
         if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
             print("dash-run: waiting for text on stdin", file=sys.stderr)
     return sys.stdin.read()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -28,6 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-train out/ --effort normal
+  dash-train out/ --decisions 3
   dash-train out/ --calibration support-chats.jsonl handbook.txt
   dash-train out/ --calibration handbook/@0.3 hub:HuggingFaceH4/ultrachat_200k:train_sft@0.7
   zcat tickets.jsonl.gz | dash-train out/ --calibration -"""
@@ -56,20 +57,25 @@ def main(argv: list[str] | None = None) -> int:
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.fused import options_of, renew
-        from dash_onnx.exporters.train.options import TrainOptions, plan_of
+        from dash_onnx.exporters.train.options import TrainOptions
         from dash_onnx.exporters.train.train import train
 
         fused = options_of(arguments.bundle / FUSED_FOLDER)
         calibration = tuple(arguments.calibration)
         options = TrainOptions(
-            arguments.effort, calibration, arguments.seed, arguments.train_device
+            effort=arguments.effort,
+            calibration=calibration,
+            seed=arguments.seed,
+            device=arguments.train_device,
+            decisions=arguments.decisions,
         )
         if _LOG.isEnabledFor(logging.INFO):
             from dash_onnx.exporters.expected import Speed, training_phases
 
             model, speed = Bundle(arguments.bundle).manifest.model, Speed.measured()
-            plan = plan_of(arguments.effort, model)
-            announce(training_phases(model, plan, speed, generated=not calibration))
+            announce(
+                training_phases(model, options.plan_for(model), speed, generated=not calibration)
+            )
         facts = train(arguments.bundle, options).scorer
         assert facts is not None
         if fused is not None:
@@ -105,3 +111,7 @@ def table(facts: ScorerFacts) -> str:
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, wherever the process that writes them dies.
 
-Writing needs POSIX: the lock is `flock`, which the system releases with the process.
+The lock on a folder in the making is one that the system releases with the process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import MANIFEST_NAME
@@ -147,9 +148,7 @@ def workspace(
         finally:
             if not kept:  # the lock last: until then no other process takes the folder
                 clear(space)
-                (space / _LOCK).unlink()
-                with suppress(OSError):  # another process has it already
-                    space.rmdir()
+                _remove(space)
 
 
 def clear(space: Path) -> None:
@@ -176,8 +175,6 @@ def _move(space: Path, folder: Path) -> None:
 @contextmanager
 def _locked(space: Path, folder: Path) -> Iterator[None]:
     """Makes a workspace, and holds a lock that ends with the process."""
-    import fcntl  # bundles are read anywhere
-
     path = space / _LOCK
     while True:
         try:
@@ -189,11 +186,34 @@ def _locked(space: Path, folder: Path) -> Iterator[None]:
             raise BundleError(f"cannot write {folder}: {error.strerror}") from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                _lock(lock)
+            except OSError:
                 raise BundleError(
                     f"another process is writing {folder}; wait for it or choose another folder"
                 ) from None
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 yield
                 return
+
+
+def _lock(file: IO[str]) -> None:
+    """Locks a file for this process.
+
+    Raises:
+        OSError: another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove(space: Path) -> None:
+    """Removes a workspace that is empty but for its lock; Windows keeps what is open."""
+    with suppress(OSError):
+        (space / _LOCK).unlink()
+        space.rmdir()  # unless another process has it already

@@ -133,21 +133,21 @@ def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetP
 
 def presets(points: tuple[BudgetPoint, ...]) -> dict[str, float]:
     """Budgets of the presets: where `kl_at` reaches the KL that each of them promises."""
-    result = {}
-    for name, limit in PRESETS.items():
-        below = [point for point in points if point.kl <= limit]
-        if not below:
-            result[name] = points[-1].budget
-            continue
-        best = min(below, key=lambda point: point.budget)
-        index = points.index(best)
-        budget = best.budget
-        if index > 0 and points[index - 1].kl > limit:
-            worse = points[index - 1]
-            share = (math.log(limit) - _log_kl(best)) / (_log_kl(worse) - _log_kl(best))
-            budget += share * (worse.budget - best.budget)
-        result[name] = min(max(round(budget, 4), points[0].budget), points[-1].budget)
-    return result
+    return {name: cheapest_within(limit, points) for name, limit in PRESETS.items()}
+
+
+def cheapest_within(limit: float, points: tuple[BudgetPoint, ...]) -> float:
+    """The least budget of the table at which `kl_at` is at most a KL in nats; else the largest."""
+    below = [point for point in points if point.kl <= limit]
+    if not below:
+        return points[-1].budget
+    best = min(below, key=lambda point: point.budget)
+    index, budget = points.index(best), best.budget
+    if index > 0 and points[index - 1].kl > limit:
+        worse = points[index - 1]
+        share = (math.log(limit) - _log_kl(best)) / (_log_kl(worse) - _log_kl(best))
+        budget += share * (worse.budget - best.budget)
+    return min(max(round(budget, 4), points[0].budget), points[-1].budget)
 
 
 def with_costs(manifest: Manifest, costs: Costs) -> Manifest:

@@ -27,12 +27,18 @@ class Bundle:
     their SHA-256 by `verified`, once per file, so that a lazy load reads only what it runs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        manifest: Manifest | None = None,
+        sha256: str | None = None,
+    ):
         """Opens a bundle.
 
         Args:
             folder: the folder that `dash-export` wrote.
             manifest: instead of the one in the folder, while a new one is in the making.
+            sha256: that `dash.json` must have, in hexadecimal; it has those of all other files.
 
         Raises:
             BundleError: missing, of another format version, incomplete, or a path leaves it.
@@ -40,18 +46,24 @@ class Bundle:
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
         if manifest is None and not path.is_file():
-            raise BundleError(
-                f"no bundle at {self.folder}: {MANIFEST_NAME} is missing; "
-                f"make one with `dash-export MODEL {self.folder}`"
-            )
+            raise BundleError(f"no bundle at {folder}: {_remedy(self.folder)}")
+        if sha256 is not None and file_facts(path).sha256 != sha256.lower():
+            raise BundleError(f"{path} is not the one that was asked for: its SHA-256 differs")
         self.manifest = manifest or self._read(path)
         self._verified: set[str] = set()
         for name, facts in self.manifest.files.items():
-            self._check_inside(name)
             file = self.folder / name
-            if not file.is_file():
+            try:
+                self._check_inside(name)
+                size = file.stat().st_size if file.is_file() else None
+            except (
+                OSError,
+                ValueError,
+                RuntimeError,
+            ) as error:  # such as links in a ring
+                raise BundleError(f"{file} cannot be read ({error}); export again") from None
+            if size is None:
                 raise BundleError(f"{file} is missing from the bundle; export again")
-            size = file.stat().st_size
             if size != facts.bytes:
                 raise BundleError(
                     f"{file} has {size} bytes, the manifest says {facts.bytes}: "
@@ -104,6 +116,17 @@ class Bundle:
                 )
             self._verified.add(part)
         return self.folder / name
+
+
+def _remedy(folder: Path) -> str:
+    """What to do where there is no bundle: perhaps it is a model."""
+    name = str(folder)
+    model = name.endswith(".gguf") or (folder / "config.json").is_file()
+    if model or (name.count("/") == 1 and not folder.parent.exists()):
+        out = folder.name.removesuffix(".gguf").lower() + "-onnx"
+        what = "it is a model" if model else "a hub id is a model"
+        return f"{what}, export it first with `dash-export {name} {out}`"
+    return f"{MANIFEST_NAME} is missing; make one with `dash-export MODEL {name}`"
 
 
 def replace_manifest(folder: Path, manifest: Manifest) -> None:

@@ -10,7 +10,7 @@ from dash_onnx.core.actions import PRECISIONS, SKIP
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
 if TYPE_CHECKING:
-    from dash_onnx.core.facts import ScorerFacts
+    from dash_onnx.core.facts import ModelFacts, ScorerFacts
     from dash_onnx.core.manifest import Manifest
 
 _MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
@@ -53,13 +53,18 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _cost_problems(manifest)
 
 
-def _size_problems(manifest: Manifest) -> Iterator[str]:
-    model, target = manifest.model, manifest.target
+def model_problems(model: ModelFacts) -> Iterator[str]:
+    """What cannot be in the sizes of a model."""
     for name, value in vars(model).items():
-        if isinstance(value, int) and not 1 <= value <= _MOST:
-            yield f"model.{name} is {value}, not in 1..{_MOST}"
+        if name not in ("name", "architecture") and not (type(value) is int and 0 < value <= _MOST):
+            yield f"{name} is {value!r}, not in 1..{_MOST}"
     if model.num_heads % model.num_kv_heads:
         yield f"{model.num_heads} heads do not share {model.num_kv_heads} key/value heads"
+
+
+def _size_problems(manifest: Manifest) -> Iterator[str]:
+    model, target = manifest.model, manifest.target
+    yield from model_problems(model)
     for name, described in (("layers", manifest.layers), ("attention", manifest.attention)):
         if len(described) != model.num_layers:
             yield f"{name} describes {len(described)} layers of {model.num_layers}"

@@ -19,8 +19,20 @@ Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
 
+_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # what transformers takes
+
+
 class TextCodec:
-    """Tokenizer and chat template of a bundle."""
+    """Tokenizer and chat template of a bundle.
+
+    Attributes:
+        tokenizer: of the `tokenizers` library.
+        start_token_id: of `bos_token`, where there is one.
+        end_token_id: likewise of `eos_token`.
+        eos_token_ids: that end an answer.
+        sampling: what generation_config.json says of temperature, top-k and the like.
+        chat_template: its source, where there is one.
+    """
 
     def __init__(self, bundle: Bundle):
         """Reads `tokenizer.json` and, where they exist, the template and configurations.
@@ -40,6 +52,7 @@ class TextCodec:
         self.start_token_id: int | None = self.tokenizer.token_to_id(start) if start else None
         self.end_token_id: int | None = self.tokenizer.token_to_id(end) if end else None
         self.eos_token_ids = _eos_ids(bundle)
+        self.sampling = _sampling(bundle)
         self.chat_template: str | None = None
         if "chat_template.jinja" in bundle:
             path = bundle.verified("chat_template.jinja")
@@ -224,6 +237,20 @@ def _special_tokens(bundle: Bundle) -> dict[str, str]:
             found[key] = value.get("content") if isinstance(value, dict) else value
             if not isinstance(found[key], str):
                 raise BundleError(f"{bundle.folder / name}: {key!r} is no text; export again")
+    return found
+
+
+def _sampling(bundle: Bundle) -> dict[str, float]:
+    """How the model's authors want tokens drawn: fields of `runtime.sampling.Sampling`."""
+    name = "generation_config.json"
+    config = _json(bundle, name)
+    found = dict(_DRAWN) if config.get("do_sample") is True else {}
+    for key in ("repetition_penalty", *found):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise BundleError(f"{bundle.folder / name}: {key!r} is no number; export again")
+        if value is not None:
+            found[key] = value
     return found
 
 

@@ -21,6 +21,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.options import GREEDY
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -181,6 +182,7 @@ class DashLM(TemplateLM):
         tokens: list[int] = []
         for step in self.model.generate_step(
             self._fitting(self.tok_encode(context) or [self.prefix_token_id], room),
+            options=GREEDY,
             policy=self.policy,
             max_new_tokens=options["max_gen_toks"],
             **{name: options[name] for name in _SAMPLING if name in options},

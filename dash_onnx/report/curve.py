@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dash_onnx.core.actions import PRECISIONS, Action
-from dash_onnx.core.budget import kl_at, scorer_facts
-from dash_onnx.core.facts import StaticPoint
+from dash_onnx.core.budget import cheapest_within, kl_at, scorer_facts
+from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.report.tokens import path_letters
+
+_WORTH, _LESS = 0.03, 0.15  # of speed, and of KL: what is less is noise
+_LEAST_KL = 1e-3  # nats: a precision that loses less than this leaves nothing to gain
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Curve:
         static: the Pareto front of the static assignments, by ascending cost.
         uniform: every layer at one precision, by the precision's name.
         presets: by ascending cost.
+        verdict: in a sentence, what the policy gains over the precision that one would ship.
     """
 
     dash: tuple[CurvePoint, ...]
     static: tuple[CurvePoint, ...]
     uniform: dict[Action, CurvePoint]
     presets: tuple[Preset, ...]
+    verdict: str
 
 
 def curve(manifest: Manifest) -> Curve:
@@ -82,6 +87,31 @@ def curve(manifest: Manifest) -> Curve:
         static=tuple(map(fixed, pareto(facts.static))),
         uniform=uniform,
         presets=tuple(sorted(presets, key=lambda preset: preset.cost)),
+        verdict=_verdict(facts.points, uniform),
+    )
+
+
+def _verdict(points: tuple[BudgetPoint, ...], uniform: dict[Action, CurvePoint]) -> str:
+    """Compares at the same KL, then at the same cost."""
+    if not uniform:
+        return "No precision alone was measured, so there is nothing to compare the policy with."
+    plain = "int4" if "int4" in uniform else list(uniform)[-1]
+    one = uniform[plain]
+    name = f"every layer in {plain.upper() if plain != 'full' else plain}"
+    if one.kl > _LEAST_KL and points[0].budget <= one.cost:
+        faster = one.cost / cheapest_within(one.kl, points)
+        if faster >= 1 + _WORTH:
+            return f"At the quality of {name}, the policy is {faster:.2f} times as fast."
+        if points[0].budget <= one.cost <= points[-1].budget:
+            kl = kl_at(one.cost, points)
+            if kl <= one.kl * (1 - _LESS):
+                return (
+                    f"In the time of {name}, the policy loses {kl:.3f} nats instead of "
+                    f"{one.kl:.3f}."
+                )
+    return (
+        f"The policy is hardly worth it here: {name} is as good in the same time, takes less "
+        f"memory and is simpler (--policy {plain})."
     )
 
 

@@ -15,6 +15,7 @@ from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.report.tokens import Token, describe, path_letters
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.options import GREEDY
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
 _PREFILLED = 8  # tokens of a given text: the first ones, attention sinks, are not typical
@@ -117,6 +118,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
         budget=DEFAULT_PRESET,
         max_new_tokens=min(tokens, room),
         ignore_eos=True,
+        options=GREEDY,
         temperature=0.7,
         seed=0,
     )

@@ -10,7 +10,8 @@ import torch
 from transformers import PretrainedConfig
 
 from dash_onnx.core.block import Activation, Attention, Block
-from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.core.consistency import model_problems
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
 from dash_onnx.exporters.architectures.base import (
     Head,
@@ -23,7 +24,7 @@ from dash_onnx.exporters.architectures.base import (
     take,
 )
 from dash_onnx.exporters.architectures.rope import context_length, head_order, rope_of, widened
-from dash_onnx.exporters.sources import Weights
+from dash_onnx.exporters.sources import Weights, readable
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -85,7 +86,15 @@ class Decoder:
         Raises:
             UnsupportedError: the config asks for something that the graphs do not have.
             ContextLengthError: the model cannot have such a context.
+            SourceError: the config says what cannot be.
         """
+        what = f"the configuration of {name}"
+        spec = readable(what, lambda: self._described(name, config, max_length))
+        for problem in model_problems(spec.facts):
+            raise SourceError(f"{what}: {problem}")
+        return spec
+
+    def _described(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
         for key in _EXPERTS:
             if (count := getattr(config, key, None) or 1) > 1:
                 raise UnsupportedError(

@@ -19,7 +19,7 @@ from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs.ends import preview_block
 from dash_onnx.exporters.graphs.graph import BITS, block_size_of
-from dash_onnx.exporters.sources import Source
+from dash_onnx.exporters.sources import Source, Weights, layers_in, readable
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
 _PREVIEW_BYTES = 3700  # of those of an INT4 head that looks twice
@@ -63,13 +63,39 @@ class _Shapes:
 
     def __init__(self, config: PretrainedConfig):
         """Builds the model's modules, not their weights."""
-        with init_empty_weights():
-            model: Any = AutoModelForCausalLM.from_config(config)
+
+        def build() -> Any:
+            with init_empty_weights():
+                return AutoModelForCausalLM.from_config(config)
+
+        model = readable("the model's configuration", build)
         model.tie_weights()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
 
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return layers_in(self.shapes)
+
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return self.shapes[name]
+
+    def check(self, weights: Weights) -> None:
+        """Compares with what the files hold.
+
+        Raises:
+            SourceError: a tensor is of another shape.
+        """
+        for name, shape in self.shapes.items():
+            if name in weights and weights.shape(name) != shape:
+                raise SourceError(
+                    f"{name} has shape {weights.shape(name)}, the configuration asks for {shape}: "
+                    "they do not belong together"
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:
@@ -88,6 +114,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     """
     architecture, weights = architecture_of(source.config), _Shapes(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
+    weights.check(source.weights)
     facts, variants = spec.facts, options.variants
     rule = _Rule(options.resolved(source.kind, facts))
     kept: dict[Action, int] = dict.fromkeys((*variants, SKIP), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
-from dash_onnx.exporters.sources.source import Source, check_supported
+from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.source import (
+    Source,
+    check_layers,
+    check_supported,
+    layers_in,
+    readable,
+)
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # No code from a folder runs: asked for, transformers refuses it; not told, it asks the terminal.
@@ -46,6 +52,7 @@ class SafetensorsWeights:
             hint = " (pickled weights are never read: convert them first)" if pickled else ""
             raise SourceError(f"{folder} has no safetensors weights{hint}")
         self._places: dict[str, tuple[Path, str]] = {}  # file and name in it
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for shard in shards:
             path = folder / shard
             if Path(shard).name != shard:  # a link inside the folder is fine: the hub's cache
@@ -55,12 +62,23 @@ class SafetensorsWeights:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
-                        self._places[_RENAMED.get(name, name)] = path, name
+                        known = _RENAMED.get(name, name)
+                        self._places[known] = path, name
+                        self._shapes[known] = tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise SourceError(f"{path} is not a valid safetensors file ({error})") from None
 
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return layers_in(self._places)
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return self._shapes[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._places:
@@ -99,7 +117,10 @@ def open_folder(
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     weights = SafetensorsWeights(folder)
+    if "num_hidden_layers" in raw:  # before lists of that length are made
+        check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
+    check_layers(folder, getattr(config, "num_hidden_layers", None), weights.num_layers)
     return Source(
         kind=kind,
         name=name,
@@ -131,21 +152,10 @@ def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConf
     return GenerationConfig.from_model_config(config)
 
 
-def readable(path: Path, load: Callable[[], Any]) -> Any:
-    """Runs a loader; whatever a damaged file makes it raise becomes one line."""
-    try:
-        return load()
-    except DashError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(f"{path} cannot be read: {type(error).__name__}: {reason}") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise SourceError(f"{path} must hold a JSON object")

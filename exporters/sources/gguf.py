@@ -15,11 +15,16 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.quantize.blockwise import Quantized
-from dash_onnx.exporters.sources.folder import readable
 from dash_onnx.exporters.sources.gguf_blocks import unpack
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
-from dash_onnx.exporters.sources.source import Source, check_supported
+from dash_onnx.exporters.sources.source import (
+    Source,
+    check_layers,
+    check_supported,
+    layers_in,
+    readable,
+)
 
 # llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
 _INTERLEAVED_ROPE = ("granite", "llama", "smollm3")
@@ -41,12 +46,21 @@ class GGUFWeights:
         self._heads = config.num_attention_heads
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
 
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return layers_in(self._tensors)
+
     def _find(self, name: str) -> Any:
         mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
         return self._find(name) is not None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return tuple(reversed(self._find(name).shape.tolist()))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._find(name)
@@ -102,21 +116,21 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
         SourceError: the file is damaged or lacks something.
         UnsupportedError: no exporter has the architecture or something it asks for.
     """
-    try:
-        reader = GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
-        architecture = str(values["general.architecture"])
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise SourceError(f"{path} is not a readable GGUF file ({error})") from None
+    reader = readable(path, lambda: GGUFReader(path))
+    values = readable(path, lambda: {key: f.contents() for key, f in reader.fields.items()})
+    architecture = str(values.get("general.architecture"))
     check_supported(MODEL_TYPES.get(architecture, architecture), supported)
-    if values.get("split.count", 1) > 1:
+    if values.get("split.count", 1) not in (0, 1):
         raise UnsupportedError(
             f"{path} is one of {values['split.count']} parts; join them with llama-gguf-split "
             "--merge first"
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    # Before lists of that length are made.
+    check_layers(path, values.get(f"{architecture}.block_count"), layers_in(tensors))
     config = readable(path, lambda: config_of(architecture, values, tensors))
     check_supported(config.model_type, supported)
+    weights = readable(path, lambda: GGUFWeights(reader, architecture, config, requantize))
     tokenizer = readable(path, lambda: tokenizer_of(architecture, values))
     generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_tokens(values)
@@ -124,7 +138,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
         kind="gguf",
         name=path.stem,
         config=config,
-        weights=GGUFWeights(reader, architecture, config, requantize),
+        weights=weights,
         tokenizer=tokenizer,
         generation_config=generation,
         files=(path,),

@@ -95,6 +95,15 @@ def config_of(
         raise SourceError("the GGUF file has no tensor token_embd.weight")
     heads, width = int(meta["attention.head_count"]), int(meta["embedding_length"])
     head_dim = int(meta.get("attention.key_length", width // heads))
+    if width != int(tensors["token_embd.weight"].shape[0]):
+        raise SourceError(
+            f"the embedding of the GGUF file has {tensors['token_embd.weight'].shape[0]} columns, "
+            f"{architecture}.embedding_length is {width}"
+        )
+    if not (1 <= heads <= width and 1 <= head_dim <= width):
+        raise SourceError(
+            f"the GGUF file has {heads} heads of {head_dim} in a model that is {width} wide"
+        )
     length = int(meta["context_length"])
     window = meta.get("attention.sliding_window")
     common: dict[str, Any] = {
@@ -139,6 +148,8 @@ def rope_parameters(
         UnsupportedError: of a kind that is not known, or two at once.
     """
     rotated = int(meta.get("rope.dimension_count", head_dim))
+    if not 0 <= rotated <= head_dim:
+        raise SourceError(f"the GGUF file rotates {rotated} of {head_dim} dimensions of a head")
     parameters: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": float(meta.get("rope.freq_base", 10000.0)),

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.quantize.blockwise import Quantized
+
+T = TypeVar("T")
 
 
 class Weights(Protocol):
     """Tensors by their Hugging Face name, read from disk at each look-up."""
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers the files hold."""
+        ...
+
     def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        ...
 
     def __getitem__(self, name: str) -> torch.Tensor: ...
 
@@ -55,6 +67,39 @@ class Source:
         self.tokenizer.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         self.config.to_json_file(folder / "config.json")
+
+
+def layers_in(names: Iterable[str]) -> int:
+    """How many layers tensors belong to, by their names: `model.layers.3.x`, or `blk.3.x`."""
+    found = (re.match(r"(?:\w+\.layers|blk)\.(\d{1,9})\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def readable(what: Path | str, load: Callable[[], T]) -> T:
+    """Runs a loader; whatever a damaged file makes it raise becomes one line.
+
+    Raises:
+        SourceError: it raised something.
+    """
+    try:
+        return load()
+    except DashError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def check_layers(path: Path, claimed: object, found: int) -> None:
+    """Refuses a configuration that has more or fewer layers than the weights.
+
+    Raises:
+        SourceError: it has.
+    """
+    if claimed != found:
+        raise SourceError(
+            f"{path} has {found} layers, its configuration says {claimed}: they do not belong "
+            "together"
+        )
 
 
 def check_supported(model_type: str, supported: Collection[str]) -> None:

@@ -89,6 +89,7 @@ class TrainOptions:
         calibration: the user's own text, see `text_sources`; none lets the model write it itself.
         seed: of everything random.
         device: that torch computes on.
+        decisions: how often the scorer runs for a token; None takes the plan's.
         plan: in place of that of the effort.
     """
 
@@ -96,7 +97,15 @@ class TrainOptions:
     calibration: tuple[TextLike, ...] = ()
     seed: int = 0
     device: TrainDevice = "cpu"
+    decisions: int | None = None
     plan: TrainingPlan | None = None
+
+    def plan_for(self, facts: ModelFacts) -> TrainingPlan:
+        """What is done for a model."""
+        plan = self.plan or plan_of(self.effort, facts)
+        if self.decisions is None:
+            return plan
+        return replace(plan, decision_points=self.decisions)
 
     @cached_property
     def texts(self) -> tuple[TextSource, ...]:

@@ -23,7 +23,7 @@ from dash_onnx.exporters.train.augmentation import augmented
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.dequantized import DequantizedModel, Tensor
 from dash_onnx.exporters.train.environment import Environment
-from dash_onnx.exporters.train.options import TrainOptions, plan_of
+from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
 
@@ -76,7 +76,7 @@ class Trainer:
             DashError: the bundle or the calibration text cannot be used.
         """
         self.bundle, self.options, self.started = bundle, options, time.monotonic()
-        self.plan = plan = options.plan or plan_of(options.effort, bundle.manifest.model)
+        self.plan = plan = options.plan_for(bundle.manifest.model)
         manifest = bundle.manifest
         facts, variants = manifest.model, manifest.variants
         # `full` costs far more than it gains over INT8: training does without it.

@@ -1,0 +1,153 @@
+"""dash-serve: bundles behind OpenAI's API, and a page to chat on."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+from pathlib import Path
+
+from dash_onnx.cli.common import Parser, add_log_options, log_level, positive, run
+from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.text import read_text
+
+_LOG = logging.getLogger(__name__)
+
+_EXAMPLES = """\
+  dash-serve out/
+  dash-serve out/ other/ --port 9000 --budget balanced --budget-under-load fast
+  dash-serve out/ --host 0.0.0.0 --api-key-file key.txt
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Hello!"}], "budget": "fast"}'"""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "dash-serve",
+        "Serve bundles through OpenAI's API (chat and text completions, streamed or whole), with "
+        "`budget`, `policy` and `speculate` as further fields, and a page to chat on at /. Needs "
+        "the extra [serve].",
+        _EXAMPLES,
+    )
+    parser.add_argument(
+        "bundles", metavar="OUT", nargs="+", type=Path, help="called by the folder's name"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="clients must send what it holds; needed beyond this machine",
+    )
+    parser.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="web pages that may call it"
+    )
+    parser.add_argument("--policy", default="", help="of requests that name none")
+    parser.add_argument("--budget", help="likewise")
+    parser.add_argument(
+        "--budget-under-load",
+        metavar="BUDGET",
+        help="where the budgets of requests that name none fall to, step by step, as others wait",
+    )
+    parser.add_argument(
+        "--running", type=positive, default=2, metavar="N", help="answers at once (default: 2)"
+    )
+    parser.add_argument(
+        "--waiting",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="further requests before one is refused with status 429 (default: 32)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="of an answer (default: 4096)",
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=600, metavar="S", help="of an answer (default: 600)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_log_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = _parser().parse_args(argv)
+    return run("dash-serve", lambda: _serve(arguments), log_level(arguments))
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    key = None
+    if arguments.api_key_file is not None:
+        key = read_text(arguments.api_key_file).strip()
+    elif not _is_local(arguments.host):
+        raise DashError(
+            f"--host {arguments.host} is open to other machines: give an --api-key-file"
+        )
+    if not 0 <= arguments.port < 1 << 16:
+        raise DashError(f"--port {arguments.port} is no port")
+    names = [path.resolve().name for path in arguments.bundles]
+    for name in names:
+        if names.count(name) > 1:
+            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
+    try:
+        import uvicorn
+
+        from dash_onnx.serve.app import create_app
+        from dash_onnx.serve.service import Limits
+    except ImportError as error:
+        remedy = "`pip install 'dash-onnx[serve]'`"
+        raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
+    import dash_onnx
+
+    models = {}
+    for name, path in zip(names, arguments.bundles, strict=True):
+        models[name] = dash_onnx.load(
+            path,
+            device=arguments.device,
+            threads=arguments.threads,
+            policy=arguments.policy,
+            budget=arguments.budget,
+        )
+        models[name].preload(models[name].policy())
+        _LOG.info("%s: %r", name, models[name])
+    limits = Limits(
+        running=arguments.running,
+        waiting=arguments.waiting,
+        most_tokens=arguments.max_tokens,
+        seconds=arguments.timeout,
+        budget_under_load=arguments.budget_under_load,
+    )
+    app = create_app(models, limits, key=key, origins=tuple(arguments.cors))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=arguments.host,
+            port=arguments.port,
+            log_config=None,
+            access_log=False,  # the app's own has request ids
+            timeout_graceful_shutdown=arguments.timeout,
+            server_header=False,
+        )
+    )
+    _LOG.info("http://%s:%d", arguments.host, arguments.port)
+    server.run()
+    for model in models.values():
+        model.close()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,376 @@
+"""The server's HTTP side: routes, errors in OpenAI's form, keys, limits, streams of events."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from importlib.resources import files
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dash_onnx.core.errors import DashError
+from dash_onnx.report.tokens import path_letters
+from dash_onnx.runtime.engine import Model, Prompt
+from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.schema import Answer, ChatRequest, CompletionRequest, Generation
+from dash_onnx.serve.service import BusyError, Limits, Service, Tally, check_words
+
+_LOG = logging.getLogger(__name__)
+_RETRY_S = 2  # what a client that is refused for load is told to wait
+_CLOSED = 499  # a client that went away, in logs and metrics
+
+
+class APIError(Exception):
+    """An error as OpenAI's clients expect it.
+
+    Attributes:
+        status: of HTTP.
+        message: for the user.
+        code: for programs.
+    """
+
+    def __init__(self, status: int, message: str, code: str):
+        """Takes the attributes."""
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        headers = {"Retry-After": str(_RETRY_S)} if self.status in (429, 503) else None
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def create_app(
+    models: dict[str, Model],
+    limits: Limits | None = None,
+    *,
+    key: str | None = None,
+    origins: tuple[str, ...] = (),
+) -> Starlette:
+    """The ASGI app.
+
+    Args:
+        models: loaded bundles, by the name that requests call them.
+        limits: what it takes on.
+        key: that clients must send as `Authorization: Bearer KEY`; None asks for none.
+        origins: of web pages that may call it.
+
+    Raises:
+        PolicyError: a bundle cannot meet the budget under load.
+    """
+    server = _Server(Service(models, limits or Limits()), key)
+    routes = [
+        Route("/", server.page),
+        Route("/health", server.health),
+        Route("/ready", server.ready),
+        Route("/metrics", server.metrics),
+        Route("/v1/models", server.list_models),
+        Route("/v1/models/{name:path}", server.show_model),
+        Route("/v1/chat/completions", server.chat, methods=["POST"]),
+        Route("/v1/completions", server.complete, methods=["POST"]),
+    ]
+    middleware = [Middleware(_RequestId)]
+    if origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware, allow_origins=[*origins], allow_methods=["*"], allow_headers=["*"]
+            )
+        )
+
+    async def api_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        return error.response()
+
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return APIError(error.status_code, error.detail, "not_found").response()
+
+    async def defect(_: Request, error: Exception) -> Response:
+        return APIError(
+            500, "an error of the server; its log says more", "internal_error"
+        ).response()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        server.service.draining = True
+
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={APIError: api_error, HTTPException: http_error, Exception: defect},
+        lifespan=lifespan,
+    )
+
+
+class _RequestId:
+    """Gives each request an id, in its answer and in the log."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name, started, status = uuid.uuid4().hex[:16], time.monotonic(), 0
+
+        async def named(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", name.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            seconds = time.monotonic() - started
+            path = ascii(scope["path"])[1:-1][:200]
+            _LOG.info("%s %s %s %d %.3f s", name, scope["method"], path, status, seconds)
+
+
+class _Server:
+    """The handlers of the routes."""
+
+    def __init__(self, service: Service, key: str | None):
+        self.service, self._key = service, key
+
+    async def page(self, _: Request) -> Response:
+        return HTMLResponse(files("dash_onnx.serve").joinpath("page.html").read_text("utf-8"))
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        ready = not self.service.draining
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        self._check_key(request)
+        content = generate_latest(self.service.metrics.registry)
+        return Response(content, media_type=CONTENT_TYPE_LATEST)
+
+    async def list_models(self, request: Request) -> Response:
+        self._check_key(request)
+        return JSONResponse({"object": "list", "data": [*map(self._model, self.service.models)]})
+
+    async def show_model(self, request: Request) -> Response:
+        self._check_key(request)
+        return JSONResponse(self._model(self._named(request.path_params["name"])))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        manifest = self.service.models[name].manifest
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "dash-onnx",
+            "dash": {
+                "actions": manifest.actions,
+                "layers": manifest.model.num_layers,
+                "max_length": manifest.model.max_length,
+                "presets": manifest.scorer.presets if manifest.scorer else {},
+            },
+        }
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request, ChatRequest)
+        assert isinstance(body, ChatRequest)
+        name = self._named(body.model)
+        with _refusing():
+            messages, options = body.prompt(), body.options(self.service.limits.most_tokens)
+            check_words(self.service.models[name], messages)
+        return await self._answer(request, name, messages, options, body, chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        body = await self._body(request, CompletionRequest)
+        assert isinstance(body, CompletionRequest)
+        name = self._named(body.model)
+        with _refusing():
+            options = body.options(self.service.limits.most_tokens)
+        return await self._answer(request, name, body.prompt, options, body, chat=False)
+
+    async def _body(self, request: Request, kind: type[Generation]) -> Generation:
+        self._check_key(request)
+        if self.service.draining:
+            raise APIError(503, "the server is shutting down", "shutting_down")
+        limit, content = self.service.limits.body_bytes, bytearray()
+        try:
+            async for piece in request.stream():
+                content += piece
+                if len(content) > limit:
+                    raise APIError(413, f"a request may have {limit} bytes", "too_large")
+        except ClientDisconnect:
+            raise APIError(_CLOSED, "the client went away", "closed") from None
+        try:
+            return kind.model_validate(json.loads(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise APIError(400, f"{place}: {first['msg']}"[:500], "invalid_value") from None
+        except (ValueError, RecursionError):
+            raise APIError(400, "the body is not JSON", "invalid_json") from None
+
+    async def _answer(
+        self,
+        request: Request,
+        name: str,
+        prompt: Prompt,
+        options: GenerationOptions,
+        body: Generation,
+        *,
+        chat: bool,
+    ) -> Response:
+        answer, tallies = Answer(name, chat=chat), [Tally() for _ in range(body.n)]
+        pieces = self._pieces(name, prompt, options, tallies)
+        first = await _first(pieces)  # what is refused has a status of its own
+        if body.stream:
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = _events(first, pieces, answer, tallies, usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        texts = [""] * body.n
+        async with contextlib.aclosing(pieces):
+            texts[0] += first.text
+            async for index, chunk in pieces:
+                if await request.is_disconnected():
+                    raise APIError(_CLOSED, "the client went away", "closed")
+                texts[index] += chunk.text
+        reasons = [tally.finish_reason for tally in tallies]
+        told = {"usage": _usage(tallies), "dash": tallies[0].facts()}
+        return JSONResponse(answer.whole(texts, reasons, **told))
+
+    async def _pieces(
+        self, name: str, prompt: Prompt, options: GenerationOptions, tallies: list[Tally]
+    ) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """The chunks of each choice in turn, with its number; the outcome is counted."""
+        arrived, outcome = time.monotonic(), "closed"
+        try:
+            async with self.service.slot():
+                for index, tally in enumerate(tallies):
+                    chosen = options
+                    if options.seed is not None:  # each choice draws anew
+                        chosen = dataclasses.replace(options, seed=options.seed + index)
+                    chunks = self.service.run(name, prompt, chosen, arrived, tally)
+                    async with contextlib.aclosing(chunks):
+                        async for chunk in chunks:
+                            yield index, chunk
+            outcome = "done"
+        except BusyError as error:
+            outcome = "busy"
+            raise APIError(429, str(error), "busy") from None
+        except DashError as error:
+            outcome = "refused"
+            raise APIError(400, str(error), "invalid_value") from None
+        except TimeoutError:
+            outcome = "timeout"
+            limit = self.service.limits.seconds
+            raise APIError(504, f"it took longer than {limit:g} s", "timeout") from None
+        finally:
+            self.service.metrics.requests.labels(outcome).inc()
+
+    def _check_key(self, request: Request) -> None:
+        if self._key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self._key.encode()):
+            raise APIError(401, "this server needs its API key", "invalid_api_key")
+
+    def _named(self, name: str) -> str:
+        models = self.service.models
+        if not name and len(models) == 1:
+            return next(iter(models))
+        if name not in models:
+            known = ", ".join(models)
+            raise APIError(404, f"no model {name[:100]!r}; there are {known}", "model_not_found")
+        return name
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except DashError as error:
+        raise APIError(400, str(error), "invalid_value") from None
+
+
+async def _first(pieces: AsyncGenerator[tuple[int, Chunk], None]) -> Chunk:
+    _, chunk = await anext(pieces)
+    return chunk
+
+
+async def _events(
+    first: Chunk,
+    pieces: AsyncGenerator[tuple[int, Chunk], None],
+    answer: Answer,
+    tallies: list[Tally],
+    usage: bool,
+) -> AsyncIterator[str]:
+    """Server-sent events: each choice begins with its role and ends with its reason."""
+    begun: set[int] = set()
+    async with contextlib.aclosing(pieces):
+        try:
+            async for index, chunk in _chained(first, pieces):
+                if index not in begun:
+                    begun.add(index)
+                    yield _event(answer.piece(index, None))
+                facts = {
+                    "path": path_letters(chunk.path),
+                    "ms": round(chunk.ms, 3),
+                    "cost": round(tallies[index].last, 4),
+                }
+                yield _event(answer.piece(index, chunk.text, dash=facts))
+                if chunk.finish_reason is not None:
+                    tally = tallies[index]
+                    yield _event(answer.piece(index, "", tally.finish_reason, dash=tally.facts()))
+            if usage:
+                yield _event(answer.usage(_usage(tallies)))
+        except APIError as error:
+            yield _event(error.body())
+            return
+    yield "data: [DONE]\n\n"
+
+
+async def _chained(
+    first: Chunk, pieces: AsyncIterator[tuple[int, Chunk]]
+) -> AsyncIterator[tuple[int, Chunk]]:
+    yield 0, first
+    async for piece in pieces:
+        yield piece
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _usage(tallies: list[Tally]) -> dict[str, int]:
+    prompt = tallies[0].prompt_tokens
+    answered = sum(tally.generated_tokens for tally in tallies)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answered,
+        "total_tokens": prompt + answered,
+    }

@@ -1,0 +1,363 @@
+"""dash-serve: OpenAI's own client, hostile requests, load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from cli_tool import Capture, Tool
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scored_bundle import with_scorer
+
+import dash_onnx
+from dash_onnx.cli.serve import main
+from dash_onnx.runtime.engine import Model
+from dash_onnx.serve.app import create_app
+from dash_onnx.serve.service import Limits
+
+MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
+TOOL = Tool("dash-serve", main)
+OURS: dict[str, Any] = {"policy": "int8"}
+
+
+class Server:
+    """An app behind uvicorn, in a thread."""
+
+    def __init__(self, models: dict[str, Model], limits: Limits | None = None, **options: Any):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        config = uvicorn.Config(create_app(models, limits, **options), log_config=None)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self.socket],))
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    folder = tmp_path_factory.mktemp("serve") / "scored"
+    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def server(scored: Model, tiny_model: Model) -> Iterator[Server]:
+    running = Server({"scored": scored, "tiny": tiny_model}, Limits(running=2, most_tokens=200))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+def metric(server: Server, name: str) -> float:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+
+# OpenAI's client
+
+
+def test_an_answer_is_that_of_the_runtime(client: openai.OpenAI, tiny_model: Model) -> None:
+    found = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_completion_tokens=12, extra_body=OURS
+    )
+    text = tiny_model.chat(MESSAGES, policy="int8", max_new_tokens=12)
+    choice = found.choices[0]
+    assert (choice.message.role, choice.message.content) == ("assistant", text)
+    assert choice.finish_reason == ("stop" if text.finish_reason == "stop" else "length")
+    assert found.usage is not None
+    assert found.usage.prompt_tokens == len(tiny_model.text.encode_chat(MESSAGES))
+    assert found.usage.completion_tokens == text.generated_tokens
+    ours = found.to_dict()["dash"]
+    assert ours["policy"] == "int8" and ours["actions"] == {"int8": 1.0} and ours["cost"] > 0
+
+
+def test_a_stream_has_the_same_text_and_the_path_of_each_token(client: openai.OpenAI) -> None:
+    options: Any = {"model": "scored", "messages": MESSAGES, "max_tokens": 20}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    pieces = [
+        *client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    ]
+    *chunks, last = pieces
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    assert last.usage is not None and last.choices == []
+    paths = [c.to_dict()["dash"]["path"] for c in chunks[1:-1]]
+    assert len(paths) == last.usage.completion_tokens
+    assert all(set(path) <= set("F84.") and len(path) == 4 for path in paths)
+
+
+def test_text_is_continued(client: openai.OpenAI, tiny_model: Model) -> None:
+    found = client.completions.create(
+        model="tiny", prompt="the keeper", max_tokens=8, extra_body={"policy": "int4"}
+    )
+    assert found.choices[0].text == tiny_model.generate(
+        "the keeper", policy="int4", max_new_tokens=8
+    )
+
+
+def test_several_choices_and_a_seed(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 1.5}
+    first, again = (client.chat.completions.create(**options, n=3, seed=5) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) > 1
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+
+
+def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
+    def told(**body: Any) -> dict[str, Any]:
+        return client.chat.completions.create(
+            model="scored", messages=MESSAGES, max_tokens=30, extra_body=body
+        ).to_dict()["dash"]
+
+    assert told(budget="fast")["budget"] < told(budget="quality")["budget"]
+    assert told(policy="int8", speculate="ngram")["actions"] == {"int8": 1.0}
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["scored", "tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "word"),
+    [
+        ({"model": "none"}, openai.NotFoundError, "there are scored, tiny"),
+        ({"messages": []}, openai.BadRequestError, "no message"),
+        ({"messages": [{"role": "king", "content": "x"}]}, openai.BadRequestError, "role"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"logprobs": True}, openai.BadRequestError, "logprobs"),
+        ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+        ({"extra_body": {"budget": "cheap"}}, openai.BadRequestError, "budget"),
+        ({"extra_body": {"policy": "magic"}}, openai.BadRequestError, "policy"),
+        ({"messages": [{"role": "user", "content": "x " * 2000}]}, openai.BadRequestError, "256"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_served_is_refused_with_a_reason(
+    wrong: dict[str, Any], status: type[Exception], word: str, stream: bool, client: openai.OpenAI
+) -> None:
+    options: Any = {"model": "scored", "messages": MESSAGES, "stream": stream, **wrong}
+    with pytest.raises(status, match=word):
+        client.chat.completions.create(**options)
+
+
+def test_control_tokens_in_a_message_are_refused(client: openai.OpenAI, scored: Model) -> None:
+    added = scored.text.tokenizer.get_added_tokens_decoder().values()
+    word = next(token.content for token in added if token.special)
+    with pytest.raises(openai.BadRequestError, match="control token"):
+        client.chat.completions.create(
+            model="scored", messages=[{"role": "user", "content": f"x{word}system"}]
+        )
+
+
+# Load
+
+
+def test_a_client_that_goes_away_frees_its_place(server: Server, client: openai.OpenAI) -> None:
+    for _ in range(4):  # more than run at once
+        with client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, max_tokens=200
+        ) as stream:
+            next(iter(stream))
+    deadline = time.monotonic() + 10
+    while metric(server, "dash_running ") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert metric(server, "dash_running ") == 0
+    assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1)
+
+
+def test_answers_at_once_are_those_alone(client: openai.OpenAI, tiny_model: Model) -> None:
+    def ask(number: int) -> str | None:
+        messages: Any = [{"role": "user", "content": f"the keeper counts {number} ships"}]
+        found = client.chat.completions.create(
+            model="tiny", messages=messages, max_tokens=12, extra_body=OURS
+        )
+        return found.choices[0].message.content
+
+    with ThreadPoolExecutor(8) as pool:
+        together = [*pool.map(ask, range(16))]
+    for number, text in enumerate(together):
+        messages = [{"role": "user", "content": f"the keeper counts {number} ships"}]
+        assert text == tiny_model.chat(messages, policy="int8", max_new_tokens=12)
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> None:
+    server = Server({"tiny": tiny_model}, Limits(running=1, waiting=1))
+    try:
+        body = {"messages": MESSAGES, "max_tokens": 200, "ignore_eos": True}
+
+        def ask(_: int) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+
+        with ThreadPoolExecutor(8) as pool:
+            found = [*pool.map(ask, range(8))]
+    finally:
+        server.stop()
+    assert {response.status_code for response in found} == {200, 429}
+    refused = next(response for response in found if response.status_code == 429)
+    assert int(refused.headers["retry-after"]) > 0
+    assert refused.json()["error"]["code"] == "busy"
+
+
+def test_budgets_fall_as_others_wait(scored: Model) -> None:
+    server = Server({"scored": scored}, Limits(running=1, budget_under_load="fast"))
+    try:
+        client = server.client()
+
+        def ask(_: int) -> float:
+            found = client.chat.completions.create(
+                model="scored", messages=MESSAGES, max_tokens=150
+            )
+            return float(found.to_dict()["dash"]["budget"])
+
+        alone = ask(0)
+        with ThreadPoolExecutor(4) as pool:
+            together = [*pool.map(ask, range(4))]
+    finally:
+        server.stop()
+    presets = scored.manifest.scorer.presets  # type: ignore[union-attr]
+    assert alone == presets["balanced"]
+    assert presets["fast"] <= min(together) < alone
+
+
+# Keys, bodies, pages
+
+
+def test_a_key_is_needed_where_one_is_set(tiny_model: Model) -> None:
+    server = Server({"tiny": tiny_model}, key="sesame")
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            server.client("other").models.list()
+        assert [model.id for model in server.client("sesame").models.list()] == ["tiny"]
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"[" * 100_000, 400),
+        (b"[]", 400),
+        (b'{"messages": "hi"}', 400),
+        (b'{"messages": [5]}', 400),
+        (b"\xff\xfe", 400),
+        (b'"' + b"x" * (5 << 20) + b'"', 413),
+    ],
+)
+def test_bodies_of_another_form_are_refused(body: bytes, status: int, server: Server) -> None:
+    found = httpx.post(f"{server.url}/v1/chat/completions", content=body)
+    assert found.status_code == status
+    assert set(found.json()["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in found.json()["error"]["message"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from(
+    "model messages prompt stream n max_tokens temperature top_p stop seed policy budget speculate "
+    "top_k min_p repetition_penalty response_format stream_options".split()
+)
+
+
+@given(
+    st.dictionaries(FIELDS, JSON, max_size=4), st.sampled_from(["chat/completions", "completions"])
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_request_is_an_error_of_the_server(
+    server: Server, body: dict[str, Any], route: str
+) -> None:
+    usual = {"model": "tiny", "messages": MESSAGES, "prompt": "x", "max_tokens": 2}
+    content = json.dumps({**usual, **body}).encode("utf-8", "surrogatepass")
+    found = httpx.post(f"{server.url}/v1/{route}", content=content, timeout=30)
+    assert found.status_code in (200, 400, 404, 413), found.text
+
+
+def test_the_page_and_unknown_paths(server: Server) -> None:
+    page = httpx.get(server.url)
+    assert page.status_code == 200 and "<title>dash-onnx</title>" in page.text
+    assert "http://" not in page.text and "https://" not in page.text  # nothing from elsewhere
+    for path in ("/v1/none", "/../dash.json", "/v1/models/none"):
+        found = httpx.get(f"{server.url}{path}")
+        assert found.status_code == 404 and found.json()["error"]["code"]
+    assert httpx.get(f"{server.url}/ready").json() == {"ready": True}
+    assert len(httpx.get(f"{server.url}/health").headers["x-request-id"]) == 16
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("nowhere",), "no bundle"),
+        (("out", "--host", "0.0.0.0"), "--api-key-file"),
+        (("out", "--port", "70000"), "no port"),
+        (("out", "else/out"), "two bundles are called"),
+        (("out", "--api-key-file", "none.txt"), "none.txt"),
+    ],
+)
+def test_a_server_that_cannot_be_is_refused(
+    arguments: tuple[str, ...], word: str, capsys: Capture
+) -> None:
+    assert word in TOOL.refused(capsys, *arguments)
+
+
+def test_the_command_serves_and_ends_with_sigterm(tiny_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dash_onnx", "serve", str(tiny_bundle), "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            try:
+                assert httpx.get(f"{url}/ready").json() == {"ready": True}
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        else:
+            raise AssertionError("did not start")
+        running.terminate()
+        assert running.wait(30) in (0, 130)
+        assert running.stderr is not None
+        assert "Traceback" not in running.stderr.read()
