@@ -23,8 +23,9 @@ from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import json_lines
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY
+from dash_onnx.runtime.speculate import Speculate
 
-KINDS = ("off", "ngram", "dash", "auto")
+KINDS: tuple[Speculate, ...] = ("off", "ngram", "dash", "auto")
 CONVERSATIONS = (  # of MT-bench: one kind of Spec-Bench
     "writing roleplay reasoning math coding extraction stem humanities".split()
 )
@@ -82,7 +83,7 @@ def answers(model: Model, prompt: str, policy: str, count: int) -> dict[str, dic
     """By who guesses: the tokens, their milliseconds without the first, and the guesses."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
     ids = ids[-(model.manifest.model.max_length - count) :]
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for speculate in KINDS:
         chosen = dataclasses.replace(
             GREEDY, policy=policy, speculate=speculate, max_new_tokens=count

@@ -24,8 +24,9 @@ from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import open_source
 
+LONG = int(os.environ.get("FUZZ_CASES", "2000"))
 CASES = pytest.mark.parametrize(
-    "cases", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["quick", "long"]
+    "cases", [300, pytest.param(LONG, marks=pytest.mark.slow)], ids=["quick", "long"]
 )
 UINT32 = GGUFValueType.UINT32
 SECONDS = 5  # at most, of a case

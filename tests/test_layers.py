@@ -15,7 +15,7 @@ FOLDERS = {
     "dash_onnx": ROOT / "dash_onnx",
 }
 
-PACKAGE = ("core", "runtime", "exporters", "report bench eval", "cli")
+PACKAGE = ("core", "runtime", "exporters", "report bench eval serve", "cli")
 """From the bottom up; those in one string do not know each other."""
 
 EXPORTERS = ("quantize", "sources", "architectures", "graphs", "calibration", "export train fused")

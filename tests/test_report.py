@@ -19,6 +19,7 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.report import main
+from dash_onnx.core.actions import path_letters
 from dash_onnx.core.budget import PRESETS, presets, reference_ms, scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.report.analysis import reliability
@@ -27,7 +28,7 @@ from dash_onnx.report.page import number, render
 from dash_onnx.report.report import Report, build
 from dash_onnx.report.sample import SampleText, given_text
 from dash_onnx.report.scale import Scale, decades, padded
-from dash_onnx.report.tokens import describe, path_letters
+from dash_onnx.report.tokens import describe
 from dash_onnx.runtime.engine import Model
 
 TEXT = "the keeper of the lighthouse counts 12 ships,\n that pass in the night <s>! " * 4

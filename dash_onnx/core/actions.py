@@ -20,6 +20,9 @@ DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
 
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 
+LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "int2": "2", "skip": "."}
+"""One character per action, so that a path fits a line."""
+
 LOSSY: tuple[Action, ...] = ("int2", SKIP)
 """Actions whose losses neither are small nor simply add up, so that they must be measured."""
 
@@ -50,3 +53,8 @@ def check_action(name: str, exported: Iterable[str]) -> Action:
         if action == name and action in exported:
             return action
     raise PolicyError(f"action {name!r} is not in this bundle; it has {', '.join(exported)}")
+
+
+def path_letters(path: Path) -> str:
+    """A path as one character per layer."""
+    return "".join(LETTERS[action] for action in path)

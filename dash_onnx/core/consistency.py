@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dash_onnx.core.manifest import Manifest
 
 _MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
+_NOISE = 0.01  # of a KL that was measured in FP32, and of rounded shares
 _MOST_WEIGHTS = 4  # in a byte: INT2
 
 
@@ -135,7 +136,7 @@ def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
     for row in scorer.points:
         if not set(row.shares) <= actions or not any(row.shares.get(a, 0) > 0 for a in PRECISIONS):
             yield "every row of scorer.points needs the share of a precision"
-        if row.kl < 0 or not all(0 <= share <= 1 for share in row.shares.values()):
+        if row.kl < -_NOISE or not all(0 <= share <= 1 + _NOISE for share in row.shares.values()):
             yield "scorer.points has a KL below 0, or a share outside 0..1"
     if "balanced" not in scorer.presets:
         yield "scorer.presets must name balanced"
@@ -144,7 +145,7 @@ def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
     for point in scorer.static:
         if len(point.path) != layers or not set(point.path) <= actions or point.path[0] == SKIP:
             yield "scorer.static has a path that does not fit the layers"
-        if point.kl < 0 or not 0 < point.budget <= 1e6:
+        if point.kl < -_NOISE or not 0 < point.budget <= 1e6:
             yield "scorer.static has a KL below 0, or a budget that is not more than 0"
     heads = {point.head for point in scorer.points} | {point.head for point in scorer.static}
     if not heads <= set(manifest.exported_heads):

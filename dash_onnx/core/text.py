@@ -235,7 +235,8 @@ def _special_tokens(bundle: Bundle) -> dict[str, str]:
     for key, value in _json(bundle, name).items():
         if key.endswith("_token") and value:
             found[key] = value.get("content") if isinstance(value, dict) else value
-            if not isinstance(found[key], str):
+            text = found[key]
+            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
                 raise BundleError(f"{bundle.folder / name}: {key!r} is no text; export again")
     return found
 

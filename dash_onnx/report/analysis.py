@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.actions import LETTERS, SKIP, Action
 from dash_onnx.report.sample import PolicyRun
-from dash_onnx.report.tokens import KINDS, LETTERS, Token, TokenKind
+from dash_onnx.report.tokens import KINDS, Token, TokenKind
 
 _BINS = 10
 

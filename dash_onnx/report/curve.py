@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dash_onnx.core.actions import PRECISIONS, Action
+from dash_onnx.core.actions import PRECISIONS, Action, path_letters
 from dash_onnx.core.budget import cheapest_within, kl_at, scorer_facts
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.report.tokens import path_letters
 
 _WORTH, _LESS = 0.03, 0.15  # of speed, and of KL: what is less is noise
 _LEAST_KL = 1e-3  # nats: a precision that loses less than this leaves nothing to gain

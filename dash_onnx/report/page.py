@@ -6,9 +6,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dash_onnx.core.actions import LETTERS
 from dash_onnx.report.report import Report
 from dash_onnx.report.scale import Scale, decades, padded
-from dash_onnx.report.tokens import LETTERS, visible
+from dash_onnx.report.tokens import visible
 
 
 def render(report: Report) -> str:

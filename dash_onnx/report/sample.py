@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import Action, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms, scorer_facts
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.core.statistics import kl_divergence, log_softmax
-from dash_onnx.report.tokens import Token, describe, path_letters
+from dash_onnx.report.tokens import Token, describe
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY
 

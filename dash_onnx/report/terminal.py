@@ -6,12 +6,12 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from dash_onnx.core.actions import SKIP
+from dash_onnx.core.actions import SKIP, path_letters
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.report.tokens import path_letters, piece, visible
+from dash_onnx.report.tokens import piece, visible
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.generate import Chunk

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.text import TextCodec
 
 TokenKind: TypeAlias = Literal[
     "word start", "word continuation", "punctuation", "digit", "whitespace", "special"
 ]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
-
-LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "int2": "2", "skip": "."}
-"""One character per action, so that a path fits a line."""
 
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _PART = "\ufffd"  # what a token decodes to that holds only some bytes of a character
@@ -32,11 +28,6 @@ class Token:
 
     text: str
     kind: TokenKind
-
-
-def path_letters(path: Path) -> str:
-    """A path as one character per layer."""
-    return "".join(LETTERS[action] for action in path)
 
 
 def describe(codec: TextCodec, ids: Sequence[int]) -> tuple[Token, ...]:

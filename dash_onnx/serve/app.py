@@ -24,8 +24,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dash_onnx.core.actions import path_letters
 from dash_onnx.core.errors import DashError
-from dash_onnx.report.tokens import path_letters
 from dash_onnx.runtime.engine import Model, Prompt
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions

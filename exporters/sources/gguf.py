@@ -116,8 +116,12 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
         SourceError: the file is damaged or lacks something.
         UnsupportedError: no exporter has the architecture or something it asks for.
     """
-    reader = readable(path, lambda: GGUFReader(path))
-    values = readable(path, lambda: {key: f.contents() for key, f in reader.fields.items()})
+
+    def read() -> tuple[GGUFReader, dict[str, Any]]:
+        reader = GGUFReader(path)
+        return reader, {key: field.contents() for key, field in reader.fields.items()}
+
+    reader, values = readable(path, read, "is not a readable GGUF file")
     architecture = str(values.get("general.architecture"))
     check_supported(MODEL_TYPES.get(architecture, architecture), supported)
     if values.get("split.count", 1) not in (0, 1):

@@ -75,7 +75,7 @@ def layers_in(names: Iterable[str]) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def readable(what: Path | str, load: Callable[[], T]) -> T:
+def readable(what: Path | str, load: Callable[[], T], problem: str = "cannot be read") -> T:
     """Runs a loader; whatever a damaged file makes it raise becomes one line.
 
     Raises:
@@ -86,7 +86,7 @@ def readable(what: Path | str, load: Callable[[], T]) -> T:
     except DashError:
         raise
     except Exception as error:
-        raise SourceError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
+        raise SourceError(f"{what} {problem} ({type(error).__name__}: {error})") from None
 
 
 def check_layers(path: Path, claimed: object, found: int) -> None:
