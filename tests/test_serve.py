@@ -218,13 +218,13 @@ def test_answers_at_once_are_those_alone(client: openai.OpenAI, tiny_model: Mode
 def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> None:
     server = Server({"tiny": tiny_model}, Limits(running=1, waiting=1))
     try:
-        body = {"messages": MESSAGES, "max_tokens": 200, "ignore_eos": True}
+        body = {"messages": MESSAGES, "max_tokens": 200}
 
         def ask(_: int) -> httpx.Response:
             return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
 
-        with ThreadPoolExecutor(8) as pool:
-            found = [*pool.map(ask, range(8))]
+        with ThreadPoolExecutor(16) as pool:
+            found = [*pool.map(ask, range(32))]
     finally:
         server.stop()
     assert {response.status_code for response in found} == {200, 429}
@@ -245,8 +245,8 @@ def test_budgets_fall_as_others_wait(scored: Model) -> None:
             return float(found.to_dict()["dash"]["budget"])
 
         alone = ask(0)
-        with ThreadPoolExecutor(4) as pool:
-            together = [*pool.map(ask, range(4))]
+        with ThreadPoolExecutor(8) as pool:
+            together = [*pool.map(ask, range(24))]
     finally:
         server.stop()
     presets = scored.manifest.scorer.presets  # type: ignore[union-attr]
