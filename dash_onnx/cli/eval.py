@@ -113,9 +113,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(json.dumps(dataclasses.asdict(result)))
         return
     shares = ", ".join(f"{action} {share:.1%}" for action, share in result.actions.items())
+    error = f" (+- {result.kl_stderr:.5f})" if result.kl_stderr else ""
     print(
         f"perplexity     {result.perplexity:.3f}  (reference {result.reference_perplexity:.3f})\n"
-        f"KL             {result.kl:.5f} nats (+- {result.kl_stderr:.5f})\n"
+        f"KL             {result.kl:.5f} nats{error}\n"
         f"top-1          {result.top1:.2%}\n"
         f"ms per token   {result.ms_per_token:.2f} (median of {result.tokens}; "
         f"profiled cost {result.cost_ms:.2f})\n"

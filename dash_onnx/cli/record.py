@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.core.policy import Policy, ScoredPolicy
+from dash_onnx.report.tokens import piece
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampling
 
@@ -45,7 +46,7 @@ class Record:
             if trace is not None:
                 facts = {
                     "token": chunk.token,
-                    "text": model.text.token(chunk.token),
+                    "text": piece(model.text, chunk.token),
                     "ms": round(chunk.ms, 3),
                     "path": chunk.path,
                 }
