@@ -218,8 +218,9 @@ class Model:
 
     def policy_of(self, options: GenerationOptions) -> Policy:
         """The policy of a generation; speculation takes the highest precision unless told."""
-        told = options.policy or self._default[0]
-        if options.speculate != "off" and not told and options.budget is self._default[1] is None:
+        policy, budget = self._default
+        told = options.policy or policy or options.budget is not None or budget is not None
+        if options.speculate != "off" and not told:
             return self.policy(self.manifest.variants[0])
         return self.policy(options.policy, options.budget)
 
@@ -263,7 +264,7 @@ class Model:
                 sequence.forward(token, decider)[0].astype(np.float32) for token in rest.tolist()
             ]
             parts.append(np.stack(rows))
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # they are large
 
     def score(
         self,

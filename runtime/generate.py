@@ -138,9 +138,9 @@ def generate_tokens(
             started = time.perf_counter()
             if speculation is not None:
                 room = min(options.max_new_tokens - count, limit - sequence.length)
-                cache.tokens.append(text[-1])
+                token = text[-1]
                 new, guess = speculation.step(text, room)
-                cache.tokens += new[:-1]
+                cache.tokens += [token, *new[:-1]]
                 path = speculation.path
                 continue
             if current.policy is not policy:

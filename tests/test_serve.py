@@ -162,6 +162,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
         ({"extra_body": {"budget": "cheap"}}, openai.BadRequestError, "budget"),
         ({"extra_body": {"policy": "magic"}}, openai.BadRequestError, "policy"),
+        ({"extra_body": {"policy": "static:@/etc/passwd"}}, openai.BadRequestError, "no file"),
         ({"messages": [{"role": "user", "content": "x " * 2000}]}, openai.BadRequestError, "256"),
     ],
     ids=str,

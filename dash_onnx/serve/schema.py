@@ -65,6 +65,8 @@ class Generation(BaseModel):
         unserved += [
             name for name in ("frequency_penalty", "presence_penalty") if getattr(self, name)
         ]
+        if "@" in self.policy:  # a file, where the user of a command line names one
+            raise PolicyError("a request names no file: give the policy's list itself")
         if unserved:
             raise PolicyError(f"{', '.join(unserved)}: not served; leave it out")
         wanted = self.max_completion_tokens or self.max_tokens or most_tokens
