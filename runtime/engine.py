@@ -185,8 +185,7 @@ class Model:
             self._sessions.preload()
             return
         chosen = self.policy(policy, budget)
-        draft = self._draft(chosen) if speculate in ("dash", "auto") else None
-        for one in (chosen, draft):
+        for one in (chosen, self._draft(chosen, speculate)):
             if one is not None:
                 self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
 
@@ -367,11 +366,13 @@ class Model:
             options,
             sampling=options.sampling(self.sampling),
             eos=self.text.eos_token_ids,
-            draft=self._draft(current.policy) if options.speculate in ("dash", "auto") else None,
+            draft=self._draft(current.policy, options.speculate),
         )
 
-    def _draft(self, target: Policy) -> Policy | None:
+    def _draft(self, target: Policy, speculate: Speculate) -> Policy | None:
         """Whose path guesses for a target: the trained policy's, or that of the least precision."""
+        if speculate not in ("dash", "auto"):
+            return None
         if self.manifest.scorer is not None:
             return self.policy("dash", min(self.manifest.scorer.presets.values()))
         least = self.policy(self.manifest.variants[-1])

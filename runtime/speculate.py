@@ -17,7 +17,7 @@ import numpy as np
 
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.deciders import Decider, FixedPath, decider_of
+from dash_onnx.runtime.deciders import FixedPath, decider_of
 from dash_onnx.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Speculation:
             policy: the target; it takes one path for every token.
             sampler: draws each token.
             speculate: who guesses.
-            draft: whose path guesses for `dash` and `auto`; None: none.
+            draft: whose path guesses; None: none.
 
         Raises:
             PolicyError: the target's paths differ between tokens.
@@ -156,9 +156,7 @@ class Speculation:
         self.path = policy.uniform
         self._target = FixedPath(policy.uniform, policy.head)
         self._index = NgramIndex() if speculate in ("ngram", "auto") else None
-        self._draft: Decider | None = None
-        if draft is not None and speculate in ("dash", "auto"):
-            self._draft = decider_of(draft, sequence)
+        self._draft = None if draft is None else decider_of(draft, sequence)
         self._always = speculate != "auto"
         self._estimates: dict[tuple[Source, int], _Estimate] = {}
         self._passes, self._drafts = _Times(), _Times()

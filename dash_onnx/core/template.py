@@ -17,7 +17,7 @@ from datetime import datetime
 from types import FrameType
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, str_join
@@ -38,9 +38,7 @@ def render(source: str, values: Mapping[str, Any]) -> str:
     Raises:
         Exception: whatever the template raises, which is code; `TemplateError` beyond the limits.
     """
-    template = _Environment().from_string(source)
-    # `a ~ b` compiles to a call of this one.
-    template.root_render_func.__globals__["str_join"] = _joined
+    template = _compiled(source)
     length, parts = 0, []
     with _step_limit():
         for part in template.generate(values):
@@ -48,6 +46,14 @@ def render(source: str, values: Mapping[str, Any]) -> str:
             _refuse_above(length)
             parts.append(part)
     return "".join(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> Template:
+    template = _Environment().from_string(source)
+    # `a ~ b` compiles to a call of this one.
+    template.root_render_func.__globals__["str_join"] = _joined
+    return template
 
 
 class _Environment(ImmutableSandboxedEnvironment):
