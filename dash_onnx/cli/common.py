@@ -164,6 +164,12 @@ def log_level(arguments: argparse.Namespace) -> int:
     return logging.WARNING if arguments.quiet else logging.INFO
 
 
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Where a bundle runs."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+
+
 def add_runtime_options(parser: argparse.ArgumentParser) -> None:
     """Options of every tool that loads a bundle."""
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
@@ -180,8 +186,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         "0.8, or quality, balanced, fast (default: balanced for dash; static, even and cosine need "
         "one, random may have one)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 

@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 
-from dash_onnx.cli.common import Parser, positive, run
+from dash_onnx.cli.common import Parser, add_device_options, run
 
 _EXAMPLES = """\
   dash-profile out/
@@ -22,8 +22,7 @@ def _parser() -> Parser:
         _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_device_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
     parser.add_argument("--json", action="store_true", help="print the costs as JSON")
     return parser

@@ -6,7 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from dash_onnx.cli.common import Parser, add_log_options, log_level, positive, run
+from dash_onnx.cli.common import (
+    Parser,
+    add_device_options,
+    add_log_options,
+    log_level,
+    positive,
+    run,
+)
 from dash_onnx.core.contract import REPORT_NAME
 from dash_onnx.core.progress import Phase
 
@@ -43,8 +50,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--tokens", type=positive, default=180, metavar="N", help="of the sample (default: 180)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print the data as JSON; write no HTML")
     add_log_options(parser)
     return parser

@@ -7,7 +7,14 @@ import ipaddress
 import logging
 from pathlib import Path
 
-from dash_onnx.cli.common import Parser, add_log_options, log_level, positive, run
+from dash_onnx.cli.common import (
+    Parser,
+    add_device_options,
+    add_log_options,
+    log_level,
+    positive,
+    run,
+)
 from dash_onnx.core.errors import DashError, SourceError
 from dash_onnx.core.text import read_text
 
@@ -70,8 +77,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--timeout", type=positive, default=600, metavar="S", help="of an answer (default: 600)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_device_options(parser)
     add_log_options(parser)
     return parser
 
