@@ -44,13 +44,16 @@ def quality(model: Model, text: str, policy: str, budget: float | None = None) -
 def skipping_budget(model: Model) -> float:
     """A tenth of the layers' time below all INT4 with the cheapest head: layers must be skipped.
 
-    Nearer to all INT4, where every layer is cheap and none is bad, nothing is gained.
+    Nearer to all INT4, where every layer is cheap and none is bad, nothing is gained. Where skips
+    save little, by the profile of this machine, the static search may end before that.
     """
-    manifest = model.manifest
+    manifest, scorer = model.manifest, model.manifest.scorer
+    assert scorer is not None
     costs, path = manifest.costs, ("int4",) * manifest.model.num_layers
     layers = sum(layer["int4"] for layer in costs.layers_ms)
     int4 = min(costs.token_ms(path, head) for head in manifest.exported_heads)
-    return (int4 - 0.1 * layers) / reference_ms(manifest)
+    wanted = (int4 - 0.1 * layers) / reference_ms(manifest)
+    return max(wanted, min(point.budget for point in scorer.static))
 
 
 def test_the_policy_beats_static_random_and_even_skipping_at_the_same_cost(
@@ -58,6 +61,7 @@ def test_the_policy_beats_static_random_and_even_skipping_at_the_same_cost(
 ) -> None:
     budget = skipping_budget(model)
     ours = quality(model, text, "dash", budget)
+    assert ours.actions["skip"] > 0.05, ours
     others = {name: quality(model, text, name, budget) for name in BASELINES}
     for name, other in others.items():
         assert ours.kl < other.kl, (name, ours, other)
