@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -39,9 +40,17 @@ class Buffer:
         """The content: the memory itself on the CPU, a copy elsewhere."""
         return self._array
 
-    def write(self, content: Any) -> None:
-        """Replaces the whole content."""
-        self._array[...] = content
+    def write(self, content: Any, where: Any = ...) -> None:
+        """Replaces the content, or the part of it that NumPy's index names."""
+        self._array[where] = content
+
+    def part(self, start: int, stop: int) -> Buffer:
+        """Rows of the first dimension, in the same memory."""
+        part = copy(self)
+        part._array = self._array[start:stop]
+        part.shape = part._array.shape
+        part.pointer = int(part._array.ctypes.data)
+        return part
 
 
 def bind(

@@ -17,16 +17,19 @@ from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import BundleError, DeviceError, PolicyError
+from dash_onnx.core.errors import BundleError, DashError, DeviceError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.runtime.backend import Backend, open_backend
+from dash_onnx.runtime.batch import ROWS, Batch, Deliver, Request
 from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import ScoredDecider, decider_of
 from dash_onnx.runtime.generate import (
     Chunk,
     CurrentPolicy,
     GeneratedToken,
+    Generation,
+    TextWriter,
     check_prompt,
     generate_tokens,
     prefill_plan,
@@ -353,8 +356,7 @@ class Model:
             min_p=min_p,
             seed=seed,
         )
-        current = CurrentPolicy(self.policy_of(chosen))
-        return self._steps(self._checked(ids), current, chosen)
+        return self._steps(self._checked(ids), self._current(chosen), chosen)
 
     def _steps(
         self, ids: Ids, current: CurrentPolicy, options: GenerationOptions
@@ -425,14 +427,11 @@ class Model:
             min_p=min_p,
             seed=seed,
         )
-        encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
-        ids = self._checked(encode(prompt))  # type: ignore[arg-type]
-        current = CurrentPolicy(self.policy_of(chosen))
+        ids, current = self._encoded(prompt), self._current(chosen)
         steps = self._steps(ids, current, chosen)
         chunks = text_of(self.text, steps, len(ids), tuple(chosen.stop))
         first = next(chunks)  # errors surface here, not at the first use
-        policy_at = functools.partial(self.policy, chosen.policy)
-        return Stream(_continued(first, chunks), current, policy_at)
+        return Stream(_continued(first, chunks), current)
 
     generate = _joined("generate", stream)
     """Generates the whole text, a `Completion`; takes what `stream` takes."""
@@ -442,6 +441,103 @@ class Model:
 
     astream = _asynchronous("astream", stream)
     """Generates text piece by piece for `async for`, each token in a thread; likewise."""
+
+    def new_batch(self, rows: int = ROWS) -> Batch:
+        """Runs several generations together; see `request`.
+
+        Args:
+            rows: how many at once; each has a K/V cache as long as the longest.
+
+        Raises:
+            DeviceError: the device cannot.
+        """
+        return Batch(self._sessions, rows)
+
+    def request(
+        self, prompt: Prompt, deliver: Deliver, options: GenerationOptions | None = None
+    ) -> Request:
+        """A generation for a batch of this model.
+
+        Args:
+            prompt: raw text, or chat messages.
+            deliver: takes its chunks.
+            options: without a cache and speculation, which are for single generations.
+
+        Raises:
+            PolicyError: an option or a message is not one that the model or the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        options = options or GenerationOptions()
+        if options.cache is not None or options.speculate != "off":
+            raise PolicyError("generations of a batch have no cache of yours, and no speculation")
+        ids, current = self._encoded(prompt), self._current(options)
+        generation = functools.partial(
+            Generation,
+            ids=ids,
+            current=current,
+            options=options,
+            sampling=options.sampling(self.sampling),
+            eos=self.text.eos_token_ids,
+        )
+        writer = TextWriter(self.text, len(ids), tuple(options.stop))
+        plan = prefill_plan(self._sessions, current.policy, options.prefill)
+        return Request(ids, current, generation, writer, plan, deliver)
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        options: GenerationOptions | None = None,
+        rows: int = ROWS,
+        on_done: Callable[[int, Completion], None] = lambda index, completion: None,
+    ) -> list[Completion]:
+        """Generates the texts of many prompts, several at once.
+
+        Args:
+            prompts: raw texts or chats.
+            options: of all of them; without a cache and speculation.
+            rows: how many run at once.
+            on_done: called with the number and the text of each as it ends.
+
+        Returns:
+            A text for each prompt, in their order.
+
+        Raises:
+            PolicyError: an option or a message is not one that the model or the bundle can do.
+            ContextLengthError: a prompt does not fit the context.
+        """
+        batch = self.new_batch(max(1, min(rows, len(prompts))))
+        chunks: list[list[Chunk]] = [[] for _ in prompts]
+        done: dict[int, Completion] = {}
+
+        def deliver(index: int, piece: Chunk | Exception) -> None:
+            if isinstance(piece, Exception):
+                raise piece
+            chunks[index].append(piece)
+            if piece.finish_reason is not None:
+                done[index] = Completion.of(chunks[index])
+                on_done(index, done[index])
+
+        requests = []
+        for index, prompt in enumerate(prompts):
+            try:
+                requests.append(self.request(prompt, functools.partial(deliver, index), options))
+            except DashError as error:
+                raise type(error)(f"prompt {index}: {error}") from None
+        for request in requests:
+            batch.submit(request)
+        while batch.step():
+            pass
+        return [done[index] for index in range(len(prompts))]
+
+    def _current(self, options: GenerationOptions) -> CurrentPolicy:
+        return CurrentPolicy(
+            self.policy_of(options), functools.partial(self.policy, options.policy)
+        )
+
+    def _encoded(self, prompt: Prompt) -> Ids:
+        encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
+        return self._checked(encode(prompt))  # type: ignore[arg-type]
 
     def _checked(self, ids: Ids | Sequence[int]) -> Ids:
         array = np.asarray(ids, np.int64)

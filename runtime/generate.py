@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from dash_onnx.core.actions import Action, Path
-from dash_onnx.core.arrays import Ids
+from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.cache import Cache
-from dash_onnx.runtime.deciders import decider_of
+from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampler, Sampling
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.speculate import Guess, Speculation
 
@@ -74,9 +76,91 @@ class CurrentPolicy:
 
     Attributes:
         policy: of the next token.
+        at: that of another budget.
     """
 
     policy: Policy
+    at: Callable[[Budget], Policy]
+
+    def set_budget(self, budget: Budget) -> None:
+        """Spends another budget from the next token on; any thread may call it.
+
+        Args:
+            budget: a fraction of the time at the highest exported precision, or a preset.
+
+        Raises:
+            PolicyError: the policy takes no budget, or the bundle cannot meet this one.
+        """
+        self.policy = self.at(budget)
+
+
+class Generation:
+    """One generation between its passes: its text, what it runs next, and when it ends.
+
+    Attributes:
+        text: ids of the prompt and of what was drawn.
+        count: tokens that were told.
+    """
+
+    def __init__(
+        self,
+        sequence: SequenceState,
+        ids: Ids,
+        current: CurrentPolicy,
+        options: GenerationOptions,
+        *,
+        sampling: Sampling,
+        eos: frozenset[int],
+    ):
+        """Begins with the prompt `ids` `[S]`; the rest is that of `generate_tokens`."""
+        self.text: list[int] = ids.tolist()
+        self.count = 0
+        self.sampler = Sampler(sampling)
+        self._sequence, self._current, self._options, self._eos = sequence, current, options, eos
+        self._policy = current.policy
+        self._decider = decider_of(self._policy, sequence)
+
+    @property
+    def decider(self) -> Decider:
+        """What chooses the actions of the next token."""
+        if self._current.policy is not self._policy:
+            self._policy = self._current.policy
+            self._decider = decider_of(self._policy, self._sequence)
+        return self._decider
+
+    @property
+    def room(self) -> int:
+        """How many further tokens there may be."""
+        limit = self._sequence.sessions.manifest.model.max_length
+        return min(self._options.max_new_tokens - self.count, limit - self._sequence.length)
+
+    def draw(self, logits: Logits) -> int:
+        """Draws the next token from logits `[V]`."""
+        token = self.sampler(logits, self.text)
+        self.text.append(token)
+        return token
+
+    def tell(
+        self, token: int, path: Path, ms: float, *, ahead: int = 0, guess: Guess | None = None
+    ) -> GeneratedToken:
+        """What is told of a token that was drawn.
+
+        Args:
+            token: drawn.
+            path: of its pass.
+            ms: see `GeneratedToken`.
+            ahead: later tokens that the sequence has run already.
+            guess: see `GeneratedToken`.
+        """
+        self.count += 1
+        reason: FinishReason | None = None
+        if token in self._eos and not self._options.ignore_eos:
+            reason = "stop"
+        elif self._sequence.length - ahead >= self._sequence.sessions.manifest.model.max_length:
+            reason = "context"
+        elif self.count == self._options.max_new_tokens:
+            reason = "length"
+        return GeneratedToken(token, path, ms, reason, guess)
 
 
 def generate_tokens(
@@ -103,53 +187,37 @@ def generate_tokens(
         ContextLengthError: the prompt does not fit the context.
         PolicyError: the prompt is empty, or the cache is in use.
     """
-    manifest = sessions.manifest
-    limit = manifest.model.max_length
-    check_prompt(ids, limit, manifest.model.vocab_size)
+    facts = sessions.manifest.model
+    check_prompt(ids, facts.max_length, facts.vocab_size)
     cache = Cache(sessions) if options.cache is None else options.cache
     sequence, rest = cache.acquire(ids)
     try:
-        sampler, text = Sampler(sampling), [int(token) for token in ids]
-        policy = current.policy
-        decider = decider_of(policy, sequence)
-        speculation = None
+        going = Generation(sequence, ids, current, options, sampling=sampling, eos=eos)
+        text, speculation = going.text, None
         if options.speculate != "off":
-            speculation = Speculation(sequence, policy, sampler, options.speculate, draft)
-        path, head = prefill_plan(sessions, policy, options.prefill)
-        started, count, guess = time.perf_counter(), 0, None
-        text.append(sampler(sequence.prefill(rest, path, head), text))
+            policy = current.policy
+            speculation = Speculation(sequence, policy, going.sampler, options.speculate, draft)
+        path, head = prefill_plan(sessions, current.policy, options.prefill)
+        started, guess = time.perf_counter(), None
+        new = [going.draw(sequence.prefill(rest, path, head))]
         cache.tokens += rest.tolist()
-        new = text[-1:]
         while True:
             ms = (time.perf_counter() - started) * 1e3 / len(new)
-            for left, token in zip(reversed(range(len(new))), new, strict=True):
-                count += 1
-                reason: FinishReason | None = None
-                if token in eos and not options.ignore_eos:
-                    reason = "stop"
-                elif sequence.length - left >= limit:
-                    reason = "context"
-                elif count == options.max_new_tokens:
-                    reason = "length"
-                yield GeneratedToken(token, path, ms, reason, guess)
+            for ahead, token in zip(reversed(range(len(new))), new, strict=True):
+                told = going.tell(token, path, ms, ahead=ahead, guess=guess)
+                yield told
                 guess = None
-                if reason is not None:
+                if told.finish_reason is not None:
                     return
-            started = time.perf_counter()
+            started, token = time.perf_counter(), text[-1]
             if speculation is not None:
-                room = min(options.max_new_tokens - count, limit - sequence.length)
-                token = text[-1]
-                new, guess = speculation.step(text, room)
+                new, guess = speculation.step(text, going.room)
                 cache.tokens += [token, *new[:-1]]
                 path = speculation.path
-                continue
-            if current.policy is not policy:
-                policy = current.policy
-                decider = decider_of(policy, sequence)
-            logits, path = sequence.forward(text[-1], decider)
-            cache.tokens.append(text[-1])
-            new = [sampler(logits, text)]
-            text += new
+            else:
+                logits, path = sequence.forward(token, going.decider)
+                cache.tokens.append(token)
+                new = [going.draw(logits)]
     finally:
         cache.release()
 
@@ -208,39 +276,48 @@ def text_of(
     codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
 ) -> Generator[Chunk]:
     """Turns tokens into text; holds back what may become a stop string."""
+    writer = TextWriter(codec, prompt_tokens, stop)
     try:
-        yield from _chunks(codec, steps, prompt_tokens, stop)
+        for step in steps:
+            chunk = writer.add(step)
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
     finally:  # a stop string ends the text before the steps end
         if isinstance(steps, Generator):
             steps.close()
 
 
-def _chunks(
-    codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
-) -> Iterator[Chunk]:
-    detokenizer = Detokenizer(codec)
-    held = ""
-    for count, step in enumerate(steps, 1):
-        reason = step.finish_reason
+class TextWriter:
+    """Turns the tokens of one generation into chunks of text."""
+
+    def __init__(self, codec: TextCodec, prompt_tokens: int, stop: Sequence[str]):
+        """Begins; holds back what may become one of the stop strings."""
+        self._detokenizer, self._prompt_tokens = Detokenizer(codec), prompt_tokens
+        self._stop, self._held, self._count = stop, "", 0
+
+    def add(self, step: GeneratedToken) -> Chunk:
+        """The chunk of a token; one with a finish reason is the last."""
+        self._count += 1
+        reason, held = step.finish_reason, self._held
         if reason != "stop":  # the EOS token itself is no text
-            held += detokenizer.add(step.token)
+            held += self._detokenizer.add(step.token)
         if reason is not None:
-            held += detokenizer.finish()
-        cut = min((at for at in (held.find(word) for word in stop) if at >= 0), default=-1)
+            held += self._detokenizer.finish()
+        cut = min((at for at in (held.find(word) for word in self._stop) if at >= 0), default=-1)
         if cut >= 0:
             text, held, reason = held[:cut], "", "stop"
         elif reason is not None:
             text, held = held, ""
         else:
-            safe = len(held) - _longest_partial(held, stop)
+            safe = len(held) - _longest_partial(held, self._stop)
             text, held = held[:safe], held[safe:]
-        told = step.token, step.path, step.ms, prompt_tokens, count, reason, step.guess
-        yield Chunk(text, *told)
-        if reason is not None:
-            return
+        self._held = held
+        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason, step.guess
+        return Chunk(text, *told)
 
 
-def _longest_partial(text: str, stop: tuple[str, ...]) -> int:
+def _longest_partial(text: str, stop: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a stop string."""
     longest = 0
     for word in stop:

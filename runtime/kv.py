@@ -1,8 +1,6 @@
-"""The K/V cache of one sequence: two buffers a layer, updated in place, grown by doubling."""
+"""The K/V cache of a sequence: two buffers a layer, updated in place, grown by doubling."""
 
 from __future__ import annotations
-
-import numpy as np
 
 from dash_onnx.core.facts import Rope
 from dash_onnx.core.manifest import Manifest
@@ -21,6 +19,7 @@ class KVCache:
         batch: sequences B, equally long.
         length: valid tokens of each.
         capacity: tokens there is room for.
+        moves: how often the buffers have moved; whoever is bound to them must follow.
         keys: one buffer `[B, H_kv, capacity, d]` per layer, see `Dims.cache_shape`.
         values: likewise.
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
@@ -33,16 +32,17 @@ class KVCache:
         self.batch = batch
         self.length = 0
         self.capacity = 0
+        self.moves = 0
         self._manifest = manifest
         self._backend = backend
         self.keys: list[Buffer] = []
         self.values: list[Buffer] = []
         self.reserve(min(capacity, manifest.model.max_length))
 
-    def reserve(self, tokens: int) -> bool:
-        """Makes room for `tokens` in all; returns whether the buffers had to move for it."""
+    def reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` in all; the buffers may move for it."""
         if tokens <= self.capacity:
-            return False
+            return
         capacity = self.capacity or tokens
         while capacity < tokens:
             capacity *= 2
@@ -51,7 +51,7 @@ class KVCache:
         self.values = self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
         self.capacity = capacity
-        return True
+        self.moves += 1
 
     def _tables(self, rope: Rope, capacity: int) -> tuple[Buffer, Buffer]:
         dtype = self._manifest.dims.dtype
@@ -68,9 +68,8 @@ class KVCache:
         for layer in range(self._manifest.model.num_layers):
             buffer = self._backend.buffer(shape, dims.cache_dtype)
             if self.length:
-                content = np.zeros(shape, dims.cache_dtype)
-                content[:, :, : self.length] = old[layer].array[:, :, : self.length]
-                buffer.write(content)
+                valid = (slice(None), slice(None), slice(self.length))
+                buffer.write(old[layer].array[valid], valid)
             new.append(buffer)
         return new
 
@@ -79,3 +78,37 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
         self.length = length
+
+
+class KVPart(KVCache):
+    """Some sequences of a cache, as long as they are themselves; what is in it stays in there."""
+
+    def __init__(self, whole: KVCache, start: int, stop: int):
+        """Takes the sequences `start` to `stop`."""
+        self.batch = stop - start
+        self._whole, self._rows, self._length = whole, (start, stop), 0
+        self.capacity = 0
+        self._follow()
+
+    @property
+    def length(self) -> int:
+        """Valid tokens of each sequence."""
+        return self._length
+
+    @length.setter
+    def length(self, tokens: int) -> None:
+        self._length = tokens
+        self._whole.length = max(self._whole.length, tokens)  # what is kept when it grows
+
+    def reserve(self, tokens: int) -> None:
+        """See `KVCache`; the whole cache grows."""
+        self._whole.reserve(tokens)
+        self._follow()
+
+    def _follow(self) -> None:
+        whole = self._whole
+        if self.capacity == whole.capacity:
+            return
+        self.keys = [buffer.part(*self._rows) for buffer in whole.keys]
+        self.values = [buffer.part(*self._rows) for buffer in whole.values]
+        self.rotary, self.capacity, self.moves = whole.rotary, whole.capacity, whole.moves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.kv import CAPACITY, KVCache
+from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
 from dash_onnx.runtime.sessions import Sessions
 
 PREFILL_CHUNK = 512
@@ -63,12 +64,40 @@ class SequenceState:
         self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
         self._start = backend.buffer((batch,), "int64")
         self._passes: dict[int, _Pass] = {}
+        self._moves = self.kv.moves  # of the cache that the layers are bound to
         self._now = self._pass(1)
+
+    def part(self, start: int, stop: int) -> SequenceState:
+        """Sequences `start` to `stop` of this batch, in its memory, with a length of their own.
+
+        Raises:
+            DeviceError: the device cannot.
+        """
+        part = copy(self)
+        part.batch = stop - start
+        part.kv = KVPart(self.kv, start, stop)
+        part._seqlens, part._start = self._seqlens.part(start, stop), self._start.part(start, stop)
+        mine = self._passes[1]
+        mine.logits = mine.logits or self._logits(1)
+        tokens, even, odd, logits = (
+            buffer.part(start, stop) for buffer in (mine.tokens, *mine.hidden, mine.logits)
+        )
+        part._passes = {}
+        part._now = part._pass(1, tokens, (even, odd))
+        part._now.logits = logits
+        return part
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
         return self.kv.length
+
+    @property
+    def logits(self) -> Logits:
+        """`[V]`, of the last single token of a sequence."""
+        logits = self._passes[1].logits
+        assert logits is not None
+        return logits.array[0, -1]
 
     @property
     def hidden(self) -> tuple[Buffer, Buffer]:
@@ -95,10 +124,11 @@ class SequenceState:
         Raises:
             ContextLengthError: the tokens do not fit the context.
         """
-        path = self._layers(tokens, decider)
+        path = self.layers(tokens, decider)
         return self.head(decider.head, every=every), path
 
-    def _layers(self, tokens: int | Ids, decider: Decider) -> Path:
+    def layers(self, tokens: int | Ids, decider: Decider) -> Path:
+        """Does what `forward` does but for the LM head."""
         self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
         self.embed(tokens)
         decider.begin()
@@ -134,7 +164,7 @@ class SequenceState:
         """
         decider, rows = FixedPath(path, head), []
         for start in range(0, ids.shape[-1], chunk):
-            self._layers(ids[..., start : start + chunk], decider)
+            self.layers(ids[..., start : start + chunk], decider)
             if every:
                 rows.append(self.head(head, every=True).astype(np.float32))
         logits = np.concatenate(rows, -2) if every else self.head(head)
@@ -152,19 +182,40 @@ class SequenceState:
         limit = self.sessions.manifest.model.max_length
         if total > limit:
             raise ContextLengthError(f"{total} tokens do not fit the context of {limit}")
-        if self.kv.reserve(total):  # the buffers moved
-            for bound in self._passes.values():
-                for runs in bound.layers:
-                    runs.clear()
+        self.reserve(total)
         self.kv.length = total
         self._seqlens.write(total - 1)
         self._total.write(self._longest(total, count))
         self._start.write(total - count)
         self._now = self._passes.get(count) or self._pass(count)
 
+    def reserve(self, total: int) -> None:
+        """Makes room in the K/V cache for `total` tokens."""
+        self.kv.reserve(total)
+        if self.kv.moves != self._moves:
+            self._moves = self.kv.moves
+            for bound in self._passes.values():
+                for runs in bound.layers:
+                    runs.clear()
+
     def _longest(self, total: int, count: int) -> int:
         """The sequence length that the graphs are told on the host."""
         return total
+
+    def rest(self) -> None:
+        """Lets a pass of the batch that it is a part of run over it: what that writes is nothing.
+
+        Its position is the first one after the valid ones, so that they stay as they are.
+        """
+        self.reserve(self.length + 1)
+        self._seqlens.write(self.length)
+        self._start.write(self.length)
+
+    def agree(self, longest: int) -> None:
+        """Takes positions that the parts of a batch have set, of which the longest is told."""
+        self.reserve(longest)
+        self._total.write(longest)
+        self._now = self._passes[1]
 
     def embed(self, tokens: int | Ids) -> None:
         """Runs the token embedding on an id, or on as many ids as were advanced by."""
@@ -196,16 +247,17 @@ class SequenceState:
         logits = now.logits.array if self.batch > 1 else now.logits.array[0]
         return logits if every else logits[..., -1, :]
 
-    def _pass(self, seq: int) -> _Pass:
+    def _pass(
+        self, seq: int, tokens: Buffer | None = None, hidden: tuple[Buffer, Buffer] | None = None
+    ) -> _Pass:
         sessions = self.sessions
         backend, dims = sessions.backend, sessions.manifest.dims
-        tokens = backend.buffer((self.batch, seq), "int64")
-        even, odd = (
-            backend.buffer((self.batch, seq, dims.hidden_size), dims.dtype) for _ in range(2)
-        )
-        embed = self._bound(seq, sessions.embed(), sessions.embed_ports, [tokens], [even])
+        tokens = tokens or backend.buffer((self.batch, seq), "int64")
+        shape = (self.batch, seq, dims.hidden_size)
+        hidden = hidden or (backend.buffer(shape, dims.dtype), backend.buffer(shape, dims.dtype))
+        embed = self._bound(seq, sessions.embed(), sessions.embed_ports, [tokens], [hidden[0]])
         layers: list[dict[Action, Run]] = [{} for _ in range(self.num_layers)]
-        return self._passes.setdefault(seq, _Pass(tokens, (even, odd), embed, layers))
+        return self._passes.setdefault(seq, _Pass(tokens, hidden, embed, layers))
 
     def _logits(self, seq: int) -> Buffer:
         dims = self.sessions.manifest.dims

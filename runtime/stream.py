@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
-from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy, FinishReason
 
 
@@ -19,14 +18,9 @@ class Stream(Iterator[Chunk]):
     manager that closes it.
     """
 
-    def __init__(
-        self,
-        chunks: Generator[Chunk],
-        current: CurrentPolicy,
-        policy_at: Callable[[Budget], Policy],
-    ):
+    def __init__(self, chunks: Generator[Chunk], current: CurrentPolicy):
         """Takes what `Model.stream` made."""
-        self._chunks, self._current, self._policy_at = chunks, current, policy_at
+        self._chunks, self._current = chunks, current
         self._running = threading.Lock()
         self._closed = False
 
@@ -50,15 +44,8 @@ class Stream(Iterator[Chunk]):
                 self._running.release()
 
     def set_budget(self, budget: Budget) -> None:
-        """Spends another budget from the next token on.
-
-        Args:
-            budget: a fraction of the time at the highest exported precision, or a preset.
-
-        Raises:
-            PolicyError: the policy takes no budget, or the bundle cannot meet this one.
-        """
-        self._current.policy = self._policy_at(budget)
+        """Spends another budget from the next token on; see `CurrentPolicy`."""
+        self._current.set_budget(budget)
 
     def __enter__(self) -> Stream:
         return self

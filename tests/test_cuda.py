@@ -238,9 +238,9 @@ class WatchedBuffer(Buffer):
         super().__init__(shape, dtype)
         self._stand_in = stand_in
 
-    def write(self, content: Any) -> None:
+    def write(self, content: Any, where: Any = ...) -> None:
         self._stand_in.watch()
-        super().write(content)
+        super().write(content, where)
 
 
 class OnHost:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+from dash_onnx.cli.batch import read_batch, run_batch
 from dash_onnx.cli.common import (
     Parser,
     add_memory_option,
@@ -37,6 +38,7 @@ _EXAMPLES = """\
   dash-run out/ "Once upon a time" --raw --policy int4 --max-new-tokens 100 --temperature 0.8
   dash-run out/ "2 + 2 =" --policy random:1 --trace trace.jsonl --json
   cat notes.txt | dash-run out/ "Summarize this"
+  dash-run out/ --batch prompts.jsonl > answers.jsonl
   dash-run out/                      interactive chat; /help lists its commands"""
 
 
@@ -49,6 +51,20 @@ def _parser() -> Parser:
         nargs="?",
         help="a chat message where the model has a chat template, else text to continue; what is "
         "piped into stdin follows it; `-` takes stdin alone",
+    )
+    parser.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="answer the `prompt` or the `messages` of every line, several at once; prints JSON, "
+        "a line for each as it ends, with its `id` or its number",
+    )
+    parser.add_argument(
+        "--rows",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="of --batch: how many at once (default: %(default)s)",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
@@ -122,6 +138,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Intermixed: `OUT --chat PROMPT` works, although PROMPT is optional.
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.batch:
+        for name in ("prompt", "trace", "show_path", "json"):
+            if getattr(arguments, name):
+                told = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
+                parser.error(f"--batch does not go with {told}")
+        return run("dash-run", lambda: _run(arguments))
     if arguments.json and arguments.prompt is None:
         parser.error("--json needs a PROMPT")
     if arguments.json and arguments.show_path:
@@ -139,6 +161,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         check_file(arguments.trace)
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
+    lines = read_batch(arguments.batch) if arguments.batch else None
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"cache"}
     options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
     started = time.perf_counter()
@@ -154,6 +177,16 @@ def _run(arguments: argparse.Namespace) -> None:
     # No token waits for a graph to load.
     model.preload(policy, prefill=arguments.prefill, speculate=arguments.speculate)
     load_ms = (time.perf_counter() - started) * 1e3
+    if lines is not None:
+        run_batch(
+            model,
+            lines,
+            options,
+            rows=arguments.rows,
+            raw=arguments.raw,
+            system=arguments.system,
+        )
+        return
     with contextlib.ExitStack() as stack:
         trace = None
         if arguments.trace:

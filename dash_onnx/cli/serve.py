@@ -58,7 +58,11 @@ def _parser() -> Parser:
         help="where the budgets of requests that name none fall to, step by step, as others wait",
     )
     parser.add_argument(
-        "--running", type=positive, default=2, metavar="N", help="answers at once (default: 2)"
+        "--running",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="answers at once, which share their passes (default: %(default)s)",
     )
     parser.add_argument(
         "--waiting",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hmac
@@ -117,6 +118,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         server.service.draining = True
+        await asyncio.to_thread(server.service.close)
 
     return Starlette(
         routes=routes,

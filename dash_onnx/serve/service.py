@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Metric
 
 from dash_onnx.core.budget import Budget, reference_ms, resolve
-from dash_onnx.core.errors import DashError, PolicyError
+from dash_onnx.core.errors import DashError, DeviceError, PolicyError
 from dash_onnx.core.policy import ScoredPolicy
+from dash_onnx.runtime.batch import Batch, Request
 from dash_onnx.runtime.engine import Model, Prompt
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.stream import Stream
 
+_IDLE_S = 0.5  # a thread that has nothing to do looks up
 _STEPS = 4  # between the budget of an idle server and that under load
 
 
@@ -32,7 +36,7 @@ class Limits:
     """What the server takes on.
 
     Attributes:
-        running: generations at once.
+        running: generations at once, which share their passes.
         waiting: further requests that wait for one of them to end.
         most_tokens: of an answer.
         seconds: of a request, from when it runs.
@@ -40,7 +44,7 @@ class Limits:
         budget_under_load: where budgets fall to as the queue fills, of requests that name none.
     """
 
-    running: int = 2
+    running: int = 8
     waiting: int = 32
     most_tokens: int = 4096
     seconds: float = 600.0
@@ -95,6 +99,83 @@ class Tally:
         }
 
 
+class _Running(Protocol):
+    """A generation that runs elsewhere."""
+
+    async def next(self) -> Chunk | None:
+        """Its next chunk; None after the last."""
+
+    def set_budget(self, budget: Budget) -> None:
+        """From the next token on."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class _Alone:
+    """A generation of its own, each token in a thread."""
+
+    def __init__(self, stream: Stream):
+        self._stream = stream
+        self.set_budget, self.close = stream.set_budget, stream.close
+
+    async def next(self) -> Chunk | None:
+        return await asyncio.to_thread(next, self._stream, None)
+
+
+class _Together:
+    """A generation in a batch, whose thread delivers chunks to this one's event loop."""
+
+    request: Request
+
+    def __init__(self) -> None:
+        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
+        self._ended = False
+
+    def deliver(self, piece: Chunk | Exception) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def next(self) -> Chunk | None:
+        if self._ended:
+            return None
+        piece = await self._pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        self._ended = piece.finish_reason is not None
+        return piece
+
+    def set_budget(self, budget: Budget) -> None:
+        self.request.current.set_budget(budget)
+
+    def close(self) -> None:
+        self.request.cancelled.set()
+
+
+class _BatchThread:
+    """Runs the steps of a batch."""
+
+    def __init__(self, batch: Batch):
+        self.submit, self._batch, self._closed = batch.submit, batch, False
+        self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closed:
+            if not self._batch.step():
+                self._batch.wait(_IDLE_S)
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join()
+
+
+def _batch(model: Model, rows: int) -> _BatchThread | None:
+    try:
+        return _BatchThread(model.new_batch(rows))
+    except DeviceError:  # each generation runs on its own there
+        return None
+
+
 class Service:
     """Bundles by name, and the queue before them."""
 
@@ -106,6 +187,7 @@ class Service:
         """
         self.models, self.limits, self.metrics = models, limits, Metrics()
         self.draining = False
+        self._batches = {name: _batch(model, limits.running) for name, model in models.items()}
         self._slots = asyncio.Semaphore(limits.running)
         self._waiting = 0
         self._under_load: dict[str, float] = {}
@@ -168,15 +250,15 @@ class Service:
         whole = reference_ms(model.manifest)
         before = arrived
         async with asyncio.timeout(self.limits.seconds):
-            stream = await asyncio.to_thread(model.stream, prompt, options=options)
+            running = await self._begun(name, prompt, options)
             try:
                 while True:
                     if flexible and usual is not None and self.pressure != pressure:
                         pressure = self.pressure
                         least = min(self._under_load[name], usual)
                         tally.budget = usual + (least - usual) * pressure
-                        stream.set_budget(tally.budget)
-                    chunk = await asyncio.to_thread(next, stream, None)
+                        running.set_budget(tally.budget)
+                    chunk = await running.next()
                     if chunk is None:
                         break
                     now = time.monotonic()
@@ -187,7 +269,23 @@ class Service:
                     self._count(chunk, tally, cost)
                     yield chunk
             finally:
-                stream.close()
+                running.close()
+
+    async def _begun(self, name: str, prompt: Prompt, options: GenerationOptions) -> _Running:
+        """A generation among the others of its bundle, or one of its own that guesses."""
+        model, batch = self.models[name], self._batches[name]
+        if batch is None or options.speculate != "off":
+            return _Alone(await asyncio.to_thread(model.stream, prompt, options=options))
+        pieces = _Together()
+        pieces.request = await asyncio.to_thread(model.request, prompt, pieces.deliver, options)
+        batch.submit(pieces.request)
+        return pieces
+
+    def close(self) -> None:
+        """Ends the threads; what runs ends after its next token."""
+        for batch in self._batches.values():
+            if batch is not None:
+                batch.close()
 
     def _count(self, chunk: Chunk, tally: Tally, cost: float) -> None:
         metrics = self.metrics

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.backend import AsyncRun, Backend
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.driver import Driver
@@ -47,9 +48,17 @@ class CudaBuffer(Buffer):
         copy: np.ndarray = self._value.numpy()
         return copy
 
-    def write(self, content: Any) -> None:
+    def write(self, content: Any, where: Any = ...) -> None:
         """See `Buffer`."""
+        if where is not ...:
+            whole = self.array
+            whole[where] = content
+            content = whole
         self._value.update_inplace(np.asarray(content, self.dtype).reshape(self.shape))
+
+    def part(self, start: int, stop: int) -> Buffer:
+        """See `Buffer`; ORT's values cannot be cut."""
+        raise DeviceError("several sequences of different lengths run together on the CPU alone")
 
 
 class CudaBackend(Backend):

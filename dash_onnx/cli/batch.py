@@ -1,0 +1,90 @@
+"""dash-run --batch: answers to the prompts of a file, several at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.text import json_lines
+from dash_onnx.runtime.options import GenerationOptions
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.engine import Model, Prompt
+    from dash_onnx.runtime.stream import Completion
+
+
+def read_batch(path: Path) -> list[tuple[Any, str | list[Any]]]:
+    """The id of each line, its number unless it has one, and its prompt or its messages.
+
+    Raises:
+        SourceError: missing, not JSON lines, empty, or a line without a prompt.
+    """
+    found: list[tuple[Any, str | list[Any]]] = []
+    for where, record in json_lines(path):
+        facts = record if isinstance(record, dict) else {"prompt": record}
+        prompt = facts.get("prompt", facts.get("messages"))
+        if not (isinstance(prompt, str) and prompt.strip()) and not isinstance(prompt, list):
+            raise SourceError(f"{where} needs `prompt`, a text, or `messages`, a list")
+        found.append((facts.get("id", len(found)), prompt))
+    if not found:
+        raise SourceError(f"{path} holds no prompt")
+    return found
+
+
+def run_batch(
+    model: Model,
+    lines: list[tuple[Any, str | list[Any]]],
+    options: GenerationOptions,
+    *,
+    rows: int,
+    raw: bool,
+    system: str | None,
+) -> None:
+    """Prints one JSON object a line for each prompt, as it is answered.
+
+    Args:
+        model: loaded.
+        lines: what `read_batch` found.
+        options: of all of them.
+        rows: how many run at once.
+        raw: prompts are text to continue, not messages.
+        system: message before each chat.
+
+    Raises:
+        DashError: a line cannot be answered; none is then.
+    """
+    began = [{"role": "system", "content": system}] if system else []
+    chat = not raw and (model.text.chat_template is not None or bool(system))
+    prompts: list[Prompt] = []
+    for _, prompt in lines:
+        if isinstance(prompt, list):
+            if raw:
+                raise PolicyError("--raw continues text: lines with `messages` are chats")
+            prompts.append([*began, *prompt])
+        else:
+            prompts.append([*began, {"role": "user", "content": prompt}] if chat else prompt)
+    started, tokens = time.perf_counter(), 0
+
+    def on_done(index: int, completion: Completion) -> None:
+        nonlocal tokens
+        tokens += completion.generated_tokens
+        facts = {
+            "id": lines[index][0],
+            "text": str(completion),
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": completion.prompt_tokens,
+            "generated_tokens": completion.generated_tokens,
+            "actions": {action: round(share, 4) for action, share in completion.actions.items()},
+        }
+        print(json.dumps(facts), flush=True)
+
+    model.batch(prompts, options=options, rows=rows, on_done=on_done)
+    seconds = time.perf_counter() - started
+    print(
+        f"[{len(lines)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s]",
+        file=sys.stderr,
+    )

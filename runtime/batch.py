@@ -1,0 +1,297 @@
+"""Continuous batching: generations that share their passes, and join and leave at every token.
+
+The rows of one K/V cache are sequences of different lengths. In each layer the rows that take the
+same action run together, which costs little more than one of them alone: the weights are read once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+
+from dash_onnx.core.actions import SKIP, Action, Path
+from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.errors import DashError, PolicyError
+from dash_onnx.runtime.deciders import Decider, FixedPath
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy, Generation, TextWriter
+from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
+from dash_onnx.runtime.sessions import Sessions
+
+_LOG = logging.getLogger(__name__)
+
+ROWS = 8
+"""Sequences that run together unless told otherwise."""
+
+_CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them
+
+Deliver = Callable[[Chunk | Exception], None]
+"""Takes the chunks of a generation, and what ended it before its time."""
+
+
+class BatchDecoder:
+    """The decode loop of several rows.
+
+    Attributes:
+        rows: the sequences; each may run alone, as for its prompt.
+    """
+
+    def __init__(self, sessions: Sessions, rows: int, capacity: int = CAPACITY):
+        """Allocates an empty cache for them.
+
+        Args:
+            sessions: of the bundle.
+            rows: how many.
+            capacity: tokens that each has room for at first; it doubles when one is full.
+
+        Raises:
+            DeviceError: the device runs no batches.
+        """
+        self._whole = sessions.new_sequence(capacity, rows)
+        self.rows = [self._whole.part(row, row + 1) for row in range(rows)]
+        self._parts = {(row, row + 1): state for row, state in enumerate(self.rows)}
+
+    def forward(
+        self, rows: Sequence[int], tokens: Sequence[int], deciders: Sequence[Decider]
+    ) -> tuple[list[Logits], list[Path]]:
+        """Runs one token of each of some rows.
+
+        Args:
+            rows: numbers, ascending.
+            tokens: an id for each.
+            deciders: likewise.
+
+        Returns:
+            Logits `[V]` of each (the next call overwrites them), and paths.
+
+        Raises:
+            ContextLengthError: a row's context is full.
+        """
+        for row in rows:
+            self.rows[row].advance(1)
+        first, stop = rows[0], rows[-1] + 1
+        for row in set(range(first, stop)).difference(rows):
+            self.rows[row].rest()
+        whole = self._part(first, stop)
+        ids = np.zeros((stop - first, 1), np.int64)
+        ids[np.array(rows) - first, 0] = tokens
+        whole.agree(max(self.rows[row].length for row in rows))
+        whole.embed(ids)
+        for decider in deciders:
+            decider.begin()
+        key = tuple(rows)
+        for layer in range(whole.num_layers):
+            for decider in deciders:
+                decider.before(layer)
+            actions = tuple([decider.action(layer) for decider in deciders])
+            for start, end, action in calls(key, actions):
+                self._part(start, end).run(layer, action)
+            for decider in deciders:
+                decider.after(layer)
+        for start, end, head in calls(key, tuple([decider.head for decider in deciders])):
+            self._part(start, end).head(head)
+        paths = [decider.end() for decider in deciders]
+        return [self.rows[row].logits for row in rows], paths
+
+    def _part(self, start: int, stop: int) -> SequenceState:
+        part = self._parts.get((start, stop))
+        if part is None:
+            part = self._parts[start, stop] = self._whole.part(start, stop)
+        part.reserve(0)  # follows the cache where it has moved
+        return part
+
+
+@lru_cache(1 << 14)
+def calls(rows: tuple[int, ...], actions: tuple[Action, ...]) -> list[tuple[int, int, Action]]:
+    """Ranges of rows that run together, in order, so that each row's own action comes last.
+
+    The action of most rows runs on all from their first to their last one: others between them are
+    run again, which costs less than another call. A skipped row runs alone: it costs little, and
+    its graph rotates the keys of all rows by the position of the first.
+
+    Args:
+        rows: numbers, ascending.
+        actions: of each.
+    """
+    pairs = [*zip(rows, actions, strict=True)]
+    counts, ranges, most = Counter(action for action in actions if action != SKIP), [], SKIP
+    if counts:
+        most, _ = counts.most_common(1)[0]
+        own = [row for row, action in pairs if action == most]
+        ranges.append((own[0], own[-1] + 1, most))
+    for action, group in groupby(pairs, lambda pair: pair[1]):
+        members = [row for row, _ in group]
+        if action == SKIP:
+            ranges += [(row, row + 1, SKIP) for row in members]
+        elif action != most:
+            ranges.append((members[0], members[-1] + 1, action))
+    return ranges
+
+
+@dataclass(eq=False)
+class Request:
+    """A generation that waits for a row, or has one.
+
+    Attributes:
+        ids: the prompt `[S]`.
+        current: its policy, which may change between tokens.
+        generation: begins its generation in a sequence.
+        writer: makes its chunks.
+        plan: path and LM head of its prompt.
+        deliver: takes them; called by the thread that runs the batch.
+        cancelled: set from any thread: it ends before its next token.
+    """
+
+    ids: Ids
+    current: CurrentPolicy
+    generation: Callable[[SequenceState], Generation]
+    writer: TextWriter
+    plan: tuple[Path, Action]
+    deliver: Deliver
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class _Row:
+    """A sequence, what its K/V cache holds, and who has it."""
+
+    state: SequenceState
+    tokens: list[int] = field(default_factory=list)
+    used: int = 0  # when it was last given away
+    request: Request | None = None
+    going: Generation | None = None
+    rest: Ids = field(default_factory=lambda: np.zeros(0, np.int64))  # of the prompt, not run yet
+    started: float = 0.0
+
+    def common(self, ids: Ids) -> int:
+        """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
+        shortest = min(len(self.tokens), len(ids) - 1)
+        held = np.asarray(self.tokens[:shortest], np.int64)
+        differs = np.flatnonzero(held != ids[:shortest])
+        return int(differs[0]) if len(differs) else shortest
+
+
+class Batch:
+    """Runs requests together. Any thread may submit; one thread at a time runs steps."""
+
+    def __init__(self, sessions: Sessions, rows: int = ROWS):
+        """Allocates rows; see `BatchDecoder`."""
+        if not 1 <= rows <= 256:
+            raise PolicyError(f"rows={rows} must be in 1..256")
+        self._decoder = BatchDecoder(sessions, rows)
+        self._rows = [_Row(state) for state in self._decoder.rows]
+        self._waiting: deque[Request] = deque()
+        self._given = 0  # rows, so far
+        self._wake = threading.Event()
+
+    def submit(self, request: Request) -> None:
+        """Adds a request; it runs as soon as a row is free."""
+        self._waiting.append(request)
+        self._wake.set()
+
+    def wait(self, seconds: float) -> None:
+        """Waits until there is something to do, or a time has passed."""
+        self._wake.wait(seconds)
+
+    def step(self) -> bool:
+        """A part of one prompt, and a token of every running answer.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        self._wake.clear()
+        for row in self._rows:
+            if row.request is not None and row.request.cancelled.is_set():
+                self._free(row)
+        self._admit()
+        busy = [row for row in self._rows if row.request is not None]
+        decoding = [row for row in busy if not len(row.rest)]
+        prompts = [row for row in busy if len(row.rest)]
+        if prompts:
+            oldest = min(prompts, key=lambda row: row.used)
+            self._guarded([oldest], lambda: self._prompt(oldest, alone=not decoding))
+        if decoding:
+            self._guarded(decoding, lambda: self._decode(decoding))
+        return bool(busy)
+
+    def _admit(self) -> None:
+        free = [row for row in self._rows if row.request is None]
+        while free and self._waiting:
+            request = self._waiting.popleft()
+            if request.cancelled.is_set():
+                continue
+            # The row that holds most of the prompt, else the one that was not used for longest.
+            row = max(free, key=lambda row: (row.common(request.ids), -row.used))
+            free.remove(row)
+            common = row.common(request.ids)
+            row.state.truncate(common)
+            del row.tokens[common:]
+            self._given += 1
+            row.used, row.request, row.rest = self._given, request, request.ids[common:]
+            row.started = time.perf_counter()
+            row.going = request.generation(row.state)
+
+    def _prompt(self, row: _Row, *, alone: bool) -> None:
+        """Runs a part of a prompt: a short one where answers wait for it."""
+        assert row.request is not None and row.going is not None
+        path, head = row.request.plan
+        part, rest = np.split(row.rest, [PREFILL_CHUNK if alone else _CHUNK])
+        if len(rest):
+            row.state.layers(part, FixedPath(path, head))
+        else:
+            logits = row.state.prefill(part, path, head)
+        row.tokens += part.tolist()
+        row.rest = rest
+        if not len(rest):
+            self._tell(row, row.going.draw(logits), path)
+
+    def _decode(self, rows: list[_Row]) -> None:
+        started = time.perf_counter()
+        for row in rows:
+            row.started = started
+        numbers = [self._rows.index(row) for row in rows]
+        going = [row.going for row in rows if row.going is not None]
+        last = [one.text[-1] for one in going]
+        logits, paths = self._decoder.forward(numbers, last, [one.decider for one in going])
+        for row, token in zip(rows, last, strict=True):
+            row.tokens.append(token)
+        for row, one, own, path in zip(rows, going, logits, paths, strict=True):
+            self._guarded([row], lambda: self._tell(row, one.draw(own), path))  # noqa: B023
+
+    def _tell(self, row: _Row, token: int, path: Path) -> None:
+        assert row.request is not None and row.going is not None
+        ms = (time.perf_counter() - row.started) * 1e3
+        chunk = row.request.writer.add(row.going.tell(token, path, ms))
+        deliver = row.request.deliver
+        if chunk.finish_reason is not None:
+            self._free(row)
+        deliver(chunk)
+
+    def _guarded(self, rows: list[_Row], work: Callable[[], None]) -> None:
+        """Does something for rows; what goes wrong ends their requests, and no others."""
+        try:
+            work()
+        except Exception as error:
+            if not isinstance(error, DashError):
+                _LOG.exception("a pass failed")
+            for row in rows:
+                if (request := row.request) is not None:
+                    self._free(row)
+                    request.deliver(error)
+
+    def _free(self, row: _Row) -> None:
+        """Ends a request; what its row holds may serve the next one."""
+        row.request, row.going = None, None
+        row.rest = row.rest[:0]
+        # A row at rest needs a position to write nothing to; see `SequenceState.rest`.
+        limit = row.state.sessions.manifest.model.max_length - 1
+        row.state.truncate(min(row.state.length, len(row.tokens), limit))
+        del row.tokens[row.state.length :]

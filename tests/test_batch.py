@@ -1,0 +1,235 @@
+"""Continuous batching: several generations share their passes, and none notices."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scored_bundle import with_scorer
+
+import dash_onnx
+from dash_onnx.core.errors import ContextLengthError, PolicyError
+from dash_onnx.core.policy import RandomPolicy
+from dash_onnx.runtime.batch import Batch, BatchDecoder, Request, calls
+from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.sequence import SequenceState
+
+PROMPTS = [
+    "the keeper",
+    "the ships that pass in the night, the ships that",
+    "counts",
+    "a lighthouse " * 20,  # longer than what runs between two tokens of the others
+    "the keeper of the lighthouse",
+    "night",
+    "in the night",
+]
+
+
+@pytest.fixture(scope="module")
+def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    folder = tmp_path_factory.mktemp("scored") / "bundle"
+    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
+        yield model
+
+
+def options(**given: Any) -> GenerationOptions:
+    return GenerationOptions(**{"max_new_tokens": 40, "ignore_eos": True, **given})
+
+
+def run(model: Model, batch: Batch, *prompts: str, **given: Any) -> list[list[Chunk | Exception]]:
+    """What is delivered for each prompt."""
+    told: list[list[Chunk | Exception]] = [[] for _ in prompts]
+    for prompt, pieces in zip(prompts, told, strict=True):
+        batch.submit(model.request(prompt, pieces.append, options(**given)))
+    while batch.step():
+        pass
+    return told
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"policy": "full"},
+        {"policy": "static:full,int8,skip,int4"},
+        {"policy": "random:3"},  # rows that differ in every layer
+        {"policy": "dash", "budget": 0.5},
+        {"policy": "int4", "temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 5},
+        {"policy": "int8", "stop": ["e", "zz"], "ignore_eos": False},
+    ],
+    ids=lambda given: given["policy"].split(":")[0],
+)
+def test_every_text_is_what_it_would_be_alone(
+    given: dict[str, Any], rows: int, scored: Model
+) -> None:
+    alone = [scored.generate(prompt, options=options(**given)) for prompt in PROMPTS]
+    ended: list[int] = []
+    together = scored.batch(
+        PROMPTS, options=options(**given), rows=rows, on_done=lambda index, _: ended.append(index)
+    )
+    assert together == alone
+    assert sorted(ended) == [*range(len(PROMPTS))]
+    for own, wanted in zip(together, alone, strict=True):
+        assert own.finish_reason == wanted.finish_reason
+        assert own.prompt_tokens == wanted.prompt_tokens
+        assert own.generated_tokens == wanted.generated_tokens
+        assert own.actions == wanted.actions
+
+
+def test_rows_of_different_lengths_have_the_logits_of_each_alone(tiny_model: Model) -> None:
+    """Through prompts that come between, growth, and rows that rest between others."""
+    sessions = tiny_model.new_sequence().sessions
+    decoder = BatchDecoder(sessions, 4, capacity=8)
+    rng = np.random.default_rng(0)
+    policy, heads = tiny_model.policy("random:1"), ("full", "int8", "full", "int8")
+    assert isinstance(policy, RandomPolicy)
+    paths = policy.paths()  # a layer that is always skipped would never read what it wrote
+    alone = [tiny_model.new_sequence() for _ in range(4)]
+    lengths = [0] * 4
+    for step in range(60):
+        starting = [row for row in range(4) if lengths[row] == 0 and step >= 5 * row]
+        for row in starting:
+            ids = rng.integers(2, 300, 3 + 7 * row)
+            path, head = next(paths), heads[row]
+            got = decoder.rows[row].prefill(ids, path, head)
+            np.testing.assert_allclose(got, alone[row].prefill(ids, path, head), atol=2e-4)
+            lengths[row] = len(ids)
+        rows = [row for row in range(4) if lengths[row] and rng.random() < 0.8]
+        if not rows:
+            continue
+        tokens = [int(rng.integers(2, 300)) for _ in rows]
+        deciders = [FixedPath(next(paths), heads[row]) for row in rows]
+        logits, taken = decoder.forward(rows, tokens, deciders)
+        for row, token, own, path, decider in zip(
+            rows, tokens, logits, taken, deciders, strict=True
+        ):
+            wanted, _ = alone[row].forward(token, decider)
+            np.testing.assert_allclose(own, wanted, atol=2e-4)
+            assert path == decider.path
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.integers(0, 11), st.sampled_from(["int8", "int4", "skip"]), min_size=1))
+def test_the_last_call_of_every_row_is_its_own_action(actions: dict[int, str]) -> None:
+    rows = tuple(sorted(actions))
+    found: dict[int, str] = {}
+    ranges = calls(rows, tuple(actions[row] for row in rows))
+    for start, stop, action in ranges:
+        assert start in actions and stop - 1 in actions
+        found.update(dict.fromkeys(range(start, stop), action))
+    assert {row: found[row] for row in rows} == actions
+    assert all(stop - start == 1 for start, stop, action in ranges if action == "skip")
+    if set(actions.values()) in ({"int8"}, {"int4"}):
+        assert len(ranges) == 1
+
+
+def test_a_row_goes_on_from_what_it_holds_of_a_prompt(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, ran = tiny_model.new_batch(2), []
+    prefill = SequenceState.prefill
+
+    def watched(state: SequenceState, ids: np.ndarray, *rest: Any) -> Any:
+        ran.append(len(ids))
+        return prefill(state, ids, *rest)
+
+    monkeypatch.setattr(SequenceState, "prefill", watched)
+    run(tiny_model, batch, "in the night", "the keeper of the lighthouse counts")
+    longer = "the keeper of the lighthouse counts the ships"
+    (again,) = run(tiny_model, batch, longer)
+    assert ran[-1] == len(tiny_model.text.encode(longer)) - ran[-2]
+    wanted = tiny_model.generate(longer, options=options())
+    assert "".join(chunk.text for chunk in again if isinstance(chunk, Chunk)) == wanted
+
+
+def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> None:
+    batch = tiny_model.new_batch(2)
+    told: list[Chunk | Exception] = []
+    others: list[Chunk | Exception] = []
+    requests: list[Request] = []
+
+    def stop(piece: Chunk | Exception) -> None:
+        told.append(piece)
+        if len(told) == 5:
+            requests[0].cancelled.set()
+
+    requests.append(tiny_model.request("the keeper", stop, options()))
+    batch.submit(requests[0])
+    batch.submit(tiny_model.request("in the night", others.append, options()))
+    waiting = tiny_model.request("never", told.append, options())
+    waiting.cancelled.set()
+    batch.submit(waiting)
+    while batch.step():
+        pass
+    assert len(told) == 5
+    assert "".join(c.text for c in others if isinstance(c, Chunk)) == tiny_model.generate(
+        "in the night", options=options()
+    )
+
+
+def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> None:
+    batch, wrong, right = tiny_model.new_batch(2), [], []
+
+    def fails(piece: Chunk | Exception) -> None:
+        wrong.append(piece)
+        if len(wrong) == 3:
+            raise ConnectionError("the client went away")
+
+    batch.submit(tiny_model.request("the keeper", fails, options()))
+    batch.submit(tiny_model.request("in the night", right.append, options()))
+    while batch.step():
+        pass
+    assert isinstance(wrong[-1], ConnectionError) and len(wrong) == 4
+    assert len(right) == 40
+    assert len(run(tiny_model, batch, "the keeper")[0]) == 40  # its row serves the next one
+
+
+def test_a_full_context_ends_a_text_and_its_row_goes_on(tiny_model: Model) -> None:
+    batch = tiny_model.new_batch(3)
+    for _ in range(2):
+        told = run(tiny_model, batch, *PROMPTS[:3], max_new_tokens=1000)
+        for prompt, pieces in zip(PROMPTS, told, strict=False):
+            wanted = tiny_model.generate(prompt, options=options(max_new_tokens=1000))
+            last = pieces[-1]
+            assert isinstance(last, Chunk)
+            assert last.finish_reason == wanted.finish_reason == "context"
+            assert "".join(c.text for c in pieces if isinstance(c, Chunk)) == wanted
+
+
+def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
+    batch, paths = scored.new_batch(2), []
+
+    def deliver(piece: Chunk | Exception) -> None:
+        assert isinstance(piece, Chunk)
+        paths.append(piece.path)
+        if len(paths) == 20:
+            request.current.set_budget(0.25)
+
+    request = scored.request(PROMPTS[0], deliver, options(budget=0.99, max_new_tokens=200))
+    batch.submit(request)
+    while batch.step():
+        pass
+    dear = [sum(action in ("full", "int8") for action in path) for path in paths]
+    assert np.mean(dear[60:]) < np.mean(dear[1:20])
+
+
+def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
+    for given in ({"speculate": "ngram", "policy": "full"}, {"cache": tiny_model.new_cache()}):
+        with pytest.raises(PolicyError, match="batch"):
+            tiny_model.batch(["a"], options=options(**given))
+    with pytest.raises(PolicyError, match="rows=0"):
+        tiny_model.new_batch(0)
+    with pytest.raises(ContextLengthError):
+        tiny_model.batch(["the keeper", "a b c " * 300])
+    with pytest.raises(PolicyError, match="no message"):
+        tiny_model.batch([[]])
+    assert tiny_model.batch([]) == []
