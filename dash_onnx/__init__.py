@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.cache import Cache
     from dash_onnx.runtime.engine import Model, ScoredToken, load
     from dash_onnx.runtime.generate import Chunk, GeneratedToken
+    from dash_onnx.runtime.grammar import Grammar
     from dash_onnx.runtime.options import GenerationOptions
     from dash_onnx.runtime.stream import Completion, Stream
 
@@ -26,6 +27,7 @@ _LAZY = {
     "Completion": "stream",
     "GeneratedToken": "generate",
     "GenerationOptions": "options",
+    "Grammar": "grammar",
     "Model": "engine",
     "ScoredToken": "engine",
     "Stream": "stream",
@@ -39,6 +41,7 @@ __all__ = [
     "DashError",
     "GeneratedToken",
     "GenerationOptions",
+    "Grammar",
     "Model",
     "ScoredToken",
     "Stream",

@@ -23,6 +23,7 @@ from dash_onnx.core.errors import DashError, PolicyError
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy, Generation, TextWriter
 from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -180,22 +181,40 @@ class _Row:
 
 
 class Batch:
-    """Runs requests together. Any thread may submit; one thread at a time runs steps."""
+    """Runs requests together. Any thread may submit; one thread at a time runs steps.
 
-    def __init__(self, sessions: Sessions, rows: int = ROWS):
-        """Allocates rows; see `BatchDecoder`."""
+    Attributes:
+        reused: tokens of prompts so far that did not run, because a row or the store held them.
+    """
+
+    def __init__(self, sessions: Sessions, rows: int = ROWS, store: PrefixStore | None = None):
+        """Allocates rows; see `BatchDecoder`.
+
+        Args:
+            sessions: of the bundle.
+            rows: generations at once.
+            store: keeps what rows hold that are given to another text.
+        """
+        self._store = store
         if not 1 <= rows <= 256:
             raise PolicyError(f"rows={rows} must be in 1..256")
         self._decoder = BatchDecoder(sessions, rows)
         self._rows = [_Row(state) for state in self._decoder.rows]
         self._waiting: deque[Request] = deque()
         self._given = 0  # rows, so far
+        self.reused = 0
         self._wake = threading.Event()
 
     def submit(self, request: Request) -> None:
         """Adds a request; it runs as soon as a row is free."""
         self._waiting.append(request)
         self._wake.set()
+
+    def save(self) -> None:
+        """Puts what all rows hold into the store."""
+        if self._store is not None:
+            for row in self._rows:
+                self._store.put(row.state, row.tokens)
 
     def wait(self, seconds: float) -> None:
         """Waits until there is something to do, or a time has passed."""
@@ -232,8 +251,13 @@ class Batch:
             row = max(free, key=lambda row: (row.common(request.ids), -row.used))
             free.remove(row)
             common = row.common(request.ids)
+            if self._store is not None:
+                if common < len(row.tokens):
+                    self._store.put(row.state, row.tokens)
+                common = self._store.restore(row.state, request.ids, common)
             row.state.truncate(common)
-            del row.tokens[common:]
+            row.tokens = request.ids[:common].tolist()
+            self.reused += common
             self._given += 1
             row.used, row.request, row.rest = self._given, request, request.ids[common:]
             row.started = time.perf_counter()

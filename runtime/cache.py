@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.runtime.prefix import Saved
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -41,6 +45,45 @@ class Cache:
         self._sequence.truncate(common)
         del self.tokens[common:]
         return self._sequence, ids[common:]
+
+    def save(self, path: Path, facts: Mapping[str, str] | None = None) -> None:
+        """Writes it to a file of safetensors' form, all or nothing.
+
+        Args:
+            path: of the file.
+            facts: further text to keep in it.
+
+        Raises:
+            PolicyError: it is empty, in use, or the package safetensors is missing.
+            BundleError: no file can lie there.
+        """
+        with self._taken():
+            if not self.tokens:
+                raise PolicyError("there is nothing to save yet")
+            saved = Saved.of(self._sequence, self.tokens)
+            saved.write(path, self._sequence.sessions.manifest, facts)
+
+    def load(self, path: Path) -> dict[str, str]:
+        """Takes what a file holds in place of its own; returns the facts in it.
+
+        Raises:
+            SourceError: the file is missing, damaged, or of another bundle.
+            PolicyError: it is in use, or the package safetensors is missing.
+        """
+        with self._taken():
+            saved, facts = Saved.read(path, self._sequence.sessions.manifest)
+            saved.restore(self._sequence, len(saved.tokens))
+            self.tokens = saved.tokens.tolist()
+        return facts
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        if not self._busy.acquire(blocking=False):
+            raise PolicyError("this cache is in use by another generation; give each its own")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def release(self) -> None:
         """Gives the sequence back; an interrupted run leaves no half-written token behind."""

@@ -35,9 +35,11 @@ from dash_onnx.runtime.generate import (
     prefill_plan,
     text_of,
 )
+from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.ort import Device, use_threads
+from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
@@ -48,8 +50,8 @@ P = ParamSpec("P")
 
 _MOST_THREADS = 1024
 
-Prompt = str | Sequence[Message]
-"""Raw text, or the messages of a conversation."""
+Prompt = str | Sequence[Message] | Ids
+"""Raw text, the messages of a conversation, or token ids `[S]`."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Model:
             raise BundleError(f"{bundle.folder / 'generation_config.json'}: {error}") from None
         self._sessions = Sessions(bundle, backend, memory)
         self._default = (policy, budget)
+        self._guidance: Any = None
         self.policy()  # refuses a wrong one now
 
     def __repr__(self) -> str:
@@ -321,6 +324,8 @@ class Model:
         ignore_eos: bool | None = None,
         speculate: Speculate | None = None,
         stop: str | Sequence[str] | None = None,
+        grammar: Grammar | None = None,
+        logprobs: int | None = None,
         cache: Cache | None = None,
         temperature: float | None = None,
         repetition_penalty: float | None = None,
@@ -348,6 +353,8 @@ class Model:
             ignore_eos=ignore_eos,
             speculate=speculate,
             stop=stop,
+            grammar=grammar,
+            logprobs=logprobs,
             cache=cache,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
@@ -368,8 +375,16 @@ class Model:
             options,
             sampling=options.sampling(self.sampling),
             eos=self.text.eos_token_ids,
+            constraint=self._constraint(options),
             draft=self._draft(current.policy, options.speculate),
         )
+
+    def _constraint(self, options: GenerationOptions) -> Constraint | None:
+        if options.grammar is None:
+            return None
+        if self._guidance is None:
+            self._guidance = guidance_tokenizer(self.text, self.manifest.model.vocab_size)
+        return Constraint(options.grammar, self._guidance)
 
     def _draft(self, target: Policy, speculate: Speculate) -> Policy | None:
         """Whose path guesses for a target: the trained policy's, or that of the least precision."""
@@ -392,6 +407,8 @@ class Model:
         ignore_eos: bool | None = None,
         speculate: Speculate | None = None,
         stop: str | Sequence[str] | None = None,
+        grammar: Grammar | None = None,
+        logprobs: int | None = None,
         cache: Cache | None = None,
         temperature: float | None = None,
         repetition_penalty: float | None = None,
@@ -403,7 +420,7 @@ class Model:
         """Generates text piece by piece; `close()` ends it and frees its cache.
 
         Args:
-            prompt: raw text, or chat messages, which the chat template turns into text.
+            prompt: raw text, chat messages, which the chat template turns into text, or ids.
             options: the value of whatever is None here; the rest is described there.
 
         Raises:
@@ -419,6 +436,8 @@ class Model:
             ignore_eos=ignore_eos,
             speculate=speculate,
             stop=stop,
+            grammar=grammar,
+            logprobs=logprobs,
             cache=cache,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
@@ -442,16 +461,17 @@ class Model:
     astream = _asynchronous("astream", stream)
     """Generates text piece by piece for `async for`, each token in a thread; likewise."""
 
-    def new_batch(self, rows: int = ROWS) -> Batch:
+    def new_batch(self, rows: int = ROWS, store: PrefixStore | None = None) -> Batch:
         """Runs several generations together; see `request`.
 
         Args:
             rows: how many at once; each has a K/V cache as long as the longest.
+            store: keeps what rows hold that are given to another text.
 
         Raises:
             DeviceError: the device cannot.
         """
-        return Batch(self._sessions, rows)
+        return Batch(self._sessions, rows, store)
 
     def request(
         self, prompt: Prompt, deliver: Deliver, options: GenerationOptions | None = None
@@ -478,6 +498,7 @@ class Model:
             options=options,
             sampling=options.sampling(self.sampling),
             eos=self.text.eos_token_ids,
+            constraint=self._constraint(options),
         )
         writer = TextWriter(self.text, len(ids), tuple(options.stop))
         plan = prefill_plan(self._sessions, current.policy, options.prefill)
@@ -536,6 +557,8 @@ class Model:
         )
 
     def _encoded(self, prompt: Prompt) -> Ids:
+        if isinstance(prompt, np.ndarray):
+            return self._checked(prompt)
         encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
         return self._checked(encode(prompt))  # type: ignore[arg-type]
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.statistics import log_softmax
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import Decider, decider_of
+from dash_onnx.runtime.grammar import Constraint
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sequence import SequenceState
@@ -23,6 +28,27 @@ from dash_onnx.runtime.speculate import Guess, Speculation
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
+
+
+class Logprobs(NamedTuple):
+    """Log probabilities at one token, in nats, before temperature, filters and grammar.
+
+    Attributes:
+        token: of the one that was drawn.
+        top: ids of the likeliest, with theirs.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: Logits, token: int, most: int) -> Logprobs:
+        """From logits `[V]`."""
+        logs = log_softmax(logits.astype(np.float32))
+        likeliest = np.argpartition(-logs, most)[:most]
+        ordered = likeliest[np.argsort(-logs[likeliest], kind="stable")]
+        top = tuple((int(one), float(logs[one])) for one in ordered)
+        return cls(float(logs[token]), top)
 
 
 @dataclass(frozen=True)
@@ -36,6 +62,7 @@ class GeneratedToken:
         finish_reason: set on the last token.
         guess: with `speculate`, what came of the guesses for the pass that this token is the first
             of; its milliseconds are shared by all tokens of the pass.
+        logprobs: where they were asked for.
     """
 
     token: int
@@ -43,6 +70,7 @@ class GeneratedToken:
     ms: float
     finish_reason: FinishReason | None = None
     guess: Guess | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +86,7 @@ class Chunk:
         generated_tokens: how many tokens were generated so far.
         finish_reason: set on the last chunk.
         guess: see `GeneratedToken`.
+        logprobs: likewise.
     """
 
     text: str
@@ -68,6 +97,7 @@ class Chunk:
     generated_tokens: int
     finish_reason: FinishReason | None = None
     guess: Guess | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass
@@ -111,11 +141,13 @@ class Generation:
         *,
         sampling: Sampling,
         eos: frozenset[int],
+        constraint: Constraint | None = None,
     ):
         """Begins with the prompt `ids` `[S]`; the rest is that of `generate_tokens`."""
         self.text: list[int] = ids.tolist()
         self.count = 0
-        self.sampler = Sampler(sampling)
+        self._sampler, self._constraint = Sampler(sampling), constraint
+        self._logprobs: deque[Logprobs | None] = deque()  # of tokens that are not told yet
         self._sequence, self._current, self._options, self._eos = sequence, current, options, eos
         self._policy = current.policy
         self._decider = decider_of(self._policy, sequence)
@@ -136,7 +168,14 @@ class Generation:
 
     def draw(self, logits: Logits) -> int:
         """Draws the next token from logits `[V]`."""
-        token = self.sampler(logits, self.text)
+        raw = logits
+        if self._constraint is not None:
+            logits = self._constraint.masked(logits)
+        token = self._sampler(logits, self.text)
+        if self._constraint is not None:
+            self._constraint.took(token)
+        most = self._options.logprobs
+        self._logprobs.append(None if most is None else Logprobs.of(raw, token, most))
         self.text.append(token)
         return token
 
@@ -160,7 +199,7 @@ class Generation:
             reason = "context"
         elif self.count == self._options.max_new_tokens:
             reason = "length"
-        return GeneratedToken(token, path, ms, reason, guess)
+        return GeneratedToken(token, path, ms, reason, guess, self._logprobs.popleft())
 
 
 def generate_tokens(
@@ -171,6 +210,7 @@ def generate_tokens(
     *,
     sampling: Sampling,
     eos: frozenset[int],
+    constraint: Constraint | None = None,
     draft: Policy | None = None,
 ) -> Iterator[GeneratedToken]:
     """Generates token by token; the first one comes from the prefill.
@@ -181,6 +221,7 @@ def generate_tokens(
         options: what else the user chose.
         sampling: resolved likewise.
         eos: ids that end the text.
+        constraint: of `options.grammar`.
         draft: whose path guesses, for `options.speculate`.
 
     Raises:
@@ -192,11 +233,13 @@ def generate_tokens(
     cache = Cache(sessions) if options.cache is None else options.cache
     sequence, rest = cache.acquire(ids)
     try:
-        going = Generation(sequence, ids, current, options, sampling=sampling, eos=eos)
+        going = Generation(
+            sequence, ids, current, options, sampling=sampling, eos=eos, constraint=constraint
+        )
         text, speculation = going.text, None
         if options.speculate != "off":
             policy = current.policy
-            speculation = Speculation(sequence, policy, going.sampler, options.speculate, draft)
+            speculation = Speculation(sequence, policy, going.draw, options.speculate, draft)
         path, head = prefill_plan(sessions, current.policy, options.prefill)
         started, guess = time.perf_counter(), None
         new = [going.draw(sequence.prefill(rest, path, head))]
@@ -313,8 +356,8 @@ class TextWriter:
             safe = len(held) - _longest_partial(held, self._stop)
             text, held = held[:safe], held[safe:]
         self._held = held
-        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason, step.guess
-        return Chunk(text, *told)
+        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason
+        return Chunk(text, *told, step.guess, step.logprobs)
 
 
 def _longest_partial(text: str, stop: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
+from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.speculate import Speculate
 
@@ -38,6 +39,8 @@ class GenerationOptions:
             `dash` runs a cheaper path of the bundle, `auto` takes what pays. The policy must take
             one path for every token; without one it is the highest exported precision.
         stop: strings that end the text; they are not part of it.
+        grammar: the form that the text must have.
+        logprobs: tell each token's log probability, and that of as many of the likeliest.
         cache: from `Model.new_cache`: what it shares with the beginning of the prompt is not
             computed again.
     """
@@ -49,6 +52,8 @@ class GenerationOptions:
     ignore_eos: bool = False
     speculate: Speculate = "off"
     stop: str | Sequence[str] = ()
+    grammar: Grammar | None = None
+    logprobs: int | None = None
     cache: Cache | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
@@ -70,6 +75,8 @@ class GenerationOptions:
             raise PolicyError(f"speculate={self.speculate!r} must be one of {known}")
         if self.max_new_tokens < 1:
             raise PolicyError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= _MOST_LOGPROBS:
+            raise PolicyError(f"logprobs={self.logprobs} must be in 0..{_MOST_LOGPROBS}")
 
     def sampling(self, own: Sampling) -> Sampling:
         """How tokens are drawn.
@@ -92,11 +99,14 @@ class GenerationOptions:
         return dataclasses.replace(options or cls(), **chosen)
 
 
+_MOST_LOGPROBS = 20  # as in OpenAI's API
 _NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(_NUMBERS, ((int, float, type(None)), "a number")),
     "max_new_tokens": ((int,), "an integer"),
     "top_k": ((int, type(None)), "an integer"),
+    "logprobs": ((int, type(None)), "an integer"),
+    "grammar": ((Grammar, type(None)), "a Grammar"),
     "seed": ((int, type(None)), "an integer"),
     "ignore_eos": ((bool,), "True or False"),
     "policy": ((str, Policy), "a name or a Policy"),

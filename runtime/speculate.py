@@ -9,16 +9,16 @@ certain token each, this is the rule of arXiv 2211.17192.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import FixedPath, decider_of
-from dash_onnx.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.sequence import SequenceState
@@ -131,7 +131,7 @@ class Speculation:
         self,
         sequence: SequenceState,
         policy: Policy,
-        sampler: Sampler,
+        draw: Callable[[Logits], int],
         speculate: Speculate,
         draft: Policy | None,
     ):
@@ -140,7 +140,7 @@ class Speculation:
         Args:
             sequence: that the prompt ran in.
             policy: the target; it takes one path for every token.
-            sampler: draws each token.
+            draw: draws a token from logits `[V]`, and appends it to the text.
             speculate: who guesses.
             draft: whose path guesses; None: none.
 
@@ -152,7 +152,7 @@ class Speculation:
                 f"speculation checks guesses on one path for every token, such as int8; policy "
                 f"{policy.name!r} has none"
             )
-        self._sequence, self._sampler = sequence, sampler
+        self._sequence, self._draw = sequence, draw
         self.path = policy.uniform
         self._target = FixedPath(policy.uniform, policy.head)
         self._index = NgramIndex() if speculate in ("ngram", "auto") else None
@@ -165,7 +165,7 @@ class Speculation:
         """Runs the last token and what is guessed to follow it.
 
         Args:
-            text: prompt and answer so far; the new tokens are appended to it.
+            text: prompt and answer so far, which `draw` appends to.
             room: how many further tokens the answer may have.
 
         Returns:
@@ -179,8 +179,7 @@ class Speculation:
         )
         new: list[int] = []
         for row, guessed in zip(logits, [*guesses, None], strict=True):
-            token = self._sampler(row, text)
-            text.append(token)
+            token = self._draw(row)
             new.append(token)
             if token != guessed:
                 break

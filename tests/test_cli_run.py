@@ -68,6 +68,57 @@ def process(*arguments: object, given: bytes = b"") -> subprocess.CompletedProce
     return subprocess.run(command, input=given, capture_output=True, timeout=60)
 
 
+# Many prompts
+
+
+def test_a_batch_answers_every_line_of_a_file(
+    tiny_bundle: Path, tiny_model: Model, tmp_path: Path, capsys: Capture
+) -> None:
+    file, ask = tmp_path / "prompts.jsonl", [{"role": "user", "content": "hello"}]
+    lines = ["hello", {"prompt": "ships?", "id": "b"}, {"messages": ask, "id": 7}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(tiny_bundle, "--batch", file, "--rows", 2, *QUICK) == 0
+    out, err = capsys.readouterr()
+    found = {answer["id"]: answer for answer in map(json.loads, out.splitlines())}
+    options: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
+    for name, text in ((0, "hello"), ("b", "ships?"), (7, "hello")):
+        assert found[name]["text"] == tiny_model.chat(text, **options)
+        assert found[name]["generated_tokens"] == 6
+    assert "3 answers, 18 tokens" in err
+    assert run(tiny_bundle, "--batch", file, "--raw", *QUICK) == 2  # a line is a chat
+    assert "messages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "is empty"),
+        ("{", "prompts.jsonl:1 is not JSON"),
+        ('"a"\n{"text": "b"}\n', "prompts.jsonl:2 needs `prompt`"),
+        ('{"messages": []}\n', "prompt 0: there is no message"),
+        ('"a"\n"' + "a b " * 300 + '"\n', "prompt 1: the prompt has"),
+    ],
+)
+def test_a_batch_that_cannot_be_answered_is_refused_whole(
+    text: str, told: str, tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    assert told in refused(capsys, tiny_bundle, "--batch", file)
+
+
+def test_an_answer_has_the_form_of_a_schema(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["night", "noon"]}')
+    facts = json_of(capsys, tiny_bundle, "when?", "--json-schema", schema)
+    assert json.loads(facts["text"]) in ("night", "noon")
+    for content in ("{", '{"type": "foo"}'):
+        schema.write_text(content)
+        refused(capsys, tiny_bundle, "when?", "--json-schema", schema)
+
+
 # One prompt
 
 
@@ -640,6 +691,26 @@ def test_a_chat_reuses_the_keys_and_values_of_the_turns_before(
     assert (held, ran) == (0, len(tiny_model.text.encode_chat(first)))
     assert held_again >= ran - 1  # at least the first question is not computed again
     assert held_again + ran_again == len(tiny_model.text.encode_chat(second))
+
+
+def test_a_session_goes_on_where_it_ended(
+    tiny_bundle: Path,
+    tiny_model: Model,
+    prefills: Prefills,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    given = (tiny_bundle, *QUICK, "--session", tmp_path / "talk")
+    first, _ = chatted(monkeypatch, capsys, "hello\n", *given)
+    second, err = chatted(monkeypatch, capsys, "ships?\n", *given)
+    assert (first + second).splitlines() == conversation(tiny_model, "hello", "ships?")
+    assert "2 messages from" in err
+    (_, ran), (held, _), *_ = prefills
+    assert held >= ran - 1
+    (tmp_path / "talk").write_text("damaged")
+    assert "talk" in refused(capsys, *given)
+    assert "regular file" in refused(capsys, tiny_bundle, "--session", "/dev/null")
 
 
 def test_reset_forgets_the_conversation(

@@ -20,6 +20,7 @@ from dash_onnx.runtime.options import GenerationOptions
 if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model
 
+_MESSAGES = "messages"  # of the facts in a session's file
 HELP = """\
 /budget X     answers at quality, balanced, fast or a fraction; without X: tells it
 /system TEXT  sets the system message; without TEXT: removes it
@@ -40,14 +41,31 @@ class Chat:
         options: GenerationOptions,
         *,
         system: str | None = None,
+        session: Path | None = None,
         trace: TextIO | None = None,
         show_path: bool = False,
     ):
-        """Starts with no message but the system's."""
+        """Starts with no message but the system's, or goes on with a session.
+
+        Args:
+            model: loaded.
+            options: of all answers.
+            system: message.
+            session: file that keeps the conversation and its K/V; written after each answer.
+            trace: takes each token.
+            show_path: colours each token by its cost.
+
+        Raises:
+            SourceError: the session is damaged, or of another bundle.
+        """
         self._model, self._trace, self._show_path = model, trace, show_path
-        self._options = dataclasses.replace(options, cache=model.new_cache())
+        self._cache = model.new_cache()
+        self._options = dataclasses.replace(options, cache=self._cache)
         self._messages: list[dict[str, Any]] = []
+        self._session = session
         self._saved: Path | None = None  # ours to overwrite
+        if session is not None and session.exists():
+            self._resume(session)
         if system:
             self._system(system)
         self._commands: dict[str, Callable[[str], None]] = {
@@ -108,6 +126,18 @@ class Chat:
             else:
                 print(record.line(), file=sys.stderr)
         self._messages = [*asked, {"role": "assistant", "content": "".join(text)}]
+        if self._session is not None and self._cache.tokens:
+            self._cache.save(self._session, {_MESSAGES: json.dumps(self._messages)})
+
+    def _resume(self, session: Path) -> None:
+        try:
+            self._messages = json.loads(self._cache.load(session)[_MESSAGES])
+        except (KeyError, ValueError, RecursionError) as error:
+            if isinstance(error, DashError):
+                raise
+            raise SourceError(f"{session} holds no conversation") from None
+        self._model.text.render_chat(self._messages)  # refuses what is none
+        self._say(f"{len(self._messages)} messages from {session}")
 
     def _budget(self, text: str) -> None:
         if text:

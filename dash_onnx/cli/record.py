@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.core.policy import Policy, ScoredPolicy
-from dash_onnx.report.tokens import piece
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampling
 
@@ -46,7 +45,7 @@ class Record:
             if trace is not None:
                 facts = {
                     "token": chunk.token,
-                    "text": piece(model.text, chunk.token),
+                    "text": model.text.piece(chunk.token),
                     "ms": round(chunk.ms, 3),
                     "path": chunk.path,
                 }

@@ -27,6 +27,8 @@ from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.text import read_text
+from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.speculate import Speculate
 
@@ -38,8 +40,9 @@ _EXAMPLES = """\
   dash-run out/ "Once upon a time" --raw --policy int4 --max-new-tokens 100 --temperature 0.8
   dash-run out/ "2 + 2 =" --policy random:1 --trace trace.jsonl --json
   cat notes.txt | dash-run out/ "Summarize this"
+  dash-run out/ "Invent a person" --json-schema person.json
   dash-run out/ --batch prompts.jsonl > answers.jsonl
-  dash-run out/                      interactive chat; /help lists its commands"""
+  dash-run out/ --session talk       interactive chat; /help lists its commands"""
 
 
 def _parser() -> Parser:
@@ -74,6 +77,13 @@ def _parser() -> Parser:
         "--chat", action="store_true", help="refuse a model that has no chat template"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument(
+        "--session",
+        type=Path,
+        metavar="FILE",
+        help="keep the interactive chat and its K/V there, and go on with it the next time (needs "
+        "the package safetensors)",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=positive,
@@ -117,6 +127,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
     )
+    parser.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE.json",
+        help="answer with JSON of this schema (needs the package llguidance)",
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
     parser.add_argument(
         "--trace",
@@ -139,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     # Intermixed: `OUT --chat PROMPT` works, although PROMPT is optional.
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch:
-        for name in ("prompt", "trace", "show_path", "json"):
+        for name in ("prompt", "session", "trace", "show_path", "json"):
             if getattr(arguments, name):
                 told = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
                 parser.error(f"--batch does not go with {told}")
@@ -150,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--show-path colours text for a reader; it does not go with --json")
     if arguments.system and arguments.raw:
         parser.error("--system goes with a chat, not with --raw")
+    if arguments.session and arguments.prompt is not None:
+        parser.error("--session is of the interactive chat, without PROMPT")
     if arguments.raw and arguments.prompt is None:
         parser.error("--raw needs a PROMPT")
     return run("dash-run", lambda: _run(arguments))
@@ -158,12 +176,17 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     import dash_onnx
 
-    if arguments.trace:
-        check_file(arguments.trace)
+    for path in (arguments.trace, arguments.session):
+        if path:
+            check_file(path)
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
-    names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"cache"}
-    options = GenerationOptions(**{name: getattr(arguments, name) for name in names})
+    own = {"cache", "grammar", "logprobs"}
+    names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
+    options = GenerationOptions(
+        **{name: getattr(arguments, name) for name in names},
+        grammar=_grammar(arguments.json_schema) if arguments.json_schema else None,
+    )
     started = time.perf_counter()
     model = dash_onnx.load(
         arguments.bundle,
@@ -201,6 +224,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 model,
                 options,
                 system=arguments.system,
+                session=arguments.session,
                 trace=trace,
                 show_path=arguments.show_path,
             ).run()
@@ -218,6 +242,15 @@ def _run(arguments: argparse.Namespace) -> None:
         else:
             show(chunks, path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)
+
+
+def _grammar(schema: Path) -> Grammar:
+    try:
+        return Grammar.json_schema(json.loads(read_text(schema)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PolicyError):
+            raise
+        raise SourceError(f"{schema} is not JSON") from None
 
 
 def _text(prompt: str) -> str:

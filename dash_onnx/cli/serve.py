@@ -15,7 +15,7 @@ from dash_onnx.cli.common import (
     positive,
     run,
 )
-from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.errors import DashError
 from dash_onnx.core.text import read_text
 
 _LOG = logging.getLogger(__name__)
@@ -81,6 +81,20 @@ def _parser() -> Parser:
     parser.add_argument(
         "--timeout", type=positive, default=600, metavar="S", help="of an answer (default: 600)"
     )
+    parser.add_argument(
+        "--prefix-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep K/V of prompts and conversations there for the next start (needs the package "
+        "safetensors)",
+    )
+    parser.add_argument(
+        "--prefix-mb",
+        type=int,
+        default=256,
+        metavar="N",
+        help="of K/V that may be kept for texts that come again (default: %(default)s; 0: none)",
+    )
     add_device_options(parser)
     add_log_options(parser)
     return parser
@@ -102,36 +116,28 @@ def _serve(arguments: argparse.Namespace) -> None:
         )
     if not 0 <= arguments.port < 1 << 16:
         raise DashError(f"--port {arguments.port} is no port")
-    names = [path.resolve().name for path in arguments.bundles]
-    for name in names:
-        if names.count(name) > 1:
-            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
     try:
         import uvicorn
 
         from dash_onnx.serve.app import create_app
-        from dash_onnx.serve.service import Limits
+        from dash_onnx.serve.service import Limits, load_models
     except ImportError as error:
         remedy = "`pip install 'dash-onnx[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
-    import dash_onnx
-
-    models = {}
-    for name, path in zip(names, arguments.bundles, strict=True):
-        models[name] = dash_onnx.load(
-            path,
-            device=arguments.device,
-            threads=arguments.threads,
-            policy=arguments.policy,
-            budget=arguments.budget,
-        )
-        models[name].preload(models[name].policy())
-        _LOG.info("%s: %r", name, models[name])
+    models = load_models(
+        arguments.bundles,
+        device=arguments.device,
+        threads=arguments.threads,
+        policy=arguments.policy,
+        budget=arguments.budget,
+    )
     limits = Limits(
         running=arguments.running,
         waiting=arguments.waiting,
         most_tokens=arguments.max_tokens,
         seconds=arguments.timeout,
+        prefix_bytes=max(0, arguments.prefix_mb) << 20,
+        prefix_folder=arguments.prefix_cache,
         budget_under_load=arguments.budget_under_load,
     )
     app = create_app(models, limits, key=key, origins=tuple(arguments.cors))

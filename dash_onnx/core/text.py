@@ -18,7 +18,7 @@ from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
-
+_SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # what transformers takes
 
 
@@ -79,7 +79,13 @@ class TextCodec:
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return np.asarray(ids, np.int64)
 
-    def render_chat(self, messages: Sequence[Message], *, answer_next: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer_next: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The text of a conversation, ending where the assistant's answer begins.
 
         The template runs in jinja2's immutable sandbox, as in transformers, and within limits of
@@ -88,6 +94,7 @@ class TextCodec:
         Args:
             messages: in order.
             answer_next: whether the assistant is to answer; otherwise the text just ends.
+            tools: that the assistant may call, in OpenAI's form; a template may ignore them.
 
         Raises:
             PolicyError: no template, it refuses the messages, or they are none.
@@ -98,14 +105,18 @@ class TextCodec:
         from dash_onnx.core.template import render  # jinja2 takes a while to import
 
         values = {"messages": messages, "add_generation_prompt": answer_next, **self._special}
+        if tools:
+            values["tools"] = [*tools]
         try:
             return render(self.chat_template, values)
         except Exception as error:  # the template is the model's code: it may raise anything
             raise PolicyError(f"the chat template refuses these messages: {error}") from None
 
-    def encode_chat(self, messages: Sequence[Message]) -> npt.NDArray[np.int64]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> npt.NDArray[np.int64]:
         """Token ids `[S]` of a conversation, ready for the assistant's answer."""
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, tools=tools), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -114,6 +125,13 @@ class TextCodec:
     def token(self, token: int) -> str:
         """The vocabulary entry of an id, special tokens included."""
         return self.tokenizer.id_to_token(int(token)) or ""
+
+    def piece(self, token: int) -> str:
+        """The text of one token. Decoding it alone would drop a SentencePiece token's space."""
+        entry = self.token(token)
+        if _SPACE in entry:
+            return entry.replace(_SPACE, " ")
+        return self.tokenizer.decode([int(token)], skip_special_tokens=False)
 
 
 def _checked(messages: Sequence[Message]) -> list[Message]:

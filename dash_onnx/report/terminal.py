@@ -11,7 +11,7 @@ from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.report.tokens import piece, visible
+from dash_onnx.report.tokens import visible
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.generate import Chunk
@@ -65,7 +65,7 @@ class PathView:
             print("\n".join(self._lines))
 
     def _noted(self, chunk: Chunk, cost: str) -> str:
-        text = visible(piece(self._codec, chunk.token), _WIDTH)
+        text = visible(self._codec.piece(chunk.token), _WIDTH)
         self._lines.append(f"{text:<{_WIDTH}} {cost:>7} {path_letters(chunk.path)}")
         return chunk.text
 

@@ -13,7 +13,6 @@ TokenKind: TypeAlias = Literal[
 ]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
-_SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _PART = "\ufffd"  # what a token decodes to that holds only some bytes of a character
 
 
@@ -37,18 +36,10 @@ def describe(codec: TextCodec, ids: Sequence[int]) -> tuple[Token, ...]:
     tokens: list[Token] = []
     before = ""
     for token in map(int, ids):
-        text = piece(codec, token)
+        text = codec.piece(token)
         tokens.append(Token(text, "special" if token in special else _kind(text, before)))
         before = "" if token in special else text
     return tuple(tokens)
-
-
-def piece(codec: TextCodec, token: int) -> str:
-    """The text of one token. Decoding it alone would drop a SentencePiece token's space."""
-    entry = codec.token(token)
-    if _SPACE in entry:
-        return entry.replace(_SPACE, " ")
-    return codec.tokenizer.decode([token], skip_special_tokens=False)
 
 
 def visible(text: str, limit: int) -> str:

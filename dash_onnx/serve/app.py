@@ -30,8 +30,9 @@ from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.engine import Model, Prompt
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.schema import Answer, ChatRequest, CompletionRequest, Generation
+from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
 from dash_onnx.serve.service import BusyError, Limits, Service, Tally, check_words
+from dash_onnx.serve.tools import with_tools
 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 2  # what a client that is refused for load is told to wait
@@ -203,10 +204,14 @@ class _Server:
         body = await self._body(request, ChatRequest)
         assert isinstance(body, ChatRequest)
         name = self._named(body.model)
+        model = self.service.models[name]
         with _refusing():
-            messages, options = body.prompt(), body.options(self.service.limits.most_tokens)
-            check_words(self.service.models[name], messages)
-        return await self._answer(request, name, messages, options, body, chat=True)
+            options, tools = body.options(self.service.limits.most_tokens), body.offered
+            messages = with_tools(body.prompt(), tools, model.text.chat_template)
+            check_words(model, [*messages, {"content": json.dumps(tools)}])
+            prompt = await asyncio.to_thread(model.text.encode_chat, messages, tools=tools)
+        choices = [Choice(model.text, tools) for _ in range(body.n)]
+        return await self._answer(request, name, prompt, options, body, choices)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionRequest)
@@ -214,7 +219,8 @@ class _Server:
         name = self._named(body.model)
         with _refusing():
             options = body.options(self.service.limits.most_tokens)
-        return await self._answer(request, name, body.prompt, options, body, chat=False)
+        choices = [Choice(self.service.models[name].text, []) for _ in range(body.n)]
+        return await self._answer(request, name, body.prompt, options, body, choices)
 
     async def _body(self, request: Request, kind: type[Generation]) -> Generation:
         self._check_key(request)
@@ -244,26 +250,25 @@ class _Server:
         prompt: Prompt,
         options: GenerationOptions,
         body: Generation,
-        *,
-        chat: bool,
+        choices: list[Choice],
     ) -> Response:
-        answer, tallies = Answer(name, chat=chat), [Tally() for _ in range(body.n)]
+        answer = Answer(name, chat=isinstance(body, ChatRequest))
+        tallies = [Tally() for _ in choices]
         pieces = self._pieces(name, prompt, options, tallies)
         first = await _first(pieces)  # what is refused has a status of its own
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = _events(first, pieces, answer, tallies, usage)
+            events = _events(first, pieces, answer, choices, tallies, usage)
             return StreamingResponse(events, media_type="text/event-stream")
-        texts = [""] * body.n
         async with contextlib.aclosing(pieces):
-            texts[0] += first.text
+            choices[0].add(first)
             async for index, chunk in pieces:
                 if await request.is_disconnected():
                     raise APIError(_CLOSED, "the client went away", "closed")
-                texts[index] += chunk.text
+                choices[index].add(chunk)
         reasons = [tally.finish_reason for tally in tallies]
         told = {"usage": _usage(tallies), "dash": tallies[0].facts()}
-        return JSONResponse(answer.whole(texts, reasons, **told))
+        return JSONResponse(answer.whole(choices, reasons, **told))
 
     async def _pieces(
         self, name: str, prompt: Prompt, options: GenerationOptions, tallies: list[Tally]
@@ -328,6 +333,7 @@ async def _events(
     first: Chunk,
     pieces: AsyncGenerator[tuple[int, Chunk], None],
     answer: Answer,
+    choices: list[Choice],
     tallies: list[Tally],
     usage: bool,
 ) -> AsyncIterator[str]:
@@ -344,10 +350,14 @@ async def _events(
                     "ms": round(chunk.ms, 3),
                     "cost": round(tallies[index].last, 4),
                 }
-                yield _event(answer.piece(index, chunk.text, dash=facts))
+                said, token = choices[index].add(chunk)
+                yield _event(answer.piece(index, said, token=token, dash=facts))
                 if chunk.finish_reason is not None:
-                    tally = tallies[index]
-                    yield _event(answer.piece(index, "", tally.finish_reason, dash=tally.facts()))
+                    reason, calls = tallies[index].finish_reason, choices[index].calls
+                    if calls:
+                        reason = "tool_calls"
+                        yield _event(answer.piece(index, "", calls=calls))
+                    yield _event(answer.piece(index, "", reason, dash=tallies[index].facts()))
             if usage:
                 yield _event(answer.usage(_usage(tallies)))
         except APIError as error:

@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.text import TextCodec
+from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Asked for, each of them would change the answer: better refused than ignored.
-_UNSERVED = ("tools", "functions", "logit_bias", "audio", "modalities", "prediction")
+_UNSERVED = ("functions", "logit_bias", "audio", "modalities", "prediction")
 
 
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
     include_usage: bool = False
+
+
+class ResponseFormat(BaseModel):
+    """What an answer must look like; `regex` and `lark` are ours."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
+    json_schema: dict[str, Any] = {}
+    regex: str = ""
+    lark: str = ""
+
+    def form(self) -> Grammar | None:
+        """The grammar of it.
+
+        Raises:
+            PolicyError: llguidance is missing, or refuses it.
+        """
+        if self.type == "json_schema":
+            return Grammar.json_schema(self.json_schema.get("schema", {}))
+        if self.type == "json_object":
+            return Grammar.json_schema({"type": "object"})
+        if self.type == "regex":
+            return Grammar.regex(self.regex)
+        return Grammar.lark(self.lark) if self.type == "lark" else None
 
 
 class Generation(BaseModel):
@@ -39,6 +68,7 @@ class Generation(BaseModel):
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    response_format: ResponseFormat = ResponseFormat()
     # Ours.
     policy: str = ""
     budget: float | str | None = None
@@ -58,10 +88,6 @@ class Generation(BaseModel):
         """
         extra = self.model_extra or {}
         unserved = [name for name in _UNSERVED if extra.get(name)]
-        if extra.get("logprobs") or extra.get("top_logprobs"):
-            unserved.append("logprobs")
-        if (extra.get("response_format") or {"type": "text"}) != {"type": "text"}:
-            unserved.append("response_format")
         unserved += [
             name for name in ("frequency_penalty", "presence_penalty") if getattr(self, name)
         ]
@@ -82,13 +108,46 @@ class Generation(BaseModel):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
+            grammar=self.response_format.form(),
+            logprobs=self.wanted_logprobs,
         )
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with each; None: no log probabilities."""
+        raise NotImplementedError
 
 
 class ChatRequest(Generation):
     """Of /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
+    tools: list[Any] = []
+    tool_choice: str | dict[str, Any] | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See `Generation`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def options(self, most_tokens: int) -> GenerationOptions:
+        """See `Generation`; a call that is asked for is the form of the answer."""
+        options = super().options(most_tokens)
+        call = forced_call(self.offered, self.tool_choice)
+        if call is not None and options.grammar is not None:
+            raise PolicyError("a request asks for a call or for a response_format, not for both")
+        return options if call is None else dataclasses.replace(options, grammar=call)
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """Tools that may be called.
+
+        Raises:
+            PolicyError: one is no function.
+        """
+        return [] if self.tool_choice == "none" else checked_tools(self.tools)
 
     def prompt(self) -> list[dict[str, Any]]:
         """The messages, with roles that templates know.
@@ -109,6 +168,47 @@ class CompletionRequest(Generation):
     """Of /v1/completions: text to continue."""
 
     prompt: str
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See `Generation`."""
+        return self.logprobs
+
+
+class Choice:
+    """One text of an answer, as it comes."""
+
+    def __init__(self, codec: TextCodec, tools: list[dict[str, Any]]):
+        """Begins it.
+
+        Args:
+            codec: of the model.
+            tools: whose calls are looked for.
+        """
+        self._codec, self._reader = codec, CallReader(tools)
+        self.text = ""
+        self.calls: list[dict[str, Any]] = []
+        self.tokens: list[dict[str, Any]] = []
+
+    def add(self, chunk: Chunk) -> tuple[str, dict[str, Any] | None]:
+        """What is said for sure with a chunk, and its token's log probabilities."""
+        said = self._reader.add(chunk.text)
+        if chunk.finish_reason is not None:
+            rest, self.calls = self._reader.finish()
+            said += rest
+        self.text += said
+        token = None
+        if chunk.logprobs is not None:
+            own, top = chunk.logprobs
+            token = self._entry(chunk.token, own)
+            token["top_logprobs"] = [self._entry(*one) for one in top]
+            self.tokens.append(token)
+        return said, token
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._codec.piece(token)
+        return {"token": text, "logprob": logprob, "bytes": [*text.encode("utf-8", "replace")]}
 
 
 class Answer:
@@ -123,34 +223,75 @@ class Answer:
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
         self._kind = kind
 
-    def whole(self, texts: list[str], reasons: list[str], **more: Any) -> dict[str, Any]:
+    def whole(self, choices: list[Choice], reasons: list[str], **more: Any) -> dict[str, Any]:
         """All choices."""
-        choices = [
-            {"index": index, "finish_reason": reason, "logprobs": None, **self._content(text)}
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
+        found = [
+            {
+                "index": index,
+                "finish_reason": "tool_calls" if choice.calls else reason,
+                "logprobs": self._logprobs(choice.tokens),
+                **self._content(choice),
+            }
+            for index, (choice, reason) in enumerate(zip(choices, reasons, strict=True))
         ]
-        return {**self._head, "object": self._kind, "choices": choices, **more}
+        return {**self._head, "object": self._kind, "choices": found, **more}
 
     def piece(
-        self, index: int, text: str | None, reason: str | None = None, **more: Any
+        self,
+        index: int,
+        text: str | None,
+        reason: str | None = None,
+        token: dict[str, Any] | None = None,
+        calls: Sequence[dict[str, Any]] = (),
+        **more: Any,
     ) -> dict[str, Any]:
-        """A piece of a choice; None begins it."""
+        """A piece of a choice.
+
+        Args:
+            index: of the choice.
+            text: None begins it.
+            reason: ends it.
+            token: log probabilities of the piece.
+            calls: of tools.
+            more: further fields of the answer.
+        """
         kind = "chat.completion.chunk" if self._chat else self._kind
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        logprobs = self._logprobs([token] if token else [])
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
         if not self._chat:
             choice["text"] = text or ""
         elif text is None:
             choice["delta"] = {"role": "assistant", "content": ""}
         else:
             choice["delta"] = {"content": text} if text else {}
+            if calls:
+                numbered = [{"index": number, **call} for number, call in enumerate(calls)]
+                choice["delta"]["tool_calls"] = numbered
         return {**self._head, "object": kind, "choices": [choice], **more}
+
+    def _logprobs(self, tokens: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        if self._chat:
+            return {"content": tokens, "refusal": None}
+        return {
+            "tokens": [token["token"] for token in tokens],
+            "token_logprobs": [token["logprob"] for token in tokens],
+            "top_logprobs": [
+                {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in tokens
+            ],
+            "text_offset": [],
+        }
 
     def usage(self, counts: dict[str, int]) -> dict[str, Any]:
         """The last piece of a stream that asked for it."""
         kind = "chat.completion.chunk" if self._chat else self._kind
         return {**self._head, "object": kind, "choices": [], "usage": counts}
 
-    def _content(self, text: str) -> dict[str, Any]:
-        if self._chat:
-            return {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"text": text}
+    def _content(self, choice: Choice) -> dict[str, Any]:
+        if not self._chat:
+            return {"text": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message |= {"content": choice.text or None, "tool_calls": choice.calls}
+        return {"message": message}

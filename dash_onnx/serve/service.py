@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Metric
 
 from dash_onnx.core.budget import Budget, reference_ms, resolve
-from dash_onnx.core.errors import DashError, DeviceError, PolicyError
+from dash_onnx.core.errors import DashError, DeviceError, PolicyError, SourceError
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.runtime.batch import Batch, Request
-from dash_onnx.runtime.engine import Model, Prompt
+from dash_onnx.runtime.engine import Model, Prompt, load
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.ort import Device
+from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.stream import Stream
 
+_LOG = logging.getLogger(__name__)
 _IDLE_S = 0.5  # a thread that has nothing to do looks up
 _STEPS = 4  # between the budget of an idle server and that under load
 
@@ -41,6 +46,8 @@ class Limits:
         most_tokens: of an answer.
         seconds: of a request, from when it runs.
         body_bytes: of a request.
+        prefix_bytes: of K/V in memory that lost its place to another text.
+        prefix_folder: keeps it for the next process.
         budget_under_load: where budgets fall to as the queue fills, of requests that name none.
     """
 
@@ -49,6 +56,8 @@ class Limits:
     most_tokens: int = 4096
     seconds: float = 600.0
     body_bytes: int = 4 << 20
+    prefix_bytes: int = 256 << 20
+    prefix_folder: Path | None = None
     budget_under_load: Budget | None = None
 
 
@@ -64,6 +73,7 @@ class Metrics:
         self.tokens = Metric("dash_tokens", "prompt and generated", ["kind"], **given)
         self.actions = Metric("dash_actions", "decisions by action", ["action"], **given)
         self.guesses = Metric("dash_guesses", "of speculation", ["outcome"], **given)
+        self.reused = Gauge("dash_prompt_tokens_reused", "that a row or a prefix held", **given)
         self.running = Gauge("dash_running", "generations", **given)
         self.waiting = Gauge("dash_waiting", "requests in the queue", **given)
         self.pressure = Gauge("dash_pressure", "0 to 1: how far budgets have fallen", **given)
@@ -164,14 +174,20 @@ class _BatchThread:
             if not self._batch.step():
                 self._batch.wait(_IDLE_S)
 
+    @property
+    def reused(self) -> int:
+        return self._batch.reused
+
     def close(self) -> None:
         self._closed = True
         self._thread.join()
+        self._batch.save()
 
 
-def _batch(model: Model, rows: int) -> _BatchThread | None:
+def _batch(model: Model, limits: Limits) -> _BatchThread | None:
+    store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
     try:
-        return _BatchThread(model.new_batch(rows))
+        return _BatchThread(model.new_batch(limits.running, store))
     except DeviceError:  # each generation runs on its own there
         return None
 
@@ -187,7 +203,7 @@ class Service:
         """
         self.models, self.limits, self.metrics = models, limits, Metrics()
         self.draining = False
-        self._batches = {name: _batch(model, limits.running) for name, model in models.items()}
+        self._batches = {name: _batch(model, limits) for name, model in models.items()}
         self._slots = asyncio.Semaphore(limits.running)
         self._waiting = 0
         self._under_load: dict[str, float] = {}
@@ -307,8 +323,35 @@ class Service:
             tally.finish_reason = "stop" if chunk.finish_reason == "stop" else "length"
 
     def _show(self) -> None:
+        self.metrics.reused.set(sum(batch.reused for batch in self._batches.values() if batch))
         self.metrics.waiting.set(self._waiting)
         self.metrics.pressure.set(self.pressure)
+
+
+def load_models(
+    folders: Sequence[str | Path],
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    policy: str = "",
+    budget: Budget | None = None,
+) -> dict[str, Model]:
+    """Loads bundles and what their policy runs; each is called by its folder's name.
+
+    Raises:
+        SourceError: two have the same name.
+        DashError: a bundle cannot be loaded; see `dash_onnx.load`.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
+    models = {}
+    for name, folder in zip(names, folders, strict=True):
+        models[name] = load(folder, device=device, threads=threads, policy=policy, budget=budget)
+        models[name].preload(models[name].policy())
+        _LOG.info("%s: %r", name, models[name])
+    return models
 
 
 def check_words(model: Model, messages: list[dict[str, Any]]) -> None:

@@ -1,0 +1,269 @@
+"""What a server does for several clients at once, and what arrives while others wait.
+
+    python benchmarks/serve.py out/
+    python benchmarks/serve.py out/ --peer model.gguf --clients 1,4,8 --budget balanced --json
+
+Each server runs in a process of its own, and clients stream answers from it over HTTP. Three
+questions: how many tokens a second all clients get together; how long running answers stall while
+long prompts arrive; and, with --budget-under-load, how long the first token takes when three times
+as many requests arrive as the server can answer. The peer is llama.cpp's own server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+
+PROMPTS = (
+    "Write a letter from a lighthouse keeper to the captain of a ship that passed at night.",
+    "Explain to a child, at length, why the sky is blue and why sunsets are red.",
+    "Tell the story of a man who planted trees for thirty years in an empty valley.",
+    "Describe in detail how a bicycle is repaired after a long journey.",
+)
+_LONG = "The keeper counts the ships that pass in the night, and writes their names down. "
+_LLAMA = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel, params.port = sys.argv[1], int(sys.argv[3]), int(sys.argv[2])
+params.n_ctx, params.warmup = 4096 * int(sys.argv[3]), True
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[4])
+server = xllamacpp.Server(params)
+while True:
+    time.sleep(1)
+"""
+
+
+@dataclass
+class Answer:
+    """What one client saw.
+
+    Attributes:
+        sent: when it asked, by `time.perf_counter`.
+        times: when each piece of text came, likewise.
+        tokens: of the answer, as the server counts them.
+        status: of HTTP.
+        budget: that a server of ours ended with.
+    """
+
+    sent: float
+    times: list[float] = field(default_factory=list)
+    tokens: int = 0
+    status: int = 0
+    budget: float | None = None
+
+
+def main() -> None:
+    """Prints a table for each server, or JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--peer", type=Path, metavar="FILE.gguf", help="for llama.cpp's server")
+    parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
+    parser.add_argument("--budget", help="or --policy, of all requests")
+    parser.add_argument("--policy")
+    parser.add_argument("--new-tokens", type=int, default=96, help="(default: 96)")
+    parser.add_argument("--rounds", type=int, default=2, help="of each number of clients")
+    parser.add_argument("--long", type=int, default=2000, help="tokens of a long prompt; 0: none")
+    parser.add_argument("--budget-under-load", help="measures overload with it and without")
+    parser.add_argument("--seconds", type=float, default=60, help="of overload (default: 60)")
+    parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    clients = [int(count) for count in arguments.clients.split(",")]
+    threads = str(arguments.threads)
+    command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle), "--threads"]
+    command += [threads, "--running", str(max(clients)), "--port", "PORT"]
+    servers = {"dash-serve": command}
+    if arguments.peer:
+        llama = [sys.executable, "-c", _LLAMA, str(arguments.peer), "PORT", str(max(clients))]
+        servers["llama.cpp"] = [*llama, threads]
+    extra = {name: getattr(arguments, name) for name in ("budget", "policy")}
+    extra = {name: value for name, value in extra.items() if value}
+    found: dict[str, Any] = {}
+    for name, argv in servers.items():
+        with running(argv) as url:
+            found[name] = asyncio.run(
+                _measured(url, clients, arguments, extra if name == "dash-serve" else {})
+            )
+    if arguments.budget_under_load:
+        rate = 3 * found["dash-serve"]["tokens_per_s"][str(max(clients))] / arguments.new_tokens
+        options = ["--waiting", "1000", "--budget-under-load", arguments.budget_under_load]
+        for name, more in (("usual", options[:2]), ("under load", options)):
+            with running([*command, *more]) as url:
+                found[f"overload, {name}"] = asyncio.run(_overload(url, rate, arguments, extra))
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    for name, facts in found.items():
+        print(name)
+        for key, value in facts.items():
+            print(f"  {key:24} {json.dumps(value)}")
+
+
+@contextlib.contextmanager
+def running(argv: list[str]) -> Iterator[str]:
+    """A server's address, once it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    argv = [str(port) if part == "PORT" else part for part in argv]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with {process.returncode}: {argv}")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def _measured(
+    url: str, clients: list[int], arguments: argparse.Namespace, extra: dict[str, Any]
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {"tokens_per_s": {}, "first_token_ms": {}, "between_ms": {}}
+    async with _client() as http:
+        await ask(http, url, PROMPTS[0], 8, extra)
+        for count in clients:
+            rates, answers = [], []
+            for turn in range(arguments.rounds):
+                started = time.perf_counter()
+                some = await asyncio.gather(
+                    *(
+                        ask(http, url, _prompt(turn * count + one), arguments.new_tokens, extra)
+                        for one in range(count)
+                    )
+                )
+                rates.append(sum(a.tokens for a in some) / (time.perf_counter() - started))
+                answers += some
+            facts["tokens_per_s"][str(count)] = round(max(rates), 2)
+            firsts = [1e3 * (a.times[0] - a.sent) for a in answers]
+            facts["first_token_ms"][str(count)] = round(statistics.median(firsts), 1)
+            facts["between_ms"][str(count)] = _quantiles(_gaps(answers))
+        if arguments.long:
+            facts["while_long_prompts_arrive"] = await _stalled(http, url, arguments, extra)
+    rates = facts["tokens_per_s"]
+    facts["ratio"] = {n: round(r / rates[str(clients[0])], 2) for n, r in rates.items()}
+    return facts
+
+
+async def _stalled(
+    http: httpx.AsyncClient, url: str, arguments: argparse.Namespace, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Three answers run, and long prompts come, one after the other."""
+    running = [
+        asyncio.create_task(ask(http, url, _prompt(n), 2 * arguments.new_tokens, extra))
+        for n in range(3)
+    ]
+    firsts = []
+    while not all(task.done() for task in running):
+        text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held already
+        answer = await ask(http, url, text, 1, extra)
+        firsts.append(1e3 * (answer.times[0] - answer.sent))
+    answers = [task.result() for task in running]
+    return {**_quantiles(_gaps(answers)), "long_first_token_ms": round(statistics.median(firsts))}
+
+
+async def _overload(
+    url: str, rate: float, arguments: argparse.Namespace, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """Requests arrive at a rate that is more than the server answers."""
+    tasks = []
+    async with _client() as http:
+        await ask(http, url, PROMPTS[0], 8, extra)
+        started = time.perf_counter()
+        while (now := time.perf_counter() - started) < arguments.seconds:
+            name = len(tasks)
+            # Those that name a budget keep it.
+            tasks.append(asyncio.create_task(ask(http, url, _prompt(name), arguments.new_tokens)))
+            await asyncio.sleep(max(0.0, len(tasks) / rate - now))
+        answers = [task.result() for task in tasks if await asyncio.wait([task])]
+        seconds = time.perf_counter() - started
+    answered = [answer for answer in answers if answer.status == 200 and answer.times]
+    firsts = [1e3 * (answer.times[0] - answer.sent) for answer in answered]
+    budgets = [answer.budget for answer in answered if answer.budget is not None]
+    return {
+        "requests": len(answers),
+        "answered": len(answered),
+        "requests_per_s": round(rate, 2),
+        "tokens_per_s": round(sum(answer.tokens for answer in answered) / seconds, 2),
+        "first_token_ms": _quantiles(firsts),
+        "last_budget": _quantiles(budgets) if budgets else None,
+    }
+
+
+async def ask(
+    http: httpx.AsyncClient,
+    url: str,
+    prompt: str,
+    new_tokens: int,
+    extra: dict[str, Any] | None = None,
+) -> Answer:
+    """Streams an answer."""
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **(extra or {}),
+    }
+    answer = Answer(time.perf_counter())
+    async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        answer.status = response.status_code
+        async for event in _events(response):
+            if event.get("usage"):
+                answer.tokens = event["usage"]["completion_tokens"]
+            choices = event.get("choices") or [{}]
+            if choices[0].get("delta", {}).get("content") is not None:
+                answer.times.append(time.perf_counter())
+            if choices[0].get("finish_reason") and "dash" in event:
+                answer.budget = event["dash"]["budget"]
+    return answer
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line[6:])
+
+
+def _client() -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=2000)
+    return httpx.AsyncClient(timeout=httpx.Timeout(3600), limits=limits)
+
+
+def _prompt(number: int) -> str:
+    return f"{PROMPTS[number % len(PROMPTS)]} This is letter {number}."
+
+
+def _gaps(answers: list[Answer]) -> list[float]:
+    return [1e3 * float(gap) for answer in answers for gap in np.diff(answer.times)]
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    return {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 95, 99)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The server on a cluster: the same app as a deployment of Ray Serve, in as many replicas.
+
+serve run dash_onnx.serve.ray:app bundles=/models/out replicas=2 threads=2
+
+Each replica is a process that loads the bundles from its own node. Needs the extra [ray].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from starlette.applications import Starlette
+
+
+class Arguments(BaseModel):
+    """Of `serve run`, or `args` in a file for `serve deploy`.
+
+    Attributes:
+        bundles: folders, separated by commas, each called by its own name.
+        policy: of requests that name none.
+        budget: likewise.
+        budget_under_load: where budgets fall to as a replica's queue fills.
+        running: answers at once in a replica.
+        waiting: further requests there before one is refused.
+        threads: of a replica, which asks the cluster for as many cores.
+        replicas: how many, or the least where `most_replicas` allows more.
+        most_replicas: Ray starts more as requests pile up, up to these.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundles: str
+    policy: str = ""
+    budget: str | None = None
+    budget_under_load: str | None = None
+    running: int = 8
+    waiting: int = 32
+    threads: int = 2
+    replicas: int = 1
+    most_replicas: int | None = None
+
+
+def app(arguments: Arguments) -> serve.Application:
+    """What `serve run dash_onnx.serve.ray:app` deploys."""
+
+    def build() -> Starlette:  # in the replica
+        return replica(arguments)
+
+    options: dict[str, Any] = {"num_replicas": arguments.replicas}
+    if arguments.most_replicas is not None:
+        options = {
+            "autoscaling_config": {
+                "min_replicas": arguments.replicas,
+                "max_replicas": arguments.most_replicas,
+                "target_ongoing_requests": arguments.running,
+            }
+        }
+    deployment = serve.deployment(
+        name="dash",
+        max_ongoing_requests=arguments.running + arguments.waiting,
+        ray_actor_options={"num_cpus": arguments.threads},
+        health_check_period_s=10,
+        graceful_shutdown_timeout_s=600,
+        **options,
+    )
+    return deployment(serve.ingress(build)()).bind()
+
+
+def replica(arguments: Arguments) -> Starlette:
+    """The app of one replica."""
+    from dash_onnx.serve.app import create_app
+    from dash_onnx.serve.service import Limits, load_models
+
+    models = load_models(
+        arguments.bundles.split(","),
+        threads=arguments.threads,
+        policy=arguments.policy,
+        budget=arguments.budget,
+    )
+    limits = Limits(
+        running=arguments.running,
+        waiting=arguments.waiting,
+        budget_under_load=arguments.budget_under_load,
+    )
+    return create_app(models, limits)

@@ -1,0 +1,96 @@
+"""Answers every prompt of a file with Ray Data, on as many processes as the cluster has room for.
+
+    pip install 'ray[data]'
+    python examples/ray_batch.py out/ prompts.jsonl answers/ --budget balanced
+
+`prompts.jsonl` has an `id` and a `prompt` on each line. Answers are written as they come, a file for
+each part. Stopped and started again, it goes on with what has no answer yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+
+class Answers:
+    """A process with a loaded bundle."""
+
+    def __init__(self, bundle: str, folder: str, threads: int, budget: str | None, tokens: int):
+        import dash_onnx
+
+        self._model = dash_onnx.load(bundle, threads=threads, budget=budget)
+        self._options = dash_onnx.GenerationOptions(max_new_tokens=tokens)
+        self._folder = Path(folder)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Answers the prompts of a batch together, and writes them before the next one."""
+        chats = [[{"role": "user", "content": str(prompt)}] for prompt in batch["prompt"]]
+        texts = self._model.batch(chats, options=self._options)
+        lines = [
+            json.dumps({"id": str(name), "answer": str(text)})
+            for name, text in zip(batch["id"], texts, strict=True)
+        ]
+        part = self._folder / f"{uuid.uuid4().hex}.jsonl"
+        partial = part.with_suffix(".partial")
+        partial.write_text("\n".join(lines) + "\n", "utf-8")
+        partial.rename(part)
+        return {"id": batch["id"], "tokens": np.array([text.generated_tokens for text in texts])}
+
+
+def answered(folder: Path) -> set[str]:
+    """Ids that have an answer."""
+    lines = (line for part in folder.glob("*.jsonl") for line in part.read_text("utf-8").split("\n"))
+    return {json.loads(line)["id"] for line in lines if line}
+
+
+def main() -> None:
+    """Runs what is left to do."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("answers", type=Path, help="a folder")
+    parser.add_argument("--budget")
+    parser.add_argument("--processes", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--threads", type=int, default=2, help="of each (default: 2)")
+    parser.add_argument("--rows", type=int, default=8, help="answers at once (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: 256)")
+    arguments = parser.parse_args()
+    arguments.answers.mkdir(parents=True, exist_ok=True)
+    done = answered(arguments.answers)
+    left: list[dict[str, Any]] = []
+    for line in arguments.prompts.read_text("utf-8").split("\n"):
+        if line.strip():
+            record = json.loads(line)
+            if str(record["id"]) not in done:
+                left.append({"id": str(record["id"]), "prompt": record["prompt"]})
+    print(f"{len(done)} are answered, {len(left)} are left")
+    if not left:
+        return
+    given = (
+        str(arguments.bundle.resolve()),
+        str(arguments.answers.resolve()),
+        arguments.threads,
+        arguments.budget,
+        arguments.max_new_tokens,
+    )
+    found = ray.data.from_items(left).map_batches(
+        Answers,
+        fn_constructor_args=given,
+        batch_size=arguments.rows,
+        num_cpus=arguments.threads,
+        compute=ray.data.ActorPoolStrategy(size=arguments.processes),
+    )
+    print(f"{found.sum('tokens')} tokens in {len(left)} answers")
+
+
+if __name__ == "__main__":
+    main()

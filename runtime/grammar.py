@@ -1,0 +1,128 @@
+"""Answers of a given form, through llguidance: tokens that a grammar forbids are never drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.core.errors import PolicyError
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+    from dash_onnx.core.text import TextCodec
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The form that an answer must have; made by one of its class methods.
+
+    Attributes:
+        source: of llguidance.
+    """
+
+    source: str
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
+        """JSON without white space that could go on for ever, of a JSON schema; True is any.
+
+        Raises:
+            PolicyError: llguidance is missing, or the schema is not one.
+        """
+        if not isinstance(schema, Mapping | bool):
+            raise PolicyError(f"a JSON schema must be an object, not {type(schema).__name__}")
+        options = {"whitespace_flexible": False}
+        return cls._made("json_schema", json.dumps(schema), overrides=options)
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Text that a regular expression of Rust matches from end to end.
+
+        Raises:
+            PolicyError: see `json_schema`.
+        """
+        return cls._made("regex", pattern)
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """A context-free grammar in llguidance's variant of Lark's notation.
+
+        Raises:
+            PolicyError: see `json_schema`.
+        """
+        return cls._made("lark", text)
+
+    @classmethod
+    def _made(cls, kind: str, text: str, **options: Any) -> Grammar:
+        matcher = _llguidance().LLMatcher
+        try:
+            source: str = getattr(matcher, f"grammar_from_{kind}")(text, **options)
+        except Exception as error:  # of the library's Rust part
+            raise PolicyError(f"the grammar is refused: {error}") from None
+        return cls(source)
+
+
+class Constraint:
+    """What a grammar allows at each token of one answer."""
+
+    def __init__(self, grammar: Grammar, tokenizer: LLTokenizer):
+        """Begins an answer.
+
+        Args:
+            grammar: of the answer.
+            tokenizer: from `guidance_tokenizer`.
+
+        Raises:
+            PolicyError: the grammar is none, or too large.
+        """
+        matcher = _llguidance().LLMatcher
+        if told := matcher.validate_grammar(grammar.source, tokenizer):
+            raise PolicyError(f"the grammar is refused: {told}")
+        self._matcher = matcher(tokenizer, grammar.source)
+        self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
+
+    def masked(self, logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Logits `[V]` with those of forbidden tokens at minus infinity.
+
+        Raises:
+            PolicyError: no token may follow.
+        """
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
+        if self._matcher.is_error() or not allowed.any():
+            raise PolicyError(f"the grammar has come to no end: {self._matcher.get_error()}")
+        return np.where(allowed, logits, np.array(-np.inf, logits.dtype))
+
+    def took(self, token: int) -> None:
+        """Goes on from a token that was drawn."""
+        self._matcher.consume_token(token)
+
+
+def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:
+    """A tokenizer as llguidance reads it; takes some tenths of a second.
+
+    Raises:
+        PolicyError: llguidance is missing, or the model has no end token: no answer could end.
+    """
+    if not text.eos_token_ids:
+        raise PolicyError("this model has no end token, without which no grammar can end an answer")
+    tokenizer: LLTokenizer = _llguidance().LLTokenizer(
+        text.tokenizer.to_str(), n_vocab=vocab_size, eos_token=sorted(text.eos_token_ids)
+    )
+    return tokenizer
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise PolicyError(
+            "a grammar needs the package llguidance: `pip install llguidance`"
+        ) from None
+    return llguidance

@@ -1,0 +1,233 @@
+"""K/V that outlive their sequence: of a prompt's beginning in memory, or of a conversation on disk.
+
+Files are of safetensors' form, and read only by the bundle whose layers wrote them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.core.arrays import Ids
+from dash_onnx.core.atomic import new_file
+from dash_onnx.core.contract import EMBED_PATH
+from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.runtime.sequence import SequenceState
+
+_LOG = logging.getLogger(__name__)
+
+LEAST = 32
+"""Tokens: to run fewer of them again costs no more than to copy their K/V."""
+
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+
+
+def identity_of(manifest: Manifest) -> str:
+    """What two bundles share whose layers write the same K/V: a trained policy changes nothing."""
+    files = {
+        name: file.sha256
+        for name, file in sorted(manifest.files.items())
+        if name.startswith(("layers/", EMBED_PATH))
+    }
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+@dataclass
+class Saved:
+    """Tokens and their K/V, copied out of a sequence.
+
+    Attributes:
+        tokens: ids `[S]`.
+        arrays: by name, keys and values `[H_kv, S, d]` of each layer.
+    """
+
+    tokens: Ids
+    arrays: dict[str, npt.NDArray[Any]]
+
+    @classmethod
+    def of(cls, state: SequenceState, tokens: Sequence[int]) -> Saved:
+        """Copies what a sequence holds of its tokens."""
+        length = min(len(tokens), state.length)
+        arrays = {
+            f"{kind}.{layer}": buffer.array[0, :, :length].copy()
+            for kind, buffers in (("keys", state.kv.keys), ("values", state.kv.values))
+            for layer, buffer in enumerate(buffers)
+        }
+        return cls(np.array(tokens[:length], np.int64), arrays)
+
+    def restore(self, state: SequenceState, length: int) -> None:
+        """Writes the first tokens into an empty sequence."""
+        state.truncate(0)
+        state.reserve(length)
+        for kind, buffers in (("keys", state.kv.keys), ("values", state.kv.values)):
+            for layer, buffer in enumerate(buffers):
+                part = self.arrays[f"{kind}.{layer}"][:, :length]
+                buffer.write(part, (0, slice(None), slice(length)))
+        state.kv.length = length
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def write(self, path: Path, manifest: Manifest, facts: Mapping[str, str] | None = None) -> None:
+        """Writes a file, all or nothing.
+
+        Args:
+            path: of the file.
+            manifest: of the bundle.
+            facts: further text to keep in it.
+
+        Raises:
+            PolicyError: safetensors is missing.
+            BundleError: there is no such folder, or no file can lie there.
+        """
+        told = {**(facts or {}), "bundle": identity_of(manifest)}
+        with new_file(path) as temporary:
+            arrays = {**self.arrays, "tokens": self.tokens}
+            _safetensors().numpy.save_file(arrays, str(temporary), metadata=told)
+
+    @classmethod
+    def read(cls, path: Path, manifest: Manifest) -> tuple[Saved, dict[str, str]]:
+        """What a file holds, and the facts in it.
+
+        Raises:
+            SourceError: it is missing, damaged, or of another bundle.
+            PolicyError: safetensors is missing.
+        """
+        library = _safetensors()
+        try:
+            with library.safe_open(str(path), "np") as file:
+                facts = dict(file.metadata() or {})
+                if facts.get("bundle") != identity_of(manifest):
+                    raise SourceError(f"{path} is of another bundle")
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, library.SafetensorError) as error:
+            raise SourceError(f"cannot read {path}: {error}") from None
+        tokens = arrays.pop("tokens", None)
+        dims, facts_of_model = manifest.dims, manifest.model
+        length = len(tokens) if tokens is not None and tokens.ndim == 1 else 0
+        shape = dims.cache_shape(1, length)[1:]
+        wanted = {f"{k}.{n}" for k in ("keys", "values") for n in range(facts_of_model.num_layers)}
+        fits = (
+            0 < length < facts_of_model.max_length
+            and tokens.dtype == np.int64
+            and 0 <= int(tokens.min()) <= int(tokens.max()) < facts_of_model.vocab_size
+            and arrays.keys() == wanted
+            and all(a.shape == shape and a.dtype == dims.cache_dtype for a in arrays.values())
+        )
+        if not fits:
+            raise SourceError(f"{path} does not hold the K/V that its bundle writes")
+        return cls(tokens, arrays), facts
+
+
+class PrefixStore:
+    """K/V of texts that lost their row, up to a number of bytes; the oldest go first."""
+
+    def __init__(self, manifest: Manifest, limit: int, folder: Path | None = None):
+        """Starts with what a folder holds.
+
+        Args:
+            manifest: of the bundle.
+            limit: bytes.
+            folder: keeps them for the next process; a subfolder of it for each bundle.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        self._manifest, self._limit = manifest, limit
+        self._entries: dict[str, Saved] = {}  # the last used last
+        self._folder = None
+        if folder is not None:
+            self._folder = folder / identity_of(manifest)[:16]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._load(self._folder)
+
+    def __len__(self) -> int:
+        """Texts that it holds."""
+        return len(self._entries)
+
+    def put(self, state: SequenceState, tokens: Sequence[int]) -> None:
+        """Keeps what a sequence holds, unless it is short or held already."""
+        ids = np.array(tokens[: state.length], np.int64)
+        if len(ids) < LEAST or self._longest(ids)[0] == len(ids):
+            return
+        saved = Saved.of(state, tokens)
+        name = hashlib.sha256(ids.tobytes()).hexdigest()[:32] + ".safetensors"
+        for key, old in [*self._entries.items()]:
+            if _common(old.tokens, ids) == len(old.tokens):
+                self._drop(key)  # the new one begins with it
+        self._entries[name] = saved
+        if self._folder is not None:
+            try:
+                saved.write(self._folder / name, self._manifest)
+            except OSError as error:
+                _LOG.warning("cannot write %s: %s", self._folder / name, error)
+        self._shrink()
+
+    def restore(self, state: SequenceState, ids: Ids, held: int) -> int:
+        """Writes the longest beginning of a prompt that it holds into a sequence.
+
+        Args:
+            state: of the sequence.
+            ids: the prompt `[S]`, of which the last token runs in any case.
+            held: tokens that the sequence has itself.
+
+        Returns:
+            How many tokens the sequence holds of the prompt now.
+        """
+        common, name = self._longest(ids[:-1])
+        if common < held + LEAST:
+            return held
+        saved = self._entries.pop(name)
+        self._entries[name] = saved
+        saved.restore(state, common)
+        return common
+
+    def _longest(self, ids: Ids) -> tuple[int, str]:
+        found = [(_common(saved.tokens, ids), name) for name, saved in self._entries.items()]
+        return max(found, default=(0, ""))
+
+    def _load(self, folder: Path) -> None:
+        files = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        for path in sorted(files, key=lambda path: path.stat().st_mtime):
+            try:
+                self._entries[path.name], _ = Saved.read(path, self._manifest)
+            except SourceError as error:
+                _LOG.warning("%s; it is left out", error)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while self._entries and sum(saved.nbytes for saved in self._entries.values()) > self._limit:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, name: str) -> None:
+        del self._entries[name]
+        if self._folder is not None:
+            (self._folder / name).unlink(missing_ok=True)
+
+
+def _common(a: Ids, b: Ids) -> int:
+    """Length of the beginning that two texts share."""
+    shortest = min(len(a), len(b))
+    differs = np.flatnonzero(a[:shortest] != b[:shortest])
+    return int(differs[0]) if len(differs) else shortest
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        remedy = "`pip install safetensors`"
+        raise PolicyError(f"K/V on disk need the package safetensors: {remedy}") from None
+    return safetensors

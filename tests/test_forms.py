@@ -1,0 +1,255 @@
+"""Answers of a given form: grammars, log probabilities, calls of tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from conftest import save_tiny
+from test_serve import MESSAGES, Server, client, scored, server  # noqa: F401
+
+import dash_onnx
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.statistics import log_softmax
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.tools import CallReader, with_tools
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "ships": {"type": "integer", "minimum": 0, "maximum": 99},
+        "at": {"enum": ["night", "noon"]},
+    },
+    "required": ["ships", "at"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "count", "parameters": SCHEMA}}
+OTHER = {"type": "function", "function": {"name": "wait"}}
+
+
+def fits(text: str) -> bool:
+    found = json.loads(text)
+    return (
+        set(found) == {"ships", "at"}
+        and 0 <= found["ships"] <= 99
+        and found["at"] in ("night", "noon")
+    )
+
+
+# The runtime
+
+
+@pytest.mark.parametrize("given", [{}, {"speculate": "ngram"}, {"temperature": 5.0}], ids=str)
+def test_a_schema_is_kept_by_a_model_that_knows_nothing(
+    given: dict[str, Any], tiny_model: Model
+) -> None:
+    grammar = Grammar.json_schema(SCHEMA)
+    for seed in range(10):
+        text = tiny_model.generate("the keeper", grammar=grammar, seed=seed, **given)
+        assert fits(text), text
+        assert text.finish_reason == "stop"
+
+
+def test_regular_expressions_and_grammars_are_kept(tiny_model: Model) -> None:
+    assert tiny_model.generate("a", grammar=Grammar.regex("(aye|nay)!")) in ("aye!", "nay!")
+    grammar = Grammar.lark('start: "a" pair\npair: "(" pair ")" | "b"')
+    text = tiny_model.generate("a", grammar=grammar, temperature=1.0, seed=3, max_new_tokens=500)
+    inner = text[1:]
+    assert text.startswith("a") and inner.count("(") == inner.count(")") and "b" in inner
+
+
+def test_a_batch_keeps_a_form_for_each(tiny_model: Model) -> None:
+    options = GenerationOptions(grammar=Grammar.json_schema(SCHEMA), temperature=2.0)
+    assert all(map(fits, tiny_model.batch(["the keeper"] * 12, options=options, rows=5)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Grammar.json_schema({"type": "no such type"}),
+        lambda: Grammar.json_schema([1]),  # type: ignore[arg-type]
+        lambda: Grammar.regex("(("),
+        lambda: Grammar.lark("start: nothing"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_in_one_line(make: Any, tiny_model: Model) -> None:
+    with pytest.raises(PolicyError) as error:
+        tiny_model.generate("a", grammar=make())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("speculate", ["off", "ngram"])
+def test_log_probabilities_are_the_models_own(speculate: str, tiny_model: Model) -> None:
+    ids = tiny_model.text.encode("the keeper the keeper the")
+    steps = [
+        *tiny_model.generate_step(
+            ids, policy="full", logprobs=4, max_new_tokens=9, ignore_eos=True, speculate=speculate
+        )
+    ]
+    tokens = [step.token for step in steps]
+    logits = tiny_model.logits([*ids.tolist(), *tokens], policy="full")[len(ids) - 1 : -1]
+    for step, row in zip(steps, log_softmax(logits), strict=True):
+        assert step.logprobs is not None
+        np.testing.assert_allclose(step.logprobs.token, row[step.token], atol=1e-3)
+        assert [token for token, _ in step.logprobs.top] == np.argsort(-row)[:4].tolist()
+    assert all(chunk.logprobs is None for chunk in tiny_model.stream("a", max_new_tokens=2))
+
+
+# Calls
+
+
+CALL = {"name": "count", "arguments": {"ships": 3, "at": "noon"}}
+
+
+@given(st.sampled_from(["", "I count. ", "a < b <tool", "{no"]), st.data())
+def test_a_call_is_found_however_its_text_is_cut(said: str, data: st.DataObject) -> None:
+    text = f"{said}<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    reader, found = CallReader([TOOL, OTHER]), ""
+    for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        found += reader.add(text[start:stop])
+    rest, calls = reader.finish()
+    assert found + rest == said
+    assert [call["function"]["name"] for call in calls] == ["count"]
+    assert json.loads(calls[0]["function"]["arguments"]) == CALL["arguments"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "names"),
+    [
+        ('{"name": "wait", "parameters": {}}', "", ["wait"]),  # as Llama writes it
+        ('<tool_call>{"name": "wait"}</tool_call>\n<tool_call>{"name": "count"}', "", [0, 1]),
+        ("<tool_call>count</tool_call>", "<tool_call>count", []),
+        ('{"name": "unknown"}', '{"name": "unknown"}', []),
+        ('{"ships": 3}', '{"ships": 3}', []),
+        ("no call at all <", "no call at all <", []),
+    ],
+)
+def test_what_is_no_call_is_said(text: str, said: str, names: list[Any]) -> None:
+    reader = CallReader([TOOL, OTHER])
+    found = reader.add(text)
+    rest, calls = reader.finish()
+    assert found + rest == said
+    assert len(calls) == len(names)
+
+
+def test_a_template_without_tools_is_told_of_them_in_words() -> None:
+    asked = {"role": "user", "content": "How many?"}
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "count", "arguments": "{}"}}
+        ],
+    }
+    answered = {"role": "tool", "tool_call_id": "1", "content": "7"}
+    first, *others = with_tools([asked, called, answered], [TOOL], "no t.o.o.l.s")
+    assert first["role"] == "system" and '"count"' in first["content"]
+    assert [message["role"] for message in others] == ["user", "assistant", "user"]
+    assert '{"name": "count", "arguments": {}}' in others[1]["content"]
+    assert "7" in others[2]["content"]
+    kept = with_tools([asked, called, answered], [TOOL], "{% if tools %}")
+    assert [message["role"] for message in kept] == ["user", "assistant", "tool"]
+    assert kept[1]["tool_calls"][0]["function"]["arguments"] == {}
+    with pytest.raises(PolicyError, match="not JSON"):
+        broken = {"id": "1", "function": {"name": "count", "arguments": "{"}}
+        with_tools([{**called, "tool_calls": [broken]}], [], None)
+
+
+# OpenAI's client
+
+
+def test_schemas_are_kept_over_the_api(client: openai.OpenAI) -> None:  # noqa: F811
+    form: Any = {"type": "json_schema", "json_schema": {"name": "ships", "schema": SCHEMA}}
+    found = client.chat.completions.create(
+        model="scored", messages=MESSAGES, response_format=form, n=3, temperature=3.0, seed=1
+    )
+    assert all(fits(choice.message.content or "") for choice in found.choices)
+    assert {choice.finish_reason for choice in found.choices} == {"stop"}
+    ours: Any = {"response_format": {"type": "regex", "regex": "[0-9]{3}"}}
+    text = client.completions.create(model="tiny", prompt="the", extra_body=ours).choices[0].text
+    assert len(text) == 3 and text.isdecimal()
+
+
+def test_log_probabilities_over_the_api(client: openai.OpenAI) -> None:  # noqa: F811
+    options: Any = {"model": "tiny", "max_tokens": 6, "temperature": 0, "extra_body": {}}
+    chat: Any = {**options, "messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
+    logprobs = client.chat.completions.create(**chat).choices[0].logprobs
+    assert logprobs is not None and logprobs.content
+    for token in logprobs.content:
+        assert len(token.top_logprobs) == 2
+        assert token.logprob == token.top_logprobs[0].logprob <= 0
+    streamed = [
+        token
+        for piece in client.chat.completions.create(**chat, stream=True)
+        if piece.choices[0].logprobs and piece.choices[0].logprobs.content
+        for token in piece.choices[0].logprobs.content
+    ]
+    assert [one.token for one in streamed] == [one.token for one in logprobs.content]
+    assert [one.logprob for one in streamed] == pytest.approx(
+        [one.logprob for one in logprobs.content], abs=1e-4
+    )
+    plain = client.completions.create(**options, prompt="the", logprobs=3).choices[0].logprobs
+    assert plain is not None and plain.tokens and plain.top_logprobs
+    assert all(len(top) <= 3 for top in plain.top_logprobs)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
+def test_a_call_that_is_asked_for_is_made(
+    export_tiny: Callable[..., Path], tmp_path: Path, choice: Any
+) -> None:
+    long = export_tiny(save_tiny(tmp_path / "long", max_position_embeddings=2048))
+    with dash_onnx.load(long) as model:
+        server = Server({"long": model})  # noqa: F811
+        try:
+            _calls(server.client(), choice)
+        finally:
+            server.stop()
+
+
+def _calls(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
+    options: Any = {
+        "model": "long",
+        "messages": MESSAGES,
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "max_tokens": 200,
+    }
+    found = client.chat.completions.create(**options).choices[0]
+    assert found.finish_reason == "tool_calls" and found.message.content is None
+    (call,) = found.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "count"
+    assert fits(call.function.arguments)
+    pieces = [*client.chat.completions.create(**options, stream=True)]
+    calls = [c for piece in pieces for c in piece.choices[0].delta.tool_calls or []]
+    assert [c.function.arguments for c in calls if c.function] == [call.function.arguments]
+    assert not any(piece.choices[0].delta.content for piece in pieces)
+    assert pieces[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "fly"}}},
+        {"tool_choice": "required"},
+        {"tools": [{"type": "function", "function": {"name": "a</s>b"}}]},  # a control token
+        {"tools": [3]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
+        {"response_format": {"type": "xml"}},
+        {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        {"logprobs": True, "top_logprobs": 21},
+    ],
+    ids=str,
+)
+def test_forms_that_cannot_be_are_refused(client: openai.OpenAI, body: dict[str, Any]) -> None:  # noqa: F811
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body)
