@@ -36,6 +36,7 @@ PROMPTS = (
     "Describe in detail how a bicycle is repaired after a long journey.",
 )
 _LONG = "The keeper counts the ships that pass in the night, and writes their names down. "
+_MOST_LONG = 4
 _LLAMA = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
@@ -101,6 +102,7 @@ def main() -> None:
             found[name] = asyncio.run(
                 _measured(url, clients, arguments, extra if name == "dash-serve" else {})
             )
+        print(name, json.dumps(found[name]), file=sys.stderr)
     if arguments.budget_under_load:
         rate = 3 * found["dash-serve"]["tokens_per_s"][str(max(clients))] / arguments.new_tokens
         options = ["--waiting", "1000", "--budget-under-load", arguments.budget_under_load]
@@ -176,12 +178,12 @@ async def _stalled(
         for n in range(3)
     ]
     firsts = []
-    while not all(task.done() for task in running):
+    while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:
         text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held already
         answer = await ask(http, url, text, 1, extra)
         firsts.append(1e3 * (answer.times[0] - answer.sent))
-    answers = [task.result() for task in running]
-    return {**_quantiles(_gaps(answers)), "long_first_token_ms": round(statistics.median(firsts))}
+    answers = await asyncio.gather(*running)
+    return {**_quantiles(_gaps([*answers])), "long_first_token_ms": round(statistics.median(firsts))}
 
 
 async def _overload(

@@ -32,7 +32,9 @@ _LOG = logging.getLogger(__name__)
 ROWS = 8
 """Sequences that run together unless told otherwise."""
 
-_CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them
+_CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them,
+_LEAST_CHUNK = 8  # as many as take about twice the time of such a pass
+_WAIT = 2.0
 
 Deliver = Callable[[Chunk | Exception], None]
 """Takes the chunks of a generation, and what ended it before its time."""
@@ -204,6 +206,7 @@ class Batch:
         self._given = 0  # rows, so far
         self.reused = 0
         self._wake = threading.Event()
+        self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
 
     def submit(self, request: Request) -> None:
         """Adds a request; it runs as soon as a row is free."""
@@ -261,21 +264,32 @@ class Batch:
             self._given += 1
             row.used, row.request, row.rest = self._given, request, request.ids[common:]
             row.started = time.perf_counter()
+            row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
             row.going = request.generation(row.state)
 
     def _prompt(self, row: _Row, *, alone: bool) -> None:
         """Runs a part of a prompt: a short one where answers wait for it."""
         assert row.request is not None and row.going is not None
         path, head = row.request.plan
-        part, rest = np.split(row.rest, [PREFILL_CHUNK if alone else _CHUNK])
+        part, rest = np.split(row.rest, [PREFILL_CHUNK if alone else self._chunk])
+        started = time.perf_counter()
         if len(rest):
             row.state.layers(part, FixedPath(path, head))
         else:
             logits = row.state.prefill(part, path, head)
+        if not alone and len(part) == self._chunk:
+            self._adapt((time.perf_counter() - started) / max(self._pass_s, 1e-9))
         row.tokens += part.tolist()
         row.rest = rest
         if not len(rest):
             self._tell(row, row.going.draw(logits), path)
+
+    def _adapt(self, passes: float) -> None:
+        """Changes how much of a prompt runs at once, by the passes that could have run instead."""
+        if passes > _WAIT * 1.5:
+            self._chunk = max(self._chunk // 2, _LEAST_CHUNK)
+        elif passes < _WAIT / 1.5:
+            self._chunk = min(self._chunk * 2, PREFILL_CHUNK)
 
     def _decode(self, rows: list[_Row]) -> None:
         started = time.perf_counter()
@@ -285,6 +299,7 @@ class Batch:
         going = [row.going for row in rows if row.going is not None]
         last = [one.text[-1] for one in going]
         logits, paths = self._decoder.forward(numbers, last, [one.decider for one in going])
+        self._pass_s = time.perf_counter() - started
         for row, token in zip(rows, last, strict=True):
             row.tokens.append(token)
         for row, one, own, path in zip(rows, going, logits, paths, strict=True):

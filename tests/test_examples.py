@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "genai")
-"""Those that take a bundle; `genai.py` takes a fused folder: see test_genai.py."""
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("genai", "ray_batch"))
+"""Those that take a bundle; of the others see test_genai.py and test_ray.py."""
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
