@@ -162,6 +162,15 @@ def test_json_compares_policies_and_a_peer(
     assert xml.etree.ElementTree.parse(drawing).getroot().tag.endswith("svg")
 
 
+def test_a_run_may_guess(tiny_bundle: Path, capsys: Capture) -> None:
+    amount = ("--max-prompts", 1, "--new-tokens", 8, "--rounds", 1, "--threads", 1, "--no-quality")
+    assert TOOL.run(tiny_bundle, "--run", "int8", "--run", "int8+ngram", *amount) == 0
+    out = capsys.readouterr().out
+    assert "dash int8+ngram" in out and "of runs that guess the mean" in out
+    for wrong, told in (("int8+magic", "off, ngram"), ("random+ngram", "one path")):
+        assert told in TOOL.refused(capsys, tiny_bundle, "--run", wrong)
+
+
 def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capture) -> None:
     assert TOOL.run(tiny_bundle, *FEW, "--processes", 2) == 0
     lines = capsys.readouterr().out.splitlines()

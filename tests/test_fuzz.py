@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import random
@@ -243,3 +245,60 @@ def test_gguf_sizes_that_do_not_fit_the_tensors_are_refused(
     )
     message = described(path)
     assert key in ("context_length", "rope.dimension_count", "attention.key_length") or message
+
+
+# Command lines
+
+TOOLS = ("run", "info", "eval", "profile", "report", "fuse", "train", "bench", "export", "serve")
+WORDS = (
+    "", "-", "--", "-1", "0", "1", "nan", "inf", "1e999", "9" * 400, "x" * 300, "\udc80", "\x1b[2J",
+    "../x", "/dev/null", "/dev/full", "/", ".", "int4", "int8,int8", "static:int4*999999999999",
+    "static:@/dev/zero/x", "random:" + "9" * 400, "hub:no/such", "balanced", "true", "{}", "é🙂",
+)  # fmt: skip
+
+
+def command_line(tool: str, rng: random.Random, bundle: Path, source: Path, out: Path) -> list[str]:
+    """A bundle or a model, and some options of a tool with odd values."""
+    parser = importlib.import_module(f"dash_onnx.cli.{tool}")._parser()
+    options = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    line = [str(rng.choice([bundle, source, out / "missing", *WORDS]))]
+    if rng.random() < 0.5:
+        line.append(rng.choice([str(out / "new"), *WORDS]))
+    for action in rng.sample(options, rng.randrange(1, min(4, len(options)))):
+        line.append(action.option_strings[-1])
+        if action.nargs != 0:
+            line.append(rng.choice([*WORDS, *map(str, action.choices or ())]))
+    return line
+
+
+@pytest.mark.slow
+def test_odd_command_lines_end_in_good_time_without_a_traceback(
+    bundle: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    rng = random.Random(0)
+    for number in range(500):
+        tool = rng.choice(TOOLS)
+        line = command_line(tool, rng, bundle, tiny_folder, tmp_path)
+        if tool in ("export", "train", "serve", "bench"):  # what is well-formed would take long
+            line[0] = str(rng.choice([tmp_path / "missing", *WORDS]))
+        if tool == "run":
+            line += ["--max-new-tokens", "2"]
+        started = time.monotonic()
+        try:
+            code = importlib.import_module(f"dash_onnx.cli.{tool}").main(line)
+        except SystemExit as leave:  # of argparse
+            code = leave.code
+        seconds, told = time.monotonic() - started, capsys.readouterr().err
+        assert code in (0, 2), (tool, line, told)
+        assert "Traceback" not in told, (tool, line)
+        if code == 2:
+            last = told.strip().splitlines()[-1]
+            assert last.startswith(f"dash-{tool}: error: "), (tool, line, told)
+            assert len(last) < 1500
+        assert seconds < SECONDS, (number, tool, line, seconds)

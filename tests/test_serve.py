@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -295,21 +296,30 @@ JSON = st.recursive(
 )
 FIELDS = st.sampled_from(
     "model messages prompt stream n max_tokens temperature top_p stop seed policy budget speculate "
-    "top_k min_p repetition_penalty response_format stream_options".split()
+    "top_k min_p repetition_penalty response_format stream_options tools tool_choice logprobs "
+    "top_logprobs max_completion_tokens".split()
 )
+LONG = int(os.environ.get("FUZZ_CASES", "2000"))
 
 
-@given(
-    st.dictionaries(FIELDS, JSON, max_size=4), st.sampled_from(["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    "cases", [150, pytest.param(LONG, marks=pytest.mark.slow)], ids=["quick", "long"]
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_request_is_an_error_of_the_server(
-    server: Server, body: dict[str, Any], route: str
-) -> None:
+def test_no_request_is_an_error_of_the_server(server: Server, cases: int) -> None:
     usual = {"model": "tiny", "messages": MESSAGES, "prompt": "x", "max_tokens": 2}
-    content = json.dumps({**usual, **body}).encode("utf-8", "surrogatepass")
-    found = httpx.post(f"{server.url}/v1/{route}", content=content, timeout=30)
-    assert found.status_code in (200, 400, 404, 413), found.text
+
+    @given(
+        st.dictionaries(FIELDS, JSON, max_size=4),
+        st.sampled_from(["chat/completions", "completions"]),
+    )
+    @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
+    def ask(body: dict[str, Any], route: str) -> None:
+        content = json.dumps({**usual, **body}).encode("utf-8", "surrogatepass")
+        found = http.post(f"{server.url}/v1/{route}", content=content)
+        assert found.status_code in (200, 400, 404, 413), found.text
+
+    with httpx.Client(timeout=30) as http:
+        ask()
 
 
 def test_the_page_and_unknown_paths(server: Server) -> None:

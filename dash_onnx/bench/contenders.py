@@ -7,13 +7,14 @@ contender lives in a process of its own, and only the peers that are asked for n
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.errors import DeviceError, PolicyError
 from dash_onnx.runtime.options import GREEDY
+from dash_onnx.runtime.speculate import Speculate
 
 if TYPE_CHECKING:
     from dash_onnx.core.policy import Policy
@@ -43,22 +44,30 @@ class Contender(Protocol):
 
 
 class Dash:
-    """Our runtime; `variant` is a policy, or `policy@budget`."""
+    """Our runtime; `variant` is a policy or `policy@budget`, and `+ngram` or the like guesses."""
 
     def __init__(self, bundle: str, threads: int, variant: str, memory: Memory = "low"):
         """Loads every graph that the policy uses."""
         import dash_onnx
 
         self._model = dash_onnx.load(bundle, threads=threads, memory=memory)
-        self._policy = policy_of(self._model, variant)
-        self._model.preload(self._policy)
+        self._policy, self._speculate = policy_of(self._model, variant), speculation_of(variant)
+        self._model.preload(self._policy, speculate=self._speculate)
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
         tokens = self._model.generate_step(
-            ids, options=GREEDY, policy=self._policy, max_new_tokens=new, ignore_eos=True
+            ids,
+            options=GREEDY,
+            policy=self._policy,
+            max_new_tokens=new,
+            ignore_eos=True,
+            speculate=self._speculate,
         )
-        return [token.ms for token in tokens]
+        first, *times = [token.ms for token in tokens]
+        if self._speculate != "off":  # a pass brings one token or several: what counts is the mean
+            times = [sum(times) / len(times)] * len(times)
+        return [first, *times]
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits:
         """Decoded token by token, as the policy decides."""
@@ -72,10 +81,25 @@ def policy_of(model: Model, variant: str) -> Policy:
     Raises:
         PolicyError: the bundle has no such policy.
     """
+    variant = variant.partition("+")[0]
     if variant.startswith("static:"):  # whose `@` names a file
         return model.policy(variant)
     policy, _, budget = variant.partition("@")
     return model.policy(policy, budget or None)
+
+
+def speculation_of(variant: str) -> Speculate:
+    """Who guesses for a variant.
+
+    Raises:
+        PolicyError: nobody is called so.
+    """
+    _, plus, name = variant.partition("+")
+    if not plus:
+        return "off"
+    if name not in get_args(Speculate):
+        raise PolicyError(f"{variant}: who guesses is one of {', '.join(get_args(Speculate))}")
+    return cast("Speculate", name)
 
 
 def peers() -> dict[str, EntryPoint]:

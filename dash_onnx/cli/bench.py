@@ -22,7 +22,7 @@ from dash_onnx.cli.common import (
     positive,
     run,
 )
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.progress import Loop
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ def _parser() -> Parser:
         "--run",
         action="append",
         default=[],
-        metavar="POLICY[@BUDGET]",
-        help="a policy of the bundle; may be repeated (default: each uniform precision, and the "
-        "trained policy at its presets)",
+        metavar="POLICY[@BUDGET][+WHO]",
+        help="a policy of the bundle, such as dash@fast, or int8+auto with tokens guessed as by "
+        "dash-run --speculate; may be repeated (default: each uniform precision, and the trained "
+        "policy at its presets)",
     )
     parser.add_argument(
         "--peer",
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bench(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.bench.contenders import policy_of
+    from dash_onnx.bench.contenders import policy_of, speculation_of
     from dash_onnx.bench.measure import divergence, measure
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw, figure_class
@@ -145,6 +146,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
     variants = arguments.run or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
+    for variant, policy in zip(variants, policies, strict=True):
+        if speculation_of(variant) != "off" and policy.uniform is None:
+            raise PolicyError(f"{variant}: guesses are checked on one path, such as int8")
     prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if not arguments.no_quality:
@@ -178,6 +182,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         )
         if any(peer.startswith("llama.cpp:") for peer in arguments.peer):
             print("of llama.cpp the mean of an answer's tokens, of all others their median")
+        if any("+" in variant for variant in variants):
+            print("of runs that guess the mean of an answer's tokens")
     for picture in arguments.picture:  # last: what fails here takes no figures with it
         draw(results, picture, machine)
 
