@@ -4,9 +4,9 @@
     python benchmarks/load.py out/ --minutes 120 --json
 
 Clients chat, send long prompts, ask for schemas and tools, go away in the middle, read slowly, send
-bodies that are no JSON or ask for what cannot be. Every well-formed request must be answered or refused
-with a reason, and at the end no sequence may run and no request may wait. Memory is that of the
-server's process, after a tenth of the requests and at the end.
+bodies that are no JSON or ask for what cannot be. Every well-formed request must be answered or
+refused with a reason, and at the end no sequence may run and no request may wait. Memory is that of
+the server's process, after a tenth of the requests and at the end.
 """
 
 from __future__ import annotations
@@ -209,8 +209,10 @@ async def _broken(http: httpx.AsyncClient, rng: random.Random) -> str:
 async def _hangs_up(http: httpx.AsyncClient, rng: random.Random) -> str:
     """Closes the connection before its request is whole."""
     url = http.base_url
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    whole = b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"messages"'
+    _, writer = await asyncio.open_connection(url.host, url.port)
+    whole = (
+        b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"messages"'
+    )
     writer.write(whole[: rng.randrange(1, len(whole))])
     await writer.drain()
     writer.close()

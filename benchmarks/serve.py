@@ -28,7 +28,6 @@ from typing import Any
 import httpx
 import numpy as np
 
-
 PROMPTS = (
     "Write a letter from a lighthouse keeper to the captain of a ship that passed at night.",
     "Explain to a child, at length, why the sky is blue and why sunsets are red.",
@@ -183,7 +182,10 @@ async def _stalled(
         answer = await ask(http, url, text, 1, extra)
         firsts.append(1e3 * (answer.times[0] - answer.sent))
     answers = await asyncio.gather(*running)
-    return {**_quantiles(_gaps([*answers])), "long_first_token_ms": round(statistics.median(firsts))}
+    return {
+        **_quantiles(_gaps([*answers])),
+        "long_first_token_ms": round(statistics.median(firsts)),
+    }
 
 
 async def _overload(

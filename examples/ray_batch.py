@@ -3,8 +3,8 @@
     pip install 'ray[data]'
     python examples/ray_batch.py out/ prompts.jsonl answers/ --budget balanced
 
-`prompts.jsonl` has an `id` and a `prompt` on each line. Answers are written as they come, a file for
-each part. Stopped and started again, it goes on with what has no answer yet.
+`prompts.jsonl` has an `id` and a `prompt` on each line. Answers are written as they come, a file
+for each part. Stopped and started again, it goes on with what has no answer yet.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Answers:
 
 def answered(folder: Path) -> set[str]:
     """Ids that have an answer."""
-    lines = (line for part in folder.glob("*.jsonl") for line in part.read_text("utf-8").split("\n"))
+    lines = (
+        line for part in folder.glob("*.jsonl") for line in part.read_text("utf-8").split("\n")
+    )
     return {json.loads(line)["id"] for line in lines if line}
 
 

@@ -162,10 +162,11 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A sequence, what its K/V cache holds, and who has it."""
 
+    number: int
     state: SequenceState
     tokens: list[int] = field(default_factory=list)
     used: int = 0  # when it was last given away
@@ -201,7 +202,7 @@ class Batch:
         if not 1 <= rows <= 256:
             raise PolicyError(f"rows={rows} must be in 1..256")
         self._decoder = BatchDecoder(sessions, rows)
-        self._rows = [_Row(state) for state in self._decoder.rows]
+        self._rows = [_Row(number, state) for number, state in enumerate(self._decoder.rows)]
         self._waiting: deque[Request] = deque()
         self._given = 0  # rows, so far
         self.reused = 0
@@ -253,19 +254,23 @@ class Batch:
             # The row that holds most of the prompt, else the one that was not used for longest.
             row = max(free, key=lambda row: (row.common(request.ids), -row.used))
             free.remove(row)
-            common = row.common(request.ids)
-            if self._store is not None:
-                if common < len(row.tokens):
-                    self._store.put(row.state, row.tokens)
-                common = self._store.restore(row.state, request.ids, common)
-            row.state.truncate(common)
-            row.tokens = request.ids[:common].tolist()
-            self.reused += common
             self._given += 1
-            row.used, row.request, row.rest = self._given, request, request.ids[common:]
-            row.started = time.perf_counter()
-            row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
-            row.going = request.generation(row.state)
+            row.used, row.request = self._given, request
+            self._guarded([row], lambda: self._begin(row, request))  # noqa: B023
+
+    def _begin(self, row: _Row, request: Request) -> None:
+        row.started = time.perf_counter()
+        common = row.common(request.ids)
+        if self._store is not None:
+            if common < len(row.tokens):
+                self._store.put(row.state, row.tokens)
+            common = self._store.restore(row.state, request.ids, common)
+        row.state.truncate(common)
+        row.tokens = request.ids[:common].tolist()
+        row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
+        row.going = request.generation(row.state)
+        row.rest = request.ids[common:]
+        self.reused += common
 
     def _prompt(self, row: _Row, *, alone: bool) -> None:
         """Runs a part of a prompt: a short one where answers wait for it."""
@@ -295,7 +300,7 @@ class Batch:
         started = time.perf_counter()
         for row in rows:
             row.started = started
-        numbers = [self._rows.index(row) for row in rows]
+        numbers = [row.number for row in rows]
         going = [row.going for row in rows if row.going is not None]
         last = [one.text[-1] for one in going]
         logits, paths = self._decoder.forward(numbers, last, [one.decider for one in going])

@@ -223,9 +223,9 @@ def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
 
 
 def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
-    for given in ({"speculate": "ngram", "policy": "full"}, {"cache": tiny_model.new_cache()}):
+    for wrong in ({"speculate": "ngram", "policy": "full"}, {"cache": tiny_model.new_cache()}):
         with pytest.raises(PolicyError, match="batch"):
-            tiny_model.batch(["a"], options=options(**given))
+            tiny_model.batch(["a"], options=options(**wrong))
     with pytest.raises(PolicyError, match="rows=0"):
         tiny_model.new_batch(0)
     with pytest.raises(ContextLengthError):

@@ -165,6 +165,16 @@ def test_json_is_one_object_with_text_and_figures(
     assert facts["actions"] == {"full": 1.0}
 
 
+def test_json_lines_tell_each_token_as_it_comes(tiny_bundle: Path, capsys: Capture) -> None:
+    whole = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
+    assert run(tiny_bundle, PROMPT, *QUICK, "--json-lines") == 0
+    *tokens, figures = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "".join(token["text"] for token in tokens) == whole["text"]
+    assert all(len(token["path"]) == LAYERS and token["ms"] >= 0 for token in tokens)
+    assert figures["generated_tokens"] == len(tokens) == 6
+    assert run(tiny_bundle, "--json-lines") == 2
+
+
 def test_a_single_token_has_no_decoding_figures(tiny_bundle: Path, capsys: Capture) -> None:
     facts = json_of(capsys, tiny_bundle, PROMPT, "--max-new-tokens", 1, "--ignore-eos")
     assert facts["generated_tokens"] == 1

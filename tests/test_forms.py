@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from conftest import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from conftest import save_tiny
 from test_serve import MESSAGES, Server, client, scored, server  # noqa: F401
 
 import dash_onnx
@@ -203,13 +203,15 @@ def test_log_probabilities_over_the_api(client: openai.OpenAI) -> None:  # noqa:
     assert all(len(top) <= 3 for top in plain.top_logprobs)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "count"}}]
+)
 def test_a_call_that_is_asked_for_is_made(
     export_tiny: Callable[..., Path], tmp_path: Path, choice: Any
 ) -> None:
     long = export_tiny(save_tiny(tmp_path / "long", max_position_embeddings=2048))
     with dash_onnx.load(long) as model:
-        server = Server({"long": model})  # noqa: F811
+        server = Server({"long": model})
         try:
             _calls(server.client(), choice)
         finally:

@@ -260,7 +260,9 @@ WORDS = (
 def command_line(tool: str, rng: random.Random, bundle: Path, source: Path, out: Path) -> list[str]:
     """A bundle or a model, and some options of a tool with odd values."""
     parser = importlib.import_module(f"dash_onnx.cli.{tool}")._parser()
-    options = [action for action in parser._actions if action.option_strings and action.dest != "help"]
+    options = [
+        action for action in parser._actions if action.option_strings and action.dest != "help"
+    ]
     line = [str(rng.choice([bundle, source, out / "missing", *WORDS]))]
     if rng.random() < 0.5:
         line.append(rng.choice([str(out / "new"), *WORDS]))

@@ -141,6 +141,11 @@ def _parser() -> Parser:
         help="write each token's path and milliseconds, one JSON object a line",
     )
     parser.add_argument(
+        "--json-lines",
+        action="store_true",
+        help="print a JSON object for each token as it comes, and what --json tells at the end",
+    )
+    parser.add_argument(
         "--show-path",
         action="store_true",
         help="colour each token by its profiled cost, green to red; where stdout is no terminal, "
@@ -155,14 +160,15 @@ def main(argv: list[str] | None = None) -> int:
     # Intermixed: `OUT --chat PROMPT` works, although PROMPT is optional.
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch:
-        for name in ("prompt", "session", "trace", "show_path", "json"):
+        for name in ("prompt", "session", "trace", "show_path", "json", "json_lines"):
             if getattr(arguments, name):
                 told = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
                 parser.error(f"--batch does not go with {told}")
         return run("dash-run", lambda: _run(arguments))
-    if arguments.json and arguments.prompt is None:
+    for_programs = arguments.json or arguments.json_lines
+    if for_programs and arguments.prompt is None:
         parser.error("--json needs a PROMPT")
-    if arguments.json and arguments.show_path:
+    if for_programs and arguments.show_path:
         parser.error("--show-path colours text for a reader; it does not go with --json")
     if arguments.system and arguments.raw:
         parser.error("--system goes with a chat, not with --raw")
@@ -236,7 +242,12 @@ def _run(arguments: argparse.Namespace) -> None:
                 prompt.insert(0, {"role": "system", "content": arguments.system})
         record = Record(policy, options.sampling(model.sampling), load_ms)
         chunks = record.watch(model.stream(prompt, options=options), model, trace)
-        if arguments.json:
+        if arguments.json_lines:
+            for chunk in chunks:
+                facts = {"text": chunk.text, "token": chunk.token, "ms": round(chunk.ms, 3)}
+                print(json.dumps({**facts, "path": chunk.path}), flush=True)
+            print(json.dumps(record.figures()))
+        elif arguments.json:
             text = "".join(chunk.text for chunk in chunks)
             print(json.dumps({"text": text, **record.figures()}))
         else:

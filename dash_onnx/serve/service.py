@@ -143,7 +143,8 @@ class _Together:
         self._ended = False
 
     def deliver(self, piece: Chunk | Exception) -> None:
-        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def next(self) -> Chunk | None:
         if self._ended:

@@ -92,9 +92,7 @@ def forced_call(tools: list[dict[str, Any]], choice: Any) -> Grammar | None:
         for function in allowed
     ]
     schema = {"anyOf": calls, "x-guidance": {"whitespace_flexible": False}}
-    return Grammar.lark(
-        f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}\n'
-    )
+    return Grammar.lark(f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}\n')
 
 
 class CallReader:
