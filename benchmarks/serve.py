@@ -176,7 +176,7 @@ async def _stalled(
         asyncio.create_task(ask(http, url, _prompt(n), 2 * arguments.new_tokens, extra))
         for n in range(3)
     ]
-    firsts = []
+    firsts: list[float] = []
     while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:
         text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held already
         answer = await ask(http, url, text, 1, extra)
@@ -192,7 +192,7 @@ async def _overload(
     url: str, rate: float, arguments: argparse.Namespace, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Requests arrive at a rate that is more than the server answers."""
-    tasks = []
+    tasks: list[asyncio.Task[Answer]] = []
     async with _client() as http:
         await ask(http, url, PROMPTS[0], 8, extra)
         started = time.perf_counter()
