@@ -605,7 +605,7 @@ def test_no_token_waits_for_a_graph_to_load(
 
         loaded.append(set(model.loaded))
         running = stream(model, *prompt, **options)
-        return Stream(chunks(running), CurrentPolicy(model.policy()), model.policy)
+        return Stream(chunks(running), CurrentPolicy(model.policy(), model.policy))
 
     monkeypatch.setattr(Model, "stream", watching)
     give_stdin(monkeypatch, PROMPT)
