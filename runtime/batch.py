@@ -18,7 +18,7 @@ from itertools import groupby
 import numpy as np
 
 from dash_onnx.core.actions import SKIP, Action, Path
-from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.arrays import Ids, Logits, common_length
 from dash_onnx.core.errors import DashError, PolicyError
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy, Generation, TextWriter
@@ -177,10 +177,7 @@ class _Row:
 
     def common(self, ids: Ids) -> int:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
-        shortest = min(len(self.tokens), len(ids) - 1)
-        held = np.asarray(self.tokens[:shortest], np.int64)
-        differs = np.flatnonzero(held != ids[:shortest])
-        return int(differs[0]) if len(differs) else shortest
+        return common_length(np.asarray(self.tokens, np.int64), ids[:-1])
 
 
 class Batch:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dash_onnx.core.arrays import Ids
+from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.prefix import Saved
 from dash_onnx.runtime.sequence import SequenceState
@@ -35,13 +35,9 @@ class Cache:
         Raises:
             PolicyError: another generation is using it.
         """
-        if not self._busy.acquire(blocking=False):
-            raise PolicyError("this cache is in use by another generation; give each its own")
-        held = np.asarray(self.tokens, np.int64)
+        self._take()
         # The last token runs again: it gives the logits.
-        shortest = max(min(len(held), len(ids) - 1), 0)
-        differs = np.flatnonzero(held[:shortest] != ids[:shortest])
-        common = int(differs[0]) if len(differs) else shortest
+        common = common_length(np.asarray(self.tokens, np.int64), ids[:-1])
         self._sequence.truncate(common)
         del self.tokens[common:]
         return self._sequence, ids[common:]
@@ -76,10 +72,13 @@ class Cache:
             self.tokens = saved.tokens.tolist()
         return facts
 
-    @contextmanager
-    def _taken(self) -> Iterator[None]:
+    def _take(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise PolicyError("this cache is in use by another generation; give each its own")
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        self._take()
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.arrays import Ids
+from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.core.atomic import new_file
 from dash_onnx.core.contract import EMBED_PATH
 from dash_onnx.core.errors import PolicyError, SourceError
@@ -165,7 +165,7 @@ class PrefixStore:
         saved = Saved.of(state, tokens)
         name = hashlib.sha256(ids.tobytes()).hexdigest()[:32] + ".safetensors"
         for key, old in [*self._entries.items()]:
-            if _common(old.tokens, ids) == len(old.tokens):
+            if common_length(old.tokens, ids) == len(old.tokens):
                 self._drop(key)  # the new one begins with it
         self._entries[name] = saved
         if self._folder is not None:
@@ -195,7 +195,7 @@ class PrefixStore:
         return common
 
     def _longest(self, ids: Ids) -> tuple[int, str]:
-        found = [(_common(saved.tokens, ids), name) for name, saved in self._entries.items()]
+        found = [(common_length(saved.tokens, ids), name) for name, saved in self._entries.items()]
         return max(found, default=(0, ""))
 
     def _load(self, folder: Path) -> None:
@@ -215,13 +215,6 @@ class PrefixStore:
         del self._entries[name]
         if self._folder is not None:
             (self._folder / name).unlink(missing_ok=True)
-
-
-def _common(a: Ids, b: Ids) -> int:
-    """Length of the beginning that two texts share."""
-    shortest = min(len(a), len(b))
-    differs = np.flatnonzero(a[:shortest] != b[:shortest])
-    return int(differs[0]) if len(differs) else shortest
 
 
 def _safetensors() -> Any:

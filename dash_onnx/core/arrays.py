@@ -12,3 +12,10 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 """Logits of the next token, `[V]`, or one row for each token, `[S, V]`."""
+
+
+def common_length(a: Ids, b: Ids) -> int:
+    """Length of the beginning that two texts `[S]` share."""
+    shortest = min(len(a), len(b))
+    differs = np.flatnonzero(a[:shortest] != b[:shortest])
+    return int(differs[0]) if len(differs) else shortest
