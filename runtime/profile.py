@@ -63,7 +63,10 @@ class _Times:
 
 
 def profile(bundle: Bundle, device: Device) -> Costs:
-    """Decodes random paths and takes the median of each part's time.
+    """Decodes random paths and takes the lower quartile of each part's time.
+
+    The quartile, because other work on the machine only makes times longer: it is what a part takes
+    undisturbed, as long as a quarter of its runs were.
 
     Random paths, because a policy mixes actions and then finds their weights as cold in memory
     as it finds them here. The highest precision takes turns of its own: mixed paths that use it
@@ -93,22 +96,22 @@ def _profile(bundle: Bundle, device: Device) -> Costs:
         _time(sessions, window, lambda _: best, _TOKENS // 4, times, rng)
     for window in _windows(manifest, cheap, heads):
         _time(sessions, window, mixed, _TOKENS, times, rng)
-    # Neighbouring layers have the same shape: the median over all of them is the steadier
-    # figure where one layer was rarely seen, but a layer's own median keeps what differs.
+    # Neighbouring layers have the same shape: the quartile over all of them is the steadier
+    # figure where one layer was rarely seen, but a layer's own keeps what differs.
     shared = {
-        action: float(np.median([ms for seen in times.layers for ms in seen.get(action, [])]))
+        action: _typical([ms for seen in times.layers for ms in seen.get(action, [])])
         for action in manifest.actions
         if any(action in seen for seen in times.layers)
     }
     return Costs(
         machine=machine_name(),
         threads=thread_count(),
-        embed_ms=_median(times.embeds),
+        embed_ms=_typical(times.embeds),
         scorer_ms=_scorer_ms(sessions) if manifest.scorer is not None else 0.0,
-        heads_ms={head: _median(values) for head, values in times.heads.items()},
+        heads_ms={head: _typical(values) for head, values in times.heads.items()},
         layers_ms=tuple(
             {
-                action: _median(seen[action]) if action in seen else round(shared[action], 5)
+                action: _typical(seen[action]) if action in seen else shared[action]
                 for action in manifest.actions
             }
             for seen in times.layers
@@ -255,7 +258,7 @@ def _scorer_ms(sessions: Sessions) -> float:
                 decider.after(layer)
                 seconds += time.perf_counter() - started
             times.append(seconds * 1e3)
-        total += _median(times[_WARM_UP:])
+        total += _typical(times[_WARM_UP:])
         del sequence, decider
         _forget(sessions)
     return round(total, 5)
@@ -274,5 +277,6 @@ def _others(window: _Window) -> npt.NDArray[np.uint64]:
     return np.ones(0 if window.whole else _OTHERS_BYTES // 8, np.uint64)
 
 
-def _median(values: list[float]) -> float:
-    return round(float(np.median(values)), 5)
+def _typical(values: list[float]) -> float:
+    """The lower quartile, in milliseconds."""
+    return round(float(np.quantile(values, 0.25)), 5)
