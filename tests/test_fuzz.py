@@ -284,7 +284,7 @@ def test_odd_command_lines_end_in_good_time_without_a_traceback(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     rng = random.Random(0)
-    for number in range(500):
+    for number in range(max(500, LONG // 4)):
         tool = rng.choice(TOOLS)
         line = command_line(tool, rng, bundle, tiny_folder, tmp_path)
         if tool in ("export", "train", "serve", "bench"):  # what is well-formed would take long
@@ -303,4 +303,5 @@ def test_odd_command_lines_end_in_good_time_without_a_traceback(
             last = told.strip().splitlines()[-1]
             assert last.startswith(f"dash-{tool}: error: "), (tool, line, told)
             assert len(last) < 1500
-        assert seconds < SECONDS, (number, tool, line, seconds)
+        patience = 30 if "--task" in line else SECONDS  # to import the harness takes long
+        assert seconds < patience, (number, tool, line, seconds)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -198,7 +201,10 @@ def read_text(path: Path) -> str:
         SourceError: missing, empty, or not text.
     """
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+                raise SourceError(f"{path} is a device, which may never end")
+            text = io.TextIOWrapper(file, "utf-8").read()
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
