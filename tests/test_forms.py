@@ -128,7 +128,8 @@ def test_a_call_is_found_however_its_text_is_cut(said: str, data: st.DataObject)
     [
         ('{"name": "wait", "parameters": {}}', "", ["wait"]),  # as Llama writes it
         ('<tool_call>{"name": "wait"}</tool_call>\n<tool_call>{"name": "count"}', "", [0, 1]),
-        ("<tool_call>count</tool_call>", "<tool_call>count", []),
+        ("<tool_call>count</tool_call>", "<tool_call>count</tool_call>", []),
+        ('{"name": "wait"}\n{"name": "count"}', "", [0, 1]),  # where tags are special tokens
         ('{"name": "unknown"}', '{"name": "unknown"}', []),
         ('{"ships": 3}', '{"ships": 3}', []),
         ("no call at all <", "no call at all <", []),

@@ -207,6 +207,7 @@ class _Server:
         model = self.service.models[name]
         with _refusing():
             options, tools = body.options(self.service.limits.most_tokens), body.offered
+            options = body.with_call(options, model.text)
             messages = with_tools(body.prompt(), tools, model.text.chat_template)
             check_words(model, [*messages, {"content": json.dumps(tools)}])
             prompt = await asyncio.to_thread(model.text.encode_chat, messages, tools=tools)

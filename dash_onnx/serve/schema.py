@@ -132,10 +132,17 @@ class ChatRequest(Generation):
         """See `Generation`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def options(self, most_tokens: int) -> GenerationOptions:
-        """See `Generation`; a call that is asked for is the form of the answer."""
-        options = super().options(most_tokens)
-        call = forced_call(self.offered, self.tool_choice)
+    def with_call(self, options: GenerationOptions, codec: TextCodec) -> GenerationOptions:
+        """A call that is asked for is the form of the answer.
+
+        Args:
+            options: of the request.
+            codec: of the model.
+
+        Raises:
+            PolicyError: the answer has another form already, or no tool is called so.
+        """
+        call = forced_call(self.offered, self.tool_choice, codec)
         if call is not None and options.grammar is not None:
             raise PolicyError("a request asks for a call or for a response_format, not for both")
         return options if call is None else dataclasses.replace(options, grammar=call)

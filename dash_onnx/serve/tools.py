@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -60,12 +61,13 @@ def with_tools(
     return [{"role": "system", "content": told}, *plain]
 
 
-def forced_call(tools: list[dict[str, Any]], choice: Any) -> Grammar | None:
+def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> Grammar | None:
     """What an answer must be where the request asks for a call.
 
     Args:
         tools: of the request.
         choice: its `tool_choice`.
+        codec: of the model: where it has tokens for the tags, those are meant.
 
     Raises:
         PolicyError: it names no tool, or a tool's parameters are no schema.
@@ -92,7 +94,12 @@ def forced_call(tools: list[dict[str, Any]], choice: Any) -> Grammar | None:
         for function in allowed
     ]
     schema = {"anyOf": calls, "x-guidance": {"whitespace_flexible": False}}
-    return Grammar.lark(f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {json.dumps(schema)}\n')
+    first, last = (
+        f'"{tag}"' if (token := codec.tokenizer.token_to_id(tag)) is None else f"<[{token}]>"
+        for tag in (OPEN, CLOSE)
+    )
+    form = f'start: {first} "\\n" call "\\n" {last}'
+    return Grammar.lark(f"{form}\ncall: %json {json.dumps(schema)}\n")
 
 
 class CallReader:
@@ -124,29 +131,32 @@ class CallReader:
         said, calls, rest = "", [], self._held
         self._held = ""
         while rest:
-            before, tag, after = rest.partition(OPEN)
-            body, _, rest = after.partition(CLOSE) if tag else (before, "", "")
-            call = self._call(body)
-            said += before if tag else ""
+            at = rest.find("{")
+            call, end = self._call(rest, at) if at >= 0 else (None, 0)
             if call is None:
-                said += tag + body
-            else:
-                calls.append(call)
-                rest = rest.lstrip()
+                size = at + 1 or len(rest)
+                said, rest = said + rest[:size], rest[size:]
+                continue
+            # Tags that are special tokens are no text: calls may stand there without.
+            said += rest[:at].rstrip().removesuffix(OPEN)
+            calls.append(call)
+            rest = rest[end:].lstrip().removeprefix(CLOSE).lstrip()
         return said, calls
 
-    def _call(self, text: str) -> dict[str, Any] | None:
+    def _call(self, text: str, start: int) -> tuple[dict[str, Any] | None, int]:
+        """The call that begins there, if one does, and where it ends."""
         try:
-            call = json.loads(text)
+            call, end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
-            return None
+            return None, 0
         if not isinstance(call, dict) or call.get("name") not in self._names:
-            return None
+            return None, 0
         arguments = call.get("arguments", call.get("parameters", {}))
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         function = {"name": call["name"], "arguments": arguments}
-        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+        name = f"call_{uuid.uuid4().hex[:24]}"
+        return {"id": name, "type": "function", "function": function}, end
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
