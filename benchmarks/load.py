@@ -6,7 +6,8 @@
 Clients chat, send long prompts, ask for schemas and tools, go away in the middle, read slowly, send
 bodies that are no JSON or ask for what cannot be. Every well-formed request must be answered or
 refused with a reason, and at the end no sequence may run and no request may wait. Memory is that of
-the server's process, after a tenth of the requests and at the end.
+the server's process, after each tenth of the requests: the cache of each row grows to the longest
+prompt that it has met, and then it should grow no more.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ async def _loaded(
     url: str, server: subprocess.Popen[bytes], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     rng, outcomes = random.Random(arguments.seed), Counter[str]()
-    started, sent, early = time.monotonic(), 0, 0
+    started, sent = time.monotonic(), 0
+    resident: list[int] = []
     limits = httpx.Limits(max_connections=1000)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         for _ in range(600):
@@ -98,29 +100,26 @@ async def _loaded(
             return 1 - sent / arguments.requests
 
         async def client() -> None:
-            nonlocal sent, early
+            nonlocal sent
             while left() > 0:
                 sent += 1
                 kind = rng.choices([*KINDS], [weight for _, weight in KINDS.values()])[0]
                 outcome = await _outcome(http, KINDS[kind][0], rng)
                 outcomes[f"{kind}: {outcome}"] += 1
-                if not early and left() < 0.9:
-                    early = _resident(server.pid)
+                if left() < 0.9 - len(resident) / 10:
+                    resident.append(_resident(server.pid))
 
         await asyncio.gather(*(client() for _ in range(arguments.clients)))
         await asyncio.sleep(2)
         lines = (await http.get("/metrics")).text.splitlines()
     values = {line.split()[0]: float(line.split()[1]) for line in lines if line[0] != "#"}
-    late = _resident(server.pid)
     return {
         "requests": sent,
         "seconds": round(time.monotonic() - started, 1),
         "outcomes": dict(sorted(outcomes.items())),
         "left_running": values["dash_running"],
         "left_waiting": values["dash_waiting"],
-        "early_mb": round(early / 1e6, 1),
-        "late_mb": round(late / 1e6, 1),
-        "growth": round(late / early - 1, 4) if early else None,
+        "resident_mb": [round(size / 1e6, 1) for size in resident],
     }
 
 
