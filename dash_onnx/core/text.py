@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import stat
@@ -201,10 +200,10 @@ def read_text(path: Path) -> str:
         SourceError: missing, empty, or not text.
     """
     try:
-        with path.open("rb") as file:
+        with path.open(encoding="utf-8") as file:
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
                 raise SourceError(f"{path} is a device, which may never end")
-            text = io.TextIOWrapper(file, "utf-8").read()
+            text = file.read()
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
