@@ -82,13 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    other, foreign = "text", _OF_A_TEXT
-    if arguments.task is None:
-        other, foreign = "task", ("max_items",)
+    of_task = arguments.task is not None  # and be it an empty name
+    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("max_items",))
     for name in foreign:
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --{other}")
-    body = _eval if arguments.task is None else _task
+    body = _task if of_task else _eval
     return run("dash-eval", lambda: body(arguments), log_level(arguments))
 
 
