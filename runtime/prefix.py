@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dash_onnx.core.atomic import new_file
 from dash_onnx.core.contract import EMBED_PATH
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.sequence import SequenceState
 
 _LOG = logging.getLogger(__name__)
@@ -58,21 +59,15 @@ class Saved:
     def of(cls, state: SequenceState, tokens: Sequence[int]) -> Saved:
         """Copies what a sequence holds of its tokens."""
         length = min(len(tokens), state.length)
-        arrays = {
-            f"{kind}.{layer}": buffer.array[0, :, :length].copy()
-            for kind, buffers in (("keys", state.kv.keys), ("values", state.kv.values))
-            for layer, buffer in enumerate(buffers)
-        }
+        arrays = {name: buffer.array[0, :, :length].copy() for name, buffer in _buffers(state)}
         return cls(np.array(tokens[:length], np.int64), arrays)
 
     def restore(self, state: SequenceState, length: int) -> None:
         """Writes the first tokens into an empty sequence."""
         state.truncate(0)
         state.reserve(length)
-        for kind, buffers in (("keys", state.kv.keys), ("values", state.kv.values)):
-            for layer, buffer in enumerate(buffers):
-                part = self.arrays[f"{kind}.{layer}"][:, :length]
-                buffer.write(part, (0, slice(None), slice(length)))
+        for name, buffer in _buffers(state):
+            buffer.write(self.arrays[name][:, :length], (0, slice(None), slice(length)))
         state.kv.length = length
 
     @property
@@ -215,6 +210,13 @@ class PrefixStore:
         del self._entries[name]
         if self._folder is not None:
             (self._folder / name).unlink(missing_ok=True)
+
+
+def _buffers(state: SequenceState) -> Iterator[tuple[str, Buffer]]:
+    """Keys and values of each layer, by the name that they are saved under."""
+    for kind, buffers in (("keys", state.kv.keys), ("values", state.kv.values)):
+        for layer, buffer in enumerate(buffers):
+            yield f"{kind}.{layer}", buffer
 
 
 def _safetensors() -> Any:

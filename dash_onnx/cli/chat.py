@@ -14,7 +14,7 @@ from dash_onnx.cli.common import Terminated
 from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.atomic import write_text
 from dash_onnx.core.errors import ContextLengthError, DashError, PolicyError, SourceError
-from dash_onnx.core.text import read_text
+from dash_onnx.core.text import read_json
 from dash_onnx.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -130,11 +130,10 @@ class Chat:
             self._cache.save(self._session, {_MESSAGES: json.dumps(self._messages)})
 
     def _resume(self, session: Path) -> None:
+        facts = self._cache.load(session)
         try:
-            self._messages = json.loads(self._cache.load(session)[_MESSAGES])
-        except (KeyError, ValueError, RecursionError) as error:
-            if isinstance(error, DashError):
-                raise
+            self._messages = json.loads(facts[_MESSAGES])
+        except (KeyError, ValueError, RecursionError):
             raise SourceError(f"{session} holds no conversation") from None
         self._model.text.render_chat(self._messages)  # refuses what is none
         self._say(f"{len(self._messages)} messages from {session}")
@@ -166,10 +165,7 @@ class Chat:
 
     def _load(self, name: str) -> None:
         path = _path(name)
-        try:
-            messages = json.loads(read_text(path))
-        except (ValueError, RecursionError):
-            raise SourceError(f"{path} is not JSON") from None
+        messages = read_json(path)
         self._model.text.render_chat(messages)  # refuses what is no conversation
         self._messages, self._saved = messages, path
         self._say(f"{len(messages)} messages from {path}")

@@ -27,7 +27,7 @@ from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
-from dash_onnx.core.text import read_text
+from dash_onnx.core.text import read_json
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.speculate import Speculate
@@ -187,11 +187,11 @@ def _run(arguments: argparse.Namespace) -> None:
             check_file(path)
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
-    own = {"cache", "grammar", "logprobs"}
+    own, schema = {"cache", "grammar", "logprobs"}, arguments.json_schema
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
     options = GenerationOptions(
         **{name: getattr(arguments, name) for name in names},
-        grammar=_grammar(arguments.json_schema) if arguments.json_schema else None,
+        grammar=Grammar.json_schema(read_json(schema)) if schema else None,
     )
     started = time.perf_counter()
     model = dash_onnx.load(
@@ -253,15 +253,6 @@ def _run(arguments: argparse.Namespace) -> None:
         else:
             show(chunks, path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)
-
-
-def _grammar(schema: Path) -> Grammar:
-    try:
-        return Grammar.json_schema(json.loads(read_text(schema)))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, PolicyError):
-            raise
-        raise SourceError(f"{schema} is not JSON") from None
 
 
 def _text(prompt: str) -> str:

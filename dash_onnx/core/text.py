@@ -213,6 +213,19 @@ def read_text(path: Path) -> str:
     return text
 
 
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        SourceError: missing, empty, or not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise SourceError(f"{path} is not JSON") from None
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of a JSON lines file, each with its place (`file:line`) for messages.
 

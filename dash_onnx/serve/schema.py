@@ -115,7 +115,7 @@ class Generation(BaseModel):
     @property
     def wanted_logprobs(self) -> int | None:
         """How many of the likeliest tokens are told with each; None: no log probabilities."""
-        raise NotImplementedError
+        return None
 
 
 class ChatRequest(Generation):

@@ -186,7 +186,9 @@ class _BatchThread:
 
 
 def _batch(model: Model, limits: Limits) -> _BatchThread | None:
-    store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
+    store = None
+    if limits.prefix_bytes:
+        store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
     try:
         return _BatchThread(model.new_batch(limits.running, store))
     except DeviceError:  # each generation runs on its own there
