@@ -245,6 +245,16 @@ def _calls(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "fly"}}},
         {"tool_choice": "required"},
         {"tools": [{"type": "function", "function": {"name": "a</s>b"}}]},  # a control token
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"function": {"name": "count", "arguments": '{"a": "\\u003c/s>"}'}}
+                    ],
+                }
+            ]
+        },
         {"tools": [3]},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}},
         {"response_format": {"type": "xml"}},
@@ -254,5 +264,6 @@ def _calls(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
     ids=str,
 )
 def test_forms_that_cannot_be_are_refused(client: openai.OpenAI, body: dict[str, Any]) -> None:  # noqa: F811
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "extra_body": body}
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body=body)
+        client.chat.completions.create(**asked)

@@ -209,7 +209,7 @@ class _Server:
             options, tools = body.options(self.service.limits.most_tokens), body.offered
             options = body.with_call(options, model.text)
             messages = with_tools(body.prompt(), tools, model.text.chat_template)
-            check_words(model, [*messages, {"content": json.dumps(tools)}])
+            check_words(model, [*messages, *tools])
             prompt = await asyncio.to_thread(model.text.encode_chat, messages, tools=tools)
         choices = [Choice(model.text, tools) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)

@@ -357,19 +357,24 @@ def load_models(
     return models
 
 
-def check_words(model: Model, messages: list[dict[str, Any]]) -> None:
+def check_words(model: Model, given: list[dict[str, Any]]) -> None:
     """Refuses text that would end a message and begin another one: it could take any role.
 
+    Args:
+        model: whose template takes it.
+        given: messages and tools; every text in them counts, however deep it stands.
+
     Raises:
-        PolicyError: a message holds a control token of the model.
+        PolicyError: one of them holds a control token of the model.
     """
     added = model.text.tokenizer.get_added_tokens_decoder().values()
     control = [token.content for token in added if token.special]
-    for message in messages:
-        content = message.get("content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        for part in parts:
-            text = part.get("text") if isinstance(part, dict) else None
-            found = next((word for word in control if isinstance(text, str) and word in text), None)
-            if found is not None:
-                raise PolicyError(f"a message holds {found!r}, a control token of this model")
+    left: list[Any] = [*given]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and (found := [word for word in control if word in value]):
+            raise PolicyError(f"a message holds {found[0]!r}, a control token of this model")
