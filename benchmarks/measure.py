@@ -223,7 +223,10 @@ def main() -> None:
             print(f"{name}: left out, it needs --{lacking[0]}", file=sys.stderr)
             continue
         commands = part(arguments, QUICK if arguments.quick else Size())
-        found = {**_circumstances(arguments), "commands": [_run(words) for words in commands]}
+        found = {
+            **_circumstances(arguments, needs.split()),
+            "commands": [_run(words) for words in commands],
+        }
         (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
@@ -260,14 +263,14 @@ def _shown(word: str | Path) -> str:
     return str(word.relative_to(ROOT) if word.is_relative_to(ROOT) else word.name)
 
 
-def _circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where, when and on what: results.py refuses parts that differ in it."""
+def _circumstances(arguments: argparse.Namespace, needs: list[str]) -> dict[str, Any]:
+    """Where, when and on what: results.py refuses parts of one bundle that differ in it."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
     written = (":!docs", ":!README.md", ":!benchmarks/results")  # by results.py
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *written]).returncode
     files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts])]
-    manifest = [arguments.bundle / "dash.json"] if arguments.bundle else []
+    manifest = [arguments.bundle / "dash.json"] if "bundle" in needs else []
     return {
         "commit": commit + ("+changes" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),

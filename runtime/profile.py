@@ -5,6 +5,7 @@ Never more of the model is loaded than fits a window: some consecutive layers, o
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -28,8 +29,14 @@ from dash_onnx.runtime.ort import Device, thread_count
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
+BUSY = 0.1
+"""Spread of a profile that other work disturbed: 0.03 to 0.04 alone on two cores, 0.14 beside one
+busy process, 0.24 beside two, when all times are a third too long."""
+
 LayerAction = tuple[int, Action]
 """A layer and what it does."""
+
+_LOG = logging.getLogger(__name__)
 
 _TOKENS = 96
 _WARM_UP = 16  # tokens until every graph has run and memory has settled
@@ -54,7 +61,7 @@ class _Window:
 
 
 @dataclass
-class _Times:
+class Times:
     """Milliseconds seen."""
 
     layers: list[dict[Action, list[float]]]
@@ -63,6 +70,18 @@ class _Times:
 
 
 def profile(bundle: Bundle, device: Device) -> Costs:
+    """`measure`, with a warning where other work disturbed it."""
+    costs = measure(bundle, device)
+    if costs.spread > BUSY:
+        _LOG.warning(
+            "other work disturbed the profile: a usual run took %.0f%% longer than the quickest "
+            "quarter; when the machine is quiet, dash-profile measures again",
+            100 * costs.spread,
+        )
+    return costs
+
+
+def measure(bundle: Bundle, device: Device) -> Costs:
     """Decodes random paths and takes the lower quartile of each part's time.
 
     The quartile, because other work on the machine only makes times longer: it is what a part takes
@@ -77,16 +96,16 @@ def profile(bundle: Bundle, device: Device) -> Costs:
         device: where they run.
     """
     with Phase("costs", total=1):
-        return _profile(bundle, device)
+        return _measure(bundle, device)
 
 
-def _profile(bundle: Bundle, device: Device) -> Costs:
+def _measure(bundle: Bundle, device: Device) -> Costs:
     sessions, manifest = Sessions(bundle, open_backend(device)), bundle.manifest
     best, *others = manifest.variants
     cheap = (*(others or [best]), SKIP)
     rng = random.Random(0)
     heads = manifest.exported_heads
-    times = _Times([{} for _ in manifest.layers], {head: [] for head in heads})
+    times = Times([{} for _ in manifest.layers], {head: [] for head in heads})
 
     def mixed(layer: int) -> Action:
         # Layers run at least as often as they are skipped, as under any useful policy.
@@ -116,6 +135,7 @@ def _profile(bundle: Bundle, device: Device) -> Costs:
             }
             for seen in times.layers
         ),
+        spread=spread_of(times),
     )
 
 
@@ -145,7 +165,7 @@ def _time(
     window: _Window,
     choose: Callable[[int], Action],
     tokens: int,
-    times: _Times,
+    times: Times,
     rng: random.Random,
 ) -> None:
     """Decodes tokens on paths of a window's layers, and forgets their graphs."""
@@ -275,6 +295,13 @@ def _others(window: _Window) -> npt.NDArray[np.uint64]:
     Else the caches would still hold weights of this window from the token before.
     """
     return np.ones(0 if window.whole else _OTHERS_BYTES // 8, np.uint64)
+
+
+def spread_of(times: Times) -> float:
+    """By what share the median run of a part is longer than its lower quartile, of most parts."""
+    parts = [*(ms for layer in times.layers for ms in layer.values()), *times.heads.values()]
+    shares = [float(np.median(ms)) / max(_typical(ms), 1e-6) - 1 for ms in parts]
+    return round(float(np.median(shares)), 4)
 
 
 def _typical(values: list[float]) -> float:

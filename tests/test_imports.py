@@ -261,7 +261,7 @@ def test_every_command_of_the_runtime_works_without_what_windows_lacks(
         ("run", copy),
         ("eval", copy, "--text", text, "--window", "32", "--prompt-tokens", "8"),
         ("info", copy),
-        ("profile", copy),
+        ("profile", copy, "--force"),
         ("bench", copy, "--run", "int8", "--new-tokens", "4", "--rounds", "1"),
     ):
         done = subprocess.run(

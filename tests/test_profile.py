@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from cli_tool import Capture, Tool
 
 from dash_onnx.cli.profile import main
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.runtime.profile import Times, spread_of
 
 TOOL = Tool("dash-profile", main)
 
@@ -28,7 +30,7 @@ def test_the_costs_are_measured_again_and_nothing_else_changes(
     bundle: Path, capsys: Capture
 ) -> None:
     before, files = Bundle(bundle).manifest, files_of(bundle)
-    found = TOOL.json_of(capsys, bundle)
+    found = TOOL.json_of(capsys, bundle, "--force")
     after = Bundle(bundle).manifest
     assert found["layers_ms"] == [dict(layer) for layer in after.costs.layers_ms]
     assert after.costs != before.costs
@@ -45,11 +47,33 @@ def test_a_dry_run_prints_and_leaves_the_bundle(bundle: Path, capsys: Capture) -
     assert (bundle / "dash.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(("spread", "written"), [(0.05, True), (0.3, False)])
+def test_a_profile_that_other_work_disturbed_is_refused(
+    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, spread: float, written: bool
+) -> None:
+    costs = replace(Bundle(bundle).manifest.costs, embed_ms=7.0, spread=spread)
+    monkeypatch.setattr("dash_onnx.runtime.profile.measure", lambda *_: costs)
+    if written:
+        assert TOOL.run(bundle) == 0
+    else:
+        assert "30% longer" in TOOL.refused(capsys, bundle)
+    assert (Bundle(bundle).manifest.costs == costs) == written
+
+
+def test_the_spread_tells_how_steady_the_times_are() -> None:
+    steady, shaken = ([1.0] * 20, [1.0] * 8 + [1.4] * 12)
+
+    def spread(ms: list[float]) -> float:
+        return spread_of(Times([{"int8": ms}, {"int8": ms}], {"int8": ms}))
+
+    assert spread(steady) == 0 and spread(shaken) == pytest.approx(0.4)
+
+
 def test_a_fused_folder_is_said_to_keep_its_costs(bundle: Path, capsys: Capture) -> None:
     (bundle / "fused").mkdir()
     assert TOOL.run(bundle, "--dry-run") == 0
     assert capsys.readouterr().err == ""
-    assert TOOL.run(bundle) == 0
+    assert TOOL.run(bundle, "--force") == 0
     assert f"dash-fuse {bundle} --overwrite" in capsys.readouterr().err
 
 

@@ -79,7 +79,13 @@ def results(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def parts() -> dict[str, Any]:
-    same = {"commit": "abc", "date": "2026-01-01", "machine": "one", "versions": {}, "bundle": ""}
+    same = {
+        "commit": "abc",
+        "date": "2026-01-01",
+        "machine": "one",
+        "versions": {},
+        "bundle": "def",
+    }
     return {
         name: {
             **same,
@@ -121,6 +127,18 @@ def test_parts_that_do_not_belong_together_are_refused(
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     with pytest.raises(SystemExit, match=f"differ in {key}"):
         results.read(tmp_path)
+
+
+def test_a_part_with_a_model_of_its_own_may_be_measured_at_another_commit(
+    results: Any, parts: dict[str, Any], tmp_path: Path
+) -> None:
+    parts = copy.deepcopy(parts)
+    parts["other"].update(commit="another", bundle="")
+    for name, part in parts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    page = results.page(results.read(tmp_path))
+    assert page.count("Measured at commit `another`") == 1
+    assert f"Measured at commit `{parts['tasks']['commit']}`" in page
 
 
 @pytest.mark.slow

@@ -18,12 +18,16 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-profile",
         "Time every action of every layer through the runtime on this machine, as decoding meets "
-        "them, and write the costs into the bundle; its budgets and presets follow.",
+        "them, and write the costs into the bundle; its budgets and presets follow. A profile that "
+        "other work disturbed is refused.",
         _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
     add_device_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
+    parser.add_argument(
+        "--force", action="store_true", help="write the costs although other work disturbed them"
+    )
     parser.add_argument("--json", action="store_true", help="print the costs as JSON")
     return parser
 
@@ -39,15 +43,21 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.budget import reference_ms, with_costs
     from dash_onnx.core.bundle import Bundle, replace_manifest
     from dash_onnx.core.contract import FUSED_FOLDER
+    from dash_onnx.core.errors import DashError
     from dash_onnx.core.records import to_json
-    from dash_onnx.runtime.profile import profile
+    from dash_onnx.runtime.profile import BUSY, measure
 
     # Checks the device and sets the threads.
     dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
-    costs = profile(bundle, arguments.device)
+    costs = measure(bundle, arguments.device)
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
+        if costs.spread > BUSY and not arguments.force:
+            raise DashError(
+                f"other work disturbed the profile: a usual run took {costs.spread:.0%} longer "
+                "than the quickest quarter; stop it and try again, or write the costs with --force"
+            )
         replace_manifest(bundle.folder, manifest)
         if (fused := bundle.folder / FUSED_FOLDER).is_dir():
             print(
@@ -58,7 +68,10 @@ def _profile(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(to_json(costs)))
         return
-    print(f"{costs.machine}, {costs.threads} threads")
+    print(
+        f"{costs.machine}, {costs.threads} threads; a usual run took {costs.spread:.0%} longer "
+        "than these figures"
+    )
     best = manifest.variants[0]
     print(f"a token, all layers {best:<6} {reference_ms(manifest):8.3f} ms")
     print(f"embedding                  {costs.embed_ms:8.3f} ms")

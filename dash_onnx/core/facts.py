@@ -136,6 +136,8 @@ class Costs:
         scorer_ms: all decisions of one token.
         heads_ms: the LM head, by precision.
         layers_ms: by layer and action.
+        spread: how much longer than these figures a usual run took, as a share of them. Other work
+            on the machine makes it large.
     """
 
     machine: str
@@ -144,6 +146,7 @@ class Costs:
     scorer_ms: float
     heads_ms: dict[Action, float]
     layers_ms: tuple[dict[Action, float], ...]
+    spread: float = 0.0
 
     @property
     def unit_ms(self) -> float:
