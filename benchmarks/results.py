@@ -68,7 +68,12 @@ def page(parts: dict[str, Part]) -> str:
         parts=parts,
         any=next(iter(parts.values()), None),
         commits=sorted({(part["date"], part["commit"]) for part in parts.values()}),
-        files={k: v for part in parts.values() for k, v in part["files"].items()},
+        files={
+            name: file
+            for part in parts.values()
+            for name, file in part["files"].items()
+            if any(name in command["command"] for command in part["commands"])
+        },
         **{function.__name__: function for function in (*functions, found, seconds, shown)},
     )
 
