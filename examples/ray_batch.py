@@ -34,7 +34,7 @@ class Answers:
         chats = [[{"role": "user", "content": str(prompt)}] for prompt in batch["prompt"]]
         texts = self._model.batch(chats, options=self._options)
         lines = [
-            json.dumps({"id": str(name), "answer": str(text)})
+            json.dumps({"id": str(name), "text": str(text)})
             for name, text in zip(batch["id"], texts, strict=True)
         ]
         part = self._folder / f"{uuid.uuid4().hex}.jsonl"

@@ -17,7 +17,7 @@ from itertools import groupby
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, Path
+from dash_onnx.core.actions import SKIP, Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits, common_length
 from dash_onnx.core.errors import DashError, PolicyError
 from dash_onnx.runtime.deciders import Decider, FixedPath
@@ -161,6 +161,12 @@ class Request:
     deliver: Deliver
     cancelled: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def prompt(self) -> str:
+        """How its prompt runs. Where two are equal, one may use the other's K/V."""
+        path, head = self.plan
+        return f"{path_letters(path)} {head}"
+
 
 @dataclass(eq=False)
 class _Row:
@@ -169,15 +175,18 @@ class _Row:
     number: int
     state: SequenceState
     tokens: list[int] = field(default_factory=list)
+    prompt: str = ""  # how what it holds was begun
     used: int = 0  # when it was last given away
     request: Request | None = None
     going: Generation | None = None
     rest: Ids = field(default_factory=lambda: np.zeros(0, np.int64))  # of the prompt, not run yet
     started: float = 0.0
 
-    def common(self, ids: Ids) -> int:
+    def common(self, request: Request) -> int:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
-        return common_length(np.asarray(self.tokens, np.int64), ids[:-1])
+        if self.prompt != request.prompt:
+            return 0
+        return common_length(np.asarray(self.tokens, np.int64), request.ids[:-1])
 
 
 class Batch:
@@ -215,7 +224,7 @@ class Batch:
         """Puts what all rows hold into the store."""
         if self._store is not None:
             for row in self._rows:
-                self._store.put(row.state, row.tokens)
+                self._store.put(row.state, row.tokens, row.prompt)
 
     def wait(self, seconds: float) -> None:
         """Waits until there is something to do, or a time has passed."""
@@ -249,7 +258,7 @@ class Batch:
             if request.cancelled.is_set():
                 continue
             # The row that holds most of the prompt, else the one that was not used for longest.
-            row = max(free, key=lambda row: (row.common(request.ids), -row.used))
+            row = max(free, key=lambda row: (row.common(request), -row.used))
             free.remove(row)
             self._given += 1
             row.used, row.request = self._given, request
@@ -257,13 +266,13 @@ class Batch:
 
     def _begin(self, row: _Row, request: Request) -> None:
         row.started = time.perf_counter()
-        common = row.common(request.ids)
+        common = row.common(request)
         if self._store is not None:
             if common < len(row.tokens):
-                self._store.put(row.state, row.tokens)
-            common = self._store.restore(row.state, request.ids, common)
+                self._store.put(row.state, row.tokens, row.prompt)
+            common = self._store.restore(row.state, request.ids, common, request.prompt)
         row.state.truncate(common)
-        row.tokens = request.ids[:common].tolist()
+        row.tokens, row.prompt = request.ids[:common].tolist(), request.prompt
         row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
         row.going = request.generation(row.state)
         row.rest = request.ids[common:]

@@ -195,6 +195,17 @@ class Model:
             if one is not None:
                 self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
 
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights of layers and LM heads that are loaded."""
+        return self._sessions.loaded_bytes
+
+    @property
+    def bytes_to_load(self) -> int:
+        """Bytes of weights that the model's own policy uses and that are not loaded yet."""
+        policy = self.policy()
+        return self._sessions.bytes_to_load(policy, prefill_plan(self._sessions, policy, None))
+
     def close(self) -> None:
         """Frees every graph and its weights.
 
@@ -576,6 +587,20 @@ def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
         rest.close()
 
 
+def check_target(bundle: Bundle, device: Device) -> None:
+    """Refuses a bundle that was exported for another device.
+
+    Raises:
+        DeviceError: it was.
+    """
+    built_for = bundle.manifest.target.device
+    if device != built_for and device in ("cpu", "cuda"):
+        raise DeviceError(
+            f"{bundle.folder} was exported for device {built_for!r}, not {device!r}; "
+            f"export again with --device {device}"
+        )
+
+
 def load(
     folder: str | os.PathLike[str],
     *,
@@ -617,12 +642,7 @@ def load(
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
         raise PolicyError(f"threads={threads!r} must be an integer in 1..{_MOST_THREADS}")
     bundle = Bundle(folder, sha256=sha256)
-    built_for = bundle.manifest.target.device
-    if device != built_for and device in ("cpu", "cuda"):
-        raise DeviceError(
-            f"{folder} was exported for device {built_for!r}, not {device!r}; "
-            f"export again with --device {device}"
-        )
+    check_target(bundle, device)
     backend = open_backend(device, cuda_graphs=cuda_graphs)
     use_threads(threads)
     return Model(bundle, backend, policy=policy, budget=budget, memory=memory)

@@ -50,17 +50,19 @@ class Saved:
     Attributes:
         tokens: ids `[S]`.
         arrays: by name, keys and values `[H_kv, S, d]` of each layer.
+        prompt: how prompts ran that it serves, see `Request.prompt`; a conversation's is empty.
     """
 
     tokens: Ids
     arrays: dict[str, npt.NDArray[Any]]
+    prompt: str = ""
 
     @classmethod
-    def of(cls, state: SequenceState, tokens: Sequence[int]) -> Saved:
+    def of(cls, state: SequenceState, tokens: Sequence[int], prompt: str = "") -> Saved:
         """Copies what a sequence holds of its tokens."""
         length = min(len(tokens), state.length)
         arrays = {name: buffer.array[0, :, :length].copy() for name, buffer in _buffers(state)}
-        return cls(np.array(tokens[:length], np.int64), arrays)
+        return cls(np.array(tokens[:length], np.int64), arrays, prompt)
 
     def restore(self, state: SequenceState, length: int) -> None:
         """Writes the first tokens into an empty sequence."""
@@ -87,7 +89,7 @@ class Saved:
             PolicyError: safetensors is missing.
             BundleError: there is no such folder, or no file can lie there.
         """
-        told = {**(facts or {}), "bundle": identity_of(manifest)}
+        told = {**(facts or {}), "bundle": identity_of(manifest), "prompt": self.prompt}
         with new_file(path) as temporary:
             arrays = {**self.arrays, "tokens": self.tokens}
             _safetensors().numpy.save_file(arrays, str(temporary), metadata=told)
@@ -123,7 +125,7 @@ class Saved:
         )
         if not fits:
             raise SourceError(f"{path} does not hold the K/V that its bundle writes")
-        return cls(tokens, arrays), facts
+        return cls(tokens, arrays, facts.get("prompt", "")), facts
 
 
 class PrefixStore:
@@ -152,36 +154,38 @@ class PrefixStore:
         """Texts that it holds."""
         return len(self._entries)
 
-    def put(self, state: SequenceState, tokens: Sequence[int]) -> None:
+    def put(self, state: SequenceState, tokens: Sequence[int], prompt: str) -> None:
         """Keeps what a sequence holds, unless it is short or held already."""
         ids = np.array(tokens[: state.length], np.int64)
-        if len(ids) < LEAST or self._longest(ids)[0] == len(ids):
+        if len(ids) < LEAST or self._longest(ids, prompt)[0] == len(ids):
             return
-        saved = Saved.of(state, tokens)
-        name = hashlib.sha256(ids.tobytes()).hexdigest()[:32] + ".safetensors"
+        saved = Saved.of(state, tokens, prompt)
+        digest = hashlib.sha256(prompt.encode() + ids.tobytes()).hexdigest()
+        name = f"{digest[:32]}.safetensors"
         for key, old in [*self._entries.items()]:
-            if common_length(old.tokens, ids) == len(old.tokens):
+            if old.prompt == prompt and common_length(old.tokens, ids) == len(old.tokens):
                 self._drop(key)  # the new one begins with it
         self._entries[name] = saved
         if self._folder is not None:
             try:
                 saved.write(self._folder / name, self._manifest)
-            except OSError as error:
+            except Exception as error:  # a full disk has names of its own in safetensors
                 _LOG.warning("cannot write %s: %s", self._folder / name, error)
         self._shrink()
 
-    def restore(self, state: SequenceState, ids: Ids, held: int) -> int:
+    def restore(self, state: SequenceState, ids: Ids, held: int, prompt: str) -> int:
         """Writes the longest beginning of a prompt that it holds into a sequence.
 
         Args:
             state: of the sequence.
             ids: the prompt `[S]`, of which the last token runs in any case.
             held: tokens that the sequence has itself.
+            prompt: how it runs; what ran otherwise does not serve it.
 
         Returns:
             How many tokens the sequence holds of the prompt now.
         """
-        common, name = self._longest(ids[:-1])
+        common, name = self._longest(ids[:-1], prompt)
         if common < held + LEAST:
             return held
         saved = self._entries.pop(name)
@@ -189,8 +193,12 @@ class PrefixStore:
         saved.restore(state, common)
         return common
 
-    def _longest(self, ids: Ids) -> tuple[int, str]:
-        found = [(common_length(saved.tokens, ids), name) for name, saved in self._entries.items()]
+    def _longest(self, ids: Ids, prompt: str) -> tuple[int, str]:
+        found = [
+            (common_length(saved.tokens, ids), name)
+            for name, saved in self._entries.items()
+            if saved.prompt == prompt
+        ]
         return max(found, default=(0, ""))
 
     def _load(self, folder: Path) -> None:

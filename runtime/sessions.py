@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import ACTIONS, Action, Path
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
@@ -84,34 +85,44 @@ class Sessions:
             BundleError: a graph is damaged.
             DeviceError: they do not fit the memory.
         """
-        manifest = self.manifest
-        layers = manifest.model.num_layers
-        heads, actions = set(manifest.exported_heads), [set(manifest.actions)] * layers
-        if policy is not None and prompt is not None:
-            heads = {policy.head, prompt[1]}
-            later = policy.used(layers, manifest.actions)
-            actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
-        graphs = [(head_path(a), a, self.head_ports) for a in heads]
-        graphs += [
-            (layer_path(layer, a), a, self.layer_ports)
-            for layer, used in enumerate(actions)
-            for a in used
-        ]
-        self._check_memory([(path, action) for path, action, _ in graphs])
+        heads, layers = self._used(policy, prompt)
+        self._check_memory(self._bytes(heads, layers))
         loads: list[Callable[[], Any]] = [
-            partial(self._get, path, ports) for path, _, ports in graphs
+            *(partial(self.head, precision) for precision in heads),
+            *(partial(self.layer, *layer) for layer in layers),
+            self.embed,
         ]
-        loads.append(self.embed)
-        if manifest.scorer is not None and (policy is None or policy.scored):
+        if self.manifest.scorer is not None and (policy is None or policy.scored):
             loads.append(self.scorer)
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
 
-    def _check_memory(self, graphs: list[tuple[str, Action]]) -> None:
+    def bytes_to_load(self, policy: Policy, prompt: tuple[Path, Action]) -> int:
+        """Bytes of weights that `preload` would load, of layers and LM heads."""
+        return self._bytes(*self._used(policy, prompt))
+
+    def _used(
+        self, policy: Policy | None, prompt: tuple[Path, Action] | None
+    ) -> tuple[set[Action], list[tuple[int, Action]]]:
+        """LM heads, and layers in each action, as in `preload`."""
+        manifest = self.manifest
+        count = manifest.model.num_layers
+        heads, actions = set(manifest.exported_heads), [set(manifest.actions)] * count
+        if policy is not None and prompt is not None:
+            heads = {policy.head, prompt[1]}
+            later = policy.used(count, manifest.actions)
+            actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
+        return heads, [(layer, action) for layer, used in enumerate(actions) for action in used]
+
+    def _bytes(self, heads: set[Action], layers: list[tuple[int, Action]]) -> int:
+        graphs = [(head_path(action), action) for action in heads]
+        graphs += [(layer_path(*layer), layer[1]) for layer in layers]
+        new = [graph for graph in graphs if graph[0] not in self._loaded]
+        return sum(self.manifest.graph_bytes(*graph) for graph in new)
+
+    def _check_memory(self, needed: int) -> None:
         if self.backend.device != "cpu" or (available := available_bytes()) is None:
             return
-        new = [graph for graph in graphs if graph[0] not in self._loaded]
-        needed = sum(self.manifest.graph_bytes(*graph) for graph in new)
         if needed > available:
             raise DeviceError(
                 f"the graphs to load take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
@@ -127,6 +138,13 @@ class Sessions:
     def loaded(self) -> frozenset[str]:
         """The graphs that are loaded, by their path in the bundle."""
         return frozenset(self._loaded)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights of layers and LM heads that are loaded."""
+        graphs = [PurePosixPath(path) for path in self.loaded]
+        actions = {str(path): path.stem for path in graphs if path.stem in ACTIONS}
+        return sum(self.manifest.graph_bytes(p, a) for p, a in actions.items())
 
     def forget(self) -> None:
         """Forgets every session; each loads again when it is next needed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,20 @@ def test_a_text_that_comes_again_runs_only_what_is_new(tiny_model: Model, ran: l
         tiny_model.generate(text, options=OPTIONS) for text in (FIRST, SECOND, FIRST + "again")
     ]
     assert found == wanted
+
+
+def test_a_text_serves_only_prompts_that_run_as_it_did(tiny_model: Model, ran: list[int]) -> None:
+    store = PrefixStore(tiny_model.manifest, 1 << 30)
+    batch = tiny_model.new_batch(2, store)
+    found = []
+    for policy in ("int4", "int8", "int4"):
+        options = dataclasses.replace(OPTIONS, policy=policy)
+        batch.submit(tiny_model.request(FIRST, lambda chunk: None, options))
+        while batch.step():
+            pass
+        found.append(sum(ran))
+    length = len(tiny_model.text.encode(FIRST))
+    assert found == [length, 2 * length, 2 * length + 1]
 
 
 def test_a_folder_keeps_them_for_the_next_process(

@@ -130,7 +130,7 @@ def test_a_dataset_goes_on_where_it_was_stopped(
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     lines = [line for part in answers.glob("*.jsonl") for line in part.read_text().splitlines()]
-    found = {line["id"]: line["answer"] for line in map(json.loads, lines)}
+    found = {line["id"]: line["text"] for line in map(json.loads, lines)}
     assert found.keys() == asked.keys()
     assert len(lines) == len(asked)  # none twice
     for name in ("0", "500", "999"):

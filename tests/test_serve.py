@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.serve import main
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.engine import Model
 from dash_onnx.serve.app import create_app
-from dash_onnx.serve.service import Limits
+from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.shelf import Shelf, Unloaded, on_demand
+from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
 TOOL = Tool("dash-serve", main)
@@ -38,7 +43,9 @@ OURS: dict[str, Any] = {"policy": "int8"}
 class Server:
     """An app behind uvicorn, in a thread."""
 
-    def __init__(self, models: dict[str, Model], limits: Limits | None = None, **options: Any):
+    def __init__(
+        self, models: Mapping[str, Model | Unloaded], limits: Limits | None = None, **options: Any
+    ):
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         config = uvicorn.Config(create_app(models, limits, **options), log_config=None)
@@ -143,6 +150,128 @@ def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
 
     assert told(budget="fast")["budget"] < told(budget="quality")["budget"]
     assert told(policy="int8", speculate="ngram")["actions"] == {"int8": 1.0}
+
+
+@pytest.fixture
+def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Server]:
+    """Two bundles, and memory for one."""
+    folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
+    with dash_onnx.load(tiny_bundle, policy="int8") as model:
+        needed = model.bytes_to_load
+    running = Server(on_demand(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
+    yield running
+    running.stop()
+
+
+def test_a_bundle_loads_when_it_is_asked_for_and_takes_the_place_of_an_idle_one(
+    two: Server, tiny_model: Model
+) -> None:
+    client, options = two.client(), {"messages": MESSAGES, "max_tokens": 8}
+    assert [model.id for model in client.models.list()] == ["one", "other"]
+    assert metric(two, "dash_loaded_bundles ") == 0
+    text = tiny_model.chat(MESSAGES, policy="int8", max_new_tokens=8)
+    for name in ("one", "other", "other", "one"):
+        found = client.chat.completions.create(model=name, **options)  # type: ignore[call-overload]
+        assert found.choices[0].message.content == text
+        assert metric(two, "dash_loaded_bundles ") == 1
+
+
+def test_a_bundle_in_use_keeps_its_place(
+    tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
+    with dash_onnx.load(tiny_bundle, policy="int8") as model:
+        needed = model.bytes_to_load
+    caplog.set_level("INFO", "dash_onnx.serve.shelf")
+
+    async def used() -> None:
+        shelf = Shelf(on_demand(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
+        async with shelf.using("one") as place:
+            with pytest.raises(BusyError, match="in use"):
+                async with shelf.using("other"):
+                    pass
+            assert shelf.loaded == 1 and place.loaded
+        await asyncio.gather(*(hold(shelf, "other") for _ in range(4)))
+        assert shelf.loaded == 1 and not place.loaded
+        shelf.close()
+        assert shelf.loaded == 0
+
+    async def hold(shelf: Shelf, name: str) -> None:
+        async with shelf.using(name) as place:
+            await asyncio.sleep(0.01)
+            assert place.model.bytes_to_load == 0
+
+    asyncio.run(used())
+    loads = [record for record in caplog.records if "<Model" in record.getMessage()]
+    assert len(loads) == 2  # four who wait for one bundle load it once
+
+
+def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
+    running = Server(on_demand([tiny_bundle]), Limits(memory_bytes=1000))
+    try:
+        with pytest.raises(openai.InternalServerError, match="more than"):
+            running.client().completions.create(model=tiny_bundle.name, prompt="the", max_tokens=2)
+    finally:
+        running.stop()
+
+
+def test_a_budget_under_load_that_a_bundle_cannot_meet_is_refused_at_the_start(
+    scored: Model,
+) -> None:
+    with pytest.raises(PolicyError, match="outside what this bundle can do"):
+        create_app({"scored": scored}, Limits(budget_under_load=0.001))
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token takes some 20 ms."""
+    forward = BatchDecoder.forward
+
+    def slowly(decoder: BatchDecoder, *arguments: Any) -> Any:
+        time.sleep(0.02)
+        return forward(decoder, *arguments)
+
+    monkeypatch.setattr(BatchDecoder, "forward", slowly)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_ends_in_words(tiny_model: Model, stream: bool) -> None:
+    running = Server({"tiny": tiny_model}, Limits(seconds=0.3))
+    body = {"prompt": "the keeper", "max_tokens": 200, "stream": stream}
+    try:
+        answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
+        assert "it took longer than 0.3 s" in answer.text
+        assert metric(running, "dash_running ") == 0
+    finally:
+        running.stop()
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_client_that_leaves_the_queue_gives_up_its_place(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, Limits(running=1, waiting=1))
+    body = {"prompt": "the keeper", "max_tokens": 200, "stream": True}
+    try:
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as first:
+            lines = first.iter_lines()
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout):  # waits, and leaves
+                httpx.post(f"{running.url}/v1/completions", json=body, timeout=0.2)
+            deadline = time.monotonic() + 2
+            while metric(running, "dash_waiting ") and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert metric(running, "dash_waiting ") == 0
+    finally:
+        running.stop()
+
+
+def test_json_that_names_no_tool_is_text() -> None:
+    tool = {"type": "function", "function": {"name": "find"}}
+    for text in ('{"name": ["find"]}', '{"name": {"find": 1}}', '["find"]'):
+        reader = CallReader([tool])
+        assert reader.add(text) + reader.finish()[0] == text and reader.finish()[1] == []
+    reader = CallReader([tool])
+    assert reader.add("a set is ") + reader.add("{1, 2}") == "a set is {1, 2}"
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:

@@ -23,6 +23,7 @@ _LOG = logging.getLogger(__name__)
 _EXAMPLES = """\
   dash-serve out/
   dash-serve out/ other/ --port 9000 --budget balanced --budget-under-load fast
+  dash-serve small/ large/ code/ --memory-mb 2000
   dash-serve out/ --host 0.0.0.0 --api-key-file key.txt
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"messages": [{"role": "user", "content": "Hello!"}], "budget": "fast"}'"""
@@ -51,7 +52,7 @@ def _parser() -> Parser:
         "--cors", action="append", default=[], metavar="ORIGIN", help="web pages that may call it"
     )
     parser.add_argument("--policy", default="", help="of requests that name none")
-    parser.add_argument("--budget", help="likewise")
+    parser.add_argument("--budget", help="of requests that name none (default: balanced)")
     parser.add_argument(
         "--budget-under-load",
         metavar="BUDGET",
@@ -95,6 +96,13 @@ def _parser() -> Parser:
         metavar="N",
         help="of K/V that may be kept for texts that come again (default: %(default)s; 0: none)",
     )
+    parser.add_argument(
+        "--memory-mb",
+        type=positive,
+        metavar="N",
+        help="load a bundle when a request names it, with N MB for the weights of all; the one not "
+        "used for longest goes (default: all are loaded at the start)",
+    )
     add_device_options(parser)
     add_log_options(parser)
     return parser
@@ -120,11 +128,13 @@ def _serve(arguments: argparse.Namespace) -> None:
         import uvicorn
 
         from dash_onnx.serve.app import create_app
-        from dash_onnx.serve.service import Limits, load_models
+        from dash_onnx.serve.limits import Limits
+        from dash_onnx.serve.shelf import load_models, on_demand
     except ImportError as error:
-        remedy = "`pip install 'dash-onnx[serve]'`"
+        remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
-    models = load_models(
+    shelve = load_models if arguments.memory_mb is None else on_demand
+    bundles = shelve(
         arguments.bundles,
         device=arguments.device,
         threads=arguments.threads,
@@ -138,9 +148,10 @@ def _serve(arguments: argparse.Namespace) -> None:
         seconds=arguments.timeout,
         prefix_bytes=max(0, arguments.prefix_mb) << 20,
         prefix_folder=arguments.prefix_cache,
+        memory_bytes=None if arguments.memory_mb is None else arguments.memory_mb * 10**6,
         budget_under_load=arguments.budget_under_load,
     )
-    app = create_app(models, limits, key=key, origins=tuple(arguments.cors))
+    app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -154,8 +165,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     _LOG.info("http://%s:%d", arguments.host, arguments.port)
     server.run()
-    for model in models.values():
-        model.close()
 
 
 def _is_local(host: str) -> bool:

@@ -101,7 +101,7 @@ class TextCodec:
         Raises:
             PolicyError: no template, it refuses the messages, or they are none.
         """
-        messages = _checked(messages)
+        messages = checked_messages(messages)
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
         from dash_onnx.core.template import render  # jinja2 takes a while to import
@@ -136,7 +136,7 @@ class TextCodec:
         return self.tokenizer.decode([int(token)], skip_special_tokens=False)
 
 
-def _checked(messages: Sequence[Message]) -> list[Message]:
+def checked_messages(messages: Sequence[Message]) -> list[Message]:
     """Messages with their content as text: of a list of parts, as OpenAI's API has, their texts.
 
     Raises:

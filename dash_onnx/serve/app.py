@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -26,16 +26,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.actions import path_letters
-from dash_onnx.core.errors import DashError
+from dash_onnx.core.errors import BundleError, DashError, DeviceError
 from dash_onnx.runtime.engine import Model, Prompt
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
-from dash_onnx.serve.service import BusyError, Limits, Service, Tally, check_words
+from dash_onnx.serve.service import Service, Tally, check_words
+from dash_onnx.serve.shelf import Unloaded
 from dash_onnx.serve.tools import with_tools
 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 2  # what a client that is refused for load is told to wait
+_LOOK_S = 0.5  # between two looks whether a client that waits is still there
 _CLOSED = 499  # a client that went away, in logs and metrics
 
 
@@ -66,7 +69,7 @@ class APIError(Exception):
 
 
 def create_app(
-    models: dict[str, Model],
+    models: Mapping[str, Model | Unloaded],
     limits: Limits | None = None,
     *,
     key: str | None = None,
@@ -75,7 +78,7 @@ def create_app(
     """The ASGI app.
 
     Args:
-        models: loaded bundles, by the name that requests call them.
+        models: bundles by the name that requests call them, loaded or to be loaded on demand.
         limits: what it takes on.
         key: that clients must send as `Authorization: Bearer KEY`; None asks for none.
         origins: of web pages that may call it.
@@ -119,7 +122,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         server.service.draining = True
-        await asyncio.to_thread(server.service.close)
+        await asyncio.to_thread(server.service.shelf.close)
 
     return Starlette(
         routes=routes,
@@ -179,14 +182,16 @@ class _Server:
 
     async def list_models(self, request: Request) -> Response:
         self._check_key(request)
-        return JSONResponse({"object": "list", "data": [*map(self._model, self.service.models)]})
+        return JSONResponse(
+            {"object": "list", "data": [*map(self._model, self.service.shelf.names)]}
+        )
 
     async def show_model(self, request: Request) -> Response:
         self._check_key(request)
         return JSONResponse(self._model(self._named(request.path_params["name"])))
 
     def _model(self, name: str) -> dict[str, Any]:
-        manifest = self.service.models[name].manifest
+        manifest = self.service.shelf.manifest(name)
         return {
             "id": name,
             "object": "model",
@@ -204,14 +209,14 @@ class _Server:
         body = await self._body(request, ChatRequest)
         assert isinstance(body, ChatRequest)
         name = self._named(body.model)
-        model = self.service.models[name]
         with _refusing():
+            text = await self.service.shelf.text(name)
             options, tools = body.options(self.service.limits.most_tokens), body.offered
-            options = body.with_call(options, model.text)
-            messages = with_tools(body.prompt(), tools, model.text.chat_template)
-            check_words(model, [*messages, *tools])
-            prompt = await asyncio.to_thread(model.text.encode_chat, messages, tools=tools)
-        choices = [Choice(model.text, tools) for _ in range(body.n)]
+            options = body.with_call(options, text)
+            messages = with_tools(body.prompt(), tools, text.chat_template)
+            check_words(text, [*messages, *tools])
+            prompt = await asyncio.to_thread(text.encode_chat, messages, tools=tools)
+        choices = [Choice(text, tools) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
     async def complete(self, request: Request) -> Response:
@@ -219,8 +224,9 @@ class _Server:
         assert isinstance(body, CompletionRequest)
         name = self._named(body.model)
         with _refusing():
+            text = await self.service.shelf.text(name)
             options = body.options(self.service.limits.most_tokens)
-        choices = [Choice(self.service.models[name].text, []) for _ in range(body.n)]
+        choices = [Choice(text, []) for _ in range(body.n)]
         return await self._answer(request, name, body.prompt, options, body, choices)
 
     async def _body(self, request: Request, kind: type[Generation]) -> Generation:
@@ -256,7 +262,7 @@ class _Server:
         answer = Answer(name, chat=isinstance(body, ChatRequest))
         tallies = [Tally() for _ in choices]
         pieces = self._pieces(name, prompt, options, tallies)
-        first = await _first(pieces)  # what is refused has a status of its own
+        first = await _first(pieces, request)  # what is refused has a status of its own
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             events = _events(first, pieces, answer, choices, tallies, usage)
@@ -287,12 +293,9 @@ class _Server:
                         async for chunk in chunks:
                             yield index, chunk
             outcome = "done"
-        except BusyError as error:
-            outcome = "busy"
-            raise APIError(429, str(error), "busy") from None
         except DashError as error:
-            outcome = "refused"
-            raise APIError(400, str(error), "invalid_value") from None
+            outcome = "busy" if isinstance(error, BusyError) else "refused"
+            raise _refusal(error) from None
         except TimeoutError:
             outcome = "timeout"
             limit = self.service.limits.seconds
@@ -308,11 +311,11 @@ class _Server:
             raise APIError(401, "this server needs its API key", "invalid_api_key")
 
     def _named(self, name: str) -> str:
-        models = self.service.models
-        if not name and len(models) == 1:
-            return next(iter(models))
-        if name not in models:
-            known = ", ".join(models)
+        names = self.service.shelf.names
+        if not name and len(names) == 1:
+            return names[0]
+        if name not in names:
+            known = ", ".join(names)
             raise APIError(404, f"no model {name[:100]!r}; there are {known}", "model_not_found")
         return name
 
@@ -322,11 +325,27 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except DashError as error:
-        raise APIError(400, str(error), "invalid_value") from None
+        raise _refusal(error) from None
 
 
-async def _first(pieces: AsyncGenerator[tuple[int, Chunk], None]) -> Chunk:
-    _, chunk = await anext(pieces)
+def _refusal(error: DashError) -> APIError:
+    if isinstance(error, BusyError):
+        return APIError(429, str(error), "busy")
+    if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could mend
+        return APIError(503, str(error), "unavailable")
+    return APIError(400, str(error), "invalid_value")
+
+
+async def _first(pieces: AsyncGenerator[tuple[int, Chunk], None], request: Request) -> Chunk:
+    """The first piece; a client that goes away while it waits gives up its place."""
+    begun = asyncio.ensure_future(anext(pieces))
+    while not (await asyncio.wait({begun}, timeout=_LOOK_S))[0]:
+        if await request.is_disconnected():
+            begun.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await begun
+            raise APIError(_CLOSED, "the client went away", "closed")
+    _, chunk = begun.result()
     return chunk
 
 

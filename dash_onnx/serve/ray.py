@@ -7,6 +7,7 @@ Each replica is a process that loads the bundles from its own node. Needs the ex
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +23,7 @@ class Arguments(BaseModel):
         policy: of requests that name none.
         budget: likewise.
         budget_under_load: where budgets fall to as a replica's queue fills.
+        api_key_file: on every node; clients must send what it holds. None: no key is asked for.
         running: answers at once in a replica.
         waiting: further requests there before one is refused.
         threads: of a replica, which asks the cluster for as many cores.
@@ -35,6 +37,7 @@ class Arguments(BaseModel):
     policy: str = ""
     budget: str | None = None
     budget_under_load: str | None = None
+    api_key_file: str | None = None
     running: int = 8
     waiting: int = 32
     threads: int = 2
@@ -70,8 +73,10 @@ def app(arguments: Arguments) -> serve.Application:
 
 def replica(arguments: Arguments) -> Starlette:
     """The app of one replica."""
+    from dash_onnx.core.text import read_text
     from dash_onnx.serve.app import create_app
-    from dash_onnx.serve.service import Limits, load_models
+    from dash_onnx.serve.limits import Limits
+    from dash_onnx.serve.shelf import load_models
 
     models = load_models(
         arguments.bundles.split(","),
@@ -84,4 +89,7 @@ def replica(arguments: Arguments) -> Starlette:
         waiting=arguments.waiting,
         budget_under_load=arguments.budget_under_load,
     )
-    return create_app(models, limits)
+    key = (
+        None if arguments.api_key_file is None else read_text(Path(arguments.api_key_file)).strip()
+    )
+    return create_app(models, limits, key=key)

@@ -19,7 +19,9 @@ from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Asked for, each of them would change the answer: better refused than ignored.
-_UNSERVED = ("functions", "logit_bias", "audio", "modalities", "prediction")
+_UNSERVED = (
+    "functions logit_bias audio modalities prediction echo suffix best_of grammar repeat_penalty"
+).split()
 
 
 class StreamOptions(BaseModel):

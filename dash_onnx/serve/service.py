@@ -4,61 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client import Counter as Metric
 
-from dash_onnx.core.budget import Budget, reference_ms, resolve
-from dash_onnx.core.errors import DashError, DeviceError, PolicyError, SourceError
+from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import ScoredPolicy
-from dash_onnx.runtime.batch import Batch, Request
-from dash_onnx.runtime.engine import Model, Prompt, load
+from dash_onnx.core.text import TextCodec
+from dash_onnx.runtime.engine import Model, Prompt
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.ort import Device
-from dash_onnx.runtime.prefix import PrefixStore
-from dash_onnx.runtime.stream import Stream
+from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.running import Alone, Running, Together
+from dash_onnx.serve.shelf import Place, Shelf, Unloaded
 
-_LOG = logging.getLogger(__name__)
-_IDLE_S = 0.5  # a thread that has nothing to do looks up
 _STEPS = 4  # between the budget of an idle server and that under load
-
-
-class BusyError(DashError):
-    """So many requests wait that another one is refused."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server takes on.
-
-    Attributes:
-        running: generations at once, which share their passes.
-        waiting: further requests that wait for one of them to end.
-        most_tokens: of an answer.
-        seconds: of a request, from when it runs.
-        body_bytes: of a request.
-        prefix_bytes: of K/V in memory that lost its place to another text.
-        prefix_folder: keeps it for the next process.
-        budget_under_load: where budgets fall to as the queue fills, of requests that name none.
-    """
-
-    running: int = 8
-    waiting: int = 32
-    most_tokens: int = 4096
-    seconds: float = 600.0
-    body_bytes: int = 4 << 20
-    prefix_bytes: int = 256 << 20
-    prefix_folder: Path | None = None
-    budget_under_load: Budget | None = None
 
 
 class Metrics:
@@ -74,6 +40,7 @@ class Metrics:
         self.actions = Metric("dash_actions", "decisions by action", ["action"], **given)
         self.guesses = Metric("dash_guesses", "of speculation", ["outcome"], **given)
         self.reused = Gauge("dash_prompt_tokens_reused", "that a row or a prefix held", **given)
+        self.loaded = Gauge("dash_loaded_bundles", "in memory", **given)
         self.running = Gauge("dash_running", "generations", **given)
         self.waiting = Gauge("dash_waiting", "requests in the queue", **given)
         self.pressure = Gauge("dash_pressure", "0 to 1: how far budgets have fallen", **given)
@@ -109,110 +76,32 @@ class Tally:
         }
 
 
-class _Running(Protocol):
-    """A generation that runs elsewhere."""
-
-    async def next(self) -> Chunk | None:
-        """Its next chunk; None after the last."""
-
-    def set_budget(self, budget: Budget) -> None:
-        """From the next token on."""
-
-    def close(self) -> None:
-        """Ends it."""
-
-
-class _Alone:
-    """A generation of its own, each token in a thread."""
-
-    def __init__(self, stream: Stream):
-        self._stream = stream
-        self.set_budget, self.close = stream.set_budget, stream.close
-
-    async def next(self) -> Chunk | None:
-        return await asyncio.to_thread(next, self._stream, None)
-
-
-class _Together:
-    """A generation in a batch, whose thread delivers chunks to this one's event loop."""
-
-    request: Request
-
-    def __init__(self) -> None:
-        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
-        self._ended = False
-
-    def deliver(self, piece: Chunk | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-    async def next(self) -> Chunk | None:
-        if self._ended:
-            return None
-        piece = await self._pieces.get()
-        if isinstance(piece, Exception):
-            raise piece
-        self._ended = piece.finish_reason is not None
-        return piece
-
-    def set_budget(self, budget: Budget) -> None:
-        self.request.current.set_budget(budget)
-
-    def close(self) -> None:
-        self.request.cancelled.set()
-
-
-class _BatchThread:
-    """Runs the steps of a batch."""
-
-    def __init__(self, batch: Batch):
-        self.submit, self._batch, self._closed = batch.submit, batch, False
-        self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._closed:
-            if not self._batch.step():
-                self._batch.wait(_IDLE_S)
-
-    @property
-    def reused(self) -> int:
-        return self._batch.reused
-
-    def close(self) -> None:
-        self._closed = True
-        self._thread.join()
-        self._batch.save()
-
-
-def _batch(model: Model, limits: Limits) -> _BatchThread | None:
-    store = None
-    if limits.prefix_bytes:
-        store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
-    try:
-        return _BatchThread(model.new_batch(limits.running, store))
-    except DeviceError:  # each generation runs on its own there
-        return None
-
-
 class Service:
-    """Bundles by name, and the queue before them."""
+    """The queue before the bundles.
 
-    def __init__(self, models: dict[str, Model], limits: Limits):
-        """Takes loaded bundles.
+    Attributes:
+        shelf: the bundles.
+        limits: what it takes on.
+        metrics: what it counts.
+        draining: whether it only ends what it has begun.
+    """
+
+    def __init__(self, models: Mapping[str, Model | Unloaded], limits: Limits):
+        """Takes bundles by name.
 
         Raises:
             PolicyError: a bundle cannot meet the budget under load.
         """
-        self.models, self.limits, self.metrics = models, limits, Metrics()
+        self.shelf, self.limits, self.metrics = Shelf(models, limits), limits, Metrics()
         self.draining = False
-        self._batches = {name: _batch(model, limits) for name, model in models.items()}
         self._slots = asyncio.Semaphore(limits.running)
         self._waiting = 0
         self._under_load: dict[str, float] = {}
         if limits.budget_under_load is not None:
             for name, model in models.items():
-                self._under_load[name] = resolve(limits.budget_under_load, model.manifest)
+                least = resolve(limits.budget_under_load, model.manifest)
+                multiplier_of(least, scorer_facts(model.manifest).points)  # refuses it now
+                self._under_load[name] = least
 
     @property
     def pressure(self) -> float:
@@ -260,51 +149,63 @@ class Service:
             DashError: the prompt or an option is refused.
             TimeoutError: it took longer than a request may.
         """
-        model, metrics = self.models[name], self.metrics
-        policy = model.policy_of(options)
+        async with self.shelf.using(name) as place:
+            # Not around the chunks: who takes them may be another task.
+            until = asyncio.get_running_loop().time() + self.limits.seconds
+            async with asyncio.timeout_at(until):
+                running = await self._begun(place, prompt, options)
+            chunks = self._counted(name, place.model, running, options, arrived, until, tally)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _counted(
+        self,
+        name: str,
+        model: Model,
+        running: Running,
+        options: GenerationOptions,
+        arrived: float,
+        until: float,
+        tally: Tally,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Its chunks; while others wait, its budget falls."""
+        metrics, policy = self.metrics, model.policy_of(options)
         usual = policy.budget if isinstance(policy, ScoredPolicy) else None
         flexible = name in self._under_load and options.budget is None
         pressure = -1.0
         tally.policy, tally.budget = policy.name, usual
-        whole = reference_ms(model.manifest)
-        before = arrived
-        async with asyncio.timeout(self.limits.seconds):
-            running = await self._begun(name, prompt, options)
-            try:
-                while True:
-                    if flexible and usual is not None and self.pressure != pressure:
-                        pressure = self.pressure
-                        least = min(self._under_load[name], usual)
-                        tally.budget = usual + (least - usual) * pressure
-                        running.set_budget(tally.budget)
+        whole, before = reference_ms(model.manifest), arrived
+        try:
+            while True:
+                if flexible and usual is not None and self.pressure != pressure:
+                    pressure = self.pressure
+                    least = min(self._under_load[name], usual)
+                    tally.budget = max(usual + (least - usual) * pressure, least)
+                    running.set_budget(tally.budget)
+                async with asyncio.timeout_at(until):
                     chunk = await running.next()
-                    if chunk is None:
-                        break
-                    now = time.monotonic()
-                    waited = metrics.between if tally.generated_tokens else metrics.first
-                    waited.observe(now - before)
-                    before = now
-                    cost = policy.cost_ms(chunk.path, model.manifest.costs) / whole
-                    self._count(chunk, tally, cost)
-                    yield chunk
-            finally:
-                running.close()
+                if chunk is None:
+                    break
+                now = time.monotonic()
+                waited = metrics.between if tally.generated_tokens else metrics.first
+                waited.observe(now - before)
+                before = now
+                cost = policy.cost_ms(chunk.path, model.manifest.costs) / whole
+                self._count(chunk, tally, cost)
+                yield chunk
+        finally:
+            running.close()
 
-    async def _begun(self, name: str, prompt: Prompt, options: GenerationOptions) -> _Running:
+    async def _begun(self, place: Place, prompt: Prompt, options: GenerationOptions) -> Running:
         """A generation among the others of its bundle, or one of its own that guesses."""
-        model, batch = self.models[name], self._batches[name]
+        model, batch = place.model, place.batch
         if batch is None or options.speculate != "off":
-            return _Alone(await asyncio.to_thread(model.stream, prompt, options=options))
-        pieces = _Together()
+            return Alone(await asyncio.to_thread(model.stream, prompt, options=options))
+        pieces = Together()
         pieces.request = await asyncio.to_thread(model.request, prompt, pieces.deliver, options)
         batch.submit(pieces.request)
         return pieces
-
-    def close(self) -> None:
-        """Ends the threads; what runs ends after its next token."""
-        for batch in self._batches.values():
-            if batch is not None:
-                batch.close()
 
     def _count(self, chunk: Chunk, tally: Tally, cost: float) -> None:
         metrics = self.metrics
@@ -326,48 +227,23 @@ class Service:
             tally.finish_reason = "stop" if chunk.finish_reason == "stop" else "length"
 
     def _show(self) -> None:
-        self.metrics.reused.set(sum(batch.reused for batch in self._batches.values() if batch))
+        self.metrics.reused.set(self.shelf.reused)
+        self.metrics.loaded.set(self.shelf.loaded)
         self.metrics.waiting.set(self._waiting)
         self.metrics.pressure.set(self.pressure)
 
 
-def load_models(
-    folders: Sequence[str | Path],
-    *,
-    device: Device = "cpu",
-    threads: int | None = None,
-    policy: str = "",
-    budget: Budget | None = None,
-) -> dict[str, Model]:
-    """Loads bundles and what their policy runs; each is called by its folder's name.
-
-    Raises:
-        SourceError: two have the same name.
-        DashError: a bundle cannot be loaded; see `dash_onnx.load`.
-    """
-    names = [Path(folder).resolve().name for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
-    models = {}
-    for name, folder in zip(names, folders, strict=True):
-        models[name] = load(folder, device=device, threads=threads, policy=policy, budget=budget)
-        models[name].preload(models[name].policy())
-        _LOG.info("%s: %r", name, models[name])
-    return models
-
-
-def check_words(model: Model, given: list[dict[str, Any]]) -> None:
+def check_words(text: TextCodec, given: list[dict[str, Any]]) -> None:
     """Refuses text that would end a message and begin another one: it could take any role.
 
     Args:
-        model: whose template takes it.
+        text: whose template takes it.
         given: messages and tools; every text in them counts, however deep it stands.
 
     Raises:
         PolicyError: one of them holds a control token of the model.
     """
-    added = model.text.tokenizer.get_added_tokens_decoder().values()
+    added = text.tokenizer.get_added_tokens_decoder().values()
     control = [token.content for token in added if token.special]
     left: list[Any] = [*given]
     while left:

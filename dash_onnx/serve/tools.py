@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.text import TextCodec
+from dash_onnx.core.text import TextCodec, checked_messages
 from dash_onnx.runtime.grammar import Grammar
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -48,7 +48,7 @@ def with_tools(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], template: str | None
 ) -> list[dict[str, Any]]:
     """Messages as a template takes them: arguments as objects, and tools told where it cannot."""
-    messages = [_with_objects(message) for message in messages]
+    messages = [_with_objects(dict(message)) for message in checked_messages(messages)]
     if template is not None and "tools" in template:
         return messages
     plain = [_plain(message) for message in messages]
@@ -108,14 +108,14 @@ class CallReader:
     def __init__(self, tools: list[dict[str, Any]]):
         """Begins; without tools all is said."""
         self._names = {tool["function"]["name"] for tool in tools}
-        self._held = ""
+        self._held, self._spoke = "", False
 
     def add(self, text: str) -> str:
         """What is said for sure; the rest may be a call."""
         if not self._names:
             return text
         self._held += text
-        if self._held.lstrip().startswith("{"):
+        if not self._spoke and self._held.lstrip().startswith("{"):
             return ""
         at = self._held.find(OPEN)
         if at < 0:  # perhaps it begins at the end
@@ -124,6 +124,7 @@ class CallReader:
                 (size for size in lengths if self._held.endswith(OPEN[:size])), 0
             )
         said, self._held = self._held[:at], self._held[at:]
+        self._spoke = self._spoke or bool(said.strip())
         return said
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
@@ -149,14 +150,16 @@ class CallReader:
             call, end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
             return None, 0
-        if not isinstance(call, dict) or call.get("name") not in self._names:
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None, 0
         arguments = call.get("arguments", call.get("parameters", {}))
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        function = {"name": call["name"], "arguments": arguments}
-        name = f"call_{uuid.uuid4().hex[:24]}"
-        return {"id": name, "type": "function", "function": function}, end
+            arguments = json.dumps(arguments)
+        whole = arguments.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+        function = {"name": name, "arguments": whole}
+        number = f"call_{uuid.uuid4().hex[:24]}"
+        return {"id": number, "type": "function", "function": function}, end
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,40 @@
+"""What a server takes on, and how it says that this is too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.errors import DashError
+
+
+class BusyError(DashError):
+    """So much is going on that another request is refused for now."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes on.
+
+    Attributes:
+        running: generations at once, which share their passes.
+        waiting: further requests that wait for one of them to end.
+        most_tokens: of an answer.
+        seconds: of a request, from when it runs.
+        body_bytes: of a request.
+        prefix_bytes: of K/V in memory that lost its place to another text.
+        prefix_folder: keeps it for the next process.
+        memory_bytes: of weights that may be loaded at once, where bundles load on demand.
+        budget_under_load: where budgets fall to as the queue fills, of requests that name none.
+    """
+
+    running: int = 8
+    waiting: int = 32
+    most_tokens: int = 4096
+    seconds: float = 600.0
+    body_bytes: int = 4 << 20
+    prefix_bytes: int = 256 << 20
+    prefix_folder: Path | None = None
+    memory_bytes: int | None = None
+    budget_under_load: Budget | None = None

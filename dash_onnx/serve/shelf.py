@@ -1,0 +1,282 @@
+"""Bundles by name, loaded at the start or when a request needs them, as far as memory allows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import DeviceError, SourceError
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import make_policy
+from dash_onnx.core.text import TextCodec
+from dash_onnx.runtime.engine import Model, check_target, load
+from dash_onnx.runtime.machine import release_memory
+from dash_onnx.runtime.ort import Device
+from dash_onnx.runtime.prefix import PrefixStore
+from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.running import BatchThread
+
+_LOG = logging.getLogger(__name__)
+
+
+class Unloaded:
+    """A bundle on disk, of which nothing is loaded but the manifest."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: Device = "cpu",
+        threads: int | None = None,
+        policy: str = "",
+        budget: Budget | None = None,
+    ):
+        """The options are those of `dash_onnx.load`.
+
+        Raises:
+            BundleError: it is no bundle.
+            DeviceError: it is for another device.
+            PolicyError: it cannot do the policy or the budget.
+        """
+        self.bundle = Bundle(folder)
+        self.manifest = self.bundle.manifest
+        check_target(self.bundle, device)
+        make_policy(policy, self.manifest, budget)
+        self.load = partial(
+            load, folder, device=device, threads=threads, policy=policy, budget=budget
+        )
+
+
+class Place:
+    """A bundle's place on the shelf.
+
+    Attributes:
+        manifest: of the bundle.
+        users: requests that need it now.
+        used: when the last one ended, by `time.monotonic`.
+        loading: loads it, or did.
+        batch: runs its generations together; None where the device cannot, or nothing is loaded.
+    """
+
+    def __init__(self, bundle: Model | Unloaded):
+        """Nothing runs yet."""
+        self.manifest: Manifest = bundle.manifest
+        self.users, self.used = 0, 0.0
+        self.loading: asyncio.Task[None] | None = None
+        self.batch: BatchThread | None = None
+        self._bundle = bundle
+        self._model: Model | None = None
+        self._text: TextCodec | None = None
+
+    @property
+    def model(self) -> Model:
+        """The loaded bundle."""
+        assert self._model is not None, "it is loaded while it has users"
+        return self._model
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it is."""
+        return self._model is not None
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights that are loaded; requests may ask for more than the bundle's policy."""
+        return 0 if self._model is None else self._model.loaded_bytes
+
+    def text(self) -> TextCodec:
+        """Its tokenizer and template, which stay."""
+        if self._text is None:
+            bundle = self._bundle
+            self._text = TextCodec(bundle.bundle) if isinstance(bundle, Unloaded) else bundle.text
+        return self._text
+
+    def open(self) -> Model:
+        """The model, with no graph loaded unless it came so."""
+        return self._bundle.load() if isinstance(self._bundle, Unloaded) else self._bundle
+
+    def put(self, model: Model, limits: Limits) -> None:
+        """Loads what the model's policy uses, and begins to run."""
+        try:
+            model.preload(model.policy())
+            store = None
+            if limits.prefix_bytes:
+                store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
+            try:
+                self.batch = BatchThread(model.new_batch(limits.running, store))
+            except DeviceError:  # each generation runs on its own there
+                self.batch = None
+        except BaseException:
+            self._close(model)
+            raise
+        self._text, self._model = model.text, model
+
+    def take(self) -> Callable[[], None]:
+        """Empties the place at once; the result frees what was in it, which takes a token."""
+        batch, model = self.batch, self._model
+        self.batch, self._model = None, None
+
+        def free() -> None:
+            nonlocal batch, model
+            try:
+                if batch is not None:
+                    batch.close()
+            finally:
+                if model is not None:
+                    self._close(model)
+                batch = model = None  # they hold what is to be released
+                release_memory()
+
+        return free
+
+    def _close(self, model: Model) -> None:
+        if isinstance(self._bundle, Unloaded):  # another one is the app's
+            model.close()
+
+
+class Shelf:
+    """The bundles of a server."""
+
+    def __init__(self, bundles: Mapping[str, Model | Unloaded], limits: Limits):
+        """Starts what is loaded."""
+        self._places = {name: Place(bundle) for name, bundle in bundles.items()}
+        self._limits, self._closed = limits, False
+        self._lock = asyncio.Lock()  # of loading: each asks what the others take
+        for name, bundle in bundles.items():
+            if isinstance(bundle, Model):
+                self._places[name].put(bundle, limits)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the bundles."""
+        return list(self._places)
+
+    async def text(self, name: str) -> TextCodec:
+        """Tokenizer and template of a bundle, loaded or not."""
+        return await asyncio.to_thread(self._places[name].text)
+
+    def manifest(self, name: str) -> Manifest:
+        """Of a bundle, loaded or not."""
+        return self._places[name].manifest
+
+    @property
+    def loaded(self) -> int:
+        """How many are."""
+        return sum(place.loaded for place in self._places.values())
+
+    @property
+    def reused(self) -> int:
+        """Prompt tokens that a row or a prefix held."""
+        return sum(place.batch.reused for place in self._places.values() if place.batch)
+
+    @contextlib.asynccontextmanager
+    async def using(self, name: str) -> AsyncIterator[Place]:
+        """A bundle that is loaded and stays so meanwhile.
+
+        Raises:
+            BusyError: its memory is in use by other bundles.
+            DashError: it cannot be loaded.
+        """
+        place = self._places[name]
+        place.users += 1
+        try:
+            if not place.loaded:
+                if place.loading is None or place.loading.done():
+                    place.loading = asyncio.create_task(self._load(name, place))
+                await asyncio.shield(place.loading)  # others may wait for it, too
+            yield place
+        finally:
+            place.users -= 1
+            place.used = time.monotonic()
+
+    async def _load(self, name: str, place: Place) -> None:
+        async with self._lock:
+            started = time.monotonic()
+            model = await asyncio.to_thread(place.open)
+            await self._make_room(name, model.bytes_to_load)
+            await asyncio.to_thread(place.put, model, self._limits)
+            if self._closed:
+                await asyncio.to_thread(place.take())
+        _LOG.info("%s: %r in %.1f s", name, model, time.monotonic() - started)
+
+    async def _make_room(self, name: str, needed: int) -> None:
+        most = self._limits.memory_bytes
+        if most is None:
+            return
+        if needed > most:
+            raise DeviceError(
+                f"{name} takes {needed / 1e6:.0f} MB, more than the {most / 1e6:.0f} of all bundles"
+            )
+        while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
+            idle = {n: one for n, one in self._places.items() if one.loaded and not one.users}
+            if not idle:
+                raise BusyError(
+                    f"{name} takes {needed / 1e6:.0f} MB, and bundles in use leave "
+                    f"{(most - taken) / 1e6:.0f} of {most / 1e6:.0f}; try again later"
+                )
+            oldest = min(idle, key=lambda name: idle[name].used)
+            _LOG.info("%s: unloaded, %s needs its memory", oldest, name)
+            await asyncio.to_thread(idle[oldest].take())
+
+    def close(self) -> None:
+        """Ends the threads; what runs ends after its next token."""
+        self._closed = True
+        for name, place in self._places.items():
+            try:
+                place.take()()
+            except Exception:
+                _LOG.exception("%s: not ended as it should", name)
+
+
+def load_models(
+    folders: Sequence[str | Path],
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    policy: str = "",
+    budget: Budget | None = None,
+) -> dict[str, Model]:
+    """Loads bundles and what their policy runs; each is called by its folder's name.
+
+    Raises:
+        SourceError: two have the same name.
+        DashError: a bundle cannot be loaded; see `dash_onnx.load`.
+    """
+    bundles = on_demand(folders, device=device, threads=threads, policy=policy, budget=budget)
+    models = {}
+    for name, bundle in bundles.items():
+        models[name] = bundle.load()
+        models[name].preload(models[name].policy())
+        _LOG.info("%s: %r", name, models[name])
+    return models
+
+
+def on_demand(
+    folders: Sequence[str | Path],
+    *,
+    device: Device = "cpu",
+    threads: int | None = None,
+    policy: str = "",
+    budget: Budget | None = None,
+) -> dict[str, Unloaded]:
+    """Bundles that requests load, within `Limits.memory_bytes`; named as by `load_models`.
+
+    Raises:
+        SourceError: two have the same name.
+        BundleError: a folder is no bundle.
+    """
+    names = [Path(folder).resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
+    return {
+        name: Unloaded(folder, device=device, threads=threads, policy=policy, budget=budget)
+        for name, folder in zip(names, folders, strict=True)
+    }
