@@ -13,7 +13,7 @@ messages: list[dict[str, str]] = []
 for question in ("What is the capital of France?", "And of Italy?"):
     messages.append({"role": "user", "content": question})
     answer = ""
-    for chunk in model.stream(messages, policy="int8", cache=cache, max_new_tokens=64):
+    for chunk in model.stream(messages, cache=cache, max_new_tokens=64):
         answer += chunk.text
         print(chunk.text, end="", flush=True)
     print()

@@ -35,14 +35,14 @@ def onnxruntime() -> ModuleType:
     if len(installed) == 2:
         raise DeviceError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "`pip uninstall onnxruntime onnxruntime-gpu`, then install dash-onnx[cpu] or [gpu]"
+            "`pip uninstall onnxruntime onnxruntime-gpu`, then install the extra [cpu] or [gpu]"
         )
     try:
         import onnxruntime
     except ImportError as error:
         found = f"does not start ({error})" if installed else "is not installed"
         raise DeviceError(
-            f"ONNX Runtime {found}: `pip install 'dash-onnx[cpu]'` (or `[gpu]`)"
+            f"ONNX Runtime {found}: in a clone of dash-onnx, `pip install '.[cpu]'` (or `[gpu]`)"
         ) from None
     check_version(onnxruntime.__version__, *installed)
     return onnxruntime
@@ -74,7 +74,7 @@ def check_device(device: str) -> None:
         have = [name for name in _PROVIDERS if has_device(name)]
         raise DeviceError(
             f"device {device!r} is not available in this ONNX Runtime (it has {', '.join(have)}); "
-            "for cuda, install dash-onnx[gpu] and an NVIDIA driver"
+            "for cuda, install the extra `[gpu]` and an NVIDIA driver"
         )
 
 

@@ -198,7 +198,7 @@ def test_a_missing_library_is_told_with_the_extra_to_install(
 ) -> None:
     folder = dataset(text=["one"])
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'dash-onnx[hub]'" in refusal(f"hub:{folder}")
+    assert "pip install datasets" in refusal(f"hub:{folder}")
 
 
 def test_a_dataset_that_the_hub_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

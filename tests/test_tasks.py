@@ -421,4 +421,4 @@ def test_a_missing_harness_is_told_with_the_extra_to_install(
     monkeypatch.delitem(sys.modules, "dash_onnx.eval.model")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     message = TOOL.refused(capsys, tiny_bundle, "--task", "arc_easy")
-    assert "`pip install 'dash-onnx[eval]'`" in message
+    assert "`pip install '.[eval]'`" in message

@@ -68,9 +68,19 @@ def _parser() -> Parser:
         metavar="FILE",
         help="one prompt per line, or .jsonl with `prompt` or `turns` (default: six of its own)",
     )
-    parser.add_argument("--max-prompts", type=positive, default=6, metavar="N", help="(default: 6)")
     parser.add_argument(
-        "--new-tokens", type=_at_least_two, default=96, metavar="N", help="(default: 96)"
+        "--max-prompts",
+        type=positive,
+        default=6,
+        metavar="N",
+        help="take the first N prompts (default: 6)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=_at_least_two,
+        default=96,
+        metavar="N",
+        help="tokens to generate for each prompt (default: 96)",
     )
     parser.add_argument(
         "--rounds",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import PACKAGE, BarHandler, announce
@@ -149,7 +149,11 @@ def decisions(text: str) -> int:
     return sys.maxsize if text == "every" else positive(text)
 
 
-def add_log_options(parser: argparse.ArgumentParser) -> None:
+Options: TypeAlias = argparse._ActionsContainer
+"""What options are added to: a parser, or a group of its help."""
+
+
+def add_log_options(parser: Options) -> None:
     """Options of the tools that take long."""
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
@@ -165,30 +169,37 @@ def log_level(arguments: argparse.Namespace) -> int:
     return logging.WARNING if arguments.quiet else logging.INFO
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
+def add_device_options(parser: Options) -> None:
     """Where a bundle runs."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="that OUT was exported for (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
 
 
-def add_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every tool that loads a bundle."""
+def add_runtime_options(parser: argparse.ArgumentParser) -> Options:
+    """Options of every tool that loads a bundle; returns the group of how it computes."""
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
-    parser.add_argument(
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    computed = parser.add_argument_group("how it is computed")
+    computed.add_argument(
         "--policy",
         default="",
         help="dash, full, int8, int4, int2, static, even, cosine, random[:SEED], "
         "static:ACTION[*N],... or static:@FILE (default: dash where a policy was trained, else "
         "the highest exported precision)",
     )
-    parser.add_argument(
+    computed.add_argument(
         "--budget",
         help="fraction of the time that a token takes at the highest exported precision, such as "
         "0.8, or quality, balanced, fast (default: balanced for dash; static, even and cosine need "
         "one, random may have one)",
     )
-    add_device_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_device_options(computed)
+    return computed
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
@@ -208,7 +219,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
     ]
 
 
-def add_memory_option(parser: argparse.ArgumentParser) -> None:
+def add_memory_option(parser: Options) -> None:
     """Option of the tools that generate."""
     parser.add_argument(
         "--memory",
@@ -253,7 +264,7 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
 EFFORTS = ("quick", "normal", "thorough")
 
 
-def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ...]) -> None:
+def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
     """Options of the tools that train a policy."""
     parser.add_argument(
         "--effort",
@@ -281,7 +292,9 @@ def add_training_options(parser: argparse.ArgumentParser, efforts: tuple[str, ..
         help="how often the scorer runs for a token: N times, spread over the layers, or before "
         "every layer; it then decides for the layers up to the next time (default: 1)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of everything random (default: 0)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, help="seed of every random choice (default: 0)"
+    )
     parser.add_argument(
         "--train-device",
         choices=("cpu", "cuda", "auto"),

@@ -56,13 +56,13 @@ def _parser() -> Parser:
         "lm-evaluation-harness by its name or YAML file. Needs the extra [eval]",
     )
     parser.add_argument(
-        "--window", type=positive, metavar="N", help="of a text, tokens (default: 512)"
+        "--window", type=positive, metavar="N", help="tokens in a window of --text (default: 512)"
     )
     parser.add_argument(
         "--prompt-tokens",
         type=positive,
         metavar="N",
-        help="of a window, prefilled part (default: 128)",
+        help="tokens of a window that are prefilled (default: 128)",
     )
     parser.add_argument(
         "--prefill",
@@ -71,9 +71,11 @@ def _parser() -> Parser:
     )
     add_reference_option(parser)
     parser.add_argument(
-        "--max-windows", type=positive, metavar="N", help="of a text (default: all)"
+        "--max-windows", type=positive, metavar="N", help="windows of --text (default: all)"
     )
-    parser.add_argument("--max-items", type=positive, metavar="N", help="of a task (default: all)")
+    parser.add_argument(
+        "--max-items", type=positive, metavar="N", help="items of --task (default: all)"
+    )
     add_log_options(parser)
     return parser
 
@@ -134,7 +136,7 @@ def _task(arguments: argparse.Namespace) -> None:
         from dash_onnx.eval.model import DashLM
         from dash_onnx.eval.tasks import evaluate_task
     except ImportError as error:
-        remedy = "`pip install 'dash-onnx[eval]'`"
+        remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
     bundle = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     model = DashLM(bundle, arguments.policy, arguments.budget)

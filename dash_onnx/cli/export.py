@@ -50,73 +50,76 @@ def _parser() -> Parser:
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new bundle")
-    parser.add_argument(
+    graphs = parser.add_argument_group("the graphs")
+    graphs.add_argument(
         "--variants",
         default=",".join(DEFAULT_VARIANTS),
         help="precisions of each layer, of full, int8, int4, int2 (default: %(default)s)",
     )
-    parser.add_argument(
+    graphs.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
         help="cpu computes in FP32 from FP16-stored weights, cuda in FP16 (default: %(default)s)",
     )
-    parser.add_argument(
+    graphs.add_argument(
         "--max-length",
         type=positive,
         help="context in tokens (default: the model's own; with longrope its first length)",
     )
-    parser.add_argument(
+    graphs.add_argument(
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128, 256),
         help="weights that share one scale (default: 128 for a model of more than 200 million "
-        "weights, else 64, or 32 where that does not divide a size of the model; 32 for a GGUF "
-        "file's own integers)",
+        "weights in its layers, else 64, or 32 where that does not divide a size of the model; 32 "
+        "for a GGUF file's own integers)",
     )
-    add_training_options(parser, ("none", *EFFORTS))
-    parser.add_argument(
+    graphs.add_argument(
         "--compensation-rank",
         type=int,
         metavar="R",
         help="rank of the map that stands in for a skipped layer, a multiple of the block size; 0: "
         "only its scale (default: 64, or one block if that is more)",
     )
-    parser.add_argument(
+    graphs.add_argument(
         "--accuracy-level",
         type=int,
         choices=range(5),
         help="in what ONNX Runtime computes products with INT8 and INT4 weights: 0 as it chooses, "
         "1 FP32, 2 FP16, 3 BF16, 4 INT8 (default: 4 for cpu, 0 for cuda)",
     )
-    parser.add_argument(
+    graphs.add_argument(
         "--kv-cache",
         choices=("float", "int8", "int4"),
         default="float",
         help="element type of the K/V cache: int8 takes a quarter of float's memory on the CPU, "
         "int4 an eighth (default: %(default)s)",
     )
-    parser.add_argument(
+    graphs.add_argument(
         "--requantize",
         action="store_true",
         help="round the integers of a GGUF file anew: faster than its offsets, less exact",
     )
-    parser.add_argument(
+    graphs.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
+    )
+    policy = parser.add_argument_group("text and training")
+    add_training_options(policy, ("none", *EFFORTS))
+    work = parser.add_argument_group("the export")
+    work.add_argument(
         "--fused",
         action="store_true",
         help="also write OUT/fused: the policy as one graph for other clients (see dash-fuse)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
-    parser.add_argument(
+    work.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+    work.add_argument(
         "--resume",
         action="store_true",
         help="go on where an interrupted export of the same model and options stopped; if this "
         "one is interrupted, keep the finished layers in .OUT.partial beside OUT",
     )
-    parser.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
-    )
-    parser.add_argument(
+    work.add_argument(
         "--check",
         choices=("quick", "full", "none"),
         default="quick",
@@ -328,7 +331,8 @@ def prepare_export() -> None:
     ]
     if missing:
         raise DashError(
-            f"exporting needs {', '.join(missing)}: `pip install 'dash-onnx[cpu,export]'`"
+            f"exporting needs {', '.join(missing)}: in a clone of dash-onnx, "
+            "`pip install '.[cpu,export]'`"
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers

@@ -34,9 +34,13 @@ def _parser() -> Parser:
         default=",".join(DEFAULT_VARIANTS),
         help="precisions that would be exported (default: %(default)s)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="as in dash-export"
+    )
     parser.add_argument("--max-length", type=positive, help="context in tokens")
-    parser.add_argument("--block-size", type=int, choices=(16, 32, 64, 128, 256))
+    parser.add_argument(
+        "--block-size", type=int, choices=(16, 32, 64, 128, 256), help="as in dash-export"
+    )
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
     )
@@ -119,7 +123,8 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     rows.append(["one layer, ms", *(f"{_median_ms(manifest, a):.3f}" for a in manifest.actions)])
     rows.append(["LM head, ms", *(_ms(costs.heads_ms.get(action)) for action in manifest.actions)])
     tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
-    return {"kind": "bundle", "bytes": size, **facts}, [
+    told = {"kind": "bundle", "bytes": size, "kv_bytes_per_token": manifest.kv_bytes}
+    return {**told, **facts}, [
         f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "
         f"{manifest.target.device}",
         f"{model.num_layers} layers, {model.hidden_size} wide, context {model.max_length}; blocks "
@@ -129,6 +134,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "",
         f"a token, all layers {manifest.variants[0]}: {reference_ms(manifest):.2f} ms on "
         f"{costs.machine}, {costs.threads} threads",
+        f"K/V cache {manifest.kv_bytes / 1e6:.3f} MB a token",
         *_policy(manifest),
         f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",

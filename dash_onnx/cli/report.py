@@ -38,7 +38,10 @@ def _parser() -> Parser:
         help="UTF-8 text whose beginning is the sample (default: the model writes one)",
     )
     parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="(default: report.html in the bundle)"
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the page there (default: report.html in the bundle)",
     )
     parser.add_argument(
         "--budgets",
@@ -48,7 +51,11 @@ def _parser() -> Parser:
         help="presets or fractions to run the sample at (default: every preset)",
     )
     parser.add_argument(
-        "--tokens", type=positive, default=180, metavar="N", help="of the sample (default: 180)"
+        "--tokens",
+        type=positive,
+        default=180,
+        metavar="N",
+        help="tokens of the sample (default: 180)",
     )
     add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print the data as JSON; write no HTML")

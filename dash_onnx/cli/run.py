@@ -47,60 +47,72 @@ _EXAMPLES = """\
 
 def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text from a DASH bundle.", _EXAMPLES)
-    add_runtime_options(parser)
-    parser.add_argument(
+    asked = parser.add_argument_group("what is asked")
+    answer = parser.add_argument_group("the answer")
+    computed = add_runtime_options(parser)
+    output = parser.add_argument_group("what is shown")
+    computed.add_argument(
+        "--prefill",
+        choices=PRECISIONS,
+        help="precision of the prompt (default: see --memory)",
+    )
+    add_memory_option(computed)
+    computed.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="record what a token runs as CUDA graphs, one per layer and action (--device cuda)",
+    )
+    computed.add_argument(
+        "--speculate",
+        choices=get_args(Speculate),
+        default=_DEFAULTS.speculate,
+        help="guess tokens and check several at once: the policy's text, up to rounding, sooner; "
+        "ngram looks them up in prompt and answer, dash runs a cheaper path, auto takes what pays; "
+        "goes with a policy of one path: the highest exported precision unless told (default: "
+        "%(default)s)",
+    )
+    asked.add_argument(
         "prompt",
         metavar="PROMPT",
         nargs="?",
         help="a chat message where the model has a chat template, else text to continue; what is "
         "piped into stdin follows it; `-` takes stdin alone",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--batch",
         type=Path,
         metavar="FILE.jsonl",
         help="answer the `prompt` or the `messages` of every line, several at once; prints JSON, "
         "a line for each as it ends, with its `id` or its number",
     )
-    parser.add_argument(
+    asked.add_argument(
         "--rows",
         type=positive,
         default=8,
         metavar="N",
         help="of --batch: how many at once (default: %(default)s)",
     )
-    form = parser.add_mutually_exclusive_group()
+    form = asked.add_mutually_exclusive_group()
     form.add_argument(
         "--raw", action="store_true", help="PROMPT is text to continue: no chat template"
     )
     form.add_argument(
         "--chat", action="store_true", help="refuse a model that has no chat template"
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    parser.add_argument(
+    asked.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    asked.add_argument(
         "--session",
         type=Path,
         metavar="FILE",
         help="keep the interactive chat and its K/V there, and go on with it the next time (needs "
         "the package safetensors)",
     )
-    parser.add_argument(
+    answer.add_argument(
         "--max-new-tokens",
         type=positive,
         default=_DEFAULTS.max_new_tokens,
         metavar="N",
-        help="(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--prefill",
-        choices=PRECISIONS,
-        help="precision of the prompt (default: see --memory)",
-    )
-    add_memory_option(parser)
-    parser.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="record what a token runs as CUDA graphs, one per layer and action (--device cuda)",
+        help="generate at most N tokens (default: %(default)s)",
     )
     for name, kind, off in (
         ("temperature", float, "0 is greedy"),
@@ -109,43 +121,37 @@ def _parser() -> Parser:
         ("min_p", float, "0 is off"),
         ("repetition_penalty", float, "1 is off"),
     ):
-        parser.add_argument(
+        answer.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
             metavar="X",
             help=f"{off} (default: the model's own)",
         )
-    parser.add_argument(
-        "--speculate",
-        choices=get_args(Speculate),
-        default=_DEFAULTS.speculate,
-        help="guess tokens and check several at once: sooner, the same text; ngram looks them up "
-        "in prompt and answer, dash runs a cheaper path, auto takes what pays; goes with a policy "
-        "of one path: the highest exported precision unless told (default: %(default)s)",
+    answer.add_argument(
+        "--seed", type=seed, help="seed of the sampling (default: different each time)"
     )
-    parser.add_argument("--seed", type=seed, help="of the sampling (default: different each time)")
-    parser.add_argument(
+    answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
     )
-    parser.add_argument(
+    answer.add_argument(
         "--json-schema",
         type=Path,
         metavar="FILE.json",
         help="answer with JSON of this schema (needs the package llguidance)",
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
-    parser.add_argument(
+    answer.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
+    output.add_argument(
         "--trace",
         type=Path,
         metavar="FILE.jsonl",
         help="write each token's path and milliseconds, one JSON object a line",
     )
-    parser.add_argument(
+    output.add_argument(
         "--json-lines",
         action="store_true",
         help="print a JSON object for each token as it comes, and what --json tells at the end",
     )
-    parser.add_argument(
+    output.add_argument(
         "--show-path",
         action="store_true",
         help="colour each token by its profiled cost, green to red; where stdout is no terminal, "

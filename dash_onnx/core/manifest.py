@@ -6,9 +6,12 @@ Each figure that the exporter measured and each decision it resolved is recorded
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action
 from dash_onnx.core.block import Attention, Block
@@ -90,6 +93,13 @@ class Manifest:
         """Bytes of a graph's weights in memory: `full` is FP32 in a CPU's memory."""
         stored = self.files.get(data_name(graph), self.files[graph]).bytes
         return 2 * stored if action == "full" and self.target.device == "cpu" else stored
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the K/V cache that a token takes, of all layers."""
+        dims = self.dims
+        each = math.prod(map(int, dims.cache_shape(1, 1))) * np.dtype(dims.cache_dtype).itemsize
+        return 2 * self.model.num_layers * each
 
     @property
     def exported_heads(self) -> tuple[Action, ...]:

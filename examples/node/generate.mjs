@@ -1,7 +1,7 @@
 // The fused graph in Node, which knows nothing of layer skipping but the budget it passes on.
 //
 //   dash-fuse out/ out/fused --for node && npm install --prefix examples/node
-//   node examples/node/generate.mjs out/fused "What is the capital of France?" --budget 0.2
+//   node examples/node/generate.mjs out/fused "What is the capital of France?" --budget fast
 
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";

@@ -1,6 +1,7 @@
 """Serves the page and a fused folder, with the headers that let WebAssembly use threads.
 
-python examples/web/serve.py out/fused [--port 8000]
+dash-fuse out/ model/ --for web
+python examples/web/serve.py model/ [--port 8000]
 """
 
 import argparse

@@ -129,7 +129,7 @@ class HubDataset:
             import datasets
         except ImportError:
             raise SourceError(
-                f"{self._spelling} needs the package datasets: `pip install 'dash-onnx[hub]'`"
+                f"{self._spelling} needs the package datasets: `pip install datasets`"
             ) from None
         if not self._local and not _ID.fullmatch(self._dataset):
             raise SourceError(
