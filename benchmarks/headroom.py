@@ -7,7 +7,8 @@ token, to second order (`exporters/train/values.py`), from many samples of the v
 over tokens is the scorer's, which has learned that losses add up to more than their sum. Policies
 are read at the costs of the layers where the best static assignment loses the KL of a row; the time
 of deciding is not counted. What is left of the oracle's lead is what the scorer does not see. It is
-an estimate, and a low one: samples are noisy (more `--samples`, less noise) and know one path only.
+an estimate, and a low one: samples are noisy (more `--samples`, less noise), so that they only
+correct the scorer's guesses, and they know one path only.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from dash_onnx.exporters.train.values import sampled_values
 from dash_onnx.runtime.ort import create_session
 
 STATIC_KL = (0.05, 0.1, 0.2, 0.4)  # nats that the best static assignment loses
+_PRIOR = 4  # what the scorer's guess counts, beside half of the number of samples
 POINTS = 9  # multipliers at which a policy is measured
 Point = tuple[float, float]
 """Cost of the layers in `Costs.unit_ms`, and KL in nats."""
@@ -71,18 +73,22 @@ class Headroom:
         """Values of each token, `[B, T, L, A]` nats, with the scorer's mean over tokens."""
         total, guessed = torch.zeros(()), []
         for number in tqdm(range(samples), desc="oracle", disable=None):
-            found = []
+            drawn = []
             for part in self.ids.split(self.trainer.plan.batch):
                 with self.trainer.autocast():
                     states, values, _ = sampled_values(self.env, part, self.trainer.generator)
-                found.append(values)
+                drawn.append(values)
                 if number == 0:
                     guessed.append(self.by_segment([self.scored(s.hidden) for s in states[1:]]))
-            total = total + torch.cat(found)
+            total = total + torch.cat(drawn)
         # Not of the first tokens, which are no tokens like others and are never decided.
         decided = slice(self.env.prompt_tokens, None)
-        mean = torch.cat(guessed)[:, decided].mean((0, 1))
-        return total * (mean / total[:, decided].mean((0, 1)).clamp(min=1e-9))
+        guess = torch.cat(guessed)
+        mean, found_mean = (x[:, decided].mean((0, 1)) for x in (guess, total))
+        found = total * (mean / found_mean.clamp(min=1e-9))
+        # A sample is chi-square of one degree of freedom: the least of noisy values is no least.
+        weight = samples / 2 / (samples / 2 + _PRIOR)
+        return weight * found + (1 - weight) * guess
 
     def by_segment(self, looks: Sequence[Tensor]) -> Tensor:
         """Values of all layers, each from the look before it; the first segment's are constant."""
