@@ -32,7 +32,7 @@ from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.engine import Model
 from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
-from dash_onnx.serve.shelf import Shelf, Unloaded, on_demand
+from dash_onnx.serve.shelf import Shelf, Unloaded, open_bundles
 from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
@@ -158,7 +158,7 @@ def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Server]:
     folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
         needed = model.bytes_to_load
-    running = Server(on_demand(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
+    running = Server(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
     yield running
     running.stop()
 
@@ -185,7 +185,7 @@ def test_a_bundle_in_use_keeps_its_place(
     caplog.set_level("INFO", "dash_onnx.serve.shelf")
 
     async def used() -> None:
-        shelf = Shelf(on_demand(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
+        shelf = Shelf(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
         async with shelf.using("one") as place:
             with pytest.raises(BusyError, match="in use"):
                 async with shelf.using("other"):
@@ -207,7 +207,7 @@ def test_a_bundle_in_use_keeps_its_place(
 
 
 def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
-    running = Server(on_demand([tiny_bundle]), Limits(memory_bytes=1000))
+    running = Server(open_bundles([tiny_bundle]), Limits(memory_bytes=1000))
     try:
         with pytest.raises(openai.InternalServerError, match="more than"):
             running.client().completions.create(model=tiny_bundle.name, prompt="the", max_tokens=2)

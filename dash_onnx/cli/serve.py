@@ -129,12 +129,11 @@ def _serve(arguments: argparse.Namespace) -> None:
 
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.limits import Limits
-        from dash_onnx.serve.shelf import load_models, on_demand
+        from dash_onnx.serve.shelf import open_bundles
     except ImportError as error:
         remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
-    shelve = load_models if arguments.memory_mb is None else on_demand
-    bundles = shelve(
+    bundles = open_bundles(
         arguments.bundles,
         device=arguments.device,
         threads=arguments.threads,

@@ -76,9 +76,9 @@ def replica(arguments: Arguments) -> Starlette:
     from dash_onnx.core.text import read_text
     from dash_onnx.serve.app import create_app
     from dash_onnx.serve.limits import Limits
-    from dash_onnx.serve.shelf import load_models
+    from dash_onnx.serve.shelf import open_bundles
 
-    models = load_models(
+    bundles = open_bundles(
         arguments.bundles.split(","),
         threads=arguments.threads,
         policy=arguments.policy,
@@ -92,4 +92,4 @@ def replica(arguments: Arguments) -> Starlette:
     key = (
         None if arguments.api_key_file is None else read_text(Path(arguments.api_key_file)).strip()
     )
-    return create_app(models, limits, key=key)
+    return create_app(bundles, limits, key=key)

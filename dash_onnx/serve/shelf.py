@@ -145,13 +145,19 @@ class Shelf:
     """The bundles of a server."""
 
     def __init__(self, bundles: Mapping[str, Model | Unloaded], limits: Limits):
-        """Starts what is loaded."""
+        """Starts what is loaded, and loads the rest unless memory is limited.
+
+        Raises:
+            DashError: a bundle cannot be loaded.
+        """
         self._places = {name: Place(bundle) for name, bundle in bundles.items()}
         self._limits, self._closed = limits, False
         self._lock = asyncio.Lock()  # of loading: each asks what the others take
         for name, bundle in bundles.items():
-            if isinstance(bundle, Model):
-                self._places[name].put(bundle, limits)
+            if isinstance(bundle, Model) or limits.memory_bytes is None:
+                model = self._places[name].open()
+                self._places[name].put(model, limits)
+                _LOG.info("%s: %r", name, model)
 
     @property
     def names(self) -> list[str]:
@@ -235,30 +241,7 @@ class Shelf:
                 _LOG.exception("%s: not ended as it should", name)
 
 
-def load_models(
-    folders: Sequence[str | Path],
-    *,
-    device: Device = "cpu",
-    threads: int | None = None,
-    policy: str = "",
-    budget: Budget | None = None,
-) -> dict[str, Model]:
-    """Loads bundles and what their policy runs; each is called by its folder's name.
-
-    Raises:
-        SourceError: two have the same name.
-        DashError: a bundle cannot be loaded; see `dash_onnx.load`.
-    """
-    bundles = on_demand(folders, device=device, threads=threads, policy=policy, budget=budget)
-    models = {}
-    for name, bundle in bundles.items():
-        models[name] = bundle.load()
-        models[name].preload(models[name].policy())
-        _LOG.info("%s: %r", name, models[name])
-    return models
-
-
-def on_demand(
+def open_bundles(
     folders: Sequence[str | Path],
     *,
     device: Device = "cpu",
@@ -266,11 +249,11 @@ def on_demand(
     policy: str = "",
     budget: Budget | None = None,
 ) -> dict[str, Unloaded]:
-    """Bundles that requests load, within `Limits.memory_bytes`; named as by `load_models`.
+    """Bundles for a shelf, each called by its folder's name; the options are those of `load`.
 
     Raises:
         SourceError: two have the same name.
-        BundleError: a folder is no bundle.
+        DashError: a folder is no bundle, or not one for these options.
     """
     names = [Path(folder).resolve().name for folder in folders]
     for name in names:
