@@ -165,7 +165,7 @@ def test_a_log_has_every_phase_and_says_when_the_bundle_can_answer(
     answers = lines.index(
         f'{out} can answer now: dash-run {out} "Hello!"; the policy is being trained'
     )
-    assert lines[answers - 1].startswith("costs: done in ")
+    assert any(line.startswith("costs: done in ") for line in lines[:answers])
     assert any(line.startswith("training text: starts") for line in lines[answers:])
 
 
