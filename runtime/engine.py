@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -44,9 +42,7 @@ from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
 from dash_onnx.runtime.speculate import Speculate
-from dash_onnx.runtime.stream import Completion, Stream
-
-P = ParamSpec("P")
+from dash_onnx.runtime.stream import Completion, Stream, asynchronous, joined
 
 _MOST_THREADS = 1024
 
@@ -70,51 +66,8 @@ class ScoredToken:
     predicted_kl: npt.NDArray[np.float32] | None = None
 
 
-def _joined(
-    name: str,
-    stream: Callable[Concatenate[Model, P], Stream],
-    prepare: Callable[[Prompt], Prompt] = lambda prompt: prompt,
-) -> Callable[Concatenate[Model, P], Completion]:
-    """A method that takes what `stream` takes and returns the text of all chunks."""
-    signature = inspect.signature(stream)
-
-    @functools.wraps(stream)
-    def joined(model: Model, /, *args: P.args, **options: P.kwargs) -> Completion:
-        bound = signature.bind(model, *args, **options)
-        bound.arguments["prompt"] = prepare(bound.arguments["prompt"])
-        return Completion.of(stream(*bound.args, **bound.kwargs))
-
-    return _named(joined, name, "Completion")
-
-
 def _as_messages(prompt: Prompt) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def _asynchronous(
-    name: str, stream: Callable[Concatenate[Model, P], Stream]
-) -> Callable[Concatenate[Model, P], AsyncIterator[Chunk]]:
-    """A method that takes what `stream` takes and leaves the event loop free."""
-
-    @functools.wraps(stream)
-    async def asynchronous(
-        model: Model, /, *args: P.args, **options: P.kwargs
-    ) -> AsyncIterator[Chunk]:
-        chunks = await asyncio.to_thread(stream, model, *args, **options)
-        try:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-                yield chunk
-        finally:
-            chunks.close()
-
-    return _named(asynchronous, name, "AsyncIterator[Chunk]")
-
-
-def _named(method: Callable[..., Any], name: str, returns: str) -> Callable[..., Any]:
-    """With the parameters of the method that it wraps."""
-    signature = inspect.signature(method).replace(return_annotation=returns)
-    method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
-    return method
 
 
 class Model:
@@ -463,13 +416,13 @@ class Model:
         first = next(chunks)  # errors surface here, not at the first use
         return Stream(_continued(first, chunks), current)
 
-    generate = _joined("generate", stream)
+    generate = joined("generate", stream)
     """Generates the whole text, a `Completion`; takes what `stream` takes."""
 
-    chat = _joined("chat", stream, _as_messages)
+    chat = joined("chat", stream, _as_messages)
     """Generates the assistant's answer to messages, or to one message of the user."""
 
-    astream = _asynchronous("astream", stream)
+    astream = asynchronous("astream", stream)
     """Generates text piece by piece for `async for`, each token in a thread; likewise."""
 
     def new_batch(self, rows: int = ROWS, store: PrefixStore | None = None) -> Batch:

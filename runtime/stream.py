@@ -1,14 +1,22 @@
-"""A generation under way, and the text of one that has ended."""
+"""A generation under way, the text of one that has ended, and methods that give these."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import inspect
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy, FinishReason
+
+M = TypeVar("M")
+P = ParamSpec("P")
 
 
 class Stream(Iterator[Chunk]):
@@ -42,6 +50,11 @@ class Stream(Iterator[Chunk]):
                 self._chunks.close()
             finally:
                 self._running.release()
+
+    @property
+    def policy(self) -> Policy:
+        """What decides the next token."""
+        return self._current.policy
 
     def set_budget(self, budget: Budget) -> None:
         """Spends another budget from the next token on; see `CurrentPolicy`."""
@@ -84,3 +97,44 @@ class Completion(str):
         completion.ms = tuple(chunk.ms for chunk in chunks)
         completion.actions = {action: n / counts.total() for action, n in sorted(counts.items())}
         return completion
+
+
+def joined(
+    name: str,
+    stream: Callable[Concatenate[M, P], Stream],
+    prepare: Callable[[Any], Any] = lambda prompt: prompt,
+) -> Callable[Concatenate[M, P], Completion]:
+    """A method that takes what `stream` takes and returns the text of all chunks."""
+    signature = inspect.signature(stream)
+
+    @functools.wraps(stream)
+    def joined(model: M, /, *args: P.args, **options: P.kwargs) -> Completion:
+        bound = signature.bind(model, *args, **options)
+        bound.arguments["prompt"] = prepare(bound.arguments["prompt"])
+        return Completion.of(stream(*bound.args, **bound.kwargs))
+
+    return _named(joined, name, "Completion")
+
+
+def asynchronous(
+    name: str, stream: Callable[Concatenate[M, P], Stream]
+) -> Callable[Concatenate[M, P], AsyncIterator[Chunk]]:
+    """A method that takes what `stream` takes and leaves the event loop free."""
+
+    @functools.wraps(stream)
+    async def asynchronous(model: M, /, *args: P.args, **options: P.kwargs) -> AsyncIterator[Chunk]:
+        chunks = await asyncio.to_thread(stream, model, *args, **options)
+        try:
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            chunks.close()
+
+    return _named(asynchronous, name, "AsyncIterator[Chunk]")
+
+
+def _named(method: Callable[..., Any], name: str, returns: str) -> Callable[..., Any]:
+    """With the parameters of the method that it wraps."""
+    signature = inspect.signature(method).replace(return_annotation=returns)
+    method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
+    return method
