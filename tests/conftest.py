@@ -140,7 +140,10 @@ def layer_inputs(
 
 @pytest.fixture(autouse=True)
 def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run two at a time and disturb each other's profiles: no warning tells of it."""
+    """Tests run two at a time and disturb each other's profiles: no warning tells of it in a test.
+
+    Fixtures of a session and commands in a process of their own still print it.
+    """
     monkeypatch.setattr("dash_onnx.runtime.profile.BUSY", math.inf)
 
 

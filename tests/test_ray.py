@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from conftest import needed
@@ -107,6 +109,30 @@ def test_a_killed_replica_and_a_new_bundle_lose_no_answer(
     assert len(asking.texts) > 20
     assert sum(text == wanted for text in asking.texts) >= len(asking.texts) - 2
     assert not set(replicas()) & set(before)
+
+
+def test_a_conversation_stays_with_its_replica(
+    client: openai.OpenAI, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    deploy(Path(shutil.copytree(tiny_bundle, tmp_path / "three" / "out")), sessions=True)
+    answered: set[float] = set()
+    for session in range(24):
+        headers = {"x-session-id": f"conversation {session}"}
+        before = answers_of(headers)
+        for _ in range(2):
+            client.chat.completions.create(
+                model="out", messages=MESSAGES, max_tokens=2, extra_headers=headers
+            )
+        assert answers_of(headers) == before + 2
+        answered.add(before + 2)
+    assert max(answered) < 48  # both have answered some
+
+
+def answers_of(headers: dict[str, str]) -> float:
+    """How many the replica of a conversation has given."""
+    text = httpx.get("http://127.0.0.1:8000/metrics", headers=headers).text
+    found = re.search(r'^dash_requests_total\{outcome="done"\} (\S+)$', text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def test_a_dataset_goes_on_where_it_was_stopped(

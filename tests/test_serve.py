@@ -30,8 +30,10 @@ from dash_onnx.cli.serve import main
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.stream import Stream
 from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.running import Alone
 from dash_onnx.serve.shelf import Shelf, Unloaded, open_bundles
 from dash_onnx.serve.tools import CallReader
 
@@ -245,6 +247,34 @@ def test_an_answer_that_takes_too_long_ends_in_words(tiny_model: Model, stream: 
         assert metric(running, "dash_running ") == 0
     finally:
         running.stop()
+
+
+@pytest.mark.usefixtures("slow")
+def test_all_choices_of_a_request_share_its_time(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, Limits(seconds=0.4))
+    body = {"prompt": "the keeper", "max_tokens": 12, "n": 3}
+    try:
+        answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
+        assert answer.status_code == 504
+    finally:
+        running.stop()
+
+
+def test_a_prompt_that_nobody_waits_for_keeps_its_place_until_it_has_run(tiny_model: Model) -> None:
+    ended: list[Stream] = []
+
+    def begin() -> Stream:
+        time.sleep(0.3)
+        ended.append(tiny_model.stream("the keeper", max_new_tokens=4))
+        return ended[0]
+
+    async def left() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await Alone.begun(begin)
+
+    asyncio.run(left())
+    assert next(ended[0], None) is None  # closed
 
 
 @pytest.mark.usefixtures("slow")

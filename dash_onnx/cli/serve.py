@@ -80,7 +80,7 @@ def _parser() -> Parser:
         help="of an answer (default: 4096)",
     )
     parser.add_argument(
-        "--timeout", type=positive, default=600, metavar="S", help="of an answer (default: 600)"
+        "--timeout", type=positive, default=600, metavar="S", help="of a request (default: 600)"
     )
     parser.add_argument(
         "--prefix-cache",

@@ -284,11 +284,12 @@ class _Server:
         arrived, outcome = time.monotonic(), "closed"
         try:
             async with self.service.slot():
+                until = self.service.deadline()
                 for index, tally in enumerate(tallies):
                     chosen = options
                     if options.seed is not None:  # each choice draws anew
                         chosen = dataclasses.replace(options, seed=options.seed + index)
-                    chunks = self.service.run(name, prompt, chosen, arrived, tally)
+                    chunks = self.service.run(name, prompt, chosen, arrived, until, tally)
                     async with contextlib.aclosing(chunks):
                         async for chunk in chunks:
                             yield index, chunk

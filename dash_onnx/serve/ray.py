@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from starlette.applications import Starlette
 
+_BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+
 
 class Arguments(BaseModel):
     """Of `serve run`, or `args` in a file for `serve deploy`.
@@ -29,6 +31,9 @@ class Arguments(BaseModel):
         threads: of a replica, which asks the cluster for as many cores.
         replicas: how many, or the least where `most_replicas` allows more.
         most_replicas: Ray starts more as requests pile up, up to these.
+        sessions: requests with the same `x-session-id` header go to the same replica while it has
+            room, as it holds the K/V of their conversation; those without one to any, however full.
+            Needs Ray 2.60.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,6 +48,7 @@ class Arguments(BaseModel):
     threads: int = 2
     replicas: int = 1
     most_replicas: int | None = None
+    sessions: bool = False
 
 
 def app(arguments: Arguments) -> serve.Application:
@@ -60,6 +66,8 @@ def app(arguments: Arguments) -> serve.Application:
                 "target_ongoing_requests": arguments.running,
             }
         }
+    if arguments.sessions:
+        options["request_router_config"] = {"request_router_class": _BY_SESSION}
     deployment = serve.deployment(
         name="dash",
         max_ongoing_requests=arguments.running + arguments.waiting,

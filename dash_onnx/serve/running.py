@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from dash_onnx.core.budget import Budget
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.batch import Batch, Request
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.stream import Stream
@@ -17,6 +19,10 @@ _IDLE_S = 0.5  # a thread that has nothing to do looks up
 
 class Running(Protocol):
     """A generation that runs elsewhere."""
+
+    @property
+    def policy(self) -> Policy:
+        """What decides the next token."""
 
     async def next(self) -> Chunk | None:
         """Its next chunk; None after the last."""
@@ -34,6 +40,28 @@ class Alone:
     def __init__(self, stream: Stream):
         self._stream = stream
         self.set_budget, self.close = stream.set_budget, stream.close
+
+    @classmethod
+    async def begun(cls, begin: Callable[[], Stream]) -> Alone:
+        """Runs the prompt.
+
+        One that nobody waits for any more still runs to its end, and only then gives up its place.
+        """
+        stream = asyncio.ensure_future(asyncio.to_thread(begin))
+        try:
+            return cls(await asyncio.shield(stream))
+        except asyncio.CancelledError:
+            while not stream.done():  # a timeout, and a client that then leaves, cancel twice
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({stream})
+            if stream.exception() is None:
+                stream.result().close()
+            raise
+
+    @property
+    def policy(self) -> Policy:
+        """See `Running`."""
+        return self._stream.policy
 
     async def next(self) -> Chunk | None:
         """See `Running`."""
@@ -53,6 +81,11 @@ class Together:
         """Called by the thread of the batch."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    @property
+    def policy(self) -> Policy:
+        """See `Running`."""
+        return self.request.current.policy
 
     async def next(self) -> Chunk | None:
         """See `Running`."""

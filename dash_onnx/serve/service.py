@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -133,8 +134,18 @@ class Service:
             self._slots.release()
             self._show()
 
+    def deadline(self) -> float:
+        """When a request that runs from now on must have ended, by the clock of the event loop."""
+        return asyncio.get_running_loop().time() + self.limits.seconds
+
     async def run(
-        self, name: str, prompt: Prompt, options: GenerationOptions, arrived: float, tally: Tally
+        self,
+        name: str,
+        prompt: Prompt,
+        options: GenerationOptions,
+        arrived: float,
+        until: float,
+        tally: Tally,
     ) -> AsyncGenerator[Chunk, None]:
         """The chunks of one generation, counted.
 
@@ -143,16 +154,17 @@ class Service:
             prompt: text or messages.
             options: of the generation.
             arrived: when its request did, by `time.monotonic`.
+            until: see `deadline`.
             tally: what it costs is added here.
 
         Raises:
             DashError: the prompt or an option is refused.
             TimeoutError: it took longer than a request may.
         """
-        async with self.shelf.using(name) as place:
+        async with contextlib.AsyncExitStack() as needed:
             # Not around the chunks: who takes them may be another task.
-            until = asyncio.get_running_loop().time() + self.limits.seconds
             async with asyncio.timeout_at(until):
+                place = await needed.enter_async_context(self.shelf.using(name))
                 running = await self._begun(place, prompt, options)
             chunks = self._counted(name, place.model, running, options, arrived, until, tally)
             async with contextlib.aclosing(chunks):
@@ -183,6 +195,7 @@ class Service:
                     least = min(self._under_load[name], usual)
                     tally.budget = max(usual + (least - usual) * pressure, least)
                     running.set_budget(tally.budget)
+                policy = running.policy
                 async with asyncio.timeout_at(until):
                     chunk = await running.next()
                 if chunk is None:
@@ -201,7 +214,7 @@ class Service:
         """A generation among the others of its bundle, or one of its own that guesses."""
         model, batch = place.model, place.batch
         if batch is None or options.speculate != "off":
-            return Alone(await asyncio.to_thread(model.stream, prompt, options=options))
+            return await Alone.begun(functools.partial(model.stream, prompt, options=options))
         pieces = Together()
         pieces.request = await asyncio.to_thread(model.request, prompt, pieces.deliver, options)
         batch.submit(pieces.request)

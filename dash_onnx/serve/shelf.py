@@ -103,9 +103,11 @@ class Place:
         return self._bundle.load() if isinstance(self._bundle, Unloaded) else self._bundle
 
     def put(self, model: Model, limits: Limits) -> None:
-        """Loads what the model's policy uses, and begins to run."""
+        """Loads what the model's policy uses, also under load, and begins to run."""
         try:
             model.preload(model.policy())
+            if limits.budget_under_load is not None:
+                model.preload("dash", limits.budget_under_load)
             store = None
             if limits.prefix_bytes:
                 store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
