@@ -76,13 +76,14 @@ def export_phases(
     if options.calibrates:  # GPTQ: sums of x x^T, their inverses, the rounding
         layer += tokens * (3 * width**2 + wide**2) + 3 * width**3 + wide**3
         layer += 2 * width * facts.layer_parameters
-        head = 2 * width * vocab * width
+        few = {"int4", "int2"} & {*options.head_precisions(facts)}
+        head = 4 * len(few) * width * vocab * width
     phases: list[tuple[str, float, float]] = []
     if not options.calibration:
-        phases.append(("INT8 draft", 1.0, 10_000 * parameters))
+        phases.append(("INT8 draft", 1.0, 2000 * parameters))
         phases.append(("calibration text", 1.0, 2 * tokens * parameters))
     phases += [
-        ("layers", 0.5 * layers, layers * layer),
+        ("layers", 0.5 * layers, 1.7 * layers * layer),  # products of odd shapes are slower
         ("LM head", 1.0, head + 200 * vocab * width),
         ("costs", 3.0, 2000 * parameters),
     ]
@@ -110,9 +111,8 @@ def training_phases(
     paths = 6 + facts.num_layers // 2
     measured = facts.num_layers * plan.candidates // 2  # paths of a search
     search = measured * plan.batch * forward
-    phases = [("training text", 1.0, (plan.sequences + plan.held_out) * forward)]
-    phases = phases if generated else []
-    phases += [
+    text = (plan.sequences + plan.held_out) * forward / speed.float32  # the runtime writes it
+    phases = [
         ("values", 1.0, 5 * plan.regression_batches * batch),  # forward, back, every action
         ("static search", 0.0, search),
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
@@ -122,4 +122,5 @@ def training_phases(
         ("static table", 0.0, paths * layers),
         ("table losses", 0.0, (_ROWS + paths) * heads),
     ]
-    return [Expected(name, fixed + work / speed.fast) for name, fixed, work in phases]
+    expected = [Expected(name, fixed + work / speed.fast) for name, fixed, work in phases]
+    return [Expected("training text", 1.0 + text), *expected] if generated else expected

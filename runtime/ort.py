@@ -16,8 +16,8 @@ from dash_onnx.core.errors import BundleError, DeviceError
 
 Device = Literal["cpu", "cuda"]
 
-MINIMUM = (1, 25)
-"""First ORT release with every operator of the graphs: 1.24 has no TensorScatter on the CPU."""
+MINIMUM = (1, 28)
+"""Of ORT: 1.24 has no TensorScatter on the CPU, 1.25 no fast product with weights of two bits."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _pool_lock = threading.Lock()

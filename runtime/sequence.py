@@ -21,6 +21,7 @@ PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
 
 _KEPT = 16  # tokens: bindings for longer passes go when their prompt has run
+_PREVIEWED = 32  # tokens: for each an INT2 head gathers 256 rows of the INT8 head
 
 
 @dataclass
@@ -162,6 +163,8 @@ class SequenceState:
         Raises:
             ContextLengthError: it does not fit the context.
         """
+        if every and head == "int2":
+            chunk = min(chunk, _PREVIEWED)
         decider, rows = FixedPath(path, head), []
         for start in range(0, ids.shape[-1], chunk):
             self.layers(ids[..., start : start + chunk], decider)

@@ -132,6 +132,14 @@ def test_a_machine_that_skips_for_less_meets_smaller_budgets(scored: Manifest) -
     assert moved.scorer.presets == presets(moved.scorer.points)
 
 
+def test_rows_that_cost_more_and_lose_more_on_a_machine_go(scored: Manifest) -> None:
+    """As where it multiplies few bits slowly."""
+    costs = replace(scored.costs, heads_ms={**scored.costs.heads_ms, "int4": 50.0})
+    moved = with_costs(scored, costs)
+    assert moved.scorer is not None
+    assert [row.kl for row in moved.scorer.points] == [0.1, 0.02]
+
+
 def test_costs_without_a_policy_are_just_replaced(plain: Manifest) -> None:
     costs = scaled(plain, int8=2.0)
     assert with_costs(plain, costs) == replace(plain, costs=costs)

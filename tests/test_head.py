@@ -1,29 +1,40 @@
-"""The LM heads, and the INT4 head's second look at the likeliest tokens."""
+"""The LM heads, and the second look at the likeliest tokens."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from cli_tool import Capture
 from onnx import numpy_helper
 
 import dash_onnx
+from dash_onnx.cli.info import main
+from dash_onnx.core.actions import Action
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import BundleError
+from dash_onnx.core.contract import head_path
+from dash_onnx.core.errors import BundleError, UnsupportedError
+from dash_onnx.core.facts import ModelFacts
 from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.check import check
+from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.graphs import looks_twice
+from dash_onnx.exporters.graphs.ends import EXACT_TOKENS
 from dash_onnx.exporters.quantize.blockwise import Quantized, dequantize
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.train.dequantized import DequantizedModel
+from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session
 
-TOKENS, EXACT = 5, 64
+TOKENS = 5
 
 
 def head_weight(folder: Path, precision: str, bits: int) -> torch.Tensor:
@@ -47,6 +58,14 @@ def folder(tiny_with: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
+def previews(tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]) -> Path:
+    """As a model with a large head is exported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dash_onnx.exporters.export.options._LARGE_HEAD", 0)
+        return export_tiny(tiny_folder, calibration=(night,))
+
+
+@pytest.fixture(scope="module")
 def hidden() -> np.ndarray:
     return np.random.default_rng(3).normal(size=(1, TOKENS, 64)).astype(np.float32)
 
@@ -56,36 +75,39 @@ def logits_of(folder: Path, precision: str, hidden: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], {"hidden": hidden})[0][0])
 
 
-def test_the_likeliest_logits_of_the_int4_head_are_those_of_the_int8_head(
-    folder: Path, hidden: np.ndarray
+@pytest.mark.parametrize(("head", "bits"), [("int4", 4), ("int2", 2)])
+def test_the_likeliest_logits_are_those_of_the_int8_head(
+    head: Action, bits: int, previews: Path, hidden: np.ndarray
 ) -> None:
-    exact, found = (logits_of(folder, name, hidden) for name in ("int8", "int4"))
-    model = DequantizedModel(Bundle(folder), ("int8", "int4"), torch.float32)
+    exact, found = (logits_of(previews, name, hidden) for name in ("int8", head))
+    model = DequantizedModel(Bundle(previews), ("int8", "int4"), torch.float32)
     normed = model.final(torch.from_numpy(hidden[0]))
-    preview = normed @ head_weight(folder, "int4", 4).T
-    _, likely = preview.topk(EXACT)
+    preview = normed @ head_weight(previews, head, bits).T
+    _, likely = preview.topk(EXACT_TOKENS[head])
     chosen = torch.zeros_like(preview, dtype=torch.bool).scatter(-1, likely, True)
     torch.testing.assert_close(found[chosen], exact[chosen], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[~chosen], preview[~chosen], rtol=1e-4, atol=1e-4)
     assert (found - exact).abs().max() > 0.01
     assert torch.equal(found.argmax(-1), exact.argmax(-1))
     torch.testing.assert_close(
-        model.logits(model.final(torch.from_numpy(hidden[0])), "int4"), found, rtol=1e-4, atol=1e-4
+        model.logits(model.final(torch.from_numpy(hidden[0])), head), found, rtol=1e-4, atol=1e-4
     )
 
 
-def test_both_heads_share_the_exact_weights(folder: Path, tmp_path: Path) -> None:
-    """They lie in one file, which is checked when either head is loaded."""
-    sizes = [(folder / f"head/{name}.onnx.data").stat().st_size for name in ("int8", "int4")]
+@pytest.mark.parametrize("head", ["int4", "int2"])
+def test_heads_share_the_exact_weights(head: Action, previews: Path, tmp_path: Path) -> None:
+    """They lie in one file, which is checked when any of them is loaded."""
+    sizes = [(previews / f"head/{name}.onnx.data").stat().st_size for name in ("int8", head)]
     assert sizes[1] < 0.7 * sizes[0]
     copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
+    shutil.copytree(previews, copy)
     data = copy / "head/int8.onnx.data"
     content = bytearray(data.read_bytes())
     content[100] ^= 1
     data.write_bytes(content)
     with pytest.raises(BundleError, match=r"int8.onnx.data does not match its SHA-256"):
-        dash_onnx.load(copy).generate("the keeper", policy="int4", max_new_tokens=1)
+        sequence = dash_onnx.load(copy).new_sequence()
+        sequence.forward(3, FixedPath(("int8",) * 4, head))
 
 
 @pytest.mark.parametrize("options", [{"variants": ("int4",)}, {"variants": ("full", "int4")}])
@@ -100,9 +122,30 @@ def test_without_an_int8_head_the_int4_head_looks_once(
     assert np.isfinite(model.logits(np.arange(8), policy="int4")).all()
 
 
-def test_mixed_paths_take_the_int4_head_where_it_looks_twice(folder: Path) -> None:
-    heads = dash_onnx.load(folder).manifest.heads
-    assert heads == {"full": "full", "int8": "int8", "int4": "int4", "skip": "int4"}
+def test_mixed_paths_take_the_int4_head_where_it_looks_twice(folder: Path, previews: Path) -> None:
+    for one in (folder, previews):
+        heads = dash_onnx.load(one).manifest.heads
+        assert heads == {"full": "full", "int8": "int8", "int4": "int4", "skip": "int4"}
+
+
+def test_a_large_head_comes_in_int2_too(folder: Path, previews: Path, capsys: Capture) -> None:
+    assert Bundle(folder).manifest.exported_heads == ("full", "int8", "int4")
+    manifest = Bundle(previews).manifest
+    assert manifest.exported_heads == ("full", "int8", "int4", "int2")
+    assert manifest.costs.heads_ms["int2"] > 0
+    sizes = {head: manifest.graph_bytes(head_path(head), head) for head in ("int4", "int2")}
+    assert sizes["int2"] < sizes["int4"]
+    assert main([str(previews)]) == 0
+    head = capsys.readouterr().out.partition("LM head, ms")[2].splitlines()[0]
+    assert len(head.split()) == 4
+
+
+@pytest.mark.parametrize("options", [{"variants": ("int8",)}, {"device": "cuda"}])
+def test_no_int2_head_without_both_others_and_on_cuda(options: dict[str, Any]) -> None:
+    facts = ModelFacts("m", "llama", 2, 1024, 4096, 8, 8, 128, 1 << 17, 4096)
+    assert "int2" in ExportOptions().head_precisions(facts)
+    assert "int2" not in ExportOptions(**options).head_precisions(facts)
+    assert "int2" not in ExportOptions().head_precisions(replace(facts, vocab_size=1 << 15))
 
 
 # INT2
@@ -123,7 +166,7 @@ def test_int2_layers_have_blocks_of_64_where_these_fit(two_bits: Path) -> None:
     assert len(found) == 3 and set(found.values()) == {(2, 64)}
 
 
-def test_int2_has_no_head_of_its_own_and_costs_least_memory(two_bits: Path) -> None:
+def test_int2_has_no_small_head_and_costs_least_memory(two_bits: Path) -> None:
     manifest = dash_onnx.load(two_bits).manifest
     assert manifest.exported_heads == ("int8", "int4") and manifest.heads["int2"] == "int4"
     for layer in manifest.layers:
@@ -156,3 +199,10 @@ def test_training_computes_int2_as_the_runtime_does(two_bits: Path) -> None:
         x = layers.complete(index, "int2", x, attention)
     found = layers.logits(layers.final(x), "int8")[0].numpy()
     np.testing.assert_allclose(found, wanted, atol=2e-3)
+
+
+def test_a_browser_gets_no_products_of_two_bits(two_bits: Path, tmp_path: Path) -> None:
+    options = FuseOptions(client="web", policy="int2")
+    with pytest.raises(UnsupportedError, match="web has no fast product for INT2"):
+        fuse(Bundle(two_bits), tmp_path / "fused", options, overwrite=False)
+    assert not (tmp_path / "fused").exists()

@@ -157,7 +157,7 @@ def test_the_installed_onnxruntime_is_found_and_new_enough() -> None:
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
 def test_either_package_alone_will_do(installed: Callable[..., None], name: str) -> None:
-    installed(name, version="1.25.0")
+    installed(name, version="1.28.0")
     assert find() is sys.modules["onnxruntime"]
 
 
@@ -175,12 +175,12 @@ def test_a_missing_onnxruntime_is_told_with_the_extra_to_install(
         find()
 
 
-@pytest.mark.parametrize("version", ["1.24.4", "1.9.0", "0.99.0", "1.23"])
+@pytest.mark.parametrize("version", ["1.27.4", "1.9.0", "0.99.0", "1.23"])
 def test_an_old_onnxruntime_is_refused_with_the_version_wanted(
     installed: Callable[..., None], version: str
 ) -> None:
     installed("onnxruntime", version=version)
-    with pytest.raises(DeviceError, match=f"Runtime {version} is too old; .*'onnxruntime>=1.25'"):
+    with pytest.raises(DeviceError, match=f"Runtime {version} is too old; .*'onnxruntime>=1.28'"):
         find()
 
 
@@ -188,11 +188,11 @@ def test_an_old_gpu_package_is_not_mended_by_installing_the_other_one(
     installed: Callable[..., None],
 ) -> None:
     installed("onnxruntime-gpu", version="1.23.2")
-    with pytest.raises(DeviceError, match=r"'onnxruntime-gpu>=1.25'"):
+    with pytest.raises(DeviceError, match=r"'onnxruntime-gpu>=1.28'"):
         find()
 
 
-@pytest.mark.parametrize("version", ["1.25.0", "1.25", "1.100.0", "2.0.0", "1.25.0.dev20260101"])
+@pytest.mark.parametrize("version", ["1.28.0", "1.28", "1.100.0", "2.0.0", "1.28.0.dev20260101"])
 def test_newer_versions_are_compared_as_numbers(version: str) -> None:
     ort.check_version(version)
 
@@ -202,7 +202,7 @@ def test_a_failure_is_not_remembered(installed: Callable[..., None]) -> None:
     installed(version=None)
     with pytest.raises(DeviceError):
         ort.onnxruntime()
-    installed("onnxruntime", version="1.25.0")
+    installed("onnxruntime", version="1.28.0")
     try:
         assert ort.onnxruntime() is sys.modules["onnxruntime"]
     finally:

@@ -38,14 +38,18 @@ def written(bundle: Path, path: str) -> int:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("variants", ["full,int8,int4", "int8"])
+@pytest.mark.parametrize("large_head", [1 << 26, 0], ids=["small head", "large head"])
 def test_sizes_are_those_of_the_export(
     device: str,
     variants: str,
+    large_head: int,
+    monkeypatch: pytest.MonkeyPatch,
     wide: Path,
     night: Path,
     export_tiny: Callable[..., Path],
     capsys: Capture,
 ) -> None:
+    monkeypatch.setattr("dash_onnx.exporters.export.options._LARGE_HEAD", large_head)
     options: dict[str, Any] = {"device": device, "variants": tuple(variants.split(","))}
     bundle = export_tiny(wide, calibration=(night,), **options)
     found = TOOL.json_of(capsys, wide, "--variants", variants, "--device", device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, run
-from dash_onnx.core.actions import DEFAULT_VARIANTS, parse_precisions
+from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
@@ -88,11 +89,15 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "estimates": to_json(sizes),
     }
     model = spec.facts
-    rows = [["", *variants, "skip"]]
-    rows.append(["layers, MB", *(f"{size / 1e6:.1f}" for size in sizes.layers.values())])
-    heads = {a: f"{size / 1e6:.1f}" for a, size in sizes.heads.items()}
-    rows.append(["LM head, MB", *(heads.get(a, "") for a in variants), ""])
-    rows.append(["memory to run, MB", *(f"{sizes.run[a] / 1e6:.1f}" for a in variants), ""])
+    columns = _columns((*variants, SKIP), sizes.heads)
+    rows = [["", *columns]]
+    parts: dict[str, dict[Any, int]] = {
+        "layers, MB": sizes.layers,
+        "LM head, MB": sizes.heads,
+        "memory to run, MB": sizes.run,
+    }
+    for name, found in parts.items():
+        rows.append([name, *(f"{found[a] / 1e6:.1f}" if a in found else "" for a in columns)])
     return facts, [
         f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
         f"{model.num_layers} layers, {model.hidden_size} wide ({model.intermediate_size} inside), "
@@ -117,11 +122,13 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     del facts["files"], facts["ropes"], facts["attention"]
     size = sum(file.bytes for file in manifest.files.values())
     model, costs, export = manifest.model, manifest.costs, manifest.export
-    rows = [["", *manifest.actions]]
+    columns = _columns(manifest.actions, costs.heads_ms)
+    rows = [["", *columns]]
     totals = {a: sum(layer.bytes[a] for layer in manifest.layers) for a in manifest.actions}
-    rows.append(["layers, MB", *(f"{totals[a] / 1e6:.1f}" for a in manifest.actions)])
-    rows.append(["one layer, ms", *(f"{_median_ms(manifest, a):.3f}" for a in manifest.actions)])
-    rows.append(["LM head, ms", *(_ms(costs.heads_ms.get(action)) for action in manifest.actions)])
+    medians = {a: _median_ms(manifest, a) for a in manifest.actions}
+    rows.append(["layers, MB", *(f"{totals[a] / 1e6:.1f}" if a in totals else "" for a in columns)])
+    rows.append(["one layer, ms", *(_ms(medians.get(a)) for a in columns)])
+    rows.append(["LM head, ms", *(_ms(costs.heads_ms.get(a)) for a in columns)])
     tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
     told = {"kind": "bundle", "bytes": size, "kv_bytes_per_token": manifest.kv_bytes}
     return {**told, **facts}, [
@@ -140,6 +147,11 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
         f"made with {tools}",
     ]
+
+
+def _columns(actions: Sequence[Action], heads: Collection[Action]) -> list[Action]:
+    """The actions, and precisions that only an LM head has, from dear to cheap."""
+    return [action for action in (*PRECISIONS, SKIP) if action in actions or action in heads]
 
 
 def _policy(manifest: Manifest) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import replace
-from itertools import pairwise
 from typing import TypeAlias
 
 from dash_onnx.core.actions import ACTIONS, SKIP, Action, Path
@@ -154,7 +153,8 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     """A manifest for another machine's costs: budgets and presets follow them.
 
     Multipliers are in units of a layer, so decisions change only where the ratios of costs do. The
-    budget of each row of the policy table scales as its mix of actions does, its KL stays.
+    budget of each row of the policy table scales as its mix of actions does, its KL stays; a row
+    goes that costs more there than one that loses less.
     """
     scorer = manifest.scorer
     moved = replace(manifest, costs=costs)
@@ -174,8 +174,10 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     for point in scorer.points:
         ms = point.budget * before * mix_ms(point, costs) / mix_ms(point, manifest.costs)
         points.append(replace(point, budget=round(ms / full_ms, 5)))
-    points.sort(key=lambda point: point.budget)
-    distinct = points[:1] + [b for a, b in pairwise(points) if b.budget > a.budget]
+    kept: list[BudgetPoint] = []
+    for point in sorted(points, key=lambda point: (point.budget, point.kl)):
+        if not kept or point.kl < kept[-1].kl:
+            kept.append(point)
     static = [
         replace(point, budget=round(costs.token_ms(point.path, point.head) / full_ms, 5))
         for point in scorer.static
@@ -184,8 +186,8 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
         moved,
         scorer=replace(
             scorer,
-            points=tuple(distinct),
-            presets=presets(tuple(distinct)),
+            points=tuple(kept),
+            presets=presets(tuple(kept)),
             static=tuple(sorted(static, key=lambda point: point.budget)),
         ),
     )

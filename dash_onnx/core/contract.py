@@ -39,8 +39,9 @@ def data_name(graph: str) -> str:
     return graph + ".data"
 
 
-SHARED_DATA = {head_path("int4"): data_name(head_path("int8"))}
-"""By graph, the weights of another one that it may read too: the INT4 head takes rows of INT8's."""
+_INT8_ROWS = data_name(head_path("int8"))
+SHARED_DATA = {head_path("int4"): _INT8_ROWS, head_path("int2"): _INT8_ROWS}
+"""By graph, the weights of another one that it may read too: heads take rows of the INT8 head."""
 
 
 def scorer_path(digest: str) -> str:

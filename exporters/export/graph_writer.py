@@ -124,8 +124,8 @@ class GraphWriter:
 
     def heads(self, folder: Path, hidden: HiddenStateFile) -> dict[Action, Action]:
         """Writes the LM heads; returns which one each kind of policy uses."""
-        precisions = self.options.head_precisions
         head = self.architecture.head(self.source.weights, self.spec)
+        precisions = self.options.head_precisions(self.spec.facts, head.linear.bias is not None)
         gram = gram_of(hidden, head.norm, self.spec.block)
         hessians = {head.linear.name: gram}
         for precision in precisions:

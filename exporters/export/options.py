@@ -14,6 +14,7 @@ from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
 
 _LARGE_BLOCK, _BLOCK, _GGUF_BLOCK = 128, 64, 32  # the last is that of GGUF's types
+_LARGE_HEAD = 1 << 26  # weights; of 28 million an INT2 head takes longer than an INT4 one
 _RANK = 64  # see docs/decisions/0002
 
 
@@ -103,10 +104,17 @@ class ExportOptions:
         """Whether GPTQ rounds a precision, which needs the inputs of every product."""
         return not {"int4", "int2"}.isdisjoint(self.variants)
 
-    @property
-    def head_precisions(self) -> tuple[Action, ...]:
-        """Of the LM heads."""
-        return tuple(a for a in self.variants if a != "int2") or ("int4",)
+    def head_precisions(self, facts: ModelFacts, biased: bool = False) -> tuple[Action, ...]:
+        """Of the LM heads; a large one in INT2 too, where it can look at the INT8 head's weights.
+
+        Args:
+            facts: of the model.
+            biased: whether its LM head has a bias.
+        """
+        heads = tuple(a for a in self.variants if a != "int2") or ("int4",)
+        large = facts.vocab_size * facts.hidden_size >= _LARGE_HEAD
+        previews = large and not biased and self.device == "cpu" and {"int8", "int4"} <= {*heads}
+        return (*heads, "int2") if previews else heads
 
     @property
     def target(self) -> Target:

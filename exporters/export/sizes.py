@@ -17,12 +17,12 @@ from dash_onnx.exporters.architectures.base import Head, Layer, Linear, Norm
 from dash_onnx.exporters.calibration.self_written import KV_BYTES
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.graphs.ends import preview_block
+from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
 from dash_onnx.exporters.graphs.graph import BITS, block_size_of
 from dash_onnx.exporters.sources import Source, Weights, layers_in, readable
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
-_PREVIEW_BYTES = 3700  # of those of an INT4 head that looks twice
+_PREVIEW_BYTES = 3700  # of those of a head that looks twice
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
 _TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
 _ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
@@ -116,7 +116,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
     facts, variants = spec.facts, options.variants
-    rule = _Rule(options.resolved(source.kind, facts))
+    head = architecture.head(weights, spec)
+    resolved = options.resolved(source.kind, facts)
+    rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
     kept: dict[Action, int] = dict.fromkeys((*variants, SKIP), 0)
     widest = draft = 0
     for index in range(facts.num_layers):
@@ -126,7 +128,6 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         kept[SKIP] += rule.skip(layer, facts.num_kv_heads * facts.head_dim) + _GRAPH_BYTES
         draft += rule.stored("int8", *vars(layer).values())
         widest = max(widest, rule.working(layer.linears))
-    head = architecture.head(weights, spec)
     heads = {precision: rule.head(precision, head) for precision in rule.heads}
     embedding = 2 * facts.vocab_size * facts.hidden_size
     tokens = sequences_of(facts) * LENGTH
@@ -164,12 +165,12 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
 class _Rule:
     """Bytes of parts of graphs, as `graphs` writes them."""
 
-    def __init__(self, options: ExportOptions):
+    def __init__(self, options: ExportOptions, heads: tuple[Action, ...]):
         target = options.target
         self.target, self.rank = target, options.compensation_rank or 0
         self.wide = 4 if target.dtype == "float32" else 2  # bytes of an activation
         self.hessians = options.calibrates
-        self.heads = options.head_precisions
+        self.heads = heads
 
     def stored(self, precision: Action, *parts: Linear | Norm | None) -> int:
         size = 0
@@ -184,11 +185,13 @@ class _Rule:
 
     def head(self, precision: Action, head: Head) -> int:
         size, linear = self.stored(precision, head.norm, head.linear), head.linear
-        if precision != "int4" or self.target.device != "cpu" or "int8" not in self.heads:
+        previews = precision in EXACT_TOKENS and self.target.device == "cpu"
+        if not previews or "int8" not in self.heads or linear.bias is not None:
             return size
         rows, columns = linear.out_features, linear.in_features
-        preview = self.matrix(rows, columns, "int4", preview_block(columns, self.target.block_size))
-        return size - self.matrix(rows, columns, "int4") + preview + _PREVIEW_BYTES
+        block = preview_block(columns, self.target.block_size)
+        preview = self.matrix(rows, columns, precision, block)
+        return size - self.matrix(rows, columns, precision) + preview + _PREVIEW_BYTES
 
     def matrix(
         self, rows: int, columns: int, precision: Action, block_size: int | None = None

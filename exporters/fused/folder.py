@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from dash_onnx.core.actions import SKIP
 from dash_onnx.core.atomic import writing
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import FUSED_FOLDER
@@ -66,9 +67,17 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
     if not isinstance(policy, ScoredPolicy | StaticPolicy):
         raise UnsupportedError(f"policy {policy.name!r} has no graph; fuse dash or a static one")
     facts = FusedFacts.of(options, policy, manifest)
+    if "int2" in facts.runs and not client.multiplies_blocks:
+        raise UnsupportedError(
+            f"{options.client} has no fast product for INT2: choose another --policy, or export "
+            "with --variants int8,int4"
+        )
+    head = policy.head
+    if head == "int2" and (facts.budgets or not client.multiplies_blocks):
+        head = manifest.heads[SKIP]  # one for all budgets, also those that lose less
     with writing(out, overwrite=overwrite, marker=FACTS) as folder:
         with (folder / DATA).open("wb") as data:
-            model = Fusion(bundle, data, client, policy.head, facts).build()
+            model = Fusion(bundle, data, client, head, facts).build()
         onnx.save(model, folder / MODEL)
         onnx.checker.check_model(folder / MODEL)
         for name in _TEXT_FILES:

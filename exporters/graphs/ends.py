@@ -25,10 +25,10 @@ from dash_onnx.exporters.quantize.blockwise import (
     row_groups,
 )
 
-EXACT_TOKENS = 64
-"""Tokens of which the INT4 head computes the logit from the INT8 head's weights."""
+EXACT_TOKENS: dict[Action, int] = {"int4": 64, "int2": 256}
+"""Tokens of which such a head computes the logit from the INT8 head's weights."""
 
-_PREVIEW_BLOCKS = (128, 64)  # of the INT4 head that chooses them: large blocks are fast
+_PREVIEW_BLOCKS = (128, 64)  # of the head that chooses them: large blocks are fast
 _EXACT_ROWS = ("exact_values", "exact_scales")
 
 
@@ -83,17 +83,17 @@ def build_head(
     precision: Action,
     hessians: Mapping[str, torch.Tensor],
 ) -> list[str]:
-    """Writes `head/{full,int8,int4}.onnx`; returns `Graph.fp32_kept`.
+    """Writes `head/{full,int8,int4,int2}.onnx`; returns `Graph.fp32_kept`.
 
-    Where the folder holds the INT8 head, the INT4 head takes the logits of the likeliest tokens
-    from its weights, which both share: see docs/decisions/0085.
+    Where the folder holds the INT8 head, those of fewer bits take the logits of the likeliest
+    tokens from its weights, which all share: see docs/decisions/0085.
     """
     ports = head_ports(spec.dims(target))
     graph = Graph(f"head_{precision}", ports, target, spec.block, hessians)
     normed = graph.norm(graph.inputs["hidden"], "final_norm", head.norm)
-    exact = _exact_rows_of(folder, head, target) if precision == "int4" else []
+    exact = _exact_rows_of(folder, head, target) if precision in EXACT_TOKENS else []
     if exact:
-        logits = _previewed(graph, normed, head.linear)
+        logits = _previewed(graph, normed, head.linear, precision)
     else:
         logits = graph.linear(normed, head.linear, precision)
     if (cap := spec.block.logit_softcap) is not None:  # the norm has divided by it
@@ -111,12 +111,12 @@ def build_head(
 
 
 def preview_block(columns: int, block_size: int) -> int:
-    """Block size of an INT4 head that looks twice."""
+    """Block size of a head that looks twice."""
     return next(size for size in (*_PREVIEW_BLOCKS, block_size) if columns % size == 0)
 
 
 def looks_twice(graph: Path) -> bool:
-    """Whether an INT4 head takes the likeliest logits from the weights of the INT8 head."""
+    """Whether a head takes the likeliest logits from the weights of the INT8 head."""
     stored = onnx.load(graph, load_external_data=False).graph.initializer
     return any(tensor.name in _EXACT_ROWS for tensor in stored)
 
@@ -138,13 +138,13 @@ def _exact_rows_of(folder: Path, head: Head, target: Target) -> list[onnx.Tensor
     return parts
 
 
-def _previewed(graph: Graph, normed: ir.Value, linear: Linear) -> ir.Value:
-    """INT4 logits, but those of the likeliest tokens from the rows of the INT8 head."""
+def _previewed(graph: Graph, normed: ir.Value, linear: Linear, precision: Action) -> ir.Value:
+    """Logits of few bits, but those of the likeliest tokens from the rows of the INT8 head."""
     op, (rows, columns), block = graph.op, linear.weight.shape, graph.target.block_size
-    logits = graph.linear(normed, linear, "int4", preview_block(columns, block))
+    logits = graph.linear(normed, linear, precision, preview_block(columns, block))
     _, likeliest = op.TopK(
         logits,
-        graph.int64(min(EXACT_TOKENS, rows)),
+        graph.int64(min(EXACT_TOKENS[precision], rows)),
         sorted=0,
         _outputs=[graph.value("likely_logits"), graph.value("likely_tokens")],
     )

@@ -274,14 +274,20 @@ class DequantizedModel:
         return self._lm_heads[precision]
 
     @cached_property
-    def _looks_twice(self) -> bool:
-        return looks_twice(self._bundle.verified(head_path("int4")))
+    def _exact_tokens(self) -> dict[Action, int]:
+        """By head that looks twice, the tokens that it looks at again."""
+        return {
+            head: count
+            for head, count in EXACT_TOKENS.items()
+            if head in self.heads and looks_twice(self._bundle.verified(head_path(head)))
+        }
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
         """Logits `[..., V]` from what `final` gives, by the head of mixed paths unless given."""
-        logits = _product(final, self.lm_head(head or self.head))
-        if head == "int4" and self._looks_twice:
-            _, tokens = logits.topk(min(EXACT_TOKENS, logits.shape[-1]))
+        head = head or self.head
+        logits = _product(final, self.lm_head(head))
+        if (count := self._exact_tokens.get(head)) is not None:
+            _, tokens = logits.topk(min(count, logits.shape[-1]))
             rows = self.lm_head("int8").weight[tokens]  # [..., tokens, D]
             exact = (rows.float() @ final.float()[..., None]).squeeze(-1)
             logits = logits.scatter(-1, tokens, exact.to(logits.dtype))
