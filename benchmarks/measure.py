@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.runtime.machine import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,6 +276,7 @@ def _circumstances(arguments: argparse.Namespace, needs: list[str]) -> dict[str,
         "commit": commit + ("+changes" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{machine_name()}, {os.cpu_count()} cores",
+        "read_gb_per_s": round(read_gigabytes_per_s(os.cpu_count() or 1), 1),
         "versions": {"python": platform.python_version(), **_versions()},
         "bundle": "".join(_sha256(path) for path in manifest),
         "files": {

@@ -4,8 +4,9 @@
     python benchmarks/results.py --check        # fails where they differ from the JSON
     python benchmarks/results.py build/quick    # writes build/quick/results.md only
 
-All parts must come from one machine and the same versions, and those that show one bundle from one
-commit. A part takes minutes to hours, so those with models of their own may be measured apart.
+All parts must come from one kind of machine and the same versions, and those that show one bundle
+from one commit. A part takes minutes to hours, so those with models of their own may be measured
+apart.
 """
 
 from __future__ import annotations
@@ -255,17 +256,22 @@ def bundle(part: Part) -> str:
     """What an action costs."""
     facts = found(part)[0]
     costs, layers = facts["costs"], facts["layers"]
-    rows = [["", *facts["variants"], "skip"]]
-    middle = {
-        action: statistics.median(layer[action] for layer in costs["layers_ms"])
-        for action in rows[0][1:]
-    }
-    rows.append(["one layer, µs (median)", *(f"{ms * 1e3:.0f}" for ms in middle.values())])
-    size = {a: sum(layer["bytes"][a] for layer in layers) for a in middle}
-    rows.append(["all layers, MB", *(f"{count / 1e6:.0f}" for count in size.values())])
-    heads = costs["heads_ms"]
-    rows.append(["LM head, µs", *(f"{heads[a] * 1e3:.0f}" if a in heads else "-" for a in middle)])
-    return table(rows)
+    actions, heads = [*facts["variants"], "skip"], costs["heads_ms"]
+    middle = {a: statistics.median(layer[a] for layer in costs["layers_ms"]) for a in actions}
+    size = {a: sum(layer["bytes"][a] for layer in layers) for a in actions}
+    columns = list(dict.fromkeys([*facts["variants"], *heads, "skip"]))
+
+    def row(name: str, values: dict[str, float], factor: float) -> list[str]:
+        return [name, *(f"{values[a] * factor:.0f}" if a in values else "-" for a in columns)]
+
+    return table(
+        [
+            ["", *columns],
+            row("one layer, µs (median)", middle, 1e3),
+            row("all layers, MB", size, 1e-6),
+            row("LM head, µs", heads, 1e3),
+        ]
+    )
 
 
 def main() -> None:

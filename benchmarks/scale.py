@@ -43,7 +43,8 @@ def main() -> None:
         found: dict[str, object] = {"shape": shape, "layers": layers, "measured": [few, more]}
         for name in few:
             slope = (more[name] - few[name]) / least
-            found[name] = round(few[name] + slope * (layers - least), 2)
+            # Nothing shrinks with more layers; a peak that other parts cause may seem to.
+            found[name] = round(max(few[name] + slope * (layers - least), few[name], more[name]), 2)
         rows.append(found)
         if not arguments.json:
             print(json.dumps(found), flush=True)
