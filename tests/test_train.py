@@ -23,6 +23,7 @@ from conftest import layer_inputs, save_tiny
 
 import dash_onnx
 from dash_onnx.cli.train import main
+from dash_onnx.core.actions import Action
 from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import REPORT_NAME
@@ -34,11 +35,12 @@ from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.finish import exported_scorer
 from dash_onnx.exporters.train.improve import drawing, explore
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
-from dash_onnx.exporters.train.regress import collect
-from dash_onnx.exporters.train.scorer import BundleScorer
+from dash_onnx.exporters.train.regress import centre, collect
+from dash_onnx.exporters.train.scorer import BundleScorer, Scorer
 from dash_onnx.exporters.train.tables import efficient, tables
 from dash_onnx.exporters.train.train import learn, train
 from dash_onnx.exporters.train.trainer import Trainer
+from dash_onnx.exporters.train.transfer import load_scorer
 from dash_onnx.exporters.train.values import sampled_values
 from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.engine import Model
@@ -716,6 +718,59 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
     assert all(set(row) == set(ACTIONS) for row in costs.layers_ms)
     assert all(0 < ms < 100 for row in costs.layers_ms for ms in row.values())
     assert dash_onnx.load(bundle).generate("the keeper", max_new_tokens=8, ignore_eos=True)
+
+
+def test_a_scorer_is_read_back_from_its_graph(trained: Path, trainer: Trainer) -> None:
+    found = Scorer(LAYERS, trainer.scorer.reduce.in_features, len(trainer.actions), (2, 3))
+    load_scorer(found, trainer.actions, Bundle(trained))
+    hidden = torch.randn(1, 5, found.reduce.in_features)
+    for layers in trainer.env.segments:
+        state = State(layers, hidden)
+        torch.testing.assert_close(found.values(state), trainer.scorer.values(state))
+
+
+def test_a_training_starts_from_another_bundle_and_takes_less(bundle: Path, trained: Path) -> None:
+    plan = dataclasses.replace(PLAN, decision_points=1, improvement_steps=20)
+    options = TrainOptions(start=trained, plan=plan)
+    train(bundle, options, profile=fixed_costs)
+    facts, before = scorer_of(bundle), scorer_of(trained)
+    assert facts.decision_points == before.decision_points == (2, 3)
+    assert len(facts.training.loss) == 2  # steps
+    assert facts.file != before.file
+    first = [point.kl for point in facts.points]
+    assert first == sorted(first, reverse=True)
+
+
+def test_the_mean_of_a_scorer_from_elsewhere_is_that_of_the_samples(
+    untrained: Path, trained: Path
+) -> None:
+    trainer = prepared(untrained, dataclasses.replace(OPTIONS, start=trained))
+    load_scorer(trainer.scorer, trainer.actions, Bundle(trained))
+    hidden, samples = collect(trainer)
+    centre(trainer.scorer, trainer.env.segments, hidden, samples.mean(0))
+    wanted = samples.mean(0).diff(dim=-1).clamp(min=1e-6)
+    for layers, part in zip(trainer.env.segments[1:], hidden, strict=True):
+        told = trainer.scorer.log_increments(State(layers, part.float())).exp().mean(0)
+        torch.testing.assert_close(told, wanted[layers], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("layers", "actions"), [(LAYERS + 1, ("int8", "int4", "skip")), (LAYERS, ("int8", "skip"))]
+)
+def test_a_scorer_for_other_decisions_is_no_start(
+    layers: int, actions: tuple[Action, ...], trained: Path
+) -> None:
+    scorer = Scorer(layers, 64, len(actions), (2, 3))
+    with pytest.raises(DashError, match="cannot start this one: it decides for 4 layers"):
+        load_scorer(scorer, actions, Bundle(trained))
+
+
+def test_what_cannot_start_a_training_is_one_line(
+    bundle: Path, untrained: Path, trained: Path, capsys: Capture
+) -> None:
+    assert "has no policy to start from" in TOOL.refused(capsys, bundle, "--from", untrained)
+    words = TOOL.refused(capsys, bundle, "--from", trained, "--decisions", "2")
+    assert "leave --decisions out" in words
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 _EXAMPLES = """\
   dash-train out/ --effort normal
   dash-train out/ --decisions 3
+  dash-train out/ --from base/
   dash-train out/ --calibration support-chats.jsonl handbook.txt
   dash-train out/ --calibration handbook/@0.3 hub:HuggingFaceH4/ultrachat_200k:train_sft@0.7
   zcat tickets.jsonl.gz | dash-train out/ --calibration -"""
@@ -43,6 +44,14 @@ def _parser() -> Parser:
     )
     parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
     add_training_options(parser, EFFORTS)
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="OTHER",
+        type=Path,
+        help="start from the policy of another bundle of such a model, or from that of OUT itself, "
+        "and train a tenth as long: for a fine-tune of the model, other text or another machine",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_log_options(parser)
     return parser
@@ -53,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
 
     def body() -> None:
+        if arguments.start is not None and arguments.decisions is not None:
+            raise DashError("--from keeps the decisions of the other policy: leave --decisions out")
         prepare_export()
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
@@ -68,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
             device=arguments.train_device,
             decisions=arguments.decisions,
+            start=arguments.start,
         )
         if _LOG.isEnabledFor(logging.INFO):
             from dash_onnx.exporters.expected import Speed, training_phases

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.exporters.device import TrainDevice
+from dash_onnx.exporters.train.transfer import scorer_to_start_from
 
 EffortName = Literal["quick", "normal", "thorough"]
 
@@ -90,6 +93,8 @@ class TrainOptions:
         seed: of everything random.
         device: that torch computes on.
         decisions: how often the scorer runs for a token; None takes the plan's.
+        start: a bundle whose scorer the training starts from, with its decision points: a tenth of
+            the passes will do.
         plan: in place of that of the effort.
     """
 
@@ -98,11 +103,21 @@ class TrainOptions:
     seed: int = 0
     device: TrainDevice = "cpu"
     decisions: int | None = None
+    start: Path | None = None
     plan: TrainingPlan | None = None
 
     def plan_for(self, facts: ModelFacts) -> TrainingPlan:
         """What is done for a model."""
         plan = self.plan or plan_of(self.effort, facts)
+        if self.start is not None:
+            points = scorer_to_start_from(Bundle(self.start)).decision_points
+            return replace(
+                plan,
+                sequences=max(plan.sequences // 4, LEAST_SEQUENCES),
+                regression_batches=max(plan.regression_batches // 10, 2),
+                improvement_steps=max(plan.improvement_steps // 10, 1),
+                decision_points=points,
+            )
         if self.decisions is None:
             return plan
         return replace(plan, decision_points=self.decisions)

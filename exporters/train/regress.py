@@ -12,12 +12,14 @@ import math
 import torch
 
 from dash_onnx.core.actions import SKIP
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
+from dash_onnx.exporters.train.transfer import load_scorer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
 _RATE, _EPOCHS = 2e-3, 10  # of the scorer's fit; the rate falls to 0
@@ -31,10 +33,14 @@ def regress(trainer: Trainer) -> None:
         return
     hidden, samples = collect(trainer)
     values = samples.mean(0)  # [L, A], nats
-    trainer.scorer.standardise(torch.cat(hidden).float())
-    with torch.no_grad():
-        trainer.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
-    fit(trainer.scorer, trainer.env.segments, hidden, samples, trainer.generator)
+    if trainer.options.start is None:
+        trainer.scorer.standardise(torch.cat(hidden).float())
+        with torch.no_grad():
+            trainer.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
+        fit(trainer.scorer, trainer.env.segments, hidden, samples, trainer.generator)
+    else:
+        load_scorer(trainer.scorer, trainer.actions, Bundle(trainer.options.start))
+        centre(trainer.scorer, trainer.env.segments, hidden, values)
     _correct(trainer, values)
     trainer.checkpoint.save(
         scorer=trainer.scorer.state_dict(),
@@ -93,6 +99,25 @@ def fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
+
+def centre(scorer: Scorer, segments: list[slice], hidden: list[Tensor], values: Tensor) -> None:
+    """Gives each increment of a scorer from elsewhere the mean that it has here.
+
+    What it knows about tokens stays: few samples would teach it less than they make it forget.
+
+    Args:
+        scorer: of a sibling.
+        segments: of layers.
+        hidden: `[n, D]` of each segment but the first.
+        values: `[L, A]` nats, means of the samples.
+    """
+    found = values.diff(dim=-1).clamp(min=1e-6)
+    with torch.no_grad():
+        scorer.bias[segments[0]] = found[segments[0]].log()
+        for layers, part in zip(segments[1:], hidden, strict=True):
+            told = scorer.log_increments(State(layers, part.float())).exp().mean(0)
+            scorer.bias[layers] += (found[layers] / told).log()
 
 
 def _correct(trainer: Trainer, values: Tensor) -> None:

@@ -26,6 +26,7 @@ from dash_onnx.exporters.train.environment import Environment
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
+from dash_onnx.exporters.train.transfer import scorer_to_start_from
 
 
 class Trainer:
@@ -112,6 +113,8 @@ class Trainer:
         digest = hashlib.sha256(json.dumps([files, shapes, costs, plan, seed, dtype]).encode())
         for source in self.options.texts:
             digest.update(source.sha256().encode())
+        if self.options.start is not None:
+            digest.update(scorer_to_start_from(Bundle(self.options.start)).file.encode())
         return digest.hexdigest()
 
     def graphs(self) -> dict[str, FileFacts]:
