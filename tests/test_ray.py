@@ -37,11 +37,14 @@ def ray() -> Iterator[Any]:
 
 
 @pytest.fixture
-def client(ray: Any, tiny_bundle: Path, tmp_path: Path) -> Iterator[openai.OpenAI]:
-    """Two replicas, as `serve run` deploys them."""
+def client(
+    ray: Any, tiny_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[openai.OpenAI]:
+    """Two replicas, as `serve run` deploys them, with the arguments of `request`."""
     from ray import serve
 
-    deploy(Path(shutil.copytree(tiny_bundle, tmp_path / "one" / "out")))
+    arguments = getattr(request, "param", {})
+    deploy(Path(shutil.copytree(tiny_bundle, tmp_path / "one" / "out")), **arguments)
     yield openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none", max_retries=3)
     serve.shutdown()
 
@@ -111,10 +114,8 @@ def test_a_killed_replica_and_a_new_bundle_lose_no_answer(
     assert not set(replicas()) & set(before)
 
 
-def test_a_conversation_stays_with_its_replica(
-    client: openai.OpenAI, tiny_bundle: Path, tmp_path: Path
-) -> None:
-    deploy(Path(shutil.copytree(tiny_bundle, tmp_path / "three" / "out")), sessions=True)
+@pytest.mark.parametrize("client", [{"sessions": True}], indirect=True, ids=["sessions"])
+def test_a_conversation_stays_with_its_replica(client: openai.OpenAI) -> None:
     answered: set[float] = set()
     for session in range(24):
         headers = {"x-session-id": f"conversation {session}"}

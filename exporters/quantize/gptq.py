@@ -86,10 +86,13 @@ def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
     inverting H. R is the lower factor of H read backwards. The matrices of a wide MLP are what an
     export needs most memory for, so each is freed as soon as the next exists.
     """
-    damped = hessian.flip(0, 1).double()
+    damped = hessian.flip(0, 1)
     diagonal = damped.diagonal()
     diagonal += _DAMPING * diagonal.mean() + 1e-12
-    factor = torch.linalg.cholesky(damped)
+    try:
+        factor = torch.linalg.cholesky(damped)
+    except torch.linalg.LinAlgError:  # rounding made it indefinite
+        factor = torch.linalg.cholesky(damped.double())
     del damped, diagonal
     _invert_lower(factor)
     return factor.float().flip(0, 1)
