@@ -745,7 +745,6 @@ def test_the_mean_of_a_scorer_from_elsewhere_is_that_of_the_samples(
     untrained: Path, trained: Path
 ) -> None:
     trainer = prepared(untrained, dataclasses.replace(OPTIONS, start=trained))
-    load_scorer(trainer.scorer, trainer.actions, Bundle(trained))
     hidden, samples = collect(trainer)
     centre(trainer.scorer, trainer.env.segments, hidden, samples.mean(0))
     wanted = samples.mean(0).diff(dim=-1).clamp(min=1e-6)

@@ -12,14 +12,12 @@ import math
 import torch
 
 from dash_onnx.core.actions import SKIP
-from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
-from dash_onnx.exporters.train.transfer import load_scorer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
 _RATE, _EPOCHS = 2e-3, 10  # of the scorer's fit; the rate falls to 0
@@ -39,7 +37,6 @@ def regress(trainer: Trainer) -> None:
             trainer.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
         fit(trainer.scorer, trainer.env.segments, hidden, samples, trainer.generator)
     else:
-        load_scorer(trainer.scorer, trainer.actions, Bundle(trainer.options.start))
         centre(trainer.scorer, trainer.env.segments, hidden, values)
     _correct(trainer, values)
     trainer.checkpoint.save(

@@ -26,7 +26,7 @@ from dash_onnx.exporters.train.environment import Environment
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
-from dash_onnx.exporters.train.transfer import scorer_to_start_from
+from dash_onnx.exporters.train.transfer import load_scorer, scorer_to_start_from
 
 
 class Trainer:
@@ -74,7 +74,7 @@ class Trainer:
             checkpoint: opens the saved state, by the bundle's folder and a fingerprint.
 
         Raises:
-            DashError: the bundle or the calibration text cannot be used.
+            DashError: the bundle, the calibration text or the scorer to start from cannot be used.
         """
         self.bundle, self.options, self.started = bundle, options, time.monotonic()
         self.plan = plan = options.plan_for(bundle.manifest.model)
@@ -99,6 +99,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
+        if options.start is not None:
+            load_scorer(self.scorer, self.actions, Bundle(options.start))
         self.checkpoint = checkpoint(bundle.folder, self._fingerprint())
         self.downgrades: list[static.Downgrade] = []
         self.history: list[tuple[float, float, float]] = []
