@@ -148,10 +148,10 @@ def assignments(trainer: Trainer, ids: Tensor) -> list[float]:
         ]
 
 
-def other_text(trainer: Trainer, path: Path) -> Tensor:
-    """The first tokens of a text, `[B, T]`."""
+def other_text(trainer: Trainer, path: Path, most: int) -> Tensor:
+    """The first tokens of a text, `[B, T]` with at most so many rows."""
     tokens, length = TextCodec(trainer.bundle).encode(read_text(path)), trainer.plan.length
-    rows = min(len(tokens) // length, trainer.plan.held_out)
+    rows = min(len(tokens) // length, most)
     return torch.from_numpy(tokens[: rows * length].reshape(rows, length))
 
 
@@ -202,7 +202,9 @@ def main() -> None:
         if sequences in ids:
             state["ids"] = ids[sequences]
         trainer.prepare_text()
-        texts = {path.stem: other_text(trainer, path) for path in arguments.text or ()}
+        texts = {
+            path.stem: other_text(trainer, path, plan.held_out) for path in arguments.text or ()
+        }
         ids[sequences] = state["ids"]
         regress(trainer)
         if regression:

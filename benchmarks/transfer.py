@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ablations import InMemory, greedy
+from ablations import InMemory, greedy, other_text
 from headroom import Point, kl_at
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.options import PLANS, TrainOptions
 from dash_onnx.exporters.train.train import learn
@@ -75,9 +74,7 @@ def main() -> None:
         ids = trainer.checkpoint.state["ids"] if ids is None else ids
         seconds = time.monotonic() - started
         for path in arguments.text:
-            tokens, length = TextCodec(bundle).encode(read_text(path)), trainer.plan.length
-            rows = min(len(tokens) // length, arguments.sequences)
-            points = curve(trainer, torch.from_numpy(tokens[: rows * length].reshape(rows, length)))
+            points = curve(trainer, other_text(trainer, path, arguments.sequences))
             columns = costs.setdefault(path, [points[at][0] for at in SHOWN])
             losses = "".join(f"{kl_at(cost, points):8.4f}" for cost in columns)
             print(f"{name:32}{path.stem:20}{losses}{seconds:7.0f} s", flush=True)

@@ -182,7 +182,7 @@ class Service:
         tally: Tally,
     ) -> AsyncGenerator[Chunk, None]:
         """Its chunks; while others wait, its budget falls."""
-        metrics, policy = self.metrics, model.policy_of(options)
+        metrics, policy = self.metrics, running.policy
         usual = policy.budget if isinstance(policy, ScoredPolicy) else None
         flexible = name in self._under_load and options.budget is None
         pressure = -1.0
