@@ -15,7 +15,8 @@ PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 	genai:build/fused/int4 genai:build/fused/dash \
 	transformers:build/peers/hf openvino:$(DEMO) llama.cpp:$(DEMO)
 
-.PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench results node wheel release clean
+.PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench gpu-check results node wheel \
+	release clean
 
 demo: $(BUNDLE)/.trained
 	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)" --show-path
@@ -52,6 +53,11 @@ demo-model: $(DEMO)
 bench: .venv/.bench build/peers/.built build/fused/.built
 	$(BIN)/dash-bench $(BUNDLE) $(PEERS:%=--peer %) \
 		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 --picture build/bench.png
+
+# Whether bundles for CUDA work on this machine, and how fast, in nine minutes and without a network:
+# WHEELS is a folder of what its Python lacks, onnxruntime-gpu first of all (docs/guide/gpu.md).
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(WHEELS:%=--wheels %) $(GENAI:%=--genai %)
 
 # Every figure of docs/results.md and of README.md. A first try, in minutes:
 #   make results QUICK=1 TEXT=book.txt

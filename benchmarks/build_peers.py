@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.sources import open_source
 
-_PRECISIONS = ("int4", "int8", "fp32")
+_PRECISIONS = ("int4", "int8", "fp32", "fp16")
+_CPU = _PRECISIONS[:3]
 
 
 def save_folder(model: str, folder: Path) -> None:
@@ -37,10 +38,10 @@ def save_folder(model: str, folder: Path) -> None:
     source.generation_config.save_pretrained(folder)
 
 
-def build(source: Path, out: Path, precision: str) -> None:
-    """Runs GenAI's model builder with its defaults for the CPU."""
+def build(source: Path, out: Path, precision: str, device: str) -> None:
+    """Runs GenAI's model builder with its defaults for the device."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", str(source), "-o", str(out), "-p", precision, "-e", "cpu"]
+    command += ["-i", str(source), "-o", str(out), "-p", precision, "-e", device]
     command += ["-c", str(out.parent / "cache")]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
@@ -50,12 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="what dash-export takes")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--precisions", nargs="+", choices=_PRECISIONS, default=_PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", choices=_PRECISIONS, default=_CPU)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     source = arguments.out / "hf"
     save_folder(arguments.model, source)
     for precision in arguments.precisions:
-        build(source, arguments.out / precision, precision)
+        build(source, arguments.out / precision, precision, arguments.device)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dash_onnx.core.contract import Port, Ports
+from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.ort import Device
 
 Run = Callable[[], Any]
@@ -83,7 +83,8 @@ def bound_run(
 ) -> Run:
     """Binds every port of a graph to a buffer, once; returns what runs it, again and again.
 
-    A port whose sizes are all known takes as much of its buffer, in its own shape.
+    A port whose sizes are all known takes as much of its buffer, in its own shape. What runs raises
+    a DeviceError where ORT fails, such as for a device without free memory.
     """
     binding = session.io_binding()
     for bind_port, side, buffers in (
@@ -93,7 +94,14 @@ def bound_run(
         for port, buffer in zip(side, buffers, strict=True):
             known = tuple(size for size in port.shape if isinstance(size, int))
             bind(bind_port, port, buffer, known if len(known) == len(port.shape) else None)
-    run = partial(session.run_with_iobinding, binding, run_options)
-    # The binding holds raw addresses: the partial must keep the buffers alive.
+
+    def run() -> None:
+        try:
+            session.run_with_iobinding(binding, run_options)
+        except Exception as error:  # ORT raises types of its C extension, without a common base
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DeviceError(f"ONNX Runtime cannot run a graph: {reason}") from None
+
+    # The binding holds raw addresses: the function must keep the buffers alive.
     run.buffers = (inputs, outputs)  # type: ignore[attr-defined]
     return run

@@ -36,7 +36,7 @@ from dash_onnx.runtime.generate import (
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.ort import Device, use_threads
+from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sequence import SequenceState
@@ -540,24 +540,36 @@ def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
         rest.close()
 
 
-def check_target(bundle: Bundle, device: Device) -> None:
-    """Refuses a bundle that was exported for another device.
+def device_of(bundle: Bundle, device: Device | None = None) -> Device:
+    """The device that a bundle was exported for.
+
+    Args:
+        bundle: to be loaded.
+        device: that it must be; None takes any that this ONNX Runtime has.
 
     Raises:
-        DeviceError: it was.
+        DeviceError: it is another one, or not available.
     """
     built_for = bundle.manifest.target.device
-    if device != built_for and device in ("cpu", "cuda"):
+    if device is not None:
+        known_device(device)
+    if device not in (None, built_for):
         raise DeviceError(
             f"{bundle.folder} was exported for device {built_for!r}, not {device!r}; "
             f"export again with --device {device}"
         )
+    if not has_device(built_for):
+        raise DeviceError(
+            f"{bundle.folder} was exported for device {built_for!r}, which this ONNX Runtime does "
+            "not have: for cuda, install the extra `[gpu]` and an NVIDIA driver"
+        )
+    return built_for
 
 
 def load(
     folder: str | os.PathLike[str],
     *,
-    device: Device = "cpu",
+    device: Device | None = None,
     threads: int | None = None,
     policy: str | Policy = "",
     budget: Budget | None = None,
@@ -573,7 +585,8 @@ def load(
 
     Args:
         folder: what `dash-export` wrote.
-        device: `cpu` or `cuda`; must be what the bundle was exported for.
+        device: `cpu` or `cuda`, to refuse a bundle for another one; None takes what the bundle was
+            exported for.
         threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
         policy: of generations that name none; see `dash_onnx.core.policy.make_policy`.
         budget: likewise, a fraction of the time that a token takes at the highest exported
@@ -595,7 +608,6 @@ def load(
     if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
         raise PolicyError(f"threads={threads!r} must be an integer in 1..{_MOST_THREADS}")
     bundle = Bundle(folder, sha256=sha256)
-    check_target(bundle, device)
-    backend = open_backend(device, cuda_graphs=cuda_graphs)
+    backend = open_backend(device_of(bundle, device), cuda_graphs=cuda_graphs)
     use_threads(threads)
     return Model(bundle, backend, policy=policy, budget=budget, memory=memory)

@@ -68,14 +68,23 @@ def check_device(device: str) -> None:
     Raises:
         DeviceError: with the devices there are.
     """
-    if device not in _PROVIDERS:
-        raise DeviceError(f"unknown device {device!r}; choose from {', '.join(_PROVIDERS)}")
+    known_device(device)
     if not has_device(device):
         have = [name for name in _PROVIDERS if has_device(name)]
         raise DeviceError(
             f"device {device!r} is not available in this ONNX Runtime (it has {', '.join(have)}); "
             "for cuda, install the extra `[gpu]` and an NVIDIA driver"
         )
+
+
+def known_device(device: str) -> None:
+    """Refuses what is no device of ours.
+
+    Raises:
+        DeviceError: with those there are.
+    """
+    if device not in _PROVIDERS:
+        raise DeviceError(f"unknown device {device!r}; choose from {', '.join(_PROVIDERS)}")
 
 
 def has_device(device: str) -> bool:

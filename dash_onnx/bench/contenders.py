@@ -46,11 +46,13 @@ class Contender(Protocol):
 class Dash:
     """Our runtime; `variant` is a policy or `policy@budget`, and `+ngram` or the like guesses."""
 
-    def __init__(self, bundle: str, threads: int, variant: str, memory: Memory = "low"):
+    def __init__(self, bundle: str, threads: int, variant: str, memory: Memory, cuda_graphs: bool):
         """Loads every graph that the policy uses."""
         import dash_onnx
 
-        self._model = dash_onnx.load(bundle, threads=threads, memory=memory)
+        self._model = dash_onnx.load(
+            bundle, threads=threads, memory=memory, cuda_graphs=cuda_graphs
+        )
         self._policy, self._speculate = policy_of(self._model, variant), speculation_of(variant)
         self._model.preload(self._policy, speculate=self._speculate)
 
@@ -108,7 +110,12 @@ def peers() -> dict[str, EntryPoint]:
 
 
 def load(
-    kind: str, target: str, threads: int, variant: str = "", memory: Memory = "low"
+    kind: str,
+    target: str,
+    threads: int,
+    variant: str = "",
+    memory: Memory = "low",
+    cuda_graphs: bool = False,
 ) -> Contender:
     """Loads a contender.
 
@@ -118,12 +125,13 @@ def load(
         threads: on the CPU.
         variant: policy of the bundle.
         memory: as in `dash_onnx.load`.
+        cuda_graphs: likewise.
 
     Raises:
         DashError: a package is not installed, or the bundle cannot do it.
     """
     if kind == "dash":
-        return Dash(target, threads, variant, memory)
+        return Dash(target, threads, variant, memory, cuda_graphs)
     try:
         client = peers()[kind].load()
     except ImportError as error:

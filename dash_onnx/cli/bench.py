@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import (
     Parser,
+    add_graphs_option,
     add_log_options,
     add_memory_option,
     add_reference_option,
@@ -99,6 +100,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
     add_memory_option(parser)
+    add_graphs_option(parser)
     add_reference_option(parser)
     parser.add_argument("--no-quality", action="store_true", help="measure speed only")
     parser.add_argument(
@@ -219,10 +221,10 @@ def _starts(
 ) -> list[Callable[[], Worker]]:
     from dash_onnx.bench.worker import Worker
 
-    bundle, memory = arguments.bundle, arguments.memory
+    bundle, memory, graphs = arguments.bundle, arguments.memory, arguments.cuda_graphs
     ours = "dash" if memory == "low" else "dash-high"
     starts: list[Callable[[], Worker]] = [
-        partial(Worker, f"{ours} {v}", "dash", bundle, threads, v, memory) for v in variants
+        partial(Worker, f"{ours} {v}", "dash", bundle, threads, v, memory, graphs) for v in variants
     ]
     for peer in arguments.peer:
         kind, _, path = peer.partition(":")

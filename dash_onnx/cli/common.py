@@ -174,10 +174,19 @@ def add_device_options(parser: Options) -> None:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        default="cpu",
-        help="that OUT was exported for (default: %(default)s)",
+        help="refuse an OUT for another device (default: take the one that OUT was exported for)",
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+
+
+def add_graphs_option(parser: Options) -> None:
+    """How a bundle for CUDA runs."""
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="record what a token runs as CUDA graphs, one per layer and action (a bundle for "
+        "CUDA only)",
+    )
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> Options:
@@ -251,8 +260,7 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
         return model
     import dash_onnx
 
-    device = model.manifest.target.device
-    other = dash_onnx.load(path, device=device, threads=threads)
+    other = dash_onnx.load(path, threads=threads)
     ours, theirs = (
         dataclasses.replace(one.manifest.model, name="", max_length=0) for one in (model, other)
     )

@@ -50,7 +50,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     # Checks the device and sets the threads.
     dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
-    costs = measure(bundle, arguments.device)
+    costs = measure(bundle, bundle.manifest.target.device)
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
         if costs.spread > BUSY and not arguments.force:

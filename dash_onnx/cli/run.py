@@ -17,6 +17,7 @@ from typing import Any, get_args
 from dash_onnx.cli.batch import read_batch, run_batch
 from dash_onnx.cli.common import (
     Parser,
+    add_graphs_option,
     add_memory_option,
     add_runtime_options,
     positive,
@@ -57,11 +58,7 @@ def _parser() -> Parser:
         help="precision of the prompt (default: see --memory)",
     )
     add_memory_option(computed)
-    computed.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="record what a token runs as CUDA graphs, one per layer and action (--device cuda)",
-    )
+    add_graphs_option(computed)
     computed.add_argument(
         "--speculate",
         choices=get_args(Speculate),

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 import dash_onnx
 from dash_onnx.core.budget import Budget
-from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import log_softmax
@@ -67,8 +66,7 @@ class DashLM(TemplateLM):
         # The harness forks to find standard errors: beside ONNX Runtime's threads that can hang.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if not isinstance(bundle, Model):
-            target = Bundle(bundle).manifest.target.device
-            bundle = dash_onnx.load(bundle, device=target, threads=threads)
+            bundle = dash_onnx.load(bundle, threads=threads)
         self.model = bundle
         self.policy = bundle.policy(policy, budget)
         self.max_length = bundle.manifest.model.max_length

@@ -16,7 +16,7 @@ from dash_onnx.core.errors import DeviceError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import make_policy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.engine import Model, check_target, load
+from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.prefix import PrefixStore
@@ -33,7 +33,7 @@ class Unloaded:
         self,
         folder: str | Path,
         *,
-        device: Device = "cpu",
+        device: Device | None = None,
         threads: int | None = None,
         policy: str = "",
         budget: Budget | None = None,
@@ -47,7 +47,7 @@ class Unloaded:
         """
         self.bundle = Bundle(folder)
         self.manifest = self.bundle.manifest
-        check_target(self.bundle, device)
+        device_of(self.bundle, device)
         make_policy(policy, self.manifest, budget)
         self.load = partial(
             load, folder, device=device, threads=threads, policy=policy, budget=budget
@@ -246,7 +246,7 @@ class Shelf:
 def open_bundles(
     folders: Sequence[str | Path],
     *,
-    device: Device = "cpu",
+    device: Device | None = None,
     threads: int | None = None,
     policy: str = "",
     budget: Budget | None = None,

@@ -35,11 +35,22 @@ class CudaBuffer(Buffer):
     device: Device = "cuda"
 
     def __init__(self, shape: tuple[int, ...], dtype: str):
-        """Allocates zeros."""
+        """Allocates zeros.
+
+        Raises:
+            DeviceError: the device has not as much free memory.
+        """
         self.shape = shape
         self.dtype = np.dtype(dtype)
         zeros = np.zeros(shape, self.dtype)
-        self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        try:
+            self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        except Exception as error:  # ORT raises types of its C extension, without a common base
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DeviceError(
+                f"no {zeros.nbytes / 1e6:.0f} MB of free memory on the GPU ({reason}); end what "
+                "else runs there, or take a shorter context"
+            ) from None
         self.pointer = int(self._value.data_ptr())
 
     @property
@@ -66,14 +77,19 @@ class CudaBackend(Backend):
 
     device: Device = "cuda"
 
-    def __init__(self, driver: Driver):
+    def __init__(self, driver: Driver, *, overlap: bool = True):
         """Creates the streams.
+
+        Args:
+            driver: of the device.
+            overlap: lets the scorer run beside a layer; without, it runs between two layers and the
+                host waits for it, which shows what the overlap is worth.
 
         Raises:
             DeviceError: the driver refuses.
         """
         super().__init__()
-        self.driver = driver
+        self.driver, self.overlap = driver, overlap
         self.layers, self.scorer = driver.new_stream(), driver.new_stream()
         self.run_options = onnxruntime().RunOptions()
         self.run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -84,12 +100,12 @@ class CudaBackend(Backend):
 
     def session(self, graph: Path, *, scorer: bool = False) -> Any:
         """See `Backend`."""
-        stream = self.scorer if scorer else self.layers
+        stream = self.scorer if scorer and self.overlap else self.layers
         return create_session(graph, self.device, stream.value)
 
     def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
         """See `Backend`."""
-        return _CudaRun(self, run, output)
+        return _CudaRun(self, run, output) if self.overlap else AsyncRun(run, output)
 
     def synchronize(self) -> None:
         """See `Backend`."""

@@ -1,0 +1,211 @@
+"""Does a bundle for CUDA work on this machine, and how fast is it? In nine minutes, offline.
+
+    make gpu-check WHEELS=folder                              # on a machine with a GPU
+    python benchmarks/gpu_check.py --device cpu --layers 2    # a rehearsal on any other
+
+What torch, transformers, onnx and onnxscript leave to be installed is taken from the wheels in
+FOLDER: onnxruntime-gpu first of all. Every part is a process of its own with a limit in time, and
+what fails in one hides no other; the summary comes last, and as JSON in build/gpu/summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "gpu"
+BUDGET_S = 530.0  # of all parts; what is left of it limits each
+TEXT = ROOT / "docs" / "decisions"  # English enough for weights that are random
+
+
+@dataclass
+class Part:
+    """What is run, and what came of it.
+
+    Attributes:
+        name: in the summary.
+        command: of the process.
+        limit_s: after which it is stopped.
+        needs: file without which it cannot run.
+        seconds: that it took.
+        failed: why there is no result, in a line; "" if there is one.
+        result: its output: the JSON that it printed, else its last lines.
+    """
+
+    name: str
+    command: list[str]
+    limit_s: float
+    needs: Path | None = None
+    seconds: float = 0.0
+    failed: str = ""
+    result: Any = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, left_s: float) -> None:
+        """Runs it; its messages go to stderr as they come."""
+        if self.needs is not None and not self.needs.exists():
+            self.failed = f"there is no {self.needs}: an earlier part failed"
+            return
+        started = time.monotonic()
+        environment = {**os.environ, **self.environment}
+        try:
+            done = subprocess.run(
+                self.command,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                timeout=max(min(self.limit_s, left_s), 1.0),
+                env=environment,
+                cwd=ROOT,
+            )
+        except subprocess.TimeoutExpired:
+            self.failed = f"stopped after {time.monotonic() - started:.0f} s"
+            return
+        finally:
+            self.seconds = time.monotonic() - started
+        lines = done.stdout.strip().splitlines()
+        try:
+            self.result = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            self.result = lines[-3:]
+        if done.returncode:
+            self.failed = f"exit code {done.returncode}"
+
+
+def main() -> int:
+    """Runs the parts; exit code 1 where one fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="to install from")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", default="1b", help="of the random model, as in big.py")
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument(
+        "--genai", type=Path, nargs="*", default=[], help="models of GenAI's builder to run beside"
+    )
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.machine:
+        print(json.dumps(machine()))
+        return 0
+    WORK.mkdir(parents=True, exist_ok=True)
+    path = [ready(arguments.wheels)]
+    if "PYTHONPATH" in os.environ:
+        path.append(os.environ["PYTHONPATH"])
+    environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    started, parts = time.monotonic(), list_of_parts(arguments)
+    for part in parts:
+        if arguments.parts and part.name not in arguments.parts:
+            continue
+        print(f"gpu-check: {part.name}: {' '.join(part.command[1:])}", file=sys.stderr, flush=True)
+        part.environment = environment
+        part.run(BUDGET_S - (time.monotonic() - started))
+        print(line_of(part), file=sys.stderr, flush=True)
+    done = [part for part in parts if part.seconds or part.failed]
+    summary = {part.name: part.result if not part.failed else part.failed for part in done}
+    (WORK / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(f"\ngpu-check: {time.monotonic() - started:.0f} s")
+    for part in done:
+        print(line_of(part))
+    return int(any(part.failed for part in done))
+
+
+def ready(wheels: Path | None) -> str:
+    """Where the packages lie that this Python lacks: those of the wheels, and this project."""
+    site = WORK / "site"
+    if wheels is not None:
+        files = sorted(map(str, wheels.glob("*.whl")))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+        subprocess.run([*pip, "--upgrade", "--target", str(site), *files], check=True)
+    if importlib.util.find_spec("dash_onnx.exporters") is None:
+        build = "import setuptools; setuptools.setup()"
+        command = [sys.executable, "-c", build, "--quiet", "build_py", "--build-lib", str(site)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return str(site)
+
+
+def machine() -> dict[str, Any]:
+    """What must be there: the GPU, as the driver, torch and ONNX Runtime see it."""
+    import onnxruntime
+    import torch
+
+    found: dict[str, Any] = {
+        "onnxruntime": onnxruntime.__version__,
+        "providers": " ".join(onnxruntime.get_available_providers()),
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found["GPU"] = torch.cuda.get_device_name()
+        found["free GB"] = f"{free / 1e9:.1f} of {total / 1e9:.1f}"
+    return found
+
+
+def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
+    """In the order in which a defect shows first."""
+    python, here, device = sys.executable, str(ROOT / "benchmarks"), arguments.device
+    model, out = WORK / "model", WORK / device
+    tool = [python, "-m", "dash_onnx"]
+    layers = ["--layers", str(arguments.layers)] if arguments.layers else []
+    quarter = "static:" + ",".join(["int4*3,skip"] * ((arguments.layers or 16) // 4) or ["int4"])
+    bench = [*tool, "bench", str(out), "--json", "--rounds", "3", "--max-prompts", "2"]
+    marked = "gpu" if device == "cuda" else "not gpu and not slow"
+    fixed = [word for run in ("full", "int8", "int4", quarter) for word in ("--run", run)]
+    peers = [word for path in arguments.genai for word in ("--peer", f"genai:{path}")]
+    trained = ["--run", "int4", "--run", "dash@balanced", "--run", "dash@fast", "--no-quality"]
+    export = [*tool, "export", str(model), str(out), "--device", device, "--overwrite", "--json"]
+    text = ["--calibration", str(TEXT), "--train-device", device]
+    graphs = [["--cuda-graphs"]] if device == "cuda" else []
+    big = [python, f"{here}/big.py", str(model), "--shape", arguments.shape, *layers]
+    manifest = out / "dash.json"
+    return [
+        Part("machine", [python, f"{here}/gpu_check.py", "--machine"], 60),
+        Part("tests", [python, "-m", "pytest", "-q", "-m", marked, "tests/test_devices.py"], 150),
+        Part("model", big, 60),
+        Part("export", [*export, *text, "--effort", "none", "--quiet"], 180, model),
+        Part("bench", [*bench, *fixed, *peers], 120, manifest),
+        *(Part("bench with CUDA graphs", [*bench, *fixed, *g], 90, manifest) for g in graphs),
+        Part("train", [*tool, "train", str(out), *text, "--json", "--quiet"], 240, manifest),
+        Part("bench of the policy", [*bench, *trained], 60, manifest),
+        Part("overlap", [python, f"{here}/overlap.py", str(out), "--json"], 60, manifest),
+    ]
+
+
+def line_of(part: Part) -> str:
+    """Name, seconds, and what was found."""
+    found = f"FAILED: {part.failed}" if part.failed else ""
+    result = part.result
+    if isinstance(result, dict) and "contenders" in result:
+        rows = result["contenders"]
+        first = rows[0]["tokens_per_s"]
+        found += ", ".join(
+            f"{row['name']} {row['tokens_per_s']:.1f} tokens/s ({row['tokens_per_s'] / first:.2f})"
+            + ("" if row["kl"] is None else f" KL {row['kl']:.4f}")
+            for row in rows
+        )
+    elif isinstance(result, dict):
+        plain = (f"{key} {value}" for key, value in result.items() if not _nested(value))
+        found += ", ".join(plain)
+    elif result:
+        found += " " + " | ".join(result)
+    return f"gpu-check: {part.name}: {part.seconds:.0f} s; {found}"
+
+
+def _nested(value: object) -> bool:
+    return isinstance(value, dict | list)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
