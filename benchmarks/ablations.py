@@ -26,12 +26,12 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec, read_text
 from dash_onnx.exporters.train.checkpoint import Checkpoint
+from dash_onnx.exporters.train.decisions import greedy
 from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
-from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.improve import clipped_step, drawing, improve, probabilities
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
 from dash_onnx.exporters.train.regress import regress
-from dash_onnx.exporters.train.scorer import cheapest, decision_points_of
+from dash_onnx.exporters.train.scorer import decision_points_of
 from dash_onnx.exporters.train.trainer import Trainer
 
 SKIPS = (2, 4, 6, 8)
@@ -98,17 +98,6 @@ def policy_gradient(trainer: Trainer) -> None:
         optimizer.zero_grad()
         loss.backward()
         clipped_step(optimizer)
-
-
-def greedy(trainer: Trainer, multiplier: float) -> Decide:
-    """Decisions as the runtime takes them."""
-    penalty = multiplier * trainer.costs
-
-    def decide(state: State) -> Tensor:
-        taken = cheapest(trainer.scorer.values(state), penalty[state.layers])
-        return torch.nn.functional.one_hot(taken, len(trainer.actions)).float()
-
-    return decide
 
 
 def curve(trainer: Trainer, ids: Tensor) -> list[float]:

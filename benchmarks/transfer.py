@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from ablations import InMemory, greedy, other_text
-from headroom import Point, kl_at
+from ablations import InMemory, other_text
+from headroom import kl_at
 
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.exporters.train.decisions import policy_curve
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.options import PLANS, TrainOptions
 from dash_onnx.exporters.train.train import learn
@@ -27,22 +25,6 @@ from dash_onnx.exporters.train.trainer import Trainer
 
 POINTS = 8  # multipliers at which a policy is measured
 SHOWN = (6, 4, 3, 2)  # of which the costs are those of the columns, from little to much KL
-
-
-def curve(trainer: Trainer, ids: Tensor) -> list[Point]:
-    """Cost in `Costs.unit_ms` and KL of the policy at each multiplier, by ascending cost."""
-    env, (low, high) = trainer.env, trainer.log_multiplier_range
-    points = []
-    with torch.no_grad(), trainer.autocast():
-        reference = env.reference(ids)
-        for log in np.linspace(low - 1, high + 1, POINTS):
-            decide = greedy(trainer, math.exp(log))
-            rollouts = [env.run(part, decide) for part in env.parts(ids)]
-            costs = [trainer.cost(torch.cat(rollout.decisions, 2)) for rollout in rollouts]
-            final = torch.cat([rollout.final for rollout in rollouts])
-            kl = env.mean_kl(reference, [final], [env.model.head])[0][0]
-            points.append((float(torch.cat(costs)[:, env.prompt_tokens :].mean()), kl))
-    return sorted(points)
 
 
 def main() -> None:
@@ -74,7 +56,8 @@ def main() -> None:
         ids = trainer.checkpoint.state["ids"] if ids is None else ids
         seconds = time.monotonic() - started
         for path in arguments.text:
-            points = curve(trainer, other_text(trainer, path, arguments.sequences))
+            ids_of = other_text(trainer, path, arguments.sequences)
+            points = policy_curve(trainer, ids_of, POINTS)
             columns = costs.setdefault(path, [points[at][0] for at in SHOWN])
             losses = "".join(f"{kl_at(cost, points):8.4f}" for cost in columns)
             print(f"{name:32}{path.stem:20}{losses}{seconds:7.0f} s", flush=True)

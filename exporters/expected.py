@@ -16,7 +16,7 @@ from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.progress import Expected
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.train.options import TrainingPlan
+from dash_onnx.exporters.train.options import COUNTS, TrainingPlan
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
@@ -112,9 +112,13 @@ def training_phases(
     measured = facts.num_layers * plan.candidates // 2  # paths of a search
     search = measured * plan.batch * forward
     text = (plan.sequences + plan.held_out) * forward / speed.float32  # the runtime writes it
+    choice = []
+    if plan.decision_points == "auto":  # each candidate is fitted, and runs some batches
+        choice.append(("decisions", 30.0, 5 * len(COUNTS) * 3 * batch))
     phases = [
         ("values", 1.0, 5 * plan.regression_batches * batch),  # forward, back, every action
         ("static search", 0.0, search),
+        *choice,
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
         ("costs", 3.0, 1000 * _parameters(facts)),
         ("policy table", 0.0, _ROWS * layers),

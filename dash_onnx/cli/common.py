@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import PACKAGE, BarHandler, announce
@@ -144,8 +144,10 @@ def positive(text: str) -> int:
     return value
 
 
-def decisions(text: str) -> int:
+def decisions(text: str) -> int | Literal["auto"]:
     """An argparse type: how often the scorer runs for a token."""
+    if text == "auto":
+        return "auto"
     return sys.maxsize if text == "every" else positive(text)
 
 
@@ -296,9 +298,10 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
     parser.add_argument(
         "--decisions",
         type=decisions,
-        metavar="N|every",
+        metavar="N|auto|every",
         help="how often the scorer runs for a token: N times, spread over the layers, or before "
-        "every layer; it then decides for the layers up to the next time (default: 1)",
+        "every layer; it then decides for the layers up to the next time; auto tries several "
+        "numbers and takes what loses least at equal time (default: 1)",
     )
     parser.add_argument(
         "--seed", type=seed, default=0, help="seed of every random choice (default: 0)"

@@ -17,6 +17,9 @@ EffortName = Literal["quick", "normal", "thorough"]
 
 LEAST_SEQUENCES = 8
 
+COUNTS = (1, 2, 3, 6, 12)
+"""Decisions for a token, of which `auto` chooses."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
@@ -35,7 +38,7 @@ class TrainingPlan:
         learning_rate: of the improvement.
         multipliers: nats per `Costs.unit_ms`; the improvement draws from between these two.
         decision_points: the layers before which the scorer runs, or how many: each costs a third
-            of an INT4 layer.
+            of an INT4 layer; `auto` tries several numbers, see `decisions.py`.
         train_compensation: whether the improvement trains the low-rank maps of skipped layers too.
         candidates: paths that the search for static assignments measures per step at most.
         dtype: of matrix products; None takes BF16 where the processor multiplies it natively.
@@ -52,7 +55,7 @@ class TrainingPlan:
     improvement_steps: int = 8
     learning_rate: float = 1e-3
     multipliers: tuple[float, float] = (0.006, 0.12)
-    decision_points: int | tuple[int, ...] = 1
+    decision_points: int | Literal["auto"] | tuple[int, ...] = 1
     train_compensation: bool = True
     candidates: int = 1
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -92,7 +95,7 @@ class TrainOptions:
         calibration: the user's own text, see `text_sources`; none lets the model write it itself.
         seed: of everything random.
         device: that torch computes on.
-        decisions: how often the scorer runs for a token; None takes the plan's.
+        decisions: how often the scorer runs for a token, or `auto`; None takes the plan's.
         start: a bundle whose scorer the training starts from, with its decision points: a tenth of
             the passes will do.
         plan: in place of that of the effort.
@@ -102,7 +105,7 @@ class TrainOptions:
     calibration: tuple[TextLike, ...] = ()
     seed: int = 0
     device: TrainDevice = "cpu"
-    decisions: int | None = None
+    decisions: int | Literal["auto"] | None = None
     start: Path | None = None
     plan: TrainingPlan | None = None
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train import static
+from dash_onnx.exporters.train.decisions import choose
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
 from dash_onnx.exporters.train.scorer import Scorer
@@ -21,51 +23,88 @@ from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
 _RATE, _EPOCHS = 2e-3, 10  # of the scorer's fit; the rate falls to 0
+_TRIED = 20  # batches at most that the number of decisions is chosen on
+_UNSEEN = 6  # of as many batches, one is left out of the fits that are compared
 
 
 def regress(trainer: Trainer) -> None:
-    """Fits the scorer, unless an earlier run did; the checkpoint keeps it and the static search."""
-    state = trainer.checkpoint.state
+    """Fits the scorer, unless an earlier run did; the checkpoint keeps it and the static search.
+
+    Where the plan leaves the number of decisions open, it is chosen here.
+    """
+    state, batches = trainer.checkpoint.state, trainer.plan.regression_batches
     if "scorer" in state:
+        if len(trainer.candidates) > 1:
+            trainer.decide_at(tuple(state["points"]))
         trainer.downgrades = [static.Downgrade(**one) for one in state["downgrades"]]
         return
-    hidden, samples = collect(trainer)
-    values = samples.mean(0)  # [L, A], nats
-    if trainer.options.start is None:
-        trainer.scorer.standardise(torch.cat(hidden).float())
-        with torch.no_grad():
-            trainer.scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
-        fit(trainer.scorer, trainer.env.segments, hidden, samples, trainer.generator)
-    else:
-        centre(trainer.scorer, trainer.env.segments, hidden, values)
-    _correct(trainer, values)
+    few = min(batches, _TRIED, trainer.batches) if len(trainer.candidates) > 1 else batches
+    hidden, samples = collect(trainer, range(few))
+    correction = _correction(trainer, samples.mean(0))
+    if len(trainer.candidates) > 1:
+        unseen = range(few - max(few // _UNSEEN, 1), few)
+        tokens = len(samples) * unseen.start // few
+        known = {point: states[:tokens] for point, states in hidden.items()}
+        ids = torch.cat([trainer.batch(number) for number in unseen])
+        choose(trainer, ids, lambda: regressed(trainer, known, samples[:tokens], correction))
+        if few < batches:
+            more, sampled = collect(trainer, range(few, batches))
+            hidden = {point: torch.cat([hidden[point], more[point]]) for point in more}
+            samples = torch.cat([samples, sampled])
+    regressed(trainer, hidden, samples, correction)
     trainer.checkpoint.save(
         scorer=trainer.scorer.state_dict(),
+        points=trainer.scorer.decision_points,
         downgrades=[dataclasses.asdict(one) for one in trainer.downgrades],
         generator=trainer.generator.get_state(),
     )
 
 
-def collect(trainer: Trainer) -> tuple[list[Tensor], Tensor]:
-    """Runs the batches of the regression.
+def regressed(
+    trainer: Trainer, hidden: dict[int, Tensor], samples: Tensor, correction: Tensor
+) -> None:
+    """Fits the scorer that the trainer has now.
+
+    Args:
+        trainer: with a new scorer, or with one to start from.
+        hidden: states `[n, D]` at the decision points, at least.
+        samples: `[n, L, A]` nats.
+        correction: `[L, A-1]` of the log increments.
+    """
+    scorer, segments = trainer.scorer, trainer.env.segments
+    seen, values = [hidden[point] for point in scorer.decision_points], samples.mean(0)
+    if trainer.options.start is None:
+        scorer.standardise(torch.cat(seen).float())
+        with torch.no_grad():
+            scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
+        fit(scorer, segments, seen, samples, trainer.generator)
+    else:
+        centre(scorer, segments, seen, values)
+    with torch.no_grad():
+        scorer.bias.add_(correction)
+
+
+def collect(trainer: Trainer, batches: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """Runs batches of training text for the regression.
 
     Returns:
-        Hidden states `[n, D]` that each decision point sees; samples `[n, L, A]` in nats of the
-        same tokens, and of most of the prompt.
+        Hidden states `[n, D]` that each decision point sees, by its layer; samples `[n, L, A]` in
+        nats of the same tokens, and of most of the prompt.
     """
     seen = slice(trainer.env.prompt_tokens // 8, None)
-    hidden: list[list[Tensor]] = [[] for _ in trainer.scorer.decision_points]
+    hidden: dict[int, list[Tensor]] = {point: [] for point in trainer.scorer.decision_points}
     samples: list[Tensor] = []
-    for number in Loop("values", range(trainer.plan.regression_batches)):
+    for number in Loop("values", batches):
         with trainer.autocast():
             states, sampled, final = sampled_values(
                 trainer.env, trainer.batch(number), trainer.generator
             )
         trainer.keep_reference(number, final)
         samples.append(sampled[:, seen].flatten(0, 1))
-        for part, state in zip(hidden, states[1:], strict=True):
-            part.append(state.hidden[:, seen].flatten(0, 1).to(trainer.dtype))
-    return [torch.cat(part) for part in hidden], torch.cat(samples)
+        for state in states[1:]:
+            part = state.hidden[:, seen].flatten(0, 1).to(trainer.dtype)
+            hidden[state.layers.start].append(part)
+    return {point: torch.cat(parts) for point, parts in hidden.items()}, torch.cat(samples)
 
 
 def fit(
@@ -117,8 +156,8 @@ def centre(scorer: Scorer, segments: list[slice], hidden: list[Tensor], values: 
             scorer.bias[layers] += (found[layers] / told).log()
 
 
-def _correct(trainer: Trainer, values: Tensor) -> None:
-    """Corrects the mean value `[L, A]` of each increment by what a static search measures.
+def _correction(trainer: Trainer, values: Tensor) -> Tensor:
+    """What the log increments `[L, A-1]` of mean values `[L, A]` lack, by a static search.
 
     Samples of single deviations do not see that losses add up to more than their sum; the search
     does. What the scorer learned about tokens stays: each is moved by its layer's correction.
@@ -126,11 +165,9 @@ def _correct(trainer: Trainer, values: Tensor) -> None:
     ids, skip = trainer.ids[: trainer.plan.batch], trainer.actions.index(SKIP)
     with trainer.autocast():
         trainer.downgrades = trainer.static_search(ids, trainer.env.reference(ids), values, 1)
+    found = values.diff(dim=-1).clamp(min=1e-6)
     if not trainer.downgrades:  # no action saves time on this machine
-        return
+        return torch.zeros_like(found)
     costs = trainer.costs.clone()
     costs[0, skip] = costs[0, skip - 1]  # not taken, so no matter
-    wanted = static.increments_of(trainer.downgrades, costs)
-    found = values.diff(dim=-1).clamp(min=1e-6)
-    with torch.no_grad():
-        trainer.scorer.bias.add_((wanted / found).log())
+    return (static.increments_of(trainer.downgrades, costs) / found).log()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,7 +24,7 @@ from dash_onnx.exporters.train.augmentation import augmented
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.dequantized import DequantizedModel, Tensor
 from dash_onnx.exporters.train.environment import Environment
-from dash_onnx.exporters.train.options import TrainOptions
+from dash_onnx.exporters.train.options import COUNTS, TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.transfer import load_scorer, scorer_to_start_from
@@ -42,6 +43,7 @@ class Trainer:
         extra: dearer actions that the exported scorer has beside them.
         dtype: of matrix products.
         model: the bundle's layers.
+        candidates: decision points to choose from; one choice unless the plan says `auto`.
         env: in which they run.
         costs: `[L, A]` in `Costs.unit_ms`, infinite where forbidden.
         compensation: the maps that are trained, see `DequantizedModel.compensation`.
@@ -86,25 +88,28 @@ class Trainer:
         self.lossy = min(self.actions.index(action) for action in LOSSY if action in self.actions)
         self.dtype = getattr(torch, plan.dtype) if plan.dtype else _fast_dtype()
         self.model = model(bundle, self.actions, self.dtype)
-        points = plan.decision_points
-        if isinstance(points, int):
-            points = decision_points_of(facts.num_layers, points)
-        prompt = min(plan.prompt_tokens, facts.max_length // 2)
-        self.env = Environment(self.model, self.actions, prompt, points)
+        self.candidates = _candidates(plan.decision_points, facts.num_layers)
+        self.decide_at(tuple(sorted({point for one in self.candidates for point in one})))
         self.costs = torch.tensor(manifest.costs.in_units(self.actions))
         self.costs[0, self.actions.index(SKIP)] = math.inf
         maps = self.model.compensation() if plan.train_compensation else []
         self.compensation = [weight.requires_grad_() for weight in maps]
         self.generator = torch.Generator(torch.get_default_device()).manual_seed(options.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
         if options.start is not None:
             load_scorer(self.scorer, self.actions, Bundle(options.start))
         self.checkpoint = checkpoint(bundle.folder, self._fingerprint())
         self.downgrades: list[static.Downgrade] = []
         self.history: list[tuple[float, float, float]] = []
         self._references: dict[int, Tensor] = {}
+
+    def decide_at(self, points: tuple[int, ...]) -> None:
+        """Begins anew with a scorer that runs before these layers."""
+        facts = self.bundle.manifest.model
+        prompt = min(self.plan.prompt_tokens, facts.max_length // 2)
+        self.env = Environment(self.model, self.actions, prompt, points)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed)
+            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
 
     def _fingerprint(self) -> str:
         """Of everything that decides how the training goes."""
@@ -161,23 +166,24 @@ class Trainer:
 
     def batch(self, number: int) -> Tensor:
         """Training tokens `[B, T]` of a pass; they come round again."""
-        start = number % self._batches * self.plan.batch
+        start = number % self.batches * self.plan.batch
         return self.ids[start : start + self.plan.batch]
 
     @property
-    def _batches(self) -> int:
+    def batches(self) -> int:
+        """After how many passes the text comes round again."""
         return max(len(self.ids) // self.plan.batch, 1)
 
     def reference(self, number: int) -> Tensor:
         """Input of the LM head on the reference path of a batch, kept for when it returns."""
-        key = number % self._batches
+        key = number % self.batches
         if key not in self._references:
             self.keep_reference(number, self.env.reference(self.batch(number)))
         return self._references[key].float()
 
     def keep_reference(self, number: int, final: Tensor) -> None:
         """Keeps what `reference` would compute."""
-        self._references[number % self._batches] = final.to(self.dtype)
+        self._references[number % self.batches] = final.to(self.dtype)
 
     def static_search(
         self,
@@ -195,6 +201,16 @@ class Trainer:
 
         found = static.search(self.costs, values, measure, candidates, self.lossy, start)
         return list(Loop("static search", found))
+
+
+def _candidates(
+    points: int | Literal["auto"] | tuple[int, ...], layers: int
+) -> tuple[tuple[int, ...], ...]:
+    """Decision points that a plan leaves open, from few to many."""
+    if isinstance(points, tuple):
+        return (points,)
+    counts = COUNTS if points == "auto" else (points,)
+    return tuple(dict.fromkeys(decision_points_of(layers, count) for count in counts))
 
 
 def _fast_dtype() -> torch.dtype:
