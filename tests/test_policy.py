@@ -164,6 +164,12 @@ def test_a_path_file_that_is_not_text_is_refused(manifest: Manifest, tmp_path: P
         make_policy(f"static:@{tmp_path}/path", manifest)
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
+def test_a_path_file_without_an_end_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(PolicyError, match="/dev/zero is no path file"):
+        make_policy("static:@/dev/zero", manifest)
+
+
 @pytest.mark.parametrize("seed", ["x", "1.5", "0x10", "1,2"])
 def test_a_seed_that_is_no_integer_is_refused(manifest: Manifest, seed: str) -> None:
     with pytest.raises(PolicyError, match=f"random:{seed}: the seed must be an integer"):

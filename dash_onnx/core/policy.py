@@ -30,6 +30,8 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 
+_MOST_CHARACTERS = 1 << 20  # of a path file
+
 
 class Policy(ABC):
     """Chooses the path of each decoded token.
@@ -257,9 +259,13 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
 def _parse_path(text: str, manifest: Manifest) -> Path:
     if text.startswith("@"):
         try:
-            text = FilePath(text[1:]).read_text("utf-8")
+            with FilePath(text[1:]).open(encoding="utf-8") as file:
+                content = file.read(_MOST_CHARACTERS + 1)
         except (OSError, ValueError) as error:
             raise PolicyError(f"cannot read the path file {text[1:]}: {error}") from None
+        if len(content) > _MOST_CHARACTERS:
+            raise PolicyError(f"{text[1:]} is no path file: it is longer than any path")
+        text = content
     limit = manifest.model.num_layers
     path: list[Action] = []
     for item in text.replace("\n", ",").split(","):
