@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import logits_of
@@ -60,6 +61,20 @@ def test_the_highest_precision_equals_transformers(
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE[device])
     decoded = logits_of(model.score(IDS, prompt_tokens=PROMPT, policy="full"))
     np.testing.assert_allclose(decoded, wanted[PROMPT:], atol=TOLERANCE[device])
+
+
+@pytest.mark.gpu
+def test_every_graph_has_kernels_for_the_device(bundle: Path) -> None:
+    """A node that CUDA lacks would run on the CPU, with copies before and after."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    missing = {}
+    for graph in sorted(bundle.rglob("*.onnx")):
+        try:
+            ort.InferenceSession(graph, options, providers=["CUDAExecutionProvider"])
+        except Exception as error:
+            missing[graph.relative_to(bundle).as_posix()] = str(error).splitlines()[0]
+    assert not missing
 
 
 @pytest.mark.parametrize("policy", ["int8", "int4", MIXED])
