@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,19 @@ def test_tokens_and_paths_are_those_of_our_runtime(tiny: Bundle, preset: str | N
     assert tokens == wanted
     actions = json.loads((fused / FACTS).read_text())["actions"]
     assert [tuple(actions[index] for index in run) for run in decided] == paths
+
+
+def test_int2_layers_give_the_tokens_of_our_runtime(
+    tiny_with: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundle = Bundle(tiny_with(variants=("int8", "int4", "int2")))
+    fuse(bundle, tmp_path / "fused", FuseOptions("genai", "int2"), overwrite=False)
+    prompt = list(range(40, 53))
+    tokens, _ = theirs(tmp_path / "fused", prompt)
+    model = dash_onnx.load(bundle.folder, threads=1)
+    assert tokens == ours(model, model.policy("int2"), "int2", prompt, tokens)[0]
+    other = ours(model, model.policy("int8"), "int8", prompt, tokens)[0]
+    assert tokens != other  # the comparison means something
 
 
 @pytest.fixture(scope="module", params=["int8", "int4", "dash"])
