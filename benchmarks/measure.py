@@ -50,11 +50,12 @@ class Size:
     windows: int = 8
     items: int = 500
     answers: int = 100
+    per_kind: int = 6
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
 
 
-QUICK = Size(1, 1, 1, 4, 1, 2, 1, 50)
+QUICK = Size(1, 1, 1, 4, 1, 2, 1, 1, 50)
 
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
@@ -147,6 +148,27 @@ def other(a: argparse.Namespace, size: Size) -> list[Command]:
     return commands
 
 
+def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Guessed tokens on a larger model, by kind of prompt. 30 minutes."""
+    out = BUILD / "guesses"
+    export: Command = ["dash-export", a.other, out, "--variants", "full,int8,int4", "--overwrite"]
+    bench: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]
+    bench += ["--target", "int8", "--target", "full", "--per-kind", str(size.per_kind)]
+    if size == QUICK:
+        bench += ["--new-tokens", str(size.new_tokens)]
+    return [[*export, "--requantize", "--effort", "none"], [*bench, "--json"]]
+
+
+def server(a: argparse.Namespace, size: Size) -> list[Command]:
+    """A server with a larger model and several clients, after `other`. 5 minutes."""
+    bench: Command = ["python", "benchmarks/serve.py", BUILD / "other-anew"]
+    if a.other.suffix == ".gguf":
+        bench += ["--peer", a.other]
+    if size == QUICK:
+        bench += ["--clients", "1,2", "--rounds", "1", "--long", "100", "--new-tokens", "8"]
+    return [[*bench, "--budget", "balanced", "--json"]]
+
+
 def scale(_: argparse.Namespace, size: Size) -> list[Command]:
     """Exports and passes of 1 to 8 billion random parameters. 25 minutes and 10 GB of disk."""
     shapes = ["1b"] if size == QUICK else ["1b", "3b", "8b"]
@@ -176,6 +198,8 @@ PARTS: dict[str, tuple[Part, str]] = {
     "tasks": (tasks, "bundle task"),
     "answers": (answers, "bundle prompts"),
     "other": (other, "other prompts"),
+    "guesses": (guesses, "other prompts"),
+    "server": (server, "other"),
     "scale": (scale, ""),
 }
 """By name the commands, and the options that they need."""

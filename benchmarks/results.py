@@ -64,7 +64,7 @@ def page(parts: dict[str, Part]) -> str:
         keep_trailing_newline=True,
     )
     template = environment.get_template("results.md.jinja")
-    functions = (bundle, contenders, policies, tasks, answers, larger, first_tokens, sizes)
+    functions = (bundle, contenders, policies, tasks, answers, larger, first_tokens, clients, sizes)
     return template.render(
         parts=parts,
         any=next(iter(parts.values()), None),
@@ -237,6 +237,24 @@ def first_tokens(rows_of: list[dict[str, Any]]) -> str:
         others = f"{row['other_first_token']} of {count}"
         rows.append([row["precision"], kl, f"{row['kl_max']:.4f}", others])
     return table(rows)
+
+
+def clients(part: Part) -> str:
+    """The servers of a run, by number of clients."""
+    rows = [["", "clients", "tokens/s, together", "times one client", "between tokens, ms"]]
+    (measured,) = found(part)
+    for server, facts in measured.items():
+        for count, rate in facts["tokens_per_s"].items():
+            gaps = facts["between_ms"][count]
+            ratio = f"{facts['ratio'][count]:.2f}"
+            rows.append([server, count, f"{rate:.0f}", ratio, _gaps(gaps)])
+        if stalled := facts.get("while_long_prompts_arrive"):
+            rows.append([server, "3, long prompts", "", "", _gaps(stalled)])
+    return table(rows)
+
+
+def _gaps(quantiles: dict[str, float]) -> str:
+    return f"{quantiles['p50']:.0f}, {quantiles['p99']:.0f}"
 
 
 def sizes(part: Part) -> str:

@@ -59,6 +59,22 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
     "answers": [
         ("python benchmarks/answers.py", [{**ANSWERS, "repeated": 0.1, "repeated_stderr": 0.02}])
     ],
+    "server": [
+        (
+            "python benchmarks/serve.py out --json",
+            {
+                "dash-serve": {
+                    "tokens_per_s": {"1": 70.0, "8": 180.4},
+                    "ratio": {"1": 1.0, "8": 2.58},
+                    "between_ms": {
+                        "1": {"p50": 13.0, "p99": 20.0},
+                        "8": {"p50": 41.0, "p99": 77.0},
+                    },
+                    "while_long_prompts_arrive": {"p50": 45.0, "p99": 68.4},
+                }
+            },
+        )
+    ],
     "other": [
         ("dash-export m.gguf full", None),
         ("dash-export m.gguf out --json", {"export": {"seconds": 100.0, "peak_rss_bytes": 2e9}}),
@@ -110,6 +126,8 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
         "| every layer INT4 | 1.30 | 130 (167-250) | 0.0123 ± 0.0010 | 500 |",
         "| int8 | 0.0020 | 0.0100 | 1 of 20 |",
+        "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
+        "| dash-serve | 3, long prompts |  |  | 45, 68 |",
     ):
         assert row in page.splitlines(), row
     for commands in PRINTED.values():
