@@ -285,17 +285,17 @@ def test_a_preset_at_an_end_of_the_table_is_inside_it(
             (0.1, 0.01, 0.001), (low, (0.5, 0.05), high), strict=True
         )
     )
-    for budget in presets(points).values():
+    for budget in presets(points, 1.0).values():
         multiplier_of(budget, points)
 
 
 def test_a_preset_between_two_rows_is_where_the_log_of_the_kl_says() -> None:
     points = (point(0.3, 0.1, 0.4), point(0.5, 0.01, 0.025), point(0.9, 0.001, 0.0))
     # 0.1 is half way from 0.4 to 0.025; from 0 to 0.025 the log begins at 1e-4.
-    assert presets(points)["balanced"] == pytest.approx(0.4)
+    assert presets(points, 1.0)["balanced"] == pytest.approx(0.4)
     low, limit, high = map(math.log, (1e-4, PRESETS["quality"], 0.025))
     expected = 0.9 - (limit - low) / (high - low) * 0.4
-    assert presets(points)["quality"] == pytest.approx(expected, abs=1e-4)
+    assert presets(points, 1.0)["quality"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_kl_of_a_budget_is_that_of_the_table_and_of_a_preset_what_it_promises() -> None:
@@ -303,15 +303,23 @@ def test_the_kl_of_a_budget_is_that_of_the_table_and_of_a_preset_what_it_promise
     assert [kl_at(row.budget, points) for row in points] == [row.kl for row in points]
     assert (kl_at(0.1, points), kl_at(1.0, points)) == (0.4, 0.0)
     assert kl_at(0.4, points) == pytest.approx(0.1)  # halfway in the logarithm
-    for name, budget in presets(points).items():
+    for name, budget in presets(points, 1.0).items():
         assert kl_at(budget, points) == pytest.approx(PRESETS[name], rel=0.001)
+
+
+def test_with_a_margin_a_preset_loses_less_than_it_promises() -> None:
+    points = (point(0.3, 0.1, 0.4), point(0.5, 0.01, 0.025), point(0.9, 0.001, 0.0))
+    plain, careful = presets(points, 1.0), presets(points, 1.25)
+    for name, budget in careful.items():
+        assert budget > plain[name]
+        assert kl_at(budget, points) == pytest.approx(PRESETS[name] / 1.25, rel=0.001)
 
 
 @given(tables())
 def test_every_preset_lies_inside_the_table_and_a_better_one_costs_no_less(
     points: tuple[BudgetPoint, ...],
 ) -> None:
-    named = presets(points)
+    named = presets(points, 1.0)
     assert set(named) == set(PRESETS)
     for budget in named.values():
         multiplier_of(budget, points)

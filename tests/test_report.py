@@ -140,7 +140,7 @@ def test_uniform_precisions_come_with_the_head_that_their_policy_uses(model: Mod
 
 def test_a_preset_is_shown_with_the_kl_that_it_promises(model: Model, report: Report) -> None:
     facts = scorer_facts(model.manifest)
-    trained = replace(facts, presets=presets(facts.points))
+    trained = replace(facts, presets=presets(facts.points, facts.margin))
     found = curve(replace(model.manifest, scorer=trained))
     assert [preset.name for preset in found.presets] == ["fast", "balanced", "quality"]
     for preset in found.presets:

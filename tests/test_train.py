@@ -25,6 +25,7 @@ import dash_onnx
 from dash_onnx.cli.train import _parser, main
 from dash_onnx.core.actions import Action
 from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.budget import OTHER_TEXT, presets
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import REPORT_NAME
 from dash_onnx.core.errors import BundleError, DashError, DeviceError
@@ -204,6 +205,8 @@ def test_the_manifest_says_how_the_scorer_came_about(untrained: Path, trained: P
     facts, training = scorer_of(trained), scorer_of(trained).training
     assert facts.actions == ACTIONS and facts.decision_points == (2, 3)
     assert (training.effort, training.source, training.seed) == ("quick", "self-generated", 0)
+    assert facts.margin == OTHER_TEXT > 1
+    assert facts.presets == presets(facts.points, OTHER_TEXT)
     assert training.held_out_tokens == 3 * PLAN.length  # a quarter of the 12 sequences
     assert training.tokens == 9 * PLAN.length
     assert len(training.loss) == len(training.kl) == len(training.cost) == PLAN.improvement_steps
@@ -557,6 +560,7 @@ def test_training_again_on_text_of_ones_own_replaces_the_scorer(
     options = dataclasses.replace(OPTIONS, calibration=(night, chats))
     new = train(again, options, profile=fixed_costs).scorer
     assert new is not None and new.training.source == "night.txt, chats.jsonl"
+    assert new.margin == 1.0  # the presets hold for text like this
     assert new.file != old.file
     assert [path.name for path in again.glob("scorer-*")] == [new.file]
     files = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}

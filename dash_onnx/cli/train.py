@@ -118,7 +118,8 @@ def table(facts: ScorerFacts) -> str:
     training = facts.training
     lines += [
         "",
-        f"presets: {named} (of the time at the highest exported precision)",
+        f"presets: {named} (of the time at the highest exported precision)"
+        + (f", with a margin of {facts.margin:g} for other text" if facts.margin > 1 else ""),
         f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]

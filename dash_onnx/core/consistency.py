@@ -138,6 +138,8 @@ def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
             yield "every row of scorer.points needs the share of a precision"
         if row.kl < -_NOISE or not all(0 <= share <= 1 + _NOISE for share in row.shares.values()):
             yield "scorer.points has a KL below 0, or a share outside 0..1"
+    if not 1 <= scorer.margin <= 1e6:
+        yield "scorer.margin must be at least 1"
     if "balanced" not in scorer.presets:
         yield "scorer.presets must name balanced"
     if not all(budgets[0] <= budget <= budgets[-1] for budget in scorer.presets.values()):

@@ -252,6 +252,8 @@ class ScorerFacts:
         presets: named budgets.
         static: the best static assignments, by ascending budget.
         training: how it came about.
+        margin: how much more other text may lose than the held-out tokens of the tables did; the
+            presets allow for it.
     """
 
     file: str
@@ -261,6 +263,7 @@ class ScorerFacts:
     presets: dict[str, float]
     static: tuple[StaticPoint, ...]
     training: Training
+    margin: float = 1.0
 
     def segments(self, layers: int) -> tuple[tuple[int, int], ...]:
         """First layer, and the one after the last, of each segment that is decided at once."""

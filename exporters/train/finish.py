@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dash_onnx.core.actions import SKIP
-from dash_onnx.core.budget import presets, reference_ms
+from dash_onnx.core.budget import OTHER_TEXT, presets, reference_ms
 from dash_onnx.core.bundle import Bundle, file_facts
 from dash_onnx.core.contract import data_name, layer_path
 from dash_onnx.core.facts import Costs, FileFacts, ScorerFacts, Training
@@ -56,8 +56,15 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     release_memory()
     with trainer.autocast():
         table, static = tables(trainer, scorer, manifest, rounding)
-    training = _training(trainer, manifest)
-    facts = replace(facts, points=table, presets=presets(table), static=static, training=training)
+    margin = 1.0 if trainer.options.texts else OTHER_TEXT
+    facts = replace(
+        facts,
+        points=table,
+        presets=presets(table, margin),
+        static=static,
+        training=_training(trainer, manifest),
+        margin=margin,
+    )
     return replace(manifest, scorer=facts)
 
 
