@@ -321,7 +321,7 @@ def interrupted(
         out = tmp_path_factory.mktemp("hit") / "out"
         shutil.copytree(full_bundle, out)
         processes[number] = (out, started(tiny_folder, out, night))
-    waiting, deadline = dict(processes), time.monotonic() + 60
+    waiting, deadline = dict(processes), time.monotonic() + 180
     found = {}
     try:
         while waiting:
@@ -339,6 +339,42 @@ def interrupted(
         for _, process in processes.values():
             process.kill()
     return found
+
+
+def test_an_interrupt_tells_how_to_go_on(
+    full_bundle: Path, tiny_folder: Path, night: Path, tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def struck(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    monkeypatch.setattr("dash_onnx.exporters.export.export", struck)
+    words = (tiny_folder, out, "--calibration", night, "--quiet")
+    hints = {
+        (): "nothing is kept; with --resume, finished layers are",
+        ("--resume",): f"{partial} keeps what is finished; the same command goes on from there",
+    }
+    for options, hint in hints.items():
+        if options:
+            partial.mkdir()
+        assert run(*words, *options) == 130
+        assert capsys.readouterr().err.split("\n")[1:] == [
+            f"dash-export: {hint}", "dash-export: interrupted", ""
+        ]  # fmt: skip
+    shutil.copytree(full_bundle, out)  # as the training is struck
+    monkeypatch.setattr("dash_onnx.cli.export.check_destination", lambda *_: None)
+    assert run(*words) == 130
+    told = f"{out} can answer; `dash-train {out}` goes on with its policy"
+    assert told in capsys.readouterr().err
+
+
+def test_a_bundle_without_a_policy_may_be_trained_instead_of_replaced(
+    full_bundle: Path, tiny_folder: Path, capsys: Capture
+) -> None:
+    assert run(tiny_folder, full_bundle) == 2
+    error = capsys.readouterr().err
+    assert "exists; pass --overwrite to replace it, or train its policy: dash-train" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

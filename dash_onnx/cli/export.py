@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ from dash_onnx.cli.common import (
     run,
 )
 from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, parse_precisions
-from dash_onnx.core.errors import DashError
+from dash_onnx.core.atomic import check_destination, workspace_of
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import BundleError, DashError
+from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.progress import Phase, announce
 from dash_onnx.core.records import to_json
 
@@ -143,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
             raise DashError("--fused graphs are built for the CPU: leave --device out")
         if arguments.fused and arguments.kv_cache != "float":
             raise DashError("--fused graphs have a float K/V cache: leave --kv-cache out")
+        _check_out(arguments.out, arguments.overwrite)  # before seconds of imports
+        _LOG.info("opening %s", arguments.model)
         prepare_export()
         from dash_onnx.exporters.calibration.texts import text_sources
         from dash_onnx.exporters.export import ExportOptions, export
@@ -168,7 +174,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         trained = arguments.effort != "none" and has_device(arguments.device)
         effort = arguments.effort if trained else None
-        _LOG.debug("opening %s", arguments.model)
         manifest = export(
             arguments.model,
             arguments.out,
@@ -199,7 +204,6 @@ def main(argv: list[str] | None = None) -> int:
             )
             manifest = train(arguments.out, choice)
         if arguments.fused:
-            from dash_onnx.core.bundle import Bundle
             from dash_onnx.core.contract import FUSED_FOLDER
             from dash_onnx.exporters.fused import FuseOptions, fuse
 
@@ -214,10 +218,48 @@ def main(argv: list[str] | None = None) -> int:
             if checked is not None:
                 print("\n".join(check_lines(checked)))
 
-    code = run("dash-export", body, log_level(arguments))
+    def told() -> None:
+        try:
+            body()
+        except KeyboardInterrupt:
+            if hint := _after_interrupt(arguments.out, arguments.resume, arguments.overwrite):
+                print(f"\ndash-export: {hint}", file=sys.stderr, end="")
+            raise
+
+    code = run("dash-export", told, log_level(arguments))
     for failure in failures:
         print(f"dash-export: check: layer {failure} (see dash-export --help)", file=sys.stderr)
     return code or (1 if failures else 0)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuses what must not be replaced; a bundle without a policy may only want its training."""
+    try:
+        check_destination(out, overwrite)
+    except BundleError as error:
+        if not overwrite and _untrained(out):
+            raise BundleError(f"{error}, or train its policy: dash-train {out}") from None
+        raise
+
+
+def _untrained(out: Path) -> bool:
+    with suppress(BundleError):
+        return Bundle(out).manifest.scorer is None
+    return False
+
+
+def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
+    """What is left of an interrupted export, and how to go on."""
+    if overwrite:  # what is there may have been there before
+        return ""
+    if (out / MANIFEST_NAME).is_file():
+        goes_on = f"{out} can answer; `dash-train {out}` goes on with its policy"
+        return goes_on if _untrained(out) else ""
+    if (partial := workspace_of(out, "partial")).exists():
+        return f"{partial} keeps what is finished; the same command goes on from there"
+    return (
+        "nothing is finished" if resume else "nothing is kept; with --resume, finished layers are"
+    )
 
 
 def _announce(
