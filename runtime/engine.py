@@ -37,6 +37,7 @@ from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
+from dash_onnx.runtime.planner import Planner, planner_for
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sequence import SequenceState
@@ -45,6 +46,7 @@ from dash_onnx.runtime.speculate import Speculate
 from dash_onnx.runtime.stream import Completion, Stream, asynchronous, joined
 
 _MOST_THREADS = 1024
+_TARGETS = 16  # of speculation that are remembered
 
 Prompt = str | Sequence[Message] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]`."""
@@ -100,6 +102,9 @@ class Model:
         self._sessions = Sessions(bundle, backend, memory)
         self._default = (policy, budget)
         self._guidance: Any = None
+        self._planners = functools.lru_cache(_TARGETS)(
+            functools.partial(planner_for, bundle.manifest)
+        )
         self.policy()  # refuses a wrong one now
 
     def __repr__(self) -> str:
@@ -144,9 +149,10 @@ class Model:
             self._sessions.preload()
             return
         chosen = self.policy(policy, budget)
-        for one in (chosen, self._draft(chosen, speculate)):
-            if one is not None:
-                self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
+        planner = self._planner(chosen, speculate)
+        draft = planner.draft if planner and speculate != "ngram" else None
+        for one in (chosen, *([draft.policy] if draft else [])):
+            self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
 
     @property
     def loaded_bytes(self) -> int:
@@ -340,7 +346,7 @@ class Model:
             sampling=options.sampling(self.sampling),
             eos=self.text.eos_token_ids,
             constraint=self._constraint(options),
-            draft=self._draft(current.policy, options.speculate),
+            planner=self._planner(current.policy, options.speculate),
         )
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
@@ -350,14 +356,21 @@ class Model:
             self._guidance = guidance_tokenizer(self.text, self.manifest.model.vocab_size)
         return Constraint(options.grammar, self._guidance)
 
-    def _draft(self, target: Policy, speculate: Speculate) -> Policy | None:
-        """Whose path guesses for a target: the trained policy's, or that of the least precision."""
-        if speculate not in ("dash", "auto"):
+    def _planner(self, target: Policy, speculate: Speculate) -> Planner | None:
+        """What speculation has learned of a target.
+
+        Raises:
+            PolicyError: a path is to guess, and none is cheaper.
+        """
+        if speculate == "off" or target.uniform is None:  # which `Speculation` refuses
             return None
-        if self.manifest.scorer is not None:
-            return self.policy("dash", min(self.manifest.scorer.presets.values()))
-        least = self.policy(self.manifest.variants[-1])
-        return None if least.uniform == target.uniform else least
+        planner = self._planners(target.uniform, target.head)
+        if speculate == "dash" and planner.draft is None:
+            raise PolicyError(
+                f"speculate='dash' needs a cheaper path than policy {target.name!r}, and this "
+                "bundle has none; take a higher precision, or speculate='ngram'"
+            )
+        return planner
 
     def stream(
         self,

@@ -21,10 +21,11 @@ from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.grammar import Constraint
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.planner import Guess, Planner
 from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
-from dash_onnx.runtime.speculate import Guess, Speculation
+from dash_onnx.runtime.speculate import Speculation
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
@@ -211,7 +212,7 @@ def generate_tokens(
     sampling: Sampling,
     eos: frozenset[int],
     constraint: Constraint | None = None,
-    draft: Policy | None = None,
+    planner: Planner | None = None,
 ) -> Iterator[GeneratedToken]:
     """Generates token by token; the first one comes from the prefill.
 
@@ -222,7 +223,7 @@ def generate_tokens(
         sampling: resolved likewise.
         eos: ids that end the text.
         constraint: of `options.grammar`.
-        draft: whose path guesses, for `options.speculate`.
+        planner: of the policy, for `options.speculate`.
 
     Raises:
         ContextLengthError: the prompt does not fit the context.
@@ -238,8 +239,14 @@ def generate_tokens(
         )
         text, speculation = going.text, None
         if options.speculate != "off":
-            policy = current.policy
-            speculation = Speculation(sequence, policy, going.draw, options.speculate, draft)
+            speculation = Speculation(
+                sequence,
+                current.policy,
+                going.draw,
+                options.speculate,
+                planner or Planner(),
+                frozenset() if options.ignore_eos else eos,
+            )
         path, head = prefill_plan(sessions, current.policy, options.prefill)
         started, guess = time.perf_counter(), None
         new = [going.draw(sequence.prefill(rest, path, head))]

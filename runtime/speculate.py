@@ -9,9 +9,8 @@ certain token each, this is the rule of arXiv 2211.17192.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence, Set
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from dash_onnx.core.arrays import Logits
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import FixedPath, decider_of
+from dash_onnx.runtime.planner import MOST, Bet, Guess, Planner
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.sequence import SequenceState
@@ -26,27 +26,8 @@ if TYPE_CHECKING:
 Speculate = Literal["off", "ngram", "dash", "auto"]
 """Who guesses: nobody, the text itself, a cheap path of the bundle, or whichever pays."""
 
-Source = Literal["ngram", "dash"]
-
-MOST = 8  # tokens that are guessed for one pass
 _LONGEST, _SHORTEST = 6, 2  # tokens of the text's end that are looked for in what came before
 _SURE = 0.4  # probability below which a path guesses no further
-_MEMORY = 0.95  # of times and of what came of guesses: the last twenty count
-_PER_TOKEN = 0.15  # what a further token of a pass costs, as a share of one, until it was seen
-
-
-class Guess(NamedTuple):
-    """What came of the guesses for one pass.
-
-    Attributes:
-        source: who guessed.
-        tokens: how many were guessed.
-        right: how many of them the target drew, too.
-    """
-
-    source: Source
-    tokens: int
-    right: int
 
 
 class NgramIndex:
@@ -74,54 +55,8 @@ class NgramIndex:
         return 0, []
 
 
-@dataclass
-class _Estimate:
-    """How often a guessed token is right, as far as it was seen."""
-
-    right: float = 0.0
-    wrong: float = 0.0
-
-    def see(self, guess: Guess) -> None:
-        """Takes what came of the guesses for one pass; those after a wrong one tell nothing."""
-        self.right = self.right * _MEMORY + guess.right
-        self.wrong = self.wrong * _MEMORY + (guess.right < guess.tokens)
-
-    def forget(self) -> None:
-        """A pass without: what did not pay is tried again some day."""
-        self.right, self.wrong = self.right * _MEMORY, self.wrong * _MEMORY
-
-    @property
-    def rate(self) -> float:
-        """Of one token."""
-        return (self.right + 1) / (self.right + self.wrong + 2)
-
-    def expected(self, count: int) -> float:
-        """Tokens that a pass with `count` guesses brings, its own included."""
-        return sum(self.rate**right for right in range(count + 1))
-
-
-@dataclass
-class _Times:
-    """Milliseconds of passes by their number of tokens, as far as they were seen."""
-
-    seen: dict[int, float] = field(default_factory=dict)
-
-    def see(self, tokens: int, ms: float) -> None:
-        """Takes the time of one pass; the first one of its size also sets it up."""
-        before = self.seen.get(tokens)
-        self.seen[tokens] = ms if before is None else min(ms, before + (ms - before) * 0.2)
-
-    def of(self, tokens: int) -> float:
-        """Seen, or guessed from the nearest smaller pass; infinite before any."""
-        smaller = [count for count in self.seen if count <= tokens]
-        if not smaller:
-            return float("inf")
-        nearest = max(smaller)
-        return self.seen[nearest] * (1 + _PER_TOKEN * (tokens - nearest) / nearest)
-
-
 class Speculation:
-    """Guesses and checks for one generation; everything it learns, it learns from this one.
+    """Guesses and checks for one generation.
 
     Attributes:
         path: of every token.
@@ -133,7 +68,8 @@ class Speculation:
         policy: Policy,
         draw: Callable[[Logits], int],
         speculate: Speculate,
-        draft: Policy | None,
+        planner: Planner,
+        eos: Set[int] = frozenset(),
     ):
         """Begins after the prompt.
 
@@ -142,7 +78,8 @@ class Speculation:
             policy: the target; it takes one path for every token.
             draw: draws a token from logits `[V]`, and appends it to the text.
             speculate: who guesses.
-            draft: whose path guesses; None: none.
+            planner: of the target.
+            eos: ids after which nothing comes.
 
         Raises:
             PolicyError: the target's paths differ between tokens.
@@ -152,14 +89,15 @@ class Speculation:
                 f"speculation checks guesses on one path for every token, such as int8; policy "
                 f"{policy.name!r} has none"
             )
-        self._sequence, self._draw = sequence, draw
+        self._sequence, self._draw, self._eos = sequence, draw, eos
         self.path = policy.uniform
         self._target = FixedPath(policy.uniform, policy.head)
         self._index = NgramIndex() if speculate in ("ngram", "auto") else None
-        self._draft = None if draft is None else decider_of(draft, sequence)
-        self._always = speculate != "auto"
-        self._estimates: dict[tuple[Source, int], _Estimate] = {}
-        self._passes, self._drafts = _Times(), _Times()
+        drafts = speculate in ("dash", "auto") and planner.draft is not None
+        self._draft = decider_of(planner.draft.policy, sequence) if drafts else None
+        self._planner, self._always = planner, speculate != "auto"
+        self._ran: set[int] = set()  # sizes of passes; 0: a draft
+        self._found: list[int] = []
 
     def step(self, text: list[int], room: int) -> tuple[list[int], Guess | None]:
         """Runs the last token and what is guessed to follow it.
@@ -171,8 +109,10 @@ class Speculation:
         Returns:
             The new tokens, at least one, and what came of the guesses.
         """
-        key, guesses = self._guess(text, min(MOST, room - 1))
+        bet = self._planner.choose([*self._offers(text, min(MOST, room - 1))], self._always)
         started = time.perf_counter()
+        guesses = [] if bet is None else self._guesses(bet, text[-1])
+        guessed_at = time.perf_counter()
         ids = np.array([text[-1], *guesses], np.int64)
         logits, _ = self._sequence.forward(
             ids if guesses else int(ids[0]), self._target, every=True
@@ -181,57 +121,51 @@ class Speculation:
         for row, guessed in zip(logits, [*guesses, None], strict=True):
             token = self._draw(row)
             new.append(token)
-            if token != guessed:
+            if token != guessed or token in self._eos:
                 break
-        self._passes.see(len(ids), (time.perf_counter() - started) * 1e3)
+        ms = (time.perf_counter() - guessed_at) * 1e3
         self._sequence.truncate(self._sequence.length - len(ids) + len(new))
-        if key is None:
-            for estimate in self._estimates.values():
-                estimate.forget()
+        timed = 0 in self._ran, len(ids) in self._ran
+        self._ran |= {len(ids), *([0] if bet and bet.source == "dash" else [])}
+        if bet is None:
+            if timed[1]:
+                self._planner.see_plain(ms)
             return new, None
-        guess = Guess(key[0], len(guesses), len(new) - 1)
-        self._estimates[key].see(guess)
+        right = sum(a == b for a, b in zip(new, guesses, strict=False))
+        guess = Guess(bet.source, len(guesses), right)
+        draft_ms = (guessed_at - started) * 1e3
+        self._planner.see(bet, guess, draft_ms, ms, timed=timed)
         return new, guess
 
-    def _guess(self, text: list[int], most: int) -> tuple[tuple[Source, int] | None, list[int]]:
-        """The tokens that are likely to follow, if guessing pays, and where they are from."""
-        options: list[tuple[float, tuple[Source, int], list[int]]] = []
+    def _offers(self, text: list[int], most: int) -> Iterator[Bet]:
+        """What each source could guess."""
         if self._index is not None:
             self._index.extend(text)
-            size, found = self._index.following(most)
-            if found:
-                options += self._plans(("ngram", size), found, 0.0)
+            size, self._found = self._index.following(most)
+            if self._found:
+                yield Bet("ngram", size, len(self._found))
         if self._draft is not None and most > 0:
-            ms = self._drafts.of(1)
-            ms = 0.0 if ms == float("inf") else ms  # the first time shows what it takes
-            options += self._plans(("dash", 0), [-1] * most, ms)
-        if not options:
-            return None, []
-        rate, key, guesses = max(options, key=lambda option: option[0])
-        if not self._always and rate <= 1 / self._passes.of(1):
-            return None, []
-        return key, self._drafted(text[-1], len(guesses)) if key[0] == "dash" else guesses
+            yield Bet("dash", 0, most)
 
-    def _plans(
-        self, key: tuple[Source, int], found: list[int], draft_ms: float
-    ) -> Iterator[tuple[float, tuple[Source, int], list[int]]]:
-        """For each number of guesses, tokens per millisecond."""
-        estimate = self._estimates.setdefault(key, _Estimate())
-        for count in range(1, len(found) + 1):
-            ms = self._passes.of(count + 1) + count * draft_ms
-            yield estimate.expected(count) / ms, key, found[:count]
+    def _guesses(self, bet: Bet, token: int) -> list[int]:
+        """Tokens to follow one, up to EOS."""
+        if bet.source == "dash":
+            return self._drafted(token, bet.tokens)
+        found = self._found[: bet.tokens]
+        ends = [at for at, token in enumerate(found, 1) if token in self._eos]
+        return found[: ends[0]] if ends else found
 
     def _drafted(self, token: int, count: int) -> list[int]:
         """What the draft's path takes for most likely, as long as it is sure."""
         assert self._draft is not None
         guesses: list[int] = []
-        length, started = self._sequence.length, time.perf_counter()
+        length = self._sequence.length
         while len(guesses) < count:
             logits, _ = self._sequence.forward(token, self._draft)
             token = int(logits.argmax())
             guesses.append(token)
-            if 1 / np.exp(logits.astype(np.float32) - logits[token]).sum() < _SURE:
+            sure = 1 / np.exp(logits.astype(np.float32) - logits[token]).sum() >= _SURE
+            if token in self._eos or not sure:
                 break
-        self._drafts.see(1, (time.perf_counter() - started) * 1e3 / len(guesses))
         self._sequence.truncate(length)
         return guesses
