@@ -193,9 +193,7 @@ class Model:
 
     def policy_of(self, options: GenerationOptions) -> Policy:
         """The policy of a generation; speculation takes the highest precision unless told."""
-        policy, budget = self._default
-        told = options.policy or policy or options.budget is not None or budget is not None
-        if options.speculate != "off" and not told:
+        if options.speculate != "off" and not options.policy and options.budget is None:
             return self.policy(self.manifest.variants[0])
         return self.policy(options.policy, options.budget)
 
@@ -529,9 +527,8 @@ class Model:
         return [done[index] for index in range(len(prompts))]
 
     def _current(self, options: GenerationOptions) -> CurrentPolicy:
-        return CurrentPolicy(
-            self.policy_of(options), functools.partial(self.policy, options.policy)
-        )
+        at = functools.partial(self.policy, options.policy)
+        return CurrentPolicy(self.policy_of(options), at if options.speculate == "off" else _fixed)
 
     def _encoded(self, prompt: Prompt) -> Ids:
         if isinstance(prompt, np.ndarray):
@@ -543,6 +540,12 @@ class Model:
         array = np.asarray(ids, np.int64)
         check_prompt(array, self.manifest.model.max_length, self.manifest.model.vocab_size)
         return array
+
+
+def _fixed(budget: Budget) -> Policy:
+    raise PolicyError(
+        f"budget {budget!r}: a generation with `speculate` keeps to its path; leave that out"
+    )
 
 
 def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:

@@ -261,6 +261,17 @@ def test_speculation_takes_the_highest_precision_unless_told(scored: Model) -> N
         steps(scored, speculate="maybe")
 
 
+def test_the_model_s_own_policy_does_not_decide_whether_a_request_may_speculate(
+    scored_bundle: Path,
+) -> None:
+    for own in ({"budget": "balanced"}, {"policy": "int8"}):
+        with dash_onnx.load(scored_bundle, **own) as model:
+            found = steps(model, speculate="auto")
+            assert {path for step in found for path in step.path} == {"full"}
+            with pytest.raises(PolicyError, match="one path for every token"):
+                steps(model, speculate="auto", policy="dash")
+
+
 def test_a_path_must_be_cheaper_to_guess(untrained: Model) -> None:
     with pytest.raises(PolicyError, match="needs a cheaper path than policy 'int4'"):
         untrained.stream(PROMPT, policy="int4", speculate="dash")
@@ -268,6 +279,12 @@ def test_a_path_must_be_cheaper_to_guess(untrained: Model) -> None:
         untrained.preload("int4", speculate="dash")
     found = steps(untrained, policy="int4", speculate="auto", max_new_tokens=150)
     assert {step.guess.source for step in found if step.guess} <= {"ngram"}
+
+
+def test_a_budget_cannot_change_while_guesses_are_checked(untrained: Model) -> None:
+    with untrained.stream(PROMPT, policy="int8", speculate="ngram") as chunks:
+        with pytest.raises(PolicyError, match="keeps to its path; leave that out"):
+            chunks.set_budget(0.5)
 
 
 def followed(text: list[int], count: int) -> tuple[int, list[int]]:
