@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
@@ -50,6 +51,13 @@ class Buffer:
         part._array = self._array[start:stop]
         part.shape = part._array.shape
         part.pointer = int(part._array.ctypes.data)
+        return part
+
+    def reshaped(self, shape: tuple[int, ...]) -> Buffer:
+        """The first elements in another shape, in the same memory; of the CPU's alone."""
+        part = copy(self)
+        part._array = self._array.reshape(-1)[: math.prod(shape)].reshape(shape)
+        part.shape = shape
         return part
 
 

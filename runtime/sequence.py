@@ -15,6 +15,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
+from dash_onnx.runtime.planner import MOST
 from dash_onnx.runtime.sessions import Sessions
 
 PREFILL_CHUNK = 512
@@ -65,6 +66,7 @@ class SequenceState:
         self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
         self._start = backend.buffer((batch,), "int64")
         self._passes: dict[int, _Pass] = {}
+        self._guessed: Buffer | None = None  # logits that passes with guesses share
         self._moves = self.kv.moves  # of the cache that the layers are bound to
         self._now = self._pass(1)
 
@@ -263,8 +265,13 @@ class SequenceState:
         return self._passes.setdefault(seq, _Pass(tokens, hidden, embed, layers))
 
     def _logits(self, seq: int) -> Buffer:
-        dims = self.sessions.manifest.dims
-        return self.sessions.backend.buffer((self.batch, seq, dims.vocab_size), dims.dtype)
+        dims, backend = self.sessions.manifest.dims, self.sessions.backend
+        shape = (self.batch, seq, dims.vocab_size)
+        if self.batch > 1 or not 1 < seq <= MOST + 1 or backend.device != "cpu":
+            return backend.buffer(shape, dims.dtype)
+        if self._guessed is None:
+            self._guessed = backend.buffer((MOST + 1, dims.vocab_size), dims.dtype)
+        return self._guessed.reshaped(shape)
 
     def _bind_layer(self, layer: int, action: Action) -> Run:
         sessions, kv, hidden = self.sessions, self.kv, self._now.hidden
