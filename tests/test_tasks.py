@@ -220,6 +220,21 @@ def test_answers_are_those_of_the_harness_own_model(full: DashLM, theirs: HFLM) 
     assert found[0] == free and free.startswith(found[1]) and len(found[1]) <= 5
 
 
+def test_guessed_answers_are_the_same(full: DashLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = asked("generate_until", (CONTEXT, {"max_gen_toks": 60}))
+    guessing = DashLM(full.model, speculate="ngram")
+    guesses, steps = [], Model.generate_step
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        for step in steps(*arguments, **options):
+            guesses.append(step.guess)
+            yield step
+
+    monkeypatch.setattr(Model, "generate_step", noting)
+    assert guessing.generate_until(given) == full.generate_until(given)
+    assert any(guesses)
+
+
 def test_sampling_is_passed_on(full: DashLM) -> None:
     options = {"max_gen_toks": 20, "do_sample": True, "temperature": 5.0, "seed": 1}
     given = asked("generate_until", (CONTEXT, options), (CONTEXT, {**options, "top_k": 1}))

@@ -50,9 +50,9 @@ def _parser() -> Parser:
         "--run",
         action="append",
         default=[],
-        metavar="POLICY[@BUDGET][+WHO]",
-        help="a policy of the bundle, such as dash@fast, or int8+auto with tokens guessed as by "
-        "dash-run --speculate; may be repeated (default: each uniform precision, and the trained "
+        metavar="POLICY[@BUDGET][+SPECULATE]",
+        help="a policy of the bundle, such as dash@fast; int8+auto is what dash-run --policy int8 "
+        "--speculate auto does; may be repeated (default: each uniform precision, and the trained "
         "policy at its presets)",
     )
     parser.add_argument(

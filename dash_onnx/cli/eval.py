@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from dash_onnx.cli.common import (
     Parser,
@@ -25,6 +26,7 @@ from dash_onnx.cli.common import (
 from dash_onnx.core.actions import PRECISIONS, check_action
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Phase
+from dash_onnx.runtime.speculate import Speculate
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,6 +78,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-items", type=positive, metavar="N", help="items of --task (default: all)"
     )
+    parser.add_argument(
+        "--speculate",
+        choices=get_args(Speculate),
+        help="of --task: guess tokens where a text is generated, as dash-run does; what is scored "
+        "is given already, and leaves nothing to guess (default: off)",
+    )
     add_log_options(parser)
     return parser
 
@@ -85,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     of_task = arguments.task is not None  # and be it an empty name
-    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("max_items",))
+    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("max_items", "speculate"))
     for name in foreign:
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --{other}")
@@ -139,7 +147,8 @@ def _task(arguments: argparse.Namespace) -> None:
         remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
     bundle = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
-    model = DashLM(bundle, arguments.policy, arguments.budget)
+    speculate = arguments.speculate or "off"
+    model = DashLM(bundle, arguments.policy, arguments.budget, speculate=speculate)
     with _quietly():
         found = evaluate_task(model, arguments.task, arguments.max_items)
     facts = model.get_model_info()

@@ -20,7 +20,8 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.options import GREEDY
+from dash_onnx.runtime.options import GREEDY, GenerationOptions
+from dash_onnx.runtime.speculate import Speculate
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -46,6 +47,7 @@ class DashLM(TemplateLM):
         budget: Budget | None = None,
         threads: int | None = None,
         max_gen_toks: int = 256,
+        speculate: Speculate = "off",
         batch_size: object = None,
         max_batch_size: object = None,
         device: object = None,
@@ -58,6 +60,8 @@ class DashLM(TemplateLM):
             budget: likewise.
             threads: see `dash_onnx.load`.
             max_gen_toks: most tokens to generate for tasks that set no limit.
+            speculate: of texts that are generated; see `GenerationOptions`. What is scored is given
+                already: nothing is left to guess.
             batch_size: not used, the harness gives it to every model; sequences run one by one.
             max_batch_size: likewise.
             device: likewise.
@@ -68,7 +72,8 @@ class DashLM(TemplateLM):
         if not isinstance(bundle, Model):
             bundle = dash_onnx.load(bundle, threads=threads)
         self.model = bundle
-        self.policy = bundle.policy(policy, budget)
+        chosen = GenerationOptions(policy=policy, budget=budget, speculate=speculate)
+        self.policy, self._speculate = bundle.policy_of(chosen), speculate
         self.max_length = bundle.manifest.model.max_length
         self.truncated = 0
         self._max_gen_toks = max_gen_toks
@@ -182,6 +187,7 @@ class DashLM(TemplateLM):
             self._fitting(self.tok_encode(context) or [self.prefix_token_id], room),
             options=GREEDY,
             policy=self.policy,
+            speculate=self._speculate,
             max_new_tokens=options["max_gen_toks"],
             **{name: options[name] for name in _SAMPLING if name in options},
         ):
