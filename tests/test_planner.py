@@ -175,7 +175,7 @@ def test_the_draft_is_what_promises_most_at_its_cost_and_loss(manifest: Manifest
     near = replace(scorer, static=(StaticPoint(0.31, "int4", 0.02, same),))
     draft = uniform(replace(manifest, scorer=near), "full").draft
     assert draft is not None and draft.policy.uniform == same
-    assert draft.believed == pytest.approx(0.9)
+    assert draft.believed == pytest.approx(0.93, abs=0.01)
     far = replace(scorer, static=(StaticPoint(0.31, "int4", 1.5, same),))
     draft = uniform(replace(manifest, scorer=far), "full").draft
     assert draft is not None and isinstance(draft.policy, ScoredPolicy)
