@@ -1,11 +1,12 @@
 """What guessing tokens saves, by kind of prompt, and whether the text stays the same.
 
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl
-    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --policy full --json
+    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target full
 
 PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`. An editing task is
-added: to return a source file with one change. Each prompt is answered without guesses and with
-each kind of them, in turns, and the greedy texts are compared token by token.
+added: to return a source file of 60 lines with one change, whole. Each prompt is answered without
+guesses and with each kind of them, in turns. The greedy texts are compared token by token; where
+one first differs, the gap between the two best logits there tells whether that is rounding.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
+import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import dash_onnx
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import json_lines
+from dash_onnx.runtime import grammar
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.speculate import Speculate
@@ -29,64 +34,85 @@ KINDS: tuple[Speculate, ...] = ("off", "ngram", "dash", "auto")
 CONVERSATIONS = (  # of MT-bench: one kind of Spec-Bench
     "writing roleplay reasoning math coding extraction stem humanities".split()
 )
+SOURCE = "\n".join(Path(grammar.__file__).read_text("utf-8").splitlines()[:60])
+
+Answer = dict[str, Any]
+"""To a prompt: `tokens`, `ms` without the first, `guessed`, `right`, and where it `differs`."""
 
 
 def main() -> None:
-    """Prints a line for each kind of prompt, or JSON."""
+    """Prints a table for each target, or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--policy", default="int8", help="the target (default: int8)")
+    parser.add_argument(
+        "--target", action="append", help="a policy; may be repeated (default: int8)"
+    )
     parser.add_argument("--per-kind", type=int, default=14, help="prompts (default: 14)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="(default: 128)")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=128,
+        help="(default: 128; for editing, what the file takes and 32)",
+    )
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    prompts = editing(arguments.per_kind)
+    prompts: dict[str, list[str]] = defaultdict(list, {"editing": editing(arguments.per_kind)})
     for _, record in json_lines(arguments.prompts):
         kind = record.get("category", "prompt")
         kind = "conversation" if kind in CONVERSATIONS else kind
         if len(prompts[kind]) < arguments.per_kind:
             prompts[kind].append(record["prompt"] if "prompt" in record else record["turns"][0])
-    model = dash_onnx.load(arguments.bundle)
-    for speculate in KINDS:
-        model.preload(arguments.policy, speculate=speculate)
+    model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
     rows = []
-    with Phase("prompts", total=sum(map(len, prompts.values()))) as phase:
-        for kind, texts in prompts.items():
-            found = []
-            for text in texts:
-                found.append(answers(model, text, arguments.policy, arguments.new_tokens))
-                phase.update()
-            rows.append({"kind": kind, **summary(found)})
-            if not arguments.json:
-                print(shown(rows[-1]), flush=True)
+    for target in arguments.target or ["int8"]:
+        by_kind = answered(model, prompts, target, arguments.new_tokens)
+        by_kind["all"] = [one for found in by_kind.values() for one in found]
+        for kind, found in by_kind.items():
+            rows += [{"target": target, "kind": kind, **summary(found, who)} for who in KINDS]
     if arguments.json:
-        print(json.dumps({"policy": arguments.policy, "rows": rows}))
+        print(json.dumps({"model": model.manifest.model.name, "rows": rows}))
+    else:
+        print(table(rows))
 
 
-def editing(count: int) -> dict[str, list[str]]:
-    """Prompts that ask for a file of some 60 lines with one change in it."""
-    lines = [
-        f"def area_{n}(width, height):\n    return width * height * {n}\n" for n in range(1, 21)
-    ]
-    source = "\n".join(lines)
-    prompts: dict[str, list[str]] = defaultdict(list)
-    for number in range(1, count + 1):
-        task = f"Rename `area_{number}` to `surface_{number}` in this file, and print all of it:"
-        prompts["editing"].append(f"{task}\n\n```python\n{source}```")
-    return prompts
+def editing(count: int) -> list[str]:
+    """Prompts that ask for a file with one change in it, somewhere."""
+    names = [*dict.fromkeys(re.findall(r"\b[A-Za-z_]{6,}\b", SOURCE))]
+    names = names[:: max(len(names) // count, 1)][:count]
+    ask = "Rename `{0}` to `new_{0}` in this file, and print all of it:\n\n```python\n{1}\n```"
+    return [ask.format(name, SOURCE) for name in names]
 
 
-def answers(model: Model, prompt: str, policy: str, count: int) -> dict[str, dict[str, Any]]:
-    """By who guesses: the tokens, their milliseconds without the first, and the guesses."""
+def answered(
+    model: Model, prompts: dict[str, list[str]], target: str, count: int
+) -> dict[str, list[dict[str, Answer]]]:
+    """By kind of prompt, and by who guesses."""
+    whole = max(400, len(model.text.encode(SOURCE)) + 32)
+    for speculate in KINDS:
+        model.preload(target, speculate=speculate)
+    found: dict[str, list[dict[str, Answer]]] = {}
+    with Phase(target, total=sum(map(len, prompts.values()))) as phase:
+        for kind, texts in prompts.items():
+            found[kind] = []
+            for text in texts:
+                new = whole if kind == "editing" else count
+                found[kind].append(answers(model, text, target, new))
+                phase.update()
+    return found
+
+
+def answers(model: Model, prompt: str, target: str, count: int) -> dict[str, Answer]:
+    """One prompt, by who guesses."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
     ids = ids[-(model.manifest.model.max_length - count) :]
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Answer] = {}
     for speculate in KINDS:
         chosen = dataclasses.replace(
-            GREEDY, policy=policy, speculate=speculate, max_new_tokens=count
+            GREEDY, policy=target, speculate=speculate, max_new_tokens=count
         )
         steps = [*model.generate_step(ids, options=chosen)]
         guesses = [step.guess for step in steps if step.guess]
@@ -96,48 +122,75 @@ def answers(model: Model, prompt: str, policy: str, count: int) -> dict[str, dic
             "guessed": sum(guess.tokens for guess in guesses),
             "right": sum(guess.right for guess in guesses),
         }
+    for one in found.values():
+        one["differs"] = difference(
+            model, ids.tolist(), target, found["off"]["tokens"], one["tokens"]
+        )
     return found
 
 
-def summary(found: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Tokens per second alone; by who guesses, the ratio to it, what is right, what is the same."""
-    alone = [one["off"] for one in found]
-    decoded = sum(len(one["tokens"]) - 1 for one in alone)
-    row: dict[str, Any] = {"prompts": len(found), "tokens": decoded}
-    row["tokens_per_s"] = 1e3 * decoded / sum(one["ms"] for one in alone)
-    for speculate in KINDS[1:]:
-        with_ = [one[speculate] for one in found]
-        rate = 1e3 * sum(len(one["tokens"]) - 1 for one in with_) / sum(one["ms"] for one in with_)
-        guessed = sum(one["guessed"] for one in with_)
-        row[speculate] = {
-            "ratio": rate / row["tokens_per_s"],
-            "right": sum(one["right"] for one in with_) / guessed if guessed else None,
-            "guessed_per_token": guessed / decoded,
-            "same_text": sum(a["tokens"] == b["tokens"] for a, b in zip(alone, with_, strict=True)),
-            "same_tokens": statistics.mean(
-                same_until(a["tokens"], b["tokens"]) for a, b in zip(alone, with_, strict=True)
-            ),
-        }
-    return row
+def difference(
+    model: Model, ids: list[int], target: str, alone: Sequence[int], other: Sequence[int]
+) -> dict[str, Any] | None:
+    """Where a text first differs, and how near its two tokens are to each other there."""
+    places = (n for n, (a, b) in enumerate(zip(alone, other, strict=False)) if a != b)
+    if (place := next(places, None)) is None:
+        return None
+    before = [*ids, *alone[:place]]
+    (scored,) = model.score(before, prompt_tokens=len(before) - 1, policy=target)
+    best = np.argsort(-scored.logits)[:2].tolist()
+    return {
+        "token": place,
+        "of": len(alone),
+        "gap": float(scored.logits[best[0]] - scored.logits[best[1]]),
+        "these_two": {*best} == {alone[place], other[place]},
+    }
 
 
-def same_until(one: list[int], other: list[int]) -> float:
-    """Share of the answer before the first difference: what rounding moved between near-ties."""
-    same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
-    return same / len(one)
+def summary(found: Sequence[dict[str, Answer]], who: Speculate) -> dict[str, Any]:
+    """Of some prompts: what was guessed, the speed beside no guesses, and what differs."""
+    ms, alone_ms = (
+        sum(one[name]["ms"] for one in found) / sum(len(one[name]["tokens"]) - 1 for one in found)
+        for name in (who, "off")
+    )
+    tokens, guessed, right = (
+        sum(count(one[who]) for one in found)
+        for count in (lambda a: len(a["tokens"]) - 1, lambda a: a["guessed"], lambda a: a["right"])
+    )
+    return {
+        "speculate": who,
+        "prompts": len(found),
+        "tokens": tokens,
+        "ms_per_token": ms,
+        "ratio": alone_ms / ms,
+        "accepted": right / guessed if guessed else None,
+        "drafted_per_pass": guessed / max(tokens - right, 1),
+        "differs": [one[who]["differs"] for one in found if one[who]["differs"]],
+    }
 
 
-def shown(row: dict[str, Any]) -> str:
-    """One kind of prompt in a line."""
-    cells = [f"{row['kind']:16} {row['tokens_per_s']:6.1f} tokens/s"]
-    for speculate in KINDS[1:]:
-        one = row[speculate]
-        right = "-" if one["right"] is None else f"{one['right']:.0%}"
-        cells.append(
-            f"{speculate} {one['ratio']:.2f} x, {right} right, "
-            f"{one['same_text']}/{row['prompts']} the same"
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each target, kind of prompt, and who guesses; then where texts differ."""
+    lines = [
+        f"{'target':8} {'kind':16} {'guesses':8} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
+        f"{'drafted/pass':>13} {'same text':>10}"
+    ]
+    for row in rows:
+        accepted = "-" if row["accepted"] is None else f"{row['accepted']:.0%}"
+        same = f"{row['prompts'] - len(row['differs'])}/{row['prompts']}"
+        lines.append(
+            f"{row['target']:8} {row['kind']:16} {row['speculate']:8} {row['ms_per_token']:8.2f} "
+            f"{row['ratio']:5.2f} x {accepted:>9} {row['drafted_per_pass']:13.2f} {same:>10}"
         )
-    return "  ".join(cells)
+    for row in rows:
+        if row["kind"] != "all":
+            lines += [
+                f"{row['target']} {row['kind']} {row['speculate']}: differs at token "
+                f"{one['token']} of {one['of']}, where the two best logits are {one['gap']:.4f} "
+                f"apart{'' if one['these_two'] else '; it took another one'}"
+                for one in row["differs"]
+            ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
