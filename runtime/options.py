@@ -37,8 +37,8 @@ class GenerationOptions:
         speculate: who guesses tokens that are then checked several at once, which changes the
             speed, and the text only as kernels round otherwise then: `ngram` looks the end of the
             text up in what came before, `dash` runs a cheaper path of the bundle, `auto` takes what
-            pays. The policy must take one path for every token; without one it is the highest
-            exported precision.
+            pays. The policy must take one path for every token; without policy and budget here it
+            is the highest exported precision.
         stop: strings that end the text; they are not part of it.
         grammar: the form that the text must have.
         logprobs: tell each token's log probability, and that of as many of the likeliest.

@@ -77,7 +77,7 @@ def speed(times: tuple[float, ...], generations: int = 8, **rates: float) -> flo
     """Beside the same generations without guesses; the mean of some seeds."""
     alone = generations * (128 * PLAIN_MS + SET_UP_MS)
     found = []
-    for seed in range(5):
+    for seed in range(3):
         machine = Machine(times, seed, **rates)
         for _ in range(generations):
             machine.generate()

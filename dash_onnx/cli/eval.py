@@ -147,7 +147,7 @@ def _task(arguments: argparse.Namespace) -> None:
         remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
     bundle = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
-    speculate = arguments.speculate or "off"
+    speculate: Speculate = arguments.speculate or "off"
     model = DashLM(bundle, arguments.policy, arguments.budget, speculate=speculate)
     with _quietly():
         found = evaluate_task(model, arguments.task, arguments.max_items)

@@ -35,7 +35,8 @@ class PolicyRun:
         kl: KL(reference || policy) of the next token in nats.
         predicted: sum of the scorer's predictions for the chosen actions, in nats; empty where no
             scorer decided.
-        top1: share of tokens whose most likely next token is the reference's.
+        top1: share of tokens whose most likely next token is the reference's, which it would
+            accept as a guess.
     """
 
     name: str
