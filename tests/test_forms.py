@@ -204,6 +204,19 @@ def test_log_probabilities_over_the_api(client: openai.OpenAI) -> None:  # noqa:
     assert all(len(top) <= 3 for top in plain.top_logprobs)
 
 
+def test_the_bytes_of_tokens_make_up_the_text(client: openai.OpenAI) -> None:  # noqa: F811
+    """Also where a character is cut into several tokens."""
+    form: Any = {"response_format": {"type": "regex", "regex": "a\u00e9\u20ac\U0001f30a!"}}
+    found = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=2, extra_body=form
+    )
+    logprobs = found.choices[0].logprobs
+    assert logprobs is not None and logprobs.content
+    *tokens, _ = logprobs.content  # the last one ends the answer
+    raw = b"".join(bytes(token.bytes or []) for token in tokens)
+    assert raw.decode() == found.choices[0].message.content == "a\u00e9\u20ac\U0001f30a!"
+
+
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "count"}}]
 )

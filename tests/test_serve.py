@@ -154,6 +154,30 @@ def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
     assert told(policy="int8", speculate="ngram")["actions"] == {"int8": 1.0}
 
 
+def test_null_stands_for_a_field_that_is_not_there(server: Server) -> None:
+    names = (
+        "n stream frequency_penalty presence_penalty response_format tools tool_choice logprobs "
+        "top_logprobs stop seed policy budget speculate stream_options temperature top_p logit_bias"
+    ).split()
+    nothing = dict.fromkeys(names)
+    body = {"model": "tiny", "messages": MESSAGES, "prompt": "the", "max_tokens": 2, **nothing}
+    for route in ("chat/completions", "completions"):
+        found = httpx.post(f"{server.url}/v1/{route}", json=body)
+        assert found.status_code == 200, found.text
+    form = {"type": "text", "json_schema": None, "regex": None}
+    body |= {"response_format": form, "stream": True, "stream_options": {"include_usage": None}}
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_seed_may_be_any_integer(client: openai.OpenAI) -> None:
+    options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 1.5}
+    first, again = (
+        [c.message.content for c in client.chat.completions.create(**options, seed=s, n=2).choices]
+        for s in (-1, 2**63 - 1)
+    )
+    assert first == again
+
+
 @pytest.fixture
 def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Server]:
     """Two bundles, and memory for one."""
@@ -318,12 +342,14 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty"),
+        ({"stop": ["x"] * 17}, openai.BadRequestError, "at most 16 strings"),
+        ({"stop": "x" * 1001}, openai.BadRequestError, "at most 16 strings"),
         ({"extra_body": {"budget": "cheap"}}, openai.BadRequestError, "budget"),
         ({"extra_body": {"policy": "magic"}}, openai.BadRequestError, "policy"),
         ({"extra_body": {"policy": "static:@/etc/passwd"}}, openai.BadRequestError, "no file"),
         ({"messages": [{"role": "user", "content": "x " * 2000}]}, openai.BadRequestError, "256"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_served_is_refused_with_a_reason(

@@ -22,6 +22,11 @@ Message: TypeAlias = Mapping[str, Any]
 
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # what transformers takes
+# How byte-level vocabularies write bytes: what is printable as itself, the others from 256 on.
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
 
 
 class TextCodec:
@@ -134,6 +139,16 @@ class TextCodec:
         if _SPACE in entry:
             return entry.replace(_SPACE, " ")
         return self.tokenizer.decode([int(token)], skip_special_tokens=False)
+
+    def piece_bytes(self, token: int) -> bytes:
+        """What one token stands for in UTF-8, also where it is a part of a character."""
+        text, entry = self.piece(token), self.token(token)
+        if "\ufffd" in text:
+            if entry.startswith("<0x") and len(entry) == 6:  # as SentencePiece writes a byte
+                return bytes.fromhex(entry[3:5])
+            if all(letter in _BYTES for letter in entry):
+                return bytes(_BYTES[letter] for letter in entry)
+        return text.encode("utf-8", "replace")
 
 
 def checked_messages(messages: Sequence[Message]) -> list[Message]:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
@@ -22,15 +22,28 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _UNSERVED = (
     "functions logit_bias audio modalities prediction echo suffix best_of grammar repeat_penalty"
 ).split()
+_SEEDS = 2**63
+_STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all of them
 
 
-class StreamOptions(BaseModel):
+class _Object(BaseModel):
+    """A JSON object in which null stands for a field that is not there, as clients write it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+
+class StreamOptions(_Object):
     """Of a streamed answer."""
 
     include_usage: bool = False
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Object):
     """What an answer must look like; `regex` and `lark` are ours."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
@@ -53,7 +66,7 @@ class ResponseFormat(BaseModel):
         return Grammar.lark(self.lark) if self.type == "lark" else None
 
 
-class Generation(BaseModel):
+class Generation(_Object):
     """What both kinds of requests have; unknown fields are ignored, as OpenAI's server does not."""
 
     model_config = ConfigDict(extra="allow")
@@ -97,19 +110,22 @@ class Generation(BaseModel):
             raise PolicyError("a request names no file: give the policy's list itself")
         if unserved:
             raise PolicyError(f"{', '.join(unserved)}: not served; leave it out")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > _STOPS or any(len(word) > _STOP_LENGTH for word in stop):
+            raise PolicyError(f"stop: at most {_STOPS} strings of {_STOP_LENGTH:,} characters")
         wanted = self.max_completion_tokens or self.max_tokens or most_tokens
         return GenerationOptions(
             policy=self.policy,
             budget=self.budget,
             speculate=self.speculate,
             max_new_tokens=min(wanted, most_tokens),
-            stop=self.stop or (),
+            stop=stop,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
+            seed=None if self.seed is None else self.seed % _SEEDS,
             grammar=self.response_format.form(),
             logprobs=self.wanted_logprobs,
         )
@@ -216,8 +232,8 @@ class Choice:
         return said, token
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._codec.piece(token)
-        return {"token": text, "logprob": logprob, "bytes": [*text.encode("utf-8", "replace")]}
+        text, raw = self._codec.piece(token), self._codec.piece_bytes(token)
+        return {"token": text, "logprob": logprob, "bytes": [*raw]}
 
 
 class Answer:
