@@ -6,12 +6,13 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 from cli_tool import Capture, Tool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,15 +30,20 @@ from dash_onnx.cli.serve import main
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.stream import Stream
-from dash_onnx.serve.app import create_app
+from dash_onnx.serve.app import _first, create_app
 from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.running import Alone
+from dash_onnx.serve.schema import Choice
+from dash_onnx.serve.server import Server as DrainingServer
 from dash_onnx.serve.shelf import Shelf, Unloaded, open_bundles
 from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
 TOOL = Tool("dash-serve", main)
+JSON_TYPE = {"content-type": "application/json; charset=utf-8"}
+NO_END = {"type": "regex", "regex": "[a-z ]{10000}"}  # an answer that ends by its limit alone
 OURS: dict[str, Any] = {"policy": "int8"}
 
 
@@ -50,8 +55,8 @@ class Server:
     ):
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(create_app(models, limits, **options), log_config=None)
-        self._server = uvicorn.Server(config)
+        self.app = create_app(models, limits, **options)
+        self._server = DrainingServer(self.app)
         self._thread = threading.Thread(target=self._server.run, args=([self.socket],))
         self._thread.start()
         while not self._server.started:
@@ -60,8 +65,14 @@ class Server:
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
+    def terminate(self) -> None:
+        self._server.handle_exit(signal.SIGTERM, None)
+
     def stop(self) -> None:
         self._server.should_exit = True
+        self.join()
+
+    def join(self) -> None:
         self._thread.join(30)
         assert not self._thread.is_alive()
 
@@ -200,6 +211,7 @@ def test_a_bundle_loads_when_it_is_asked_for_and_takes_the_place_of_an_idle_one(
         found = client.chat.completions.create(model=name, **options)  # type: ignore[call-overload]
         assert found.choices[0].message.content == text
         assert metric(two, "dash_loaded_bundles ") == 1
+    assert metric(two, "dash_prompt_tokens_reused ") > 0  # by a bundle that is unloaded again
 
 
 def test_a_bundle_in_use_keeps_its_place(
@@ -235,7 +247,7 @@ def test_a_bundle_in_use_keeps_its_place(
 def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
     running = Server(open_bundles([tiny_bundle]), Limits(memory_bytes=1000))
     try:
-        with pytest.raises(openai.InternalServerError, match="more than"):
+        with pytest.raises(openai.BadRequestError, match="more than"):  # a retry helps none
             running.client().completions.create(model=tiny_bundle.name, prompt="the", max_tokens=2)
     finally:
         running.stop()
@@ -271,6 +283,69 @@ def test_an_answer_that_takes_too_long_ends_in_words(tiny_model: Model, stream: 
         assert metric(running, "dash_running ") == 0
     finally:
         running.stop()
+
+
+def test_a_reader_that_is_too_slow_loses_its_place(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, Limits(seconds=1, running=1))
+    running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = {"messages": MESSAGES, "max_tokens": 230, "stream": True, "logprobs": True}
+    content = json.dumps({**body, "top_logprobs": 20, "response_format": NO_END}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}"
+    head += "\r\nContent-Type: application/json\r\n\r\n"
+    try:
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(running.socket.getsockname())
+            reader.sendall(head.encode() + content)
+            deadline = time.monotonic() + 20
+            name = 'dash_requests_total{outcome="timeout"}'
+            assert not metric(running, name)
+            while not metric(running, name) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert metric(running, name) == 1
+            assert metric(running, "dash_running ") == 0
+    finally:
+        running.stop()
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_server_that_ends_says_so_and_finishes_its_answers(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model})
+    body = {"messages": MESSAGES, "max_tokens": 60, "stream": True, "response_format": NO_END}
+    url = f"{running.url}/v1/chat/completions"
+    try:
+        with httpx.stream("POST", url, json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.terminate()
+            assert httpx.get(f"{running.url}/ready").status_code == 503
+            refused = httpx.post(url, json=body)
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            rest = [line for line in lines if line]
+        assert len(rest) > 60 and rest[-1] == "data: [DONE]"
+    finally:
+        running.join()
+
+
+def test_a_handler_that_is_cancelled_leaves_nothing_in_the_queue() -> None:
+    ended: list[bool] = []
+
+    async def pieces() -> AsyncGenerator[Any, None]:
+        try:
+            await asyncio.sleep(60)
+            yield 0, None
+        finally:
+            ended.append(True)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(_first(pieces(), None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended
+
+    asyncio.run(cancelled())
 
 
 @pytest.mark.usefixtures("slow")
@@ -468,7 +543,7 @@ def test_a_key_is_needed_where_one_is_set(tiny_model: Model) -> None:
     ],
 )
 def test_bodies_of_another_form_are_refused(body: bytes, status: int, server: Server) -> None:
-    found = httpx.post(f"{server.url}/v1/chat/completions", content=body)
+    found = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=JSON_TYPE)
     assert found.status_code == status
     assert set(found.json()["error"]) == {"message", "type", "param", "code"}
     assert "\n" not in found.json()["error"]["message"]
@@ -500,11 +575,130 @@ def test_no_request_is_an_error_of_the_server(server: Server, cases: int) -> Non
     @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck))
     def ask(body: dict[str, Any], route: str) -> None:
         content = json.dumps({**usual, **body}).encode("utf-8", "surrogatepass")
-        found = http.post(f"{server.url}/v1/{route}", content=content)
+        found = http.post(f"{server.url}/v1/{route}", content=content, headers=JSON_TYPE)
         assert found.status_code in (200, 400, 404, 413), found.text
 
     with httpx.Client(timeout=30) as http:
         ask()
+
+
+def test_a_key_of_any_letters_is_told_from_others(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, key="s\u00e9same")
+    try:
+        for key, status in (("s\u00e9same", 200), ("sesame", 401), ("s\u00e8same", 401)):
+            headers = {"authorization": f"Bearer {key}".encode()}
+            assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == status
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_what_a_web_page_may_send_unasked_is_refused(kind: str, server: Server) -> None:
+    body = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 1})
+    found = httpx.post(
+        f"{server.url}/v1/chat/completions", content=body, headers={"content-type": kind}
+    )
+    assert found.status_code == 415 and "application/json" in found.json()["error"]["message"]
+
+
+def test_web_pages_of_other_origins_are_let_in_only_where_told(
+    tiny_model: Model, server: Server
+) -> None:
+    running = Server({"tiny": tiny_model}, origins=("https://app.example",))
+    try:
+        for url, origin, allowed in (
+            (running.url, "https://app.example", "https://app.example"),
+            (running.url, "https://else.example", None),
+            (server.url, "https://app.example", None),
+        ):
+            headers = {"origin": origin, "access-control-request-method": "POST"}
+            found = httpx.options(f"{url}/v1/chat/completions", headers=headers)
+            assert found.headers.get("access-control-allow-origin") == allowed
+    finally:
+        running.stop()
+
+
+def test_headers_have_a_limit(server: Server) -> None:
+    try:
+        found = httpx.get(f"{server.url}/health", headers={"x-long": "x" * (1 << 20)})
+        assert found.status_code == 400
+    except httpx.TransportError:  # the server has closed before it was all sent
+        pass
+    assert httpx.get(f"{server.url}/health", headers={"x-long": "x" * 4000}).status_code == 200
+
+
+def test_a_wrong_method_is_told_the_right_one(server: Server) -> None:
+    found = httpx.get(f"{server.url}/v1/chat/completions")
+    assert found.status_code == 405 and found.headers["allow"] == "POST"
+    assert found.json()["error"]["code"] == "method_not_allowed"
+
+
+def test_a_prompt_may_be_limited(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, Limits(most_prompt_tokens=20))
+    try:
+        client = running.client()
+        assert client.completions.create(model="tiny", prompt="the keeper", max_tokens=1)
+        with pytest.raises(openai.BadRequestError, match="this server takes 20") as error:
+            client.completions.create(model="tiny", prompt="x " * 30, max_tokens=1)
+        assert error.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match="this server takes 20"):
+            client.chat.completions.create(model="tiny", messages=MESSAGES * 9, max_tokens=1)
+    finally:
+        running.stop()
+
+
+# Defects, and what is counted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_defect_is_told_and_logged_with_the_id_of_its_request(
+    stream: bool, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(choice: Choice, chunk: Chunk) -> Any:
+        if chunk.generated_tokens == 3:
+            raise RuntimeError("a defect")
+        return "x", None
+
+    monkeypatch.setattr(Choice, "add", broken)
+    before = metric(server, 'dash_requests_total{outcome="error"}')
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "stream": stream}
+    with caplog.at_level("INFO", "dash_onnx.serve.app"):
+        found = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    name = found.headers["x-request-id"]
+    last = found.text.strip().rpartition("data: ")[2]
+    error = json.loads(last)["error"]
+    assert found.status_code == (200 if stream else 500)
+    assert error["code"] == "internal_error" and name in error["message"]
+    assert metric(server, 'dash_requests_total{outcome="error"}') == before + 1
+    (traced,) = [record for record in caplog.records if record.exc_info]
+    assert name in traced.getMessage()
+    assert f"{found.status_code} error" in caplog.text and not metric(server, "dash_running ")
+
+
+def test_every_request_is_counted_once(server: Server, tiny_model: Model) -> None:
+    names = ('dash_requests_total{outcome="refused"}', "dash_first_token_seconds_count ")
+    names += ('dash_tokens_total{kind="prompt"}', 'dash_requests_total{outcome="done"}')
+    before = [metric(server, name) for name in names]
+    url = f"{server.url}/v1/chat/completions"
+    for body in ({"model": "none"}, {"n": 0}, {"messages": 1}):
+        httpx.post(url, json={"messages": MESSAGES, **body})
+    httpx.post(url, content=b'"' + b"x" * (5 << 20) + b'"', headers=JSON_TYPE)
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "n": 3}
+    assert len(httpx.post(url, json=body).json()["choices"]) == 3
+    after = [metric(server, name) for name in names]
+    prompt = len(tiny_model.text.encode_chat(MESSAGES))
+    assert [new - old for new, old in zip(after, before, strict=True)] == [4, 1, prompt, 1]
+    assert metric(server, "process_resident_memory_bytes ") > 0
+
+
+def test_a_batch_that_has_died_is_no_health(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model})
+    try:
+        (place,) = running.app.state.service.shelf._places.values()
+        place.batch.close()
+        assert httpx.get(f"{running.url}/health").status_code == 503
+    finally:
+        running.stop()
 
 
 def test_the_page_and_unknown_paths(server: Server) -> None:
@@ -552,6 +746,7 @@ def test_the_command_serves_and_ends_with_sigterm(tiny_bundle: Path) -> None:
         else:
             raise AssertionError("did not start")
         running.terminate()
-        assert running.wait(30) in (0, 130)
+        assert running.wait(30) == 0
         assert running.stderr is not None
-        assert "Traceback" not in running.stderr.read()
+        told = running.stderr.read()
+        assert "Traceback" not in told and "interrupted" not in told

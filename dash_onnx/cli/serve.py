@@ -80,6 +80,12 @@ def _parser() -> Parser:
         help="of an answer (default: 4096)",
     )
     parser.add_argument(
+        "--max-prompt-tokens",
+        type=positive,
+        metavar="N",
+        help="of a prompt (default: as many as the context holds)",
+    )
+    parser.add_argument(
         "--timeout", type=positive, default=600, metavar="S", help="of a request (default: 600)"
     )
     parser.add_argument(
@@ -125,10 +131,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.port < 1 << 16:
         raise DashError(f"--port {arguments.port} is no port")
     try:
-        import uvicorn
-
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.limits import Limits
+        from dash_onnx.serve.server import Server
         from dash_onnx.serve.shelf import open_bundles
     except ImportError as error:
         remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
@@ -144,6 +149,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         running=arguments.running,
         waiting=arguments.waiting,
         most_tokens=arguments.max_tokens,
+        most_prompt_tokens=arguments.max_prompt_tokens,
         seconds=arguments.timeout,
         prefix_bytes=max(0, arguments.prefix_mb) << 20,
         prefix_folder=arguments.prefix_cache,
@@ -151,19 +157,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         budget_under_load=arguments.budget_under_load,
     )
     app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=arguments.host,
-            port=arguments.port,
-            log_config=None,
-            access_log=False,  # the app's own has request ids
-            timeout_graceful_shutdown=arguments.timeout,
-            server_header=False,
-        )
-    )
+    server = Server(app, arguments.host, arguments.port)
     _LOG.info("http://%s:%d", arguments.host, arguments.port)
     server.run()
+    if server.force_exit:
+        raise KeyboardInterrupt
 
 
 def _is_local(host: str) -> bool:

@@ -26,8 +26,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.actions import path_letters
-from dash_onnx.core.errors import BundleError, DashError, DeviceError
-from dash_onnx.runtime.engine import Model, Prompt
+from dash_onnx.core.arrays import Ids
+from dash_onnx.core.errors import BundleError, ContextLengthError, DashError, DeviceError
+from dash_onnx.core.policy import ScoredPolicy
+from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.limits import BusyError, Limits
@@ -40,6 +42,9 @@ _LOG = logging.getLogger(__name__)
 _RETRY_S = 2  # what a client that is refused for load is told to wait
 _LOOK_S = 0.5  # between two looks whether a client that waits is still there
 _CLOSED = 499  # a client that went away, in logs and metrics
+_GRACE_S = 1.0  # after its time a stream still tells that it is over
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+_OUTCOMES = {200: "done", 429: "busy", 500: "error", 504: "timeout", _CLOSED: "closed", 0: "closed"}
 
 
 class APIError(Exception):
@@ -51,10 +56,20 @@ class APIError(Exception):
         code: for programs.
     """
 
-    def __init__(self, status: int, message: str, code: str):
-        """Takes the attributes."""
+    def __init__(
+        self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None
+    ):
+        """Takes the attributes, and headers of the answer."""
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
+        self._headers = dict(headers or {})
+        if code in ("busy", "shutting_down"):
+            self._headers["Retry-After"] = str(_RETRY_S)
+
+    @classmethod
+    def defect(cls, name: str) -> APIError:
+        """Of the server, in the request of a name."""
+        return cls(500, f"an error of the server; see request {name} in its log", "internal_error")
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
@@ -64,8 +79,7 @@ class APIError(Exception):
 
     def response(self) -> JSONResponse:
         """The answer."""
-        headers = {"Retry-After": str(_RETRY_S)} if self.status in (429, 503) else None
-        return JSONResponse(self.body(), self.status, headers)
+        return JSONResponse(self.body(), self.status, self._headers)
 
 
 def create_app(
@@ -86,7 +100,8 @@ def create_app(
     Raises:
         PolicyError: a bundle cannot meet the budget under load.
     """
-    server = _Server(Service(models, limits or Limits()), key)
+    service = Service(models, limits or Limits())
+    server = _Server(service, key)
     routes = [
         Route("/", server.page),
         Route("/health", server.health),
@@ -97,13 +112,10 @@ def create_app(
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
         Route("/v1/completions", server.complete, methods=["POST"]),
     ]
-    middleware = [Middleware(_RequestId)]
+    middleware = [Middleware(_Requests, service=service)]
     if origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware, allow_origins=[*origins], allow_methods=["*"], allow_headers=["*"]
-            )
-        )
+        given = {"allow_origins": [*origins], "allow_methods": ["*"], "allow_headers": ["*"]}
+        middleware.insert(0, Middleware(CORSMiddleware, **given))
 
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
@@ -111,38 +123,38 @@ def create_app(
 
     async def http_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return APIError(error.status_code, error.detail, "not_found").response()
-
-    async def defect(_: Request, error: Exception) -> Response:
-        return APIError(
-            500, "an error of the server; its log says more", "internal_error"
-        ).response()
+        code = _CODES.get(error.status_code, "invalid_request")
+        return APIError(error.status_code, error.detail, code, error.headers).response()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        server.service.draining = True
-        await asyncio.to_thread(server.service.shelf.close)
+        service.draining = True
+        await asyncio.to_thread(service.shelf.close)
 
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=middleware,
-        exception_handlers={APIError: api_error, HTTPException: http_error, Exception: defect},
+        exception_handlers={APIError: api_error, HTTPException: http_error},
         lifespan=lifespan,
     )
+    app.state.service = service
+    return app
 
 
-class _RequestId:
-    """Gives each request an id, in its answer and in the log."""
+class _Requests:
+    """Gives each request an id, in its answer and in the log, and counts what came of it."""
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         name, started, status = uuid.uuid4().hex[:16], time.monotonic(), 0
+        state = scope.setdefault("state", {})
+        state["name"] = name
 
         async def named(message: Any) -> None:
             nonlocal status
@@ -151,12 +163,23 @@ class _RequestId:
                 message["headers"].append((b"x-request-id", name.encode()))
             await send(message)
 
+        self._service.requests += 1
         try:
             await self._app(scope, receive, named)
+        except Exception:
+            _LOG.exception("%s failed", name, extra={"request": name})
+            state["outcome"] = "error"
+            if not status:
+                await APIError.defect(name).response()(scope, receive, named)
         finally:
+            self._service.requests -= 1
+            outcome = state.get("outcome") or _OUTCOMES.get(status, "refused")
+            if scope["method"] == "POST":
+                self._service.metrics.requests.labels(outcome).inc()
             seconds = time.monotonic() - started
             path = ascii(scope["path"])[1:-1][:200]
-            _LOG.info("%s %s %s %d %.3f s", name, scope["method"], path, status, seconds)
+            told = name, scope["method"], path, status, outcome, seconds
+            _LOG.info("%s %s %s %d %s %.3f s", *told, extra={"request": name})
 
 
 class _Server:
@@ -169,7 +192,8 @@ class _Server:
         return HTMLResponse(files("dash_onnx.serve").joinpath("page.html").read_text("utf-8"))
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        alive = self.service.shelf.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def ready(self, _: Request) -> Response:
         ready = not self.service.draining
@@ -191,7 +215,7 @@ class _Server:
         return JSONResponse(self._model(self._named(request.path_params["name"])))
 
     def _model(self, name: str) -> dict[str, Any]:
-        manifest = self.service.shelf.manifest(name)
+        manifest, policy = self.service.shelf.manifest(name), self.service.shelf.policy(name)
         return {
             "id": name,
             "object": "model",
@@ -202,6 +226,8 @@ class _Server:
                 "layers": manifest.model.num_layers,
                 "max_length": manifest.model.max_length,
                 "presets": manifest.scorer.presets if manifest.scorer else {},
+                "policy": policy.name,
+                "budget": policy.budget if isinstance(policy, ScoredPolicy) else None,
             },
         }
 
@@ -216,6 +242,7 @@ class _Server:
             messages = with_tools(body.prompt(), tools, text.chat_template)
             check_words(text, [*messages, *tools])
             prompt = await asyncio.to_thread(text.encode_chat, messages, tools=tools)
+            self._check_length(prompt)
         choices = [Choice(text, tools) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
@@ -226,21 +253,32 @@ class _Server:
         with _refusing():
             text = await self.service.shelf.text(name)
             options = body.options(self.service.limits.most_tokens)
+            prompt = await asyncio.to_thread(text.encode, body.prompt)
+            self._check_length(prompt)
         choices = [Choice(text, []) for _ in range(body.n)]
-        return await self._answer(request, name, body.prompt, options, body, choices)
+        return await self._answer(request, name, prompt, options, body, choices)
 
     async def _body(self, request: Request, kind: type[Generation]) -> Generation:
         self._check_key(request)
         if self.service.draining:
             raise APIError(503, "the server is shutting down", "shutting_down")
-        limit, content = self.service.limits.body_bytes, bytearray()
+        # A web page may send other types to a server that it could not ask otherwise.
+        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if sent != "application/json":
+            told = "send the body with the header Content-Type: application/json"
+            raise APIError(415, told, "unsupported_media_type")
+        limits, content = self.service.limits, bytearray()
         try:
-            async for piece in request.stream():
-                content += piece
-                if len(content) > limit:
-                    raise APIError(413, f"a request may have {limit} bytes", "too_large")
+            async with asyncio.timeout(limits.seconds):
+                async for piece in request.stream():
+                    content += piece
+                    if len(content) > limits.body_bytes:
+                        told = f"a request may have {limits.body_bytes} bytes"
+                        raise APIError(413, told, "too_large")
         except ClientDisconnect:
             raise APIError(_CLOSED, "the client went away", "closed") from None
+        except TimeoutError:
+            raise APIError(408, f"the body took {limits.seconds:g} s", "timeout") from None
         try:
             return kind.model_validate(json.loads(content))
         except ValidationError as error:
@@ -254,19 +292,19 @@ class _Server:
         self,
         request: Request,
         name: str,
-        prompt: Prompt,
+        prompt: Ids,
         options: GenerationOptions,
         body: Generation,
         choices: list[Choice],
     ) -> Response:
         answer = Answer(name, chat=isinstance(body, ChatRequest))
-        tallies = [Tally() for _ in choices]
+        tallies = [Tally(time.monotonic()), *(Tally() for _ in choices[1:])]
         pieces = self._pieces(name, prompt, options, tallies)
         first = await _first(pieces, request)  # what is refused has a status of its own
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = _events(first, pieces, answer, choices, tallies, usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            events = _events(request, first, pieces, answer, choices, tallies, usage)
+            return _EventStream(request, events, tallies[0].until)
         async with contextlib.aclosing(pieces):
             choices[0].add(first)
             async for index, chunk in pieces:
@@ -278,37 +316,38 @@ class _Server:
         return JSONResponse(answer.whole(choices, reasons, **told))
 
     async def _pieces(
-        self, name: str, prompt: Prompt, options: GenerationOptions, tallies: list[Tally]
+        self, name: str, prompt: Ids, options: GenerationOptions, tallies: list[Tally]
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """The chunks of each choice in turn, with its number; the outcome is counted."""
-        arrived, outcome = time.monotonic(), "closed"
+        """The chunks of each choice in turn, with its number."""
         try:
             async with self.service.slot():
                 until = self.service.deadline()
                 for index, tally in enumerate(tallies):
-                    chosen = options
+                    tally.until, chosen = until, options
                     if options.seed is not None:  # each choice draws anew
                         chosen = dataclasses.replace(options, seed=options.seed + index)
-                    chunks = self.service.run(name, prompt, chosen, arrived, until, tally)
+                    chunks = self.service.run(name, prompt, chosen, tally)
                     async with contextlib.aclosing(chunks):
                         async for chunk in chunks:
                             yield index, chunk
-            outcome = "done"
         except DashError as error:
-            outcome = "busy" if isinstance(error, BusyError) else "refused"
             raise _refusal(error) from None
         except TimeoutError:
-            outcome = "timeout"
             limit = self.service.limits.seconds
             raise APIError(504, f"it took longer than {limit:g} s", "timeout") from None
-        finally:
-            self.service.metrics.requests.labels(outcome).inc()
+
+    def _check_length(self, prompt: Ids) -> None:
+        most = self.service.limits.most_prompt_tokens
+        if most is not None and len(prompt) > most:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)} tokens, this server takes {most}; shorten it"
+            )
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), self._key.encode()):  # as it was sent
             raise APIError(401, "this server needs its API key", "invalid_api_key")
 
     def _named(self, name: str) -> str:
@@ -334,30 +373,52 @@ def _refusal(error: DashError) -> APIError:
         return APIError(429, str(error), "busy")
     if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could mend
         return APIError(503, str(error), "unavailable")
-    return APIError(400, str(error), "invalid_value")
+    too_long = isinstance(error, ContextLengthError)
+    return APIError(400, str(error), "context_length_exceeded" if too_long else "invalid_value")
 
 
 async def _first(pieces: AsyncGenerator[tuple[int, Chunk], None], request: Request) -> Chunk:
     """The first piece; a client that goes away while it waits gives up its place."""
     begun = asyncio.ensure_future(anext(pieces))
-    while not (await asyncio.wait({begun}, timeout=_LOOK_S))[0]:
-        if await request.is_disconnected():
-            begun.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await begun
-            raise APIError(_CLOSED, "the client went away", "closed")
+    try:
+        while not (await asyncio.wait({begun}, timeout=_LOOK_S))[0]:
+            if await request.is_disconnected():
+                raise APIError(_CLOSED, "the client went away", "closed")
+    finally:
+        if begun.cancel():
+            await asyncio.wait({begun})
     _, chunk = begun.result()
     return chunk
 
 
+class _EventStream(StreamingResponse):
+    """Events that the client must have read by a time: a slow reader keeps no place."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, request: Request, events: AsyncGenerator[str, None], until: float):
+        super().__init__(events)
+        self._state, self._events, self._until = request.state, events, until
+
+    async def stream_response(self, send: Send) -> None:
+        self._state.outcome = "closed"  # unless it comes to its end
+        async with contextlib.aclosing(self._events):
+            try:
+                async with asyncio.timeout_at(self._until + _GRACE_S):
+                    await super().stream_response(send)
+            except TimeoutError:  # nothing can be told to who reads nothing
+                self._state.outcome = "timeout"
+
+
 async def _events(
+    request: Request,
     first: Chunk,
     pieces: AsyncGenerator[tuple[int, Chunk], None],
     answer: Answer,
     choices: list[Choice],
     tallies: list[Tally],
     usage: bool,
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Server-sent events: each choice begins with its role and ends with its reason."""
     begun: set[int] = set()
     async with contextlib.aclosing(pieces):
@@ -382,8 +443,15 @@ async def _events(
             if usage:
                 yield _event(answer.usage(_usage(tallies)))
         except APIError as error:
+            request.state.outcome = _OUTCOMES.get(error.status, "refused")
             yield _event(error.body())
             return
+        except Exception:
+            name, request.state.outcome = request.state.name, "error"
+            _LOG.exception("%s failed", name, extra={"request": name})
+            yield _event(APIError.defect(name).body())
+            return
+    request.state.outcome = "done"
     yield "data: [DONE]\n\n"
 
 

@@ -21,7 +21,8 @@ class Limits:
         running: generations at once, which share their passes.
         waiting: further requests that wait for one of them to end.
         most_tokens: of an answer.
-        seconds: of a request, from when it runs.
+        most_prompt_tokens: of a prompt; None: as many as the context holds.
+        seconds: of a request, from when it runs until its answer is sent.
         body_bytes: of a request.
         prefix_bytes: of K/V in memory that lost its place to another text.
         prefix_folder: keeps it for the next process.
@@ -32,6 +33,7 @@ class Limits:
     running: int = 8
     waiting: int = 32
     most_tokens: int = 4096
+    most_prompt_tokens: int | None = None
     seconds: float = 600.0
     body_bytes: int = 4 << 20
     prefix_bytes: int = 256 << 20

@@ -124,6 +124,11 @@ class BatchThread:
         """Prompt tokens that a row or a prefix held."""
         return self._batch.reused
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs: only a defect ends it before its time."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Ends the thread after the current step, and saves what the batch keeps on disk."""
         self._closed = True

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
 from prometheus_client import Counter as Metric
 
+from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.engine import Model, Prompt
+from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.limits import BusyError, Limits
@@ -36,6 +38,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         latency = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
         given: dict[str, Any] = {"registry": self.registry}
+        ProcessCollector(**given)  # memory, time, open files
         self.requests = Metric("dash_requests", "by outcome", ["outcome"], **given)
         self.tokens = Metric("dash_tokens", "prompt and generated", ["kind"], **given)
         self.actions = Metric("dash_actions", "decisions by action", ["action"], **given)
@@ -55,8 +58,15 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """What one answer has cost so far."""
+    """What one answer has cost so far.
 
+    Attributes:
+        arrived: when its request did, by `time.monotonic`; None of its second choice and later.
+        until: when its request must have ended, see `Service.deadline`.
+    """
+
+    arrived: float | None = None
+    until: float = math.inf
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -85,6 +95,7 @@ class Service:
         limits: what it takes on.
         metrics: what it counts.
         draining: whether it only ends what it has begun.
+        requests: in progress.
     """
 
     def __init__(self, models: Mapping[str, Model | Unloaded], limits: Limits):
@@ -94,7 +105,7 @@ class Service:
             PolicyError: a bundle cannot meet the budget under load.
         """
         self.shelf, self.limits, self.metrics = Shelf(models, limits), limits, Metrics()
-        self.draining = False
+        self.draining, self.requests = False, 0
         self._slots = asyncio.Semaphore(limits.running)
         self._waiting = 0
         self._under_load: dict[str, float] = {}
@@ -139,22 +150,14 @@ class Service:
         return asyncio.get_running_loop().time() + self.limits.seconds
 
     async def run(
-        self,
-        name: str,
-        prompt: Prompt,
-        options: GenerationOptions,
-        arrived: float,
-        until: float,
-        tally: Tally,
+        self, name: str, prompt: Ids, options: GenerationOptions, tally: Tally
     ) -> AsyncGenerator[Chunk, None]:
         """The chunks of one generation, counted.
 
         Args:
             name: of the bundle.
-            prompt: text or messages.
+            prompt: its tokens.
             options: of the generation.
-            arrived: when its request did, by `time.monotonic`.
-            until: see `deadline`.
             tally: what it costs is added here.
 
         Raises:
@@ -163,10 +166,10 @@ class Service:
         """
         async with contextlib.AsyncExitStack() as needed:
             # Not around the chunks: who takes them may be another task.
-            async with asyncio.timeout_at(until):
+            async with asyncio.timeout_at(tally.until):
                 place = await needed.enter_async_context(self.shelf.using(name))
                 running = await self._begun(place, prompt, options)
-            chunks = self._counted(name, place.model, running, options, arrived, until, tally)
+            chunks = self._counted(name, place.model, running, options, tally)
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     yield chunk
@@ -177,8 +180,6 @@ class Service:
         model: Model,
         running: Running,
         options: GenerationOptions,
-        arrived: float,
-        until: float,
         tally: Tally,
     ) -> AsyncGenerator[Chunk, None]:
         """Its chunks; while others wait, its budget falls."""
@@ -187,7 +188,7 @@ class Service:
         flexible = name in self._under_load and options.budget is None
         pressure = -1.0
         tally.policy, tally.budget = policy.name, usual
-        whole, before = reference_ms(model.manifest), arrived
+        whole, before = reference_ms(model.manifest), tally.arrived
         try:
             while True:
                 if flexible and usual is not None and self.pressure != pressure:
@@ -196,13 +197,14 @@ class Service:
                     tally.budget = max(usual + (least - usual) * pressure, least)
                     running.set_budget(tally.budget)
                 policy = running.policy
-                async with asyncio.timeout_at(until):
+                async with asyncio.timeout_at(tally.until):
                     chunk = await running.next()
                 if chunk is None:
                     break
                 now = time.monotonic()
                 waited = metrics.between if tally.generated_tokens else metrics.first
-                waited.observe(now - before)
+                if before is not None:
+                    waited.observe(now - before)
                 before = now
                 cost = policy.cost_ms(chunk.path, model.manifest.costs) / whole
                 self._count(chunk, tally, cost)
@@ -210,7 +212,7 @@ class Service:
         finally:
             running.close()
 
-    async def _begun(self, place: Place, prompt: Prompt, options: GenerationOptions) -> Running:
+    async def _begun(self, place: Place, prompt: Ids, options: GenerationOptions) -> Running:
         """A generation among the others of its bundle, or one of its own that guesses."""
         model, batch = place.model, place.batch
         if batch is None or options.speculate != "off":
@@ -225,7 +227,8 @@ class Service:
         tally.last = cost
         if not tally.generated_tokens:
             tally.prompt_tokens = chunk.prompt_tokens
-            metrics.tokens.labels("prompt").inc(chunk.prompt_tokens)
+            if tally.arrived is not None:
+                metrics.tokens.labels("prompt").inc(chunk.prompt_tokens)
         else:  # the first token comes from the prompt
             tally.actions.update(chunk.path)
             tally.cost += cost

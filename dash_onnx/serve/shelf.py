@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DeviceError, SourceError
+from dash_onnx.core.errors import DashError, DeviceError, SourceError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import make_policy
+from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
@@ -48,10 +48,14 @@ class Unloaded:
         self.bundle = Bundle(folder)
         self.manifest = self.bundle.manifest
         device_of(self.bundle, device)
-        make_policy(policy, self.manifest, budget)
+        self._policy = make_policy(policy, self.manifest, budget)
         self.load = partial(
             load, folder, device=device, threads=threads, policy=policy, budget=budget
         )
+
+    def policy(self) -> Policy:
+        """Of requests that name none."""
+        return self._policy
 
 
 class Place:
@@ -59,6 +63,7 @@ class Place:
 
     Attributes:
         manifest: of the bundle.
+        policy: of requests that name none.
         users: requests that need it now.
         used: when the last one ended, by `time.monotonic`.
         loading: loads it, or did.
@@ -68,12 +73,19 @@ class Place:
     def __init__(self, bundle: Model | Unloaded):
         """Nothing runs yet."""
         self.manifest: Manifest = bundle.manifest
+        self.policy = bundle.policy()
         self.users, self.used = 0, 0.0
         self.loading: asyncio.Task[None] | None = None
         self.batch: BatchThread | None = None
         self._bundle = bundle
         self._model: Model | None = None
         self._text: TextCodec | None = None
+        self._reused = 0  # before it was last unloaded
+
+    @property
+    def reused(self) -> int:
+        """Prompt tokens that a row or a prefix held."""
+        return self._reused + (self.batch.reused if self.batch else 0)
 
     @property
     def model(self) -> Model:
@@ -123,6 +135,7 @@ class Place:
     def take(self) -> Callable[[], None]:
         """Empties the place at once; the result frees what was in it, which takes a token."""
         batch, model = self.batch, self._model
+        self._reused = self.reused
         self.batch, self._model = None, None
 
         def free() -> None:
@@ -174,6 +187,15 @@ class Shelf:
         """Of a bundle, loaded or not."""
         return self._places[name].manifest
 
+    def policy(self, name: str) -> Policy:
+        """Of a bundle's requests that name none."""
+        return self._places[name].policy
+
+    @property
+    def alive(self) -> bool:
+        """Whether all that is loaded runs."""
+        return all(place.batch.alive for place in self._places.values() if place.batch)
+
     @property
     def loaded(self) -> int:
         """How many are."""
@@ -182,7 +204,7 @@ class Shelf:
     @property
     def reused(self) -> int:
         """Prompt tokens that a row or a prefix held."""
-        return sum(place.batch.reused for place in self._places.values() if place.batch)
+        return sum(place.reused for place in self._places.values())
 
     @contextlib.asynccontextmanager
     async def using(self, name: str) -> AsyncIterator[Place]:
@@ -219,7 +241,7 @@ class Shelf:
         if most is None:
             return
         if needed > most:
-            raise DeviceError(
+            raise DashError(  # however often it is asked for
                 f"{name} takes {needed / 1e6:.0f} MB, more than the {most / 1e6:.0f} of all bundles"
             )
         while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
