@@ -47,10 +47,10 @@ class KVCache:
         while capacity < tokens:
             capacity *= 2
         capacity = min(capacity, self._manifest.model.max_length)
-        self.keys = self._grown(self.keys, capacity)
-        self.values = self._grown(self.values, capacity)
+        # All of them before the first is taken: there may be no memory for the last.
+        keys, values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
-        self.capacity = capacity
+        self.keys, self.values, self.capacity = keys, values, capacity
         self.moves += 1
 
     def _tables(self, rope: Rope, capacity: int) -> tuple[Buffer, Buffer]:

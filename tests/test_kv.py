@@ -174,3 +174,25 @@ def test_a_quantized_cache_costs_little(tiny_with: Callable[..., Path], night: P
     )
     int8, int4 = (np.abs(logits - wanted).max() / np.abs(wanted).max() for logits in found)
     assert 0 < int8 < 0.05 < int4 < 0.6
+
+
+def test_a_cache_that_cannot_grow_stays_as_it_was(tiny_model: Model) -> None:
+    """There is memory for the keys, and none for all of the values."""
+    sequence = tiny_model.new_sequence(8)
+    sequence.prefill(np.arange(2, 9), ("int8",) * LAYERS, "int8")
+    kv, left = sequence.kv, LAYERS + 1
+    before = [*kv.keys], [*kv.values], kv.rotary, kv.capacity, kv.moves
+    buffer = kv._backend.buffer
+
+    class Full:
+        def buffer(self, *arguments: object) -> object:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise MemoryError
+            return buffer(*arguments)  # type: ignore[arg-type]
+
+    kv._backend = Full()  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        kv.reserve(64)
+    assert (kv.keys, kv.values, kv.rotary, kv.capacity, kv.moves) == before
