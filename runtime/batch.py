@@ -20,8 +20,15 @@ import numpy as np
 from dash_onnx.core.actions import SKIP, Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits, common_length
 from dash_onnx.core.errors import DashError, PolicyError
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.generate import Chunk, CurrentPolicy, Generation, TextWriter
+from dash_onnx.runtime.generate import (
+    Chunk,
+    CurrentPolicy,
+    Generation,
+    TextWriter,
+    prefill_plan,
+)
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
@@ -151,6 +158,9 @@ class Request:
         plan: path and LM head of its prompt.
         deliver: takes them; called by the thread that runs the batch.
         cancelled: set from any thread: it ends before its next token.
+        first: the policy that it began with.
+        quality: how its prompt runs, and its answer, as that may be a part of the next prompt.
+            Where two are equal, one may use the other's K/V.
     """
 
     ids: Ids
@@ -161,11 +171,11 @@ class Request:
     deliver: Deliver
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def prompt(self) -> str:
-        """How its prompt runs. Where two are equal, one may use the other's K/V."""
+    def __post_init__(self) -> None:
         path, head = self.plan
-        return f"{path_letters(path)} {head}"
+        self.first = self.current.policy
+        later = "" if self.first.uniform == path else self.first.quality
+        self.quality = f"{path_letters(path)} {head} {later}".rstrip()
 
 
 @dataclass(eq=False)
@@ -175,7 +185,7 @@ class _Row:
     number: int
     state: SequenceState
     tokens: list[int] = field(default_factory=list)
-    prompt: str = ""  # how what it holds was begun
+    quality: str = ""  # of the request that it holds
     used: int = 0  # when it was last given away
     request: Request | None = None
     going: Generation | None = None
@@ -184,7 +194,7 @@ class _Row:
 
     def common(self, request: Request) -> int:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
-        if self.prompt != request.prompt:
+        if self.quality != request.quality:
             return 0
         return common_length(np.asarray(self.tokens, np.int64), request.ids[:-1])
 
@@ -204,7 +214,7 @@ class Batch:
             rows: generations at once.
             store: keeps what rows hold that are given to another text.
         """
-        self._store = store
+        self._sessions, self._store = sessions, store
         if not 1 <= rows <= 256:
             raise PolicyError(f"rows={rows} must be in 1..256")
         self._decoder = BatchDecoder(sessions, rows)
@@ -215,6 +225,10 @@ class Batch:
         self._wake = threading.Event()
         self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
 
+    def bytes_to_load(self, policy: Policy) -> int:
+        """Bytes of weights that requests with a policy use and that are not loaded yet."""
+        return self._sessions.bytes_to_load(policy, prefill_plan(self._sessions, policy))
+
     def submit(self, request: Request) -> None:
         """Adds a request; it runs as soon as a row is free."""
         self._waiting.append(request)
@@ -224,7 +238,8 @@ class Batch:
         """Puts what all rows hold into the store."""
         if self._store is not None:
             for row in self._rows:
-                self._store.put(row.state, row.tokens, row.prompt)
+                self._store.put(row.state, row.tokens, row.quality)
+            self._store.flush()
 
     def wait(self, seconds: float) -> None:
         """Waits until there is something to do, or a time has passed."""
@@ -248,7 +263,12 @@ class Batch:
             oldest = min(prompts, key=lambda row: row.used)
             self._guarded([oldest], lambda: self._prompt(oldest, alone=not decoding))
         if decoding:
-            self._guarded(decoding, lambda: self._decode(decoding))
+            try:
+                self._decode(decoding)
+            except Exception:  # of one of them: those that run alone go on
+                for row in decoding:
+                    row.state.truncate(len(row.tokens))
+                    self._guarded([row], lambda: self._decode([row]))  # noqa: B023
         return bool(busy)
 
     def _admit(self) -> None:
@@ -269,10 +289,10 @@ class Batch:
         common = row.common(request)
         if self._store is not None:
             if common < len(row.tokens):
-                self._store.put(row.state, row.tokens, row.prompt)
-            common = self._store.restore(row.state, request.ids, common, request.prompt)
+                self._store.put(row.state, row.tokens, row.quality)
+            common = self._store.restore(row.state, request.ids, common, request.quality)
         row.state.truncate(common)
-        row.tokens, row.prompt = request.ids[:common].tolist(), request.prompt
+        row.tokens, row.quality = request.ids[:common].tolist(), request.quality
         row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
         row.going = request.generation(row.state)
         row.rest = request.ids[common:]
@@ -339,6 +359,8 @@ class Batch:
 
     def _free(self, row: _Row) -> None:
         """Ends a request; what its row holds may serve the next one."""
+        if (request := row.request) is not None and request.current.policy is not request.first:
+            del row.tokens[len(request.ids) :]  # another budget wrote some of its answer
         row.request, row.going = None, None
         row.rest = row.rest[:0]
         # A row at rest needs a position to write nothing to; see `SequenceState.rest`.

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.core.atomic import new_file
 from dash_onnx.core.contract import EMBED_PATH
-from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.sequence import SequenceState
@@ -50,19 +51,19 @@ class Saved:
     Attributes:
         tokens: ids `[S]`.
         arrays: by name, keys and values `[H_kv, S, d]` of each layer.
-        prompt: how prompts ran that it serves, see `Request.prompt`; a conversation's is empty.
+        quality: of requests that it serves, see `Request.quality`; a conversation's is empty.
     """
 
     tokens: Ids
     arrays: dict[str, npt.NDArray[Any]]
-    prompt: str = ""
+    quality: str = ""
 
     @classmethod
-    def of(cls, state: SequenceState, tokens: Sequence[int], prompt: str = "") -> Saved:
+    def of(cls, state: SequenceState, tokens: Sequence[int], quality: str = "") -> Saved:
         """Copies what a sequence holds of its tokens."""
         length = min(len(tokens), state.length)
         arrays = {name: buffer.array[0, :, :length].copy() for name, buffer in _buffers(state)}
-        return cls(np.array(tokens[:length], np.int64), arrays, prompt)
+        return cls(np.array(tokens[:length], np.int64), arrays, quality)
 
     def restore(self, state: SequenceState, length: int) -> None:
         """Writes the first tokens into an empty sequence."""
@@ -89,7 +90,7 @@ class Saved:
             PolicyError: safetensors is missing.
             BundleError: there is no such folder, or no file can lie there.
         """
-        told = {**(facts or {}), "bundle": identity_of(manifest), "prompt": self.prompt}
+        told = {**(facts or {}), "bundle": identity_of(manifest), "quality": self.quality}
         with new_file(path) as temporary:
             arrays = {**self.arrays, "tokens": self.tokens}
             _safetensors().numpy.save_file(arrays, str(temporary), metadata=told)
@@ -125,11 +126,14 @@ class Saved:
         )
         if not fits:
             raise SourceError(f"{path} does not hold the K/V that its bundle writes")
-        return cls(tokens, arrays, facts.get("prompt", "")), facts
+        return cls(tokens, arrays, facts.get("quality", "")), facts
 
 
 class PrefixStore:
-    """K/V of texts that lost their row, up to a number of bytes; the oldest go first."""
+    """K/V of texts that lost their row, up to a number of bytes; the oldest go first.
+
+    Files are written in a thread of their own: who puts a text there goes on at once.
+    """
 
     def __init__(self, manifest: Manifest, limit: int, folder: Path | None = None):
         """Starts with what a folder holds.
@@ -140,52 +144,59 @@ class PrefixStore:
             folder: keeps them for the next process; a subfolder of it for each bundle.
 
         Raises:
-            OSError: the folder cannot be made.
+            BundleError: the folder cannot be made or read.
         """
         self._manifest, self._limit = manifest, limit
         self._entries: dict[str, Saved] = {}  # the last used last
         self._folder = None
         if folder is not None:
             self._folder = folder / identity_of(manifest)[:16]
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._load(self._folder)
+            self._writer = ThreadPoolExecutor(1, "prefixes")
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._load(self._folder)
+            except OSError as error:
+                told = f"no K/V can be kept in {folder} ({error.strerror}); choose another folder"
+                raise BundleError(told) from None
 
     def __len__(self) -> int:
         """Texts that it holds."""
         return len(self._entries)
 
-    def put(self, state: SequenceState, tokens: Sequence[int], prompt: str) -> None:
+    def put(self, state: SequenceState, tokens: Sequence[int], quality: str) -> None:
         """Keeps what a sequence holds, unless it is short or held already."""
         ids = np.array(tokens[: state.length], np.int64)
-        if len(ids) < LEAST or self._longest(ids, prompt)[0] == len(ids):
+        if len(ids) < LEAST or self._longest(ids, quality)[0] == len(ids):
             return
-        saved = Saved.of(state, tokens, prompt)
-        digest = hashlib.sha256(prompt.encode() + ids.tobytes()).hexdigest()
+        saved = Saved.of(state, tokens, quality)
+        digest = hashlib.sha256(quality.encode() + ids.tobytes()).hexdigest()
         name = f"{digest[:32]}.safetensors"
         for key, old in [*self._entries.items()]:
-            if old.prompt == prompt and common_length(old.tokens, ids) == len(old.tokens):
+            if old.quality == quality and common_length(old.tokens, ids) == len(old.tokens):
                 self._drop(key)  # the new one begins with it
         self._entries[name] = saved
         if self._folder is not None:
-            try:
-                saved.write(self._folder / name, self._manifest)
-            except Exception as error:  # a full disk has names of its own in safetensors
-                _LOG.warning("cannot write %s: %s", self._folder / name, error)
+            self._writer.submit(self._write, self._folder / name)
         self._shrink()
 
-    def restore(self, state: SequenceState, ids: Ids, held: int, prompt: str) -> int:
+    def flush(self) -> None:
+        """Waits until all files are written."""
+        if self._folder is not None:
+            self._writer.submit(lambda: None).result()
+
+    def restore(self, state: SequenceState, ids: Ids, held: int, quality: str) -> int:
         """Writes the longest beginning of a prompt that it holds into a sequence.
 
         Args:
             state: of the sequence.
             ids: the prompt `[S]`, of which the last token runs in any case.
             held: tokens that the sequence has itself.
-            prompt: how it runs; what ran otherwise does not serve it.
+            quality: of its request; what another one left does not serve it.
 
         Returns:
             How many tokens the sequence holds of the prompt now.
         """
-        common, name = self._longest(ids[:-1], prompt)
+        common, name = self._longest(ids[:-1], quality)
         if common < held + LEAST:
             return held
         saved = self._entries.pop(name)
@@ -193,11 +204,11 @@ class PrefixStore:
         saved.restore(state, common)
         return common
 
-    def _longest(self, ids: Ids, prompt: str) -> tuple[int, str]:
+    def _longest(self, ids: Ids, quality: str) -> tuple[int, str]:
         found = [
             (common_length(saved.tokens, ids), name)
             for name, saved in self._entries.items()
-            if saved.prompt == prompt
+            if saved.quality == quality
         ]
         return max(found, default=(0, ""))
 
@@ -217,7 +228,16 @@ class PrefixStore:
     def _drop(self, name: str) -> None:
         del self._entries[name]
         if self._folder is not None:
-            (self._folder / name).unlink(missing_ok=True)
+            self._writer.submit((self._folder / name).unlink, missing_ok=True)
+
+    def _write(self, path: Path) -> None:
+        """Writes a file, unless what it would hold has gone meanwhile."""
+        if (saved := self._entries.get(path.name)) is None:
+            return
+        try:
+            saved.write(path, self._manifest)
+        except Exception as error:  # a full disk has names of its own in safetensors
+            _LOG.warning("cannot write %s: %s", path, error)
 
 
 def _buffers(state: SequenceState) -> Iterator[tuple[str, Buffer]]:

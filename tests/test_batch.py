@@ -193,6 +193,71 @@ def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> N
     assert len(run(tiny_model, batch, "the keeper")[0]) == 40  # its row serves the next one
 
 
+def test_a_pass_that_fails_ends_no_row_that_runs_alone(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one row's policy needs a graph for which there is no memory."""
+    forward = BatchDecoder.forward
+
+    def failing(decoder: BatchDecoder, rows: Any, tokens: Any, deciders: Any) -> Any:
+        found = forward(decoder, rows, tokens, deciders)  # it fails late, with all positions moved
+        if 0 in rows and decoder.rows[0].length > 8:
+            raise MemoryError
+        return found
+
+    monkeypatch.setattr(BatchDecoder, "forward", failing)
+    ended, *others = run(tiny_model, tiny_model.new_batch(3), *PROMPTS[:3])
+    assert isinstance(ended[-1], MemoryError)
+    for prompt, pieces in zip(PROMPTS[1:3], others, strict=True):
+        wanted = tiny_model.generate(prompt, options=options())
+        assert "".join(c.text for c in pieces if isinstance(c, Chunk)) == wanted
+
+
+def test_an_answer_serves_only_requests_of_its_quality(scored: Model) -> None:
+    """Else a text would depend on who asked before."""
+    batch, first = scored.new_batch(1), scored.text.encode(PROMPTS[1])
+
+    def turn(prompt: np.ndarray, **given: Any) -> tuple[np.ndarray, int]:
+        """The conversation with its answer, and what was held of it before."""
+        before, pieces = batch.reused, []
+        batch.submit(scored.request(prompt, pieces.append, options(max_new_tokens=20, **given)))
+        while batch.step():
+            pass
+        return np.append(prompt, [piece.token for piece in pieces]), batch.reused - before
+
+    talk, _ = turn(first, budget=0.25)
+    dear, held = turn(talk, budget=0.9)
+    alone = scored.generate_step(talk, options=options(max_new_tokens=20, budget=0.9))
+    assert dear[len(talk) :].tolist() == [step.token for step in alone]
+    assert held == 0
+    longer, held = turn(dear, budget=0.9)  # its own next turn: all but the last token
+    assert held == len(dear) - 1
+    for policy in ("int4", "static:full,int4,skip,int8"):
+        talk, held = turn(longer, policy=policy)
+        assert held == 0
+        assert turn(talk, policy=policy)[1] == len(talk) - 1
+
+
+def test_what_another_budget_wrote_serves_nobody(scored: Model) -> None:
+    batch, first, tokens = scored.new_batch(1), scored.text.encode(PROMPTS[1]), []
+
+    def deliver(piece: Chunk | Exception) -> None:
+        assert isinstance(piece, Chunk)
+        tokens.append(piece.token)
+        if len(tokens) == 5:
+            request.current.set_budget(0.25)
+
+    request = scored.request(first, deliver, options(budget=0.9))
+    batch.submit(request)
+    while batch.step():
+        pass
+    again = np.append(first, tokens)
+    batch.submit(scored.request(again, lambda piece: None, options(budget=0.9)))
+    while batch.step():
+        pass
+    assert batch.reused == len(first)
+
+
 def test_a_full_context_ends_a_text_and_its_row_goes_on(tiny_model: Model) -> None:
     batch = tiny_model.new_batch(3)
     for _ in range(2):

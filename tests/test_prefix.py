@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.errors import BundleError, PolicyError, SourceError
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
@@ -93,6 +95,35 @@ def test_a_folder_keeps_them_for_the_next_process(
     assert sum(ran) == 1
     assert found == tiny_model.generate(FIRST, options=OPTIONS)
     assert (folder / "notes.txt").is_file()
+
+
+def test_nobody_waits_for_a_file(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write, write = threading.Event(), Saved.write
+
+    def slow(saved: Saved, path: Path, manifest: Manifest) -> None:
+        assert may_write.wait(60)
+        write(saved, path, manifest)
+
+    monkeypatch.setattr(Saved, "write", slow)
+    store = PrefixStore(tiny_model.manifest, 1 << 30, tmp_path)
+    batch = tiny_model.new_batch(1, store)
+    for prompt in (FIRST, SECOND, FIRST):
+        batch.submit(tiny_model.request(prompt, lambda chunk: None, OPTIONS))
+        while batch.step():
+            pass
+    assert not [*tmp_path.rglob("*.safetensors")]
+    may_write.set()
+    batch.save()
+    assert len([*tmp_path.rglob("*.safetensors")]) == len(store) == 2
+
+
+def test_a_folder_that_cannot_be_is_refused_in_one_line(tiny_model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    with pytest.raises(BundleError, match="choose another folder"):
+        PrefixStore(tiny_model.manifest, 1 << 30, file)
 
 
 def test_the_oldest_go_when_there_is_no_room(tiny_model: Model, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path as FilePath
 
-from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Path, check_action
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Path, check_action, path_letters
 from dash_onnx.core.budget import (
     Budget,
     Controller,
@@ -55,6 +55,11 @@ class Policy(ABC):
         """The path that every token takes, or None when paths differ between tokens."""
         return None
 
+    @property
+    def quality(self) -> str:
+        """What two policies share whose tokens have K/V of the same quality."""
+        return self.name if self.uniform is None else path_letters(self.uniform)
+
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
         """Per layer the actions that may be taken, of those that the bundle has."""
         if self.uniform is not None:
@@ -94,6 +99,11 @@ class ScoredPolicy(Policy):
         self.uses = used_actions(self.budget, points)
         self._manifest = manifest
 
+    @property
+    def quality(self) -> str:
+        """See `Policy`."""
+        return f"dash {self.budget:g}"
+
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
         """See `Policy`; those of the table, and the controller seldom leaves it."""
         return [set(self.uses)] * layers
@@ -101,6 +111,11 @@ class ScoredPolicy(Policy):
     def controller(self) -> Controller:
         """What holds the budget during one generation."""
         return Controller(self._manifest, self.budget, self.multiplier, self.head)
+
+
+def budget_of(policy: Policy) -> float | None:
+    """What the scorer may spend; None where it does not decide."""
+    return policy.budget if isinstance(policy, ScoredPolicy) else None
 
 
 class StaticPolicy(PathPolicy):
