@@ -31,6 +31,7 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.stream import Stream
 from dash_onnx.serve.app import _first, create_app
 from dash_onnx.serve.limits import BusyError, Limits
@@ -249,6 +250,53 @@ def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
     try:
         with pytest.raises(openai.BadRequestError, match="more than"):  # a retry helps none
             running.client().completions.create(model=tiny_bundle.name, prompt="the", max_tokens=2)
+    finally:
+        running.stop()
+
+
+def test_a_policy_that_memory_does_not_hold_is_refused(tiny_bundle: Path) -> None:
+    with dash_onnx.load(tiny_bundle, policy="int8") as model:
+        needed = model.bytes_to_load
+    limits = Limits(memory_bytes=needed * 5 // 4)
+    running = Server(open_bundles([tiny_bundle], policy="int8"), limits)
+    client, options = running.client(), {"model": "", "prompt": "the", "max_tokens": 2}
+    try:
+        assert client.completions.create(**options)  # type: ignore[call-overload]
+        with pytest.raises(openai.BadRequestError, match="ask for another policy"):
+            client.completions.create(**options, extra_body={"policy": "full"})  # type: ignore[call-overload]
+        assert client.completions.create(**options)  # type: ignore[call-overload]
+    finally:
+        running.stop()
+
+
+def test_answers_go_on_while_the_graphs_of_another_policy_load(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, names = Server(open_bundles([tiny_bundle], policy="int8")), []
+    session = Sessions._get
+
+    def watched(sessions: Sessions, path: str, *rest: Any, **options: Any) -> Any:
+        if path not in sessions.loaded:
+            names.append(threading.current_thread().name)
+        return session(sessions, path, *rest, **options)
+
+    monkeypatch.setattr(Sessions, "_get", watched)
+    try:
+        for policy in ("int4", "full", "random:1"):
+            body = {"prompt": "the", "max_tokens": 4, "policy": policy}
+            assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == 200
+    finally:
+        running.stop()
+    assert names and "batch" not in names
+
+
+def test_a_folder_that_keeps_nothing_is_told_in_one_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    running = Server(open_bundles([tiny_bundle]), Limits(memory_bytes=1 << 30, prefix_folder=file))
+    try:
+        found = httpx.post(f"{running.url}/v1/completions", json={"prompt": "the"})
+        assert found.status_code == 503 and "choose another folder" in found.text
     finally:
         running.stop()
 

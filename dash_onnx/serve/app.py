@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dash_onnx.core.actions import path_letters
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.errors import BundleError, ContextLengthError, DashError, DeviceError
-from dash_onnx.core.policy import ScoredPolicy
+from dash_onnx.core.policy import budget_of
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
@@ -227,7 +227,7 @@ class _Server:
                 "max_length": manifest.model.max_length,
                 "presets": manifest.scorer.presets if manifest.scorer else {},
                 "policy": policy.name,
-                "budget": policy.budget if isinstance(policy, ScoredPolicy) else None,
+                "budget": budget_of(policy),
             },
         }
 

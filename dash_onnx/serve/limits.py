@@ -13,6 +13,15 @@ class BusyError(DashError):
     """So much is going on that another request is refused for now."""
 
 
+STEPS = 4
+"""Between the budget of an idle server and that under load."""
+
+
+def lowered(usual: float, least: float, pressure: float) -> float:
+    """A budget between the usual one and the least, by how full the queue is, 0 to 1."""
+    return max(usual + (min(least, usual) - usual) * pressure, min(least, usual))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What the server takes on.

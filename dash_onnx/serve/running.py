@@ -110,7 +110,8 @@ class BatchThread:
     """Runs the steps of a batch."""
 
     def __init__(self, batch: Batch):
-        self.submit, self._batch, self._closed = batch.submit, batch, False
+        self.submit, self.bytes_to_load = batch.submit, batch.bytes_to_load
+        self._batch, self._closed = batch, False
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
 

@@ -18,16 +18,14 @@ from prometheus_client import Counter as Metric
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.policy import ScoredPolicy
+from dash_onnx.core.policy import budget_of
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
 from dash_onnx.serve.running import Alone, Running, Together
 from dash_onnx.serve.shelf import Place, Shelf, Unloaded
-
-_STEPS = 4  # between the budget of an idle server and that under load
 
 
 class Metrics:
@@ -119,7 +117,7 @@ class Service:
     def pressure(self) -> float:
         """How full the queue is, 0 to 1, in steps."""
         full = min(self._waiting / max(self.limits.running, 1), 1.0)
-        return round(full * _STEPS) / _STEPS
+        return round(full * STEPS) / STEPS
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -184,17 +182,16 @@ class Service:
     ) -> AsyncGenerator[Chunk, None]:
         """Its chunks; while others wait, its budget falls."""
         metrics, policy = self.metrics, running.policy
-        usual = policy.budget if isinstance(policy, ScoredPolicy) else None
+        usual = budget_of(policy)
         flexible = name in self._under_load and options.budget is None
-        pressure = -1.0
+        pressure = 0.0
         tally.policy, tally.budget = policy.name, usual
         whole, before = reference_ms(model.manifest), tally.arrived
         try:
             while True:
                 if flexible and usual is not None and self.pressure != pressure:
                     pressure = self.pressure
-                    least = min(self._under_load[name], usual)
-                    tally.budget = max(usual + (least - usual) * pressure, least)
+                    tally.budget = lowered(usual, self._under_load[name], pressure)
                     running.set_budget(tally.budget)
                 policy = running.policy
                 async with asyncio.timeout_at(tally.until):
@@ -215,6 +212,7 @@ class Service:
     async def _begun(self, place: Place, prompt: Ids, options: GenerationOptions) -> Running:
         """A generation among the others of its bundle, or one of its own that guesses."""
         model, batch = place.model, place.batch
+        await self.shelf.prepare(place, model.policy_of(options))
         if batch is None or options.speculate != "off":
             return await Alone.begun(functools.partial(model.stream, prompt, options=options))
         pieces = Together()

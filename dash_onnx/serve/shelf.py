@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from dash_onnx.core.budget import Budget
+from dash_onnx.core.budget import Budget, resolve
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DashError, DeviceError, SourceError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import Policy, make_policy
+from dash_onnx.core.policy import Policy, budget_of, make_policy
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.prefix import PrefixStore
-from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
 from dash_onnx.serve.running import BatchThread
 
 _LOG = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class Place:
     """A bundle's place on the shelf.
 
     Attributes:
-        manifest: of the bundle.
+        name: of the bundle.
+        manifest: likewise.
         policy: of requests that name none.
         users: requests that need it now.
         used: when the last one ended, by `time.monotonic`.
@@ -70,8 +71,9 @@ class Place:
         batch: runs its generations together; None where the device cannot, or nothing is loaded.
     """
 
-    def __init__(self, bundle: Model | Unloaded):
+    def __init__(self, name: str, bundle: Model | Unloaded):
         """Nothing runs yet."""
+        self.name = name
         self.manifest: Manifest = bundle.manifest
         self.policy = bundle.policy()
         self.users, self.used = 0, 0.0
@@ -119,7 +121,10 @@ class Place:
         try:
             model.preload(model.policy())
             if limits.budget_under_load is not None:
-                model.preload("dash", limits.budget_under_load)
+                usual = budget_of(model.policy()) or resolve(None, model.manifest)
+                least = resolve(limits.budget_under_load, model.manifest)
+                for step in range(1, STEPS + 1):
+                    model.preload("dash", lowered(usual, least, step / STEPS))
             store = None
             if limits.prefix_bytes:
                 store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
@@ -165,7 +170,7 @@ class Shelf:
         Raises:
             DashError: a bundle cannot be loaded.
         """
-        self._places = {name: Place(bundle) for name, bundle in bundles.items()}
+        self._places = {name: Place(name, bundle) for name, bundle in bundles.items()}
         self._limits, self._closed = limits, False
         self._lock = asyncio.Lock()  # of loading: each asks what the others take
         for name, bundle in bundles.items():
@@ -226,6 +231,24 @@ class Shelf:
             place.users -= 1
             place.used = time.monotonic()
 
+    async def prepare(self, place: Place, policy: Policy) -> None:
+        """Loads what a request needs before it runs: no answer in progress waits for it.
+
+        Args:
+            place: of its bundle, in use.
+            policy: of the request.
+
+        Raises:
+            BusyError: its memory is in use by other bundles.
+            DashError: it cannot be loaded.
+        """
+        if place.batch is None or not place.batch.bytes_to_load(policy):
+            return
+        async with self._lock:
+            needed = place.batch.bytes_to_load(policy)
+            await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
+            await asyncio.to_thread(place.model.preload, policy)
+
     async def _load(self, name: str, place: Place) -> None:
         async with self._lock:
             started = time.monotonic()
@@ -236,13 +259,15 @@ class Shelf:
                 await asyncio.to_thread(place.take())
         _LOG.info("%s: %r in %.1f s", name, model, time.monotonic() - started)
 
-    async def _make_room(self, name: str, needed: int) -> None:
+    async def _make_room(self, name: str, needed: int, held: int = 0) -> None:
+        """Unloads others; `held` bytes are in memory for the same request."""
         most = self._limits.memory_bytes
         if most is None:
             return
-        if needed > most:
+        if needed + held > most:
             raise DashError(  # however often it is asked for
-                f"{name} takes {needed / 1e6:.0f} MB, more than the {most / 1e6:.0f} of all bundles"
+                f"{name} takes {needed / 1e6:.0f} MB, more than the {(most - held) / 1e6:.0f} that "
+                "--memory-mb leaves for it; ask for another policy or budget, or start with more"
             )
         while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
             idle = {n: one for n, one in self._places.items() if one.loaded and not one.users}
