@@ -27,9 +27,15 @@ page.on("pageerror", (error) => problems.push(String(error)));
 page.on("console", (message) => message.type() === "error" && problems.push(message.text()));
 page.on("requestfailed", (request) => problems.push(request.url()));
 page.on("request", (request) => request.url().startsWith(url) || problems.push(request.url()));
+const budgets = []; // that the page asks for
+page.on("request", (request) => {
+  if (request.method() === "POST") budgets.push(request.postDataJSON().budget ?? null);
+});
 await page.goto(url);
 await page.waitForFunction(() => document.querySelector("#model").options.length > 0);
+const told = await page.textContent("#told");
 for (const [index, question] of questions.entries()) {
+  if (index) await page.fill("#budget", "0"); // the slider
   await page.fill("#text", question);
   await page.keyboard.press("Enter");
   await page.waitForFunction((n) => document.querySelectorAll(".facts").length > n, index);
@@ -40,5 +46,5 @@ const found = await page.evaluate(() => ({
   text: document.body.innerText,
   facts: Array.from(document.querySelectorAll(".facts"), (fact) => fact.textContent),
 }));
-console.log(JSON.stringify({ problems, ...found }));
+console.log(JSON.stringify({ problems, budgets, told, ...found }));
 await browser.close();

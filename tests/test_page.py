@@ -20,7 +20,7 @@ import dash_onnx
 @pytest.fixture(scope="module")
 def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("page") / "out")
-    with dash_onnx.load(with_scorer(Path(folder))) as model:
+    with dash_onnx.load(with_scorer(Path(folder)), budget=0.6) as model:
         server = Server({"out": model})
         yield server.url
         server.stop()
@@ -30,7 +30,7 @@ def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     example("web")  # has the browser's driver
     script = Path(__file__).parent / "chat_page.mjs"
-    command = ["node", str(script), url, "the keeper", *look]
+    command = ["node", str(script), url, "the keeper", "counts", *look]
     result = subprocess.run(
         [*command, "--chromium", chromium()], capture_output=True, encoding="utf-8"
     )
@@ -38,6 +38,8 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     found = json.loads(result.stdout)
     assert found["problems"] == []
     assert not found["wide"]
-    (facts,) = found["facts"]
+    assert found["told"] == "60 % of the time"  # as the server was started
+    assert found["budgets"] == [None, 0.3]  # only once the slider was moved
+    _, facts = found["facts"]
     assert "a second" in facts and "int4" in facts
     assert "the keeper" in found["text"]
