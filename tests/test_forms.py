@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.tools import CallReader, with_tools
+from dash_onnx.serve.tools import CallReader, forced_call, with_tools
 
 SCHEMA = {
     "type": "object",
@@ -141,6 +142,65 @@ def test_what_is_no_call_is_said(text: str, said: str, names: list[Any]) -> None
     rest, calls = reader.finish()
     assert found + rest == said
     assert len(calls) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[TOOL_CALLS] [{}, {}]", ""),  # Mistral
+        ("[TOOL_CALLS][{}]", ""),
+        (" [{}, {}]", ""),  # where the tag is a special token
+        ("<|tool_call|>[{}]", ""),  # Granite 3
+        ("<tool_call>[{}]", ""),
+        ("<|tool_call|>[{}, {}]<|/tool_call|>", ""),  # Phi 4
+        ("I count. <|tool_call|>[{}]<|/tool_call|>", "I count."),
+        ("[1] is no call", "[1] is no call"),
+        ("[", "["),
+    ],
+)
+def test_calls_are_found_as_each_family_writes_them(text: str, said: str) -> None:
+    text = text.replace("{}", json.dumps(CALL))
+    for size in (1, 3, len(text)):
+        reader, found = CallReader([TOOL, OTHER]), ""
+        for start in range(0, len(text), size):
+            found += reader.add(text[start : start + size])
+        rest, calls = reader.finish()
+        assert (found + rest).strip() == said
+        assert len(calls) == text.count('"count"')
+        for call in calls:
+            assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
+            assert len(call["id"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("template", "pattern"),
+    [
+        ("{# [TOOL_CALLS] #}", r"\[TOOL_CALLS\]\[HERE\]"),
+        ("{# <|tool_call|> #}", r"<\|tool_call\|>\[HERE\]"),
+        ("{{ message['tools'] }}<|tool|>", r"<\|tool_call\|>\[HERE\]"),
+        (None, r"<tool_call>\nHERE\n</tool_call>"),
+    ],
+)
+def test_a_call_that_is_asked_for_has_the_form_of_its_family(
+    template: str | None, pattern: str, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_model.text, "chat_template", template)
+    grammar = forced_call([TOOL], "required", tiny_model.text)
+    text = str(tiny_model.generate("a", grammar=grammar, max_new_tokens=200))
+    call = r'\{"name":"count","arguments":\{.*\}\}'
+    assert re.fullmatch(pattern.replace("HERE", call), text), text
+    reader = CallReader([TOOL])
+    assert reader.add(text) == "" and len(reader.finish()[1]) == 1
+
+
+def test_a_template_that_reads_tools_in_a_message_finds_them_there() -> None:
+    template, asked = "{{ message['tools'] }}", {"role": "user", "content": "How many?"}
+    first, second = with_tools([asked], [TOOL], template)
+    assert json.loads(first["tools"]) == [TOOL["function"]] and second == asked
+    system = {"role": "system", "content": "Count."}
+    first, _ = with_tools([system, asked], [TOOL], template)
+    assert first["content"] == "Count." and "count" in first["tools"]
+    assert with_tools([asked], [], template) == [asked]
 
 
 def test_a_template_without_tools_is_told_of_them_in_words() -> None:

@@ -318,5 +318,8 @@ class Answer:
             return {"text": choice.text}
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.calls:
-            message |= {"content": choice.text or None, "tool_calls": choice.calls}
+            message |= {
+                "content": choice.text if choice.text.strip() else None,
+                "tool_calls": choice.calls,
+            }
         return {"message": message}

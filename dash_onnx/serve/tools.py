@@ -1,22 +1,49 @@
 """Tools: how a model is told of them, and how its calls are found in what it writes.
 
-Calls are written as Hermes, Qwen and SmolLM do, `<tool_call>{"name": ..., "arguments": ...}
-</tool_call>`, or as Llama 3 does, an object alone. A model whose chat template knows no tools is
-told of them in the system message.
+A call is `{"name": ..., "arguments": ...}`. Families write it alone or in a list, with tags of
+their own around it, see `_FORMS`, or without any, as Llama 3 does. A model whose chat template
+knows no tools is told of them in the system message.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec, checked_messages
 from dash_onnx.runtime.grammar import Grammar
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+class _Form(NamedTuple):
+    """How a family writes calls.
+
+    Attributes:
+        marks: any of them in a chat template tells the family.
+        open: tag before the calls.
+        close: tag after them; one that the vocabulary lacks is not written.
+        listed: whether they stand in a list.
+    """
+
+    marks: tuple[str, ...]
+    open: str
+    close: str
+    listed: bool = True
+
+
+_HERMES = _Form((), "<tool_call>", "</tool_call>", listed=False)  # Qwen, SmolLM, Granite 4
+_FORMS = (
+    _Form(("[TOOL_CALLS]",), "[TOOL_CALLS]", ""),  # Mistral
+    _Form(("<|tool_call|>", "<|tool|>"), "<|tool_call|>", "<|/tool_call|>"),  # Granite 3, Phi 4
+)
+_OPENS = tuple(form.open for form in (_HERMES, *_FORMS))
+# After a call that was found. Tags that are special tokens are no text: it may stand there bare.
+_AFTER = re.compile(r"\s*[],]?\s*(?:</tool_call>|<\|/tool_call\|>)?\s*")
+_BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may be calls alone
+_IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system's message
 _ANSWER = "<tool_response>\n{}\n</tool_response>"
 _TOLD = """\
 You may call functions. Their signatures, as JSON, one a line:
@@ -49,16 +76,23 @@ def with_tools(
 ) -> list[dict[str, Any]]:
     """Messages as a template takes them: arguments as objects, and tools told where it cannot."""
     messages = [_with_objects(dict(message)) for message in checked_messages(messages)]
+    if tools and template is not None and _IN_MESSAGE in template:
+        return _with_system(messages, "", tools=json.dumps([tool["function"] for tool in tools]))
     if template is not None and "tools" in template:
         return messages
     plain = [_plain(message) for message in messages]
     if not tools:
         return plain
-    told = _TOLD.format("\n".join(json.dumps(tool) for tool in tools))
-    if plain and plain[0]["role"] == "system":
-        first = {**plain[0], "content": f"{plain[0].get('content') or ''}\n\n{told}"}
-        return [first, *plain[1:]]
-    return [{"role": "system", "content": told}, *plain]
+    return _with_system(plain, _TOLD.format("\n".join(json.dumps(tool) for tool in tools)))
+
+
+def _with_system(messages: list[dict[str, Any]], told: str, **more: Any) -> list[dict[str, Any]]:
+    """Messages whose first one is the system's, and says something more."""
+    first, rest = {"role": "system", "content": ""}, messages
+    if messages and messages[0]["role"] == "system":
+        first, *rest = messages
+    content = f"{first.get('content') or ''}\n\n{told}".strip()
+    return [{**first, "content": content, **more}, *rest]
 
 
 def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> Grammar | None:
@@ -93,13 +127,26 @@ def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> G
         }
         for function in allowed
     ]
-    schema = {"anyOf": calls, "x-guidance": {"whitespace_flexible": False}}
+    form, token = _form(codec.chat_template), codec.tokenizer.token_to_id
+    schema: dict[str, Any] = {"anyOf": calls}
+    if form.listed:
+        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+    schema["x-guidance"] = {"whitespace_flexible": False}
     first, last = (
-        f'"{tag}"' if (token := codec.tokenizer.token_to_id(tag)) is None else f"<[{token}]>"
-        for tag in (OPEN, CLOSE)
+        json.dumps(tag) if token(tag) is None else f"<[{token(tag)}]>"
+        for tag in (form.open, form.close)
     )
-    form = f'start: {first} "\\n" call "\\n" {last}'
-    return Grammar.lark(f"{form}\ncall: %json {json.dumps(schema)}\n")
+    if form.listed:
+        last = "" if token(form.close) is None else last
+    else:
+        first, last = f'{first} "\\n"', f'"\\n" {last}'
+    return Grammar.lark(f"start: {first} call {last}\ncall: %json {json.dumps(schema)}\n")
+
+
+def _form(template: str | None) -> _Form:
+    """How a model with this chat template writes calls."""
+    found = (f for f in _FORMS if any(mark in (template or "") for mark in f.marks))
+    return next(found, _HERMES)
 
 
 class CallReader:
@@ -115,14 +162,9 @@ class CallReader:
         if not self._names:
             return text
         self._held += text
-        if not self._spoke and self._held.lstrip().startswith("{"):
+        if not self._spoke and self._held.strip() and _BARE.match(self._held):
             return ""
-        at = self._held.find(OPEN)
-        if at < 0:  # perhaps it begins at the end
-            lengths = range(min(len(OPEN) - 1, len(self._held)), 0, -1)
-            at = len(self._held) - next(
-                (size for size in lengths if self._held.endswith(OPEN[:size])), 0
-            )
+        at = min(_begins(self._held, tag) for tag in _OPENS)
         said, self._held = self._held[:at], self._held[at:]
         self._spoke = self._spoke or bool(said.strip())
         return said
@@ -138,10 +180,10 @@ class CallReader:
                 size = at + 1 or len(rest)
                 said, rest = said + rest[:size], rest[size:]
                 continue
-            # Tags that are special tokens are no text: calls may stand there without.
-            said += rest[:at].rstrip().removesuffix(OPEN)
+            said += _without_tag(rest[:at])
             calls.append(call)
-            rest = rest[end:].lstrip().removeprefix(CLOSE).lstrip()
+            rest = rest[end:]
+            rest = rest[_AFTER.match(rest).end() :]  # type: ignore[union-attr]
         return said, calls
 
     def _call(self, text: str, start: int) -> tuple[dict[str, Any] | None, int]:
@@ -158,8 +200,24 @@ class CallReader:
             arguments = json.dumps(arguments)
         whole = arguments.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
         function = {"name": name, "arguments": whole}
-        number = f"call_{uuid.uuid4().hex[:24]}"
+        number = uuid.uuid4().hex[:9]  # Mistral's templates take no other length
         return {"id": number, "type": "function", "function": function}, end
+
+
+def _without_tag(text: str) -> str:
+    """What stands before a call, without what belongs to it."""
+    text = text.rstrip().removesuffix("[").rstrip()
+    for tag in _OPENS:
+        text = text.removesuffix(tag)
+    return text.rstrip()
+
+
+def _begins(text: str, tag: str) -> int:
+    """Where a tag begins in a text, perhaps cut by its end; the text's length where it does not."""
+    if (at := text.find(tag)) >= 0:
+        return at
+    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
+    return len(text) - next((size for size in sizes if text.endswith(tag[:size])), 0)
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +247,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     if not message.get("tool_calls"):
         return message
     calls = "\n".join(
-        f"{OPEN}\n{json.dumps(call['function'])}\n{CLOSE}" for call in message["tool_calls"]
+        f"{_HERMES.open}\n{json.dumps(call['function'])}\n{_HERMES.close}"
+        for call in message["tool_calls"]
     )
     return {"role": "assistant", "content": f"{content}\n{calls}".strip()}
