@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,26 @@ def test_schemas_are_kept_over_the_api(client: openai.OpenAI) -> None:  # noqa: 
     ours: Any = {"response_format": {"type": "regex", "regex": "[0-9]{3}"}}
     text = client.completions.create(model="tiny", prompt="the", extra_body=ours).choices[0].text
     assert len(text) == 3 and text.isdecimal()
+
+
+@pytest.mark.slow
+def test_two_hundred_answers_of_a_schema_all_parse(tiny_model: Model) -> None:
+    """At a temperature at which the model writes anything, eight at once."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "ships", "schema": SCHEMA}}
+    server = Server({"tiny": tiny_model})  # noqa: F811
+    client = server.client()  # noqa: F811
+
+    def ask(seed: int) -> str:
+        found = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, response_format=form, temperature=3.0, seed=seed
+        )
+        return found.choices[0].message.content or ""
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert [fits(text) for text in pool.map(ask, range(200))] == [True] * 200
+    finally:
+        server.stop()
 
 
 def test_log_probabilities_over_the_api(client: openai.OpenAI) -> None:  # noqa: F811

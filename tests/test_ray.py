@@ -64,6 +64,21 @@ def replicas() -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+def test_a_replica_whose_batch_has_died_is_unhealthy(tiny_bundle: Path) -> None:
+    needed("ray")
+    from dash_onnx.serve.ray import Arguments, _checked, replica
+
+    class Ingress:
+        app = replica(Arguments(bundles=str(tiny_bundle), threads=1))
+
+    checked, shelf = _checked(Ingress)(), Ingress.app.state.service.shelf
+    checked.check_health()
+    next(iter(shelf._places.values())).batch.close()
+    with pytest.raises(RuntimeError, match="has died"):
+        checked.check_health()
+    shelf.close()
+
+
 class Asking:
     """Two clients that ask again and again, in threads."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
@@ -40,13 +42,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def run(tool: str, body: Callable[[], None], level: int = logging.WARNING) -> int:
+def run(
+    tool: str,
+    body: Callable[[], None],
+    level: int = logging.WARNING,
+    formatter: logging.Formatter | None = None,
+) -> int:
     """Runs a tool's body.
 
     Args:
         tool: its name.
         body: what it does.
         level: of the log on stderr, see `log_level`.
+        formatter: of its lines; None: for people.
 
     Returns:
         The exit code: 0; 2 for an error the user can mend, told in one line; 130 when
@@ -58,7 +66,7 @@ def run(tool: str, body: Callable[[], None], level: int = logging.WARNING) -> in
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _logging(tool, level):
+        with _logging(level, formatter or _Line(tool)):
             body()
         if sys.stdout is not None:  # it may be closed
             sys.stdout.flush()
@@ -95,12 +103,28 @@ class _Line(logging.Formatter):
         return f"{self._tool}: {word}{super().format(record)}"
 
 
+class JsonLine(logging.Formatter):
+    """One JSON object a line, for programs that collect logs; `facts` of a record are its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
 @contextmanager
-def _logging(tool: str, level: int) -> Iterator[None]:
+def _logging(level: int, formatter: logging.Formatter) -> Iterator[None]:
     """The package's log goes to stderr, with bars if that is a terminal."""
     logger = logging.getLogger(PACKAGE)
     handler = (BarHandler if sys.stderr.isatty() else logging.StreamHandler)(sys.stderr)
-    handler.setFormatter(_Line(tool))
+    handler.setFormatter(formatter)
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from dash_onnx.cli.common import (
+    JsonLine,
     Parser,
     add_device_options,
     add_log_options,
@@ -111,13 +112,15 @@ def _parser() -> Parser:
     )
     add_device_options(parser)
     add_log_options(parser)
+    parser.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = _parser().parse_args(argv)
-    return run("dash-serve", lambda: _serve(arguments), log_level(arguments))
+    formatter = JsonLine() if arguments.log_json else None
+    return run("dash-serve", lambda: _serve(arguments), log_level(arguments), formatter)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -43,6 +43,7 @@ _RETRY_S = 2  # what a client that is refused for load is told to wait
 _LOOK_S = 0.5  # between two looks whether a client that waits is still there
 _CLOSED = 499  # a client that went away, in logs and metrics
 _GRACE_S = 1.0  # after its time a stream still tells that it is over
+_FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a line of the log
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _OUTCOMES = {200: "done", 429: "busy", 500: "error", 504: "timeout", _CLOSED: "closed", 0: "closed"}
 
@@ -167,7 +168,7 @@ class _Requests:
         try:
             await self._app(scope, receive, named)
         except Exception:
-            _LOG.exception("%s failed", name, extra={"request": name})
+            _LOG.exception("%s failed", name, extra={"facts": {"request": name}})
             state["outcome"] = "error"
             if not status:
                 await APIError.defect(name).response()(scope, receive, named)
@@ -178,8 +179,9 @@ class _Requests:
                 self._service.metrics.requests.labels(outcome).inc()
             seconds = time.monotonic() - started
             path = ascii(scope["path"])[1:-1][:200]
-            told = name, scope["method"], path, status, outcome, seconds
-            _LOG.info("%s %s %s %d %s %.3f s", *told, extra={"request": name})
+            told = name, scope["method"], path, status, outcome, round(seconds, 3)
+            facts = dict(zip(_FACTS, told, strict=True))
+            _LOG.info("%s %s %s %d %s %.3f s", *told, extra={"facts": facts})
 
 
 class _Server:
@@ -448,7 +450,7 @@ async def _events(
             return
         except Exception:
             name, request.state.outcome = request.state.name, "error"
-            _LOG.exception("%s failed", name, extra={"request": name})
+            _LOG.exception("%s failed", name, extra={"facts": {"request": name}})
             yield _event(APIError.defect(name).body())
             return
     request.state.outcome = "done"

@@ -76,7 +76,18 @@ def app(arguments: Arguments) -> serve.Application:
         graceful_shutdown_timeout_s=600,
         **options,
     )
-    return deployment(serve.ingress(build)()).bind()
+    return deployment(_checked(serve.ingress(build)())).bind()
+
+
+def _checked(ingress: Any) -> Any:
+    """The class of a replica, which Ray replaces once its app is no longer healthy."""
+
+    class Replica(ingress):  # type: ignore[misc]
+        def check_health(self) -> None:
+            if not self.app.state.service.shelf.alive:
+                raise RuntimeError("the thread that runs a bundle has died")
+
+    return Replica
 
 
 def replica(arguments: Arguments) -> Starlette:
