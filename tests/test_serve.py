@@ -840,3 +840,35 @@ def test_the_command_serves_and_ends_with_sigterm(
             lines = [json.loads(line) for line in told.splitlines()]
             (ready,) = [line for line in lines if line.get("status") == 200]
             assert ready["path"] == "/ready" and len(ready["request"]) == 16
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_alike_alone_and_among_others(trained_bundle: Path) -> None:
+    """But where two tokens were nearly as likely: several rows run in other kernels than one."""
+    running = Server(open_bundles([trained_bundle], budget="balanced"))
+    client = running.client()
+
+    def ask(number: int) -> list[Any]:
+        messages: Any = [{"role": "user", "content": f"Write about {number} ships at sea."}]
+        found = client.chat.completions.create(
+            model="", messages=messages, max_tokens=64, temperature=0, logprobs=True, top_logprobs=2
+        )
+        logprobs = found.choices[0].logprobs
+        assert logprobs is not None
+        return logprobs.content or []
+
+    try:
+        alone = [ask(number) for number in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            together = [*pool.map(ask, range(8))]
+    finally:
+        running.stop()
+    gaps = []
+    for one, other in zip(alone, together, strict=True):
+        pairs = zip(one, other, strict=False)
+        turned = next((mine for mine, its in pairs if mine.token != its.token), None)
+        if turned is not None:
+            first, second = turned.top_logprobs
+            gaps.append(first.logprob - second.logprob)
+    print(f"{len(gaps)} of 8 answers turned at a near-tie: {gaps}")
+    assert all(gap < 0.2 for gap in gaps)
