@@ -739,22 +739,27 @@ def test_a_defect_is_told_and_logged_with_the_id_of_its_request(
     monkeypatch.setattr(Choice, "add", broken)
     before = metric(server, 'dash_requests_total{outcome="error"}')
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "stream": stream}
-    with caplog.at_level("INFO", "dash_onnx.serve.app"):
-        found = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    caplog.set_level("INFO", "dash_onnx.serve.app")
+    found = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     name = found.headers["x-request-id"]
     last = found.text.strip().rpartition("data: ")[2]
     error = json.loads(last)["error"]
     assert found.status_code == (200 if stream else 500)
     assert error["code"] == "internal_error" and name in error["message"]
-    deadline = time.monotonic() + 5  # it is counted once the client has it
-    while metric(server, 'dash_requests_total{outcome="error"}') == before:
-        assert time.monotonic() < deadline
+
+    def logged() -> list[dict[str, Any]]:
+        facts = [getattr(record, "facts", {}) for record in caplog.records]
+        return [one for one in facts if one.get("outcome") == "error"]
+
+    deadline = time.monotonic() + 5  # a stream is logged once the client has it
+    while not logged() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (told,) = logged()
+    assert told["request"] == name and told["status"] == found.status_code
     (traced,) = [record for record in caplog.records if record.exc_info]
     assert name in traced.getMessage()
+    assert metric(server, 'dash_requests_total{outcome="error"}') == before + 1
     assert not metric(server, "dash_running ")
-    facts = [getattr(record, "facts", {}) for record in caplog.records]
-    (told,) = [one for one in facts if one.get("outcome") == "error"]
-    assert told["request"] == name and told["status"] == found.status_code
 
 
 def test_every_request_is_counted_once(server: Server, tiny_model: Model) -> None:

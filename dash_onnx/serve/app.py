@@ -115,8 +115,10 @@ def create_app(
     ]
     middleware = [Middleware(_Requests, service=service)]
     if origins:
-        given = {"allow_origins": [*origins], "allow_methods": ["*"], "allow_headers": ["*"]}
-        middleware.insert(0, Middleware(CORSMiddleware, **given))
+        cors = Middleware(
+            CORSMiddleware, allow_origins=[*origins], allow_methods=["*"], allow_headers=["*"]
+        )
+        middleware.insert(0, cors)
 
     async def api_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, APIError)
@@ -167,6 +169,8 @@ class _Requests:
         self._service.requests += 1
         try:
             await self._app(scope, receive, named)
+        except ClientDisconnect:
+            state["outcome"] = "closed"
         except Exception:
             _LOG.exception("%s failed", name, extra={"facts": {"request": name}})
             state["outcome"] = "error"

@@ -82,7 +82,7 @@ def app(arguments: Arguments) -> serve.Application:
 def _checked(ingress: Any) -> Any:
     """The class of a replica, which Ray replaces once its app is no longer healthy."""
 
-    class Replica(ingress):  # type: ignore[misc]
+    class Replica(ingress):
         def check_health(self) -> None:
             if not self.app.state.service.shelf.alive:
                 raise RuntimeError("the thread that runs a bundle has died")
