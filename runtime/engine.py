@@ -427,13 +427,21 @@ class Model:
         first = next(chunks)  # errors surface here, not at the first use
         return Stream(_continued(first, chunks), current)
 
-    generate = joined("generate", stream)
+    generate = joined("generate", "Generates the whole text after a prompt, as it is.", stream)
     """Generates the whole text, a `Completion`; takes what `stream` takes."""
 
-    chat = joined("chat", stream, _as_messages)
+    chat = joined(
+        "chat",
+        "Generates the assistant's answer to messages, or to a string as the user's message; the "
+        "chat template is applied.",
+        stream,
+        _as_messages,
+    )
     """Generates the assistant's answer to messages, or to one message of the user."""
 
-    astream = asynchronous("astream", stream)
+    astream = asynchronous(
+        "astream", "Generates text piece by piece for `async for`; threads do the work.", stream
+    )
     """Generates text piece by piece for `async for`, each token in a thread; likewise."""
 
     def new_batch(self, rows: int = ROWS, store: PrefixStore | None = None) -> Batch:

@@ -57,7 +57,14 @@ class Stream(Iterator[Chunk]):
         return self._current.policy
 
     def set_budget(self, budget: Budget) -> None:
-        """Spends another budget from the next token on; see `CurrentPolicy`."""
+        """Spends another budget from the next token on.
+
+        Args:
+            budget: a fraction of the time of the highest exported precision, or a preset.
+
+        Raises:
+            PolicyError: the generation's policy has no budget, or not this one.
+        """
         self._current.set_budget(budget)
 
     def __enter__(self) -> Stream:
@@ -101,10 +108,18 @@ class Completion(str):
 
 def joined(
     name: str,
+    told: str,
     stream: Callable[Concatenate[M, P], Stream],
     prepare: Callable[[Any], Any] = lambda prompt: prompt,
 ) -> Callable[Concatenate[M, P], Completion]:
-    """A method that takes what `stream` takes and returns the text of all chunks."""
+    """A method that takes what `stream` takes and returns the text of all chunks.
+
+    Args:
+        name: of the method.
+        told: first line of its docstring; the rest is that of `stream`.
+        stream: yields the chunks.
+        prepare: what is done to the prompt.
+    """
     signature = inspect.signature(stream)
 
     @functools.wraps(stream)
@@ -113,11 +128,12 @@ def joined(
         bound.arguments["prompt"] = prepare(bound.arguments["prompt"])
         return Completion.of(stream(*bound.args, **bound.kwargs))
 
-    return _named(joined, name, "Completion")
+    returns = "Completion: the text, a `str` with `finish_reason`, counts, times and actions."
+    return _named(joined, name, told, returns)
 
 
 def asynchronous(
-    name: str, stream: Callable[Concatenate[M, P], Stream]
+    name: str, told: str, stream: Callable[Concatenate[M, P], Stream]
 ) -> Callable[Concatenate[M, P], AsyncIterator[Chunk]]:
     """A method that takes what `stream` takes and leaves the event loop free."""
 
@@ -130,11 +146,19 @@ def asynchronous(
         finally:
             chunks.close()
 
-    return _named(asynchronous, name, "AsyncIterator[Chunk]")
+    return _named(
+        asynchronous, name, told, "AsyncIterator[Chunk]: pieces of text, for `async for`."
+    )
 
 
-def _named(method: Callable[..., Any], name: str, returns: str) -> Callable[..., Any]:
-    """With the parameters of the method that it wraps."""
-    signature = inspect.signature(method).replace(return_annotation=returns)
+def _named(method: Callable[..., Any], name: str, told: str, returns: str) -> Callable[..., Any]:
+    """With the parameters of the method that it wraps, and their description."""
+    kind = returns.partition(":")[0]
+    signature = inspect.signature(method).replace(return_annotation=kind)
     method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
+    _, _, rest = (method.__doc__ or "").partition("\n\n")
+    before, raises, errors = rest.partition("        Raises:")
+    method.__doc__ = (
+        f"{told}\n\n{before}        Returns:\n            {returns}\n\n{raises}{errors}"
+    )
     return method

@@ -129,7 +129,7 @@ def test_a_machine_that_skips_for_less_meets_smaller_budgets(scored: Manifest) -
     for point in moved.scorer.static:
         wanted = costs.token_ms(point.path, point.head) / reference_ms(moved)
         assert point.budget == pytest.approx(wanted, abs=1e-5)
-    assert moved.scorer.presets == presets(moved.scorer.points)
+    assert moved.scorer.presets == presets(moved.scorer.points, moved.scorer.margin)
 
 
 def test_rows_that_cost_more_and_lose_more_on_a_machine_go(scored: Manifest) -> None:
@@ -207,7 +207,7 @@ def test_an_unknown_preset_is_refused_and_the_known_ones_are_told(
 @pytest.mark.parametrize("budget", ["fast", "balanced", "cheap"])
 def test_a_preset_without_a_scorer_is_refused(plain: Manifest, budget: str) -> None:
     message = one_line(lambda: resolve(budget, plain))
-    assert budget in message and "no trained scorer" in message
+    assert budget in message and "no policy is trained yet" in message
 
 
 def test_a_number_needs_no_scorer(plain: Manifest) -> None:

@@ -987,12 +987,29 @@ def test_a_chat_at_a_terminal_answers_resets_and_leaves_with_ctrl_d(
     assert chat.close() == 0
 
 
-def test_ctrl_c_at_the_prompt_of_a_chat_leaves_without_traceback(
+def test_ctrl_c_at_the_prompt_of_a_chat_drops_the_line_and_stays(
     tiny_bundle: Path, terminal: Callable[..., Terminal]
 ) -> None:
     chat = terminal(tiny_bundle, *QUICK)
     time.sleep(0.5)  # readline shows its prompt a moment before it waits for signals
-    chat.send("\x03")
-    shown = chat.read_until("interrupted")
+    chat.send("half a mess\x03")
+    shown = chat.read_until("/exit or Ctrl-D leaves")
     assert "Traceback" not in shown
-    assert chat.close() == 130
+    chat.read_until("> ")
+    chat.send("\x04")
+    assert chat.close() == 0
+
+
+def test_a_pasted_text_is_one_message(
+    tiny_bundle: Path, tmp_path: Path, terminal: Callable[..., Terminal]
+) -> None:
+    chat, path = terminal(tiny_bundle, *QUICK), tmp_path / "chat.json"
+    chat.send("hello\nto all\nships\n")
+    chat.read_until("| length]")
+    chat.read_until("> ")
+    chat.send(f"/save {path}\n")
+    chat.read_until("2 messages in")
+    chat.read_until("> ")
+    chat.send("\x04")
+    assert chat.close() == 0
+    assert json.loads(path.read_text("utf-8"))[0]["content"] == "hello\nto all\nships"

@@ -305,7 +305,7 @@ def test_json_is_the_data(bundle: Path, ships: Path, capsys: Capture) -> None:
 
 
 def test_a_bundle_without_a_scorer_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
-    assert "no trained scorer" in refused(capsys, tiny_bundle)
+    assert "no policy yet" in refused(capsys, tiny_bundle)
     assert not (tiny_bundle / "report.html").exists()
 
 

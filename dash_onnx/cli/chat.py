@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import select
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model
 
 _MESSAGES = "messages"  # of the facts in a session's file
+_PASTED_S = 0.05  # within which the next line of a pasted text is there
 HELP = """\
 /budget X     answers at quality, balanced, fast or a fraction; without X: tells it
 /system TEXT  sets the system message; without TEXT: removes it
@@ -29,7 +31,8 @@ HELP = """\
 /load FILE    goes on with a saved one
 /reset        forgets the conversation, and keeps the system message
 /exit         leaves, as Ctrl-D does
-Ctrl-C stops an answer. A message that begins with a slash needs a space before it."""
+Ctrl-C stops an answer, or drops what is typed. A message that begins with a slash
+needs a space before it."""
 
 
 class Chat:
@@ -87,9 +90,16 @@ class Chat:
             self._say("chat with the model; /help lists the commands, /exit or Ctrl-D leaves")
         while True:
             try:
-                line = input("> " if terminal else "")
+                line = _read() if terminal else input()
             except EOFError:
                 break
+            except Terminated:
+                raise
+            except KeyboardInterrupt:  # drops what was typed, not the conversation
+                if not terminal:
+                    raise
+                print("\n/exit or Ctrl-D leaves", file=sys.stderr)
+                continue
             if not line.strip():
                 continue
             command, _, argument = line.strip().partition(" ")
@@ -173,6 +183,15 @@ class Chat:
     def _reset(self, _: str) -> None:
         self._messages = [message for message in self._messages if message["role"] == "system"]
         self._say("the conversation is forgotten")
+
+
+def _read() -> str:
+    """What is typed up to Enter; of a text that is pasted, all lines."""
+    lines = [input("> ")]
+    with contextlib.suppress(OSError, ValueError):  # such as on Windows, where stdin is no socket
+        while select.select([sys.stdin], [], [], _PASTED_S)[0]:
+            lines.append(input())
+    return "\n".join(lines)
 
 
 def _path(name: str) -> Path:

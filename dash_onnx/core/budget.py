@@ -44,7 +44,9 @@ def scorer_facts(manifest: Manifest) -> ScorerFacts:
         PolicyError: the bundle has none.
     """
     if manifest.scorer is None:
-        raise PolicyError("this bundle has no trained scorer; train one with `dash-train OUT`")
+        raise PolicyError(
+            "this bundle has no policy yet: dash-export trains one at its end, and dash-train later"
+        )
     return manifest.scorer
 
 
@@ -65,7 +67,7 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
     try:
         value = float(budget)
     except (ValueError, TypeError, OverflowError):
-        known = ", ".join(presets) or "none: this bundle has no trained scorer"
+        known = ", ".join(presets) or "none: no policy is trained yet"
         raise PolicyError(f"budget {budget!r} is neither a number nor a preset ({known})") from None
     if not math.isfinite(value) or not 0 < value <= 1:
         raise PolicyError(f"budget {value:g} is outside 0..1 (a fraction of the reference's time)")
