@@ -447,6 +447,29 @@ def test_an_interrupted_training_goes_on_and_learns_the_same(
     assert resumed.history == trainer.history
 
 
+class Due(Checkpoint):
+    """Is interrupted when it has saved in the middle of the regression."""
+
+    due = True
+
+    def save(self, **values: Any) -> None:
+        super().save(**values)
+        if "collected" in values:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_regression_goes_on_and_learns_the_same(
+    bundle: Path, trainer: Trainer
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learn(Trainer(Bundle(bundle), OPTIONS, checkpoint=Due))
+    resumed = Trainer(Bundle(bundle), OPTIONS)
+    assert resumed.checkpoint.state["collected"]["first"] == 1
+    learn(resumed)
+    assert same_scorer(resumed, trainer) and resumed.history == trainer.history
+    assert "collected" not in resumed.checkpoint.state
+
+
 # How often to decide
 
 

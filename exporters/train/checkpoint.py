@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from dash_onnx.core.atomic import new_file
 from dash_onnx.core.errors import DashError
 
 _NAME = "state.pt"
+_EVERY_S = 60  # in the middle of a phase
 
 
 class Checkpoint:
@@ -20,6 +23,8 @@ class Checkpoint:
     Attributes:
         state: what the phases saved, by name.
     """
+
+    _saved = math.inf
 
     def __init__(self, bundle: Path, fingerprint: str):
         """Reads what an interrupted run with the same fingerprint left.
@@ -30,7 +35,7 @@ class Checkpoint:
         """
         bundle = bundle.resolve()
         self._folder = bundle.with_name(f".{bundle.name}.training")
-        self._fingerprint = fingerprint
+        self._fingerprint, self._saved = fingerprint, time.monotonic()
         self.state: dict[str, Any] = {}
         try:
             found = torch.load(self._folder / _NAME, torch.get_default_device(), weights_only=True)
@@ -38,6 +43,11 @@ class Checkpoint:
             return
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             self.state = found
+
+    @property
+    def due(self) -> bool:
+        """Whether a phase has gone on for so long that what it has should be saved."""
+        return time.monotonic() - self._saved > _EVERY_S
 
     def save(self, **values: Any) -> None:
         """Adds values to the state and writes all of it.
@@ -53,6 +63,7 @@ class Checkpoint:
                 torch.save(self.state, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
             raise DashError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        self._saved = time.monotonic()
 
     def remove(self) -> None:
         """Training is done."""

@@ -71,7 +71,7 @@ def improve(trainer: Trainer) -> None:
             clipped_step(optimizers[1])
         trainer.history.append(figures)
         bar.set_postfix(loss=f"{figures[0]:.3f}", kl=f"{figures[1]:.3f}")
-        if (step + 1) % plan.save_every == 0 or step + 1 == steps:
+        if (step + 1) % plan.save_every == 0 or step + 1 == steps or trainer.checkpoint.due:
             trainer.checkpoint.save(
                 scorer=trainer.scorer.state_dict(),
                 compensation=[weight.detach() for weight in compensation],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -52,6 +51,7 @@ def regress(trainer: Trainer) -> None:
             hidden = {point: torch.cat([hidden[point], more[point]]) for point in more}
             samples = torch.cat([samples, sampled])
     regressed(trainer, hidden, samples, correction)
+    state.pop("collected", None)
     trainer.checkpoint.save(
         scorer=trainer.scorer.state_dict(),
         points=trainer.scorer.decision_points,
@@ -84,8 +84,8 @@ def regressed(
         scorer.bias.add_(correction)
 
 
-def collect(trainer: Trainer, batches: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Runs batches of training text for the regression.
+def collect(trainer: Trainer, batches: range) -> tuple[dict[int, Tensor], Tensor]:
+    """Runs batches of training text for the regression, from where an interrupted run was saved.
 
     Returns:
         Hidden states `[n, D]` that each decision point sees, by its layer; samples `[n, L, A]` in
@@ -94,7 +94,12 @@ def collect(trainer: Trainer, batches: Sequence[int]) -> tuple[dict[int, Tensor]
     seen = slice(trainer.env.prompt_tokens // 8, None)
     hidden: dict[int, list[Tensor]] = {point: [] for point in trainer.scorer.decision_points}
     samples: list[Tensor] = []
-    for number in Loop("values", batches):
+    first, one_choice = batches.start, len(trainer.candidates) == 1
+    if one_choice and (found := trainer.checkpoint.state.get("collected")):
+        hidden, samples, first = found["hidden"], found["samples"], found["first"]
+        trainer.generator.set_state(found["generator"].cpu())
+    done = first - batches.start
+    for number in Loop("values", range(first, batches.stop), done=done):
         with trainer.autocast():
             states, sampled, final = sampled_values(
                 trainer.env, trainer.batch(number), trainer.generator
@@ -104,6 +109,10 @@ def collect(trainer: Trainer, batches: Sequence[int]) -> tuple[dict[int, Tensor]
         for state in states[1:]:
             part = state.hidden[:, seen].flatten(0, 1).to(trainer.dtype)
             hidden[state.layers.start].append(part)
+        if one_choice and trainer.checkpoint.due:
+            generator = trainer.generator.get_state()
+            parts = {"hidden": hidden, "samples": samples, "generator": generator}
+            trainer.checkpoint.save(collected={**parts, "first": number + 1})
     return {point: torch.cat(parts) for point, parts in hidden.items()}, torch.cat(samples)
 
 
