@@ -142,3 +142,29 @@ def test_the_example_answers(demo: tuple[str, Path]) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert "Paris" in result.stdout
+
+
+@pytest.mark.demo
+def test_genai_guesses_tokens_for_a_fused_graph(trained_bundle: Path, tmp_path: Path) -> None:
+    og = needed("onnxruntime_genai")
+    fuse(Bundle(trained_bundle), tmp_path / "out", FuseOptions("genai", "int8"), overwrite=False)
+    model = og.Model(str(tmp_path / "out"))
+    ids = og.Tokenizer(model).encode("Monday, Tuesday, Wednesday, Thursday, Friday, " * 2)
+
+    def answered(**options: int) -> tuple[list[int], int]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(do_sample=False, max_length=len(ids) + TOKENS)
+        params.set_speculative_options(max_draft_tokens=4, **options)
+        generator = og.Generator(model, params)
+        generator.append_tokens(np.array(ids, np.int32))
+        steps = 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            steps += 1
+        accepted = generator.get_speculative_stats()["draft_tokens_accepted"] if options else 0
+        return [int(token) for token in generator.get_sequence(0)], accepted
+
+    plain, _ = answered()
+    guessed, accepted = answered(ngram_size=3)
+    assert guessed == plain  # a text without near-ties
+    assert accepted > TOKENS // 2
