@@ -157,10 +157,8 @@ def test_genai_guesses_tokens_for_a_fused_graph(trained_bundle: Path, tmp_path: 
         params.set_speculative_options(max_draft_tokens=4, **options)
         generator = og.Generator(model, params)
         generator.append_tokens(np.array(ids, np.int32))
-        steps = 0
         while not generator.is_done():
             generator.generate_next_token()
-            steps += 1
         accepted = generator.get_speculative_stats()["draft_tokens_accepted"] if options else 0
         return [int(token) for token in generator.get_sequence(0)], accepted
 
