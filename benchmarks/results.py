@@ -64,7 +64,18 @@ def page(parts: dict[str, Part]) -> str:
         keep_trailing_newline=True,
     )
     template = environment.get_template("results.md.jinja")
-    functions = (bundle, contenders, policies, tasks, answers, larger, first_tokens, clients, sizes)
+    functions = (
+        bundle,
+        contenders,
+        policies,
+        tasks,
+        answers,
+        larger,
+        first_tokens,
+        guessed,
+        clients,
+        sizes,
+    )
     return template.render(
         parts=parts,
         any=next(iter(parts.values()), None),
@@ -237,6 +248,30 @@ def first_tokens(rows_of: list[dict[str, Any]]) -> str:
         others = f"{row['other_first_token']} of {count}"
         rows.append([row["precision"], kl, f"{row['kl_max']:.4f}", others])
     return table(rows)
+
+
+def guessed(part: Part) -> str:
+    """What guessing tokens brings, by target and kind of prompt."""
+    head = ["target", "prompts", "ms a token", "`ngram`", "`dash`", "`auto`", "accepted"]
+    rows = [[*head, "same text", "largest gap"]]
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in found(part)[0]["rows"]:
+        runs.setdefault((row["target"], row["kind"]), {})[row["speculate"]] = row
+    for (target, kind), by in runs.items():
+        auto = by["auto"]
+        gaps = [one["gap"] for one in auto["differs"]]
+        rows.append(
+            [
+                target,
+                kind,
+                f"{by['off']['ms_per_token']:.1f}",
+                *(f"{by[name]['ratio']:.2f}" for name in ("ngram", "dash", "auto")),
+                "-" if auto["accepted"] is None else f"{auto['accepted']:.0%}",
+                f"{auto['prompts'] - len(gaps)} of {auto['prompts']}",
+                f"{max(gaps):.2f}" if gaps else "-",
+            ]
+        )
+    return table(rows, left=2)
 
 
 def clients(part: Part) -> str:

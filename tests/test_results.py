@@ -28,6 +28,10 @@ BENCH = {
         {**SPEED, "name": "genai peers/int4", "tokens_per_s": 100.0},
     ]
 }
+GUESSES = {
+    "target": "int8", "kind": "editing", "ms_per_token": 12.34, "accepted": 0.6, "prompts": 6,
+    "differs": [],
+}  # fmt: skip
 FIRST = {"precision": "int8", "chats": 20, "kl": 0.002, "kl_stderr": 0.0, "kl_max": 0.01}
 PRINTED: dict[str, list[tuple[str, Any]]] = {
     "speed": [
@@ -58,6 +62,20 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
     "tasks": [(f"dash-eval out --budget {name}", {"results": SCORES}) for name in ("fast", "0.3")],
     "answers": [
         ("python benchmarks/answers.py", [{**ANSWERS, "repeated": 0.1, "repeated_stderr": 0.02}])
+    ],
+    "guesses": [
+        (
+            "python benchmarks/speculate.py out --json",
+            {
+                "model": "m",
+                "rows": [
+                    {**GUESSES, "speculate": "off", "ratio": 1.0, "accepted": None},
+                    {**GUESSES, "speculate": "ngram", "ratio": 1.5},
+                    {**GUESSES, "speculate": "dash", "ratio": 1.2},
+                    {**GUESSES, "speculate": "auto", "ratio": 1.7, "differs": [{"gap": 0.031}]},
+                ],
+            },
+        )
     ],
     "server": [
         (
@@ -126,6 +144,7 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
         "| every layer INT4 | 1.30 | 130 (167-250) | 0.0123 ± 0.0010 | 500 |",
         "| int8 | 0.0020 | 0.0100 | 1 of 20 |",
+        "| int8 | editing | 12.3 | 1.50 | 1.20 | 1.70 | 60% | 5 of 6 | 0.03 |",
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
     ):
