@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,12 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.report import main
-from dash_onnx.core.actions import path_letters
+from dash_onnx.core.actions import Action, path_letters
 from dash_onnx.core.budget import PRESETS, presets, reference_ms, scorer_facts
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.facts import StaticPoint
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.exporters.train import tables
 from dash_onnx.report.analysis import reliability
 from dash_onnx.report.curve import curve, pareto
 from dash_onnx.report.page import number, render
@@ -136,6 +141,61 @@ def test_uniform_precisions_come_with_the_head_that_their_policy_uses(model: Mod
     for action, point in uniform.items():
         assert point.head == model.manifest.heads[action]
         assert point.shares[action] == 1.0
+
+
+LAYERS = 12  # enough for a search of which a table keeps every second step
+
+
+def static_table(manifest: Manifest, paths: list[tuple[Action, ...]]) -> Manifest:
+    """The manifest with as many layers, and these static assignments; INT8 loses least."""
+    facts = scorer_facts(manifest)
+    static = tuple(
+        StaticPoint(0.2 + 0.02 * path.count("int8"), "int8", 0.01 + 0.02 * path.count("int4"), path)
+        for path in paths
+    )
+    return replace(
+        manifest,
+        model=replace(manifest.model, num_layers=LAYERS),
+        scorer=replace(facts, static=static),
+    )
+
+
+def test_the_verdict_compares_with_int4_of_the_table_that_training_measured(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actions = ("int8", "int4", "skip")
+    steps = [tuple(int(layer < done) for layer in range(LAYERS)) for done in range(1, LAYERS + 1)]
+    monkeypatch.setattr(tables, "_skipping", lambda trainer, precise: [])
+    trainer: Any = SimpleNamespace(
+        actions=actions,
+        env=SimpleNamespace(layers=LAYERS),
+        downgrades=[SimpleNamespace(path=path) for path in steps],
+    )
+    paths = [tuple(actions[index] for index in path) for path in tables._static_paths(trainer)]
+    assert len(paths) == len(set(paths)) and ("int8",) * LAYERS in paths
+    found = curve(static_table(model.manifest, paths))
+    assert set(found.uniform) == {"int8", "int4"}
+    assert "every layer in INT4" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("kl", "told"),
+    [
+        (0.9, "At the quality of 10 of 12 layers in INT4, the policy is"),
+        (2e-3, "hardly worth it here: 10 of 12 layers in INT4 is as good"),
+    ],
+)
+def test_the_verdict_takes_the_nearest_path_where_int4_alone_was_not_measured(
+    model: Model, kl: float, told: str
+) -> None:
+    paths = [("int8",) * (LAYERS - n) + ("int4",) * n for n in (6, 10)]
+    manifest = static_table(model.manifest, [*paths, (*["int4"] * (LAYERS - 1), "skip")])
+    facts = scorer_facts(manifest)
+    static = tuple(replace(point, kl=kl, budget=0.4) for point in facts.static)
+    verdict = curve(replace(manifest, scorer=replace(facts, static=static))).verdict
+    assert told in verdict
+    none = replace(manifest, scorer=replace(facts, static=static[:1]))
+    assert "INT4 alone was not measured: train again" in curve(none).verdict
 
 
 def test_a_preset_is_shown_with_the_kl_that_it_promises(model: Model, report: Report) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dash_onnx.core.actions import PRECISIONS, Action, path_letters
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action, path_letters
 from dash_onnx.core.budget import cheapest_within, kl_at, scorer_facts
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 
 _WORTH, _LESS = 0.03, 0.15  # of speed, and of KL: what is less is noise
+_ALIKE = 0.75  # of the layers: tables of older trainings lack the precision alone
 _LEAST_KL = 1e-3  # nats: a precision that loses less than this leaves nothing to gain
 
 
@@ -86,23 +87,32 @@ def curve(manifest: Manifest) -> Curve:
         static=tuple(map(fixed, pareto(facts.static))),
         uniform=uniform,
         presets=tuple(sorted(presets, key=lambda preset: preset.cost)),
-        verdict=_verdict(facts.points, uniform),
+        verdict=_verdict(manifest, facts.points, facts.static),
     )
 
 
-def _verdict(points: tuple[BudgetPoint, ...], uniform: dict[Action, CurvePoint]) -> str:
-    """Compares at the same KL, then at the same cost."""
-    if not uniform:
-        return "No precision alone was measured, so there is nothing to compare the policy with."
-    plain = "int4" if "int4" in uniform else list(uniform)[-1]
-    one = uniform[plain]
-    name = f"every layer in {plain.upper() if plain != 'full' else plain}"
-    if one.kl > _LEAST_KL and points[0].budget <= one.cost:
-        faster = one.cost / cheapest_within(one.kl, points)
+def _verdict(
+    manifest: Manifest, points: tuple[BudgetPoint, ...], static: tuple[StaticPoint, ...]
+) -> str:
+    """Compares with what one would ship instead: at the same KL, then at the same cost."""
+    plain = "int4" if "int4" in manifest.variants else manifest.variants[-1]
+    one = max(
+        (point for point in static if SKIP not in point.path),
+        key=lambda p: (p.path.count(plain), p.head == manifest.heads[plain], -p.kl),
+        default=None,
+    )
+    alike = one.path.count(plain) if one else 0
+    layers = manifest.model.num_layers
+    if one is None or alike < _ALIKE * layers:
+        return f"{plain.upper()} alone was not measured: train again to compare the policy with it."
+    name = f"{'every layer' if alike == layers else f'{alike} of {layers} layers'} in "
+    name += plain.upper() if plain != "full" else plain
+    if one.kl > _LEAST_KL and points[0].budget <= one.budget:
+        faster = one.budget / cheapest_within(one.kl, points)
         if faster >= 1 + _WORTH:
             return f"At the quality of {name}, the policy is {faster:.2f} times as fast."
-        if points[0].budget <= one.cost <= points[-1].budget:
-            kl = kl_at(one.cost, points)
+        if points[0].budget <= one.budget <= points[-1].budget:
+            kl = kl_at(one.budget, points)
             if kl <= one.kl * (1 - _LESS):
                 return (
                     f"In the time of {name}, the policy loses {kl:.3f} nats instead of "

@@ -150,12 +150,13 @@ def _multipliers(trainer: Trainer) -> list[float]:
 
 
 def _static_paths(trainer: Trainer) -> list[tuple[int, ...]]:
-    """Best static assignments from dear to cheap, as action indices."""
-    skip = trainer.actions.index(SKIP)
+    """Each precision alone, and the best static assignments from dear to cheap, as indices."""
+    skip, layers = trainer.actions.index(SKIP), trainer.env.layers
     precise = [one for one in trainer.downgrades if skip not in one.path]
     # Each skip is a large step; those between precisions are small and many.
-    every = max(1, trainer.env.layers // 6)
-    return [one.path for one in [*precise[::every], *_skipping(trainer, precise)]]
+    every = max(1, layers // 6)
+    searched = [one.path for one in [*precise[::every], *_skipping(trainer, precise)]]
+    return [*dict.fromkeys([*((index,) * layers for index in range(skip)), *searched])]
 
 
 def _skipping(trainer: Trainer, precise: list[Downgrade]) -> list[Downgrade]:
