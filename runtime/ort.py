@@ -130,19 +130,28 @@ def _set_pool(threads: int) -> bool:
 def _share_pool() -> None:
     """Gives the pool to the app's own sessions, too: ORT refuses those that want one of their own.
 
-    An app creates them without a thought of ours, so their options are set as they are created.
+    An app creates them without a thought of ours, so their options are others while they are
+    created, and then as they were.
     """
-    session, options = onnxruntime().InferenceSession, onnxruntime().SessionOptions
-    create = session.__init__
+    session, new_options = onnxruntime().InferenceSession, onnxruntime().SessionOptions
+    create, lock = session.__init__, threading.Lock()
 
     @functools.wraps(create)
     def create_on_pool(
-        self: Any, model: Any, sess_options: Any = None, *args: Any, **kwargs: Any
+        self: Any, path_or_bytes: Any, sess_options: Any = None, *args: Any, **kwargs: Any
     ) -> None:
-        sess_options = sess_options or options()
-        if _pool_threads != 1:
-            sess_options.use_per_session_threads = False
-        create(self, model, sess_options, *args, **kwargs)
+        options = sess_options or new_options()
+        with lock:  # the options may be those of several sessions
+            before = options.use_per_session_threads, options.intra_op_num_threads
+            if _pool_threads != 1:
+                options.use_per_session_threads = False
+                options.intra_op_num_threads = 0  # ORT would warn that it is ignored
+            try:
+                create(self, path_or_bytes, options, *args, **kwargs)
+                # What `set_providers` creates the session again with.
+                self._sess_options_initial = self.get_session_options()
+            finally:
+                options.use_per_session_threads, options.intra_op_num_threads = before
 
     session.__init__ = create_on_pool
 
@@ -192,8 +201,11 @@ def create_session(model: Path | bytes, device: Device, stream: int | None = Non
     # Each session would warn that its own thread options are unused.
     options.log_severity_level = 3
     provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
+    session = object.__new__(ort.InferenceSession)
+    # Ours load side by side, those of an app one by one: see `_share_pool`.
+    create = getattr(ort.InferenceSession.__init__, "__wrapped__", ort.InferenceSession.__init__)
     try:
-        session = ort.InferenceSession(model, options, providers=[provider])
+        create(session, model, options, providers=[provider])
     except Exception as error:  # ORT raises types of its C extension, without a common base
         reason = str(error).splitlines()[0]
         name = "a graph in memory" if isinstance(model, bytes) else str(model)

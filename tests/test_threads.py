@@ -102,6 +102,11 @@ def generate(threads=None):
         "generate(); host(True)",
         "generate(); host(False); host(False).run(None, {'input_ids': [[1]]}); generate()",
         "generate(); ort.InferenceSession(graph); ort.InferenceSession(graph, providers=None)",
+        "generate(); ort.InferenceSession(path_or_bytes=graph, sess_options=ort.SessionOptions())",
+        "generate(); options = ort.SessionOptions(); options.intra_op_num_threads = 3; "
+        "session = ort.InferenceSession(graph, options); "
+        "assert (options.use_per_session_threads, options.intra_op_num_threads) == (True, 3); "
+        "session.set_providers(['CPUExecutionProvider']); session.run(None, {'input_ids': [[1]]})",
         "tokens = generate(2); u = os.times(); time.sleep(1.5); v = os.times(); "
         "assert v.user - u.user + v.system - u.system < 0.3, 'threads spin while idle'",
     ],
@@ -109,7 +114,7 @@ def generate(threads=None):
 def test_a_bundle_is_a_good_guest(tiny_bundle: Path, body: str) -> None:
     code = _HOST.format(graph=str(tiny_bundle / "embed.onnx"), bundle=str(tiny_bundle)) + body
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_closed_model_says_so(tiny_bundle: Path) -> None:
