@@ -5,10 +5,12 @@ Never more of the model is loaded than fits a window: some consecutive layers, o
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,10 @@ from dash_onnx.runtime.sessions import Sessions
 BUSY = 0.1
 """Spread of a profile that other work disturbed: 0.03 to 0.04 alone on two cores, 0.14 beside one
 busy process, 0.24 beside two, when all times are a third too long."""
+
+TAKEN = 0.2
+"""Share of the cores' time that steady work takes, which makes every run longer alike: a third
+beside one process that is busy on two cores, half beside two."""
 
 LayerAction = tuple[int, Action]
 """A layer and what it does."""
@@ -73,14 +79,37 @@ class Times:
 
 def profile(bundle: Bundle, device: Device) -> Costs:
     """`measure`, with a warning where other work disturbed it."""
-    costs = measure(bundle, device)
-    if costs.spread > BUSY:
-        _LOG.warning(
-            "other work disturbed the profile: a usual run took %.0f%% longer than the quickest "
-            "quarter; when the machine is quiet, dash-profile measures again",
-            100 * costs.spread,
-        )
+    costs, disturbed = checked(bundle, device)
+    if disturbed:
+        _LOG.warning("%s; when the machine is quiet, dash-profile measures again", disturbed)
     return costs
+
+
+def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
+    """`measure`, and what disturbed it: empty if nothing did."""
+    before = taken_share(thread_count())
+    costs = measure(bundle, device)
+    taken = min(before, taken_share(thread_count()))  # what was steady: `spread` tells the rest
+    why = ""
+    if costs.spread > BUSY:
+        why = f"a usual run took {costs.spread:.0%} longer than the quickest quarter"
+    elif taken > TAKEN:
+        why = f"it (or a limit of CPU time) took {taken:.0%} of the cores' time"
+    return costs, f"other work disturbed the profile: {why}" if why else ""
+
+
+def taken_share(threads: int, seconds: float = 0.3) -> float:
+    """Share of the time of busy threads that they did not run, as other work had their cores."""
+    text = bytes(1 << 18)
+
+    def busy(_: int) -> float:
+        started, ran = time.perf_counter(), time.thread_time()
+        while time.perf_counter() - started < seconds:
+            hashlib.sha256(text)  # which leaves the interpreter to the other threads
+        return (time.thread_time() - ran) / (time.perf_counter() - started)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return 1.0 - sum(pool.map(busy, range(threads))) / threads
 
 
 def measure(bundle: Bundle, device: Device) -> Costs:

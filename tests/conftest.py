@@ -145,6 +145,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     Fixtures of a session and commands in a process of their own still print it.
     """
     monkeypatch.setattr("dash_onnx.runtime.profile.BUSY", math.inf)
+    monkeypatch.setattr("dash_onnx.runtime.profile.TAKEN", math.inf)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from cli_tool import Capture, Tool
 
 from dash_onnx.cli.profile import main
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.runtime.profile import Times, spread_of
+from dash_onnx.runtime.profile import Times, spread_of, taken_share
 
 TOOL = Tool("dash-profile", main)
 
@@ -47,18 +50,43 @@ def test_a_dry_run_prints_and_leaves_the_bundle(bundle: Path, capsys: Capture) -
     assert (bundle / "dash.json").read_bytes() == before
 
 
-@pytest.mark.parametrize(("spread", "written"), [(0.05, True), (0.3, False)])
+@pytest.mark.parametrize(
+    ("spread", "taken", "told"),
+    [
+        (0.05, 0.05, ""),
+        (0.3, 0.05, "30% longer"),
+        (0.05, 0.5, "took 50% of the cores' time"),  # steady work makes all runs longer alike
+    ],
+)
 def test_a_profile_that_other_work_disturbed_is_refused(
-    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, spread: float, written: bool
+    bundle: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    spread: float,
+    taken: float,
+    told: str,
 ) -> None:
     costs = replace(Bundle(bundle).manifest.costs, embed_ms=7.0, spread=spread)
     monkeypatch.setattr("dash_onnx.runtime.profile.measure", lambda *_: costs)
+    monkeypatch.setattr("dash_onnx.runtime.profile.taken_share", lambda _: taken)
     monkeypatch.setattr("dash_onnx.runtime.profile.BUSY", 0.1)
-    if written:
-        assert TOOL.run(bundle) == 0
+    monkeypatch.setattr("dash_onnx.runtime.profile.TAKEN", 0.2)
+    if told:
+        assert told in TOOL.refused(capsys, bundle)
     else:
-        assert "30% longer" in TOOL.refused(capsys, bundle)
-    assert (Bundle(bundle).manifest.costs == costs) == written
+        assert TOOL.run(bundle) == 0
+    assert (Bundle(bundle).manifest.costs == costs) == (not told)
+
+
+def test_steady_work_on_every_core_is_noticed() -> None:
+    cores = os.cpu_count() or 1
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * cores)]
+    try:
+        assert taken_share(cores, seconds=1.0) > 0.4
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_the_spread_tells_how_steady_the_times_are() -> None:

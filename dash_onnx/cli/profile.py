@@ -45,19 +45,16 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.core.errors import DashError
     from dash_onnx.core.records import to_json
-    from dash_onnx.runtime.profile import BUSY, measure
+    from dash_onnx.runtime.profile import checked
 
     # Checks the device and sets the threads.
     dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
-    costs = measure(bundle, bundle.manifest.target.device)
+    costs, disturbed = checked(bundle, bundle.manifest.target.device)
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
-        if costs.spread > BUSY and not arguments.force:
-            raise DashError(
-                f"other work disturbed the profile: a usual run took {costs.spread:.0%} longer "
-                "than the quickest quarter; stop it and try again, or write the costs with --force"
-            )
+        if disturbed and not arguments.force:
+            raise DashError(f"{disturbed}; stop it and try again, or write the costs with --force")
         replace_manifest(bundle.folder, manifest)
         if (fused := bundle.folder / FUSED_FOLDER).is_dir():
             print(
