@@ -297,13 +297,45 @@ def test_a_pipe_that_brings_nothing_is_told_of(tiny_bundle: Path) -> None:
         assert running.wait(60) == 0
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-"])
-def test_closed_streams_cause_no_traceback(closed: str, tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_empty_as_dev_null(closed: str, tiny_bundle: Path) -> None:
     shell = f'exec "$0" -c \'{RUN}\' "$1" "$2" --max-new-tokens 2 {closed}'
     words = ["bash", "-c", shell, sys.executable, str(tiny_bundle), PROMPT]
     done = subprocess.run(words, stderr=subprocess.PIPE, timeout=60, text=True)
     assert "Traceback" not in done.stderr
-    assert done.returncode in (0, 2)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_a_chat_without_streams_is_refused_in_one_line(closed: str, tiny_bundle: Path) -> None:
+    shell = f'exec "$0" -c \'{RUN}\' "$1" {closed}'
+    words = ["bash", "-c", shell, sys.executable, str(tiny_bundle)]
+    done = subprocess.run(words, stderr=subprocess.PIPE, timeout=60, text=True)
+    assert "the chat needs an open stdin and stdout" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+_SCRIPT = "import os, signal, sys, time; sys.argv[0] = '/usr/bin/dash-run'; import dash_onnx.cli; "
+_CTRL_C = "os.kill(os.getpid(), signal.SIGINT); "
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        # while the tool imports
+        f"{_SCRIPT}{_CTRL_C}time.sleep(9)",
+        # while it runs, cleans up and ends
+        f"{_SCRIPT}from dash_onnx.cli.common import run\n"
+        "def body():\n"
+        f"    try: {_CTRL_C}time.sleep(9)\n"
+        f"    finally: {_CTRL_C}time.sleep(9)\n"
+        f"code = run('dash-run', body); {_CTRL_C}sys.exit(code)",
+    ],
+    ids=["importing", "thrice"],
+)
+def test_ctrl_c_is_one_line_at_any_time(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "\ndash-run: interrupted\n")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
+from dash_onnx.cli import leave
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import PACKAGE, BarHandler, announce
 from dash_onnx.core.version import __version__
@@ -61,6 +62,12 @@ def run(
         interrupted. Anything else is a defect and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    own_process = signal.getsignal(signal.SIGINT) is leave
+    if own_process:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the tool
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         # Some terminals and pipes hold no emoji; in tests the streams are others.
         if isinstance(stream, io.TextIOWrapper):
@@ -68,12 +75,13 @@ def run(
     try:
         with _logging(level, formatter or _Line(tool)):
             body()
-        if sys.stdout is not None:  # it may be closed
-            sys.stdout.flush()
+        sys.stdout.flush()
     except DashError as error:
         print(f"{tool}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if own_process:  # another Ctrl-C must not interrupt this
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"\n{tool}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -88,6 +96,9 @@ def run(
         reason = error.strerror or error
         print(f"{tool}: error: cannot read or write{place}: {reason}", file=sys.stderr)
         return 2
+    finally:
+        if own_process:  # nor the end of the interpreter
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0
 
 
@@ -146,8 +157,6 @@ def _terminate(*_: object) -> NoReturn:
 
 def _discard_stdout() -> None:
     """What is still buffered cannot be written: the interpreter must not try at its end."""
-    if sys.stdout is None:
-        return
     with suppress(io.UnsupportedOperation):  # not a file, as in a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -177,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--system goes with a chat, not with --raw")
     if arguments.session and arguments.prompt is not None:
         parser.error("--session is of the interactive chat, without PROMPT")
+    if arguments.prompt is None and None in (sys.stdin, sys.stdout):
+        parser.error("the chat needs an open stdin and stdout")
     if arguments.raw and arguments.prompt is None:
         parser.error("--raw needs a PROMPT")
     return run("dash-run", lambda: _run(arguments))
@@ -273,8 +275,6 @@ def _text(prompt: str) -> str:
 
 def _piped(wanted: bool = False) -> str:
     """What stdin holds, where it is a pipe or a file."""
-    if sys.stdin is None:  # closed
-        return ""
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):
