@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scored_bundle import made_up
 
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import BudgetPoint, ScorerFacts, Training
 from dash_onnx.core.manifest import Manifest
@@ -108,6 +111,40 @@ def test_a_wrong_number_of_layers_is_refused(
         Manifest.from_text(edited(text, edit), "b")
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data["model"].update(head_dim=2**31 - 1), "too small for the sizes"),
+        (lambda data: data.update(ropes=data["ropes"] * 1000), "ropes lists more than files"),
+        (lambda data: data.update(layers=data["layers"] * 1000), "layers lists more than files"),
+        (lambda data: data["model"].update(name="x" * 16_000_000), "longer than that of any"),
+        (lambda data: data["costs"]["layers_ms"][0].update(int4=1e18), "costs must lie"),
+        (lambda data: data["costs"]["layers_ms"][0].update(int4=1e-300), "costs must lie"),
+        (lambda data: data["costs"].update(embed_ms=1e18), "costs must be"),
+        (lambda data: data["ropes"][0].update(inv_freq=[-1e18]), "ropes has a number"),
+        (lambda data: data.update(ropes=data["ropes"] * 7), "more than the layers can use"),
+    ],
+)
+def test_what_no_bundle_can_claim_is_refused_at_once(
+    text: str, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    changed, started = edited(text, edit), time.monotonic()
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_text(changed)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("file", ["embed.onnx", "layers/01/skip.onnx", "tokenizer.json"])
+def test_a_scorer_that_is_another_file_of_the_bundle_is_refused(
+    tiny_bundle: Path, file: str
+) -> None:
+    """`dash-train` removes the file of an earlier scorer."""
+    manifest = Bundle(tiny_bundle).manifest
+    scored = replace(manifest, scorer=made_up(manifest, file))
+    with pytest.raises(BundleError, match="not the name of a scorer; train again"):
+        Manifest.from_text(scored.to_text())
+
+
 @pytest.mark.parametrize("cut", [0, 1, 1000, -3])
 def test_a_truncated_text_is_not_json(text: str, cut: int) -> None:
     with pytest.raises(BundleError, match=r"^b is not valid JSON .*; export again$"):
@@ -163,7 +200,8 @@ def test_a_manifest_of_the_format_before_is_read(text: str) -> None:
     row = BudgetPoint(0.5, 0.1, "int8", 0.2, {"int8": 1.0})
     training = Training("quick", "a test", 1, 1, 0, 1.0, (), (), ())
     facts = (manifest.actions, (1,), (row,), {"balanced": 0.5}, (), training)
-    now = replace(manifest, scorer=ScorerFacts("embed.onnx", *facts))
+    files = {**manifest.files, "scorer-0.onnx": manifest.files["embed.onnx"]}
+    now = replace(manifest, files=files, scorer=ScorerFacts("scorer-0.onnx", *facts))
 
     def age(data: dict[str, Any]) -> None:
         data |= {"format_version": 2, "kv_of_skipped": "project"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,13 @@ from dash_onnx.core.actions import PRECISIONS, SKIP
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
 if TYPE_CHECKING:
-    from dash_onnx.core.facts import ModelFacts, ScorerFacts
+    from dash_onnx.core.facts import ModelFacts, Rope, ScorerFacts
     from dash_onnx.core.manifest import Manifest
 
 _MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
+_LARGE = 1e6  # of a frequency or factor of ropes
+_LEAST_MS, _MOST_MS = 1e-6, 1e9  # of a part of a token: times are rounded to 1e-5
+_SCORER = re.compile(r"scorer-\w+\.onnx")
 _NOISE = 0.01  # of a KL that was measured in FP32, and of rounded shares
 _MOST_WEIGHTS = 4  # in a byte: INT2
 
@@ -90,17 +93,26 @@ def _rope_problems(manifest: Manifest) -> Iterator[str]:
         yield "ropes must all have the same number of frequencies"
     if 2 * max(pairs) > manifest.model.head_dim:
         yield f"ropes rotate more than the {manifest.model.head_dim} dimensions of a head"
+    if not all(abs(x) <= _LARGE for rope in manifest.ropes for x in _factors(rope)):
+        yield f"ropes has a number beyond {_LARGE:.0e}"
+    if len(manifest.ropes) > max(2, manifest.model.num_layers):
+        yield f"ropes has {len(manifest.ropes)} entries, which is more than the layers can use"
     for layer in range(manifest.model.num_layers):
         if not 0 <= manifest.rope_of(layer) < len(manifest.ropes):
             yield "attention names a rope that ropes does not have"
+
+
+def _factors(rope: Rope) -> tuple[float, ...]:
+    return (*rope.inv_freq, rope.attention_scaling)
 
 
 def _claim_problems(manifest: Manifest) -> Iterator[str]:
     """Sizes that the files cannot hold: whoever believed them would run out of memory."""
     model = manifest.model
     held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
-    weights = model.vocab_size + 2 * model.num_layers * model.intermediate_size
-    if weights * model.hidden_size > held:
+    attention = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
+    layers = model.num_layers * (attention + 2 * model.intermediate_size)
+    if (model.vocab_size + layers) * model.hidden_size > held:
         yield f"the files are too small for the sizes of model: {held / _MOST_WEIGHTS:.0f} bytes"
 
 
@@ -113,14 +125,17 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
     if any(head not in costs.heads_ms for head in manifest.exported_heads):
         yield "costs must list every LM head"
     measured = (costs.heads_ms.values(), *(layer.values() for layer in costs.layers_ms))
-    if not _all_in(0, math.inf, (ms for part in measured for ms in part)):
-        yield "costs must be more than 0"
-    if min(costs.embed_ms, costs.scorer_ms) < 0 or costs.threads < 1:
+    if not _all_in(_LEAST_MS, _MOST_MS, (ms for part in measured for ms in part)):
+        yield f"costs must lie between {_LEAST_MS:.0e} and {_MOST_MS:.0e} ms"
+    others = (costs.embed_ms, costs.scorer_ms)
+    if not all(0 <= ms < _MOST_MS for ms in others) or costs.threads < 1:
         yield "costs must be those of at least one thread, and none less than 0"
 
 
 def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
     layers, actions = manifest.model.num_layers, set(manifest.actions)
+    if not _SCORER.fullmatch(scorer.file):  # training removes the file of an earlier scorer
+        yield f"scorer.file {scorer.file[:200]!r} is not the name of a scorer"
     if scorer.file not in manifest.files:
         yield f"scorer.file {scorer.file[:200]!r} is not in files"
     if scorer.actions != manifest.actions:

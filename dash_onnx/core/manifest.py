@@ -34,6 +34,8 @@ from dash_onnx.core.version import FORMAT_VERSION
 
 MANIFEST_NAME = "dash.json"
 
+_MOST_CHARACTERS = 16_000_000  # 60,000 describe 30 layers
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -122,6 +124,8 @@ class Manifest:
         Raises:
             BundleError: not JSON, of another format version, not of this form, or contradictory.
         """
+        if len(text) > _MOST_CHARACTERS:
+            raise BundleError(f"{name} is longer than that of any bundle; export again")
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -134,6 +138,11 @@ class Manifest:
                 f"{name} has format version {version}; this dash-onnx reads version "
                 f"{FORMAT_VERSION}: export again, or install the version that wrote it"
             )
+        files = data.get("files")
+        for key in ("layers", "attention", "ropes"):  # each layer has files of its own
+            if isinstance(data.get(key), list) and isinstance(files, dict):
+                if len(data[key]) > len(files):
+                    raise BundleError(f"{name}: {key} lists more than files has; export again")
         try:
             manifest = from_json(cls, data)
         except RecordError as error:
