@@ -15,7 +15,13 @@ ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro m() %}{% for a in range(9999) %}{{ m() }}{% endfor %}{% endmacro %}{{ m() }}",
     "{% for a in range(99999) %}{% for b in range(999) %}{% set c = b %}{% endfor %}{% endfor %}",
+    "{% set s = 'x' * 10**6 %}{% for a in range(99999) %}{% set c = s.count('a') %}{% endfor %}",
+    "{% set l = range(99999) | list %}{% for a in l %}{% set c = -1 in l %}{% endfor %}",
+    "{% for a in range(99999) %}{% set c = -1 in range(99999) | list %}{% endfor %}",
+    "{% for a in range(99999) %}{% set c = range(99999) | select | list %}{% endfor %}",
+    "{% for a in range(99999) %}{% set c = range(99999) | select('none') | first %}{% endfor %}",
 )
+NESTED = "{% set n = namespace(x=['x']) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}"
 DOUBLING = "{% set n = namespace(x='x' * 999) %}{% for i in range(99) %}"
 LARGE = (
     "{{ 'x' * 10**9 }}",
@@ -36,15 +42,44 @@ LARGE = (
     DOUBLING + "{% set n.x = n.x ~ n.x %}{% endfor %}",
     DOUBLING + "{% set n.x = n.x + n.x %}{% endfor %}",
     "{% for i in range(9999) %}{{ 'x' * 10**6 }}{% endfor %}",
+    "{{ ([5, 3] * 10**7) | sort | first }}",
+    "{{ ('x ' * 10**6) | wordwrap(1, wrapstring='y' * 1000) }}",
+    "{{ ('x ' * 30 * 10**6).split() | first }}",
+    "{% for i in range(999) %}{% set a = ('x ' * 4 * 10**6).split() %}{% endfor %}",
+    "{{ ('{0:999999}' * 900).format(1) }}",
+    "{{ ('%999999d' * 900) % ((1,) * 900) }}",
+    "{{ ('x' * 10**6).translate({120: 'y' * 10**6}) }}",
+    "{{ ('x' * 10**6).encode().replace('x'.encode(), ('y' * 10**6).encode()) }}",
+    "{{ range(99999) | map('center', 10**6) | list | length }}",
+    "{{ [1] | batch(10**9, 0) | list | length }}",
+    "{{ ([[1] * 10**6] * 1000) | sum(start=[]) | length }}",
+    "{% set l = ['x' * 10**6] * 10**6 %}{{ 'y' in l }}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    *(
+        NESTED + "{% endfor %}{{ " + shown + " }}"
+        for shown in (
+            "n.x",
+            "n.x | tojson",
+            "n.x | pprint",
+            "n.x | string",
+            "n.x | upper",
+            "n.x ~ 'x'",
+            "'%s' % n.x",
+            "'{}'.format(n.x)",
+            "n.x | join",
+            "'x'.join(n.x)",
+            "{'a': n.x}",
+        )
+    ),
 )
 
 
 @pytest.mark.parametrize("template", [*ENDLESS, *LARGE])
 def test_a_template_without_measure_is_stopped(template: str) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises((TemplateError, RecursionError)):
         render(template, {})
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 5
 
 
 def test_a_thread_has_a_limit_of_its_own() -> None:
@@ -69,7 +104,9 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
     template = (
         "{% for m in messages %}{% set c = m.content | trim | replace('\\n', ' ') %}"
         "{% if 'x' in c.split('</think>')[-1] %}{% endif %}"
-        "{{ '<|' + m.role + '|>' ~ c ~ '%s' % c }}{{ '{}'.format(c) }}{{ 7 * 1000000 % 13 }}"
+        "{% if loop.index == messages | length and m.content.startswith('<tool_response>') %}"
+        "{% endif %}{{ '<|' + m.role + '|>' ~ c ~ '%s' % c }}"
+        "{{ '{}'.format(c) }}{{ 7 * 1000000 % 13 }}"
         "{% endfor %}"
     )
     before = sys.gettrace()

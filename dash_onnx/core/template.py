@@ -11,6 +11,8 @@ import json
 import math
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,9 +25,25 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_MOST_STEPS = 1_000_000  # lines of the compiled template, which take a second or two
-_MOST_CHARACTERS = 100_000_000  # that one operation may make, and of the result
-_LONG_NUMBER = re.compile(r"\d{7}")  # of a format: a width
+_MOST_SECONDS = 2.0  # of the thread's own time
+_MOST_CHARACTERS = 10**7  # that one operation may make, and of the result
+_MOST_IN_ALL = 10**8  # that all operations may make
+_ITEM = 8  # bytes of a list's item; a character is one or more
+_NESTED = 50  # for the time that a list in a list takes to be measured, and an object its memory
+_NUMBER = re.compile(r"\d+")  # of a format: a width, perhaps
+
+# Filters that keep references to what is in a list; all others may write it out.
+_REFERRING = frozenset(
+    "abs attr batch count d default dictsort first float groupby int items last length list map "
+    "max min random reject rejectattr reverse round select selectattr slice sort unique".split()
+)
+_OF_JINJA = frozenset(("_loop_vars", "_block_vars"))  # that every call inside a loop gets
+_PIECES = frozenset("batch list slice sort unique split rsplit splitlines".split())  # of a text
+_MAKING = frozenset(
+    "capitalize casefold center decode encode expandtabs hex join ljust lower lstrip removeprefix "
+    "removesuffix replace rjust rsplit rstrip split splitlines strip swapcase title translate "
+    "upper zfill format format_map".split()
+)
 
 
 def render(source: str, values: Mapping[str, Any]) -> str:
@@ -38,10 +56,9 @@ def render(source: str, values: Mapping[str, Any]) -> str:
     Raises:
         Exception: whatever the template raises, which is code; `TemplateError` beyond the limits.
     """
-    template = _compiled(source)
     length, parts = 0, []
-    with _step_limit():
-        for part in template.generate(values):
+    with _limits():
+        for part in _compiled(source).generate(values):
             length += len(part)
             _refuse_above(length)
             parts.append(part)
@@ -63,10 +80,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols, _Generation],
+            finalize=_written,
         )
         self.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        self.filters = {name: _limited(function) for name, function in self.filters.items()}
+        self.filters = {n: _limited(n, function) for n, function in self.filters.items()}
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         del self.globals["lipsum"]
@@ -75,23 +95,25 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Measures what `a * b` and the like would make before they make it."""
         if operator == "+":
             _refuse_above(_size(left) + _size(right))
+            _spend(_length(left) + _length(right))
         elif operator == "%" and isinstance(left, str):
-            _check_format(left)
-            _check((left, *(right if isinstance(right, tuple) else (right,))))
+            _spend(_formatted(left, (right,)))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _refuse_above(abs(left).bit_length() * right)
+            _spend(abs(left).bit_length() * right)
         elif operator == "*" and not (isinstance(left, int) and isinstance(right, int)):
-            _check((left, right))
+            _spend(_product((left, right)))
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Likewise `"a".replace(b, c)` and other methods of texts."""
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, str):
-            if method.__name__.startswith("format"):
-                _check_format(owner)
-            _check((owner, *args, *kwargs.values()))
+        name = getattr(method, "__name__", "")
+        if isinstance(owner, (str, bytes)) and name in _MAKING:
+            named = [kwargs[key] for key in kwargs if key not in _OF_JINJA]
+            _spend(_made(name, owner, (*args, *named)))
+        elif isinstance(owner, (list, tuple, dict)):
+            _spend(_length(owner))
         return super().call(context, function, *args, **kwargs)
 
 
@@ -109,63 +131,129 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+class _Spent(threading.local):
+    """What the rendering of this thread has used up; outside of one nobody counts."""
+
+    characters = 0.0
+    deadline = math.inf
+
+
+_SPENT = _Spent()
+
+
 @contextmanager
-def _step_limit() -> Iterator[None]:
+def _limits() -> Iterator[None]:
     """Ends a template that runs too long; a trace function is its thread's alone."""
-    steps = 0
 
     def step(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > _MOST_STEPS:
-            raise TemplateError(f"it did not end after {_MOST_STEPS} steps")
+        _check_time()
         return step
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
         return step if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
+    _SPENT.characters, _SPENT.deadline = 0.0, time.thread_time() + _MOST_SECONDS
     sys.settrace(enter)
     try:
         yield
     finally:
         sys.settrace(before)
+        _SPENT.deadline = math.inf
 
 
-def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
+def _check_time() -> None:
+    if time.thread_time() > _SPENT.deadline:
+        raise TemplateError(f"it did not end after {_MOST_SECONDS:.0f} seconds")
+
+
+def _spend(characters: float) -> None:
+    """Before an operation makes as many."""
+    _refuse_above(characters)
+    _SPENT.characters += characters
+    if _SPENT.characters > _MOST_IN_ALL:
+        raise TemplateError(f"it makes more than {_MOST_IN_ALL} characters in all")
+    _check_time()
+
+
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that measures what it would make."""
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
-        if function.__name__ == "do_format":
-            _check_format(str(args[0]))
-        _check((*args, *kwargs.values()))
+        # The first may be an environment or a context, of length 1.
+        given = (*args, *kwargs.values())
+        owner = next((i for i, x in enumerate(given) if not isinstance(x, _JINJA)), 0)
+        _spend(_made(name, given[owner], given[owner + 1 :]))
         return function(*args, **kwargs)
 
     return limited
 
 
+_JINJA = (ImmutableSandboxedEnvironment, Context, nodes.EvalContext)
+
+
+def _made(name: str, owner: Any, args: tuple[Any, ...]) -> float:
+    """At most how many characters a filter or a method makes of its first value and the others."""
+    if name in ("format", "format_map"):
+        return _formatted(str(owner), args)
+    if name == "replace" and len(args) >= 2 and isinstance(args[0], str):
+        times = _size(owner) / max(len(args[0]), 1) + 1
+        return _size(owner) + times * _size(args[1])
+    if name in ("d", "default", "trim", "truncate"):
+        return _length(owner) + sum(map(_length, args))
+    if name in _REFERRING:
+        weight = _ITEM if name in _PIECES and isinstance(owner, str) else 1
+        return weight * _product((owner, *args), _length)
+    if name in _PIECES:
+        separator = args[0] if args and isinstance(args[0], type(owner)) else owner[:1]
+        return len(owner) * (1 + _ITEM / max(len(separator), 1))
+    return _product((owner, *args))
+
+
+def _formatted(text: str, args: tuple[Any, ...]) -> float:
+    """Likewise of a format: its text, the widths in it, and each value in each of its fields."""
+    widths = sum(float(number[:300]) for number in _NUMBER.findall(text))
+    fields = 1 + text.count("{") + text.count("%")
+    flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+    return len(text) + widths + fields * _product(tuple(flat))
+
+
 def _joined(parts: Iterable[Any]) -> str:
     parts = [*parts]
-    _refuse_above(sum(map(_size, parts)))
+    _spend(sum(map(_size, parts)))
     return str_join(parts)
 
 
-def _check(values: tuple[Any, ...]) -> None:
-    """Refuses what could become as large as the product of what it is made from."""
-    _refuse_above(math.prod(max(abs(v) if isinstance(v, int) else _size(v), 1) for v in values))
+def _written(value: Any) -> Any:
+    """What `{{ value }}` writes."""
+    _spend(_size(value))
+    return value
 
 
-def _check_format(text: str) -> None:
-    if _LONG_NUMBER.search(text):
-        _refuse_above(_MOST_CHARACTERS + 1)
+def _product(values: tuple[Any, ...], size: Callable[[Any], float] | None = None) -> float:
+    """What could become as large as the product of what it is made from."""
+    sizes = (abs(v) if isinstance(v, int) else (size or _size)(v) for v in values)
+    return math.prod(max(one, 1) for one in sizes)
 
 
-def _size(value: Any) -> int:
-    """Characters of a text, or of the texts in a list."""
-    if isinstance(value, (list, tuple)):
-        return sum(len(item) if isinstance(item, str) else 1 for item in value)
-    return len(value) if isinstance(value, str) else 1
+def _length(value: Any) -> int:
+    """Characters of a text, or what the references in a list take."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    return _ITEM * len(value) if isinstance(value, (list, tuple, dict, set, range)) else 1
+
+
+def _size(value: Any) -> float:
+    """Likewise, with all that is in a list: lists in lists may be few, and long when written."""
+    total = float(_length(value))
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple, set)):
+        for item in value:
+            total += _size(item) if isinstance(item, str) else _NESTED + _size(item)
+            _refuse_above(total)
+    return total
 
 
 def _refuse_above(count: float) -> None:
