@@ -29,6 +29,9 @@ class Cache:
         """Tokens it holds."""
         return self._sequence.length
 
+    def __repr__(self) -> str:
+        return f"<Cache: {len(self)} tokens>"
+
     def acquire(self, ids: Ids) -> tuple[SequenceState, Ids]:
         """Takes the sequence; returns it with the part of the prompt that it does not hold yet.
 

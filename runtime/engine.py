@@ -15,7 +15,7 @@ from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import BundleError, DashError, DeviceError, PolicyError
+from dash_onnx.core.errors import BundleError, DashError, DeviceError, PolicyError, printable
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.runtime.backend import Backend, open_backend
@@ -35,7 +35,7 @@ from dash_onnx.runtime.generate import (
 )
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.kv import CAPACITY
-from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.options import GenerationOptions, check_type
 from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
 from dash_onnx.runtime.planner import Planner, planner_for
 from dash_onnx.runtime.prefix import PrefixStore
@@ -110,7 +110,8 @@ class Model:
     def __repr__(self) -> str:
         facts, policy = self.manifest.model, self.policy()
         actions = ", ".join(self.manifest.actions)
-        return f"<Model {facts.name}: {facts.num_layers} layers in {actions}; {policy.name}>"
+        name = printable(facts.name)
+        return f"<Model {name}: {facts.num_layers} layers in {actions}; {policy.name}>"
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -124,6 +125,8 @@ class Model:
             capacity: tokens that its K/V cache has room for at first; it doubles when full.
             batch: sequences of one length, whose tokens take the same path.
         """
+        for name, count in (("capacity", capacity), ("batch", batch)):
+            check_count(name, count)
         return self._sessions.new_sequence(capacity, batch)
 
     def new_cache(self) -> Cache:
@@ -470,7 +473,7 @@ class Model:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
-        options = options or GenerationOptions()
+        options = GenerationOptions.of(options)
         if options.cache is not None or options.speculate != "off":
             raise PolicyError("generations of a batch have no cache of yours, and no speculation")
         ids, current = self._encoded(prompt), self._current(options)
@@ -510,6 +513,9 @@ class Model:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: a prompt does not fit the context.
         """
+        if isinstance(prompts, str):
+            raise PolicyError("prompts must be a list of prompts, not text")
+        check_count("rows", rows)
         batch = self.new_batch(max(1, min(rows, len(prompts))))
         chunks: list[list[Chunk]] = [[] for _ in prompts]
         done: dict[int, Completion] = {}
@@ -545,7 +551,10 @@ class Model:
         return self._checked(encode(prompt))  # type: ignore[arg-type]
 
     def _checked(self, ids: Ids | Sequence[int]) -> Ids:
-        array = np.asarray(ids, np.int64)
+        array = np.asarray(ids)
+        if array.size and array.dtype.kind not in "iu":
+            raise PolicyError(f"token ids must be integers, not {array.dtype}")
+        array = array.astype(np.int64, copy=False)
         check_prompt(array, self.manifest.model.max_length, self.manifest.model.vocab_size)
         return array
 
@@ -562,6 +571,17 @@ def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
         yield from rest
     finally:
         rest.close()
+
+
+def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    """Refuses what is no number of things.
+
+    Raises:
+        PolicyError: no integer, less than 1 or more than `most`.
+    """
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= most:
+        raise PolicyError(f"{name}={value!r} must be an integer in 1..{most}")
 
 
 def device_of(bundle: Bundle, device: Device | None = None) -> Device:
@@ -629,8 +649,13 @@ def load(
     """
     if memory not in get_args(Memory):
         raise PolicyError(f"memory={memory!r} must be one of {', '.join(get_args(Memory))}")
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
-        raise PolicyError(f"threads={threads!r} must be an integer in 1..{_MOST_THREADS}")
+    if threads is not None:
+        check_count("threads", threads, _MOST_THREADS)
+    check_type("policy", policy)
+    check_type("budget", budget)
+    for name, value in (("folder", folder), ("device", device), ("sha256", sha256)):
+        if not isinstance(value, (str, os.PathLike) if name == "folder" else (str, type(None))):
+            raise PolicyError(f"{name}={value!r} must be text")
     bundle = Bundle(folder, sha256=sha256)
     backend = open_backend(device_of(bundle, device), cuda_graphs=cuda_graphs)
     use_threads(threads)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
@@ -99,6 +99,11 @@ class Chunk:
     finish_reason: FinishReason | None = None
     guess: Guess | None = None
     logprobs: Logprobs | None = None
+
+    def __repr__(self) -> str:
+        end = f", {self.finish_reason}" if self.finish_reason else ""
+        path = path_letters(self.path)
+        return f"<Chunk {self.text!r}: token {self.token}, {self.ms:.1f} ms, {path}{end}>"
 
 
 @dataclass

@@ -65,7 +65,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name))
+            check_type(field.name, getattr(self, field.name))
         self.sampling(Sampling())  # checks the ranges
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
@@ -96,10 +96,13 @@ class GenerationOptions:
         Raises:
             PolicyError: a value is out of range.
         """
+        if options is not None and not isinstance(options, cls):
+            raise PolicyError(f"options={options!r} must be GenerationOptions")
         chosen = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(options or cls(), **chosen)
 
 
+_MOST_BITS = 128  # of an integer
 _MOST_LOGPROBS = 20  # as in OpenAI's API
 _NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -118,7 +121,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_type(name: str, value: Any) -> None:
+def check_type(name: str, value: Any) -> None:
     """Refuses what no caller can mean; NumPy's numbers are numbers."""
     if name == "cache":
         wrong, what = value is not None and not hasattr(value, "acquire"), "from Model.new_cache()"
@@ -126,6 +129,8 @@ def _check_type(name: str, value: Any) -> None:
         kinds, what = _KINDS[name]
         plain = value.item() if hasattr(value, "item") else value
         wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
+        if isinstance(plain, int) and plain.bit_length() > _MOST_BITS:
+            raise PolicyError(f"{name} is too large a number")
         if name == "stop" and not wrong:
             wrong = not all(isinstance(word, str) for word in value)
     if wrong:

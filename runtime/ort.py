@@ -83,7 +83,7 @@ def known_device(device: str) -> None:
     Raises:
         DeviceError: with those there are.
     """
-    if device not in _PROVIDERS:
+    if not isinstance(device, str) or device not in _PROVIDERS:
         raise DeviceError(f"unknown device {device!r}; choose from {', '.join(_PROVIDERS)}")
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dash_onnx.core.errors import PolicyError
 
+_LARGEST = 1e30  # of a temperature or a penalty: finite in FP32
 _LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 
@@ -35,10 +36,10 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < np.inf, "temperature", self.temperature, "at least 0")
+        _require(0 <= self.temperature <= _LARGEST, "temperature", self.temperature, "at least 0")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
         _require(
-            0 < self.repetition_penalty < np.inf,
+            0 < self.repetition_penalty <= _LARGEST,
             "repetition_penalty",
             self.repetition_penalty,
             "more than 0",

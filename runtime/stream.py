@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.generate import Chunk, CurrentPolicy, FinishReason
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy, FinishReason, Logprobs
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -31,6 +31,9 @@ class Stream(Iterator[Chunk]):
         self._chunks, self._current = chunks, current
         self._running = threading.Lock()
         self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Stream: {'closed' if self._closed else self.policy.name}>"
 
     def __next__(self) -> Chunk:
         with self._running:
@@ -84,6 +87,7 @@ class Completion(str):
         ms: wall time of each of them in milliseconds; the first includes the prompt.
         actions: share of each action in the layers of all tokens but the first, which comes from
             the prompt.
+        logprobs: of each token, where they were asked for.
     """
 
     finish_reason: FinishReason | None
@@ -91,6 +95,7 @@ class Completion(str):
     generated_tokens: int
     ms: tuple[float, ...]
     actions: dict[Action, float]
+    logprobs: tuple[Logprobs, ...]
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Completion:
@@ -103,6 +108,7 @@ class Completion(str):
         completion.generated_tokens = chunks[-1].generated_tokens
         completion.ms = tuple(chunk.ms for chunk in chunks)
         completion.actions = {action: n / counts.total() for action, n in sorted(counts.items())}
+        completion.logprobs = tuple(chunk.logprobs for chunk in chunks if chunk.logprobs)
         return completion
 
 

@@ -240,7 +240,7 @@ def test_a_template_that_fails_on_the_messages_is_a_policy_error(
 ) -> None:
     chat.chat_template = template
     with pytest.raises(PolicyError, match=f"the chat template refuses these messages: .*{reason}"):
-        chat.render_chat([{"role": "user", "content": None}])
+        chat.render_chat([{"role": "assistant", "content": None}])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, run
 from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
+from dash_onnx.core.errors import printable
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
         bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
         facts, lines = _bundle(arguments) if bundle else _model(arguments)
-        print(json.dumps(facts) if arguments.json else "\n".join(lines))
+        print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))
 
     return run("dash-info", body)
 

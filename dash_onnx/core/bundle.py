@@ -45,7 +45,13 @@ class Bundle:
         """
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
-        if manifest is None and not path.is_file():
+        if not str(folder):
+            raise BundleError("no bundle is named: give the folder that `dash-export` wrote")
+        try:
+            there = path.is_file()
+        except (OSError, ValueError) as error:  # such as a name that is too long
+            raise BundleError(f"no bundle at {folder}: {error}") from None
+        if manifest is None and not there:
             raise BundleError(f"no bundle at {folder}: {_remedy(self.folder)}")
         if sha256 is not None and file_facts(path).sha256 != sha256.lower():
             raise BundleError(f"{path} is not the one that was asked for: its SHA-256 differs")

@@ -16,8 +16,14 @@ class DashError(Exception):
 
     def __init__(self, message: str):
         """Takes the message."""
-        escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in _cut(message))
-        super().__init__(_cut("".join(escaped)))
+        super().__init__(_cut(printable(_cut(message))))
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and hides nothing: what is not printable is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _cut(text: str) -> str:

@@ -155,7 +155,7 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
     """Messages with their content as text: of a list of parts, as OpenAI's API has, their texts.
 
     Raises:
-        PolicyError: none, not of this form, or a part is no text.
+        PolicyError: none, not of this form, a part is no text, or the user's last one is empty.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise PolicyError(f"messages must be a list, not {type(messages).__name__}")
@@ -175,6 +175,8 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
         elif content is not None and not isinstance(content, str):
             raise PolicyError(f"the content of a message is {type(content).__name__}, not text")
         checked.append(message)
+    if checked[-1]["role"] == "user" and not (checked[-1].get("content") or "").strip():
+        raise PolicyError("the last message is empty")
     return checked
 
 
@@ -301,6 +303,8 @@ def _sampling(bundle: Bundle) -> dict[str, float]:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise BundleError(f"{bundle.folder / name}: {key!r} is no number; export again")
+        if key == "top_k" and isinstance(value, float):
+            raise BundleError(f"{bundle.folder / name}: 'top_k' is no integer; export again")
         if value is not None:
             found[key] = value
     return found
