@@ -28,6 +28,7 @@ from dash_onnx.core.errors import BundleError, DashError
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.progress import Phase, announce
 from dash_onnx.core.records import to_json
+from dash_onnx.report.curve import curve
 
 if TYPE_CHECKING:
     from dash_onnx.core.facts import ModelFacts
@@ -215,6 +216,10 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps({"out": str(arguments.out), **facts}))
         else:
             print(summary(manifest, arguments.out))
+            if manifest.scorer is not None:
+                kept = arguments.model.endswith(".gguf") and not arguments.requantize
+                hint = " Rounded anew (--requantize), it may gain more." if kept else ""
+                print(curve(manifest).verdict + hint)
             if checked is not None:
                 print("\n".join(check_lines(checked)))
 

@@ -20,6 +20,7 @@ from dash_onnx.cli.export import prepare_export
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import announce
 from dash_onnx.core.records import to_json
+from dash_onnx.report.curve import curve
 
 if TYPE_CHECKING:
     from dash_onnx.core.facts import ScorerFacts
@@ -88,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             announce(
                 training_phases(model, options.plan_for(model), speed, generated=not calibration)
             )
-        facts = train(arguments.bundle, options).scorer
+        manifest = train(arguments.bundle, options)
+        facts = manifest.scorer
         assert facts is not None
         if fused is not None:
             try:
@@ -96,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             except DashError as error:  # such as a budget that the new policy cannot hold
                 where = arguments.bundle / FUSED_FOLDER
                 _LOG.warning("%s held the old policy: removed; %s", where, error)
-        print(json.dumps(to_json(facts)) if arguments.json else table(facts))
+        if arguments.json:
+            print(json.dumps(to_json(facts)))
+        else:
+            print(table(facts), curve(manifest).verdict, sep="\n")
 
     return run("dash-train", body, log_level(arguments))
 
