@@ -3,6 +3,8 @@
 #   make test   sets up and runs the default test suite
 # The same as the demo for a model of yours, a hub id, a folder or a GGUF file, and a report:
 #   make demo-0.5b MODEL=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
+# For developers (CONTRIBUTING.md):
+#   make check, make docs, make test-slow, make bench, make results, make gpu-check, make release
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -15,8 +17,11 @@ PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 	genai:build/fused/int4 genai:build/fused/dash \
 	transformers:build/peers/hf openvino:$(DEMO) llama.cpp:$(DEMO)
 
-.PHONY: demo demo-0.5b test test-slow check docs lib demo-model bench gpu-check results node wheel \
+.PHONY: help demo demo-0.5b test test-slow check docs lib demo-model bench gpu-check results node wheel \
 	release clean
+
+help:
+	@sed -n '/^PYTHON/q; s/^# *//p' Makefile
 
 demo: $(BUNDLE)/.trained
 	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)" --show-path
