@@ -8,7 +8,9 @@ end. A program that configures no logging sees nothing.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -27,6 +29,13 @@ _MARK = {"phase": True}  # of records that a bar stands for
 
 class BarHandler(logging.StreamHandler):
     """Writes records to a terminal, above the bars that stand for those of phases."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """In lines that break between words."""
+        width = shutil.get_terminal_size().columns - 1
+        lines = super().format(record).split("\n")
+        broken = (textwrap.wrap(line, width, break_long_words=False) or [""] for line in lines)
+        return "\n".join(part for parts in broken for part in parts)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Leaves out what a bar shows."""
