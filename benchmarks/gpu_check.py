@@ -89,8 +89,9 @@ def main() -> int:
     )
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="to install from")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--shape", default="1b", help="of the random model, as in big.py")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument(
+        "--layers", type=int, default=16, help="of the random model (default: 16, as Llama 1B)"
+    )
     parser.add_argument(
         "--genai", type=Path, nargs="*", default=[], help="models of GenAI's builder to run beside"
     )
@@ -161,17 +162,19 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
     python, here, device = sys.executable, str(ROOT / "benchmarks"), arguments.device
     model, out = WORK / "model", WORK / device
     tool = [python, "-m", "dash_onnx"]
-    layers = ["--layers", str(arguments.layers)] if arguments.layers else []
-    quarter = "static:" + ",".join(["int4*3,skip"] * ((arguments.layers or 16) // 4) or ["int4"])
+    fours, rest = divmod(arguments.layers, 4)
+    quarter = "static:" + ",".join(["int4*3,skip"] * fours + ["int4"] * rest)
     bench = [*tool, "bench", str(out), "--json", "--rounds", "3", "--max-prompts", "2"]
     marked = "gpu" if device == "cuda" else "not gpu and not slow"
     fixed = [word for run in ("full", "int8", "int4", quarter) for word in ("--run", run)]
     peers = [word for path in arguments.genai for word in ("--peer", f"genai:{path}")]
     trained = ["--run", "int4", "--run", "dash@balanced", "--run", "dash@fast", "--no-quality"]
     export = [*tool, "export", str(model), str(out), "--device", device, "--overwrite", "--json"]
+    export += ["--variants", "full,int8,int4"]
     text = ["--calibration", str(TEXT), "--train-device", device]
     graphs = [["--cuda-graphs"]] if device == "cuda" else []
-    big = [python, f"{here}/big.py", str(model), "--shape", arguments.shape, *layers]
+    big = [python, f"{here}/big.py", str(model), "--shape", "1b"]
+    big += ["--layers", str(arguments.layers)]
     manifest = out / "dash.json"
     return [
         Part("machine", [python, f"{here}/gpu_check.py", "--machine"], 60),
