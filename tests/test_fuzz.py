@@ -247,6 +247,28 @@ def test_gguf_sizes_that_do_not_fit_the_tensors_are_refused(
     assert key in ("context_length", "rope.dimension_count", "attention.key_length") or message
 
 
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        *(
+            (f"llama.{key}", GGUFValueType.FLOAT32, value)
+            for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+            for value in (0.0, -1.0, float("nan"), float("inf"))
+        ),
+        ("tokenizer.ggml.eos_token_id", UINT32, 2**31),
+        ("tokenizer.ggml.bos_token_id", UINT32, 2**31),
+    ],
+)
+def test_gguf_numbers_that_no_layer_can_compute_with_are_refused(
+    key: str, kind: GGUFValueType, value: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    change = {key: GGUFValue(value, kind)}
+    model = tiny_model("llama", num_hidden_layers=2)
+    write_model(path, model, lambda writer: writer.kv_data[0].update(change))
+    assert described(path)
+
+
 # Command lines
 
 TOOLS = ("run", "info", "eval", "profile", "report", "fuse", "train", "bench", "export", "serve")

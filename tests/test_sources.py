@@ -22,6 +22,7 @@ from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.export.check import check
+from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import Source, open_source
 
 IDS = np.arange(2, 42)
@@ -71,6 +72,39 @@ def reference_logits(folder: Path) -> np.ndarray:
     with torch.inference_mode():
         logits: np.ndarray = model(torch.from_numpy(IDS)[None]).logits[0].numpy()
     return logits
+
+
+ODD_NUMBERS = [
+    ({"rms_norm_eps": float("nan")}, "epsilon"),
+    ({"rms_norm_eps": -1e-5}, "epsilon"),
+    ({"rms_norm_eps": float("inf")}, "epsilon"),
+    ({"rope_theta": float("nan")}, "rotary"),
+    ({"rope_theta": -1.0}, "rotary"),
+    ({"rope_theta": 0}, "rotary"),
+    ({"rope_theta": float("inf")}, "rotary"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ODD_NUMBERS, ids=str)
+def test_a_number_that_no_layer_can_compute_with_is_refused(
+    folder: Path, change: dict[str, float], message: str
+) -> None:
+    config = folder / "config.json"
+    if "rope_theta" in change:
+        change = {"rope_parameters": {"rope_type": "default", **change}}
+    edit_json(config, **change)
+    with pytest.raises(SourceError, match=message):
+        sizes_of(opened(folder), ExportOptions())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("bos_token_id", 10**6), ("eos_token_id", -1), ("eos_token_id", [1, 384])]
+)
+def test_a_token_that_is_not_in_the_vocabulary_is_refused(
+    folder: Path, key: str, value: object
+) -> None:
+    edit_json(folder / "generation_config.json", **{key: value})
+    assert f"{key} " in refusal(SourceError, folder)
 
 
 # Safetensors

@@ -92,6 +92,8 @@ class Decoder:
         spec = readable(what, lambda: self._described(name, config, max_length))
         for problem in model_problems(spec.facts):
             raise SourceError(f"{what}: {problem}")
+        if not 0 < spec.block.norm_epsilon < 1:
+            raise SourceError(f"{what}: the epsilon of norms is {spec.block.norm_epsilon}")
         return spec
 
     def _described(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:

@@ -18,7 +18,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dash_onnx.core.errors import ContextLengthError, UnsupportedError
+from dash_onnx.core.errors import ContextLengthError, SourceError, UnsupportedError
 from dash_onnx.core.facts import Rope
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -52,6 +52,7 @@ def rope_of(config: PretrainedConfig, length: int, layer_type: str | None = None
 
     Raises:
         UnsupportedError: of another kind.
+        SourceError: its base is none.
     """
     parameters: dict[str, Any] = config.rope_parameters or {}
     if layer_type is not None:
@@ -61,6 +62,9 @@ def rope_of(config: PretrainedConfig, length: int, layer_type: str | None = None
         raise UnsupportedError(
             f"RoPE type {kind!r} is not supported; supported: {', '.join(KINDS)}"
         )
+    base = parameters.get("rope_theta", 1.0)
+    if not 0 < base < np.inf:
+        raise SourceError(f"the base of the rotary embedding is {base}, which cannot be")
     if kind == "default":
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rotated = int(head * (parameters.get("partial_rotary_factor") or 1.0))

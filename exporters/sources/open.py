@@ -8,7 +8,7 @@ from pathlib import Path
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.sources.folder import open_folder
 from dash_onnx.exporters.sources.gguf import open_gguf
-from dash_onnx.exporters.sources.source import Source
+from dash_onnx.exporters.sources.source import Source, check_token_ids
 
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
 _HUB_IGNORED = ["consolidated*"]  # the same weights in another layout
@@ -29,9 +29,17 @@ def open_source(
         revision: branch, tag or commit of a hub id; None takes its main branch.
 
     Raises:
-        SourceError: nothing readable is there.
+        SourceError: nothing readable is there, or a token that it names is not in its vocabulary.
         UnsupportedError: the model's architecture is not in `supported`.
     """
+    source = _opened(model, supported, requantize, revision)
+    check_token_ids(source)
+    return source
+
+
+def _opened(
+    model: str, supported: Collection[str], requantize: bool, revision: str | None
+) -> Source:
     path = Path(model)
     if revision is not None and path.exists():
         raise SourceError(f"--revision is for hub ids; {model} is on this disk as it is")

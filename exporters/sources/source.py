@@ -102,6 +102,22 @@ def check_layers(path: Path, claimed: object, found: int) -> None:
         )
 
 
+def check_token_ids(source: Source) -> None:
+    """Refuses a model that begins or ends with a token which it does not have.
+
+    Raises:
+        SourceError: it does.
+    """
+    vocabulary = getattr(source.config, "vocab_size", None)
+    for key in ("bos_token_id", "eos_token_id"):
+        ids = getattr(source.generation_config, key, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if type(token) is type(vocabulary) is int and not 0 <= token < vocabulary:
+                raise SourceError(
+                    f"{source.name}: {key} {token} is not in its vocabulary of {vocabulary} tokens"
+                )
+
+
 def check_supported(model_type: str, supported: Collection[str]) -> None:
     """Refuses an architecture without exporter, naming those that have one.
 
