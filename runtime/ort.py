@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ MINIMUM = (1, 28)
 """Of ORT: 1.24 has no TensorScatter on the CPU, 1.25 no fast product with weights of two bits."""
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_LOG = logging.getLogger(__name__)
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None  # 1: no pool
 
@@ -104,6 +106,13 @@ def use_threads(threads: int | None) -> None:
         threads: intra-op threads; None takes all cores this process may use.
     """
     global _pool_threads
+    if threads is not None and threads > _usable_cores():
+        _LOG.warning(
+            "threads=%d are more than the %d cores that this process may use: they wait for each "
+            "other, and all get slower",
+            threads,
+            _usable_cores(),
+        )
     with _pool_lock:
         if _pool_threads is None or (_pool_threads == 1 and threads != 1):
             wanted = threads or _usable_cores()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from dash_onnx.bench.measure import Reference, Result, divergence, measure, rati
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.bench.worker import Worker
-from dash_onnx.cli.bench import main
+from dash_onnx.cli.bench import _table, main
 from dash_onnx.core.errors import DashError, SourceError
 
 TOOL = Tool("dash-bench", main)
@@ -209,6 +211,23 @@ def test_misuse_is_one_line(
     tiny_bundle: Path, clients: Path, arguments: tuple[object, ...], why: str, capsys: Capture
 ) -> None:
     assert why in TOOL.refused(capsys, tiny_bundle, *arguments)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_a_picture_replaces_only_a_regular_file(
+    kind: str, tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    needed("matplotlib")
+    target = tmp_path / "x.png"
+    os.mkfifo(target) if kind == "fifo" else target.symlink_to("nothing")
+    told = TOOL.refused(capsys, tiny_bundle, "--picture", target)
+    assert "exists and is not a regular file" in told
+
+
+def test_no_error_is_told_where_there_is_none() -> None:
+    row = Result("dash full", (1.0,), (1.0,), 1.0, 1, kl=0.0, kl_stderr=0.0)
+    assert "0.0000" in _table([row]) and "+-" not in _table([row])
+    assert "0.0000 +- 0.0100" in _table([replace(row, kl_stderr=0.01)])
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_rounds(

@@ -339,6 +339,12 @@ def test_a_table_of_one_row_is_usable_or_refused_in_one_line(scored: Manifest) -
 # The policies that take one
 
 
+@pytest.mark.parametrize("policy", ["dash", "static", "even", "cosine", "random:1"])
+def test_a_policy_knows_the_budget_that_it_was_given(scored: Manifest, policy: str) -> None:
+    assert make_policy(policy, scored, 0.6).budget == 0.6
+    assert make_policy("int4", scored).budget is None
+
+
 def test_a_scorer_makes_dash_the_default(scored: Manifest, plain: Manifest) -> None:
     policy = make_policy("", scored)
     assert isinstance(policy, ScoredPolicy)

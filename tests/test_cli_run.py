@@ -400,6 +400,22 @@ def test_stdin_that_is_no_text_is_refused_in_one_line(tiny_bundle: Path) -> None
     assert done.returncode == 2
 
 
+def test_stdin_without_end_is_refused_in_one_line(tiny_bundle: Path) -> None:
+    shell = f'yes | "$0" -c \'{RUN}\' "$1" x'
+    words = ["bash", "-c", shell, sys.executable, str(tiny_bundle)]
+    done = subprocess.run(words, capture_output=True, timeout=60, text=True)
+    assert "stdin holds more than 4000000 characters" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_more_threads_than_cores_are_told_in_one_line(tiny_bundle: Path) -> None:
+    words = [sys.executable, "-c", RUN, str(tiny_bundle), PROMPT, *RAW, "--threads", "64"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    told = done.stderr.splitlines()
+    assert told[0].startswith("dash-run: warning: threads=64 are more than the ")
+    assert (done.returncode, len(told)) == (0, 2)
+
+
 def test_a_prompt_that_is_no_text_is_refused_in_one_line(
     tiny_bundle: Path, capsys: Capture
 ) -> None:

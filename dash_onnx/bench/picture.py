@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dash_onnx.bench.measure import Result
+from dash_onnx.core.atomic import new_file
 from dash_onnx.core.errors import DeviceError
 
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
@@ -49,4 +50,5 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
-    figure.savefig(path, dpi=150)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])

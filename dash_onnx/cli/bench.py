@@ -23,6 +23,7 @@ from dash_onnx.cli.common import (
     positive,
     run,
 )
+from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.progress import Loop
 
@@ -153,8 +154,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.picture:
         figure_class()
     for picture in arguments.picture:
-        if not picture.resolve().parent.is_dir():
-            raise SourceError(f"cannot write {picture}: there is no folder {picture.parent}")
+        check_file(picture)
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
     variants = arguments.run or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
@@ -275,7 +275,8 @@ def _table(results: list[Result]) -> str:
         middle, low, high = ratio(result, results[0])
         first = statistics.median(result.ttft_ms)
         rate = result.gigabytes_per_s
-        kl = "-" if result.kl is None else f"{result.kl:.4f} +- {result.kl_stderr:.4f}"
+        kl = "-" if result.kl is None else f"{result.kl:.4f}"
+        kl += f" +- {result.kl_stderr:.4f}" if result.kl_stderr else ""
         rows.append(
             [
                 result.name,

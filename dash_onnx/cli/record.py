@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.core.policy import Policy, ScoredPolicy
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampling
 
@@ -70,7 +70,7 @@ class Record:
             "right_guesses": sum(guess.right for guess in self.guesses),
             "tokens_per_second": round(1e3 * len(decode) / sum(decode), 2) if decode else None,
             "policy": self.policy.name,
-            "budget": self.policy.budget if isinstance(self.policy, ScoredPolicy) else None,
+            "budget": self.policy.budget,
             "sampling": dataclasses.asdict(self.sampling),
             "actions": {a: round(n / total, 4) for a, n in sorted(self.actions.items())},
         }

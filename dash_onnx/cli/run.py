@@ -33,6 +33,7 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.speculate import Speculate
 
+_MOST_CHARACTERS = 4_000_000  # of stdin: a million tokens
 _PATIENCE_S = 2.0  # before a pipe that brings nothing is told
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
@@ -264,7 +265,7 @@ def _text(prompt: str) -> str:
     """The prompt, and below it what is piped into the tool.
 
     Raises:
-        PolicyError: it is empty.
+        PolicyError: it is empty, or longer than any context.
     """
     parts = ["", _piped(wanted=True)] if prompt == "-" else [prompt, _piped()]
     text = "\n\n".join(part for part in parts if part.strip())
@@ -284,7 +285,10 @@ def _piped(wanted: bool = False) -> str:
     with contextlib.suppress(OSError):  # Windows cannot tell of a pipe
         if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
             print("dash-run: waiting for text on stdin", file=sys.stderr)
-    return sys.stdin.read()
+    text = sys.stdin.read(_MOST_CHARACTERS + 1)
+    if len(text) > _MOST_CHARACTERS:
+        raise PolicyError(f"stdin holds more than {_MOST_CHARACTERS} characters; shorten it")
+    return text
 
 
 if __name__ == "__main__":

@@ -40,11 +40,13 @@ class Policy(ABC):
         name: what the trace and summaries call it.
         head: precision of the LM head it uses.
         scored: whether the scorer decides, which has a cost of its own.
+        budget: mean cost of a token as a fraction of the reference's; None where none was given.
     """
 
     name: str
     head: Action
     scored = False
+    budget: float | None = None
 
     def cost_ms(self, path: Path, costs: Costs) -> float:
         """Profiled milliseconds of a token on a path that this policy chose."""
@@ -79,12 +81,13 @@ class ScoredPolicy(Policy):
     """The trained scorer decides for every token and layer, within a budget.
 
     Attributes:
-        budget: mean cost of a token as a fraction of the reference's.
+        budget: see `Policy`; there is always one.
         multiplier: nats per `Costs.unit_ms` that the table gives for it.
         uses: actions that it takes at this budget, highest precision first.
     """
 
     scored = True
+    budget: float
 
     def __init__(self, manifest: Manifest, budget: Budget | None = None):
         """Looks the budget up.
@@ -122,7 +125,12 @@ class StaticPolicy(PathPolicy):
     """The same path for every token."""
 
     def __init__(
-        self, path: Path, manifest: Manifest, name: str = "static", head: Action | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        name: str = "static",
+        head: Action | None = None,
+        budget: float | None = None,
     ):
         """Checks the path against the bundle; the LM head is the manifest's unless given.
 
@@ -136,7 +144,7 @@ class StaticPolicy(PathPolicy):
             check_action(action, manifest.actions)
         if path[0] == SKIP:
             raise PolicyError("the first layer must run: its action cannot be 'skip'")
-        self.name = name
+        self.name, self.budget = name, budget
         self._path = path
         kinds = set(path)
         self.head = head or manifest.heads[path[0] if len(kinds) == 1 else SKIP]
@@ -168,7 +176,7 @@ class RandomPolicy(PathPolicy):
         Raises:
             PolicyError: not even skipping every inner layer is cheap enough.
         """
-        self.name = f"random:{seed}"
+        self.name, self.budget = f"random:{seed}", budget
         self.head = manifest.heads[SKIP]
         self._seed = seed
         self._layers = manifest.model.num_layers
@@ -232,8 +240,9 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
     if policy in ("static", "even", "cosine") and budget is None:
         raise PolicyError(f"policy {policy!r} needs a budget, such as 0.8")
     if policy in ("even", "cosine"):
-        path = skipping_path(manifest, resolve(budget, manifest), policy)
-        return StaticPolicy(path, manifest, name=policy, head=manifest.heads[SKIP])
+        found = resolve(budget, manifest)
+        path = skipping_path(manifest, found, policy)
+        return StaticPolicy(path, manifest, policy, manifest.heads[SKIP], found)
     if policy == "static":
         return _best_static(manifest, resolve(budget, manifest))
     if kind == "random":
@@ -268,7 +277,7 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
         least = f"the cheapest costs {points[0].budget:.3f}" if points else "none was searched"
         raise PolicyError(f"no static assignment within budget {budget:g}; {least}")
     best = min(fitting, key=lambda point: point.kl)
-    return StaticPolicy(best.path, manifest, name="static", head=best.head)
+    return StaticPolicy(best.path, manifest, head=best.head, budget=budget)
 
 
 def _parse_path(text: str, manifest: Manifest) -> Path:
