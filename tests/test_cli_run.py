@@ -22,6 +22,7 @@ from scored_bundle import with_scorer
 
 from dash_onnx.cli import chat
 from dash_onnx.cli.run import main
+from dash_onnx.core.bundle import file_facts
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy
 from dash_onnx.runtime.sequence import SequenceState
@@ -406,6 +407,14 @@ def test_stdin_without_end_is_refused_in_one_line(tiny_bundle: Path) -> None:
     done = subprocess.run(words, capture_output=True, timeout=60, text=True)
     assert "stdin holds more than 4000000 characters" in done.stderr
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_bundle_may_be_pinned(tiny_bundle: Path, capsys: Capture) -> None:
+    known = file_facts(tiny_bundle / "dash.json").sha256
+    assert json_of(capsys, tiny_bundle, PROMPT, *RAW, "--sha256", known)["text"]
+    told = refused(capsys, tiny_bundle, PROMPT, *RAW, "--sha256", "0" * 64)
+    assert "its SHA-256 differs" in told
+    assert "no bundle is named" in refused(capsys, "", PROMPT)
 
 
 def test_more_threads_than_cores_are_told_in_one_line(tiny_bundle: Path) -> None:

@@ -130,6 +130,7 @@ def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:
 
 def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:
     assert "no config.json" in TOOL.refused(capsys, tmp_path)
+    assert "PATH is empty" in TOOL.refused(capsys, "")
     assert "int8, int4" in TOOL.refused(capsys, tmp_path, "--variants", "int3")
 
 

@@ -228,6 +228,9 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> Options:
     """Options of every tool that loads a bundle; returns the group of how it computes."""
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "--sha256", metavar="HEX", help="refuse an OUT whose dash.json has another SHA-256"
+    )
     computed = parser.add_argument_group("how it is computed")
     computed.add_argument(
         "--policy",

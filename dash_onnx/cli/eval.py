@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from dash_onnx.cli.common import (
     Parser,
@@ -27,6 +27,9 @@ from dash_onnx.core.actions import PRECISIONS, check_action
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Phase
 from dash_onnx.runtime.speculate import Speculate
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.engine import Model
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,13 +104,23 @@ def main(argv: list[str] | None = None) -> int:
     return run("dash-eval", lambda: body(arguments), log_level(arguments))
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _load(arguments: argparse.Namespace) -> Model:
     import dash_onnx
+
+    return dash_onnx.load(
+        arguments.bundle,
+        device=arguments.device,
+        threads=arguments.threads,
+        sha256=arguments.sha256,
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.text import read_text
     from dash_onnx.eval.text import evaluate_text
 
     text = read_text(arguments.text)
-    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    model = _load(arguments)
     given = {name: value for name in _OF_A_TEXT if (value := getattr(arguments, name)) is not None}
     given["reference"] = load_reference(arguments.reference, model, arguments.threads)
     if arguments.prefill is not None:
@@ -136,8 +149,6 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _task(arguments: argparse.Namespace) -> None:
-    import dash_onnx
-
     try:
         from lm_eval.utils import handle_non_serializable, make_table
 
@@ -146,9 +157,8 @@ def _task(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
-    bundle = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
     speculate: Speculate = arguments.speculate or "off"
-    model = DashLM(bundle, arguments.policy, arguments.budget, speculate=speculate)
+    model = DashLM(_load(arguments), arguments.policy, arguments.budget, speculate=speculate)
     with _quietly():
         found = evaluate_task(model, arguments.task, arguments.max_items)
     facts = model.get_model_info()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, run
 from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
-from dash_onnx.core.errors import printable
+from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         from dash_onnx.core.manifest import MANIFEST_NAME
 
+        if not arguments.path:
+            raise SourceError("PATH is empty: give a model folder, a .gguf file, a hub id or OUT")
         bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
         facts, lines = _bundle(arguments) if bundle else _model(arguments)
         print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))

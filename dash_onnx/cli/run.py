@@ -206,6 +206,7 @@ def _run(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         memory=arguments.memory,
         cuda_graphs=arguments.cuda_graphs,
+        sha256=arguments.sha256,
     )
     # Before anything is written, or asked.
     policy = model.policy_of(options)
