@@ -40,6 +40,7 @@ class Part:
         seconds: that it took.
         failed: why there is no result, in a line; "" if there is one.
         result: its output: the JSON that it printed, else its last lines.
+        environment: variables of the process beside those of this one.
     """
 
     name: str
@@ -132,7 +133,11 @@ def ready(wheels: Path | None) -> str:
         files = sorted(map(str, wheels.glob("*.whl")))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
         subprocess.run([*pip, "--upgrade", "--target", str(site), *files], check=True)
-    if importlib.util.find_spec("dash_onnx.exporters") is None:
+    try:
+        known = importlib.util.find_spec("dash_onnx.exporters")
+    except ModuleNotFoundError:  # of the package above it
+        known = None
+    if known is None:
         build = "import setuptools; setuptools.setup()"
         command = [sys.executable, "-c", build, "--quiet", "build_py", "--build-lib", str(site)]
         subprocess.run(command, check=True, cwd=ROOT)

@@ -16,7 +16,7 @@ from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.progress import Expected
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.train.options import COUNTS, TrainingPlan
+from dash_onnx.exporters.train.options import COUNTS, TRIED, TrainingPlan
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
@@ -112,11 +112,15 @@ def training_phases(
     measured = facts.num_layers * plan.candidates // 2  # paths of a search
     search = measured * plan.batch * forward
     text = (plan.sequences + plan.held_out) * forward / speed.float32  # the runtime writes it
-    choice = []
+    values = 5 * batch  # forward, back, every action
+    few, choice = plan.regression_batches, []
     if plan.decision_points == "auto":  # each candidate is fitted, and runs some batches
+        few = min(few, TRIED)
         choice.append(("decisions", 30.0, 5 * len(COUNTS) * 3 * batch))
+        if few < plan.regression_batches:
+            choice.append(("values", 1.0, (plan.regression_batches - few) * values))
     phases = [
-        ("values", 1.0, 5 * plan.regression_batches * batch),  # forward, back, every action
+        ("values", 1.0, few * values),
         ("static search", 0.0, search),
         *choice,
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice

@@ -152,10 +152,18 @@ class Model:
             self._sessions.preload()
             return
         chosen = self.policy(policy, budget)
-        planner = self._planner(chosen, speculate)
-        draft = planner.draft if planner and speculate != "ngram" else None
-        for one in (chosen, *([draft.policy] if draft else [])):
-            self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
+        for one in (chosen, self.draft_of(chosen, speculate)):
+            if one is not None:
+                self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
+
+    def draft_of(self, target: Policy, speculate: Speculate) -> Policy | None:
+        """The policy whose path guesses for a target; None where none does.
+
+        Raises:
+            PolicyError: a path is to guess, and none is cheaper.
+        """
+        planner = self._planner(target, speculate)
+        return planner.draft.policy if planner and planner.draft and speculate != "ngram" else None
 
     @property
     def loaded_bytes(self) -> int:

@@ -152,9 +152,8 @@ def _share_pool() -> None:
         options = sess_options or new_options()
         with lock:  # the options may be those of several sessions
             before = options.use_per_session_threads, options.intra_op_num_threads
-            if _pool_threads != 1:
-                options.use_per_session_threads = False
-                options.intra_op_num_threads = 0  # ORT would warn that it is ignored
+            options.use_per_session_threads = False
+            options.intra_op_num_threads = 0  # ORT would warn that it is ignored
             try:
                 create(self, path_or_bytes, options, *args, **kwargs)
                 # What `set_providers` creates the session again with.

@@ -259,6 +259,6 @@ def _candidates(manifest: Manifest) -> Iterator[tuple[Policy, float, float]]:
 def _right_at(kl: float) -> float:
     """Share of guesses that is right at a KL in nats, within 0.02 where it was measured.
 
-    At least 1 - sqrt(kl / 2) are, by Pinsker's inequality, and in fact somewhat more.
+    A fit to answers of the demo model, not a bound.
     """
     return max(1 - kl**0.5 / 2, 0.05)

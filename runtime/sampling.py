@@ -36,13 +36,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature <= _LARGEST, "temperature", self.temperature, "at least 0")
+        _require(0 <= self.temperature <= _LARGEST, "temperature", self.temperature, "in 0..1e30")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
         _require(
             0 < self.repetition_penalty <= _LARGEST,
             "repetition_penalty",
             self.repetition_penalty,
-            "more than 0",
+            "more than 0 and at most 1e30",
         )
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")

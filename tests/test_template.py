@@ -24,6 +24,10 @@ ENDLESS = (
 NESTED = "{% set n = namespace(x=['x']) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}"
 DOUBLING = "{% set n = namespace(x='x' * 999) %}{% for i in range(99) %}"
 LARGE = (
+    "{{ 2 ** 5000000 }}",
+    "{{ 2 ** (-999999999) }}",
+    "{% set n = namespace(x=2**50000) %}"
+    "{% for i in range(9) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "{{ 'x' * 10**9 }}",
     "{{ 10**9 * 'x' }}",
     "{{ ['x' * 10**7] * 10**3 }}",

@@ -520,6 +520,13 @@ def test_auto_counts_the_time_of_deciding(
     assert len(again.history) == PLAN.improvement_steps
 
 
+def test_auto_takes_one_decision_where_the_text_is_a_single_batch(untrained: Path) -> None:
+    trainer = prepared(untrained, with_plan(decision_points="auto", sequences=4))
+    assert trainer.batches == 1
+    regress(trainer)
+    assert trainer.scorer.decision_points == (1,)
+
+
 def test_one_choice_gives_the_scorer_that_is_asked_for(untrained: Path) -> None:
     """`auto` shares what it collects; the fit itself is the same."""
     options = TOOL_PARSER.parse_args(["out", "--decisions", "every"]).decisions

@@ -149,6 +149,8 @@ class Chat:
         self._say(f"{len(self._messages)} messages from {session}")
 
     def _budget(self, text: str) -> None:
+        if text and self._options.speculate != "off":
+            raise PolicyError("with --speculate a chat keeps to its path: start without it")
         if text:
             policy = self._model.policy(self._options.policy, text)
             self._model.preload(policy)
@@ -188,8 +190,9 @@ class Chat:
 def _read() -> str:
     """What is typed up to Enter; of a text that is pasted, all lines."""
     lines = [input("> ")]
-    with contextlib.suppress(OSError, ValueError):  # such as on Windows, where stdin is no socket
-        while select.select([sys.stdin], [], [], _PASTED_S)[0]:
+    # On Windows select() takes sockets alone; the end of the input is met again at the next line.
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        while not lines[-1].startswith("/") and select.select([sys.stdin], [], [], _PASTED_S)[0]:
             lines.append(input())
     return "\n".join(lines)
 

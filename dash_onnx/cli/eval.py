@@ -84,8 +84,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--speculate",
         choices=get_args(Speculate),
-        help="of --task: guess tokens where a text is generated, as dash-run does; what is scored "
-        "is given already, and leaves nothing to guess (default: off)",
+        help="of --task: guess tokens where a text is generated, as dash-run does, and so for one "
+        "path: the highest exported precision unless --policy names another; what is scored leaves "
+        "nothing to guess (default: off)",
     )
     add_log_options(parser)
     return parser

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dash_onnx.core.manifest import Manifest
     from dash_onnx.exporters.export import ExportOptions
     from dash_onnx.exporters.export.check import CheckKind, CheckResult
-    from dash_onnx.exporters.train.options import EffortName
+    from dash_onnx.exporters.train.options import TrainOptions
 
 _LOG = logging.getLogger(__name__)
 
@@ -174,12 +174,22 @@ def main(argv: list[str] | None = None) -> int:
             seed=arguments.seed,
         )
         trained = arguments.effort != "none" and has_device(arguments.device)
-        effort = arguments.effort if trained else None
+        training = (
+            TrainOptions(
+                effort=arguments.effort,
+                calibration=options.calibration,
+                seed=options.seed,
+                device=options.train_device,
+                decisions=arguments.decisions,
+            )
+            if trained
+            else None
+        )
         manifest = export(
             arguments.model,
             arguments.out,
             options,
-            opened=lambda facts: _announce(facts, options, effort, arguments.check != "none"),
+            opened=lambda facts: _announce(facts, options, training, arguments.check != "none"),
         )
         if trained:
             _LOG.info(
@@ -193,17 +203,10 @@ def main(argv: list[str] | None = None) -> int:
                 "no device %s here: no policy trained; run `dash-train %s` where there is one",
                 *(arguments.device, arguments.out),
             )
-        elif trained:
+        elif training is not None:
             from dash_onnx.exporters.train.train import train
 
-            choice = TrainOptions(
-                effort=arguments.effort,
-                calibration=options.calibration,
-                seed=options.seed,
-                device=options.train_device,
-                decisions=arguments.decisions,
-            )
-            manifest = train(arguments.out, choice)
+            manifest = train(arguments.out, training)
         if arguments.fused:
             from dash_onnx.core.contract import FUSED_FOLDER
             from dash_onnx.exporters.fused import FuseOptions, fuse
@@ -258,28 +261,28 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
     if overwrite:  # what is there may have been there before
         return ""
     if (out / MANIFEST_NAME).is_file():
-        goes_on = f"{out} can answer; `dash-train {out}` goes on with its policy"
+        goes_on = f"{out} can answer; `dash-train {out}`, with the same options, trains its policy"
         return goes_on if _untrained(out) else ""
     if (partial := workspace_of(out, "partial")).exists():
-        return f"{partial} keeps what is finished; the same command goes on from there"
+        again = "the same command" if resume else "with --resume the command"
+        return f"{partial} keeps what is finished; {again} goes on from there"
     return (
         "nothing is finished" if resume else "nothing is kept; with --resume, finished layers are"
     )
 
 
 def _announce(
-    facts: ModelFacts, options: ExportOptions, effort: EffortName | None, check: bool
+    facts: ModelFacts, options: ExportOptions, training: TrainOptions | None, check: bool
 ) -> None:
     """Says what is coming, where somebody listens: it takes half a second to tell how long."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
     from dash_onnx.exporters.expected import Speed, export_phases, training_phases
-    from dash_onnx.exporters.train.options import plan_of
 
     speed = Speed.measured()
     phases = export_phases(facts, options, speed, check=check)
-    if effort is not None:
-        plan = plan_of(effort, facts)
+    if training is not None:
+        plan = training.plan_for(facts)
         phases += training_phases(facts, plan, speed, generated=not options.calibration)
     announce(phases)
 

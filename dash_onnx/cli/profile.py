@@ -54,7 +54,10 @@ def _profile(arguments: argparse.Namespace) -> None:
     manifest = with_costs(bundle.manifest, costs)
     if not arguments.dry_run:
         if disturbed and not arguments.force:
-            raise DashError(f"{disturbed}; stop it and try again, or write the costs with --force")
+            raise DashError(
+                f"{disturbed}; stop it and try again, give --threads where CPU time is limited, or "
+                "write the costs with --force"
+            )
         replace_manifest(bundle.folder, manifest)
         if (fused := bundle.folder / FUSED_FOLDER).is_dir():
             print(

@@ -165,6 +165,11 @@ class RandomPolicy(PathPolicy):
     Every generation repeats the same sequence of paths: it depends on the seed alone.
     """
 
+    @property
+    def quality(self) -> str:
+        """See `Policy`."""
+        return f"{self.name} {self.budget}"
+
     def __init__(self, manifest: Manifest, seed: int = 0, budget: float | None = None):
         """Draws from every action alike, or skips as often as a budget asks for.
 

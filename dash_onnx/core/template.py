@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _MOST_SECONDS = 2.0  # of the thread's own time
 _MOST_CHARACTERS = 10**7  # that one operation may make, and of the result
+_MOST_BITS = 100_000  # of an integer
 _MOST_IN_ALL = 10**8  # that all operations may make
 _ITEM = 8  # bytes of a list's item; a character is one or more
 _NESTED = 50  # for the time that a list in a list takes to be measured, and an object its memory
@@ -98,9 +99,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             _spend(_length(left) + _length(right))
         elif operator == "%" and isinstance(left, str):
             _spend(_formatted(left, (right,)))
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            _spend(abs(left).bit_length() * right)
-        elif operator == "*" and not (isinstance(left, int) and isinstance(right, int)):
+        elif isinstance(left, int) and isinstance(right, int):
+            bits = abs(left).bit_length()
+            digits = bits * abs(right) if operator == "**" else bits + abs(right).bit_length()
+            if digits > _MOST_BITS:
+                raise TemplateError(f"it makes a number of more than {_MOST_BITS} bits")
+        elif operator == "*":
             _spend(_product((left, right)))
         return super().call_binop(context, operator, left, right)
 

@@ -202,7 +202,7 @@ class _Server:
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def ready(self, _: Request) -> Response:
-        ready = not self.service.draining
+        ready = not self.service.draining and self.service.shelf.alive
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:

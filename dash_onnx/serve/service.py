@@ -212,7 +212,8 @@ class Service:
     async def _begun(self, place: Place, prompt: Ids, options: GenerationOptions) -> Running:
         """A generation among the others of its bundle, or one of its own that guesses."""
         model, batch = place.model, place.batch
-        await self.shelf.prepare(place, model.policy_of(options))
+        policy = model.policy_of(options)
+        await self.shelf.prepare(place, policy, model.draft_of(policy, options.speculate))
         if batch is None or options.speculate != "off":
             return await Alone.begun(functools.partial(model.stream, prompt, options=options))
         pieces = Together()

@@ -231,23 +231,24 @@ class Shelf:
             place.users -= 1
             place.used = time.monotonic()
 
-    async def prepare(self, place: Place, policy: Policy) -> None:
+    async def prepare(self, place: Place, *policies: Policy | None) -> None:
         """Loads what a request needs before it runs: no answer in progress waits for it.
 
         Args:
             place: of its bundle, in use.
-            policy: of the request.
+            policies: of the request, and of what guesses for it.
 
         Raises:
             BusyError: its memory is in use by other bundles.
             DashError: it cannot be loaded.
         """
-        if place.batch is None or not place.batch.bytes_to_load(policy):
-            return
-        async with self._lock:
-            needed = place.batch.bytes_to_load(policy)
-            await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
-            await asyncio.to_thread(place.model.preload, policy)
+        for policy in policies:
+            if policy is None or place.batch is None or not place.batch.bytes_to_load(policy):
+                continue
+            async with self._lock:
+                needed = place.batch.bytes_to_load(policy)
+                await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
+                await asyncio.to_thread(place.model.preload, policy)
 
     async def _load(self, name: str, place: Place) -> None:
         async with self._lock:
@@ -265,9 +266,10 @@ class Shelf:
         if most is None:
             return
         if needed + held > most:
-            raise DashError(  # however often it is asked for
+            remedy = "ask for another policy or budget, or " if held else ""
+            raise DashError(
                 f"{name} takes {needed / 1e6:.0f} MB, more than the {(most - held) / 1e6:.0f} that "
-                "--memory-mb leaves for it; ask for another policy or budget, or start with more"
+                f"--memory-mb leaves for it; {remedy}start with more"
             )
         while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
             idle = {n: one for n, one in self._places.items() if one.loaded and not one.users}

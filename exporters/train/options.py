@@ -20,6 +20,9 @@ LEAST_SEQUENCES = 8
 COUNTS = (1, 2, 3, 6, 12)
 """Decisions for a token, of which `auto` chooses."""
 
+TRIED = 20
+"""Batches at most that it chooses on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:

@@ -17,12 +17,12 @@ from dash_onnx.exporters.train import static
 from dash_onnx.exporters.train.decisions import choose
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
+from dash_onnx.exporters.train.options import TRIED
 from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
 _RATE, _EPOCHS = 2e-3, 10  # of the scorer's fit; the rate falls to 0
-_TRIED = 20  # batches at most that the number of decisions is chosen on
 _UNSEEN = 6  # of as many batches, one is left out of the fits that are compared
 
 
@@ -37,10 +37,12 @@ def regress(trainer: Trainer) -> None:
             trainer.decide_at(tuple(state["points"]))
         trainer.downgrades = [static.Downgrade(**one) for one in state["downgrades"]]
         return
-    few = min(batches, _TRIED, trainer.batches) if len(trainer.candidates) > 1 else batches
+    few = min(batches, TRIED, trainer.batches) if len(trainer.candidates) > 1 else batches
     hidden, samples = collect(trainer, range(few))
     correction = _correction(trainer, samples.mean(0))
-    if len(trainer.candidates) > 1:
+    if few == 1:  # nothing is left to compare on
+        trainer.decide_at(trainer.candidates[0])
+    elif len(trainer.candidates) > 1:
         unseen = range(few - max(few // _UNSEEN, 1), few)
         tokens = len(samples) * unseen.start // few
         known = {point: states[:tokens] for point, states in hidden.items()}
