@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dash_onnx.core.contract import Port, Ports
-from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.ort import Device
 
 Run = Callable[[], Any]
@@ -107,8 +107,7 @@ def bound_run(
         try:
             session.run_with_iobinding(binding, run_options)
         except Exception as error:  # ORT raises types of its C extension, without a common base
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise DeviceError(f"ONNX Runtime cannot run a graph: {reason}") from None
+            raise DeviceError(f"ONNX Runtime cannot run a graph: {first_line(error)}") from None
 
     # The binding holds raw addresses: the function must keep the buffers alive.
     run.buffers = (inputs, outputs)  # type: ignore[attr-defined]

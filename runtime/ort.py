@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from dash_onnx.core.errors import BundleError, DeviceError
+from dash_onnx.core.errors import BundleError, DeviceError, first_line
 
 Device = Literal["cpu", "cuda"]
 
@@ -215,7 +215,7 @@ def create_session(model: Path | bytes, device: Device, stream: int | None = Non
     try:
         create(session, model, options, providers=[provider])
     except Exception as error:  # ORT raises types of its C extension, without a common base
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         name = "a graph in memory" if isinstance(model, bytes) else str(model)
         raise BundleError(f"ONNX Runtime cannot load {name}: {reason}") from None
     return session

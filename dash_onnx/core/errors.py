@@ -19,6 +19,11 @@ class DashError(Exception):
         super().__init__(_cut(printable(_cut(message))))
 
 
+def first_line(error: Exception) -> str:
+    """What another library says, which may go on for many lines, or say nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """Text that moves no cursor and hides nothing: what is not printable is escaped."""
     if text.isprintable():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import SourceError, first_line
 from dash_onnx.exporters.sources.folder import open_folder
 from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.source import Source, check_token_ids
@@ -73,7 +73,7 @@ def _download(model: str, revision: str | None) -> Path:
         )
         return Path(found)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if isinstance(error, HfHubHTTPError):
             reason += "; a gated model needs `hf auth login`"
         at = f" at revision {revision!r}" if revision else ""

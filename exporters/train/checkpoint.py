@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dash_onnx.core.atomic import new_file
-from dash_onnx.core.errors import DashError
+from dash_onnx.core.errors import DashError, first_line
 
 _NAME = "state.pt"
 _EVERY_S = 60  # in the middle of a phase
@@ -62,7 +62,7 @@ class Checkpoint:
             with new_file(path) as temporary:
                 torch.save(self.state, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise DashError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+            raise DashError(f"cannot write {path}: {first_line(error)}") from None
         self._saved = time.monotonic()
 
     def remove(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.backend import AsyncRun, Backend
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.driver import Driver
@@ -46,10 +46,9 @@ class CudaBuffer(Buffer):
         try:
             self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
         except Exception as error:  # ORT raises types of its C extension, without a common base
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DeviceError(
-                f"no {zeros.nbytes / 1e6:.0f} MB of free memory on the GPU ({reason}); end what "
-                "else runs there, or take a shorter context"
+                f"no {zeros.nbytes / 1e6:.0f} MB of free memory on the GPU ({first_line(error)}); "
+                "end what else runs there, or take a shorter context"
             ) from None
         self.pointer = int(self._value.data_ptr())
 

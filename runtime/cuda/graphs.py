@@ -17,7 +17,7 @@ from typing import Any
 from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.contract import Ports
-from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.backend import CudaBackend
 from dash_onnx.runtime.cuda.driver import Driver
@@ -119,10 +119,9 @@ class _RecordedRun:
             self._check(graph)
             call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
         except Exception as error:  # ORT raises types of its C extension, without a common base
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DeviceError(
-                f"what a layer runs cannot be recorded as a CUDA graph ({reason}); load the bundle "
-                "without CUDA graphs"
+                f"what a layer runs cannot be recorded as a CUDA graph ({first_line(error)}); load "
+                "the bundle without CUDA graphs"
             ) from None
         finally:
             if graph.value:
