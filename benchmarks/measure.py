@@ -50,7 +50,7 @@ class Size:
     windows: int = 8
     items: int = 500
     answers: int = 100
-    per_kind: int = 6
+    per_kind: int = 3
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
 
@@ -149,7 +149,7 @@ def other(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guessed tokens on a larger model, by kind of prompt. 30 minutes."""
+    """Guessed tokens on a larger model, by kind of prompt. 15 minutes."""
     out = BUILD / "guesses"
     export: Command = ["dash-export", a.other, out, "--variants", "full,int8,int4", "--overwrite"]
     bench: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]

@@ -484,6 +484,13 @@ def test_what_cannot_be_served_is_refused_with_a_reason(
         client.chat.completions.create(**options)
 
 
+def test_a_field_that_is_wrong_is_named(client: openai.OpenAI) -> None:
+    options: Any = {"model": "scored", "messages": MESSAGES, "top_p": "much"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**options)
+    assert caught.value.param == "top_p"
+
+
 def test_control_tokens_in_a_message_are_refused(client: openai.OpenAI, scored: Model) -> None:
     added = scored.text.tokenizer.get_added_tokens_decoder().values()
     word = next(token.content for token in added if token.special)

@@ -55,14 +55,21 @@ class APIError(Exception):
         status: of HTTP.
         message: for the user.
         code: for programs.
+        param: the field of the body that is at fault, if it is one.
     """
 
     def __init__(
-        self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        code: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
     ):
         """Takes the attributes, and headers of the answer."""
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.param = status, message, code, param
         self._headers = dict(headers or {})
         if code in ("busy", "shutting_down"):
             self._headers["Retry-After"] = str(_RETRY_S)
@@ -75,7 +82,7 @@ class APIError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> JSONResponse:
@@ -290,7 +297,8 @@ class _Server:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise APIError(400, f"{place}: {first['msg']}"[:500], "invalid_value") from None
+            message = f"{place}: {first['msg']}"[:500]
+            raise APIError(400, message, "invalid_value", param=place or None) from None
         except (ValueError, RecursionError):
             raise APIError(400, "the body is not JSON", "invalid_json") from None
 
