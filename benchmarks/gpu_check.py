@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Part:
         seconds: that it took.
         failed: why there is no result, in a line; "" if there is one.
         result: its output: the JSON that it printed, else its last lines.
-        environment: variables of the process beside those of this one.
     """
 
     name: str
@@ -50,23 +49,21 @@ class Part:
     seconds: float = 0.0
     failed: str = ""
     result: Any = None
-    environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self, left_s: float) -> None:
-        """Runs it; its messages go to stderr as they come."""
+    def run(self, most_s: float, environment: dict[str, str]) -> None:
+        """Runs it, for so long at most; its messages go to stderr as they come."""
         if self.needs is not None and not self.needs.exists():
             self.failed = f"there is no {self.needs}: an earlier part failed"
             return
         started = time.monotonic()
-        environment = {**os.environ, **self.environment}
         try:
             done = subprocess.run(
                 self.command,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
-                timeout=max(min(self.limit_s, left_s), 1.0),
-                env=environment,
+                timeout=max(most_s, 1.0),
+                env={**os.environ, **environment},
                 cwd=ROOT,
             )
         except subprocess.TimeoutExpired:
@@ -113,9 +110,8 @@ def main() -> int:
         if arguments.parts and part.name not in arguments.parts:
             continue
         print(f"gpu-check: {part.name}: {' '.join(part.command[1:])}", file=sys.stderr, flush=True)
-        part.environment = environment
-        part.limit_s *= longer
-        part.run(longer * BUDGET_S - (time.monotonic() - started))
+        left_s = longer * BUDGET_S - (time.monotonic() - started)
+        part.run(min(longer * part.limit_s, left_s), environment)
         print(line_of(part), file=sys.stderr, flush=True)
     done = [part for part in parts if part.seconds or part.failed]
     summary = {part.name: part.result if not part.failed else part.failed for part in done}

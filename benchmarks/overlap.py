@@ -28,6 +28,10 @@ from dash_onnx.runtime.sequence import SequenceState
 PROMPT, TOKENS, ROUNDS = 16, 128, 7
 
 
+Make = Callable[[SequenceState], Decider]
+"""Makes what decides for a sequence."""
+
+
 def main() -> None:
     """Prints the table, or one JSON object."""
     parser = argparse.ArgumentParser(
@@ -51,7 +55,7 @@ def main() -> None:
         name: decoded(one, ids, head, scored(multiplier, head))[1] for name, one in models.items()
     }
     assert len({tuple(found) for found in paths.values()}) == 1, "the overlap changed a decision"
-    replay = iter_of(paths["beside"], head)
+    replay = recorded(paths["beside"], head)
     runs = {name: (one, scored(multiplier, head)) for name, one in models.items()}
     runs["none"] = beside, replay
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -70,15 +74,12 @@ def main() -> None:
         print(f"{name:>14} {value}")
 
 
-Make = Callable[[SequenceState], Decider]
-
-
 def scored(multiplier: float, head: str) -> Make:
     """The trained scorer at a fixed multiplier: it decides the same each time."""
     return lambda sequence: ScoredDecider(sequence, head, multiplier)  # type: ignore[arg-type]
 
 
-def iter_of(paths: list[Path], head: str) -> Make:
+def recorded(paths: list[Path], head: str) -> Make:
     """The recorded paths."""
     return lambda _: PathSequence(iter(paths), head)  # type: ignore[arg-type]
 

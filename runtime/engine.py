@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, get_args
 
 import numpy as np
@@ -35,7 +36,7 @@ from dash_onnx.runtime.generate import (
 )
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.kv import CAPACITY
-from dash_onnx.runtime.options import GenerationOptions, check_type
+from dash_onnx.runtime.options import GenerationOptions, check_count, check_type
 from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
 from dash_onnx.runtime.planner import Planner, planner_for
 from dash_onnx.runtime.prefix import PrefixStore
@@ -581,17 +582,6 @@ def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
         rest.close()
 
 
-def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
-    """Refuses what is no number of things.
-
-    Raises:
-        PolicyError: no integer, less than 1 or more than `most`.
-    """
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or not 1 <= value <= most:
-        raise PolicyError(f"{name}={value!r} must be an integer in 1..{most}")
-
-
 def device_of(bundle: Bundle, device: Device | None = None) -> Device:
     """The device that a bundle was exported for.
 
@@ -661,8 +651,12 @@ def load(
         check_count("threads", threads, _MOST_THREADS)
     check_type("policy", policy)
     check_type("budget", budget)
-    for name, value in (("folder", folder), ("device", device), ("sha256", sha256)):
-        if not isinstance(value, (str, os.PathLike) if name == "folder" else (str, type(None))):
+    for name, value, other in (
+        ("folder", folder, os.PathLike),
+        ("device", device, NoneType),
+        ("sha256", sha256, NoneType),
+    ):
+        if not isinstance(value, (str, other)):
             raise PolicyError(f"{name}={value!r} must be text")
     bundle = Bundle(folder, sha256=sha256)
     backend = open_backend(device_of(bundle, device), cuda_graphs=cuda_graphs)

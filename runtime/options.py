@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
@@ -139,3 +141,14 @@ def check_type(name: str, value: Any) -> None:
 
 GREEDY = GenerationOptions(temperature=0.0, repetition_penalty=1.0)
 """The most likely token, whatever the model's authors want: for those who compare."""
+
+
+def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
+    """Refuses what is no number of things.
+
+    Raises:
+        PolicyError: no integer, less than 1 or more than `most`.
+    """
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= most:
+        raise PolicyError(f"{name}={value!r} must be an integer in 1..{most}")

@@ -134,8 +134,8 @@ def joined(
         bound.arguments["prompt"] = prepare(bound.arguments["prompt"])
         return Completion.of(stream(*bound.args, **bound.kwargs))
 
-    returns = "Completion: the text, a `str` with `finish_reason`, counts, times and actions."
-    return _named(joined, name, told, returns)
+    what = "the text, a `str` with `finish_reason`, counts, times and actions"
+    return _named(joined, name, told, "Completion", what)
 
 
 def asynchronous(
@@ -152,19 +152,17 @@ def asynchronous(
         finally:
             chunks.close()
 
-    return _named(
-        asynchronous, name, told, "AsyncIterator[Chunk]: pieces of text, for `async for`."
-    )
+    return _named(asynchronous, name, told, "AsyncIterator[Chunk]", "pieces of text")
 
 
-def _named(method: Callable[..., Any], name: str, told: str, returns: str) -> Callable[..., Any]:
+def _named(
+    method: Callable[..., Any], name: str, told: str, returns: str, what: str
+) -> Callable[..., Any]:
     """With the parameters of the method that it wraps, and their description."""
-    kind = returns.partition(":")[0]
-    signature = inspect.signature(method).replace(return_annotation=kind)
+    signature = inspect.signature(method).replace(return_annotation=returns)
     method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
     _, _, rest = (method.__doc__ or "").partition("\n\n")
-    before, raises, errors = rest.partition("        Raises:")
-    method.__doc__ = (
-        f"{told}\n\n{before}        Returns:\n            {returns}\n\n{raises}{errors}"
-    )
+    given, raises, errors = rest.partition("        Raises:")
+    given += f"        Returns:\n            {returns}: {what}.\n\n"
+    method.__doc__ = f"{told}\n\n{given}{raises}{errors}"
     return method

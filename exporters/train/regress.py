@@ -37,12 +37,13 @@ def regress(trainer: Trainer) -> None:
             trainer.decide_at(tuple(state["points"]))
         trainer.downgrades = [static.Downgrade(**one) for one in state["downgrades"]]
         return
-    few = min(batches, TRIED, trainer.batches) if len(trainer.candidates) > 1 else batches
+    is_open = len(trainer.candidates) > 1
+    few = min(batches, TRIED, trainer.batches) if is_open else batches
     hidden, samples = collect(trainer, range(few))
     correction = _correction(trainer, samples.mean(0))
-    if few == 1:  # nothing is left to compare on
+    if is_open and few == 1:  # nothing is left to compare on
         trainer.decide_at(trainer.candidates[0])
-    elif len(trainer.candidates) > 1:
+    elif is_open:
         unseen = range(few - max(few // _UNSEEN, 1), few)
         tokens = len(samples) * unseen.start // few
         known = {point: states[:tokens] for point, states in hidden.items()}
