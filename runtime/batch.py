@@ -30,7 +30,7 @@ from dash_onnx.runtime.generate import (
     prefill_plan,
 )
 from dash_onnx.runtime.kv import CAPACITY
-from dash_onnx.runtime.prefix import PrefixStore
+from dash_onnx.runtime.prefix import LEAST, PrefixStore, Saved
 from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -177,6 +177,11 @@ class Request:
         later = "" if self.first.uniform == path else self.first.quality
         self.quality = f"{path_letters(path)} {head} {later}".rstrip()
 
+    @property
+    def budget_changed(self) -> bool:
+        """Whether another budget than the first wrote some of the answer."""
+        return self.current.policy is not self.first
+
 
 @dataclass(eq=False)
 class _Row:
@@ -196,7 +201,10 @@ class _Row:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
         if self.quality != request.quality:
             return 0
-        return common_length(np.asarray(self.tokens, np.int64), request.ids[:-1])
+        held = self.tokens
+        if self.request is not None and self.request.budget_changed:
+            held = held[: len(self.request.ids)]
+        return common_length(np.asarray(held, np.int64), request.ids[:-1])
 
 
 class Batch:
@@ -291,6 +299,10 @@ class Batch:
             if common < len(row.tokens):
                 self._store.put(row.state, row.tokens, row.quality)
             common = self._store.restore(row.state, request.ids, common, request.quality)
+        other = max(self._rows, key=lambda other: other.common(request))
+        if (shared := other.common(request)) >= common + LEAST:  # it runs: its text stays its own
+            Saved.of(other.state, other.tokens[:shared]).restore(row.state, shared)
+            common = shared
         row.state.truncate(common)
         row.tokens, row.quality = request.ids[:common].tolist(), request.quality
         row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
@@ -359,8 +371,8 @@ class Batch:
 
     def _free(self, row: _Row) -> None:
         """Ends a request; what its row holds may serve the next one."""
-        if (request := row.request) is not None and request.current.policy is not request.first:
-            del row.tokens[len(request.ids) :]  # another budget wrote some of its answer
+        if (request := row.request) is not None and request.budget_changed:
+            del row.tokens[len(request.ids) :]
         row.request, row.going = None, None
         row.rest = row.rest[:0]
         # A row at rest needs a position to write nothing to; see `SequenceState.rest`.

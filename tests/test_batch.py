@@ -151,6 +151,24 @@ def test_a_row_goes_on_from_what_it_holds_of_a_prompt(
     assert "".join(chunk.text for chunk in again if isinstance(chunk, Chunk)) == wanted
 
 
+def test_a_prompt_takes_what_a_running_answer_holds_of_it(tiny_model: Model) -> None:
+    prompt = "the ships that pass in the night, " * 6
+    batch = tiny_model.new_batch(2)
+    (alone,) = run(tiny_model, tiny_model.new_batch(2), prompt + "again", policy="int8")
+    told: list[list[Chunk | Exception]] = [[], []]
+    batch.submit(tiny_model.request(prompt, told[0].append, options(policy="int8")))
+    for _ in range(3):
+        batch.step()
+    second = tiny_model.request(prompt + "again", told[1].append, options(policy="int8"))
+    batch.submit(second)
+    batch.step()
+    assert len(second.ids) - 8 < batch.reused < len(second.ids)
+    while batch.step():
+        pass
+    assert [piece.token for piece in told[1]] == [piece.token for piece in alone]
+    assert len(told[0]) == 40
+
+
 def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> None:
     batch = tiny_model.new_batch(2)
     told: list[Chunk | Exception] = []

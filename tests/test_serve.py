@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.serve import main
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.batch import BatchDecoder
+from dash_onnx.runtime.batch import BatchDecoder, Request
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.sessions import Sessions
@@ -154,6 +155,54 @@ def test_several_choices_and_a_seed(client: openai.OpenAI) -> None:
     assert texts == [choice.message.content for choice in again.choices]
     assert len(set(texts)) > 1
     assert [choice.index for choice in first.choices] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("slow")
+def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, Limits(running=2, waiting=1))
+    messages = [{"role": "user", "content": "the keeper counts the ships that pass " * 4}]
+    options: Any = {"model": "tiny", "messages": messages, "max_tokens": 12, "n": 4}
+    options["extra_body"] = {**OURS, "response_format": NO_END}
+    try:
+        pieces = [*running.client().chat.completions.create(**options, stream=True)]
+        order = [piece.choices[0].index for piece in pieces if piece.choices]
+        changes = sum(one != other for one, other in itertools.pairwise(order))
+        assert {*order} == {0, 1, 2, 3}
+        assert changes > 8  # two at a time, token by token: one after the other it would be three
+        whole = running.client().chat.completions.create(**options)
+        assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 48
+        reused = metric(running, "dash_prompt_tokens_reused")
+        assert reused >= 7 * (whole.usage.prompt_tokens - 8)
+    finally:
+        running.stop()
+
+
+def test_a_choice_that_fails_ends_its_request(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = Server({"tiny": tiny_model}, Limits(running=2))
+    body = {"prompt": "the keeper", "max_tokens": 30, "n": 3, "temperature": 1, "seed": 1}
+    begun: list[int] = []
+    request = Model.request
+
+    def third_fails(self: Model, *given: Any) -> Request:
+        begun.append(1)
+        if len(begun) == 3:
+            raise PolicyError("no such luck")
+        return request(self, *given)
+
+    monkeypatch.setattr(Model, "request", third_fails)
+    try:
+        answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
+        assert answer.status_code == 400
+        assert "no such luck" in answer.text
+        assert metric(running, "dash_running") == 0
+        body["n"] = 1
+        assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == 200
+    finally:
+        running.stop()
 
 
 def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
@@ -399,7 +448,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_in_the_queue() -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_all_choices_of_a_request_share_its_time(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(seconds=0.4))
+    running = Server({"tiny": tiny_model}, Limits(running=1, seconds=0.4))
     body = {"prompt": "the keeper", "max_tokens": 12, "n": 3}
     try:
         answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
@@ -677,6 +726,29 @@ def test_a_key_of_any_letters_is_told_from_others(tiny_model: Model) -> None:
         running.stop()
 
 
+def test_a_page_whose_name_leads_here_gets_nothing(tiny_model: Model) -> None:
+    running = Server({"tiny": tiny_model}, only_here=True)
+    port = running.url.rpartition(":")[2]
+    body = {"prompt": "the", "max_tokens": 1}
+    try:
+        for host, status in (
+            (f"127.0.0.1:{port}", 200),
+            (f"localhost:{port}", 200),
+            ("app.localhost", 200),
+            ("[::1]:80", 200),
+            ("192.168.0.7", 200),  # an address: no name that can be made to lead elsewhere
+            (f"evil.example:{port}", 403),
+            ("localhost.evil.example", 403),
+            ("[", 403),
+        ):
+            given = {"headers": {"host": host}}
+            assert httpx.get(f"{running.url}/v1/models", **given).status_code == status, host
+            found = httpx.post(f"{running.url}/v1/completions", json=body, **given)
+            assert found.status_code == status, host
+    finally:
+        running.stop()
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_what_a_web_page_may_send_unasked_is_refused(kind: str, server: Server) -> None:
     body = json.dumps({"model": "tiny", "messages": MESSAGES, "max_tokens": 1})
@@ -818,12 +890,17 @@ def test_the_page_and_unknown_paths(server: Server) -> None:
         (("out", "--port", "70000"), "no port"),
         (("out", "else/out"), "two bundles are called"),
         (("out", "--api-key-file", "none.txt"), "none.txt"),
+        (("out", "--sha256", "ab", "--sha256", "cd"), "a checksum for each bundle"),
     ],
 )
 def test_a_server_that_cannot_be_is_refused(
     arguments: tuple[str, ...], word: str, capsys: Capture
 ) -> None:
     assert word in TOOL.refused(capsys, *arguments)
+
+
+def test_a_bundle_of_another_checksum_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
+    assert "SHA-256" in TOOL.refused(capsys, str(tiny_bundle), "--sha256", "0" * 64)
 
 
 @pytest.mark.parametrize("options", [(), ("--log-json",)], ids=["lines", "json"])

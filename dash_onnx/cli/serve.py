@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 from pathlib import Path
 
@@ -112,6 +111,12 @@ def _parser() -> Parser:
     )
     add_device_options(parser)
     add_log_options(parser)
+    parser.add_argument(
+        "--sha256",
+        action="append",
+        metavar="HEX",
+        help="refuse an OUT whose dash.json has another SHA-256; once for each OUT, in their order",
+    )
     parser.add_argument("--log-json", action="store_true", help="log one JSON object a line")
     return parser
 
@@ -124,10 +129,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from dash_onnx.serve.limits import Limits, is_local
+
     key = None
     if arguments.api_key_file is not None:
         key = read_text(arguments.api_key_file).strip()
-    elif not _is_local(arguments.host):
+    elif not is_local(arguments.host):
         raise DashError(
             f"--host {arguments.host} is open to other machines: give an --api-key-file"
         )
@@ -135,7 +142,6 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise DashError(f"--port {arguments.port} is no port")
     try:
         from dash_onnx.serve.app import create_app
-        from dash_onnx.serve.limits import Limits
         from dash_onnx.serve.server import Server
         from dash_onnx.serve.shelf import open_bundles
     except ImportError as error:
@@ -147,6 +153,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         policy=arguments.policy,
         budget=arguments.budget,
+        sha256=arguments.sha256,
     )
     limits = Limits(
         running=arguments.running,
@@ -159,19 +166,12 @@ def _serve(arguments: argparse.Namespace) -> None:
         memory_bytes=None if arguments.memory_mb is None else arguments.memory_mb * 10**6,
         budget_under_load=arguments.budget_under_load,
     )
-    app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors))
+    app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors), only_here=key is None)
     server = Server(app, arguments.host, arguments.port)
     _LOG.info("http://%s:%d", arguments.host, arguments.port)
     server.run()
     if server.force_exit:
         raise KeyboardInterrupt
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import hmac
 import json
 import logging
@@ -13,6 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
@@ -32,7 +32,7 @@ from dash_onnx.core.policy import budget_of
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.limits import BusyError, Limits, is_local
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
 from dash_onnx.serve.service import Service, Tally, check_words
 from dash_onnx.serve.shelf import Unloaded
@@ -96,6 +96,7 @@ def create_app(
     *,
     key: str | None = None,
     origins: tuple[str, ...] = (),
+    only_here: bool = False,
 ) -> Starlette:
     """The ASGI app.
 
@@ -104,12 +105,14 @@ def create_app(
         limits: what it takes on.
         key: that clients must send as `Authorization: Bearer KEY`; None asks for none.
         origins: of web pages that may call it.
+        only_here: refuse requests to any other name than localhost: a page whose name leads to this
+            machine would be taken for one of its own.
 
     Raises:
         PolicyError: a bundle cannot meet the budget under load.
     """
     service = Service(models, limits or Limits())
-    server = _Server(service, key)
+    server = _Server(service, key, only_here)
     routes = [
         Route("/", server.page),
         Route("/health", server.health),
@@ -198,8 +201,8 @@ class _Requests:
 class _Server:
     """The handlers of the routes."""
 
-    def __init__(self, service: Service, key: str | None):
-        self.service, self._key = service, key
+    def __init__(self, service: Service, key: str | None, only_here: bool):
+        self.service, self._key, self._only_here = service, key, only_here
 
     async def page(self, _: Request) -> Response:
         return HTMLResponse(files("dash_onnx.serve").joinpath("page.html").read_text("utf-8"))
@@ -213,18 +216,18 @@ class _Server:
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check_caller(request)
         content = generate_latest(self.service.metrics.registry)
         return Response(content, media_type=CONTENT_TYPE_LATEST)
 
     async def list_models(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check_caller(request)
         return JSONResponse(
             {"object": "list", "data": [*map(self._model, self.service.shelf.names)]}
         )
 
     async def show_model(self, request: Request) -> Response:
-        self._check_key(request)
+        self._check_caller(request)
         return JSONResponse(self._model(self._named(request.path_params["name"])))
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -272,7 +275,7 @@ class _Server:
         return await self._answer(request, name, prompt, options, body, choices)
 
     async def _body(self, request: Request, kind: type[Generation]) -> Generation:
-        self._check_key(request)
+        self._check_caller(request)
         if self.service.draining:
             raise APIError(503, "the server is shutting down", "shutting_down")
         # A web page may send other types to a server that it could not ask otherwise.
@@ -332,18 +335,12 @@ class _Server:
     async def _pieces(
         self, name: str, prompt: Ids, options: GenerationOptions, tallies: list[Tally]
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """The chunks of each choice in turn, with its number."""
+        """The chunks of all choices as they come, with the choice's number."""
         try:
-            async with self.service.slot():
-                until = self.service.deadline()
-                for index, tally in enumerate(tallies):
-                    tally.until, chosen = until, options
-                    if options.seed is not None:  # each choice draws anew
-                        chosen = dataclasses.replace(options, seed=options.seed + index)
-                    chunks = self.service.run(name, prompt, chosen, tally)
-                    async with contextlib.aclosing(chunks):
-                        async for chunk in chunks:
-                            yield index, chunk
+            pieces = self.service.choices(name, prompt, options, tallies)
+            async with contextlib.aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
         except DashError as error:
             raise _refusal(error) from None
         except TimeoutError:
@@ -357,7 +354,10 @@ class _Server:
                 f"the prompt has {len(prompt)} tokens, this server takes {most}; shorten it"
             )
 
-    def _check_key(self, request: Request) -> None:
+    def _check_caller(self, request: Request) -> None:
+        if self._only_here and not is_local(_host(request), any_address=True):
+            told = "call this server as localhost, or start it with an --api-key-file"
+            raise APIError(403, told, "forbidden_host")
         if self._key is None:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -372,6 +372,14 @@ class _Server:
             known = ", ".join(names)
             raise APIError(404, f"no model {name[:100]!r}; there are {known}", "model_not_found")
         return name
+
+
+def _host(request: Request) -> str:
+    """The name in the address that a client called."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,19 @@ STEPS = 4
 def lowered(usual: float, least: float, pressure: float) -> float:
     """A budget between the usual one and the least, by how full the queue is, 0 to 1."""
     return max(usual + (min(least, usual) - usual) * pressure, min(least, usual))
+
+
+def is_local(host: str, *, any_address: bool = False) -> bool:
+    """Whether a host is this machine.
+
+    Args:
+        host: a name or an address.
+        any_address: accept every address: only names can be made to lead elsewhere.
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback or any_address
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
@@ -120,13 +120,17 @@ class Service:
         return round(full * STEPS) / STEPS
 
     @contextlib.asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self, *, further: bool = False) -> AsyncIterator[None]:
         """The right to run one generation.
+
+        Args:
+            further: it belongs to a request that runs, and waits even where the queue is full.
 
         Raises:
             BusyError: the queue is full.
         """
-        if self._slots.locked() and self._waiting >= self.limits.waiting:
+        full = self._slots.locked() and self._waiting >= self.limits.waiting
+        if full and not further:
             raise BusyError(f"{self._waiting} requests wait already; try again later")
         self._waiting += 1
         self._show()
@@ -143,25 +147,73 @@ class Service:
             self._slots.release()
             self._show()
 
-    def deadline(self) -> float:
-        """When a request that runs from now on must have ended, by the clock of the event loop."""
-        return asyncio.get_running_loop().time() + self.limits.seconds
-
-    async def run(
-        self, name: str, prompt: Ids, options: GenerationOptions, tally: Tally
-    ) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one generation, counted.
+    async def choices(
+        self, name: str, prompt: Ids, options: GenerationOptions, tallies: Sequence[Tally]
+    ) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """The chunks of all choices of a request as they come, each with the choice's number.
 
         Args:
             name: of the bundle.
             prompt: its tokens.
-            options: of the generation.
-            tally: what it costs is added here.
+            options: of the generation; each choice draws with a seed of its own.
+            tallies: for each choice, where what it costs is added.
 
         Raises:
             DashError: the prompt or an option is refused.
             TimeoutError: it took longer than a request may.
         """
+        async with self.slot():
+            until = asyncio.get_running_loop().time() + self.limits.seconds
+            for tally in tallies:
+                tally.until = until
+            if len(tallies) == 1:
+                async with contextlib.aclosing(self._run(name, prompt, options, *tallies)) as one:
+                    async for chunk in one:
+                        yield 0, chunk
+                return
+            begun = asyncio.Event()  # the prompt has run: the others take its K/V
+            pieces = asyncio.Queue[tuple[int, Chunk | Exception | None]]()
+
+            async def put(index: int) -> None:
+                end: Exception | None = None
+                try:
+                    async with contextlib.AsyncExitStack() as needed:
+                        if index:
+                            async with asyncio.timeout_at(until):
+                                await begun.wait()
+                                await needed.enter_async_context(self.slot(further=True))
+                        chosen = options
+                        if options.seed is not None:
+                            chosen = replace(options, seed=options.seed + index)
+                        chunks = self._run(name, prompt, chosen, tallies[index])
+                        async with contextlib.aclosing(chunks):
+                            async for chunk in chunks:
+                                pieces.put_nowait((index, chunk))
+                                begun.set()
+                except Exception as error:
+                    end = error
+                pieces.put_nowait((index, end))
+
+            tasks = [asyncio.create_task(put(index)) for index in range(len(tallies))]
+            running = len(tasks)
+            try:
+                while running:
+                    index, piece = await pieces.get()
+                    if isinstance(piece, Exception):
+                        raise piece
+                    if piece is None:
+                        running -= 1
+                    else:
+                        yield index, piece
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+
+    async def _run(
+        self, name: str, prompt: Ids, options: GenerationOptions, tally: Tally
+    ) -> AsyncGenerator[Chunk, None]:
+        """The chunks of one generation, counted."""
         async with contextlib.AsyncExitStack() as needed:
             # Not around the chunks: who takes them may be another task.
             async with asyncio.timeout_at(tally.until):

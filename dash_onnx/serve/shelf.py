@@ -37,6 +37,7 @@ class Unloaded:
         threads: int | None = None,
         policy: str = "",
         budget: Budget | None = None,
+        sha256: str | None = None,
     ):
         """The options are those of `dash_onnx.load`.
 
@@ -45,12 +46,18 @@ class Unloaded:
             DeviceError: it is for another device.
             PolicyError: it cannot do the policy or the budget.
         """
-        self.bundle = Bundle(folder)
+        self.bundle = Bundle(folder, sha256=sha256)
         self.manifest = self.bundle.manifest
         device_of(self.bundle, device)
         self._policy = make_policy(policy, self.manifest, budget)
         self.load = partial(
-            load, folder, device=device, threads=threads, policy=policy, budget=budget
+            load,
+            folder,
+            device=device,
+            threads=threads,
+            policy=policy,
+            budget=budget,
+            sha256=sha256,
         )
 
     def policy(self) -> Policy:
@@ -299,18 +306,23 @@ def open_bundles(
     threads: int | None = None,
     policy: str = "",
     budget: Budget | None = None,
+    sha256: Sequence[str] | None = None,
 ) -> dict[str, Unloaded]:
     """Bundles for a shelf, each called by its folder's name; the options are those of `load`.
 
     Raises:
-        SourceError: two have the same name.
+        SourceError: two have the same name, or there are not as many checksums as folders.
         DashError: a folder is no bundle, or not one for these options.
     """
     names = [Path(folder).resolve().name for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
+    checksums = sha256 or [None] * len(names)
+    if len(checksums) != len(names):
+        raise SourceError(f"give a checksum for each bundle: {len(names)}, not {len(checksums)}")
+    options = {"device": device, "threads": threads, "policy": policy, "budget": budget}
     return {
-        name: Unloaded(folder, device=device, threads=threads, policy=policy, budget=budget)
-        for name, folder in zip(names, folders, strict=True)
+        name: Unloaded(folder, **options, sha256=checksum)
+        for name, folder, checksum in zip(names, folders, checksums, strict=True)
     }
