@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -170,15 +170,11 @@ def test_a_log_has_every_phase_and_says_when_the_bundle_can_answer(
     assert any(line.startswith("training text: starts") for line in lines[answers:])
 
 
-def test_a_terminal_shows_bars_in_place_of_lines(
-    tiny_folder: Path, night: Path, tmp_path: Path
-) -> None:
+def on_terminal(command: list[str], env: Mapping[str, str] | None = None) -> tuple[bytes, str]:
+    """What a command writes to stdout, and what its terminal shows."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    arguments = (tiny_folder, tmp_path / "out", "--effort", "none", "--calibration", night)
-    process = subprocess.Popen(
-        command(*arguments, "--json"), stdout=subprocess.PIPE, stderr=theirs, env=ONE_THREAD
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=env)
     os.close(theirs)
     shown = b""
     try:
@@ -190,10 +186,36 @@ def test_a_terminal_shows_bars_in_place_of_lines(
         os.close(ours)
     assert process.stdout is not None
     with process.stdout:
-        assert json.loads(process.stdout.read())["model"]["num_layers"] == 4
+        written = process.stdout.read()
     assert process.wait(timeout=60) == 0
-    text = shown.decode()
+    return written, shown.decode()
+
+
+def test_a_terminal_shows_bars_in_place_of_lines(
+    tiny_folder: Path, night: Path, tmp_path: Path
+) -> None:
+    arguments = (tiny_folder, tmp_path / "out", "--effort", "none", "--calibration", night)
+    written, text = on_terminal(command(*arguments, "--json"), ONE_THREAD)
+    assert json.loads(written)["model"]["num_layers"] == 4
     assert "dash-export: 4 phases, about " in text
     for name in ("layers", "LM head", "costs", "check"):
         assert re.search(rf"{name}: 100%\|", text), text
     assert ": starts" not in text and "done in" not in text
+
+
+def test_a_bar_moves_between_two_steps() -> None:
+    """Bars of few steps would stand still for minutes otherwise."""
+    code = """
+import logging, time
+from dash_onnx.core import progress
+logging.getLogger("dash_onnx").addHandler(progress.BarHandler())
+logging.getLogger("dash_onnx").setLevel("INFO")
+progress.announce([progress.Expected("layers", 90.0), progress.Expected("check", 60.0)])
+with progress.Phase("layers", total=10) as phase:
+    time.sleep(2.5)
+    phase.update()
+"""
+    _, text = on_terminal([sys.executable, "-c", code])
+    moments = [line for line in text.split("\r") if "0/10 [00:0" in line]
+    assert any("[00:02<" in line for line in moments)
+    assert any("about 88 s to go, then 60 s" in line for line in moments)

@@ -25,6 +25,7 @@ PACKAGE = "dash_onnx"
 
 _LOG = logging.getLogger(__name__)
 _MARK = {"phase": True}  # of records that a bar stands for
+_BAR_S = 1.0  # from one look of a bar to the next, between steps
 
 
 class BarHandler(logging.StreamHandler):
@@ -185,7 +186,7 @@ class Phase:
         )
         self._say(self._start())
         self._thread = threading.Thread(target=self._repeat, daemon=True)
-        if shown and self._bar.disable:  # steps may be long: lines come from beside them
+        if shown:  # steps may be long: lines come, and bars move, from beside them
             self._thread.start()
         return self
 
@@ -219,11 +220,8 @@ class Phase:
     def update(self, steps: int = 1) -> None:
         """Some steps are done."""
         self._done += steps
+        self._annotate()
         self._bar.update(steps)
-        if not self._bar.disable:
-            later = self._rest()[1]
-            parts = [self._figures, f"then {_about(later)}" if later else ""]
-            self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
         self._say(self._state(), logging.DEBUG)
 
     def set_postfix(self, **figures: str) -> None:
@@ -231,7 +229,22 @@ class Phase:
         self._figures = ", ".join(f"{name}={text}" for name, text in figures.items())
         self._say(self._figures, logging.DEBUG)
 
+    def _annotate(self) -> None:
+        """Tells beside the bar what the bar does not."""
+        if self._bar.disable:
+            return
+        own, later = self._rest()
+        parts = [self._figures]
+        if own and self._done == self._first:  # from then on the bar tells it
+            parts.append(f"about {_about(own)} to go")
+        if later:
+            parts.append(f"then {_about(later)}")
+        self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
+
     def _repeat(self) -> None:
+        while not self._bar.disable and not self._ended.wait(_BAR_S):
+            self._annotate()
+            self._bar.refresh()
         while not self._ended.wait(self._every_s):
             own, later = self._rest()
             text = self._state()
