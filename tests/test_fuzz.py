@@ -30,6 +30,7 @@ from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import open_source
+from dash_onnx.runtime.machine import peak_rss_bytes
 
 LONG = int(os.environ.get("FUZZ_CASES", "10000"))
 CASES = pytest.mark.parametrize(
@@ -42,6 +43,19 @@ ODD: tuple[Any, ...] = (
     10**12, 10**400, "", "x", "x" * 300, "\udc80", "\x1b[2J\n", "../x", "skip", "int8", [], [0], {},
     {"a": 1},
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _little_memory() -> Iterator[None]:
+    """No case takes more than a gigabyte, beside what the process has already."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        yield
+        return
+    reset.write_text("5")  # the highest resident memory becomes the present one
+    before = peak_rss_bytes()
+    yield
+    assert peak_rss_bytes() - before < 1 << 30
 
 
 @pytest.fixture(scope="module")
