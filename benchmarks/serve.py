@@ -253,7 +253,8 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def _client() -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=2000)
+    # A new connection for each request: llama.cpp's server closes those that rest.
+    limits = httpx.Limits(max_connections=2000, max_keepalive_connections=0)
     return httpx.AsyncClient(timeout=httpx.Timeout(3600), limits=limits)
 
 

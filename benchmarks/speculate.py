@@ -2,11 +2,15 @@
 
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target full
+    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --genai build/peers/int8
+    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --temperature 1
 
 PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`. An editing task is
 added: to return a source file of 60 lines with one change, whole. Each prompt is answered without
 guesses and with each kind of them, in turns. The greedy texts are compared token by token; where
-one first differs, the gap between the two best logits there tells whether that is rounding.
+one first differs, the gap between the two best logits there tells whether that is rounding. With
+`--genai` a model of ORT GenAI's builder answers the same prompts, alone and with its own n-grams.
+With `--temperature` texts are drawn; they cannot be the same, but must be as likely to the target.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +37,28 @@ from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.speculate import Speculate
 
 KINDS: tuple[Speculate, ...] = ("off", "ngram", "dash", "auto")
+GENAI = ("GenAI", "GenAI + ngram")
 CONVERSATIONS = (  # of MT-bench: one kind of Spec-Bench
     "writing roleplay reasoning math coding extraction stem humanities".split()
 )
 SOURCE = "\n".join(Path(grammar.__file__).read_text("utf-8").splitlines()[:60])
 
 Answer = dict[str, Any]
-"""To a prompt: `tokens`, `ms` without the first, `guessed`, `right`, and where it `differs`."""
+"""To a prompt: `tokens`, `ms` without the first, `guessed`, `right`, and where it `differs`, or the
+`nats` per token that a drawn text loses by the target."""
+
+Peer = Callable[[list[int], int, bool], tuple[list[int], float]]
+"""Ids of a prompt, tokens at most, whether it guesses: its tokens, and `ms` without the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is measured of each prompt."""
+
+    target: str
+    new_tokens: int
+    temperature: float = 0.0
+    genai: Peer | None = None
 
 
 def main() -> None:
@@ -57,6 +78,8 @@ def main() -> None:
         default=128,
         help="(default: 128; for editing, what the file takes and 32)",
     )
+    parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
+    parser.add_argument("--genai", type=Path, help="a model of GenAI's builder, which answers too")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -67,14 +90,22 @@ def main() -> None:
         if len(prompts[kind]) < arguments.per_kind:
             prompts[kind].append(record["prompt"] if "prompt" in record else record["turns"][0])
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
+    genai = None
+    if arguments.genai:
+        from dash_onnx_peers.genai import GenAI
+
+        genai = GenAI(str(arguments.genai), arguments.threads or os.cpu_count() or 1).answer
     rows = []
     for target in arguments.target or ["int8"]:
-        by_kind = answered(model, prompts, target, arguments.new_tokens)
+        asked = Asked(target, arguments.new_tokens, arguments.temperature, genai)
+        by_kind = answered(model, prompts, asked)
         by_kind["all"] = [one for found in by_kind.values() for one in found]
         for kind, found in by_kind.items():
-            rows += [{"target": target, "kind": kind, **summary(found, who)} for who in KINDS]
+            rows += [{"target": target, "kind": kind, **summary(found, who)} for who in found[0]]
+        genai = None  # once: it has no target
     if arguments.json:
-        print(json.dumps({"model": model.manifest.model.name, "rows": rows}))
+        told = {"temperature": arguments.temperature, "rows": rows}
+        print(json.dumps({"model": model.manifest.model.name, **told}))
     else:
         print(table(rows))
 
@@ -88,31 +119,37 @@ def editing(count: int) -> list[str]:
 
 
 def answered(
-    model: Model, prompts: dict[str, list[str]], target: str, count: int
+    model: Model, prompts: dict[str, list[str]], asked: Asked
 ) -> dict[str, list[dict[str, Answer]]]:
     """By kind of prompt, and by who guesses."""
     whole = max(400, len(model.text.encode(SOURCE)) + 32)
     for speculate in KINDS:
-        model.preload(target, speculate=speculate)
+        model.preload(asked.target, speculate=speculate)
     found: dict[str, list[dict[str, Answer]]] = {}
-    with Phase(target, total=sum(map(len, prompts.values()))) as phase:
+    with Phase(asked.target, total=sum(map(len, prompts.values()))) as phase:
         for kind, texts in prompts.items():
             found[kind] = []
             for text in texts:
-                new = whole if kind == "editing" else count
-                found[kind].append(answers(model, text, target, new))
+                new = whole if kind == "editing" else asked.new_tokens
+                one = dataclasses.replace(asked, new_tokens=new)
+                found[kind].append(answers(model, text, one, seed=len(found[kind])))
                 phase.update()
     return found
 
 
-def answers(model: Model, prompt: str, target: str, count: int) -> dict[str, Answer]:
+def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Answer]:
     """One prompt, by who guesses."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
-    ids = ids[-(model.manifest.model.max_length - count) :]
-    found: dict[str, Answer] = {}
+    ids = ids[-(model.manifest.model.max_length - asked.new_tokens) :]
+    given, found = ids.tolist(), dict[str, Answer]()
     for speculate in KINDS:
         chosen = dataclasses.replace(
-            GREEDY, policy=target, speculate=speculate, max_new_tokens=count
+            GREEDY,
+            policy=asked.target,
+            speculate=speculate,
+            max_new_tokens=asked.new_tokens,
+            temperature=asked.temperature,
+            seed=seed,
         )
         steps = [*model.generate_step(ids, options=chosen)]
         guesses = [step.guess for step in steps if step.guess]
@@ -121,12 +158,29 @@ def answers(model: Model, prompt: str, target: str, count: int) -> dict[str, Ans
             "ms": sum(step.ms for step in steps[1:]),
             "guessed": sum(guess.tokens for guess in guesses),
             "right": sum(guess.right for guess in guesses),
+            "differs": None,
         }
+    alone = found["off"]["tokens"]
     for one in found.values():
-        one["differs"] = difference(
-            model, ids.tolist(), target, found["off"]["tokens"], one["tokens"]
-        )
+        if asked.temperature:
+            one["nats"] = nats(model, given, asked.target, one["tokens"])
+        else:
+            one["differs"] = difference(model, given, asked.target, alone, one["tokens"])
+    for name, guesses in zip(GENAI, (False, True), strict=True):
+        if asked.genai is not None:
+            tokens, ms = asked.genai(given, asked.new_tokens, guesses)
+            found[name] = {"tokens": tokens, "ms": ms, "guessed": 0, "right": 0, "differs": None}
     return found
+
+
+def nats(model: Model, ids: list[int], target: str, tokens: Sequence[int]) -> list[float]:
+    """What each drawn token but the first loses by the target."""
+    scored = model.score([*ids, *tokens[:-1]], prompt_tokens=len(ids), policy=target)
+    lost = []
+    for one, token in zip(scored, tokens[1:], strict=True):
+        logits = one.logits.astype(np.float64)
+        lost.append(float(np.logaddexp.reduce(logits) - logits[token]))
+    return lost
 
 
 def difference(
@@ -157,6 +211,8 @@ def summary(found: Sequence[dict[str, Answer]], who: Speculate) -> dict[str, Any
         sum(count(one[who]) for one in found)
         for count in (lambda a: len(a["tokens"]) - 1, lambda a: a["guessed"], lambda a: a["right"])
     )
+    texts = [np.mean(one[who]["nats"]) for one in found if one[who].get("nats")]
+    spread = float(np.std(texts, ddof=1)) / math.sqrt(len(texts)) if len(texts) > 1 else None
     return {
         "speculate": who,
         "prompts": len(found),
@@ -166,21 +222,29 @@ def summary(found: Sequence[dict[str, Answer]], who: Speculate) -> dict[str, Any
         "accepted": right / guessed if guessed else None,
         "drafted_per_pass": guessed / max(tokens - right, 1),
         "differs": [one[who]["differs"] for one in found if one[who]["differs"]],
+        "nats": float(np.mean(texts)) if texts else None,
+        "nats_error": spread,
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line for each target, kind of prompt, and who guesses; then where texts differ."""
     lines = [
-        f"{'target':8} {'kind':16} {'guesses':8} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
-        f"{'drafted/pass':>13} {'same text':>10}"
+        f"{'target':8} {'kind':16} {'guesses':13} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
+        f"{'drafted/pass':>13} {'same text':>10} {'nats/token':>16}"
     ]
     for row in rows:
         accepted = "-" if row["accepted"] is None else f"{row['accepted']:.0%}"
         same = f"{row['prompts'] - len(row['differs'])}/{row['prompts']}"
+        drawn = "-"
+        if row["nats"] is not None:
+            same, drawn = "-", f"{row['nats']:.3f}"
+            if row["nats_error"] is not None:
+                drawn += f" +- {row['nats_error']:.3f}"
         lines.append(
-            f"{row['target']:8} {row['kind']:16} {row['speculate']:8} {row['ms_per_token']:8.2f} "
-            f"{row['ratio']:5.2f} x {accepted:>9} {row['drafted_per_pass']:13.2f} {same:>10}"
+            f"{row['target']:8} {row['kind']:16} {row['speculate']:13} {row['ms_per_token']:8.2f} "
+            f"{row['ratio']:5.2f} x {accepted:>9} {row['drafted_per_pass']:13.2f} {same:>10} "
+            f"{drawn:>16}"
         )
     for row in rows:
         if row["kind"] != "all":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,25 @@ class GenAI:
             generator.generate_next_token()
 
         return timed(first, 1) + timed(generator.generate_next_token, new - 1)
+
+    def answer(self, ids: list[int], new: int, guesses: bool) -> tuple[list[int], float]:
+        """Decodes greedily until EOS, with GenAI's own n-grams or without.
+
+        Returns:
+            Tokens, and milliseconds of all but the first.
+        """
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(do_sample=False, max_length=len(ids) + new)
+        if guesses:
+            params.set_speculative_options(ngram_size=3, max_draft_tokens=8, min_adaptive_k=2)
+        generator = og.Generator(self._model, params)
+        generator.append_tokens(np.array(ids, np.int32))
+        generator.generate_next_token()
+        started = time.perf_counter()
+        while not generator.is_done():
+            generator.generate_next_token()
+        ms = (time.perf_counter() - started) * 1e3
+        return generator.get_sequence(0).tolist()[len(ids) :], ms
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32]:
         """Appends one token after the other."""
