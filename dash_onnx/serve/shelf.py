@@ -318,11 +318,11 @@ def open_bundles(
     for name in names:
         if names.count(name) > 1:
             raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
-    checksums = sha256 or [None] * len(names)
+    checksums: Sequence[str | None] = sha256 or [None] * len(names)
     if len(checksums) != len(names):
         raise SourceError(f"give a checksum for each bundle: {len(names)}, not {len(checksums)}")
-    options = {"device": device, "threads": threads, "policy": policy, "budget": budget}
+    opened = partial(Unloaded, device=device, threads=threads, policy=policy, budget=budget)
     return {
-        name: Unloaded(folder, **options, sha256=checksum)
+        name: opened(folder, sha256=checksum)
         for name, folder, checksum in zip(names, folders, checksums, strict=True)
     }
