@@ -166,9 +166,9 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
             one["nats"] = nats(model, given, asked.target, one["tokens"])
         else:
             one["differs"] = difference(model, given, asked.target, alone, one["tokens"])
-    for name, guesses in zip(GENAI, (False, True), strict=True):
+    for name, guessing in zip(GENAI, (False, True), strict=True):
         if asked.genai is not None:
-            tokens, ms = asked.genai(given, asked.new_tokens, guesses)
+            tokens, ms = asked.genai(given, asked.new_tokens, guessing)
             found[name] = {"tokens": tokens, "ms": ms, "guessed": 0, "right": 0, "differs": None}
     return found
 
@@ -201,7 +201,7 @@ def difference(
     }
 
 
-def summary(found: Sequence[dict[str, Answer]], who: Speculate) -> dict[str, Any]:
+def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
     """Of some prompts: what was guessed, the speed beside no guesses, and what differs."""
     ms, alone_ms = (
         sum(one[name]["ms"] for one in found) / sum(len(one[name]["tokens"]) - 1 for one in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
-from conftest import needed
+from conftest import missing, needed
 from scored_bundle import with_scorer
 
 import dash_onnx
@@ -142,6 +144,42 @@ def test_the_example_answers(demo: tuple[str, Path]) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert "Paris" in result.stdout
+
+
+@pytest.mark.demo
+def test_the_example_in_cpp_answers_and_stops(demo: tuple[str, Path], tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        missing("needs g++")
+    genai = Path(needed("onnxruntime_genai").__file__).parent / "libonnxruntime-genai.so"
+    runtime = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1.*"))
+    (tmp_path / genai.name).symlink_to(genai)
+    (tmp_path / "libonnxruntime.so").symlink_to(runtime)
+    command = [
+        "g++",
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        str(ROOT / "examples/cpp/chat.cpp"),
+    ]
+    command += ["-o", "chat", f"./{genai.name}", "-Wl,-rpath,."]
+    subprocess.run(command, cwd=tmp_path, check=True)
+
+    def answered(*arguments: str) -> str:
+        return subprocess.run(
+            ["./chat", str(demo[1]), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "LD_LIBRARY_PATH": "."},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    whole = answered(QUESTIONS[0])
+    assert "Paris" in whole
+    assert answered(QUESTIONS[0], "", "Paris").rstrip("\n") == whole[: whole.index("Paris")]
+    if demo[0] == "dash":
+        assert answered(QUESTIONS[0], "fast").strip()
 
 
 @pytest.mark.demo
