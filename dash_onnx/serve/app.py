@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,67 +27,25 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.actions import path_letters
 from dash_onnx.core.arrays import Ids
-from dash_onnx.core.errors import BundleError, ContextLengthError, DashError, DeviceError
+from dash_onnx.core.errors import ContextLengthError, DashError
 from dash_onnx.core.policy import budget_of
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.limits import BusyError, Limits, is_local
+from dash_onnx.serve.errors import APIError, refusal, refusing
+from dash_onnx.serve.limits import Limits, is_local
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
 from dash_onnx.serve.service import Service, Tally, check_words
 from dash_onnx.serve.shelf import Unloaded
 from dash_onnx.serve.tools import with_tools
 
 _LOG = logging.getLogger(__name__)
-_RETRY_S = 2  # what a client that is refused for load is told to wait
 _LOOK_S = 0.5  # between two looks whether a client that waits is still there
 _CLOSED = 499  # a client that went away, in logs and metrics
 _GRACE_S = 1.0  # after its time a stream still tells that it is over
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a line of the log
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _OUTCOMES = {200: "done", 429: "busy", 500: "error", 504: "timeout", _CLOSED: "closed", 0: "closed"}
-
-
-class APIError(Exception):
-    """An error as OpenAI's clients expect it.
-
-    Attributes:
-        status: of HTTP.
-        message: for the user.
-        code: for programs.
-        param: the field of the body that is at fault, if it is one.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        headers: Mapping[str, str] | None = None,
-        *,
-        param: str | None = None,
-    ):
-        """Takes the attributes, and headers of the answer."""
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self._headers = dict(headers or {})
-        if code in ("busy", "shutting_down"):
-            self._headers["Retry-After"] = str(_RETRY_S)
-
-    @classmethod
-    def defect(cls, name: str) -> APIError:
-        """Of the server, in the request of a name."""
-        return cls(500, f"an error of the server; see request {name} in its log", "internal_error")
-
-    def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
-
-    def response(self) -> JSONResponse:
-        """The answer."""
-        return JSONResponse(self.body(), self.status, self._headers)
 
 
 def create_app(
@@ -251,7 +209,7 @@ class _Server:
         body = await self._body(request, ChatRequest)
         assert isinstance(body, ChatRequest)
         name = self._named(body.model)
-        with _refusing():
+        with refusing():
             text = await self.service.shelf.text(name)
             options, tools = body.options(self.service.limits.most_tokens), body.offered
             options = body.with_call(options, text)
@@ -266,7 +224,7 @@ class _Server:
         body = await self._body(request, CompletionRequest)
         assert isinstance(body, CompletionRequest)
         name = self._named(body.model)
-        with _refusing():
+        with refusing():
             text = await self.service.shelf.text(name)
             options = body.options(self.service.limits.most_tokens)
             prompt = await asyncio.to_thread(text.encode, body.prompt)
@@ -342,7 +300,7 @@ class _Server:
                 async for piece in pieces:
                     yield piece
         except DashError as error:
-            raise _refusal(error) from None
+            raise refusal(error) from None
         except TimeoutError:
             limit = self.service.limits.seconds
             raise APIError(504, f"it took longer than {limit:g} s", "timeout") from None
@@ -380,23 +338,6 @@ def _host(request: Request) -> str:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:
         return ""
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    try:
-        yield
-    except DashError as error:
-        raise _refusal(error) from None
-
-
-def _refusal(error: DashError) -> APIError:
-    if isinstance(error, BusyError):
-        return APIError(429, str(error), "busy")
-    if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could mend
-        return APIError(503, str(error), "unavailable")
-    too_long = isinstance(error, ContextLengthError)
-    return APIError(400, str(error), "context_length_exceeded" if too_long else "invalid_value")
 
 
 async def _first(pieces: AsyncGenerator[tuple[int, Chunk], None], request: Request) -> Chunk:

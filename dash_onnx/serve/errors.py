@@ -1,0 +1,75 @@
+"""Errors in OpenAI's form, and which status a refusal has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from dash_onnx.core.errors import BundleError, ContextLengthError, DashError, DeviceError
+from dash_onnx.serve.limits import BusyError
+
+_RETRY_S = 2  # what a client that is refused for load is told to wait
+
+
+class APIError(Exception):
+    """An error as OpenAI's clients expect it.
+
+    Attributes:
+        status: of HTTP.
+        message: for the user.
+        code: for programs.
+        param: the field of the body that is at fault, if it is one.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
+    ):
+        """Takes the attributes, and headers of the answer."""
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self._headers = dict(headers or {})
+        if code in ("busy", "shutting_down"):
+            self._headers["Retry-After"] = str(_RETRY_S)
+
+    @classmethod
+    def defect(cls, name: str) -> APIError:
+        """Of the server, in the request of a name."""
+        return cls(500, f"an error of the server; see request {name} in its log", "internal_error")
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return JSONResponse(self.body(), self.status, self._headers)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turns what is refused within it into an answer."""
+    try:
+        yield
+    except DashError as error:
+        raise refusal(error) from None
+
+
+def refusal(error: DashError) -> APIError:
+    """The answer to a request that is refused."""
+    if isinstance(error, BusyError):
+        return APIError(429, str(error), "busy")
+    if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could mend
+        return APIError(503, str(error), "unavailable")
+    too_long = isinstance(error, ContextLengthError)
+    return APIError(400, str(error), "context_length_exceeded" if too_long else "invalid_value")
