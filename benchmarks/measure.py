@@ -50,7 +50,7 @@ class Size:
     windows: int = 8
     items: int = 500
     answers: int = 100
-    per_kind: int = 3
+    per_kind: int = 14
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
 
@@ -149,14 +149,22 @@ def other(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guessed tokens on a larger model, by kind of prompt. 15 minutes."""
-    out = BUILD / "guesses"
+    """Guessed tokens on a larger model, by kind of prompt, and drawn ones. 50 minutes."""
+    out, peers = BUILD / "guesses", BUILD / "guesses-peers"
     export: Command = ["dash-export", a.other, out, "--variants", "full,int8,int4", "--overwrite"]
-    bench: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]
-    bench += ["--target", "int8", "--target", "full", "--per-kind", str(size.per_kind)]
+    speculate: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]
+    greedy: Command = [*speculate, "--target", "int8", "--target", "full"]
+    greedy += ["--genai", peers / "int8", "--per-kind", str(size.per_kind)]
+    drawn: Command = [*speculate, "--temperature", "1", "--per-kind", str(-(-size.per_kind // 4))]
     if size == QUICK:
-        bench += ["--new-tokens", str(size.new_tokens)]
-    return [[*export, "--requantize", "--effort", "none"], [*bench, "--json"]]
+        few = ["--new-tokens", str(size.new_tokens)]
+        greedy, drawn = greedy + few, drawn + few
+    return [
+        [*export, "--requantize", "--effort", "none"],
+        ["python", "benchmarks/build_peers.py", a.other, peers, "--precisions", "int8"],
+        [*greedy, "--json"],
+        [*drawn, "--json"],
+    ]
 
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:

@@ -73,6 +73,8 @@ def page(parts: dict[str, Part]) -> str:
         larger,
         first_tokens,
         guessed,
+        beside_genai,
+        drawn,
         clients,
         sizes,
     )
@@ -254,10 +256,7 @@ def guessed(part: Part) -> str:
     """What guessing tokens brings, by target and kind of prompt."""
     head = ["target", "prompts", "ms a token", "`ngram`", "`dash`", "`auto`", "accepted"]
     rows = [[*head, "same text", "largest gap"]]
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in found(part)[0]["rows"]:
-        runs.setdefault((row["target"], row["kind"]), {})[row["speculate"]] = row
-    for (target, kind), by in runs.items():
+    for (target, kind), by in _by_prompt(found(part)[0]).items():
         auto = by["auto"]
         gaps = [one["gap"] for one in auto["differs"]]
         rows.append(
@@ -272,6 +271,38 @@ def guessed(part: Part) -> str:
             ]
         )
     return table(rows, left=2)
+
+
+def beside_genai(part: Part) -> str:
+    """Tokens per second with guesses, ours and GenAI's own, by kind of prompt."""
+    rows = [["prompts", "GenAI", "GenAI, guessing", "dash-onnx", "dash-onnx, guessing", "ratio"]]
+    for (_, kind), by in _by_prompt(found(part)[0]).items():
+        if "GenAI" in by:
+            names = ("GenAI", "GenAI + ngram", "off", "auto")
+            speeds = [1e3 / by[name]["ms_per_token"] for name in names]
+            rows.append(
+                [kind, *(f"{speed:.0f}" for speed in speeds), f"{speeds[3] / speeds[1]:.2f}"]
+            )
+    return table(rows)
+
+
+def drawn(part: Part) -> str:
+    """What drawn texts lose by their target, and how fast they came, by who guesses."""
+    rows = [["guesses", "nats a token", "speed"]]
+    for (_, kind), by in _by_prompt(found(part)[1]).items():
+        if kind == "all":
+            for name, row in by.items():
+                nats = plus_minus(row["nats"], row["nats_error"], 3)
+                rows.append([f"`{name}`", nats, f"{row['ratio']:.2f}"])
+    return table(rows)
+
+
+def _by_prompt(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """By target and kind of prompt: what was measured, by who guesses."""
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in result["rows"]:
+        runs.setdefault((row["target"], row["kind"]), {})[row["speculate"]] = row
+    return runs
 
 
 def clients(part: Part) -> str:

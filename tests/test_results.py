@@ -32,6 +32,7 @@ GUESSES = {
     "target": "int8", "kind": "editing", "ms_per_token": 12.34, "accepted": 0.6, "prompts": 6,
     "differs": [],
 }  # fmt: skip
+DRAWN = {"target": "int8", "kind": "all", "nats_error": 0.02}
 FIRST = {"precision": "int8", "chats": 20, "kl": 0.002, "kl_stderr": 0.0, "kl_max": 0.01}
 PRINTED: dict[str, list[tuple[str, Any]]] = {
     "speed": [
@@ -73,9 +74,21 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
                     {**GUESSES, "speculate": "ngram", "ratio": 1.5},
                     {**GUESSES, "speculate": "dash", "ratio": 1.2},
                     {**GUESSES, "speculate": "auto", "ratio": 1.7, "differs": [{"gap": 0.031}]},
+                    {**GUESSES, "speculate": "GenAI", "ms_per_token": 20.0},
+                    {**GUESSES, "speculate": "GenAI + ngram", "ms_per_token": 16.0},
                 ],
             },
-        )
+        ),
+        (
+            "python benchmarks/speculate.py out --temperature 1 --json",
+            {
+                "model": "m",
+                "rows": [
+                    {**DRAWN, "speculate": "off", "ratio": 1.0, "nats": 0.812},
+                    {**DRAWN, "speculate": "auto", "ratio": 1.2, "nats": 0.799},
+                ],
+            },
+        ),
     ],
     "server": [
         (
@@ -145,6 +158,8 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| every layer INT4 | 1.30 | 130 (167-250) | 0.0123 ± 0.0010 | 500 |",
         "| int8 | 0.0020 | 0.0100 | 1 of 20 |",
         "| int8 | editing | 12.3 | 1.50 | 1.20 | 1.70 | 60% | 5 of 6 | 0.03 |",
+        "| editing | 50 | 62 | 81 | 81 | 1.30 |",  # of ms, not of the ratios beside them
+        "| `auto` | 0.799 ± 0.020 | 1.20 |",
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
     ):
