@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, run
-from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action, parse_precisions
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
 
@@ -33,8 +33,7 @@ def _parser() -> Parser:
     parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
     parser.add_argument(
         "--variants",
-        default=",".join(DEFAULT_VARIANTS),
-        help="precisions that would be exported (default: %(default)s)",
+        help="precisions that would be exported (default: those of dash-export)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="as in dash-export"
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    variants = parse_precisions(arguments.variants)
+    variants = parse_precisions(arguments.variants) if arguments.variants is not None else ()
     from dash_onnx.cli.export import prepare_export
 
     prepare_export()
@@ -92,7 +91,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "estimates": to_json(sizes),
     }
     model = spec.facts
-    columns = _columns((*variants, SKIP), sizes.heads)
+    columns = _columns([*sizes.layers], sizes.heads)
     rows = [["", *columns]]
     parts: dict[str, dict[Any, int]] = {
         "layers, MB": sizes.layers,

@@ -23,7 +23,8 @@ class ExportOptions:
     """What the user chose.
 
     Attributes:
-        variants: precisions of each layer, highest first.
+        variants: precisions of each layer, highest first; none takes INT8 and INT4, and INT2 too
+            for a large model on the CPU whose integers are not kept.
         device: decides the dtype of activations and the operators.
         train_device: that torch calibrates and rounds on.
         max_length: context in tokens; None takes the model's own.
@@ -45,7 +46,7 @@ class ExportOptions:
         revision: of a hub id.
     """
 
-    variants: tuple[Action, ...] = DEFAULT_VARIANTS
+    variants: tuple[Action, ...] = ()
     device: Device = "cpu"
     train_device: TrainDevice = "cpu"
     max_length: int | None = None
@@ -73,8 +74,8 @@ class ExportOptions:
             "attention width": facts.num_heads * facts.head_dim,
         }
         kept = kind == "gguf" and not self.requantize
-        usual = (_LARGE_BLOCK,) if facts.large else ()
-        fitting = (b for b in (*usual, _BLOCK) if not any(size % b for size in sizes.values()))
+        blocks = (_LARGE_BLOCK, _BLOCK) if facts.large else (_BLOCK,)
+        fitting = (b for b in blocks if not any(size % b for size in sizes.values()))
         block = self.block_size or (_GGUF_BLOCK if kept else next(fitting, _GGUF_BLOCK))
         for name, size in sizes.items():
             if size % block:
@@ -88,7 +89,15 @@ class ExportOptions:
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
         fast = 4 if self.device == "cpu" else 0
         level = fast if self.accuracy_level is None else self.accuracy_level
-        return replace(self, block_size=block, compensation_rank=rank, accuracy_level=level)
+        pays = facts.large and self.device == "cpu" and not kept  # see docs/decisions/0101
+        usual: tuple[Action, ...] = (*DEFAULT_VARIANTS, "int2") if pays else DEFAULT_VARIANTS
+        return replace(
+            self,
+            variants=self.variants or usual,
+            block_size=block,
+            compensation_rank=rank,
+            accuracy_level=level,
+        )
 
     @cached_property
     def texts(self) -> tuple[TextSource, ...]:
