@@ -157,7 +157,7 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
     greedy += ["--genai", peers / "int8", "--per-kind", str(size.per_kind)]
     drawn: Command = [*speculate, "--temperature", "1", "--per-kind", str(-(-size.per_kind // 4))]
     if size == QUICK:
-        few = ["--new-tokens", str(size.new_tokens)]
+        few: Command = ["--new-tokens", str(size.new_tokens)]
         greedy, drawn = greedy + few, drawn + few
     return [
         [*export, "--requantize", "--effort", "none"],

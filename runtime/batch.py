@@ -20,14 +20,12 @@ import numpy as np
 from dash_onnx.core.actions import SKIP, Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits, common_length
 from dash_onnx.core.errors import DashError, PolicyError
-from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.generate import (
     Chunk,
     CurrentPolicy,
     Generation,
     TextWriter,
-    prefill_plan,
 )
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.prefix import LEAST, PrefixStore, Saved
@@ -232,10 +230,6 @@ class Batch:
         self.reused = 0
         self._wake = threading.Event()
         self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
-
-    def bytes_to_load(self, policy: Policy) -> int:
-        """Bytes of weights that requests with a policy use and that are not loaded yet."""
-        return self._sessions.bytes_to_load(policy, prefill_plan(self._sessions, policy))
 
     def submit(self, request: Request) -> None:
         """Adds a request; it runs as soon as a row is free."""

@@ -171,11 +171,14 @@ class Model:
         """Bytes of the weights of layers and LM heads that are loaded."""
         return self._sessions.loaded_bytes
 
-    @property
-    def bytes_to_load(self) -> int:
-        """Bytes of weights that the model's own policy uses and that are not loaded yet."""
-        policy = self.policy()
-        return self._sessions.bytes_to_load(policy, prefill_plan(self._sessions, policy, None))
+    def bytes_to_load(self, *policies: Policy) -> int:
+        """Bytes of weights that policies use and that are not loaded yet.
+
+        Args:
+            policies: none is the model's own.
+        """
+        used = policies or (self.policy(),)
+        return self._sessions.bytes_to_load(*((p, prefill_plan(self._sessions, p)) for p in used))
 
     def close(self) -> None:
         """Frees every graph and its weights.

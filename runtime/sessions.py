@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
@@ -97,9 +97,14 @@ class Sessions:
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
 
-    def bytes_to_load(self, policy: Policy, prompt: tuple[Path, Action]) -> int:
-        """Bytes of weights that `preload` would load, of layers and LM heads."""
-        return self._bytes(*self._used(policy, prompt))
+    def bytes_to_load(self, *uses: tuple[Policy, tuple[Path, Action]]) -> int:
+        """Bytes of weights that `preload` of policies and prompts would load: layers, LM heads."""
+        heads, layers = set[Action](), set[tuple[int, Action]]()
+        for policy, prompt in uses:
+            some_heads, some_layers = self._used(policy, prompt)
+            heads.update(some_heads)
+            layers.update(some_layers)
+        return self._bytes(heads, layers)
 
     def _used(
         self, policy: Policy | None, prompt: tuple[Path, Action] | None
@@ -114,7 +119,7 @@ class Sessions:
             actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
         return heads, [(layer, action) for layer, used in enumerate(actions) for action in used]
 
-    def _bytes(self, heads: set[Action], layers: list[tuple[int, Action]]) -> int:
+    def _bytes(self, heads: Iterable[Action], layers: Iterable[tuple[int, Action]]) -> int:
         graphs = [(head_path(action), action) for action in heads]
         graphs += [(layer_path(*layer), layer[1]) for layer in layers]
         new = [graph for graph in graphs if graph[0] not in self._loaded]

@@ -244,7 +244,7 @@ def two(tiny_bundle: Path, tmp_path: Path) -> Iterator[Server]:
     """Two bundles, and memory for one."""
     folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
-        needed = model.bytes_to_load
+        needed = model.bytes_to_load()
     running = Server(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
     yield running
     running.stop()
@@ -269,7 +269,7 @@ def test_a_bundle_in_use_keeps_its_place(
 ) -> None:
     folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
-        needed = model.bytes_to_load
+        needed = model.bytes_to_load()
     caplog.set_level("INFO", "dash_onnx.serve.shelf")
 
     async def used() -> None:
@@ -287,7 +287,7 @@ def test_a_bundle_in_use_keeps_its_place(
     async def hold(shelf: Shelf, name: str) -> None:
         async with shelf.using(name) as place:
             await asyncio.sleep(0.01)
-            assert place.model.bytes_to_load == 0
+            assert place.model.bytes_to_load() == 0
 
     asyncio.run(used())
     loads = [record for record in caplog.records if "<Model" in record.getMessage()]
@@ -303,9 +303,27 @@ def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
         running.stop()
 
 
+def test_what_runs_under_load_counts_before_a_bundle_loads(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
+    with dash_onnx.load(folder, policy="int8") as model:
+        usual = model.bytes_to_load()
+        both = model.bytes_to_load(model.policy("int8"), model.policy("dash", "fast"))
+    assert usual < both
+    for memory, status in ((usual, 400), (2 * both, 200)):
+        limits = Limits(memory_bytes=memory, budget_under_load="fast")
+        running = Server(open_bundles([folder], policy="int8"), limits)
+        try:
+            body = {"prompt": "the", "max_tokens": 1}
+            assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == status
+        finally:
+            running.stop()
+
+
 def test_a_policy_that_memory_does_not_hold_is_refused(tiny_bundle: Path) -> None:
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
-        needed = model.bytes_to_load
+        needed = model.bytes_to_load()
     limits = Limits(memory_bytes=needed * 5 // 4)
     running = Server(open_bundles([tiny_bundle], policy="int8"), limits)
     client, options = running.client(), {"model": "", "prompt": "the", "max_tokens": 2}

@@ -110,7 +110,7 @@ class BatchThread:
     """Runs the steps of a batch."""
 
     def __init__(self, batch: Batch):
-        self.submit, self.bytes_to_load = batch.submit, batch.bytes_to_load
+        self.submit = batch.submit
         self._batch, self._closed = batch, False
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()

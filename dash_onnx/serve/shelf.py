@@ -126,12 +126,8 @@ class Place:
     def put(self, model: Model, limits: Limits) -> None:
         """Loads what the model's policy uses, also under load, and begins to run."""
         try:
-            model.preload(model.policy())
-            if limits.budget_under_load is not None:
-                usual = budget_of(model.policy()) or resolve(None, model.manifest)
-                least = resolve(limits.budget_under_load, model.manifest)
-                for step in range(1, STEPS + 1):
-                    model.preload("dash", lowered(usual, least, step / STEPS))
+            for policy in _needed(model, limits):
+                model.preload(policy)
             store = None
             if limits.prefix_bytes:
                 store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
@@ -166,6 +162,17 @@ class Place:
     def _close(self, model: Model) -> None:
         if isinstance(self._bundle, Unloaded):  # another one is the app's
             model.close()
+
+
+def _needed(model: Model, limits: Limits) -> list[Policy]:
+    """The policy of requests that name none, and what it becomes under load."""
+    policies = [model.policy()]
+    if limits.budget_under_load is not None:
+        usual = budget_of(policies[0]) or resolve(None, model.manifest)
+        least = resolve(limits.budget_under_load, model.manifest)
+        steps = (lowered(usual, least, step / STEPS) for step in range(1, STEPS + 1))
+        policies += [model.policy("dash", budget) for budget in steps]
+    return policies
 
 
 class Shelf:
@@ -250,10 +257,10 @@ class Shelf:
             DashError: it cannot be loaded.
         """
         for policy in policies:
-            if policy is None or place.batch is None or not place.batch.bytes_to_load(policy):
+            if policy is None or not place.model.bytes_to_load(policy):
                 continue
             async with self._lock:
-                needed = place.batch.bytes_to_load(policy)
+                needed = place.model.bytes_to_load(policy)
                 await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
                 await asyncio.to_thread(place.model.preload, policy)
 
@@ -261,7 +268,7 @@ class Shelf:
         async with self._lock:
             started = time.monotonic()
             model = await asyncio.to_thread(place.open)
-            await self._make_room(name, model.bytes_to_load)
+            await self._make_room(name, model.bytes_to_load(*_needed(model, self._limits)))
             await asyncio.to_thread(place.put, model, self._limits)
             if self._closed:
                 await asyncio.to_thread(place.take())
