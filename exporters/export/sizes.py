@@ -100,7 +100,7 @@ class _Shapes:
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self.shapes:
             raise SourceError(f"the config describes no weight {name!r}")
-        return torch.zeros((), dtype=torch.float16).expand(self.shapes[name])
+        return torch.empty(self.shapes[name], dtype=torch.float16, device="meta")
 
     def packed(self, name: str) -> None:
         """See `Weights`: none has integers."""

@@ -16,6 +16,7 @@ from dash_onnx.exporters.sources.source import (
     Source,
     check_layers,
     check_supported,
+    finite,
     layers_in,
     readable,
 )
@@ -86,8 +87,7 @@ class SafetensorsWeights:
         path, stored = self._places[name]
         # A file that stayed open would keep every page that was ever read in this process's memory.
         with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(stored)
-        return tensor
+            return finite(name, file.get_tensor(stored))
 
     def packed(self, name: str) -> None:
         """See `Weights`: safetensors folders hold floating-point weights."""

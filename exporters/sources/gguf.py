@@ -22,6 +22,7 @@ from dash_onnx.exporters.sources.source import (
     Source,
     check_layers,
     check_supported,
+    finite,
     layers_in,
     readable,
 )
@@ -78,7 +79,8 @@ class GGUFWeights:
             values = values - np.float32(1)  # stored as what it multiplies by
         values = self._rows(name, values)
         # What was not computed is still the file itself, mapped read-only.
-        return torch.from_numpy(values if values.flags.writeable else np.array(values))
+        values = values if values.flags.writeable else np.array(values)
+        return finite(name, torch.from_numpy(values))
 
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
-from dash_onnx.exporters.quantize.blockwise import Quantized
+from dash_onnx.exporters.quantize.blockwise import Quantized, row_groups
 
 T = TypeVar("T")
 
@@ -31,7 +31,13 @@ class Weights(Protocol):
         """Of a tensor that is there."""
         ...
 
-    def __getitem__(self, name: str) -> torch.Tensor: ...
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Reads a tensor.
+
+        Raises:
+            SourceError: it is not there, or has values that are not finite.
+        """
+        ...
 
     def packed(self, name: str) -> Quantized | None:
         """The weight as integers, where the source stores them in a form that graphs can hold."""
@@ -87,6 +93,17 @@ def readable(what: Path | str, load: Callable[[], T], problem: str = "cannot be 
         raise
     except Exception as error:
         raise SourceError(f"{what} {problem} ({type(error).__name__}: {error})") from None
+
+
+def finite(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as it was read.
+
+    Raises:
+        SourceError: it has values that are not finite.
+    """
+    if not all(torch.isfinite(rows).all() for rows in row_groups(weight)):
+        raise SourceError(f"{name} has values that are not finite: the weights are damaged")
+    return weight
 
 
 def check_layers(path: Path, claimed: object, found: int) -> None:
