@@ -2,11 +2,13 @@
 
     python benchmarks/serve.py out/
     python benchmarks/serve.py out/ --peer model.gguf --clients 1,4,8 --budget balanced --json
+    python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # of `serve run`, or of others
 
 Each server runs in a process of its own, and clients stream answers from it over HTTP. Three
 questions: how many tokens a second all clients get together; how long running answers stall while
 long prompts arrive; and, with --budget-under-load, how long the first token takes when three times
-as many requests arrive as the server can answer. The peer is llama.cpp's own server.
+as many requests arrive as the server can answer. The peer is llama.cpp's own server, or what
+answers at `--url` already.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--peer", type=Path, metavar="FILE.gguf", help="for llama.cpp's server")
+    parser.add_argument("--url", help="of a server that runs already, measured too")
+    parser.add_argument("--model", help="how that server calls it")
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
     parser.add_argument("--budget", help="or --policy, of all requests")
     parser.add_argument("--policy")
@@ -102,6 +106,9 @@ def main() -> None:
                 _measured(url, clients, arguments, extra if name == "dash-serve" else {})
             )
         print(name, json.dumps(found[name]), file=sys.stderr)
+    if arguments.url:
+        extra = {"model": arguments.model} if arguments.model else {}
+        found[arguments.url] = asyncio.run(_measured(arguments.url, clients, arguments, extra))
     if arguments.budget_under_load:
         rate = 3 * found["dash-serve"]["tokens_per_s"][str(max(clients))] / arguments.new_tokens
         options = ["--waiting", "1000", "--budget-under-load", arguments.budget_under_load]
@@ -235,6 +242,9 @@ async def ask(
     answer = Answer(time.perf_counter())
     async with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
         answer.status = response.status_code
+        if answer.status not in (200, 429):
+            told = (await response.aread()).decode("utf-8", "replace")
+            raise SystemExit(f"{url} answered {answer.status}: {told[:300]}")
         async for event in _events(response):
             if event.get("usage"):
                 answer.tokens = event["usage"]["completion_tokens"]

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from dash_onnx.core.text import json_lines
 from dash_onnx.runtime import grammar
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY
+from dash_onnx.runtime.ort import thread_count
 from dash_onnx.runtime.speculate import Speculate
 
 KINDS: tuple[Speculate, ...] = ("off", "ngram", "dash", "auto")
@@ -94,7 +94,7 @@ def main() -> None:
     if arguments.genai:
         from dash_onnx_peers.genai import GenAI
 
-        genai = GenAI(str(arguments.genai), arguments.threads or os.cpu_count() or 1).answer
+        genai = GenAI(str(arguments.genai), thread_count()).answer
     rows = []
     for target in arguments.target or ["int8"]:
         asked = Asked(target, arguments.new_tokens, arguments.temperature, genai)
@@ -149,6 +149,9 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
             speculate=speculate,
             max_new_tokens=asked.new_tokens,
             temperature=asked.temperature,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
             seed=seed,
         )
         steps = [*model.generate_step(ids, options=chosen)]
@@ -237,6 +240,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         accepted = "-" if row["accepted"] is None else f"{row['accepted']:.0%}"
         same = f"{row['prompts'] - len(row['differs'])}/{row['prompts']}"
         drawn = "-"
+        if row["speculate"] in GENAI:
+            same = "-"
         if row["nats"] is not None:
             same, drawn = "-", f"{row['nats']:.3f}"
             if row["nats_error"] is not None:

@@ -42,10 +42,12 @@ class GenAI:
         """Decodes greedily until EOS, with GenAI's own n-grams or without.
 
         Returns:
-            Tokens, and milliseconds of all but the first.
+            Tokens, with EOS as -1, and milliseconds of all but the first.
         """
         params = og.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=len(ids) + new)
+        params.set_search_options(
+            do_sample=False, repetition_penalty=1.0, max_length=len(ids) + new
+        )
         if guesses:
             params.set_speculative_options(ngram_size=3, max_draft_tokens=8, min_adaptive_k=2)
         generator = og.Generator(self._model, params)
@@ -55,7 +57,8 @@ class GenAI:
         while not generator.is_done():
             generator.generate_next_token()
         ms = (time.perf_counter() - started) * 1e3
-        return generator.get_sequence(0).tolist()[len(ids) :], ms
+        tokens = generator.get_sequence(0).tolist()[len(ids) :]
+        return tokens + [-1] * (len(tokens) < new), ms  # it took a pass, and is not kept
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32]:
         """Appends one token after the other."""
