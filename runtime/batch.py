@@ -28,7 +28,7 @@ from dash_onnx.runtime.generate import (
     TextWriter,
 )
 from dash_onnx.runtime.kv import CAPACITY
-from dash_onnx.runtime.prefix import LEAST, PrefixStore, Saved
+from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
 from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -289,13 +289,19 @@ class Batch:
     def _begin(self, row: _Row, request: Request) -> None:
         row.started = time.perf_counter()
         common = row.common(request)
+        other = max(self._rows, key=lambda other: other.common(request))  # one that runs, too
+        shared = other.common(request)
+        shared = shared if shared >= common + LEAST else 0
+        held, row.tokens = row.tokens, []  # until it is known what it holds
         if self._store is not None:
-            if common < len(row.tokens):
-                self._store.put(row.state, row.tokens, row.quality)
-            common = self._store.restore(row.state, request.ids, common, request.quality)
-        other = max(self._rows, key=lambda other: other.common(request))
-        if (shared := other.common(request)) >= common + LEAST:  # it runs: its text stays its own
-            Saved.of(other.state, other.tokens[:shared]).restore(row.state, shared)
+            if common < len(held):
+                self._store.put(row.state, held, row.quality)
+            most = max(common, shared)
+            stored = self._store.restore(row.state, request.ids, most, request.quality)
+            if stored > most:
+                common, shared = stored, 0
+        if shared:
+            copy_prefix(other.state, row.state, shared)
             common = shared
         row.state.truncate(common)
         row.tokens, row.quality = request.ids[:common].tolist(), request.quality

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import LOSSY, Action, Path
 from dash_onnx.core.budget import kl_at, reference_ms
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, ScoredPolicy, StaticPolicy
@@ -242,7 +242,7 @@ def _candidates(manifest: Manifest) -> Iterator[tuple[Policy, float, float]]:
     """Policies, milliseconds of a token, and the share of tokens that is believed right."""
     scorer, full_ms = manifest.scorer, reference_ms(manifest)
     if scorer is None:
-        for precision in manifest.variants:
+        for precision in (p for p in manifest.variants if p not in LOSSY):
             head = manifest.heads[precision]
             path = (precision,) * manifest.model.num_layers
             policy: Policy = StaticPolicy(path, manifest, name=precision, head=head)

@@ -129,6 +129,16 @@ class Saved:
         return cls(tokens, arrays, facts.get("quality", "")), facts
 
 
+def copy_prefix(held: SequenceState, state: SequenceState, length: int) -> None:
+    """Writes the K/V of another sequence's first tokens into an empty one."""
+    state.truncate(0)
+    state.reserve(length)
+    held.reserve(0)  # it follows a cache that has moved
+    for (_, source), (_, buffer) in zip(_buffers(held), _buffers(state), strict=True):
+        buffer.write(source.array[0, :, :length], (0, slice(None), slice(length)))
+    state.kv.length = length
+
+
 class PrefixStore:
     """K/V of texts that lost their row, up to a number of bytes; the oldest go first.
 

@@ -169,6 +169,23 @@ def test_a_prompt_takes_what_a_running_answer_holds_of_it(tiny_model: Model) -> 
     assert len(told[0]) == 40
 
 
+def test_a_prompt_takes_nothing_that_another_budget_wrote(scored: Model) -> None:
+    batch, told = scored.new_batch(2), list[Chunk | Exception]()
+    first = scored.request("the ships that pass, " * 8, told.append, options(budget=0.9))
+    batch.submit(first)
+    while len(told) < 4:
+        batch.step()
+    first.current.set_budget(0.5)
+    while len(told) < 38:
+        batch.step()
+    answer = [piece.token for piece in told if isinstance(piece, Chunk)]
+    prompt = np.append(first.ids, answer)
+    later = list[Chunk | Exception]()
+    batch.submit(scored.request(prompt, later.append, options(budget=0.9)))
+    batch.step()
+    assert batch.reused == len(first.ids)
+
+
 def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> None:
     batch = tiny_model.new_batch(2)
     told: list[Chunk | Exception] = []

@@ -143,9 +143,13 @@ def test_a_large_head_comes_in_int2_too(folder: Path, previews: Path, capsys: Ca
 @pytest.mark.parametrize("options", [{"variants": ("int8",)}, {"device": "cuda"}])
 def test_no_int2_head_without_both_others_and_on_cuda(options: dict[str, Any]) -> None:
     facts = ModelFacts("m", "llama", 2, 1024, 4096, 8, 8, 128, 1 << 17, 4096)
-    assert "int2" in ExportOptions().head_precisions(facts)
-    assert "int2" not in ExportOptions(**options).head_precisions(facts)
-    assert "int2" not in ExportOptions().head_precisions(replace(facts, vocab_size=1 << 15))
+
+    def heads(facts: ModelFacts, **options: Any) -> tuple[str, ...]:
+        return ExportOptions(**options).resolved("folder", facts).head_precisions(facts)
+
+    assert "int2" in heads(facts)
+    assert "int2" not in heads(facts, **options)
+    assert "int2" not in heads(replace(facts, vocab_size=1 << 15))
 
 
 # INT2

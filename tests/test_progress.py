@@ -119,7 +119,8 @@ def test_larger_models_and_slower_machines_are_expected_to_take_longer() -> None
     large = ModelFacts("", "qwen2", 24, 896, 4864, 14, 2, 64, 151936, 2048)
 
     def seconds(facts: ModelFacts, speed: Speed) -> float:
-        phases = export_phases(facts, ExportOptions(), speed, check=True)
+        options = ExportOptions().resolved("folder", facts)
+        phases = export_phases(facts, options, speed, check=True)
         phases += training_phases(facts, PLANS["quick"], speed, generated=True)
         return sum(phase.seconds for phase in phases)
 

@@ -34,7 +34,7 @@ from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.stream import Stream
-from dash_onnx.serve.app import _first, create_app
+from dash_onnx.serve.app import _next, create_app
 from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.running import Alone
 from dash_onnx.serve.schema import Choice
@@ -177,6 +177,42 @@ def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> Non
         assert reused >= 7 * (whole.usage.prompt_tokens - 8)
     finally:
         running.stop()
+
+
+@pytest.mark.parametrize("running", [1, 2])
+@pytest.mark.parametrize("speculate", ["off", "ngram"])
+def test_choices_wait_for_each_other_and_no_request_for_ever(
+    running: int, speculate: str, tiny_model: Model
+) -> None:
+    server = Server({"tiny": tiny_model}, Limits(running=running, waiting=4, seconds=20))
+    body = {"prompt": "the keeper", "max_tokens": 6, "n": 3, "speculate": speculate, **OURS}
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            answers = [*pool.map(ask, range(4))]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert {len(answer.json()["choices"]) for answer in answers} == {3}
+        assert metric(server, "dash_running") == metric(server, "dash_waiting") == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_client_that_leaves_ends_choices_that_wait(tiny_model: Model) -> None:
+    server = Server({"tiny": tiny_model}, Limits(running=1, seconds=20))
+    body = {"prompt": "the keeper", "max_tokens": 60, "n": 4, "response_format": NO_END, **OURS}
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+        begun = time.monotonic()
+        while metric(server, "dash_running"):
+            assert time.monotonic() - begun < 5
+            time.sleep(0.05)
+    finally:
+        server.stop()
 
 
 def test_a_choice_that_fails_ends_its_request(
@@ -454,7 +490,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_in_the_queue() -> None:
             ended.append(True)
 
     async def cancelled() -> None:
-        task = asyncio.create_task(_first(pieces(), None))  # type: ignore[arg-type]
+        task = asyncio.create_task(_next(pieces(), None))  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -753,6 +789,7 @@ def test_a_page_whose_name_leads_here_gets_nothing(tiny_model: Model) -> None:
             (f"127.0.0.1:{port}", 200),
             (f"localhost:{port}", 200),
             ("app.localhost", 200),
+            ("LOCALHOST.", 200),
             ("[::1]:80", 200),
             ("192.168.0.7", 200),  # an address: no name that can be made to lead elsewhere
             (f"evil.example:{port}", 403),

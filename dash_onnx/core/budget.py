@@ -7,7 +7,7 @@ from bisect import bisect_left
 from dataclasses import replace
 from typing import TypeAlias
 
-from dash_onnx.core.actions import ACTIONS, SKIP, Action, Path
+from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, Path
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
 from dash_onnx.core.manifest import Manifest
@@ -284,9 +284,9 @@ def below_every_skip(budget: float) -> PolicyError:
 
 
 def base_precision(manifest: Manifest, budget: float) -> Action:
-    """The cheapest precision whose uniform path costs at least the budget."""
+    """The cheapest precision, of those that lose little, whose uniform path costs the budget."""
     limit = budget * reference_ms(manifest)
-    for precision in reversed(manifest.variants):
+    for precision in (p for p in reversed(manifest.variants) if p not in LOSSY):
         path = (precision,) * manifest.model.num_layers
         if manifest.costs.token_ms(path, manifest.heads[SKIP]) >= limit:
             return precision

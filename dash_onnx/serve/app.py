@@ -33,7 +33,7 @@ from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.errors import APIError, refusal, refusing
-from dash_onnx.serve.limits import Limits, is_local
+from dash_onnx.serve.limits import Limits, is_trusted
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
 from dash_onnx.serve.service import Service, Tally, check_words
 from dash_onnx.serve.shelf import Unloaded
@@ -250,7 +250,7 @@ class _Server:
                         told = f"a request may have {limits.body_bytes} bytes"
                         raise APIError(413, told, "too_large")
         except ClientDisconnect:
-            raise APIError(_CLOSED, "the client went away", "closed") from None
+            raise _gone() from None
         except TimeoutError:
             raise APIError(408, f"the body took {limits.seconds:g} s", "timeout") from None
         try:
@@ -275,17 +275,20 @@ class _Server:
         answer = Answer(name, chat=isinstance(body, ChatRequest))
         tallies = [Tally(time.monotonic()), *(Tally() for _ in choices[1:])]
         pieces = self._pieces(name, prompt, options, tallies)
-        first = await _first(pieces, request)  # what is refused has a status of its own
+        first = await _next(pieces, request)  # what is refused has a status of its own
+        assert first is not None
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             events = _events(request, first, pieces, answer, choices, tallies, usage)
             return _EventStream(request, events, tallies[0].until)
         async with contextlib.aclosing(pieces):
-            choices[0].add(first)
-            async for index, chunk in pieces:
-                if await request.is_disconnected():
-                    raise APIError(_CLOSED, "the client went away", "closed")
+            piece: tuple[int, Chunk] | None = first
+            while piece is not None:
+                index, chunk = piece
                 choices[index].add(chunk)
+                if await request.is_disconnected():
+                    raise _gone()
+                piece = await _next(pieces, request)
         reasons = [tally.finish_reason for tally in tallies]
         told = {"usage": _usage(tallies), "dash": tallies[0].facts()}
         return JSONResponse(answer.whole(choices, reasons, **told))
@@ -313,7 +316,7 @@ class _Server:
             )
 
     def _check_caller(self, request: Request) -> None:
-        if self._only_here and not is_local(_host(request), any_address=True):
+        if self._only_here and not is_trusted(_host(request)):
             told = "call this server as localhost, or start it with an --api-key-file"
             raise APIError(403, told, "forbidden_host")
         if self._key is None:
@@ -332,6 +335,10 @@ class _Server:
         return name
 
 
+def _gone() -> APIError:
+    return APIError(_CLOSED, "the client went away", "closed")
+
+
 def _host(request: Request) -> str:
     """The name in the address that a client called."""
     try:
@@ -340,18 +347,19 @@ def _host(request: Request) -> str:
         return ""
 
 
-async def _first(pieces: AsyncGenerator[tuple[int, Chunk], None], request: Request) -> Chunk:
-    """The first piece; a client that goes away while it waits gives up its place."""
-    begun = asyncio.ensure_future(anext(pieces))
+async def _next(
+    pieces: AsyncGenerator[tuple[int, Chunk], None], request: Request
+) -> tuple[int, Chunk] | None:
+    """The next piece; a client that goes away while it waits gives up its place."""
+    begun = asyncio.ensure_future(anext(pieces, None))
     try:
         while not (await asyncio.wait({begun}, timeout=_LOOK_S))[0]:
             if await request.is_disconnected():
-                raise APIError(_CLOSED, "the client went away", "closed")
+                raise _gone()
     finally:
         if begun.cancel():
             await asyncio.wait({begun})
-    _, chunk = begun.result()
-    return chunk
+    return begun.result()
 
 
 class _EventStream(StreamingResponse):
@@ -375,7 +383,7 @@ class _EventStream(StreamingResponse):
 
 async def _events(
     request: Request,
-    first: Chunk,
+    first: tuple[int, Chunk],
     pieces: AsyncGenerator[tuple[int, Chunk], None],
     answer: Answer,
     choices: list[Choice],
@@ -419,9 +427,9 @@ async def _events(
 
 
 async def _chained(
-    first: Chunk, pieces: AsyncIterator[tuple[int, Chunk]]
+    first: tuple[int, Chunk], pieces: AsyncIterator[tuple[int, Chunk]]
 ) -> AsyncIterator[tuple[int, Chunk]]:
-    yield 0, first
+    yield first
     async for piece in pieces:
         yield piece
 

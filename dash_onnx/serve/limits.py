@@ -23,17 +23,20 @@ def lowered(usual: float, least: float, pressure: float) -> float:
     return max(usual + (min(least, usual) - usual) * pressure, min(least, usual))
 
 
-def is_local(host: str, *, any_address: bool = False) -> bool:
-    """Whether a host is this machine.
-
-    Args:
-        host: a name or an address.
-        any_address: accept every address: only names can be made to lead elsewhere.
-    """
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
     try:
-        return ipaddress.ip_address(host).is_loopback or any_address
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return host == "localhost"
+
+
+def is_trusted(name: str) -> bool:
+    """Whether a server was called by an address, or by a name that nobody can make lead to it."""
+    try:
+        return bool(ipaddress.ip_address(name))
+    except ValueError:
+        return f".{name.rstrip('.')}".endswith(".localhost")
 
 
 @dataclass(frozen=True)

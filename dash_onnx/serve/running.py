@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.policy import Policy
@@ -51,9 +51,7 @@ class Alone:
         try:
             return cls(await asyncio.shield(stream))
         except asyncio.CancelledError:
-            while not stream.done():  # a timeout, and a client that then leaves, cancel twice
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait({stream})
+            await until_done(stream)
             if stream.exception() is None:
                 stream.result().close()
             raise
@@ -66,6 +64,13 @@ class Alone:
     async def next(self) -> Chunk | None:
         """See `Running`."""
         return await asyncio.to_thread(next, self._stream, None)
+
+
+async def until_done(*tasks: asyncio.Future[Any]) -> None:
+    """Waits for tasks, also when cancelled meanwhile: by a timeout, and by a client that leaves."""
+    while not all(task.done() for task in tasks):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait(tasks)
 
 
 class Together:

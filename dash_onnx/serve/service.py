@@ -24,8 +24,11 @@ from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
-from dash_onnx.serve.running import Alone, Running, Together
+from dash_onnx.serve.running import Alone, Running, Together, until_done
 from dash_onnx.serve.shelf import Place, Shelf, Unloaded
+
+_Piece = tuple[int, Chunk | Exception | None]
+"""Of the choice of a number: a chunk, or what ended it, None in good order."""
 
 
 class Metrics:
@@ -60,7 +63,7 @@ class Tally:
 
     Attributes:
         arrived: when its request did, by `time.monotonic`; None of its second choice and later.
-        until: when its request must have ended, see `Service.deadline`.
+        until: when its request must have ended, by the clock of the event loop.
     """
 
     arrived: float | None = None
@@ -124,20 +127,20 @@ class Service:
         """The right to run one generation.
 
         Args:
-            further: it belongs to a request that runs, and waits even where the queue is full.
+            further: it belongs to a request that runs, which has stood in the queue once.
 
         Raises:
             BusyError: the queue is full.
         """
-        full = self._slots.locked() and self._waiting >= self.limits.waiting
-        if full and not further:
+        queued = not further
+        if queued and self._slots.locked() and self._waiting >= self.limits.waiting:
             raise BusyError(f"{self._waiting} requests wait already; try again later")
-        self._waiting += 1
+        self._waiting += queued
         self._show()
         try:
             await self._slots.acquire()
         finally:
-            self._waiting -= 1
+            self._waiting -= queued
             self._show()
         self.metrics.running.inc()
         try:
@@ -152,6 +155,9 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all choices of a request as they come, each with the choice's number.
 
+        The first one runs the prompt, whose K/V the others take. With `speculate` there is no
+        batch to share it in, and they run one after the other.
+
         Args:
             name: of the bundle.
             prompt: its tokens.
@@ -162,53 +168,53 @@ class Service:
             DashError: the prompt or an option is refused.
             TimeoutError: it took longer than a request may.
         """
-        async with self.slot():
-            until = asyncio.get_running_loop().time() + self.limits.seconds
-            for tally in tallies:
-                tally.until = until
-            if len(tallies) == 1:
-                async with contextlib.aclosing(self._run(name, prompt, options, *tallies)) as one:
-                    async for chunk in one:
-                        yield 0, chunk
-                return
-            begun = asyncio.Event()  # the prompt has run: the others take its K/V
-            pieces = asyncio.Queue[tuple[int, Chunk | Exception | None]]()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[_Piece]()
+        begun, ended = ([asyncio.Event() for _ in tallies] for _ in range(2))
 
-            async def put(index: int) -> None:
-                end: Exception | None = None
-                try:
-                    async with contextlib.AsyncExitStack() as needed:
-                        if index:
-                            async with asyncio.timeout_at(until):
-                                await begun.wait()
-                                await needed.enter_async_context(self.slot(further=True))
-                        chosen = options
-                        if options.seed is not None:
-                            chosen = replace(options, seed=options.seed + index)
-                        chunks = self._run(name, prompt, chosen, tallies[index])
-                        async with contextlib.aclosing(chunks):
-                            async for chunk in chunks:
-                                pieces.put_nowait((index, chunk))
-                                begun.set()
-                except Exception as error:
-                    end = error
-                pieces.put_nowait((index, end))
-
-            tasks = [asyncio.create_task(put(index)) for index in range(len(tallies))]
-            running = len(tasks)
+        async def put(index: int) -> None:
+            end: Exception | None = None
             try:
-                while running:
-                    index, piece = await pieces.get()
-                    if isinstance(piece, Exception):
-                        raise piece
-                    if piece is None:
-                        running -= 1
+                async with contextlib.AsyncExitStack() as needed:
+                    if index == 0:
+                        await needed.enter_async_context(self.slot())
+                        until = loop.time() + self.limits.seconds
+                        for tally in tallies:
+                            tally.until = until
                     else:
-                        yield index, piece
+                        alone = options.speculate != "off"
+                        await (ended[index - 1] if alone else begun[0]).wait()
+                        async with asyncio.timeout_at(tallies[index].until):
+                            await needed.enter_async_context(self.slot(further=True))
+                    chosen = options
+                    if options.seed is not None:
+                        chosen = replace(options, seed=options.seed + index)
+                    chunks = self._run(name, prompt, chosen, tallies[index])
+                    async with contextlib.aclosing(chunks):
+                        async for chunk in chunks:
+                            pieces.put_nowait((index, chunk))
+                            begun[index].set()
+            except Exception as error:
+                end = error
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
+                pieces.put_nowait((index, end))
+                begun[index].set()
+                ended[index].set()
+
+        tasks = [asyncio.create_task(put(index)) for index in range(len(tallies))]
+        running = len(tasks)
+        try:
+            while running:
+                index, piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece is None:
+                    running -= 1
+                else:
+                    yield index, piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await until_done(*tasks)
 
     async def _run(
         self, name: str, prompt: Ids, options: GenerationOptions, tally: Tally

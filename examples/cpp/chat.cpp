@@ -64,7 +64,7 @@ const int32_t* OgaGenerator_GetSequenceData(const OgaGenerator*, size_t);
 #include <stdexcept>
 #include <string>
 
-constexpr double kNewTokens = 256;
+constexpr double kNewTokens = 256;  // beyond the prompt; both must fit the context
 
 void check(OgaResult* result) {
   if (result != nullptr) throw std::runtime_error(OgaResultGetError(result));

@@ -110,16 +110,18 @@ class ExportOptions:
 
     @property
     def calibrates(self) -> bool:
-        """Whether GPTQ rounds a precision, which needs the inputs of every product."""
+        """Whether GPTQ rounds a precision, which needs the inputs of every product; if resolved."""
+        assert self.variants, "resolved options name them"
         return not {"int4", "int2"}.isdisjoint(self.variants)
 
     def head_precisions(self, facts: ModelFacts, biased: bool = False) -> tuple[Action, ...]:
-        """Of the LM heads; a large one in INT2 too, where it can look at the INT8 head's weights.
+        """Of the LM heads, if resolved; a large one in INT2 too, where it can look at INT8 weights.
 
         Args:
             facts: of the model.
             biased: whether its LM head has a bias.
         """
+        assert self.variants, "resolved options name them"
         heads = tuple(a for a in self.variants if a != "int2") or ("int4",)
         large = facts.vocab_size * facts.hidden_size >= _LARGE_HEAD
         previews = large and not biased and self.device == "cpu" and {"int8", "int4"} <= {*heads}

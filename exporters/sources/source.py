@@ -101,7 +101,7 @@ def finite(name: str, weight: torch.Tensor) -> torch.Tensor:
     Raises:
         SourceError: it has values that are not finite.
     """
-    if not all(torch.isfinite(rows).all() for rows in row_groups(weight)):
+    if not all(torch.isfinite(rows).all() for rows in row_groups(torch.atleast_1d(weight))):
         raise SourceError(f"{name} has values that are not finite: the weights are damaged")
     return weight
 
