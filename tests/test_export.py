@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -324,27 +324,6 @@ def test_blocks_are_large_where_nothing_speaks_against_it(
     sizes = {"num_layers": layers, "intermediate_size": inner, "hidden_size": 128, "num_heads": 8}
     facts = ModelFacts(**{**vars(FACTS), **sizes})
     assert ExportOptions(**options).resolved(kind, facts).block_size == size
-
-
-@pytest.mark.parametrize(
-    ("layers", "kind", "options", "two_bits"),
-    [
-        (2, "folder", {}, False),
-        (MANY, "folder", {}, True),
-        (MANY, "gguf", {"requantize": True}, True),
-        (MANY, "gguf", {}, False),  # in blocks of 32 it would be slow
-        (MANY, "folder", {"device": "cuda"}, False),
-        (MANY, "folder", {"variants": ("int8", "int4")}, False),
-        (2, "folder", {"variants": ("int8", "int2")}, True),
-    ],
-)
-def test_a_large_model_has_int2_layers_unless_told_otherwise(
-    layers: int, kind: str, options: dict[str, Any], two_bits: bool
-) -> None:
-    facts = replace(FACTS, num_layers=layers, hidden_size=128, num_heads=8)
-    resolved = ExportOptions(**options).resolved(kind, facts)
-    assert ("int2" in resolved.variants) == two_bits
-    assert resolved.resolved(kind, facts) == resolved
 
 
 @pytest.mark.parametrize(

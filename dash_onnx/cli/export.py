@@ -21,7 +21,7 @@ from dash_onnx.cli.common import (
     positive,
     run,
 )
-from dash_onnx.core.actions import ACTIONS, parse_precisions
+from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, parse_precisions
 from dash_onnx.core.atomic import check_destination, workspace_of
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
@@ -49,8 +49,8 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-export",
-        "Export each layer of a causal LM as INT8, INT4 and skip ONNX graphs, a large model's as "
-        "INT2 too; --variants adds full precision.",
+        "Export each layer of a causal LM as INT8, INT4 and skip ONNX graphs; --variants adds full "
+        "precision and INT2.",
         _EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
@@ -58,8 +58,8 @@ def _parser() -> Parser:
     graphs = parser.add_argument_group("the graphs")
     graphs.add_argument(
         "--variants",
-        help="precisions of each layer, of full, int8, int4, int2 (default: int8,int4; for a large "
-        "model on the CPU int2 too, unless a GGUF file's integers are kept)",
+        default=",".join(DEFAULT_VARIANTS),
+        help="precisions of each layer, of full, int8, int4, int2 (default: %(default)s)",
     )
     graphs.add_argument(
         "--device",
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
 
     def body() -> None:
-        variants = parse_precisions(arguments.variants) if arguments.variants is not None else ()
+        variants = parse_precisions(arguments.variants)
         if arguments.fused and arguments.device != "cpu":
             raise DashError("--fused graphs are built for the CPU: leave --device out")
         if arguments.fused and arguments.kv_cache != "float":
@@ -189,9 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.model,
             arguments.out,
             options,
-            opened=lambda facts, resolved: _announce(
-                facts, resolved, training, arguments.check != "none"
-            ),
+            opened=lambda facts: _announce(facts, options, training, arguments.check != "none"),
         )
         if trained:
             _LOG.info(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, run
-from dash_onnx.core.actions import PRECISIONS, SKIP, Action, parse_precisions
+from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
 
@@ -33,7 +33,8 @@ def _parser() -> Parser:
     parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
     parser.add_argument(
         "--variants",
-        help="precisions that would be exported (default: those of dash-export)",
+        default=",".join(DEFAULT_VARIANTS),
+        help="precisions that would be exported (default: %(default)s)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="as in dash-export"
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    variants = parse_precisions(arguments.variants) if arguments.variants is not None else ()
+    variants = parse_precisions(arguments.variants)
     from dash_onnx.cli.export import prepare_export
 
     prepare_export()
@@ -91,7 +92,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "estimates": to_json(sizes),
     }
     model = spec.facts
-    columns = _columns([*sizes.layers], sizes.heads)
+    columns = _columns((*variants, SKIP), sizes.heads)
     rows = [["", *columns]]
     parts: dict[str, dict[Any, int]] = {
         "layers, MB": sizes.layers,

@@ -23,8 +23,7 @@ class ExportOptions:
     """What the user chose.
 
     Attributes:
-        variants: precisions of each layer, highest first; none takes INT8 and INT4, and INT2 too
-            for a large model on the CPU whose integers are not kept.
+        variants: precisions of each layer, highest first.
         device: decides the dtype of activations and the operators.
         train_device: that torch calibrates and rounds on.
         max_length: context in tokens; None takes the model's own.
@@ -46,7 +45,7 @@ class ExportOptions:
         revision: of a hub id.
     """
 
-    variants: tuple[Action, ...] = ()
+    variants: tuple[Action, ...] = DEFAULT_VARIANTS
     device: Device = "cpu"
     train_device: TrainDevice = "cpu"
     max_length: int | None = None
@@ -74,8 +73,8 @@ class ExportOptions:
             "attention width": facts.num_heads * facts.head_dim,
         }
         kept = kind == "gguf" and not self.requantize
-        blocks = (_LARGE_BLOCK, _BLOCK) if facts.large else (_BLOCK,)
-        fitting = (b for b in blocks if not any(size % b for size in sizes.values()))
+        usual = (_LARGE_BLOCK,) if facts.large else ()
+        fitting = (b for b in (*usual, _BLOCK) if not any(size % b for size in sizes.values()))
         block = self.block_size or (_GGUF_BLOCK if kept else next(fitting, _GGUF_BLOCK))
         for name, size in sizes.items():
             if size % block:
@@ -89,15 +88,7 @@ class ExportOptions:
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
         fast = 4 if self.device == "cpu" else 0
         level = fast if self.accuracy_level is None else self.accuracy_level
-        pays = facts.large and self.device == "cpu" and not kept  # see docs/decisions/0101
-        usual: tuple[Action, ...] = (*DEFAULT_VARIANTS, "int2") if pays else DEFAULT_VARIANTS
-        return replace(
-            self,
-            variants=self.variants or usual,
-            block_size=block,
-            compensation_rank=rank,
-            accuracy_level=level,
-        )
+        return replace(self, block_size=block, compensation_rank=rank, accuracy_level=level)
 
     @cached_property
     def texts(self) -> tuple[TextSource, ...]:
@@ -110,18 +101,16 @@ class ExportOptions:
 
     @property
     def calibrates(self) -> bool:
-        """Whether GPTQ rounds a precision, which needs the inputs of every product; if resolved."""
-        assert self.variants, "resolved options name them"
+        """Whether GPTQ rounds a precision, which needs the inputs of every product."""
         return not {"int4", "int2"}.isdisjoint(self.variants)
 
     def head_precisions(self, facts: ModelFacts, biased: bool = False) -> tuple[Action, ...]:
-        """Of the LM heads, if resolved; a large one in INT2 too, where it can look at INT8 weights.
+        """Of the LM heads; a large one in INT2 too, where it can look at the INT8 head's weights.
 
         Args:
             facts: of the model.
             biased: whether its LM head has a bias.
         """
-        assert self.variants, "resolved options name them"
         heads = tuple(a for a in self.variants if a != "int2") or ("int4",)
         large = facts.vocab_size * facts.hidden_size >= _LARGE_HEAD
         previews = large and not biased and self.device == "cpu" and {"int8", "int4"} <= {*heads}

@@ -39,7 +39,7 @@ def export(
     out: Path,
     options: ExportOptions,
     *,
-    opened: Callable[[ModelFacts, ExportOptions], None] = lambda *_: None,
+    opened: Callable[[ModelFacts], None] = lambda _: None,
 ) -> Manifest:
     """Exports a model.
 
@@ -47,7 +47,7 @@ def export(
         model: hub id, local folder or `.gguf` file.
         out: the bundle's folder; written to a temporary sibling and renamed at the end.
         options: what the user chose.
-        opened: called with the resolved options once the model is open, before any phase.
+        opened: called once the model is open and before any phase.
 
     Raises:
         DashError: anything the user can mend; `out` is then as it was before.
@@ -59,7 +59,7 @@ def export(
     architecture = architecture_of(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     options = options.resolved(source.kind, spec.facts)
-    opened(spec.facts, options)
+    opened(spec.facts)
     _check_space(source, out, options)
     writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)

@@ -115,10 +115,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     architecture, weights = architecture_of(source.config), _Shapes(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
-    facts = spec.facts
+    facts, variants = spec.facts, options.variants
     head = architecture.head(weights, spec)
     resolved = options.resolved(source.kind, facts)
-    variants = resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
     kept: dict[Action, int] = dict.fromkeys((*variants, SKIP), 0)
     widest = draft = 0
