@@ -79,6 +79,18 @@ def test_a_replica_whose_batch_has_died_is_unhealthy(tiny_bundle: Path) -> None:
     shelf.close()
 
 
+def test_what_the_command_line_tells_are_texts(tiny_bundle: Path) -> None:
+    needed("ray")
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from dash_onnx.serve.ray import app
+
+    told = {"bundles": str(tiny_bundle), "replicas": "2", "threads": "1", "sessions": "true"}
+    call_user_app_builder_with_args_if_necessary(app, told)  # as `serve run` calls it
+    with pytest.raises(ValueError, match="replica"):
+        call_user_app_builder_with_args_if_necessary(app, {**told, "replica": "2"})
+
+
 class Asking:
     """Two clients that ask again and again, in threads."""
 

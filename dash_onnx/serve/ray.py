@@ -51,8 +51,13 @@ class Arguments(BaseModel):
     sessions: bool = False
 
 
-def app(arguments: Arguments) -> serve.Application:
-    """What `serve run dash_onnx.serve.ray:app` deploys."""
+def app(given: Arguments | dict[str, Any]) -> serve.Application:
+    """What `serve run dash_onnx.serve.ray:app` deploys; `serve` gives what it was told as it is.
+
+    Raises:
+        ValidationError: an argument is unknown, or of another type.
+    """
+    arguments = Arguments.model_validate(given)
 
     def build() -> Starlette:  # in the replica
         return replica(arguments)

@@ -169,7 +169,7 @@ class Service:
             TimeoutError: it took longer than a request may.
         """
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[_Piece]()
-        begun, ended = ([asyncio.Event() for _ in tallies] for _ in range(2))
+        begun, ended = asyncio.Event(), [asyncio.Event() for _ in tallies]
 
         async def put(index: int) -> None:
             end: Exception | None = None
@@ -182,7 +182,7 @@ class Service:
                             tally.until = until
                     else:
                         alone = options.speculate != "off"
-                        await (ended[index - 1] if alone else begun[0]).wait()
+                        await (ended[index - 1] if alone else begun).wait()
                         async with asyncio.timeout_at(tallies[index].until):
                             await needed.enter_async_context(self.slot(further=True))
                     chosen = options
@@ -192,12 +192,12 @@ class Service:
                     async with contextlib.aclosing(chunks):
                         async for chunk in chunks:
                             pieces.put_nowait((index, chunk))
-                            begun[index].set()
+                            begun.set()
             except Exception as error:
                 end = error
             finally:
                 pieces.put_nowait((index, end))
-                begun[index].set()
+                begun.set()
                 ended[index].set()
 
         tasks = [asyncio.create_task(put(index)) for index in range(len(tallies))]
