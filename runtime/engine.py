@@ -164,7 +164,8 @@ class Model:
             PolicyError: a path is to guess, and none is cheaper.
         """
         planner = self._planner(target, speculate)
-        return planner.draft.policy if planner and planner.draft and speculate != "ngram" else None
+        draft = planner.draft_for(speculate) if planner else None
+        return draft and draft.policy
 
     @property
     def loaded_bytes(self) -> int:

@@ -20,6 +20,7 @@ Source = Literal["ngram", "dash"]
 MOST = 8  # tokens that are guessed for one pass
 
 _EXTRA = 0.25  # what a further token of a pass takes, until it was timed
+_WORTH = 1.1  # a draft's expected speed, as a multiple of the target's, that is worth loading it
 _STEP = 0.1  # of a running mean, once ten values were seen
 _MEMORY = 0.97  # of what came of guesses, per pass with some: the last thirty count
 _PRIOR = 4  # guesses that what is believed of a source beforehand is worth
@@ -135,6 +136,13 @@ class Planner:
         self._outcomes: dict[tuple[Source, int], _Outcomes] = {}
         self._allowance: dict[Source, float] = dict.fromkeys(_BELIEVED, _ALLOWANCE)
         self._since_plain = 0
+
+    def draft_for(self, speculate: str) -> Draft | None:
+        """Whose path guesses; with `auto` one that is expected to be worth its weights' memory."""
+        draft = self.draft
+        if speculate == "auto" and draft is not None and _promise(draft) < _WORTH:
+            return None
+        return draft if speculate in ("dash", "auto") else None
 
     def choose(self, offers: Sequence[Bet], always: bool = False) -> Bet | None:
         """The bet that brings most tokens per time; None for a pass without guesses.
@@ -261,4 +269,4 @@ def _right_at(kl: float) -> float:
 
     A fit to answers of the demo model, not a bound.
     """
-    return max(1 - kl**0.5 / 2, 0.05)
+    return max(1 - max(kl, 0.0) ** 0.5 / 2, 0.05)  # a measured KL may be a little below zero

@@ -93,7 +93,7 @@ class Speculation:
         self.path = policy.uniform
         self._target = FixedPath(policy.uniform, policy.head)
         self._index = NgramIndex() if speculate in ("ngram", "auto") else None
-        draft = planner.draft if speculate in ("dash", "auto") else None
+        draft = planner.draft_for(speculate)
         self._draft = None if draft is None else decider_of(draft.policy, sequence)
         self._planner, self._always = planner, speculate != "auto"
         self._ran: set[int] = set()  # sizes of passes; 0: a draft

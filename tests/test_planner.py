@@ -163,6 +163,23 @@ def test_an_untrained_bundle_drafts_with_its_cheapest_precision(manifest: Manife
     assert draft.cost == pytest.approx((0.1 + 0.5 + 4 * 0.4) / (0.1 + 0.5 + 4 * 1.0))
 
 
+def test_auto_loads_no_draft_that_promises_little(manifest: Manifest) -> None:
+    cheap = with_costs(manifest, full=1.0, int8=0.3, int4=0.1)
+    for planner, worth in ((uniform(cheap, "full"), True), (uniform(manifest, "int8"), False)):
+        assert planner.draft is not None
+        assert planner.draft_for("dash") is planner.draft
+        assert planner.draft_for("auto") is (planner.draft if worth else None)
+        assert planner.draft_for("ngram") is None
+
+
+def test_a_draft_may_have_been_measured_as_losing_less_than_nothing(manifest: Manifest) -> None:
+    scorer = made_up(manifest, "scorer.onnx")
+    same = ("int4",) * manifest.model.num_layers
+    better = replace(scorer, static=(StaticPoint(0.31, "int4", -1e-4, same),))
+    draft = uniform(replace(manifest, scorer=better), "full").draft
+    assert draft is not None and draft.believed == 1.0
+
+
 def test_no_path_drafts_that_takes_as_long_as_the_target(manifest: Manifest) -> None:
     assert uniform(manifest, "int4").draft is None
     slow = with_costs(manifest, full=1.0, int8=0.6, int4=0.7)
