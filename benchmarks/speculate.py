@@ -37,7 +37,7 @@ from dash_onnx.runtime.ort import thread_count
 from dash_onnx.runtime.speculate import Speculate
 
 KINDS: tuple[Speculate, ...] = ("off", "ngram", "dash", "auto")
-GENAI = ("GenAI", "GenAI + ngram")
+GENAI = {"GenAI": False, "GenAI + ngram": True}  # whether it guesses
 CONVERSATIONS = (  # of MT-bench: one kind of Spec-Bench
     "writing roleplay reasoning math coding extraction stem humanities".split()
 )
@@ -169,8 +169,8 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
             one["nats"] = nats(model, given, asked.target, one["tokens"])
         else:
             one["differs"] = difference(model, given, asked.target, alone, one["tokens"])
-    for name, guessing in zip(GENAI, (False, True), strict=True):
-        if asked.genai is not None:
+    if asked.genai is not None:
+        for name, guessing in GENAI.items():
             tokens, ms = asked.genai(given, asked.new_tokens, guessing)
             found[name] = {"tokens": tokens, "ms": ms, "guessed": 0, "right": 0, "differs": None}
     return found

@@ -175,11 +175,6 @@ class Request:
         later = "" if self.first.uniform == path else self.first.quality
         self.quality = f"{path_letters(path)} {head} {later}".rstrip()
 
-    @property
-    def budget_changed(self) -> bool:
-        """Whether another budget than the first wrote some of the answer."""
-        return self.current.policy is not self.first
-
 
 @dataclass(eq=False)
 class _Row:
@@ -199,10 +194,15 @@ class _Row:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
         if self.quality != request.quality:
             return 0
-        held = self.tokens
-        if self.request is not None and self.request.budget_changed:
-            held = held[: len(self.request.ids)]
-        return common_length(np.asarray(held, np.int64), request.ids[:-1])
+        return common_length(np.asarray(self.lasting, np.int64), request.ids[:-1])
+
+    @property
+    def lasting(self) -> list[int]:
+        """The tokens whose K/V serve later requests: none that another budget wrote."""
+        request = self.request
+        if request is not None and request.current.policy is not request.first:
+            return self.tokens[: len(request.ids)]
+        return self.tokens
 
 
 class Batch:
@@ -371,8 +371,7 @@ class Batch:
 
     def _free(self, row: _Row) -> None:
         """Ends a request; what its row holds may serve the next one."""
-        if (request := row.request) is not None and request.budget_changed:
-            del row.tokens[len(request.ids) :]
+        row.tokens = row.lasting
         row.request, row.going = None, None
         row.rest = row.rest[:0]
         # A row at rest needs a position to write nothing to; see `SequenceState.rest`.

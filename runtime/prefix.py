@@ -67,11 +67,7 @@ class Saved:
 
     def restore(self, state: SequenceState, length: int) -> None:
         """Writes the first tokens into an empty sequence."""
-        state.truncate(0)
-        state.reserve(length)
-        for name, buffer in _buffers(state):
-            buffer.write(self.arrays[name][:, :length], (0, slice(None), slice(length)))
-        state.kv.length = length
+        _fill(state, self.arrays, length)
 
     @property
     def nbytes(self) -> int:
@@ -131,12 +127,9 @@ class Saved:
 
 def copy_prefix(held: SequenceState, state: SequenceState, length: int) -> None:
     """Writes the K/V of another sequence's first tokens into an empty one."""
-    state.truncate(0)
     state.reserve(length)
     held.reserve(0)  # it follows a cache that has moved
-    for (_, source), (_, buffer) in zip(_buffers(held), _buffers(state), strict=True):
-        buffer.write(source.array[0, :, :length], (0, slice(None), slice(length)))
-    state.kv.length = length
+    _fill(state, {name: buffer.array[0] for name, buffer in _buffers(held)}, length)
 
 
 class PrefixStore:
@@ -248,6 +241,15 @@ class PrefixStore:
             saved.write(path, self._manifest)
         except Exception as error:  # a full disk has names of its own in safetensors
             _LOG.warning("cannot write %s: %s", path, error)
+
+
+def _fill(state: SequenceState, arrays: Mapping[str, npt.NDArray[Any]], length: int) -> None:
+    """Writes the first tokens of keys and values `[H_kv, S, d]` by name into an empty sequence."""
+    state.truncate(0)
+    state.reserve(length)
+    for name, buffer in _buffers(state):
+        buffer.write(arrays[name][:, :length], (0, slice(None), slice(length)))
+    state.kv.length = length
 
 
 def _buffers(state: SequenceState) -> Iterator[tuple[str, Buffer]]:
