@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from cli_tool import Capture, Tool
@@ -1008,12 +1009,16 @@ def test_a_real_model_answers_alike_alone_and_among_others(trained_bundle: Path)
             together = [*pool.map(ask, range(8))]
     finally:
         running.stop()
-    gaps = []
+    gaps, moved = [], []
     for one, other in zip(alone, together, strict=True):
-        pairs = zip(one, other, strict=False)
-        turned = next((mine for mine, its in pairs if mine.token != its.token), None)
-        if turned is not None:
-            first, second = turned.top_logprobs
-            gaps.append(first.logprob - second.logprob)
+        for mine, its in zip(one, other, strict=False):
+            first, second = mine.top_logprobs
+            moved.append(abs(first.logprob - its.top_logprobs[0].logprob))
+            if mine.token != its.token:  # what follows has another text before it
+                gaps.append(first.logprob - second.logprob)
+                break
     print(f"{len(gaps)} of 8 answers turned at a near-tie: {gaps}")
-    assert all(gap < 0.2 for gap in gaps)
+    print(f"the likeliest token's logprob moved by {np.mean(moved):.3f} on average")
+    # Rows of INT8 alone move by 0.026 (gaps of 0.19), of INT4 by 0.031; a row that read another
+    # one's K/V would move by nats.
+    assert np.mean(moved) < 0.08 and max(gaps, default=0) < 0.5
