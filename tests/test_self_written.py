@@ -9,6 +9,7 @@ import pytest
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec
+from dash_onnx.exporters.calibration.openings import OPENINGS, openings
 from dash_onnx.exporters.calibration.self_written import self_written, turns_of, write_text
 from dash_onnx.runtime.engine import Model
 
@@ -61,7 +62,9 @@ def test_every_second_sequence_is_a_conversation(tiny_bundle: Path) -> None:
             expected = turns.user if expected == turns.answer else turns.answer
             given, answered = ends[0], answered + 1
     assert answered
-    assert len({*ids[1::2, 0].tolist()}) > 3
+    begun = [codec.encode(opening)[:100].tolist() for opening in OPENINGS]
+    for row in ids[1::2].tolist():
+        assert any(row[: len(opening)] == opening for opening in begun)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +74,20 @@ def test_a_model_without_turns_writes_documents(template: str | None, tiny_bundl
     codec = TextCodec(Bundle(tiny_bundle))
     codec.chat_template = template
     assert turns_of(codec) is None
+
+
+def test_each_opening_comes_once_before_any_comes_again() -> None:
+    def encode(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    count = len(OPENINGS)
+    found = openings(encode, count + 3, 500, np.random.default_rng(0))
+    assert sorted(bytes(ids).decode() for ids in found[:count]) == sorted(OPENINGS)
+    assert len({*found[count:]}) == 3
+    assert found != openings(encode, count + 3, 500, np.random.default_rng(1))
+
+
+def test_of_a_short_document_the_model_writes_half() -> None:
+    found = openings(lambda _: np.arange(9), 2, 10, np.random.default_rng(0))
+    assert found == [(0, 1, 2, 3, 4)] * 2
+    assert openings(lambda _: np.empty(0, int), 1, 10, np.random.default_rng(0)) == [(0,)]

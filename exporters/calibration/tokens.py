@@ -11,6 +11,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.draw import Ids, draw
+from dash_onnx.exporters.calibration.openings import openings
 from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.self_written import write_text
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
@@ -19,16 +20,14 @@ from dash_onnx.exporters.sources import Source
 SINK_TOKENS = 4
 """First tokens that soak up attention and carry massive activations (StreamingLLM, 2309.17453)."""
 
-DOCUMENT_TOKEN = "<|endoftext|>"
-"""What separates documents in the training text of most models with a byte-level BPE."""
-
 SEQUENCES = 64
 LENGTH = 256
+_LARGE = 500_000_000  # weights of the layers
 
 
 def sequences_of(facts: ModelFacts) -> int:
     """How many sequences a model is calibrated on: a large one takes long for each."""
-    return SEQUENCES // 2 if facts.large else SEQUENCES
+    return SEQUENCES // 2 if facts.num_layers * facts.layer_parameters > _LARGE else SEQUENCES
 
 
 def calibration_ids(
@@ -92,9 +91,11 @@ def _from_text(
 
 def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:
     """Documents: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
-    starts = (source.generation_config.bos_token_id, source.tokenizer.bos_token_id)
-    start = next((token for token in starts if token), 0)
-    start = source.tokenizer.get_vocab().get(DOCUMENT_TOKEN, start)
+
+    def encode(text: str) -> Ids:
+        return np.asarray(source.tokenizer(text, verbose=False)["input_ids"], np.int64)
+
     generator, bundle = np.random.default_rng(seed), draft()
     length = min(LENGTH, bundle.manifest.model.max_length)
-    return write_text(bundle, [(start,)] * sequences, length, generator, "calibration text")
+    begun = openings(encode, sequences, length, generator)
+    return write_text(bundle, begun, length, generator, "calibration text")
