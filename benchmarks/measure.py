@@ -123,7 +123,7 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Exports, speed and quality of a larger model. 50 minutes for 0.5 billion parameters."""
+    """Export, speed and quality of a larger model. 30 minutes for 0.5 billion parameters."""
     full, peers, lines = (BUILD / name for name in ("other-full", "other-peers", "lines.txt"))
     reference: Command = ["dash-export", a.other, full, "--variants", "full", "--overwrite"]
     commands: list[Command] = [
@@ -132,19 +132,28 @@ def other(a: argparse.Namespace, size: Size) -> list[Command]:
     ]
     if a.text:
         commands.append(["sh", "-c", f"grep -E '.{{400}}' \"$0\" | head -n 3 > {lines}", a.text[0]])
-    anew = [("other-anew", ["--requantize"])] if a.other.suffix == ".gguf" else []
-    for name, options in [("other", []), *anew]:
-        out = BUILD / name
-        first: Command = ["python", "benchmarks/first_token.py", out, full, "--prompts", a.prompts]
-        bench: Command = ["dash-bench", out, "--reference", full, "--peer", f"genai:{peers}/int4"]
-        bench += _amount(size)
-        commands += [
-            ["dash-export", a.other, out, *options, "--overwrite", "--json"],
-            [*first, "--json"],
-            [*bench, "--json"],
-        ]
-        if a.text:
-            commands.append([*bench, "--prompts", lines, "--json"])
+    anew = ["--requantize"] if a.other.suffix == ".gguf" else []
+    return commands + _larger(a, size, "other", anew)
+
+
+def kept(a: argparse.Namespace, size: Size) -> list[Command]:
+    """The same with the integers of its GGUF file, after `other`. 25 minutes."""
+    return _larger(a, size, "kept", []) if a.other.suffix == ".gguf" else []
+
+
+def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
+    full, peers, lines = (BUILD / name for name in ("other-full", "other-peers", "lines.txt"))
+    out = BUILD / name
+    first: Command = ["python", "benchmarks/first_token.py", out, full, "--prompts", a.prompts]
+    bench: Command = ["dash-bench", out, "--reference", full, "--peer", f"genai:{peers}/int4"]
+    bench += _amount(size)
+    commands: list[Command] = [
+        ["dash-export", a.other, out, *options, "--overwrite", "--json"],
+        [*first, "--json"],
+        [*bench, "--json"],
+    ]
+    if a.text:
+        commands.append([*bench, "--prompts", lines, "--json"])
     return commands
 
 
@@ -169,7 +178,7 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:
     """A server with a larger model and several clients, after `other`. 5 minutes."""
-    bench: Command = ["python", "benchmarks/serve.py", BUILD / "other-anew"]
+    bench: Command = ["python", "benchmarks/serve.py", BUILD / "other"]
     if a.other.suffix == ".gguf":
         bench += ["--peer", a.other]
     if size == QUICK:
@@ -206,6 +215,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "tasks": (tasks, "bundle task"),
     "answers": (answers, "bundle prompts"),
     "other": (other, "other prompts"),
+    "kept": (kept, "other prompts"),
     "guesses": (guesses, "other prompts"),
     "server": (server, "other"),
     "scale": (scale, ""),

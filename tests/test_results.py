@@ -113,6 +113,11 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         ("dash-bench out --peer genai:peers/int4", BENCH),
         ("dash-bench out --peer genai:peers/int4 --prompts lines.txt", BENCH),
     ],
+    "kept": [
+        ("dash-export m.gguf kept --json", {"export": {"seconds": 90.0, "peak_rss_bytes": 2e9}}),
+        ("python benchmarks/first_token.py kept full", [{**FIRST, "other_first_token": 2}]),
+        ("dash-bench kept --peer genai:peers/int4", BENCH),
+    ],
 }
 
 
