@@ -51,7 +51,7 @@ class ModelFacts:
 
     @property
     def large(self) -> bool:
-        """Whether it is calibrated and trained on fewer tokens, and rounded in larger blocks."""
+        """Whether it is trained on fewer tokens, and rounded in larger blocks."""
         return self.num_layers * self.layer_parameters > _LARGE
 
 

@@ -72,16 +72,12 @@ def _from_text(
             return plain(messages)
         return str(source.tokenizer.apply_chat_template(list(messages), tokenize=False))
 
-    def encode(text: str) -> Ids:
-        ids = source.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(ids, np.int64)
-
     length = min(LENGTH, source.config.max_position_embeddings)
     least = max(2 * length, least_tokens)
     return draw(
         texts,
         render,
-        encode,
+        _encoder(source, add_special_tokens=False),
         sequences=sequences,
         length=length,
         least=least,
@@ -91,11 +87,16 @@ def _from_text(
 
 def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:
     """Documents: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
-
-    def encode(text: str) -> Ids:
-        return np.asarray(source.tokenizer(text, verbose=False)["input_ids"], np.int64)
-
     generator, bundle = np.random.default_rng(seed), draft()
     length = min(LENGTH, bundle.manifest.model.max_length)
+    encode = _encoder(source, add_special_tokens=True)
     begun = openings(encode, sequences, length, generator)
     return write_text(bundle, begun, length, generator, "calibration text")
+
+
+def _encoder(source: Source, *, add_special_tokens: bool) -> Callable[[str], Ids]:
+    def encode(text: str) -> Ids:
+        found = source.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        return np.asarray(found["input_ids"], np.int64)
+
+    return encode
