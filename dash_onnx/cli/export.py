@@ -288,7 +288,6 @@ def _announce(
 
 
 def _check(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> CheckResult | None:
-    from dash_onnx.core.bundle import Bundle
     from dash_onnx.exporters.architectures import REGISTRY
     from dash_onnx.exporters.export.check import check
     from dash_onnx.exporters.sources import open_source

@@ -51,8 +51,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--cors", action="append", default=[], metavar="ORIGIN", help="web pages that may call it"
     )
-    parser.add_argument("--policy", default="", help="of requests that name none")
-    parser.add_argument("--budget", help="of requests that name none (default: balanced)")
+    parser.add_argument(
+        "--policy",
+        default="",
+        help="what decides for requests that name none (default: the trained policy)",
+    )
+    parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
     parser.add_argument(
         "--budget-under-load",
         metavar="BUDGET",
@@ -77,16 +81,20 @@ def _parser() -> Parser:
         type=positive,
         default=4096,
         metavar="N",
-        help="of an answer (default: 4096)",
+        help="most tokens of an answer (default: 4096)",
     )
     parser.add_argument(
         "--max-prompt-tokens",
         type=positive,
         metavar="N",
-        help="of a prompt (default: as many as the context holds)",
+        help="most tokens of a prompt (default: as many as the context holds)",
     )
     parser.add_argument(
-        "--timeout", type=positive, default=600, metavar="S", help="of a request (default: 600)"
+        "--timeout",
+        type=positive,
+        default=600,
+        metavar="S",
+        help="most seconds that a request may take (default: 600)",
     )
     parser.add_argument(
         "--prefix-cache",
@@ -100,7 +108,7 @@ def _parser() -> Parser:
         type=int,
         default=256,
         metavar="N",
-        help="of K/V that may be kept for texts that come again (default: %(default)s; 0: none)",
+        help="megabytes of K/V kept for texts that come again (default: %(default)s; 0: none)",
     )
     parser.add_argument(
         "--memory-mb",
