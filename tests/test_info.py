@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 from cli_tool import Capture, Tool
 from conftest import save_tiny
+from scored_bundle import with_scorer
 
 from dash_onnx.cli.info import main
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path
+from dash_onnx.core.manifest import MANIFEST_NAME
 
 TOOL = Tool("dash-info", main)
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -91,6 +94,14 @@ def test_memory_to_run_counts_full_weights_as_fp32_on_a_cpu_only(
     assert cpu["kv_per_token"] == 2 * 2 * 2 * 64 * 4 == 2 * cuda["kv_per_token"]
 
 
+@pytest.mark.parametrize(("kind", "bytes_each"), [("int8", 1), ("int4", 0.5)])
+def test_a_quantized_cache_is_counted(
+    kind: str, bytes_each: float, wide: Path, capsys: Capture
+) -> None:
+    estimates = TOOL.json_of(capsys, wide, "--kv-cache", kind)["estimates"]
+    assert estimates["kv_per_token"] == pytest.approx(2 * 2 * 2 * 64 * bytes_each, rel=0.1)
+
+
 def test_a_model_is_shown_without_reading_its_weights(wide: Path, capsys: Capture) -> None:
     path = wide / "model.safetensors"
     whole = path.read_bytes()
@@ -111,6 +122,21 @@ def test_a_model_is_shown_without_reading_its_weights(wide: Path, capsys: Captur
         "LM",
         "memory",
     ]
+
+
+def test_a_policy_is_shown_with_its_text_and_margin(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = with_scorer(shutil.copytree(tiny_bundle, tmp_path / "scored"))
+    manifest = Bundle(folder).manifest
+    assert manifest.scorer is not None
+    told = dataclasses.replace(manifest.scorer, margin=1.5)
+    text = dataclasses.replace(manifest, scorer=told).to_text()
+    (folder / MANIFEST_NAME).write_text(text, "utf-8")
+    assert TOOL.run(folder) == 0
+    shown = capsys.readouterr().out
+    assert f"training on {told.training.tokens} tokens ({told.training.source})" in shown
+    assert "with a margin of 1.5 for other text" in shown
 
 
 def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:

@@ -22,6 +22,7 @@ from dash_onnx.core.progress import PACKAGE, BarHandler, announce
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
+    from dash_onnx.core.facts import ScorerFacts
     from dash_onnx.runtime.engine import Model
 
 
@@ -305,6 +306,13 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
     if ours != theirs:
         raise DashError(f"--reference {path}: another model than that of the bundle")
     return other
+
+
+def presets_line(scorer: ScorerFacts) -> str:
+    """The presets of a policy, and for which text they hold."""
+    named = ", ".join(f"{name} {budget:.3f}" for name, budget in scorer.presets.items())
+    margin = f", with a margin of {scorer.margin:g} for other text" if scorer.margin > 1 else ""
+    return f"presets: {named} (of the time at the highest exported precision){margin}"
 
 
 EFFORTS = ("quick", "normal", "thorough")

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_onnx.cli.common import Parser, aligned, positive, run
+from dash_onnx.cli.common import Parser, aligned, positive, presets_line, run
 from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
@@ -42,6 +42,13 @@ def _parser() -> Parser:
     parser.add_argument("--max-length", type=positive, help="context in tokens")
     parser.add_argument(
         "--block-size", type=int, choices=(16, 32, 64, 128, 256), help="as in dash-export"
+    )
+    parser.add_argument("--requantize", action="store_true", help="as in dash-export")
+    parser.add_argument(
+        "--kv-cache",
+        choices=("float", "int8", "int4"),
+        default="float",
+        help="as in dash-export",
     )
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
@@ -76,12 +83,14 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.exporters.export.sizes import sizes_of
     from dash_onnx.exporters.sources import open_source
 
-    source = open_source(arguments.path, REGISTRY, revision=arguments.revision)
+    source = open_source(arguments.path, REGISTRY, arguments.requantize, arguments.revision)
     options = ExportOptions(
         variants=variants,
         device=arguments.device,
         max_length=arguments.max_length,
         block_size=arguments.block_size,
+        kv_cache=arguments.kv_cache,
+        requantize=arguments.requantize,
     )
     sizes = sizes_of(source, options)
     spec = architecture_of(source.config).describe(source.name, source.config, options.max_length)
@@ -161,8 +170,11 @@ def _policy(manifest: Manifest) -> list[str]:
     scorer = manifest.scorer
     if scorer is None:
         return ["no policy trained: see dash-train"]
-    named = ", ".join(f"{name} {budget:.3f}" for name, budget in scorer.presets.items())
-    return [f"policy: {scorer.training.effort} training; presets {named} (of that time)"]
+    training = scorer.training
+    return [
+        f"policy: {training.effort} training on {training.tokens} tokens ({training.source})",
+        presets_line(scorer),
+    ]
 
 
 def _median_ms(manifest: Manifest, action: Any) -> float:

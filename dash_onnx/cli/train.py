@@ -14,6 +14,7 @@ from dash_onnx.cli.common import (
     add_training_options,
     aligned,
     log_level,
+    presets_line,
     run,
 )
 from dash_onnx.cli.export import prepare_export
@@ -119,12 +120,10 @@ def table(facts: ScorerFacts) -> str:
         for point in facts.points
     ]
     lines = aligned([head, *rows])
-    named = ", ".join(f"{name} {budget:.3f}" for name, budget in facts.presets.items())
     training = facts.training
     lines += [
         "",
-        f"presets: {named} (of the time at the highest exported precision)"
-        + (f", with a margin of {facts.margin:g} for other text" if facts.margin > 1 else ""),
+        presets_line(facts),
         f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]
