@@ -90,9 +90,9 @@ class Headroom:
         weight = samples / 2 / (samples / 2 + _PRIOR)
         return weight * found + (1 - weight) * guess
 
-    def by_segment(self, looks: Sequence[Tensor]) -> Tensor:
-        """Values of all layers, each from the look before it; the first segment's are constant."""
-        parts = zip(self.env.segments, [looks[0], *looks], strict=True)
+    def by_segment(self, points: Sequence[Tensor]) -> Tensor:
+        """Values of all layers, each from the point before it; the first segment's are constant."""
+        parts = zip(self.env.segments, [points[0], *points], strict=True)
         return torch.cat([values[:, :, layers] for layers, values in parts], 2)
 
     def policy(self, multiplier: float) -> Decide:

@@ -17,10 +17,10 @@ from dash_onnx.core.progress import Expected
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.train.options import COUNTS, TRIED, TrainingPlan
+from dash_onnx.exporters.train.tables import ROWS
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
-_ROWS = 14  # of the policy table
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,10 @@ def training_phases(
         *choice,
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
         ("costs", 3.0, 1000 * _parameters(facts)),
-        ("policy table", 0.0, _ROWS * layers),
+        ("policy table", 0.0, ROWS * layers),
         ("static search", 0.0, plan.candidates * search),
         ("static table", 0.0, paths * layers),
-        ("table losses", 0.0, (_ROWS + paths) * heads),
+        ("table losses", 0.0, (ROWS + paths) * heads),
     ]
     expected = [Expected(name, fixed + work / speed.fast) for name, fixed, work in phases]
     return [Expected("training text", 1.0 + text), *expected] if generated else expected

@@ -252,16 +252,13 @@ def similar_skipped(manifest: Manifest, count: int) -> list[int]:
     return sorted(inner, key=lambda layer: -manifest.layers[layer].cosine)[:count]
 
 
-def skipping_path(
-    manifest: Manifest, budget: float, order: str, base: Action | None = None
-) -> Path:
-    """Runs every layer at one precision and skips as few as the budget asks for.
+def skipping_path(manifest: Manifest, budget: float, order: str) -> Path:
+    """Runs every layer at `base_precision` and skips as few as the budget asks for.
 
     Args:
         manifest: of the bundle.
         budget: a fraction.
         order: `even` or `cosine`.
-        base: the precision; None takes the cheapest that costs at least the budget.
 
     Raises:
         PolicyError: not even skipping every inner layer is cheap enough.
@@ -269,7 +266,7 @@ def skipping_path(
     choose = evenly_skipped if order == "even" else similar_skipped
     layers = manifest.model.num_layers
     limit = budget * reference_ms(manifest)
-    base = base or base_precision(manifest, budget)
+    base = base_precision(manifest, budget)
     for count in range(layers - 1):
         skipped = set(choose(manifest, count))
         path = tuple(SKIP if layer in skipped else base for layer in range(layers))

@@ -219,7 +219,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
     Args:
         policy: a `Policy`, or one of
             `dash`: the trained scorer decides per token and layer (budget: a preset or fraction);
-            `full`, `int8`, `int4`: every layer of every token in that precision;
+            `full`, `int8`, `int4`, `int2`: every layer of every token in that precision;
             `static`: the best static assignment that training found for the budget;
             `static:LIST`: one path for all tokens, such as `static:int8,int4*28,int8`;
             `static:@FILE`: the same list read from a file;
@@ -263,7 +263,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
     if kind == "static" and argument:
         return StaticPolicy(_parse_path(argument, manifest), manifest)
     raise PolicyError(
-        f"unknown policy {policy!r}; choose dash, full, int8, int4, static, even, cosine, "
+        f"unknown policy {policy!r}; choose dash, full, int8, int4, int2, static, even, cosine, "
         "random[:SEED], static:ACTION[*N],... or static:@FILE"
     )
 

@@ -22,12 +22,12 @@ SINK_TOKENS = 4
 
 SEQUENCES = 64
 LENGTH = 256
-_LARGE = 500_000_000  # weights of the layers
+_FEWER_ABOVE = 500_000_000  # weights of the layers
 
 
 def sequences_of(facts: ModelFacts) -> int:
     """How many sequences a model is calibrated on: a large one takes long for each."""
-    return SEQUENCES // 2 if facts.num_layers * facts.layer_parameters > _LARGE else SEQUENCES
+    return SEQUENCES // 2 if facts.num_layers * facts.layer_parameters > _FEWER_ABOVE else SEQUENCES
 
 
 def calibration_ids(

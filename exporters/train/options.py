@@ -40,8 +40,8 @@ class TrainingPlan:
         improvement_steps: passes of the on-policy improvement.
         learning_rate: of the improvement.
         multipliers: nats per `Costs.unit_ms`; the improvement draws from between these two.
-        decision_points: the layers before which the scorer runs, or how many: each costs a third
-            of an INT4 layer; `auto` tries several numbers, see `decisions.py`.
+        decision_points: the layers before which the scorer runs, or how many: in a small model
+            each costs two fifths of an INT4 layer; `auto` tries several, see `decisions.py`.
         train_compensation: whether the improvement trains the low-rank maps of skipped layers too.
         candidates: paths that the search for static assignments measures per step at most.
         dtype: of matrix products; None takes BF16 where the processor multiplies it natively.

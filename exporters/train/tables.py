@@ -23,7 +23,8 @@ from dash_onnx.exporters.train.static import LIMIT, Downgrade
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import sampled_values
 
-_ROWS = 12  # of the policy table where multipliers decide between the cheaper actions
+ROWS = 12
+"""Of the policy table where multipliers decide between the cheaper actions."""
 
 
 def tables(
@@ -143,7 +144,7 @@ def _slope(a: BudgetPoint, b: BudgetPoint) -> float:
 def _multipliers(trainer: Trainer) -> list[float]:
     """Of the rows, ascending: some more than training draws, in both directions."""
     low, high = trainer.log_multiplier_range
-    logs = np.linspace(low - 1.7, high + 1.2, _ROWS).tolist()
+    logs = np.linspace(low - 1.7, high + 1.2, ROWS).tolist()
     if trainer.extra:  # still lower, INT8 is left for `full`, layer by layer
         logs = [low - 7.0, low - 4.35, *logs]
     return [math.exp(log) for log in logs]
