@@ -30,11 +30,12 @@ def with_scorer(
     decision_points = decision_points or tuple(range(1, layers))
     scorer = Scorer(layers, hidden, len(learned), decision_points)
     with torch.no_grad():
-        scorer.bias.copy_(torch.tensor([-6.0, -2.0])[1 - len(learned) :].expand(layers, -1))
+        bias = {1: [-2.0], 2: [-6.0, -2.0], 3: [-6.0, -3.0, -2.0]}[len(learned) - 1]
+        scorer.bias.copy_(torch.tensor(bias).expand(layers, -1))
     graph = BundleScorer(scorer, learned, extra, torch.full((layers,), 1e-4))
     file = export_scorer(graph, folder, manifest.dims)
     # Not the profile of this machine: the decisions must be the same everywhere.
-    all_ms: dict[Action, float] = {"full": 1.0, "int8": 0.4, "int4": 0.3, "skip": 0.1}
+    all_ms: dict[Action, float] = {"full": 1.0, "int8": 0.4, "int4": 0.3, "int2": 0.2, "skip": 0.1}
     layer = {action: all_ms[action] for action in manifest.actions}
     heads = {head: 0.4 if head == "int4" else 0.5 for head in manifest.costs.heads_ms}
     manifest = replace(

@@ -75,9 +75,18 @@ def ours(
     return found, paths[:-1]
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("genai") / "out"))
+@pytest.fixture(
+    scope="module",
+    params=[("full", "int8", "int4"), ("int8", "int4", "int2")],
+    ids=["full", "int2"],
+)
+def tiny(
+    request: pytest.FixtureRequest,
+    tiny_with: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Bundle:
+    exported = tiny_with(variants=request.param)
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("genai") / "out"))
     bundle = Bundle(with_scorer(folder))
     fuse(bundle, folder / "fused", FuseOptions(), overwrite=False)
     return bundle
@@ -93,6 +102,8 @@ def test_tokens_and_paths_are_those_of_our_runtime(tiny: Bundle, preset: str | N
     assert tokens == wanted
     actions = json.loads((fused / FACTS).read_text())["actions"]
     assert [tuple(actions[index] for index in run) for run in decided] == paths
+    if preset == "fast":  # the cheapest precision is among the decisions
+        assert any(tiny.manifest.variants[-1] in path for path in paths[1:])
 
 
 def test_int2_layers_give_the_tokens_of_our_runtime(
