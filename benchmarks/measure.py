@@ -311,7 +311,8 @@ def _circumstances(arguments: argparse.Namespace, needs: list[str]) -> dict[str,
     commit = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
     written = (":!docs", ":!README.md", ":!benchmarks/results")  # by results.py
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *written]).returncode
-    files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts])]
+    models = [arguments.other] if "other" in needs and arguments.other.is_file() else []
+    files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts]), *models]
     manifest = [arguments.bundle / "dash.json"] if "bundle" in needs else []
     return {
         "commit": commit + ("+changes" if changed else ""),

@@ -28,6 +28,15 @@ ROOT = HERE.parent
 SAME = ("machine", "versions")
 SAME_BUNDLE = ("commit", "bundle")
 MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+ORIGINS = {
+    "4cd0f6876d07a413": "the validation part of WikiText-2",
+    "2a0ce5568625a304": "a novel, number 1661 of Project Gutenberg",
+    "411bfbe5b9054346": "LAMBADA as EleutherAI publishes it",
+    "4b6d33e79484f984": "the questions of Spec-Bench",
+    "1d9614638d18024d": "Qwen2.5-Coder-0.5B-Instruct in Q4_K_M",
+}
+"""What files are, by the beginning of their SHA-256."""
+PRECISIONS = ("full", "int8", "int4", "int2")
 Part = dict[str, Any]
 PEERS = {
     "genai fused": "ORT GenAI, our fused graph of `{}`",
@@ -88,7 +97,7 @@ def page(parts: dict[str, Part]) -> str:
             for name, file in part["files"].items()
             if any(name in command["command"] for command in part["commands"])
         },
-        **{function.__name__: function for function in (*functions, found, seconds, shown)},
+        **{function.__name__: function for function in (*functions, found, origin, seconds, shown)},
     )
 
 
@@ -102,6 +111,11 @@ def table(rows: list[list[str]], left: int = 1) -> str:
 def found(part: Part) -> list[Any]:
     """What the commands printed, of those that printed JSON."""
     return [command["found"] for command in part["commands"] if command["found"] is not None]
+
+
+def origin(sha256: str) -> str:
+    """What a file is, where that is known."""
+    return f", {ORIGINS[sha256]}" if sha256 in ORIGINS else ""
 
 
 def seconds(value: float) -> str:
@@ -123,7 +137,7 @@ def label(name: str) -> str:
 
 def ours(name: str) -> str:
     """A policy of the bundle, by its preset, precision or path."""
-    if name in ("full", "int8", "int4"):
+    if name in PRECISIONS:
         return f"every layer {name if name == 'full' else name.upper()}"
     if name.endswith("skips"):
         return f"policy at the cost of {name}"
