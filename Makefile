@@ -59,7 +59,7 @@ bench: .venv/.bench build/peers/.built build/fused/.built
 	$(BIN)/dash-bench $(BUNDLE) $(PEERS:%=--peer %) \
 		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 --picture build/bench.png
 
-# Whether bundles for CUDA work on this machine, and how fast, in nine minutes and without a network:
+# Whether bundles for CUDA work on this machine, and how fast, within nine minutes and without a network:
 # WHEELS is a folder of what its Python lacks, onnxruntime-gpu first of all (docs/guide/gpu.md).
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(WHEELS:%=--wheels %) $(GENAI:%=--genai %)
