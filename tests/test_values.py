@@ -133,4 +133,18 @@ def test_values_are_learned_from_the_states_of_their_own_segment() -> None:
     for layers, part in zip(segments[1:], hidden, strict=True):
         values = scorer.values(State(layers, part)).detach()[:, 0, 1]
         pair = torch.stack([values.log(), samples[:, layers.start, 1].log()])
-        assert torch.corrcoef(pair)[0, 1] > 0.8
+        assert torch.corrcoef(pair)[0, 1] > 0.7
+
+
+def test_noise_is_not_learned_by_heart() -> None:
+    """Few samples of much noise, as in training: on others a scorer must not be far worse than a
+    constant."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 512, 256, generator=generator)
+    samples = torch.randn(2, 512, 2, 2, generator=generator).square()
+    scorer = Scorer(2, 256, 2, (1,))
+    fit(scorer, [slice(0, 1), slice(1, 2)], [hidden[0]], samples[0], generator)
+    told = scorer.values(State(slice(1, 2), hidden[1])).detach()[:, 0, 1].log()
+    seen = samples[1, :, 1, 1].clamp(min=1e-9)
+    lost = gamma_deviance(told, seen).mean() - gamma_deviance(seen.mean().log(), seen).mean()
+    assert lost < 0.3

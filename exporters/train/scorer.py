@@ -16,6 +16,7 @@ from dash_onnx.core.contract import Dims, scorer_path, scorer_ports
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
 
+_DROPOUT = 0.7  # of the inputs, while the scorer is fitted
 _CLAMP = 8.0  # standard deviations; massive activations must not drown the rest
 _OPSET = 21  # none of its operators is newer
 _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale of its input
@@ -43,7 +44,7 @@ class Scorer(nn.Module):
     normalised over its dimensions, divided by the standard deviation of each, and clamped. Actions
     are ordered from dear to cheap; increment k is the KL that action k costs more than action k-1,
     so values grow from 0 along that order. `scale * x` gives the same values as x: the
-    normalisation takes the scale away.
+    normalisation takes the scale away. In training mode z drops out in part.
 
     Attributes:
         decision_points: first layer of each segment but the first one.
@@ -74,6 +75,7 @@ class Scorer(nn.Module):
         nn.init.zeros_(self.reduce.bias)
         self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
+        self.eval()
 
     def log_increments(self, state: State) -> Tensor:
         """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`."""
@@ -81,6 +83,7 @@ class Scorer(nn.Module):
         if state.layers.start < self.decision_points[0]:
             return bias.expand(*state.hidden.shape[:-1], -1, -1)
         inputs = self.normalise(state.hidden).clamp(-_CLAMP, _CLAMP)
+        inputs = nn.functional.dropout(inputs, _DROPOUT, self.training)
         hidden = nn.functional.relu(self.reduce(inputs))
         expand = self.expand[state.layers].flatten(0, 1)
         return nn.functional.linear(hidden, expand, bias.flatten()).unflatten(-1, bias.shape)

@@ -43,7 +43,7 @@ def search(
     taken as predicted: such losses are small and add up. Where a lossy action is best, the
     best ones are measured, until no other is predicted to be better or `candidates` are measured,
     and the best is taken. What turned out worse than predicted is predicted worse from then on.
-    The first and the last layer are never skipped.
+    The first layer is never skipped, here as in the policy.
 
     Args:
         costs: `[L, A]`, in any unit; actions from dear to cheap, `skip` last.
@@ -56,14 +56,14 @@ def search(
     Yields:
         The downgrades, from dear to cheap.
     """
-    layers, skip = len(costs), costs.shape[1] - 1
-    path, kl, measured = start or (0,) * layers, 0.0, start is None
+    skip = costs.shape[1] - 1
+    path, kl, measured = start or (0,) * len(costs), 0.0, start is None
     values = values.clone()
     while kl <= LIMIT:
         ranked = sorted(
             (float(values[layer, action] - values[layer, now]) / saved, layer, action, saved)
             for layer, now in enumerate(path)
-            for action in range(now + 1, skip if layer in (0, layers - 1) else skip + 1)
+            for action in range(now + 1, skip if layer == 0 else skip + 1)
             if (saved := float(costs[layer, now] - costs[layer, action])) > 0
         )
         if not ranked:
