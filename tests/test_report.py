@@ -179,21 +179,21 @@ def test_the_verdict_compares_with_int4_of_the_table_that_training_measured(
 
 
 @pytest.mark.parametrize(
-    ("kl", "told"),
+    ("kl", "told", "beside"),
     [
-        (0.9, "At the quality of 10 of 12 layers in INT4, the policy is"),
-        (2e-3, "hardly worth it here: 10 of 12 layers in INT4 is as good"),
+        (0.9, "At the quality of 10 of 12 layers in INT4, the policy is", "% less than"),
+        (2e-3, "hardly worth it here: 10 of 12 layers in INT4 is as good", "times as much as"),
     ],
 )
 def test_the_verdict_takes_the_nearest_path_where_int4_alone_was_not_measured(
-    model: Model, kl: float, told: str
+    model: Model, kl: float, told: str, beside: str
 ) -> None:
     paths = [("int8",) * (LAYERS - n) + ("int4",) * n for n in (6, 10)]
     manifest = static_table(model.manifest, [*paths, (*["int4"] * (LAYERS - 1), "skip")])
     facts = scorer_facts(manifest)
     static = tuple(replace(point, kl=kl, budget=0.4) for point in facts.static)
     verdict = curve(replace(manifest, scorer=replace(facts, static=static))).verdict
-    assert told in verdict
+    assert told in verdict and f"{beside} the best" in verdict
     none = replace(manifest, scorer=replace(facts, static=static[:1]))
     assert "INT4 alone was not measured: train again" in curve(none).verdict
 
