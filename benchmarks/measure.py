@@ -124,7 +124,7 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Export, speed and quality of a larger model. 20 minutes for 0.5 billion parameters."""
+    """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 5 a text."""
     reference: Command = ["dash-export", a.other, OTHER_FULL, "--variants", "full", "--overwrite"]
     commands: list[Command] = [
         [*reference, "--effort", "none", "--check", "none"],
@@ -153,6 +153,8 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
     ]
     if a.text:
         commands.append([*bench, "--prompts", LINES, "--json"])
+    losses = ("--losses", "0.05", "0.1", "0.2", "0.4")
+    commands += [_policies(out, text, size, *losses, reference=OTHER_FULL) for text in a.text]
     return commands
 
 
@@ -197,9 +199,11 @@ def _amount(size: Size) -> list[str]:
     return [str(word) for word in words]
 
 
-def _policies(bundle: Path, text: Path, size: Size, *words: str) -> Command:
+def _policies(
+    bundle: Path, text: Path, size: Size, *words: str, reference: Path = REFERENCE
+) -> Command:
     command: Command = ["python", "benchmarks/policies.py", bundle, "--text", text, *words]
-    command += ["--reference", REFERENCE]
+    command += ["--reference", reference]
     return [*command, "--max-windows", str(size.windows), "--json"]
 
 

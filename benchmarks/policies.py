@@ -2,10 +2,12 @@
 
     python benchmarks/policies.py out/ --text book.txt
     python benchmarks/policies.py out/ --text book.txt --skips 2 4 6 8
+    python benchmarks/policies.py out/ --text book.txt --losses 0.05 0.1 0.2 0.4
 
 The precisions, and for each budget `dash` and the best static assignment within it, and where
 layers must be skipped `even`, `cosine` and `random`. Budgets are the presets, or what the best
-static assignments that skip some layers cost.
+static assignments cost that skip some layers. With `--losses` they are what those cost that lose
+at most so much on the text of the tables, and `dash` is compared with them alone.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ def main() -> None:
     parser.add_argument("bundle", metavar="OUT")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     add_reference_option(parser)
-    parser.add_argument("--skips", type=int, nargs="+", metavar="N", help="layers per token")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--skips", type=int, nargs="+", metavar="N", help="layers per token")
+    budgets.add_argument("--losses", type=float, nargs="+", metavar="KL", help="nats per token")
     parser.add_argument("--max-windows", type=int, default=8, help="(default: 8)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -44,7 +48,7 @@ def main() -> None:
     reference = load_reference(arguments.reference, model, None)
     full_ms = reference_ms(model.manifest)
     names, policies = [], []
-    for name, policy, budget in runs(model.manifest, arguments.skips):
+    for name, policy, budget in runs(model.manifest, arguments):
         try:
             policies.append(model.policy(policy, budget))
             names.append((name, policy))
@@ -75,24 +79,34 @@ def main() -> None:
         print(json.dumps({"text": arguments.text.name, "rows": rows}))
 
 
-def runs(manifest: Manifest, skips: list[int] | None) -> Iterator[tuple[str, str, float | None]]:
+def runs(
+    manifest: Manifest, arguments: argparse.Namespace
+) -> Iterator[tuple[str, str, float | None]]:
     """The names, policies and budgets, from dear to cheap."""
     assert manifest.scorer is not None, "train a policy first: dash-train OUT"
-    budgets = sorted(manifest.scorer.presets.items(), key=lambda item: -item[1])
-    if skips:
+    table = manifest.scorer.static
+    if arguments.skips:
         budgets = []
-        for count in skips:
-            same = [p for p in manifest.scorer.static if p.path.count(SKIP) == count]
+        for count in arguments.skips:
+            same = [point for point in table if point.path.count(SKIP) == count]
             assert same, f"the static search stopped before {count} skipped layers"
             best = min(same, key=lambda point: point.kl)
             budgets.append((f"{count} skips", best.budget))
+    elif arguments.losses:
+        budgets = [
+            (f"{loss:g} nats", min(point.budget for point in table if point.kl <= loss))
+            for loss in arguments.losses
+        ]
+    else:
+        budgets = sorted(manifest.scorer.presets.items(), key=lambda item: -item[1])
     base = manifest.variants[-1]
     path = (base,) * manifest.model.num_layers
     least = manifest.costs.token_ms(path, manifest.heads[base]) / reference_ms(manifest)
     for variant in manifest.variants[1:]:
         yield variant, variant, None
     for name, budget in budgets:
-        for policy in ("dash", "static", *(BASELINES if budget < least else ())):
+        baselines = BASELINES if budget < least and not arguments.losses else ()
+        for policy in ("dash", "static", *baselines):
             yield name, policy, budget
 
 

@@ -141,6 +141,8 @@ def ours(name: str) -> str:
         return f"every layer {name if name == 'full' else name.upper()}"
     if name.endswith("skips"):
         return f"policy at the cost of {name}"
+    if name.endswith("nats"):
+        return f"policy where the best static loses {name}"
     return f"`{name}`" if name.startswith("static") else f"policy at `{name}`"
 
 
@@ -193,12 +195,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def policies(part: Part) -> str:
+def policies(texts: list[Any], *baselines: str) -> str:
     """The policy beside what may stand in its place, by text."""
-    others = ("static", "even", "cosine", "random")
-    rows = [["text", "", "cost", "KL, nats", "top-1", "best static", *others[1:]]]
-    for text in found(part):
-        for name in dict.fromkeys(row["name"] for row in text.get("rows", ())):
+    others = ("static", *baselines)
+    rows = [["text", "", "cost", "KL, nats", "top-1", "best static", *baselines]]
+    for text in texts:
+        for name in dict.fromkeys(row["name"] for row in text["rows"]):
             of = {row["policy"]: row for row in text["rows"] if row["name"] == name}
             own = of.get("dash") or of[name]
             kl, top1 = plus_minus(own["kl"], own["kl_stderr"]), f"{own['top1']:.1%}"
@@ -241,16 +243,18 @@ def answers(part: Part) -> str:
 
 
 def larger(part: Part) -> list[dict[str, Any]]:
-    """By export of the larger model: its command, what its first tokens and its benchmarks gave."""
+    """By export of the larger model: its command, and what each benchmark of it gave."""
     exports: list[dict[str, Any]] = []
     for command in part["commands"]:
         result = command["found"]
         if result is None:
             continue
         if command["command"].startswith("dash-export"):
-            exports.append({**command, "benches": []})
+            exports.append({**command, "benches": [], "texts": []})
         elif "first_token" in command["command"]:
             exports[-1]["first_tokens"] = result
+        elif "policies" in command["command"]:
+            exports[-1]["texts"].append(result)
         else:
             exports[-1]["benches"].append(result)
     return exports
