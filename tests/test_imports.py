@@ -14,7 +14,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import dash_onnx
+from dash_onnx.cli import common, fuse
 from dash_onnx.core.errors import DeviceError
+from dash_onnx.exporters.fused import CLIENTS
+from dash_onnx.exporters.train.options import PLANS
 from dash_onnx.runtime import ort
 from dash_onnx.runtime.engine import Model
 
@@ -272,3 +275,9 @@ def test_every_command_of_the_runtime_works_without_what_windows_lacks(
             timeout=120,
         )
         assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_tools_offer_what_the_exporters_know() -> None:
+    """They repeat the names, since `--help` must not load torch."""
+    assert set(fuse._CLIENTS) == set(CLIENTS)
+    assert common.EFFORTS == tuple(PLANS)
