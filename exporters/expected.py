@@ -17,10 +17,12 @@ from dash_onnx.core.progress import Expected
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.train.options import COUNTS, TRIED, TrainingPlan
+from dash_onnx.exporters.train.regress import EPOCHS
 from dash_onnx.exporters.train.tables import ROWS
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
+_FIT = 6e-8  # seconds that fitting the scorer takes for an input of a token, in an epoch
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def training_phases(
     measured = facts.num_layers * plan.candidates // 2  # paths of a search
     search = measured * plan.batch * forward
     text = (plan.sequences + plan.held_out) * forward / speed.float32  # the runtime writes it
+    trained = plan.regression_batches * plan.batch * length
     values = 5 * batch  # forward, back, every action
     few, choice = plan.regression_batches, []
     if plan.decision_points == "auto":  # each candidate is fitted, and runs some batches
@@ -123,6 +126,7 @@ def training_phases(
         ("values", 1.0, few * values),
         ("static search", 0.0, search),
         *choice,
+        ("scorer", _FIT * EPOCHS * trained * facts.hidden_size, 0.0),
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
         ("costs", 3.0, 1000 * _parameters(facts)),
         ("policy table", 0.0, ROWS * layers),

@@ -799,7 +799,7 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
     assert done.returncode == 0, done.stderr
     log = done.stderr.splitlines()
     assert log[0].startswith("dash-train: 9 phases, about ")
-    phases = ("training text", "values", "static search", "policy", "costs", "policy table")
+    phases = ("training text", "values", "static search", "scorer", "policy", "costs")
     for name in (*phases, "static table", "table losses"):
         starts = log.index(next(x for x in log if x.startswith(f"dash-train: {name}: starts")))
         assert any(" in " in x and "expected" in x for x in log[starts:] if f" {name}: " in x), name

@@ -22,8 +22,10 @@ from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
-_RATE, _EPOCHS = 2e-3, 20  # of the scorer's fit; the rate falls to 0
+_RATE = 2e-3  # of the scorer's fit; it falls to 0
 _UNSEEN = 6  # of as many batches, one is left out of the fits that are compared
+EPOCHS = 20
+"""Of the scorer's fit."""
 
 
 def regress(trainer: Trainer) -> None:
@@ -53,7 +55,7 @@ def regress(trainer: Trainer) -> None:
             more, sampled = collect(trainer, range(few, batches))
             hidden = {point: torch.cat([hidden[point], more[point]]) for point in more}
             samples = torch.cat([samples, sampled])
-    regressed(trainer, hidden, samples, correction)
+    regressed(trainer, hidden, samples, correction, "scorer")
     state.pop("collected", None)
     trainer.checkpoint.save(
         scorer=trainer.scorer.state_dict(),
@@ -64,7 +66,11 @@ def regress(trainer: Trainer) -> None:
 
 
 def regressed(
-    trainer: Trainer, hidden: dict[int, Tensor], samples: Tensor, correction: Tensor
+    trainer: Trainer,
+    hidden: dict[int, Tensor],
+    samples: Tensor,
+    correction: Tensor,
+    label: str | None = None,
 ) -> None:
     """Fits the scorer that the trainer has now.
 
@@ -73,6 +79,7 @@ def regressed(
         hidden: states `[n, D]` at the decision points, at least.
         samples: `[n, L, A]` nats.
         correction: `[L, A-1]` of the log increments.
+        label: of the progress, if it shows any.
     """
     scorer, segments = trainer.scorer, trainer.env.segments
     seen, values = [hidden[point] for point in scorer.decision_points], samples.mean(0)
@@ -80,7 +87,7 @@ def regressed(
         scorer.standardise(torch.cat(seen).float())
         with torch.no_grad():
             scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
-        fit(scorer, segments, seen, samples, trainer.generator)
+        fit(scorer, segments, seen, samples, trainer.generator, label)
     centre(scorer, segments, seen, values)
     with torch.no_grad():
         scorer.bias.add_(correction)
@@ -124,6 +131,7 @@ def fit(
     hidden: list[Tensor],
     samples: Tensor,
     generator: torch.Generator,
+    label: str | None = None,
 ) -> None:
     """Regresses samples on hidden states, by Gamma deviance.
 
@@ -136,6 +144,7 @@ def fit(
         hidden: `[n, D]` of each further segment.
         samples: `[n, L, A]` nats.
         generator: of the order, and of what drops out.
+        label: of the progress, if it shows any.
     """
     scorer.train()
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=_RATE, weight_decay=0.1)
@@ -143,8 +152,8 @@ def fit(
     seed = int(torch.randint(1 << 31, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for epoch in range(_EPOCHS):
-            optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * epoch / _EPOCHS)) / 2
+        for epoch in Loop(label, range(EPOCHS)) if label else range(EPOCHS):
+            optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
             for rows in torch.randperm(len(samples), generator=generator).split(256):
                 loss = torch.zeros(())
                 for layers, part in zip(segments, inputs, strict=True):
