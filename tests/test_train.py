@@ -798,9 +798,9 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
     )
     assert done.returncode == 0, done.stderr
     log = done.stderr.splitlines()
-    assert log[0].startswith("dash-train: 9 phases, about ")
+    assert log[0].startswith("dash-train: 10 phases, about ")
     phases = ("training text", "values", "static search", "scorer", "policy", "costs")
-    for name in (*phases, "static table", "table losses"):
+    for name in (*phases, "policy table", "static table", "table losses"):
         starts = log.index(next(x for x in log if x.startswith(f"dash-train: {name}: starts")))
         assert any(" in " in x and "expected" in x for x in log[starts:] if f" {name}: " in x), name
     costs, facts, plan = Bundle(bundle).manifest.costs, scorer_of(bundle), TrainingPlan()
