@@ -124,7 +124,7 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 5 a text."""
+    """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 7 a text."""
     reference: Command = ["dash-export", a.other, OTHER_FULL, "--variants", "full", "--overwrite"]
     commands: list[Command] = [
         [*reference, "--effort", "none", "--check", "none"],
