@@ -127,13 +127,14 @@ def test_values_are_learned_from_the_states_of_their_own_segment() -> None:
     segments = [slice(0, 2), slice(2, 3), slice(3, 4)]
     samples = torch.ones(8192, 4, 2)  # nats, of two actions
     for layers, part in zip(segments[1:], hidden, strict=True):
+        part[:, 1:8] = part[:, :1]  # told by several dimensions, as in a model
         samples[:, layers, 1] = part[:, :1].sign().exp()
     scorer = Scorer(4, 64, 2, (2, 3))
     fit(scorer, segments, hidden, samples, generator)
     for layers, part in zip(segments[1:], hidden, strict=True):
         values = scorer.values(State(layers, part)).detach()[:, 0, 1]
         pair = torch.stack([values.log(), samples[:, layers.start, 1].log()])
-        assert torch.corrcoef(pair)[0, 1] > 0.7
+        assert torch.corrcoef(pair)[0, 1] > 0.8
 
 
 def test_noise_is_not_learned_by_heart() -> None:
