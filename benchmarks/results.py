@@ -23,6 +23,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dash_onnx.core.actions import PRECISIONS
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 SAME = ("machine", "versions")
@@ -36,7 +38,6 @@ ORIGINS = {
     "1d9614638d18024d": "Qwen2.5-Coder-0.5B-Instruct in Q4_K_M",
 }
 """What files are, by the beginning of their SHA-256."""
-PRECISIONS = ("full", "int8", "int4", "int2")
 Part = dict[str, Any]
 PEERS = {
     "genai fused": "ORT GenAI, our fused graph of `{}`",
