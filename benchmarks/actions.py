@@ -1,11 +1,11 @@
-"""Further actions: what parts of a layer cost and lose, between INT8 and skip.
+"""Further actions: what parts of a layer cost and lose, between the precisions and skip.
 
     python benchmarks/actions.py out/ --text book.txt
 
 For every action the median time of a layer when all layers take it, and the KL of one layer taking
-it, to second order (`exporters/train/values.py`), mean over tokens and all layers but the first, in
-thousandths of a nat; on the second half of a text whose first half the low-rank map of the MLP is
-fitted on.
+it while the others take the bundle's best quantized precision, to second order
+(`exporters/train/values.py`), mean over tokens and all layers but the first, in thousandths of a
+nat; on the second half of a text whose first half the low-rank map of the MLP is fitted on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import onnx
 import torch
 from tqdm import tqdm
 
-from dash_onnx.core.actions import SKIP
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.text import TextCodec, read_text
@@ -37,14 +40,19 @@ from dash_onnx.runtime.sessions import Sessions
 PLAN = TrainingPlan()
 RANK = 64
 TOKENS = 60  # that are timed, after as many
-ATTENTION, MIXED = "attention only", "INT8 attention, INT4 MLP"
+ATTENTION = "attention only"
 MLP = ("gate_up_proj.", "down_proj.")
 MAPPED = f"attention, rank {RANK} for the MLP"
 
 
-def attention_only(folder: Path, layer: int) -> onnx.ModelProto:
-    """The INT8 graph without its MLP."""
-    model = onnx.load(folder / layer_path(layer, "int8"), load_external_data=False)
+def mixture(attention: str, mlp: str) -> str:
+    """The name of an action whose parts differ."""
+    return f"{attention.upper()} attention, {mlp.upper()} MLP"
+
+
+def attention_only(precision: Action, folder: Path, layer: int) -> onnx.ModelProto:
+    """The graph of a precision without its MLP."""
+    model = onnx.load(folder / layer_path(layer, precision), load_external_data=False)
     graph = model.graph
     (total,) = [node.input[0] for node in graph.node if "hidden_out" in node.output]
     needed = {total, "present_key", "present_value"}
@@ -63,19 +71,18 @@ def attention_only(folder: Path, layer: int) -> onnx.ModelProto:
     return model
 
 
-def mixed(folder: Path, layer: int) -> onnx.ModelProto:
-    """The INT8 graph with the MLP of the INT4 one."""
-    eight, four = (
-        onnx.load(folder / layer_path(layer, action), load_external_data=False).graph
-        for action in ("int8", "int4")
+def mixed(attention: Action, mlp: Action, folder: Path, layer: int) -> onnx.ModelProto:
+    """The graph of one precision with the MLP of another."""
+    model, other = (
+        onnx.load(folder / layer_path(layer, precision), load_external_data=False)
+        for precision in (attention, mlp)
     )
     # Up to the MLP the nodes and tensors of one, from there on those of the other.
     nodes, tensors = [], []
-    for graph, wanted in ((eight, False), (four, True)):
+    for graph, wanted in ((model.graph, False), (other.graph, True)):
         cut = next(i for i, node in enumerate(graph.node) if "gate_up_proj.values" in node.input)
         nodes += graph.node[cut:] if wanted else graph.node[:cut]
         tensors += [t for t in graph.initializer if t.name.startswith(MLP) == wanted]
-    model = onnx.load(folder / layer_path(layer, "int8"), load_external_data=False)
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.extend(tensors)
@@ -85,27 +92,28 @@ def mixed(folder: Path, layer: int) -> onnx.ModelProto:
 class Others(Sessions):
     """Has graphs for the further actions as well."""
 
+    graphs: dict[str, Callable[[Path, int], onnx.ModelProto]]
+
     def layer(self, layer: int, action: Any) -> Any:
         """See `Sessions`."""
         if action in self.manifest.actions:
             return super().layer(layer, action)
         folder = self._bundle.folder
         path = folder / "layers" / f"{layer:02d}" / "other.onnx"
-        onnx.save(GRAPHS[action](folder, layer), path)
+        onnx.save(self.graphs[action](folder, layer), path)
         return create_session(path, "cpu")
 
 
-GRAPHS = {ATTENTION: attention_only, MIXED: mixed}
-
-
-def times(folder: Path) -> dict[str, float]:
+def times(folder: Path, precisions: Sequence[Action]) -> dict[str, float]:
     """Microseconds of a layer."""
     sessions = Others(Bundle(folder), open_backend("cpu"))
+    sessions.graphs = {ATTENTION: partial(attention_only, precisions[0])}
+    sessions.graphs |= {mixture(*pair): partial(mixed, *pair) for pair in pairwise(precisions)}
     manifest = sessions.manifest
-    layers = manifest.model.num_layers
+    layers, head = manifest.model.num_layers, manifest.heads[precisions[0]]
     sequence = sessions.new_sequence()
-    names: Any = ("int8", "int4", SKIP, *GRAPHS)
-    sequence.prefill(np.arange(1000, 1064), names[:1] * layers, manifest.heads["int8"])
+    names: Any = (*precisions, SKIP, *sessions.graphs)
+    sequence.prefill(np.arange(1000, 1064), names[:1] * layers, head)
     seen: dict[str, list[float]] = {name: [] for name in names}
     for _ in tqdm(range(2 * TOKENS), desc="times", disable=None):
         for name in names:
@@ -116,17 +124,17 @@ def times(folder: Path) -> dict[str, float]:
             for layer in range(layers):
                 sequence.run(layer, name)
             seen[name].append((time.perf_counter() - started) / layers * 1e6)
-            sequence.head(manifest.heads["int8"])
+            sequence.head(head)
     return {name: float(np.median(values[TOKENS:])) for name, values in seen.items()}
 
 
 class Losses:
     """Second-order KL of each action, over a text."""
 
-    def __init__(self, folder: Path, text: Path, sequences: int):
+    def __init__(self, bundle: Bundle, precisions: tuple[Action, ...], text: Path, sequences: int):
         """Reads the model."""
-        bundle = Bundle(folder)
-        self._model = DequantizedModel(bundle, ("int8", "int4"), torch.float32)
+        self._precisions = precisions
+        self._model = DequantizedModel(bundle, precisions, torch.float32)
         self._env = Environment(self._model, self._model.actions, PLAN.prompt_tokens, (1,))
         ids = torch.from_numpy(TextCodec(bundle).encode(read_text(text)))
         self._ids = ids[: len(ids) // PLAN.length * PLAN.length].view(-1, PLAN.length)[:sequences]
@@ -153,27 +161,29 @@ class Losses:
         rotary = model.rotary(ids.shape[1])
         x = model.embed(ids).requires_grad_()
         outputs, others, inputs, mlps = [], [], [], []
+        base, *cheaper = self._precisions
         for layer in range(self._env.layers):
             normed = model.normed(layer, x)
-            attention = model.attend(layer, *model.qkv(layer, "int8", normed), rotary)
-            y = model.complete(layer, "int8", x, attention)
+            attention = {base: model.attend(layer, *model.qkv(layer, base, normed), rotary)}
+            y = model.complete(layer, base, x, attention[base])
             outputs.append(y)
             with torch.no_grad():
-                eight, four = (
-                    model.attended(layer, action, x, attention) for action in ("int8", "int4")
-                )
-                read = model.mlp_input(layer, x, eight)
+                attended = model.attended(layer, base, x, attention[base])
+                read = model.mlp_input(layer, x, attended)
                 inputs.append(read[:, seen].flatten(0, 1))
-                mlps.append((y - eight)[:, seen].flatten(0, 1))
-                attention4 = model.attend(layer, *model.qkv(layer, "int4", normed), rotary)
-                found = {
-                    "int4": model.complete(layer, "int4", x, attention4),
-                    SKIP: model.skip(layer, x, normed)[0],
-                    ATTENTION: eight,
-                    MIXED: model.complete(layer, "int4", x, attention) + eight - four,
-                }
+                mlps.append((y - attended)[:, seen].flatten(0, 1))
+                found = {}
+                for name in cheaper:
+                    qkv = model.qkv(layer, name, normed)
+                    attention[name] = model.attend(layer, *qkv, rotary)
+                    found[name] = model.complete(layer, name, x, attention[name])
+                found |= {SKIP: model.skip(layer, x, normed)[0], ATTENTION: attended}
+                for better, worse in pairwise(self._precisions):
+                    # The MLP of `worse` on what the attention of `better` gives.
+                    after = model.attended(layer, better, x, attention[better])
+                    found[mixture(better, worse)] = model.feed_forward(layer, worse, x, after)
                 if maps:
-                    found[MAPPED] = eight + read @ maps[layer]
+                    found[MAPPED] = attended + read @ maps[layer]
                 others.append({name: (other - y).detach() for name, other in found.items()})
             x = y
         sample = fisher_sample(self._env, model.final(x), self._generator)
@@ -195,14 +205,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--sequences", type=int, default=64)
     arguments = parser.parse_args()
+    bundle = Bundle(arguments.bundle)
+    precisions = tuple(name for name in bundle.manifest.actions if name in PRECISIONS[1:])
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(shutil.copytree(arguments.bundle, Path(folder) / "out"))
-        microseconds = times(copied)
-    losses = Losses(arguments.bundle, arguments.text, arguments.sequences).measured()
+        microseconds = times(copied, precisions)
+    losses = Losses(bundle, precisions, arguments.text, arguments.sequences).measured()
     # The time of the map is not in it: a skip has such a map as well, in 65 us with all the rest.
     print(f"{'action':32}{'us':>8}{'KL x 1000':>12}{'KL x 1e6 per us saved':>24}")
-    base = microseconds["int8"]
-    print(f"{'int8':32}{base:8.0f}")
+    base = microseconds[precisions[0]]
+    print(f"{precisions[0]:32}{base:8.0f}")
     for name, loss in losses.items():
         us = microseconds.get(name, microseconds[ATTENTION])
         print(f"{name:32}{us:8.0f}{loss * 1e3:12.2f}{loss * 1e6 / (base - us):24.1f}")

@@ -215,7 +215,11 @@ class DequantizedModel:
 
     def complete(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
         """Output of a layer from its input `[..., D]` and its attention `[..., H * d]`."""
-        attended, block = self.attended(layer, action, x, attention), self._block
+        return self.feed_forward(layer, action, x, self.attended(layer, action, x, attention))
+
+    def feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
+        """Output of a layer from its input and `attended`, all `[..., D]`."""
+        block = self._block
         activation, read = _ACTIVATIONS[block.activation], self.mlp_input(layer, x, attended)
         up = self._project(layer, action, "gate_up_proj", read)
         if block.gated:

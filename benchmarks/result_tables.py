@@ -1,0 +1,276 @@
+"""The tables of docs/results.md, each from one part of what measure.py kept."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from dash_onnx.core.actions import PRECISIONS
+
+Part = dict[str, Any]
+PEERS = {
+    "genai fused": "ORT GenAI, our fused graph of `{}`",
+    "genai": "ORT GenAI, {}",
+    "transformers": "transformers, FP32",
+    "openvino": "OpenVINO GenAI, the GGUF file",
+    "llama.cpp": "llama.cpp, the GGUF file",
+}
+
+
+def table(rows: list[list[str]], left: int = 1) -> str:
+    """Markdown; the head first, and `left` columns of words."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * left + "|--:" * (len(rows[0]) - left) + "|")
+    return "\n".join(lines)
+
+
+def found(part: Part) -> list[Any]:
+    """What the commands printed, of those that printed JSON."""
+    return [command["found"] for command in part["commands"] if command["found"] is not None]
+
+
+def label(name: str) -> str:
+    """A contender in plain words; dash-bench joins its kind, folder and file."""
+    kind, _, target = name.partition(" ")
+    if kind in ("dash", "dash-high"):
+        policy, _, budget = target.partition("@")
+        return ours(budget or policy)
+    folder, _, file = target.rpartition("/")
+    if told := PEERS.get(f"{kind} {folder}"):
+        return told.format(file)
+    return PEERS.get(kind, name).format(file.upper())
+
+
+def ours(name: str) -> str:
+    """A policy of the bundle, by its preset, precision or path."""
+    if name in PRECISIONS:
+        return f"every layer {name if name == 'full' else name.upper()}"
+    if name.endswith("skips"):
+        return f"policy at the cost of {name}"
+    if name.endswith("nats"):
+        return f"policy where the best static loses {name}"
+    return f"`{name}`" if name.startswith("static") else f"policy at `{name}`"
+
+
+def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str:
+    """A figure with its standard error."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if error else f"{value:.{digits}f}"
+
+
+def percent(value: float, error: float | None) -> str:
+    """A share likewise."""
+    return f"{value:.1%} ± {error:.1%}" if error else f"{value:.1%}"
+
+
+def contenders(bench: Any, *columns: str, kinds: str = "", sort: bool = False) -> str:
+    """What dash-bench found; `kinds`: of those alone; `sort`: from fast to slow."""
+    rows = [c for c in bench["contenders"] if re.match(kinds, c["name"])]
+    peer = next((c for c in rows if c["name"].startswith("genai")), None)
+    if peer:
+        rows = [{**c, "ratio": c["tokens_per_s"] / peer["tokens_per_s"]} for c in rows]
+    if sort:
+        rows.sort(key=lambda c: -c["tokens_per_s"])
+    cells = [[label(c["name"]), *(COLUMNS[column](c) for column in columns)] for c in rows]
+    return table([["", *columns], *cells])
+
+
+def _span(c: dict[str, Any]) -> str:
+    rates = [1e3 / ms for ms in c["decode_ms"]]
+    return f"{c['tokens_per_s']:.0f} ({min(rates):.0f}-{max(rates):.0f})"
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s": lambda c: f"{c['tokens_per_s']:.0f}",
+    "tokens/s (rounds)": _span,
+    "GenAI = 1": lambda c: f"{c['ratio']:.2f}",
+    "first token, ms": lambda c: f"{statistics.median(c['ttft_ms']):.0f}",
+    "KL": lambda c: "-" if c["kl"] is None else f"{c['kl']:.2g}" if c["kl"] > 1e-4 else "0",
+    "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
+    "peak memory, MB": lambda c: f"{c['peak_rss_bytes'] / 1e6:.0f}",
+    "load, s": lambda c: f"{c['load_s']:.1f}",
+}
+
+
+def policies(texts: list[Any], *baselines: str) -> str:
+    """The policy beside what may stand in its place, by text."""
+    others = ("static", *baselines)
+    rows = [["text", "", "cost", "KL, nats", "top-1", "best static", *baselines]]
+    for text in texts:
+        for name in dict.fromkeys(row["name"] for row in text["rows"]):
+            of = {row["policy"]: row for row in text["rows"] if row["name"] == name}
+            own = of.get("dash") or of[name]
+            kl, top1 = plus_minus(own["kl"], own["kl_stderr"]), f"{own['top1']:.1%}"
+            cells = [
+                f"{row['kl']:.4f} at {row['cost']:.3f}" if row else ""
+                for row in map(of.get, others)
+            ]
+            rows.append([text["text"], ours(name), f"{own['cost']:.3f}", kl, top1, *cells])
+    return table(rows, left=2)
+
+
+def tasks(part: Part) -> str:
+    """Accuracy by task and policy."""
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for command in part["commands"]:
+        (policy,) = re.findall(r"--(?:policy|budget) (\S+)", command["command"])
+        for task, scores in command["found"]["results"].items():
+            for metric in ("acc", "acc_norm", "exact_match"):
+                if (value := scores.get(f"{metric},none")) is not None:
+                    row = cells.setdefault((task, metric, str(scores["sample_len"])), {})
+                    row[ours(policy)] = percent(value, scores[f"{metric}_stderr,none"])
+    columns = list(dict.fromkeys(policy for row in cells.values() for policy in row))
+    rows = [[*key, *(row.get(column, "") for column in columns)] for key, row in cells.items()]
+    return table([["task", "metric", "items", *columns], *rows], left=2)
+
+
+def answers(part: Part) -> str:
+    """Length and repetition by policy."""
+    rows = [["", "mean length, tokens", "ended by itself", "repeated 4-grams"]]
+    for row in found(part)[0]:
+        rows.append(
+            [
+                ours(row["name"]),
+                plus_minus(row["length"], row["length_stderr"], 1),
+                f"{row['ended']:.0%}",
+                percent(row["repeated"], row["repeated_stderr"]),
+            ]
+        )
+    return table(rows)
+
+
+def larger(part: Part) -> list[dict[str, Any]]:
+    """By export of the larger model: its command, and what each benchmark of it gave."""
+    exports: list[dict[str, Any]] = []
+    for command in part["commands"]:
+        result = command["found"]
+        if result is None:
+            continue
+        if command["command"].startswith("dash-export"):
+            exports.append({**command, "benches": [], "texts": []})
+        elif "first_token" in command["command"]:
+            exports[-1]["first_tokens"] = result
+        elif "policies" in command["command"]:
+            exports[-1]["texts"].append(result)
+        else:
+            exports[-1]["benches"].append(result)
+    return exports
+
+
+def first_tokens(rows_of: list[dict[str, Any]]) -> str:
+    """KL of an answer's first token by the precision of the prompt."""
+    rows = [["", "KL, nats", "largest", "another token"]]
+    for row in rows_of:
+        kl, count = plus_minus(row["kl"], row["kl_stderr"]), row["chats"]
+        others = f"{row['other_first_token']} of {count}"
+        rows.append([row["precision"], kl, f"{row['kl_max']:.4f}", others])
+    return table(rows)
+
+
+def guessed(part: Part) -> str:
+    """What guessing tokens brings, by target and kind of prompt."""
+    head = ["target", "prompts", "ms a token", "`ngram`", "`dash`", "`auto`", "accepted"]
+    rows = [[*head, "same text", "largest gap"]]
+    for (target, kind), by in _by_prompt(found(part)[0]).items():
+        auto = by["auto"]
+        gaps = [one["gap"] for one in auto["differs"]]
+        rows.append(
+            [
+                target,
+                kind,
+                f"{by['off']['ms_per_token']:.1f}",
+                *(f"{by[name]['ratio']:.2f}" for name in ("ngram", "dash", "auto")),
+                "-" if auto["accepted"] is None else f"{auto['accepted']:.0%}",
+                f"{auto['prompts'] - len(gaps)} of {auto['prompts']}",
+                f"{max(gaps):.2f}" if gaps else "-",
+            ]
+        )
+    return table(rows, left=2)
+
+
+def beside_genai(part: Part) -> str:
+    """Tokens per second with guesses, ours and GenAI's own, by kind of prompt."""
+    rows = [["prompts", "GenAI", "GenAI, guessing", "dash-onnx", "dash-onnx, guessing", "ratio"]]
+    for (_, kind), by in _by_prompt(found(part)[0]).items():
+        if "GenAI" in by:
+            names = ("GenAI", "GenAI + ngram", "off", "auto")
+            speeds = [1e3 / by[name]["ms_per_token"] for name in names]
+            rows.append(
+                [kind, *(f"{speed:.0f}" for speed in speeds), f"{speeds[3] / speeds[1]:.2f}"]
+            )
+    return table(rows)
+
+
+def drawn(part: Part) -> str:
+    """What drawn texts lose by their target, and how fast they came, by who guesses."""
+    rows = [["guesses", "nats a token", "speed"]]
+    for (_, kind), by in _by_prompt(found(part)[1]).items():
+        if kind == "all":
+            for name, row in by.items():
+                nats = plus_minus(row["nats"], row["nats_error"], 3)
+                rows.append([f"`{name}`", nats, f"{row['ratio']:.2f}"])
+    return table(rows)
+
+
+def _by_prompt(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """By target and kind of prompt: what was measured, by who guesses."""
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in result["rows"]:
+        runs.setdefault((row["target"], row["kind"]), {})[row["speculate"]] = row
+    return runs
+
+
+def clients(part: Part) -> str:
+    """The servers of a run, by number of clients."""
+    rows = [["", "clients", "tokens/s, together", "times one client", "between tokens, ms"]]
+    (measured,) = found(part)
+    for server, facts in measured.items():
+        for count, rate in facts["tokens_per_s"].items():
+            gaps = facts["between_ms"][count]
+            ratio = f"{facts['ratio'][count]:.2f}"
+            rows.append([server, count, f"{rate:.0f}", ratio, _gaps(gaps)])
+        if stalled := facts.get("while_long_prompts_arrive"):
+            rows.append([server, "3, long prompts", "", "", _gaps(stalled)])
+    return table(rows)
+
+
+def _gaps(quantiles: dict[str, float]) -> str:
+    return f"{quantiles['p50']:.0f}, {quantiles['p99']:.0f}"
+
+
+def sizes(part: Part) -> str:
+    """Time and memory by the size of a model; the last row of a shape is extrapolated."""
+    head = ["", "export, min", "its memory, GB", "bundle, GB", "a pass, min", "its memory, GB"]
+    rows = [head]
+    for row in found(part)[0]:
+        for facts in (*row["measured"], row):
+            name = f"{row['shape']}, {facts['layers']:.0f} layers"
+            times = [f"{facts[key] / 60:.1f}" for key in ("export_s", "pass_s")]
+            room = [f"{facts[key]:.1f}" for key in ("export_gb", "bundle_gb", "pass_gb")]
+            rows.append([name, times[0], *room[:2], times[1], room[2]])
+    return table(rows)
+
+
+def bundle(part: Part) -> str:
+    """What an action costs."""
+    facts = found(part)[0]
+    costs, layers = facts["costs"], facts["layers"]
+    actions, heads = [*facts["variants"], "skip"], costs["heads_ms"]
+    middle = {a: statistics.median(layer[a] for layer in costs["layers_ms"]) for a in actions}
+    size = {a: sum(layer["bytes"][a] for layer in layers) for a in actions}
+    columns = list(dict.fromkeys([*facts["variants"], *heads, "skip"]))
+
+    def row(name: str, values: dict[str, float], factor: float) -> list[str]:
+        return [name, *(f"{values[a] * factor:.0f}" if a in values else "-" for a in columns)]
+
+    return table(
+        [
+            ["", *columns],
+            row("one layer, µs (median)", middle, 1e3),
+            row("all layers, MB", size, 1e-6),
+            row("LM head, µs", heads, 1e3),
+        ]
+    )
