@@ -63,9 +63,21 @@ def test_it_begins_where_it_is_told_and_ends_where_nothing_is_useful() -> None:
 
 def test_increments_make_the_multiplier_alone_repeat_the_search() -> None:
     found, _ = searched(LOSSES, 3)
-    increments = increments_of(found, COSTS)
+    increments = increments_of(found, COSTS, LOSSES.diff(dim=-1))
     values = torch.nn.functional.pad(increments.cumsum(-1), (1, 0))
     for one, later in pairwise(found):
         if later.multiplier > one.multiplier * 1.001:
             multiplier = (one.multiplier * later.multiplier) ** 0.5
             assert tuple((values + multiplier * COSTS).argmin(-1).tolist()) == one.path
+
+
+def test_an_action_that_a_downgrade_passes_over_stays_too_dear() -> None:
+    # The third action saves a fifth of the last one's time for two thirds of its loss.
+    costs = torch.tensor([[2.0, 1.0, 0.9, 0.5]])
+    single = torch.tensor([[0.1, 0.4, 0.2]])
+    found = [Downgrade(0, 1, (1,), 0.1, 0.1), Downgrade(0, 3, (3,), 0.7, 1.2)]
+    increments = increments_of(found, costs, single)
+    torch.testing.assert_close(increments, single)
+    # What it saves is the least that it may lose: the search preferred the last.
+    cheap = increments_of(found, costs, torch.tensor([[0.1, 0.0, 0.6]]))
+    torch.testing.assert_close(cheap, torch.tensor([[0.1, 0.12, 0.48]]))

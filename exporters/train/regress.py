@@ -199,4 +199,4 @@ def _correction(trainer: Trainer, values: Tensor) -> Tensor:
         return torch.zeros_like(found)
     costs = trainer.costs.clone()
     costs[0, skip] = costs[0, skip - 1]  # not taken, so no matter
-    return (static.increments_of(trainer.downgrades, costs) / found).log()
+    return (static.increments_of(trainer.downgrades, costs, found) / found).log()

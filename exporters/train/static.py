@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from dash_onnx.exporters.train.dequantized import Tensor
 
 LIMIT = 0.8  # nats; what loses more interests nobody
@@ -93,24 +95,38 @@ def _with(path: tuple[int, ...], layer: int, action: int) -> tuple[int, ...]:
     return (*path[:layer], action, *path[layer + 1 :])
 
 
-def increments_of(downgrades: Sequence[Downgrade], costs: Tensor) -> Tensor:
+def increments_of(downgrades: Sequence[Downgrade], costs: Tensor, single: Tensor) -> Tensor:
     """Increments of the KL that make the multiplier alone repeat a search: `[L, A-1]` nats.
 
     A layer leaves an action when the multiplier reaches what that downgrade lost per unit of cost,
     or what an earlier one lost, if that was more. Increments that the search never paid are worth
-    half as much again as its last one.
+    half as much again as its last one. Actions that a downgrade passed over are too dear for what
+    they save: their part of its loss is that of `single`, where that is more than their part of
+    what it saved.
 
     Args:
         downgrades: of `search`, in order.
         costs: `[L, A]`, in any unit.
+        single: `[L, A-1]`, increments that single deviations lose.
     """
     saved = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6)
+    increments = torch.empty_like(saved)
     highest = 0.0
-    multipliers = costs.new_zeros(saved.shape)
     now = [0] * len(costs)
+
+    def pay(layer: int, action: int, multiplier: float) -> None:
+        passed = slice(now[layer], action)
+        time, loss = saved[layer, passed].cumsum(0), single[layer, passed].cumsum(0)
+        share = torch.maximum(time / time[-1], loss / loss[-1].clamp(min=1e-9))
+        paid = multiplier * time[-1] * share
+        increments[layer, passed] = paid.diff(prepend=paid.new_zeros(1))
+        now[layer] = action
+
     for one in downgrades:
         highest = max(highest, one.multiplier, 1e-6)
-        multipliers[one.layer, now[one.layer] : one.action] = highest
-        now[one.layer] = one.action
-    multipliers[multipliers == 0] = 1.5 * highest
-    return multipliers * saved
+        pay(one.layer, one.action, highest)
+    last = saved.shape[1]
+    for layer, action in enumerate(now):
+        if action < last:
+            pay(layer, last, 1.5 * highest)
+    return increments.clamp(min=1e-9)
