@@ -45,6 +45,11 @@ MLP = ("gate_up_proj.", "down_proj.")
 MAPPED = f"attention, rank {RANK} for the MLP"
 
 
+def mixtures(precisions: Sequence[Action]) -> list[tuple[Action, Action]]:
+    """Of attention and MLP; INT2 layers have INT4 attention anyway."""
+    return [pair for pair in pairwise(precisions) if pair[1] != "int2"]
+
+
 def mixture(attention: str, mlp: str) -> str:
     """The name of an action whose parts differ."""
     return f"{attention.upper()} attention, {mlp.upper()} MLP"
@@ -108,7 +113,7 @@ def times(folder: Path, precisions: Sequence[Action]) -> dict[str, float]:
     """Microseconds of a layer."""
     sessions = Others(Bundle(folder), open_backend("cpu"))
     sessions.graphs = {ATTENTION: partial(attention_only, precisions[0])}
-    sessions.graphs |= {mixture(*pair): partial(mixed, *pair) for pair in pairwise(precisions)}
+    sessions.graphs |= {mixture(*pair): partial(mixed, *pair) for pair in mixtures(precisions)}
     manifest = sessions.manifest
     layers, head = manifest.model.num_layers, manifest.heads[precisions[0]]
     sequence = sessions.new_sequence()
@@ -172,13 +177,13 @@ class Losses:
                 read = model.mlp_input(layer, x, attended)
                 inputs.append(read[:, seen].flatten(0, 1))
                 mlps.append((y - attended)[:, seen].flatten(0, 1))
-                found = {}
+                found: dict[str, Tensor] = {}
                 for name in cheaper:
                     qkv = model.qkv(layer, name, normed)
                     attention[name] = model.attend(layer, *qkv, rotary)
                     found[name] = model.complete(layer, name, x, attention[name])
                 found |= {SKIP: model.skip(layer, x, normed)[0], ATTENTION: attended}
-                for better, worse in pairwise(self._precisions):
+                for better, worse in mixtures(self._precisions):
                     # The MLP of `worse` on what the attention of `better` gives.
                     after = model.attended(layer, better, x, attention[better])
                     found[mixture(better, worse)] = model.feed_forward(layer, worse, x, after)
@@ -189,12 +194,12 @@ class Losses:
         sample = fisher_sample(self._env, model.final(x), self._generator)
         gradients = torch.autograd.grad(sample, outputs)
         kl: dict[str, float] = {}
-        for name in others[0]:
+        for kind in others[0]:
             effects = [
-                (torch.linalg.vecdot(g, other[name]).square() / 2)[:, seen].mean()
+                (torch.linalg.vecdot(g, other[kind]).square() / 2)[:, seen].mean()
                 for g, other in zip(gradients[1:], others[1:], strict=True)
             ]
-            kl[name] = float(torch.stack(effects).mean())
+            kl[kind] = float(torch.stack(effects).mean())
         return {"x": inputs, "mlp": mlps, "kl": kl}
 
 

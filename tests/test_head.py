@@ -160,14 +160,18 @@ def two_bits(tiny_with: Callable[..., Path]) -> Path:
     return tiny_with(variants=("int8", "int4", "int2"))
 
 
-def test_int2_layers_have_blocks_of_64_where_these_fit(two_bits: Path) -> None:
+def test_int2_layers_have_int4_attention_and_blocks_of_64_where_these_fit(two_bits: Path) -> None:
     found = {}
     for node in onnx.load(two_bits / "layers/01/int2.onnx", load_external_data=False).graph.node:
         if node.op_type == "MatMulNBits":
             facts = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             found[node.input[1].partition(".")[0]] = facts["bits"], facts["block_size"]
-    assert found.pop("down_proj") == (2, 32)  # its 96 inputs are no multiple of 64
-    assert len(found) == 3 and set(found.values()) == {(2, 64)}
+    assert found == {
+        "qkv_proj": (4, 32),
+        "o_proj": (4, 32),
+        "gate_up_proj": (2, 64),
+        "down_proj": (2, 32),  # its 96 inputs are no multiple of 64
+    }
 
 
 def test_int2_has_no_small_head_and_costs_least_memory(two_bits: Path) -> None:

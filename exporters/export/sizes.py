@@ -18,7 +18,7 @@ from dash_onnx.exporters.calibration.self_written import KV_BYTES
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
-from dash_onnx.exporters.graphs.graph import BITS, block_size_of
+from dash_onnx.exporters.graphs.graph import BITS, block_size_of, weight_precision
 from dash_onnx.exporters.sources import Source, Weights, layers_in, readable
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
@@ -176,7 +176,8 @@ class _Rule:
         size = 0
         for part in parts:
             if isinstance(part, Linear):
-                size += self.matrix(part.out_features, part.in_features, precision)
+                kept = weight_precision(precision, part.name)
+                size += self.matrix(part.out_features, part.in_features, kept)
             elif part is not None:
                 size += self.wide * part.weight.numel()
             if part is not None and part.bias is not None:

@@ -45,6 +45,7 @@ KVScales: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 """Steps between two levels of a quantized K/V cache: of keys and of values, `[H_kv, 1, d]`."""
 
 BITS: dict[Action, Bits] = {"int8": 8, "int4": 4, "int2": 2}
+_ATTENTION = "qkv_proj", "o_proj"
 
 
 @dataclass
@@ -112,6 +113,7 @@ class Graph:
         self, x: ir.Value, linear: Linear, precision: Action, block_size: int | None = None
     ) -> ir.Value:
         """X `[batch, seq, K]` -> `[batch, seq, N]` in a precision, of usual blocks unless told."""
+        precision = weight_precision(precision, linear.name)
         if precision == "full":
             products = [self.op.MatMul(x, weight) for weight in self._full_weights(linear)]
             y = products[0] if len(products) == 1 else self.op.Concat(*products, axis=-1)
@@ -326,6 +328,11 @@ class Graph:
         )
         onnx.checker.check_model(target)
         return self.fp32_kept
+
+
+def weight_precision(precision: Action, name: str) -> Action:
+    """Precision of a linear layer's weight: INT2 layers keep INT4 attention (decision 0106)."""
+    return "int4" if precision == "int2" and name in _ATTENTION else precision
 
 
 def block_size_of(bits: Bits, target: Target, columns: int) -> int:

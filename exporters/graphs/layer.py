@@ -12,7 +12,7 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.contract import layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
-from dash_onnx.exporters.graphs.graph import Graph, KVScales
+from dash_onnx.exporters.graphs.graph import Graph, KVScales, weight_precision
 
 HIDDEN = "hidden_in"
 """The port of a layer's input."""
@@ -37,7 +37,9 @@ def captured_inputs(
         linear.name: value
         for linear, value in inputs
         # A skipped layer rounds its K and V together with its compensation, always.
-        if linear is layer.qkv or "int2" in variants or linear.stored(4, block_size) is None
+        if linear is layer.qkv
+        or "int2" in {weight_precision(variant, linear.name) for variant in variants}
+        or linear.stored(4, block_size) is None
     }
 
 

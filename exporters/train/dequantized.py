@@ -24,7 +24,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, looks_twice
-from dash_onnx.exporters.graphs.graph import BITS, OFFSETS
+from dash_onnx.exporters.graphs.graph import BITS, OFFSETS, weight_precision
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
 
 Tensor: TypeAlias = torch.Tensor
@@ -113,16 +113,15 @@ class DequantizedModel:
                 others = [key for key in self._loaded if key[0] != index]
                 for key in others:
                     del self._loaded[key]
-            bits: Bits | None = 2 if action == "int2" else None
-            found = self._projections(self._tensors(layer_path(index, action)), bits)
+            found = self._projections(self._tensors(layer_path(index, action)), action)
             if action == SKIP and self._compensation:
                 expand = replace(found[_EXPAND], weight=self._compensation[index])
                 found[_EXPAND] = expand
             self._loaded[index, action] = found
         return found
 
-    def _projections(self, found: dict[str, np.ndarray], bits: Bits | None = None) -> Projections:
-        return _projections(found, self.manifest.target.block_size, self._dtype, bits)
+    def _projections(self, found: dict[str, np.ndarray], action: Action) -> Projections:
+        return _projections(found, self.manifest.target.block_size, self._dtype, action)
 
     def _tensors(self, path: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Tensors of a graph: those of a name, or all."""
@@ -259,7 +258,9 @@ class DequantizedModel:
         """
         if not self._compensation and self.manifest.compensation_rank:
             self._compensation = [
-                self._projections(self._tensors(layer_path(index, SKIP)))[_EXPAND].weight.float()
+                self._projections(self._tensors(layer_path(index, SKIP)), SKIP)[
+                    _EXPAND
+                ].weight.float()
                 for index in range(self.manifest.model.num_layers)
             ]
             self._loaded.clear()
@@ -273,8 +274,7 @@ class DequantizedModel:
         """The LM head of a precision, `[V, D]`."""
         if precision not in self._lm_heads:
             found = self._tensors(head_path(precision), ("lm_head",))
-            bits = BITS.get(precision)
-            self._lm_heads[precision] = self._projections(found, bits)["lm_head"]
+            self._lm_heads[precision] = self._projections(found, precision)["lm_head"]
         return self._lm_heads[precision]
 
     @cached_property
@@ -325,9 +325,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _projections(
-    found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype, bits: Bits | None
+    found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype, action: Action
 ) -> Projections:
-    """The linear layers of a graph: of known bits, or in FP32, FP16, INT8 or INT4."""
+    """The linear layers of an action's graph."""
     projections = {}
     for key, array in found.items():
         name, _, part = key.rpartition(".")
@@ -338,6 +338,7 @@ def _projections(
             weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
+            bits = BITS.get(weight_precision(action, name))  # a skip's are INT8 or INT4
             weight = _dequantized(
                 found, name, block_size, torch.float32 if shifted else dtype, bits
             )
