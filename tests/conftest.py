@@ -34,6 +34,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Torch's threads and ORT's would fight for two cores over models this small.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the commands that tests run, too: the workers are two
 
 # An export collects garbage after each layer: most of its time, where layers are this small and the
 # objects of torch, transformers and onnx this many.

@@ -263,7 +263,7 @@ def test_a_template_cannot_leave_its_sandbox(chat: TextCodec, template: str) -> 
 # Streaming
 
 
-@given(UNICODE)
+@given(UNICODE.filter(lambda text: "<s>" not in text and "</s>" not in text))  # no tokens' names
 def test_streamed_pieces_join_to_the_text(codec: TextCodec, text: str) -> None:
     found = pieces(codec, codec.encode(text).tolist())
     assert "".join(found) == text
