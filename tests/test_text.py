@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -263,10 +264,11 @@ def test_a_template_cannot_leave_its_sandbox(chat: TextCodec, template: str) -> 
 # Streaming
 
 
-@given(UNICODE.filter(lambda text: "<s>" not in text and "</s>" not in text))  # no tokens' names
+@given(UNICODE)
+@example("a<<s>s></s>")
 def test_streamed_pieces_join_to_the_text(codec: TextCodec, text: str) -> None:
     found = pieces(codec, codec.encode(text).tolist())
-    assert "".join(found) == text
+    assert "".join(found) == re.sub("</?s>", "", text)  # special tokens are not shown
     assert not any("\ufffd" in piece for piece in found)
 
 

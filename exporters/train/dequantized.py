@@ -257,11 +257,10 @@ class DequantizedModel:
         computes. Empty where skipped layers are only scaled.
         """
         if not self._compensation and self.manifest.compensation_rank:
+            layers = range(self.manifest.model.num_layers)
+            skips = (self._tensors(layer_path(index, SKIP)) for index in layers)
             self._compensation = [
-                self._projections(self._tensors(layer_path(index, SKIP)), SKIP)[
-                    _EXPAND
-                ].weight.float()
-                for index in range(self.manifest.model.num_layers)
+                self._projections(skip, SKIP)[_EXPAND].weight.float() for skip in skips
             ]
             self._loaded.clear()
         return self._compensation
