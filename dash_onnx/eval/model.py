@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -12,16 +12,18 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 import dash_onnx
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY, GenerationOptions
 from dash_onnx.runtime.speculate import Speculate
+
+T = TypeVar("T")
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -127,7 +129,7 @@ class DashLM(TemplateLM):
     ) -> list[float]:
         """Log-likelihood of whole texts in nats, in windows of the context's length."""
         totals = []
-        for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm or None):
+        for (text,) in _shown([request.args for request in requests], disable_tqdm):
             windows = get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             )
@@ -143,7 +145,7 @@ class DashLM(TemplateLM):
         **_: object,
     ) -> list[tuple[float, bool]]:
         answers = []
-        for texts, context, continuation in tqdm(requests, disable=disable_tqdm or None):
+        for texts, context, continuation in _shown(requests, disable_tqdm):
             answers.append(self._score(context, continuation))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
@@ -168,7 +170,7 @@ class DashLM(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context up to a stop string, the end of the text, or `max_gen_toks`."""
         answers = []
-        for context, options in tqdm([r.args for r in requests], disable=disable_tqdm or None):
+        for context, options in _shown([r.args for r in requests], disable_tqdm):
             normal = normalize_gen_kwargs(options, self._max_gen_toks)
             answers.append(self._generate(context, normal))
             self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
@@ -205,3 +207,8 @@ class DashLM(TemplateLM):
     def _fitting(self, ids: list[int], length: int) -> list[int]:
         self.truncated += len(ids) > length
         return ids[-length:]
+
+
+def _shown(requests: Sequence[T], silent: bool) -> Iterable[T]:
+    """Requests in turn, with their progress: questions take minutes."""
+    return requests if silent else Loop("requests", requests)
