@@ -2,10 +2,14 @@
 
     python benchmarks/heads.py
     python benchmarks/heads.py --vocabularies 32000 128256 --hidden-size 2048 --json
+    python benchmarks/heads.py --bundle out/ --text book.txt
 
 Weights are random: times do not depend on them. What a head loses does, see `dash-info` and
 docs/decisions/0085 and 0095. The default shapes are those of SmolLM2-135M, Qwen2.5-0.5B and
 Gemma-3-270M. The precisions take turns, so that no head finds its weights in the caches.
+
+With a bundle and a text: how often each head finds the likeliest token of the highest precision,
+after the same layers in it.
 """
 
 from __future__ import annotations
@@ -21,16 +25,21 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
+import dash_onnx
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.actions import PRECISIONS, Action
 from dash_onnx.core.contract import head_path
+from dash_onnx.core.progress import Phase
+from dash_onnx.core.text import read_text
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Head, Linear, Norm
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs.ends import build_head
+from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session, use_threads
 
 SHAPES = {49_152: 576, 151_936: 896, 262_144: 640}
+WINDOW, CHUNK = 512, 32  # tokens; for each of a chunk an INT2 head gathers rows of the INT8 head
 
 
 def main() -> None:
@@ -42,9 +51,17 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, help="(default: that of the model named above)")
     parser.add_argument("--rounds", type=int, default=60, help="(default: 60)")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--bundle", metavar="OUT", help="whose heads to compare, on --text")
+    parser.add_argument("--text", type=Path, metavar="FILE")
+    parser.add_argument("--max-tokens", type=int, default=50_000, help="(default: 50,000)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
+    if arguments.bundle:
+        if not arguments.text:
+            parser.error("--bundle needs --text")
+        print(json.dumps(missed(arguments.bundle, read_text(arguments.text), arguments.max_tokens)))
+        return
     rows = []
     for vocabulary in arguments.vocabularies:
         width = arguments.hidden_size or SHAPES.get(vocabulary, 1024)
@@ -88,6 +105,27 @@ def measured(vocabulary: int, width: int, rounds: int) -> dict[Action, float]:
                 session.run(None, hidden)
                 times[precision].append(1e3 * (time.perf_counter() - started))
     return {precision: statistics.median(some) for precision, some in times.items()}
+
+
+def missed(bundle: str, text: str, most: int) -> dict[str, int]:
+    """Tokens, and of them by precision those whose likeliest one is another."""
+    with dash_onnx.load(bundle) as model:
+        manifest, ids = model.manifest, model.text.encode(text)[:most]
+        first, *others = manifest.exported_heads
+        decider = FixedPath((manifest.variants[0],) * manifest.model.num_layers, first)
+        missed = {"tokens": len(ids), **dict.fromkeys(others, 0)}
+        with Phase("tokens", total=len(ids)) as phase:
+            for start in range(0, len(ids), CHUNK):
+                if start % WINDOW == 0:
+                    sequence = model.new_sequence(WINDOW)
+                chunk = ids[start : start + CHUNK]
+                sequence.layers(chunk, decider)
+                wanted = sequence.head(first, every=True).argmax(-1)
+                for head in others:
+                    found = sequence.head(head, every=True).argmax(-1)
+                    missed[head] += int((found != wanted).sum())
+                phase.update(len(chunk))
+    return missed
 
 
 if __name__ == "__main__":

@@ -142,12 +142,15 @@ def kept(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
-    out = BUILD / name
+    out, fused = BUILD / name, BUILD / "fused"
     first: Command = ["python", "benchmarks/first_token.py", out, OTHER_FULL]
-    bench: Command = ["dash-bench", out, "--reference", OTHER_FULL]
-    bench += ["--peer", f"genai:{OTHER_PEERS}/int4", *_amount(size)]
+    bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size)]
+    for peer in (OTHER_PEERS / "int4", fused / "int4", fused / "dash"):
+        bench += ["--peer", f"genai:{peer}"]
     commands: list[Command] = [
         ["dash-export", a.other, out, *options, "--overwrite", "--json"],
+        ["dash-fuse", out, fused / "int4", "--policy", "int4", "--overwrite"],
+        ["dash-fuse", out, fused / "dash", "--overwrite"],
         [*first, "--prompts", a.prompts, "--json"],
         [*bench, "--json"],
     ]
