@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dash_onnx.bench.measure import Result
 from dash_onnx.core.atomic import new_file
 from dash_onnx.core.errors import DeviceError
 
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
+_PLACES = np.array([(0, 11), (0, -11), (11, 0), (-11, 0), (9, 9), (-9, 9), (9, -9), (-9, -9)])
+"""Of a number around its point, in points of print, best first."""
 
 
 def figure_class() -> Any:
@@ -31,17 +35,13 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     figure = figure_class()(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     shown = [result for result in results if result.kl is not None]
-    for number, result in enumerate(shown, 1):
+    points = [(result.tokens_per_s, max(result.kl or 0.0, _FLOOR)) for result in shown]
+    for number, (result, point) in enumerate(zip(shown, points, strict=True), 1):
         ours = result.name.startswith("dash")
-        x, y = result.tokens_per_s, max(result.kl or 0.0, _FLOOR)
         colour, marker = ("#1f6f8b", "o") if ours else ("#b5651d", "s")
         label = f"{number}  {result.name}"
-        axes.plot(x, y, color=colour, marker=marker, linestyle="", label=label, markersize=6)
-        # Neighbours often share a place: every other number goes below its point.
-        offset = (0, 6) if number % 2 else (0, -14)
-        axes.annotate(
-            str(number), (x, y), xytext=offset, textcoords="offset points", ha="center", fontsize=9
-        )
+        axes.plot(*point, color=colour, marker=marker, linestyle="", label=label, markersize=6)
+    axes.margins(y=0.08)
     axes.set_yscale("log")
     axes.invert_yaxis()
     axes.set_xlim(left=0)
@@ -50,5 +50,26 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    _number(figure, axes, points)
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+
+
+def _number(figure: Any, axes: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Writes a number beside each point, where neighbours and their numbers leave most room."""
+    figure.draw_without_rendering()  # which settles the layout
+    taken = [axes.transData.transform(point) * 72 / figure.dpi for point in points]
+    for number, point in enumerate(points, 1):
+        places = taken[number - 1] + _PLACES
+        room = [min(np.linalg.norm(place - other) for other in taken) for place in places]
+        best = int(np.argmax(np.minimum(room, np.linalg.norm(_PLACES[0]))))
+        taken.append(places[best])
+        axes.annotate(
+            str(number),
+            point,
+            xytext=_PLACES[best],
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+        )
