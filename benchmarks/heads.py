@@ -8,8 +8,8 @@ Weights are random: times do not depend on them. What a head loses does, see `da
 docs/decisions/0085 and 0095. The default shapes are those of SmolLM2-135M, Qwen2.5-0.5B and
 Gemma-3-270M. The precisions take turns, so that no head finds its weights in the caches.
 
-With a bundle and a text: how often each head finds the likeliest token of the highest precision,
-after the same layers in it.
+With a bundle and a text: for how many tokens each head takes another one for the likeliest than
+the INT8 head's weights give without rounding what they are multiplied with.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers import LlamaConfig
 import dash_onnx
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.actions import PRECISIONS, Action
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import head_path
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import read_text
@@ -35,11 +36,12 @@ from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Head, Linear, Norm
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs.ends import build_head
+from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session, use_threads
 
 SHAPES = {49_152: 576, 151_936: 896, 262_144: 640}
-WINDOW, CHUNK = 512, 32  # tokens; for each of a chunk an INT2 head gathers rows of the INT8 head
+WINDOW, LANES = 512, 32  # tokens of a context, and how many contexts run side by side
 
 
 def main() -> None:
@@ -108,24 +110,31 @@ def measured(vocabulary: int, width: int, rounds: int) -> dict[Action, float]:
 
 
 def missed(bundle: str, text: str, most: int) -> dict[str, int]:
-    """Tokens, and of them by precision those whose likeliest one is another."""
+    """Tokens, and of them by precision those whose likeliest one is another than the exact."""
+    found: dict[Action, list[np.ndarray]] = {}
+    hidden = []
     with dash_onnx.load(bundle) as model:
-        manifest, ids = model.manifest, model.text.encode(text)[:most]
-        first, *others = manifest.exported_heads
-        decider = FixedPath((manifest.variants[0],) * manifest.model.num_layers, first)
-        missed = {"tokens": len(ids), **dict.fromkeys(others, 0)}
-        with Phase("tokens", total=len(ids)) as phase:
-            for start in range(0, len(ids), CHUNK):
-                if start % WINDOW == 0:
-                    sequence = model.new_sequence(WINDOW)
-                chunk = ids[start : start + CHUNK]
-                sequence.layers(chunk, decider)
-                wanted = sequence.head(first, every=True).argmax(-1)
-                for head in others:
-                    found = sequence.head(head, every=True).argmax(-1)
-                    missed[head] += int((found != wanted).sum())
-                phase.update(len(chunk))
-    return missed
+        manifest = model.manifest
+        ids = model.text.encode(text)[:most]
+        ids = ids[: len(ids) // LANES * LANES].reshape(LANES, -1)  # [B, S]
+        decider = FixedPath((manifest.variants[0],) * manifest.model.num_layers, "int8")
+        with Phase("tokens", total=ids.size) as phase:
+            for start in range(0, ids.shape[1], WINDOW):
+                sequence = model.new_sequence(WINDOW, batch=LANES)
+                for token in ids[:, start : start + WINDOW].T:
+                    sequence.layers(token[:, None], decider)
+                    last = sequence.hidden[sequence.num_layers % 2]
+                    hidden.append(torch.tensor(last.array[:, 0]))
+                    for precision in manifest.exported_heads:
+                        likeliest = sequence.head(precision).argmax(-1)
+                        found.setdefault(precision, []).append(likeliest)
+                    phase.update(LANES)
+    exact = DequantizedModel(Bundle(bundle), (), torch.float32)
+    wanted = [exact.logits(exact.final(rows), "int8").argmax(-1).numpy() for rows in hidden]
+    counts = {"tokens": ids.size}
+    for precision, tokens in found.items():
+        counts[precision] = int((np.stack(tokens) != np.stack(wanted)).sum())
+    return counts
 
 
 if __name__ == "__main__":
