@@ -103,11 +103,11 @@ def test_greedy_tokens_equal_transformers(model: Model, rounded: PreTrainedModel
                 torch.from_numpy(ids)[None],
                 attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
                 do_sample=False,
-                max_new_tokens=64,
+                max_new_tokens=32,
                 eos_token_id=None,
                 pad_token_id=0,
             )[0, len(ids) :]
-        steps = model.generate_step(ids, policy="full", max_new_tokens=64, ignore_eos=True)
+        steps = model.generate_step(ids, policy="full", max_new_tokens=32, ignore_eos=True)
         assert [step.token for step in steps] == wanted.tolist(), prompt
 
 
@@ -125,6 +125,7 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
     assert mean_kl(full[prompt:], model.logits(text_ids, policy="int4")[prompt:]) <= 1.3 * best
 
 
+@pytest.mark.slow
 def test_the_integers_of_the_file_are_nearly_lossless(
     demo_gguf: Path, model: Model, text_ids: np.ndarray, night: Path, tmp_path: Path
 ) -> None:
