@@ -33,7 +33,7 @@ demo-0.5b:
 	$(BIN)/dash-report "$(OTHER)"
 
 test: .venv/.dev $(DEMO)
-	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: .venv/.dev .venv/.bench $(DEMO)
 	$(BIN)/pytest -m "slow and not gpu"

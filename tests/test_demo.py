@@ -125,6 +125,7 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
     assert mean_kl(full[prompt:], model.logits(text_ids, policy="int4")[prompt:]) <= 1.3 * best
 
 
+@pytest.mark.slow
 def test_the_integers_of_the_file_are_nearly_lossless(
     demo_gguf: Path, model: Model, text_ids: np.ndarray, night: Path, tmp_path: Path
 ) -> None:
