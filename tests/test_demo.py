@@ -103,11 +103,11 @@ def test_greedy_tokens_equal_transformers(model: Model, rounded: PreTrainedModel
                 torch.from_numpy(ids)[None],
                 attention_mask=torch.ones((1, len(ids)), dtype=torch.int64),
                 do_sample=False,
-                max_new_tokens=32,
+                max_new_tokens=64,
                 eos_token_id=None,
                 pad_token_id=0,
             )[0, len(ids) :]
-        steps = model.generate_step(ids, policy="full", max_new_tokens=32, ignore_eos=True)
+        steps = model.generate_step(ids, policy="full", max_new_tokens=64, ignore_eos=True)
         assert [step.token for step in steps] == wanted.tolist(), prompt
 
 
