@@ -67,7 +67,7 @@ def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
 
 def speed(a: argparse.Namespace, size: Size) -> list[Command]:
     """Speed, memory and quality beside the peers. 10 minutes."""
-    peers = [word for peer in a.peer for word in ("--peer", peer)]
+    peers = _peers(a.peer)
     picture = (a.out if a.quick else ROOT / "docs") / "speed.png"
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *peers]
     return [[*bench, *_amount(size), "--picture", picture, "--json"]]
@@ -83,7 +83,7 @@ def memory(a: argparse.Namespace, size: Size) -> list[Command]:
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
     """A token and the prompt after some 3,500 tokens. 3 minutes."""
     prompt = BUILD / "long.txt"
-    peers = [word for p in a.peer if re.match("genai:.*int4", p) for word in ("--peer", p)]
+    peers = _peers([peer for peer in a.peer if re.match("genai:.*int4", peer)])
     bench: Command = ["dash-bench", a.bundle, "--run", "int4", "--run", "dash@balanced", *peers]
     amount = _amount(replace(size, processes=1))
     return [
@@ -144,9 +144,9 @@ def kept(a: argparse.Namespace, size: Size) -> list[Command]:
 def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
     out, fused = BUILD / name, BUILD / "fused"
     first: Command = ["python", "benchmarks/first_token.py", out, OTHER_FULL]
+    peers = (OTHER_PEERS / "int4", fused / "int4", fused / "dash")
     bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size)]
-    for peer in (OTHER_PEERS / "int4", fused / "int4", fused / "dash"):
-        bench += ["--peer", f"genai:{peer}"]
+    bench += _peers([f"genai:{peer}" for peer in peers])
     commands: list[Command] = [
         ["dash-export", a.other, out, *options, "--overwrite", "--json"],
         ["dash-fuse", out, fused / "int4", "--policy", "int4", "--overwrite"],
@@ -194,6 +194,10 @@ def scale(_: argparse.Namespace, size: Size) -> list[Command]:
     """Exports and passes of 1 to 8 billion random parameters. 25 minutes and 10 GB of disk."""
     shapes = ["1b"] if size == QUICK else ["1b", "3b", "8b"]
     return [["python", "benchmarks/scale.py", BUILD / "scale", "--shapes", *shapes, "--json"]]
+
+
+def _peers(peers: list[str]) -> list[str]:
+    return [word for peer in peers for word in ("--peer", peer)]
 
 
 def _amount(size: Size) -> list[str]:
