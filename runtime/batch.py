@@ -30,7 +30,7 @@ from dash_onnx.runtime.generate import (
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
 from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
-from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.sessions import PromptPlan, Sessions
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Request:
         current: its policy, which may change between tokens.
         generation: begins its generation in a sequence.
         writer: makes its chunks.
-        plan: path and LM head of its prompt.
+        plan: how its prompt runs.
         deliver: takes them; called by the thread that runs the batch.
         cancelled: set from any thread: it ends before its next token.
         first: the policy that it began with.
@@ -165,15 +165,16 @@ class Request:
     current: CurrentPolicy
     generation: Callable[[SequenceState], Generation]
     writer: TextWriter
-    plan: tuple[Path, Action]
+    plan: PromptPlan
     deliver: Deliver
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        path, head = self.plan
+        path, head, widened = self.plan
         self.first = self.current.policy
         later = "" if self.first.uniform == path else self.first.quality
-        self.quality = f"{path_letters(path)} {head} {later}".rstrip()
+        wide = "wide" if widened else ""
+        self.quality = " ".join(filter(None, (path_letters(path), head, wide, later)))
 
 
 @dataclass(eq=False)
@@ -313,13 +314,14 @@ class Batch:
     def _prompt(self, row: _Row, *, alone: bool) -> None:
         """Runs a part of a prompt: a short one where answers wait for it."""
         assert row.request is not None and row.going is not None
-        path, head = row.request.plan
+        path, head, widened = row.request.plan
         part, rest = np.split(row.rest, [PREFILL_CHUNK if alone else self._chunk])
         started = time.perf_counter()
         if len(rest):
-            row.state.layers(part, FixedPath(path, head))
+            with row.state.widening(widened):
+                row.state.layers(part, FixedPath(path, head))
         else:
-            logits = row.state.prefill(part, path, head)
+            logits = row.state.prefill(part, path, head, widened)
         if not alone and len(part) == self._chunk:
             self._adapt((time.perf_counter() - started) / max(self._pass_s, 1e-9))
         row.tokens += part.tolist()

@@ -129,13 +129,14 @@ class ScoredDecider:
 
     def _bind(self) -> None:
         sessions, layers = self._sequence.sessions, self._sequence.num_layers
-        backend, ports = sessions.backend, sessions.scorer_ports
+        backend, scorer = sessions.backend, sessions.scorer()
         self._penalty = backend.buffer((layers, len(self.actions)), "float32")
         for start, _ in self._segments[1:]:
             inputs = [self._sequence.hidden[(start - 1) % 2], self._penalty]
             total = backend.buffer(self._penalty.shape, "float32")
             decided = backend.buffer((layers,), "int64")
-            run = bound_run(sessions.scorer(), ports, inputs, [total, decided], backend.run_options)
+            outputs = [total, decided]
+            run = bound_run(*scorer, inputs, outputs, backend.run_options)
             self._totals.append(total)
             self._runs.append(backend.asynchronous(run, decided))
         # The first segment's values are the same for every token: what is left without a penalty.

@@ -91,7 +91,7 @@ class Model:
         *,
         policy: str | Policy = "",
         budget: Budget | None = None,
-        memory: Memory = "low",
+        memory: Memory = "high",
     ):
         """See `load`."""
         self.manifest = bundle.manifest
@@ -619,7 +619,7 @@ def load(
     threads: int | None = None,
     policy: str | Policy = "",
     budget: Budget | None = None,
-    memory: Memory = "low",
+    memory: Memory = "high",
     cuda_graphs: bool = False,
     sha256: str | None = None,
 ) -> Model:
@@ -637,8 +637,9 @@ def load(
         policy: of generations that name none; see `dash_onnx.core.policy.make_policy`.
         budget: likewise, a fraction of the time that a token takes at the highest exported
             precision, or a preset.
-        memory: `low` runs prompts in the highest precision that the policy uses in each layer, so
-            that no others are loaded; `high` runs them at the highest exported.
+        memory: `high` runs passes of many rows (prompts, batches) in the wide form where that is
+            good enough: faster, for about a byte more for each weight. `low` loads no graph but
+            those of the policy.
         cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and
             launches those. Generations on several threads then take turns, and other CUDA work of
             the process must keep off the default stream.

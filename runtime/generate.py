@@ -14,6 +14,7 @@ from dash_onnx.core.actions import Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
+from dash_onnx.core.forms import widened_in_prompts
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.core.text import Detokenizer, TextCodec
@@ -24,7 +25,7 @@ from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.planner import Guess, Planner
 from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sequence import SequenceState
-from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.sessions import PromptPlan, Sessions
 from dash_onnx.runtime.speculate import Speculation
 
 FinishReason = Literal["stop", "length", "context"]
@@ -252,9 +253,10 @@ def generate_tokens(
                 planner or Planner(),
                 frozenset() if options.ignore_eos else eos,
             )
-        path, head = prefill_plan(sessions, current.policy, options.prefill)
+        plan = prefill_plan(sessions, current.policy, options.prefill)
+        path = plan.path
         started, guess = time.perf_counter(), None
-        new = [going.draw(sequence.prefill(rest, path, head))]
+        new = [going.draw(sequence.prefill(rest, *plan))]
         cache.tokens += rest.tolist()
         while True:
             ms = (time.perf_counter() - started) * 1e3 / len(new)
@@ -277,33 +279,31 @@ def generate_tokens(
         cache.release()
 
 
-def prefill_plan(
-    sessions: Sessions, policy: Policy, precision: Action | None = None
-) -> tuple[Path, Action]:
-    """The path and the LM head of a prompt.
+def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = None) -> PromptPlan:
+    """How a prompt runs.
 
     Args:
         sessions: of the bundle.
         policy: of the tokens after it.
-        precision: None takes the highest exported; where memory is low, the highest that the policy
-            takes in each layer, so that the prompt loads no graph of its own.
+        precision: None takes the highest that the policy takes in each layer, and the wide form
+            where that is good enough and memory allows it.
 
     Raises:
         PolicyError: the precision was not exported.
     """
     manifest = sessions.manifest
-    if precision is None and sessions.memory == "low":
+    if precision is None:
         used = policy.used(manifest.model.num_layers, manifest.actions)
         highest = next(action for action in manifest.variants if any(action in u for u in used))
         path = tuple(next((a for a in manifest.variants if a in u), highest) for u in used)
-        return path, policy.head
-    chosen = manifest.variants[0] if precision is None else precision
-    if chosen not in manifest.variants:
+        widened = sessions.widened and widened_in_prompts(manifest, policy)
+        return PromptPlan(path, policy.head, widened)
+    if precision not in manifest.variants:
         raise PolicyError(
-            f"prefill precision {chosen!r} is not in this bundle; "
+            f"prefill precision {precision!r} is not in this bundle; "
             f"it has {', '.join(manifest.variants)}"
         )
-    return (chosen,) * manifest.model.num_layers, manifest.heads[chosen]
+    return PromptPlan((precision,) * manifest.model.num_layers, manifest.heads[precision])
 
 
 def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:

@@ -1,6 +1,8 @@
-"""The K/V cache of a sequence: two buffers a layer, updated in place, grown by doubling."""
+"""The K/V cache of a sequence: two buffers a layer, updated in place, grown in steps."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from dash_onnx.core.facts import Rope
 from dash_onnx.core.manifest import Manifest
@@ -9,7 +11,11 @@ from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer
 
 CAPACITY = 256
-"""Tokens there is room for at first: most chat turns fit, and a copy of this size costs nothing."""
+"""Tokens there is room for at first, and the step that it grows by: attention from plain operators
+computes over all of it."""
+
+_SETTLED = 64
+"""Tokens that a choice of the attention holds for: it takes as long as a small operator."""
 
 
 class KVCache:
@@ -23,6 +29,9 @@ class KVCache:
         keys: one buffer `[B, H_kv, capacity, d]` per layer, see `Dims.cache_shape`.
         values: likewise.
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
+        masks: by window, `[B, 1, 1, 1, capacity]` float32 for a pass of one token each: zero for
+            tokens that it sees, minus infinity for others.
+        plain: whether such a pass attends by plain operators, bool scalar; see `settle`.
     """
 
     def __init__(
@@ -37,21 +46,31 @@ class KVCache:
         self._backend = backend
         self.keys: list[Buffer] = []
         self.values: list[Buffer] = []
+        self.masks: dict[int | None, Buffer] = {}
+        self._windows = {attention.window for attention in manifest.attention}
+        self.plain = Buffer((), "bool")
+        self._settled = range(0)  # lengths that `plain` holds for
         self.reserve(min(capacity, manifest.model.max_length))
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` in all; the buffers may move for it."""
         if tokens <= self.capacity:
             return
-        capacity = self.capacity or tokens
-        while capacity < tokens:
-            capacity *= 2
-        capacity = min(capacity, self._manifest.model.max_length)
+        capacity = min(-(-tokens // CAPACITY) * CAPACITY, self._manifest.model.max_length)
         # All of them before the first is taken: there may be no memory for the last.
         keys, values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
-        self.keys, self.values, self.capacity = keys, values, capacity
+        masks = {window: self._mask(window, capacity) for window in self._windows}
+        self.keys, self.values, self.masks, self.capacity = keys, values, masks, capacity
+        self._settled = range(0)
         self.moves += 1
+
+    def _mask(self, window: int | None, capacity: int) -> Buffer:
+        mask = Buffer((self.batch, 1, 1, 1, capacity), "float32")  # which no other device reads
+        if self.capacity:
+            mask.write(-np.inf)
+            mask.write(self.masks[window].array, (..., slice(self.capacity)))
+        return mask
 
     def _tables(self, rope: Rope, capacity: int) -> tuple[Buffer, Buffer]:
         dtype = self._manifest.dims.dtype
@@ -73,6 +92,19 @@ class KVCache:
             new.append(buffer)
         return new
 
+    def settle(self, length: int) -> None:
+        """Chooses the faster attention for passes of one token of each sequence.
+
+        Args:
+            length: tokens of the longest sequence that runs.
+        """
+        if length not in self._settled:
+            passes = self._manifest.costs.passes
+            faster = passes is not None and passes.attends_plainly(1, length, self.capacity)
+            self.plain.write(faster)
+            first = length // _SETTLED * _SETTLED
+            self._settled = range(first, first + _SETTLED)
+
     def truncate(self, length: int) -> None:
         """Forgets all tokens from position `length` on."""
         if not 0 <= length <= self.length:
@@ -87,6 +119,7 @@ class KVPart(KVCache):
         """Takes the sequences `start` to `stop`."""
         self.batch = stop - start
         self._whole, self._rows, self._length = whole, (start, stop), 0
+        self.plain = whole.plain
         self.capacity = 0
         self._follow()
 
@@ -105,10 +138,15 @@ class KVPart(KVCache):
         self._whole.reserve(tokens)
         self._follow()
 
+    def settle(self, length: int) -> None:
+        """See `KVCache`: what holds for the whole cache."""
+        self._whole.settle(length)
+
     def _follow(self) -> None:
         whole = self._whole
         if self.capacity == whole.capacity:
             return
         self.keys = [buffer.part(*self._rows) for buffer in whole.keys]
         self.values = [buffer.part(*self._rows) for buffer in whole.values]
+        self.masks = {window: mask.part(*self._rows) for window, mask in whole.masks.items()}
         self.rotary, self.capacity, self.moves = whole.rotary, whole.capacity, whole.moves

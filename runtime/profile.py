@@ -30,6 +30,7 @@ from dash_onnx.runtime.buffers import bound_run
 from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import Device, thread_count
+from dash_onnx.runtime.profile_passes import pass_costs
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -167,6 +168,7 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
             for seen in times.layers
         ),
         spread=spread_of(times),
+        passes=pass_costs(sessions),
     )
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Action, Form, Path
 from dash_onnx.core.arrays import Ids, Logits
-from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import ContextLengthError
+from dash_onnx.core.forms import form_of, head_form_of
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
 from dash_onnx.runtime.planner import MOST
-from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
@@ -30,11 +31,23 @@ class _Pass:
     """Buffers and bound graphs for passes of S tokens of each of B sequences."""
 
     tokens: Buffer  # [B, S] int64
+    positions: Buffer  # [B, S] int64
     hidden: tuple[Buffer, Buffer]  # [B, S, D]: input of the even and of the odd layers
     embed: Run
-    layers: list[dict[Action, Run]]
+    layers: list[dict[Form, Run]]
+    forms: dict[Action, Form] = field(default_factory=dict)  # of the layers
+    plain: Buffer | None = None  # how passes of several tokens attend, see `KVCache`
+    masks: dict[int | None, Buffer] = field(default_factory=dict)  # likewise
     logits: Buffer | None = None  # [B, S, V]
-    heads: dict[Action, Run] = field(default_factory=dict)
+    heads: dict[Form, Run] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Forgets what depends on the K/V cache's memory."""
+        self.forms.clear()
+        self.plain = None
+        self.masks.clear()
+        for runs in self.layers:
+            runs.clear()
 
 
 class SequenceState:
@@ -53,7 +66,7 @@ class SequenceState:
 
         Args:
             sessions: of the bundle.
-            capacity: tokens that its K/V cache has room for at first; it doubles when full.
+            capacity: tokens that its K/V cache has room for at first; it grows in steps.
             batch: sequences.
         """
         backend = sessions.backend
@@ -67,6 +80,8 @@ class SequenceState:
         self._start = backend.buffer((batch,), "int64")
         self._passes: dict[int, _Pass] = {}
         self._guessed: Buffer | None = None  # logits that passes with guesses share
+        self._widened = sessions.widened  # actions that passes of several rows may run wide
+        self._plain: bool | None = None  # how passes attend; None: as is faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to
         self._now = self._pass(1)
 
@@ -82,11 +97,12 @@ class SequenceState:
         part._seqlens, part._start = self._seqlens.part(start, stop), self._start.part(start, stop)
         mine = self._passes[1]
         mine.logits = mine.logits or self._logits(1)
-        tokens, even, odd, logits = (
-            buffer.part(start, stop) for buffer in (mine.tokens, *mine.hidden, mine.logits)
+        tokens, positions, even, odd, logits = (
+            buffer.part(start, stop)
+            for buffer in (mine.tokens, mine.positions, *mine.hidden, mine.logits)
         )
         part._passes = {}
-        part._now = part._pass(1, tokens, (even, odd))
+        part._now = part._pass(1, tokens, positions, (even, odd))
         part._now.logits = logits
         return part
 
@@ -146,6 +162,7 @@ class SequenceState:
         ids: Ids,
         path: Path,
         head: Action,
+        widened: frozenset[Action] = frozenset(),
         *,
         every: bool = False,
         chunk: int = PREFILL_CHUNK,
@@ -156,6 +173,7 @@ class SequenceState:
             ids: `[S]` or `[B, S]`, at least one token.
             path: action of each layer.
             head: precision of the LM head.
+            widened: actions that may run in the wide form, where it is faster.
             every: logits after every token, not after the last one alone.
             chunk: tokens that run at once.
 
@@ -168,14 +186,33 @@ class SequenceState:
         if every and head == "int2":
             chunk = min(chunk, _PREVIEWED)
         decider, rows = FixedPath(path, head), []
-        for start in range(0, ids.shape[-1], chunk):
-            self.layers(ids[..., start : start + chunk], decider)
-            if every:
-                rows.append(self.head(head, every=True).astype(np.float32))
-        logits = np.concatenate(rows, -2) if every else self.head(head)
+        self._check_room(self.length + ids.shape[-1])
+        self.reserve(self.length + ids.shape[-1])  # at once, not in steps as its chunks run
+        with self.widening(widened):
+            for start in range(0, ids.shape[-1], chunk):
+                self.layers(ids[..., start : start + chunk], decider)
+                if every:
+                    rows.append(self.head(head, every=True).astype(np.float32))
+            logits = np.concatenate(rows, -2) if every else self.head(head)
         for count in [count for count in self._passes if count > _KEPT]:
             del self._passes[count]
         return logits
+
+    @contextmanager
+    def widening(self, widened: frozenset[Action]) -> Iterator[None]:
+        """Lets passes of several rows run these actions wide, instead of the usual ones."""
+        usual = self._widened
+        self._widen(widened)
+        try:
+            yield
+        finally:
+            self._widen(usual)
+
+    def _widen(self, widened: frozenset[Action]) -> None:
+        if widened != self._widened:
+            self._widened = widened
+            for bound in self._passes.values():
+                bound.forms.clear()
 
     def advance(self, count: int) -> None:
         """Makes room in the K/V cache for the next `count` tokens, and sets their positions.
@@ -184,15 +221,19 @@ class SequenceState:
             ContextLengthError: they do not fit the context.
         """
         total = self.kv.length + count
-        limit = self.sessions.manifest.model.max_length
-        if total > limit:
-            raise ContextLengthError(f"{total} tokens do not fit the context of {limit}")
+        self._check_room(total)
         self.reserve(total)
         self.kv.length = total
         self._seqlens.write(total - 1)
         self._total.write(self._longest(total, count))
         self._start.write(total - count)
         self._now = self._passes.get(count) or self._pass(count)
+        self._place(count)
+
+    def _check_room(self, total: int) -> None:
+        limit = self.sessions.manifest.model.max_length
+        if total > limit:
+            raise ContextLengthError(f"{total} tokens do not fit the context of {limit}")
 
     def reserve(self, total: int) -> None:
         """Makes room in the K/V cache for `total` tokens."""
@@ -200,8 +241,38 @@ class SequenceState:
         if self.kv.moves != self._moves:
             self._moves = self.kv.moves
             for bound in self._passes.values():
-                for runs in bound.layers:
-                    runs.clear()
+                bound.forget()
+
+    def _place(self, count: int) -> None:
+        """Writes where the last `count` tokens are, and what they see."""
+        now, kv = self._now, self.kv
+        first, total = kv.length - count, kv.length
+        now.positions.write(np.arange(first, total))
+        if count > 1:
+            self._place_several(first, total)
+            return
+        if self._plain is None:
+            kv.settle(total)
+        for window, mask in kv.masks.items():
+            start = 0 if window is None else max(total - window, 0)
+            mask.write(-np.inf, (..., slice(start)))
+            mask.write(0.0, (..., slice(start, total)))
+            mask.write(-np.inf, (..., slice(total, None)))
+
+    def _place_several(self, first: int, total: int) -> None:
+        now, kv, count = self._now, self.kv, total - first
+        if now.plain is None:
+            passes, now.plain = self.sessions.manifest.costs.passes, Buffer((), "bool")
+            faster = passes is not None and passes.attends_plainly(count, total, kv.capacity)
+            now.plain.write(faster if self._plain is None else self._plain)
+            size = count if now.plain.array else 1  # the other attention reads none
+            shape = (self.batch, 1, 1, size, kv.capacity)
+            now.masks = {window: Buffer(shape, "float32") for window in kv.masks}
+        if now.plain.array:
+            rows, columns = np.arange(first, total)[:, None], np.arange(kv.capacity)
+            for window, mask in now.masks.items():
+                seen = (columns <= rows) & (columns > rows - (window or total))
+                mask.write(np.where(seen, np.float32(0), np.float32(-np.inf)))
 
     def _longest(self, total: int, count: int) -> int:
         """The sequence length that the graphs are told on the host."""
@@ -215,10 +286,27 @@ class SequenceState:
         self.reserve(self.length + 1)
         self._seqlens.write(self.length)
         self._start.write(self.length)
+        self._passes[1].positions.write(self.length)
+        for mask in self.kv.masks.values():
+            mask.write(0.0)
+
+    def attend(self, plain: bool) -> Buffer:
+        """Attends by plain operators, or not, until the K/V cache moves: for those who time it.
+
+        Returns:
+            What tells the pass that runs now. Where it said true here, it may change.
+        """
+        self._plain = plain
+        self.kv.plain.write(plain)
+        for bound in self._passes.values():
+            bound.forget()
+        self._place(self._now.tokens.shape[1])
+        return self._now.plain or self.kv.plain
 
     def agree(self, longest: int) -> None:
         """Takes positions that the parts of a batch have set, of which the longest is told."""
         self.reserve(longest)
+        self.kv.settle(longest)
         self._total.write(longest)
         self._now = self._passes[1]
 
@@ -229,11 +317,27 @@ class SequenceState:
 
     def run(self, layer: int, action: Action) -> None:
         """Runs one layer: hidden states ping-pong between two buffers."""
-        runs = self._now.layers[layer]
-        (runs.get(action) or runs.setdefault(action, self._bind_layer(layer, action)))()
+        self.run_form(layer, self._now.forms.get(action) or self._form(action))
 
-    def head(self, precision: Action, *, every: bool = False) -> Logits:
-        """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`."""
+    def run_form(self, layer: int, form: Form) -> None:
+        """Runs one layer in a form."""
+        runs = self._now.layers[layer]
+        (runs.get(form) or runs.setdefault(form, self._bind_layer(layer, form)))()
+
+    def _form(self, action: Action) -> Form:
+        """The graph that runs an action in passes like the one that runs now."""
+        passes, rows = self.sessions.manifest.costs.passes, self._now.tokens.array.size
+        form = form_of(passes, action, rows, self.kv.capacity, self._widened)
+        return self._now.forms.setdefault(action, form)
+
+    def head(self, precision: Action, *, every: bool = False, form: Form | None = None) -> Logits:
+        """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`.
+
+        Args:
+            precision: that is asked for.
+            every: of all tokens of the pass.
+            form: None takes the fastest that is good enough.
+        """
         now, sessions = self._now, self.sessions
         final = now.hidden[self.num_layers % 2]  # [B, S, D]
         seq = final.shape[1]
@@ -241,28 +345,34 @@ class SequenceState:
             now = self._passes[1]
             now.hidden[self.num_layers % 2].write(final.array[:, -1:])
             final, seq = now.hidden[self.num_layers % 2], 1
-        run = now.heads.get(precision)
+        rows, passes = self.batch * seq, sessions.manifest.costs.passes
+        form = form or head_form_of(passes, precision, rows, self._widened)
+        run = now.heads.get(form)
         if run is None:
             now.logits = now.logits or self._logits(seq)
-            run = now.heads[precision] = self._bound(
-                seq, sessions.head(precision), sessions.head_ports, [final], [now.logits]
-            )
+            run = self._bound(seq, sessions.head(form), [final], [now.logits])
+            now.heads[form] = run
         run()
         assert now.logits is not None
         logits = now.logits.array if self.batch > 1 else now.logits.array[0]
         return logits if every else logits[..., -1, :]
 
     def _pass(
-        self, seq: int, tokens: Buffer | None = None, hidden: tuple[Buffer, Buffer] | None = None
+        self,
+        seq: int,
+        tokens: Buffer | None = None,
+        positions: Buffer | None = None,
+        hidden: tuple[Buffer, Buffer] | None = None,
     ) -> _Pass:
         sessions = self.sessions
         backend, dims = sessions.backend, sessions.manifest.dims
         tokens = tokens or backend.buffer((self.batch, seq), "int64")
+        positions = positions or backend.buffer((self.batch, seq), "int64")
         shape = (self.batch, seq, dims.hidden_size)
         hidden = hidden or (backend.buffer(shape, dims.dtype), backend.buffer(shape, dims.dtype))
-        embed = self._bound(seq, sessions.embed(), sessions.embed_ports, [tokens], [hidden[0]])
-        layers: list[dict[Action, Run]] = [{} for _ in range(self.num_layers)]
-        return self._passes.setdefault(seq, _Pass(tokens, hidden, embed, layers))
+        embed = self._bound(seq, sessions.embed(), [tokens], [hidden[0]])
+        layers: list[dict[Form, Run]] = [{} for _ in range(self.num_layers)]
+        return self._passes.setdefault(seq, _Pass(tokens, positions, hidden, embed, layers))
 
     def _logits(self, seq: int) -> Buffer:
         dims, backend = self.sessions.manifest.dims, self.sessions.backend
@@ -273,17 +383,31 @@ class SequenceState:
             self._guessed = backend.buffer((MOST + 1, dims.vocab_size), dims.dtype)
         return self._guessed.reshaped(shape)
 
-    def _bind_layer(self, layer: int, action: Action) -> Run:
-        sessions, kv, hidden = self.sessions, self.kv, self._now.hidden
-        key, value = kv.keys[layer], kv.values[layer]
-        source, target = hidden[layer % 2], hidden[(layer + 1) % 2]
-        rotary = kv.rotary[sessions.manifest.rope_of(layer)]
-        inputs = [source, key, value, self._seqlens, self._total, self._start, *rotary]
-        session, ports = sessions.layer(layer, action), sessions.layer_ports
-        return self._bound(source.shape[1], session, ports, inputs, [target, key, value])
+    def _bind_layer(self, layer: int, form: Form) -> Run:
+        sessions, kv, now = self.sessions, self.kv, self._now
+        graph = sessions.layer(layer, form)
+        source, target = now.hidden[layer % 2], now.hidden[(layer + 1) % 2]
+        cos, sin = kv.rotary[sessions.manifest.rope_of(layer)]
+        buffers = {
+            "hidden_in": source,
+            "past_key": kv.keys[layer],
+            "past_value": kv.values[layer],
+            "seqlens_k": self._seqlens,
+            "total_sequence_length": self._total,
+            "start": self._start,
+            "positions": now.positions,
+            "mask": (now.masks or kv.masks)[sessions.manifest.attention[layer].window],
+            "plain": now.plain or kv.plain,
+            "cos_cache": cos,
+            "sin_cache": sin,
+        }
+        inputs = [buffers[port.name] for port in graph.ports.inputs]
+        outputs = [target, kv.keys[layer], kv.values[layer]]
+        return self._bound(source.shape[1], graph, inputs, outputs)
 
     def _bound(
-        self, seq: int, session: Any, ports: Ports, inputs: list[Buffer], outputs: list[Buffer]
+        self, seq: int, graph: LoadedGraph, inputs: list[Buffer], outputs: list[Buffer]
     ) -> Run:
         """Binds a graph of a pass of `seq` tokens."""
-        return bound_run(session, ports, inputs, outputs, self.sessions.backend.run_options)
+        run_options = self.sessions.backend.run_options
+        return bound_run(graph.session, graph.ports, inputs, outputs, run_options)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dash_onnx.core.actions import ACTIONS, Action, Path
+from dash_onnx.core.actions import ACTIONS, WIDE, Action, Form, Path
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
     EMBED_PATH,
     DType,
+    Port,
     Ports,
     embed_ports,
     head_path,
@@ -24,6 +25,7 @@ from dash_onnx.core.contract import (
     scorer_ports,
 )
 from dash_onnx.core.errors import BundleError, DeviceError
+from dash_onnx.core.forms import widened_by
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.kv import CAPACITY
@@ -34,15 +36,38 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.sequence import SequenceState
 
 Memory = Literal["high", "low"]
+"""`high` loads what makes passes of many rows fast, about a byte more for each weight."""
+
+
+class LoadedGraph(NamedTuple):
+    """A session, and those inputs and outputs of its kind that it has."""
+
+    session: Any
+    ports: Ports
+
+
+class PromptPlan(NamedTuple):
+    """How a prompt runs.
+
+    Attributes:
+        path: action of each layer.
+        head: precision of the LM head.
+        widened: actions whose passes of many rows may run wide.
+    """
+
+    path: Path
+    head: Action
+    widened: frozenset[Action] = frozenset()
 
 
 class Sessions:
     """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "low"):
+    def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
         """Loads nothing yet."""
         self.memory = memory
         self.manifest = bundle.manifest
+        self.widened = widened_by(self.manifest) if memory == "high" else frozenset[Action]()
         self.backend = backend
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
@@ -51,35 +76,33 @@ class Sessions:
         layers, actions = bundle.manifest.model.num_layers, len(facts.actions) if facts else 0
         self.scorer_ports = scorer_ports(dims, layers, actions)
         self._bundle = bundle
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, LoadedGraph] = {}
         self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
         self._closed = False
 
-    def embed(self) -> Any:
+    def embed(self) -> LoadedGraph:
         """The token embedding."""
         return self._get(EMBED_PATH, self.embed_ports)
 
-    def layer(self, layer: int, action: Action) -> Any:
-        """One layer in one action."""
-        return self._get(layer_path(layer, action), self.layer_ports)
+    def layer(self, layer: int, form: Form) -> LoadedGraph:
+        """One layer in one form."""
+        return self._get(layer_path(layer, form), self.layer_ports)
 
-    def head(self, precision: Action) -> Any:
+    def head(self, form: Form) -> LoadedGraph:
         """Final norm and LM head."""
-        return self._get(head_path(precision), self.head_ports)
+        return self._get(head_path(form), self.head_ports)
 
-    def scorer(self) -> Any:
+    def scorer(self) -> LoadedGraph:
         """What decides; see `ScorerFacts`."""
         file = scorer_facts(self.manifest).file
         return self._get(file, self.scorer_ports, "train again (dash-train)", scorer=True)
 
-    def preload(
-        self, policy: Policy | None = None, prompt: tuple[Path, Action] | None = None
-    ) -> None:
+    def preload(self, policy: Policy | None = None, prompt: PromptPlan | None = None) -> None:
         """Loads every graph of the bundle, or those that a policy and its prompts use.
 
         Args:
             policy: None loads every graph.
-            prompt: path and LM head of its prompts.
+            prompt: how its prompts run.
 
         Raises:
             BundleError: a graph is damaged.
@@ -97,9 +120,9 @@ class Sessions:
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
 
-    def bytes_to_load(self, *uses: tuple[Policy, tuple[Path, Action]]) -> int:
+    def bytes_to_load(self, *uses: tuple[Policy, PromptPlan]) -> int:
         """Bytes of weights that `preload` of policies and prompts would load: layers, LM heads."""
-        heads, layers = set[Action](), set[tuple[int, Action]]()
+        heads, layers = set[Form](), set[tuple[int, Form]]()
         for policy, prompt in uses:
             some_heads, some_layers = self._used(policy, prompt)
             heads.update(some_heads)
@@ -107,21 +130,26 @@ class Sessions:
         return self._bytes(heads, layers)
 
     def _used(
-        self, policy: Policy | None, prompt: tuple[Path, Action] | None
-    ) -> tuple[set[Action], list[tuple[int, Action]]]:
-        """LM heads, and layers in each action, as in `preload`."""
+        self, policy: Policy | None, prompt: PromptPlan | None
+    ) -> tuple[set[Form], list[tuple[int, Form]]]:
+        """LM heads, and layers in each form, as in `preload`."""
         manifest = self.manifest
         count = manifest.model.num_layers
-        heads, actions = set(manifest.exported_heads), [set(manifest.actions)] * count
+        heads: set[Form] = {*manifest.exported_heads}
+        forms: list[set[Form]] = [{*manifest.actions} for _ in range(count)]
+        widened = self.widened
         if policy is not None and prompt is not None:
-            heads = {policy.head, prompt[1]}
+            heads, widened = {policy.head, prompt.head}, prompt.widened
             later = policy.used(count, manifest.actions)
-            actions = [{first, *rest} for first, rest in zip(prompt[0], later, strict=True)]
-        return heads, [(layer, action) for layer, used in enumerate(actions) for action in used]
+            forms = [{first, *rest} for first, rest in zip(prompt.path, later, strict=True)]
+        for used in forms:
+            if used & widened:
+                used.add(WIDE)
+        return heads, [(layer, form) for layer, used in enumerate(forms) for form in used]
 
-    def _bytes(self, heads: Iterable[Action], layers: Iterable[tuple[int, Action]]) -> int:
-        graphs = [(head_path(action), action) for action in heads]
-        graphs += [(layer_path(*layer), layer[1]) for layer in layers]
+    def _bytes(self, heads: Iterable[Form], layers: Iterable[tuple[int, Form]]) -> int:
+        graphs: list[tuple[str, Form]] = [(head_path(form), form) for form in heads]
+        graphs += [(layer_path(layer, form), form) for layer, form in layers]
         new = [graph for graph in graphs if graph[0] not in self._loaded]
         return sum(self.manifest.graph_bytes(*graph) for graph in new)
 
@@ -148,8 +176,8 @@ class Sessions:
     def loaded_bytes(self) -> int:
         """Bytes of the weights of layers and LM heads that are loaded."""
         graphs = [PurePosixPath(path) for path in self.loaded]
-        actions = {str(path): path.stem for path in graphs if path.stem in ACTIONS}
-        return sum(self.manifest.graph_bytes(p, a) for p, a in actions.items())
+        forms = {str(path): path.stem for path in graphs if path.stem in (*ACTIONS, WIDE)}
+        return sum(self.manifest.graph_bytes(path, form) for path, form in forms.items())
 
     def forget(self) -> None:
         """Forgets every session; each loads again when it is next needed."""
@@ -169,38 +197,43 @@ class Sessions:
 
     def _get(
         self, path: str, ports: Ports, remedy: str = "export again", *, scorer: bool = False
-    ) -> Any:
-        session = self._loaded.get(path)
-        if session is None:
+    ) -> LoadedGraph:
+        loaded = self._loaded.get(path)
+        if loaded is None:
             with self._locks.setdefault(path, threading.Lock()), self.backend.lock:
-                session = self._loaded.get(path)
+                loaded = self._loaded.get(path)
                 self._check_open()
-                if session is None:
+                if loaded is None:
                     session = self.backend.session(self._bundle.verified(path), scorer=scorer)
-                    _check_ports(path, session, ports, remedy)
-                    self._loaded[path] = session
+                    loaded = LoadedGraph(session, _ports_of(path, session, ports, remedy))
+                    self._loaded[path] = loaded
                     self._check_open()  # it may have been closed while this loaded
-        return session
+        return loaded
 
 
 _TYPES: dict[DType, str] = {"float32": "float", "float16": "float16"}  # ORT's names for them
 
 
-def _check_ports(path: str, session: Any, ports: Ports, remedy: str) -> None:
-    """Refuses a graph whose inputs and outputs are not those that the manifest's sizes ask for."""
-    for own, wanted in (
-        (session.get_inputs(), ports.inputs),
-        (session.get_outputs(), ports.outputs),
-    ):
-        if [port.name for port in own] != [port.name for port in wanted]:
+def _ports_of(path: str, session: Any, ports: Ports, remedy: str) -> Ports:
+    """The ports that a graph has; refuses those that the manifest's sizes do not ask for."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    names = {port.name for port in inputs}
+    present = Ports(tuple(port for port in ports.inputs if port.name in names), ports.outputs)
+    for own, wanted in ((inputs, present.inputs), (outputs, present.outputs)):
+        if [port.name for port in own] != [port.name for port in wanted] or not wanted:
             raise BundleError(f"{path} does not have the inputs and outputs of a bundle; {remedy}")
         for found, port in zip(own, wanted, strict=True):
-            fits = len(found.shape) == len(port.shape) and all(
-                isinstance(size, str) or size == other
-                for size, other in zip(port.shape, found.shape, strict=True)
-            )
-            if not fits or found.type != f"tensor({_TYPES.get(port.dtype, port.dtype)})":
+            if not _fits(found, port):
                 raise BundleError(
                     f"{path}: {port.name} is {found.type} {found.shape}, the manifest's sizes ask "
                     f"for {port.dtype} {[*port.shape]}; {remedy}"
                 )
+    return present
+
+
+def _fits(found: Any, port: Port) -> bool:
+    same_sizes = len(found.shape) == len(port.shape) and all(
+        isinstance(size, str) or size == other
+        for size, other in zip(port.shape, found.shape, strict=True)
+    )
+    return same_sizes and found.type == f"tensor({_TYPES.get(port.dtype, port.dtype)})"

@@ -170,7 +170,7 @@ def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
     def run(source: Path, **options: object) -> Path:
         out = tmp_path_factory.mktemp("bundles") / "out"
-        usual = {"variants": VARIANTS, "accuracy_level": 0}
+        usual = {"variants": VARIANTS, "wide": False, "accuracy_level": 0}
         export(str(source), out, ExportOptions(**{**usual, **options}))
         return out
 

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from conftest import LLAMA3_ROPE, TINY, VARIANTS, logits_of, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dash_onnx
+from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.exporters.architectures.rope import head_order
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
@@ -153,6 +155,8 @@ class Pair:
         source, out = save_random(folder / "source", case), folder / "out"
         options = ExportOptions(
             variants=VARIANTS,
+            wide=False,
+            attention="both",
             max_length=case.max_length,
             calibration=(text,),
             accuracy_level=0,
@@ -246,6 +250,21 @@ class Pair:
         order = head_order(self.model.manifest.ropes[0], keys[0].shape[-1])
         keys = keys if order is None else [key[..., order] for key in keys]
         return [(k, entry.values[0].numpy()) for k, entry in zip(keys, cache.layers, strict=True)]
+
+
+def attending(bundle: Path, copy: Path, *, plain: bool) -> Model:
+    """The runtime with one attention in all passes; the profile of a copy of the bundle says so."""
+    manifest = Bundle(shutil.copytree(bundle, copy)).manifest
+    passes = manifest.costs.passes
+    assert passes is not None
+    added = -1.0 if plain else 1.0
+    changed = replace(
+        passes,
+        plain_rows=passes.rows,
+        plain_ms=((added,) * len(passes.rows),) * len(passes.contexts),
+    )
+    replace_manifest(copy, replace(manifest, costs=replace(manifest.costs, passes=changed)))
+    return dash_onnx.load(copy)
 
 
 def random_ids(count: int) -> np.ndarray:

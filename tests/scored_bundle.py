@@ -41,7 +41,9 @@ def with_scorer(
     manifest = replace(
         manifest,
         files={**manifest.files, file: file_facts(folder / file)},
-        costs=Costs("a machine", 2, 0.1, 0.05, heads, (layer,) * layers),
+        costs=Costs(
+            "a machine", 2, 0.1, 0.05, heads, (layer,) * layers, passes=manifest.costs.passes
+        ),
     )
     facts = made_up(manifest, file, decision_points, often)
     replace_manifest(folder, replace(manifest, scorer=facts))

@@ -464,3 +464,40 @@ def test_a_skipped_layer_writes_the_key_and_value_of_the_full_one_biases_include
     for ours, wanted in zip(skip, full, strict=True):
         ours, wanted = ours[:, :, :length], wanted[:, :, :length]
         assert np.linalg.norm(ours - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("inner", "options", "forms"),
+    [
+        (4864, {}, "both"),
+        (1536, {}, "grouped"),
+        (1536, {"attention": "both"}, "both"),
+        (4864, {"attention": "grouped"}, "grouped"),
+        (4864, {"kv_cache": "int8"}, "grouped"),
+        (4864, {"device": "cuda"}, "grouped"),
+    ],
+)
+def test_only_large_layers_choose_between_two_attentions(
+    inner: int, options: dict[str, Any], forms: str
+) -> None:
+    sizes = {"hidden_size": 896, "intermediate_size": inner, "num_heads": 14, "head_dim": 64}
+    facts = ModelFacts(**{**vars(FACTS), **sizes})
+    assert ExportOptions(**options).resolved("folder", facts).target.attention == forms
+
+
+@pytest.mark.parametrize(
+    ("options", "wide"),
+    [
+        ({}, True),
+        ({"wide": False}, False),
+        ({"variants": ("int8",)}, False),
+        ({"variants": ("full", "int2")}, True),
+        ({"device": "cuda"}, False),
+    ],
+)
+def test_the_wide_form_is_exported_where_something_may_run_in_it(
+    options: dict[str, Any], wide: bool
+) -> None:
+    resolved = ExportOptions(**options).resolved("folder", FACTS)
+    assert resolved.wide == wide
+    assert ("wide" in resolved.forms) == wide

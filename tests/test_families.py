@@ -8,13 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny
-from families import CASES, LAYERS, PROMPT, WINDOW, Pair, config_of, random_ids, write_text
+from conftest import logits_of, save_tiny
+from families import (
+    CASES,
+    DECODED,
+    LAYERS,
+    PROMPT,
+    WINDOW,
+    Pair,
+    attending,
+    config_of,
+    random_ids,
+    write_text,
+)
 from test_environment import case_of, one_hot, plain_kl, random_choice, recorded, runtime_logits
 from test_fused import Client
 from transformers import AutoConfig, LlamaForCausalLM
 
 import dash_onnx
+from dash_onnx.core.actions import WIDE
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.errors import ContextLengthError, UnsupportedError
@@ -25,8 +37,9 @@ from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
-from dash_onnx.exporters.graphs import captured_inputs
+from dash_onnx.exporters.graphs import build_layer, captured_inputs
 from dash_onnx.exporters.sources import open_source
+from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.deciders import FixedPath
 
 INT8_ERROR = 0.06
@@ -34,6 +47,11 @@ INT8_ERROR = 0.06
 standard deviations: rounding errs by 2.3 / 127 / sqrt(12) = 0.5 % of them, and so does a product.
 The 4 products of each layer and the head are 13 in a row; their errors add up like a random walk
 to 1.9 %. The bound leaves a factor of three for what softmax, norms and gates make of them."""
+
+WIDE_ERROR = 0.06
+"""Of a layer's output. Weights and activations have 127 levels for the largest of some 100, about
+2.5 standard deviations: each rounding errs by 0.6 %, a product of both by 0.8 %. The bound leaves a
+factor of seven for norms and gates, and is far below the 0.2 of products that saturate."""
 
 INT4_ERROR = 0.2
 """Of the K/V of a skipped layer, one INT4 product: 15 steps over a block's range of about 4
@@ -57,6 +75,53 @@ def test_a_prompt_in_chunks_gives_them_too(pair: Pair) -> None:
     # Chunks begin inside and beyond windows.
     got = pair.model.new_sequence().prefill(ids, path, "full", every=True, chunk=17)
     np.testing.assert_allclose(got, pair.wanted(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["grouped", "plain"])
+def test_both_attentions_give_them(pair: Pair, plain: bool, tmp_path: Path) -> None:
+    length = max(60, pair.case.lengths[0])
+    ids, path = random_ids(length), ("full",) * LAYERS
+    wanted = pair.wanted(ids)
+    with attending(pair.bundle, tmp_path / "copy", plain=plain) as model:
+        # Chunks begin inside and beyond windows.
+        got = model.new_sequence().prefill(ids, path, "full", every=True, chunk=17)
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+        got = logits_of(model.score(ids, prompt_tokens=PROMPT, policy="full"))
+        np.testing.assert_allclose(got, wanted[PROMPT:], atol=1e-4)
+
+
+def test_both_attentions_take_rows_of_different_lengths(pair: Pair, tmp_path: Path) -> None:
+    lengths, path = (50, 3, 44), ("full",) * LAYERS
+    ids = random_ids(max(max(lengths) + DECODED, pair.case.lengths[0]))
+    wanted = pair.wanted(ids)
+    with attending(pair.bundle, tmp_path / "copy", plain=True) as model:
+        batch = BatchDecoder(model._sessions, len(lengths))
+        for row, length in zip(batch.rows, lengths, strict=True):
+            row.prefill(ids[:length], path, "full")
+        for step in range(DECODED):
+            rows = [0, 2] if step % 2 else [0, 1, 2]  # one rests in between
+            at = [batch.rows[row].length for row in rows]
+            deciders = [FixedPath(path, "full")] * len(rows)
+            logits, _ = batch.forward(rows, [int(ids[i]) for i in at], deciders)
+            for got, position in zip(logits, at, strict=True):
+                np.testing.assert_allclose(got, wanted[position], atol=1e-4)
+
+
+def test_the_wide_form_loses_about_as_little_as_int8(pair: Pair, tmp_path: Path) -> None:
+    source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
+    family, manifest = REGISTRY[pair.case.family], Bundle(pair.bundle).manifest
+    spec = family.describe("", source.config, pair.case.max_length)
+    runner, ids = Runner(spec, "cpu"), random_ids(60)[None]
+    states = runner.embed(pair.bundle / "embed.onnx", ids)
+    for index in range(LAYERS):
+        layer = family.layer(source.weights, index, spec)
+        sizes = torch.linspace(1, 2, layer.down.in_features)
+        for hessians in ({}, {"down_proj": torch.diag(sizes)}):  # one group of channels, and two
+            build_layer(tmp_path, index, layer, spec, manifest.target, WIDE, hessians)
+            got = runner.layer(index, tmp_path / layer_path(index, WIDE), states)
+            wanted = runner.layer(index, pair.bundle / layer_path(index, "full"), states)
+            assert 1e-4 < np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < WIDE_ERROR
+        states = wanted
 
 
 def test_int8_layers_give_them_within_the_rounding_of_their_weights(pair: Pair) -> None:

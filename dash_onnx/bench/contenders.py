@@ -114,7 +114,7 @@ def load(
     target: str,
     threads: int,
     variant: str = "",
-    memory: Memory = "low",
+    memory: Memory = "high",
     cuda_graphs: bool = False,
 ) -> Contender:
     """Loads a contender.

@@ -222,7 +222,7 @@ def _starts(
     from dash_onnx.bench.worker import Worker
 
     bundle, memory, graphs = arguments.bundle, arguments.memory, arguments.cuda_graphs
-    ours = "dash" if memory == "low" else "dash-high"
+    ours = "dash" if memory == "high" else "dash-low"
     starts: list[Callable[[], Worker]] = [
         partial(Worker, f"{ours} {v}", "dash", bundle, threads, v, memory, graphs) for v in variants
     ]

@@ -21,7 +21,7 @@ from dash_onnx.cli.common import (
     positive,
     run,
 )
-from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, parse_precisions
+from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, WIDE, parse_variants
 from dash_onnx.core.atomic import check_destination, workspace_of
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
@@ -58,8 +58,10 @@ def _parser() -> Parser:
     graphs = parser.add_argument_group("the graphs")
     graphs.add_argument(
         "--variants",
-        default=",".join(DEFAULT_VARIANTS),
-        help="precisions of each layer, of full, int8, int4, int2 (default: %(default)s)",
+        default=",".join((*DEFAULT_VARIANTS, WIDE)),
+        help="forms of each layer, of full, int8, int4, int2 and wide, which is INT8 for passes of "
+        "many rows: with int4 or int2, on a CPU, prompts and batches run in it (default: "
+        "%(default)s)",
     )
     graphs.add_argument(
         "--device",
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
 
     def body() -> None:
-        variants = parse_precisions(arguments.variants)
+        variants, wide = parse_variants(arguments.variants)
         if arguments.fused and arguments.device != "cpu":
             raise DashError("--fused graphs are built for the CPU: leave --device out")
         if arguments.fused and arguments.kv_cache != "float":
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
         options = ExportOptions(
             variants=variants,
+            wide=wide,
             device=arguments.device,
             train_device=arguments.train_device,
             max_length=arguments.max_length,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dash_onnx.cli.common import Parser, run
 from dash_onnx.cli.export import prepare_export
-from dash_onnx.core.actions import PRECISIONS
+from dash_onnx.core.actions import PRECISIONS, WIDE
 
 _CLIENTS = ("genai", "optimum", "node", "web")
 _EXAMPLES = """\
@@ -50,9 +50,10 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--prefill",
-        choices=PRECISIONS,
+        choices=(*PRECISIONS, WIDE),
         help="precision of prompts where the scorer decides (default: the highest of those that it "
-        "decides between; a higher one is one more branch in the file)",
+        "decides between), or wide for the prompts of a policy with one path, such as int4; "
+        "another one than the policy's is one more branch in the file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DEST")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import Parser, aligned, positive, presets_line, run
-from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, Action, parse_precisions
+from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
 
@@ -33,8 +33,8 @@ def _parser() -> Parser:
     parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
     parser.add_argument(
         "--variants",
-        default=",".join(DEFAULT_VARIANTS),
-        help="precisions that would be exported (default: %(default)s)",
+        default=",".join((*DEFAULT_VARIANTS, WIDE)),
+        help="forms that would be exported (default: %(default)s)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="as in dash-export"
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    variants = parse_precisions(arguments.variants)
+    variants, wide = parse_variants(arguments.variants)
     from dash_onnx.cli.export import prepare_export
 
     prepare_export()
@@ -86,6 +86,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     source = open_source(arguments.path, REGISTRY, arguments.requantize, arguments.revision)
     options = ExportOptions(
         variants=variants,
+        wide=wide,
         device=arguments.device,
         max_length=arguments.max_length,
         block_size=arguments.block_size,
@@ -101,7 +102,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "estimates": to_json(sizes),
     }
     model = spec.facts
-    columns = _columns((*variants, SKIP), sizes.heads)
+    columns = _columns(tuple(sizes.layers), sizes.heads)
     rows = [["", *columns]]
     parts: dict[str, dict[Any, int]] = {
         "layers, MB": sizes.layers,
@@ -134,13 +135,22 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     del facts["files"], facts["ropes"], facts["attention"]
     size = sum(file.bytes for file in manifest.files.values())
     model, costs, export = manifest.model, manifest.costs, manifest.export
-    columns = _columns(manifest.actions, costs.heads_ms)
+    columns = _columns((*manifest.layers[0].bytes,), costs.heads_ms)
     rows = [["", *columns]]
-    totals = {a: sum(layer.bytes[a] for layer in manifest.layers) for a in manifest.actions}
-    medians = {a: _median_ms(manifest, a) for a in manifest.actions}
+    totals = {
+        form: sum(layer.bytes[form] for layer in manifest.layers)
+        for form in columns
+        if form in manifest.layers[0].bytes
+    }
+    medians: dict[Form, float] = {a: _median_ms(manifest, a) for a in manifest.actions}
     rows.append(["layers, MB", *(f"{totals[a] / 1e6:.1f}" if a in totals else "" for a in columns)])
-    rows.append(["one layer, ms", *(_ms(medians.get(a)) for a in columns)])
-    rows.append(["LM head, ms", *(_ms(costs.heads_ms.get(a)) for a in columns)])
+    rows.append(["one layer, ms", *(_ms(medians.get(form)) for form in columns)])
+    if (passes := costs.passes) is not None:
+        most = passes.rows[-1]
+        many = {form: passes.layer_ms(form, most, 0) for form in passes.layers_ms}
+        rows.append([f"for {most} rows, ms", *(_ms(many.get(form)) for form in columns)])
+    heads: dict[Form, float] = {head: ms for head, ms in costs.heads_ms.items()}
+    rows.append(["LM head, ms", *(_ms(heads.get(form)) for form in columns)])
     tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
     told = {"kind": "bundle", "bytes": size, "kv_bytes_per_token": manifest.kv_bytes}
     return {**told, **facts}, [
@@ -161,9 +171,10 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _columns(actions: Sequence[Action], heads: Collection[Action]) -> list[Action]:
-    """The actions, and precisions that only an LM head has, from dear to cheap."""
-    return [action for action in (*PRECISIONS, SKIP) if action in actions or action in heads]
+def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:
+    """The forms of layers, and those that only an LM head has, highest precision first."""
+    order: tuple[Form, ...] = (*PRECISIONS, SKIP, WIDE)
+    return [form for form in order if form in layers or form in heads]
 
 
 def _policy(manifest: Manifest) -> list[str]:

@@ -11,12 +11,22 @@ Action: TypeAlias = Literal["skip", "int2", "int4", "int8", "full"]
 Path: TypeAlias = tuple[Action, ...]
 """All decisions of one token: one action per layer."""
 
+Form: TypeAlias = Literal["skip", "int2", "int4", "int8", "full", "wide"]
+"""What one graph of a layer or LM head computes: an action, or what stands in for several."""
+
 SKIP: Action = "skip"
+WIDE: Form = "wide"
+"""INT8 with one scale for each output feature of a weight and each row of activations: the fastest
+product of many rows. It stands in for a precision where a pass has enough rows."""
+
 PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4", "int2")
 """Actions that run the layer, highest precision first."""
 
 DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
 """What is exported unless told: `full` takes four times INT8's memory and gains hardly anything."""
+
+WIDENED: tuple[Action, ...] = ("int4", "int2")
+"""Precisions that lose more than the wide form does."""
 
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 
@@ -36,10 +46,21 @@ def parse_precisions(text: str) -> tuple[Action, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PRECISIONS:
-            raise PolicyError(f"unknown variant {name!r}; choose from {', '.join(PRECISIONS)}")
+            known = ", ".join((*PRECISIONS, WIDE))
+            raise PolicyError(f"unknown variant {name!r}; choose from {known}")
     if not names:
         raise PolicyError(f"no variant given; choose from {', '.join(PRECISIONS)}")
     return tuple(action for action in PRECISIONS if action in names)
+
+
+def parse_variants(text: str) -> tuple[tuple[Action, ...], bool]:
+    """Parses `int8,int4,wide` into precisions, as `parse_precisions`, and whether `wide` is there.
+
+    Raises:
+        PolicyError: a name is neither, or there is no precision.
+    """
+    names = [name.strip() for name in text.split(",")]
+    return parse_precisions(",".join(name for name in names if name != WIDE)), WIDE in names
 
 
 def check_action(name: str, exported: Iterable[str]) -> Action:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from dash_onnx.core.actions import PRECISIONS, SKIP
+from dash_onnx.core.actions import PRECISIONS, SKIP, WIDE, Form
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
 if TYPE_CHECKING:
@@ -42,11 +42,12 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _rope_problems(manifest)
     if set(manifest.heads) != set(manifest.actions):
         yield f"heads must name one for each of {', '.join(manifest.actions)}"
-    graphs = [EMBED_PATH, *(head_path(head) for head in manifest.heads.values())]
+    wide: list[Form] = [] if manifest.wide is None else [WIDE]
+    graphs = [EMBED_PATH, *(head_path(head) for head in [*manifest.heads.values(), *wide])]
     graphs += [
-        layer_path(layer, action)
+        layer_path(layer, form)
         for layer in range(manifest.model.num_layers)
-        for action in manifest.actions
+        for form in [*manifest.actions, *wide]
     ]
     for graph in graphs:
         if graph not in manifest.files:
@@ -127,9 +128,44 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
     measured = (costs.heads_ms.values(), *(layer.values() for layer in costs.layers_ms))
     if not _all_in(_LEAST_MS, _MOST_MS, (ms for part in measured for ms in part)):
         yield f"costs must lie between {_LEAST_MS:.0e} and {_MOST_MS:.0e} ms"
+    yield from _pass_problems(manifest)
     others = (costs.embed_ms, costs.scorer_ms)
     if not all(0 <= ms < _MOST_MS for ms in others) or costs.threads < 1:
         yield "costs must be those of at least one thread, and none less than 0"
+
+
+def _pass_problems(manifest: Manifest) -> Iterator[str]:
+    passes = manifest.costs.passes
+    if manifest.wide is not None:
+        if not 0 <= manifest.wide.kl <= _LARGE:
+            yield "wide has a KL below 0"
+        if passes is None or WIDE not in passes.layers_ms or WIDE not in passes.heads_ms:
+            yield "costs.passes must list the wide form"
+    if passes is None:
+        return
+    if passes.plain_rows != passes.rows[: len(passes.plain_rows)]:
+        yield "costs.passes.plain_rows must be the first of its rows"
+    plain = [len(ms) for ms in passes.plain_ms] if passes.plain_rows else []
+    if passes.plain_rows and plain != [len(passes.plain_rows)] * len(passes.contexts):
+        yield "costs.passes.plain_ms must have a time for each context and number of rows"
+    if not all(abs(ms) < _MOST_MS for each in passes.plain_ms for ms in each):
+        yield f"costs.passes.plain_ms must be less than {_MOST_MS:.0e} ms"
+    for counts in (passes.rows, passes.contexts, passes.head_rows):
+        if not counts or list(counts) != sorted({*counts}) or not 0 <= counts[-1] <= _MOST:
+            yield "costs.passes must name rows and contexts, ascending"
+    layers, heads = set(passes.layers_ms), set(passes.heads_ms)
+    if not {*manifest.variants} <= layers or not {*manifest.exported_heads} <= heads:
+        yield "costs.passes must list every precision of the layers and of the LM head"
+    rows = [ms for each in passes.layers_ms.values() for ms in each]
+    if any(len(each) != len(passes.contexts) for each in passes.layers_ms.values()) or any(
+        len(ms) != len(passes.rows) for ms in rows
+    ):
+        yield "costs.passes must have a time for each number of rows and each context"
+    if any(len(ms) != len(passes.head_rows) for ms in passes.heads_ms.values()):
+        yield "costs.passes must have a time of the LM head for each number of rows"
+    rows += passes.heads_ms.values()
+    if not _all_in(_LEAST_MS, _MOST_MS, (ms for each in rows for ms in each)):
+        yield f"costs.passes must lie between {_LEAST_MS:.0e} and {_MOST_MS:.0e} ms"
 
 
 def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:

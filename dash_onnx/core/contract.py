@@ -1,8 +1,9 @@
 """The contract of the graphs: names, dtypes and shapes of every input and output.
 
 The exporter declares the ports of a graph from here and the runtime binds them from
-here, so the two cannot drift apart. `batch`, `seq`, `capacity` and `positions` are symbolic
-dimensions. The sequences of a batch are equally long, and take the same actions.
+here, so the two cannot drift apart. A graph has those inputs of its kind that it reads, in this
+order. `batch`, `seq`, `capacity` and `limit` are symbolic dimensions. The sequences of a batch
+take the same actions.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import Form
 from dash_onnx.core.facts import KVCacheType, ModelFacts, Rope, Target
 
 Size = TypeVar("Size", int, str)
 
-DType = Literal["float32", "float16", "int8", "uint8", "int32", "int64"]
+DType = Literal["float32", "float16", "int8", "uint8", "int32", "int64", "bool"]
 
 EMBED_PATH = "embed.onnx"
 
@@ -24,14 +25,14 @@ FUSED_FOLDER, REPORT_NAME = "fused", "report.html"
 """What dash-fuse and dash-report write into a bundle unless told otherwise: no part of it."""
 
 
-def layer_path(layer: int, action: Action) -> str:
+def layer_path(layer: int, form: Form) -> str:
     """Path of a layer graph inside the bundle."""
-    return f"layers/{layer:02d}/{action}.onnx"
+    return f"layers/{layer:02d}/{form}.onnx"
 
 
-def head_path(precision: Action) -> str:
+def head_path(form: Form) -> str:
     """Path of a head graph (final norm and LM head) inside the bundle."""
-    return f"head/{precision}.onnx"
+    return f"head/{form}.onnx"
 
 
 def data_name(graph: str) -> str:
@@ -133,11 +134,14 @@ def layer_ports(dims: Dims) -> Ports:
     `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
     and updated in place; `capacity` is their length in tokens. `seqlens_k` is the number of
     valid tokens after this run minus one (GroupQueryAttention's convention), `start` the number
-    before it: where a skipped layer writes its K/V.
+    before it: where new K/V are written. `positions` are those of the new tokens, and `mask` is
+    added to their scores: zero where a token sees another one, minus infinity elsewhere. `plain`
+    chooses between two attentions, from plain operators or by GroupQueryAttention; the first reads
+    the mask and writes at `start`, the second reads neither.
     """
     hidden = ("batch", "seq", dims.hidden_size)
     cache = dims.cache_shape("batch", "capacity")
-    rotary = ("positions", dims.rotary_dim // 2)
+    rotary = ("limit", dims.rotary_dim // 2)
     return Ports(
         inputs=(
             Port("hidden_in", dims.dtype, hidden),
@@ -146,6 +150,9 @@ def layer_ports(dims: Dims) -> Ports:
             Port("seqlens_k", "int32", ("batch",)),
             Port("total_sequence_length", "int32", ()),
             Port("start", "int64", ("batch",)),
+            Port("positions", "int64", ("batch", "seq")),
+            Port("mask", "float32", ("batch", 1, 1, "seq", "capacity")),
+            Port("plain", "bool", ()),
             Port("cos_cache", dims.dtype, rotary),
             Port("sin_cache", dims.dtype, rotary),
         ),

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from dash_onnx.core.actions import PRECISIONS, Action
+import numpy as np
+
+from dash_onnx.core.actions import PRECISIONS, Action, Form
 
 _LARGE = 200_000_000  # weights of the layers
+
+AttentionForms = Literal["grouped", "both"]
+"""GroupQueryAttention alone, or also plain operators, between which the runtime chooses."""
 
 KVCacheType = Literal["float", "int8", "int4"]
 """Element type of the K/V cache; float is that of the activations."""
@@ -78,6 +83,7 @@ class Target:
         block_size: weights that share one quantization scale.
         accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
         kv_cache: element type of the K/V cache.
+        attention: in which forms the layers have it.
     """
 
     device: Literal["cpu", "cuda"]
@@ -85,6 +91,7 @@ class Target:
     block_size: int
     accuracy_level: int
     kv_cache: KVCacheType = "float"
+    attention: AttentionForms = "grouped"
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,27 @@ class LayerFacts:
     Attributes:
         scale: mean of ||y|| / ||x||; a skipped layer returns `scale * x`.
         cosine: mean cosine similarity of x and y.
-        relative_error: per action, ||y_action - y|| / ||y|| over all those tokens.
-        bytes: per action, size of graph and weights on disk.
+        relative_error: per form, ||y_form - y|| / ||y|| over all those tokens.
+        bytes: per form, size of graph and weights on disk.
     """
 
     scale: float
     cosine: float
-    relative_error: dict[Action, float]
-    bytes: dict[Action, int]
+    relative_error: dict[Form, float]
+    bytes: dict[Form, int]
+
+
+@dataclass(frozen=True)
+class WideFacts:
+    """What the wide form of all layers loses.
+
+    Attributes:
+        kl: KL(full precision || all layers wide) in nats, with the LM head in full precision.
+        tokens: of the calibration text that it was measured on.
+    """
+
+    kl: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +146,65 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class PassCosts:
+    """Milliseconds of a layer and of the LM head by the rows of a pass, all of one sequence.
+
+    Attributes:
+        rows: tokens of a pass, ascending.
+        contexts: tokens in the K/V cache before it, ascending.
+        layers_ms: by form, for each context, for each number of rows: the mean of some layers, with
+            grouped attention.
+        plain_rows: rows that attention from plain operators was timed for, ascending: the first of
+            `rows`, as its memory grows with them.
+        plain_ms: what it adds to a layer, for each context, for each of them; negative where it is
+            the faster one.
+        head_rows: rows that the LM head is asked for, ascending.
+        heads_ms: by form, for each of them.
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    layers_ms: dict[Form, tuple[tuple[float, ...], ...]]
+    plain_rows: tuple[int, ...]
+    plain_ms: tuple[tuple[float, ...], ...]
+    head_rows: tuple[int, ...]
+    heads_ms: dict[Form, tuple[float, ...]]
+
+    def layer_ms(self, form: Form, rows: int, context: int) -> float:
+        """Of a layer; between the measured rows and contexts, and beyond them, it is linear."""
+        each = [_linear(rows, self.rows, ms) for ms in self.layers_ms[form]]
+        return _linear(context, self.contexts, each)
+
+    def attends_plainly(self, rows: int, context: int, capacity: int) -> bool:
+        """Whether attention from plain operators is the faster one for rows of one sequence.
+
+        Args:
+            rows: of the pass.
+            context: tokens in the K/V cache, which the other attention reads.
+            capacity: of the cache, all of which this one reads.
+        """
+        if not self.plain_rows or rows > self.plain_rows[-1]:
+            return False
+        each = [_linear(rows, self.plain_rows, ms) for ms in self.plain_ms]
+        form = next(iter(self.layers_ms))
+        unused = self.layer_ms(form, rows, capacity) - self.layer_ms(form, rows, context)
+        return _linear(capacity, self.contexts, each) + unused < 0
+
+    def head_ms(self, form: Form, rows: int) -> float:
+        """Of the LM head on all rows; likewise."""
+        return _linear(rows, self.head_rows, self.heads_ms[form])
+
+
+def _linear(x: float, known: Sequence[int], values: Sequence[float]) -> float:
+    """A function at x, from its values at some points."""
+    if len(known) == 1:
+        return values[0]
+    right = min(max(int(np.searchsorted(known, x)), 1), len(known) - 1)
+    (a, b), (low, high) = known[right - 1 : right + 1], values[right - 1 : right + 1]
+    return low + (high - low) * (x - a) / (b - a)
+
+
+@dataclass(frozen=True)
 class Costs:
     """Milliseconds of the parts of one decoded token, profiled through the real dispatch.
 
@@ -138,6 +217,7 @@ class Costs:
         layers_ms: by layer and action.
         spread: how much longer than these figures a usual run took, as a share of them. Other work
             on the machine makes it large.
+        passes: by rows and contexts; None where there is nothing to choose from.
     """
 
     machine: str
@@ -147,6 +227,7 @@ class Costs:
     heads_ms: dict[Action, float]
     layers_ms: tuple[dict[Action, float], ...]
     spread: float = 0.0
+    passes: PassCosts | None = None
 
     @property
     def unit_ms(self) -> float:

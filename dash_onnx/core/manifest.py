@@ -9,11 +9,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from dash_onnx.core.actions import PRECISIONS, SKIP, Action
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Form
 from dash_onnx.core.block import Attention, Block
 from dash_onnx.core.consistency import first_problem
 from dash_onnx.core.contract import Dims, data_name, head_path, layer_path
@@ -28,6 +27,7 @@ from dash_onnx.core.facts import (
     Rope,
     ScorerFacts,
     Target,
+    WideFacts,
 )
 from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.core.version import FORMAT_VERSION
@@ -59,6 +59,7 @@ class Manifest:
         scorer: None where no policy was trained.
         export: how the export went.
         files: every file of the bundle but the manifest, by path relative to it.
+        wide: what the wide form loses; None where the bundle has none.
     """
 
     format_version: int
@@ -76,6 +77,7 @@ class Manifest:
     scorer: ScorerFacts | None
     export: ExportFacts
     files: dict[str, FileFacts]
+    wide: WideFacts | None = None
 
     @property
     def dims(self) -> Dims:
@@ -91,10 +93,10 @@ class Manifest:
         graphs = [(layer_path(index, action), action) for index, action in enumerate(path)]
         return sum(self.graph_bytes(*graph) for graph in [*graphs, (head_path(head), head)])
 
-    def graph_bytes(self, graph: str, action: Action) -> int:
+    def graph_bytes(self, graph: str, form: Form) -> int:
         """Bytes of a graph's weights in memory: `full` is FP32 in a CPU's memory."""
         stored = self.files.get(data_name(graph), self.files[graph]).bytes
-        return 2 * stored if action == "full" and self.target.device == "cpu" else stored
+        return 2 * stored if form == "full" and self.target.device == "cpu" else stored
 
     @property
     def kv_bytes(self) -> int:
@@ -131,7 +133,7 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{name} is not valid JSON ({error}); export again") from None
         if isinstance(data, dict) and data.get("format_version") == FORMAT_VERSION - 1:
-            _upgrade(data)
+            data["format_version"] = FORMAT_VERSION  # format 3 has no wide form, and no passes
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise BundleError(
@@ -150,18 +152,3 @@ class Manifest:
         if problem := first_problem(manifest):
             raise BundleError(f"{name}: {problem}")
         return manifest
-
-
-def _upgrade(data: dict[str, Any]) -> None:
-    """Renames the keys that format 3 calls otherwise, and drops the one that it has not."""
-    data["format_version"] = FORMAT_VERSION
-    data.pop("kv_of_skipped", None)
-    scorer = data.get("scorer")
-    points = scorer.get("points") if isinstance(scorer, dict) else None
-    for old, new, records in (
-        ("looks", "decision_points", [scorer]),
-        ("price", "multiplier", points if isinstance(points, list) else []),
-    ):
-        for record in records:
-            if isinstance(record, dict) and old in record:
-                record[new] = record.pop(old)

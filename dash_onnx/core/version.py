@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the bundle format; a reader takes the one before it, and refuses any other."""

@@ -56,6 +56,10 @@ class Linear:
         bias = None if self.bias is None else self.bias[start:stop]
         return Linear(name, self.weight[start:stop], bias)
 
+    def columns(self, which: npt.NDArray[np.int64], name: str) -> Linear:
+        """The part of the outputs that some of the inputs make, without the bias."""
+        return Linear(name, self.weight[:, torch.from_numpy(which)])
+
     def reordered(self, order: npt.NDArray[np.int64]) -> Linear:
         """The same outputs in another order: indices of the present ones."""
         bias = None if self.bias is None else self.bias[order]

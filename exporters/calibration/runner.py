@@ -141,16 +141,22 @@ class Runner:
         past = next(port for port in session.get_inputs() if port.name == "past_key")
         stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
         cache = np.zeros((1, facts.num_kv_heads, length, past.shape[-1]), stored)
-        return {
+        positions = np.arange(length)
+        seen = positions <= positions[:, None]
+        feeds = {
             HIDDEN: x[None],
             "past_key": cache,
             "past_value": cache,
             "seqlens_k": np.array([length - 1], np.int32),
             "total_sequence_length": np.array(length, np.int32),
             "start": np.zeros(1, np.int64),
+            "positions": positions[None],
+            "mask": np.where(seen, np.float32(0), np.float32(-np.inf))[None, None, None],
+            "plain": np.array(False),
             "cos_cache": cos,
             "sin_cache": sin,
         }
+        return {port.name: feeds[port.name] for port in session.get_inputs()}
 
 
 def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.float32]:

@@ -122,7 +122,7 @@ def write_text(
         BundleError: the graphs take one sequence only.
     """
     sessions = Sessions(bundle, open_backend(bundle.manifest.target.device))
-    if sessions.embed().get_inputs()[0].shape[0] == 1:
+    if sessions.embed().session.get_inputs()[0].shape[0] == 1:
         raise BundleError(f"{bundle.folder} is of an earlier version of dash-onnx; export again")
     manifest, dims = bundle.manifest, bundle.manifest.dims
     layers = manifest.model.num_layers

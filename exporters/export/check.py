@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dash_onnx.core.actions import PRECISIONS, Action
+from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.exporters.architectures import architecture_of
@@ -33,7 +33,7 @@ def distance(speed, hours):
     return speed * hours  # miles
 """
 
-LIMITS: Mapping[Action, float] = {"full": 2e-3, "int8": 0.1, "int4": 0.5, "int2": 1.5}
+LIMITS: Mapping[Form, float] = {"full": 2e-3, "int8": 0.1, "int4": 0.5, "int2": 1.5, WIDE: 0.25}
 """Relative error of a layer's output: FP16's rounding of weights is 5e-4 of each, and of a residual
 stream that a layer adds little to a fraction of that; INT8 rounds weights and inputs to 1 part in
 250 of the largest of a block, INT4 to 1 in 15. Random weights, the worst case, come within 60 % of
@@ -42,7 +42,7 @@ these limits; a graph with a wrong or a missing part exceeds them."""
 CUDA_LIMIT = 1e-2
 """Likewise of `full` for CUDA, which also computes in FP16."""
 
-KL_LIMITS: Mapping[Action, float] = {"full": 1e-3, "int8": 0.25, "int4": 2.5, "int2": 12.0}
+KL_LIMITS: Mapping[Form, float] = {"full": 1e-3, "int8": 0.25, "int4": 2.5, "int2": 12.0}
 """Nats between the next-token distributions of transformers and of all layers and the head at one
 precision: ten times what the demo model has (INT8 0.02, INT4 0.2 on single sentences)."""
 
@@ -58,11 +58,11 @@ class CheckRow:
     """
 
     name: str
-    errors: dict[Action, float]
-    limits: dict[Action, float]
+    errors: dict[Form, float]
+    limits: dict[Form, float]
 
     @property
-    def exceeded(self) -> list[Action]:
+    def exceeded(self) -> list[Form]:
         """Actions beyond their limit, or not a number."""
         return [a for a, limit in self.limits.items() if not self.errors[a] <= limit]
 
@@ -116,21 +116,23 @@ def check(source: Source, bundle: Bundle, kind: CheckKind) -> CheckResult:
     limits = {**LIMITS, "full": CUDA_LIMIT} if device == "cuda" else LIMITS
     rows: list[CheckRow] = []
 
-    def add(name: str, errors: dict[Action, float]) -> None:
+    def add(name: str, errors: dict[Form, float]) -> None:
         """A row; a skip has no limit, as it is meant to differ."""
-        rows.append(CheckRow(name, errors, {a: limits[a] for a in PRECISIONS if a in errors}))
+        rows.append(
+            CheckRow(name, errors, {form: limits[form] for form in limits if form in errors})
+        )
 
     runner = Runner.on(device, spec)
     path = runner.embed(bundle.verified(EMBED_PATH), ids)  # what the graphs gave so far, [1, S, D]
     add("embedding", {best: relative_error(path, layers[0][0])})
     for index, (x, y) in enumerate(layers):
         errors = dict(manifest.layers[index].relative_error)
-        for action in manifest.actions if kind == "full" else (best,):
-            graph = bundle.verified(layer_path(index, action))
-            inputs = [x.astype(path.dtype), *([path] if action == best else [])]
+        for form in manifest.layers[index].bytes if kind == "full" else (best,):
+            graph = bundle.verified(layer_path(index, form))
+            inputs = [x.astype(path.dtype), *([path] if form == best else [])]
             output = runner.layer(index, graph, np.concatenate(inputs))
-            errors[action] = relative_error(output[:1], y)
-            if action == best:
+            errors[form] = relative_error(output[:1], y)
+            if form == best:
                 path = output[1:]
         add(str(index), errors)
         release_memory()

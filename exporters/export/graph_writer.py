@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dash_onnx.core.actions import ACTIONS, SKIP, Action
+from dash_onnx.core.actions import ACTIONS, SKIP, WIDE, Action, Form
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path, layer_path
-from dash_onnx.core.facts import LayerFacts
+from dash_onnx.core.facts import LayerFacts, WideFacts
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
@@ -22,6 +22,7 @@ from dash_onnx.exporters.calibration.statistics import (
 from dash_onnx.exporters.calibration.tokens import Ids
 from dash_onnx.exporters.device import torch_device
 from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.export.wide_loss import wide_facts
 from dash_onnx.exporters.graphs import (
     build_embed,
     build_head,
@@ -75,7 +76,7 @@ class GraphWriter:
     ) -> LayerFacts:
         """Writes every variant of a layer, and its full output; returns the layer's figures."""
         spec, target, variants = self.spec, self.target, self.options.variants
-        paths = {action: layer_path(index, action) for action in ACTIONS}
+        paths: dict[Form, str] = {form: layer_path(index, form) for form in (*ACTIONS, WIDE)}
         shutil.rmtree((folder / paths[SKIP]).parent, ignore_errors=True)
         layer = self.architecture.layer(self.source.weights, index, spec)
 
@@ -84,7 +85,7 @@ class GraphWriter:
         kept = build_layer(folder, index, layer, spec, exact, "full", {})
         inputs: dict[str, str] = {}
         if self.options.calibrates:
-            inputs = captured_inputs(layer, spec, target.block_size, variants)
+            inputs = captured_inputs(layer, spec, target.block_size, self.options.forms)
         sinks = _sink_weights(layer)
         with self.torch_device:
             hessians = self.runner.layer_with_hessians(
@@ -105,20 +106,21 @@ class GraphWriter:
         if rank := self.options.compensation_rank:
             with self.torch_device:
                 correction = compensation(hidden, out, layer.input_norm, spec.block, scale, rank)
-        errors: dict[Action, float] = {}
-        for action in (*variants, SKIP):
+        errors: dict[Form, float] = {}
+        forms: tuple[Form, ...] = (*self.options.forms, SKIP)
+        for form in forms:
             common = folder, index, layer, spec, target
-            if action == SKIP:
+            if form == SKIP:
                 build_skip(*common, scale, correction, hessians, scales)
-            elif action != "full" or target != exact:
-                self.fp32_kept += build_layer(*common, action, hessians, scales)
-            if action == "full":
+            elif form != "full" or target != exact:
+                self.fp32_kept += build_layer(*common, form, hessians, scales)
+            if form == "full":
                 continue
-            output = self.runner.layer(index, folder / paths[action], few)
-            errors[action] = relative_error(output, full)
+            output = self.runner.layer(index, folder / paths[form], few)
+            errors[form] = relative_error(output, full)
         sizes = {
-            action: sum(part.stat().st_size for part in _files_of(folder, paths[action]))
-            for action in (*variants, SKIP)
+            form: sum(part.stat().st_size for part in _files_of(folder, paths[form]))
+            for form in forms
         }
         return LayerFacts(scale, cosine, errors, sizes)
 
@@ -126,14 +128,15 @@ class GraphWriter:
         """Writes the LM heads; returns which one each kind of policy uses."""
         head = self.architecture.head(self.source.weights, self.spec)
         precisions = self.options.head_precisions(self.spec.facts, head.linear.bias is not None)
+        wide: tuple[Form, ...] = (WIDE,) if self.options.wide else ()
         gram = gram_of(hidden, head.norm, self.spec.block)
         hessians = {head.linear.name: gram}
-        for precision in precisions:
-            self.fp32_kept += build_head(folder, head, self.spec, self.target, precision, hessians)
+        for form in (*precisions, *wide):
+            self.fp32_kept += build_head(folder, head, self.spec, self.target, form, hessians)
         del head, gram, hessians  # a large vocabulary's, before the graphs hold its weights again
         release_memory()
-        for precision in precisions:
-            self.runner.head(folder / head_path(precision), hidden)
+        for form in (*precisions, *wide):
+            self.runner.head(folder / head_path(form), hidden)
         # An INT4 head that looks twice loses all but nothing; another one loses more per
         # millisecond than any layer does.
         mixed = "int8" if "int8" in precisions else precisions[0]
@@ -142,6 +145,11 @@ class GraphWriter:
         own = [action for action in precisions if action in ("full", "int8")]
         chosen: dict[Action, Action] = dict.fromkeys((*self.options.variants, SKIP), mixed)
         return chosen | dict(zip(own, own, strict=True))
+
+    def wide(self, folder: Path, ids: Ids, full: HiddenStateFile) -> WideFacts:
+        """What the wide form of all layers loses, on tokens whose full states are given."""
+        head = self.architecture.head(self.source.weights, self.spec)
+        return wide_facts(folder, self.runner, self.spec, head, ids, full)
 
 
 def _sink_weights(layer: Layer) -> dict[str, float]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from dash_onnx.core.actions import DEFAULT_VARIANTS, Action
+from dash_onnx.core.actions import DEFAULT_VARIANTS, WIDE, WIDENED, Action, Form
 from dash_onnx.core.errors import UnsupportedError
-from dash_onnx.core.facts import KVCacheType, ModelFacts, Target
+from dash_onnx.core.facts import AttentionForms, KVCacheType, ModelFacts, Target
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
@@ -16,6 +16,7 @@ from dash_onnx.runtime.ort import Device
 _LARGE_BLOCK, _BLOCK, _GGUF_BLOCK = 128, 64, 32  # the last is that of GGUF's types
 _LARGE_HEAD = 1 << 26  # weights; of 28 million an INT2 head takes longer than an INT4 one
 _RANK = 64  # see docs/decisions/0002
+_CHOICE_PAYS = 8_000_000  # weights of a layer, see docs/decisions/0108
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class ExportOptions:
 
     Attributes:
         variants: precisions of each layer, highest first.
+        wide: also a form for passes of many rows, where a precision of few bits and a CPU have a
+            use for it.
         device: decides the dtype of activations and the operators.
         train_device: that torch calibrates and rounds on.
         max_length: context in tokens; None takes the model's own.
@@ -37,6 +40,8 @@ class ExportOptions:
         accuracy_level: in what MatMulNBits computes: 0 (as ONNX Runtime chooses), 1 (FP32), 2
             (FP16), 3 (BF16) or 4 (INT8 activations). None takes 4 on the CPU, 0 on CUDA.
         kv_cache: element type of the K/V cache.
+        attention: in which forms the layers have it; None takes both where the choice, some eight
+            microseconds a layer, is a small part of the layer's time.
         requantize: round weights that the source has as integers anew.
         overwrite: replace an existing bundle.
         resume: go on where an interrupted export stopped, and keep what is finished if this one
@@ -46,6 +51,7 @@ class ExportOptions:
     """
 
     variants: tuple[Action, ...] = DEFAULT_VARIANTS
+    wide: bool = True
     device: Device = "cpu"
     train_device: TrainDevice = "cpu"
     max_length: int | None = None
@@ -55,6 +61,7 @@ class ExportOptions:
     accuracy_level: int | None = None
     compensation_rank: int | None = None
     kv_cache: KVCacheType = "float"
+    attention: AttentionForms | None = None
     requantize: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -88,7 +95,20 @@ class ExportOptions:
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
         fast = 4 if self.device == "cpu" else 0
         level = fast if self.accuracy_level is None else self.accuracy_level
-        return replace(self, block_size=block, compensation_rank=rank, accuracy_level=level)
+        wide = self.wide and self.device == "cpu" and not {*WIDENED}.isdisjoint(self.variants)
+        attention = self.attention
+        if attention is None:
+            attention = "both" if facts.layer_parameters >= _CHOICE_PAYS else "grouped"
+        if self.device != "cpu" or self.kv_cache != "float":
+            attention = "grouped"
+        return replace(
+            self,
+            wide=wide,
+            attention=attention,
+            block_size=block,
+            compensation_rank=rank,
+            accuracy_level=level,
+        )
 
     @cached_property
     def texts(self) -> tuple[TextSource, ...]:
@@ -102,7 +122,12 @@ class ExportOptions:
     @property
     def calibrates(self) -> bool:
         """Whether GPTQ rounds a precision, which needs the inputs of every product."""
-        return not {"int4", "int2"}.isdisjoint(self.variants)
+        return not {*WIDENED}.isdisjoint(self.variants)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Of each layer, but `skip`, which always exists; of resolved options."""
+        return (*self.variants, WIDE) if self.wide else self.variants
 
     def head_precisions(self, facts: ModelFacts, biased: bool = False) -> tuple[Action, ...]:
         """Of the LM heads; a large one in INT2 too, where it can look at the INT8 head's weights.
@@ -120,5 +145,7 @@ class ExportOptions:
     def target(self) -> Target:
         """What the graphs are built for, of resolved options."""
         assert self.block_size is not None and self.accuracy_level is not None
+        assert self.attention is not None
         dtype: Literal["float32", "float16"] = "float32" if self.device == "cpu" else "float16"
-        return Target(self.device, dtype, self.block_size, self.accuracy_level, self.kv_cache)
+        sizes = self.block_size, self.accuracy_level
+        return Target(self.device, dtype, *sizes, self.kv_cache, self.attention)

@@ -102,6 +102,7 @@ def export(
             finish()
         with Phase("LM head", total=1):
             heads = writer.heads(folder, partial.states(len(every)))
+        wide = writer.wide(folder, ids, partial.states(len(every))) if options.wide else None
         source.save_text_files(folder)
         manifest = untrained_manifest(
             spec,
@@ -113,6 +114,7 @@ def export(
             calibration=calibration,
             export=_facts(source, so_far()),
             files=list_files(folder),
+            wide=wide,
         )
         release_memory()
         manifest = replace(manifest, costs=profile(Bundle(folder, manifest), writer.runner.device))

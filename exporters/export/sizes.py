@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Head, Layer, Linear, Norm
@@ -36,20 +36,21 @@ class Sizes:
 
     Attributes:
         parameters: of the model.
-        layers: all layer graphs of an action on disk.
-        heads: the LM head of a precision on disk.
+        layers: all layer graphs of a form on disk.
+        heads: the LM head in a form on disk.
         embedding: on disk, as FP16; INT8 rows of a GGUF file take half of it.
         bundle: all files but the text files.
         work: on disk beside it, until the export is done.
-        run: memory of a process that runs all layers in an action, at the start of a context, with
-            `memory="low"`; `policy` loads every action.
+        run: memory of a process that runs all layers in an action, at the start of a context;
+            `policy` loads every action. With the wide form, for those that use it, unless
+            `memory="low"` leaves it out.
         kv_per_token: of the K/V cache.
         export: highest memory of the export.
     """
 
     parameters: int
-    layers: dict[Action, int]
-    heads: dict[Action, int]
+    layers: dict[Form, int]
+    heads: dict[Form, int]
     embedding: int
     bundle: int
     work: int
@@ -115,20 +116,22 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     architecture, weights = architecture_of(source.config), _Shapes(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
-    facts, variants = spec.facts, options.variants
+    facts = spec.facts
     head = architecture.head(weights, spec)
     resolved = options.resolved(source.kind, facts)
+    forms, variants = resolved.forms, resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
-    kept: dict[Action, int] = dict.fromkeys((*variants, SKIP), 0)
+    kept: dict[Form, int] = dict.fromkeys((*forms, SKIP), 0)
     widest = draft = 0
     for index in range(facts.num_layers):
         layer = architecture.layer(weights, index, spec)
-        for precision in variants:
-            kept[precision] += rule.stored(precision, *vars(layer).values()) + _GRAPH_BYTES
+        for form in forms:
+            kept[form] += rule.stored(form, *vars(layer).values()) + _GRAPH_BYTES
         kept[SKIP] += rule.skip(layer, facts.num_kv_heads * facts.head_dim) + _GRAPH_BYTES
         draft += rule.stored("int8", *vars(layer).values())
         widest = max(widest, rule.working(layer.linears))
-    heads = {precision: rule.head(precision, head) for precision in rule.heads}
+    head_forms: tuple[Form, ...] = (*rule.heads, *((WIDE,) if resolved.wide else ()))
+    heads = {form: rule.head(form, head) for form in head_forms}
     embedding = 2 * facts.vocab_size * facts.hidden_size
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
@@ -137,13 +140,18 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
     loaded, loaded_heads = (
-        {action: size * (wide if action == "full" else 1) for action, size in sizes.items()}
+        {form: size * (wide if form == "full" else 1) for form, size in sizes.items()}
         for sizes in (kept, heads)
     )
+    many = loaded.get(WIDE, 0)
     mixed = loaded_heads["int8" if "int8" in heads else rule.heads[0]]
     process = _RUNTIME_BYTES + _LOADED_TOKEN_BYTES * facts.vocab_size
     run: dict[str, int] = {
-        a: process + loaded[a] + (loaded_heads[a] if a == "full" else mixed) for a in variants
+        a: process
+        + loaded[a]
+        + (loaded_heads[a] if a == "full" else mixed)
+        + (many if a in WIDENED else 0)
+        for a in variants
     }
     run["policy"] = process + sum(loaded.values()) + mixed
     text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv * rule.wide)
@@ -172,11 +180,11 @@ class _Rule:
         self.hessians = options.calibrates
         self.heads = heads
 
-    def stored(self, precision: Action, *parts: Linear | Norm | None) -> int:
+    def stored(self, form: Form, *parts: Linear | Norm | None) -> int:
         size = 0
         for part in parts:
             if isinstance(part, Linear):
-                kept = weight_precision(precision, part.name)
+                kept = weight_precision(form, part.name)
                 size += self.matrix(part.out_features, part.in_features, kept)
             elif part is not None:
                 size += self.wide * part.weight.numel()
@@ -184,22 +192,22 @@ class _Rule:
                 size += self.wide * part.bias.numel()
         return size
 
-    def head(self, precision: Action, head: Head) -> int:
-        size, linear = self.stored(precision, head.norm, head.linear), head.linear
-        previews = precision in EXACT_TOKENS and self.target.device == "cpu"
+    def head(self, form: Form, head: Head) -> int:
+        size, linear = self.stored(form, head.norm, head.linear), head.linear
+        previews = form in EXACT_TOKENS and self.target.device == "cpu"
         if not previews or "int8" not in self.heads or linear.bias is not None:
             return size
         rows, columns = linear.out_features, linear.in_features
         block = preview_block(columns, self.target.block_size)
-        preview = self.matrix(rows, columns, precision, block)
-        return size - self.matrix(rows, columns, precision) + preview + _PREVIEW_BYTES
+        preview = self.matrix(rows, columns, form, block)
+        return size - self.matrix(rows, columns, form) + preview + _PREVIEW_BYTES
 
-    def matrix(
-        self, rows: int, columns: int, precision: Action, block_size: int | None = None
-    ) -> int:
-        if precision == "full":
+    def matrix(self, rows: int, columns: int, form: Form, block_size: int | None = None) -> int:
+        if form == "full":
             return 2 * rows * columns
-        bits = BITS[precision]
+        if form == WIDE:
+            return rows * (columns + 4)
+        bits = BITS[form]
         block = block_size or block_size_of(bits, self.target, columns)
         blocks = -(-columns // block)
         zeros = -(-blocks * bits // 8) if bits < 8 else 0

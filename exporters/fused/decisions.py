@@ -161,7 +161,7 @@ class Decisions:
             port.name: np.zeros([int(n) for n in port.shape], port.dtype)
             for port in sessions.scorer_ports.inputs
         }
-        values: np.ndarray = sessions.scorer().run(["total"], nothing)[0]
+        values: np.ndarray = sessions.scorer().session.run(["total"], nothing)[0]
         return values
 
     def _score(self, number: int, hidden: str) -> None:

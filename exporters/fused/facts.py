@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dash_onnx.core.actions import Action, check_action
+from dash_onnx.core.actions import WIDE, WIDENED, Action, Form, check_action
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, ScoredPolicy
@@ -33,13 +33,14 @@ class FuseOptions:
         policy: see `make_policy`; it must be `dash` or have one path for every token.
         budget: the default of the graph's own, as given.
         prefill: precision of a prompt where the scorer decides; None takes the highest of those
-            that it decides between. A fixed policy runs its prompts on its path.
+            that it decides between. A fixed policy runs its prompts on its path, or in the wide
+            form where it takes few bits.
     """
 
     client: str = "genai"
     policy: str = ""
     budget: str | None = None
-    prefill: Action | None = None
+    prefill: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class FusedFacts:
         actions: what the indices in `dash_path` mean.
         runs: those that the graph decides between, from dear to cheap. The highest precision is
             left out where INT8 stands for it: it would double the file for the dearest budgets.
-        prompt: precision of a prompt, where the scorer decides.
+        prompt: precision of a prompt, where the scorer decides; `wide` or None where it does not.
         path: of every token where the policy is fixed; such a graph has no `dash_path`.
         budgets: where the scorer decides; None where the policy is fixed.
     """
@@ -80,7 +81,7 @@ class FusedFacts:
     context: int
     actions: tuple[Action, ...]
     runs: tuple[Action, ...]
-    prompt: Action | None
+    prompt: Form | None
     path: tuple[Action, ...] | None
     budgets: Budgets | None
 
@@ -94,11 +95,16 @@ class FusedFacts:
         scorer = manifest.scorer
         model = manifest.model.name, manifest.model.max_length
         if not isinstance(policy, ScoredPolicy):
-            if options.prefill is not None:
-                raise PolicyError(f"policy {policy.name!r} takes no prefill: one path for all")
-            path = policy.uniform or ()
+            path, prompt = policy.uniform or (), options.prefill
+            if prompt not in (None, WIDE) or (prompt == WIDE and {*WIDENED}.isdisjoint(path)):
+                raise PolicyError(
+                    f"policy {policy.name!r} has one path for all: it takes no prefill but `wide`, "
+                    "and that only with layers in int4 or int2"
+                )
+            if prompt == WIDE and manifest.wide is None:
+                raise PolicyError("this bundle has no wide form: export again with it")
             runs = tuple(action for action in manifest.actions if action in path)
-            return cls(options, *model, manifest.actions, runs, None, path, None)
+            return cls(options, *model, manifest.actions, runs, prompt, path, None)
         assert scorer is not None
         runs = scorer.actions[scorer.actions[:2] == ("full", "int8") :]
         prompt = check_action(options.prefill or runs[0], manifest.variants)

@@ -16,7 +16,7 @@ from onnx.external_data_helper import (
     uses_external_data,
 )
 
-from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
@@ -25,7 +25,7 @@ from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
-from dash_onnx.exporters.fused.rewrite import attend_to_write, rename
+from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, rename
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 
@@ -69,8 +69,14 @@ class Fusion:
             for group in decisions.groups:
                 decisions.decide_after(group.start)
                 self._decided(group, decisions)
+        if self.facts.path and self.facts.prompt:
+            self.node("Shape", ["input_ids"], ["length"], start=1, end=2)
+            self.node("Greater", ["length", "one"], ["many"])
         for layer, action in enumerate(self.facts.path or ()):
-            self._fixed(layer, action)
+            if self.facts.prompt and action in WIDENED:
+                self._widened(layer, action)
+            else:
+                self._fixed(layer, action)
         final = f"hidden.{facts.num_layers}"
         self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
         ports = self._ports(decisions is not None)
@@ -139,6 +145,15 @@ class Fusion:
         branch = self._branch(layer, action, f"hidden.{layer}", _made_by(layer))
         self.nodes += branch.node
         self.initializers += branch.initializer
+
+    def _widened(self, layer: int, action: Action) -> None:
+        """A layer that runs in the wide form where a pass has several tokens."""
+        hidden, outputs = f"hidden.{layer}", _made_by(layer)
+        branches = {
+            f"{side}_branch": self._branch(layer, form, hidden, [f"{o}.{side}" for o in outputs])
+            for side, form in (("then", WIDE), ("else", action))
+        }
+        self.node("If", ["many"], outputs, **branches)
 
     def _decided(self, group: range, decisions: Decisions) -> None:
         """The layers of a group: one branch for the commonest action in all, else an `If` each."""
@@ -211,11 +226,12 @@ class Fusion:
         return [*nodes, helper.make_node("If", [flag], outputs, **branches)]
 
     def _branch(
-        self, layer: int, action: Action, before: str, outputs: Sequence[str]
+        self, layer: int, form: Form, before: str, outputs: Sequence[str]
     ) -> onnx.GraphProto:
-        model = self._load(layer_path(layer, action))
-        if action == SKIP:
+        model = self._load(layer_path(layer, form))
+        if form == SKIP:
             attend_to_write(model.graph, self.bundle.manifest)
+        group_attention(model.graph)
         hidden, key, value = outputs
         cos, sin = _rotary_names(self.bundle.manifest.rope_of(layer))
         names = {
@@ -230,10 +246,8 @@ class Fusion:
             "cos_cache": cos,
             "sin_cache": sin,
         }
-        self._adopt(model.graph, f"{hidden}.{action}.", names)
-        graph = helper.make_graph(
-            model.graph.node, f"layer_{layer}_{action}", [], _outputs(outputs)
-        )
+        self._adopt(model.graph, f"{hidden}.{form}.", names)
+        graph = helper.make_graph(model.graph.node, f"layer_{layer}_{form}", [], _outputs(outputs))
         for tensor in model.graph.initializer:
             outside = uses_external_data(tensor) and not self.client.data_in_branches
             (self.initializers if outside else graph.initializer).append(tensor)

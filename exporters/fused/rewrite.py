@@ -10,11 +10,28 @@ from dash_onnx.core.manifest import Manifest
 _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 
 
+def group_attention(graph: onnx.GraphProto) -> None:
+    """Leaves GroupQueryAttention alone where a graph may choose between two attentions.
+
+    The other one is made for a buffer of full length; GroupQueryAttention also grows one.
+    """
+    for number, node in enumerate(graph.node):
+        if node.op_type == "If" and "present_key" in node.output:
+            (branch,) = (a.g for a in node.attribute if a.name == "else_branch")
+            names = {o.name: name for o, name in zip(branch.output, node.output, strict=True)}
+            for inner in branch.node:
+                inner.output[:] = [names.get(name, name) for name in inner.output]
+            del graph.node[number]
+            for offset, inner in enumerate(branch.node):
+                graph.node.insert(number + offset, inner)
+            return
+
+
 def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     """Lets GroupQueryAttention write the K/V of a skip graph, as it does in the other graphs.
 
-    TensorScatter, which the skip graph has, needs a buffer of full length; GroupQueryAttention
-    also grows one. Its output, the attention of the keys to themselves, is not used.
+    TensorScatter, which the skip graph has, needs a buffer of full length. Its output, the
+    attention of the keys to themselves, is not used.
     """
     made = {name: node for node in graph.node for name in node.output}
 
@@ -55,9 +72,17 @@ def rename(graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
     def renamed(name: str) -> str:
         return name and names.get(name, prefix + name)
 
-    for node in graph.node:
-        node.input[:] = [renamed(name) for name in node.input]
-        node.output[:] = [renamed(name) for name in node.output]
-        node.name = prefix + node.name if node.name else ""
-    for tensor in graph.initializer:
-        tensor.name = renamed(tensor.name)
+    def rename_in(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            node.input[:] = [renamed(name) for name in node.input]
+            node.output[:] = [renamed(name) for name in node.output]
+            node.name = prefix + node.name if node.name else ""
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    rename_in(attribute.g)
+                    for value in attribute.g.output:
+                        value.name = renamed(value.name)
+        for tensor in graph.initializer:
+            tensor.name = renamed(tensor.name)
+
+    rename_in(graph)

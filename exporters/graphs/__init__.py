@@ -5,12 +5,13 @@
 stored weights are read elsewhere (training, fused graphs): who renames one looks there.
 """
 
+from dash_onnx.exporters.graphs.attention import ATTENTION, KVScales
 from dash_onnx.exporters.graphs.ends import build_embed, build_head, looks_twice
-from dash_onnx.exporters.graphs.graph import KVScales
 from dash_onnx.exporters.graphs.layer import HIDDEN, build_layer, captured_inputs
 from dash_onnx.exporters.graphs.skip import build_skip, replace_expand
 
 __all__ = [
+    "ATTENTION",
     "HIDDEN",
     "KVScales",
     "build_embed",

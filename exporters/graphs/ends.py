@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from onnx.external_data_helper import uses_external_data
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import Form
 from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec
@@ -25,7 +25,7 @@ from dash_onnx.exporters.quantize.blockwise import (
     row_groups,
 )
 
-EXACT_TOKENS: dict[Action, int] = {"int4": 64, "int2": 256}
+EXACT_TOKENS: dict[Form, int] = {"int4": 64, "int2": 256}
 """Tokens of which such a head computes the logit from the INT8 head's weights."""
 
 _PREVIEW_BLOCKS = (128, 64)  # of the head that chooses them: large blocks are fast
@@ -80,33 +80,33 @@ def build_head(
     head: Head,
     spec: ModelSpec,
     target: Target,
-    precision: Action,
+    form: Form,
     hessians: Mapping[str, torch.Tensor],
 ) -> list[str]:
-    """Writes `head/{full,int8,int4,int2}.onnx`; returns `Graph.fp32_kept`.
+    """Writes `head/{full,int8,int4,int2,wide}.onnx`; returns `Graph.fp32_kept`.
 
     Where the folder holds the INT8 head, those of fewer bits take the logits of the likeliest
     tokens from its weights, which all share: see docs/decisions/0085.
     """
     ports = head_ports(spec.dims(target))
-    graph = Graph(f"head_{precision}", ports, target, spec.block, hessians)
+    graph = Graph(f"head_{form}", ports, target, spec.block, hessians)
     normed = graph.norm(graph.inputs["hidden"], "final_norm", head.norm)
-    exact = _exact_rows_of(folder, head, target) if precision in EXACT_TOKENS else []
+    exact = _exact_rows_of(folder, head, target) if form in EXACT_TOKENS else []
     if exact:
-        logits = _previewed(graph, normed, head.linear, precision)
+        logits = _previewed(graph, normed, head.linear, form)
     else:
-        logits = graph.linear(normed, head.linear, precision)
+        logits = graph.linear(normed, head.linear, form)
     if (cap := spec.block.logit_softcap) is not None:  # the norm has divided by it
         logits = graph.op.Tanh(logits)
         logits = graph.op.Mul(logits, graph.activation_tensor("softcap", torch.tensor(cap)))
-    kept = graph.save(folder, head_path(precision), logits=logits)
+    kept = graph.save(folder, head_path(form), logits=logits)
     if exact:
-        model = onnx.load(folder / head_path(precision), load_external_data=False)
+        model = onnx.load(folder / head_path(form), load_external_data=False)
         shared = {tensor.name: tensor for tensor in exact}
         for tensor in model.graph.initializer:
             if tensor.name in shared:
                 tensor.CopyFrom(shared[tensor.name])
-        (folder / head_path(precision)).write_bytes(model.SerializeToString())
+        (folder / head_path(form)).write_bytes(model.SerializeToString())
     return kept
 
 
@@ -138,7 +138,7 @@ def _exact_rows_of(folder: Path, head: Head, target: Target) -> list[onnx.Tensor
     return parts
 
 
-def _previewed(graph: Graph, normed: ir.Value, linear: Linear, precision: Action) -> ir.Value:
+def _previewed(graph: Graph, normed: ir.Value, linear: Linear, precision: Form) -> ir.Value:
     """Logits of few bits, but those of the likeliest tokens from the rows of the INT8 head."""
     op, (rows, columns), block = graph.op, linear.weight.shape, graph.target.block_size
     logits = graph.linear(normed, linear, precision, preview_block(columns, block))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import GraphBuilder
+from onnxscript import GraphBuilder, OpBuilder
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.block import Block
 from dash_onnx.core.contract import Port, Ports, data_name
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Linear, Norm
+from dash_onnx.exporters.graphs.wide import wide_product
 from dash_onnx.exporters.quantize.blockwise import (
     Bits,
     Quantized,
@@ -41,10 +41,7 @@ INT2_BLOCK = 64
 OFFSETS = ".offsets"
 """Ends the name of the second product of a weight that has offsets."""
 
-KVScales: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""Steps between two levels of a quantized K/V cache: of keys and of values, `[H_kv, 1, d]`."""
-
-BITS: dict[Action, Bits] = {"int8": 8, "int4": 4, "int2": 2}
+BITS: dict[Form, Bits] = {"int8": 8, "int4": 4, "int2": 2}
 _ATTENTION = "qkv_proj", "o_proj"
 
 
@@ -110,11 +107,13 @@ class Graph:
         )
 
     def linear(
-        self, x: ir.Value, linear: Linear, precision: Action, block_size: int | None = None
+        self, x: ir.Value, linear: Linear, form: Form, block_size: int | None = None
     ) -> ir.Value:
-        """X `[batch, seq, K]` -> `[batch, seq, N]` in a precision, of usual blocks unless told."""
-        precision = weight_precision(precision, linear.name)
-        if precision == "full":
+        """X `[batch, seq, K]` -> `[batch, seq, N]` in a form, of usual blocks unless told."""
+        precision = weight_precision(form, linear.name)
+        if precision == WIDE:
+            y = self.op.Mul(*wide_product(self, x, linear))
+        elif precision == "full":
             products = [self.op.MatMul(x, weight) for weight in self._full_weights(linear)]
             y = products[0] if len(products) == 1 else self.op.Concat(*products, axis=-1)
         else:
@@ -245,58 +244,45 @@ class Graph:
             weights.append(self.activation_tensor(f"{name}.bias", norm.bias))
         return weights
 
-    def attend(
+    def either(
         self,
-        projected: Sequence[ir.Value | None],
-        num_heads: int,
-        rotates: bool,
-        kv_scales: KVScales | None,
-        output: str,
-        **options: float,
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """GroupQueryAttention over the K/V cache, in which it writes the new tokens.
+        condition: ir.Value,
+        then: Callable[[], Sequence[ir.Value]],
+        otherwise: Callable[[], Sequence[ir.Value]],
+        names: Sequence[str],
+    ) -> Any:
+        """The values that one of two functions makes, whose nodes become branches of an `If`.
 
         Args:
-            projected: queries, keys and values, or all stacked and twice None.
-            num_heads: of queries.
-            rotates: whether it applies the rotary embedding.
-            kv_scales: of a quantized cache.
-            output: name of the first output.
-            options: further attributes.
-
-        Returns:
-            The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens.
+            condition: a bool scalar.
+            then: makes values where it holds.
+            otherwise: makes values of the same types where it does not.
+            names: of the results.
         """
-        inputs, cache = self.inputs, self.target.kv_cache
-        scales: list[ir.Value | None] = []
-        quantized: dict[str, str | int] = {}
-        if cache != "float":
-            assert kv_scales is not None
-            keys, values = (
-                self.tensor(f"{name}_scale", scale)
-                for name, scale in zip("kv", kv_scales, strict=True)
-            )
-            scales = [None, None, None, keys, values]
-            bits = 8 if cache == "int8" else 4
-            kind = "PER_CHANNEL"
-            quantized = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
-        attended, key, value = self.ms.GroupQueryAttention(
-            *projected,
-            inputs["past_key"],
-            inputs["past_value"],
-            inputs["seqlens_k"],
-            inputs["total_sequence_length"],
-            inputs["cos_cache"] if rotates else None,
-            inputs["sin_cache"] if rotates else None,
-            *scales,
-            num_heads=num_heads,
-            kv_num_heads=inputs["past_key"].shape[1],
-            do_rotary=int(rotates),
-            **options,
-            **quantized,
-            _outputs=[self.value(name) for name in (output, "present_key", "present_value")],
+
+        def branch(build: Callable[[], Sequence[ir.Value]], name: str) -> ir.Graph:
+            def trace(op: OpBuilder) -> Sequence[ir.Value]:
+                outside = self.builder, self.op, self.ms
+                self.builder, self.op, self.ms = (
+                    op.builder,
+                    op,
+                    op.builder.opset("com.microsoft"),
+                )
+                try:
+                    return build()
+                finally:
+                    self.builder, self.op, self.ms = outside
+
+            kind = ir.TensorType(self.dtype)
+            outputs = [ir.Value(name=value, type=kind) for value in names]
+            return self.builder.subgraph(trace, [], outputs, name=name)
+
+        return self.op.If(
+            condition,
+            then_branch=branch(then, f"{names[0]}.then"),
+            else_branch=branch(otherwise, f"{names[0]}.else"),
+            _outputs=[self.value(name) for name in names],
         )
-        return attended, key, value
 
     def int64(self, *values: int) -> ir.Value:
         """A constant int64 vector."""
@@ -305,18 +291,24 @@ class Graph:
     def save(self, folder: Path, path: str, **outputs: ir.Value) -> list[str]:
         """Adds the declared outputs, writes graph and weights, and checks them with onnx.
 
+        Inputs that nothing reads go.
+
         Returns:
             `fp32_kept`.
         """
-        for node in self.builder.graph:
-            for value in node.outputs:  # the builder prefixes the names it is given
-                value.name = (value.name or "").removeprefix("v_")
+        for node in self.builder.graph.all_nodes():
+            # The builder prefixes the names it is given, and begins anew in each branch.
+            branch = "" if node.graph is self.builder.graph else f"{node.graph.name}."
+            for value in node.outputs:
+                value.name = branch + (value.name or "").removeprefix("v_")
         for port in self.ports.outputs:
             value = outputs.pop(port.name)
             value.dtype, value.shape = _dtype(port), ir.Shape(port.shape)
             self.builder.add_output(value, port.name)
         if outputs:
             raise ValueError(f"{self.name} declares no output {', '.join(outputs)}")
+        declared = self.builder.graph.inputs
+        declared[:] = [value for value in declared if value.uses()]
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         model = ir.Model(self.builder.graph, ir_version=IR_VERSION, producer_name="dash-onnx")
@@ -330,9 +322,9 @@ class Graph:
         return self.fp32_kept
 
 
-def weight_precision(precision: Action, name: str) -> Action:
-    """Precision of a linear layer's weight: INT2 layers keep INT4 attention (decision 0106)."""
-    return "int4" if precision == "int2" and name in _ATTENTION else precision
+def weight_precision(form: Form, name: str) -> Form:
+    """Form of a linear layer's weight: INT2 layers keep INT4 attention (decision 0106)."""
+    return "int4" if form == "int2" and name in _ATTENTION else form
 
 
 def block_size_of(bits: Bits, target: Target, columns: int) -> int:

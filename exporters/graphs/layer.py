@@ -5,23 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.contract import layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
-from dash_onnx.exporters.graphs.graph import Graph, KVScales, weight_precision
+from dash_onnx.exporters.graphs.attention import (
+    ATTENTION,
+    Heads,
+    KVScales,
+    attend,
+)
+from dash_onnx.exporters.graphs.graph import Graph, weight_precision
+from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
 
 HIDDEN = "hidden_in"
 """The port of a layer's input."""
 
 
 def captured_inputs(
-    layer: Layer, spec: ModelSpec, block_size: int, variants: Sequence[Action]
+    layer: Layer, spec: ModelSpec, block_size: int, forms: Sequence[Form]
 ) -> dict[str, str]:
-    """By linear layer that GPTQ rounds, the value inside the graph that is its input."""
+    """By linear layer whose input rounding looks at, the value inside the graph that is it."""
     attends = HIDDEN if layer.input_norm is None else "input_norm.out"
     if layer.post_norm is not None:
         reads = "post_norm.out"
@@ -29,7 +37,7 @@ def captured_inputs(
         reads = attends if spec.block.parallel else "post_norm.sum"
     inputs = [
         (layer.qkv, attends),
-        (layer.output, "attention"),
+        (layer.output, ATTENTION),
         (layer.gate_up, reads),
         (layer.down, "activated"),
     ]
@@ -38,7 +46,8 @@ def captured_inputs(
         for linear, value in inputs
         # A skipped layer rounds its K and V together with its compensation, always.
         if linear is layer.qkv
-        or "int2" in {weight_precision(variant, linear.name) for variant in variants}
+        or (linear is layer.down and WIDE in forms)
+        or "int2" in {weight_precision(form, linear.name) for form in forms}
         or linear.stored(4, block_size) is None
     }
 
@@ -49,20 +58,21 @@ def build_layer(
     layer: Layer,
     spec: ModelSpec,
     target: Target,
-    precision: Action,
+    form: Form,
     hessians: Mapping[str, torch.Tensor],
     kv_scales: KVScales | None = None,
 ) -> list[str]:
-    """Writes `layers/NN/{full,int8,int4,int2}.onnx`; returns `Graph.fp32_kept`, with the layer."""
-    ports, block = layer_ports(spec.dims(target)), spec.block
-    graph = Graph(f"layer_{index}_{precision}", ports, target, block, hessians)
+    """Writes `layers/NN/FORM.onnx`; returns `Graph.fp32_kept`, with the layer."""
+    block, heads = spec.block, heads_of(spec, index)
+    graph = Graph(f"layer_{index}_{form}", layer_ports(spec.dims(target)), target, block, hessians)
     op = graph.op
 
     hidden = graph.inputs[HIDDEN]  # [batch, seq, D]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
-    qkv = graph.linear(normed, layer.qkv, precision)  # [batch, seq, (H + 2 * H_kv) * d]
-    attention, key, value = _attend(graph, qkv, index, layer, spec, kv_scales)
-    output = graph.linear(attention, layer.output, precision)
+    qkv = graph.linear(normed, layer.qkv, form)  # [batch, seq, (H + 2 * H_kv) * d]
+    projected = _projected(graph, qkv, layer, heads)
+    attention, key, value = attend(graph, projected, heads, kv_scales)
+    output = graph.linear(attention, layer.output, form)
     output = graph.norm(output, "output_norm", layer.output_norm)
     if block.parallel:
         residual = op.Add(hidden, output)
@@ -70,56 +80,98 @@ def build_layer(
             normed = graph.norm(hidden, "post_norm", layer.post_norm)
     else:
         normed, residual = graph.add_norm(output, hidden, "post_norm", layer.post_norm)
-    activated = _activate(graph, graph.linear(normed, layer.gate_up, precision))
-    down = graph.linear(activated, layer.down, precision)
+    down = _mlp(graph, normed, layer, form)
     down = graph.norm(down, "down_norm", layer.down_norm)
     outputs = {"hidden_out": op.Add(residual, down), "present_key": key, "present_value": value}
-    kept = graph.save(folder, layer_path(index, precision), **outputs)
+    kept = graph.save(folder, layer_path(index, form), **outputs)
     return [f"layers.{index}.{name}" for name in kept]
 
 
-def _attend(
-    graph: Graph,
-    qkv: ir.Value,
-    index: int,
-    layer: Layer,
-    spec: ModelSpec,
-    kv_scales: KVScales | None,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Returns the heads' outputs `[batch, seq, H * d]`, and K and V of all tokens."""
+def heads_of(spec: ModelSpec, index: int) -> Heads:
+    """How the heads of a layer attend."""
     facts, block, sees = spec.facts, spec.block, spec.attention[index]
-    projected: list[ir.Value | None] = [qkv, None, None]
-    if layer.q_norm is not None or layer.k_norm is not None:
-        queries, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
-        q, k, v = graph.op.Split(
-            qkv,
-            graph.int64(queries, keys, keys),
-            axis=-1,
-            _outputs=[graph.value(name) for name in ("query", "key", "value")],
-        )
-        q = graph.norm_heads(q, "q_norm", layer.q_norm, queries)
-        k = graph.norm_heads(k, "k_norm", layer.k_norm, keys)
-        projected = [q, k, v]
-    options: dict[str, float] = {}  # those that differ from the operator's defaults
-    if block.attention_scale != facts.head_dim**-0.5:
-        options["scale"] = block.attention_scale
-    if block.attention_softcap is not None:
-        options["softcap"] = block.attention_softcap
-    if sees.window is not None:
-        options["local_window_size"] = sees.window
-    rotates = sees.rope is not None
-    return graph.attend(projected, facts.num_heads, rotates, kv_scales, "attention", **options)
-
-
-def _activate(graph: Graph, up: ir.Value) -> ir.Value:
-    """`[..., 2 * I]` (`[..., I]` without gate) -> `[..., I]`, the input of `down`."""
-    op, name = graph.op, graph.value("activated")
-    if not graph.block.gated:
-        return _activation(graph, up, _outputs=[name])
-    gate, up = op.Split(
-        up, axis=-1, num_outputs=2, _outputs=[graph.value("gate"), graph.value("up")]
+    return Heads(
+        queries=facts.num_heads,
+        keys=facts.num_kv_heads,
+        size=facts.head_dim,
+        rotated=0 if sees.rope is None else 2 * len(spec.ropes[sees.rope].inv_freq),
+        scale=block.attention_scale,
+        softcap=block.attention_softcap,
+        window=sees.window,
     )
-    return op.Mul(_activation(graph, gate), up, _outputs=[name])
+
+
+def _projected(
+    graph: Graph, qkv: ir.Value, layer: Layer, heads: Heads
+) -> tuple[ir.Value | None, ...]:
+    """Queries, keys and values, normed; all stacked and twice None where nothing norms them."""
+    if layer.q_norm is None and layer.k_norm is None:
+        return qkv, None, None
+    queries, keys = heads.queries * heads.size, heads.keys * heads.size
+    q, k, v = graph.op.Split(
+        qkv,
+        graph.int64(queries, keys, keys),
+        axis=-1,
+        _outputs=[graph.value(name) for name in ("query", "key", "value")],
+    )
+    q = graph.norm_heads(q, "q_norm", layer.q_norm, queries)
+    k = graph.norm_heads(k, "k_norm", layer.k_norm, keys)
+    return q, k, v
+
+
+def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
+    """`[..., D]` -> `[..., D]`."""
+    if form == WIDE:
+        return _wide_mlp(graph, x, layer)
+    op, gated = graph.op, graph.block.gated
+    up = graph.linear(x, layer.gate_up, form)
+    name = graph.value("activated")
+    if gated:
+        gate, up = _parts(graph, up, [layer.down.in_features] * 2, "gate_up")
+        activated = op.Mul(_activation(graph, gate), up, _outputs=[name])
+    else:
+        activated = _activation(graph, up, _outputs=[name])
+    return graph.linear(activated, layer.down, form)
+
+
+def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
+    """The same in the wide form, with the inputs of `down` in groups."""
+    op, gate_up, down = graph.op, layer.gate_up, layer.down
+    groups = channel_groups(graph, down)
+    sizes, order = [len(group) for group in groups], np.concatenate(groups)
+    if graph.block.gated:
+        order = np.concatenate([order, order + down.in_features])
+    gate_up = gate_up.reordered(order)
+    factor: ir.Value | None = None
+    if graph.block.gated and gate_up.bias is None:
+        # Rows of `down` are divided by their largest value: a factor of `up` may wait until then.
+        up, factor = wide_product(graph, x, gate_up)
+    else:
+        up = graph.linear(x, gate_up, WIDE)
+    parts = _parts(graph, up, sizes * (2 if graph.block.gated else 1), "gate_up")
+    total: ir.Value | None = None
+    for number, group in enumerate(groups):
+        activated = parts[number] if factor is None else op.Mul(parts[number], factor)
+        activated = _activation(graph, activated)
+        if graph.block.gated:
+            activated = op.Mul(activated, parts[len(groups) + number])
+        part = down.columns(group, f"{down.name}.{number}")
+        product, largest = wide_product(graph, activated, part)
+        product = op.Mul(product, largest if factor is None else op.Mul(largest, factor))
+        total = product if total is None else op.Add(total, product)
+    assert total is not None
+    if down.bias is not None:
+        total = op.Add(total, graph.activation_tensor("down_proj.bias", down.bias))
+    return total
+
+
+def _parts(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequence[ir.Value]:
+    """X cut along its last axis."""
+    if len(sizes) == 1:
+        return [x]
+    outputs = [graph.value(f"{name}.{number}") for number in range(len(sizes))]
+    parts: Sequence[ir.Value] = graph.op.Split(x, graph.int64(*sizes), axis=-1, _outputs=outputs)
+    return parts
 
 
 def _activation(graph: Graph, x: ir.Value, **outputs: list[ir.Value]) -> ir.Value:

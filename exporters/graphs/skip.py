@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import torch
 from onnx import numpy_helper
 
@@ -15,7 +15,9 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.contract import data_name, layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
-from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph, KVScales
+from dash_onnx.exporters.graphs.attention import KVScales, attend_grouped, write_kv
+from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph
+from dash_onnx.exporters.graphs.layer import heads_of
 from dash_onnx.exporters.quantize.blockwise import dequantize, quantize
 
 _EXPAND = "expand_proj"
@@ -65,48 +67,19 @@ def build_skip(
     )
 
     key = graph.norm_heads(key, "k_norm", layer.k_norm, kv_size)
-    rotates = spec.attention[index].rope is not None
+    heads = heads_of(spec, index)
     if kv_scales is None:
-        cached = [*_scattered(graph, key, value, rotates, spec)]
+        cached = write_kv(graph, key, value, heads)
     else:
-        heads, own = facts.num_kv_heads, {"local_window_size": 1}
-        _, *cached = graph.attend([key, key, value], heads, rotates, kv_scales, "unused", **own)
+        own = replace(heads, queries=heads.keys, softcap=None, window=1)
+        made = "unused", "present_key", "present_value"
+        _, *cached = attend_grouped(graph, [key, key, value], own, made, kv_scales)
     compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
     if correction is not None:
         expand = Linear(_EXPAND, correction[1])
         compensated = op.Add(compensated, graph.linear(reduced[0], expand, "int8"))
     outputs = dict(zip(("present_key", "present_value"), cached, strict=True))
     graph.save(folder, layer_path(index, SKIP), hidden_out=compensated, **outputs)
-
-
-def _scattered(
-    graph: Graph, key: ir.Value, value: ir.Value, rotates: bool, spec: ModelSpec
-) -> tuple[ir.Value, ir.Value]:
-    """Rotates the keys and writes both, `[batch, seq, H_kv * d]`, into the cache."""
-    facts, op, ms, inputs = spec.facts, graph.op, graph.ms, graph.inputs
-    if rotates:
-        rotated = 2 * len(spec.ropes[0].inv_freq)
-        key = ms.RotaryEmbedding(
-            key,
-            op.Gather(inputs["start"], graph.int64(0)),  # one number: positions count on from it
-            inputs["cos_cache"],
-            inputs["sin_cache"],
-            num_heads=facts.num_kv_heads,
-            rotary_embedding_dim=0 if rotated == facts.head_dim else rotated,
-        )
-    heads = graph.int64(0, -1, facts.num_kv_heads, facts.head_dim)
-
-    def scatter(past: str, update: ir.Value, present: str) -> ir.Value:
-        # [batch, seq, H_kv * d] -> [batch, H_kv, seq, d]
-        update = op.Transpose(op.Reshape(update, heads), perm=[0, 2, 1, 3])
-        return op.TensorScatter(
-            inputs[past], update, inputs["start"], axis=2, _outputs=[graph.value(present)]
-        )
-
-    return (
-        scatter("past_key", key, "present_key"),
-        scatter("past_value", value, "present_value"),
-    )
 
 
 def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: int) -> torch.Tensor:

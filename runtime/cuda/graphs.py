@@ -14,16 +14,15 @@ import ctypes
 import threading
 from typing import Any
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Path
 from dash_onnx.core.arrays import Ids, Logits
-from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.backend import CudaBackend
 from dash_onnx.runtime.cuda.driver import Driver
 from dash_onnx.runtime.deciders import Decider
 from dash_onnx.runtime.sequence import SequenceState
-from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
@@ -64,9 +63,9 @@ class _RecordedSequence(SequenceState):
         with _lock:
             return super().forward(tokens, decider, every=every)
 
-    def prefill(self, ids: Ids, path: Path, head: Action, **options: Any) -> Logits:
+    def prefill(self, ids: Ids, *plan: Any, **options: Any) -> Logits:
         with _lock:
-            return super().prefill(ids, path, head, **options)
+            return super().prefill(ids, *plan, **options)
 
     def advance(self, count: int) -> None:
         with _lock:
@@ -77,9 +76,9 @@ class _RecordedSequence(SequenceState):
         return self.kv.capacity if count == 1 else total
 
     def _bound(
-        self, seq: int, session: Any, ports: Ports, inputs: list[Buffer], outputs: list[Buffer]
+        self, seq: int, graph: LoadedGraph, inputs: list[Buffer], outputs: list[Buffer]
     ) -> Run:
-        run = super()._bound(seq, session, ports, inputs, outputs)
+        run = super()._bound(seq, graph, inputs, outputs)
         backend = self.sessions.backend
         assert isinstance(backend, CudaGraphBackend)
         return backend.recorded(run) if seq == 1 else run

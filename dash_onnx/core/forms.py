@@ -1,0 +1,64 @@
+"""Which graph runs an action in a pass: the cheapest that is good enough."""
+
+from __future__ import annotations
+
+from dash_onnx.core.actions import WIDE, WIDENED, Action, Form
+from dash_onnx.core.budget import kl_at, scorer_facts
+from dash_onnx.core.facts import PassCosts
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import Policy, ScoredPolicy
+
+PROMISE = 10.0
+"""Times the wide form's KL that a policy must lose before its prompts may run wide: what the form
+adds is then lost in what the policy loses."""
+
+
+def form_of(
+    passes: PassCosts | None, action: Action, rows: int, context: int, widened: frozenset[Action]
+) -> Form:
+    """The form of a layer in a pass.
+
+    Args:
+        passes: what each form costs; None where there is one alone.
+        action: that the policy takes.
+        rows: tokens of all sequences. One row runs as the policy says: so its losses were measured.
+        context: tokens in the K/V cache.
+        widened: actions that the wide form is good enough for.
+    """
+    if passes is None or rows == 1 or action not in widened:
+        return action
+    forms: tuple[Form, Form] = (action, WIDE)
+    return min(forms, key=lambda form: passes.layer_ms(form, rows, context))
+
+
+def head_form_of(
+    passes: PassCosts | None, head: Action, rows: int, widened: frozenset[Action]
+) -> Form:
+    """The form of the LM head on all rows of a pass; likewise."""
+    if passes is None or rows == 1 or head not in widened:
+        return head
+    forms: tuple[Form, Form] = (head, WIDE)
+    return min(forms, key=lambda form: passes.head_ms(form, rows))
+
+
+def widened_by(manifest: Manifest) -> frozenset[Action]:
+    """Actions that lose more than the wide form does, in any pass of any policy."""
+    return frozenset(WIDENED if manifest.wide is not None else ())
+
+
+def widened_in_prompts(manifest: Manifest, policy: Policy) -> frozenset[Action]:
+    """Actions that the wide form is good enough for while a prompt of this policy runs.
+
+    A policy with one of few bits loses so much later that its whole prompt may run wide, unless it
+    promises less than `PROMISE` times what that loses.
+    """
+    few = widened_by(manifest)
+    layers = policy.used(manifest.model.num_layers, manifest.actions)
+    used = {action for actions in layers for action in actions}
+    if manifest.wide is None or not used & few:
+        return few
+    if isinstance(policy, ScoredPolicy):
+        scorer = scorer_facts(manifest)
+        if kl_at(policy.budget, scorer.points) * scorer.margin < PROMISE * manifest.wide.kl:
+            return few
+    return few | frozenset(manifest.variants)

@@ -1,0 +1,182 @@
+"""Attention over the K/V cache, in which the new tokens are written, in the forms that ORT has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from dash_onnx.exporters.graphs.graph import Graph
+
+KVScales = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+"""Steps between two levels of a quantized K/V cache: of keys and of values, `[H_kv, 1, d]`."""
+
+ATTENTION = "attention"
+"""The value that the heads' outputs have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """How the heads of a layer attend.
+
+    Attributes:
+        queries: number of heads H.
+        keys: number of key/value heads H_kv.
+        size: width of a head d.
+        rotated: dimensions of a head that the rotary embedding rotates; 0 for none.
+        scale: of the scores.
+        softcap: of the scaled scores, or None.
+        window: tokens that a token sees at most, itself included, or None.
+    """
+
+    queries: int
+    keys: int
+    size: int
+    rotated: int
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+def attend(
+    graph: Graph,
+    projected: Sequence[ir.Value | None],
+    heads: Heads,
+    kv_scales: KVScales | None = None,
+) -> Sequence[ir.Value]:
+    """Attention in both forms where both can be had: the runtime knows which one is faster.
+
+    Args:
+        graph: with the ports of a layer.
+        projected: queries, keys and values `[batch, seq, ...]`, or all stacked and twice None.
+        heads: how they attend.
+        kv_scales: of a quantized cache.
+
+    Returns:
+        The heads' outputs `[batch, seq, H * d]`, named `ATTENTION`, and K and V of all tokens.
+    """
+    names = ATTENTION, "present_key", "present_value"
+    if graph.target.attention == "grouped":
+        return attend_grouped(graph, projected, heads, names, kv_scales)
+    made: Sequence[ir.Value] = graph.either(
+        graph.inputs["plain"],
+        lambda: attend_plainly(graph, projected, heads),
+        lambda: attend_grouped(graph, projected, heads, names),
+        names,
+    )
+    return made
+
+
+def attend_grouped(
+    graph: Graph,
+    projected: Sequence[ir.Value | None],
+    heads: Heads,
+    names: Sequence[str],
+    kv_scales: KVScales | None = None,
+) -> Sequence[ir.Value]:
+    """GroupQueryAttention, of which a call of many rows takes little memory; see `attend`."""
+    inputs, cache = graph.inputs, graph.target.kv_cache
+    scales: list[ir.Value | None] = []
+    options: dict[str, str | int | float] = {}
+    if cache != "float":
+        assert kv_scales is not None
+        keys, values = (
+            graph.tensor(f"{name}_scale", scale)
+            for name, scale in zip("kv", kv_scales, strict=True)
+        )
+        scales = [None, None, None, keys, values]
+        bits = 8 if cache == "int8" else 4
+        kind = "PER_CHANNEL"
+        options = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
+    if heads.scale != heads.size**-0.5:
+        options["scale"] = heads.scale
+    if heads.softcap is not None:
+        options["softcap"] = heads.softcap
+    if heads.window is not None:
+        options["local_window_size"] = heads.window
+    made: Sequence[ir.Value] = graph.ms.GroupQueryAttention(
+        *projected,
+        inputs["past_key"],
+        inputs["past_value"],
+        inputs["seqlens_k"],
+        inputs["total_sequence_length"],
+        inputs["cos_cache"] if heads.rotated else None,
+        inputs["sin_cache"] if heads.rotated else None,
+        *scales,
+        num_heads=heads.queries,
+        kv_num_heads=heads.keys,
+        do_rotary=int(heads.rotated > 0),
+        **options,
+        _outputs=[graph.value(name) for name in names],
+    )
+    return made
+
+
+def attend_plainly(
+    graph: Graph, projected: Sequence[ir.Value | None], heads: Heads
+) -> Sequence[ir.Value]:
+    """The same from plain operators, over the cache's whole capacity: faster for few rows.
+
+    The queries of a key/value head are rows of one product with all its keys, which are read once
+    for all of them. The mask leaves out what a token does not see.
+    """
+    op = graph.op
+    query, key, value = projected
+    if key is None or value is None:
+        widths = [heads.queries * heads.size, *[heads.keys * heads.size] * 2]
+        query, key, value = op.Split(
+            query,
+            graph.int64(*widths),
+            axis=-1,
+            _outputs=[graph.value(f"{name}.rows") for name in ("query", "key", "value")],
+        )
+    present_key, present_value = write_kv(graph, key, value, heads)
+    query = _rotated(graph, query, heads, heads.queries)
+    group = heads.queries // heads.keys
+    # [batch, seq, H * d] -> [batch, H_kv, group * seq, d]
+    query = op.Reshape(query, graph.int64(0, 0, heads.keys, group, heads.size))
+    query = op.Transpose(query, perm=[0, 2, 3, 1, 4])
+    query = op.Reshape(query, graph.int64(0, heads.keys, -1, heads.size))
+    scores = graph.ms.FusedMatMul(query, present_key, transB=1, alpha=heads.scale)
+    if heads.softcap is not None:
+        cap = graph.tensor("attention_softcap", np.array(heads.softcap, np.float32))
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    # [batch, H_kv, group, seq, capacity] + [batch, 1, 1, seq, capacity]
+    mask = graph.inputs["mask"]
+    apart = op.Concat(graph.int64(0, heads.keys, group), op.Shape(mask, start=3, end=5), axis=0)
+    shares = op.Softmax(op.Add(op.Reshape(scores, apart), mask), axis=-1)
+    mixed = op.MatMul(op.Reshape(shares, op.Shape(scores)), present_value)
+    mixed = op.Reshape(mixed, graph.int64(0, heads.keys, group, -1, heads.size))
+    mixed = op.Transpose(mixed, perm=[0, 3, 1, 2, 4])
+    attended = op.Reshape(mixed, graph.int64(0, 0, heads.queries * heads.size))
+    return attended, present_key, present_value
+
+
+def write_kv(graph: Graph, key: ir.Value, value: ir.Value, heads: Heads) -> list[ir.Value]:
+    """Rotates the keys and writes both, `[batch, seq, H_kv * d]`, into the cache."""
+    op, inputs = graph.op, graph.inputs
+    shape = graph.int64(0, 0, heads.keys, heads.size)
+    written = []
+    for name, update in (("key", _rotated(graph, key, heads, heads.keys)), ("value", value)):
+        update = op.Transpose(op.Reshape(update, shape), perm=[0, 2, 1, 3])  # [B, H_kv, S, d]
+        past = inputs[f"past_{name}"]
+        written.append(op.TensorScatter(past, update, inputs["start"], axis=2))
+    return written
+
+
+def _rotated(graph: Graph, x: ir.Value, heads: Heads, count: int) -> ir.Value:
+    """Queries or keys `[batch, seq, count * d]`, each rotated by its position."""
+    if not heads.rotated:
+        return x
+    partly = heads.rotated != heads.size
+    return graph.ms.RotaryEmbedding(
+        x,
+        graph.inputs["positions"],
+        graph.inputs["cos_cache"],
+        graph.inputs["sin_cache"],
+        num_heads=count,
+        rotary_embedding_dim=heads.rotated if partly else 0,
+    )

@@ -1,0 +1,155 @@
+"""Profiles what a layer and the LM head take by the rows of a pass, by form and context."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from dash_onnx.core.actions import WIDE, Form
+from dash_onnx.core.contract import layer_path
+from dash_onnx.core.facts import PassCosts
+from dash_onnx.runtime.machine import release_memory
+from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.sessions import Sessions
+
+ROWS = (1, 2, 4, 8, 16, 64, 512)
+CONTEXTS = (0, 1000, 3500)
+PLAIN_ROWS = 16
+"""Most rows that attention from plain operators is tried for: its scores take memory for each."""
+
+HEAD_ROWS = (1, 4, 16)
+
+Table = tuple[tuple[float, ...], ...]
+"""Milliseconds, for each context, for each number of rows."""
+
+_LAYERS = 2  # in turn, so that neither finds its weights in the nearest caches
+_SMALL_BYTES = 64 << 20  # of weights: those of a smaller model stay in the caches anyway
+_RUNS, _LEAST_RUNS, _ROWS_TIMED = 12, 3, 96  # fewer runs where each has many rows
+
+
+def pass_costs(sessions: Sessions) -> PassCosts | None:
+    """Times each form of some layers in the middle, both attentions, and each LM head.
+
+    Returns:
+        None where the bundle leaves nothing to choose.
+    """
+    manifest = sessions.manifest
+    limit, layers = manifest.model.max_length, manifest.model.num_layers
+    cheapest = manifest.variants[-1]
+    chooses = manifest.target.attention == "both"
+    if manifest.wide is None and not chooses:
+        return None
+    rows = tuple(count for count in ROWS if count <= limit)
+    contexts = tuple(context for context in CONTEXTS if context + rows[-1] <= limit)
+    first = max(layers // 2 - 1, 0)
+    times = _Times(sessions, range(first, min(first + _LAYERS, layers)))
+    wide: tuple[Form, ...] = () if manifest.wide is None else (WIDE,)
+    forms: tuple[Form, ...] = (*manifest.variants, *wide)
+    heads: tuple[Form, ...] = (*manifest.exported_heads, *wide)
+    plain_rows = tuple(count for count in rows if chooses and count <= PLAIN_ROWS)
+    head_rows = tuple(count for count in HEAD_ROWS if count <= limit)
+    return PassCosts(
+        rows=rows,
+        contexts=contexts,
+        layers_ms={form: times.layer(form, rows, contexts) for form in forms},
+        plain_rows=plain_rows,
+        plain_ms=times.plain(cheapest, plain_rows, contexts) if plain_rows else (),
+        head_rows=head_rows,
+        heads_ms={form: times.head(form, head_rows) for form in heads},
+    )
+
+
+class _Times:
+    """Times parts of passes, their weights as cold as in decoding."""
+
+    def __init__(self, sessions: Sessions, layers: range):
+        manifest = sessions.manifest
+        self._sessions, self._layers = sessions, layers
+        weights = sum(
+            manifest.graph_bytes(layer_path(layer, action), action)
+            for layer in range(manifest.model.num_layers)
+            for action in manifest.variants
+        )
+        self._others = np.ones(_SMALL_BYTES // 8 if weights > _SMALL_BYTES else 0, np.uint64)
+
+    def layer(self, form: Form, rows: tuple[int, ...], contexts: tuple[int, ...]) -> Table:
+        """Of a layer with grouped attention."""
+
+        def measured(sequence: SequenceState, count: int) -> float:
+            sequence.attend(plain=False)
+            return self._typical_ms([partial(self._run, sequence, form)], count)[0]
+
+        return self._table(measured, rows, contexts)
+
+    def plain(self, form: Form, rows: tuple[int, ...], contexts: tuple[int, ...]) -> Table:
+        """What attention from plain operators adds to a layer, by turns with the other one."""
+
+        def measured(sequence: SequenceState, count: int) -> float:
+            flag = sequence.attend(plain=True)
+
+            def run(plain: bool) -> None:
+                flag.write(plain)
+                self._run(sequence, form)
+
+            ours, others = self._typical_ms([partial(run, True), partial(run, False)], count)
+            return ours - others
+
+        return self._table(measured, rows, contexts)
+
+    def _table(
+        self,
+        measured: Callable[[SequenceState, int], float],
+        rows: tuple[int, ...],
+        contexts: tuple[int, ...],
+    ) -> Table:
+        result = []
+        for context in contexts:
+            sequence, times = self._sessions.new_sequence(context + rows[-1]), []
+            for count in rows:
+                sequence.truncate(0)
+                if context:
+                    sequence.advance(context)  # counted, not run: no time depends on what is there
+                sequence.advance(count)
+                sequence.embed(np.zeros(count, np.int64))
+                times.append(round(measured(sequence, count) / len(self._layers), 5))
+            result.append(tuple(times))
+            del sequence
+        self._forget()
+        return tuple(result)
+
+    def _run(self, sequence: SequenceState, form: Form) -> None:
+        for layer in self._layers:
+            sequence.run_form(layer, form)
+
+    def head(self, form: Form, rows: tuple[int, ...]) -> tuple[float, ...]:
+        """Of an LM head, for each number of rows."""
+        sequence, asked = self._sessions.new_sequence(), self._sessions.manifest.exported_heads[0]
+        result = []
+        for count in rows:
+            sequence.truncate(0)
+            sequence.advance(count)
+            run = partial(sequence.head, asked, every=True, form=form)
+            result.append(round(self._typical_ms([run], count)[0], 5))
+        del sequence, run
+        self._forget()
+        return tuple(result)
+
+    def _typical_ms(self, runs: Sequence[Callable[[], object]], rows: int) -> list[float]:
+        """The lower quartile of each; they take turns."""
+        for run in runs:
+            run()
+        times: list[list[float]] = [[] for _ in runs]
+        for _ in range(min(max(_ROWS_TIMED // rows, _LEAST_RUNS), _RUNS)):
+            for run, seen in zip(runs, times, strict=True):
+                self._others.max(initial=0)
+                started = time.perf_counter()
+                run()
+                seen.append((time.perf_counter() - started) * 1e3)
+        return [float(np.quantile(seen, 0.25)) for seen in times]
+
+    def _forget(self) -> None:
+        self._sessions.forget()
+        release_memory()
