@@ -74,9 +74,9 @@ def speed(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same policies with `--memory high`. 1 minute."""
+    """The same policies with `--memory low`. 1 minute."""
     once = _amount(replace(size, processes=1, rounds=1))
-    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "high"]
+    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
     return [[*bench, *once, "--json"]]
 
 

@@ -34,7 +34,7 @@ def found(part: Part) -> list[Any]:
 def label(name: str) -> str:
     """A contender in plain words; dash-bench joins its kind, folder and file."""
     kind, _, target = name.partition(" ")
-    if kind in ("dash", "dash-high"):
+    if kind in ("dash", "dash-low"):
         policy, _, budget = target.partition("@")
         return ours(budget or policy)
     folder, _, file = target.rpartition("/")
