@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BIN = os.path.relpath(Path(sys.executable).parent, ROOT)  # above ROOT may be a folder with a blank
 
 
 def make(*arguments: object) -> subprocess.CompletedProcess[str]:
     """With the tools that run this test, whatever `pyproject.toml` is newer than."""
-    fixed = ["-C", ROOT, "-o", ".venv/.export", f"BIN={Path(sys.executable).parent}"]
+    fixed = ["-C", ROOT, "-o", ".venv/.export", f"BIN={BIN}", "--no-print-directory"]
     return subprocess.run(
         ["make", *map(str, (*fixed, *arguments))],
         capture_output=True,
@@ -27,8 +28,8 @@ def make(*arguments: object) -> subprocess.CompletedProcess[str]:
 def commands(done: subprocess.CompletedProcess[str]) -> list[str]:
     """The tools that a call of make ran, or would run."""
     assert done.returncode == 0, done.stderr
-    words = [line.split() for line in done.stdout.splitlines() if "/dash-" in line]
-    return [Path(line[0]).name for line in words]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(f"{BIN}/dash-")]
+    return [Path(line.split()[0]).name for line in lines]
 
 
 @pytest.mark.parametrize(
