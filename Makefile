@@ -12,6 +12,13 @@ MODEL := $(DEMO)
 BUNDLE := build/demo/bundle
 QUESTION := What is the capital of France?
 
+# A bundle is a target: a blank would make it two, a % a pattern.
+UNFIT := $(word 2,$(MODEL))$(word 2,$(BUNDLE))$(foreach sign,% : ; |,$(findstring $(sign),$(MODEL)$(BUNDLE)))
+ifneq ($(strip $(UNFIT)),)
+$(error no blank, % : ; or | may be in MODEL=$(MODEL) or BUNDLE=$(BUNDLE): link to it from another \
+	path, or run dash-export, dash-run and dash-train without make)
+endif
+
 # What `make bench` and `make results` compare with.
 PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 	genai:build/fused/int4 genai:build/fused/dash \
@@ -24,7 +31,7 @@ help:
 	@sed -n '/^PYTHON/q; s/^# *//p' Makefile
 
 demo: $(BUNDLE)/.trained
-	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)" --show-path
+	$(BIN)/dash-run "$(BUNDLE)" "$(QUESTION)" --show-path
 
 demo-0.5b: OTHER = build/demo-0.5b/$(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
 demo-0.5b:
@@ -56,7 +63,7 @@ lib: .venv/.dev
 demo-model: $(DEMO)
 
 bench: .venv/.bench build/peers/.built build/fused/.built
-	$(BIN)/dash-bench $(BUNDLE) $(PEERS:%=--peer %) \
+	$(BIN)/dash-bench "$(BUNDLE)" $(PEERS:%=--peer %) \
 		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 --picture build/bench.png
 
 # Whether bundles for CUDA work on this machine, and how fast, within nine minutes and without a network:
@@ -71,7 +78,7 @@ gpu-check:
 #     PROMPTS=chats.jsonl OTHER=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
 # and a part again (`python benchmarks/measure.py --help` tells them): PARTS="speed scale"
 results: .venv/.bench build/peers/.built build/fused/.built
-	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle $(BUNDLE) \
+	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle "$(BUNDLE)" \
 		--model $(DEMO) $(PEERS:%=--peer %) $(TEXT:%=--text %) $(TASKS:%=--task %) \
 		$(PROMPTS:%=--prompts %) $(OTHER:%=--other %) $(EFFORT:%=--effort %)
 	$(BIN)/python benchmarks/results.py $(if $(QUICK),build/quick)
@@ -128,21 +135,21 @@ $(DEMO): | .venv/.export
 # The demo file's own Q4_1 integers are exact, but in a model this small they cost as much as INT8:
 # INT4 rounded anew leaves the policy more to choose from (docs/reference/models.md).
 $(BUNDLE)/.exported: .venv/.export $(if $(filter $(DEMO),$(MODEL)),$(DEMO),$(wildcard $(MODEL)))
-	$(BIN)/dash-export "$(MODEL)" $(BUNDLE) --effort none --overwrite \
+	$(BIN)/dash-export "$(MODEL)" "$(BUNDLE)" --effort none --overwrite \
 		$(if $(filter $(DEMO),$(MODEL)),--requantize)
-	touch $@
+	touch "$@"
 
 # What was interrupted goes on at the next call.
 $(BUNDLE)/.trained: $(BUNDLE)/.exported
-	$(BIN)/dash-run $(BUNDLE) "$(QUESTION)"
-	$(BIN)/dash-train $(BUNDLE)
-	touch $@
+	$(BIN)/dash-run "$(BUNDLE)" "$(QUESTION)"
+	$(BIN)/dash-train "$(BUNDLE)"
+	touch "$@"
 
 build/peers/.built: .venv/.bench $(DEMO)
 	$(BIN)/python benchmarks/build_peers.py $(DEMO) build/peers
 	touch $@
 
 build/fused/.built: .venv/.bench $(BUNDLE)/.trained
-	$(BIN)/dash-fuse $(BUNDLE) build/fused/int4 --policy int4 --overwrite
-	$(BIN)/dash-fuse $(BUNDLE) build/fused/dash --overwrite
+	$(BIN)/dash-fuse "$(BUNDLE)" build/fused/int4 --policy int4 --overwrite
+	$(BIN)/dash-fuse "$(BUNDLE)" build/fused/dash --overwrite
 	touch $@

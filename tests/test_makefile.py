@@ -34,7 +34,11 @@ def commands(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("model", "bundle"),
-    [("org/Name-0.5B", "Name-0.5B"), ("some/Name-0.5B.Q4_K_M.gguf", "Name-0.5B.Q4_K_M")],
+    [
+        ("org/Name-0.5B", "Name-0.5B"),
+        ("some/Name-0.5B.Q4_K_M.gguf", "Name-0.5B.Q4_K_M"),
+        ("für/Größe_&_Maß#1.gguf", "Größe_&_Maß#1"),
+    ],
 )
 def test_any_model_goes_the_way_of_the_demo_into_a_folder_of_its_name(
     model: str, bundle: str
@@ -42,13 +46,24 @@ def test_any_model_goes_the_way_of_the_demo_into_a_folder_of_its_name(
     done = make("-n", "demo-0.5b", f"MODEL={model}")
     steps = ["dash-export", "dash-run", "dash-train", "dash-run", "dash-report"]
     assert commands(done) == steps
-    assert f"build/demo-0.5b/{bundle} --effort none" in done.stdout
+    assert f'"build/demo-0.5b/{bundle}" --effort none' in done.stdout
     assert "--requantize" not in done.stdout
 
 
 def test_a_demo_of_another_model_needs_one() -> None:
     done = make("-n", "demo-0.5b")
     assert done.returncode != 0 and "demo-0.5b needs MODEL=" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["MODEL=my models/m.gguf", "MODEL=m 2.gguf", "MODEL=m%2.gguf", "MODEL=m:2", "BUNDLE=my out"],
+)
+def test_a_name_that_make_cannot_take_is_one_line(given: str) -> None:
+    done = make("-n", "demo", given)
+    (error,) = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert given in error and "link to it" in error
 
 
 @pytest.mark.slow
