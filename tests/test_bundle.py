@@ -52,13 +52,27 @@ def test_a_whole_bundle_opens_and_every_file_is_verified(tiny_bundle: Path) -> N
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "file"])
 def test_where_no_bundle_is_the_command_that_makes_one_is_told(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "out"
+    path = tmp_path / "my $out"
     if kind == "empty folder":
         path.mkdir()
     elif kind == "file":
         path.write_text("x")
-    with pytest.raises(BundleError, match=rf"no bundle at {path}: .*`dash-export MODEL {path}`"):
+    with pytest.raises(BundleError) as told:
         Bundle(path)
+    assert f"no bundle at {path}: " in str(told.value)
+    assert f"`dash-export MODEL '{path}'`" in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["my model.gguf", "folder"])
+def test_where_a_model_is_the_command_that_exports_it_is_told(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path = tmp_path / "my model"
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+    with pytest.raises(BundleError) as told:
+        Bundle(path)
+    assert f"`dash-export '{path}' 'my model-onnx'`" in str(told.value)
 
 
 def test_a_manifest_that_is_not_text_is_refused(bundle: Path) -> None:

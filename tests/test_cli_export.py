@@ -31,7 +31,7 @@ run, refused = TOOL.run, TOOL.refused
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """A destination, alone in its folder, so that whatever is written next to it is seen."""
-    folder = tmp_path / "destination"
+    folder = tmp_path / "a destination: ü#%$"
     folder.mkdir()
     return folder / "out"
 
@@ -78,7 +78,7 @@ def test_the_closing_table_has_a_row_for_each_layer_and_says_what_to_do_next(
     assert total.split()[0] == "all" and len(total.split()) == 4
     assert f"tiny -> {out}" in rest
     assert "night.txt" in rest
-    assert f'dash-run {out} "Hello!"' in rest
+    assert f"dash-run '{out}' \"Hello!\"" in rest  # as a shell takes a path with a blank
     assert os.listdir(out.parent) == ["out"]
 
 
@@ -348,7 +348,7 @@ def test_an_interrupt_tells_how_to_go_on(
     def struck(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    out, partial = tmp_path / "my out", tmp_path / ".my out.partial"
     monkeypatch.setattr("dash_onnx.exporters.export.export", struck)
     words = (tiny_folder, out, "--calibration", night, "--quiet")
     hints = {
@@ -365,7 +365,7 @@ def test_an_interrupt_tells_how_to_go_on(
     shutil.copytree(full_bundle, out)  # as the training is struck
     monkeypatch.setattr("dash_onnx.cli.export.check_destination", lambda *_: None)
     assert run(*words) == 130
-    told = f"{out} can answer; `dash-train {out}`, with the same options, trains its policy"
+    told = f"{out} can answer; `dash-train '{out}'`, with the same options, trains its policy"
     assert told in capsys.readouterr().err
 
 

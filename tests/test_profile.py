@@ -21,7 +21,7 @@ TOOL = Tool("dash-profile", main)
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "my out"))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -103,7 +103,7 @@ def test_a_fused_folder_is_said_to_keep_its_costs(bundle: Path, capsys: Capture)
     assert TOOL.run(bundle, "--dry-run") == 0
     assert capsys.readouterr().err == ""
     assert TOOL.run(bundle, "--force") == 0
-    assert f"dash-fuse {bundle} --overwrite" in capsys.readouterr().err
+    assert f"dash-fuse '{bundle}' --overwrite" in capsys.readouterr().err
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -197,14 +198,14 @@ def main(argv: list[str] | None = None) -> int:
         if trained:
             _LOG.info(
                 '%s can answer now: dash-run %s "Hello!"; the policy is being trained',
-                *(arguments.out, arguments.out),
+                *(arguments.out, _typed(arguments.out)),
             )
         checked = _check(arguments.model, arguments.out, options, arguments.check)
         failures.extend(checked.failures if checked else [])
         if arguments.effort != "none" and not trained:
             _LOG.warning(
                 "no device %s here: no policy trained; run `dash-train %s` where there is one",
-                *(arguments.device, arguments.out),
+                *(arguments.device, _typed(arguments.out)),
             )
         elif training is not None:
             from dash_onnx.exporters.train.train import train
@@ -249,7 +250,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         check_destination(out, overwrite)
     except BundleError as error:
         if not overwrite and _untrained(out):
-            raise BundleError(f"{error}, or train its policy: dash-train {out}") from None
+            raise BundleError(f"{error}, or train its policy: dash-train {_typed(out)}") from None
         raise
 
 
@@ -264,7 +265,8 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
     if overwrite:  # what is there may have been there before
         return ""
     if (out / MANIFEST_NAME).is_file():
-        goes_on = f"{out} can answer; `dash-train {out}`, with the same options, trains its policy"
+        command = f"dash-train {_typed(out)}"
+        goes_on = f"{out} can answer; `{command}`, with the same options, trains its policy"
         return goes_on if _untrained(out) else ""
     if (partial := workspace_of(out, "partial")).exists():
         again = "the same command" if resume else "with --resume the command"
@@ -272,6 +274,11 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
     return (
         "nothing is finished" if resume else "nothing is kept; with --resume, finished layers are"
     )
+
+
+def _typed(path: Path) -> str:
+    """As a command has it in a shell."""
+    return shlex.quote(str(path))
 
 
 def _announce(
@@ -366,7 +373,7 @@ def summary(manifest: Manifest, out: Path) -> str:
     ]
     if facts.fp32_kept:
         lines.append(f"stored as FP32, because FP16 cannot hold them: {', '.join(facts.fp32_kept)}")
-    lines.append(f'try it: dash-run {out} "Hello!"')
+    lines.append(f'try it: dash-run {_typed(out)} "Hello!"')
     return "\n".join(lines)
 
 

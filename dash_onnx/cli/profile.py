@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 
@@ -60,9 +61,10 @@ def _profile(arguments: argparse.Namespace) -> None:
             )
         replace_manifest(bundle.folder, manifest)
         if (fused := bundle.folder / FUSED_FOLDER).is_dir():
+            out = shlex.quote(str(bundle.folder))
             print(
                 f"dash-profile: {fused} keeps the costs that it was made with; renew it with "
-                f"dash-fuse {bundle.folder} --overwrite and the options of the first time",
+                f"dash-fuse {out} --overwrite and the options of the first time",
                 file=sys.stderr,
             )
     if arguments.json:

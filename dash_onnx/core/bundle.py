@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from pathlib import Path, PurePosixPath
 
 from dash_onnx.core.atomic import write_text
@@ -131,8 +132,8 @@ def _remedy(folder: Path) -> str:
     if model or (name.count("/") == 1 and not folder.parent.exists()):
         out = folder.name.removesuffix(".gguf").lower() + "-onnx"
         what = "it is a model" if model else "a hub id is a model"
-        return f"{what}, export it first with `dash-export {name} {out}`"
-    return f"{MANIFEST_NAME} is missing; make one with `dash-export MODEL {name}`"
+        return f"{what}, export it first with `dash-export {shlex.quote(name)} {shlex.quote(out)}`"
+    return f"{MANIFEST_NAME} is missing; make one with `dash-export MODEL {shlex.quote(name)}`"
 
 
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
