@@ -14,12 +14,14 @@ import pytest
 from cli_tool import Capture, Tool
 from conftest import needed
 
+from dash_onnx.bench.contenders import policy_of, speculation_of
 from dash_onnx.bench.measure import Reference, Result, divergence, measure, ratio
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.bench.worker import Worker
 from dash_onnx.cli.bench import _table, main
 from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.runtime.engine import Model
 
 TOOL = Tool("dash-bench", main)
 IDS = list(range(10, 26))
@@ -38,6 +40,14 @@ def test_speed_and_bandwidth_follow_from_the_median() -> None:
     found = result("a", 4.0, 5.0, 20.0)
     assert found.tokens_per_s == pytest.approx(200)
     assert found.gigabytes_per_s == pytest.approx(1.0)
+
+
+def test_the_name_of_a_path_file_may_hold_a_plus(tiny_model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "c++ @0.5.txt"
+    file.write_text("int8*4")
+    for variant, guessing in ((f"static:@{file}", "off"), (f"static:@{file}+ngram", "ngram")):
+        assert policy_of(tiny_model, variant).uniform == ("int8",) * 4
+        assert speculation_of(variant) == guessing
 
 
 class Fake(Worker):

@@ -83,7 +83,7 @@ def policy_of(model: Model, variant: str) -> Policy:
     Raises:
         PolicyError: the bundle has no such policy.
     """
-    variant = variant.partition("+")[0]
+    variant, _ = _parts(variant)
     if variant.startswith("static:"):  # whose `@` names a file
         return model.policy(variant)
     policy, _, budget = variant.partition("@")
@@ -96,12 +96,19 @@ def speculation_of(variant: str) -> Speculate:
     Raises:
         PolicyError: nobody is called so.
     """
-    _, plus, name = variant.partition("+")
-    if not plus:
+    _, name = _parts(variant)
+    if name is None:
         return "off"
     if name not in get_args(Speculate):
         raise PolicyError(f"{variant}: who guesses is one of {', '.join(get_args(Speculate))}")
     return cast("Speculate", name)
+
+
+def _parts(variant: str) -> tuple[str, str | None]:
+    """The policy and who guesses, if anyone; a `+` may belong to the name of a file, too."""
+    policy, plus, name = variant.rpartition("+")
+    file = variant.startswith("static:@") and name not in get_args(Speculate)
+    return (policy, name) if plus and not file else (variant, None)
 
 
 def peers() -> dict[str, EntryPoint]:
