@@ -20,6 +20,11 @@ def snapshot(folder: Path) -> dict[str, bytes | str]:
     }
 
 
+def test_a_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"b\\udcfcndel is not UTF-8"):
+        check_destination(Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xfcndel")), False)
+
+
 # Files
 
 

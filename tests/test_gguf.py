@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_a_gguf_has_the_config_it_was_made_of(family: str, tmp_path: Path) -> No
     assert ours.keys() == wanted.keys()
     for key, value in wanted.items():
         assert ours[key] == nearly(value), key
+
+
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xfcr.gguf"))
+    write_model(tmp_path / "tiny.gguf", tiny_model("llama"))
+    (tmp_path / "tiny.gguf").rename(path)
+    assert opened(path).name == "f\\udcfcr"
 
 
 def nearly(value: Any) -> Any:

@@ -141,6 +141,14 @@ def test_standard_input_is_text_or_json_lines_and_read_once(
     assert training.texts[0].name == "-"
 
 
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xfcr.txt"))
+    path.write_text("the keeper")
+    (source,) = text_sources([path])
+    assert source.name == "f\\udcfcr.txt" and source.name.encode()
+    assert joined(path) == "the keeper"
+
+
 def test_the_checksum_follows_the_text_and_the_weight(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")

@@ -71,8 +71,14 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
 
     Raises:
         BundleError: it exists without `overwrite`, holds something of another kind, or cannot be
-            renamed.
+            renamed; or its path is not UTF-8.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise BundleError(
+            f"{folder} is not UTF-8, as ONNX needs paths to be: choose another folder"
+        ) from None
     if not folder.exists() and not folder.is_symlink():
         return
     if folder.resolve().is_mount():  # unresolved, `.` looks like one

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.text import json_lines, json_records, read_text
 from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
 from dash_onnx.exporters.calibration.hub import PREFIX, HubDataset
@@ -56,7 +56,7 @@ class Files:
     def __init__(self, path: Path):
         """Reads nothing yet."""
         self._path = path
-        self.name = path.name or path.resolve().name
+        self.name = printable(path.name or path.resolve().name)  # of a file, any bytes
 
     def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
         """See `Content`."""

@@ -13,7 +13,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
 from transformers import GenerationConfig, PretrainedConfig
 
-from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import SourceError, UnsupportedError, printable
 from dash_onnx.exporters.quantize.blockwise import Quantized
 from dash_onnx.exporters.sources.gguf_blocks import unpack
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
@@ -142,7 +142,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     generation.eos_token_id = end_tokens(values)
     return Source(
         kind="gguf",
-        name=path.stem,
+        name=printable(path.stem),  # of a file, any bytes
         config=config,
         weights=weights,
         tokenizer=tokenizer,
