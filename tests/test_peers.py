@@ -15,10 +15,13 @@ from dash_onnx.core.statistics import kl_divergence, log_softmax
 pytestmark = pytest.mark.slow  # quick, but the peers are installed for the slow tests
 
 
-@pytest.fixture(params=["llama.cpp xllamacpp", "openvino openvino_genai"])
+@pytest.fixture(params=["llama.cpp", "openvino"])
 def peer(request: pytest.FixtureRequest, demo_gguf: Path) -> Worker:
-    kind, package = request.param.split()
-    needed(package)
+    kind = request.param
+    if kind == "llama.cpp":  # skipped in CI, too, which has no time to compile it
+        pytest.importorskip("llama_cpp", reason="run `make .venv/.llama-cpp`")
+    else:
+        needed("openvino_genai")
     worker = Worker(kind, kind, str(demo_gguf), 1)
     request.addfinalizer(worker.close)
     return worker
@@ -30,8 +33,9 @@ def test_a_peer_reads_the_demo_model_as_we_do(peer: Worker, trained_bundle: Path
     ids = model.text.encode("The lighthouse keeper counts the ships that pass").tolist()
     times = peer.decode(ids, 5)
     assert len(times) == 5 and min(times) > 0
+    assert len(peer.decode(ids, 2)) == 2
     if (theirs := peer.logits(ids, 4)) is None:
-        assert peer.name == "openvino"
+        assert peer.name.startswith("openvino")
         return
     assert theirs.shape == (len(ids) - 4, model.manifest.model.vocab_size)
     # Both round activations to INT8.

@@ -2,53 +2,69 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
-from typing import Any
+import ctypes
+from collections.abc import Sequence
+from typing import cast
 
+import llama_cpp
 import numpy as np
 import numpy.typing as npt
-import xllamacpp
+
+from dash_onnx_peers import timed
+
+_CONTEXT = 4096  # tokens, for which the K/V cache is allocated
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp's server, from its prebuilt wheels."""
+    """A GGUF file in llama.cpp's library, with its defaults for a context."""
 
     def __init__(self, target: str, threads: int):
-        """Starts the server on a free port of this machine."""
-        params = xllamacpp.CommonParams()
-        params.model.path = target
-        params.n_ctx = 4096
-        params.n_parallel = 1
-        params.port = 0
-        params.cpuparams.n_threads = threads
-        params.cpuparams_batch.n_threads = threads
-        self._server = xllamacpp.Server(params)
-
-    def _complete(self, ids: list[int], new: int, **options: Any) -> Any:
-        body = {"prompt": ids, "n_predict": new, "temperature": 0, "ignore_eos": True, **options}
-        request = urllib.request.Request(
-            self._server.listening_address + "/completion", json.dumps(body).encode()
+        """Loads the model."""
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_load_from_file(
+            target.encode(), llama_cpp.llama_model_default_params()
         )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
+        assert model is not None, f"llama.cpp cannot load {target}"
+        params = llama_cpp.llama_context_default_params()
+        self._room = min(_CONTEXT, llama_cpp.llama_model_n_ctx_train(model))
+        params.n_ctx = params.n_batch = self._room
+        params.n_threads = params.n_threads_batch = threads
+        context = llama_cpp.llama_init_from_model(model, params)
+        assert context is not None, f"llama.cpp makes no context for {target}"
+        self._context = context
+        vocabulary = llama_cpp.llama_model_get_vocab(model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
+
+    def _clear(self) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+
+    def _next(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits after the last of further tokens, `[V]`, until the next call."""
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
+        if code := llama_cpp.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama_decode: {code}")
+        pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
+        found = np.ctypeslib.as_array(
+            cast("ctypes._Pointer[ctypes.c_float]", pointer), (self._vocab_size,)
+        )
+        return cast("npt.NDArray[np.float32]", found)
 
     def decode(self, ids: list[int], new: int) -> list[float]:
-        """The server tells the time of the prompt and the mean of all other tokens."""
-        times = self._complete(ids, new, cache_prompt=False)["timings"]
-        assert times["predicted_n"] == new and times["prompt_n"] == len(ids)
-        # Its first token comes out of the prompt; the time of the others is not split further.
-        return [times["prompt_ms"], *[times["predicted_ms"] / (new - 1)] * (new - 1)]
+        """See `Contender`."""
+        if len(ids) + new > self._room:
+            return []
+        self._clear()
+        given = ids
+
+        def step() -> None:
+            nonlocal given
+            given = [int(self._next(given).argmax())]
+
+        return timed(step, new)
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32]:
-        """Log-probabilities of the whole vocabulary, one token of the text after the other."""
-        # What it samples does not matter here, but it lists nothing for a part of a character.
-        options = {"cache_prompt": True, "n_probs": 1 << 20, "logit_bias": [["a", 1000]]}
-        rows = []
-        for stop in range(prompt_tokens + 1, len(ids) + 1):
-            (token,) = self._complete(ids[:stop], 1, **options)["completion_probabilities"]
-            ranked = token["top_logprobs"]
-            row = np.empty(len(ranked), np.float32)
-            row[[entry["id"] for entry in ranked]] = [entry["logprob"] for entry in ranked]
-            rows.append(row)
-        return np.stack(rows)
+        """One token of the text after the other."""
+        self._clear()
+        self._next(ids[:prompt_tokens])
+        return np.stack([self._next([token]).copy() for token in ids[prompt_tokens:]])
