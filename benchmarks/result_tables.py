@@ -15,7 +15,11 @@ PEERS = {
     "genai": "ORT GenAI, {}",
     "transformers": "transformers, FP32",
     "openvino": "OpenVINO GenAI, the GGUF file",
+    "openvino openvino-int4": "OpenVINO GenAI, INT4",
+    "openvino-f32": "OpenVINO GenAI in FP32, the GGUF file",
+    "openvino-f32 openvino-int4": "OpenVINO GenAI in FP32, INT4",
     "llama.cpp": "llama.cpp, the GGUF file",
+    "llama.cpp q4_0.gguf": "llama.cpp, Q4_0",
 }
 
 
@@ -38,8 +42,9 @@ def label(name: str) -> str:
         policy, _, budget = target.partition("@")
         return ours(budget or policy)
     folder, _, file = target.rpartition("/")
-    if told := PEERS.get(f"{kind} {folder}"):
-        return told.format(file)
+    for part in (folder, file):
+        if told := PEERS.get(f"{kind} {part}"):
+            return told.format(file)
     return PEERS.get(kind, name).format(file.upper())
 
 
@@ -67,15 +72,20 @@ def percent(value: float, error: float | None) -> str:
 
 
 def contenders(bench: Any, *columns: str, kinds: str = "", sort: bool = False) -> str:
-    """What dash-bench found; `kinds`: of those alone; `sort`: from fast to slow."""
+    """What dash-bench found; `kinds`: of those alone; `sort`: from fast to slow.
+
+    A column that was not measured is left out.
+    """
     rows = [c for c in bench["contenders"] if re.match(kinds, c["name"])]
     peer = next((c for c in rows if c["name"].startswith("genai")), None)
     if peer:
         rows = [{**c, "ratio": c["tokens_per_s"] / peer["tokens_per_s"]} for c in rows]
     if sort:
         rows.sort(key=lambda c: -c["tokens_per_s"])
-    cells = [[label(c["name"]), *(COLUMNS[column](c) for column in columns)] for c in rows]
-    return table([["", *columns], *cells])
+    cells = {column: [COLUMNS[column](c) for c in rows] for column in columns}
+    shown = [[column, *cells[column]] for column in columns if {*cells[column]} != {"-"}]
+    names = ["", *(label(c["name"]) for c in rows)]
+    return table([list(row) for row in zip(names, *shown, strict=True)])
 
 
 def _span(c: dict[str, Any]) -> str:
@@ -83,11 +93,20 @@ def _span(c: dict[str, Any]) -> str:
     return f"{c['tokens_per_s']:.0f} ({min(rates):.0f}-{max(rates):.0f})"
 
 
+def _behind(c: dict[str, Any], tokens: int, rate: str = "tokens_per_s") -> str:
+    """Speed with a context of so many tokens."""
+    found = c.get("behind", {}).get(str(tokens))
+    return f"{found[rate]:.0f}" if found else "-"
+
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda c: f"{c['tokens_per_s']:.0f}",
     "tokens/s (rounds)": _span,
     "GenAI = 1": lambda c: f"{c['ratio']:.2f}",
     "first token, ms": lambda c: f"{statistics.median(c['ttft_ms']):.0f}",
+    "pp512": lambda c: _behind(c, 512, "prefill_tokens_per_s"),
+    "behind 1,000": lambda c: _behind(c, 1000),
+    "behind 3,500": lambda c: _behind(c, 3500),
     "KL": lambda c: "-" if c["kl"] is None else f"{c['kl']:.2g}" if c["kl"] > 1e-4 else "0",
     "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
     "peak memory, MB": lambda c: f"{c['peak_rss_bytes'] / 1e6:.0f}",

@@ -6,18 +6,19 @@ import json
 import os
 import sys
 import xml.etree.ElementTree
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_tool import Capture, Tool
-from conftest import needed
+from conftest import needed, save_tiny
 
 from dash_onnx.bench.contenders import policy_of, speculation_of
-from dash_onnx.bench.measure import Reference, Result, divergence, measure, ratio
+from dash_onnx.bench.measure import Behind, Reference, Result, divergence, measure, ratio
 from dash_onnx.bench.memory import read_gigabytes_per_s
-from dash_onnx.bench.prompts import read_prompts
+from dash_onnx.bench.prompts import context, read_prompts
 from dash_onnx.bench.worker import Worker
 from dash_onnx.cli.bench import _table, main
 from dash_onnx.core.errors import DashError, SourceError
@@ -51,7 +52,7 @@ def test_the_name_of_a_path_file_may_hold_a_plus(tiny_model: Model, tmp_path: Pa
 
 
 class Fake(Worker):
-    """A worker that notes its turns."""
+    """A worker that notes its turns; that called short holds no more than five tokens."""
 
     load_s = 0.5
 
@@ -60,6 +61,8 @@ class Fake(Worker):
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         self.log.append(f"{self.name}{len(ids)}")
+        if self.name == "short" and len(ids) > 5:
+            return []
         return [100.0, *[float(len(ids))] * (new - 1)]
 
     def peak_rss_bytes(self) -> int:
@@ -86,6 +89,28 @@ def test_contenders_take_turns_over_all_prompts_after_a_warm_up_in_each_process(
     assert [r.name for r in found] == ["a", "b"]
     assert [r.decode_ms for r in found] == [(2.0,) * 6] * 2
     assert [r.ttft_ms for r in found] == [(100.0,) * 6] * 2
+
+
+def test_all_take_turns_on_each_context_after_the_rounds() -> None:
+    log: list[str] = []
+    starts = [lambda name=name: Fake(name, log) for name in ("a", "short")]
+    contexts = [[1] * length for length in (4, 4, 8)]
+    a, short = measure(starts, [[1]], new_tokens=4, rounds=1, processes=2, contexts=contexts)
+    turns = ["a4", "short4", "a4", "short4", "a8", "short8"]
+    assert log == [*["a1", "short1"] * 2, *turns, "short closed", "a closed"] * 2
+    assert a.decode_ms == (1.0,) * 2
+    assert a.behind == {
+        4: Behind(4, (100.0,) * 4, (4.0,) * 4), 8: Behind(8, (100.0,) * 2, (8.0,) * 2)
+    }  # fmt: skip
+    assert [*short.behind] == [4]
+    assert a.behind[8].prefill_tokens_per_s == pytest.approx(80)
+    assert a.behind[8].tokens_per_s == pytest.approx(125)
+
+
+def test_a_context_has_its_length_and_ends_with_a_prompt() -> None:
+    assert context([[1, 2], [3], [4, 5]], 9) == [1, 2, 3, 1, 2, 3, 1, 4, 5]
+    assert context([[1, 2]], 5) == [1, 2, 1, 1, 2]
+    assert context([[9], [1, 2, 3]], 2) == [2, 3]
 
 
 def test_the_divergence_is_the_kl_to_the_reference() -> None:
@@ -232,6 +257,31 @@ def test_a_picture_replaces_only_a_regular_file(
     os.mkfifo(target) if kind == "fifo" else target.symlink_to("nothing")
     told = TOOL.refused(capsys, tiny_bundle, "--picture", target)
     assert "exists and is not a regular file" in told
+
+
+def test_the_table_shows_what_follows_a_context_and_a_dash_without_it() -> None:
+    row = Result("dash full", (1.0,), (1.0,), 1.0, 1)
+    head, bare = _table([row]).splitlines()
+    assert all(name in head for name in ("pp512", "behind 1,000", "behind 3,500"))
+    behind = {n: Behind(n, (2.0 * n,), (n / 100,)) for n in (512, 1000)}
+    full = _table([replace(row, behind=behind)]).splitlines()[1]
+    assert bare.split("ms")[1].split()[:3] == ["-", "-", "-"]
+    assert full.split("ms")[1].split()[:3] == ["500", "100.0", "-"]
+
+
+def test_the_prefill_is_measured_where_the_context_holds_it(
+    export_tiny: Callable[..., Path], clients: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = save_tiny(tmp_path / "longer", max_position_embeddings=600)
+    bundle = export_tiny(folder)
+    capsys.readouterr()  # what the export prints
+    words = (bundle, "--run", "int4", "--peer", f"flat:{clients}", *FEW)
+    for row in TOOL.json_of(capsys, *words)["contenders"]:
+        assert [*row["behind"]] == ["512"]
+        prefill = row["behind"]["512"]
+        assert len(prefill["prefill_ms"]) == 3 and prefill["prefill_tokens_per_s"] > 0
+    found = TOOL.json_of(capsys, *words, "--no-contexts")
+    assert [row["behind"] for row in found["contenders"]] == [{}, {}]
 
 
 def test_no_error_is_told_where_there_is_none() -> None:

@@ -15,10 +15,15 @@ from scored_bundle import with_scorer
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
+BEHIND = {"prefill_tokens_per_s": 900.0, "tokens_per_s": 170.0}
 KL = {"cost": 0.3, "kl": 0.1234, "kl_stderr": 0.01, "top1": 0.8}
 SPEED = {
     "tokens_per_s": 200.0, "decode_ms": [4.0, 5.0, 6.0], "ttft_ms": [40.0], "kl": 0.0123,
     "kl_stderr": 0.001, "peak_rss_bytes": 5e8, "load_s": 1.0,
+    "behind": {
+        "512": {"prefill_tokens_per_s": 1024.0, "tokens_per_s": 190.0},
+        "1000": BEHIND,
+    },
 }  # fmt: skip
 SCORES = {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.02, "sample_len": 100}}
 ANSWERS = {"name": "fast", "length": 80.0, "length_stderr": 2.0, "ended": 0.3}
@@ -42,7 +47,7 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
                 "read_gb_per_s": 34.0,
                 "contenders": [
                     {**SPEED, "name": "dash dash@fast"},
-                    {**SPEED, "name": "genai peers/int4", "kl": None},
+                    {**SPEED, "name": "genai peers/int4", "kl": None, "behind": {"1000": BEHIND}},
                 ],
             },
         )
@@ -155,8 +160,8 @@ def test_the_page_and_the_readme_are_what_the_measurements_give() -> None:
 def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, Any]) -> None:
     page = results.page(parts)
     for row in (
-        "| policy at `fast` | 200 (167-250) | 40 | 0.0123 ± 0.0010 | 500 | 1.0 |",
-        "| ORT GenAI, INT4 | 200 (167-250) | 40 | - | 500 | 1.0 |",
+        "| policy at `fast` | 200 (167-250) | 40 | 1024 | 170 | 0.0123 ± 0.0010 | 500 | 1.0 |",
+        "| ORT GenAI, INT4 | 200 (167-250) | 40 | - | 170 | - | 500 | 1.0 |",
         "| a.txt | policy at `fast` | 0.300 | 0.1234 ± 0.0100 | 80.0% | 0.4321 at 0.300 |  |  |  |",
         "| arc | acc | 100 | 50.0% ± 2.0% | 50.0% ± 2.0% |",
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",

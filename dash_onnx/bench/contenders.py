@@ -31,7 +31,8 @@ class Contender(Protocol):
         """Decodes greedily, past EOS.
 
         Returns:
-            Milliseconds of each of `new` tokens; the first includes the prompt.
+            Milliseconds of each of `new` tokens; the first includes the prompt. Empty where its
+            context does not hold them.
         """
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +13,31 @@ from dash_onnx.bench.contenders import Logits
 from dash_onnx.bench.worker import Worker
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Speed with a context of some length.
+
+    Attributes:
+        tokens: of the context.
+        prefill_ms: milliseconds to the first token, by run.
+        decode_ms: median milliseconds of a later token, by run.
+    """
+
+    tokens: int
+    prefill_ms: tuple[float, ...]
+    decode_ms: tuple[float, ...]
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Tokens of the context by the median time to the first token."""
+        return 1e3 * self.tokens / statistics.median(self.prefill_ms)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoded behind it, median over the runs."""
+        return 1e3 / statistics.median(self.decode_ms)
 
 
 @dataclass(frozen=True)
@@ -28,6 +53,7 @@ class Result:
         weight_bytes: what a token reads of the weights; None where it is not known.
         kl: mean KL(reference || contender) in nats; None where it shows no logits.
         kl_stderr: standard error over the texts.
+        behind: by the length of a context, the speed there; without those that it cannot hold.
     """
 
     name: str
@@ -38,6 +64,7 @@ class Result:
     weight_bytes: float | None = None
     kl: float | None = None
     kl_stderr: float | None = None
+    behind: Mapping[int, Behind] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,6 +107,7 @@ def measure(
     new_tokens: int,
     rounds: int,
     processes: int,
+    contexts: Sequence[list[int]] = (),
     quality: Callable[[Worker], tuple[float, float] | None] | None = None,
 ) -> list[Result]:
     """Contenders take turns round by round: a machine that drifts drifts for all of them.
@@ -91,6 +119,8 @@ def measure(
         rounds: over all prompts, after one with a single prompt that warms up.
         processes: how often all start anew, each time for all rounds. A process keeps an
             advantage of up to 8 % for as long as it lives, by where its memory lies.
+        contexts: token ids of longer prompts, which all take turns on after the rounds; one
+            that is there twice is measured twice.
         quality: KL and its standard error, or None; asked once for each contender.
 
     Returns:
@@ -104,6 +134,8 @@ def measure(
                 workers.append(start())
                 stack.callback(workers[-1].close)
             results = _rounds(workers, prompts, new_tokens, rounds)
+            for index, behind in enumerate(_behind(workers, contexts, new_tokens)):
+                results[index] = replace(results[index], behind=behind)
             if quality and not generations:
                 for index, worker in enumerate(Loop("quality", workers)):
                     if kl := quality(worker):
@@ -116,6 +148,7 @@ def measure(
             ttft_ms=sum((one.ttft_ms for one in same), ()),
             load_s=statistics.median(one.load_s for one in same),
             peak_rss_bytes=max(one.peak_rss_bytes for one in same),
+            behind={n: _joined([one.behind[n] for one in same]) for n in same[0].behind},
         )
         for same in zip(*generations, strict=True)
     ]
@@ -137,6 +170,27 @@ def _rounds(
         Result(w.name, tuple(decode[i]), tuple(first[i]), w.load_s, w.peak_rss_bytes())
         for i, w in enumerate(workers)
     ]
+
+
+def _behind(
+    workers: Sequence[Worker], contexts: Sequence[list[int]], new_tokens: int
+) -> list[dict[int, Behind]]:
+    """After the rounds, whose memory does not include it."""
+    found: list[dict[int, Behind]] = [{} for _ in workers]
+    turns = [(ids, index) for ids in contexts for index in range(len(workers))]
+    for ids, index in Loop("contexts", turns):
+        if times := workers[index].decode(ids, new_tokens):
+            run = Behind(len(ids), (times[0],), (statistics.median(times[1:]),))
+            found[index][len(ids)] = _joined([*filter(None, [found[index].get(len(ids))]), run])
+    return found
+
+
+def _joined(runs: Sequence[Behind]) -> Behind:
+    return Behind(
+        runs[0].tokens,
+        sum((run.prefill_ms for run in runs), ()),
+        sum((run.decode_ms for run in runs), ()),
+    )
 
 
 def divergence(worker: Worker, texts: Sequence[Reference]) -> tuple[float, float] | None:

@@ -1,7 +1,9 @@
-"""Prompts for the benchmark: six of its own, or a file's."""
+"""Prompts for the benchmark: six of its own, or a file's; and longer ones, made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,17 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise SourceError(f"{path} holds no prompt")
     return prompts
+
+
+def context(prompts: Sequence[list[int]], tokens: int) -> list[int]:
+    """A prompt of exactly so many tokens: others over and over, and one that wants an answer.
+
+    What follows is no repetition, then, which would be cheaper than a text.
+    """
+    *others, last = prompts
+    if len(last) >= tokens:
+        return last[-tokens:]
+    return [*islice(cycle(chain(*(others or prompts))), tokens - len(last)), *last]
 
 
 def _prompt(record: Any, where: str) -> str:

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import (
     Parser,
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from dash_onnx.bench.measure import Reference, Result
     from dash_onnx.bench.worker import Worker
     from dash_onnx.runtime.engine import Model
+
+_PREFILL, *_DEPTHS = _CONTEXTS = (512, 1000, 3500)
+_PREFILLS = 3  # runs of the first, in each process: it is short, and its first run allocates
 
 _EXAMPLES = """\
   dash-bench out/
@@ -105,6 +108,11 @@ def _parser() -> Parser:
     add_reference_option(parser)
     parser.add_argument("--no-quality", action="store_true", help="measure speed only")
     parser.add_argument(
+        "--no-contexts",
+        action="store_true",
+        help="leave out the prefill of 512 tokens and what follows 1,000 and 3,500",
+    )
+    parser.add_argument(
         "--picture",
         type=Path,
         action="append",
@@ -144,7 +152,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from dash_onnx.bench.measure import divergence, measure
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw, figure_class
-    from dash_onnx.bench.prompts import PROMPTS, read_prompts
+    from dash_onnx.bench.prompts import PROMPTS, context, read_prompts
     from dash_onnx.runtime.machine import machine_name
     from dash_onnx.runtime.ort import thread_count
 
@@ -165,6 +173,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if not arguments.no_quality:
         quality = partial(divergence, texts=_reference(reference, prompts, arguments.new_tokens))
+    room = 0 if arguments.no_contexts else model.manifest.model.max_length - arguments.new_tokens
+    lengths = [length for length in _CONTEXTS if length <= room]
+    contexts = [context(prompts, length) for length in lengths]
     threads = thread_count()
     ceiling = read_gigabytes_per_s(threads)
     results = measure(
@@ -173,6 +184,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         new_tokens=arguments.new_tokens,
         rounds=arguments.rounds,
         processes=arguments.processes,
+        contexts=[*contexts[:1] * (_PREFILLS - 1), *contexts],
         quality=quality,
     )
     for index, policy in enumerate(policies):  # ours come first
@@ -181,10 +193,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             results[index] = dataclasses.replace(results[index], weight_bytes=read)
     machine = f"{machine_name()}, {threads} threads"
     if arguments.json:
-        rows = [
-            {**dataclasses.asdict(r), "tokens_per_s": r.tokens_per_s, "gb_per_s": r.gigabytes_per_s}
-            for r in results
-        ]
+        rows = [_row(result) for result in results]
         print(json.dumps({"machine": machine, "read_gb_per_s": ceiling, "contenders": rows}))
     else:
         print(_table(results))
@@ -192,8 +201,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"\n{machine}; {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
             f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
         )
-        if any(peer.startswith("llama.cpp:") for peer in arguments.peer):
-            print("of llama.cpp the mean of an answer's tokens, of all others their median")
+        if contexts:
+            print("pp512: tokens/s of a prompt of 512; behind: tokens/s after a prompt so long")
         if any("+" in variant for variant in variants):
             print("of runs that guess the mean of an answer's tokens")
     for picture in arguments.picture:  # last: what fails here takes no figures with it
@@ -264,17 +273,32 @@ def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[
     return found
 
 
+def _row(result: Result) -> dict[str, Any]:
+    """A contender of the JSON."""
+    rates = {"tokens_per_s": result.tokens_per_s, "gb_per_s": result.gigabytes_per_s}
+    behind = {
+        length: {
+            **dataclasses.asdict(one),
+            "prefill_tokens_per_s": one.prefill_tokens_per_s,
+            "tokens_per_s": one.tokens_per_s,
+        }
+        for length, one in result.behind.items()
+    }
+    return {**dataclasses.asdict(result), **rates, "behind": behind}
+
+
 def _table(results: list[Result]) -> str:
     from dash_onnx.bench.measure import ratio
 
-    head = ["", "tokens/s", "(rounds)", "of the first", "first token", "KL", "load"]
-    head += ["peak RSS", "GB/s"]
+    head = ["", "tokens/s", "(rounds)", "of the first", "first token", f"pp{_PREFILL}"]
+    head += [*(f"behind {depth:,}" for depth in _DEPTHS), "KL", "load", "peak RSS", "GB/s"]
     rows = [head]
     for result in results:
         speeds = [1e3 / ms for ms in result.decode_ms]
         middle, low, high = ratio(result, results[0])
         first = statistics.median(result.ttft_ms)
         rate = result.gigabytes_per_s
+        prefill, *depths = (result.behind.get(length) for length in _CONTEXTS)
         kl = "-" if result.kl is None else f"{result.kl:.4f}"
         kl += f" +- {result.kl_stderr:.4f}" if result.kl_stderr else ""
         rows.append(
@@ -284,6 +308,8 @@ def _table(results: list[Result]) -> str:
                 f"{min(speeds):.0f}-{max(speeds):.0f}",
                 f"{middle:.2f} ({low:.2f}-{high:.2f})",
                 f"{first:.0f} ms",
+                f"{prefill.prefill_tokens_per_s:.0f}" if prefill else "-",
+                *(f"{depth.tokens_per_s:.1f}" if depth else "-" for depth in depths),
                 kl,
                 f"{result.load_s:.1f} s",
                 f"{result.peak_rss_bytes / 1e6:.0f} MB",
