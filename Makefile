@@ -22,7 +22,8 @@ endif
 # What `make bench` and `make results` compare with.
 PEERS := genai:build/peers/int4 genai:build/peers/int8 genai:build/peers/fp32 \
 	genai:build/fused/int4 genai:build/fused/dash \
-	transformers:build/peers/hf openvino:$(DEMO) llama.cpp:$(DEMO)
+	transformers:build/peers/hf openvino:build/peers/openvino-int4 \
+	openvino-f32:build/peers/openvino-int4 llama.cpp:$(DEMO) llama.cpp:build/peers/q4_0.gguf
 
 .PHONY: help demo demo-0.5b test test-slow check docs lib demo-model bench gpu-check results node wheel \
 	release clean
@@ -152,7 +153,7 @@ $(BUNDLE)/.trained: $(BUNDLE)/.exported
 	$(BIN)/dash-train "$(BUNDLE)"
 	touch "$@"
 
-build/peers/.built: .venv/.bench $(DEMO)
+build/peers/.built: .venv/.llama-cpp $(DEMO)
 	$(BIN)/python benchmarks/build_peers.py $(DEMO) build/peers
 	touch $@
 

@@ -34,8 +34,8 @@ BUILD = Path("build/results")
 OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BUILD / "lines.txt"
 REFERENCE = BUILD / "full"  # what `bundle` makes
 PACKAGES = (
-    "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai xllamacpp "
-    "lm-eval"
+    "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai "
+    "llama-cpp-python xllamacpp lm-eval"
 ).split()
 Command = list[str | Path]
 
@@ -77,7 +77,7 @@ def memory(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same policies with `--memory low`. 1 minute."""
     once = _amount(replace(size, processes=1, rounds=1))
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
-    return [[*bench, *once, "--json"]]
+    return [[*bench, *once, "--no-contexts", "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -88,7 +88,7 @@ def context(a: argparse.Namespace, size: Size) -> list[Command]:
     amount = _amount(replace(size, processes=1))
     return [
         ["sh", "-c", f"seq -s, {size.count_to} > {prompt}"],
-        [*bench, "--prompts", prompt, "--no-quality", *amount, "--json"],
+        [*bench, "--prompts", prompt, "--no-quality", "--no-contexts", *amount, "--json"],
     ]
 
 
@@ -126,14 +126,15 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
     """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 7 a text."""
     reference: Command = ["dash-export", a.other, OTHER_FULL, "--variants", "full", "--overwrite"]
+    build: Command = ["python", "benchmarks/build_peers.py", a.other, OTHER_PEERS]
+    gguf = a.other.suffix == ".gguf"
     commands: list[Command] = [
         [*reference, "--effort", "none", "--check", "none"],
-        ["python", "benchmarks/build_peers.py", a.other, OTHER_PEERS, "--precisions", "int4"],
+        [*build, "--precisions", "int4", *(["q4_0", "openvino-int4"] if gguf else [])],
     ]
     if a.text:
         commands.append(["sh", "-c", f"grep -E '.{{400}}' \"$0\" | head -n 3 > {LINES}", a.text[0]])
-    anew = ["--requantize"] if a.other.suffix == ".gguf" else []
-    return commands + _larger(a, size, "other", anew)
+    return commands + _larger(a, size, "other", ["--requantize"] if gguf else [])
 
 
 def kept(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -144,9 +145,12 @@ def kept(a: argparse.Namespace, size: Size) -> list[Command]:
 def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
     out, fused = BUILD / name, BUILD / "fused"
     first: Command = ["python", "benchmarks/first_token.py", out, OTHER_FULL]
-    peers = (OTHER_PEERS / "int4", fused / "int4", fused / "dash")
-    bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size)]
-    bench += _peers([f"genai:{peer}" for peer in peers])
+    peers = [f"genai:{peer}" for peer in (OTHER_PEERS / "int4", fused / "int4", fused / "dash")]
+    if a.other.suffix == ".gguf":
+        peers += [f"llama.cpp:{file}" for file in (a.other, OTHER_PEERS / "q4_0.gguf")]
+        int4 = OTHER_PEERS / "openvino-int4"
+        peers += [f"{kind}:{int4}" for kind in ("openvino", "openvino-f32")]
+    bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size), *_peers(peers)]
     commands: list[Command] = [
         ["dash-export", a.other, out, *options, "--overwrite", "--json"],
         ["dash-fuse", out, fused / "int4", "--policy", "int4", "--overwrite"],
@@ -311,7 +315,10 @@ def _run(command: Command) -> dict[str, Any]:
 
 def _shown(word: str | Path) -> str:
     """A file outside the repository by its name: where it lies says nothing to others."""
-    if isinstance(word, str) or not word.is_absolute():
+    if isinstance(word, str):  # of a peer the kind stands before its path
+        kind, colon, path = word.partition(":/")
+        return f"{kind}:{_shown(Path('/', path))}" if colon else word
+    if not word.is_absolute():
         return str(word)
     return str(word.relative_to(ROOT) if word.is_relative_to(ROOT) else word.name)
 

@@ -15,7 +15,7 @@ from dash_onnx.core.statistics import kl_divergence, log_softmax
 pytestmark = pytest.mark.slow  # quick, but the peers are installed for the slow tests
 
 
-@pytest.fixture(params=["llama.cpp", "openvino"])
+@pytest.fixture(params=["llama.cpp", "openvino", "openvino-f32"])
 def peer(request: pytest.FixtureRequest, demo_gguf: Path) -> Worker:
     kind = request.param
     if kind == "llama.cpp":  # skipped in CI, too, which has no time to compile it

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import numpy as np
+import numpy.typing as npt
 import openvino
 import openvino_genai
 
 
 class OpenVINO:
-    """A GGUF file or a folder of OpenVINO models."""
+    """A GGUF file or a folder of OpenVINO models, in the precision that OpenVINO chooses."""
 
-    def __init__(self, target: str, threads: int):
-        """Loads the model."""
-        self._pipe = openvino_genai.LLMPipeline(target, "CPU", INFERENCE_NUM_THREADS=threads)
+    def __init__(self, target: str, threads: int, **properties: str):
+        """Loads the model; `properties` are OpenVINO's."""
+        self._properties = {"INFERENCE_NUM_THREADS": threads, **properties}
+        self._model = Path(target) / "openvino_model.xml"
+        self._pipe = openvino_genai.LLMPipeline(target, "CPU", **self._properties)
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """The pipeline tells the time of each token."""
@@ -23,6 +29,30 @@ class OpenVINO:
         times = [float(value) / 1e3 for value in raw.m_durations]  # microseconds
         return [float(raw.m_times_to_first_token[0]) / 1e3, *times[-(new - 1) :]]
 
-    def logits(self, ids: list[int], prompt_tokens: int) -> None:
-        """The pipeline does not show its logits."""
-        return None
+    def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32] | None:
+        """One token of the text after the other, of a folder.
+
+        The pipeline does not show its logits, so that this compiles its model once more.
+        """
+        if not self._model.is_file():
+            return None
+        compiled = openvino.Core().compile_model(self._model, "CPU", self._properties)
+        request = compiled.create_infer_request()
+        rows = []
+        for start, stop in itertools.pairwise((0, *range(prompt_tokens, len(ids) + 1))):
+            given = {
+                "input_ids": np.array([ids[start:stop]], np.int64),
+                "attention_mask": np.ones((1, stop), np.int64),
+                "position_ids": np.arange(start, stop)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+            rows.append(request.infer(given)["logits"][0, -1].astype(np.float32))
+        return np.stack(rows[1:])
+
+
+class OpenVINOF32(OpenVINO):
+    """The same, computing in FP32."""
+
+    def __init__(self, target: str, threads: int):
+        """Loads the model."""
+        super().__init__(target, threads, INFERENCE_PRECISION_HINT="f32")
