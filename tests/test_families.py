@@ -16,7 +16,7 @@ from families import (
     PROMPT,
     WINDOW,
     Pair,
-    attending,
+    attending_plainly,
     config_of,
     random_ids,
     write_text,
@@ -77,12 +77,11 @@ def test_a_prompt_in_chunks_gives_them_too(pair: Pair) -> None:
     np.testing.assert_allclose(got, pair.wanted(ids), atol=1e-4)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["grouped", "plain"])
-def test_both_attentions_give_them(pair: Pair, plain: bool, tmp_path: Path) -> None:
+def test_attention_from_plain_operators_gives_them(pair: Pair, tmp_path: Path) -> None:
     length = max(60, pair.case.lengths[0])
     ids, path = random_ids(length), ("full",) * LAYERS
     wanted = pair.wanted(ids)
-    with attending(pair.bundle, tmp_path / "copy", plain=plain) as model:
+    with attending_plainly(pair.bundle, tmp_path / "copy") as model:
         # Chunks begin inside and beyond windows.
         got = model.new_sequence().prefill(ids, path, "full", every=True, chunk=17)
         np.testing.assert_allclose(got, wanted, atol=1e-4)
@@ -90,11 +89,13 @@ def test_both_attentions_give_them(pair: Pair, plain: bool, tmp_path: Path) -> N
         np.testing.assert_allclose(got, wanted[PROMPT:], atol=1e-4)
 
 
-def test_both_attentions_take_rows_of_different_lengths(pair: Pair, tmp_path: Path) -> None:
+def test_attention_from_plain_operators_takes_rows_of_different_lengths(
+    pair: Pair, tmp_path: Path
+) -> None:
     lengths, path = (50, 3, 44), ("full",) * LAYERS
     ids = random_ids(max(max(lengths) + DECODED, pair.case.lengths[0]))
     wanted = pair.wanted(ids)
-    with attending(pair.bundle, tmp_path / "copy", plain=True) as model:
+    with attending_plainly(pair.bundle, tmp_path / "copy") as model:
         batch = BatchDecoder(model._sessions, len(lengths))
         for row, length in zip(batch.rows, lengths, strict=True):
             row.prefill(ids[:length], path, "full")

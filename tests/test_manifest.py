@@ -14,7 +14,6 @@ from scored_bundle import made_up
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError
-from dash_onnx.core.facts import BudgetPoint, ScorerFacts, Training
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.version import FORMAT_VERSION
 
@@ -195,18 +194,12 @@ def test_dims_follow_from_model_rope_and_target(text: str) -> None:
 
 
 def test_a_manifest_of_the_format_before_is_read(text: str) -> None:
-    """Format 2 called decision points looks, multipliers prices, and had a key of one value."""
+    """Format 3 had no wide form, one attention, and timed no passes of several rows."""
     manifest = Manifest.from_text(text)
-    row = BudgetPoint(0.5, 0.1, "int8", 0.2, {"int8": 1.0})
-    training = Training("quick", "a test", 1, 1, 0, 1.0, (), (), ())
-    facts = (manifest.actions, (1,), (row,), {"balanced": 0.5}, (), training)
-    files = {**manifest.files, "scorer-0.onnx": manifest.files["embed.onnx"]}
-    now = replace(manifest, files=files, scorer=ScorerFacts("scorer-0.onnx", *facts))
+    now = replace(manifest, wide=None, costs=replace(manifest.costs, passes=None))
 
     def age(data: dict[str, Any]) -> None:
-        data |= {"format_version": 2, "kv_of_skipped": "project"}
-        data["scorer"]["looks"] = data["scorer"].pop("decision_points")
-        point = data["scorer"]["points"][0]
-        point["price"] = point.pop("multiplier")
+        data["format_version"] = 3
+        del data["wide"], data["costs"]["passes"], data["target"]["attention"]
 
     assert Manifest.from_text(edited(now.to_text(), age)) == now
