@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,12 @@ class OpenVINO:
         """Loads the model; `properties` are OpenVINO's."""
         self._properties = {"INFERENCE_NUM_THREADS": threads, **properties}
         self._model = Path(target) / "openvino_model.xml"
-        self._pipe = openvino_genai.LLMPipeline(target, "CPU", **self._properties)
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = False  # else a prompt that comes again costs nothing
+        scheduler.max_num_batched_tokens = sys.maxsize  # a prompt at once, as without a scheduler
+        self._pipe = openvino_genai.LLMPipeline(
+            target, "CPU", scheduler_config=scheduler, **self._properties
+        )
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """The pipeline tells the time of each token."""
