@@ -56,7 +56,8 @@ class KVCache:
         """Makes room for `tokens` in all; the buffers may move for it."""
         if tokens <= self.capacity:
             return
-        capacity = min(-(-tokens // CAPACITY) * CAPACITY, self._manifest.model.max_length)
+        steps = -(-tokens // CAPACITY) * CAPACITY if self.capacity else tokens
+        capacity = min(steps, self._manifest.model.max_length)
         # All of them before the first is taken: there may be no memory for the last.
         keys, values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]

@@ -25,6 +25,7 @@ from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.cuda import CudaBackend, CudaGraphBackend, Driver, open_driver
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.sequence import SequenceState
 
@@ -426,7 +427,7 @@ def test_a_grown_cache_is_recorded_anew_and_a_sequence_gives_its_graphs_back(
     # Each launch repeats what the host passed by value when it was recorded: the K/V cache's
     # capacity, or the logits would be wrong after the next token.
     rows = [sequence.forward(token, FixedPath(path, "int8"))[0].copy() for token in ids.tolist()]
-    assert sequence.kv.capacity == 32
+    assert sequence.kv.capacity == min(CAPACITY, model.manifest.model.max_length)
     layers = Counter(driver.log)["int8", "recorded"]
     assert layers == 2 * len(path) + 1  # before and after, and the head
     del sequence

@@ -15,7 +15,9 @@ from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.calibration.tokens import Ids
 
-_SEQUENCES = 4
+WIDE_SEQUENCES = 4
+"""Of the calibration text that run in the wide form."""
+
 _ROWS = 256  # of the logits of a large vocabulary at a time
 
 
@@ -32,7 +34,7 @@ def wide_facts(
         ids: the calibration tokens `[sequences, length]`.
         full: their hidden states after the last layer in full precision.
     """
-    few = ids[:_SEQUENCES]
+    few = ids[:WIDE_SEQUENCES]
     states = runner.embed(folder / EMBED_PATH, few)
     for index in Loop("wide form", range(spec.facts.num_layers)):
         states = runner.layer(index, folder / layer_path(index, WIDE), states)
@@ -47,7 +49,7 @@ def wide_facts(
         return logits.log_softmax(-1)
 
     total, wide = 0.0, torch.from_numpy(states).flatten(0, 1)
-    wanted = torch.from_numpy(full[:_SEQUENCES]).flatten(0, 1)
+    wanted = torch.from_numpy(full[:WIDE_SEQUENCES]).flatten(0, 1)
     for ours, theirs in zip(wide.split(_ROWS), wanted.split(_ROWS), strict=True):
         reference = log_probabilities(theirs)
         divergence = reference.exp() * (reference - log_probabilities(ours))
