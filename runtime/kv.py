@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_onnx.core.facts import Rope
 from dash_onnx.core.manifest import Manifest
@@ -106,11 +107,26 @@ class KVCache:
             first = length // _SETTLED * _SETTLED
             self._settled = range(first, first + _SETTLED)
 
+    def show(self, total: int) -> None:
+        """Lets the last of `total` tokens see what its window holds."""
+        for window, mask in self.masks.items():
+            start = 0 if window is None else max(total - window, 0)
+            mask.write(-np.inf, (..., slice(start)))
+            mask.write(0.0, (..., slice(start, total)))
+            mask.write(-np.inf, (..., slice(total, None)))
+
     def truncate(self, length: int) -> None:
         """Forgets all tokens from position `length` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
         self.length = length
+
+
+def mask_of(first: int, total: int, capacity: int, window: int | None) -> npt.NDArray[np.float32]:
+    """What the tokens `first` to `total` see of a cache `[total - first, capacity]`: 0, or -inf."""
+    rows, columns = np.arange(first, total)[:, None], np.arange(capacity)
+    seen = (columns <= rows) & (columns > rows - (window or total))
+    return np.where(seen, np.float32(0), np.float32(-np.inf))
 
 
 class KVPart(KVCache):

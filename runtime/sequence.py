@@ -15,7 +15,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import form_of, head_form_of
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
+from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart, mask_of
 from dash_onnx.runtime.planner import MOST
 from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
@@ -253,11 +253,7 @@ class SequenceState:
             return
         if self._plain is None:
             kv.settle(total)
-        for window, mask in kv.masks.items():
-            start = 0 if window is None else max(total - window, 0)
-            mask.write(-np.inf, (..., slice(start)))
-            mask.write(0.0, (..., slice(start, total)))
-            mask.write(-np.inf, (..., slice(total, None)))
+        kv.show(total)
 
     def _place_several(self, first: int, total: int) -> None:
         now, kv, count = self._now, self.kv, total - first
@@ -269,10 +265,8 @@ class SequenceState:
             shape = (self.batch, 1, 1, size, kv.capacity)
             now.masks = {window: Buffer(shape, "float32") for window in kv.masks}
         if now.plain.array:
-            rows, columns = np.arange(first, total)[:, None], np.arange(kv.capacity)
             for window, mask in now.masks.items():
-                seen = (columns <= rows) & (columns > rows - (window or total))
-                mask.write(np.where(seen, np.float32(0), np.float32(-np.inf)))
+                mask.write(mask_of(first, total, kv.capacity, window))
 
     def _longest(self, total: int, count: int) -> int:
         """The sequence length that the graphs are told on the host."""
@@ -287,8 +281,7 @@ class SequenceState:
         self._seqlens.write(self.length)
         self._start.write(self.length)
         self._passes[1].positions.write(self.length)
-        for mask in self.kv.masks.values():
-            mask.write(0.0)
+        self.kv.show(self.length + 1)
 
     def attend(self, plain: bool) -> Buffer:
         """Attends by plain operators, or not, until the K/V cache moves: for those who time it.

@@ -11,6 +11,7 @@ from dash_onnx.cli.common import (
     Parser,
     add_device_options,
     add_log_options,
+    add_memory_option,
     log_level,
     positive,
     run,
@@ -62,6 +63,7 @@ def _parser() -> Parser:
         metavar="BUDGET",
         help="where the budgets of requests that name none fall to, step by step, as others wait",
     )
+    add_memory_option(parser)
     parser.add_argument(
         "--running",
         type=positive,
@@ -161,6 +163,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         policy=arguments.policy,
         budget=arguments.budget,
+        memory=arguments.memory,
         sha256=arguments.sha256,
     )
     limits = Limits(

@@ -20,6 +20,7 @@ from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.prefix import PrefixStore
+from dash_onnx.runtime.sessions import Memory
 from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
 from dash_onnx.serve.running import BatchThread
 
@@ -37,6 +38,7 @@ class Unloaded:
         threads: int | None = None,
         policy: str = "",
         budget: Budget | None = None,
+        memory: Memory = "high",
         sha256: str | None = None,
     ):
         """The options are those of `dash_onnx.load`.
@@ -57,6 +59,7 @@ class Unloaded:
             threads=threads,
             policy=policy,
             budget=budget,
+            memory=memory,
             sha256=sha256,
         )
 
@@ -313,6 +316,7 @@ def open_bundles(
     threads: int | None = None,
     policy: str = "",
     budget: Budget | None = None,
+    memory: Memory = "high",
     sha256: Sequence[str] | None = None,
 ) -> dict[str, Unloaded]:
     """Bundles for a shelf, each called by its folder's name; the options are those of `load`.
@@ -328,7 +332,9 @@ def open_bundles(
     checksums: Sequence[str | None] = sha256 or [None] * len(names)
     if len(checksums) != len(names):
         raise SourceError(f"give a checksum for each bundle: {len(names)}, not {len(checksums)}")
-    opened = partial(Unloaded, device=device, threads=threads, policy=policy, budget=budget)
+    opened = partial(
+        Unloaded, device=device, threads=threads, policy=policy, budget=budget, memory=memory
+    )
     return {
         name: opened(folder, sha256=checksum)
         for name, folder, checksum in zip(names, folders, checksums, strict=True)
