@@ -54,4 +54,4 @@ def wide_facts(
         reference = log_probabilities(theirs)
         divergence = reference.exp() * (reference - log_probabilities(ours))
         total += float(divergence.sum())
-    return WideFacts(round(total / few.size, 6), few.size)
+    return WideFacts(round(total / few.size, 5), few.size)
