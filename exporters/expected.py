@@ -132,7 +132,7 @@ def training_phases(
         *choice,
         ("scorer", _FIT * EPOCHS * trained * facts.hidden_size, 0.0),
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
-        ("costs", 3.0, 1000 * _parameters(facts)),
+        ("costs", 12.0, 1000 * _parameters(facts)),
         ("policy table", 0.0, ROWS * layers),
         ("static search", 0.0, plan.candidates * search),
         ("static table", 0.0, paths * layers),
