@@ -36,11 +36,13 @@ class Backend:
     Attributes:
         device: its name.
         run_options: of every run, or None.
+        joins: whether layers that always take the same action run as one graph.
         lock: held while a graph is loaded, by devices where that must not happen beside others.
     """
 
     device: Device = "cpu"
     run_options: Any = None
+    joins = True
 
     def __init__(self) -> None:
         """The CPU needs nothing."""
@@ -57,6 +59,10 @@ class Backend:
             BundleError: ORT refuses the graph.
         """
         return create_session(graph, self.device)
+
+    def joined(self, graph: bytes, weights: Path) -> Any:
+        """Loads a graph of several layers, whose weights lie in a bundle's folder; likewise."""
+        return create_session(graph, self.device, weights=weights)
 
     def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
         """The scorer's run, ordered after the layers called before it, its result on the host."""

@@ -17,7 +17,7 @@ from itertools import groupby
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, Path, path_letters
+from dash_onnx.core.actions import SKIP, Action, Path, each_alone, path_letters
 from dash_onnx.core.arrays import Ids, Logits, common_length
 from dash_onnx.core.errors import DashError, PolicyError
 from dash_onnx.runtime.deciders import Decider, FixedPath
@@ -96,12 +96,14 @@ class BatchDecoder:
         for decider in deciders:
             decider.begin()
         key = tuple(rows)
-        for layer in range(whole.num_layers):
+        same = {decider.segments for decider in deciders}
+        segments = same.pop() if len(same) == 1 else each_alone(whole.num_layers)
+        for layer, stop in segments:
             for decider in deciders:
                 decider.before(layer)
             actions = tuple([decider.action(layer) for decider in deciders])
-            for start, end, action in calls(key, actions):
-                self._part(start, end).run(layer, action)
+            for first, last, action in calls(key, actions):
+                self._part(first, last).run(layer, action, stop)
             for decider in deciders:
                 decider.after(layer)
         for start, end, head in calls(key, tuple([decider.head for decider in deciders])):
@@ -170,7 +172,7 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        path, head, widened = self.plan
+        path, head, widened, _ = self.plan
         self.first = self.current.policy
         later = "" if self.first.uniform == path else self.first.quality
         wide = "wide" if widened else ""
@@ -314,14 +316,14 @@ class Batch:
     def _prompt(self, row: _Row, *, alone: bool) -> None:
         """Runs a part of a prompt: a short one where answers wait for it."""
         assert row.request is not None and row.going is not None
-        path, head, widened = row.request.plan
+        path, head, widened, joined = plan = row.request.plan
         part, rest = np.split(row.rest, [PREFILL_CHUNK if alone else self._chunk])
         started = time.perf_counter()
         if len(rest):
             with row.state.widening(widened):
-                row.state.layers(part, FixedPath(path, head))
+                row.state.layers(part, FixedPath(path, head, joined=joined))
         else:
-            logits = row.state.prefill(part, path, head, widened)
+            logits = row.state.prefill(part, *plan)
         if not alone and len(part) == self._chunk:
             self._adapt((time.perf_counter() - started) / max(self._pass_s, 1e-9))
         row.tokens += part.tolist()

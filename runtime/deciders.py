@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import SKIP, Action, Path
+from dash_onnx.core.actions import SKIP, Action, Path, Segment, each_alone, segments_of
 from dash_onnx.core.budget import Controller, scorer_facts
 from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
 from dash_onnx.runtime.backend import AsyncRun
@@ -25,21 +25,23 @@ class Decider(Protocol):
 
     Attributes:
         head: precision of the LM head.
+        segments: the layers, in runs that always take the same action, whatever it is.
     """
 
     head: Action
+    segments: tuple[Segment, ...]
 
     def begin(self) -> None:
         """Before the first layer of a pass."""
 
     def before(self, layer: int) -> None:
-        """Before a layer runs, once its input has been asked for."""
+        """Before the segment of a layer runs, once its input has been asked for."""
 
     def action(self, layer: int) -> Action:
-        """What the layer does."""
+        """What the segment that begins with a layer does."""
 
     def after(self, layer: int) -> None:
-        """Once the layer has been called."""
+        """Once that has been called."""
 
     def end(self) -> Path:
         """After the last layer; returns the path that was taken."""
@@ -48,9 +50,16 @@ class Decider(Protocol):
 class FixedPath:
     """The same path in every pass."""
 
-    def __init__(self, path: Path, head: Action):
-        """Takes the action of each layer, and the precision of the LM head."""
+    def __init__(self, path: Path, head: Action, *, joined: bool = True):
+        """Takes the action of each layer, and the precision of the LM head.
+
+        Args:
+            path: action of each layer.
+            head: precision of the LM head.
+            joined: whether layers may run as one graph.
+        """
         self.path, self.head = path, head
+        self.segments = segments_of(path) if joined else each_alone(len(path))
 
     def begin(self) -> None:
         """See `Decider`."""
@@ -73,10 +82,10 @@ class FixedPath:
 class PathSequence(FixedPath):
     """The next path of a sequence in each pass."""
 
-    def __init__(self, paths: Iterator[Path], head: Action):
-        """Takes an endless sequence of paths, and the precision of the LM head."""
+    def __init__(self, paths: Iterator[Path], layers: int, head: Action):
+        """Takes an endless sequence of paths of some layers, and the precision of the LM head."""
         super().__init__((), head)
-        self._paths = paths
+        self._paths, self.segments = paths, each_alone(layers)
 
     def begin(self) -> None:
         """See `Decider`."""
@@ -116,6 +125,7 @@ class ScoredDecider:
         facts = scorer_facts(manifest)
         self.head, self.actions = head, facts.actions
         self._sequence, self._controller, self._given = sequence, controller, multiplier
+        self.segments = each_alone(sequence.num_layers)
         self._segments = facts.segments(sequence.num_layers)
         # By layer, the number of the decision point after it: its input is what the scorer reads.
         self._points: list[int | None] = [None] * sequence.num_layers
@@ -202,4 +212,6 @@ def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
     if isinstance(policy, ScoredPolicy):
         return ScoredDecider(sequence, policy.head, policy.multiplier, policy.controller())
     assert isinstance(policy, PathPolicy)
-    return PathSequence(policy.paths(), policy.head)
+    if policy.uniform is not None:
+        return FixedPath(policy.uniform, policy.head)
+    return PathSequence(policy.paths(), sequence.num_layers, policy.head)

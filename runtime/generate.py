@@ -297,13 +297,14 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = 
         highest = next(action for action in manifest.variants if any(action in u for u in used))
         path = tuple(next((a for a in manifest.variants if a in u), highest) for u in used)
         widened = sessions.widened and widened_in_prompts(manifest, policy)
-        return PromptPlan(path, policy.head, widened)
+        return PromptPlan(path, policy.head, widened, policy.uniform is not None)
     if precision not in manifest.variants:
         raise PolicyError(
             f"prefill precision {precision!r} is not in this bundle; "
             f"it has {', '.join(manifest.variants)}"
         )
-    return PromptPlan((precision,) * manifest.model.num_layers, manifest.heads[precision])
+    path, head = (precision,) * manifest.model.num_layers, manifest.heads[precision]
+    return PromptPlan(path, head, joined=policy.uniform is not None)
 
 
 def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:

@@ -20,6 +20,7 @@ Device = Literal["cpu", "cuda"]
 MINIMUM = (1, 28)
 """Of ORT: 1.24 has no TensorScatter on the CPU, 1.25 no fast product with weights of two bits."""
 
+_WEIGHTS = "session.model_external_initializers_file_folder_path"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOG = logging.getLogger(__name__)
 _pool_lock = threading.Lock()
@@ -184,13 +185,16 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def create_session(model: Path | bytes, device: Device, stream: int | None = None) -> Any:
+def create_session(
+    model: Path | bytes, device: Device, stream: int | None = None, weights: Path | None = None
+) -> Any:
     """Loads a graph on the global thread pool.
 
     Args:
-        model: a file, or a serialized graph without external data.
+        model: a file, or a serialized graph.
         device: where it runs.
         stream: address of the CUDA stream that it runs on; None takes one of ORT's own.
+        weights: folder of the external data of a serialized graph.
 
     Raises:
         BundleError: ORT refuses the graph.
@@ -208,6 +212,8 @@ def create_session(model: Path | bytes, device: Device, stream: int | None = Non
     options.enable_mem_pattern = False
     # Each session would warn that its own thread options are unused.
     options.log_severity_level = 3
+    if weights is not None:
+        options.add_session_config_entry(_WEIGHTS, str(weights))
     provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
     session = object.__new__(ort.InferenceSession)
     # Ours load side by side, those of an app one by one: see `_share_pool`.

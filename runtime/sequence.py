@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class _Pass:
     positions: Buffer  # [B, S] int64
     hidden: tuple[Buffer, Buffer]  # [B, S, D]: input of the even and of the odd layers
     embed: Run
-    layers: list[dict[Form, Run]]
+    layers: dict[tuple[int, int, Form], tuple[Run, ...]] = field(default_factory=dict)
     forms: dict[Action, Form] = field(default_factory=dict)  # of the layers
     plain: Buffer | None = None  # how passes of several tokens attend, see `KVCache`
     masks: dict[int | None, Buffer] = field(default_factory=dict)  # likewise
@@ -46,8 +46,7 @@ class _Pass:
         self.forms.clear()
         self.plain = None
         self.masks.clear()
-        for runs in self.layers:
-            runs.clear()
+        self.layers.clear()
 
 
 class SequenceState:
@@ -151,10 +150,10 @@ class SequenceState:
         self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
         self.embed(tokens)
         decider.begin()
-        for layer in range(self.num_layers):
-            decider.before(layer)
-            self.run(layer, decider.action(layer))
-            decider.after(layer)
+        for start, stop in decider.segments:
+            decider.before(start)
+            self.run(start, decider.action(start), stop)
+            decider.after(start)
         return decider.end()
 
     def prefill(
@@ -163,6 +162,7 @@ class SequenceState:
         path: Path,
         head: Action,
         widened: frozenset[Action] = frozenset(),
+        joined: bool = True,
         *,
         every: bool = False,
         chunk: int = PREFILL_CHUNK,
@@ -174,6 +174,7 @@ class SequenceState:
             path: action of each layer.
             head: precision of the LM head.
             widened: actions that may run in the wide form, where it is faster.
+            joined: whether layers may run as one graph.
             every: logits after every token, not after the last one alone.
             chunk: tokens that run at once.
 
@@ -185,7 +186,7 @@ class SequenceState:
         """
         if every and head == "int2":
             chunk = min(chunk, _PREVIEWED)
-        decider, rows = FixedPath(path, head), []
+        decider, rows = FixedPath(path, head, joined=joined), []
         self._check_room(self.length + ids.shape[-1])
         self.reserve(self.length + ids.shape[-1])  # at once, not in steps as its chunks run
         with self.widening(widened):
@@ -308,14 +309,18 @@ class SequenceState:
         self._now.tokens.write(tokens)
         self._now.embed()
 
-    def run(self, layer: int, action: Action) -> None:
-        """Runs one layer: hidden states ping-pong between two buffers."""
-        self.run_form(layer, self._now.forms.get(action) or self._form(action))
+    def run(self, layer: int, action: Action, stop: int | None = None) -> None:
+        """Runs one layer, or those until `stop` that take the same action.
 
-    def run_form(self, layer: int, form: Form) -> None:
-        """Runs one layer in a form."""
-        runs = self._now.layers[layer]
-        (runs.get(form) or runs.setdefault(form, self._bind_layer(layer, form)))()
+        Hidden states ping-pong between two buffers.
+        """
+        self.run_form(layer, self._now.forms.get(action) or self._form(action), stop)
+
+    def run_form(self, layer: int, form: Form, stop: int | None = None) -> None:
+        """Likewise in a form."""
+        key = (layer, stop or layer + 1, form)
+        for run in self._now.layers.get(key) or self._bind_layers(*key):
+            run()
 
     def _form(self, action: Action) -> Form:
         """The graph that runs an action in passes like the one that runs now."""
@@ -364,8 +369,7 @@ class SequenceState:
         shape = (self.batch, seq, dims.hidden_size)
         hidden = hidden or (backend.buffer(shape, dims.dtype), backend.buffer(shape, dims.dtype))
         embed = self._bound(seq, sessions.embed(), [tokens], [hidden[0]])
-        layers: list[dict[Form, Run]] = [{} for _ in range(self.num_layers)]
-        return self._passes.setdefault(seq, _Pass(tokens, positions, hidden, embed, layers))
+        return self._passes.setdefault(seq, _Pass(tokens, positions, hidden, embed))
 
     def _logits(self, seq: int) -> Buffer:
         dims, backend = self.sessions.manifest.dims, self.sessions.backend
@@ -376,26 +380,43 @@ class SequenceState:
             self._guessed = backend.buffer((MOST + 1, dims.vocab_size), dims.dtype)
         return self._guessed.reshaped(shape)
 
-    def _bind_layer(self, layer: int, form: Form) -> Run:
-        sessions, kv, now = self.sessions, self.kv, self._now
-        graph = sessions.layer(layer, form)
-        source, target = now.hidden[layer % 2], now.hidden[(layer + 1) % 2]
-        cos, sin = kv.rotary[sessions.manifest.rope_of(layer)]
+    def _bind_layers(self, start: int, stop: int, form: Form) -> tuple[Run, ...]:
+        layers, sessions = range(start, stop), self.sessions
+        graph = sessions.joined(layers, form)
+        if graph is not None:
+            runs = (self._bind(layers, graph, sessions.manifest.names_joined(layers)),)
+        else:
+            each = ((layer, sessions.layer(layer, form)) for layer in layers)
+            runs = tuple(self._bind(range(layer, layer + 1), one, [{}]) for layer, one in each)
+        return self._now.layers.setdefault((start, stop, form), runs)
+
+    def _bind(self, layers: range, graph: LoadedGraph, names: Sequence[dict[str, str]]) -> Run:
+        """Binds a graph of some layers, whose ports have other names where it has several."""
+        manifest, kv, now = self.sessions.manifest, self.kv, self._now
+        source, target = now.hidden[layers.start % 2], now.hidden[layers.stop % 2]
         buffers = {
             "hidden_in": source,
-            "past_key": kv.keys[layer],
-            "past_value": kv.values[layer],
+            "hidden_out": target,
             "seqlens_k": self._seqlens,
             "total_sequence_length": self._total,
             "start": self._start,
             "positions": now.positions,
-            "mask": (now.masks or kv.masks)[sessions.manifest.attention[layer].window],
             "plain": now.plain or kv.plain,
-            "cos_cache": cos,
-            "sin_cache": sin,
         }
+        for layer, called in zip(layers, names, strict=True):
+            cos, sin = kv.rotary[manifest.rope_of(layer)]
+            own = {
+                "past_key": kv.keys[layer],
+                "past_value": kv.values[layer],
+                "present_key": kv.keys[layer],
+                "present_value": kv.values[layer],
+                "mask": (now.masks or kv.masks)[manifest.attention[layer].window],
+                "cos_cache": cos,
+                "sin_cache": sin,
+            }
+            buffers |= {called.get(name, name): buffer for name, buffer in own.items()}
         inputs = [buffers[port.name] for port in graph.ports.inputs]
-        outputs = [target, kv.keys[layer], kv.values[layer]]
+        outputs = [buffers[port.name] for port in graph.ports.outputs]
         return self._bound(source.shape[1], graph, inputs, outputs)
 
     def _bound(

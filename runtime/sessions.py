@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from dash_onnx.core.actions import ACTIONS, WIDE, Action, Form, Path
+from dash_onnx.core.actions import ACTIONS, WIDE, Action, Form, Path, segments_of
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
@@ -20,6 +20,7 @@ from dash_onnx.core.contract import (
     embed_ports,
     head_path,
     head_ports,
+    joined_ports,
     layer_path,
     layer_ports,
     scorer_ports,
@@ -53,11 +54,21 @@ class PromptPlan(NamedTuple):
         path: action of each layer.
         head: precision of the LM head.
         widened: actions whose passes of many rows may run wide.
+        joined: whether its layers may run as one graph; not where a scorer chooses between them.
     """
 
     path: Path
     head: Action
     widened: frozenset[Action] = frozenset()
+    joined: bool = True
+
+
+Run: TypeAlias = tuple[range, Form]
+"""Consecutive layers in one form."""
+
+
+def _paths(layers: range, form: Form) -> set[str]:
+    return {layer_path(layer, form) for layer in layers}
 
 
 class Sessions:
@@ -77,6 +88,8 @@ class Sessions:
         self.scorer_ports = scorer_ports(dims, layers, actions)
         self._bundle = bundle
         self._loaded: dict[str, LoadedGraph] = {}
+        self._joined: dict[Run, LoadedGraph] = {}
+        self._joining = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
         self._closed = False
 
@@ -87,6 +100,34 @@ class Sessions:
     def layer(self, layer: int, form: Form) -> LoadedGraph:
         """One layer in one form."""
         return self._get(layer_path(layer, form), self.layer_ports)
+
+    def joined(self, layers: range, form: Form) -> LoadedGraph | None:
+        """Consecutive layers as one graph; None where they have to run one by one.
+
+        They do where some of them are loaded alone or in another graph, as their weights would be
+        in memory twice; in the wide form, whose passes have rows enough to hide the dispatch; and
+        on devices where joining them has not been measured.
+        """
+        with self._joining:
+            loaded = self._joined.get((layers, form))
+            if loaded is None and self._joins(layers, form):
+                loaded = self._joined[layers, form] = self._join(layers, form)
+            return loaded
+
+    def _joins(self, layers: range, form: Form) -> bool:
+        """Whether layers that are not joined yet can be."""
+        possible = len(layers) > 1 and form != WIDE and self.backend.joins
+        return possible and self.loaded.isdisjoint(_paths(layers, form))
+
+    def _join(self, layers: range, form: Form) -> LoadedGraph:
+        from dash_onnx.runtime.compose import compose
+
+        self._check_open()
+        graph = compose(self._bundle, layers, form)
+        session = self.backend.joined(graph, self._bundle.folder)
+        ports = joined_ports(self.manifest.dims, self.manifest.names_joined(layers))
+        name = f"layers {layers.start} to {layers.stop - 1} in {form}"
+        return LoadedGraph(session, _ports_of(name, session, ports, "export again"))
 
     def head(self, form: Form) -> LoadedGraph:
         """Final norm and LM head."""
@@ -108,11 +149,11 @@ class Sessions:
             BundleError: a graph is damaged.
             DeviceError: they do not fit the memory.
         """
-        heads, layers = self._used(policy, prompt)
-        self._check_memory(self._bytes(heads, layers))
+        heads, runs = self._used(policy, prompt)
+        self._check_memory(self._bytes(heads, runs))
         loads: list[Callable[[], Any]] = [
             *(partial(self.head, precision) for precision in heads),
-            *(partial(self.layer, *layer) for layer in layers),
+            *(partial(self._load, *run) for run in runs),
             self.embed,
         ]
         if self.manifest.scorer is not None and (policy is None or policy.scored):
@@ -120,38 +161,52 @@ class Sessions:
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
 
+    def _load(self, layers: range, form: Form) -> None:
+        if self.joined(layers, form) is None:
+            for layer in layers:
+                self.layer(layer, form)
+
     def bytes_to_load(self, *uses: tuple[Policy, PromptPlan]) -> int:
         """Bytes of weights that `preload` of policies and prompts would load: layers, LM heads."""
-        heads, layers = set[Form](), set[tuple[int, Form]]()
+        heads, runs = set[Form](), set[Run]()
         for policy, prompt in uses:
-            some_heads, some_layers = self._used(policy, prompt)
+            some_heads, some_runs = self._used(policy, prompt)
             heads.update(some_heads)
-            layers.update(some_layers)
-        return self._bytes(heads, layers)
+            runs.update(some_runs)
+        return self._bytes(heads, runs)
 
     def _used(
         self, policy: Policy | None, prompt: PromptPlan | None
-    ) -> tuple[set[Form], list[tuple[int, Form]]]:
-        """LM heads, and layers in each form, as in `preload`."""
+    ) -> tuple[set[Form], list[Run]]:
+        """LM heads, and layers in each form that may run as one graph, as in `preload`."""
         manifest = self.manifest
-        count = manifest.model.num_layers
+        every = range(manifest.model.num_layers)
         heads: set[Form] = {*manifest.exported_heads}
-        forms: list[set[Form]] = [{*manifest.actions} for _ in range(count)]
-        widened = self.widened
+        forms: list[set[Form]] = [{*manifest.actions} for _ in every]
+        runs, widened = set[Run](), self.widened
         if policy is not None and prompt is not None:
             heads, widened = {policy.head, prompt.head}, prompt.widened
-            later = policy.used(count, manifest.actions)
+            later = policy.used(len(every), manifest.actions)
             forms = [{first, *rest} for first, rest in zip(prompt.path, later, strict=True)]
-        for used in forms:
-            if used & widened:
-                used.add(WIDE)
-        return heads, [(layer, form) for layer, used in enumerate(forms) for form in used]
+            for path in (prompt.path, policy.uniform or ()) if prompt.joined else ():
+                runs |= {(range(*segment), path[segment.start]) for segment in segments_of(path)}
+        wide = {(range(layer, layer + 1), WIDE) for layer in every if forms[layer] & widened}
+        if not runs:
+            runs = {(range(layer, layer + 1), form) for layer in every for form in forms[layer]}
+        return heads, sorted(runs | wide, key=lambda run: (-len(run[0]), run[0].start))
 
-    def _bytes(self, heads: Iterable[Form], layers: Iterable[tuple[int, Form]]) -> int:
-        graphs: list[tuple[str, Form]] = [(head_path(form), form) for form in heads]
-        graphs += [(layer_path(layer, form), form) for layer, form in layers]
-        new = [graph for graph in graphs if graph[0] not in self._loaded]
-        return sum(self.manifest.graph_bytes(*graph) for graph in new)
+    def _bytes(self, heads: Iterable[Form], runs: Iterable[Run]) -> int:
+        graphs: dict[str, Form] = {head_path(form): form for form in heads}
+        new = {path: form for path, form in graphs.items() if path not in self._loaded}
+        total = sum(self.manifest.graph_bytes(*graph) for graph in new.items())
+        for layers, form in runs:
+            paths = _paths(layers, form)
+            if (layers, form) in self._joined:
+                continue
+            if not self._joins(layers, form):
+                paths -= self._loaded.keys()
+            total += sum(self.manifest.graph_bytes(path, form) for path in paths)
+        return total
 
     def _check_memory(self, needed: int) -> None:
         if self.backend.device != "cpu" or (available := available_bytes()) is None:
@@ -169,30 +224,36 @@ class Sessions:
 
     @property
     def loaded(self) -> frozenset[str]:
-        """The graphs that are loaded, by their path in the bundle."""
-        return frozenset(self._loaded)
+        """The graphs that are loaded, alone or joined, by their path in the bundle."""
+        joined = [path for run in [*self._joined] for path in _paths(*run)]
+        return frozenset([*self._loaded, *joined])
 
     @property
     def loaded_bytes(self) -> int:
         """Bytes of the weights of layers and LM heads that are loaded."""
-        graphs = [PurePosixPath(path) for path in self.loaded]
-        forms = {str(path): path.stem for path in graphs if path.stem in (*ACTIONS, WIDE)}
-        return sum(self.manifest.graph_bytes(path, form) for path, form in forms.items())
+        graphs = [PurePosixPath(path) for path in [*self._loaded]]
+        forms = [(str(path), path.stem) for path in graphs if path.stem in (*ACTIONS, WIDE)]
+        forms += [(path, form) for layers, form in [*self._joined] for path in _paths(layers, form)]
+        return sum(self.manifest.graph_bytes(path, form) for path, form in forms)
 
     def forget(self) -> None:
         """Forgets every session; each loads again when it is next needed."""
         with self.backend.lock:
-            self._loaded.clear()
+            self._clear()
 
     def close(self) -> None:
         """Forgets every session, for good; what is bound to one keeps it alive."""
         with self.backend.lock:
             self._closed = True
-            self._loaded.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        self._loaded.clear()
+        self._joined.clear()
 
     def _check_open(self) -> None:
         if self._closed:
-            self._loaded.clear()
+            self._clear()
             raise BundleError("this model is closed; load the bundle again")
 
     def _get(

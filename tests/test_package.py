@@ -112,7 +112,13 @@ def test_the_wheel_installs_its_tools_and_none_that_shadows_the_shell(
 def test_the_wheel_requires_the_runtime_only(wheel: zipfile.ZipFile) -> None:
     metadata = email.message_from_string(read(wheel, "METADATA"))
     base = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert {line.partition(">")[0] for line in base} == {"numpy", "tokenizers", "jinja2", "tqdm"}
+    assert {line.partition(">")[0] for line in base} == {
+        "numpy",
+        "onnx",
+        "tokenizers",
+        "jinja2",
+        "tqdm",
+    }
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "Apache License" in read(wheel, "licenses/LICENSE")
 

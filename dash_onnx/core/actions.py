@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from itertools import pairwise, starmap
+from typing import Literal, NamedTuple, TypeAlias
 
 from dash_onnx.core.errors import PolicyError
 
@@ -35,6 +36,29 @@ LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "int2": "2"
 
 LOSSY: tuple[Action, ...] = ("int2", SKIP)
 """Actions whose losses neither are small nor simply add up, so that they must be measured."""
+
+
+class Segment(NamedTuple):
+    """Consecutive layers that take the same action.
+
+    Attributes:
+        start: the first one.
+        stop: the one after the last.
+    """
+
+    start: int
+    stop: int
+
+
+def segments_of(path: Path) -> tuple[Segment, ...]:
+    """The longest runs of layers that take the same action."""
+    edges = [0, *(i for i in range(1, len(path)) if path[i] != path[i - 1]), len(path)]
+    return tuple(starmap(Segment, pairwise(edges)))
+
+
+def each_alone(layers: int) -> tuple[Segment, ...]:
+    """A segment for each layer."""
+    return tuple(Segment(layer, layer + 1) for layer in range(layers))
 
 
 def parse_precisions(text: str) -> tuple[Action, ...]:

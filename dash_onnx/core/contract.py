@@ -9,7 +9,7 @@ take the same actions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from dash_onnx.core.actions import Form
@@ -162,6 +162,44 @@ def layer_ports(dims: Dims) -> Ports:
             Port("present_value", dims.cache_dtype, cache),
         ),
     )
+
+
+def joined_names(layer: int, window: int | None, rope: int) -> dict[str, str]:
+    """What the ports of a layer are called in a graph of several layers.
+
+    Each has a cache of its own; those of one window share a mask, those of one rotary embedding its
+    tables. The other ports are shared by all.
+
+    Args:
+        layer: its index.
+        window: tokens that it sees at most, or None.
+        rope: index of its rotary embedding.
+    """
+    cache = ("past_key", "past_value", "present_key", "present_value")
+    names = {name: f"{name}.{layer}" for name in cache}
+    if window is not None:
+        names["mask"] = f"mask.{window}"
+    cos, sin = rotary_names(rope)
+    return {**names, "cos_cache": cos, "sin_cache": sin}
+
+
+def rotary_names(rope: int) -> tuple[str, str]:
+    """Names of the tables of a rotary embedding, where a graph has several."""
+    suffix = f".{rope}" if rope else ""
+    return f"cos_cache{suffix}", f"sin_cache{suffix}"
+
+
+def joined_ports(dims: Dims, names: Sequence[dict[str, str]]) -> Ports:
+    """Several consecutive layers: their ports as in `layer_ports`, with each layer's names."""
+    ports = layer_ports(dims)
+
+    def joined(side: tuple[Port, ...]) -> tuple[Port, ...]:
+        found = [
+            replace(port, name=own.get(port.name, port.name)) for own in names for port in side
+        ]
+        return tuple({port.name: port for port in found}.values())
+
+    return Ports(joined(ports.inputs), joined(ports.outputs))
 
 
 def head_ports(dims: Dims) -> Ports:

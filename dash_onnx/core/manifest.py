@@ -15,7 +15,7 @@ import numpy as np
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Form
 from dash_onnx.core.block import Attention, Block
 from dash_onnx.core.consistency import first_problem
-from dash_onnx.core.contract import Dims, data_name, head_path, layer_path
+from dash_onnx.core.contract import Dims, data_name, head_path, joined_names, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import (
     Calibration,
@@ -26,6 +26,7 @@ from dash_onnx.core.facts import (
     ModelFacts,
     Rope,
     ScorerFacts,
+    StaticPoint,
     Target,
     WideFacts,
 )
@@ -60,6 +61,8 @@ class Manifest:
         export: how the export went.
         files: every file of the bundle but the manifest, by path relative to it.
         wide: what the wide form loses; None where the bundle has none.
+        static: what each precision alone loses, by ascending budget, measured by the export; a
+            trained scorer has a table of its own.
     """
 
     format_version: int
@@ -78,6 +81,7 @@ class Manifest:
     export: ExportFacts
     files: dict[str, FileFacts]
     wide: WideFacts | None = None
+    static: tuple[StaticPoint, ...] = ()
 
     @property
     def dims(self) -> Dims:
@@ -87,6 +91,13 @@ class Manifest:
     def rope_of(self, layer: int) -> int:
         """Index of the rotary table that a layer is given; one that rotates nothing ignores it."""
         return self.attention[layer].rope or 0
+
+    def names_joined(self, layers: range) -> list[dict[str, str]]:
+        """Names of the ports of each layer in a graph of several, see `contract.joined_names`."""
+        return [
+            joined_names(layer, self.attention[layer].window, self.rope_of(layer))
+            for layer in layers
+        ]
 
     def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
         """Bytes of weights that a token on a path reads."""

@@ -19,15 +19,16 @@ from onnx.external_data_helper import (
 from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path, rotary_names
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
-from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, rename
+from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
+from dash_onnx.runtime.compose import rename
 
 _OPSET = 23  # of RMSNormalization; TensorScatter, which needs 24, is not used
 _ALIGNMENT = 64  # bytes, of a tensor in the data file
@@ -130,7 +131,7 @@ class Fusion:
         length = manifest.model.max_length
         for index, rope in enumerate(manifest.ropes):
             tables = rotary_tables(rope, length, "float32")
-            for name, table in zip(_rotary_names(index), tables, strict=True):
+            for name, table in zip(rotary_names(index), tables, strict=True):
                 self.constant(name, table)
         one = self.constant("one", np.array([1], np.int64))
         self.node("ReduceSum", ["attention_mask", one], ["valid"], keepdims=0)
@@ -233,7 +234,7 @@ class Fusion:
             attend_to_write(model.graph, self.bundle.manifest)
         group_attention(model.graph)
         hidden, key, value = outputs
-        cos, sin = _rotary_names(self.bundle.manifest.rope_of(layer))
+        cos, sin = rotary_names(self.bundle.manifest.rope_of(layer))
         names = {
             "hidden_in": before,
             "past_key": f"past_key_values.{layer}.key",
@@ -307,12 +308,6 @@ class Fusion:
 def _made_by(layer: int) -> list[str]:
     """Values that a layer makes: the hidden state, keys and values."""
     return [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
-
-
-def _rotary_names(rope: int) -> tuple[str, str]:
-    """Names of the tables of a rotary embedding; the first as in the contract of layers."""
-    suffix = f".{rope}" if rope else ""
-    return f"cos_cache{suffix}", f"sin_cache{suffix}"
 
 
 def _int64(name: str, shape: list) -> onnx.ValueInfoProto:

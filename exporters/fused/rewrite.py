@@ -64,25 +64,3 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     )
     del graph.node[:]
     graph.node.extend(kept)
-
-
-def rename(graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
-    """Renames every value: by `names`, the others with a prefix."""
-
-    def renamed(name: str) -> str:
-        return name and names.get(name, prefix + name)
-
-    def rename_in(graph: onnx.GraphProto) -> None:
-        for node in graph.node:
-            node.input[:] = [renamed(name) for name in node.input]
-            node.output[:] = [renamed(name) for name in node.output]
-            node.name = prefix + node.name if node.name else ""
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    rename_in(attribute.g)
-                    for value in attribute.g.output:
-                        value.name = renamed(value.name)
-        for tensor in graph.initializer:
-            tensor.name = renamed(tensor.name)
-
-    rename_in(graph)
