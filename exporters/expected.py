@@ -15,8 +15,8 @@ import torch
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.progress import Expected
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
+from dash_onnx.exporters.export.losses import SEQUENCES
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.export.wide_loss import WIDE_SEQUENCES
 from dash_onnx.exporters.train.options import COUNTS, TRIED, TrainingPlan
 from dash_onnx.exporters.train.regress import EPOCHS
 from dash_onnx.exporters.train.tables import ROWS
@@ -90,9 +90,11 @@ def export_phases(
         ("LM head", 1.0, head + 200 * vocab * width),
     ]
     if options.wide:  # a few sequences, and twice their logits
-        work = 4 * WIDE_SEQUENCES * LENGTH * parameters + 500 * parameters
+        work = 4 * SEQUENCES * LENGTH * parameters + 500 * parameters
         phases.append(("wide form", 1.0, work))
     phases.append(("costs", 15.0, 2000 * parameters))
+    work = 6 * SEQUENCES * LENGTH * parameters
+    phases.append(("losses", 2.0, len(options.variants) * work))
     if check:
         phases.append(("check", 2.0, 2 * _CHECKED * parameters + 400 * parameters))
     return [Expected(name, fixed + work / speed.float32) for name, fixed, work in phases]

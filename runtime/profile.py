@@ -169,7 +169,40 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
         ),
         spread=spread_of(times),
         passes=pass_costs(sessions),
+        join_ms=_join_ms(sessions),
     )
+
+
+def _join_ms(sessions: Sessions) -> float:
+    """What it saves to run layers as one graph, for each layer but the first.
+
+    Both ways take turns, as the difference is smaller than what other work makes of either.
+    """
+    manifest = sessions.manifest
+    cheapest = manifest.variants[-1]
+    layers = _windows(manifest, (cheapest,), ())[0].layers
+    start, stop = layers[0], layers[-1] + 1
+    graph = sessions.joined(range(start, stop), cheapest)
+    if graph is None:
+        return 0.0
+    sequence = sessions.new_sequence()
+    sequence.advance(min(_PROMPT, manifest.model.max_length))
+    ways = ([(start, stop)], [(layer, layer + 1) for layer in layers])
+    saved = []
+    for count in range(_WARM_UP + _TOKENS):
+        ms = [0.0, 0.0]
+        for way in (0, 1) if count % 2 else (1, 0):
+            sequence.truncate(sequence.length - 1)
+            sequence.advance(1)
+            sequence.embed(0)
+            started = time.perf_counter()
+            for first, last in ways[way]:
+                sequence.run(first, cheapest, last)
+            ms[way] = (time.perf_counter() - started) * 1e3
+        saved.append(ms[1] - ms[0])
+    del sequence, graph
+    _forget(sessions)
+    return round(max(float(np.median(saved[_WARM_UP:])) / (len(layers) - 1), 0.0), 5)
 
 
 def _windows(

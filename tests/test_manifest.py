@@ -179,7 +179,10 @@ def test_variants_and_heads_that_the_runtime_cannot_run_are_refused(
 
 def test_actions_are_the_variants_and_skip(text: str) -> None:
     only = edited(
-        text, lambda data: data.update(variants=["int8"], heads={"int8": "int8", "skip": "int8"})
+        text,
+        lambda data: data.update(
+            variants=["int8"], heads={"int8": "int8", "skip": "int8"}, static=[]
+        ),
     )
     assert Manifest.from_text(text).actions == ("full", "int8", "int4", "skip")
     assert Manifest.from_text(only).actions == ("int8", "skip")

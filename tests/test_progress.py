@@ -160,7 +160,7 @@ def test_a_log_has_every_phase_and_says_when_the_bundle_can_answer(
     lines = [line.removeprefix(tool) for line in log]
     assert lines[0] == f"opening {tiny_folder}"  # before the seconds of the imports
     head, _, rest = lines[1].partition(" on this machine: ")
-    assert re.fullmatch(r"17 phases, about \d+ (s|min)", head)
+    assert re.fullmatch(r"18 phases, about \d+ (s|min)", head)
     names = [re.sub(r" \d+ (s|min)$", "", part) for part in rest.split(", ")]
     assert [line.partition(": starts")[0] for line in lines if ": starts" in line] == names
     assert sum("(expected " in line for line in lines) == len(names)
@@ -198,7 +198,7 @@ def test_a_terminal_shows_bars_in_place_of_lines(
     arguments = (tiny_folder, tmp_path / "out", "--effort", "none", "--calibration", night)
     written, text = on_terminal(command(*arguments, "--json"), ONE_THREAD)
     assert json.loads(written)["model"]["num_layers"] == 4
-    assert "dash-export: 5 phases, about " in text
+    assert "dash-export: 6 phases, about " in text
     for name in ("layers", "LM head", "costs", "check"):
         assert re.search(rf"{name}: 100%\|", text), text
     assert ": starts" not in text and "done in" not in text

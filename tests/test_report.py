@@ -175,36 +175,37 @@ def test_the_verdict_compares_with_int4_of_the_table_that_training_measured(
     assert len(paths) == len(set(paths)) and ("int8",) * LAYERS in paths
     found = curve(static_table(model.manifest, paths))
     assert set(found.uniform) == {"int8", "int4"}
-    assert "every layer in INT4" in found.verdict
 
 
-@pytest.mark.parametrize(
-    ("kl", "told", "beside"),
-    [
-        (0.9, "At the quality of 10 of 12 layers in INT4, the policy is", "% less than"),
-        (2e-3, "hardly worth it here: 10 of 12 layers in INT4 is as good", "times as much as"),
-    ],
-)
-def test_the_verdict_takes_the_nearest_path_where_int4_alone_was_not_measured(
-    model: Model, kl: float, told: str, beside: str
+def test_the_verdict_says_what_each_preset_runs_and_what_the_other_way_would_take(
+    model: Model,
 ) -> None:
-    paths = [("int8",) * (LAYERS - n) + ("int4",) * n for n in (6, 10)]
-    manifest = static_table(model.manifest, [*paths, (*["int4"] * (LAYERS - 1), "skip")])
+    paths = [("int8",) * LAYERS, ("int4",) * LAYERS]
+    manifest = static_table(model.manifest, paths)
     facts = scorer_facts(manifest)
-    static = tuple(replace(point, kl=kl, budget=0.4) for point in facts.static)
-    verdict = curve(replace(manifest, scorer=replace(facts, static=static))).verdict
-    assert told in verdict and f"{beside} the best" in verdict
-    none = replace(manifest, scorer=replace(facts, static=static[:1]))
-    assert "INT4 alone was not measured: train again" in curve(none).verdict
+    points = tuple(replace(facts.points[0], budget=b, kl=kl) for b, kl in ((0.4, 0.2), (0.8, 0.01)))
+    budgets = dict(zip(paths, (0.9, 0.5), strict=True))
+    losses = dict(zip(paths, (0.005, 0.05), strict=True))
+    static = tuple(
+        replace(point, budget=budgets[point.path], kl=losses[point.path]) for point in facts.static
+    )
+    told = curve(
+        replace(manifest, scorer=replace(facts, points=points, static=static, margin=1.0))
+    ).verdict
+    first, second, third = told.split(". ")
+    assert first.startswith("Quality decides per token, ") and "times as fast as one path" in first
+    assert second.startswith("balanced runs one path for all tokens; decisions per token would be ")
+    assert third.startswith("fast decides per token")
 
 
-def test_a_preset_is_shown_with_the_kl_that_it_promises(model: Model, report: Report) -> None:
+def test_a_preset_is_shown_with_the_kl_of_its_plan(model: Model, report: Report) -> None:
     facts = scorer_facts(model.manifest)
-    trained = replace(facts, presets=presets(facts.points, facts.margin))
+    trained = replace(facts, presets=presets(facts.points, facts.margin), static=())
     found = curve(replace(model.manifest, scorer=trained))
     assert [preset.name for preset in found.presets] == ["fast", "balanced", "quality"]
     for preset in found.presets:
         assert preset.kl == pytest.approx(PRESETS[preset.name], rel=0.002)
+        assert preset.plan == "decided per token"
     page = Page(render(replace(report, curve=found)))
     for kl in PRESETS.values():
         assert f"KL {kl:g} ·" in page.text

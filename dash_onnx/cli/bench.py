@@ -55,9 +55,9 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="POLICY[@BUDGET][+SPECULATE]",
-        help="a policy of the bundle, such as dash@fast; int8+auto is what dash-run --policy int8 "
-        "--speculate auto does; may be repeated (default: each uniform precision, and the trained "
-        "policy at its presets)",
+        help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+auto is "
+        "what dash-run --policy int8 --speculate auto does; may be repeated (default: each uniform "
+        "precision, and the presets)",
     )
     parser.add_argument(
         "--peer",
@@ -249,11 +249,9 @@ def _encoded(model: Model, text: str) -> list[int]:
 
 
 def _default_runs(model: Model) -> list[str]:
-    runs: list[str] = [*model.manifest.variants]
-    if model.manifest.scorer is not None:
-        presets = model.manifest.scorer.presets
-        runs += [f"dash@{name}" for name in sorted(presets, key=lambda name: -presets[name])]
-    return runs
+    from dash_onnx.core.plans import preset_plans
+
+    return [*model.manifest.variants, *(f"@{name}" for name in preset_plans(model.manifest))]
 
 
 def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[Reference]:

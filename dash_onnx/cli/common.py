@@ -22,7 +22,7 @@ from dash_onnx.core.progress import PACKAGE, BarHandler, announce
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
-    from dash_onnx.core.facts import ScorerFacts
+    from dash_onnx.core.manifest import Manifest
     from dash_onnx.runtime.engine import Model
 
 
@@ -309,11 +309,23 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
     return other
 
 
-def presets_line(scorer: ScorerFacts) -> str:
-    """The presets of a policy, and for which text they hold."""
-    named = ", ".join(f"{name} {budget:.3f}" for name, budget in scorer.presets.items())
-    margin = f", with a margin of {scorer.margin:g} for other text" if scorer.margin > 1 else ""
-    return f"presets: {named} (of the time at the highest exported precision){margin}"
+def presets_table(manifest: Manifest) -> list[str]:
+    """What each preset runs, as lines; none where no plan was measured."""
+    from dash_onnx.core.plans import margin_of, preset_plans
+
+    plans = preset_plans(manifest)
+    if not plans:
+        return []
+    rows = [
+        [name, f"{plan.budget:.3f}", f"{plan.kl:.4f}", plan.head, plan.text]
+        for name, plan in plans.items()
+    ]
+    margin = margin_of(manifest)
+    other = f"; allowing for {margin:g} times that on other text" if margin > 1 else ""
+    return [
+        *aligned([["preset", "budget", "KL", "head", "layers"], *rows], left=1),
+        f"budget: of the time at {manifest.variants[0]}; KL: nats on held-out text{other}",
+    ]
 
 
 EFFORTS = ("quick", "normal", "thorough")

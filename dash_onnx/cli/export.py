@@ -20,6 +20,7 @@ from dash_onnx.cli.common import (
     aligned,
     log_level,
     positive,
+    presets_table,
     run,
 )
 from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, WIDE, parse_variants
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
             facts["check"] = checked and to_json(checked)
             print(json.dumps({"out": str(arguments.out), **facts}))
         else:
-            print(summary(manifest, arguments.out))
+            print(summary(manifest, arguments.out), *presets_table(manifest), sep="\n")
             if manifest.scorer is not None:
                 kept = arguments.model.endswith(".gguf") and not arguments.requantize
                 hint = " Rounded anew (--requantize), it may gain more." if kept else ""

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_onnx.cli.common import Parser, aligned, positive, presets_line, run
+from dash_onnx.cli.common import Parser, aligned, positive, presets_table, run
 from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
@@ -180,11 +180,11 @@ def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:
 def _policy(manifest: Manifest) -> list[str]:
     scorer = manifest.scorer
     if scorer is None:
-        return ["no policy trained: see dash-train"]
+        return [*presets_table(manifest), "no policy trained: see dash-train"]
     training = scorer.training
     return [
         f"policy: {training.effort} training on {training.tokens} tokens ({training.source})",
-        presets_line(scorer),
+        *presets_table(manifest),
     ]
 
 

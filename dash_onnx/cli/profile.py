@@ -8,7 +8,7 @@ import shlex
 import statistics
 import sys
 
-from dash_onnx.cli.common import Parser, add_device_options, run
+from dash_onnx.cli.common import Parser, add_device_options, presets_table, run
 
 _EXAMPLES = """\
   dash-profile out/
@@ -84,8 +84,8 @@ def _profile(arguments: argparse.Namespace) -> None:
         print(f"LM head, {head:<17} {ms:8.3f} ms")
     if manifest.scorer is not None:
         print(f"all decisions of a token   {costs.scorer_ms:8.3f} ms")
-        named = ", ".join(f"{n} {b:.3f}" for n, b in manifest.scorer.presets.items())
-        print(f"presets (of all {best}) {named}")
+    print(f"one graph saves a layer    {costs.join_ms:8.3f} ms")
+    print("\n".join(presets_table(manifest)))
 
 
 if __name__ == "__main__":

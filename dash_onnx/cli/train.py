@@ -14,17 +14,18 @@ from dash_onnx.cli.common import (
     add_training_options,
     aligned,
     log_level,
-    presets_line,
+    presets_table,
     run,
 )
 from dash_onnx.cli.export import prepare_export
+from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import announce
 from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
 
 if TYPE_CHECKING:
-    from dash_onnx.core.facts import ScorerFacts
+    from dash_onnx.core.manifest import Manifest
 
 _LOG = logging.getLogger(__name__)
 
@@ -102,13 +103,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             print(json.dumps(to_json(facts)))
         else:
-            print(table(facts), curve(manifest).verdict, sep="\n")
+            print(table(manifest), curve(manifest).verdict, sep="\n")
 
     return run("dash-train", body, log_level(arguments))
 
 
-def table(facts: ScorerFacts) -> str:
+def table(manifest: Manifest) -> str:
     """The policy table and the presets."""
+    facts = scorer_facts(manifest)
     head = ["budget", "KL", "head", *facts.actions]
     rows = [
         [
@@ -123,7 +125,8 @@ def table(facts: ScorerFacts) -> str:
     training = facts.training
     lines += [
         "",
-        presets_line(facts),
+        *presets_table(manifest),
+        "",
         f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]

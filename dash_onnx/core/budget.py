@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, Path
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
+from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint
 from dash_onnx.core.manifest import Manifest
 
 Budget: TypeAlias = float | str
@@ -61,13 +61,14 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
         PolicyError: neither a number nor a preset, or outside what the bundle can do.
     """
     presets = manifest.scorer.presets if manifest.scorer else {}
+    measured = presets or (PRESETS if manifest.static else {})
     if budget is None or (isinstance(budget, str) and budget in presets):
         name = DEFAULT_PRESET if budget is None else budget
         return scorer_facts(manifest).presets[str(name)]
     try:
         value = float(budget)
     except (ValueError, TypeError, OverflowError):
-        known = ", ".join(presets) or "none: no policy is trained yet"
+        known = ", ".join(measured) or "none: no policy is trained yet"
         raise PolicyError(f"budget {budget!r} is neither a number nor a preset ({known})") from None
     if not math.isfinite(value) or not 0 < value <= 1:
         raise PolicyError(f"budget {value:g} is outside 0..1 (a fraction of the reference's time)")
@@ -163,6 +164,7 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     """
     scorer = manifest.scorer
     moved = replace(manifest, costs=costs)
+    moved = replace(moved, static=_static_costs(moved, manifest.static))
     if scorer is None:
         return moved
 
@@ -183,19 +185,25 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     for point in sorted(points, key=lambda point: (point.budget, point.kl)):
         if not kept or point.kl < kept[-1].kl:
             kept.append(point)
-    static = [
-        replace(point, budget=round(costs.token_ms(point.path, point.head) / full_ms, 5))
-        for point in scorer.static
-    ]
     return replace(
         moved,
         scorer=replace(
             scorer,
             points=tuple(kept),
             presets=presets(tuple(kept), scorer.margin),
-            static=tuple(sorted(static, key=lambda point: point.budget)),
+            static=_static_costs(moved, scorer.static),
         ),
     )
+
+
+def _static_costs(manifest: Manifest, points: tuple[StaticPoint, ...]) -> tuple[StaticPoint, ...]:
+    """Static assignments with the budgets that the manifest's costs give them."""
+    full_ms, costs = reference_ms(manifest), manifest.costs
+    moved = [
+        replace(point, budget=round(costs.token_ms(point.path, point.head) / full_ms, 5))
+        for point in points
+    ]
+    return tuple(sorted(moved, key=lambda point: point.budget))
 
 
 class Controller:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, WIDE, Form
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
 if TYPE_CHECKING:
-    from dash_onnx.core.facts import ModelFacts, Rope, ScorerFacts
+    from dash_onnx.core.facts import ModelFacts, Rope, ScorerFacts, StaticPoint
     from dash_onnx.core.manifest import Manifest
 
 _MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
@@ -56,6 +56,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield "a file has less than no bytes"
     yield from _claim_problems(manifest)
     yield from _cost_problems(manifest)
+    yield from _static_problems(manifest, "static", manifest.static)
 
 
 def model_problems(model: ModelFacts) -> Iterator[str]:
@@ -128,6 +129,9 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
     measured = (costs.heads_ms.values(), *(layer.values() for layer in costs.layers_ms))
     if not _all_in(_LEAST_MS, _MOST_MS, (ms for part in measured for ms in part)):
         yield f"costs must lie between {_LEAST_MS:.0e} and {_MOST_MS:.0e} ms"
+    cheapest = min(layer[action] for layer in costs.layers_ms for action in manifest.variants)
+    if not 0 <= costs.join_ms < cheapest:
+        yield "costs.join_ms must be less than a layer takes, and none less than 0"
     yield from _pass_problems(manifest)
     others = (costs.embed_ms, costs.scorer_ms)
     if not all(0 <= ms < _MOST_MS for ms in others) or costs.threads < 1:
@@ -195,14 +199,20 @@ def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
         yield "scorer.presets must name balanced"
     if not all(budgets[0] <= budget <= budgets[-1] for budget in scorer.presets.values()):
         yield "scorer.presets must lie within scorer.points"
-    for point in scorer.static:
-        if len(point.path) != layers or not set(point.path) <= actions or point.path[0] == SKIP:
-            yield "scorer.static has a path that does not fit the layers"
-        if point.kl < -_NOISE or not 0 < point.budget <= 1e6:
-            yield "scorer.static has a KL below 0, or a budget that is not more than 0"
-    heads = {point.head for point in scorer.points} | {point.head for point in scorer.static}
-    if not heads <= set(manifest.exported_heads):
+    yield from _static_problems(manifest, "scorer.static", scorer.static)
+    if not {point.head for point in scorer.points} <= set(manifest.exported_heads):
         yield "a head of the policy table is not exported"
+
+
+def _static_problems(manifest: Manifest, name: str, points: Sequence[StaticPoint]) -> Iterator[str]:
+    layers, actions = manifest.model.num_layers, set(manifest.actions)
+    for point in points:
+        if len(point.path) != layers or not set(point.path) <= actions or point.path[0] == SKIP:
+            yield f"{name} has a path that does not fit the layers"
+        if point.kl < -_NOISE or not 0 < point.budget <= 1e6:
+            yield f"{name} has a KL below 0, or a budget that is not more than 0"
+        if point.head not in manifest.exported_heads:
+            yield f"{name} has a head that is not exported"
 
 
 def _all_in(low: float, high: float, values: Iterable[float]) -> bool:

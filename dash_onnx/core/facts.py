@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from dash_onnx.core.actions import PRECISIONS, Action, Form
+from dash_onnx.core.actions import PRECISIONS, Action, Form, Path, segments_of
 
 _LARGE = 200_000_000  # weights of the layers
 
@@ -218,6 +218,8 @@ class Costs:
         spread: how much longer than these figures a usual run took, as a share of them. Other work
             on the machine makes it large.
         passes: by rows and contexts; None where there is nothing to choose from.
+        join_ms: what one layer less to dispatch saves: layers that always take the same action run
+            as one graph.
     """
 
     machine: str
@@ -228,6 +230,7 @@ class Costs:
     layers_ms: tuple[dict[Action, float], ...]
     spread: float = 0.0
     passes: PassCosts | None = None
+    join_ms: float = 0.0
 
     @property
     def unit_ms(self) -> float:
@@ -245,16 +248,22 @@ class Costs:
         unit = self.unit_ms
         return [[layer[action] / unit for action in actions] for layer in self.layers_ms]
 
-    def token_ms(self, path: Sequence[Action], head: Action, scored: bool = False) -> float:
+    def token_ms(
+        self, path: Path, head: Action, scored: bool = False, *, joined: bool = True
+    ) -> float:
         """What one token costs on a path.
 
         Args:
             path: action of each layer.
             head: precision of the LM head.
             scored: whether the scorer decided.
+            joined: whether all tokens take the path, and its layers are joined; not if scored.
         """
         layers = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
-        return self.embed_ms + self.heads_ms[head] + layers + (self.scorer_ms if scored else 0.0)
+        whole = self.embed_ms + self.heads_ms[head] + layers
+        if scored:
+            return whole + self.scorer_ms
+        return whole - (len(path) - len(segments_of(path))) * self.join_ms * joined
 
 
 @dataclass(frozen=True)

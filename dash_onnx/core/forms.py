@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dash_onnx.core.actions import WIDE, WIDENED, Action, Form
-from dash_onnx.core.budget import kl_at, scorer_facts
 from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import Policy, ScoredPolicy
+from dash_onnx.core.plans import margin_of
+from dash_onnx.core.policy import Policy
 
 PROMISE = 10.0
 """Times the wide form's KL that a policy must lose before its prompts may run wide: what the form
@@ -57,8 +57,6 @@ def widened_in_prompts(manifest: Manifest, policy: Policy) -> frozenset[Action]:
     used = {action for actions in layers for action in actions}
     if manifest.wide is None or not used & few:
         return few
-    if isinstance(policy, ScoredPolicy):
-        scorer = scorer_facts(manifest)
-        if kl_at(policy.budget, scorer.points) * scorer.margin < PROMISE * manifest.wide.kl:
-            return few
+    if policy.kl is not None and policy.kl * margin_of(manifest) < PROMISE * manifest.wide.kl:
+        return few
     return few | frozenset(manifest.variants)

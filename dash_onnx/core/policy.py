@@ -15,10 +15,12 @@ from pathlib import Path as FilePath
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Path, check_action, path_letters
 from dash_onnx.core.budget import (
+    DEFAULT_PRESET,
     Budget,
     Controller,
     base_precision,
     below_every_skip,
+    kl_at,
     multiplier_of,
     reference_ms,
     resolve,
@@ -29,6 +31,7 @@ from dash_onnx.core.budget import (
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.plans import frontier, plan_below, preset_plans
 
 _MOST_CHARACTERS = 1 << 20  # of a path file
 
@@ -41,16 +44,19 @@ class Policy(ABC):
         head: precision of the LM head it uses.
         scored: whether the scorer decides, which has a cost of its own.
         budget: mean cost of a token as a fraction of the reference's; None where none was given.
+        kl: what it loses on held-out text, in nats; None where that is not known.
     """
 
     name: str
     head: Action
     scored = False
     budget: float | None = None
+    kl: float | None = None
 
     def cost_ms(self, path: Path, costs: Costs) -> float:
         """Profiled milliseconds of a token on a path that this policy chose."""
-        return costs.token_ms(path, self.head, self.scored)
+        joined = self.uniform is not None
+        return costs.token_ms(path, self.head, self.scored, joined=joined)
 
     @property
     def uniform(self) -> Path | None:
@@ -100,6 +106,7 @@ class ScoredPolicy(Policy):
         self.budget = resolve(budget, manifest)
         self.multiplier, self.head = multiplier_of(self.budget, points)
         self.uses = used_actions(self.budget, points)
+        self.kl = kl_at(self.budget, points)
         self._manifest = manifest
 
     @property
@@ -114,11 +121,6 @@ class ScoredPolicy(Policy):
     def controller(self) -> Controller:
         """What holds the budget during one generation."""
         return Controller(self._manifest, self.budget, self.multiplier, self.head)
-
-
-def budget_of(policy: Policy) -> float | None:
-    """What the scorer may spend; None where it does not decide."""
-    return policy.budget if isinstance(policy, ScoredPolicy) else None
 
 
 class StaticPolicy(PathPolicy):
@@ -190,7 +192,7 @@ class RandomPolicy(PathPolicy):
         if budget is not None:
             base = base_precision(manifest, budget)
             costs = manifest.costs
-            run = costs.token_ms((base,) * self._layers, self.head)
+            run = costs.token_ms((base,) * self._layers, self.head, joined=False)
             inner = costs.layers_ms[1:-1]
             saved = sum(layer[base] - layer[SKIP] for layer in inner)
             excess = run - budget * reference_ms(manifest)
@@ -226,8 +228,8 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
             `even`, `cosine`: one precision, and as many layers skipped as the budget asks for,
             evenly spaced or by the similarity of their input and output;
             `random` or `random:SEED`: a random path per token, within the budget if one is given;
-            the empty string: `dash` where there is a scorer or a budget, else the highest
-            exported precision.
+            the empty string: the best plan that was measured for the budget, see `plans`, which may
+            be decided per token or one path; the highest exported precision where none was.
         manifest: of the bundle it will run on.
         budget: fraction of the reference's time per token, or the name of a preset.
 
@@ -238,9 +240,9 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
         _no_budget(policy.name, budget)
         return policy
     kind, _, argument = policy.partition(":")
-    if not policy and manifest.scorer is None and budget is None:
-        return make_policy(manifest.variants[0], manifest)
-    if policy in ("", "dash"):
+    if not policy:
+        return _planned(manifest, budget)
+    if policy == "dash":
         return ScoredPolicy(manifest, budget)
     if policy in ("static", "even", "cosine") and budget is None:
         raise PolicyError(f"policy {policy!r} needs a budget, such as 0.8")
@@ -266,6 +268,29 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
         f"unknown policy {policy!r}; choose dash, full, int8, int4, int2, static, even, cosine, "
         "random[:SEED], static:ACTION[*N],... or static:@FILE"
     )
+
+
+def _planned(manifest: Manifest, budget: Budget | None) -> Policy:
+    """What was measured to be best for a budget."""
+    plans = preset_plans(manifest)
+    if not plans:
+        return make_policy(manifest.variants[0] if budget is None else "dash", manifest, budget)
+    name = DEFAULT_PRESET if budget is None else budget
+    plan = plans.get(name) if isinstance(name, str) else None
+    if plan is None:
+        value = resolve(name, manifest)
+        plan = plan_below(value, manifest)
+        if plan is None:
+            least = min(plan.budget for plan in frontier(manifest))
+            raise PolicyError(
+                f"budget {value:g} is outside what this bundle can do: from {least:.3f} of the "
+                "time at the highest exported precision"
+            )
+    if plan.path is None:
+        return ScoredPolicy(manifest, budget if isinstance(name, str) else plan.budget)
+    policy = StaticPolicy(plan.path, manifest, str(name), plan.head, plan.budget)
+    policy.kl = plan.kl
+    return policy
 
 
 def _no_budget(policy: str, budget: Budget | None) -> None:

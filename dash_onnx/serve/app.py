@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dash_onnx.core.actions import path_letters
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.errors import ContextLengthError, DashError
-from dash_onnx.core.policy import budget_of
+from dash_onnx.core.plans import preset_plans
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
@@ -199,9 +199,9 @@ class _Server:
                 "actions": manifest.actions,
                 "layers": manifest.model.num_layers,
                 "max_length": manifest.model.max_length,
-                "presets": manifest.scorer.presets if manifest.scorer else {},
+                "presets": {name: p.budget for name, p in preset_plans(manifest).items()},
                 "policy": policy.name,
-                "budget": budget_of(policy),
+                "budget": policy.budget,
             },
         }
 

@@ -18,7 +18,6 @@ from prometheus_client import Counter as Metric
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.policy import budget_of
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
@@ -240,7 +239,7 @@ class Service:
     ) -> AsyncGenerator[Chunk, None]:
         """Its chunks; while others wait, its budget falls."""
         metrics, policy = self.metrics, running.policy
-        usual = budget_of(policy)
+        usual = policy.budget
         flexible = name in self._under_load and options.budget is None
         pressure = 0.0
         tally.policy, tally.budget = policy.name, usual

@@ -14,7 +14,7 @@ from dash_onnx.core.budget import Budget, resolve
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DashError, DeviceError, SourceError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import Policy, budget_of, make_policy
+from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
@@ -171,10 +171,10 @@ def _needed(model: Model, limits: Limits) -> list[Policy]:
     """The policy of requests that name none, and what it becomes under load."""
     policies = [model.policy()]
     if limits.budget_under_load is not None:
-        usual = budget_of(policies[0]) or resolve(None, model.manifest)
+        usual = policies[0].budget or resolve(None, model.manifest)
         least = resolve(limits.budget_under_load, model.manifest)
         steps = (lowered(usual, least, step / STEPS) for step in range(1, STEPS + 1))
-        policies += [model.policy("dash", budget) for budget in steps]
+        policies += [model.policy(None, budget) for budget in steps]
     return policies
 
 

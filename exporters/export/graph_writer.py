@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dash_onnx.core.actions import ACTIONS, SKIP, WIDE, Action, Form
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path, layer_path
-from dash_onnx.core.facts import LayerFacts, WideFacts
+from dash_onnx.core.facts import LayerFacts
 from dash_onnx.exporters.architectures.base import Layer, ModelSpec
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
@@ -21,8 +21,8 @@ from dash_onnx.exporters.calibration.statistics import (
 )
 from dash_onnx.exporters.calibration.tokens import Ids
 from dash_onnx.exporters.device import torch_device
+from dash_onnx.exporters.export.losses import Losses
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.export.wide_loss import wide_facts
 from dash_onnx.exporters.graphs import (
     build_embed,
     build_head,
@@ -146,10 +146,10 @@ class GraphWriter:
         chosen: dict[Action, Action] = dict.fromkeys((*self.options.variants, SKIP), mixed)
         return chosen | dict(zip(own, own, strict=True))
 
-    def wide(self, folder: Path, ids: Ids, full: HiddenStateFile) -> WideFacts:
-        """What the wide form of all layers loses, on tokens whose full states are given."""
+    def losses(self, ids: Ids, full: HiddenStateFile) -> Losses:
+        """What measures losses, on tokens whose states in full precision are given."""
         head = self.architecture.head(self.source.weights, self.spec)
-        return wide_facts(folder, self.runner, self.spec, head, ids, full)
+        return Losses(self.spec, head, ids, full)
 
 
 def _sink_weights(layer: Layer) -> dict[str, float]:

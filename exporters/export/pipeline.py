@@ -102,7 +102,8 @@ def export(
             finish()
         with Phase("LM head", total=1):
             heads = writer.heads(folder, partial.states(len(every)))
-        wide = writer.wide(folder, ids, partial.states(len(every))) if options.wide else None
+        final = partial.states(len(every))
+        wide = writer.losses(ids, final).wide(folder, writer.runner) if options.wide else None
         source.save_text_files(folder)
         manifest = untrained_manifest(
             spec,
@@ -118,6 +119,9 @@ def export(
         )
         release_memory()
         manifest = replace(manifest, costs=profile(Bundle(folder, manifest), writer.runner.device))
+        static = writer.losses(ids, final).static(Bundle(folder, manifest))
+        manifest = replace(manifest, static=static)
+        release_memory()
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest
 

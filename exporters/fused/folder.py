@@ -63,7 +63,8 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
             f"this bundle has an {manifest.target.kv_cache} K/V cache, and fused graphs have none: "
             "export again without --kv-cache"
         )
-    policy = make_policy(options.policy, manifest, options.budget)
+    trained = manifest.scorer is not None and options.budget is None
+    policy = make_policy(options.policy or ("dash" if trained else ""), manifest, options.budget)
     if not isinstance(policy, ScoredPolicy | StaticPolicy):
         raise UnsupportedError(f"policy {policy.name!r} has no graph; fuse dash or a static one")
     facts = FusedFacts.of(options, policy, manifest)

@@ -1,0 +1,129 @@
+"""Plans: the ways to run every token whose loss was measured, and which of them a preset takes.
+
+A plan is one path for all tokens, whose layers run as one graph where they take the same action, or
+the scorer's decisions for each token and layer. Which of the two is better depends on the model,
+the machine and the budget: both were measured on the same held-out text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
+from dash_onnx.core.manifest import Manifest
+
+_TIE = 0.03
+"""Share of the time by which decisions per token have to be faster: they are the less simple plan,
+and paired runs tell no less apart."""
+
+
+_LEAST_KL = 1e-4  # nats
+_ROUNDED = 1.005  # times: budgets have four digits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run every token.
+
+    Attributes:
+        budget: time of a token as a fraction of the reference's.
+        kl: mean KL(reference || plan) in nats on held-out tokens.
+        head: precision of the LM head.
+        path: action of each layer; None where the scorer decides.
+    """
+
+    budget: float
+    kl: float
+    head: Action
+    path: Path | None = None
+
+    @property
+    def text(self) -> str:
+        """The plan in the notation of `--policy static:`, or `decided per token`."""
+        if self.path is None:
+            return "decided per token"
+        runs = [(action, len([*same])) for action, same in groupby(self.path)]
+        return ",".join(f"{action}*{count}" if count > 1 else action for action, count in runs)
+
+
+def margin_of(manifest: Manifest) -> float:
+    """How much more other text may lose than the text that plans were measured on."""
+    if manifest.scorer is not None:
+        return manifest.scorer.margin
+    return OTHER_TEXT if manifest.calibration.source == "self-generated" else 1.0
+
+
+def frontier(manifest: Manifest) -> tuple[Plan, ...]:
+    """The plans that no other beats in both time and KL, by ascending time."""
+    plans = [*_fixed(manifest)]
+    if manifest.scorer is not None:
+        plans += [Plan(p.budget, p.kl, p.head) for p in manifest.scorer.points]
+    kept: list[Plan] = []
+    for plan in sorted(plans, key=lambda plan: (_rank(plan), plan.kl)):
+        if not kept or plan.kl < kept[-1].kl:
+            kept.append(plan)
+    return tuple(sorted(kept, key=lambda plan: plan.budget))
+
+
+def preset_plans(manifest: Manifest) -> dict[str, Plan]:
+    """By preset, the fastest plan that keeps its promise; else the one that loses least.
+
+    Empty where no plan was measured.
+    """
+    if not _fixed(manifest) and manifest.scorer is None:
+        return {}
+    return {name: _within(limit / margin_of(manifest), manifest) for name, limit in PRESETS.items()}
+
+
+def _within(limit: float, manifest: Manifest) -> Plan:
+    """The fastest plan that loses at most some nats."""
+    keep = [plan for plan in alternatives(limit, manifest) if plan is not None]
+    if keep:
+        return min(keep, key=_rank)
+    return min(frontier(manifest), key=lambda plan: plan.kl)
+
+
+def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | None]:
+    """The fastest plan that is decided per token, and the fastest path for all tokens.
+
+    Args:
+        limit: what they lose at most, in nats.
+
+    Returns:
+        None where there is none.
+    """
+    limit = max(limit, _LEAST_KL)
+    scorer, found = manifest.scorer, None
+    if scorer is not None:
+        plan = decided(cheapest_within(limit, scorer.points), manifest)
+        found = plan if plan.kl <= limit * _ROUNDED else None
+    fixed = [plan for plan in _fixed(manifest) if plan.kl <= limit]
+    return found, min(fixed, key=lambda plan: plan.budget, default=None)
+
+
+def plan_below(budget: float, manifest: Manifest) -> Plan | None:
+    """The plan that loses least of those that take at most a fraction of the reference's time."""
+    plans = [plan for plan in _fixed(manifest) if plan.budget <= budget + 1e-9]
+    if manifest.scorer is not None and budget >= manifest.scorer.points[0].budget:
+        plans.append(decided(min(budget, manifest.scorer.points[-1].budget), manifest))
+    return min(plans, key=lambda plan: (plan.kl, _rank(plan)), default=None)
+
+
+def decided(budget: float, manifest: Manifest) -> Plan:
+    """What the scorer's decisions lose at a budget within its table."""
+    assert manifest.scorer is not None
+    points = manifest.scorer.points
+    _, head = multiplier_of(budget, points)
+    return Plan(budget, kl_at(budget, points), head)
+
+
+def _fixed(manifest: Manifest) -> list[Plan]:
+    points = manifest.static if manifest.scorer is None else manifest.scorer.static
+    return [Plan(point.budget, point.kl, point.head, point.path) for point in points]
+
+
+def _rank(plan: Plan) -> float:
+    """The time that a plan is compared by."""
+    return plan.budget if plan.path is not None else plan.budget * (1 + _TIE)

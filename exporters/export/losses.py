@@ -1,0 +1,95 @@
+"""What the wide form of all layers loses, and each precision alone, on some calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dash_onnx.core.actions import WIDE, Action
+from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH, layer_path
+from dash_onnx.core.facts import StaticPoint, WideFacts
+from dash_onnx.core.progress import Loop
+from dash_onnx.exporters.architectures.base import Head, ModelSpec
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
+from dash_onnx.exporters.calibration.runner import Runner
+from dash_onnx.exporters.calibration.tokens import Ids
+from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.ort import has_device
+
+SEQUENCES = 4
+"""Of the calibration text that run."""
+
+_ROWS = 256  # of the logits of a large vocabulary at a time
+
+
+class Losses:
+    """Compares predictions with those in full precision."""
+
+    def __init__(self, spec: ModelSpec, head: Head, ids: Ids, full: HiddenStateFile):
+        """Takes what full precision says.
+
+        Args:
+            spec: of the model.
+            head: its LM head in full precision.
+            ids: the calibration tokens `[sequences, length]`.
+            full: their hidden states after the last layer in full precision.
+        """
+        self._spec, self._head = spec, head
+        self._weight = head.linear.weight.float()
+        self._ids, self._full = ids[:SEQUENCES], full[:SEQUENCES]
+
+    def wide(self, folder: Path, runner: Runner) -> WideFacts:
+        """Runs the wide graphs of a folder; the LM head is in full precision on both sides."""
+        states = runner.embed(folder / EMBED_PATH, self._ids)
+        for index in Loop("wide form", range(self._spec.facts.num_layers)):
+            states = runner.layer(index, folder / layer_path(index, WIDE), states)
+        kl = self._kl(self._log_probabilities(row) for row in _rows(states))
+        return WideFacts(round(kl, 5), self._ids.size)
+
+    def static(self, bundle: Bundle) -> tuple[StaticPoint, ...]:
+        """Runs each precision alone as the runtime does; nothing where its device is not here."""
+        manifest, found = bundle.manifest, []
+        device = manifest.target.device
+        if not has_device(device):
+            return ()
+        for precision in Loop("losses", manifest.variants):
+            model = Model(bundle, open_backend(device), policy=precision)
+            kl = self._kl(row for ids in self._ids for row in _predicted(model, ids, precision))
+            path = (precision,) * manifest.model.num_layers
+            head = manifest.heads[precision]
+            budget = manifest.costs.token_ms(path, head) / reference_ms(manifest)
+            found.append(StaticPoint(round(budget, 5), head, round(max(kl, 0.0), 6), path))
+            model.close()
+        return tuple(sorted(found, key=lambda point: point.budget))
+
+    def _kl(self, ours: Iterable[torch.Tensor]) -> float:
+        """Mean KL(full || ours) in nats; ours are log probabilities `[rows, V]`, in order."""
+        total = 0.0
+        for theirs, own in zip(_rows(self._full), ours, strict=True):
+            reference = self._log_probabilities(theirs)
+            total += float((reference.exp() * (reference - own)).sum())
+        return total / self._ids.size
+
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._head.norm(hidden, self._spec.block) @ self._weight.T
+        if self._head.linear.bias is not None:
+            logits += self._head.linear.bias.float()
+        if (cap := self._spec.block.logit_softcap) is not None:  # the norm has divided by it
+            logits = logits.tanh() * cap
+        return logits.log_softmax(-1)
+
+
+def _rows(states: np.ndarray) -> Iterable[torch.Tensor]:
+    """Hidden states `[sequences, length, D]`, in rows of one sequence."""
+    return (rows for one in torch.from_numpy(states) for rows in one.split(_ROWS))
+
+
+def _predicted(model: Model, ids: np.ndarray, precision: Action) -> Iterable[torch.Tensor]:
+    logits = torch.from_numpy(model.logits(ids, policy=precision))
+    return (rows.log_softmax(-1) for rows in logits.split(_ROWS))

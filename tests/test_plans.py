@@ -1,0 +1,212 @@
+"""Plans: which way of running every token a budget takes, and layers that run as one graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scored_bundle import with_scorer
+
+import dash_onnx
+from dash_onnx.core.actions import Action, segments_of
+from dash_onnx.core.budget import PRESETS, reference_ms, with_costs
+from dash_onnx.core.bundle import Bundle, replace_manifest
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.facts import BudgetPoint, StaticPoint
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.plans import frontier, margin_of, plan_below, preset_plans
+from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
+from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.engine import Model
+
+LAYERS = 4
+INT4: tuple[Action, ...] = ("int4",) * LAYERS
+INT8: tuple[Action, ...] = ("int8",) * LAYERS
+MIXED: tuple[Action, ...] = ("int8", "int4", "int4", "skip")
+PROMPT = "the keeper counts the ships"
+
+
+@pytest.fixture(scope="module")
+def scored_folder(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plans") / "out"
+    return with_scorer(shutil.copytree(tiny_bundle, folder))
+
+
+@pytest.fixture(scope="module")
+def scored(scored_folder: Path) -> Manifest:
+    return Bundle(scored_folder).manifest
+
+
+def tables(manifest: Manifest, decided: dict[float, float], fixed: dict[float, float]) -> Manifest:
+    """A manifest with KL by budget, of the scorer's decisions and of one path (INT4)."""
+    assert manifest.scorer is not None
+    share = manifest.scorer.points[0].shares
+    points = tuple(
+        BudgetPoint(budget, 1 / (1 + 100 * budget), "int8", kl, share)
+        for budget, kl in sorted(decided.items())
+    )
+    static = tuple(StaticPoint(budget, "int4", kl, INT4) for budget, kl in sorted(fixed.items()))
+    return replace(
+        manifest, scorer=replace(manifest.scorer, points=points, static=static, margin=1.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("fixed", "decides"),
+    [(0.5, False), (0.51, False), (0.53, True), (0.7, True)],
+)
+def test_a_preset_takes_the_faster_way_and_of_equal_ones_the_simpler(
+    scored: Manifest, fixed: float, decides: bool
+) -> None:
+    manifest = tables(scored, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {fixed: 0.09})
+    plan = preset_plans(manifest)["balanced"]
+    assert (plan.path is None) == decides
+    assert plan.budget == pytest.approx(0.5 if decides else fixed, abs=1e-3)
+    policy = make_policy("", manifest)
+    assert isinstance(policy, ScoredPolicy if decides else StaticPolicy)
+
+
+def test_presets_keep_their_promise_with_the_margin_or_lose_least(scored: Manifest) -> None:
+    assert scored.scorer is not None
+    for margin in (1.0, 1.5, 3.0):
+        manifest = replace(scored, scorer=replace(scored.scorer, margin=margin))
+        least = min(plan.kl for plan in frontier(manifest))
+        for name, plan in preset_plans(manifest).items():
+            promised = PRESETS[name] / margin_of(manifest)
+            assert plan.kl <= max(promised * 1.01, least)
+
+
+def test_no_preset_is_dominated_by_a_row_of_its_own_table(scored: Manifest) -> None:
+    manifest = tables(scored, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.3: 0.3, 0.45: 0.12, 0.8: 0.015})
+    for plan in preset_plans(manifest).values():
+        for other in frontier(manifest):
+            assert other.budget > plan.budget * 0.97 or other.kl >= plan.kl
+
+
+def test_a_number_takes_what_loses_least_within_it(scored: Manifest) -> None:
+    manifest = tables(scored, {0.3: 0.5, 0.9: 0.01}, {0.2: 0.6, 0.5: 0.02})
+    for budget, path in ((0.25, INT4), (0.35, None), (0.6, INT4), (0.95, None)):
+        plan = plan_below(budget, manifest)
+        assert plan is not None and plan.path == path and plan.budget <= budget
+    assert make_policy("", manifest, 0.6).uniform == INT4
+    assert make_policy("dash", manifest, 0.6).uniform is None
+    with pytest.raises(PolicyError, match=r"outside what this bundle can do: from 0\.2"):
+        make_policy("", manifest, 0.1)
+
+
+def test_another_machine_changes_the_plan(scored: Manifest) -> None:
+    """Where skipping saves nothing, decisions per token cost more than one path."""
+    assert scored.scorer is not None
+    manifest = tables(scored, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.55: 0.09})
+    assert preset_plans(manifest)["balanced"].path is None
+    costs = manifest.costs
+    dear = tuple({**ms, "skip": ms["int8"]} for ms in costs.layers_ms)
+    moved = with_costs(manifest, replace(costs, layers_ms=dear, scorer_ms=1.0))
+    assert preset_plans(moved)["balanced"].path == INT4
+
+
+def test_a_bundle_without_a_policy_has_plans(tiny_bundle: Path) -> None:
+    manifest = Bundle(tiny_bundle).manifest
+    assert manifest.scorer is None
+    measured = {point.path[0]: point for point in manifest.static}
+    assert list(measured) and set(measured) == set(manifest.variants)
+    assert measured["full"].kl < 1e-3 <= 10 * measured["int4"].kl
+    assert measured["full"].budget == pytest.approx(1.0)
+    model = dash_onnx.load(tiny_bundle)
+    plan = preset_plans(manifest)["balanced"]
+    assert plan.path is not None and model.policy().uniform == plan.path
+    assert model.policy(budget="quality").kl == preset_plans(manifest)["quality"].kl
+
+
+# Layers as one graph
+
+
+@pytest.fixture(scope="module")
+def model(scored_folder: Path) -> Iterator[Model]:
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        yield model
+
+
+@pytest.mark.parametrize("path", [INT4, INT8, MIXED, ("int4", "skip", "skip", "int4")])
+def test_joined_layers_compute_what_they_compute_one_by_one(
+    scored_folder: Path, path: tuple[Action, ...]
+) -> None:
+    found = []
+    for joined in (True, False):
+        with dash_onnx.load(scored_folder, memory="low") as model:
+            sequence, decider = model.new_sequence(), FixedPath(path, "int8", joined=joined)
+            ids = model.text.encode(PROMPT)
+            rows = [sequence.prefill(ids, path, "int8", joined=joined).copy()]
+            for token in (5, 9, 300, 7):  # past the first size of the cache, too
+                rows.append(sequence.forward(token, decider)[0].copy())
+                sequence.reserve(sequence.kv.capacity + 1)
+            found.append((np.stack(rows), model._sessions.loaded_bytes, len(decider.segments)))
+    (one, some_bytes, segments), (other, all_bytes, alone) = found
+    np.testing.assert_array_equal(one, other)
+    assert some_bytes == all_bytes
+    assert segments == len(segments_of(path)) < alone == LAYERS
+
+
+def test_no_layer_is_loaded_twice_by_one_policy(scored_folder: Path) -> None:
+    for policy in ("int4", "int8", "static:int8,int4*2,skip", "dash"):
+        with dash_onnx.load(scored_folder, policy=policy) as model:
+            expected = model.bytes_to_load()
+            model.preload(model.policy())
+            assert model.loaded_bytes == expected and model.bytes_to_load() == 0
+            before = model.loaded_bytes
+            model.generate(PROMPT, max_new_tokens=4)
+            assert model.loaded_bytes == before
+
+
+def test_layers_that_are_loaded_alone_stay_alone(scored_folder: Path) -> None:
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        model.preload()
+        before = model.loaded_bytes
+        joined = model.generate(PROMPT, policy="int4", max_new_tokens=6, temperature=0)
+        assert model.loaded_bytes == before
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        other = model.generate(PROMPT, policy="int4", max_new_tokens=6, temperature=0)
+    assert joined == other
+
+
+def test_rows_of_a_batch_share_the_joined_graph(model: Model) -> None:
+    prompts = [PROMPT, "a ship", "the light of the tower and"]
+    alone = [
+        model.generate(p, policy="int8", max_new_tokens=8, temperature=0, ignore_eos=True)
+        for p in prompts
+    ]
+    options = dash_onnx.GenerationOptions(
+        policy="int8", max_new_tokens=8, temperature=0.0, ignore_eos=True
+    )
+    assert [str(one) for one in model.batch(prompts, options=options)] == alone
+    assert len(model._sessions._joined) == 1
+
+
+def test_the_plan_may_change_in_the_middle_of_an_answer(scored_folder: Path) -> None:
+    manifest = tables(Bundle(scored_folder).manifest, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.3: 0.2})
+    folder = scored_folder.parent / "changing"
+    shutil.copytree(scored_folder, folder, dirs_exist_ok=True)
+    replace_manifest(folder, manifest)
+    with dash_onnx.load(folder) as model:
+        stream = model.stream(PROMPT, budget="fast", max_new_tokens=8, ignore_eos=True)
+        paths = [next(stream).path for _ in range(3)]
+        stream.set_budget("quality")
+        later = [chunk.path for chunk in stream]
+    assert paths[1:] == [INT4, INT4]
+    assert len(later) == 5 and any(path != INT4 for path in later)
+
+
+def test_one_graph_takes_less_time_in_the_costs(scored: Manifest) -> None:
+    costs = replace(scored.costs, join_ms=0.02)
+    alone = costs.token_ms(INT4, "int4", joined=False)
+    assert costs.token_ms(INT4, "int4") == pytest.approx(alone - 3 * 0.02)
+    assert costs.token_ms(MIXED, "int4") == pytest.approx(
+        costs.token_ms(MIXED, "int4", joined=False) - 0.02
+    )
+    assert costs.token_ms(INT4, "int4", scored=True) > alone
+    cheaper = replace(scored, costs=costs)
+    assert reference_ms(cheaper) < reference_ms(scored)
