@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+_HUGE_PAGE = 2 << 20  # bytes, of x86 and of ARM with pages of 4 kB
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_LEAST_BLOCK, _FULL = 2 * _HUGE_PAGE, 0.9  # bytes, and the share of them that is in memory
 
 
 def machine_name() -> str:
@@ -48,6 +55,46 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):
         pass
     return min(found, default=None)
+
+
+def use_huge_pages() -> int:
+    """Moves large blocks of this process's memory, such as weights, to huge pages; Linux alone.
+
+    A token reads all weights once: fewer, larger pages make that faster (decision 0110). Blocks
+    that are partly untouched stay, as they would grow. The environment variable DASH_HUGE_PAGES=0
+    turns it off.
+
+    Returns:
+        Bytes that were asked for.
+    """
+    if sys.platform != "linux" or os.environ.get("DASH_HUGE_PAGES") == "0":
+        return 0
+    found = 0
+    try:
+        blocks = _full_blocks(Path("/proc/self/smaps").read_text("utf-8", "replace"))
+    except OSError:
+        return 0
+    madvise = ctypes.CDLL(None).madvise
+    for start, stop in blocks:
+        start, stop = -(-start // _HUGE_PAGE) * _HUGE_PAGE, stop // _HUGE_PAGE * _HUGE_PAGE
+        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):  # kernels before 6.1 lack the second
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+        found += stop - start
+    return found
+
+
+def _full_blocks(smaps: str) -> Iterator[tuple[int, int]]:
+    """Addresses of large anonymous blocks that are in memory, from /proc/PID/smaps."""
+    header = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ 0 *(\[heap\])?")
+    start = stop = 0
+    for line in smaps.splitlines():
+        if (match := header.fullmatch(line.rstrip())) is not None:
+            start, stop = int(match[1], 16), int(match[2], 16)
+        elif not line[0].isupper():
+            start = stop = 0
+        elif line.startswith("Rss:") and stop - start >= _LEAST_BLOCK:
+            if int(line.split()[1]) * 1024 >= _FULL * (stop - start):
+                yield start, stop
 
 
 def release_memory() -> None:

@@ -197,6 +197,7 @@ class SequenceState:
             logits = np.concatenate(rows, -2) if every else self.head(head)
         for count in [count for count in self._passes if count > _KEPT]:
             del self._passes[count]
+        self.sessions.settle()
         return logits
 
     @contextmanager

@@ -30,7 +30,7 @@ from dash_onnx.core.forms import widened_by
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.kv import CAPACITY
-from dash_onnx.runtime.machine import available_bytes
+from dash_onnx.runtime.machine import available_bytes, use_huge_pages
 from dash_onnx.runtime.ort import thread_count
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class PromptPlan(NamedTuple):
     joined: bool = True
 
 
+_MANY_BYTES = 64 << 20  # of weights: fewer stay in the caches
+
 Run: TypeAlias = tuple[range, Form]
 """Consecutive layers in one form."""
 
@@ -90,6 +92,7 @@ class Sessions:
         self._loaded: dict[str, LoadedGraph] = {}
         self._joined: dict[Run, LoadedGraph] = {}
         self._joining = threading.Lock()
+        self._settled = frozenset[str]()
         self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
         self._closed = False
 
@@ -246,6 +249,15 @@ class Sessions:
         with self.backend.lock:
             self._closed = True
             self._clear()
+
+    def settle(self) -> None:
+        """Moves what was loaded to huge pages, in a thread of its own: it takes up to a second."""
+        with self._joining:
+            loaded = self.loaded
+            new = not loaded <= self._settled and self.loaded_bytes >= _MANY_BYTES
+            self._settled = loaded
+        if new and self.backend.device == "cpu":
+            threading.Thread(target=use_huge_pages, name="huge pages", daemon=True).start()
 
     def _clear(self) -> None:
         self._loaded.clear()
