@@ -498,9 +498,9 @@ def test_an_action_that_the_bundle_lacks_is_refused_and_those_it_has_are_named(
     assert "int4" in message and "not in this bundle" in message
 
 
-def test_the_highest_exported_precision_is_the_default(int4_bundle: Path, capsys: Capture) -> None:
+def test_the_balanced_plan_is_the_default(int4_bundle: Path, capsys: Capture) -> None:
     facts = json_of(capsys, int4_bundle, PROMPT, *QUICK)
-    assert facts["policy"] == "int4"
+    assert facts["policy"] == "balanced"
     assert facts["actions"] == {"int4": 1.0}
 
 

@@ -42,7 +42,8 @@ class Losses:
         """
         self._spec, self._head = spec, head
         self._weight = head.linear.weight.float()
-        self._ids, self._full = ids[:SEQUENCES], full[:SEQUENCES]
+        most = spec.facts.max_length
+        self._ids, self._full = ids[:SEQUENCES, :most], full[:SEQUENCES][:, :most]
 
     def wide(self, folder: Path, runner: Runner) -> WideFacts:
         """Runs the wide graphs of a folder; the LM head is in full precision on both sides."""
