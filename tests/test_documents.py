@@ -63,7 +63,11 @@ def run(page: Path, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/guide/run.md"], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", *(ROOT / f"docs/guide/{name}.md" for name in ("embed", "speculate", "batch"))],
+    ids=name_of,
+)
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     assert run(page, folder)
 
@@ -86,7 +90,7 @@ def test_the_bundle_format_names_every_port() -> None:
 
 @cache
 def options_of(tool: str) -> set[str]:
-    """The options that `tool --help` tells."""
+    """The options that `tool --help` lists."""
     command = [sys.executable, "-c", f"from {TOOLS[tool].module} import main; main(['--help'])"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return set(re.findall(r"--[a-z][a-z-]*", done.stdout))
