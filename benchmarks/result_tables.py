@@ -148,7 +148,7 @@ def tasks(part: Part) -> str:
 
 def answers(part: Part) -> str:
     """Length and repetition by policy."""
-    rows = [["", "mean length, tokens", "ended by itself", "repeated 4-grams"]]
+    rows = [["", "mean length, tokens", "ended with EOS", "repeated 4-grams"]]
     for row in found(part)[0]:
         rows.append(
             [
@@ -181,7 +181,7 @@ def larger(part: Part) -> list[dict[str, Any]]:
 
 def first_tokens(rows_of: list[dict[str, Any]]) -> str:
     """KL of an answer's first token by the precision of the prompt."""
-    rows = [["", "KL, nats", "largest", "another token"]]
+    rows = [["", "KL, nats", "maximum", "different token"]]
     for row in rows_of:
         kl, count = plus_minus(row["kl"], row["kl_stderr"]), row["chats"]
         others = f"{row['other_first_token']} of {count}"
@@ -191,7 +191,7 @@ def first_tokens(rows_of: list[dict[str, Any]]) -> str:
 
 def guessed(part: Part) -> str:
     """What guessing tokens brings, by target and kind of prompt."""
-    head = ["target", "prompts", "ms a token", "`ngram`", "`dash`", "`auto`", "accepted"]
+    head = ["target", "prompts", "ms per token", "`ngram`", "`dash`", "`auto`", "accepted"]
     rows = [[*head, "same text", "largest gap"]]
     for (target, kind), by in _by_prompt(found(part)[0]).items():
         auto = by["auto"]
@@ -212,7 +212,7 @@ def guessed(part: Part) -> str:
 
 def beside_genai(part: Part) -> str:
     """Tokens per second with guesses, ours and GenAI's own, by kind of prompt."""
-    rows = [["prompts", "GenAI", "GenAI, guessing", "dash-onnx", "dash-onnx, guessing", "ratio"]]
+    rows = [["prompts", "GenAI", "GenAI, speculative", "dash-onnx", "dash-onnx, speculative", "ratio"]]
     for (_, kind), by in _by_prompt(found(part)[0]).items():
         if "GenAI" in by:
             names = ("GenAI", "GenAI + ngram", "off", "auto")
@@ -225,7 +225,7 @@ def beside_genai(part: Part) -> str:
 
 def drawn(part: Part) -> str:
     """What drawn texts lose by their target, and how fast they came, by who guesses."""
-    rows = [["guesses", "nats a token", "speed"]]
+    rows = [["source", "nats per token", "speed"]]
     for (_, kind), by in _by_prompt(found(part)[1]).items():
         if kind == "all":
             for name, row in by.items():
@@ -244,7 +244,7 @@ def _by_prompt(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 def clients(part: Part) -> str:
     """The servers of a run, by number of clients."""
-    rows = [["", "clients", "tokens/s, together", "times one client", "between tokens, ms"]]
+    rows = [["", "clients", "tokens/s in total", "× one client", "between tokens, ms"]]
     (measured,) = found(part)
     for server, facts in measured.items():
         for count, rate in facts["tokens_per_s"].items():
