@@ -20,7 +20,7 @@ def torch_device(choice: TrainDevice) -> torch.device:
     found = torch.cuda.is_available()
     if choice == "cuda" and not found:
         raise DeviceError(
-            "--train-device cuda: torch finds no GPU here; take --train-device cpu, or install "
-            "torch for CUDA (pytorch.org tells how)"
+            "--train-device cuda: PyTorch finds no GPU here; use --train-device cpu, or "
+            "install PyTorch for CUDA (see pytorch.org)"
         )
     return torch.device("cuda" if found and choice != "cpu" else "cpu")

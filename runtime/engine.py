@@ -488,7 +488,7 @@ class Model:
         """
         options = GenerationOptions.of(options)
         if options.cache is not None or options.speculate != "off":
-            raise PolicyError("generations of a batch have no cache of yours, and no speculation")
+            raise PolicyError("a batch supports neither `cache` nor `speculate`")
         ids, current = self._encoded(prompt), self._current(options)
         generation = functools.partial(
             Generation,
@@ -573,9 +573,7 @@ class Model:
 
 
 def _fixed(budget: Budget) -> Policy:
-    raise PolicyError(
-        f"budget {budget!r}: a generation with `speculate` keeps to its path; leave that out"
-    )
+    raise PolicyError(f"budget {budget!r}: it cannot change with `speculate`; leave it out")
 
 
 def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:

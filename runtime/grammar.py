@@ -96,7 +96,7 @@ class Constraint:
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
         if self._matcher.is_error() or not allowed.any():
-            raise PolicyError(f"the grammar has come to no end: {self._matcher.get_error()}")
+            raise PolicyError(f"the grammar did not complete: {self._matcher.get_error()}")
         return np.where(allowed, logits, np.array(-np.inf, logits.dtype))
 
     def took(self, token: int) -> None:
@@ -111,7 +111,7 @@ def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:
         PolicyError: llguidance is missing, or the model has no end token: no answer could end.
     """
     if not text.eos_token_ids:
-        raise PolicyError("this model has no end token, without which no grammar can end an answer")
+        raise PolicyError("this model has no end token, so a grammar cannot end an answer")
     tokenizer: LLTokenizer = _llguidance().LLTokenizer(
         text.tokenizer.to_str(), n_vocab=vocab_size, eos_token=sorted(text.eos_token_ids)
     )

@@ -121,7 +121,7 @@ class Saved:
             and all(a.shape == shape and a.dtype == dims.cache_dtype for a in arrays.values())
         )
         if not fits:
-            raise SourceError(f"{path} does not hold the K/V that its bundle writes")
+            raise SourceError(f"{path} does not hold the KV cache of its bundle")
         return cls(tokens, arrays, facts.get("quality", "")), facts
 
 
@@ -264,5 +264,5 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError:
         remedy = "`pip install safetensors`"
-        raise PolicyError(f"K/V on disk need the package safetensors: {remedy}") from None
+        raise PolicyError(f"saving the KV cache needs the package safetensors: {remedy}") from None
     return safetensors

@@ -82,7 +82,7 @@ def profile(bundle: Bundle, device: Device) -> Costs:
     """`measure`, with a warning where other work disturbed it."""
     costs, disturbed = checked(bundle, device)
     if disturbed:
-        _LOG.warning("%s; when the machine is quiet, dash-profile measures again", disturbed)
+        _LOG.warning("%s; run dash-profile when the machine is idle", disturbed)
     return costs
 
 
@@ -93,7 +93,7 @@ def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
     taken = min(before, taken_share(thread_count()))  # what was steady: `spread` tells the rest
     why = ""
     if costs.spread > BUSY:
-        why = f"a usual run took {costs.spread:.0%} longer than the quickest quarter"
+        why = f"a typical run took {costs.spread:.0%} longer than the fastest quarter"
     elif taken > TAKEN:
         why = f"it (or a limit of CPU time) took {taken:.0%} of the cores' time"
     return costs, f"other work disturbed the profile: {why}" if why else ""

@@ -216,7 +216,7 @@ class Sessions:
             return
         if needed > available:
             raise DeviceError(
-                f"the graphs to load take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
+                f"the graphs to load need {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
                 "memory are free: choose a policy that uses fewer (--policy int4), or close other "
                 "programs"
             )

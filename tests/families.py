@@ -104,9 +104,11 @@ CASES: dict[str, Case] = {
     "olmo2": Case("olmo2", "norms behind attention and MLP, Q/K norm of all heads"),
     "granite": Case("granite", "multipliers", _GRANITE),
     "stablelm": Case("stablelm", "LayerNorm, partial rotary, Q/K/V bias", _BIASED),
-    "stablelm parallel": Case("stablelm", "MLP beside attention", {**_STABLELM, **_PARALLEL}),
+    "stablelm parallel": Case("stablelm", "MLP parallel to attention", {**_STABLELM, **_PARALLEL}),
     "stablelm odd": Case("stablelm", "any part of a head rotated", _QUARTER),
-    "gpt_neox": Case("gpt_neox", "MLP beside attention, no gate, biases", {**_NEOX, **_PARALLEL}),
+    "gpt_neox": Case(
+        "gpt_neox", "MLP parallel to attention, no gate, biases", {**_NEOX, **_PARALLEL}
+    ),
     "gpt_neox in turn": Case("gpt_neox", "MLP after attention", {**_NEOX, **_IN_TURN}),
 }
 
@@ -277,8 +279,8 @@ def write_text(path: Path) -> Path:
 def table() -> str:
     """The Markdown table of docs/reference/models.md."""
     rows = [
-        "| model_type | beside what Llama has | full: largest difference of logits"
-        " | int8: relative error | K/V of a skip: relative error |",
+        "| model_type | difference from Llama | full: largest difference of logits"
+        " | int8: relative error | KV of a skip: relative error |",
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -232,7 +232,7 @@ def test_a_peer_that_cannot_run_is_one_line(
     ("arguments", "why"),
     [
         (("--peer", "genai"), "expected KIND:PATH"),
-        (("--peer", "flat:/nowhere"), "there is no /nowhere"),
+        (("--peer", "flat:/nowhere"), "/nowhere does not exist"),
         (("--run", "int3"), "unknown policy"),
         (("--run", "static:@/nowhere"), "/nowhere"),
         (("--picture", "x.gif"), ".png or .svg"),

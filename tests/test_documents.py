@@ -63,11 +63,13 @@ def run(page: Path, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [ROOT / "README.md", *(ROOT / f"docs/guide/{name}.md" for name in ("embed", "speculate", "batch"))],
-    ids=name_of,
-)
+PROGRAMS = [
+    ROOT / "README.md",
+    *(ROOT / f"docs/guide/{x}.md" for x in ("embed", "speculate", "batch")),
+]
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     assert run(page, folder)
 

@@ -208,7 +208,7 @@ def test_a_dataset_that_the_hub_does_not_have_is_named(monkeypatch: pytest.Monke
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist.\nSo.")
 
     monkeypatch.setattr(datasets, "load_dataset", absent)
-    assert "the hub has no dataset org/none, or keeps it from you" in refusal("hub:org/none")
+    assert "the hub has no dataset org/none, or it is gated or private" in refusal("hub:org/none")
 
 
 # Offline

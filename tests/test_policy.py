@@ -166,7 +166,7 @@ def test_a_path_file_that_is_not_text_is_refused(manifest: Manifest, tmp_path: P
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a device that never ends")
 def test_a_path_file_without_an_end_is_refused(manifest: Manifest) -> None:
-    with pytest.raises(PolicyError, match="/dev/zero is no path file"):
+    with pytest.raises(PolicyError, match="/dev/zero is not a path file"):
         make_policy("static:@/dev/zero", manifest)
 
 

@@ -278,7 +278,7 @@ def test_a_path_must_be_cheaper_to_guess(untrained: Model) -> None:
 
 def test_a_budget_cannot_change_while_guesses_are_checked(untrained: Model) -> None:
     with untrained.stream(PROMPT, policy="int8", speculate="ngram") as chunks:
-        with pytest.raises(PolicyError, match="keeps to its path; leave that out"):
+        with pytest.raises(PolicyError, match="cannot change with `speculate`; leave it out"):
             chunks.set_budget(0.5)
 
 

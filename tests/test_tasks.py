@@ -389,7 +389,7 @@ def test_the_command_scores_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Ca
     assert begun == "dash-eval: requests: starts, 6 steps"  # three questions of two choices
     assert others and all(line.startswith("dash-eval: requests: ") for line in others)
     path.write_text("{}")
-    assert "is no item of" in TOOL.refused(capsys, tiny_bundle, "--task", path)
+    assert "is not an item of" in TOOL.refused(capsys, tiny_bundle, "--task", path)
 
 
 def test_the_command_generates(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -28,7 +28,7 @@ def read_batch(path: Path) -> list[tuple[Any, str | list[Any]]]:
         facts = record if isinstance(record, dict) else {"prompt": record}
         prompt = facts.get("prompt", facts.get("messages"))
         if not (isinstance(prompt, str) and prompt.strip()) and not isinstance(prompt, list):
-            raise SourceError(f"{where} needs `prompt`, a text, or `messages`, a list")
+            raise SourceError(f"{where} needs `prompt` (text) or `messages` (a list)")
         found.append((facts.get("id", len(found)), prompt))
     if not found:
         raise SourceError(f"{path} holds no prompt")
@@ -63,7 +63,7 @@ def run_batch(
     for _, prompt in lines:
         if isinstance(prompt, list):
             if raw:
-                raise PolicyError("--raw continues text: lines with `messages` are chats")
+                raise PolicyError("--raw continues text, but a line has `messages`")
             prompts.append([*began, *prompt])
         else:
             prompts.append([*began, {"role": "user", "content": prompt}] if chat else prompt)

@@ -44,9 +44,9 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-bench",
-        "Decode the same prompts with policies of a bundle and with other runtimes, in alternating "
-        "rounds, each in a process of its own. Quality is the KL to the bundle's highest precision "
-        "on what that itself answers.",
+        "Decode the same prompts with policies of a bundle and with other runtimes, in "
+        "alternating rounds, each in its own process. Quality is the KL against the bundle's "
+        "highest precision, on the answers of that precision.",
         _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
@@ -64,21 +64,22 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="KIND:PATH",
-        help="another runtime whose client is installed, and its model: genai, llama.cpp, openvino "
-        "or transformers come with `pip install ./benchmarks[all]`; may be repeated",
+        help="another runtime whose client is installed, and its model: `pip install "
+        "./benchmarks[all]` installs genai, llama.cpp, openvino and transformers; can be repeated",
     )
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="one prompt per line, or .jsonl with `prompt` or `turns` (default: six of its own)",
+        help="one prompt per line, or .jsonl with `prompt` or `turns` (default: six built-in "
+        "prompts)",
     )
     parser.add_argument(
         "--max-prompts",
         type=positive,
         default=6,
         metavar="N",
-        help="take the first N prompts (default: 6)",
+        help="use the first N prompts (default: 6)",
     )
     parser.add_argument(
         "--new-tokens",
@@ -92,15 +93,15 @@ def _parser() -> Parser:
         type=positive,
         default=5,
         metavar="N",
-        help="in which all contenders take turns (default: 5)",
+        help="alternating rounds over all contenders (default: 5)",
     )
     parser.add_argument(
         "--processes",
         type=positive,
         default=1,
         metavar="N",
-        help="start every contender anew so often, each time for all rounds: a process keeps an "
-        "advantage of up to 8 %% by where its memory lies (default: 1)",
+        help="restart every contender N times, each time for all rounds; memory layout alone can "
+        "make a process up to 8 %% faster (default: 1)",
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
     add_memory_option(parser)
@@ -110,7 +111,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--no-contexts",
         action="store_true",
-        help="leave out the prefill of 512 tokens and what follows 1,000 and 3,500",
+        help="skip the prefill of 512 tokens and decoding behind 1,000 and 3,500 tokens",
     )
     parser.add_argument(
         "--picture",
@@ -118,7 +119,7 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="FILE",
-        help="write speed against quality as .png or .svg; may be repeated",
+        help="plot speed against quality as .png or .svg; can be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     add_log_options(parser)
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         if picture.suffix not in (".png", ".svg"):
             parser.error(f"--picture {picture}: the name must end in .png or .svg")
         if arguments.no_quality:
-            parser.error("--picture shows the quality: leave --no-quality out")
+            parser.error("--picture plots quality: leave --no-quality out")
     return run("dash-bench", lambda: _bench(arguments), log_level(arguments))
 
 
@@ -168,7 +169,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     policies = [policy_of(model, variant) for variant in variants]
     for variant, policy in zip(variants, policies, strict=True):
         if speculation_of(variant) != "off" and policy.uniform is None:
-            raise PolicyError(f"{variant}: guesses are checked on one path, such as int8")
+            raise PolicyError(f"{variant}: speculation needs a policy with one path, such as int8")
     prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if not arguments.no_quality:
@@ -202,9 +203,9 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
         )
         if contexts:
-            print("pp512: tokens/s of a prompt of 512; behind: tokens/s after a prompt so long")
+            print("pp512: tokens/s of a 512-token prompt; behind N: tokens/s after N tokens")
         if any("+" in variant for variant in variants):
-            print("of runs that guess the mean of an answer's tokens")
+            print("runs with speculation: mean over the tokens of an answer, not the median")
     for picture in arguments.picture:  # last: what fails here takes no figures with it
         draw(results, picture, machine)
 
@@ -217,12 +218,12 @@ def _check_peers(wanted: list[str]) -> None:
         kind, _, path = peer.partition(":")
         if kind not in installed:
             raise SourceError(
-                f"--peer {peer}: no client of {kind} is installed "
-                f"(there are: {', '.join(installed) or 'none'}); in a clone of dash-onnx, "
-                "`pip install './benchmarks[all]'` brings those of this project"
+                f"--peer {peer}: no client for {kind} is installed "
+                f"(installed: {', '.join(installed) or 'none'}); in a clone of dash-onnx, run "
+                "`pip install './benchmarks[all]'`"
             )
         if not Path(path).exists():
-            raise SourceError(f"--peer {peer}: there is no {path}")
+            raise SourceError(f"--peer {peer}: {path} does not exist")
 
 
 def _starts(

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 _MESSAGES = "messages"  # of the facts in a session's file
 _PASTED_S = 0.05  # within which the next line of a pasted text is there
 HELP = """\
-/budget X     answers at quality, balanced, fast or a fraction; without X: tells it
+/budget X     sets the budget: quality, balanced, fast or a fraction; without X: shows it
 /system TEXT  sets the system message; without TEXT: removes it
 /regen        answers the last message again
 /save FILE    writes the conversation as JSON
-/load FILE    goes on with a saved one
-/reset        forgets the conversation, and keeps the system message
-/exit         leaves, as Ctrl-D does
-Ctrl-C stops an answer, or drops what is typed. A message that begins with a slash
-needs a space before it."""
+/load FILE    loads a saved conversation
+/reset        clears the conversation, but keeps the system message
+/exit         leaves, like Ctrl-D
+Ctrl-C stops an answer, or discards the current input. To send a message that begins
+with a slash, put a space before it."""
 
 
 class Chat:
@@ -113,7 +113,7 @@ class Chat:
                 else:
                     raise PolicyError(f"no command {command!r}; /help lists them")
             except ContextLengthError as error:
-                self._say(f"error: {error}; /reset starts anew")
+                self._say(f"error: {error}; /reset starts over")
             except DashError as error:
                 self._say(f"error: {error}")
 
@@ -150,7 +150,7 @@ class Chat:
 
     def _budget(self, text: str) -> None:
         if text and self._options.speculate != "off":
-            raise PolicyError("with --speculate a chat keeps to its path: start without it")
+            raise PolicyError("the budget is fixed with --speculate: start without it")
         if text:
             policy = self._model.policy(self._options.policy, text)
             self._model.preload(policy)
@@ -184,7 +184,7 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self._messages = [message for message in self._messages if message["role"] == "system"]
-        self._say("the conversation is forgotten")
+        self._say("conversation cleared")
 
 
 def _read() -> str:

@@ -193,7 +193,7 @@ def add_log_options(parser: Options) -> None:
     """Options of the tools that take long."""
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
-        "--verbose", action="store_true", help="log every step, and what other packages warn of"
+        "--verbose", action="store_true", help="log every step, and the warnings of other packages"
     )
     choice.add_argument("--quiet", action="store_true", help="log warnings and errors only")
 
@@ -210,7 +210,7 @@ def add_device_options(parser: Options) -> None:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="refuse an OUT for another device (default: take the one that OUT was exported for)",
+        help="refuse an OUT exported for another device (default: the device OUT was exported for)",
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
 
@@ -220,8 +220,7 @@ def add_graphs_option(parser: Options) -> None:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="record what a token runs as CUDA graphs, one per layer and action (a bundle for "
-        "CUDA only)",
+        help="capture each layer and action as a CUDA graph and replay it (only for a CUDA bundle)",
     )
 
 
@@ -230,21 +229,21 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> Options:
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument(
-        "--sha256", metavar="HEX", help="refuse an OUT whose dash.json has another SHA-256"
+        "--sha256", metavar="HEX", help="refuse an OUT whose dash.json has a different SHA-256"
     )
-    computed = parser.add_argument_group("how it is computed")
+    computed = parser.add_argument_group("computation")
     computed.add_argument(
         "--policy",
         default="",
         help="dash, full, int8, int4, int2, static, even, cosine, random[:SEED], "
-        "static:ACTION[*N],... or static:@FILE (default: dash where a policy was trained, else "
+        "static:ACTION[*N],... or static:@FILE (default: dash if a policy was trained, else "
         "the highest exported precision)",
     )
     computed.add_argument(
         "--budget",
-        help="fraction of the time that a token takes at the highest exported precision, such as "
-        "0.8, or quality, balanced, fast (default: balanced for dash; static, even and cosine need "
-        "one, random may have one)",
+        help="fraction of a token's time at the highest exported precision, such as 0.8, or "
+        "quality, balanced, fast (default: balanced for dash; required for static, even and "
+        "cosine; optional for random)",
     )
     add_device_options(computed)
     return computed
@@ -274,8 +273,8 @@ def add_memory_option(parser: Options) -> None:
         choices=("high", "low"),
         default="high",
         help="high: passes of many rows (prompts, batches) run in the wide form where that is fast "
-        "and good enough, for about a byte more for each weight (default); low: no graph is loaded "
-        "but those of the policy",
+        "and accurate enough, at about one more byte of memory per weight (default); low: only the "
+        "policy's own graphs are loaded",
     )
 
 
@@ -285,8 +284,8 @@ def add_reference_option(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="OTHER",
-        help="another bundle of the same model, such as one of `--variants full`: its highest "
-        "precision is what KL is measured against (default: that of the bundle itself)",
+        help="another bundle of the same model, such as one with `--variants full`; KL is measured "
+        "against its highest precision (default: that of OUT)",
     )
 
 
@@ -305,7 +304,7 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
         dataclasses.replace(one.manifest.model, name="", max_length=0) for one in (model, other)
     )
     if ours != theirs:
-        raise DashError(f"--reference {path}: another model than that of the bundle")
+        raise DashError(f"--reference {path} is a bundle of another model")
     return other
 
 
@@ -337,9 +336,9 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         "--effort",
         choices=efforts,
         default="quick",
-        help="training of the policy (quick: 3 to 6 minutes for a 135M model on 2 cores, "
+        help="how long to train the policy (quick: 3 to 6 minutes for a 135M model on 2 cores, "
         "normal: 12 to 25, thorough: 30 to 70; "
-        + ("none: no policy, dash-train makes one later; " if "none" in efforts else "")
+        + ("none: no policy, dash-train trains one later; " if "none" in efforts else "")
         + "default: %(default)s)",
     )
     parser.add_argument(
@@ -348,25 +347,25 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         action="extend",
         default=[],
         metavar="TEXT",
-        help="text of your own domain: a file (.jsonl may hold prompts and responses), a folder, - "
-        "for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; TEXT@0.5 sets its share "
-        "(default: text that the model generates itself; see docs/reference/texts.md)",
+        help="text of your domain: a file (.jsonl can hold prompts and responses), a folder, - for "
+        "standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; TEXT@0.5 sets its share "
+        "(default: text that the model generates; see docs/reference/texts.md)",
     )
     parser.add_argument(
         "--decisions",
         type=decisions,
         metavar="N|auto|every",
-        help="how often the scorer runs for a token: N times, spread over the layers, or before "
-        "every layer; it then decides for the layers up to the next time; auto tries several "
-        "numbers and takes what loses least at equal time (default: 1)",
+        help="how often the scorer runs per token: N times, spread over the layers, or before "
+        "every layer; each run decides for the layers up to the next; auto tries several numbers "
+        "and takes the one with the lowest loss at equal time (default: 1)",
     )
     parser.add_argument(
-        "--seed", type=seed, default=0, help="seed of every random choice (default: 0)"
+        "--seed", type=seed, default=0, help="seed for all random choices (default: 0)"
     )
     parser.add_argument(
         "--train-device",
         choices=("cpu", "cuda", "auto"),
         default="cpu",
-        help="where torch calibrates and trains, whatever the bundle is for; auto takes a GPU that "
-        "torch finds (default: %(default)s)",
+        help="where PyTorch calibrates and trains, whatever device the bundle is for; auto uses a "
+        "GPU if PyTorch finds one (default: %(default)s)",
     )

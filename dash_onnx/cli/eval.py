@@ -47,8 +47,9 @@ _OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows", "reference")
 def _parser() -> Parser:
     parser = Parser(
         "dash-eval",
-        "Teacher-forced through the runtime: of each window the prompt part is prefilled and the "
-        "rest decoded token by token under the policy.",
+        "Measure a policy on a text or a task. The given text is decoded through the runtime: the "
+        "prompt part of each window is prefilled, the rest is decoded token by token under the "
+        "policy.",
         _EXAMPLES,
     )
     add_runtime_options(parser)
@@ -58,7 +59,7 @@ def _parser() -> Parser:
         "--task",
         metavar="FILE.jsonl|NAME",
         help="items of LAMBADA, HellaSwag, ARC, or exact match (prompt, answer); or a task of "
-        "lm-evaluation-harness by its name or YAML file. Needs the extra [eval]",
+        "lm-evaluation-harness, by name or as a YAML file; needs the extra [eval]",
     )
     parser.add_argument(
         "--window", type=positive, metavar="N", help="tokens in a window of --text (default: 512)"
@@ -67,12 +68,12 @@ def _parser() -> Parser:
         "--prompt-tokens",
         type=positive,
         metavar="N",
-        help="tokens of a window that are prefilled (default: 128)",
+        help="tokens of each window that are prefilled (default: 128)",
     )
     parser.add_argument(
         "--prefill",
         choices=PRECISIONS,
-        help="precision of that part (default: the highest that the policy loads)",
+        help="precision of the prefill (default: the highest that the policy uses)",
     )
     add_reference_option(parser)
     parser.add_argument(
@@ -84,9 +85,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--speculate",
         choices=get_args(Speculate),
-        help="of --task: guess tokens where a text is generated, as dash-run does, and so for one "
-        "path: the highest exported precision unless --policy names another; what is scored leaves "
-        "nothing to guess (default: off)",
+        help="speculative decoding for a --task that generates text, as in dash-run; needs a "
+        "policy with one path: the highest exported precision unless --policy names another "
+        "(default: off)",
     )
     add_log_options(parser)
     return parser
@@ -171,7 +172,7 @@ def _task(arguments: argparse.Namespace) -> None:
     if facts["cost_ms"] is not None:
         print(f"profiled cost {facts['cost_ms']:.2f} ms per decoded token")
     if facts["truncated"]:
-        print(f"cut from the left to the context: {facts['truncated']} requests")
+        print(f"truncated from the left to fit the context: {facts['truncated']} requests")
 
 
 @contextlib.contextmanager

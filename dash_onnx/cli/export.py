@@ -57,12 +57,12 @@ def _parser() -> Parser:
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of the new bundle")
-    graphs = parser.add_argument_group("the graphs")
+    graphs = parser.add_argument_group("graphs")
     graphs.add_argument(
         "--variants",
         default=",".join((*DEFAULT_VARIANTS, WIDE)),
-        help="forms of each layer, of full, int8, int4, int2 and wide, which is INT8 for passes of "
-        "many rows: with int4 or int2, on a CPU, prompts and batches run in it (default: "
+        help="forms of each layer: full, int8, int4, int2, and wide, an INT8 form for passes of "
+        "many rows, in which prompts and batches of int4 and int2 run on a CPU (default: "
         "%(default)s)",
     )
     graphs.add_argument(
@@ -74,67 +74,68 @@ def _parser() -> Parser:
     graphs.add_argument(
         "--max-length",
         type=positive,
-        help="context in tokens (default: the model's own; with longrope its first length)",
+        help="context in tokens (default: the model's own; for longrope its original length)",
     )
     graphs.add_argument(
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128, 256),
-        help="weights that share one scale (default: 128 for a model of more than 200 million "
-        "weights in its layers, else 64, or 32 where that does not divide a size of the model; 32 "
-        "for a GGUF file's own integers)",
+        help="weights that share one scale (default: 128 for a model with more than 200 million "
+        "weights in its layers, else 64; 32 if these do not divide the model's sizes, and for a "
+        "GGUF file's own integers)",
     )
     graphs.add_argument(
         "--compensation-rank",
         type=int,
         metavar="R",
-        help="rank of the map that stands in for a skipped layer, a multiple of the block size; 0: "
-        "only its scale (default: 64, or one block if that is more)",
+        help="rank of the low-rank map that replaces a skipped layer, a multiple of the block "
+        "size; 0: only a scale (default: 64, or one block if that is more)",
     )
     graphs.add_argument(
         "--accuracy-level",
         type=int,
         choices=range(5),
-        help="in what ONNX Runtime computes products with INT8 and INT4 weights: 0 as it chooses, "
+        help="compute type of MatMulNBits, for products with INT8 and INT4 weights: 0 automatic, "
         "1 FP32, 2 FP16, 3 BF16, 4 INT8 (default: 4 for cpu, 0 for cuda)",
     )
     graphs.add_argument(
         "--kv-cache",
         choices=("float", "int8", "int4"),
         default="float",
-        help="element type of the K/V cache: int8 takes a quarter of float's memory on the CPU, "
+        help="element type of the KV cache: on the CPU, int8 needs a quarter of float's memory, "
         "int4 an eighth (default: %(default)s)",
     )
     graphs.add_argument(
         "--requantize",
         action="store_true",
-        help="round the integers of a GGUF file anew: faster than its offsets, less exact",
+        help="requantize the weights of a GGUF file: faster, but less accurate than its own "
+        "integers",
     )
     graphs.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
     )
     policy = parser.add_argument_group("text and training")
     add_training_options(policy, ("none", *EFFORTS))
-    work = parser.add_argument_group("the export")
+    work = parser.add_argument_group("export")
     work.add_argument(
         "--fused",
         action="store_true",
-        help="also write OUT/fused: the policy as one graph for other clients (see dash-fuse)",
+        help="also write OUT/fused, the policy as one graph for other programs (see dash-fuse)",
     )
     work.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     work.add_argument(
         "--resume",
         action="store_true",
-        help="go on where an interrupted export of the same model and options stopped; if this "
-        "one is interrupted, keep the finished layers in .OUT.partial beside OUT",
+        help="continue an interrupted export of the same model and options; if this one is "
+        "interrupted, keep the finished layers in .OUT.partial beside OUT",
     )
     work.add_argument(
         "--check",
         choices=("quick", "full", "none"),
         default="quick",
-        help="compare with transformers afterwards, exit code 1 where a limit is exceeded: the "
-        "highest precision of every layer on a short text (quick), every graph on a longer one "
-        "and a table (full), or nothing (default: %(default)s)",
+        help="compare the result with transformers; exit code 1 if a limit is exceeded. quick: the "
+        "highest precision of every layer, on a short text; full: every graph, on a longer text, "
+        "with a table (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_log_options(parser)
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.fused and arguments.device != "cpu":
             raise DashError("--fused graphs are built for the CPU: leave --device out")
         if arguments.fused and arguments.kv_cache != "float":
-            raise DashError("--fused graphs have a float K/V cache: leave --kv-cache out")
+            raise DashError("--fused graphs have a float KV cache: leave --kv-cache out")
         _check_out(arguments.out, arguments.overwrite)  # before seconds of imports
         _LOG.info("opening %s", arguments.model)
         prepare_export()
@@ -198,14 +199,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         if trained:
             _LOG.info(
-                '%s can answer now: dash-run %s "Hello!"; the policy is being trained',
+                '%s can answer now: dash-run %s "Hello!"; training the policy',
                 *(arguments.out, _typed(arguments.out)),
             )
         checked = _check(arguments.model, arguments.out, options, arguments.check)
         failures.extend(checked.failures if checked else [])
         if arguments.effort != "none" and not trained:
             _LOG.warning(
-                "no device %s here: no policy trained; run `dash-train %s` where there is one",
+                "no %s device here, so no policy was trained: run `dash-train %s` on a machine "
+                "with one",
                 *(arguments.device, _typed(arguments.out)),
             )
         elif training is not None:
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             print(summary(manifest, arguments.out), *presets_table(manifest), sep="\n")
             if manifest.scorer is not None:
                 kept = arguments.model.endswith(".gguf") and not arguments.requantize
-                hint = " Rounded anew (--requantize), it may gain more." if kept else ""
+                hint = " With --requantize it may gain more." if kept else ""
                 print(curve(manifest).verdict + hint)
             if checked is not None:
                 print("\n".join(check_lines(checked)))
@@ -313,7 +315,7 @@ def _check(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> Ch
 def check_lines(result: CheckResult) -> list[str]:
     """What a check found: a table of relative errors where it ran every graph or failed."""
     if not result.rows:
-        return ["not compared with transformers: a context of this length rotates otherwise"]
+        return ["not compared with transformers: its RoPE differs for a context of this length"]
     *rows, whole = result.rows
     ((best, kl),) = whole.errors.items()
     worst = max(row.errors[best] for row in rows)

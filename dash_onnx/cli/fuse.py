@@ -21,39 +21,41 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-fuse",
-        "Write one ONNX graph that decides inside: a folder for onnxruntime-genai, or for any ONNX "
-        "Runtime program that feeds past_key_values. The bundle stays as it is.",
+        "Write one ONNX graph that makes the decisions itself: a folder for onnxruntime-genai, or "
+        "for any ONNX Runtime program that feeds past_key_values. The bundle is not changed.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
     parser.add_argument(
-        "dest", metavar="DEST", type=Path, nargs="?", help="folder (default: OUT/fused)"
+        "bundle", metavar="OUT", type=Path, help="the bundle that dash-export wrote"
+    )
+    parser.add_argument(
+        "dest", metavar="DEST", type=Path, nargs="?", help="folder to write (default: OUT/fused)"
     )
     parser.add_argument(
         "--for",
         dest="client",
         choices=_CLIENTS,
         default=_CLIENTS[0],
-        help="what runs it: ONNX Runtime GenAI and lm-eval, optimum, onnxruntime-node or "
-        "onnxruntime-web (default: %(default)s)",
+        help="the program that will run it: ONNX Runtime GenAI and lm-eval, optimum, "
+        "onnxruntime-node or onnxruntime-web (default: %(default)s)",
     )
     parser.add_argument(
         "--policy",
         default="",
-        help="dash, or one with the same path for every token, as in dash-run (default: dash where "
-        "a policy was trained, else the highest exported precision)",
+        help="dash, or a policy with one path for every token, as in dash-run (default: dash if a "
+        "policy was trained, else the highest exported precision)",
     )
     parser.add_argument(
         "--budget",
-        help="default of the graph's own budget: quality, balanced, fast or a fraction "
-        "(default: balanced)",
+        help="the graph's default budget: quality, balanced, fast or a fraction (default: "
+        "balanced)",
     )
     parser.add_argument(
         "--prefill",
         choices=(*PRECISIONS, WIDE),
-        help="precision of prompts where the scorer decides (default: the highest of those that it "
-        "decides between), or wide for the prompts of a policy with one path, such as int4; "
-        "another one than the policy's is one more branch in the file",
+        help="precision of prompts if the scorer decides (default: the highest that it can "
+        "choose), or wide for the prompts of a policy with one path, such as int4; a precision "
+        "that the policy does not use adds a branch to the file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DEST")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -27,14 +27,14 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-info",
         "Show what a model contains and what its export would write and need, or what a bundle "
-        "contains. Reads no weights; but a hub id is downloaded first, as its export needs it.",
+        "contains. Reads no weights, but downloads a hub id first, as the export does.",
         _EXAMPLES,
     )
     parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
     parser.add_argument(
         "--variants",
         default=",".join((*DEFAULT_VARIANTS, WIDE)),
-        help="forms that would be exported (default: %(default)s)",
+        help="forms to export (default: %(default)s)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="as in dash-export"
@@ -114,14 +114,14 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return facts, [
         f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
         f"{model.num_layers} layers, {model.hidden_size} wide ({model.intermediate_size} inside), "
-        f"{model.num_heads} heads, {model.num_kv_heads} of K/V, {model.head_dim} wide; "
+        f"{model.num_heads} heads, {model.num_kv_heads} KV heads, {model.head_dim} wide; "
         f"{model.vocab_size} tokens, context {model.max_length}",
         "",
         *aligned(rows, left=1),
         "",
         f"embedding {sizes.embedding / 1e6:.1f} MB; bundle {sizes.bundle / 1e6:.1f} MB on disk",
         f"memory to run with a policy (every graph loaded) {sizes.run['policy'] / 1e6:.1f} MB; "
-        f"K/V cache {sizes.kv_per_token / 1e6:.3f} MB a token",
+        f"KV cache {sizes.kv_per_token / 1e6:.3f} MB per token",
         f"memory to export about {sizes.export / 1e9:.1f} GB",
     ]
 
@@ -163,7 +163,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "",
         f"a token, all layers {manifest.variants[0]}: {reference_ms(manifest):.2f} ms on "
         f"{costs.machine}, {costs.threads} threads",
-        f"K/V cache {manifest.kv_bytes / 1e6:.3f} MB a token",
+        f"KV cache {manifest.kv_bytes / 1e6:.3f} MB per token",
         *_policy(manifest),
         f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",

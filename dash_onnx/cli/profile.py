@@ -18,16 +18,16 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-profile",
-        "Time every action of every layer through the runtime on this machine, as decoding meets "
-        "them, and write the costs into the bundle; its budgets and presets follow. A profile that "
-        "other work disturbed is refused.",
+        "Time every action of every layer on this machine, under the conditions of decoding, and "
+        "write the costs into the bundle; budgets and presets follow. A profile disturbed by other "
+        "work is refused.",
         _EXAMPLES,
     )
     parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
     add_device_options(parser)
-    parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
+    parser.add_argument("--dry-run", action="store_true", help="do not change the bundle")
     parser.add_argument(
-        "--force", action="store_true", help="write the costs although other work disturbed them"
+        "--force", action="store_true", help="write the costs even if other work disturbed them"
     )
     parser.add_argument("--json", action="store_true", help="print the costs as JSON")
     return parser
@@ -56,22 +56,22 @@ def _profile(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if disturbed and not arguments.force:
             raise DashError(
-                f"{disturbed}; stop it and try again, give --threads where CPU time is limited, or "
+                f"{disturbed}; stop it and try again, set --threads if CPU time is limited, or "
                 "write the costs with --force"
             )
         replace_manifest(bundle.folder, manifest)
         if (fused := bundle.folder / FUSED_FOLDER).is_dir():
             out = shlex.quote(str(bundle.folder))
             print(
-                f"dash-profile: {fused} keeps the costs that it was made with; renew it with "
-                f"dash-fuse {out} --overwrite and the options of the first time",
+                f"dash-profile: {fused} still has the previous costs; update it with "
+                f"dash-fuse {out} --overwrite and the same options as before",
                 file=sys.stderr,
             )
     if arguments.json:
         print(json.dumps(to_json(costs)))
         return
     print(
-        f"{costs.machine}, {costs.threads} threads; a usual run took {costs.spread:.0%} longer "
+        f"{costs.machine}, {costs.threads} threads; a typical run took {costs.spread:.0%} longer "
         "than these figures"
     )
     best = manifest.variants[0]

@@ -26,22 +26,22 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-report",
-        "Show what the trained policy of a bundle does: speed against quality, the decisions on a "
-        "sample text token by token, training, reliability. One HTML file, nothing else needed.",
+        "Show what the trained policy of a bundle does: speed against quality, the decisions for "
+        "each token of a sample text, training, reliability. Writes one self-contained HTML file.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="OUT", type=Path, help="the bundle; it has a policy")
+    parser.add_argument("bundle", metavar="OUT", type=Path, help="a bundle with a policy")
     parser.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
-        help="UTF-8 text whose beginning is the sample (default: the model writes one)",
+        help="UTF-8 text whose beginning is the sample (default: the model writes a sample)",
     )
     parser.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="write the page there (default: report.html in the bundle)",
+        help="the page to write (default: report.html in the bundle)",
     )
     parser.add_argument(
         "--budgets",
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.json and arguments.html:
-        parser.error("--json writes no HTML; leave --html out")
+        parser.error("--json writes no HTML: leave --html out")
     return run("dash-report", lambda: _report(arguments), log_level(arguments))
 
 

@@ -49,10 +49,10 @@ _EXAMPLES = """\
 
 def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text from a DASH bundle.", _EXAMPLES)
-    asked = parser.add_argument_group("what is asked")
-    answer = parser.add_argument_group("the answer")
+    asked = parser.add_argument_group("input")
+    answer = parser.add_argument_group("answer")
     computed = add_runtime_options(parser)
-    output = parser.add_argument_group("what is shown")
+    output = parser.add_argument_group("output")
     computed.add_argument(
         "--prefill",
         choices=PRECISIONS,
@@ -64,45 +64,43 @@ def _parser() -> Parser:
         "--speculate",
         choices=get_args(Speculate),
         default=_DEFAULTS.speculate,
-        help="guess tokens and check several at once: the policy's text, up to rounding, sooner; "
-        "ngram looks them up in prompt and answer, dash runs a cheaper path, auto takes what pays; "
-        "goes with a policy of one path: the highest exported precision unless told (default: "
-        "%(default)s)",
+        help="speculative decoding: the policy's text, up to rounding, in less time; drafts come "
+        "from prompt and answer (ngram), from a cheaper path (dash), or from whichever helps "
+        "(auto); needs a policy with one path: the highest exported precision unless --policy or "
+        "--budget is given (default: %(default)s)",
     )
     asked.add_argument(
         "prompt",
         metavar="PROMPT",
         nargs="?",
-        help="a chat message where the model has a chat template, else text to continue; what is "
-        "piped into stdin follows it; `-` takes stdin alone",
+        help="a chat message if the model has a chat template, else text to continue; piped stdin "
+        "is appended; `-` reads only stdin",
     )
     asked.add_argument(
         "--batch",
         type=Path,
         metavar="FILE.jsonl",
-        help="answer the `prompt` or the `messages` of every line, several at once; prints JSON, "
-        "a line for each as it ends, with its `id` or its number",
+        help="answer the `prompt` or the `messages` of every line, several at once; prints one "
+        "JSON line per answer as it ends, with its `id` or index",
     )
     asked.add_argument(
         "--rows",
         type=positive,
         default=8,
         metavar="N",
-        help="of --batch: how many at once (default: %(default)s)",
+        help="batch size of --batch (default: %(default)s)",
     )
     form = asked.add_mutually_exclusive_group()
     form.add_argument(
         "--raw", action="store_true", help="PROMPT is text to continue: no chat template"
     )
-    form.add_argument(
-        "--chat", action="store_true", help="refuse a model that has no chat template"
-    )
+    form.add_argument("--chat", action="store_true", help="refuse a model without a chat template")
     asked.add_argument("--system", metavar="TEXT", help="system message of the chat")
     asked.add_argument(
         "--session",
         type=Path,
         metavar="FILE",
-        help="keep the interactive chat and its K/V there, and go on with it the next time (needs "
+        help="keep the interactive chat and its KV cache in FILE, and continue it next time (needs "
         "the package safetensors)",
     )
     answer.add_argument(
@@ -125,35 +123,33 @@ def _parser() -> Parser:
             metavar="X",
             help=f"{off} (default: the model's own)",
         )
+    answer.add_argument("--seed", type=seed, help="seed for sampling (default: random)")
     answer.add_argument(
-        "--seed", type=seed, help="seed of the sampling (default: different each time)"
-    )
-    answer.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop string; can be repeated"
     )
     answer.add_argument(
         "--json-schema",
         type=Path,
         metavar="FILE.json",
-        help="answer with JSON of this schema (needs the package llguidance)",
+        help="constrain the answer to JSON of this schema (needs the package llguidance)",
     )
-    answer.add_argument("--ignore-eos", action="store_true", help="go on after the end token")
+    answer.add_argument("--ignore-eos", action="store_true", help="continue after the end token")
     output.add_argument(
         "--trace",
         type=Path,
         metavar="FILE.jsonl",
-        help="write each token's path and milliseconds, one JSON object a line",
+        help="write each token's path and milliseconds, one JSON object per line",
     )
     output.add_argument(
         "--json-lines",
         action="store_true",
-        help="print a JSON object for each token as it comes, and what --json tells at the end",
+        help="print one JSON object per token as it is generated, then the figures of --json",
     )
     output.add_argument(
         "--show-path",
         action="store_true",
-        help="colour each token by its profiled cost, green to red; where stdout is no terminal, "
-        "or NO_COLOR is set, print token, milliseconds and path (F 8 4 .) below the text",
+        help="color each token by its profiled cost, green to red; if stdout is not a terminal, or "
+        "NO_COLOR is set, print token, milliseconds and path (F 8 4 .) below the text",
     )
     return parser
 
@@ -173,11 +169,11 @@ def main(argv: list[str] | None = None) -> int:
     if for_programs and arguments.prompt is None:
         parser.error("--json needs a PROMPT")
     if for_programs and arguments.show_path:
-        parser.error("--show-path colours text for a reader; it does not go with --json")
+        parser.error("--show-path colors text for a reader; it does not go with --json")
     if arguments.system and arguments.raw:
-        parser.error("--system goes with a chat, not with --raw")
+        parser.error("--system needs a chat: leave --raw out")
     if arguments.session and arguments.prompt is not None:
-        parser.error("--session is of the interactive chat, without PROMPT")
+        parser.error("--session needs the interactive chat: leave PROMPT out")
     if arguments.prompt is None and None in (sys.stdin, sys.stdout):
         parser.error("the chat needs an open stdin and stdout")
     if arguments.raw and arguments.prompt is None:

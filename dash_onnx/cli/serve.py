@@ -33,13 +33,13 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-serve",
-        "Serve bundles through OpenAI's API (chat and text completions, streamed or whole), with "
-        "`budget`, `policy` and `speculate` as further fields, and a page to chat on at /. Needs "
-        "the extra [serve].",
+        "Serve bundles through OpenAI's API (chat and text completions, streamed or complete), "
+        "with the additional fields `budget`, `policy` and `speculate`, and a page to chat on at "
+        "/. Needs the extra [serve].",
         _EXAMPLES,
     )
     parser.add_argument(
-        "bundles", metavar="OUT", nargs="+", type=Path, help="called by the folder's name"
+        "bundles", metavar="OUT", nargs="+", type=Path, help="bundles, named after their folders"
     )
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
@@ -47,21 +47,22 @@ def _parser() -> Parser:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="clients must send what it holds; needed beyond this machine",
+        help="file with the key that clients must send; required beyond this machine",
     )
     parser.add_argument(
-        "--cors", action="append", default=[], metavar="ORIGIN", help="web pages that may call it"
+        "--cors", action="append", default=[], metavar="ORIGIN", help="web origin that may call it"
     )
     parser.add_argument(
         "--policy",
         default="",
-        help="what decides for requests that name none (default: the trained policy)",
+        help="policy of requests that name none (default: the trained policy)",
     )
     parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
     parser.add_argument(
         "--budget-under-load",
         metavar="BUDGET",
-        help="where the budgets of requests that name none fall to, step by step, as others wait",
+        help="lowest budget for requests that name none; budgets fall to it in steps as requests "
+        "wait",
     )
     add_memory_option(parser)
     parser.add_argument(
@@ -69,55 +70,55 @@ def _parser() -> Parser:
         type=positive,
         default=8,
         metavar="N",
-        help="answers at once, which share their passes (default: %(default)s)",
+        help="slots: answers that run at once, as one batch (default: %(default)s)",
     )
     parser.add_argument(
         "--waiting",
         type=positive,
         default=32,
         metavar="N",
-        help="further requests before one is refused with status 429 (default: 32)",
+        help="queued requests; further ones are refused with status 429 (default: 32)",
     )
     parser.add_argument(
         "--max-tokens",
         type=positive,
         default=4096,
         metavar="N",
-        help="most tokens of an answer (default: 4096)",
+        help="maximum tokens of an answer (default: 4096)",
     )
     parser.add_argument(
         "--max-prompt-tokens",
         type=positive,
         metavar="N",
-        help="most tokens of a prompt (default: as many as the context holds)",
+        help="maximum tokens of a prompt (default: the context)",
     )
     parser.add_argument(
         "--timeout",
         type=positive,
         default=600,
         metavar="S",
-        help="most seconds that a request may take (default: 600)",
+        help="maximum seconds of a request (default: 600)",
     )
     parser.add_argument(
         "--prefix-cache",
         type=Path,
         metavar="DIR",
-        help="keep K/V of prompts and conversations there for the next start (needs the package "
-        "safetensors)",
+        help="keep the KV cache of prompts and conversations in DIR for the next start (needs the "
+        "package safetensors)",
     )
     parser.add_argument(
         "--prefix-mb",
         type=int,
         default=256,
         metavar="N",
-        help="megabytes of K/V kept for texts that come again (default: %(default)s; 0: none)",
+        help="KV cache kept for evicted conversations, in MB (default: %(default)s; 0: none)",
     )
     parser.add_argument(
         "--memory-mb",
         type=positive,
         metavar="N",
-        help="load a bundle when a request names it, with N MB for the weights of all; the one not "
-        "used for longest goes (default: all are loaded at the start)",
+        help="load bundles when a request names them, with at most N MB of weights in total; the "
+        "least recently used bundle is unloaded (default: load all at the start)",
     )
     add_device_options(parser)
     add_log_options(parser)
@@ -125,9 +126,9 @@ def _parser() -> Parser:
         "--sha256",
         action="append",
         metavar="HEX",
-        help="refuse an OUT whose dash.json has another SHA-256; once for each OUT, in their order",
+        help="refuse an OUT whose dash.json has a different SHA-256; once per OUT, in their order",
     )
-    parser.add_argument("--log-json", action="store_true", help="log one JSON object a line")
+    parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     return parser
 
 
@@ -145,11 +146,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     if arguments.api_key_file is not None:
         key = read_text(arguments.api_key_file).strip()
     elif not is_local(arguments.host):
-        raise DashError(
-            f"--host {arguments.host} is open to other machines: give an --api-key-file"
-        )
+        raise DashError(f"--host {arguments.host} is open to other machines: pass --api-key-file")
     if not 0 <= arguments.port < 1 << 16:
-        raise DashError(f"--port {arguments.port} is no port")
+        raise DashError(f"--port {arguments.port} is not in 0..65535")
     try:
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.server import Server

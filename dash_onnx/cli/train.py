@@ -42,18 +42,20 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-train",
         "Train the scorer that decides per token and layer. The bundle keeps its policy until the "
-        "new one is complete; an interrupted training goes on at the next call.",
+        "new one is complete. Run the same command again to continue an interrupted training.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="OUT", type=Path, help="what dash-export wrote")
+    parser.add_argument(
+        "bundle", metavar="OUT", type=Path, help="the bundle that dash-export wrote"
+    )
     add_training_options(parser, EFFORTS)
     parser.add_argument(
         "--from",
         dest="start",
         metavar="OTHER",
         type=Path,
-        help="start from the policy of another bundle of such a model, or from that of OUT itself, "
-        "and train a tenth as long: for a fine-tune of the model, other text or another machine",
+        help="start from the policy of another bundle of a similar model, or of OUT itself, and "
+        "train a tenth as long: for a fine-tune of the model, new text or another machine",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_log_options(parser)

@@ -44,9 +44,7 @@ def scorer_facts(manifest: Manifest) -> ScorerFacts:
         PolicyError: the bundle has none.
     """
     if manifest.scorer is None:
-        raise PolicyError(
-            "this bundle has no policy yet: dash-export trains one at its end, and dash-train later"
-        )
+        raise PolicyError("this bundle has no policy yet: train one with dash-train")
     return manifest.scorer
 
 

@@ -318,7 +318,7 @@ def _parse_path(text: str, manifest: Manifest) -> Path:
         except (OSError, ValueError) as error:
             raise PolicyError(f"cannot read the path file {text[1:]}: {error}") from None
         if len(content) > _MOST_CHARACTERS:
-            raise PolicyError(f"{text[1:]} is no path file: it is longer than any path")
+            raise PolicyError(f"{text[1:]} is not a path file: it is longer than any path")
         text = content
     limit = manifest.model.num_layers
     path: list[Action] = []

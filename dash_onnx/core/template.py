@@ -103,7 +103,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             bits = abs(left).bit_length()
             digits = bits * abs(right) if operator == "**" else bits + abs(right).bit_length()
             if digits > _MOST_BITS:
-                raise TemplateError(f"it makes a number of more than {_MOST_BITS} bits")
+                raise TemplateError(f"it computes a number of more than {_MOST_BITS} bits")
         elif operator == "*":
             _spend(_product((left, right)))
         return super().call_binop(context, operator, left, right)
@@ -176,7 +176,7 @@ def _spend(characters: float) -> None:
     _refuse_above(characters)
     _SPENT.characters += characters
     if _SPENT.characters > _MOST_IN_ALL:
-        raise TemplateError(f"it makes more than {_MOST_IN_ALL} characters in all")
+        raise TemplateError(f"it produces more than {_MOST_IN_ALL} characters in total")
     _check_time()
 
 
@@ -262,4 +262,4 @@ def _size(value: Any) -> float:
 
 def _refuse_above(count: float) -> None:
     if count > _MOST_CHARACTERS:
-        raise TemplateError(f"it makes more than {_MOST_CHARACTERS} characters")
+        raise TemplateError(f"it produces more than {_MOST_CHARACTERS} characters")

@@ -170,7 +170,7 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
             parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
             texts = [part for part in parts if isinstance(part, str)]
             if len(texts) < len(parts):
-                raise PolicyError("a part of a message is no text, and this model reads only text")
+                raise PolicyError("a part of a message is not text, and this model reads only text")
             message = {**message, "content": "".join(texts)}
         elif content is not None and not isinstance(content, str):
             raise PolicyError(f"the content of a message is {type(content).__name__}, not text")
@@ -290,7 +290,7 @@ def _special_tokens(bundle: Bundle) -> dict[str, str]:
             found[key] = value.get("content") if isinstance(value, dict) else value
             text = found[key]
             if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-                raise BundleError(f"{bundle.folder / name}: {key!r} is no text; export again")
+                raise BundleError(f"{bundle.folder / name}: {key!r} is not text; export again")
     return found
 
 
@@ -302,9 +302,9 @@ def _sampling(bundle: Bundle) -> dict[str, float]:
     for key in ("repetition_penalty", *found):
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise BundleError(f"{bundle.folder / name}: {key!r} is no number; export again")
+            raise BundleError(f"{bundle.folder / name}: {key!r} is not a number; export again")
         if key == "top_k" and isinstance(value, float):
-            raise BundleError(f"{bundle.folder / name}: 'top_k' is no integer; export again")
+            raise BundleError(f"{bundle.folder / name}: 'top_k' is not an integer; export again")
         if value is not None:
             found[key] = value
     return found
@@ -315,5 +315,5 @@ def _eos_ids(bundle: Bundle) -> frozenset[int]:
     ids = _json(bundle, name).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if any(type(token) is not int for token in ids):
-        raise BundleError(f"{bundle.folder / name}: eos_token_id is no token id; export again")
+        raise BundleError(f"{bundle.folder / name}: eos_token_id is not a token id; export again")
     return frozenset(ids)

@@ -47,7 +47,9 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
             raise SourceError(f"cannot load task {name!r}: {reason}") from None
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise SourceError(f"task {name!r} runs the model's code or shows it images; not here")
+            raise SourceError(
+                f"task {name!r} runs the model's code or needs images, which is not supported"
+            )
         task.set_fewshot_seed(_FEWSHOT_SEED)
     return evaluate(
         model, loaded, limit=max_items, bootstrap_iters=_BOOTSTRAP_ITERS, log_samples=False
@@ -75,9 +77,9 @@ def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTas
             (kind,) = kinds = kinds | {kind}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise SourceError(
-                f"{where} is no item of LAMBADA (context, continuation), HellaSwag "
+                f"{where} is not an item of LAMBADA (context, continuation), HellaSwag "
                 "(ctx, endings, label), ARC (question, choices, answerKey) or exact match "
-                "(prompt, answer), or of another of these than the lines before it"
+                "(prompt, answer), or differs in form from the lines before it"
             ) from None
     if not documents:
         raise SourceError(f"{path} holds no item")

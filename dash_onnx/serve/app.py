@@ -247,7 +247,7 @@ class _Server:
                 async for piece in request.stream():
                     content += piece
                     if len(content) > limits.body_bytes:
-                        told = f"a request may have {limits.body_bytes} bytes"
+                        told = f"a request may have at most {limits.body_bytes} bytes"
                         raise APIError(413, told, "too_large")
         except ClientDisconnect:
             raise _gone() from None

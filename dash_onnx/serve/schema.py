@@ -18,10 +18,12 @@ from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# Asked for, each of them would change the answer: better refused than ignored.
-_UNSERVED = (
-    "functions logit_bias audio modalities prediction echo suffix best_of grammar repeat_penalty"
+REFUSED = (
+    "functions logit_bias audio modalities prediction echo suffix best_of grammar repeat_penalty "
+    "frequency_penalty presence_penalty"
 ).split()
+"""Fields that would change the answer: better refused than ignored."""
+
 _SEEDS = 2**63
 _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all of them
 
@@ -101,15 +103,11 @@ class Generation(_Object):
         Raises:
             PolicyError: a field asks for what is not served, or is out of range.
         """
-        extra = self.model_extra or {}
-        unserved = [name for name in _UNSERVED if extra.get(name)]
-        unserved += [
-            name for name in ("frequency_penalty", "presence_penalty") if getattr(self, name)
-        ]
+        unserved = [name for name in REFUSED if getattr(self, name, None)]
         if "@" in self.policy:  # a file, where the user of a command line names one
-            raise PolicyError("a request names no file: give the policy's list itself")
+            raise PolicyError("a request cannot name a file: write out the policy's path")
         if unserved:
-            raise PolicyError(f"{', '.join(unserved)}: not served; leave it out")
+            raise PolicyError(f"{', '.join(unserved)}: not supported; leave it out")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stop) > _STOPS or any(len(word) > _STOP_LENGTH for word in stop):
             raise PolicyError(f"stop: at most {_STOPS} strings of {_STOP_LENGTH:,} characters")
@@ -162,7 +160,9 @@ class ChatRequest(Generation):
         """
         call = forced_call(self.offered, self.tool_choice, codec)
         if call is not None and options.grammar is not None:
-            raise PolicyError("a request asks for a call or for a response_format, not for both")
+            raise PolicyError(
+                "a request can have a forced tool call or a response_format, not both"
+            )
         return options if call is None else dataclasses.replace(options, grammar=call)
 
     @property

@@ -133,7 +133,7 @@ class Service:
         """
         queued = not further
         if queued and self._slots.locked() and self._waiting >= self.limits.waiting:
-            raise BusyError(f"{self._waiting} requests wait already; try again later")
+            raise BusyError(f"{self._waiting} requests are already waiting; try again later")
         self._waiting += queued
         self._show()
         try:

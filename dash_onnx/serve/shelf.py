@@ -285,14 +285,14 @@ class Shelf:
         if needed + held > most:
             remedy = "ask for another policy or budget, or " if held else ""
             raise DashError(
-                f"{name} takes {needed / 1e6:.0f} MB, more than the {(most - held) / 1e6:.0f} that "
+                f"{name} needs {needed / 1e6:.0f} MB, more than the {(most - held) / 1e6:.0f} that "
                 f"--memory-mb leaves for it; {remedy}start with more"
             )
         while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
             idle = {n: one for n, one in self._places.items() if one.loaded and not one.users}
             if not idle:
                 raise BusyError(
-                    f"{name} takes {needed / 1e6:.0f} MB, and bundles in use leave "
+                    f"{name} needs {needed / 1e6:.0f} MB, and bundles in use leave "
                     f"{(most - taken) / 1e6:.0f} of {most / 1e6:.0f}; try again later"
                 )
             oldest = min(idle, key=lambda name: idle[name].used)
@@ -306,7 +306,7 @@ class Shelf:
             try:
                 place.take()()
             except Exception:
-                _LOG.exception("%s: not ended as it should", name)
+                _LOG.exception("%s: not closed cleanly", name)
 
 
 def open_bundles(

@@ -110,7 +110,7 @@ def _check_language(source: TextSource, text: str, encode: Callable[[str], Ids])
     _warned.add(source)
     _log.warning(
         "%s is a text that the tokenizer does not know: it splits it into bytes (%.1f tokens per "
-        "character); calibration on it will be poor, so take text in a language of the model",
+        "character); calibration will be poor, so use text in a language that the model knows",
         source.name,
         rate,
     )

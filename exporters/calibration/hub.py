@@ -150,8 +150,8 @@ class HubDataset:
             raise
         except datasets.exceptions.DatasetNotFoundError:
             raise SourceError(
-                f"{self._spelling}: the hub has no dataset {self._dataset}, or keeps it from you: "
-                "check the name; a gated or private one needs `hf auth login`"
+                f"{self._spelling}: the hub has no dataset {self._dataset}, or it is gated or "
+                "private: check the name, or run `hf auth login`"
             ) from None
         except Exception as error:  # of others' files, so of any kind
             reason = _line(error.__cause__ or error)
@@ -167,7 +167,7 @@ class HubDataset:
         except Exception:
             raise SourceError(
                 f"{self._spelling}: "
-                + ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no hub is in reach")
+                + ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is unreachable")
                 + f" and the cache has no {self._dataset}: go online once, or give a local folder"
             ) from None
 

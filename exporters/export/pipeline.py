@@ -144,7 +144,7 @@ def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
     if memory is not None and sizes.export > memory:
         raise DashError(
             f"the export needs about {sizes.export / 1e9:.1f} GB of memory, and "
-            f"{memory / 1e9:.1f} GB are free: close other programs, or take a larger machine"
+            f"{memory / 1e9:.1f} GB are free: close other programs, or use a larger machine"
         )
 
 

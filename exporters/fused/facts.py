@@ -98,8 +98,8 @@ class FusedFacts:
             path, prompt = policy.uniform or (), options.prefill
             if prompt not in (None, WIDE) or (prompt == WIDE and {*WIDENED}.isdisjoint(path)):
                 raise PolicyError(
-                    f"policy {policy.name!r} has one path for all: it takes no prefill but `wide`, "
-                    "and that only with layers in int4 or int2"
+                    f"policy {policy.name!r} has one path: it takes no prefill except `wide`, "
+                    "and that only with int4 or int2 layers"
                 )
             if prompt == WIDE and manifest.wide is None:
                 raise PolicyError("this bundle has no wide form: export again with it")

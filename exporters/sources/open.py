@@ -42,7 +42,7 @@ def _opened(
 ) -> Source:
     path = Path(model)
     if revision is not None and path.exists():
-        raise SourceError(f"--revision is for hub ids; {model} is on this disk as it is")
+        raise SourceError(f"--revision is for hub ids; {model} is a local path")
     if path.is_dir():
         return open_folder(path, kind="folder", name=path.resolve().name, supported=supported)
     if model.endswith(".gguf"):

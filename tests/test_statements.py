@@ -1,0 +1,173 @@
+"""Statements of the documents that a machine can check: options, fields, defaults, figures."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dash_onnx.cli import bench, eval, export, fuse, info, profile, report, serve, train
+from dash_onnx.cli import run as run_tool
+from dash_onnx.core.budget import PRESETS
+from dash_onnx.core.facts import ModelFacts
+from dash_onnx.exporters.export import ExportOptions
+from dash_onnx.serve.schema import REFUSED, ChatRequest, CompletionRequest
+
+ROOT = Path(__file__).parent.parent
+TOOLS = {
+    f"dash-{module.__name__.rpartition('.')[2]}": module
+    for module in (bench, eval, export, fuse, info, profile, report, run_tool, serve, train)
+}
+FIGURE = re.compile(r"(?<![\w.-])\d+\.\d+(?!\w|\.\d)|\d+(?= tokens/s)|\d+(?= GB/s)")
+NO_FIGURES = re.compile(
+    r"^```.*?^```|\]\([^)]*\)|`[^`]*`|arXiv [\d.]+|Python [\d.]+|Apache [\d.]+", re.M | re.S
+)
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text("utf-8")
+
+
+@pytest.fixture
+def parsers(monkeypatch: pytest.MonkeyPatch) -> dict[str, argparse.ArgumentParser]:
+    """Each tool's parser, caught when it is asked to parse."""
+
+    class Caught(Exception):
+        pass
+
+    found: dict[str, argparse.ArgumentParser] = {}
+
+    def catch(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        found[parser.prog] = parser
+        raise Caught
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", catch)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", catch)
+    for module in TOOLS.values():
+        with pytest.raises(Caught):
+            module.main([])
+    return found
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def test_the_reference_says_which_tools_have_quiet_and_verbose(
+    parsers: dict[str, argparse.ArgumentParser],
+) -> None:
+    (sentence,) = re.findall(
+        r"^([^.]*) have `--quiet` and `--verbose`", text_of("docs/reference/cli.md"), re.M
+    )
+    named = set(re.findall(r"`(dash-\w+)`", sentence))
+    for name in ("--quiet", "--verbose"):
+        assert named == {tool for tool, one in parsers.items() if name in options_of(one)}
+
+
+def test_the_reference_says_which_tools_have_json(
+    parsers: dict[str, argparse.ArgumentParser],
+) -> None:
+    assert "Every command except `dash-serve` has `--json`" in text_of("docs/reference/cli.md")
+    without = {tool for tool, one in parsers.items() if "--json" not in options_of(one)}
+    assert without == {"dash-serve"}
+
+
+def test_the_defaults_in_the_guide_to_serving_are_those_of_the_options(
+    parsers: dict[str, argparse.ArgumentParser],
+) -> None:
+    rows = re.findall(
+        r"^\| `--([\w-]+)` \| .* \| ([\d,]+) \|$", text_of("docs/guide/serve.md"), re.M
+    )
+    assert len(rows) == 5
+    for name, default in rows:
+        found = parsers["dash-serve"].get_default(name.replace("-", "_"))
+        assert found == int(default.replace(",", "")), name
+
+
+def test_the_guide_to_serving_lists_every_refused_field() -> None:
+    table = text_of("docs/guide/serve.md").partition("| refused field |")[2].partition("\n\n")[0]
+    listed = [name for row in table.splitlines()[2:] for name in names_of(row.split("|")[1])]
+    assert sorted(listed) == sorted(REFUSED)
+
+
+def test_the_guide_to_serving_lists_every_field_of_a_request() -> None:
+    rows = re.findall(
+        r"^\| (?:`/v1/chat/completions`.*?|additional request fields) \| (.*) \|$",
+        text_of("docs/guide/serve.md"),
+        re.M,
+    )
+    listed = {name for row in rows for name in names_of(row)} - {"regex", "lark"}
+    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    assert listed == fields - {*REFUSED, "model", "messages", "prompt", "stream"}
+
+
+def names_of(cell: str) -> list[str]:
+    return re.findall(r"`([\w-]+)`", cell)
+
+
+def test_the_guide_to_running_says_what_the_presets_lose() -> None:
+    text = " ".join(text_of("docs/guide/run.md").split())
+    quality, balanced, fast = (PRESETS[name] for name in ("quality", "balanced", "fast"))
+    assert f"at most {quality}, {balanced} and {fast} nats" in text
+    for name, loss in PRESETS.items():
+        assert re.search(rf"^\| `{name}` \| {loss} nats", text_of("docs/concepts/budget.md"), re.M)
+
+
+@pytest.mark.parametrize(("layers", "size"), [(2, 64), (3, 128)])
+def test_the_documents_say_the_block_size_and_the_rank(layers: int, size: int) -> None:
+    facts = facts_of(layers)
+    assert facts.large == (size == 128)
+    options = ExportOptions().resolved("folder", facts)
+    assert (options.block_size, options.compensation_rank) == (size, size)
+    texts = [
+        " ".join(text_of(f"docs/concepts/{page}.md").split()) for page in ("method", "quantization")
+    ]
+    for text in texts:
+        assert re.search(
+            rf"\b{size}\b.{{0,99}}200 million weights|200 million weights.{{0,99}}\b{size}\b", text
+        )
+
+
+def facts_of(layers: int) -> ModelFacts:
+    """A model with 92 million weights per layer."""
+    return ModelFacts("big", "llama", layers, 2048, 12288, 32, 8, 64, 32768, 2048)
+
+
+def figures(text: str) -> Iterator[str]:
+    yield from FIGURE.findall(NO_FIGURES.sub(" ", text))
+
+
+def test_every_figure_of_the_readme_has_its_row_in_the_results() -> None:
+    results = text_of("docs/results.md")
+    rows = [line for line in results.splitlines() if line.startswith("|") or "GB/s" in line]
+    found = [float(number) for row in rows for number in re.findall(r"\d+(?:\.\d+)?", row)]
+    told = list(figures(text_of("README.md")))
+    assert len(told) > 20
+    for figure in told:
+        digits = len(figure.partition(".")[2])
+        assert any(f"{number:.{digits}f}" == figure for number in found), figure
+
+
+def test_a_figure_without_a_row_is_found() -> None:
+    text = (
+        "1.49 times at 0.069 nats, 257 tokens/s with Python 3.11, Qwen2.5 0.5B, `--x 1.2`, 35 GB/s"
+    )
+    assert list(figures(text)) == ["1.49", "0.069", "257", "35"]
+
+
+def test_every_error_of_the_troubleshooting_page_is_in_the_code() -> None:
+    folders = (ROOT / folder for folder in ("dash_onnx", "runtime", "exporters"))
+    code = "\n".join(file.read_text("utf-8") for folder in folders for file in folder.rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # strings that Python joins
+    page = text_of("docs/guide/troubleshooting.md")
+    messages = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\*\*`.*", page, re.M)))
+    ours = set(messages) - {"No matching distribution found for dash-onnx"}  # pip's
+    assert len(ours) > 20
+    filled_in = r"…|\d+|dash\.json|ONNX Runtime is|calibration|torch| and the|gptq"
+    for message in ours:
+        parts = [part.strip("; ,'") for part in re.split(filled_in, message)]
+        assert all(part in code for part in parts if len(part) > 3), message
