@@ -17,7 +17,7 @@ from dash_onnx.runtime.sessions import Sessions
 
 
 class Cache:
-    """The K/V of a conversation, kept between generations. One generation at a time uses it."""
+    """The KV cache of a conversation, for one generation at a time."""
 
     def __init__(self, sessions: Sessions):
         """Starts empty."""

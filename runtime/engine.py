@@ -55,13 +55,13 @@ Prompt = str | Sequence[Message] | Ids
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """What the model made of one token of a given text.
+    """The model's output for one token of a given text.
 
     Attributes:
-        logits: of the token after it, `[V]`; the next one overwrites them.
+        logits: for the next token, `[V]`; overwritten by the next result.
         path: the action of each layer.
-        predicted_kl: what each action of each layer was predicted to cost, `[L, A]` nats, with the
-            actions of `manifest.scorer`; None where it was not asked for, or no scorer decides.
+        predicted_kl: predicted KL of each action of each layer, `[L, A]` nats, for the actions of
+            `manifest.scorer`; None if not requested, or if no scorer decides.
     """
 
     logits: Logits
@@ -79,9 +79,9 @@ class Model:
     The options of every generating method are those of `GenerationOptions`.
 
     Attributes:
-        manifest: what `dash.json` says.
+        manifest: the content of `dash.json`.
         text: tokenizer and chat template.
-        sampling: how tokens are drawn unless told: as the model's generation_config.json says.
+        sampling: the defaults of the model's generation_config.json.
     """
 
     def __init__(
@@ -120,18 +120,18 @@ class Model:
         return self._sessions.loaded
 
     def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
-        """An empty sequence, for a caller who drives the decode loop with deciders of its own.
+        """An empty sequence, for callers that run the decode loop with their own deciders.
 
         Args:
-            capacity: tokens that its K/V cache has room for at first; it doubles when full.
-            batch: sequences of one length, whose tokens take the same path.
+            capacity: initial size of its KV cache in tokens; it grows in steps of 256.
+            batch: number of sequences, which have one length and one path.
         """
         for name, count in (("capacity", capacity), ("batch", batch)):
             check_count(name, count)
         return self._sessions.new_sequence(capacity, batch)
 
     def new_cache(self) -> Cache:
-        """An empty K/V cache that several generations of one conversation share, in turn."""
+        """An empty KV cache that successive generations of one conversation share."""
         return Cache(self._sessions)
 
     def preload(
@@ -141,10 +141,11 @@ class Model:
         prefill: Action | None = None,
         speculate: Speculate = "off",
     ) -> None:
-        """Loads graphs now instead of when they are first used.
+        """Loads graphs now instead of on first use.
 
         Args:
-            policy: whose graphs, as in `policy`; None loads every graph of the bundle.
+            policy: the policy whose graphs to load, as in `policy`; None loads every graph of the
+                bundle.
             budget: likewise.
             prefill: precision of the prompts, as in `stream`.
             speculate: likewise.
@@ -158,10 +159,10 @@ class Model:
                 self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
 
     def draft_of(self, target: Policy, speculate: Speculate) -> Policy | None:
-        """The policy whose path guesses for a target; None where none does.
+        """The policy whose path drafts for a target; None if there is none.
 
         Raises:
-            PolicyError: a path is to guess, and none is cheaper.
+            PolicyError: a draft path was requested, but none is cheaper than the target.
         """
         planner = self._planner(target, speculate)
         draft = planner.draft_for(speculate) if planner else None
@@ -173,10 +174,10 @@ class Model:
         return self._sessions.loaded_bytes
 
     def bytes_to_load(self, *policies: Policy) -> int:
-        """Bytes of weights that policies use and that are not loaded yet.
+        """Bytes of weights that policies need and that are not loaded yet.
 
         Args:
-            policies: none is the model's own.
+            policies: the model's own if empty.
         """
         used = policies or (self.policy(),)
         return self._sessions.bytes_to_load(*((p, prefill_plan(self._sessions, p)) for p in used))
@@ -184,8 +185,8 @@ class Model:
     def close(self) -> None:
         """Frees every graph and its weights.
 
-        A later generation raises `BundleError`, and so may one that still runs, as soon as it needs
-        another graph or a larger K/V cache. A model is also a context manager that closes it.
+        A later generation raises `BundleError`, and a running one may do so, too, when it needs
+        another graph or a larger KV cache. A model is also a context manager that closes itself.
         """
         self._sessions.close()
 
@@ -199,7 +200,8 @@ class Model:
         """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
 
         Args:
-            policy: a name or a `Policy`; None or empty takes the one the model was loaded with.
+            policy: a name or a `Policy`; None or empty uses the policy that the model was loaded
+                with.
             budget: fraction of the reference's time per token or a preset; likewise.
         """
         if not policy:
@@ -208,7 +210,7 @@ class Model:
         return make_policy(policy, self.manifest, budget)
 
     def policy_of(self, options: GenerationOptions) -> Policy:
-        """The policy of a generation; speculation takes the highest precision unless told."""
+        """The policy of a generation; speculation defaults to the highest precision."""
         if options.speculate != "off" and not options.policy and options.budget is None:
             return self.policy(self.manifest.variants[0])
         return self.policy(options.policy, options.budget)
@@ -224,8 +226,8 @@ class Model:
     ) -> Logits:
         """Teacher-forced logits of a text.
 
-        A policy whose paths differ between tokens is run token by token, at least its first token
-        as a prompt.
+        A policy whose paths differ between tokens runs token by token; at least the first token is
+        a prompt.
 
         Args:
             ids: token ids `[S]`.
@@ -266,7 +268,7 @@ class Model:
         cache: Cache | None = None,
         predictions: bool = False,
     ) -> Iterator[ScoredToken]:
-        """Prefills a part of a text, then decodes the rest of it under a policy.
+        """Prefills part of a text, then decodes the rest under a policy.
 
         Args:
             ids: token ids `[S]`.
@@ -274,8 +276,8 @@ class Model:
             policy: see `policy`.
             budget: likewise.
             prefill: precision of the prefilled part; None: see `memory` of `load`.
-            cache: keeps the K/V of the prefilled part for the next call.
-            predictions: tell what the scorer predicted, where one decides.
+            cache: keeps the KV cache of the prefilled part for the next call.
+            predictions: return the scorer's predictions, if a scorer decides.
 
         Yields:
             One result for each token after the prefilled part.
@@ -374,7 +376,7 @@ class Model:
         """What speculation has learned of a target.
 
         Raises:
-            PolicyError: a path is to guess, and none is cheaper.
+            PolicyError: a draft path was requested, but none is cheaper than the target.
         """
         if speculate == "off" or target.uniform is None:  # which `Speculation` refuses
             return None
@@ -464,7 +466,7 @@ class Model:
         """Runs several generations together; see `request`.
 
         Args:
-            rows: how many at once; each has a K/V cache as long as the longest.
+            rows: batch size; each row has a KV cache as long as the longest.
             store: keeps what rows hold that are given to another text.
 
         Raises:
@@ -511,13 +513,13 @@ class Model:
         rows: int = ROWS,
         on_done: Callable[[int, Completion], None] = lambda index, completion: None,
     ) -> list[Completion]:
-        """Generates the texts of many prompts, several at once.
+        """Generates the texts of many prompts, in batches.
 
         Args:
             prompts: raw texts or chats.
             options: of all of them; without a cache and speculation.
             rows: how many run at once.
-            on_done: called with the number and the text of each as it ends.
+            on_done: called with the index and the text of each as it ends.
 
         Returns:
             A text for each prompt, in their order.
@@ -621,27 +623,27 @@ def load(
     cuda_graphs: bool = False,
     sha256: str | None = None,
 ) -> Model:
-    """Opens a bundle; graphs load when they are first used.
+    """Opens a bundle; graphs load on first use.
 
-    All sessions share ORT's global thread pool, and so do those that the app creates from then on:
-    ORT refuses sessions with threads of their own while it exists. With `threads=1` there is no
-    pool, and the app's sessions stay as they are.
+    All sessions share ORT's global thread pool, including those that the app creates afterwards:
+    while the pool exists, ORT refuses sessions with their own threads. With `threads=1` there is no
+    pool, and the app's sessions are not changed.
 
     Args:
         folder: what `dash-export` wrote.
-        device: `cpu` or `cuda`, to refuse a bundle for another one; None takes what the bundle was
-            exported for.
-        threads: size of ORT's thread pool, shared by the whole process; None takes all cores.
-        policy: of generations that name none; see `dash_onnx.core.policy.make_policy`.
-        budget: likewise, a fraction of the time that a token takes at the highest exported
+        device: `cpu` or `cuda`, to refuse a bundle for another device; None uses the bundle's
+            device.
+        threads: size of ORT's thread pool, shared by the whole process; None uses all cores.
+        policy: default of all generations; see `dash_onnx.core.policy.make_policy`.
+        budget: default of all generations: a fraction of a token's time at the highest exported
             precision, or a preset.
-        memory: `high` runs passes of many rows (prompts, batches) in the wide form where that is
-            good enough: faster, for about a byte more for each weight. `low` loads no graph but
-            those of the policy.
-        cuda_graphs: records what a token runs as CUDA graphs, one per layer and action, and
-            launches those. Generations on several threads then take turns, and other CUDA work of
-            the process must keep off the default stream.
-        sha256: that `dash.json` must have, which has the checksums of all other files.
+        memory: `high` runs passes of many rows (prompts, batches) in the wide form where it is
+            accurate enough: faster, at about one more byte per weight. `low` loads only the
+            policy's own graphs.
+        cuda_graphs: captures each layer and action as a CUDA graph and replays it. Generations on
+            several threads then take turns, and other CUDA work of the process must not use the
+            default stream.
+        sha256: required checksum of `dash.json`, which has the checksums of all other files.
 
     Raises:
         PolicyError: an option is out of range, or the bundle cannot do the policy or the budget.

@@ -62,9 +62,9 @@ class GeneratedToken:
         path: the action of each layer in the pass that produced it.
         ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
         finish_reason: set on the last token.
-        guess: with `speculate`, what came of the guesses for the pass that this token is the first
-            of; its milliseconds are shared by all tokens of the pass.
-        logprobs: where they were asked for.
+        guess: with `speculate`, the outcome of the draft of the pass that begins with this token;
+            all tokens of the pass share its milliseconds.
+        logprobs: if requested.
     """
 
     token: int

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Grammar:
-    """The form that an answer must have; made by one of its class methods.
+    """Constrains an answer; created by one of its class methods.
 
     Attributes:
         source: of llguidance.
@@ -30,7 +30,7 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:
-        """JSON without white space that could go on for ever, of a JSON schema; True is any.
+        """JSON that matches a schema, without unlimited white space; True allows any JSON.
 
         Raises:
             PolicyError: llguidance is missing, or the schema is not one.
@@ -42,7 +42,7 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """Text that a regular expression of Rust matches from end to end.
+        """Text that fully matches a regular expression in Rust's syntax.
 
         Raises:
             PolicyError: see `json_schema`.

@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """What a user may choose for a generation.
+    """The options of a generation.
 
-    How tokens are drawn is described in `Sampling`; what is None there is the model's own choice:
-    that of its generation_config.json, else the most likely token.
+    `Sampling` describes the sampling options; None follows the model's generation_config.json, else
+    decoding is greedy.
 
     Attributes:
-        policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`. Empty takes
-            the one that the model was loaded with.
-        budget: fraction of the time that a token takes at the highest exported precision, or a
-            preset; None takes the model's own.
+        policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`. Empty uses
+            the policy that the model was loaded with.
+        budget: fraction of a token's time at the highest exported precision, or a preset; None uses
+            the budget that the model was loaded with.
         prefill: precision of the prompt; None: see `memory` of `dash_onnx.load`.
-        max_new_tokens: most tokens to generate.
-        ignore_eos: go on after an end-of-sequence token (benchmarks).
-        speculate: who guesses tokens that are then checked several at once, which changes the
-            speed, and the text only as kernels round otherwise then: `ngram` looks the end of the
-            text up in what came before, `dash` runs a cheaper path of the bundle, `auto` takes what
-            pays. The policy must take one path for every token; without policy and budget here it
-            is the highest exported precision.
+        max_new_tokens: maximum number of tokens to generate.
+        ignore_eos: continue after an end-of-sequence token (for benchmarks).
+        speculate: speculative decoding, which changes the speed, and the text only where multi-row
+            kernels round differently. Drafts come from n-grams of the text so far (`ngram`), from a
+            cheaper path of the bundle (`dash`), or from the source that helps most (`auto`). The
+            policy must have one path for every token; without policy and budget it is the highest
+            exported precision.
         stop: strings that end the text; they are not part of it.
-        grammar: the form that the text must have.
-        logprobs: tell each token's log probability, and that of as many of the likeliest.
-        cache: from `Model.new_cache`: what it shares with the beginning of the prompt is not
-            computed again.
+        grammar: constrains the text.
+        logprobs: return each token's log probability, and those of this many most likely tokens.
+        cache: from `Model.new_cache`; the prefix that it shares with the prompt is not computed
+            again.
     """
 
     policy: str | Policy = ""

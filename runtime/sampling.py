@@ -16,7 +16,7 @@ _LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn. The penalty comes first, then temperature and filters.
+    """How the next token is sampled. The penalty is applied first, then temperature and filters.
 
     Attributes:
         temperature: 0 is greedy.
@@ -25,7 +25,7 @@ class Sampling:
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the most likely tokens that together reach this probability; 1 is off.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 is off.
-        seed: None draws differently each time.
+        seed: None is random.
     """
 
     temperature: float = 0.0

@@ -22,8 +22,8 @@ P = ParamSpec("P")
 class Stream(Iterator[Chunk]):
     """The chunks of a generation, one for each token.
 
-    One thread iterates; `close` and `set_budget` may be called from any. It is also a context
-    manager that closes it.
+    One thread iterates; any thread can call `close` and `set_budget`. It is also a context manager
+    that closes the stream.
     """
 
     def __init__(self, chunks: Generator[Chunk], current: CurrentPolicy):
@@ -46,7 +46,7 @@ class Stream(Iterator[Chunk]):
         return chunk
 
     def close(self) -> None:
-        """Ends the generation and frees its cache, at the latest after the token in progress."""
+        """Ends the generation and frees its cache, after the token in progress at the latest."""
         self._closed = True
         if self._running.acquire(blocking=False):
             try:
@@ -60,7 +60,7 @@ class Stream(Iterator[Chunk]):
         return self._current.policy
 
     def set_budget(self, budget: Budget) -> None:
-        """Spends another budget from the next token on.
+        """Changes the budget from the next token on.
 
         Args:
             budget: a fraction of the time of the highest exported precision, or a preset.
@@ -78,16 +78,16 @@ class Stream(Iterator[Chunk]):
 
 
 class Completion(str):
-    """The text of a generation: a `str` that knows how it came about.
+    """The text of a generation: a `str` with facts about the generation.
 
     Attributes:
         finish_reason: why it ended.
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated.
         ms: wall time of each of them in milliseconds; the first includes the prompt.
-        actions: share of each action in the layers of all tokens but the first, which comes from
-            the prompt.
-        logprobs: of each token, where they were asked for.
+        actions: share of each action in the layers of all tokens except the first, which comes from
+            the prefill.
+        logprobs: of each token, if requested.
     """
 
     finish_reason: FinishReason | None

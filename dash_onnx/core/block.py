@@ -10,14 +10,14 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True)
 class Block:
-    """What all layers have in common; the weights tell where a layer has a norm or a bias.
+    """What all layers have in common; the weights determine where a layer has a norm or a bias.
 
     Attributes:
-        norm: RMSNorm, or LayerNorm, which takes the mean off.
+        norm: RMSNorm, or LayerNorm, which subtracts the mean.
         norm_epsilon: of every norm.
         activation: of the MLP; `gelu_tanh` is GELU in its tanh approximation.
         gated: the MLP multiplies the activation of one projection with another.
-        parallel: the MLP reads the layer's input, as attention does, not attention's result.
+        parallel: the MLP reads the layer's input, like attention, instead of attention's result.
         attention_scale: factor on the product of query and key.
         attention_softcap: c of `c * tanh(score / c)`; None leaves scores as they are.
         logit_softcap: likewise for the logits.
@@ -35,11 +35,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Attention:
-    """What one layer sees of the other tokens.
+    """Which other tokens a layer attends to.
 
     Attributes:
-        rope: index of its rotary table; None where queries and keys are not rotated.
-        window: how many tokens it sees, itself included; None for all.
+        rope: index of its rotary table; None if queries and keys are not rotated.
+        window: number of tokens it sees, including its own; None for all.
     """
 
     rope: int | None

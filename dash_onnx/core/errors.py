@@ -8,7 +8,7 @@ _LONGEST = 800  # characters of a message
 
 
 class DashError(Exception):
-    """Base of every error that the user can mend.
+    """Base of every error that the user can fix.
 
     What a message quotes from a file or a template is shown escaped where it is not printable, and
     cut where it is long.

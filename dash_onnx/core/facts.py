@@ -66,7 +66,7 @@ class Rope:
 
     Attributes:
         inv_freq: one inverse frequency (radians per token) per rotated dimension pair.
-        attention_scaling: factor on cos and sin (1.0 unless the RoPE kind asks for one).
+        attention_scaling: factor on cos and sin (1.0 unless the RoPE type requires another).
     """
 
     inv_freq: tuple[float, ...]
@@ -82,8 +82,8 @@ class Target:
         dtype: element type of activations and logits.
         block_size: weights that share one quantization scale.
         accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
-        kv_cache: element type of the K/V cache.
-        attention: in which forms the layers have it.
+        kv_cache: element type of the KV cache.
+        attention: which attention implementations the layers have.
     """
 
     device: Literal["cpu", "cuda"]
@@ -96,7 +96,7 @@ class Target:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What some of the calibration tokens show of one layer (x: its input, y: its full output).
+    """Statistics of one layer on some of the calibration tokens (x: its input, y: its full output).
 
     Attributes:
         scale: mean of ||y|| / ||x||; a skipped layer returns `scale * x`.
@@ -113,11 +113,11 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class WideFacts:
-    """What the wide form of all layers loses.
+    """The loss of the wide form of all layers.
 
     Attributes:
         kl: KL(full precision || all layers wide) in nats, with the LM head in full precision.
-        tokens: of the calibration text that it was measured on.
+        tokens: number of calibration tokens that it was measured on.
     """
 
     kl: float
@@ -132,7 +132,7 @@ class Calibration:
         source: `self-generated`, or the texts as they were given, without folders.
         sequences: number of sequences.
         tokens: number of tokens in all of them.
-        sink_tokens: first tokens of each sequence that were left out of every figure.
+        sink_tokens: first tokens of each sequence, excluded from all statistics.
         seed: seed of the sampling.
         sha256: checksum of the token ids (int64, little endian).
     """
@@ -151,13 +151,12 @@ class PassCosts:
 
     Attributes:
         rows: tokens of a pass, ascending.
-        contexts: tokens in the K/V cache before it, ascending.
+        contexts: tokens in the KV cache before the pass, ascending.
         layers_ms: by form, for each context, for each number of rows: the mean of some layers, with
             grouped attention.
         plain_rows: rows that attention from plain operators was timed for, ascending: the first of
             `rows`, as its memory grows with them.
-        plain_ms: what it adds to a layer, for each context, for each of them; negative where it is
-            the faster one.
+        plain_ms: what it adds to a layer's time, by context and rows; negative if it is faster.
         head_rows: rows that the LM head is asked for, ascending.
         heads_ms: by form, for each of them.
     """
@@ -215,9 +214,9 @@ class Costs:
         scorer_ms: all decisions of one token.
         heads_ms: the LM head, by precision.
         layers_ms: by layer and action.
-        spread: how much longer than these figures a usual run took, as a share of them. Other work
-            on the machine makes it large.
-        passes: by rows and contexts; None where there is nothing to choose from.
+        spread: how much longer than these figures a typical run took, as a fraction of them; large
+            if other work ran on the machine.
+        passes: times by rows and contexts; None if there is nothing to choose from.
         join_ms: what one layer less to dispatch saves: layers that always take the same action run
             as one graph.
     """
@@ -335,15 +334,15 @@ class ScorerFacts:
 
     Attributes:
         file: its graph.
-        actions: what its action indices mean.
-        decision_points: layers before which it reads the hidden state, to decide for them and those
-            that follow; the layers before the first one are decided by the multiplier alone.
+        actions: the actions of its indices, in order.
+        decision_points: layers before which the scorer decides, for these layers and those that
+            follow; for the layers before the first, the multiplier alone decides.
         points: the policy table, by ascending budget.
         presets: named budgets.
         static: the best static assignments, by ascending budget.
-        training: how it came about.
-        margin: how much more other text may lose than the held-out tokens of the tables did; the
-            presets allow for it.
+        training: facts about its training.
+        margin: allowance for other text, which may lose this many times as much as the held-out
+            tokens; the presets include it.
     """
 
     file: str

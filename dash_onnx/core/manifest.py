@@ -43,25 +43,25 @@ class Manifest:
     """The content of `dash.json`.
 
     Attributes:
-        format_version: of this file's form.
+        format_version: version of this format.
         model: sizes of the source model.
-        block: what all layers compute.
-        ropes: as many as the layers have different ones, all of the same number of pairs.
+        block: the computation that all layers have in common.
+        ropes: the distinct rotary embeddings of the layers, all with the same number of pairs.
         attention: of each layer.
         target: what the graphs were built for.
         variants: the precisions exported for each layer, highest first; `skip` always exists.
-        heads: per kind of policy (a precision, or `skip` for mixed paths), the precision of
-            the LM head it uses.
+        heads: per kind of path (a precision, or `skip` for mixed paths), the precision of its LM
+            head.
         compensation_rank: r of what a skipped layer returns for its input x,
             `scale * x + B @ A @ rms_norm(x)` with A `[r, D]`, B `[D, r]` fitted; 0: `scale * x`.
-        layers: what calibration showed of each layer.
+        layers: statistics of each layer on the calibration text.
         calibration: where the calibration tokens came from.
         costs: profiled milliseconds.
-        scorer: None where no policy was trained.
-        export: how the export went.
-        files: every file of the bundle but the manifest, by path relative to it.
-        wide: what the wide form loses; None where the bundle has none.
-        static: what each precision alone loses, by ascending budget, measured by the export; a
+        scorer: None if no policy was trained.
+        export: facts about the export.
+        files: every file of the bundle except the manifest, by relative path.
+        wide: the loss of the wide form; None if the bundle has no wide form.
+        static: the loss of each precision alone, by ascending budget, measured by the export; a
             trained scorer has a table of its own.
     """
 
@@ -111,7 +111,7 @@ class Manifest:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the K/V cache that a token takes, of all layers."""
+        """Bytes of KV cache per token, for all layers."""
         dims = self.dims
         each = math.prod(map(int, dims.cache_shape(1, 1))) * np.dtype(dims.cache_dtype).itemsize
         return 2 * self.model.num_layers * each

@@ -167,7 +167,11 @@ class HubDataset:
         except Exception:
             raise SourceError(
                 f"{self._spelling}: "
-                + ("HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub is unreachable")
+                + (
+                    "HF_HUB_OFFLINE is set"
+                    if constants.HF_HUB_OFFLINE
+                    else "the hub is unreachable"
+                )
                 + f" and the cache has no {self._dataset}: go online once, or give a local folder"
             ) from None
 

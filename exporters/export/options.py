@@ -21,32 +21,31 @@ _CHOICE_PAYS = 8_000_000  # weights of a layer, see docs/decisions/0108
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the user chose.
+    """The options of an export.
 
     Attributes:
         variants: precisions of each layer, highest first.
-        wide: also a form for passes of many rows, where a precision of few bits and a CPU have a
-            use for it.
-        device: decides the dtype of activations and the operators.
-        train_device: that torch calibrates and rounds on.
-        max_length: context in tokens; None takes the model's own.
-        block_size: weights that share one quantization scale; None takes 32 for GGUF files whose
+        wide: also write the wide form for passes of many rows; only with INT4 or INT2 on a CPU.
+        device: determines the operators and the dtype of activations.
+        train_device: where PyTorch calibrates and quantizes.
+        max_length: context in tokens; None uses the model's own.
+        block_size: weights that share one quantization scale; None uses 32 for GGUF files whose
             integers are kept, else 128 for a large model and 64 for others, or what divides its
             sizes.
-        calibration: the user's own text, see `text_sources`; none lets the model write it itself.
-        least_tokens: that it must hold, for what comes after the export.
-        compensation_rank: of what a skipped layer returns; see `Manifest`. None takes the
-            first multiple of the block size from 64 on.
-        accuracy_level: in what MatMulNBits computes: 0 (as ONNX Runtime chooses), 1 (FP32), 2
-            (FP16), 3 (BF16) or 4 (INT8 activations). None takes 4 on the CPU, 0 on CUDA.
-        kv_cache: element type of the K/V cache.
+        calibration: texts, see `text_sources`; if empty, the model writes the text.
+        least_tokens: minimum length of the texts, as the training after the export requires.
+        compensation_rank: of what a skipped layer returns; see `Manifest`. None uses the first
+            multiple of the block size that is at least 64.
+        accuracy_level: compute type of MatMulNBits: 0 (automatic), 1 (FP32), 2 (FP16), 3 (BF16) or
+            4 (INT8 activations). None uses 4 on the CPU, 0 on CUDA.
+        kv_cache: element type of the KV cache.
         attention: in which forms the layers have it; None takes both where the choice, some eight
             microseconds a layer, is a small part of the layer's time.
-        requantize: round weights that the source has as integers anew.
+        requantize: quantize weights again that the source has as integers.
         overwrite: replace an existing bundle.
-        resume: go on where an interrupted export stopped, and keep what is finished if this one
-            is interrupted.
-        seed: of everything random.
+        resume: continue an interrupted export, and keep the finished layers if this one is
+            interrupted.
+        seed: for all random choices.
         revision: of a hub id.
     """
 

@@ -50,7 +50,7 @@ def export(
         opened: called once the model is open and before any phase.
 
     Raises:
-        DashError: anything the user can mend; `out` is then as it was before.
+        DashError: anything the user can fix; `out` is then unchanged.
     """
     started = time.monotonic()
     onnxruntime()

@@ -41,7 +41,7 @@ _TEXT_FILES = (
 
 
 def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) -> None:
-    """Writes a folder that one kind of client loads as it is.
+    """Writes a folder that one kind of client can load.
 
     Args:
         bundle: exported for the CPU.

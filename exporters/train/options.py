@@ -91,17 +91,17 @@ def plan_of(effort: EffortName, facts: ModelFacts) -> TrainingPlan:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the user chooses.
+    """The options of a training.
 
     Attributes:
-        effort: how much to do.
-        calibration: the user's own text, see `text_sources`; none lets the model write it itself.
-        seed: of everything random.
-        device: that torch computes on.
-        decisions: how often the scorer runs for a token, or `auto`; None takes the plan's.
-        start: a bundle whose scorer the training starts from, with its decision points: a tenth of
-            the passes will do.
-        plan: in place of that of the effort.
+        effort: how long to train.
+        calibration: texts, see `text_sources`; if empty, the model writes the text.
+        seed: for all random choices.
+        device: where PyTorch computes.
+        decisions: how often the scorer runs per token, or `auto`; None uses the plan's number.
+        start: a bundle whose scorer the training starts from, with its decision points, for a tenth
+            of the passes.
+        plan: replaces the plan of the effort.
     """
 
     effort: EffortName = "quick"

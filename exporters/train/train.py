@@ -23,8 +23,8 @@ from dash_onnx.runtime.profile import profile
 def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) -> Manifest:
     """Trains a scorer and the compensation of a bundle, and measures tables and fresh costs.
 
-    The bundle stays as it was until the end, when a trained copy takes its place. An interrupted
-    run goes on at the next call with the same options.
+    The bundle is unchanged until the end, when a trained copy replaces it. After an interruption,
+    the next call with the same options continues the training.
 
     Args:
         folder: of the bundle.
