@@ -135,7 +135,7 @@ def _parser() -> Parser:
         default="quick",
         help="compare the result with transformers; exit code 1 if a limit is exceeded. quick: the "
         "highest precision of every layer, on a short text; full: every graph, on a longer text, "
-        "with a table (default: %(default)s)",
+        "with a table; none: no comparison (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_log_options(parser)
