@@ -212,7 +212,9 @@ def guessed(part: Part) -> str:
 
 def beside_genai(part: Part) -> str:
     """Tokens per second with guesses, ours and GenAI's own, by kind of prompt."""
-    rows = [["prompts", "GenAI", "GenAI, speculative", "dash-onnx", "dash-onnx, speculative", "ratio"]]
+    rows = [
+        ["prompts", "GenAI", "GenAI, speculative", "dash-onnx", "dash-onnx, speculative", "ratio"]
+    ]
     for (_, kind), by in _by_prompt(found(part)[0]).items():
         if "GenAI" in by:
             names = ("GenAI", "GenAI + ngram", "off", "auto")
