@@ -246,7 +246,7 @@ def _by_prompt(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 def clients(part: Part) -> str:
     """The servers of a run, by number of clients."""
-    rows = [["", "clients", "tokens/s in total", "× one client", "between tokens, ms"]]
+    rows = [["", "clients", "tokens/s in total", "relative to one client", "between tokens, ms"]]
     (measured,) = found(part)
     for server, facts in measured.items():
         for count, rate in facts["tokens_per_s"].items():
