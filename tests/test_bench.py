@@ -203,7 +203,7 @@ def test_a_run_may_guess(tiny_bundle: Path, capsys: Capture) -> None:
     amount = ("--max-prompts", 1, "--new-tokens", 8, "--rounds", 1, "--threads", 1, "--no-quality")
     assert TOOL.run(tiny_bundle, "--run", "int8", "--run", "int8+ngram", *amount) == 0
     out = capsys.readouterr().out
-    assert "dash int8+ngram" in out and "of runs that guess the mean" in out
+    assert "dash int8+ngram" in out and "runs with speculation: mean" in out
     for wrong, told in (("int8+magic", "off, ngram"), ("random+ngram", "one path")):
         assert told in TOOL.refused(capsys, tiny_bundle, "--run", wrong)
 
@@ -219,7 +219,7 @@ def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capt
     [
         ("dying", "stopped: RuntimeError: out of luck"),
         ("lacking", "No module named 'no_such_package'"),
-        ("vllm", "no client of vllm is installed (there are: "),
+        ("vllm", "no client for vllm is installed (installed: "),
     ],
 )
 def test_a_peer_that_cannot_run_is_one_line(

@@ -164,9 +164,7 @@ def test_a_log_has_every_phase_and_says_when_the_bundle_can_answer(
     names = [re.sub(r" \d+ (s|min)$", "", part) for part in rest.split(", ")]
     assert [line.partition(": starts")[0] for line in lines if ": starts" in line] == names
     assert sum("(expected " in line for line in lines) == len(names)
-    answers = lines.index(
-        f'{out} can answer now: dash-run {out} "Hello!"; the policy is being trained'
-    )
+    answers = lines.index(f'{out} can answer now: dash-run {out} "Hello!"; training the policy')
     assert any(line.startswith("costs: done in ") for line in lines[:answers])
     assert any(line.startswith("training text: starts") for line in lines[answers:])
 

@@ -574,7 +574,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"stop": "x" * 1001}, openai.BadRequestError, "at most 16 strings"),
         ({"extra_body": {"budget": "cheap"}}, openai.BadRequestError, "budget"),
         ({"extra_body": {"policy": "magic"}}, openai.BadRequestError, "policy"),
-        ({"extra_body": {"policy": "static:@/etc/passwd"}}, openai.BadRequestError, "no file"),
+        ({"extra_body": {"policy": "static:@/etc/passwd"}}, openai.BadRequestError, "a file"),
         ({"messages": [{"role": "user", "content": "x " * 2000}]}, openai.BadRequestError, "256"),
     ],
     ids=lambda value: str(value)[:40],

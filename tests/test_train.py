@@ -766,7 +766,7 @@ def test_a_bundle_for_a_device_that_is_not_there_is_refused(bundle: Path) -> Non
 def test_a_gpu_that_torch_does_not_find_is_one_line(bundle: Path, capsys: Capture) -> None:
     before = files_of(bundle)
     error = TOOL.refused(capsys, bundle, "--train-device", "cuda")
-    assert "torch finds no GPU here; take --train-device cpu" in error
+    assert "PyTorch finds no GPU here; use --train-device cpu" in error
     assert files_of(bundle) == before
 
 

@@ -309,7 +309,7 @@ def test_prompts_of_a_fused_graph_run_wide_where_that_is_asked_for(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--policy", "int8", "--prefill", "wide"), "only with layers in int4 or int2"),
+        (("--policy", "int8", "--prefill", "wide"), "only with int4 or int2 layers"),
         (("--policy", "int4", "--prefill", "int8"), "takes no prefill"),
     ],
 )
