@@ -162,8 +162,8 @@ def test_json_is_one_object_with_text_and_figures(
     assert facts["time_to_first_token_ms"] > 0
     assert facts["ms_per_token"] > 0
     assert facts["tokens_per_second"] > 0
-    assert facts["policy"] == "full"
-    assert facts["actions"] == {"full": 1.0}
+    assert facts["policy"] == "balanced"
+    assert facts["actions"] == {tiny_model.policy().uniform[0]: 1.0}
 
 
 def test_json_lines_tell_each_token_as_it_comes(tiny_bundle: Path, capsys: Capture) -> None:
