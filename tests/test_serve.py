@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,16 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.batch import BatchDecoder, Request
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.stream import Stream
-from dash_onnx.serve.app import _next, create_app
+from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
-from dash_onnx.serve.running import Alone
+from dash_onnx.serve.running import run_alone
 from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
-from dash_onnx.serve.shelf import Shelf, Unloaded, open_bundles
+from dash_onnx.serve.service import Job, Service, Tally
+from dash_onnx.serve.shelf import Shelf, Source, open_bundles
 from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
@@ -54,11 +56,15 @@ class Server:
     """An app behind uvicorn, in a thread."""
 
     def __init__(
-        self, models: Mapping[str, Model | Unloaded], limits: Limits | None = None, **options: Any
+        self, models: Mapping[str, Model | Source], limits: Limits | None = None, **options: Any
     ):
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.app = create_app(models, limits, **options)
+        bundles = {
+            name: Source.of_model(model) if isinstance(model, Model) else model
+            for name, model in models.items()
+        }
+        self.app = create_app(bundles, limits, **options)
         self._server = DrainingServer(self.app)
         self._thread = threading.Thread(target=self._server.run, args=([self.socket],))
         self._thread.start()
@@ -409,7 +415,7 @@ def test_a_budget_under_load_that_a_bundle_cannot_meet_is_refused_at_the_start(
     scored: Model,
 ) -> None:
     with pytest.raises(PolicyError, match="outside what this bundle can do"):
-        create_app({"scored": scored}, Limits(budget_under_load=0.001))
+        create_app({"scored": Source.of_model(scored)}, Limits(budget_under_load=0.001))
 
 
 @pytest.fixture
@@ -480,25 +486,29 @@ def test_a_server_that_ends_says_so_and_finishes_its_answers(tiny_model: Model) 
         running.join()
 
 
-def test_a_handler_that_is_cancelled_leaves_nothing_in_the_queue() -> None:
-    ended: list[bool] = []
+@pytest.mark.usefixtures("slow")
+def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -> None:
+    async def stays() -> None:
+        await asyncio.Event().wait()
 
-    async def pieces() -> AsyncGenerator[Any, None]:
-        try:
-            await asyncio.sleep(60)
-            yield 0, None
-        finally:
-            ended.append(True)
-
-    async def cancelled() -> None:
-        task = asyncio.create_task(_next(pieces(), None))  # type: ignore[arg-type]
-        await asyncio.sleep(0.01)
+    async def cancelled(speculate: Any) -> None:
+        service = Service({"tiny": Source.of_model(tiny_model)}, Limits(running=1))
+        prompt = tiny_model.text.encode("the keeper")
+        options = GenerationOptions(policy="int8", max_new_tokens=200, speculate=speculate)
+        chunks = service.generate(Job("tiny", prompt, options, [Tally(), Tally()]), stays())
+        await anext(chunks)
+        assert service.metrics.running._value.get() == 1
+        task = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert ended
+        assert service.metrics.running._value.get() == 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        await asyncio.to_thread(service.shelf.close)
 
-    asyncio.run(cancelled())
+    for speculate in ("off", "ngram"):
+        asyncio.run(cancelled(speculate))
 
 
 @pytest.mark.usefixtures("slow")
@@ -523,7 +533,7 @@ def test_a_prompt_that_nobody_waits_for_keeps_its_place_until_it_has_run(tiny_mo
     async def left() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await Alone.begun(begin)
+                await run_alone(begin, lambda piece: None)
 
     asyncio.run(left())
     assert next(ended[0], None) is None  # closed

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,35 +21,29 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dash_onnx.core.actions import path_letters
 from dash_onnx.core.arrays import Ids
-from dash_onnx.core.errors import ContextLengthError, DashError
+from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.plans import preset_plans
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.errors import APIError, refusal, refusing
+from dash_onnx.serve.errors import APIError, outcome_of, refusing
+from dash_onnx.serve.events import EventStream
 from dash_onnx.serve.limits import Limits, is_trusted
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
-from dash_onnx.serve.service import Service, Tally, check_words
-from dash_onnx.serve.shelf import Unloaded
+from dash_onnx.serve.service import Job, Service, Tally, check_words
+from dash_onnx.serve.shelf import Source
 from dash_onnx.serve.tools import with_tools
 
 _LOG = logging.getLogger(__name__)
-_LOOK_S = 0.5  # between two looks whether a client that waits is still there
-_CLOSED = 499  # a client that went away, in logs and metrics
-_GRACE_S = 1.0  # after its time a stream still tells that it is over
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a line of the log
 _CODES = {404: "not_found", 405: "method_not_allowed"}
-_OUTCOMES = {200: "done", 429: "busy", 500: "error", 504: "timeout", _CLOSED: "closed", 0: "closed"}
 
 
 def create_app(
-    models: Mapping[str, Model | Unloaded],
+    bundles: Mapping[str, Source],
     limits: Limits | None = None,
     *,
     key: str | None = None,
@@ -59,7 +53,7 @@ def create_app(
     """The ASGI app.
 
     Args:
-        models: bundles by the name that requests call them, loaded or to be loaded on demand.
+        bundles: by the name that requests call them.
         limits: what it takes on.
         key: that clients must send as `Authorization: Bearer KEY`; None asks for none.
         origins: of web pages that may call it.
@@ -69,7 +63,7 @@ def create_app(
     Raises:
         PolicyError: a bundle cannot meet the budget under load.
     """
-    service = Service(models, limits or Limits())
+    service = Service(bundles, limits or Limits())
     server = _Server(service, key, only_here)
     routes = [
         Route("/", server.page),
@@ -146,7 +140,7 @@ class _Requests:
                 await APIError.defect(name).response()(scope, receive, named)
         finally:
             self._service.requests -= 1
-            outcome = state.get("outcome") or _OUTCOMES.get(status, "refused")
+            outcome = state.get("outcome") or outcome_of(status)
             if scope["method"] == "POST":
                 self._service.metrics.requests.labels(outcome).inc()
             seconds = time.monotonic() - started
@@ -250,7 +244,7 @@ class _Server:
                         told = f"a request may have at most {limits.body_bytes} bytes"
                         raise APIError(413, told, "too_large")
         except ClientDisconnect:
-            raise _gone() from None
+            raise APIError.gone() from None
         except TimeoutError:
             raise APIError(408, f"the body took {limits.seconds:g} s", "timeout") from None
         try:
@@ -273,40 +267,22 @@ class _Server:
         choices: list[Choice],
     ) -> Response:
         answer = Answer(name, chat=isinstance(body, ChatRequest))
-        tallies = [Tally(time.monotonic()), *(Tally() for _ in choices[1:])]
-        pieces = self._pieces(name, prompt, options, tallies)
-        first = await _next(pieces, request)  # what is refused has a status of its own
-        assert first is not None
-        if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = _events(request, first, pieces, answer, choices, tallies, usage)
-            return _EventStream(request, events, tallies[0].until)
-        async with contextlib.aclosing(pieces):
-            piece: tuple[int, Chunk] | None = first
-            while piece is not None:
-                index, chunk = piece
-                choices[index].add(chunk)
-                if await request.is_disconnected():
-                    raise _gone()
-                piece = await _next(pieces, request)
+        tallies = [Tally(before=time.monotonic()), *(Tally() for _ in choices[1:])]
+        job = Job(name, prompt, options, tallies)
+        chunks = self.service.generate(job, _left(request))
+        with refusing():  # what is refused before the first token has a status of its own
+            if body.stream:
+                first = await anext(chunks)
+                usage = bool(body.stream_options and body.stream_options.include_usage)
+                stream = request.state, job, chunks, first, answer, choices
+                return EventStream(*stream, usage=usage)
+            async with contextlib.aclosing(chunks):
+                async for index, chunk in chunks:
+                    choices[index].add(chunk)
         reasons = [tally.finish_reason for tally in tallies]
-        told = {"usage": _usage(tallies), "dash": tallies[0].facts()}
-        return JSONResponse(answer.whole(choices, reasons, **told))
-
-    async def _pieces(
-        self, name: str, prompt: Ids, options: GenerationOptions, tallies: list[Tally]
-    ) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """The chunks of all choices as they come, with the choice's number."""
-        try:
-            pieces = self.service.choices(name, prompt, options, tallies)
-            async with contextlib.aclosing(pieces):
-                async for piece in pieces:
-                    yield piece
-        except DashError as error:
-            raise refusal(error) from None
-        except TimeoutError:
-            limit = self.service.limits.seconds
-            raise APIError(504, f"it took longer than {limit:g} s", "timeout") from None
+        return JSONResponse(
+            answer.whole(choices, reasons, usage=job.usage, dash=tallies[0].facts())
+        )
 
     def _check_length(self, prompt: Ids) -> None:
         most = self.service.limits.most_prompt_tokens
@@ -335,8 +311,11 @@ class _Server:
         return name
 
 
-def _gone() -> APIError:
-    return APIError(_CLOSED, "the client went away", "closed")
+async def _left(request: Request) -> None:
+    """Raises once the client is gone, whose body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    raise APIError.gone()
 
 
 def _host(request: Request) -> str:
@@ -345,104 +324,3 @@ def _host(request: Request) -> str:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:
         return ""
-
-
-async def _next(
-    pieces: AsyncGenerator[tuple[int, Chunk], None], request: Request
-) -> tuple[int, Chunk] | None:
-    """The next piece; a client that goes away while it waits gives up its place."""
-    begun = asyncio.ensure_future(anext(pieces, None))
-    try:
-        while not (await asyncio.wait({begun}, timeout=_LOOK_S))[0]:
-            if await request.is_disconnected():
-                raise _gone()
-    finally:
-        if begun.cancel():
-            await asyncio.wait({begun})
-    return begun.result()
-
-
-class _EventStream(StreamingResponse):
-    """Events that the client must have read by a time: a slow reader keeps no place."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, request: Request, events: AsyncGenerator[str, None], until: float):
-        super().__init__(events)
-        self._state, self._events, self._until = request.state, events, until
-
-    async def stream_response(self, send: Send) -> None:
-        self._state.outcome = "closed"  # unless it comes to its end
-        async with contextlib.aclosing(self._events):
-            try:
-                async with asyncio.timeout_at(self._until + _GRACE_S):
-                    await super().stream_response(send)
-            except TimeoutError:  # nothing can be told to who reads nothing
-                self._state.outcome = "timeout"
-
-
-async def _events(
-    request: Request,
-    first: tuple[int, Chunk],
-    pieces: AsyncGenerator[tuple[int, Chunk], None],
-    answer: Answer,
-    choices: list[Choice],
-    tallies: list[Tally],
-    usage: bool,
-) -> AsyncGenerator[str, None]:
-    """Server-sent events: each choice begins with its role and ends with its reason."""
-    begun: set[int] = set()
-    async with contextlib.aclosing(pieces):
-        try:
-            async for index, chunk in _chained(first, pieces):
-                if index not in begun:
-                    begun.add(index)
-                    yield _event(answer.piece(index, None))
-                facts = {
-                    "path": path_letters(chunk.path),
-                    "ms": round(chunk.ms, 3),
-                    "cost": round(tallies[index].last, 4),
-                }
-                said, token = choices[index].add(chunk)
-                yield _event(answer.piece(index, said, token=token, dash=facts))
-                if chunk.finish_reason is not None:
-                    reason, calls = tallies[index].finish_reason, choices[index].calls
-                    if calls:
-                        reason = "tool_calls"
-                        yield _event(answer.piece(index, "", calls=calls))
-                    yield _event(answer.piece(index, "", reason, dash=tallies[index].facts()))
-            if usage:
-                yield _event(answer.usage(_usage(tallies)))
-        except APIError as error:
-            request.state.outcome = _OUTCOMES.get(error.status, "refused")
-            yield _event(error.body())
-            return
-        except Exception:
-            name, request.state.outcome = request.state.name, "error"
-            _LOG.exception("%s failed", name, extra={"facts": {"request": name}})
-            yield _event(APIError.defect(name).body())
-            return
-    request.state.outcome = "done"
-    yield "data: [DONE]\n\n"
-
-
-async def _chained(
-    first: tuple[int, Chunk], pieces: AsyncIterator[tuple[int, Chunk]]
-) -> AsyncIterator[tuple[int, Chunk]]:
-    yield first
-    async for piece in pieces:
-        yield piece
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-def _usage(tallies: list[Tally]) -> dict[str, int]:
-    prompt = tallies[0].prompt_tokens
-    answered = sum(tally.generated_tokens for tally in tallies)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answered,
-        "total_tokens": prompt + answered,
-    }

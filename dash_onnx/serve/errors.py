@@ -11,6 +11,8 @@ from starlette.responses import JSONResponse
 from dash_onnx.core.errors import BundleError, ContextLengthError, DashError, DeviceError
 from dash_onnx.serve.limits import BusyError
 
+_CLOSED = 499  # a client that went away, in logs and metrics
+_OUTCOMES = {200: "done", 429: "busy", 500: "error", 504: "timeout", _CLOSED: "closed", 0: "closed"}
 _RETRY_S = 2  # what a client that is refused for load is told to wait
 
 
@@ -45,6 +47,16 @@ class APIError(Exception):
         """Of the server, in the request of a name."""
         return cls(500, f"an error of the server; see request {name} in its log", "internal_error")
 
+    @classmethod
+    def gone(cls) -> APIError:
+        """Of a client that went away."""
+        return cls(_CLOSED, "the client went away", "closed")
+
+    @property
+    def outcome(self) -> str:
+        """As metrics count it."""
+        return outcome_of(self.status)
+
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -56,17 +68,24 @@ class APIError(Exception):
         return JSONResponse(self.body(), self.status, self._headers)
 
 
+def outcome_of(status: int) -> str:
+    """What a request came to, as metrics count it, by its status of HTTP; 0: none was sent."""
+    return _OUTCOMES.get(status, "refused")
+
+
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
     """Turns what is refused within it into an answer."""
     try:
         yield
-    except DashError as error:
+    except (DashError, TimeoutError) as error:
         raise refusal(error) from None
 
 
-def refusal(error: DashError) -> APIError:
+def refusal(error: DashError | TimeoutError) -> APIError:
     """The answer to a request that is refused."""
+    if isinstance(error, TimeoutError):
+        return APIError(504, str(error), "timeout")
     if isinstance(error, BusyError):
         return APIError(429, str(error), "busy")
     if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could mend

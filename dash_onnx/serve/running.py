@@ -1,4 +1,4 @@
-"""Generations that run elsewhere than their request: in a batch, or in threads by turns."""
+"""Generations that run in other threads than the event loop: together in a batch, or each alone."""
 
 from __future__ import annotations
 
@@ -6,64 +6,57 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-from dash_onnx.core.budget import Budget
-from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.batch import Batch, Request
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.batch import Batch, Deliver, Request
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy
 from dash_onnx.runtime.stream import Stream
 
 _IDLE_S = 0.5  # a thread that has nothing to do looks up
 
 
-class Running(Protocol):
-    """A generation that runs elsewhere."""
+@dataclass(frozen=True)
+class Running:
+    """A generation that runs in another thread.
 
-    @property
-    def policy(self) -> Policy:
-        """What decides the next token."""
+    Attributes:
+        current: its policy, and what changes its budget.
+        close: ends it, at the latest after the token in progress.
+    """
 
-    async def next(self) -> Chunk | None:
-        """Its next chunk; None after the last."""
-
-    def set_budget(self, budget: Budget) -> None:
-        """From the next token on."""
-
-    def close(self) -> None:
-        """Ends it."""
+    current: CurrentPolicy | Stream
+    close: Callable[[], None]
 
 
-class Alone:
-    """A generation of its own, each token in a thread."""
+async def run_alone(begin: Callable[[], Stream], put: Deliver) -> Running:
+    """Runs the prompt, and then the answer in a thread of its own.
 
-    def __init__(self, stream: Stream):
-        self._stream = stream
-        self.set_budget, self.close = stream.set_budget, stream.close
+    A prompt that nobody waits for any more still runs to its end, and only then gives up its place.
 
-    @classmethod
-    async def begun(cls, begin: Callable[[], Stream]) -> Alone:
-        """Runs the prompt.
+    Args:
+        begin: runs the prompt.
+        put: takes chunks, and what ends them before their time; called by the event loop.
+    """
+    loop, begun = asyncio.get_running_loop(), asyncio.ensure_future(asyncio.to_thread(begin))
+    try:
+        stream = await asyncio.shield(begun)
+    except asyncio.CancelledError:
+        await until_done(begun)
+        if begun.exception() is None:
+            begun.result().close()
+        raise
 
-        One that nobody waits for any more still runs to its end, and only then gives up its place.
-        """
-        stream = asyncio.ensure_future(asyncio.to_thread(begin))
-        try:
-            return cls(await asyncio.shield(stream))
-        except asyncio.CancelledError:
-            await until_done(stream)
-            if stream.exception() is None:
-                stream.result().close()
-            raise
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
+            try:
+                for chunk in stream:
+                    loop.call_soon_threadsafe(put, chunk)
+            except Exception as error:
+                loop.call_soon_threadsafe(put, error)
 
-    @property
-    def policy(self) -> Policy:
-        """See `Running`."""
-        return self._stream.policy
-
-    async def next(self) -> Chunk | None:
-        """See `Running`."""
-        return await asyncio.to_thread(next, self._stream, None)
+    threading.Thread(target=run, name="alone", daemon=True).start()
+    return Running(stream, stream.close)
 
 
 async def until_done(*tasks: asyncio.Future[Any]) -> None:
@@ -73,57 +66,46 @@ async def until_done(*tasks: asyncio.Future[Any]) -> None:
             await asyncio.wait(tasks)
 
 
-class Together:
-    """A generation in a batch, whose thread delivers chunks to this one's event loop."""
-
-    request: Request
-
-    def __init__(self) -> None:
-        self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue[Chunk | Exception]()
-        self._ended = False
-
-    def deliver(self, piece: Chunk | Exception) -> None:
-        """Called by the thread of the batch."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
-
-    @property
-    def policy(self) -> Policy:
-        """See `Running`."""
-        return self.request.current.policy
-
-    async def next(self) -> Chunk | None:
-        """See `Running`."""
-        if self._ended:
-            return None
-        piece = await self._pieces.get()
-        if isinstance(piece, Exception):
-            raise piece
-        self._ended = piece.finish_reason is not None
-        return piece
-
-    def set_budget(self, budget: Budget) -> None:
-        """See `Running`."""
-        self.request.current.set_budget(budget)
-
-    def close(self) -> None:
-        """See `Running`."""
-        self.request.cancelled.set()
-
-
 class BatchThread:
-    """Runs the steps of a batch."""
+    """Runs the steps of a batch, and wakes the event loop once a step."""
 
     def __init__(self, batch: Batch):
-        self.submit = batch.submit
         self._batch, self._closed = batch, False
+        self._pieces: list[tuple[Deliver, Chunk | Exception]] = []  # of the step in progress
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
 
+    async def run(self, request: Callable[[Deliver], Request], put: Deliver) -> Running:
+        """Adds a generation.
+
+        Args:
+            request: makes it, given what takes its chunks in the thread.
+            put: takes them in the event loop.
+        """
+        self._loop = asyncio.get_running_loop()
+
+        def deliver(piece: Chunk | Exception) -> None:
+            self._pieces.append((put, piece))
+            if isinstance(piece, Chunk) and piece.generated_tokens == 1:
+                self._hand_over()  # a pass of the others may follow in the same step
+
+        made = await asyncio.to_thread(request, deliver)
+        self._batch.submit(made)
+        return Running(made.current, made.cancelled.set)
+
     def _run(self) -> None:
         while not self._closed:
-            if not self._batch.step():
+            busy = self._batch.step()
+            self._hand_over()
+            if not busy:
                 self._batch.wait(_IDLE_S)
+
+    def _hand_over(self) -> None:
+        pieces, self._pieces = self._pieces, []
+        if pieces and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
+                self._loop.call_soon_threadsafe(_put_all, pieces)
 
     @property
     def reused(self) -> int:
@@ -140,3 +122,8 @@ class BatchThread:
         self._closed = True
         self._thread.join()
         self._batch.save()
+
+
+def _put_all(pieces: list[tuple[Deliver, Chunk | Exception]]) -> None:
+    for put, piece in pieces:
+        put(piece)

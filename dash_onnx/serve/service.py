@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
@@ -19,15 +19,13 @@ from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.batch import Deliver
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.stream import Stream
 from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
-from dash_onnx.serve.running import Alone, Running, Together, until_done
-from dash_onnx.serve.shelf import Place, Shelf, Unloaded
-
-_Piece = tuple[int, Chunk | Exception | None]
-"""Of the choice of a number: a chunk, or what ended it, None in good order."""
+from dash_onnx.serve.running import Running, run_alone, until_done
+from dash_onnx.serve.shelf import Place, Shelf, Source
 
 
 class Metrics:
@@ -40,7 +38,8 @@ class Metrics:
         given: dict[str, Any] = {"registry": self.registry}
         ProcessCollector(**given)  # memory, time, open files
         self.requests = Metric("dash_requests", "by outcome", ["outcome"], **given)
-        self.tokens = Metric("dash_tokens", "prompt and generated", ["kind"], **given)
+        tokens = Metric("dash_tokens", "prompt and generated", ["kind"], **given)
+        self.prompted, self.generated = tokens.labels("prompt"), tokens.labels("generated")
         self.actions = Metric("dash_actions", "decisions by action", ["action"], **given)
         self.guesses = Metric("dash_guesses", "of speculation", ["outcome"], **given)
         self.reused = Gauge("dash_prompt_tokens_reused", "that a row or a prefix held", **given)
@@ -58,21 +57,17 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """What one answer has cost so far.
+    """What one choice of an answer has cost so far."""
 
-    Attributes:
-        arrived: when its request did, by `time.monotonic`; None of its second choice and later.
-        until: when its request must have ended, by the clock of the event loop.
-    """
-
-    arrived: float | None = None
-    until: float = math.inf
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cost: float = 0.0  # the sum over tokens, as shares of the reference's time
     last: float = 0.0  # of the last token likewise
+    before: float | None = None  # when it, or the request, came, by `time.monotonic`
     budget: float | None = None
+    range: tuple[float, float] | None = None  # of the budget: usual, and under load
+    pressure: float = 0.0  # that the budget is of
     policy: str = ""
     actions: Counter[str] = field(default_factory=Counter)
 
@@ -87,6 +82,36 @@ class Tally:
         }
 
 
+@dataclass
+class Job:
+    """What a request has generated.
+
+    Attributes:
+        name: of the bundle.
+        prompt: its tokens `[S]`.
+        options: of the generation; each choice draws with a seed of its own.
+        tallies: for each choice, what it has cost.
+        until: when it must have ended, by the clock of the event loop.
+    """
+
+    name: str
+    prompt: Ids
+    options: GenerationOptions
+    tallies: list[Tally]
+    until: float = math.inf
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens, as OpenAI counts them."""
+        prompt = self.tallies[0].prompt_tokens
+        answered = sum(tally.generated_tokens for tally in self.tallies)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answered,
+            "total_tokens": prompt + answered,
+        }
+
+
 class Service:
     """The queue before the bundles.
 
@@ -98,21 +123,21 @@ class Service:
         requests: in progress.
     """
 
-    def __init__(self, models: Mapping[str, Model | Unloaded], limits: Limits):
+    def __init__(self, bundles: Mapping[str, Source], limits: Limits):
         """Takes bundles by name.
 
         Raises:
             PolicyError: a bundle cannot meet the budget under load.
         """
-        self.shelf, self.limits, self.metrics = Shelf(models, limits), limits, Metrics()
+        self.shelf, self.limits, self.metrics = Shelf(bundles, limits), limits, Metrics()
         self.draining, self.requests = False, 0
         self._slots = asyncio.Semaphore(limits.running)
         self._waiting = 0
         self._under_load: dict[str, float] = {}
         if limits.budget_under_load is not None:
-            for name, model in models.items():
-                least = resolve(limits.budget_under_load, model.manifest)
-                multiplier_of(least, scorer_facts(model.manifest).points)  # refuses it now
+            for name, bundle in bundles.items():
+                least = resolve(limits.budget_under_load, bundle.manifest)
+                multiplier_of(least, scorer_facts(bundle.manifest).points)  # refuses it now
                 self._under_load[name] = least
 
     @property
@@ -149,8 +174,8 @@ class Service:
             self._slots.release()
             self._show()
 
-    async def choices(
-        self, name: str, prompt: Ids, options: GenerationOptions, tallies: Sequence[Tally]
+    async def generate(
+        self, job: Job, left: Coroutine[Any, Any, None]
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all choices of a request as they come, each with the choice's number.
 
@@ -158,143 +183,113 @@ class Service:
         batch to share it in, and they run one after the other.
 
         Args:
-            name: of the bundle.
-            prompt: its tokens.
-            options: of the generation; each choice draws with a seed of its own.
-            tallies: for each choice, where what it costs is added.
+            job: of the request.
+            left: raises once its client is gone.
 
         Raises:
             DashError: the prompt or an option is refused.
             TimeoutError: it took longer than a request may.
         """
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[_Piece]()
-        begun, ended = asyncio.Event(), [asyncio.Event() for _ in tallies]
+        manifest = self.shelf.manifest(job.name)
+        whole = reference_ms(manifest)
+        queue = asyncio.Queue[tuple[int, Chunk] | Exception]()
+        runs: dict[int, Running] = {}
+        begun, ended = asyncio.Event(), [asyncio.Event() for _ in job.tallies]
 
-        async def put(index: int) -> None:
-            end: Exception | None = None
-            try:
-                async with contextlib.AsyncExitStack() as needed:
-                    if index == 0:
-                        await needed.enter_async_context(self.slot())
-                        until = loop.time() + self.limits.seconds
-                        for tally in tallies:
-                            tally.until = until
-                    else:
-                        alone = options.speculate != "off"
-                        await (ended[index - 1] if alone else begun).wait()
-                        async with asyncio.timeout_at(tallies[index].until):
-                            await needed.enter_async_context(self.slot(further=True))
-                    chosen = options
-                    if options.seed is not None:
-                        chosen = replace(options, seed=options.seed + index)
-                    chunks = self._run(name, prompt, chosen, tallies[index])
-                    async with contextlib.aclosing(chunks):
-                        async for chunk in chunks:
-                            pieces.put_nowait((index, chunk))
-                            begun.set()
-            except Exception as error:
-                end = error
-            finally:
-                pieces.put_nowait((index, end))
-                begun.set()
+        def put(index: int, piece: Chunk | Exception) -> None:
+            queue.put_nowait(piece if isinstance(piece, Exception) else (index, piece))
+            begun.set()
+            if isinstance(piece, Exception) or piece.finish_reason is not None:
                 ended[index].set()
 
-        tasks = [asyncio.create_task(put(index)) for index in range(len(tallies))]
-        running = len(tasks)
+        async def run(index: int) -> None:
+            async with contextlib.AsyncExitStack() as needed:
+                if index == 0:
+                    await needed.enter_async_context(self.slot())
+                    job.until = asyncio.get_running_loop().time() + self.limits.seconds
+                else:
+                    alone = job.options.speculate != "off"
+                    await (ended[index - 1] if alone else begun).wait()
+                async with asyncio.timeout_at(job.until):
+                    if index:
+                        await needed.enter_async_context(self.slot(further=True))
+                    place = await needed.enter_async_context(self.shelf.using(job.name))
+                    runs[index] = await self._begun(place, job, index, partial(put, index))
+                    needed.callback(runs[index].close)
+                    self._lower(job.tallies[index], runs[index].current)
+                    await ended[index].wait()
+
+        async def guarded(work: Coroutine[Any, Any, None]) -> None:
+            try:
+                await work
+            except TimeoutError:
+                told = f"it took longer than {self.limits.seconds:g} s"
+                queue.put_nowait(TimeoutError(told))
+            except Exception as error:
+                queue.put_nowait(error)
+
+        works = left, *(run(index) for index in range(len(job.tallies)))
+        tasks = [asyncio.create_task(guarded(work)) for work in works]
+        running = len(job.tallies)
         try:
             while running:
-                index, piece = await pieces.get()
+                piece = await queue.get()
                 if isinstance(piece, Exception):
                     raise piece
-                if piece is None:
-                    running -= 1
-                else:
-                    yield index, piece
+                index, chunk = piece
+                tally, current = job.tallies[index], runs[index].current
+                tally.last = current.policy.cost_ms(chunk.path, manifest.costs) / whole
+                self._count(tally, chunk)
+                self._lower(tally, current)
+                running -= chunk.finish_reason is not None
+                yield piece
         finally:
             for task in tasks:
                 task.cancel()
             await until_done(*tasks)
 
-    async def _run(
-        self, name: str, prompt: Ids, options: GenerationOptions, tally: Tally
-    ) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one generation, counted."""
-        async with contextlib.AsyncExitStack() as needed:
-            # Not around the chunks: who takes them may be another task.
-            async with asyncio.timeout_at(tally.until):
-                place = await needed.enter_async_context(self.shelf.using(name))
-                running = await self._begun(place, prompt, options)
-            chunks = self._counted(name, place.model, running, options, tally)
-            async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    yield chunk
-
-    async def _counted(
-        self,
-        name: str,
-        model: Model,
-        running: Running,
-        options: GenerationOptions,
-        tally: Tally,
-    ) -> AsyncGenerator[Chunk, None]:
-        """Its chunks; while others wait, its budget falls."""
-        metrics, policy = self.metrics, running.policy
-        usual = policy.budget
-        flexible = name in self._under_load and options.budget is None
-        pressure = 0.0
-        tally.policy, tally.budget = policy.name, usual
-        whole, before = reference_ms(model.manifest), tally.arrived
-        try:
-            while True:
-                if flexible and usual is not None and self.pressure != pressure:
-                    pressure = self.pressure
-                    tally.budget = lowered(usual, self._under_load[name], pressure)
-                    running.set_budget(tally.budget)
-                policy = running.policy
-                async with asyncio.timeout_at(tally.until):
-                    chunk = await running.next()
-                if chunk is None:
-                    break
-                now = time.monotonic()
-                waited = metrics.between if tally.generated_tokens else metrics.first
-                if before is not None:
-                    waited.observe(now - before)
-                before = now
-                cost = policy.cost_ms(chunk.path, model.manifest.costs) / whole
-                self._count(chunk, tally, cost)
-                yield chunk
-        finally:
-            running.close()
-
-    async def _begun(self, place: Place, prompt: Ids, options: GenerationOptions) -> Running:
-        """A generation among the others of its bundle, or one of its own that guesses."""
-        model, batch = place.model, place.batch
+    async def _begun(self, place: Place, job: Job, index: int, put: Deliver) -> Running:
+        """A choice among the others of its bundle, or alone where it guesses."""
+        model, batch, options = place.model, place.batch, job.options
         policy = model.policy_of(options)
         await self.shelf.prepare(place, policy, model.draft_of(policy, options.speculate))
+        tally, usual = job.tallies[index], policy.budget
+        tally.policy, tally.budget = policy.name, usual
+        if usual is not None and options.budget is None and job.name in self._under_load:
+            tally.range = usual, self._under_load[job.name]
+        if options.seed is not None:
+            options = replace(options, seed=options.seed + index)
         if batch is None or options.speculate != "off":
-            return await Alone.begun(functools.partial(model.stream, prompt, options=options))
-        pieces = Together()
-        pieces.request = await asyncio.to_thread(model.request, prompt, pieces.deliver, options)
-        batch.submit(pieces.request)
-        return pieces
+            return await run_alone(partial(model.stream, job.prompt, options=options), put)
+        return await batch.run(lambda deliver: model.request(job.prompt, deliver, options), put)
 
-    def _count(self, chunk: Chunk, tally: Tally, cost: float) -> None:
-        metrics = self.metrics
-        tally.last = cost
+    def _lower(self, tally: Tally, current: CurrentPolicy | Stream) -> None:
+        """While others wait, the budget of the next token falls."""
+        if tally.range is not None and self.pressure != tally.pressure:
+            tally.pressure = self.pressure
+            tally.budget = lowered(*tally.range, tally.pressure)
+            current.set_budget(tally.budget)
+
+    def _count(self, tally: Tally, chunk: Chunk) -> None:
+        metrics, now = self.metrics, time.monotonic()
+        if tally.before is not None:
+            waited = metrics.between if tally.generated_tokens else metrics.first
+            waited.observe(now - tally.before)
         if not tally.generated_tokens:
             tally.prompt_tokens = chunk.prompt_tokens
-            if tally.arrived is not None:
-                metrics.tokens.labels("prompt").inc(chunk.prompt_tokens)
+            if tally.before is not None:  # of the first choice
+                metrics.prompted.inc(chunk.prompt_tokens)
         else:  # the first token comes from the prompt
-            tally.actions.update(chunk.path)
-            tally.cost += cost
+            tally.cost += tally.last
             for action, count in Counter(chunk.path).items():
+                tally.actions[action] += count
                 metrics.actions.labels(action).inc(count)
         if chunk.guess is not None:
             metrics.guesses.labels("right").inc(chunk.guess.right)
             metrics.guesses.labels("wrong").inc(chunk.guess.tokens - chunk.guess.right)
         tally.generated_tokens += 1
-        metrics.tokens.labels("generated").inc()
+        tally.before = now
+        metrics.generated.inc()
         if chunk.finish_reason is not None:
             tally.finish_reason = "stop" if chunk.finish_reason == "stop" else "length"
 

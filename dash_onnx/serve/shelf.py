@@ -7,8 +7,10 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dash_onnx.core.budget import Budget, resolve
 from dash_onnx.core.bundle import Bundle
@@ -20,52 +22,59 @@ from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.prefix import PrefixStore
-from dash_onnx.runtime.sessions import Memory
 from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
 from dash_onnx.serve.running import BatchThread
 
 _LOG = logging.getLogger(__name__)
 
 
-class Unloaded:
-    """A bundle on disk, of which nothing is loaded but the manifest."""
+@dataclass(frozen=True)
+class Source:
+    """Where a bundle comes from.
 
-    def __init__(
-        self,
+    Attributes:
+        manifest: of the bundle.
+        policy: of requests that name none.
+        text: reads its tokenizer and template.
+        open: gives the model.
+        loaded: the model is the app's, loaded already, and stays so.
+    """
+
+    manifest: Manifest
+    policy: Policy
+    text: Callable[[], TextCodec]
+    open: Callable[[], Model]
+    loaded: bool = False
+
+    @classmethod
+    def of_model(cls, model: Model) -> Source:
+        """A model of the app's."""
+        return cls(model.manifest, model.policy(), lambda: model.text, lambda: model, loaded=True)
+
+    @classmethod
+    def of_folder(
+        cls,
         folder: str | Path,
         *,
         device: Device | None = None,
-        threads: int | None = None,
         policy: str = "",
         budget: Budget | None = None,
-        memory: Memory = "high",
         sha256: str | None = None,
-    ):
-        """The options are those of `dash_onnx.load`.
+        **options: Any,
+    ) -> Source:
+        """A bundle on disk; the options are those of `dash_onnx.load`.
 
         Raises:
             BundleError: it is no bundle.
             DeviceError: it is for another device.
             PolicyError: it cannot do the policy or the budget.
         """
-        self.bundle = Bundle(folder, sha256=sha256)
-        self.manifest = self.bundle.manifest
-        device_of(self.bundle, device)
-        self._policy = make_policy(policy, self.manifest, budget)
-        self.load = partial(
-            load,
-            folder,
-            device=device,
-            threads=threads,
-            policy=policy,
-            budget=budget,
-            memory=memory,
-            sha256=sha256,
-        )
-
-    def policy(self) -> Policy:
-        """Of requests that name none."""
-        return self._policy
+        bundle = Bundle(folder, sha256=sha256)
+        device_of(bundle, device)
+        options |= {"device": device, "policy": policy, "budget": budget, "sha256": sha256}
+        usual = make_policy(policy, bundle.manifest, budget)
+        text, model = partial(TextCodec, bundle), partial(load, folder, **options)
+        return cls(bundle.manifest, usual, text, model)
 
 
 class Place:
@@ -73,23 +82,19 @@ class Place:
 
     Attributes:
         name: of the bundle.
-        manifest: likewise.
-        policy: of requests that name none.
+        source: likewise.
         users: requests that need it now.
         used: when the last one ended, by `time.monotonic`.
         loading: loads it, or did.
         batch: runs its generations together; None where the device cannot, or nothing is loaded.
     """
 
-    def __init__(self, name: str, bundle: Model | Unloaded):
+    def __init__(self, name: str, source: Source):
         """Nothing runs yet."""
-        self.name = name
-        self.manifest: Manifest = bundle.manifest
-        self.policy = bundle.policy()
+        self.name, self.source = name, source
         self.users, self.used = 0, 0.0
         self.loading: asyncio.Task[None] | None = None
         self.batch: BatchThread | None = None
-        self._bundle = bundle
         self._model: Model | None = None
         self._text: TextCodec | None = None
         self._reused = 0  # before it was last unloaded
@@ -118,13 +123,8 @@ class Place:
     def text(self) -> TextCodec:
         """Its tokenizer and template, which stay."""
         if self._text is None:
-            bundle = self._bundle
-            self._text = TextCodec(bundle.bundle) if isinstance(bundle, Unloaded) else bundle.text
+            self._text = self.source.text()
         return self._text
-
-    def open(self) -> Model:
-        """The model, with no graph loaded unless it came so."""
-        return self._bundle.load() if isinstance(self._bundle, Unloaded) else self._bundle
 
     def put(self, model: Model, limits: Limits) -> None:
         """Loads what the model's policy uses, also under load, and begins to run."""
@@ -163,7 +163,7 @@ class Place:
         return free
 
     def _close(self, model: Model) -> None:
-        if isinstance(self._bundle, Unloaded):  # another one is the app's
+        if not self.source.loaded:
             model.close()
 
 
@@ -181,18 +181,18 @@ def _needed(model: Model, limits: Limits) -> list[Policy]:
 class Shelf:
     """The bundles of a server."""
 
-    def __init__(self, bundles: Mapping[str, Model | Unloaded], limits: Limits):
+    def __init__(self, bundles: Mapping[str, Source], limits: Limits):
         """Starts what is loaded, and loads the rest unless memory is limited.
 
         Raises:
             DashError: a bundle cannot be loaded.
         """
-        self._places = {name: Place(name, bundle) for name, bundle in bundles.items()}
+        self._places = {name: Place(name, source) for name, source in bundles.items()}
         self._limits, self._closed = limits, False
         self._lock = asyncio.Lock()  # of loading: each asks what the others take
-        for name, bundle in bundles.items():
-            if isinstance(bundle, Model) or limits.memory_bytes is None:
-                model = self._places[name].open()
+        for name, source in bundles.items():
+            if source.loaded or limits.memory_bytes is None:
+                model = source.open()
                 self._places[name].put(model, limits)
                 _LOG.info("%s: %r", name, model)
 
@@ -207,11 +207,11 @@ class Shelf:
 
     def manifest(self, name: str) -> Manifest:
         """Of a bundle, loaded or not."""
-        return self._places[name].manifest
+        return self._places[name].source.manifest
 
     def policy(self, name: str) -> Policy:
         """Of a bundle's requests that name none."""
-        return self._places[name].policy
+        return self._places[name].source.policy
 
     @property
     def alive(self) -> bool:
@@ -270,7 +270,7 @@ class Shelf:
     async def _load(self, name: str, place: Place) -> None:
         async with self._lock:
             started = time.monotonic()
-            model = await asyncio.to_thread(place.open)
+            model = await asyncio.to_thread(place.source.open)
             await self._make_room(name, model.bytes_to_load(*_needed(model, self._limits)))
             await asyncio.to_thread(place.put, model, self._limits)
             if self._closed:
@@ -310,15 +310,8 @@ class Shelf:
 
 
 def open_bundles(
-    folders: Sequence[str | Path],
-    *,
-    device: Device | None = None,
-    threads: int | None = None,
-    policy: str = "",
-    budget: Budget | None = None,
-    memory: Memory = "high",
-    sha256: Sequence[str] | None = None,
-) -> dict[str, Unloaded]:
+    folders: Sequence[str | Path], *, sha256: Sequence[str] | None = None, **options: Any
+) -> dict[str, Source]:
     """Bundles for a shelf, each called by its folder's name; the options are those of `load`.
 
     Raises:
@@ -332,10 +325,7 @@ def open_bundles(
     checksums: Sequence[str | None] = sha256 or [None] * len(names)
     if len(checksums) != len(names):
         raise SourceError(f"give a checksum for each bundle: {len(names)}, not {len(checksums)}")
-    opened = partial(
-        Unloaded, device=device, threads=threads, policy=policy, budget=budget, memory=memory
-    )
     return {
-        name: opened(folder, sha256=checksum)
+        name: Source.of_folder(folder, sha256=checksum, **options)
         for name, folder, checksum in zip(names, folders, checksums, strict=True)
     }

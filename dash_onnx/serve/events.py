@@ -1,0 +1,123 @@
+"""An answer as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.datastructures import State
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dash_onnx.core.actions import path_letters
+from dash_onnx.runtime.generate import Chunk
+from dash_onnx.serve.errors import APIError, refusing
+from dash_onnx.serve.schema import Answer, Choice
+from dash_onnx.serve.service import Job
+
+_LOG = logging.getLogger(__name__)
+_GRACE_S = 1.0  # after its time a stream still tells that it is over
+_END = "data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Events that the client must have read by a time: a slow reader keeps no place.
+
+    Each choice begins with its role and ends with its reason.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        state: State,
+        job: Job,
+        chunks: AsyncGenerator[tuple[int, Chunk], None],
+        first: tuple[int, Chunk],
+        answer: Answer,
+        choices: list[Choice],
+        *,
+        usage: bool,
+    ):
+        """Sends nothing yet.
+
+        Args:
+            state: of the request; its `outcome` is set.
+            job: what is generated.
+            chunks: of all choices, but for the first.
+            first: which tells that the request was not refused.
+            answer: makes the events.
+            choices: take the chunks.
+            usage: whether the last event tells the tokens.
+        """
+        super().__init__()
+        del self.headers["content-length"]
+        self._state, self._job, self._chunks, self._first = state, job, chunks, first
+        self._answer, self._choices, self._usage = answer, choices, usage
+        self._begun: set[int] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends all of them."""
+        self._state.outcome = "closed"  # unless it comes to its end
+        async with contextlib.aclosing(self._chunks):
+            try:
+                async with asyncio.timeout_at(self._job.until + _GRACE_S):
+                    await self._send(send)
+            except TimeoutError:  # nothing can be told to who reads nothing
+                self._state.outcome = "timeout"
+
+    async def _send(self, send: Send) -> None:
+        async def write(text: str, *, more: bool = True) -> None:
+            try:
+                body = text.encode()
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            except OSError:  # as some servers tell that the client is gone
+                raise APIError.gone() from None
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            with refusing():
+                await write(self._told(*self._first))
+                async for index, chunk in self._chunks:
+                    await write(self._told(index, chunk))
+            outcome, last = "done", _END
+            if self._usage:
+                last = _event(self._answer.usage(self._job.usage)) + _END
+        except APIError as error:
+            outcome, last = error.outcome, _event(error.body())
+        except Exception:
+            name = self._state.name
+            _LOG.exception("%s failed", name, extra={"facts": {"request": name}})
+            outcome, last = "error", _event(APIError.defect(name).body())
+        await write(last, more=False)
+        self._state.outcome = outcome
+
+    def _told(self, index: int, chunk: Chunk) -> str:
+        """The events of a chunk."""
+        answer, choice, tally = self._answer, self._choices[index], self._job.tallies[index]
+        events = []
+        if index not in self._begun:
+            self._begun.add(index)
+            events.append(answer.piece(index, None))
+        facts = {
+            "path": path_letters(chunk.path),
+            "ms": round(chunk.ms, 3),
+            "cost": round(tally.last, 4),
+        }
+        said, token = choice.add(chunk)
+        events.append(answer.piece(index, said, token=token, dash=facts))
+        if chunk.finish_reason is not None:
+            reason = tally.finish_reason
+            if choice.calls:
+                reason = "tool_calls"
+                events.append(answer.piece(index, "", calls=choice.calls))
+            events.append(answer.piece(index, "", reason, dash=tally.facts()))
+        return "".join(map(_event, events))
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
