@@ -35,7 +35,7 @@ OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BU
 REFERENCE = BUILD / "full"  # what `bundle` makes
 PACKAGES = (
     "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai "
-    "llama-cpp-python xllamacpp lm-eval"
+    "llama-cpp-python lm-eval"
 ).split()
 Command = list[str | Path]
 
