@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncGenerator
+from functools import lru_cache
 from typing import Any
 
 from starlette.datastructures import State
@@ -22,6 +23,8 @@ from dash_onnx.serve.service import Job
 _LOG = logging.getLogger(__name__)
 _GRACE_S = 1.0  # after its time a stream still tells that it is over
 _END = "data: [DONE]\n\n"
+_JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
+_letters = lru_cache(1 << 10)(path_letters)
 
 
 class EventStream(Response):
@@ -104,7 +107,7 @@ class EventStream(Response):
             self._begun.add(index)
             events.append(answer.piece(index, None))
         facts = {
-            "path": path_letters(chunk.path),
+            "path": _letters(chunk.path),
             "ms": round(chunk.ms, 3),
             "cost": round(tally.last, 4),
         }
@@ -120,4 +123,4 @@ class EventStream(Response):
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {_JSON(data)}\n\n"

@@ -9,15 +9,17 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
 from prometheus_client import Counter as Metric
 
+from dash_onnx.core.actions import ACTIONS, Action, Path
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.batch import Deliver
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy
@@ -26,6 +28,8 @@ from dash_onnx.runtime.stream import Stream
 from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
 from dash_onnx.serve.running import Running, run_alone, until_done
 from dash_onnx.serve.shelf import Place, Shelf, Source
+
+_PATHS = 1 << 10  # of which something is remembered, as most tokens take one of a few
 
 
 class Metrics:
@@ -40,7 +44,8 @@ class Metrics:
         self.requests = Metric("dash_requests", "by outcome", ["outcome"], **given)
         tokens = Metric("dash_tokens", "prompt and generated", ["kind"], **given)
         self.prompted, self.generated = tokens.labels("prompt"), tokens.labels("generated")
-        self.actions = Metric("dash_actions", "decisions by action", ["action"], **given)
+        actions = Metric("dash_actions", "decisions by action", ["action"], **given)
+        self.by_action = {action: actions.labels(action) for action in ACTIONS}
         self.guesses = Metric("dash_guesses", "of speculation", ["outcome"], **given)
         self.reused = Gauge("dash_prompt_tokens_reused", "that a row or a prefix held", **given)
         self.loaded = Gauge("dash_loaded_bundles", "in memory", **given)
@@ -192,6 +197,11 @@ class Service:
         """
         manifest = self.shelf.manifest(job.name)
         whole = reference_ms(manifest)
+
+        @lru_cache(_PATHS)
+        def cost(policy: Policy, path: Path) -> float:
+            return policy.cost_ms(path, manifest.costs) / whole
+
         queue = asyncio.Queue[tuple[int, Chunk] | Exception]()
         runs: dict[int, Running] = {}
         begun, ended = asyncio.Event(), [asyncio.Event() for _ in job.tallies]
@@ -238,7 +248,7 @@ class Service:
                     raise piece
                 index, chunk = piece
                 tally, current = job.tallies[index], runs[index].current
-                tally.last = current.policy.cost_ms(chunk.path, manifest.costs) / whole
+                tally.last = cost(current.policy, chunk.path)
                 self._count(tally, chunk)
                 self._lower(tally, current)
                 running -= chunk.finish_reason is not None
@@ -281,9 +291,9 @@ class Service:
                 metrics.prompted.inc(chunk.prompt_tokens)
         else:  # the first token comes from the prompt
             tally.cost += tally.last
-            for action, count in Counter(chunk.path).items():
+            for action, count in _counts(chunk.path):
                 tally.actions[action] += count
-                metrics.actions.labels(action).inc(count)
+                metrics.by_action[action].inc(count)
         if chunk.guess is not None:
             metrics.guesses.labels("right").inc(chunk.guess.right)
             metrics.guesses.labels("wrong").inc(chunk.guess.tokens - chunk.guess.right)
@@ -298,6 +308,11 @@ class Service:
         self.metrics.loaded.set(self.shelf.loaded)
         self.metrics.waiting.set(self._waiting)
         self.metrics.pressure.set(self.pressure)
+
+
+@lru_cache(_PATHS)
+def _counts(path: Path) -> list[tuple[Action, int]]:
+    return [*Counter(path).items()]
 
 
 def check_words(text: TextCodec, given: list[dict[str, Any]]) -> None:
