@@ -674,6 +674,32 @@ def test_a_greedy_answer_is_the_same_alone_and_among_seven_others(
         running.stop()
 
 
+@pytest.mark.usefixtures("slow")
+def test_the_event_loop_wakes_once_for_the_tokens_of_a_step(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, tokens, woken = 4, 30, [0]
+    call = asyncio.BaseEventLoop.call_soon_threadsafe
+
+    def counted(loop: asyncio.BaseEventLoop, *given: Any, **options: Any) -> asyncio.Handle:
+        woken[0] += threading.current_thread().name == "batch"
+        return call(loop, *given, **options)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted)
+    running = Server({"tiny": tiny_model}, Limits(running=rows))
+    body = {"prompt": "the keeper", "max_tokens": tokens, "response_format": NO_END, **OURS}
+    try:
+        with ThreadPoolExecutor(rows) as pool:
+            found = pool.map(
+                lambda _: httpx.post(f"{running.url}/v1/completions", json=body, timeout=30),
+                range(rows),
+            )
+            assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [30] * 4
+    finally:
+        running.stop()
+    assert tokens <= woken[0] < 2 * tokens  # alone each of them would wake it 30 times
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> None:
     server = Server({"tiny": tiny_model}, Limits(running=1, waiting=1))
     try:
