@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -185,9 +186,9 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:
-    """A server with a larger model and several clients, after `other`. 5 minutes."""
+    """A server with a larger model, beside a `llama-server` on PATH, after `other`. 5 minutes."""
     bench: Command = ["python", "benchmarks/serve.py", BUILD / "other"]
-    if a.other.suffix == ".gguf":
+    if a.other.suffix == ".gguf" and shutil.which("llama-server"):
         bench += ["--peer", a.other]
     if size == QUICK:
         bench += ["--clients", "1,2", "--rounds", "1", "--long", "100", "--new-tokens", "8"]

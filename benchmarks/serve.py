@@ -23,6 +23,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--llama-server", default="llama-server", metavar="PATH", help="(default: the one on PATH)"
     )
+    parser.add_argument("--batch", action="store_true", help="measures dash-run --batch, too")
     parser.add_argument("--url", help="of a server that runs already, measured too")
     parser.add_argument("--model", help="how that server calls it")
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
@@ -100,6 +102,9 @@ def main() -> None:
     extra = {name: getattr(arguments, name) for name in ("budget", "policy")}
     extra = {name: value for name, value in extra.items() if value}
     found: dict[str, Any] = {}
+    if arguments.batch:
+        rates = {str(count): _batch_rate(count, arguments, extra) for count in clients}
+        found["dash-run --batch"] = {"tokens_per_s": rates}
     for name, argv in servers.items():
         with running(argv) as url:
             found[name] = asyncio.run(
@@ -122,6 +127,27 @@ def main() -> None:
         print(name)
         for key, value in facts.items():
             print(f"  {key:24} {json.dumps(value)}")
+
+
+def _batch_rate(count: int, arguments: argparse.Namespace, extra: dict[str, str]) -> float:
+    """Tokens a second of the same prompts without a server."""
+    command = [sys.executable, "-m", "dash_onnx", "run", str(arguments.bundle), "--batch"]
+    options = {"rows": count, "max-new-tokens": arguments.new_tokens, "temperature": 0}
+    options |= {"threads": arguments.threads, **extra}
+    rates = []
+    for turn in range(arguments.rounds):
+        prompts = [_prompt(turn * count + one) for one in range(count)]
+        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+            file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+            file.flush()
+            told = subprocess.run(
+                [*command, file.name, *(f"--{name}={value}" for name, value in options.items())],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+        rates.append(float(told.stderr.rpartition(" tokens/s")[0].split()[-1]))
+    return max(rates)
 
 
 @contextlib.contextmanager
@@ -240,7 +266,7 @@ async def ask(
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     answer, loop = Answer(time.perf_counter()), asyncio.get_running_loop()
-    transport, reply = await loop.create_connection(_Reply, where.hostname, where.port or 80)
+    transport, reply = await loop.create_connection(_Reply, where.hostname or "", where.port or 80)
     transport.write(head.encode() + content)
     await reply.ended
     answer.status = int(reply.reads[0][1].split()[1])
