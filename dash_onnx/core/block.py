@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """Factor on the queries at position p: `1 + beta * ln(1 + floor(p / length))`.
+
+    Attributes:
+        beta: 0 would leave them as they are.
+        length: tokens, below which the factor is 1.
+    """
+
+    beta: float
+    length: int
 
 
 @dataclass(frozen=True)
@@ -15,12 +28,16 @@ class Block:
     Attributes:
         norm: RMSNorm, or LayerNorm, which subtracts the mean.
         norm_epsilon: of every norm.
-        activation: of the MLP; `gelu_tanh` is GELU in its tanh approximation.
+        activation: of the MLP; `gelu_tanh` is GELU in its tanh approximation, `relu2` the square of
+            ReLU, `xielu` xIELU, whose parameters are weights of the layer.
         gated: the MLP multiplies the activation of one projection with another.
         parallel: the MLP reads the layer's input, like attention, instead of attention's result.
         attention_scale: factor on the product of query and key.
         attention_softcap: c of `c * tanh(score / c)`; None leaves scores as they are.
         logit_softcap: likewise for the logits.
+        heads_normed: whether the norms of queries and keys, where there are some, come before their
+            rotation or after it.
+        query_scale: factor on the queries that grows with the position, or None.
     """
 
     norm: Literal["rms", "layer"]
@@ -31,6 +48,13 @@ class Block:
     attention_scale: float
     attention_softcap: float | None
     logit_softcap: float | None
+    heads_normed: Literal["before", "after"] = "before"
+    query_scale: QueryScale | None = None
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether layers use positions otherwise than to rotate."""
+        return self.heads_normed == "after" or self.query_scale is not None
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,16 @@ class Norm:
         bias = None if self.bias is None else self.bias.float() * factor
         return Norm(self.weight.float() * factor, bias)
 
+    def reordered(self, order: npt.NDArray[np.int64] | None) -> Norm:
+        """The same norm of features in another order: indices of the present ones, of each head."""
+        if order is None:
+            return self
+        parts = (self.weight, self.bias)
+        heads = [None if x is None else x.unflatten(0, (-1, len(order))) for x in parts]
+        weight, bias = (None if x is None else x[:, order].flatten() for x in heads)
+        assert weight is not None
+        return Norm(weight, bias)
+
     def __call__(self, x: torch.Tensor, block: Block) -> torch.Tensor:
         """`[..., k * n]` -> the same shape, float32."""
         size = self.weight.shape[0]
@@ -127,6 +137,8 @@ class Layer:
         gate_up: stacked gate and up projections, `[2 * I, D]`; `[I, D]` where nothing is gated.
         down: `[D, I]`.
         down_norm: `[D]`, of what the MLP adds to the residual stream.
+        sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
+        xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
     """
 
     input_norm: Norm | None
@@ -139,6 +151,8 @@ class Layer:
     gate_up: Linear
     down: Linear
     down_norm: Norm | None
+    sinks: torch.Tensor | None = None
+    xielu: torch.Tensor | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -161,11 +175,13 @@ class Scales:
     Attributes:
         embedding: on the token embedding.
         stream: hidden states of transformers, as a multiple of those of the graphs.
+        residual: on what attention and MLP add to the residual stream, which their norms take in.
         logit: on the logits, before their softcap.
     """
 
     embedding: float = 1.0
     stream: float = 1.0
+    residual: float = 1.0
     logit: float = 1.0
 
 
@@ -179,6 +195,8 @@ class ModelSpec:
         ropes: rotary position embeddings; most models have one.
         attention: of each layer.
         scales: factors of the model.
+        embedding_normed: whether the first layer reads token embeddings through a norm, which has
+            no weights.
     """
 
     facts: ModelFacts
@@ -186,6 +204,7 @@ class ModelSpec:
     ropes: tuple[Rope, ...]
     attention: tuple[Attention, ...]
     scales: Scales = Scales()
+    embedding_normed: bool = False
 
     def dims(self, target: Target) -> Dims:
         """What the ports of the model's graphs depend on."""

@@ -180,15 +180,17 @@ class _Rule:
         self.hessians = options.calibrates
         self.heads = heads
 
-    def stored(self, form: Form, *parts: Linear | Norm | None) -> int:
+    def stored(self, form: Form, *parts: Linear | Norm | torch.Tensor | None) -> int:
         size = 0
         for part in parts:
             if isinstance(part, Linear):
                 kept = weight_precision(form, part.name)
                 size += self.matrix(part.out_features, part.in_features, kept)
-            elif part is not None:
+            elif isinstance(part, Norm):
                 size += self.wide * part.weight.numel()
-            if part is not None and part.bias is not None:
+            elif part is not None:
+                size += self.wide * part.numel()
+            if isinstance(part, Linear | Norm) and part.bias is not None:
                 size += self.wide * part.bias.numel()
         return size
 

@@ -140,6 +140,14 @@ class Fusion:
         self.node("Shape", ["attention_mask"], ["mask_length"], start=1, end=2)
         self.node("Squeeze", ["mask_length"], ["total_length"])
         self.node("Cast", ["total_length"], ["total_sequence_length.0"], to=TensorProto.INT32)
+        if manifest.block.reads_positions:
+            self.node("Shape", ["input_ids"], ["count"], start=1, end=2)
+            self.node("Squeeze", ["count"], ["new_tokens"])
+            self.node("Sub", ["total_length", "new_tokens"], ["first"])
+            step = self.constant("step", np.array(1, np.int64))
+            self.node("Range", ["first", "total_length", step], ["positions.0"])
+            axis = self.constant("axis", np.array([0], np.int64))
+            self.node("Unsqueeze", ["positions.0", axis], ["positions"])
 
     def _fixed(self, layer: int, action: Action) -> None:
         """A layer whose action no token changes."""
@@ -244,6 +252,7 @@ class Fusion:
             "present_key": key,
             "present_value": value,
             "seqlens_k": "seqlens_k",
+            "positions": "positions",
             "cos_cache": cos,
             "sin_cache": sin,
         }

@@ -36,15 +36,17 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     made = {name: node for node in graph.node for name in node.output}
 
     def written(present: str) -> str:
-        """What a buffer receives before it is rotated and put into the order of heads."""
+        """What a buffer receives before it is put into the order of heads."""
         name = made[present].input[1]
-        for kind in ("Transpose", "Reshape", "RotaryEmbedding"):
+        for kind in ("Transpose", "Reshape"):
             if (node := made[name]).op_type == kind:
                 name = str(node.input[0])
         return name
 
     key, value = written("present_key"), written("present_value")
-    rotates = any(node.op_type == "RotaryEmbedding" for node in graph.node)
+    rotates = made[key].op_type == "RotaryEmbedding"
+    if rotates:
+        key = str(made[key].input[0])
     needed = [key, value, "hidden_out"]
     for name in needed:  # grows
         needed += [other for other in made[name].input if other in made and other not in needed]

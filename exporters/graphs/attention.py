@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dash_onnx.core.block import QueryScale
 from dash_onnx.exporters.graphs.graph import Graph
 
 KVScales = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
@@ -30,6 +31,8 @@ class Heads:
         scale: of the scores.
         softcap: of the scaled scores, or None.
         window: tokens that a token sees at most, itself included, or None.
+        query_scale: see `Block`.
+        sinks: `[H]`, see `Layer`, a value of the graph; or None.
     """
 
     queries: int
@@ -39,6 +42,8 @@ class Heads:
     scale: float
     softcap: float | None = None
     window: int | None = None
+    query_scale: QueryScale | None = None
+    sinks: ir.Value | None = None
 
 
 def attend(
@@ -59,6 +64,9 @@ def attend(
         The heads' outputs `[batch, seq, H * d]`, named `ATTENTION`, and K and V of all tokens.
     """
     names = ATTENTION, "present_key", "present_value"
+    if heads.query_scale is not None:
+        query, *others = projected
+        projected = [_scaled(graph, query, heads.query_scale), *others]
     if graph.target.attention == "grouped":
         return attend_grouped(graph, projected, heads, names, kv_scales)
     made: Sequence[ir.Value] = graph.either(
@@ -79,7 +87,7 @@ def attend_grouped(
 ) -> Sequence[ir.Value]:
     """GroupQueryAttention, of which a call of many rows takes little memory; see `attend`."""
     inputs, cache = graph.inputs, graph.target.kv_cache
-    scales: list[ir.Value | None] = []
+    extras: list[ir.Value | None] = []  # positions, bias, sinks, scales
     options: dict[str, str | int | float] = {}
     if cache != "float":
         assert kv_scales is not None
@@ -87,10 +95,12 @@ def attend_grouped(
             graph.tensor(f"{name}_scale", scale)
             for name, scale in zip("kv", kv_scales, strict=True)
         )
-        scales = [None, None, None, keys, values]
+        extras = [None, None, None, keys, values]
         bits = 8 if cache == "int8" else 4
         kind = "PER_CHANNEL"
         options = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
+    if heads.sinks is not None:
+        extras = [None, None, heads.sinks, *extras[3:]]
     if heads.scale != heads.size**-0.5:
         options["scale"] = heads.scale
     if heads.softcap is not None:
@@ -105,7 +115,7 @@ def attend_grouped(
         inputs["total_sequence_length"],
         inputs["cos_cache"] if heads.rotated else None,
         inputs["sin_cache"] if heads.rotated else None,
-        *scales,
+        *extras,
         num_heads=heads.queries,
         kv_num_heads=heads.keys,
         do_rotary=int(heads.rotated > 0),
@@ -134,7 +144,7 @@ def attend_plainly(
             _outputs=[graph.value(f"{name}.rows") for name in ("query", "key", "value")],
         )
     present_key, present_value = write_kv(graph, key, value, heads)
-    query = _rotated(graph, query, heads, heads.queries)
+    query = rotated(graph, query, heads, heads.queries)
     group = heads.queries // heads.keys
     # [batch, seq, H * d] -> [batch, H_kv, group * seq, d]
     query = op.Reshape(query, graph.int64(0, 0, heads.keys, group, heads.size))
@@ -147,7 +157,14 @@ def attend_plainly(
     # [batch, H_kv, group, seq, capacity] + [batch, 1, 1, seq, capacity]
     mask = graph.inputs["mask"]
     apart = op.Concat(graph.int64(0, heads.keys, group), op.Shape(mask, start=3, end=5), axis=0)
-    shares = op.Softmax(op.Add(op.Reshape(scores, apart), mask), axis=-1)
+    masked = op.Add(op.Reshape(scores, apart), mask)
+    if heads.sinks is None:
+        shares = op.Softmax(masked, axis=-1)
+    else:
+        one = op.Concat(op.Shape(masked, end=4), graph.int64(1), axis=0)
+        sinks = op.Reshape(heads.sinks, graph.int64(1, heads.keys, group, 1, 1))
+        shares = op.Softmax(op.Concat(masked, op.Expand(sinks, one), axis=-1), axis=-1)
+        shares = op.Slice(shares, graph.int64(0), graph.int64(-1), graph.int64(-1))
     mixed = op.MatMul(op.Reshape(shares, op.Shape(scores)), present_value)
     mixed = op.Reshape(mixed, graph.int64(0, heads.keys, group, -1, heads.size))
     mixed = op.Transpose(mixed, perm=[0, 3, 1, 2, 4])
@@ -160,14 +177,14 @@ def write_kv(graph: Graph, key: ir.Value, value: ir.Value, heads: Heads) -> list
     op, inputs = graph.op, graph.inputs
     shape = graph.int64(0, 0, heads.keys, heads.size)
     written = []
-    for name, update in (("key", _rotated(graph, key, heads, heads.keys)), ("value", value)):
+    for name, update in (("key", rotated(graph, key, heads, heads.keys)), ("value", value)):
         update = op.Transpose(op.Reshape(update, shape), perm=[0, 2, 1, 3])  # [B, H_kv, S, d]
         past = inputs[f"past_{name}"]
         written.append(op.TensorScatter(past, update, inputs["start"], axis=2))
     return written
 
 
-def _rotated(graph: Graph, x: ir.Value, heads: Heads, count: int) -> ir.Value:
+def rotated(graph: Graph, x: ir.Value, heads: Heads, count: int) -> ir.Value:
     """Queries or keys `[batch, seq, count * d]`, each rotated by its position."""
     if not heads.rotated:
         return x
@@ -180,3 +197,17 @@ def _rotated(graph: Graph, x: ir.Value, heads: Heads, count: int) -> ir.Value:
         num_heads=count,
         rotary_embedding_dim=heads.rotated if partly else 0,
     )
+
+
+def _scaled(graph: Graph, query: ir.Value | None, scale: QueryScale) -> ir.Value:
+    """Queries `[batch, seq, H * d]`, each times the factor of its position."""
+    op = graph.op
+    numbers = {"length": scale.length, "beta": scale.beta, "one": 1.0}
+    length, beta, one = (
+        graph.tensor(f"query_scale.{name}", np.array(value, np.float32))
+        for name, value in numbers.items()
+    )
+    blocks = op.Floor(op.Div(op.Cast(graph.inputs["positions"], to=ir.DataType.FLOAT), length))
+    factor = op.Add(op.Mul(op.Log(op.Add(blocks, one)), beta), one)
+    factor = op.Cast(op.Unsqueeze(factor, graph.int64(-1)), to=graph.dtype)
+    return op.Mul(query, factor, _outputs=[graph.value("query.scaled")])

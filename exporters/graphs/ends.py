@@ -15,7 +15,7 @@ from onnx.external_data_helper import uses_external_data
 from dash_onnx.core.actions import Form
 from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
 from dash_onnx.core.facts import Target
-from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec
+from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec, Norm
 from dash_onnx.exporters.graphs.graph import Graph
 from dash_onnx.exporters.quantize.blockwise import (
     Quantized,
@@ -57,6 +57,8 @@ def build_embed(folder: Path, table: torch.Tensor, spec: ModelSpec, target: Targ
     if spec.scales.embedding != 1.0:
         scale = graph.activation_tensor("embedding_scale", torch.tensor(spec.scales.embedding))
         hidden = graph.op.Mul(hidden, scale)
+    if spec.embedding_normed:
+        hidden = graph.norm(hidden, "embedding_norm", Norm(torch.ones(table.shape[1])))
     return graph.save(folder, EMBED_PATH, hidden=hidden)
 
 

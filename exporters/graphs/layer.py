@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dash_onnx.exporters.graphs.attention import (
     Heads,
     KVScales,
     attend,
+    rotated,
 )
 from dash_onnx.exporters.graphs.graph import Graph, weight_precision
 from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
@@ -67,10 +69,14 @@ def build_layer(
     graph = Graph(f"layer_{index}_{form}", layer_ports(spec.dims(target)), target, block, hessians)
     op = graph.op
 
+    if layer.sinks is not None:
+        heads = replace(heads, sinks=graph.activation_tensor("sinks", layer.sinks))
     hidden = graph.inputs[HIDDEN]  # [batch, seq, D]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
     qkv = graph.linear(normed, layer.qkv, form)  # [batch, seq, (H + 2 * H_kv) * d]
     projected = _projected(graph, qkv, layer, heads)
+    if block.heads_normed == "after":
+        heads = replace(heads, rotated=0)
     attention, key, value = attend(graph, projected, heads, kv_scales)
     output = graph.linear(attention, layer.output, form)
     output = graph.norm(output, "output_norm", layer.output_norm)
@@ -98,14 +104,18 @@ def heads_of(spec: ModelSpec, index: int) -> Heads:
         scale=block.attention_scale,
         softcap=block.attention_softcap,
         window=sees.window,
+        query_scale=block.query_scale,
     )
 
 
 def _projected(
     graph: Graph, qkv: ir.Value, layer: Layer, heads: Heads
 ) -> tuple[ir.Value | None, ...]:
-    """Queries, keys and values, normed; all stacked and twice None where nothing norms them."""
-    if layer.q_norm is None and layer.k_norm is None:
+    """Queries, keys and values, normed; all stacked and twice None where nothing is done to them.
+
+    Where norms come after the rotation, both are rotated, too.
+    """
+    if layer.q_norm is None and layer.k_norm is None and heads.query_scale is None:
         return qkv, None, None
     queries, keys = heads.queries * heads.size, heads.keys * heads.size
     q, k, v = graph.op.Split(
@@ -114,6 +124,8 @@ def _projected(
         axis=-1,
         _outputs=[graph.value(name) for name in ("query", "key", "value")],
     )
+    if graph.block.heads_normed == "after":
+        q, k = rotated(graph, q, heads, heads.queries), rotated(graph, k, heads, heads.keys)
     q = graph.norm_heads(q, "q_norm", layer.q_norm, queries)
     k = graph.norm_heads(k, "k_norm", layer.k_norm, keys)
     return q, k, v
@@ -128,9 +140,9 @@ def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
     name = graph.value("activated")
     if gated:
         gate, up = _parts(graph, up, [layer.down.in_features] * 2, "gate_up")
-        activated = op.Mul(_activation(graph, gate), up, _outputs=[name])
+        activated = op.Mul(_activation(graph, gate, layer), up, _outputs=[name])
     else:
-        activated = _activation(graph, up, _outputs=[name])
+        activated = _activation(graph, up, layer, _outputs=[name])
     return graph.linear(activated, layer.down, form)
 
 
@@ -152,7 +164,7 @@ def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
     total: ir.Value | None = None
     for number, group in enumerate(groups):
         activated = parts[number] if factor is None else op.Mul(parts[number], factor)
-        activated = _activation(graph, activated)
+        activated = _activation(graph, activated, layer)
         if graph.block.gated:
             activated = op.Mul(activated, parts[len(groups) + number])
         part = down.columns(group, f"{down.name}.{number}")
@@ -174,8 +186,22 @@ def _parts(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequen
     return parts
 
 
-def _activation(graph: Graph, x: ir.Value, **outputs: list[ir.Value]) -> ir.Value:
-    kind = graph.block.activation
+def _activation(graph: Graph, x: ir.Value, layer: Layer, **outputs: list[ir.Value]) -> ir.Value:
+    op, kind = graph.op, graph.block.activation
     if kind == "silu":  # QuickGelu(alpha=1) is SiLU in one kernel
         return graph.ms.QuickGelu(x, alpha=1.0, **outputs)
-    return graph.op.Gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none", **outputs)
+    if kind == "relu":
+        return op.Relu(x, **outputs)
+    if kind == "relu2":
+        positive = op.Relu(x)
+        return op.Mul(positive, positive, **outputs)
+    if kind == "xielu":
+        assert layer.xielu is not None
+        factors = graph.activation_tensor("xielu", layer.xielu)
+        linear, square, elu = op.Split(
+            factors, num_outputs=3, _outputs=[graph.value(f"xielu.{i}") for i in range(3)]
+        )
+        positive = op.Relu(x)
+        total = op.Add(op.Mul(x, linear), op.Mul(op.Elu(x), elu))
+        return op.Add(op.Mul(op.Mul(positive, positive), square), total, **outputs)
+    return op.Gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none", **outputs)

@@ -15,7 +15,7 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.contract import data_name, layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
-from dash_onnx.exporters.graphs.attention import KVScales, attend_grouped, write_kv
+from dash_onnx.exporters.graphs.attention import KVScales, attend_grouped, rotated, write_kv
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph
 from dash_onnx.exporters.graphs.layer import heads_of
 from dash_onnx.exporters.quantize.blockwise import dequantize, quantize
@@ -66,8 +66,11 @@ def build_skip(
         projected, graph.int64(*sizes), axis=-1, _outputs=[graph.value(name) for name in names]
     )
 
-    key = graph.norm_heads(key, "k_norm", layer.k_norm, kv_size)
     heads = heads_of(spec, index)
+    if spec.block.heads_normed == "after":
+        key = rotated(graph, key, heads, heads.keys)
+        heads = replace(heads, rotated=0)
+    key = graph.norm_heads(key, "k_norm", layer.k_norm, kv_size)
     if kv_scales is None:
         cached = write_kv(graph, key, value, heads)
     else:

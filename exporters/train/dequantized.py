@@ -45,10 +45,13 @@ Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
 _NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm")
+_VECTORS = ("sinks", "xielu")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -85,7 +88,14 @@ class DequantizedModel:
         self._heads, self._kv_heads, self._d = facts.num_heads, facts.num_kv_heads, facts.head_dim
         self._scales = [layer.scale for layer in self.manifest.layers]
         self._dtype = dtype
-        self._norms = [self._read_norms(index) for index in range(facts.num_layers)]
+        small = [self._read_small(index) for index in range(facts.num_layers)]
+        self._norms = [
+            {name: _norm(found, name) for name in _NORMS if name in found} for found in small
+        ]
+        self._vectors = [
+            {name: torch.tensor(found[name]).float() for name in _VECTORS if name in found}
+            for found in small
+        ]
         self._loaded: dict[tuple[int, Action], Projections] = {}
         self._compensation: list[Tensor] = []
         self.keeps_layers = True
@@ -102,9 +112,8 @@ class DequantizedModel:
         self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 16), 64)
         self.head: Action = self.heads[0]
 
-    def _read_norms(self, index: int) -> dict[str, Norm]:
-        found = self._tensors(layer_path(index, self.actions[0]), _NORMS)
-        return {name: _norm(found, name) for name in _NORMS if name in found}
+    def _read_small(self, index: int) -> dict[str, np.ndarray]:
+        return self._tensors(layer_path(index, self.actions[0]), (*_NORMS, *_VECTORS))
 
     def _layer(self, index: int, action: Action) -> Projections:
         found = self._loaded.get((index, action))
@@ -145,7 +154,8 @@ class DequantizedModel:
         else:  # only these rows: all of a large vocabulary are half a gigabyte
             stored = {f"embedding.{part}": found[f"embedding.{part}"][tokens] for part in _STORED}
             rows = _dequantized(stored, "embedding", self.manifest.target.block_size, torch.float32)
-        return rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
+        x = rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
+        return _norm(found, "embedding_norm")(x, self._block) if "embedding_norm" in found else x
 
     def rotary(self, length: int) -> Rotary:
         """Rotary tables of the first `length` positions."""
@@ -165,13 +175,18 @@ class DequantizedModel:
         return _product(x, self._layer(layer, action)[name])
 
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated."""
+        """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated.
+
+        Norms that come after the rotation are left to `attend`.
+        """
         qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * self._d
-        queries = self._norm(layer, "q_norm", qkv[..., :width])
-        return queries, self._key_normed(layer, qkv[..., width:])
+        queries, keys_values = qkv[..., :width], qkv[..., width:]
+        if self._block.heads_normed == "before":
+            queries = self._norm(layer, "q_norm", queries)
+        return queries, self._key_normed(layer, keys_values)
 
     def _key_normed(self, layer: int, keys_values: Tensor) -> Tensor:
-        if "k_norm" not in self._norms[layer]:
+        if "k_norm" not in self._norms[layer] or self._block.heads_normed == "after":
             return keys_values
         keys, values = keys_values.chunk(2, -1)
         return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
@@ -181,28 +196,39 @@ class DequantizedModel:
         keys, values = keys_values.chunk(2, -1)
         q = self._rotated(layer, queries, rotary)
         k = self._rotated(layer, keys, rotary)
+        if self._block.heads_normed == "after":
+            q, k = self._norm(layer, "q_norm", q), self._norm(layer, "k_norm", k)
+        if (scale := self._block.query_scale) is not None:
+            blocks = torch.arange(q.shape[2]) // scale.length
+            q = q * (1 + scale.beta * torch.log1p(blocks.float()))[:, None]
         v = self._by_head(values)
         groups = self._heads // self._kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        window = self.manifest.attention[layer].window
-        return self._attention(q, k, v, window).transpose(1, 2).flatten(2)
+        return self._attention(layer, q, k, v).transpose(1, 2).flatten(2)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def _attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs of the heads, `[B, H, T, d]`."""
         scale, cap = self._block.attention_scale, self._block.attention_softcap
+        window, sinks = self.manifest.attention[layer].window, self._vectors[layer].get("sinks")
         length = q.shape[2]
-        if cap is None and (window is None or window >= length):
+        if cap is None and sinks is None and (window is None or window >= length):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         seen = torch.ones(length, length, dtype=torch.bool).tril()
         if window is not None:
             seen = seen.triu(1 - window)
-        if cap is None:
+        if cap is None and sinks is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         with torch.autocast(
             q.device.type, enabled=False
         ):  # BF16 scores near the cap are off by a tenth
-            scores = cap * torch.tanh(q.float() @ k.float().transpose(-1, -2) * (scale / cap))
-            return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v.float()
+            scores = q.float() @ k.float().transpose(-1, -2) * scale
+            if cap is not None:
+                scores = cap * torch.tanh(scores / cap)
+            scores = scores.masked_fill(~seen, -torch.inf)
+            if sinks is not None:
+                added = sinks[:, None, None].expand(*scores.shape[:3], 1)
+                scores = torch.cat([scores, added], -1)
+            return scores.softmax(-1)[..., :length] @ v.float()
 
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self._d)).transpose(1, 2)  # [B, heads, T, d]
@@ -219,7 +245,7 @@ class DequantizedModel:
     def feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
         """Output of a layer from its input and `attended`, all `[..., D]`."""
         block = self._block
-        activation, read = _ACTIVATIONS[block.activation], self.mlp_input(layer, x, attended)
+        activation, read = self._activation(layer), self.mlp_input(layer, x, attended)
         up = self._project(layer, action, "gate_up_proj", read)
         if block.gated:
             gate, up = up.chunk(2, -1)
@@ -228,6 +254,12 @@ class DequantizedModel:
             up = activation(up)
         down = self._project(layer, action, "down_proj", up)
         return attended + self._norm(layer, "down_norm", down)
+
+    def _activation(self, layer: int) -> Callable[[Tensor], Tensor]:
+        if self._block.activation != "xielu":
+            return _ACTIVATIONS[self._block.activation]
+        linear, square, elu = self._vectors[layer]["xielu"]
+        return lambda x: linear * x + square * F.relu(x).square() + elu * F.elu(x)
 
     def attended(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
         """Input plus projected attention, `[..., D]`; arguments as for `complete`."""
