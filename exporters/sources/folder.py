@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
     Source,
     check_layers,
@@ -24,14 +25,13 @@ from dash_onnx.exporters.sources.source import (
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # No code from a folder runs: asked for, transformers refuses it; not told, it asks the terminal.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_RENAMED = {"embed_out.weight": "lm_head.weight"}  # in files of GPT-NeoX; transformers' name now
 
 
 class SafetensorsWeights:
     """Tensors of one or more safetensors files, memory-mapped for as long as each is in use."""
 
-    def __init__(self, folder: Path):
-        """Opens the files that hold the weights.
+    def __init__(self, folder: Path, renamed: Renaming):
+        """Opens the files that hold the weights, whose names become those of transformers.
 
         Raises:
             SourceError: a file is missing or damaged.
@@ -63,7 +63,8 @@ class SafetensorsWeights:
             try:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
-                        known = _RENAMED.get(name, name)
+                        if (known := renamed(name)) is None:
+                            continue
                         self._places[known] = path, name
                         self._shapes[known] = tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
@@ -111,15 +112,18 @@ def open_folder(
     if not config_path.is_file():
         raise SourceError(f"{folder} has no config.json: not a Hugging Face model folder")
     raw = _read_json(config_path)
-    check_supported(str(raw.get("model_type")), supported)
+    model_type = str(raw.get("model_type"))
+    check_supported(text_type(raw), supported)
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
-    weights = SafetensorsWeights(folder)
+    weights = SafetensorsWeights(folder, renaming(model_type))
     if "num_hidden_layers" in raw:  # before lists of that length are made
         check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
+    if model_type in MULTIMODAL:
+        config = readable(config_path, lambda: text_config(config))
     check_layers(folder, getattr(config, "num_hidden_layers", None), weights.num_layers)
     return Source(
         kind=kind,

@@ -1,0 +1,100 @@
+"""Names of tensors in files where they are not those of transformers, and the text part of a model.
+
+A multimodal checkpoint holds a language model among other networks, under a prefix. Its config has
+a `text_config`, from which the language model is exported as one of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+_RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+    "exaone": (
+        (r"^transformer\.wte\.", "model.embed_tokens."),
+        (r"^transformer\.ln_f\.", "model.norm."),
+        (r"^transformer\.h\.(\d+)\.ln_1\.", r"model.layers.\1.input_layernorm."),
+        (r"^transformer\.h\.(\d+)\.ln_2\.", r"model.layers.\1.post_attention_layernorm."),
+        (
+            r"^transformer\.h\.(\d+)\.attn\.attention\.out_proj\.",
+            r"model.layers.\1.self_attn.o_proj.",
+        ),
+        (r"^transformer\.h\.(\d+)\.attn\.attention\.", r"model.layers.\1.self_attn."),
+        (r"^transformer\.h\.(\d+)\.mlp\.c_fc_0\.", r"model.layers.\1.mlp.gate_proj."),
+        (r"^transformer\.h\.(\d+)\.mlp\.c_fc_1\.", r"model.layers.\1.mlp.up_proj."),
+        (r"^transformer\.h\.(\d+)\.mlp\.c_proj\.", r"model.layers.\1.mlp.down_proj."),
+    ),
+    "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+}
+"""By `model_type`: pattern and replacement, of which the first that fits counts."""
+
+_TEXT = (
+    (r"^language_model\.(model|lm_head)\.", r"\1."),
+    (r"^model\.(?:language_model|text_model)\.", "model."),
+    (r"^(model\.(?:embed_tokens|layers|norm)|lm_head)\.", r"\1."),
+)
+"""The same of language models in multimodal checkpoints, whose other tensors go."""
+
+MULTIMODAL: dict[str, str | None] = {
+    "gemma3": None,
+    "idefics3": None,
+    "internvl": None,
+    "lighton_ocr": None,
+    "llava": None,
+    "llava_next": None,
+    "llava_onevision": None,
+    "mistral3": None,
+    "qwen2_5_vl": "qwen2",
+    "qwen2_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "smolvlm": None,
+}
+"""Multimodal models by `model_type`: the family that their language model computes as, or None
+where `text_config` names it. Qwen's rotate by three positions, which are the same in text."""
+
+_SECTIONS = ("mrope_section", "mrope_interleaved")  # of frequencies, by position
+
+Renaming = Callable[[str], str | None]
+"""From a name in the files to that of transformers; None where the model has no such tensor."""
+
+
+def renaming(model_type: str) -> Renaming:
+    """Of the tensors of a model."""
+    multimodal = model_type in MULTIMODAL
+    rules = _TEXT if multimodal else _RENAMED.get(model_type, ())
+
+    def renamed(name: str) -> str | None:
+        for pattern, replacement in rules:
+            if re.match(pattern, name):
+                return re.sub(pattern, replacement, name)
+        return None if multimodal else name
+
+    return renamed
+
+
+def text_type(raw: dict[str, Any]) -> str:
+    """The `model_type` of the language model that a config.json describes."""
+    kind = str(raw.get("model_type"))
+    if kind not in MULTIMODAL:
+        return kind
+    inside = raw.get("text_config")
+    named = inside.get("model_type") if isinstance(inside, dict) else None
+    return MULTIMODAL[kind] or str(named)
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model in a multimodal one, as that of a model of its own."""
+    text = copy.deepcopy(config.get_text_config())
+    text.tie_word_embeddings = config.tie_word_embeddings
+    if (kind := MULTIMODAL[config.model_type]) is None:
+        return text
+    values = text.to_dict()
+    rope = {key: v for key, v in (values["rope_parameters"] or {}).items() if key not in _SECTIONS}
+    if rope.get("rope_type") == "mrope":
+        rope["rope_type"] = "default"
+    values = {key: v for key, v in values.items() if key not in ("model_type", "architectures")}
+    return CONFIG_MAPPING[kind](**{**values, "rope_parameters": rope})
