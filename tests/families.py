@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle, replace_manifest
-from dash_onnx.exporters.architectures.rope import head_order
+from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.engine import Model
 
@@ -69,6 +69,42 @@ _STABLELM = {**_WIDE, "rope_parameters": _HALF}
 _QUARTER = {**_WIDE, "partial_rotary_factor": 0.25}
 _BIASED = {**_STABLELM, "use_qkv_bias": True}
 _NEOX = {**_STABLELM, "num_key_value_heads": 2}
+_HALF_ODD = {**_WIDE, "head_dim": 32, "rope_parameters": _HALF}
+_GLM = {**_HALF_ODD, "attention_bias": True}
+_LISTED = ["sliding_attention", "full_attention", "sliding_attention"]
+_WINDOWS = {"sliding_window": WINDOW, "layer_types": _LISTED}
+_NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}
+_MINISTRAL = {**_WINDOWS, "head_dim": 32}
+_OLMO3_ROPES = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+_OLMO3 = {**_WINDOWS, "rope_parameters": _OLMO3_ROPES}
+_GRANITE_SWA = {**_GRANITE, **_WINDOWS, "layer_rope_theta": [1e4, 0, 5e5]}
+_VAULT = {**_GEMMA2, "layer_types": _LISTED}
+_QUERY_SCALE = {
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.5,
+    },
+}
+_COHERE = {"logit_scale": 0.7}
+_COHERE2 = {**_COHERE, **_WINDOWS}
+_NANOCHAT = {"final_logit_softcapping": 4.0}
+_OLMO = {"clip_qkv": None}
+_STARCODER2 = {"sliding_window": WINDOW}
+_HYPERCLOVAX = {**_GRANITE, "use_post_norm": True}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -110,6 +146,38 @@ CASES: dict[str, Case] = {
         "gpt_neox", "MLP parallel to attention, no gate, biases", {**_NEOX, **_PARALLEL}
     ),
     "gpt_neox in turn": Case("gpt_neox", "MLP after attention", {**_NEOX, **_IN_TURN}),
+    "apertus": Case("apertus", "xIELU without gate, Q/K norm of each head"),
+    "arcee": Case("arcee", "squared ReLU without gate"),
+    "cohere": Case(
+        "cohere", "one LayerNorm a layer, MLP beside attention, factor on the logits", _COHERE
+    ),
+    "cohere2": Case("cohere2", "as Cohere; RoPE in layers with windows alone", _COHERE2),
+    "cwm": Case("cwm", "windows in some layers", {**_WINDOWS, "rope_parameters": LLAMA3_ROPE}),
+    "ernie4_5": Case("ernie4_5", "RoPE of neighbours", {"head_dim": 32}),
+    "exaone": Case("exaone", "names of GPT-2"),
+    "exaone4": Case("exaone4", "norms behind, Q/K norm, RoPE in layers with windows", _WINDOWS),
+    "exaone4 without windows": Case("exaone4", "RoPE in all layers", _NO_WINDOWS),
+    "gemma": Case("gemma", "norms of 1 + w, factor on embeddings", {"head_dim": 32}),
+    "glm": Case("glm", "RoPE of neighbours in half of a head, Q/K/V bias", _GLM),
+    "glm4": Case("glm4", "as GLM; four norms a layer", _GLM),
+    "granite_swa": Case("granite_swa", "as Granite; windows, sinks, a RoPE a layer", _GRANITE_SWA),
+    "helium": Case("helium", "RoPE of neighbours", {"head_dim": 16}),
+    "hunyuan_v1_dense": Case("hunyuan_v1_dense", "Q/K norm behind RoPE", {"head_dim": 16}),
+    "hyperclovax": Case("hyperclovax", "multipliers, four norms a layer", _HYPERCLOVAX),
+    "internlm3": Case("internlm3", "nothing", {"head_dim": 16}),
+    "iquestcoder": Case("iquestcoder", "nothing", {"head_dim": 16}),
+    "jais2": Case("jais2", "LayerNorm, squared ReLU without gate, biases"),
+    "ministral": Case("ministral", "windows in some layers", _MINISTRAL),
+    "ministral3": Case("ministral3", "queries scaled by their position", _QUERY_SCALE),
+    "nanochat": Case("nanochat", "norms without weights, also of embeddings; softcap", _NANOCHAT),
+    "nemotron": Case("nemotron", "LayerNorm of 1 + w, squared ReLU without gate", _HALF_ODD),
+    "olmo": Case("olmo", "LayerNorm without weights", _OLMO),
+    "olmo3": Case("olmo3", "as OLMo 2; windows, a RoPE for each kind of layer", _OLMO3),
+    "persimmon": Case("persimmon", "LayerNorm, also of Q/K; partial rotary", _NEOX),
+    "phi": Case("phi", "LayerNorm, MLP beside attention, partial rotary, biases", _STABLELM),
+    "seed_oss": Case("seed_oss", "Q/K/V bias", {"head_dim": 16}),
+    "starcoder2": Case("starcoder2", "LayerNorm, no gate, biases, windows", _STARCODER2),
+    "vaultgemma": Case("vaultgemma", "as Gemma 2; two norms a layer", _VAULT),
 }
 
 
@@ -138,6 +206,14 @@ def save_random(folder: Path, case: Case) -> Path:
     return folder
 
 
+def reference_of(folder: Path) -> PreTrainedModel:
+    """The model in transformers."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model
+
+
 @dataclass
 class Pair:
     """A model in transformers, and its bundle in the runtime."""
@@ -164,10 +240,7 @@ class Pair:
             accuracy_level=0,
         )
         export(str(source), out, options)
-        reference = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="eager"
-        )
-        return cls(case, out, reference)
+        return cls(case, out, reference_of(source))
 
     def wanted(self, ids: np.ndarray) -> np.ndarray:
         """Logits of transformers after each token, `[T, V]`."""
@@ -237,8 +310,11 @@ class Pair:
     def _cache_of(self, ids: np.ndarray, inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and values `[H_kv, T, d]` of transformers' layers from given inputs."""
 
+        family = REGISTRY[self.case.family]
+        stream = family.scales(self.reference.config).stream
+
         def instead(layer: int) -> Callable[..., Any]:
-            x = torch.from_numpy(inputs[layer])[None]
+            x = stream * torch.from_numpy(inputs[layer])[None]
             return lambda _module, arguments: (x, *arguments[1:])
 
         layers = self.reference.get_decoder().layers
@@ -249,7 +325,7 @@ class Pair:
             hook.remove()
         cache = getattr(result, "cache", None) or result.past_key_values
         keys = [entry.keys[0].numpy() for entry in cache.layers]
-        order = head_order(self.model.manifest.ropes[0], keys[0].shape[-1])
+        order = family.head_order(self.model.manifest.ropes[0], keys[0].shape[-1])
         keys = keys if order is None else [key[..., order] for key in keys]
         return [(k, entry.values[0].numpy()) for k, entry in zip(keys, cache.layers, strict=True)]
 

@@ -19,6 +19,8 @@ from families import (
     attending_plainly,
     config_of,
     random_ids,
+    reference_of,
+    save_random,
     write_text,
 )
 from test_environment import case_of, one_hot, plain_kl, random_choice, recorded, runtime_logits
@@ -28,8 +30,9 @@ from transformers import AutoConfig, LlamaForCausalLM
 import dash_onnx
 from dash_onnx.core.actions import WIDE
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import layer_path
+from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.errors import ContextLengthError, UnsupportedError
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.reference import streamed_model
@@ -37,10 +40,11 @@ from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
-from dash_onnx.exporters.graphs import build_layer, captured_inputs
+from dash_onnx.exporters.graphs import build_embed, build_head, build_layer, captured_inputs
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.ort import create_session
 
 INT8_ERROR = 0.06
 """Of the logits. INT8 has 127 levels for the largest of a block's 32 weights, which is about 2.3
@@ -58,10 +62,42 @@ INT4_ERROR = 0.2
 standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of 2.5 for norms."""
 
 
-@pytest.fixture(scope="module", params=CASES)
+QUICK = [*list(CASES)[:16], "granite_swa", "hunyuan_v1_dense", "ministral3"]
+"""Cases of every kind of layer that the runtime treats differently; the others are slow tests."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+    ],
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("family")
     return Pair.build(CASES[request.param], folder, write_text(folder / "text.txt"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
+def test_graphs_in_full_precision_give_the_logits_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    case, ids = CASES[name], random_ids(60)
+    source = open_source(str(save_random(tmp_path / "source", case)), REGISTRY)
+    family, target = REGISTRY[case.family], Target("cpu", "float32", 32, 0)
+    spec = family.describe("", source.config, case.max_length)
+    runner = Runner(spec, "cpu")
+    build_embed(tmp_path, family.embedding(source.weights, spec), spec, target)
+    states = runner.embed(tmp_path / EMBED_PATH, ids[None])
+    for index in range(LAYERS):
+        layer = family.layer(source.weights, index, spec)
+        build_layer(tmp_path, index, layer, spec, target, "full", {})
+        states = runner.layer(index, tmp_path / layer_path(index, "full"), states)
+    build_head(tmp_path, family.head(source.weights, spec), spec, target, "full", {})
+    head = create_session(tmp_path / head_path("full"), "cpu")
+    (logits,) = head.run(["logits"], {"hidden": states})
+    wanted = reference_of(tmp_path / "source")(torch.from_numpy(ids)[None]).logits
+    assert wanted.std() > 0.3  # the comparison means something
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-4, rtol=0)
 
 
 def test_full_layers_give_the_logits_of_transformers(pair: Pair) -> None:
@@ -200,7 +236,9 @@ def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "smollm3", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "smollm3", "olmo2", "gpt_neox", "hunyuan_v1_dense", "ministral3"]
+)
 def test_the_fused_graph_computes_what_the_graphs_of_the_bundle_compute(
     name: str, tmp_path: Path, night: Path
 ) -> None:
@@ -301,8 +339,13 @@ def test_experts_in_the_config_of_a_dense_family_are_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("llama", {"hidden_act": "relu"}, "activation 'relu' is not supported; supported: silu"),
-        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("llama", {"hidden_act": "tanh"}, "activation 'tanh' is not supported; supported: silu"),
+        ("stablelm", {"qk_layernorm": True}, "stablelm with qk_layernorm True is not supported"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+        ("persimmon", {"qk_layernorm": False}, "persimmon with qk_layernorm False"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("olmo", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("hyperclovax", {"use_post_norm": False}, "use_post_norm"),
         ("gemma2", {"use_bidirectional_attention": True}, "not a causal model"),
         ("qwen2", {"layer_types": ["linear_attention"] * LAYERS}, "type 'linear_attention'"),
         ("stablelm", {"num_attention_heads": 8}, "rotates 2 of 8 dimensions"),

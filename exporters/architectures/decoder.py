@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from dash_onnx.core.block import Activation, Attention, Block
+from dash_onnx.core.block import Activation, Attention, Block, QueryScale
 from dash_onnx.core.consistency import model_problems
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
@@ -23,7 +24,14 @@ from dash_onnx.exporters.architectures.base import (
     stack,
     take,
 )
-from dash_onnx.exporters.architectures.rope import context_length, head_order, rope_of, widened
+from dash_onnx.exporters.architectures.rope import (
+    LAYER_TYPES,
+    Pairs,
+    context_length,
+    head_order,
+    ropes_of,
+    widened,
+)
 from dash_onnx.exporters.sources import Weights, readable
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -33,7 +41,13 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "xielu": "xielu",
 }
+F = torch.nn.functional
+
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -61,6 +75,7 @@ class Names:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     down_norm: str | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +86,37 @@ class Decoder:
         names: of its weights.
         windows: layers that see the last tokens only, as many as the config's `sliding_window`:
             `listed` are those that its `layer_types` call so.
+        rotates: layers that have a rotary embedding: all, those with a window, or those with a
+            window in a model that has windows.
+        pairs: dimensions of a head that rotate together.
+        norm: see `Block`.
+        norm_epsilon: of norms, where the config has none.
         norm_offset: added to the weights of norms when they are read.
+        norm_weights: whether norms have some.
         heads_together: the norm of queries, and that of keys, takes all heads as one.
+        heads_normed: see `Block`.
+        gated: see `Block`.
+        parallel: see `Block`; a string is a key of the config.
+        refused: keys of the config that ask for what the graphs do not have, where they are set.
+        needed: likewise, where they are not set.
+        embedding_normed: see `ModelSpec`.
     """
 
     names: Names = Names()
     windows: Literal["none", "all", "listed"] = "none"
+    rotates: Literal["all", "windows", "windows if any"] = "all"
+    pairs: Pairs = "halves"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float | None = None
     norm_offset: float = 0.0
+    norm_weights: bool = True
     heads_together: bool = False
+    heads_normed: Literal["before", "after"] = "before"
+    gated: bool = True
+    parallel: bool | str = False
+    refused: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    embedding_normed: bool = False
 
     def describe(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
         """Maps the config, for contexts of `max_length` tokens; None takes the model's own.
@@ -102,11 +140,12 @@ class Decoder:
                 raise UnsupportedError(
                     f"{key} is {count}: mixtures of experts are not supported, only dense models"
                 )
+        for key in (*self.refused, *self.needed):
+            if bool(value := getattr(config, key, None)) != (key in self.needed):
+                raise UnsupportedError(f"{config.model_type} with {key} {value} is not supported")
         length = context_length(config, max_length)
         heads, head = config.num_attention_heads, _head_dim(config)
         ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))
-        if self.names.q_norm is not None and head_order(ropes[0], head) is not None:
-            raise UnsupportedError("a norm of queries whose heads are rotated in part")
         return ModelSpec(
             facts=ModelFacts(
                 name=name,
@@ -120,12 +159,13 @@ class Decoder:
                 vocab_size=config.vocab_size,
                 max_length=length,
             ),
-            block=self.block(config),
+            block=replace(self.block(config), query_scale=self.query_scale(config, length)),
             ropes=ropes,
             attention=tuple(
                 self.attention(config, index, length) for index in range(config.num_hidden_layers)
             ),
             scales=self.scales(config),
+            embedding_normed=self.embedding_normed,
         )
 
     def block(self, config: PretrainedConfig) -> Block:
@@ -134,40 +174,57 @@ class Decoder:
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
+        known = [float(getattr(config, key)) for key in _EPSILONS if getattr(config, key, None)]
+        parallel = self.parallel
         return Block(
-            norm="rms",
-            norm_epsilon=float(getattr(config, "rms_norm_eps", None) or config.layer_norm_eps),
+            norm=self.norm,
+            norm_epsilon=known[0] if self.norm_epsilon is None else self.norm_epsilon,
             activation=_ACTIVATIONS[name],
-            gated=True,
-            parallel=False,
+            gated=self.gated,
+            parallel=parallel if isinstance(parallel, bool) else bool(getattr(config, parallel)),
             attention_scale=_head_dim(config) ** -0.5,
-            attention_softcap=None,
-            logit_softcap=None,
+            attention_softcap=getattr(config, "attn_logit_softcapping", None),
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            heads_normed=self.heads_normed,
         )
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
         """Rotary embeddings for contexts of `length` tokens."""
-        return (rope_of(config, length),)
+        return ropes_of(config, length)
+
+    def query_scale(self, config: PretrainedConfig, length: int) -> QueryScale | None:
+        """Factor on the queries in contexts of `length` tokens."""
+        return None
 
     def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
         """Of one layer, in contexts of `length` tokens."""
-        return Attention(rope=0, window=self.window(config, layer, length))
+        kind, window = self.layer_type(config, layer), self.window(config, layer, length)
+        if kind == "full_attention" and self.rotates != "all":
+            if self.rotates == "windows" or config.sliding_window is not None:
+                return Attention(rope=None, window=None)
+        several = len(self.ropes(config, length)) > 1
+        return Attention(rope=LAYER_TYPES.index(kind) if several else 0, window=window)
 
     def window(self, config: PretrainedConfig, layer: int, length: int) -> int | None:
-        """Tokens that a layer sees, in contexts of `length` tokens; None where it sees all.
+        """Tokens that a layer sees, in contexts of `length` tokens; None where it sees all."""
+        sliding = self.layer_type(config, layer) == "sliding_attention"
+        window = config.sliding_window if sliding else None
+        return None if window is None or window >= length else int(window)
+
+    def layer_type(self, config: PretrainedConfig, layer: int) -> str:
+        """One of `LAYER_TYPES`.
 
         Raises:
             UnsupportedError: the layer has attention of another type.
         """
-        kind = "full_attention" if self.windows == "none" else "sliding_attention"
-        if self.windows == "listed":
-            kind = config.layer_types[layer]
-        if kind not in ("full_attention", "sliding_attention"):
+        if self.windows != "listed":
+            return "full_attention" if self.windows == "none" else "sliding_attention"
+        kind: str = config.layer_types[layer]
+        if kind not in LAYER_TYPES:
             raise UnsupportedError(
-                f"layer {layer} is of type {kind!r}; supported: full_attention, sliding_attention"
+                f"layer {layer} is of type {kind!r}; supported: {', '.join(LAYER_TYPES)}"
             )
-        window = config.sliding_window if kind == "sliding_attention" else None
-        return None if window is None or window >= length else int(window)
+        return kind
 
     def scales(self, config: PretrainedConfig) -> Scales:
         """Factors of the model."""
@@ -184,12 +241,21 @@ class Decoder:
         prefix = f"{names.layers}.{index}."
         width, inner, head = facts.hidden_size, facts.intermediate_size, facts.head_dim
         queries, keys = facts.num_heads * head, facts.num_kv_heads * head
+        order = self.head_order(spec.ropes[0], head)
         post_norm = names.post_norm
         if spec.block.parallel and f"{prefix}{post_norm}.weight" not in weights:
             post_norm = None
 
         def norm(name: str | None, size: int = width) -> Norm | None:
             return None if name is None else self._norm(weights, prefix + name, size)
+
+        def added(name: str | None) -> Norm | None:
+            found, factor = norm(name), spec.scales.residual
+            return found if found is None or factor == 1.0 else found.scaled(factor)
+
+        def head_norm(name: str | None, count: int) -> Norm | None:
+            found = norm(name, count * head if self.heads_together else head)
+            return found and found.reordered(order)
 
         def linear(name: str, short: str, rows: int, columns: int) -> Linear:
             return _linear(weights, prefix + name, short, rows, columns)
@@ -203,18 +269,31 @@ class Decoder:
         qkv = stacked("qkv_proj", names.qkv, queries, keys, keys)
         return Layer(
             input_norm=norm(names.input_norm),
-            qkv=_paired(self.qkv(qkv, spec), spec),
-            q_norm=norm(names.q_norm, queries if self.heads_together else head),
-            k_norm=norm(names.k_norm, keys if self.heads_together else head),
+            qkv=_paired(self.qkv(qkv, spec), spec, order),
+            q_norm=head_norm(names.q_norm, facts.num_heads),
+            k_norm=head_norm(names.k_norm, facts.num_kv_heads),
             output=linear(names.output, "o_proj", width, queries),
-            output_norm=norm(names.output_norm),
+            output_norm=added(names.output_norm),
             post_norm=norm(post_norm),
             gate_up=stacked(
                 "gate_up_proj", names.gate_up, *[inner] * (2 if spec.block.gated else 1)
             ),
             down=linear(names.down, "down_proj", width, inner),
-            down_norm=norm(names.down_norm),
+            down_norm=added(names.down_norm),
+            sinks=names.sinks and take(weights, prefix + names.sinks, facts.num_heads),
+            xielu=self.xielu(weights, prefix) if spec.block.activation == "xielu" else None,
         )
+
+    def xielu(self, weights: Weights, prefix: str) -> torch.Tensor:
+        """Factors of a layer's activation, see `Layer`."""
+        square, expm1 = (
+            F.softplus(take(weights, f"{prefix}mlp.act_fn.{name}", 1).float())
+            for name in ("alpha_p", "alpha_n")
+        )
+        beta = f"{prefix}mlp.act_fn.beta"  # models of random weights store none
+        linear = weights[beta].float().reshape(1) if beta in weights else square.new_full([1], 0.5)
+        # For x < 0 it is `a (exp(x) - 1 - x) + beta x`, with a = softplus(alpha_n) + beta.
+        return torch.cat([-expm1, square, linear + expm1])
 
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
         """Puts rows into the order of the graphs: all queries, all keys, all values."""
@@ -230,17 +309,22 @@ class Decoder:
         scale = spec.scales.logit / (spec.block.logit_softcap or 1.0)
         return Head(norm if scale == 1.0 else norm.scaled(scale), linear)
 
+    def head_order(self, rope: Rope, head: int) -> npt.NDArray[np.int64] | None:
+        """Where the dimensions of heads come from; None where they stay."""
+        return head_order(rope, head, self.pairs)
+
     def _norm(self, weights: Weights, name: str, size: int) -> Norm:
+        if not self.norm_weights:
+            return Norm(torch.ones(size))
         weight, bias = take(weights, f"{name}.weight", size), f"{name}.bias"
         if self.norm_offset:
             weight = weight.float() + self.norm_offset
         return Norm(weight, take(weights, bias, size) if bias in weights else None)
 
 
-def _paired(qkv: Linear, spec: ModelSpec) -> Linear:
+def _paired(qkv: Linear, spec: ModelSpec, order: npt.NDArray[np.int64] | None) -> Linear:
     """Brings the dimensions of query and key heads into the order of the rotation."""
     facts = spec.facts
-    order = head_order(spec.ropes[0], facts.head_dim)
     if order is None:
         return qkv
     heads = np.arange(facts.num_heads + facts.num_kv_heads) * facts.head_dim

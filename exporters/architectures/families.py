@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from transformers import PretrainedConfig
 
-from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.block import Attention, Block, QueryScale
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Rope
 from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
@@ -15,58 +15,35 @@ from dash_onnx.exporters.architectures.decoder import Decoder, Names
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.sources.source import check_supported
 
-_ROPES = ("full_attention", "sliding_attention")  # Gemma 3's, in the order of the bundle
 
-
-class Gemma2(Decoder):
-    """Norms on both sides of attention and MLP, windows in most layers, softcaps."""
+class Gemma(Decoder):
+    """Gemma: weights of norms are stored less 1, and embeddings multiplied."""
 
     def block(self, config: PretrainedConfig) -> Block:
         """See `Decoder`."""
         if getattr(config, "use_bidirectional_attention", None):
             raise UnsupportedError("use_bidirectional_attention is set: not a causal model")
-        return replace(
-            super().block(config),
-            attention_scale=config.query_pre_attn_scalar**-0.5,
-            attention_softcap=config.attn_logit_softcapping,
-            logit_softcap=config.final_logit_softcapping,
-        )
+        block = super().block(config)
+        scalar = getattr(config, "query_pre_attn_scalar", None)
+        return block if scalar is None else replace(block, attention_scale=scalar**-0.5)
 
     def scales(self, config: PretrainedConfig) -> Scales:
         """See `Decoder`."""
         return Scales(embedding=float(config.hidden_size**0.5))
 
 
-class Gemma3(Gemma2):
-    """As Gemma 2; local and global layers rotate at different frequencies."""
-
-    def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
-        """See `Decoder`."""
-        return tuple(rope_of(config, length, kind) for kind in _ROPES)
-
-    def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
-        """See `Decoder`."""
-        window = self.window(config, layer, length)
-        return Attention(_ROPES.index(config.layer_types[layer]), window)
-
-
-class GPTNeoX(Decoder):
-    """GPT-NeoX and Pythia: LayerNorm, attention beside an MLP without gate, biases everywhere."""
-
-    def block(self, config: PretrainedConfig) -> Block:
-        """See `Decoder`."""
-        parallel = bool(config.use_parallel_residual)
-        return replace(super().block(config), norm="layer", gated=False, parallel=parallel)
+class HeadByHead(Decoder):
+    """Decoders that store query, key and value stacked, head by head."""
 
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
-        """See `Decoder`; the model stores query, key and value head by head."""
+        """See `Decoder`."""
         heads, size = spec.facts.num_heads, spec.facts.head_dim
         order = np.arange(stacked.out_features).reshape(heads, 3, size)
         return stacked.reordered(order.swapaxes(0, 1).reshape(-1))
 
 
 class Granite(Decoder):
-    """Granite 3 (dense): Llama with multipliers, none of which costs anything.
+    """Granite 3 and 4 (dense): Llama with multipliers, none of which costs anything.
 
     Layers add m times their result to the residual stream. The graphs keep the stream divided by
     m: then layers add their result as it is, and norms, which take any factor out, only need their
@@ -85,7 +62,61 @@ class Granite(Decoder):
     def scales(self, config: PretrainedConfig) -> Scales:
         """See `Decoder`."""
         stream = float(config.residual_multiplier)
-        return Scales(config.embedding_multiplier / stream, stream, 1.0 / config.logits_scaling)
+        embedding, logit = config.embedding_multiplier / stream, 1.0 / config.logits_scaling
+        return Scales(embedding=embedding, stream=stream, logit=logit)
+
+
+class GraniteSWA(Granite):
+    """Granite with windows and sinks; each layer may have a rotary embedding of its own."""
+
+    def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
+        """See `Decoder`; at least one, though no layer may rotate anything."""
+        bases = self._bases(config) or [config.rope_parameters["rope_theta"]]
+        return tuple(rope_of(config, length, base=base) for base in bases)
+
+    def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
+        """See `Decoder`."""
+        base = config.layer_rope_theta[layer]
+        rope = self._bases(config).index(base) if base else None
+        return Attention(rope=rope, window=self.window(config, layer, length))
+
+    def _bases(self, config: PretrainedConfig) -> list[float]:
+        return sorted({base for base in config.layer_rope_theta if base})
+
+
+class HyperCLOVAX(Decoder):
+    """HyperCLOVA X: Granite's multipliers; the norms of what a layer adds take in their own."""
+
+    def block(self, config: PretrainedConfig) -> Block:
+        """See `Decoder`."""
+        scale = float(config.attention_multiplier)
+        return replace(super().block(config), attention_scale=scale)
+
+    def scales(self, config: PretrainedConfig) -> Scales:
+        """See `Decoder`."""
+        return Scales(
+            embedding=float(config.embedding_multiplier),
+            residual=float(config.residual_multiplier),
+            logit=float(config.logits_scaling),
+        )
+
+
+class Cohere(Decoder):
+    """Command R: a factor on the logits."""
+
+    def scales(self, config: PretrainedConfig) -> Scales:
+        """See `Decoder`."""
+        return Scales(logit=float(config.logit_scale))
+
+
+class Ministral3(Decoder):
+    """Ministral 3: queries grow with their position."""
+
+    def query_scale(self, config: PretrainedConfig, length: int) -> QueryScale | None:
+        """See `Decoder`."""
+        beta = config.rope_parameters["llama_4_scaling_beta"]
+        first = int(config.rope_parameters["original_max_position_embeddings"])
+        return QueryScale(float(beta), first) if beta and length > first else None
 
 
 class SmolLM3(Decoder):
@@ -97,32 +128,62 @@ class SmolLM3(Decoder):
         return Attention(rope=0 if config.no_rope_layers[layer] else None, window=window)
 
 
-class StableLM(Decoder):
-    """LayerNorm, a quarter of each head rotated, in some MLP and attention side by side."""
-
-    def block(self, config: PretrainedConfig) -> Block:
-        """See `Decoder`."""
-        if config.qk_layernorm:
-            raise UnsupportedError("qk_layernorm (StableLM 2 12B) is not supported")
-        parallel = bool(config.use_parallel_residual)
-        return replace(super().block(config), norm="layer", parallel=parallel)
-
-
+_HEAD_NORMS = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 _GEMMA = Names(
     output_norm="post_attention_layernorm",
     post_norm="pre_feedforward_layernorm",
     down_norm="post_feedforward_layernorm",
 )
-_HEAD_NORMS = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+_NORMS_BEHIND = replace(
+    _HEAD_NORMS,
+    input_norm=None,
+    output_norm="post_attention_layernorm",
+    post_norm=None,
+    down_norm="post_feedforward_layernorm",
+)
+_NO_GATE = Names(gate_up=("mlp.up_proj",))
+_GLM = Names(gate_up=("mlp.gate_up_proj",))
+_ONE_NORM = Names(post_norm=None)
 
 REGISTRY: dict[str, Decoder] = {
-    "gemma2": Gemma2(_GEMMA, windows="listed", norm_offset=1.0),
-    "gemma3_text": Gemma3(
+    "apertus": Decoder(
+        replace(
+            _HEAD_NORMS,
+            input_norm="attention_layernorm",
+            post_norm="feedforward_layernorm",
+            gate_up=_NO_GATE.gate_up,
+        ),
+        gated=False,
+    ),
+    "arcee": Decoder(_NO_GATE, gated=False),
+    "cohere": Cohere(
+        _ONE_NORM, norm="layer", parallel=True, pairs="neighbours", refused=("use_qk_norm",)
+    ),
+    "cohere2": Cohere(
+        _ONE_NORM,
+        windows="listed",
+        rotates="windows",
+        norm="layer",
+        parallel=True,
+        pairs="neighbours",
+    ),
+    "cwm": Decoder(windows="listed"),
+    "ernie4_5": Decoder(pairs="neighbours"),
+    "exaone": Decoder(),
+    "exaone4": Decoder(_NORMS_BEHIND, windows="listed", rotates="windows if any"),
+    "gemma": Gemma(norm_offset=1.0),
+    "gemma2": Gemma(_GEMMA, windows="listed", norm_offset=1.0),
+    "gemma3_text": Gemma(
         replace(_GEMMA, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
         windows="listed",
         norm_offset=1.0,
     ),
-    "gpt_neox": GPTNeoX(
+    "glm": Decoder(_GLM, pairs="neighbours"),
+    "glm4": Decoder(
+        replace(_GLM, output_norm="post_self_attn_layernorm", down_norm="post_mlp_layernorm"),
+        pairs="neighbours",
+    ),
+    "gpt_neox": HeadByHead(
         Names(
             embedding="gpt_neox.embed_in",
             layers="gpt_neox.layers",
@@ -131,28 +192,80 @@ REGISTRY: dict[str, Decoder] = {
             output="attention.dense",
             gate_up=("mlp.dense_h_to_4h",),
             down="mlp.dense_4h_to_h",
-        )
+        ),
+        norm="layer",
+        gated=False,
+        parallel="use_parallel_residual",
     ),
     "granite": Granite(),
+    "granite_swa": GraniteSWA(Names(sinks="self_attn.sinks"), windows="listed"),
+    "helium": Decoder(pairs="neighbours"),
+    "hunyuan_v1_dense": Decoder(
+        Names(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm"),
+        heads_normed="after",
+    ),
+    "hyperclovax": HyperCLOVAX(
+        Names(output_norm="post_norm1", down_norm="post_norm2"), needed=("use_post_norm",)
+    ),
+    "internlm3": Decoder(),
+    "iquestcoder": Decoder(),
+    "jais2": Decoder(_NO_GATE, norm="layer", gated=False),
     "llama": Decoder(),
+    "ministral": Decoder(windows="listed"),
+    "ministral3": Ministral3(windows="all"),
     "mistral": Decoder(windows="all"),
-    "olmo2": Decoder(
-        replace(
-            _HEAD_NORMS,
-            input_norm=None,
-            output_norm="post_attention_layernorm",
-            post_norm=None,
-            down_norm="post_feedforward_layernorm",
+    "nanochat": Decoder(
+        replace(_HEAD_NORMS, gate_up=("mlp.fc1",), down="mlp.fc2"),
+        pairs="swapped",
+        norm_weights=False,
+        gated=False,
+        embedding_normed=True,
+    ),
+    "nemotron": Decoder(_NO_GATE, norm="layer", norm_offset=1.0, gated=False),
+    "olmo": Decoder(norm="layer", norm_weights=False, norm_epsilon=1e-5, refused=("clip_qkv",)),
+    "olmo2": Decoder(_NORMS_BEHIND, heads_together=True),
+    "olmo3": Decoder(_NORMS_BEHIND, windows="listed", heads_together=True),
+    "persimmon": HeadByHead(
+        Names(
+            final_norm="model.final_layernorm",
+            qkv=("self_attn.query_key_value",),
+            q_norm="self_attn.q_layernorm",
+            k_norm="self_attn.k_layernorm",
+            output="self_attn.dense",
+            gate_up=("mlp.dense_h_to_4h",),
+            down="mlp.dense_4h_to_h",
         ),
-        heads_together=True,
+        norm="layer",
+        gated=False,
+        needed=("qk_layernorm",),
+    ),
+    "phi": Decoder(
+        Names(
+            final_norm="model.final_layernorm",
+            output="self_attn.dense",
+            post_norm=None,
+            gate_up=("mlp.fc1",),
+            down="mlp.fc2",
+        ),
+        norm="layer",
+        gated=False,
+        parallel=True,
+        refused=("qk_layernorm",),
     ),
     "phi3": Decoder(
         Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)), windows="all"
     ),
     "qwen2": Decoder(windows="listed"),
     "qwen3": Decoder(_HEAD_NORMS, windows="listed"),
+    "seed_oss": Decoder(),
     "smollm3": SmolLM3(windows="listed"),
-    "stablelm": StableLM(),
+    "stablelm": Decoder(norm="layer", parallel="use_parallel_residual", refused=("qk_layernorm",)),
+    "starcoder2": Decoder(
+        Names(gate_up=("mlp.c_fc",), down="mlp.c_proj"), windows="all", norm="layer", gated=False
+    ),
+    "vaultgemma": Gemma(
+        Names(post_norm="pre_feedforward_layernorm"), windows="listed", norm_offset=1.0
+    ),
 }
 """What each family has otherwise than Llama."""
 

@@ -6,11 +6,13 @@ that length take the original frequencies, longer ones those for `max_length` to
 
 ONNX Runtime's attention rotates multiples of 16 dimensions. Where a model rotates another number,
 all of a head are rotated, most by nothing, and `head_order` brings the pairs where they belong.
+So it does where a model pairs other dimensions than the two halves of what it rotates.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dash_onnx.core.errors import ContextLengthError, SourceError, UnsupportedError
 from dash_onnx.core.facts import Rope
+
+Pairs = Literal["halves", "swapped", "neighbours"]
+"""The dimensions of a head that rotate together: j of the first and of the second half of what is
+rotated, the same but in the other direction, or 2 j and 2 j + 1."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Types of layers, in the order of their rotary embeddings where these differ."""
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -44,11 +53,26 @@ def context_length(config: PretrainedConfig, asked: int | None) -> int:
     return asked or usual
 
 
-def rope_of(config: PretrainedConfig, length: int, layer_type: str | None = None) -> Rope:
+def ropes_of(config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
+    """The rotary embeddings for contexts of `length` tokens: one, or one for each type of layer."""
+    if LAYER_TYPES[0] in (config.rope_parameters or {}):
+        return tuple(rope_of(config, length, kind) for kind in LAYER_TYPES)
+    return (rope_of(config, length),)
+
+
+def rope_of(
+    config: PretrainedConfig,
+    length: int,
+    layer_type: str | None = None,
+    base: float | None = None,
+) -> Rope:
     """The rotary embedding for contexts of at most `length` tokens.
 
     Args:
+        config: of the model.
+        length: of the context.
         layer_type: which of the config's embeddings, where layers have different ones.
+        base: of the frequencies, instead of the config's.
 
     Raises:
         UnsupportedError: of another kind.
@@ -62,6 +86,9 @@ def rope_of(config: PretrainedConfig, length: int, layer_type: str | None = None
         raise UnsupportedError(
             f"RoPE type {kind!r} is not supported; supported: {', '.join(KINDS)}"
         )
+    if base is not None:
+        config = copy.deepcopy(config)
+        config.rope_parameters = parameters = {**parameters, "rope_theta": base}
     base = parameters.get("rope_theta", 1.0)
     if not 0 < base < np.inf:
         raise SourceError(f"the base of the rotary embedding is {base}, which cannot be")
@@ -92,15 +119,20 @@ def widened(rope: Rope, head: int) -> Rope:
     return Rope(rope.inv_freq + (0.0,) * (head // 2 - pairs), 1.0)
 
 
-def head_order(rope: Rope, head: int) -> npt.NDArray[np.int64] | None:
+def head_order(rope: Rope, head: int, pairs: Pairs = "halves") -> npt.NDArray[np.int64] | None:
     """Where the dimensions of a head come from; None where they stay.
 
-    Dimension j is rotated with j + head / 2: the pairs that turn come first in both halves, in
-    front of what the model does not rotate.
+    The graphs rotate dimension j with j + r / 2, of r that they rotate: the pairs that turn come
+    first in both halves, in front of what the model does not rotate.
     """
-    pairs, half = int(np.count_nonzero(rope.inv_freq)), head // 2
-    if pairs == len(rope.inv_freq):
-        return None
-    still = np.arange(2 * pairs, head)
-    first, second = np.arange(pairs), np.arange(pairs, 2 * pairs)
-    return np.concatenate([first, still[: half - pairs], second, still[half - pairs :]])
+    count, half = int(np.count_nonzero(rope.inv_freq)), len(rope.inv_freq)
+    turned, still = np.arange(2 * count), np.arange(2 * count, head)
+    if pairs == "neighbours":
+        first, second = turned[::2], turned[1::2]
+    else:
+        first, second = turned[:count], turned[count:]
+        if pairs == "swapped":
+            first, second = second, first
+    between = half - count
+    order = np.concatenate([first, still[:between], second, still[between:]])
+    return None if np.array_equal(order, np.arange(head)) else order
