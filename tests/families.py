@@ -73,6 +73,8 @@ _HALF_ODD = {**_WIDE, "head_dim": 32, "rope_parameters": _HALF}
 _GLM = {**_HALF_ODD, "attention_bias": True}
 _LISTED = ["sliding_attention", "full_attention", "sliding_attention"]
 _WINDOWS = {"sliding_window": WINDOW, "layer_types": _LISTED}
+_ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+_HUNYUAN = {"head_dim": 16, "rope_parameters": _ALPHA}
 _NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * LAYERS}
 _MINISTRAL = {**_WINDOWS, "head_dim": 32}
 _OLMO3_ROPES = {
@@ -162,7 +164,7 @@ CASES: dict[str, Case] = {
     "glm4": Case("glm4", "as GLM; four norms a layer", _GLM),
     "granite_swa": Case("granite_swa", "as Granite; windows, sinks, a RoPE a layer", _GRANITE_SWA),
     "helium": Case("helium", "RoPE of neighbours", {"head_dim": 16}),
-    "hunyuan_v1_dense": Case("hunyuan_v1_dense", "Q/K norm behind RoPE", {"head_dim": 16}),
+    "hunyuan_v1_dense": Case("hunyuan_v1_dense", "Q/K norm behind RoPE", _HUNYUAN),
     "hyperclovax": Case("hyperclovax", "multipliers, four norms a layer", _HYPERCLOVAX),
     "internlm3": Case("internlm3", "nothing", {"head_dim": 16}),
     "iquestcoder": Case("iquestcoder", "nothing", {"head_dim": 16}),

@@ -119,6 +119,14 @@ class Ministral3(Decoder):
         return QueryScale(float(beta), first) if beta and length > first else None
 
 
+class NanoChat(Decoder):
+    """nanochat: norms of queries and keys have no weights, so they may come before the rotation."""
+
+    def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
+        """See `Decoder`; norms that come after the rotation take any factor of it out."""
+        return tuple(replace(rope, attention_scaling=1.0) for rope in super().ropes(config, length))
+
+
 class SmolLM3(Decoder):
     """SmolLM 3: every fourth layer rotates nothing."""
 
@@ -214,7 +222,7 @@ REGISTRY: dict[str, Decoder] = {
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),
     "mistral": Decoder(windows="all"),
-    "nanochat": Decoder(
+    "nanochat": NanoChat(
         replace(_HEAD_NORMS, gate_up=("mlp.fc1",), down="mlp.fc2"),
         pairs="swapped",
         norm_weights=False,

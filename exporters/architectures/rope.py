@@ -92,11 +92,14 @@ def rope_of(
     base = parameters.get("rope_theta", 1.0)
     if not 0 < base < np.inf:
         raise SourceError(f"the base of the rotary embedding is {base}, which cannot be")
+    if kind == "dynamic" and (alpha := parameters.get("alpha")):  # Hunyuan's: one base for all
+        head = config.head_dim
+        kind, base = "default", base * alpha ** (head / (head - 2))
     if kind == "default":
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rotated = int(head * (parameters.get("partial_rotary_factor") or 1.0))
         exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
-        inv_freq, scaling = 1.0 / parameters["rope_theta"] ** exponents, 1.0
+        inv_freq, scaling = 1.0 / base**exponents, 1.0
     else:
         inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, seq_len=length, layer_type=layer_type)
     return Rope(inv_freq=tuple(inv_freq.float().tolist()), attention_scaling=float(scaling))

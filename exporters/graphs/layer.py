@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,12 +138,12 @@ def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
         return _wide_mlp(graph, x, layer)
     op, gated = graph.op, graph.block.gated
     up = graph.linear(x, layer.gate_up, form)
-    name = graph.value("activated")
+    name, activation = graph.value("activated"), _activation_of(graph, layer)
     if gated:
         gate, up = _parts(graph, up, [layer.down.in_features] * 2, "gate_up")
-        activated = op.Mul(_activation(graph, gate, layer), up, _outputs=[name])
+        activated = op.Mul(activation(gate), up, _outputs=[name])
     else:
-        activated = _activation(graph, up, layer, _outputs=[name])
+        activated = activation(up, _outputs=[name])
     return graph.linear(activated, layer.down, form)
 
 
@@ -161,10 +162,11 @@ def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
     else:
         up = graph.linear(x, gate_up, WIDE)
     parts = _parts(graph, up, sizes * (2 if graph.block.gated else 1), "gate_up")
+    activation = _activation_of(graph, layer)
     total: ir.Value | None = None
     for number, group in enumerate(groups):
         activated = parts[number] if factor is None else op.Mul(parts[number], factor)
-        activated = _activation(graph, activated, layer)
+        activated = activation(activated)
         if graph.block.gated:
             activated = op.Mul(activated, parts[len(groups) + number])
         part = down.columns(group, f"{down.name}.{number}")
@@ -186,22 +188,31 @@ def _parts(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequen
     return parts
 
 
-def _activation(graph: Graph, x: ir.Value, layer: Layer, **outputs: list[ir.Value]) -> ir.Value:
+def _activation_of(graph: Graph, layer: Layer) -> Callable[..., ir.Value]:
+    """The activation: a function of a value of the graph and of its output's name."""
     op, kind = graph.op, graph.block.activation
-    if kind == "silu":  # QuickGelu(alpha=1) is SiLU in one kernel
-        return graph.ms.QuickGelu(x, alpha=1.0, **outputs)
-    if kind == "relu":
-        return op.Relu(x, **outputs)
-    if kind == "relu2":
+
+    def relu2(x: ir.Value, **outputs: list[ir.Value]) -> ir.Value:
         positive = op.Relu(x)
         return op.Mul(positive, positive, **outputs)
+
+    if kind == "silu":  # QuickGelu(alpha=1) is SiLU in one kernel
+        return partial(graph.ms.QuickGelu, alpha=1.0)
+    if kind == "relu":
+        return op.Relu
+    if kind == "relu2":
+        return relu2
     if kind == "xielu":
         assert layer.xielu is not None
-        factors = graph.activation_tensor("xielu", layer.xielu)
         linear, square, elu = op.Split(
-            factors, num_outputs=3, _outputs=[graph.value(f"xielu.{i}") for i in range(3)]
+            graph.activation_tensor("xielu", layer.xielu),
+            num_outputs=3,
+            _outputs=[graph.value(f"xielu.{part}") for part in ("linear", "square", "elu")],
         )
-        positive = op.Relu(x)
-        total = op.Add(op.Mul(x, linear), op.Mul(op.Elu(x), elu))
-        return op.Add(op.Mul(op.Mul(positive, positive), square), total, **outputs)
-    return op.Gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none", **outputs)
+
+        def xielu(x: ir.Value, **outputs: list[ir.Value]) -> ir.Value:
+            total = op.Add(op.Mul(x, linear), op.Mul(op.Elu(x), elu))
+            return op.Add(op.Mul(relu2(x), square), total, **outputs)
+
+        return xielu
+    return partial(op.Gelu, approximate="tanh" if kind == "gelu_tanh" else "none")
