@@ -26,7 +26,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
 
-ARCHITECTURES = {**{kind: name for name, kind in MODEL_TYPES.items()}, "mistral": "llama"}
+ARCHITECTURES = {
+    **{kind: name for name, kind in MODEL_TYPES.items()},
+    "mistral": "llama",
+    "olmo3": "olmo2",
+}
 SIZES = {**TINY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 # Heads of 32, of which half rotates: less than 16 is no multiple that ORT's attention takes.
 _HALF = {
@@ -38,7 +42,43 @@ _HALF = {
         "partial_rotary_factor": 0.5,
     },
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_WINDOWS = {
+    "sliding_window": 16,
+    "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    "num_hidden_layers": 4,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "arcee": {"head_dim": 16},
+    "cohere2": {**_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True},
+    "ernie4_5": {"head_dim": 32, "tie_word_embeddings": True},
+    "exaone": {},
+    "exaone4": _WINDOWS,
+    "glm4": {**_HALF, "head_dim": 32, "attention_bias": True},
+    "ministral3": {
+        "head_dim": 32,
+        "rope_parameters": {
+            **_YARN,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.25,
+        },
+    },
+    "olmo3": {
+        **_WINDOWS,
+        "rope_parameters": {
+            "full_attention": _YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "gemma2": {
         "head_dim": 32,
         "query_pre_attn_scalar": 32,
@@ -116,7 +156,7 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
     """A weight as the converter stores it."""
     heads = config.num_attention_heads
-    if config.model_type in ("llama", "mistral", "smollm3", "granite"):
+    if config.model_type in ("arcee", "granite", "llama", "ministral3", "mistral", "smollm3"):
         if ".q_proj." in name:
             return interleaved(value, heads)
         if ".k_proj." in name:
@@ -132,6 +172,7 @@ def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
 def rope_tensors(config: Any) -> dict[str, np.ndarray]:
     """Factors of the frequencies, where the RoPE's kind has some."""
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     if rope.get("rope_type") == "llama3":
         dim = config.hidden_size // config.num_attention_heads
         plain = rope["rope_theta"] ** -(np.arange(0, dim, 2) / dim)
@@ -155,9 +196,10 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     if kind != "gpt_neox":
         writer.add_head_count_kv(config.num_key_value_heads)
-    if kind in ("gpt_neox", "stablelm"):
+    if kind in ("cohere2", "gpt_neox", "stablelm"):
         writer.add_layer_norm_eps(config.layer_norm_eps)
-        writer.add_parallel_residual(config.use_parallel_residual)
+        if kind != "cohere2":
+            writer.add_parallel_residual(config.use_parallel_residual)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -184,8 +226,16 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     if rope["rope_type"] == "longrope":
         _, factor = ROPE_INIT_FUNCTIONS["longrope"](config, device="cpu")
         writer.add_rope_scaling_attn_factors(factor)
-    if kind in ("gemma2", "gemma3_text", "phi3", "mistral") and config.sliding_window:
+    if kind != "qwen2" and kind != "qwen3" and getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if kind in ("cohere2", "exaone4", "olmo3") and config.sliding_window:
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_sliding_window_pattern(slides)
+    if kind == "cohere2":
+        writer.add_logit_scale(config.logit_scale)
+    if kind == "ministral3":
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -256,9 +306,14 @@ def write_model(
     add_config(writer, config)
     for add in (tokenizer, *extras):
         add(writer)
-    values = {}
+    values: dict[str, torch.Tensor] = {}
+    xielu: dict[str, list[float]] = {}
     for name, tensor in model.state_dict().items():
         if "rotary" in name or (config.tie_word_embeddings and name.endswith("lm_head.weight")):
+            continue
+        if ".act_fn." in name:
+            xielu.setdefault(name.rpartition(".")[2], []).append(tensor.float().item())
+            values[name] = tensor.float()
             continue
         stored = converted(name, tensor.float().numpy(), config)
         into = kind if stored.ndim == 2 else Kind.F32
@@ -271,6 +326,8 @@ def write_model(
         assert mapped is not None, name
         if mapped != without:
             writer.add_tensor(mapped, packed, raw_dtype=raw)
+    for name, numbers in xielu.items():
+        writer.add_array(f"xielu.{name}", numbers)
     for name, value in rope_tensors(config).items():
         writer.add_tensor(name, value)
     writer.write_header_to_file()

@@ -73,6 +73,7 @@ BYTE_LEVEL = {
     "refact": (False, DIGITS, False, False),  # Granite
     "olmo": (True, GPT2, False, False),  # GPT-NeoX, Pythia, OLMo
     "dbrx": (False, split(LLAMA3), False, False),  # OLMo 2, Phi 4
+    "glm4": (False, split(LLAMA3), False, False),  # GLM 4
     "llama-bpe": (False, split(LLAMA3), True, True),  # Llama 3
     "qwen2": (True, split(PRETOKENIZE_REGEX), False, False),  # Qwen 2 and 3
 }

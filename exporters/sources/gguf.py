@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,23 @@ from dash_onnx.exporters.sources.source import (
 )
 
 # llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
-_INTERLEAVED_ROPE = ("granite", "llama", "smollm3")
+_INTERLEAVED_ROPE = ("arcee", "granite", "llama", "mistral3", "smollm3")
+_XIELU = {"alpha_n": (1,), "alpha_p": (1,), "beta": (), "eps": ()}  # shapes of a layer's
 
 
 class GGUFWeights:
     """Tensors of a GGUF file by Hugging Face name, dequantized to float32 at look-up."""
 
     def __init__(
-        self, reader: GGUFReader, architecture: str, config: PretrainedConfig, requantize: bool
+        self,
+        reader: GGUFReader,
+        architecture: str,
+        config: PretrainedConfig,
+        requantize: bool,
+        told: Mapping[str, torch.Tensor],
     ):
-        """Maps names; reads no tensor."""
+        """Maps names; reads no tensor. Those of `told` are in the metadata."""
+        self._told = told
         self._requantize = requantize
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         assert isinstance(arch, MODEL_ARCH)
@@ -57,13 +64,17 @@ class GGUFWeights:
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+        return name in self._told or self._find(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Weights`."""
+        if name in self._told:
+            return tuple(self._told[name].shape)
         return tuple(reversed(self._find(name).shape.tolist()))
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._told:
+            return finite(name, self._told[name])
         tensor = self._find(name)
         if tensor is None:
             raise SourceError(f"the GGUF file has no tensor for {name!r}")
@@ -106,6 +117,16 @@ class GGUFWeights:
         return values
 
 
+def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:
+    """Weights that the metadata hold, by Hugging Face name: the parameters of xIELU."""
+    return {
+        f"model.layers.{layer}.mlp.act_fn.{name}": torch.tensor(values[key][layer]).view(shape)
+        for name, shape in _XIELU.items()
+        if (key := f"xielu.{name}") in values
+        for layer in range(layers)
+    }
+
+
 def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) -> Source:
     """Opens a GGUF file.
 
@@ -136,7 +157,8 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     check_layers(path, values.get(f"{architecture}.block_count"), layers_in(tensors))
     config = readable(path, lambda: config_of(architecture, values, tensors))
     check_supported(config.model_type, supported)
-    weights = readable(path, lambda: GGUFWeights(reader, architecture, config, requantize))
+    told = readable(path, lambda: _told(values, config.num_hidden_layers))
+    weights = readable(path, lambda: GGUFWeights(reader, architecture, config, requantize, told))
     tokenizer = readable(path, lambda: tokenizer_of(architecture, values))
     generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_tokens(values)

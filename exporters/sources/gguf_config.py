@@ -17,11 +17,19 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from dash_onnx.core.errors import SourceError, UnsupportedError
 
 MODEL_TYPES = {
+    "apertus": "apertus",
+    "arcee": "arcee",
+    "cohere2": "cohere2",
+    "ernie4_5": "ernie4_5",
+    "exaone": "exaone",
+    "exaone4": "exaone4",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "glm4": "glm4",
     "gptneox": "gpt_neox",
     "granite": "granite",
     "llama": "llama",
+    "mistral3": "ministral3",
     "olmo2": "olmo2",
     "phi3": "phi3",
     "qwen2": "qwen2",
@@ -37,8 +45,9 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"  # in transformers' `lay
 # llama.cpp knows them by their number of layers.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
-# transformers rotates a quarter of their heads unless told.
-_PARTLY_ROTATED = ("gptneox", "stablelm")
+# transformers rotates a part of their heads unless told.
+_PARTLY_ROTATED = ("glm4", "gptneox", "stablelm")
+_LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
 
 
 class Metadata:
@@ -129,7 +138,11 @@ def config_of(
     model_type = MODEL_TYPES[architecture]
     if architecture == "llama" and window:
         model_type = "mistral"
-    if architecture in ("stablelm", "gptneox"):
+    if architecture == "mistral3" and not meta.get("attention.temperature_scale"):
+        model_type = "mistral"
+    if architecture == "olmo2" and window:
+        model_type = "olmo3"
+    if architecture in _LAYER_NORMS:
         common["layer_norm_eps"] = float(meta["attention.layer_norm_epsilon"])
     else:
         common["rms_norm_eps"] = float(meta["attention.layer_norm_rms_epsilon"])
@@ -209,6 +222,8 @@ def rope_parameters(
         ):
             if (value := meta.get(f"rope.scaling.{key}")) is not None:
                 parameters[name] = float(value)
+        if (both := meta.get("rope.scaling.yarn_log_multiplier")) is not None:
+            parameters |= {"mscale": float(both), "mscale_all_dim": float(both)}
     elif kind == "linear" and factor != 1.0:
         parameters |= {"rope_type": "linear", "factor": factor}
     return parameters
@@ -234,6 +249,14 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             share = common["hidden_size"] // common["num_attention_heads"]
             common["query_pre_attn_scalar"] = share
     match meta.architecture:
+        case "cohere2":
+            return {
+                "layer_types": _layer_types(meta, layers, 4),
+                "logit_scale": float(meta["logit_scale"]),
+            }
+        case "exaone4":
+            types = _layer_types(meta, layers, 4) if window else [_FULL] * layers
+            return {"layer_types": types, "sliding_window_pattern": 4 if window else 0}
         case "gemma2":
             return {
                 "sliding_window": window or 4096,
@@ -271,8 +294,15 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "residual_multiplier": float(meta.get("residual_scale") or 1.0),
                 "logits_scaling": float(meta["logit_scale"]),
             }
+        case "mistral3" if beta := meta.get("attention.temperature_scale"):
+            common["rope_parameters"]["llama_4_scaling_beta"] = float(beta)
         case "olmo2" if window:
-            raise UnsupportedError("olmo2.attention.sliding_window is set: OLMo 3 is not supported")
+            rope = common["rope_parameters"]
+            sliding = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+            return {
+                "layer_types": _layer_types(meta, layers, 4),
+                "rope_parameters": {_FULL: rope, _SLIDING: sliding},
+            }
         case "phi3":
             length = common["max_position_embeddings"]
             original = meta.get("rope.scaling.original_context_length", length)
