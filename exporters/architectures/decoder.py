@@ -174,11 +174,11 @@ class Decoder:
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
-        known = [float(getattr(config, key)) for key in _EPSILONS if getattr(config, key, None)]
+        epsilons = [float(getattr(config, key)) for key in _EPSILONS if getattr(config, key, None)]
         parallel = self.parallel
         return Block(
             norm=self.norm,
-            norm_epsilon=known[0] if self.norm_epsilon is None else self.norm_epsilon,
+            norm_epsilon=epsilons[0] if self.norm_epsilon is None else self.norm_epsilon,
             activation=_ACTIVATIONS[name],
             gated=self.gated,
             parallel=parallel if isinstance(parallel, bool) else bool(getattr(config, parallel)),
@@ -257,6 +257,9 @@ class Decoder:
             found = norm(name, count * head if self.heads_together else head)
             return found and found.reordered(order)
 
+        def vector(name: str | None) -> torch.Tensor | None:
+            return None if name is None else take(weights, prefix + name, facts.num_heads)
+
         def linear(name: str, short: str, rows: int, columns: int) -> Linear:
             return _linear(weights, prefix + name, short, rows, columns)
 
@@ -280,7 +283,7 @@ class Decoder:
             ),
             down=linear(names.down, "down_proj", width, inner),
             down_norm=added(names.down_norm),
-            sinks=names.sinks and take(weights, prefix + names.sinks, facts.num_heads),
+            sinks=vector(names.sinks),
             xielu=self.xielu(weights, prefix) if spec.block.activation == "xielu" else None,
         )
 
