@@ -88,6 +88,13 @@ _OLMO3_ROPES = {
 }
 _OLMO3 = {**_WINDOWS, "rope_parameters": _OLMO3_ROPES}
 _GRANITE_SWA = {**_GRANITE, **_WINDOWS, "layer_rope_theta": [1e4, 0, 5e5]}
+_GRANITE_HYBRID = {
+    **_GRANITE,
+    "layer_types": ["attention"] * LAYERS,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "mamba_n_heads": 8,
+}
 _VAULT = {**_GEMMA2, "layer_types": _LISTED}
 _QUERY_SCALE = {
     "head_dim": 32,
@@ -162,6 +169,7 @@ CASES: dict[str, Case] = {
     "gemma": Case("gemma", "norms of 1 + w, factor on embeddings", {"head_dim": 32}),
     "glm": Case("glm", "RoPE of neighbours in half of a head, Q/K/V bias", _GLM),
     "glm4": Case("glm4", "as GLM; four norms a layer", _GLM),
+    "granitemoehybrid": Case("granitemoehybrid", "as Granite; no RoPE", _GRANITE_HYBRID),
     "granite_swa": Case("granite_swa", "as Granite; windows, sinks, a RoPE a layer", _GRANITE_SWA),
     "helium": Case("helium", "RoPE of neighbours", {"head_dim": 16}),
     "hunyuan_v1_dense": Case("hunyuan_v1_dense", "Q/K norm behind RoPE", _HUNYUAN),

@@ -315,7 +315,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "gpt_oss")
-HYBRIDS = ("jamba", "mamba", "zamba2", "bamba", "qwen3_next", "granitemoehybrid")
+HYBRIDS = ("jamba", "mamba", "zamba2", "bamba", "qwen3_next", "lfm2")
 
 
 @pytest.mark.parametrize("kind", [*MIXTURES, *HYBRIDS])
@@ -336,6 +336,9 @@ def test_experts_in_the_config_of_a_dense_family_are_refused(key: str) -> None:
         architecture_of(config).describe("m", config, None)
 
 
+HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8}
+
+
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
@@ -344,6 +347,8 @@ def test_experts_in_the_config_of_a_dense_family_are_refused(key: str) -> None:
         ("phi", {"qk_layernorm": True}, "qk_layernorm"),
         ("persimmon", {"qk_layernorm": False}, "persimmon with qk_layernorm False"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
+        ("granitemoehybrid", {**HYBRID, "num_local_experts": 8}, "num_local_experts"),
+        ("granitemoehybrid", HYBRID, "layer 0 is of type 'linear_attention'"),
         ("olmo", {"clip_qkv": 8.0}, "clip_qkv"),
         ("hyperclovax", {"use_post_norm": False}, "use_post_norm"),
         ("gemma2", {"use_bidirectional_attention": True}, "not a causal model"),

@@ -95,6 +95,7 @@ class Decoder:
         norm_weights: whether norms have some.
         heads_together: the norm of queries, and that of keys, takes all heads as one.
         heads_normed: see `Block`.
+        inner: key of the config for the width inside the MLP.
         gated: see `Block`.
         parallel: see `Block`; a string is a key of the config.
         refused: keys of the config that ask for what the graphs do not have, where they are set.
@@ -112,6 +113,7 @@ class Decoder:
     norm_weights: bool = True
     heads_together: bool = False
     heads_normed: Literal["before", "after"] = "before"
+    inner: str = "intermediate_size"
     gated: bool = True
     parallel: bool | str = False
     refused: tuple[str, ...] = ()
@@ -152,7 +154,7 @@ class Decoder:
                 architecture=config.model_type,
                 num_layers=config.num_hidden_layers,
                 hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
+                intermediate_size=getattr(config, self.inner),
                 num_heads=heads,
                 num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
                 head_dim=head,

@@ -66,6 +66,15 @@ class Granite(Decoder):
         return Scales(embedding=embedding, stream=stream, logit=logit)
 
 
+class GraniteHybrid(Granite):
+    """Granite 4 where all layers attend: its small models, some of which rotate nothing."""
+
+    def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
+        """See `Decoder`."""
+        rope = 0 if config.position_embedding_type == "rope" else None
+        return Attention(rope=rope, window=self.window(config, layer, length))
+
+
 class GraniteSWA(Granite):
     """Granite with windows and sinks; each layer may have a rotary embedding of its own."""
 
@@ -207,6 +216,12 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "granite": Granite(),
     "granite_swa": GraniteSWA(Names(sinks="self_attn.sinks"), windows="listed"),
+    "granitemoehybrid": GraniteHybrid(
+        Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear"),
+        windows="listed",
+        inner="shared_intermediate_size",
+        refused=("num_local_experts",),
+    ),
     "helium": Decoder(pairs="neighbours"),
     "hunyuan_v1_dense": Decoder(
         Names(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm"),
