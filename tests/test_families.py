@@ -62,7 +62,7 @@ INT4_ERROR = 0.2
 standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of 2.5 for norms."""
 
 
-QUICK = [*list(CASES)[:16], "granite_swa", "hunyuan_v1_dense", "ministral3"]
+QUICK = [*list(CASES)[:16], "granite_swa", "ministral3"]
 """Cases of every kind of layer that the runtime treats differently; the others are slow tests."""
 
 
@@ -237,7 +237,11 @@ def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma3", "smollm3", "olmo2", "gpt_neox", "hunyuan_v1_dense", "ministral3"]
+    "name",
+    [
+        *("gemma3", "smollm3", "olmo2", "gpt_neox", "hunyuan_v1_dense"),
+        pytest.param("ministral3", marks=pytest.mark.slow),
+    ],
 )
 def test_the_fused_graph_computes_what_the_graphs_of_the_bundle_compute(
     name: str, tmp_path: Path, night: Path

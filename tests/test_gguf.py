@@ -274,7 +274,17 @@ def greedy(model: Model) -> list[int]:
 
 
 # Names, rows and metadata of the others are compared above; none has other code behind them.
-SLOW = ["arcee", "cohere2", "ernie4_5", "exaone", "exaone4", "glm4", "ministral3"]
+SLOW = {
+    "apertus",
+    "arcee",
+    "cohere2",
+    "ernie4_5",
+    "exaone",
+    "exaone4",
+    "glm4",
+    "ministral3",
+    "olmo3",
+}
 
 
 @pytest.mark.parametrize(

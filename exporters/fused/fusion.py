@@ -142,10 +142,11 @@ class Fusion:
         self.node("Cast", ["total_length"], ["total_sequence_length.0"], to=TensorProto.INT32)
         if manifest.block.reads_positions:
             self.node("Shape", ["input_ids"], ["count"], start=1, end=2)
-            self.node("Squeeze", ["count"], ["new_tokens"])
-            self.node("Sub", ["total_length", "new_tokens"], ["first"])
+            self.node("Sub", ["valid", "count"], ["before"])
+            self.node("Squeeze", ["before"], ["first"])
+            self.node("Squeeze", ["valid"], ["end"])
             step = self.constant("step", np.array(1, np.int64))
-            self.node("Range", ["first", "total_length", step], ["positions.0"])
+            self.node("Range", ["first", "end", step], ["positions.0"])
             axis = self.constant("axis", np.array([0], np.int64))
             self.node("Unsqueeze", ["positions.0", axis], ["positions"])
 
