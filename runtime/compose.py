@@ -41,9 +41,9 @@ def compose(bundle: Bundle, layers: range, form: Form) -> bytes:
             "hidden_out": f"hidden.{layer + 1}" if layer != layers.stop - 1 else "hidden_out",
         }
         shared = {port.name: port.name for port in graph.input}
-        ports = [*graph.input, *graph.output]
+        sides = [*graph.input, *graph.output]
         rename(graph, f"{layer}.", {**shared, **values})
-        for port in ports:
+        for port in sides:
             port.name = values.get(port.name, port.name)
             found.setdefault(port.name, port)
         for opset in model.opset_import:

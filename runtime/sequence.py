@@ -385,7 +385,9 @@ class SequenceState:
         layers, sessions = range(start, stop), self.sessions
         graph = sessions.joined(layers, form)
         if graph is not None:
-            runs = (self._bind(layers, graph, sessions.manifest.names_joined(layers)),)
+            runs: tuple[Run, ...] = (
+                self._bind(layers, graph, sessions.manifest.names_joined(layers)),
+            )
         else:
             each = ((layer, sessions.layer(layer, form)) for layer in layers)
             runs = tuple(self._bind(range(layer, layer + 1), one, [{}]) for layer, one in each)
