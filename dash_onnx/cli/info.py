@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dash_onnx.cli.cached import listing, remove
 from dash_onnx.cli.common import Parser, aligned, positive, presets_table, run
 from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.errors import SourceError, printable
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   dash-info ./model-folder
   dash-info model.gguf --variants int8,int4 --json
-  dash-info out/"""
+  dash-info out/
+  dash-info --list                   # models that dash-run and dash-serve exported
+  dash-info --remove model.gguf"""
 
 
 def _parser() -> Parser:
@@ -30,7 +33,15 @@ def _parser() -> Parser:
         "contains. Reads no weights, but downloads a hub id first, as the export does.",
         _EXAMPLES,
     )
-    parser.add_argument("path", metavar="PATH", help="model folder, .gguf file, hub id or bundle")
+    parser.add_argument(
+        "path", metavar="PATH", nargs="?", help="model folder, .gguf file, hub id or bundle"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the models that dash-run and dash-serve exported"
+    )
+    parser.add_argument(
+        "--remove", metavar="MODEL", help="remove a listed model's bundle from the cache"
+    )
     parser.add_argument(
         "--variants",
         default=",".join((*DEFAULT_VARIANTS, WIDE)),
@@ -64,6 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         from dash_onnx.core.manifest import MANIFEST_NAME
 
+        if arguments.remove is not None:
+            remove(arguments.remove)
+        if arguments.list or arguments.remove is not None:
+            facts, lines = listing()
+            print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))
+            return
         if not arguments.path:
             raise SourceError("PATH is empty: give a model folder, a .gguf file, a hub id or OUT")
         bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import select
 import stat
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dash_onnx.cli.batch import read_batch, run_batch
+from dash_onnx.cli.cached import bundle_of
 from dash_onnx.cli.common import (
     Parser,
     add_graphs_option,
@@ -38,6 +40,7 @@ _PATIENCE_S = 2.0  # before a pipe that brings nothing is told
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
   dash-run out/ "What is the capital of France?"
+  dash-run model.gguf "Hello!"       exports the model first, once, into a cache
   dash-run out/ "Tell me a story" --budget fast --show-path
   dash-run out/ "Once upon a time" --raw --policy int4 --max-new-tokens 100 --temperature 0.8
   dash-run out/ "2 + 2 =" --policy random:1 --trace trace.jsonl --json
@@ -164,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(arguments, name):
                 told = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
                 parser.error(f"--batch does not go with {told}")
-        return run("dash-run", lambda: _run(arguments))
+        return run("dash-run", lambda: _run(arguments), logging.INFO)
     for_programs = arguments.json or arguments.json_lines
     if for_programs and arguments.prompt is None:
         parser.error("--json needs a PROMPT")
@@ -178,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the chat needs an open stdin and stdout")
     if arguments.raw and arguments.prompt is None:
         parser.error("--raw needs a PROMPT")
-    return run("dash-run", lambda: _run(arguments))
+    return run("dash-run", lambda: _run(arguments), logging.INFO)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -195,9 +198,10 @@ def _run(arguments: argparse.Namespace) -> None:
         **{name: getattr(arguments, name) for name in names},
         grammar=Grammar.json_schema(read_json(schema)) if schema else None,
     )
+    bundle = bundle_of(arguments.bundle)
     started = time.perf_counter()
     model = dash_onnx.load(
-        arguments.bundle,
+        bundle,
         device=arguments.device,
         threads=arguments.threads,
         memory=arguments.memory,

@@ -6,6 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from dash_onnx.cli.cached import bundle_of, model_name
 from dash_onnx.cli.common import (
     JsonLine,
     Parser,
@@ -39,7 +40,11 @@ def _parser() -> Parser:
         _EXAMPLES,
     )
     parser.add_argument(
-        "bundles", metavar="OUT", nargs="+", type=Path, help="bundles, named after their folders"
+        "bundles",
+        metavar="OUT",
+        nargs="+",
+        type=Path,
+        help="bundles, named after their folders; models are exported first, once, into a cache",
     )
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
@@ -157,7 +162,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
     bundles = open_bundles(
-        arguments.bundles,
+        [bundle_of(bundle) for bundle in arguments.bundles],
+        names=[model_name(bundle) for bundle in arguments.bundles],
         device=arguments.device,
         threads=arguments.threads,
         policy=arguments.policy,

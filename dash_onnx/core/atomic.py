@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -200,6 +201,28 @@ def _locked(space: Path, folder: Path) -> Iterator[None]:
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 yield
                 return
+
+
+@contextmanager
+def waiting_lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Holds the lock on a file, which ends with the process; waits for one that has it.
+
+    Args:
+        path: of the file, which is made and stays.
+        waits: called once before it waits.
+    """
+    with path.open("w") as lock:
+        told = False
+        while True:
+            try:
+                _lock(lock)
+                break
+            except OSError:
+                if not told:
+                    waits()
+                told = True
+                time.sleep(0.5)
+        yield
 
 
 def _lock(file: IO[str]) -> None:

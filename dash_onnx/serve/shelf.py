@@ -310,15 +310,21 @@ class Shelf:
 
 
 def open_bundles(
-    folders: Sequence[str | Path], *, sha256: Sequence[str] | None = None, **options: Any
+    folders: Sequence[str | Path],
+    *,
+    names: Sequence[str] = (),
+    sha256: Sequence[str] | None = None,
+    **options: Any,
 ) -> dict[str, Source]:
-    """Bundles for a shelf, each called by its folder's name; the options are those of `load`.
+    """Bundles for a shelf, each called by its folder's name unless others are given.
+
+    The options are those of `load`.
 
     Raises:
         SourceError: two have the same name, or there are not as many checksums as folders.
         DashError: a folder is no bundle, or not one for these options.
     """
-    names = [Path(folder).resolve().name for folder in folders]
+    names = names or [Path(folder).resolve().name for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise SourceError(f"two bundles are called {name!r}: rename one of the folders")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dash_onnx.core.errors import SourceError, first_line
@@ -11,6 +12,7 @@ from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.source import Source, check_token_ids
 
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
+_USUAL, _SHARD = "Q4_K_M", re.compile(r"-\d+-of-\d+\.gguf$")
 _HUB_IGNORED = ["consolidated*"]  # the same weights in another layout
 
 
@@ -23,7 +25,8 @@ def open_source(
     """Opens a model without reading its weights.
 
     Args:
-        model: a local folder with safetensors, a `.gguf` file, or a hub id (`org/name`).
+        model: a local folder with safetensors, a `.gguf` file, or a hub id: `org/name`, or
+            `org/name:Q4_K_M` for the GGUF file of that quantization in it.
         supported: the `model_type`s that have an exporter.
         requantize: round quantized weights anew instead of keeping their integers.
         revision: branch, tag or commit of a hub id; None takes its main branch.
@@ -53,12 +56,52 @@ def _opened(
         raise SourceError(f"{model} is neither a folder nor a .gguf file")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SourceError(f"no model at {model}: not a folder, a .gguf file or a hub id (org/name)")
-    folder = _download(model, revision)
-    commit = folder.name  # the hub's cache has a folder for each
-    return open_folder(folder, kind="hub", name=model, supported=supported, revision=commit)
+    name, _, quantization = model.partition(":")
+    if not quantization:
+        folder = _download(name, revision)
+        commit = folder.name  # the hub's cache has a folder for each
+        if any(folder.glob("*.safetensors")) or not _gguf_files(name, revision):
+            return open_folder(folder, kind="hub", name=name, supported=supported, revision=commit)
+    file = _gguf_file(name, quantization, _gguf_files(name, revision))
+    return open_gguf(_download(name, revision, file) / file, supported, requantize)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _gguf_files(name: str, revision: str | None) -> list[str]:
+    """Names of the GGUF files of a hub id; none where the hub cannot be asked."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        found = huggingface_hub.list_repo_files(name, revision=revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+        return []
+    return [file for file in found if file.endswith(".gguf") and "mmproj" not in file.lower()]
+
+
+def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
+    """The one of a quantization; Q4_K_M, as in llama.cpp, or the first where none is named.
+
+    Raises:
+        SourceError: there is none, or it is split into several files.
+    """
+    wanted = quantization or _USUAL
+    fitting = [file for file in files if wanted.lower() in Path(file).name.lower()]
+    if not fitting and not quantization:
+        fitting = [*files]
+    if not fitting:
+        have = ", ".join(Path(file).name for file in files) or "no GGUF file, or it is not online"
+        raise SourceError(f"{name} has no GGUF file of {quantization}: {have}")
+    whole = [file for file in fitting if not _SHARD.search(file)]
+    if not whole:
+        raise SourceError(
+            f"{name}: {fitting[0]} is one of several parts; join them with llama.cpp's "
+            "`llama-gguf-split --merge`, and give the file"
+        )
+    return min(whole, key=lambda file: (len(file), file))
+
+
+def _download(model: str, revision: str | None, file: str | None = None) -> Path:
+    """The folder of a hub id in the hub's cache, with one file or with those of a model."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -69,7 +112,10 @@ def _download(model: str, revision: str | None) -> Path:
 
     try:
         found = snapshot_download(
-            model, revision=revision, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED
+            model,
+            revision=revision,
+            allow_patterns=[file] if file else _HUB_PATTERNS,
+            ignore_patterns=_HUB_IGNORED,
         )
         return Path(found)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
