@@ -4,10 +4,9 @@
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
     python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # of `serve run`, or of others
 
-Each server runs in a process of its own, and clients stream answers from it over HTTP. Three
-questions: how many tokens a second all clients get together; how long running answers stall while
-long prompts arrive; and, with --budget-under-load, how long the first token takes when three times
-as many requests arrive as the server can answer. The peer is llama.cpp's `llama-server`, or what
+Each server runs in a process of its own, and clients stream answers from it over HTTP. Two
+questions: how many tokens a second all clients get together, and how long running answers stall
+while long prompts arrive. The peer is llama.cpp's `llama-server`, or what
 answers at `--url` already. Compile it for the machine, as an unpacked llama-cpp-python does with
 `cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_SERVER=ON` in `vendor/llama.cpp`.
 """
@@ -53,14 +52,12 @@ class Answer:
         times: when each piece of text came, likewise.
         tokens: of the answer, as the server counts them.
         status: of HTTP.
-        budget: that a server of ours ended with.
     """
 
     sent: float
     times: list[float] = field(default_factory=list)
     tokens: int = 0
     status: int = 0
-    budget: float | None = None
 
 
 def main() -> None:
@@ -82,8 +79,6 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=96, help="(default: 96)")
     parser.add_argument("--rounds", type=int, default=2, help="of each number of clients")
     parser.add_argument("--long", type=int, default=2000, help="tokens of a long prompt; 0: none")
-    parser.add_argument("--budget-under-load", help="measures overload with it and without")
-    parser.add_argument("--seconds", type=float, default=60, help="of overload (default: 60)")
     parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -114,12 +109,6 @@ def main() -> None:
     if arguments.url:
         extra = {"model": arguments.model} if arguments.model else {}
         found[arguments.url] = asyncio.run(_measured(arguments.url, clients, arguments, extra))
-    if arguments.budget_under_load:
-        rate = 3 * found["dash-serve"]["tokens_per_s"][str(max(clients))] / arguments.new_tokens
-        options = ["--waiting", "1000", "--budget-under-load", arguments.budget_under_load]
-        for name, more in (("usual", options[:2]), ("under load", options)):
-            with running([*command, *more]) as url:
-                found[f"overload, {name}"] = asyncio.run(_overload(url, rate, arguments, extra))
     if arguments.json:
         print(json.dumps(found))
         return
@@ -219,33 +208,6 @@ async def _stalled(
     }
 
 
-async def _overload(
-    url: str, rate: float, arguments: argparse.Namespace, extra: dict[str, Any]
-) -> dict[str, Any]:
-    """Requests arrive at a rate that is more than the server answers."""
-    tasks: list[asyncio.Task[Answer]] = []
-    await ask(url, PROMPTS[0], 8, extra)
-    started = time.perf_counter()
-    while (now := time.perf_counter() - started) < arguments.seconds:
-        name = len(tasks)
-        # Those that name a budget keep it.
-        tasks.append(asyncio.create_task(ask(url, _prompt(name), arguments.new_tokens)))
-        await asyncio.sleep(max(0.0, len(tasks) / rate - now))
-    answers = [task.result() for task in tasks if await asyncio.wait([task])]
-    seconds = time.perf_counter() - started
-    answered = [answer for answer in answers if answer.status == 200 and answer.times]
-    firsts = [1e3 * (answer.times[0] - answer.sent) for answer in answered]
-    budgets = [answer.budget for answer in answered if answer.budget is not None]
-    return {
-        "requests": len(answers),
-        "answered": len(answered),
-        "requests_per_s": round(rate, 2),
-        "tokens_per_s": round(sum(answer.tokens for answer in answered) / seconds, 2),
-        "first_token_ms": _quantiles(firsts),
-        "last_budget": _quantiles(budgets) if budgets else None,
-    }
-
-
 async def ask(
     url: str,
     prompt: str,
@@ -279,8 +241,6 @@ async def ask(
         choices = event.get("choices") or [{}]
         if choices[0].get("delta", {}).get("content") is not None:
             answer.times.append(at)
-        if choices[0].get("finish_reason") and "dash" in event:
-            answer.budget = event["dash"]["budget"]
     return answer
 
 

@@ -346,24 +346,6 @@ def test_a_bundle_larger_than_the_memory_is_refused(tiny_bundle: Path) -> None:
         running.stop()
 
 
-def test_what_runs_under_load_counts_before_a_bundle_loads(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
-    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
-    with dash_onnx.load(folder, policy="int8") as model:
-        usual = model.bytes_to_load()
-        both = model.bytes_to_load(model.policy("int8"), model.policy("dash", "fast"))
-    assert usual < both
-    for memory, status in ((usual, 400), (2 * both, 200)):
-        limits = Limits(memory_bytes=memory, budget_under_load="fast")
-        running = Server(open_bundles([folder], policy="int8"), limits)
-        try:
-            body = {"prompt": "the", "max_tokens": 1}
-            assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == status
-        finally:
-            running.stop()
-
-
 def test_a_policy_that_memory_does_not_hold_is_refused(tiny_bundle: Path) -> None:
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
         needed = model.bytes_to_load()
@@ -409,13 +391,6 @@ def test_a_folder_that_keeps_nothing_is_told_in_one_line(tiny_bundle: Path, tmp_
         assert found.status_code == 503 and "choose another folder" in found.text
     finally:
         running.stop()
-
-
-def test_a_budget_under_load_that_a_bundle_cannot_meet_is_refused_at_the_start(
-    scored: Model,
-) -> None:
-    with pytest.raises(PolicyError, match="outside what this bundle can do"):
-        create_app({"scored": Source.of_model(scored)}, Limits(budget_under_load=0.001))
 
 
 @pytest.fixture
@@ -716,27 +691,6 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> N
     refused = next(response for response in found if response.status_code == 429)
     assert int(refused.headers["retry-after"]) > 0
     assert refused.json()["error"]["code"] == "busy"
-
-
-def test_budgets_fall_as_others_wait(scored: Model) -> None:
-    server = Server({"scored": scored}, Limits(running=1, budget_under_load="fast"))
-    try:
-        client = server.client()
-
-        def ask(_: int) -> float:
-            found = client.chat.completions.create(
-                model="scored", messages=MESSAGES, max_tokens=150
-            )
-            return float(found.to_dict()["dash"]["budget"])
-
-        alone = ask(0)
-        with ThreadPoolExecutor(8) as pool:
-            together = [*pool.map(ask, range(24))]
-    finally:
-        server.stop()
-    presets = scored.manifest.scorer.presets  # type: ignore[union-attr]
-    assert alone == presets["balanced"]
-    assert presets["fast"] <= min(together) < alone
 
 
 # Keys, bodies, pages

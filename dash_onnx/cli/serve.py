@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-serve out/
-  dash-serve out/ other/ --port 9000 --budget balanced --budget-under-load fast
+  dash-serve out/ other/ --port 9000 --budget fast
   dash-serve small/ large/ code/ --memory-mb 2000
   dash-serve out/ --host 0.0.0.0 --api-key-file key.txt
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -63,12 +63,6 @@ def _parser() -> Parser:
         help="policy of requests that name none (default: the trained policy)",
     )
     parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
-    parser.add_argument(
-        "--budget-under-load",
-        metavar="BUDGET",
-        help="lowest budget for requests that name none; budgets fall to it in steps as requests "
-        "wait",
-    )
     add_memory_option(parser)
     parser.add_argument(
         "--running",
@@ -180,7 +174,6 @@ def _serve(arguments: argparse.Namespace) -> None:
         prefix_bytes=max(0, arguments.prefix_mb) << 20,
         prefix_folder=arguments.prefix_cache,
         memory_bytes=None if arguments.memory_mb is None else arguments.memory_mb * 10**6,
-        budget_under_load=arguments.budget_under_load,
     )
     app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors), only_here=key is None)
     server = Server(app, arguments.host, arguments.port)

@@ -59,9 +59,6 @@ def create_app(
         origins: of web pages that may call it.
         only_here: refuse requests to any other name than localhost: a page whose name leads to this
             machine would be taken for one of its own.
-
-    Raises:
-        PolicyError: a bundle cannot meet the budget under load.
     """
     service = Service(bundles, limits or Limits())
     server = _Server(service, key, only_here)

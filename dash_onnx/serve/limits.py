@@ -6,21 +6,11 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import DashError
 
 
 class BusyError(DashError):
     """So much is going on that another request is refused for now."""
-
-
-STEPS = 4
-"""Between the budget of an idle server and that under load."""
-
-
-def lowered(usual: float, least: float, pressure: float) -> float:
-    """A budget between the usual one and the least, by how full the queue is, 0 to 1."""
-    return max(usual + (min(least, usual) - usual) * pressure, min(least, usual))
 
 
 def is_local(host: str) -> bool:
@@ -53,7 +43,6 @@ class Limits:
         prefix_bytes: of K/V in memory that lost its place to another text.
         prefix_folder: keeps it for the next process.
         memory_bytes: of weights that may be loaded at once, where bundles load on demand.
-        budget_under_load: where budgets fall to as the queue fills, of requests that name none.
     """
 
     running: int = 8
@@ -65,4 +54,3 @@ class Limits:
     prefix_bytes: int = 256 << 20
     prefix_folder: Path | None = None
     memory_bytes: int | None = None
-    budget_under_load: Budget | None = None

@@ -24,7 +24,6 @@ class Arguments(BaseModel):
         bundles: folders, separated by commas, each called by its own name.
         policy: of requests that name none.
         budget: likewise.
-        budget_under_load: where budgets fall to as a replica's queue fills.
         api_key_file: on every node; clients must send what it holds. None: no key is asked for.
         running: answers at once in a replica.
         waiting: further requests there before one is refused.
@@ -41,7 +40,6 @@ class Arguments(BaseModel):
     bundles: str
     policy: str = ""
     budget: str | None = None
-    budget_under_load: str | None = None
     api_key_file: str | None = None
     running: int = 8
     waiting: int = 32
@@ -108,11 +106,7 @@ def replica(arguments: Arguments) -> Starlette:
         policy=arguments.policy,
         budget=arguments.budget,
     )
-    limits = Limits(
-        running=arguments.running,
-        waiting=arguments.waiting,
-        budget_under_load=arguments.budget_under_load,
-    )
+    limits = Limits(running=arguments.running, waiting=arguments.waiting)
     key = (
         None if arguments.api_key_file is None else read_text(Path(arguments.api_key_file)).strip()
     )

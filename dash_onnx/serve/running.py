@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.batch import Batch, Deliver, Request
-from dash_onnx.runtime.generate import Chunk, CurrentPolicy
+from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.stream import Stream
 
 _IDLE_S = 0.5  # a thread that has nothing to do looks up
@@ -21,11 +22,11 @@ class Running:
     """A generation that runs in another thread.
 
     Attributes:
-        current: its policy, and what changes its budget.
+        policy: that decides for it.
         close: ends it, at the latest after the token in progress.
     """
 
-    current: CurrentPolicy | Stream
+    policy: Policy
     close: Callable[[], None]
 
 
@@ -56,7 +57,7 @@ async def run_alone(begin: Callable[[], Stream], put: Deliver) -> Running:
                 loop.call_soon_threadsafe(put, error)
 
     threading.Thread(target=run, name="alone", daemon=True).start()
-    return Running(stream, stream.close)
+    return Running(stream.policy, stream.close)
 
 
 async def until_done(*tasks: asyncio.Future[Any]) -> None:
@@ -92,7 +93,7 @@ class BatchThread:
 
         made = await asyncio.to_thread(request, deliver)
         self._batch.submit(made)
-        return Running(made.current, made.cancelled.set)
+        return Running(made.current.policy, made.cancelled.set)
 
     def _run(self) -> None:
         while not self._closed:

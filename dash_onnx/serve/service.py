@@ -17,15 +17,14 @@ from prometheus_client import Counter as Metric
 
 from dash_onnx.core.actions import ACTIONS, Action, Path
 from dash_onnx.core.arrays import Ids
-from dash_onnx.core.budget import multiplier_of, reference_ms, resolve, scorer_facts
+from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.batch import Deliver
-from dash_onnx.runtime.generate import Chunk, CurrentPolicy
+from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.stream import Stream
-from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
+from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.running import Running, run_alone, until_done
 from dash_onnx.serve.shelf import Place, Shelf, Source
 
@@ -51,7 +50,6 @@ class Metrics:
         self.loaded = Gauge("dash_loaded_bundles", "in memory", **given)
         self.running = Gauge("dash_running", "generations", **given)
         self.waiting = Gauge("dash_waiting", "requests in the queue", **given)
-        self.pressure = Gauge("dash_pressure", "0 to 1: how far budgets have fallen", **given)
         self.first = Histogram(
             "dash_first_token_seconds", "with the wait", buckets=latency, **given
         )
@@ -71,8 +69,6 @@ class Tally:
     last: float = 0.0  # of the last token likewise
     before: float | None = None  # when it, or the request, came, by `time.monotonic`
     budget: float | None = None
-    range: tuple[float, float] | None = None  # of the budget: usual, and under load
-    pressure: float = 0.0  # that the budget is of
     policy: str = ""
     actions: Counter[str] = field(default_factory=Counter)
 
@@ -129,27 +125,11 @@ class Service:
     """
 
     def __init__(self, bundles: Mapping[str, Source], limits: Limits):
-        """Takes bundles by name.
-
-        Raises:
-            PolicyError: a bundle cannot meet the budget under load.
-        """
+        """Takes bundles by name."""
         self.shelf, self.limits, self.metrics = Shelf(bundles, limits), limits, Metrics()
         self.draining, self.requests = False, 0
         self._slots = asyncio.Semaphore(limits.running)
         self._waiting = 0
-        self._under_load: dict[str, float] = {}
-        if limits.budget_under_load is not None:
-            for name, bundle in bundles.items():
-                least = resolve(limits.budget_under_load, bundle.manifest)
-                multiplier_of(least, scorer_facts(bundle.manifest).points)  # refuses it now
-                self._under_load[name] = least
-
-    @property
-    def pressure(self) -> float:
-        """How full the queue is, 0 to 1, in steps."""
-        full = min(self._waiting / max(self.limits.running, 1), 1.0)
-        return round(full * STEPS) / STEPS
 
     @contextlib.asynccontextmanager
     async def slot(self, *, further: bool = False) -> AsyncIterator[None]:
@@ -226,7 +206,6 @@ class Service:
                     place = await needed.enter_async_context(self.shelf.using(job.name))
                     runs[index] = await self._begun(place, job, index, partial(put, index))
                     needed.callback(runs[index].close)
-                    self._lower(job.tallies[index], runs[index].current)
                     await ended[index].wait()
 
         async def guarded(work: Coroutine[Any, Any, None]) -> None:
@@ -247,10 +226,9 @@ class Service:
                 if isinstance(piece, Exception):
                     raise piece
                 index, chunk = piece
-                tally, current = job.tallies[index], runs[index].current
-                tally.last = cost(current.policy, chunk.path)
+                tally = job.tallies[index]
+                tally.last = cost(runs[index].policy, chunk.path)
                 self._count(tally, chunk)
-                self._lower(tally, current)
                 running -= chunk.finish_reason is not None
                 yield piece
         finally:
@@ -263,22 +241,12 @@ class Service:
         model, batch, options = place.model, place.batch, job.options
         policy = model.policy_of(options)
         await self.shelf.prepare(place, policy, model.draft_of(policy, options.speculate))
-        tally, usual = job.tallies[index], policy.budget
-        tally.policy, tally.budget = policy.name, usual
-        if usual is not None and options.budget is None and job.name in self._under_load:
-            tally.range = usual, self._under_load[job.name]
+        job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)
         if batch is None or options.speculate != "off":
             return await run_alone(partial(model.stream, job.prompt, options=options), put)
         return await batch.run(lambda deliver: model.request(job.prompt, deliver, options), put)
-
-    def _lower(self, tally: Tally, current: CurrentPolicy | Stream) -> None:
-        """While others wait, the budget of the next token falls."""
-        if tally.range is not None and self.pressure != tally.pressure:
-            tally.pressure = self.pressure
-            tally.budget = lowered(*tally.range, tally.pressure)
-            current.set_budget(tally.budget)
 
     def _count(self, tally: Tally, chunk: Chunk) -> None:
         metrics, now = self.metrics, time.monotonic()
@@ -307,7 +275,6 @@ class Service:
         self.metrics.reused.set(self.shelf.reused)
         self.metrics.loaded.set(self.shelf.loaded)
         self.metrics.waiting.set(self._waiting)
-        self.metrics.pressure.set(self.pressure)
 
 
 @lru_cache(_PATHS)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dash_onnx.core.budget import Budget, resolve
+from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DashError, DeviceError, SourceError
 from dash_onnx.core.manifest import Manifest
@@ -22,7 +22,7 @@ from dash_onnx.runtime.engine import Model, device_of, load
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.prefix import PrefixStore
-from dash_onnx.serve.limits import STEPS, BusyError, Limits, lowered
+from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.running import BatchThread
 
 _LOG = logging.getLogger(__name__)
@@ -127,10 +127,9 @@ class Place:
         return self._text
 
     def put(self, model: Model, limits: Limits) -> None:
-        """Loads what the model's policy uses, also under load, and begins to run."""
+        """Loads what the model's policy uses, and begins to run."""
         try:
-            for policy in _needed(model, limits):
-                model.preload(policy)
+            model.preload(model.policy())
             store = None
             if limits.prefix_bytes:
                 store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
@@ -165,17 +164,6 @@ class Place:
     def _close(self, model: Model) -> None:
         if not self.source.loaded:
             model.close()
-
-
-def _needed(model: Model, limits: Limits) -> list[Policy]:
-    """The policy of requests that name none, and what it becomes under load."""
-    policies = [model.policy()]
-    if limits.budget_under_load is not None:
-        usual = policies[0].budget or resolve(None, model.manifest)
-        least = resolve(limits.budget_under_load, model.manifest)
-        steps = (lowered(usual, least, step / STEPS) for step in range(1, STEPS + 1))
-        policies += [model.policy(None, budget) for budget in steps]
-    return policies
 
 
 class Shelf:
@@ -271,7 +259,7 @@ class Shelf:
         async with self._lock:
             started = time.monotonic()
             model = await asyncio.to_thread(place.source.open)
-            await self._make_room(name, model.bytes_to_load(*_needed(model, self._limits)))
+            await self._make_room(name, model.bytes_to_load())
             await asyncio.to_thread(place.put, model, self._limits)
             if self._closed:
                 await asyncio.to_thread(place.take())
