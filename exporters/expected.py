@@ -17,7 +17,7 @@ from dash_onnx.core.progress import Expected
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.losses import SEQUENCES
 from dash_onnx.exporters.export.options import ExportOptions
-from dash_onnx.exporters.train.options import COUNTS, TRIED, TrainingPlan
+from dash_onnx.exporters.train.options import TrainingPlan
 from dash_onnx.exporters.train.regress import EPOCHS
 from dash_onnx.exporters.train.tables import ROWS
 
@@ -122,16 +122,9 @@ def training_phases(
     text = (plan.sequences + plan.held_out) * forward / speed.float32  # the runtime writes it
     trained = plan.regression_batches * plan.batch * length
     values = 5 * batch  # forward, back, every action
-    few, choice = plan.regression_batches, []
-    if plan.decision_points == "auto":  # each candidate is fitted, and runs some batches
-        few = min(few, TRIED)
-        choice.append(("decisions", 30.0, 5 * len(COUNTS) * 3 * batch))
-        if few < plan.regression_batches:
-            choice.append(("values", 1.0, (plan.regression_batches - few) * values))
     phases = [
-        ("values", 1.0, few * values),
+        ("values", 1.0, plan.regression_batches * values),
         ("static search", 0.0, search),
-        *choice,
         ("scorer", _FIT * EPOCHS * trained * facts.hidden_size, 0.0),
         ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
         ("costs", 12.0, 1000 * _parameters(facts)),

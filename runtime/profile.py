@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +20,11 @@ import numpy.typing as npt
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import Ports, head_path, layer_path
+from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Phase
 from dash_onnx.runtime.backend import open_backend
-from dash_onnx.runtime.buffers import bound_run
 from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import Device, thread_count
@@ -348,24 +346,6 @@ def _scorer_ms(sessions: Sessions) -> float:
         del sequence, decider
         _forget(sessions)
     return round(total, 5)
-
-
-def graph_ms(graph: Path, ports: Ports, device: Device) -> float:
-    """Milliseconds of a small graph whose sizes are all known, its weights cold as in decoding."""
-    backend = open_backend(device)
-    inputs, outputs = (
-        [backend.buffer(tuple(map(int, port.shape)), port.dtype) for port in side]
-        for side in (ports.inputs, ports.outputs)
-    )
-    run = bound_run(backend.session(graph), ports, inputs, outputs, backend.run_options)
-    others, times = np.ones(_OTHERS_BYTES // 8, np.uint64), []
-    for _ in range(_WARM_UP + _TOKENS // 4):
-        others.max()
-        started = time.perf_counter()
-        run()
-        backend.synchronize()
-        times.append((time.perf_counter() - started) * 1e3)
-    return _typical(times[_WARM_UP:])
 
 
 def _forget(sessions: Sessions) -> None:

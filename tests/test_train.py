@@ -31,14 +31,12 @@ from dash_onnx.core.contract import REPORT_NAME
 from dash_onnx.core.errors import BundleError, DashError, DeviceError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
 from dash_onnx.exporters.export import ExportOptions
-from dash_onnx.exporters.train import decisions
 from dash_onnx.exporters.train.checkpoint import Checkpoint
-from dash_onnx.exporters.train.decisions import Curve, compared
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.finish import exported_scorer
 from dash_onnx.exporters.train.improve import drawing, explore
 from dash_onnx.exporters.train.options import TrainingPlan, TrainOptions
-from dash_onnx.exporters.train.regress import centre, collect, regress
+from dash_onnx.exporters.train.regress import centre, collect
 from dash_onnx.exporters.train.scorer import BundleScorer, Scorer
 from dash_onnx.exporters.train.tables import efficient, tables
 from dash_onnx.exporters.train.train import learn, train
@@ -339,7 +337,7 @@ def test_only_the_models_own_text_and_only_what_is_learned_from_it_is_augmented(
 
 def test_samples_lie_beside_the_states_of_their_tokens(untrained: Path) -> None:
     trainer = prepared(untrained)
-    hidden, samples = collect(trainer, range(PLAN.regression_batches))
+    hidden, samples = collect(trainer, PLAN.regression_batches)
     generator, seen = torch.Generator().manual_seed(OPTIONS.seed), slice(PROMPT // 8, None)
     batches = map(trainer.batch, range(PLAN.regression_batches))
     passes = [sampled_values(trainer.env, ids, generator) for ids in batches]
@@ -474,67 +472,11 @@ def test_an_interrupted_regression_goes_on_and_learns_the_same(
 # How often to decide
 
 
-def curves(*rows: tuple[float, ...]) -> list[list[tuple[float, float]]]:
-    """KL at the costs 1, 2, 3, ..., each row a tenth dearer than the one before."""
-    return [
-        [(1.0 + number + 0.1 * later, kl) for number, kl in enumerate(row)]
-        for later, row in enumerate(rows)
-    ]
-
-
-def test_curves_are_compared_at_equal_cost() -> None:
-    kept = (0.8, 0.4, 0.2, 0.1)  # halves with every unit
-    assert compared(curves(kept, kept)) == pytest.approx([0.0, 2**0.1 - 1])
-    half = tuple(kl / 2 for kl in kept)
-    assert compared(curves(kept, half)) == pytest.approx([0.0, 2**0.1 / 2 - 1])
-    apart = [[(1.0, 0.4), (2.0, 0.2)], [(3.0, 0.1), (4.0, 0.05)]]
-    assert compared(apart) == [0.0, 2.0]  # nothing is common: the dearer one is the worse
-
-
-@pytest.mark.parametrize(("run_ms", "wanted"), [(100.0, (1,)), (0.0, None)])
-def test_auto_counts_the_time_of_deciding(
-    untrained: Path, monkeypatch: pytest.MonkeyPatch, run_ms: float, wanted: tuple[int, ...] | None
-) -> None:
-    losses: list[list[float]] = []
-
-    def told(curves: list[Curve]) -> list[float]:
-        losses.append(compared(curves))
-        return losses[-1]
-
-    monkeypatch.setattr(decisions, "decision_ms", lambda _: run_ms)
-    monkeypatch.setattr(decisions, "compared", told)
-    trainer = prepared(untrained, with_plan(decision_points="auto"))
-    candidates = [(1,), (1, 2), (1, 2, 3)]
-    assert list(trainer.candidates) == candidates
-    regress(trainer)
-    (found,) = losses
-    if wanted is None:  # as many as gain, and as few of these as are as good
-        wanted = next(
-            p for p, loss in zip(candidates, found, strict=True) if loss <= min(found) + 0.02
-        )
-    assert trainer.scorer.decision_points == wanted
-    assert [segment.start for segment in trainer.env.segments] == [0, *wanted]
-    again = Trainer(trainer.bundle, with_plan(decision_points="auto"), checkpoint=InMemory)
-    again.checkpoint.state.update(trainer.checkpoint.state)
-    learn(again)
-    assert len(losses) == 1 and again.scorer.decision_points == wanted  # what was chosen stays
-    assert len(again.history) == PLAN.improvement_steps
-
-
-def test_auto_takes_one_decision_where_the_text_is_a_single_batch(untrained: Path) -> None:
-    trainer = prepared(untrained, with_plan(decision_points="auto", sequences=4))
-    assert trainer.batches == 1
-    regress(trainer)
-    assert trainer.scorer.decision_points == (1,)
-
-
-def test_one_choice_gives_the_scorer_that_is_asked_for(untrained: Path) -> None:
-    """`auto` shares what it collects; the fit itself is the same."""
+def test_the_scorer_decides_as_often_as_asked_for(untrained: Path) -> None:
     options = TOOL_PARSER.parse_args(["out", "--decisions", "every"]).decisions
     trainer = Trainer(Bundle(untrained), dataclasses.replace(OPTIONS, decisions=options))
     assert trainer.scorer.decision_points == (1, 2, 3)
     assert TOOL_PARSER.parse_args(["out", "--decisions", "2"]).decisions == 2
-    assert TOOL_PARSER.parse_args(["out", "--decisions", "auto"]).decisions == "auto"
 
 
 OTHERS = {
@@ -844,7 +786,7 @@ def test_the_mean_of_a_scorer_from_elsewhere_is_that_of_the_samples(
     untrained: Path, trained: Path
 ) -> None:
     trainer = prepared(untrained, dataclasses.replace(OPTIONS, start=trained))
-    hidden, samples = collect(trainer, range(PLAN.regression_batches))
+    hidden, samples = collect(trainer, PLAN.regression_batches)
     centre(trainer.scorer, trainer.env.segments, [*hidden.values()], samples.mean(0))
     wanted = samples.mean(0).diff(dim=-1).clamp(min=1e-6)
     for layers, part in zip(trainer.env.segments[1:], hidden.values(), strict=True):

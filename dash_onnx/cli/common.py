@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from dash_onnx.cli import leave
 from dash_onnx.core.errors import DashError
@@ -178,10 +178,8 @@ def positive(text: str) -> int:
     return value
 
 
-def decisions(text: str) -> int | Literal["auto"]:
+def decisions(text: str) -> int:
     """An argparse type: how often the scorer runs for a token."""
-    if text == "auto":
-        return "auto"
     return sys.maxsize if text == "every" else positive(text)
 
 
@@ -354,10 +352,9 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
     parser.add_argument(
         "--decisions",
         type=decisions,
-        metavar="N|auto|every",
+        metavar="N|every",
         help="how often the scorer runs per token: N times, spread over the layers, or before "
-        "every layer; each run decides for the layers up to the next; auto tries several numbers "
-        "and takes the one with the lowest loss at equal time (default: 1)",
+        "every layer; each run decides for the layers up to the next (default: 1)",
     )
     parser.add_argument(
         "--seed", type=seed, default=0, help="seed for all random choices (default: 0)"

@@ -17,12 +17,6 @@ EffortName = Literal["quick", "normal", "thorough"]
 
 LEAST_SEQUENCES = 8
 
-COUNTS = (1, 2, 3, 6, 12)
-"""Decisions for a token, of which `auto` chooses."""
-
-TRIED = 20
-"""Batches at most that it chooses on."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
@@ -41,7 +35,7 @@ class TrainingPlan:
         learning_rate: of the improvement.
         multipliers: nats per `Costs.unit_ms`; the improvement draws from between these two.
         decision_points: the layers before which the scorer runs, or how many: in a small model
-            each costs two fifths of an INT4 layer; `auto` tries several, see `decisions.py`.
+            each costs two fifths of an INT4 layer.
         train_compensation: whether the improvement trains the low-rank maps of skipped layers too.
         candidates: paths that the search for static assignments measures per step at most.
         dtype: of matrix products; None takes BF16 where the processor multiplies it natively.
@@ -58,7 +52,7 @@ class TrainingPlan:
     improvement_steps: int = 8
     learning_rate: float = 1e-3
     multipliers: tuple[float, float] = (0.006, 0.12)
-    decision_points: int | Literal["auto"] | tuple[int, ...] = 1
+    decision_points: int | tuple[int, ...] = 1
     train_compensation: bool = True
     candidates: int = 1
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -98,7 +92,7 @@ class TrainOptions:
         calibration: texts, see `text_sources`; if empty, the model writes the text.
         seed: for all random choices.
         device: where PyTorch computes.
-        decisions: how often the scorer runs per token, or `auto`; None uses the plan's number.
+        decisions: how often the scorer runs per token; None uses the plan's number.
         start: a bundle whose scorer the training starts from, with its decision points, for a tenth
             of the passes.
         plan: replaces the plan of the effort.
@@ -108,7 +102,7 @@ class TrainOptions:
     calibration: tuple[TextLike, ...] = ()
     seed: int = 0
     device: TrainDevice = "cpu"
-    decisions: int | Literal["auto"] | None = None
+    decisions: int | None = None
     start: Path | None = None
     plan: TrainingPlan | None = None
 

@@ -14,86 +14,44 @@ import torch
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train import static
-from dash_onnx.exporters.train.decisions import choose
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
-from dash_onnx.exporters.train.options import TRIED
 from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
 _RATE = 2e-3  # of the scorer's fit; it falls to 0
-_UNSEEN = 6  # of as many batches, one is left out of the fits that are compared
 EPOCHS = 20
 """Of the scorer's fit."""
 
 
 def regress(trainer: Trainer) -> None:
-    """Fits the scorer, unless an earlier run did; the checkpoint keeps it and the static search.
-
-    Where the plan leaves the number of decisions open, it is chosen here.
-    """
+    """Fits the scorer, unless an earlier run did; the checkpoint keeps it and the static search."""
     state, batches = trainer.checkpoint.state, trainer.plan.regression_batches
     if "scorer" in state:
-        if len(trainer.candidates) > 1:
-            trainer.decide_at(tuple(state["points"]))
         trainer.downgrades = [static.Downgrade(**one) for one in state["downgrades"]]
         return
-    is_open = len(trainer.candidates) > 1
-    few = min(batches, TRIED, trainer.batches) if is_open else batches
-    hidden, samples = collect(trainer, range(few))
+    hidden, samples = collect(trainer, batches)
     correction = _correction(trainer, samples.mean(0))
-    if is_open and few == 1:  # nothing is left to compare on
-        trainer.decide_at(trainer.candidates[0])
-    elif is_open:
-        unseen = range(few - max(few // _UNSEEN, 1), few)
-        tokens = len(samples) * unseen.start // few
-        known = {point: states[:tokens] for point, states in hidden.items()}
-        ids = torch.cat([trainer.batch(number) for number in unseen])
-        choose(trainer, ids, lambda: regressed(trainer, known, samples[:tokens], correction))
-        if few < batches:
-            more, sampled = collect(trainer, range(few, batches))
-            hidden = {point: torch.cat([hidden[point], more[point]]) for point in more}
-            samples = torch.cat([samples, sampled])
-    regressed(trainer, hidden, samples, correction, "scorer")
-    state.pop("collected", None)
-    trainer.checkpoint.save(
-        scorer=trainer.scorer.state_dict(),
-        points=trainer.scorer.decision_points,
-        downgrades=[dataclasses.asdict(one) for one in trainer.downgrades],
-        generator=trainer.generator.get_state(),
-    )
-
-
-def regressed(
-    trainer: Trainer,
-    hidden: dict[int, Tensor],
-    samples: Tensor,
-    correction: Tensor,
-    label: str | None = None,
-) -> None:
-    """Fits the scorer that the trainer has now.
-
-    Args:
-        trainer: with a new scorer, or with one to start from.
-        hidden: states `[n, D]` at the decision points, at least.
-        samples: `[n, L, A]` nats.
-        correction: `[L, A-1]` of the log increments.
-        label: of the progress, if it shows any.
-    """
     scorer, segments = trainer.scorer, trainer.env.segments
     seen, values = [hidden[point] for point in scorer.decision_points], samples.mean(0)
     if trainer.options.start is None:
         scorer.standardise(torch.cat(seen).float())
         with torch.no_grad():
             scorer.bias.copy_(values.diff(dim=-1).clamp(min=1e-6).log())
-        fit(scorer, segments, seen, samples, trainer.generator, label)
+        fit(scorer, segments, seen, samples, trainer.generator)
     centre(scorer, segments, seen, values)
     with torch.no_grad():
         scorer.bias.add_(correction)
+    state.pop("collected", None)
+    trainer.checkpoint.save(
+        scorer=trainer.scorer.state_dict(),
+        downgrades=[dataclasses.asdict(one) for one in trainer.downgrades],
+        generator=trainer.generator.get_state(),
+    )
 
 
-def collect(trainer: Trainer, batches: range) -> tuple[dict[int, Tensor], Tensor]:
+def collect(trainer: Trainer, batches: int) -> tuple[dict[int, Tensor], Tensor]:
     """Runs batches of training text for the regression, from where an interrupted run was saved.
 
     Returns:
@@ -103,12 +61,11 @@ def collect(trainer: Trainer, batches: range) -> tuple[dict[int, Tensor], Tensor
     seen = slice(trainer.env.prompt_tokens // 8, None)
     hidden: dict[int, list[Tensor]] = {point: [] for point in trainer.scorer.decision_points}
     samples: list[Tensor] = []
-    first, one_choice = batches.start, len(trainer.candidates) == 1
-    if one_choice and (found := trainer.checkpoint.state.get("collected")):
+    first = 0
+    if found := trainer.checkpoint.state.get("collected"):
         hidden, samples, first = found["hidden"], found["samples"], found["first"]
         trainer.generator.set_state(found["generator"].cpu())
-    done = first - batches.start
-    for number in Loop("values", range(first, batches.stop), done=done):
+    for number in Loop("values", range(first, batches), done=first):
         with trainer.autocast():
             states, sampled, final = sampled_values(
                 trainer.env, trainer.batch(number), trainer.generator
@@ -118,7 +75,7 @@ def collect(trainer: Trainer, batches: range) -> tuple[dict[int, Tensor], Tensor
         for state in states[1:]:
             part = state.hidden[:, seen].flatten(0, 1).to(trainer.dtype)
             hidden[state.layers.start].append(part)
-        if one_choice and trainer.checkpoint.due:
+        if trainer.checkpoint.due:
             generator = trainer.generator.get_state()
             parts = {"hidden": hidden, "samples": samples, "generator": generator}
             trainer.checkpoint.save(collected={**parts, "first": number + 1})
@@ -131,7 +88,6 @@ def fit(
     hidden: list[Tensor],
     samples: Tensor,
     generator: torch.Generator,
-    label: str | None = None,
 ) -> None:
     """Regresses samples on hidden states, by Gamma deviance.
 
@@ -144,7 +100,6 @@ def fit(
         hidden: `[n, D]` of each further segment.
         samples: `[n, L, A]` nats.
         generator: of the order, and of what drops out.
-        label: of the progress, if it shows any.
     """
     scorer.train()
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=_RATE, weight_decay=0.1)
@@ -152,7 +107,7 @@ def fit(
     seed = int(torch.randint(1 << 31, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for epoch in Loop(label, range(EPOCHS)) if label else range(EPOCHS):
+        for epoch in Loop("scorer", range(EPOCHS)):
             optimizer.param_groups[0]["lr"] = _RATE * (1 + math.cos(math.pi * epoch / EPOCHS)) / 2
             for rows in torch.randperm(len(samples), generator=generator).split(256):
                 loss = torch.zeros(())

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -24,7 +23,7 @@ from dash_onnx.exporters.train.augmentation import augmented
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.dequantized import DequantizedModel, Tensor
 from dash_onnx.exporters.train.environment import Environment
-from dash_onnx.exporters.train.options import COUNTS, TrainOptions
+from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.transfer import load_scorer, scorer_to_start_from
@@ -43,7 +42,6 @@ class Trainer:
         extra: dearer actions that the exported scorer has beside them.
         dtype: of matrix products.
         model: the bundle's layers.
-        candidates: decision points to choose from; one choice unless the plan says `auto`.
         env: in which they run.
         costs: `[L, A]` in `Costs.unit_ms`, infinite where forbidden.
         compensation: the maps that are trained, see `DequantizedModel.compensation`.
@@ -88,8 +86,14 @@ class Trainer:
         self.lossy = min(self.actions.index(action) for action in LOSSY if action in self.actions)
         self.dtype = getattr(torch, plan.dtype) if plan.dtype else _fast_dtype()
         self.model = model(bundle, self.actions, self.dtype)
-        self.candidates = _candidates(plan.decision_points, facts.num_layers)
-        self.decide_at(tuple(sorted({point for one in self.candidates for point in one})))
+        points = plan.decision_points
+        if isinstance(points, int):
+            points = decision_points_of(facts.num_layers, points)
+        prompt = min(plan.prompt_tokens, facts.max_length // 2)
+        self.env = Environment(self.model, self.actions, prompt, points)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
         self.costs = torch.tensor(manifest.costs.in_units(self.actions))
         self.costs[0, self.actions.index(SKIP)] = math.inf
         maps = self.model.compensation() if plan.train_compensation else []
@@ -101,15 +105,6 @@ class Trainer:
         self.downgrades: list[static.Downgrade] = []
         self.history: list[tuple[float, float, float]] = []
         self._references: dict[int, Tensor] = {}
-
-    def decide_at(self, points: tuple[int, ...]) -> None:
-        """Begins anew with a scorer that runs before these layers."""
-        facts = self.bundle.manifest.model
-        prompt = min(self.plan.prompt_tokens, facts.max_length // 2)
-        self.env = Environment(self.model, self.actions, prompt, points)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed)
-            self.scorer = Scorer(facts.num_layers, facts.hidden_size, len(self.actions), points)
 
     def _fingerprint(self) -> str:
         """Of everything that decides how the training goes."""
@@ -201,16 +196,6 @@ class Trainer:
 
         found = static.search(self.costs, values, measure, candidates, self.lossy, start)
         return list(Loop("static search", found))
-
-
-def _candidates(
-    points: int | Literal["auto"] | tuple[int, ...], layers: int
-) -> tuple[tuple[int, ...], ...]:
-    """Decision points that a plan leaves open, from few to many."""
-    if isinstance(points, tuple):
-        return (points,)
-    counts = COUNTS if points == "auto" else (points,)
-    return tuple(dict.fromkeys(decision_points_of(layers, count) for count in counts))
 
 
 def _fast_dtype() -> torch.dtype:
