@@ -5,9 +5,11 @@
     python benchmarks/policies.py out/ --text book.txt --losses 0.05 0.1 0.2 0.4
 
 The precisions, and for each budget `dash` and the best static assignment within it, and where
-layers must be skipped `even`, `cosine` and `random`. Budgets are the presets, or what the best
-static assignments cost that skip some layers. With `--losses` they are what those cost that lose
-at most so much on the text of the tables, and `dash` is compared with them alone.
+layers must be skipped `even`, `cosine` and `random`: one precision, and layers skipped that are
+evenly spaced, that change their input least (ShortGPT), or drawn for each token. Budgets are the
+presets, or what the best static assignments cost that skip some layers. With `--losses` they are
+what those cost that lose at most so much on the text of the tables, and `dash` is compared with
+them alone.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ from pathlib import Path
 import dash_onnx
 from dash_onnx.cli.common import add_reference_option, load_reference
 from dash_onnx.core.actions import SKIP
-from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.budget import base_precision, below_every_skip, reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import StaticPolicy
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import read_text
 from dash_onnx.eval.text import evaluate_policies
 
-BASELINES = ("even", "cosine", "random")
+SKIPPING = ("even", "cosine")
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def main() -> None:
     names, policies = [], []
     for name, policy, budget in runs(model.manifest, arguments):
         try:
-            policies.append(model.policy(policy, budget))
+            made = skipping(model.manifest, policy, budget or 1) if policy in SKIPPING else policy
+            policies.append(model.policy(made, budget if made is policy else None))
             names.append((name, policy))
         except PolicyError as error:  # such as a budget below what a baseline can do
             print(f"{name}, {policy}: {error}", file=sys.stderr)
@@ -105,9 +109,33 @@ def runs(
     for variant in manifest.variants[1:]:
         yield variant, variant, None
     for name, budget in budgets:
-        baselines = BASELINES if budget < least and not arguments.losses else ()
+        baselines = (*SKIPPING, "random") if budget < least and not arguments.losses else ()
         for policy in ("dash", "static", *baselines):
             yield name, policy, budget
+
+
+def skipping(manifest: Manifest, order: str, budget: float) -> StaticPolicy:
+    """Every layer at `base_precision`, except as many inner ones as the budget makes skip.
+
+    Args:
+        manifest: of the bundle.
+        order: `even`, or `cosine`: by the similarity of a layer's input and output.
+        budget: a fraction of the reference's time.
+
+    Raises:
+        PolicyError: not even skipping every inner layer is cheap enough.
+    """
+    layers = manifest.model.num_layers
+    inner, head = range(1, layers - 1), manifest.heads[SKIP]
+    similar = sorted(inner, key=lambda layer: -manifest.layers[layer].cosine)
+    limit, base = budget * reference_ms(manifest), base_precision(manifest, budget)
+    for count in range(layers - 1):
+        spaced = (1 + int((index + 0.5) * len(inner) / count) for index in range(count))
+        skipped = set(spaced if order == "even" else similar[:count])
+        path = tuple(SKIP if layer in skipped else base for layer in range(layers))
+        if manifest.costs.token_ms(path, head) <= limit * (1 + 1e-9):
+            return StaticPolicy(path, manifest, order, head, budget)
+    raise below_every_skip(budget)
 
 
 if __name__ == "__main__":

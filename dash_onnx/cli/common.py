@@ -233,15 +233,15 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> Options:
     computed.add_argument(
         "--policy",
         default="",
-        help="dash, full, int8, int4, int2, static, even, cosine, random[:SEED], "
+        help="dash, full, int8, int4, int2, static, random[:SEED], "
         "static:ACTION[*N],... or static:@FILE (default: dash if a policy was trained, else "
         "the highest exported precision)",
     )
     computed.add_argument(
         "--budget",
         help="fraction of a token's time at the highest exported precision, such as 0.8, or "
-        "quality, balanced, fast (default: balanced for dash; required for static, even and "
-        "cosine; optional for random)",
+        "quality, balanced, fast (default: balanced for dash; required for static; "
+        "optional for random)",
     )
     add_device_options(computed)
     return computed

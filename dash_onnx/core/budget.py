@@ -246,41 +246,6 @@ class Controller:
         self.multiplier = self._first * math.exp(_STEP * round(moved / _STEP))
 
 
-def evenly_skipped(manifest: Manifest, count: int) -> list[int]:
-    """`count` layers, evenly spaced between the first and the last, which always run."""
-    inner = manifest.model.num_layers - 2
-    return [1 + int((index + 0.5) * inner / count) for index in range(count)]
-
-
-def similar_skipped(manifest: Manifest, count: int) -> list[int]:
-    """The `count` inner layers whose output is most similar to their input (ShortGPT)."""
-    inner = range(1, manifest.model.num_layers - 1)
-    return sorted(inner, key=lambda layer: -manifest.layers[layer].cosine)[:count]
-
-
-def skipping_path(manifest: Manifest, budget: float, order: str) -> Path:
-    """Runs every layer at `base_precision` and skips as few as the budget asks for.
-
-    Args:
-        manifest: of the bundle.
-        budget: a fraction.
-        order: `even` or `cosine`.
-
-    Raises:
-        PolicyError: not even skipping every inner layer is cheap enough.
-    """
-    choose = evenly_skipped if order == "even" else similar_skipped
-    layers = manifest.model.num_layers
-    limit = budget * reference_ms(manifest)
-    base = base_precision(manifest, budget)
-    for count in range(layers - 1):
-        skipped = set(choose(manifest, count))
-        path = tuple(SKIP if layer in skipped else base for layer in range(layers))
-        if manifest.costs.token_ms(path, manifest.heads[SKIP]) <= limit * (1 + 1e-9):
-            return path
-    raise below_every_skip(budget)
-
-
 def below_every_skip(budget: float) -> PolicyError:
     """What a budget is answered with that no skipping meets."""
     return PolicyError(f"budget {budget:g} is less than skipping every inner layer costs")

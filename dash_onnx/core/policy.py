@@ -25,7 +25,6 @@ from dash_onnx.core.budget import (
     reference_ms,
     resolve,
     scorer_facts,
-    skipping_path,
     used_actions,
 )
 from dash_onnx.core.errors import PolicyError
@@ -225,8 +224,6 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
             `static`: the best static assignment that training found for the budget;
             `static:LIST`: one path for all tokens, such as `static:int8,int4*28,int8`;
             `static:@FILE`: the same list read from a file;
-            `even`, `cosine`: one precision, and as many layers skipped as the budget asks for,
-            evenly spaced or by the similarity of their input and output;
             `random` or `random:SEED`: a random path per token, within the budget if one is given;
             the empty string: the best plan that was measured for the budget, see `plans`, which may
             be decided per token or one path; the highest exported precision where none was.
@@ -244,13 +241,9 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
         return _planned(manifest, budget)
     if policy == "dash":
         return ScoredPolicy(manifest, budget)
-    if policy in ("static", "even", "cosine") and budget is None:
-        raise PolicyError(f"policy {policy!r} needs a budget, such as 0.8")
-    if policy in ("even", "cosine"):
-        found = resolve(budget, manifest)
-        path = skipping_path(manifest, found, policy)
-        return StaticPolicy(path, manifest, policy, manifest.heads[SKIP], found)
     if policy == "static":
+        if budget is None:
+            raise PolicyError("policy 'static' needs a budget, such as 0.8")
         return _best_static(manifest, resolve(budget, manifest))
     if kind == "random":
         try:
@@ -265,8 +258,8 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
     if kind == "static" and argument:
         return StaticPolicy(_parse_path(argument, manifest), manifest)
     raise PolicyError(
-        f"unknown policy {policy!r}; choose dash, full, int8, int4, int2, static, even, cosine, "
-        "random[:SEED], static:ACTION[*N],... or static:@FILE"
+        f"unknown policy {policy!r}; choose dash, full, int8, int4, int2, static, random[:SEED], "
+        "static:ACTION[*N],... or static:@FILE"
     )
 
 
@@ -295,9 +288,7 @@ def _planned(manifest: Manifest, budget: Budget | None) -> Policy:
 
 def _no_budget(policy: str, budget: Budget | None) -> None:
     if budget is not None:
-        raise PolicyError(
-            f"policy {policy!r} takes no budget; those that do: dash, static, even, cosine, random"
-        )
+        raise PolicyError(f"policy {policy!r} takes no budget; those that do: dash, static, random")
 
 
 def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
