@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dash_onnx.core.arrays import Ids, common_length
-from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.prefix import Saved
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
@@ -36,7 +36,7 @@ class Cache:
         """Takes the sequence; returns it with the part of the prompt that it does not hold yet.
 
         Raises:
-            PolicyError: another generation is using it.
+            DashError: another generation is using it.
         """
         self._take()
         # The last token runs again: it gives the logits.
@@ -53,12 +53,12 @@ class Cache:
             facts: further text to keep in it.
 
         Raises:
-            PolicyError: it is empty, in use, or the package safetensors is missing.
+            DashError: it is empty, in use, or the package safetensors is missing.
             BundleError: no file can lie there.
         """
         with self._taken():
             if not self.tokens:
-                raise PolicyError("there is nothing to save yet")
+                raise DashError("there is nothing to save yet")
             saved = Saved.of(self._sequence, self.tokens)
             saved.write(path, self._sequence.sessions.manifest, facts)
 
@@ -67,7 +67,7 @@ class Cache:
 
         Raises:
             SourceError: the file is missing, damaged, or of another bundle.
-            PolicyError: it is in use, or the package safetensors is missing.
+            DashError: it is in use, or the package safetensors is missing.
         """
         with self._taken():
             saved, facts = Saved.read(path, self._sequence.sessions.manifest)
@@ -77,7 +77,7 @@ class Cache:
 
     def _take(self) -> None:
         if not self._busy.acquire(blocking=False):
-            raise PolicyError("this cache is in use by another generation; give each its own")
+            raise DashError("this cache is in use by another generation; give each its own")
 
     @contextmanager
     def _taken(self) -> Iterator[None]:

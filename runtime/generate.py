@@ -233,7 +233,8 @@ def generate_tokens(
 
     Raises:
         ContextLengthError: the prompt does not fit the context.
-        PolicyError: the prompt is empty, or the cache is in use.
+        PolicyError: the prompt is empty.
+        DashError: the cache is in use.
     """
     facts = sessions.manifest.model
     check_prompt(ids, facts.max_length, facts.vocab_size)

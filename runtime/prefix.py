@@ -21,7 +21,7 @@ import numpy.typing as npt
 from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.core.atomic import new_file
 from dash_onnx.core.contract import EMBED_PATH
-from dash_onnx.core.errors import BundleError, PolicyError, SourceError
+from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.sequence import SequenceState
@@ -83,7 +83,7 @@ class Saved:
             facts: further text to keep in it.
 
         Raises:
-            PolicyError: safetensors is missing.
+            DashError: safetensors is missing.
             BundleError: there is no such folder, or no file can lie there.
         """
         told = {**(facts or {}), "bundle": identity_of(manifest), "quality": self.quality}
@@ -97,7 +97,7 @@ class Saved:
 
         Raises:
             SourceError: it is missing, damaged, or of another bundle.
-            PolicyError: safetensors is missing.
+            DashError: safetensors is missing.
         """
         library = _safetensors()
         try:
@@ -264,5 +264,5 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError:
         remedy = "`pip install safetensors`"
-        raise PolicyError(f"saving the KV cache needs the package safetensors: {remedy}") from None
+        raise DashError(f"saving the KV cache needs the package safetensors: {remedy}") from None
     return safetensors

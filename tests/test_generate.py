@@ -124,7 +124,7 @@ def test_an_abandoned_generation_leaves_its_cache_usable(tiny_model: Model) -> N
     running = tiny_model.generate_step(PROMPT, cache=cache, ignore_eos=True)
     next(running)
     next(running)
-    with pytest.raises(PolicyError, match="in use"):
+    with pytest.raises(dash_onnx.DashError, match="in use"):
         next(tiny_model.generate_step(PROMPT, cache=cache))
     running.close()
     assert tokens(tiny_model, PROMPT, cache=cache) == tokens(tiny_model, PROMPT)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dash_onnx.bench.measure import Result
 from dash_onnx.core.atomic import new_file
-from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.errors import DashError
 
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
 _PLACES = np.array([(0, 11), (0, -11), (11, 0), (-11, 0), (9, 9), (-9, 9), (9, -9), (-9, -9)])
@@ -21,12 +21,12 @@ def figure_class() -> Any:
     """Matplotlib's `Figure`.
 
     Raises:
-        DeviceError: matplotlib is not installed.
+        DashError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise DeviceError("the picture needs matplotlib: `pip install matplotlib`") from None
+        raise DashError("the picture needs matplotlib: `pip install matplotlib`") from None
     return Figure
 
 
