@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dash_onnx.core.errors import PolicyError
 
-_LARGEST = 1e30  # of a temperature or a penalty: finite in FP32
+_LARGEST = 1e30  # of a temperature: finite in FP32
 _LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 
@@ -38,12 +38,8 @@ class Sampling:
     def __post_init__(self) -> None:
         _require(0 <= self.temperature <= _LARGEST, "temperature", self.temperature, "in 0..1e30")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
-        _require(
-            0 < self.repetition_penalty <= _LARGEST,
-            "repetition_penalty",
-            self.repetition_penalty,
-            "more than 0 and at most 1e30",
-        )
+        penalty = self.repetition_penalty
+        _require(0.01 <= penalty <= 100, "repetition_penalty", penalty, "in 0.01..100")
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
@@ -56,17 +52,20 @@ class Sampler:
         """Seeds the generator."""
         self._sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
+        self._length, self._known = 0, set[int]()  # of the text that was seen, and its tokens
+        self._ids = np.empty(0, np.int64)  # the same tokens
 
     def __call__(self, logits: npt.NDArray[np.floating], seen: Sequence[int]) -> int:
         """Draws one token.
 
         Args:
             logits: `[V]`; left as it is.
-            seen: ids of the prompt and of the answer so far, for the repetition penalty.
+            seen: ids of the prompt and of the answer so far, for the repetition penalty; at each
+                call those of the call before and what came since.
         """
         options = self._sampling
         if options.repetition_penalty != 1.0:
-            logits = _penalized(logits, seen, options.repetition_penalty)
+            logits = self._penalized(logits, seen)
         if options.temperature == 0:
             return int(np.argmax(logits))
         scaled, ids = logits.astype(np.float32), None
@@ -87,6 +86,19 @@ class Sampler:
         drawn = min(drawn, len(heights) - 1)
         return drawn if ids is None else int(ids[drawn])
 
+    def _penalized(
+        self, logits: npt.NDArray[np.floating], seen: Sequence[int]
+    ) -> npt.NDArray[np.floating]:
+        new = set(seen[self._length :]) - self._known
+        self._length = len(seen)
+        if new:
+            self._known |= new
+            self._ids = np.concatenate([self._ids, np.array([*new], np.int64)])
+        logits, penalty = logits.copy(), self._sampling.repetition_penalty
+        chosen = logits[self._ids]
+        logits[self._ids] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+        return logits
+
 
 def _nucleus(weights: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.intp]:
     """Places of the largest weights that together reach a share; the one that crosses it stays."""
@@ -96,16 +108,6 @@ def _nucleus(weights: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.
     order = large[np.argsort(-weights[large], kind="stable")]
     reached = np.searchsorted(np.cumsum(weights[order], dtype=np.float64) / total, share)
     return order[: int(reached) + 1]
-
-
-def _penalized(
-    logits: npt.NDArray[np.floating], seen: Sequence[int], penalty: float
-) -> npt.NDArray[np.floating]:
-    logits = logits.copy()
-    ids = np.unique(np.asarray(seen, np.int64))
-    chosen = logits[ids]
-    logits[ids] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return logits
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:

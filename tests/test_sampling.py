@@ -172,6 +172,23 @@ def test_a_penalty_below_one_makes_seen_tokens_more_likely() -> None:
     assert draw(Sampling(repetition_penalty=0.5), np.array([-3.0, -2.0]), [0]) == 0
 
 
+def test_the_penalty_of_a_growing_text_is_that_of_the_whole_text() -> None:
+    rng = np.random.default_rng(3)
+    sampling, text = Sampling(temperature=1.0, repetition_penalty=1.7, seed=5), [3, 3, 0]
+    sampler = Sampler(sampling)
+    for _ in range(40):
+        logits = rng.normal(size=12)
+        penalized = np.array(
+            [(x / 1.7 if x > 0 else x * 1.7) if i in text else x for i, x in enumerate(logits)]
+        )
+        state = sampler._rng.bit_generator.state
+        alone = Sampler(Sampling(temperature=1.0))
+        alone._rng.bit_generator.state = state
+        token = sampler(logits, text)
+        assert token == alone(penalized, [])
+        text += [token, int(rng.integers(12))]
+
+
 def test_the_penalty_acts_before_the_draw() -> None:
     logits = np.array([2.0, 1.0])
     sampler = Sampler(Sampling(temperature=1.0, repetition_penalty=2.0, seed=11))
@@ -226,6 +243,8 @@ def test_draws_of_one_generation_leave_the_global_generator_alone() -> None:
         ("temperature", float("nan")),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 101.0),
         ("repetition_penalty", float("nan")),
         ("repetition_penalty", float("inf")),
         ("top_k", -1),
