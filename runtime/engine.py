@@ -49,8 +49,8 @@ from dash_onnx.runtime.stream import Completion, Stream, asynchronous, joined
 _MOST_THREADS = 1024
 _TARGETS = 16  # of speculation that are remembered
 
-Prompt = str | Sequence[Message] | Ids
-"""Raw text, the messages of a conversation, or token ids `[S]`."""
+Prompt = str | Sequence[Message] | Sequence[int] | Ids
+"""Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
 
 
 @dataclass(frozen=True)
@@ -560,13 +560,18 @@ class Model:
         return CurrentPolicy(self.policy_of(options), at if options.speculate == "off" else _fixed)
 
     def _encoded(self, prompt: Prompt) -> Ids:
-        if isinstance(prompt, np.ndarray):
-            return self._checked(prompt)
+        if isinstance(prompt, np.ndarray) or (
+            isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], (int, np.integer))
+        ):
+            return self._checked(prompt)  # type: ignore[arg-type]
         encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
         return self._checked(encode(prompt))  # type: ignore[arg-type]
 
     def _checked(self, ids: Ids | Sequence[int]) -> Ids:
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # lists in the list
+            raise PolicyError("token ids must be a flat list of integers") from None
         if array.size and array.dtype.kind not in "iu":
             raise PolicyError(f"token ids must be integers, not {array.dtype}")
         array = array.astype(np.int64, copy=False)

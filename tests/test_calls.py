@@ -37,6 +37,12 @@ SHORT: dict[str, Any] = {"max_new_tokens": 2, "ignore_eos": True}
         lambda model: model.logits([1.5, 2.5]),
         lambda model: model.logits(["x"]),
         lambda model: model.generate(np.array([True, False])),
+        lambda model: model.generate([True, False]),
+        lambda model: model.generate([1, "a"]),
+        lambda model: model.generate([1, [2]]),
+        lambda model: model.generate([1, 10**30]),
+        lambda model: model.generate([1, {"role": "user", "content": "hi"}]),
+        lambda model: model.generate([]),
         lambda model: model.new_sequence(-1),
         lambda model: model.new_sequence(batch=0),
         lambda model: model.chat(""),
@@ -50,6 +56,14 @@ def test_a_call_that_nobody_can_mean_is_a_value_error(
     with pytest.raises(PolicyError) as caught:
         call(tiny_model)
     assert isinstance(caught.value, ValueError) and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("ids", [[5, 6, 7], (5, 6, 7), range(5, 8), [np.int32(5), 6, 7]])
+def test_token_ids_are_a_prompt_in_any_sequence(tiny_model: Model, ids: Any) -> None:
+    wanted = tiny_model.generate(np.array([5, 6, 7]), **SHORT)
+    assert tiny_model.generate(ids, **SHORT) == wanted
+    assert [chunk.text for chunk in tiny_model.stream(ids, **SHORT)]
+    assert tiny_model.batch([ids], options=dash_onnx.GenerationOptions(**SHORT)) == [wanted]
 
 
 @pytest.mark.parametrize(
