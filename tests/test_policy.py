@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import VARIANTS
 
-from dash_onnx.core.actions import SKIP, Action, check_action, parse_precisions
+from dash_onnx.core.actions import SKIP, Action, check_action, parse_variants
 from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
@@ -234,24 +234,29 @@ def test_random_paths_use_only_what_the_bundle_has(int4_only: Manifest) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("full,int8,int4", ("full", "int8", "int4")),
-        ("int4, full,int4,", ("full", "int4")),
-        ("int8", ("int8",)),
+        ("full,int8,int4", (("full", "int8", "int4"), False)),
+        ("int4, full,int4,", (("full", "int4"), False)),
+        ("wide,int8", (("int8",), True)),
     ],
 )
 def test_precisions_are_parsed_highest_first_without_duplicates(
-    text: str, expected: tuple[Action, ...]
+    text: str, expected: tuple[tuple[Action, ...], bool]
 ) -> None:
-    assert parse_precisions(text) == expected
+    assert parse_variants(text) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("full,fp8", "unknown variant 'fp8'"), ("skip", "unknown variant 'skip'"), ("", "no variant")],
+    [
+        ("full,fp8", "unknown variant 'fp8'"),
+        ("skip", "unknown variant 'skip'"),
+        ("", "no variant"),
+        ("wide", "no variant"),
+    ],
 )
 def test_bad_precisions_are_refused(text: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
-        parse_precisions(text)
+        parse_variants(text)
 
 
 def test_an_action_must_be_exported_and_exist() -> None:

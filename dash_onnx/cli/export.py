@@ -23,7 +23,7 @@ from dash_onnx.cli.common import (
     presets_table,
     run,
 )
-from dash_onnx.core.actions import ACTIONS, DEFAULT_VARIANTS, WIDE, parse_variants
+from dash_onnx.core.actions import ACTIONS, DEFAULT_FORMS, parse_variants
 from dash_onnx.core.atomic import check_destination, workspace_of
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
@@ -60,7 +60,7 @@ def _parser() -> Parser:
     graphs = parser.add_argument_group("graphs")
     graphs.add_argument(
         "--variants",
-        default=",".join((*DEFAULT_VARIANTS, WIDE)),
+        default=DEFAULT_FORMS,
         help="forms of each layer: full, int8, int4, int2, and wide, an INT8 form for passes of "
         "many rows, in which prompts and batches of int4 and int2 run on a CPU (default: "
         "%(default)s)",

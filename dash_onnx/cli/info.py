@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.cached import listing, remove
 from dash_onnx.cli.common import Parser, aligned, positive, presets_table, run
-from dash_onnx.core.actions import DEFAULT_VARIANTS, PRECISIONS, SKIP, WIDE, Form, parse_variants
+from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
 
@@ -44,7 +44,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--variants",
-        default=",".join((*DEFAULT_VARIANTS, WIDE)),
+        default=DEFAULT_FORMS,
         help="forms to export (default: %(default)s)",
     )
     parser.add_argument(

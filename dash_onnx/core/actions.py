@@ -26,6 +26,9 @@ PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4", "int2")
 DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
 """What is exported unless told: `full` takes four times INT8's memory and gains hardly anything."""
 
+DEFAULT_FORMS = ",".join((*DEFAULT_VARIANTS, WIDE))
+"""Likewise, as `parse_variants` takes it."""
+
 WIDENED: tuple[Action, ...] = ("int4", "int2")
 """Precisions that lose more than the wide form does."""
 
@@ -61,30 +64,21 @@ def each_alone(layers: int) -> tuple[Segment, ...]:
     return tuple(Segment(layer, layer + 1) for layer in range(layers))
 
 
-def parse_precisions(text: str) -> tuple[Action, ...]:
-    """Parses `full,int8,int4` into precisions, highest first and without duplicates.
-
-    Raises:
-        PolicyError: a name is not a precision, or there is none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in PRECISIONS:
-            known = ", ".join((*PRECISIONS, WIDE))
-            raise PolicyError(f"unknown variant {name!r}; choose from {known}")
-    if not names:
-        raise PolicyError(f"no variant given; choose from {', '.join(PRECISIONS)}")
-    return tuple(action for action in PRECISIONS if action in names)
-
-
 def parse_variants(text: str) -> tuple[tuple[Action, ...], bool]:
-    """Parses `int8,int4,wide` into precisions, as `parse_precisions`, and whether `wide` is there.
+    """Parses `int8,int4,wide`: precisions, highest first, each once, and whether `wide` is there.
 
     Raises:
         PolicyError: a name is neither, or there is no precision.
     """
-    names = [name.strip() for name in text.split(",")]
-    return parse_precisions(",".join(name for name in names if name != WIDE)), WIDE in names
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in (*PRECISIONS, WIDE):
+            known = ", ".join((*PRECISIONS, WIDE))
+            raise PolicyError(f"unknown variant {name!r}; choose from {known}")
+    precisions = tuple(action for action in PRECISIONS if action in names)
+    if not precisions:
+        raise PolicyError(f"no variant given; choose from {', '.join(PRECISIONS)}")
+    return precisions, WIDE in names
 
 
 def check_action(name: str, exported: Iterable[str]) -> Action:
