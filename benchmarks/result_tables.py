@@ -189,21 +189,31 @@ def first_tokens(rows_of: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
+_GUESSING = ("on", "expected", "ngram", "dash", "auto")  # the last three of earlier versions
+
+
+def _usual(by: dict[str, Any]) -> str:
+    """What guesses by default."""
+    return "on" if "on" in by else "auto"
+
+
 def guessed(part: Part) -> str:
     """What guessing tokens brings, by target and kind of prompt."""
-    head = ["target", "prompts", "ms per token", "`ngram`", "`dash`", "`auto`", "accepted"]
+    by_prompt = _by_prompt(found(part)[0])
+    names = [name for name in _GUESSING if any(name in by for by in by_prompt.values())]
+    head = ["target", "prompts", "ms per token", *(f"`{name}`" for name in names), "accepted"]
     rows = [[*head, "same text", "largest gap"]]
-    for (target, kind), by in _by_prompt(found(part)[0]).items():
-        auto = by["auto"]
-        gaps = [one["gap"] for one in auto["differs"]]
+    for (target, kind), by in by_prompt.items():
+        usual = by[_usual(by)]
+        gaps = [one["gap"] for one in usual["differs"]]
         rows.append(
             [
                 target,
                 kind,
                 f"{by['off']['ms_per_token']:.1f}",
-                *(f"{by[name]['ratio']:.2f}" for name in ("ngram", "dash", "auto")),
-                "-" if auto["accepted"] is None else f"{auto['accepted']:.0%}",
-                f"{auto['prompts'] - len(gaps)} of {auto['prompts']}",
+                *(f"{by[name]['ratio']:.2f}" if name in by else "-" for name in names),
+                "-" if usual["accepted"] is None else f"{usual['accepted']:.0%}",
+                f"{usual['prompts'] - len(gaps)} of {usual['prompts']}",
                 f"{max(gaps):.2f}" if gaps else "-",
             ]
         )
@@ -217,7 +227,7 @@ def beside_genai(part: Part) -> str:
     ]
     for (_, kind), by in _by_prompt(found(part)[0]).items():
         if "GenAI" in by:
-            names = ("GenAI", "GenAI + ngram", "off", "auto")
+            names = ("GenAI", "GenAI + ngram", "off", _usual(by))
             speeds = [1e3 / by[name]["ms_per_token"] for name in names]
             rows.append(
                 [kind, *(f"{speed:.0f}" for speed in speeds), f"{speeds[3] / speeds[1]:.2f}"]

@@ -1,16 +1,18 @@
 """What guessing tokens saves, by kind of prompt, and whether the text stays the same.
 
-    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl
-    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target full
+    python benchmarks/speculate.py out/
+    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target int4
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --genai build/peers/int8
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --temperature 1
 
-PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`. An editing task is
-added: to return a source file of 60 lines with one change, whole. Each prompt is answered without
-guesses and with each kind of them, in turns. The greedy texts are compared token by token; where
-one first differs, the gap between the two best logits there tells whether that is rounding. With
-`--genai` a model of ORT GenAI's builder answers the same prompts, alone and with its own n-grams.
-With `--temperature` texts are drawn; they cannot be the same, but must be as likely to the target.
+PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`; its categories are the
+kinds. The tasks that are there without it: questions; to return a source file of 60 lines with one
+change, whole, also with the file as expected text; and JSON with a schema of ten fields, beside the
+same without forced tokens. Each prompt is answered with and without guesses, in turns. The
+greedy texts are compared token by token; where one first differs, the gap between the two best
+logits there tells whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
+the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they cannot
+be the same, but must be as likely to the target.
 """
 
 from __future__ import annotations
@@ -28,19 +30,26 @@ from typing import Any
 import numpy as np
 
 import dash_onnx
+from dash_onnx.bench.prompts import PROMPTS
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import json_lines
 from dash_onnx.runtime import grammar
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.ort import thread_count
-from dash_onnx.runtime.speculate import Speculate
 
-KINDS: tuple[Speculate, ...] = ("off", "ngram", "dash", "auto")
 GENAI = {"GenAI": False, "GenAI + ngram": True}  # whether it guesses
-CONVERSATIONS = (  # of MT-bench: one kind of Spec-Bench
-    "writing roleplay reasoning math coding extraction stem humanities".split()
-)
+FIELDS = "name surname street town country birthday profession language hobby".split()
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        **{name: {"type": "string", "maxLength": 20} for name in FIELDS},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": [*FIELDS, "age"],
+    "additionalProperties": False,
+}
+PEOPLE = ("a sailor from Norway", "a baker in Lyon", "a teacher", "a retired pilot", "a painter")
 SOURCE = "\n".join(Path(grammar.__file__).read_text("utf-8").splitlines()[:60])
 
 Answer = dict[str, Any]
@@ -59,6 +68,8 @@ class Asked:
     new_tokens: int
     temperature: float = 0.0
     genai: Peer | None = None
+    expected: str = ""
+    grammar: grammar.Grammar | None = None
 
 
 def main() -> None:
@@ -67,7 +78,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path)
     parser.add_argument(
         "--target", action="append", help="a policy; may be repeated (default: int8)"
     )
@@ -83,10 +94,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    prompts: dict[str, list[str]] = defaultdict(list, {"editing": editing(arguments.per_kind)})
-    for _, record in json_lines(arguments.prompts):
+    own = {
+        "questions": [*PROMPTS[: arguments.per_kind]],
+        "editing": editing(arguments.per_kind),
+        "JSON": [f"Invent {who}, as JSON." for who in PEOPLE[: arguments.per_kind]],
+    }
+    prompts: dict[str, list[str]] = defaultdict(list, own)
+    for _, record in json_lines(arguments.prompts) if arguments.prompts else ():
         kind = record.get("category", "prompt")
-        kind = "conversation" if kind in CONVERSATIONS else kind
         if len(prompts[kind]) < arguments.per_kind:
             prompts[kind].append(record["prompt"] if "prompt" in record else record["turns"][0])
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
@@ -123,15 +138,18 @@ def answered(
 ) -> dict[str, list[dict[str, Answer]]]:
     """By kind of prompt, and by who guesses."""
     whole = max(400, len(model.text.encode(SOURCE)) + 32)
-    for speculate in KINDS:
-        model.preload(asked.target, speculate=speculate)
+    model.preload(asked.target)
     found: dict[str, list[dict[str, Answer]]] = {}
     with Phase(asked.target, total=sum(map(len, prompts.values()))) as phase:
         for kind, texts in prompts.items():
             found[kind] = []
             for text in texts:
-                new = whole if kind == "editing" else asked.new_tokens
-                one = dataclasses.replace(asked, new_tokens=new)
+                one = asked
+                if kind == "editing":
+                    one = dataclasses.replace(asked, new_tokens=whole, expected=SOURCE)
+                elif kind == "JSON":
+                    form = grammar.Grammar.json_schema(SCHEMA)
+                    one = dataclasses.replace(asked, new_tokens=400, grammar=form)
                 found[kind].append(answers(model, text, one, seed=len(found[kind])))
                 phase.update()
     return found
@@ -141,12 +159,18 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
     """One prompt, by who guesses."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
     ids = ids[-(model.manifest.model.max_length - asked.new_tokens) :]
-    given, found = ids.tolist(), dict[str, Answer]()
-    for speculate in KINDS:
+    before, found = ids.tolist(), dict[str, Answer]()
+    kinds: dict[str, dict[str, Any]] = {"off": {"speculate": False}, "on": {"speculate": True}}
+    if asked.expected:
+        kinds["expected"] = {"speculate": True, "expected": asked.expected}
+    if asked.grammar:  # with log probabilities nothing is forced
+        kinds["off"]["logprobs"] = 0
+    for name, given in kinds.items():
         chosen = dataclasses.replace(
             GREEDY,
             policy=asked.target,
-            speculate=speculate,
+            grammar=asked.grammar,
+            **given,
             max_new_tokens=asked.new_tokens,
             temperature=asked.temperature,
             top_k=0,
@@ -156,7 +180,7 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
         )
         steps = [*model.generate_step(ids, options=chosen)]
         guesses = [step.guess for step in steps if step.guess]
-        found[speculate] = {
+        found[name] = {
             "tokens": [step.token for step in steps],
             "ms": sum(step.ms for step in steps[1:]),
             "guessed": sum(guess.tokens for guess in guesses),
@@ -166,12 +190,12 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
     alone = found["off"]["tokens"]
     for one in found.values():
         if asked.temperature:
-            one["nats"] = nats(model, given, asked.target, one["tokens"])
-        else:
-            one["differs"] = difference(model, given, asked.target, alone, one["tokens"])
+            one["nats"] = nats(model, before, asked.target, one["tokens"])
+        elif asked.grammar is None:
+            one["differs"] = difference(model, before, asked.target, alone, one["tokens"])
     if asked.genai is not None:
         for name, guessing in GENAI.items():
-            tokens, ms = asked.genai(given, asked.new_tokens, guessing)
+            tokens, ms = asked.genai(before, asked.new_tokens, guessing)
             found[name] = {"tokens": tokens, "ms": ms, "guessed": 0, "right": 0, "differs": None}
     return found
 

@@ -9,28 +9,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, Path, each_alone, path_letters
-from dash_onnx.core.arrays import Ids, Logits, common_length
+from dash_onnx.core.actions import path_letters
+from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.core.errors import DashError, PolicyError
-from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.generate import (
-    Chunk,
-    CurrentPolicy,
-    Generation,
-    TextWriter,
-)
-from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.generate import Chunk, CurrentPolicy, Generation, Step
 from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
+from dash_onnx.runtime.rows import BatchDecoder
 from dash_onnx.runtime.sequence import PREFILL_CHUNK, SequenceState
 from dash_onnx.runtime.sessions import PromptPlan, Sessions
+from dash_onnx.runtime.writer import TextWriter
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,107 +37,6 @@ _WAIT = 2.0
 
 Deliver = Callable[[Chunk | Exception], None]
 """Takes the chunks of a generation, and what ended it before its time."""
-
-
-class BatchDecoder:
-    """The decode loop of several rows.
-
-    Attributes:
-        rows: the sequences; each may run alone, as for its prompt.
-    """
-
-    def __init__(self, sessions: Sessions, rows: int, capacity: int = CAPACITY):
-        """Allocates an empty cache for them.
-
-        Args:
-            sessions: of the bundle.
-            rows: how many.
-            capacity: tokens that each has room for at first; it doubles when one is full.
-
-        Raises:
-            DeviceError: the device runs no batches.
-        """
-        self._whole = sessions.new_sequence(capacity, rows)
-        self.rows = [self._whole.part(row, row + 1) for row in range(rows)]
-        self._parts = {(row, row + 1): state for row, state in enumerate(self.rows)}
-
-    def forward(
-        self, rows: Sequence[int], tokens: Sequence[int], deciders: Sequence[Decider]
-    ) -> tuple[list[Logits], list[Path]]:
-        """Runs one token of each of some rows.
-
-        Args:
-            rows: numbers, ascending.
-            tokens: an id for each.
-            deciders: likewise.
-
-        Returns:
-            Logits `[V]` of each (the next call overwrites them), and paths.
-
-        Raises:
-            ContextLengthError: a row's context is full.
-        """
-        for row in rows:
-            self.rows[row].advance(1)
-        first, stop = rows[0], rows[-1] + 1
-        for row in set(range(first, stop)).difference(rows):
-            self.rows[row].rest()
-        whole = self._part(first, stop)
-        ids = np.zeros((stop - first, 1), np.int64)
-        ids[np.array(rows) - first, 0] = tokens
-        whole.agree(max(self.rows[row].length for row in rows))
-        whole.embed(ids)
-        for decider in deciders:
-            decider.begin()
-        key = tuple(rows)
-        same = {decider.segments for decider in deciders}
-        segments = same.pop() if len(same) == 1 else each_alone(whole.num_layers)
-        for layer, stop in segments:
-            for decider in deciders:
-                decider.before(layer)
-            actions = tuple([decider.action(layer) for decider in deciders])
-            for first, last, action in calls(key, actions):
-                self._part(first, last).run(layer, action, stop)
-            for decider in deciders:
-                decider.after(layer)
-        for start, end, head in calls(key, tuple([decider.head for decider in deciders])):
-            self._part(start, end).head(head)
-        paths = [decider.end() for decider in deciders]
-        return [self.rows[row].logits for row in rows], paths
-
-    def _part(self, start: int, stop: int) -> SequenceState:
-        part = self._parts.get((start, stop))
-        if part is None:
-            part = self._parts[start, stop] = self._whole.part(start, stop)
-        part.reserve(0)  # follows the cache where it has moved
-        return part
-
-
-@lru_cache(1 << 14)
-def calls(rows: tuple[int, ...], actions: tuple[Action, ...]) -> list[tuple[int, int, Action]]:
-    """Ranges of rows that run together, in order, so that each row's own action comes last.
-
-    The action of most rows runs on all from their first to their last one: others between them are
-    run again, which costs less than another call. A skipped row runs alone: it costs little, and
-    its graph rotates the keys of all rows by the position of the first.
-
-    Args:
-        rows: numbers, ascending.
-        actions: of each.
-    """
-    pairs = [*zip(rows, actions, strict=True)]
-    counts, ranges, most = Counter(action for action in actions if action != SKIP), [], SKIP
-    if counts:
-        most, _ = counts.most_common(1)[0]
-        own = [row for row, action in pairs if action == most]
-        ranges.append((own[0], own[-1] + 1, most))
-    for action, group in groupby(pairs, lambda pair: pair[1]):
-        members = [row for row, _ in group]
-        if action == SKIP:
-            ranges += [(row, row + 1, SKIP) for row in members]
-        elif action != most:
-            ranges.append((members[0], members[-1] + 1, action))
-    return ranges
 
 
 @dataclass(eq=False)
@@ -310,7 +203,8 @@ class Batch:
         row.tokens, row.quality = request.ids[:common].tolist(), request.quality
         row.state.reserve(len(request.ids))  # at once, not by doubling as its parts run
         row.going = request.generation(row.state)
-        row.rest = request.ids[common:]
+        forced = np.array(row.going.take_forced(), np.int64)  # by a grammar, whatever is answered
+        row.rest = np.concatenate([request.ids[common:], forced])
         self.reused += common
 
     def _prompt(self, row: _Row, *, alone: bool) -> None:
@@ -329,7 +223,8 @@ class Batch:
         row.tokens += part.tolist()
         row.rest = rest
         if not len(rest):
-            self._tell(row, row.going.draw(logits), path)
+            forced = row.going.text[len(row.request.ids) :]
+            self._tell(row, Step([*forced, row.going.draw(logits)], path))
 
     def _adapt(self, passes: float) -> None:
         """Changes how much of a prompt runs at once, by the passes that could have run instead."""
@@ -339,9 +234,18 @@ class Batch:
             self._chunk = min(self._chunk * 2, PREFILL_CHUNK)
 
     def _decode(self, rows: list[_Row]) -> None:
+        """A token of every answer; of several that are forced or guessed in a pass of its own.
+
+        Guesses are made for an answer that runs alone: rows are cheapest for many answers.
+        """
         started = time.perf_counter()
         for row in rows:
             row.started = started
+        alone = [row for row in rows if len(rows) == 1 or (row.going and row.going.forced)]
+        for row in alone:
+            self._guarded([row], lambda: self._step(row))  # noqa: B023
+        if not (rows := [row for row in rows if row not in alone]):
+            return
         numbers = [row.number for row in rows]
         going = [row.going for row in rows if row.going is not None]
         last = [one.text[-1] for one in going]
@@ -350,16 +254,26 @@ class Batch:
         for row, token in zip(rows, last, strict=True):
             row.tokens.append(token)
         for row, one, own, path in zip(rows, going, logits, paths, strict=True):
-            self._guarded([row], lambda: self._tell(row, one.draw(own), path))  # noqa: B023
+            self._guarded([row], lambda: self._tell(row, Step([one.draw(own)], path)))  # noqa: B023
 
-    def _tell(self, row: _Row, token: int, path: Path) -> None:
+    def _step(self, row: _Row) -> None:
+        assert row.going is not None
+        last = row.going.text[-1]
+        step = row.going.step()
+        row.tokens += [last, *step.tokens[:-1]]
+        self._tell(row, step)
+
+    def _tell(self, row: _Row, step: Step) -> None:
         assert row.request is not None and row.going is not None
         ms = (time.perf_counter() - row.started) * 1e3
-        chunk = row.request.writer.add(row.going.tell(token, path, ms))
-        deliver = row.request.deliver
-        if chunk.finish_reason is not None:
-            self._free(row)
-        deliver(chunk)
+        writer, deliver = row.request.writer, row.request.deliver
+        for told in row.going.told(step, ms):
+            chunk = writer.add(told)
+            if chunk.finish_reason is not None:
+                self._free(row)
+            deliver(chunk)
+            if chunk.finish_reason is not None:
+                return
 
     def _guarded(self, rows: list[_Row], work: Callable[[], None]) -> None:
         """Does something for rows; what goes wrong ends their requests, and no others."""

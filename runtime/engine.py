@@ -28,26 +28,24 @@ from dash_onnx.runtime.generate import (
     CurrentPolicy,
     GeneratedToken,
     Generation,
-    TextWriter,
     check_prompt,
     generate_tokens,
     prefill_plan,
-    text_of,
 )
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
+from dash_onnx.runtime.guesses import Learned
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions, check_count, check_type
 from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
-from dash_onnx.runtime.planner import Planner, planner_for
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
-from dash_onnx.runtime.speculate import Speculate
 from dash_onnx.runtime.stream import Completion, Stream, asynchronous, joined
+from dash_onnx.runtime.writer import TextWriter, text_of
 
 _MOST_THREADS = 1024
-_TARGETS = 16  # of speculation that are remembered
+_TARGETS = 16  # whose guesses are remembered
 
 Prompt = str | Sequence[Message] | Sequence[int] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
@@ -103,9 +101,7 @@ class Model:
         self._sessions = Sessions(bundle, backend, memory)
         self._default = (policy, budget)
         self._guidance: Any = None
-        self._planners = functools.lru_cache(_TARGETS)(
-            functools.partial(planner_for, bundle.manifest)
-        )
+        self._learned = functools.lru_cache(_TARGETS)(self._learn)
         self.policy()  # refuses a wrong one now
 
     def __repr__(self) -> str:
@@ -139,7 +135,6 @@ class Model:
         policy: str | Policy | None = None,
         budget: Budget | None = None,
         prefill: Action | None = None,
-        speculate: Speculate = "off",
     ) -> None:
         """Loads graphs now instead of on first use.
 
@@ -148,25 +143,12 @@ class Model:
                 bundle.
             budget: likewise.
             prefill: precision of the prompts, as in `stream`.
-            speculate: likewise.
         """
         if policy is None:
             self._sessions.preload()
             return
         chosen = self.policy(policy, budget)
-        for one in (chosen, self.draft_of(chosen, speculate)):
-            if one is not None:
-                self._sessions.preload(one, prefill_plan(self._sessions, chosen, prefill))
-
-    def draft_of(self, target: Policy, speculate: Speculate) -> Policy | None:
-        """The policy whose path drafts for a target; None if there is none.
-
-        Raises:
-            PolicyError: a draft path was requested, but none is cheaper than the target.
-        """
-        planner = self._planner(target, speculate)
-        draft = planner.draft_for(speculate) if planner else None
-        return draft and draft.policy
+        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen, prefill))
 
     @property
     def loaded_bytes(self) -> int:
@@ -210,10 +192,18 @@ class Model:
         return make_policy(policy, self.manifest, budget)
 
     def policy_of(self, options: GenerationOptions) -> Policy:
-        """The policy of a generation; speculation defaults to the highest precision."""
-        if options.speculate != "off" and not options.policy and options.budget is None:
-            return self.policy(self.manifest.variants[0])
-        return self.policy(options.policy, options.budget)
+        """The policy of a generation.
+
+        Raises:
+            PolicyError: the bundle cannot do it, or not with guesses, and they are asked for.
+        """
+        policy = self.policy(options.policy, options.budget)
+        if options.speculate and policy.uniform is None:
+            raise PolicyError(
+                f"guesses are checked on one path for every token, such as int8; policy "
+                f"{policy.name!r} has none: leave speculate out"
+            )
+        return policy
 
     def logits(
         self,
@@ -308,7 +298,8 @@ class Model:
         prefill: Action | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool | None = None,
-        speculate: Speculate | None = None,
+        speculate: bool | None = None,
+        expected: str | None = None,
         stop: str | Sequence[str] | None = None,
         grammar: Grammar | None = None,
         logprobs: int | None = None,
@@ -338,6 +329,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
             speculate=speculate,
+            expected=expected,
             stop=stop,
             grammar=grammar,
             logprobs=logprobs,
@@ -362,8 +354,26 @@ class Model:
             sampling=options.sampling(self.sampling),
             eos=self.text.eos_token_ids,
             constraint=self._constraint(options),
-            planner=self._planner(current.policy, options.speculate),
+            **self._guessing(options),
         )
+
+    def _guessing(self, options: GenerationOptions) -> dict[str, Any]:
+        """What a generation guesses by."""
+        wanted = options.speculate
+        if wanted is None:
+            wanted = self._sessions.backend.device == "cpu"
+        if not wanted:
+            return {}
+        text = options.expected
+        expected = self.text.encode(text, add_special_tokens=False).tolist() if text else []
+        return {"learn": self._learned_of, "expected": expected}
+
+    def _learned_of(self, policy: Policy) -> Learned | None:
+        path = policy.uniform
+        return None if path is None else self._learned(path, policy.head)
+
+    def _learn(self, path: Path, head: Action) -> Learned:
+        return Learned(self.manifest.costs.passes, path, head, self._sessions.widened)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
         if options.grammar is None:
@@ -371,22 +381,6 @@ class Model:
         if self._guidance is None:
             self._guidance = guidance_tokenizer(self.text, self.manifest.model.vocab_size)
         return Constraint(options.grammar, self._guidance)
-
-    def _planner(self, target: Policy, speculate: Speculate) -> Planner | None:
-        """What speculation has learned of a target.
-
-        Raises:
-            PolicyError: a draft path was requested, but none is cheaper than the target.
-        """
-        if speculate == "off" or target.uniform is None:  # which `Speculation` refuses
-            return None
-        planner = self._planners(target.uniform, target.head)
-        if speculate == "dash" and planner.draft is None:
-            raise PolicyError(
-                f"speculate='dash' needs a cheaper path than policy {target.name!r}, and this "
-                "bundle has none; take a higher precision, or speculate='ngram'"
-            )
-        return planner
 
     def stream(
         self,
@@ -398,7 +392,8 @@ class Model:
         prefill: Action | None = None,
         max_new_tokens: int | None = None,
         ignore_eos: bool | None = None,
-        speculate: Speculate | None = None,
+        speculate: bool | None = None,
+        expected: str | None = None,
         stop: str | Sequence[str] | None = None,
         grammar: Grammar | None = None,
         logprobs: int | None = None,
@@ -428,6 +423,7 @@ class Model:
             max_new_tokens=max_new_tokens,
             ignore_eos=ignore_eos,
             speculate=speculate,
+            expected=expected,
             stop=stop,
             grammar=grammar,
             logprobs=logprobs,
@@ -482,15 +478,15 @@ class Model:
         Args:
             prompt: raw text, or chat messages.
             deliver: takes its chunks.
-            options: without a cache and speculation, which are for single generations.
+            options: without a cache, which is for single generations.
 
         Raises:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
         options = GenerationOptions.of(options)
-        if options.cache is not None or options.speculate != "off":
-            raise PolicyError("a batch supports neither `cache` nor `speculate`")
+        if options.cache is not None:
+            raise PolicyError("generations of a batch have no cache of yours")
         ids, current = self._encoded(prompt), self._current(options)
         generation = functools.partial(
             Generation,
@@ -500,6 +496,7 @@ class Model:
             sampling=options.sampling(self.sampling),
             eos=self.text.eos_token_ids,
             constraint=self._constraint(options),
+            **self._guessing(options),
         )
         writer = TextWriter(self.text, len(ids), tuple(options.stop))
         plan = prefill_plan(self._sessions, current.policy, options.prefill)
@@ -517,7 +514,7 @@ class Model:
 
         Args:
             prompts: raw texts or chats.
-            options: of all of them; without a cache and speculation.
+            options: of all of them; without a cache.
             rows: how many run at once.
             on_done: called with the index and the text of each as it ends.
 
@@ -557,7 +554,7 @@ class Model:
 
     def _current(self, options: GenerationOptions) -> CurrentPolicy:
         at = functools.partial(self.policy, options.policy)
-        return CurrentPolicy(self.policy_of(options), at if options.speculate == "off" else _fixed)
+        return CurrentPolicy(self.policy_of(options), at)
 
     def _encoded(self, prompt: Prompt) -> Ids:
         if isinstance(prompt, np.ndarray) or (
@@ -577,10 +574,6 @@ class Model:
         array = array.astype(np.int64, copy=False)
         check_prompt(array, self.manifest.model.max_length, self.manifest.model.vocab_size)
         return array
-
-
-def _fixed(budget: Budget) -> Policy:
-    raise PolicyError(f"budget {budget!r}: it cannot change with `speculate`; leave it out")
 
 
 def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,16 +17,14 @@ from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.forms import widened_in_prompts
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import log_softmax
-from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.grammar import Constraint
+from dash_onnx.runtime.guesses import MOST, Guess, Guesser, Learned
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.planner import Guess, Planner
 from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import PromptPlan, Sessions
-from dash_onnx.runtime.speculate import Speculation
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
@@ -62,9 +60,9 @@ class GeneratedToken:
         path: the action of each layer in the pass that produced it.
         ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
         finish_reason: set on the last token.
-        guess: with `speculate`, the outcome of the draft of the pass that begins with this token;
-            all tokens of the pass share its milliseconds.
-        logprobs: if requested.
+        guess: what came of the guesses for the pass that this token is the first of; its
+            milliseconds are shared by all tokens of the pass.
+        logprobs: where they were asked for.
     """
 
     token: int
@@ -131,12 +129,31 @@ class CurrentPolicy:
         self.policy = self.at(budget)
 
 
+class Step(NamedTuple):
+    """What a pass brought.
+
+    Attributes:
+        tokens: new ones of the answer; the last one was not run yet.
+        path: that they took.
+        guess: what came of guesses.
+    """
+
+    tokens: list[int]
+    path: Path
+    guess: Guess | None = None
+
+
+Learn = Callable[[Policy], Learned | None]
+"""What was learned of guesses for a policy; None where nothing is guessed."""
+
+
 class Generation:
     """One generation between its passes: its text, what it runs next, and when it ends.
 
     Attributes:
         text: ids of the prompt and of what was drawn.
         count: tokens that were told.
+        forced: tokens that the grammar lets follow the text alone; they run as a prompt does.
     """
 
     def __init__(
@@ -149,15 +166,21 @@ class Generation:
         sampling: Sampling,
         eos: frozenset[int],
         constraint: Constraint | None = None,
+        learn: Learn = lambda policy: None,
+        expected: Sequence[int] = (),
     ):
         """Begins with the prompt `ids` `[S]`; the rest is that of `generate_tokens`."""
         self.text: list[int] = ids.tolist()
         self.count = 0
+        self._prompt, self._learn, self._expected = ids, learn, expected
+        self._guesser: Guesser | None = None
         self._sampler, self._constraint = Sampler(sampling), constraint
         self._logprobs: deque[Logprobs | None] = deque()  # of tokens that are not told yet
-        self._sequence, self._current, self._options, self._eos = sequence, current, options, eos
+        self._sequence, self._current, self._options = sequence, current, options
+        self._ends = frozenset[int]() if options.ignore_eos else eos
         self._policy = current.policy
         self._decider = decider_of(self._policy, sequence)
+        self.forced = self._forced()
 
     @property
     def decider(self) -> Decider:
@@ -168,10 +191,55 @@ class Generation:
         return self._decider
 
     @property
-    def room(self) -> int:
-        """How many further tokens there may be."""
+    def spare(self) -> int:
+        """How many tokens may run after the last one, with one more to be drawn."""
         limit = self._sequence.sessions.manifest.model.max_length
-        return min(self._options.max_new_tokens - self.count, limit - self._sequence.length)
+        drawn = len(self.text) - len(self._prompt)
+        return min(self._options.max_new_tokens - drawn - 1, limit - len(self.text))
+
+    def step(self) -> Step:
+        """Runs the last token, and what is forced or guessed to follow it."""
+        sequence, last = self._sequence, self.text[-1]
+        if self.forced:
+            plan = prefill_plan(sequence.sessions, self._current.policy, self._options.prefill)
+            forced = self.take_forced()
+            logits = sequence.prefill(np.array([last, *forced], np.int64), *plan)
+            return Step([*forced, self.draw(logits)], plan.path)
+        decider, context = self.decider, sequence.length
+        learned = self._learn(self._policy)
+        found = None
+        if learned is not None:
+            if self._guesser is None:
+                self._guesser = Guesser(self._prompt.tolist(), self._expected, self._ends)
+            found = self._guesser.guess(learned, self.text, min(self.spare, MOST), context)
+        guesses = found.tokens if found else []
+        new = list[int]()
+        ids = np.array([last, *guesses], np.int64) if guesses else last
+        logits, path = sequence.forward(ids, decider, every=True)
+        for row, guess in zip(logits, [*guesses, None], strict=True):
+            new.append(self.draw(row))
+            if new[-1] != guess or new[-1] in self._ends or self.forced:
+                break
+        sequence.truncate(context + len(new))
+        if found is None:
+            return Step(new, path)
+        right = sum(a == b for a, b in zip(new, guesses, strict=False))
+        return Step(new, path, Guess(found.source, len(guesses), right))
+
+    def take_forced(self) -> list[int]:
+        """The forced tokens, which are in the text from now on."""
+        forced, self.forced = self.forced, []
+        assert self._constraint is not None or not forced
+        if self._constraint is not None and forced:
+            self._constraint.took(*forced)
+        self.text += forced
+        self._logprobs += [None] * len(forced)
+        return forced
+
+    def _forced(self) -> list[int]:
+        if self._constraint is None or self._options.logprobs is not None:
+            return []  # log probabilities need every token's logits
+        return self._constraint.forced()[: self.spare] if self.spare > 0 else []
 
     def draw(self, logits: Logits) -> int:
         """Draws the next token from logits `[V]`."""
@@ -179,28 +247,32 @@ class Generation:
         if self._constraint is not None:
             logits = self._constraint.masked(logits)
         token = self._sampler(logits, self.text)
-        if self._constraint is not None:
-            self._constraint.took(token)
         most = self._options.logprobs
         self._logprobs.append(None if most is None else Logprobs.of(raw, token, most))
         self.text.append(token)
+        if self._constraint is not None:
+            self._constraint.took(token)
+            self.forced = self._forced()
         return token
 
-    def tell(
-        self, token: int, path: Path, ms: float, *, ahead: int = 0, guess: Guess | None = None
-    ) -> GeneratedToken:
-        """What is told of a token that was drawn.
+    def told(self, step: Step, ms: float) -> Iterator[GeneratedToken]:
+        """What is told of the tokens of a pass, which share its milliseconds.
 
-        Args:
-            token: drawn.
-            path: of its pass.
-            ms: see `GeneratedToken`.
-            ahead: later tokens that the sequence has run already.
-            guess: see `GeneratedToken`.
+        The prompt's are those of the first token, whatever is forced to follow it.
         """
+        count, guess = len(step.tokens), step.guess
+        shares = [ms / count] * count if self.count else [ms, *[0.0] * (count - 1)]
+        for n, (token, own) in enumerate(zip(step.tokens, shares, strict=True)):
+            yield self._told(token, step.path, own, count - 1 - n, guess)
+            guess = None
+
+    def _told(
+        self, token: int, path: Path, ms: float, ahead: int, guess: Guess | None
+    ) -> GeneratedToken:
+        """Likewise of one, with tokens after it that the sequence has run already."""
         self.count += 1
         reason: FinishReason | None = None
-        if token in self._eos and not self._options.ignore_eos:
+        if token in self._ends:
             reason = "stop"
         elif self._sequence.length - ahead >= self._sequence.sessions.manifest.model.max_length:
             reason = "context"
@@ -218,7 +290,8 @@ def generate_tokens(
     sampling: Sampling,
     eos: frozenset[int],
     constraint: Constraint | None = None,
-    planner: Planner | None = None,
+    learn: Learn = lambda policy: None,
+    expected: Sequence[int] = (),
 ) -> Iterator[GeneratedToken]:
     """Generates token by token; the first one comes from the prefill.
 
@@ -229,7 +302,8 @@ def generate_tokens(
         sampling: resolved likewise.
         eos: ids that end the text.
         constraint: of `options.grammar`.
-        planner: of the policy, for `options.speculate`.
+        learn: see `Learn`.
+        expected: ids of `options.expected`.
 
     Raises:
         ContextLengthError: the prompt does not fit the context.
@@ -242,40 +316,30 @@ def generate_tokens(
     sequence, rest = cache.acquire(ids)
     try:
         going = Generation(
-            sequence, ids, current, options, sampling=sampling, eos=eos, constraint=constraint
+            sequence,
+            ids,
+            current,
+            options,
+            sampling=sampling,
+            eos=eos,
+            constraint=constraint,
+            learn=learn,
+            expected=expected,
         )
-        text, speculation = going.text, None
-        if options.speculate != "off":
-            speculation = Speculation(
-                sequence,
-                current.policy,
-                going.draw,
-                options.speculate,
-                planner or Planner(),
-                frozenset() if options.ignore_eos else eos,
-            )
         plan = prefill_plan(sessions, current.policy, options.prefill)
-        path = plan.path
-        started, guess = time.perf_counter(), None
-        new = [going.draw(sequence.prefill(rest, *plan))]
+        started, forced = time.perf_counter(), going.take_forced()
+        rest = np.concatenate([rest, np.array(forced, np.int64)])
+        step = Step([*forced, going.draw(sequence.prefill(rest, *plan))], plan.path)
         cache.tokens += rest.tolist()
         while True:
-            ms = (time.perf_counter() - started) * 1e3 / len(new)
-            for ahead, token in zip(reversed(range(len(new))), new, strict=True):
-                told = going.tell(token, path, ms, ahead=ahead, guess=guess)
+            ms = (time.perf_counter() - started) * 1e3
+            for told in going.told(step, ms):
                 yield told
-                guess = None
                 if told.finish_reason is not None:
                     return
-            started, token = time.perf_counter(), text[-1]
-            if speculation is not None:
-                new, guess = speculation.step(text, going.room)
-                cache.tokens += [token, *new[:-1]]
-                path = speculation.path
-            else:
-                logits, path = sequence.forward(token, going.decider)
-                cache.tokens.append(token)
-                new = [going.draw(logits)]
+            started, token = time.perf_counter(), going.text[-1]
+            step = going.step()
+            cache.tokens += [token, *step.tokens[:-1]]
     finally:
         cache.release()
 
@@ -327,59 +391,3 @@ def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
             f"the prompt has {len(ids)} tokens, the context of this bundle is {max_length}; "
             "shorten it, or export with a longer --max-length"
         )
-
-
-def text_of(
-    codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
-) -> Generator[Chunk]:
-    """Turns tokens into text; holds back what may become a stop string."""
-    writer = TextWriter(codec, prompt_tokens, stop)
-    try:
-        for step in steps:
-            chunk = writer.add(step)
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
-    finally:  # a stop string ends the text before the steps end
-        if isinstance(steps, Generator):
-            steps.close()
-
-
-class TextWriter:
-    """Turns the tokens of one generation into chunks of text."""
-
-    def __init__(self, codec: TextCodec, prompt_tokens: int, stop: Sequence[str]):
-        """Begins; holds back what may become one of the stop strings."""
-        self._detokenizer, self._prompt_tokens = Detokenizer(codec), prompt_tokens
-        self._stop, self._held, self._count = stop, "", 0
-
-    def add(self, step: GeneratedToken) -> Chunk:
-        """The chunk of a token; one with a finish reason is the last."""
-        self._count += 1
-        reason, held = step.finish_reason, self._held
-        if reason != "stop":  # the EOS token itself is no text
-            held += self._detokenizer.add(step.token)
-        if reason is not None:
-            held += self._detokenizer.finish()
-        cut = min((at for at in (held.find(word) for word in self._stop) if at >= 0), default=-1)
-        if cut >= 0:
-            text, held, reason = held[:cut], "", "stop"
-        elif reason is not None:
-            text, held = held, ""
-        else:
-            safe = len(held) - _longest_partial(held, self._stop)
-            text, held = held[:safe], held[safe:]
-        self._held = held
-        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason
-        return Chunk(text, *told, step.guess, step.logprobs)
-
-
-def _longest_partial(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    longest = 0
-    for word in stop:
-        for size in range(min(len(word) - 1, len(text)), longest, -1):
-            if text.endswith(word[:size]):
-                longest = size
-                break
-    return longest

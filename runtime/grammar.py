@@ -99,9 +99,14 @@ class Constraint:
             raise PolicyError(f"the grammar did not complete: {self._matcher.get_error()}")
         return np.where(allowed, logits, np.array(-np.inf, logits.dtype))
 
-    def took(self, token: int) -> None:
-        """Goes on from a token that was drawn."""
-        self._matcher.consume_token(token)
+    def took(self, *tokens: int) -> None:
+        """Goes on from tokens that the answer now has."""
+        self._matcher.consume_tokens([*tokens])
+
+    def forced(self) -> list[int]:
+        """The next tokens, where the grammar leaves one text, as the tokenizer cuts it."""
+        forced: list[int] = self._matcher.compute_ff_tokens()
+        return forced
 
 
 def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:

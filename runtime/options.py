@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.sampling import Sampling
-from dash_onnx.runtime.speculate import Speculate
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.cache import Cache
@@ -34,13 +33,13 @@ class GenerationOptions:
         budget: fraction of a token's time at the highest exported precision, or a preset; None uses
             the budget that the model was loaded with.
         prefill: precision of the prompt; None: see `memory` of `dash_onnx.load`.
-        max_new_tokens: maximum number of tokens to generate.
-        ignore_eos: continue after an end-of-sequence token (for benchmarks).
-        speculate: speculative decoding, which changes the speed, and the text only where multi-row
-            kernels round differently. Drafts come from n-grams of the text so far (`ngram`), from a
-            cheaper path of the bundle (`dash`), or from the source that helps most (`auto`). The
-            policy must have one path for every token; without policy and budget it is the highest
-            exported precision.
+        max_new_tokens: most tokens to generate.
+        ignore_eos: go on after an end-of-sequence token (benchmarks).
+        speculate: guess tokens from what the text holds already, and check several in one pass,
+            where that pays: the same text sooner, up to how kernels round several tokens. It goes
+            with a policy of one path for every token; None does so where it can, on the CPU.
+        expected: text that the answer is likely to contain, as an edited file is before the edit:
+            what follows in it is guessed, too.
         stop: strings that end the text; they are not part of it.
         grammar: constrains the text.
         logprobs: return each token's log probability, and those of this many most likely tokens.
@@ -53,7 +52,8 @@ class GenerationOptions:
     prefill: Action | None = None
     max_new_tokens: int = 512
     ignore_eos: bool = False
-    speculate: Speculate = "off"
+    speculate: bool | None = None
+    expected: str = ""
     stop: str | Sequence[str] = ()
     grammar: Grammar | None = None
     logprobs: int | None = None
@@ -73,9 +73,6 @@ class GenerationOptions:
         object.__setattr__(self, "stop", stop)
         if "" in stop:
             raise PolicyError("an empty stop string would end every text at once")
-        if self.speculate not in get_args(Speculate):
-            known = ", ".join(get_args(Speculate))
-            raise PolicyError(f"speculate={self.speculate!r} must be one of {known}")
         if self.max_new_tokens < 1:
             raise PolicyError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.logprobs is not None and not 0 <= self.logprobs <= _MOST_LOGPROBS:
@@ -118,7 +115,8 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "policy": ((str, Policy), "a name or a Policy"),
     "budget": ((int, float, str, type(None)), "a number or the name of a preset"),
     "prefill": ((str, type(None)), "the name of a precision"),
-    "speculate": ((str,), "off, ngram, dash or auto"),
+    "speculate": ((bool, type(None)), "True, False or None"),
+    "expected": ((str,), "text"),
     "stop": ((str, list, tuple), "text, or a list of texts"),
 }
 
@@ -139,8 +137,8 @@ def check_type(name: str, value: Any) -> None:
         raise PolicyError(f"{name}={value!r} must be {what}")
 
 
-GREEDY = GenerationOptions(temperature=0.0, repetition_penalty=1.0)
-"""The most likely token, whatever the model's authors want: for those who compare."""
+GREEDY = GenerationOptions(temperature=0.0, repetition_penalty=1.0, speculate=False)
+"""The most likely token, whatever the model's authors want, one a pass: for those who compare."""
 
 
 def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:

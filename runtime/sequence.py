@@ -15,8 +15,8 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import form_of, head_form_of
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
+from dash_onnx.runtime.guesses import MOST
 from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart, mask_of
-from dash_onnx.runtime.planner import MOST
 from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
 PREFILL_CHUNK = 512
@@ -78,7 +78,7 @@ class SequenceState:
         self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
         self._start = backend.buffer((batch,), "int64")
         self._passes: dict[int, _Pass] = {}
-        self._guessed: Buffer | None = None  # logits that passes with guesses share
+        self._guessed: list[Buffer] = []  # logits that passes with guesses share, in all parts
         self._widened = sessions.widened  # actions that passes of several rows may run wide
         self._plain: bool | None = None  # how passes attend; None: as is faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to
@@ -377,9 +377,9 @@ class SequenceState:
         shape = (self.batch, seq, dims.vocab_size)
         if self.batch > 1 or not 1 < seq <= MOST + 1 or backend.device != "cpu":
             return backend.buffer(shape, dims.dtype)
-        if self._guessed is None:
-            self._guessed = backend.buffer((MOST + 1, dims.vocab_size), dims.dtype)
-        return self._guessed.reshaped(shape)
+        if not self._guessed:
+            self._guessed.append(backend.buffer((MOST + 1, dims.vocab_size), dims.dtype))
+        return self._guessed[0].reshaped(shape)
 
     def _bind_layers(self, start: int, stop: int, form: Form) -> tuple[Run, ...]:
         layers, sessions = range(start, stop), self.sessions

@@ -16,11 +16,12 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.policy import RandomPolicy
-from dash_onnx.runtime.batch import Batch, BatchDecoder, Request, calls
+from dash_onnx.runtime.batch import Batch, Request
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.rows import BatchDecoder, calls
 from dash_onnx.runtime.sequence import SequenceState
 
 PROMPTS = [
@@ -323,9 +324,8 @@ def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
 
 
 def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
-    for wrong in ({"speculate": "ngram", "policy": "full"}, {"cache": tiny_model.new_cache()}):
-        with pytest.raises(PolicyError, match="batch"):
-            tiny_model.batch(["a"], options=options(**wrong))
+    with pytest.raises(PolicyError, match="batch"):
+        tiny_model.batch(["a"], options=options(cache=tiny_model.new_cache()))
     with pytest.raises(PolicyError, match="rows=0"):
         tiny_model.new_batch(0)
     with pytest.raises(ContextLengthError):

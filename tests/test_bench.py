@@ -15,7 +15,7 @@ import pytest
 from cli_tool import Capture, Tool
 from conftest import needed, save_tiny
 
-from dash_onnx.bench.contenders import policy_of, speculation_of
+from dash_onnx.bench.contenders import guesses, policy_of
 from dash_onnx.bench.measure import Behind, Reference, Result, divergence, measure, ratio
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import context, read_prompts
@@ -46,9 +46,9 @@ def test_speed_and_bandwidth_follow_from_the_median() -> None:
 def test_the_name_of_a_path_file_may_hold_a_plus(tiny_model: Model, tmp_path: Path) -> None:
     file = tmp_path / "c++ @0.5.txt"
     file.write_text("int8*4")
-    for variant, guessing in ((f"static:@{file}", "off"), (f"static:@{file}+ngram", "ngram")):
+    for variant, guessing in ((f"static:@{file}", False), (f"static:@{file}+guesses", True)):
         assert policy_of(tiny_model, variant).uniform == ("int8",) * 4
-        assert speculation_of(variant) == guessing
+        assert guesses(variant) == guessing
 
 
 class Fake(Worker):
@@ -201,10 +201,10 @@ def test_json_compares_policies_and_a_peer(
 
 def test_a_run_may_guess(tiny_bundle: Path, capsys: Capture) -> None:
     amount = ("--max-prompts", 1, "--new-tokens", 8, "--rounds", 1, "--threads", 1, "--no-quality")
-    assert TOOL.run(tiny_bundle, "--run", "int8", "--run", "int8+ngram", *amount) == 0
+    assert TOOL.run(tiny_bundle, "--run", "int8", "--run", "int8+guesses", *amount) == 0
     out = capsys.readouterr().out
-    assert "dash int8+ngram" in out and "runs with speculation: mean" in out
-    for wrong, told in (("int8+magic", "off, ngram"), ("random+ngram", "one path")):
+    assert "dash int8+guesses" in out and "of runs that guess the mean" in out
+    for wrong, told in (("int8+magic", "int8+magic"), ("random+guesses", "one path")):
         assert told in TOOL.refused(capsys, tiny_bundle, "--run", wrong)
 
 

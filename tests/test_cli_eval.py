@@ -253,7 +253,7 @@ def test_help_has_examples(capsys: Capture) -> None:
         ("task", ("--prefill", "int8")),
         ("task", ("--max-windows", 2)),
         ("text", ("--max-items", 2)),
-        ("text", ("--speculate", "auto")),
+        ("text", ("--speculate",)),
     ],
 )
 def test_an_option_of_the_other_kind_of_input_is_refused(

@@ -42,9 +42,9 @@ from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.graphs import build_embed, build_head, build_layer, captured_inputs
 from dash_onnx.exporters.sources import open_source
-from dash_onnx.runtime.batch import BatchDecoder
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session
+from dash_onnx.runtime.rows import BatchDecoder
 
 INT8_ERROR = 0.06
 """Of the logits. INT8 has 127 levels for the largest of a block's 32 weights, which is about 2.3

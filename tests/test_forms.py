@@ -50,7 +50,7 @@ def fits(text: str) -> bool:
 # The runtime
 
 
-@pytest.mark.parametrize("given", [{}, {"speculate": "ngram"}, {"temperature": 5.0}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"speculate": False}, {"temperature": 5.0}], ids=str)
 def test_a_schema_is_kept_by_a_model_that_knows_nothing(
     given: dict[str, Any], tiny_model: Model
 ) -> None:
@@ -89,8 +89,8 @@ def test_what_is_no_grammar_is_refused_in_one_line(make: Any, tiny_model: Model)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("speculate", ["off", "ngram"])
-def test_log_probabilities_are_the_models_own(speculate: str, tiny_model: Model) -> None:
+@pytest.mark.parametrize("speculate", [False, True])
+def test_log_probabilities_are_the_models_own(speculate: bool, tiny_model: Model) -> None:
     ids = tiny_model.text.encode("the keeper the keeper the")
     steps = [
         *tiny_model.generate_step(

@@ -30,10 +30,11 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.serve import main
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.batch import BatchDecoder, Request
+from dash_onnx.runtime.batch import Request
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.rows import BatchDecoder
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.stream import Stream
 from dash_onnx.serve.app import create_app
@@ -187,12 +188,19 @@ def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> Non
 
 
 @pytest.mark.parametrize("running", [1, 2])
-@pytest.mark.parametrize("speculate", ["off", "ngram"])
+@pytest.mark.parametrize("speculate", [False, True])
 def test_choices_wait_for_each_other_and_no_request_for_ever(
-    running: int, speculate: str, tiny_model: Model
+    running: int, speculate: bool, tiny_model: Model
 ) -> None:
     server = Server({"tiny": tiny_model}, Limits(running=running, waiting=4, seconds=20))
-    body = {"prompt": "the keeper", "max_tokens": 6, "n": 3, "speculate": speculate, **OURS}
+    body = {
+        "prompt": "the keeper",
+        "max_tokens": 6,
+        "n": 3,
+        "speculate": speculate,
+        "policy": "int8",
+        **OURS,
+    }
 
     def ask(_: int) -> httpx.Response:
         return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
@@ -255,7 +263,7 @@ def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
         ).to_dict()["dash"]
 
     assert told(budget="fast")["budget"] < told(budget="quality")["budget"]
-    assert told(policy="int8", speculate="ngram")["actions"] == {"int8": 1.0}
+    assert told(policy="int8", speculate=True)["actions"] == {"int8": 1.0}
 
 
 def test_null_stands_for_a_field_that_is_not_there(server: Server) -> None:
@@ -736,7 +744,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from(
     "model messages prompt stream n max_tokens temperature top_p stop seed policy budget speculate "
     "top_k min_p repetition_penalty response_format stream_options tools tool_choice logprobs "
-    "top_logprobs max_completion_tokens".split()
+    "top_logprobs max_completion_tokens prediction".split()
 )
 LONG = int(os.environ.get("FUZZ_CASES", "2000"))
 

@@ -1,55 +1,37 @@
-"""Speculative decoding: another speed, the same text."""
+"""Guesses: another speed, the same text."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.core.actions import Action
-from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import PathPolicy
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import GeneratedToken
-from dash_onnx.runtime.planner import Draft, Guess, Planner
-from dash_onnx.runtime.sampling import Sampler, Sampling
-from dash_onnx.runtime.speculate import NgramIndex, Speculation
+from dash_onnx.runtime.generate import CurrentPolicy, GeneratedToken, Generation
+from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.guesses import MOST, Guess, Learned
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.sampling import Sampling
 
 # Repeats itself, so that the text's own end is found in it.
 PROMPT = "the keeper counts the ships, the keeper counts the ships, the keeper counts"
-SPECULATE = ("ngram", "dash", "auto")
 
 
 @pytest.fixture(scope="module")
-def untrained(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """With made-up costs: in a model this small the profile is a matter of luck."""
-    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("plain") / "b")))
-    replace_manifest(folder, replace(Bundle(folder).manifest, scorer=None))
-    with dash_onnx.load(folder) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def scored_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     folder = tmp_path_factory.mktemp("scored") / "bundle"
-    return with_scorer(Path(shutil.copytree(tiny_bundle, folder)))
-
-
-@pytest.fixture(scope="module")
-def scored(scored_bundle: Path) -> Iterator[Model]:
-    with dash_onnx.load(scored_bundle) as model:
+    with dash_onnx.load(with_scorer(Path(shutil.copytree(tiny_bundle, folder)))) as model:
         yield model
 
 
@@ -62,19 +44,21 @@ def tokens(model: Model, **options: Any) -> list[int]:
     return [step.token for step in steps(model, **options)]
 
 
+def expectations(model: Model, **options: Any) -> list[str]:
+    """Nothing, what comes, what comes with a part left out, and what does not come."""
+    own = model.text.decode(tokens(model, speculate=False, **options))
+    return ["", own, own[:20] + own[30:], "no ship passes " * 9]
+
+
 @pytest.mark.parametrize("policy", ["full", "int8", "static:int8,skip,int4,full"])
-@pytest.mark.parametrize("speculate", SPECULATE)
-@pytest.mark.parametrize("trained", [False, True])
-def test_greedy_text_is_that_of_the_target_alone(
-    trained: bool, speculate: str, policy: str, untrained: Model, scored: Model
-) -> None:
-    model = scored if trained else untrained
-    found = steps(model, policy=policy, speculate=speculate)
-    assert [step.token for step in found] == tokens(model, policy=policy)
-    if speculate != "auto":  # which need not find that it pays
-        guesses = [step.guess for step in found if step.guess]
-        assert {guess.source for guess in guesses} == {speculate}
-        assert all(0 <= guess.right <= guess.tokens <= 8 for guess in guesses)
+def test_greedy_text_is_that_without_guesses(policy: str, tiny_model: Model) -> None:
+    alone, guessed = tokens(tiny_model, policy=policy, speculate=False), list[Guess]()
+    for expected in expectations(tiny_model, policy=policy):
+        found = steps(tiny_model, policy=policy, expected=expected)
+        assert [step.token for step in found] == alone
+        guessed += [step.guess for step in found if step.guess]
+    assert all(0 <= guess.right <= guess.tokens <= MOST for guess in guessed)
+    assert {guess.source for guess in guessed} >= {"expected"}
 
 
 @pytest.mark.parametrize(
@@ -87,26 +71,26 @@ def test_greedy_text_is_that_of_the_target_alone(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("speculate", SPECULATE)
-def test_the_same_seed_draws_the_same_text(
-    speculate: str, sampling: dict[str, Any], untrained: Model
-) -> None:
+def test_the_same_seed_draws_the_same_text(sampling: dict[str, Any], tiny_model: Model) -> None:
     chosen = {"policy": "full", "seed": 3, **sampling}
-    assert tokens(untrained, speculate=speculate, **chosen) == tokens(untrained, **chosen)
+    alone = tokens(tiny_model, speculate=False, **chosen)
+    for expected in expectations(tiny_model, **chosen):
+        assert tokens(tiny_model, expected=expected, **chosen) == alone
 
 
 class Chain:
-    """In place of a sequence: the next token depends on the last one, and on who computes it."""
+    """In place of a sequence: the next token depends on the last one."""
 
-    def __init__(self, **logits: np.ndarray):
-        """Logits `[V, V]` of each head."""
-        self.length, self._logits = 1, logits
+    def __init__(self, logits: np.ndarray):
+        """Logits `[V, V]`."""
+        facts = SimpleNamespace(model=SimpleNamespace(max_length=10**9))
+        self.sessions = SimpleNamespace(manifest=facts)
+        self.length, self._logits = 0, logits
 
-    def forward(self, tokens: int | np.ndarray, decider: Any, *, every: bool = False) -> Any:
+    def forward(self, tokens: int | np.ndarray, decider: Any, *, every: bool) -> Any:
         ids = np.atleast_1d(tokens)
         self.length += len(ids)
-        rows = self._logits[decider.head][ids]
-        return (rows if every else rows[-1]), ()
+        return self._logits[ids], ()
 
     def truncate(self, length: int) -> None:
         self.length = length
@@ -115,40 +99,45 @@ class Chain:
 class Named(PathPolicy):
     """A policy of one path without layers."""
 
-    def __init__(self, head: Action):
-        self.name = self.head = head
+    name = head = "int8"
 
     @property
-    def uniform(self) -> tuple[Action, ...]:
+    def uniform(self) -> tuple[()]:
         return ()
 
-    def paths(self) -> Iterator[tuple[Action, ...]]:
+    def paths(self) -> Iterator[tuple[()]]:
         return repeat(())
 
 
 def drawn(
-    speculate: Any,
     sampling: Sampling,
-    target: np.ndarray,
-    draft: np.ndarray,
+    logits: np.ndarray,
     count: int,
     *,
     begin: Sequence[int] = (0,),
     eos: frozenset[int] = frozenset(),
 ) -> tuple[list[int], list[Guess]]:
     """A text of a chain with `count` further tokens, or up to EOS; what came of its guesses."""
-    chain: Any = Chain(int8=target, int4=draft)
-    text, sampler, guesses = [*begin], Sampler(sampling), []
-
-    def draw(logits: np.ndarray) -> int:
-        text.append(sampler(logits, text))
-        return text[-1]
-
-    planner = Planner(Draft(Named("int4"), 0.1, 0.8))
-    going = Speculation(chain, Named("int8"), draw, speculate, planner, eos)
-    while len(text) < len(begin) + count and not eos & {*text[len(begin) :]}:
-        guesses.append(going.step(text, 100)[1])
-    return text, [guess for guess in guesses if guess]
+    chain: Any = Chain(logits)
+    current = CurrentPolicy(Named(), lambda budget: Named())
+    learned = Learned(None, (), "int8", frozenset())
+    options = GenerationOptions(max_new_tokens=count)
+    going = Generation(
+        chain,
+        np.array(begin),
+        current,
+        options,
+        sampling=sampling,
+        eos=eos,
+        learn=lambda policy: learned,
+    )
+    chain.length, guesses = len(begin) - 1, []
+    while going.count < count and not eos & {*going.text[len(begin) :]}:
+        step = going.step()
+        guesses.append(step.guess)
+        assert [told.token for told in going.told(step, 1.0)] == step.tokens
+        assert chain.length == len(going.text) - 1
+    return going.text, [guess for guess in guesses if guess]
 
 
 @pytest.mark.parametrize(
@@ -156,16 +145,14 @@ def drawn(
     [{"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3, "temperature": 1.5}],
     ids=str,
 )
-@pytest.mark.parametrize("speculate", ["ngram", "dash"])
 def test_twenty_thousand_draws_have_the_target_s_distribution(
-    speculate: str, sampling: dict[str, Any]
+    sampling: dict[str, Any],
 ) -> None:
     """By chi-square, given the token before."""
     rng = np.random.default_rng(0)
     target = rng.normal(0, 1.5, (8, 8)).astype(np.float32)
-    draft = target + rng.normal(0, 0.7, target.shape).astype(np.float32)
     chosen = Sampling(**{"temperature": 1.0, "seed": 1, **sampling})
-    text, guesses = drawn(speculate, chosen, target, draft, 20_000)
+    text, guesses = drawn(chosen, target, 20_000)
     assert 50 < sum(guess.right for guess in guesses) < sum(guess.tokens for guess in guesses)
     counts = np.zeros(target.shape)
     np.add.at(counts, (text[:-1], text[1:]), 1)
@@ -189,131 +176,178 @@ def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return (kept / kept.sum())[np.argsort(order)]
 
 
-@pytest.mark.parametrize("speculate", ["ngram", "dash"])
-def test_nothing_is_guessed_or_drawn_after_the_end(speculate: str) -> None:
+def test_nothing_is_guessed_or_drawn_after_the_end() -> None:
     """Token 3 ends the text, and 0 would follow it."""
     cycle = np.full((9, 9), -9.0, np.float32)
     cycle[range(9), [1, 2, 4, 0, 5, 6, 7, 8, 3]] = 9.0  # 0 1 2 4 5 6 7 8 3
     begin = [0, 1, 2, 4, 5, 6, 7, 8, 3, 0]
-    text, guesses = drawn(speculate, Sampling(), cycle, cycle, 30, begin=begin)
+    text, guesses = drawn(Sampling(), cycle, 30, begin=begin)
     assert len(text) >= 40 and sum(guess.right for guess in guesses) > 10
-    text, guesses = drawn(speculate, Sampling(), cycle, cycle, 30, begin=begin, eos=frozenset({3}))
+    text, guesses = drawn(Sampling(), cycle, 30, begin=begin, eos=frozenset({3}))
     assert text == [*begin, 1, 2, 4, 5, 6, 7, 8, 3]
     assert sum(guess.tokens for guess in guesses) <= 6  # the first two passes are without
 
 
-def test_right_guesses_save_passes(untrained: Model) -> None:
-    """Those of a path that differs from the target in one layer mostly are."""
-    policy = "static:int8,int4,int4,int4"
-    found = steps(untrained, policy=policy, speculate="dash", max_new_tokens=150)
-    guesses = [step.guess for step in found if step.guess]
-    assert sum(guess.right for guess in guesses) > 50
-    assert len(guesses) < 100  # one for each pass
+def test_right_guesses_save_passes(tiny_model: Model) -> None:
+    own = tiny_model.text.decode(tokens(tiny_model, policy="full", speculate=False))
+    found = steps(tiny_model, policy="full", expected=own)
+    assert sum(step.guess.right for step in found if step.guess) > 5
 
 
-@pytest.mark.parametrize("speculate", SPECULATE)
-def test_limits_hold_to_the_token(speculate: str, untrained: Model) -> None:
+def test_limits_hold_to_the_token(tiny_model: Model) -> None:
+    own = expectations(tiny_model, policy="full", max_new_tokens=1000)[1]
     for count in (1, 2, 7):
-        found = steps(untrained, policy="full", speculate=speculate, max_new_tokens=count)
+        found = steps(tiny_model, policy="full", expected=own, max_new_tokens=count)
         assert len(found) == count
         assert [step.finish_reason for step in found] == [None] * (count - 1) + ["length"]
-    found = steps(untrained, policy="full", speculate=speculate, max_new_tokens=1000)
-    alone = steps(untrained, policy="full", max_new_tokens=1000)
+    found = steps(tiny_model, policy="full", expected=own, max_new_tokens=1000)
+    alone = steps(tiny_model, policy="full", speculate=False, max_new_tokens=1000)
     assert [step.token for step in found] == [step.token for step in alone]
     assert found[-1].finish_reason == alone[-1].finish_reason == "context"
 
 
-@pytest.mark.parametrize("speculate", SPECULATE)
-def test_a_stop_text_ends_a_pass_in_its_middle(speculate: str, untrained: Model) -> None:
+def test_a_stop_text_ends_a_pass_in_its_middle(tiny_model: Model) -> None:
     options = {"policy": "full", "max_new_tokens": 60, "ignore_eos": True}
-    whole = untrained.generate(PROMPT, **options)
+    whole = tiny_model.generate(PROMPT, speculate=False, **options)
     stop = whole[len(whole) // 2 :][:2]
-    cut = untrained.generate(PROMPT, speculate=speculate, stop=stop, **options)
-    assert cut == untrained.generate(PROMPT, stop=stop, **options)
+    cut = tiny_model.generate(PROMPT, expected=whole, stop=stop, **options)
+    assert cut == tiny_model.generate(PROMPT, speculate=False, stop=stop, **options)
     assert cut.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("speculate", SPECULATE)
-def test_a_cache_goes_on_after_guesses(speculate: str, untrained: Model) -> None:
+def test_a_cache_goes_on_after_guesses(tiny_model: Model) -> None:
     """The K/V that it keeps are the target's: those of wrong guesses are gone."""
-    ids = untrained.text.encode(PROMPT)
+    ids = tiny_model.text.encode(PROMPT)
     options: dict[str, Any] = {"policy": "full", "max_new_tokens": 20, "ignore_eos": True}
-    cache = untrained.new_cache()
-    found = [*untrained.generate_step(ids, cache=cache, speculate=speculate, **options)]
-    longer = [*ids.tolist(), *(step.token for step in found)]
-    assert cache.tokens == longer[: len(cache)] and len(cache) == len(longer) - 1
-    again = [*untrained.generate_step(longer, cache=cache, **options)]
-    afresh = [*untrained.generate_step(longer, **options)]
-    assert [step.token for step in again] == [step.token for step in afresh]
+    for expected in expectations(tiny_model, **options):
+        cache = tiny_model.new_cache()
+        found = [*tiny_model.generate_step(ids, cache=cache, expected=expected, **options)]
+        longer = [*ids.tolist(), *(step.token for step in found)]
+        assert cache.tokens == longer[: len(cache)] and len(cache) == len(longer) - 1
+        again = [*tiny_model.generate_step(longer, cache=cache, speculate=False, **options)]
+        afresh = [*tiny_model.generate_step(longer, speculate=False, **options)]
+        assert [step.token for step in again] == [step.token for step in afresh]
 
 
-def test_speculation_takes_the_highest_precision_unless_told(scored: Model) -> None:
-    assert {path for step in steps(scored, speculate="ngram") for path in step.path} == {"full"}
-    for options in ({"policy": "dash"}, {"budget": "fast"}, {"policy": "random:1"}):
-        with pytest.raises(PolicyError, match="one path for every token"):
-            steps(scored, speculate="ngram", **options)
+def test_a_policy_decided_per_token_guesses_only_if_it_must_and_then_refuses(
+    scored: Model,
+) -> None:
+    for given in ({"policy": "dash"}, {"budget": "fast"}, {"policy": "random:1"}):
+        found = steps(scored, expected=PROMPT, **given)
+        assert not any(step.guess for step in found)
+        with pytest.raises(PolicyError, match="one path for every token") as error:
+            steps(scored, speculate=True, **given)
+        assert "\n" not in str(error.value)
     with pytest.raises(PolicyError, match="speculate='maybe'"):
         steps(scored, speculate="maybe")
 
 
-def test_the_model_s_own_policy_does_not_decide_whether_a_request_may_speculate(
-    scored_bundle: Path,
-) -> None:
-    for own in ({"budget": "balanced"}, {"policy": "int8"}):
-        with dash_onnx.load(scored_bundle, **own) as model:
-            found = steps(model, speculate="auto")
-            assert {path for step in found for path in step.path} == {"full"}
-            with pytest.raises(PolicyError, match="one path for every token"):
-                steps(model, speculate="auto", policy="dash")
+def test_guesses_end_and_begin_with_the_policy(scored: Model) -> None:
+    """A budget that is set while an answer runs may take another kind of policy."""
+    current = scored._current(GenerationOptions(policy="full"))
+    current.at = lambda budget: scored.policy("dash" if budget == "fast" else "full")
+    options = GenerationOptions(max_new_tokens=60, ignore_eos=True, expected="x")
+    found = []
+    for step in scored._steps(scored.text.encode(PROMPT), current, options):
+        found.append(step)
+        if len(found) in (20, 40):
+            current.set_budget("fast" if len(found) == 20 else "best")
+    assert {action for step in found[:20] for action in step.path} == {"full"}
+    assert {action for step in found[-5:] for action in step.path} == {"full"}
+    assert {action for step in found[22:40] for action in step.path} != {"full"}
 
 
-def test_a_path_must_be_cheaper_to_guess(untrained: Model) -> None:
-    with pytest.raises(PolicyError, match="needs a cheaper path than policy 'int4'"):
-        untrained.stream(PROMPT, policy="int4", speculate="dash")
-    with pytest.raises(PolicyError, match="needs a cheaper path"):
-        untrained.preload("int4", speculate="dash")
-    found = steps(untrained, policy="int4", speculate="auto", max_new_tokens=150)
-    assert {step.guess.source for step in found if step.guess} <= {"ngram"}
-
-
-def test_a_budget_cannot_change_while_guesses_are_checked(untrained: Model) -> None:
-    with untrained.stream(PROMPT, policy="int8", speculate="ngram") as chunks:
-        with pytest.raises(PolicyError, match="cannot change with `speculate`; leave it out"):
-            chunks.set_budget(0.5)
-
-
-def followed(text: list[int], count: int) -> tuple[int, list[int]]:
-    """What `NgramIndex.following` promises, by looking everywhere."""
-    for size in range(min(6, len(text) - 1), 1, -1):
-        for end in range(len(text) - 1, size - 1, -1):
-            if text[end - size : end] == text[-size:]:
-                return size, text[end : end + count]
-    return 0, []
-
-
-@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8), st.integers(0, 60))
-@settings(max_examples=300)
-def test_an_index_finds_the_latest_longest_match(text: list[int], count: int, first: int) -> None:
-    index = NgramIndex()
-    index.extend(text[:first])
-    index.extend(text)
-    assert index.following(count) == followed(text, count)
-
-
-def test_several_tokens_at_once_give_the_logits_of_each(untrained: Model) -> None:
-    ids = untrained.text.encode(PROMPT)
-    together = untrained.logits(ids, policy="int8")
-    alone = [token.logits.copy() for token in untrained.score(ids, policy="int8")]
+def test_several_tokens_at_once_give_the_logits_of_each(tiny_model: Model) -> None:
+    ids = tiny_model.text.encode(PROMPT)
+    together = tiny_model.logits(ids, policy="int8")
+    alone = [token.logits.copy() for token in tiny_model.score(ids, policy="int8")]
     assert np.abs(together[1:] - np.stack(alone)).max() < 1e-3
 
 
-def test_passes_of_a_few_tokens_share_their_logits(untrained: Model) -> None:
+def test_passes_of_a_few_tokens_share_their_logits(tiny_model: Model) -> None:
     """A buffer for each size would be as large as five, with a large vocabulary many megabytes."""
-    sequence, memory = untrained.new_sequence(), set()
+    whole, memory = tiny_model._sessions.new_sequence(batch=2), set()
     path = FixedPath(("full",) * 4, "full")
-    sequence.forward(np.array([1, 2, 3]), path)
-    for size in (2, 9, 5):
-        logits, _ = sequence.forward(np.arange(size), path, every=True)
-        assert logits.shape[0] == size
-        memory.add(logits.__array_interface__["data"][0])
+    for sequence in (whole.part(0, 1), whole.part(1, 2)):
+        sequence.forward(np.array([1, 2, 3]), path)
+        for size in (2, 9, 5, MOST + 1):
+            logits, _ = sequence.forward(np.arange(size), path, every=True)
+            assert logits.shape[0] == size
+            memory.add(logits.__array_interface__["data"][0])
     assert len(memory) == 1
+
+
+# In batches
+
+
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.8, "seed": 5}], ids=str)
+def test_an_answer_that_runs_alone_in_a_batch_guesses(
+    given: dict[str, Any], tiny_model: Model
+) -> None:
+    options: dict[str, Any] = {"policy": "full", "max_new_tokens": 60, "ignore_eos": True, **given}
+    alone = tiny_model.generate(PROMPT, speculate=False, **options)
+    chosen = GenerationOptions(expected=alone, **options)
+    batch, told = tiny_model.new_batch(3), [list[Any](), list[Any]()]
+    batch.submit(tiny_model.request(PROMPT, told[0].append, chosen))
+    for _ in range(3):
+        batch.step()
+    other = GenerationOptions(policy="full", max_new_tokens=9, ignore_eos=True)
+    batch.submit(tiny_model.request("night", told[1].append, other))
+    while batch.step():
+        pass
+    assert "".join(chunk.text for chunk in told[0]) == alone
+    assert any(chunk.guess.right for chunk in told[0] if chunk.guess)
+    assert "".join(chunk.text for chunk in told[1]) == tiny_model.generate("night", options=other)
+
+
+# Forced by a grammar
+
+
+def forced(texts: int) -> Grammar:
+    """One of some texts, whose ends and beginnings are the same."""
+    middles = " | ".join(f'"{number}"' for number in range(texts))
+    return Grammar.lark(f'start: "the keeper counts " ({middles}) " ships in the night"')
+
+
+def test_what_a_grammar_forces_runs_in_one_pass(tiny_model: Model) -> None:
+    ids = tiny_model.text.encode(PROMPT)
+    found = [*tiny_model.generate_step(ids, grammar=forced(1), policy="full")]
+    text = "the keeper counts 0 ships in the night"
+    assert tiny_model.text.decode([step.token for step in found[:-1]]) == text
+    given = tiny_model.text.encode(text, add_special_tokens=False).tolist()
+    assert [step.token for step in found[: len(given) - 1]] == given[:-1]
+    assert found[0].ms > 0 and {step.ms for step in found[1 : len(given) - 2]} == {0.0}
+
+
+@pytest.mark.parametrize("policy", ["full", "dash", "random:1"])
+def test_forced_tokens_are_the_same_alone_and_in_batches(policy: str, scored: Model) -> None:
+    given: dict[str, Any] = {"policy": policy, "grammar": forced(9), "temperature": 3.0}
+    alone = [scored.generate(PROMPT, seed=seed, **given) for seed in range(4)]
+    assert len({*alone}) > 1
+    assert alone == [scored.generate(PROMPT, seed=n, speculate=False, **given) for n in range(4)]
+    for rows in (1, 3):
+        batch, told = scored.new_batch(rows), [list[Any]() for _ in alone]
+        for seed, pieces in enumerate(told):
+            options = GenerationOptions(seed=seed, **given)
+            batch.submit(scored.request(PROMPT, pieces.append, options))
+        while batch.step():
+            pass
+        assert ["".join(chunk.text for chunk in pieces) for pieces in told] == alone
+
+
+def test_forced_tokens_keep_limits_and_caches(tiny_model: Model) -> None:
+    ids = tiny_model.text.encode(PROMPT)
+    given: dict[str, Any] = {"grammar": forced(1), "policy": "full"}
+    whole = [step.token for step in tiny_model.generate_step(ids, **given)]
+    for count in (1, 2, len(whole) - 1):
+        cache = tiny_model.new_cache()
+        found = [*tiny_model.generate_step(ids, max_new_tokens=count, cache=cache, **given)]
+        assert [step.finish_reason for step in found] == [None] * (count - 1) + ["length"]
+        assert cache.tokens == [*ids.tolist(), *(step.token for step in found[:-1])]
+        assert len(cache) == len(cache.tokens)
+
+
+def test_log_probabilities_are_of_every_token_of_a_form(tiny_model: Model) -> None:
+    ids = tiny_model.text.encode(PROMPT)
+    found = [*tiny_model.generate_step(ids, grammar=forced(1), logprobs=2)]
+    assert all(step.logprobs is not None for step in found)

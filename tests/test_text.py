@@ -18,7 +18,8 @@ from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
-from dash_onnx.runtime.generate import Chunk, FinishReason, GeneratedToken, text_of
+from dash_onnx.runtime.generate import Chunk, FinishReason, GeneratedToken
+from dash_onnx.runtime.writer import text_of
 
 UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))
 WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "ﷺ", "\U0010ffff"]

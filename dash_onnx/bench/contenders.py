@@ -7,14 +7,13 @@ contender lives in a process of its own, and only the peers that are asked for n
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.errors import DeviceError, PolicyError
+from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.options import GREEDY
-from dash_onnx.runtime.speculate import Speculate
 
 if TYPE_CHECKING:
     from dash_onnx.core.policy import Policy
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.sessions import Memory
 
 Logits = npt.NDArray[np.float32]
+
+_GUESSES = "+guesses"  # ends a variant that makes them
 
 
 class Contender(Protocol):
@@ -45,7 +46,7 @@ class Contender(Protocol):
 
 
 class Dash:
-    """Our runtime; `variant` is a policy or `policy@budget`, and `+ngram` or the like guesses."""
+    """Our runtime; `variant` is a policy or `policy@budget`, and `+guesses` guesses."""
 
     def __init__(self, bundle: str, threads: int, variant: str, memory: Memory, cuda_graphs: bool):
         """Loads every graph that the policy uses."""
@@ -54,8 +55,8 @@ class Dash:
         self._model = dash_onnx.load(
             bundle, threads=threads, memory=memory, cuda_graphs=cuda_graphs
         )
-        self._policy, self._speculate = policy_of(self._model, variant), speculation_of(variant)
-        self._model.preload(self._policy, speculate=self._speculate)
+        self._policy, self._speculate = policy_of(self._model, variant), guesses(variant)
+        self._model.preload(self._policy)
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
@@ -68,7 +69,7 @@ class Dash:
             speculate=self._speculate,
         )
         first, *times = [token.ms for token in tokens]
-        if self._speculate != "off":  # a pass brings one token or several: what counts is the mean
+        if self._speculate:  # a pass brings one token or several: what counts is the mean
             times = [sum(times) / len(times)] * len(times)
         return [first, *times]
 
@@ -84,32 +85,16 @@ def policy_of(model: Model, variant: str) -> Policy:
     Raises:
         PolicyError: the bundle has no such policy.
     """
-    variant, _ = _parts(variant)
+    variant = variant.removesuffix(_GUESSES)
     if variant.startswith("static:"):  # whose `@` names a file
         return model.policy(variant)
     policy, _, budget = variant.partition("@")
     return model.policy(policy, budget or None)
 
 
-def speculation_of(variant: str) -> Speculate:
-    """Who guesses for a variant.
-
-    Raises:
-        PolicyError: nobody is called so.
-    """
-    _, name = _parts(variant)
-    if name is None:
-        return "off"
-    if name not in get_args(Speculate):
-        raise PolicyError(f"{variant}: who guesses is one of {', '.join(get_args(Speculate))}")
-    return cast("Speculate", name)
-
-
-def _parts(variant: str) -> tuple[str, str | None]:
-    """The policy and who guesses, if anyone; a `+` may belong to the name of a file, too."""
-    policy, plus, name = variant.rpartition("+")
-    file = variant.startswith("static:@") and name not in get_args(Speculate)
-    return (policy, name) if plus and not file else (variant, None)
+def guesses(variant: str) -> bool:
+    """Whether a variant guesses."""
+    return variant.endswith(_GUESSES)
 
 
 def peers() -> dict[str, EntryPoint]:

@@ -54,9 +54,9 @@ def _parser() -> Parser:
         "--run",
         action="append",
         default=[],
-        metavar="POLICY[@BUDGET][+SPECULATE]",
-        help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+auto is "
-        "what dash-run --policy int8 --speculate auto does; may be repeated (default: each uniform "
+        metavar="POLICY[@BUDGET][+guesses]",
+        help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+guesses "
+        "guesses tokens as dash-run --policy int8 does; may be repeated (default: each uniform "
         "precision, and the presets)",
     )
     parser.add_argument(
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bench(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.bench.contenders import policy_of, speculation_of
+    from dash_onnx.bench.contenders import guesses, policy_of
     from dash_onnx.bench.measure import divergence, measure
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw, figure_class
@@ -168,8 +168,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     variants = arguments.run or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
     for variant, policy in zip(variants, policies, strict=True):
-        if speculation_of(variant) != "off" and policy.uniform is None:
-            raise PolicyError(f"{variant}: speculation needs a policy with one path, such as int8")
+        if guesses(variant) and policy.uniform is None:
+            raise PolicyError(f"{variant}: guesses are checked on one path, such as int8")
     prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if not arguments.no_quality:

@@ -149,8 +149,6 @@ class Chat:
         self._say(f"{len(self._messages)} messages from {session}")
 
     def _budget(self, text: str) -> None:
-        if text and self._options.speculate != "off":
-            raise PolicyError("the budget is fixed with --speculate: start without it")
         if text:
             policy = self._model.policy(self._options.policy, text)
             self._model.preload(policy)

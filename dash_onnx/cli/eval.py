@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import (
     Parser,
@@ -26,7 +26,6 @@ from dash_onnx.cli.common import (
 from dash_onnx.core.actions import PRECISIONS, check_action
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Phase
-from dash_onnx.runtime.speculate import Speculate
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model
@@ -84,10 +83,9 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--speculate",
-        choices=get_args(Speculate),
-        help="speculative decoding for a --task that generates text, as in dash-run; needs a "
-        "policy with one path: the highest exported precision unless --policy names another "
-        "(default: off)",
+        action=argparse.BooleanOptionalAction,
+        help="of --task: guess tokens where a text is generated, as dash-run does (default: where "
+        "the policy takes one path)",
     )
     add_log_options(parser)
     return parser
@@ -159,8 +157,8 @@ def _task(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
-    speculate: Speculate = arguments.speculate or "off"
-    model = DashLM(_load(arguments), arguments.policy, arguments.budget, speculate=speculate)
+    given = arguments.policy, arguments.budget
+    model = DashLM(_load(arguments), *given, speculate=arguments.speculate)
     with _quietly():
         found = evaluate_task(model, arguments.task, arguments.max_items)
     facts = model.get_model_info()

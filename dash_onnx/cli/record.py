@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dash_onnx.report.terminal import PathView
     from dash_onnx.runtime.engine import Model
     from dash_onnx.runtime.generate import Chunk
-    from dash_onnx.runtime.planner import Guess
+    from dash_onnx.runtime.guesses import Guess
 
 
 @dataclass

@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from dash_onnx.cli.batch import read_batch, run_batch
 from dash_onnx.cli.cached import bundle_of
@@ -33,7 +33,6 @@ from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.text import read_json
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.speculate import Speculate
 
 _MOST_CHARACTERS = 4_000_000  # of stdin: a million tokens
 _PATIENCE_S = 2.0  # before a pipe that brings nothing is told
@@ -65,12 +64,16 @@ def _parser() -> Parser:
     add_graphs_option(computed)
     computed.add_argument(
         "--speculate",
-        choices=get_args(Speculate),
-        default=_DEFAULTS.speculate,
-        help="speculative decoding: the policy's text, up to rounding, in less time; drafts come "
-        "from prompt and answer (ngram), from a cheaper path (dash), or from whichever helps "
-        "(auto); needs a policy with one path: the highest exported precision unless --policy or "
-        "--budget is given (default: %(default)s)",
+        action=argparse.BooleanOptionalAction,
+        help="guess tokens from prompt and answer, and check several at once where that pays: the "
+        "same text, up to rounding, sooner (default: where the policy takes one path)",
+    )
+    computed.add_argument(
+        "--expected",
+        type=Path,
+        metavar="FILE",
+        help="text that the answer is likely to contain, such as the file that is to be edited: it "
+        "is guessed from, too",
     )
     asked.add_argument(
         "prompt",
@@ -192,10 +195,11 @@ def _run(arguments: argparse.Namespace) -> None:
             check_file(path)
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
-    own, schema = {"cache", "grammar", "logprobs"}, arguments.json_schema
+    own, schema = {"cache", "expected", "grammar", "logprobs"}, arguments.json_schema
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
     options = GenerationOptions(
         **{name: getattr(arguments, name) for name in names},
+        expected=_file(arguments.expected) if arguments.expected else "",
         grammar=Grammar.json_schema(read_json(schema)) if schema else None,
     )
     bundle = bundle_of(arguments.bundle)
@@ -211,7 +215,7 @@ def _run(arguments: argparse.Namespace) -> None:
     # Before anything is written, or asked.
     policy = model.policy_of(options)
     # No token waits for a graph to load.
-    model.preload(policy, prefill=arguments.prefill, speculate=arguments.speculate)
+    model.preload(policy, prefill=arguments.prefill)
     load_ms = (time.perf_counter() - started) * 1e3
     if lines is not None:
         run_batch(
@@ -273,6 +277,18 @@ def _text(prompt: str) -> str:
     if not text:
         raise PolicyError("the prompt is empty")
     return text
+
+
+def _file(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def _piped(wanted: bool = False) -> str:

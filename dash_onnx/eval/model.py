@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -21,7 +22,6 @@ from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.options import GREEDY, GenerationOptions
-from dash_onnx.runtime.speculate import Speculate
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class DashLM(TemplateLM):
         budget: Budget | None = None,
         threads: int | None = None,
         max_gen_toks: int = 256,
-        speculate: Speculate = "off",
+        speculate: bool | None = None,
         batch_size: object = None,
         max_batch_size: object = None,
         device: object = None,
@@ -62,8 +62,7 @@ class DashLM(TemplateLM):
             budget: likewise.
             threads: see `dash_onnx.load`.
             max_gen_toks: most tokens to generate for tasks that set no limit.
-            speculate: of texts that are generated; see `GenerationOptions`. What is scored is given
-                already: nothing is left to guess.
+            speculate: of texts that are generated; see `GenerationOptions`.
             batch_size: not used, the harness gives it to every model; sequences run one by one.
             max_batch_size: likewise.
             device: likewise.
@@ -187,9 +186,8 @@ class DashLM(TemplateLM):
         tokens: list[int] = []
         for step in self.model.generate_step(
             self._fitting(self.tok_encode(context) or [self.prefix_token_id], room),
-            options=GREEDY,
+            options=dataclasses.replace(GREEDY, speculate=self._speculate),
             policy=self.policy,
-            speculate=self._speculate,
             max_new_tokens=options["max_gen_toks"],
             **{name: options[name] for name in _SAMPLING if name in options},
         ):

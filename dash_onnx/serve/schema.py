@@ -19,7 +19,7 @@ from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 REFUSED = (
-    "functions logit_bias audio modalities prediction echo suffix best_of grammar repeat_penalty "
+    "functions logit_bias audio modalities echo suffix best_of grammar repeat_penalty "
     "frequency_penalty presence_penalty"
 ).split()
 """Fields that would change the answer: better refused than ignored."""
@@ -68,6 +68,27 @@ class ResponseFormat(_Object):
         return Grammar.lark(self.lark) if self.type == "lark" else None
 
 
+class TextPart(_Object):
+    """A piece of text."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class Prediction(_Object):
+    """Text that the answer is likely to contain."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class Generation(_Object):
     """What both kinds of requests have; unknown fields are ignored, as OpenAI's server does not."""
 
@@ -86,10 +107,11 @@ class Generation(_Object):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     response_format: ResponseFormat = ResponseFormat()
+    prediction: Prediction | None = None
     # Ours.
     policy: str = ""
     budget: float | str | None = None
-    speculate: Literal["off", "ngram", "dash", "auto"] = "off"
+    speculate: bool | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -116,6 +138,7 @@ class Generation(_Object):
             policy=self.policy,
             budget=self.budget,
             speculate=self.speculate,
+            expected=self.prediction.text if self.prediction else "",
             max_new_tokens=min(wanted, most_tokens),
             stop=stop,
             temperature=self.temperature,
@@ -308,7 +331,7 @@ class Answer:
             "text_offset": [],
         }
 
-    def usage(self, counts: dict[str, int]) -> dict[str, Any]:
+    def usage(self, counts: dict[str, Any]) -> dict[str, Any]:
         """The last piece of a stream that asked for it."""
         kind = "chat.completion.chunk" if self._chat else self._kind
         return {**self._head, "object": kind, "choices": [], "usage": counts}

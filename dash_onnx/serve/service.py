@@ -71,6 +71,8 @@ class Tally:
     budget: float | None = None
     policy: str = ""
     actions: Counter[str] = field(default_factory=Counter)
+    accepted: int = 0  # tokens that were guessed from what the request expects, and right
+    rejected: int = 0  # likewise, and wrong
 
     def facts(self) -> dict[str, Any]:
         """Our field of an answer."""
@@ -102,15 +104,21 @@ class Job:
     until: float = math.inf
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens, as OpenAI counts them."""
         prompt = self.tallies[0].prompt_tokens
         answered = sum(tally.generated_tokens for tally in self.tallies)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "completion_tokens": answered,
             "total_tokens": prompt + answered,
         }
+        if self.options.expected:
+            usage["completion_tokens_details"] = {
+                "accepted_prediction_tokens": sum(tally.accepted for tally in self.tallies),
+                "rejected_prediction_tokens": sum(tally.rejected for tally in self.tallies),
+            }
+        return usage
 
 
 class Service:
@@ -164,8 +172,7 @@ class Service:
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all choices of a request as they come, each with the choice's number.
 
-        The first one runs the prompt, whose K/V the others take. With `speculate` there is no
-        batch to share it in, and they run one after the other.
+        The first one runs the prompt, whose K/V the others take.
 
         Args:
             job: of the request.
@@ -198,8 +205,7 @@ class Service:
                     await needed.enter_async_context(self.slot())
                     job.until = asyncio.get_running_loop().time() + self.limits.seconds
                 else:
-                    alone = job.options.speculate != "off"
-                    await (ended[index - 1] if alone else begun).wait()
+                    await begun.wait()
                 async with asyncio.timeout_at(job.until):
                     if index:
                         await needed.enter_async_context(self.slot(further=True))
@@ -237,14 +243,14 @@ class Service:
             await until_done(*tasks)
 
     async def _begun(self, place: Place, job: Job, index: int, put: Deliver) -> Running:
-        """A choice among the others of its bundle, or alone where it guesses."""
+        """A choice among the others of its bundle, or alone where no batch runs."""
         model, batch, options = place.model, place.batch, job.options
         policy = model.policy_of(options)
-        await self.shelf.prepare(place, policy, model.draft_of(policy, options.speculate))
+        await self.shelf.prepare(place, policy)
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)
-        if batch is None or options.speculate != "off":
+        if batch is None:
             return await run_alone(partial(model.stream, job.prompt, options=options), put)
         return await batch.run(lambda deliver: model.request(job.prompt, deliver, options), put)
 
@@ -262,9 +268,13 @@ class Service:
             for action, count in _counts(chunk.path):
                 tally.actions[action] += count
                 metrics.by_action[action].inc(count)
-        if chunk.guess is not None:
-            metrics.guesses.labels("right").inc(chunk.guess.right)
-            metrics.guesses.labels("wrong").inc(chunk.guess.tokens - chunk.guess.right)
+        if (guess := chunk.guess) is not None:
+            wrong = guess.tokens - guess.right
+            metrics.guesses.labels("right").inc(guess.right)
+            metrics.guesses.labels("wrong").inc(wrong)
+            if guess.source == "expected":
+                tally.accepted += guess.right
+                tally.rejected += wrong
         tally.generated_tokens += 1
         tally.before = now
         metrics.generated.inc()

@@ -1,0 +1,281 @@
+"""Guesses of the next tokens, which one pass checks together: where from, and how many.
+
+What followed the same words before, in prompt, answer or expected text, may follow again. A chain
+of guesses is as long as brings most tokens per time: by how often such guesses were right so far,
+and by what passes of several rows take.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from dash_onnx.core.actions import SKIP, Action, Path
+from dash_onnx.core.facts import PassCosts
+from dash_onnx.core.forms import form_of, head_form_of
+
+MOST = 15
+"""Tokens that are guessed for one pass, at most."""
+
+Source = Literal["text", "expected"]
+
+_LONGEST = 16  # tokens of a match that are compared
+_TRIED = 16  # latest places of the same two tokens that are compared
+_STARTS = (2, 3, 4, 6, 9, 13)  # lengths of matches from which rates are counted apart
+_STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + MOST)]
+_MARGIN = 1.03  # tokens per plain pass from which guessing pays
+_COUNTED = 256  # outcomes of a kind that count, later ones for more
+_PRIOR = 8  # outcomes that a belief is worth
+_OWN = 12  # outcomes in one answer that all earlier answers are worth
+_EXTRA = 0.25  # what a further row of a pass takes where nothing was profiled
+_CONTEXT = 256  # tokens of context that a table of costs holds for
+
+
+class Guess(NamedTuple):
+    """What came of the guesses for one pass.
+
+    Attributes:
+        source: prompt and answer, or the expected text.
+        tokens: how many were guessed.
+        right: how many of them the target drew, too.
+    """
+
+    source: Source
+    tokens: int
+    right: int
+
+
+class Found(NamedTuple):
+    """What may follow.
+
+    Attributes:
+        source: where it was found.
+        match: tokens at the text's end that precede it there, too.
+        tokens: up to `MOST`.
+    """
+
+    source: Source
+    match: int
+    tokens: list[int]
+
+
+class Lookup:
+    """Where the end of a text occurred before, and what followed."""
+
+    def __init__(self, prompt: Sequence[int], expected: Sequence[int] = ()):
+        """Begins an answer.
+
+        Args:
+            prompt: ids.
+            expected: ids that the answer is likely to contain, in their order.
+        """
+        self.tokens: list[int] = []
+        self._last: dict[tuple[int, int], int] = {}  # by two tokens, the place after them
+        self._before: list[int] = []  # by such a place, the one before it; 0 is none
+        self._after: dict[int, int] = {}  # what last followed a token
+        for token in prompt:
+            self._index(token)
+        self._expected, self._at, self._run = [*expected], 0, 0
+        self._places: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for place, pair in enumerate(pairwise(expected), 2):
+            self._places[pair].append(place)
+
+    def add(self, token: int) -> None:
+        """Takes the next token of the answer."""
+        self._index(token)
+        if not self._expected:
+            return
+        if self._at < len(self._expected) and self._expected[self._at] == token:
+            self._at += 1
+            self._run += 1
+            return
+        self._run = 0  # it differs: on from the next place that ends like the answer
+        places = self._places.get((self.tokens[-2], token))
+        if places:
+            self._at = places[min(bisect_left(places, self._at), len(places) - 1)]
+            self._run = 2
+
+    def _index(self, token: int) -> None:
+        tokens, place = self.tokens, len(self.tokens)
+        before = 0
+        if place >= 2:
+            pair = tokens[-2], tokens[-1]
+            before = self._last.get(pair, 0)
+            self._last[pair] = place
+        self._before.append(before)
+        if place:
+            self._after[tokens[-1]] = token
+        tokens.append(token)
+
+    def find(self) -> Found | None:
+        """What followed the longest match; the latest of equals, the expected text before all."""
+        tokens, best, end = self.tokens, 0, 0
+        at = self._last.get((tokens[-2], tokens[-1]), 0) if len(tokens) > 1 else 0
+        for _ in range(_TRIED):
+            if not at or best == _LONGEST:
+                break
+            size = 2
+            while size < min(_LONGEST, at) and tokens[at - 1 - size] == tokens[-1 - size]:
+                size += 1
+            if size > best:
+                best, end = size, at
+            at = self._before[at]
+        run = min(self._run, _LONGEST)
+        if self._expected[self._at :] and (run >= max(best, 1) or not self._at):
+            return Found("expected", run, self._expected[self._at : self._at + MOST])
+        return Found("text", best, tokens[end : end + MOST]) if best else None
+
+    def agrees(self, found: Found) -> list[bool]:
+        """For each token found, whether it is what last followed the one before it."""
+        before = [self.tokens[-1], *found.tokens]
+        return [self._after.get(a) == b for a, b in zip(before, found.tokens, strict=False)]
+
+
+_Kind = tuple[Source, int, bool, bool]
+"""Source, step of the match, whether the last successor agrees, whether it is the first guess."""
+
+
+@dataclass
+class _Outcomes:
+    """How often guesses of a kind were right."""
+
+    right: float = 0.0
+    count: float = 0.0
+
+    def see(self, right: bool) -> None:
+        if self.count >= _COUNTED:
+            self.right, self.count = self.right / 2, self.count / 2
+        self.right += right
+        self.count += 1
+
+    def rate(self, believed: float, worth: float) -> float:
+        return (self.right + believed * worth) / (self.count + worth)
+
+
+def _kinds(found: Found, agrees: list[bool]) -> list[_Kind]:
+    """Of each token; the match grows with those before it."""
+    return [
+        (found.source, _STEPS[found.match + n], agree, n == 0) for n, agree in enumerate(agrees)
+    ]
+
+
+def _believed(kind: _Kind) -> float:
+    source, step, agrees, _ = kind
+    return 0.15 + 0.09 * step + 0.15 * agrees + 0.2 * (source == "expected")
+
+
+class Learned:
+    """What all generations of one target have shown; any thread may use it."""
+
+    def __init__(self, passes: PassCosts | None, path: Path, head: Action, widened: Set[Action]):
+        """Knows the profile.
+
+        Args:
+            passes: of the bundle.
+            path: of the target.
+            head: precision of its LM head.
+            widened: actions that passes of several rows may run wide.
+        """
+        self._passes, self._layers, self._head = passes, Counter(path), head
+        self._widened = frozenset(widened)
+        self._tables: dict[int, list[float]] = {}
+        self.outcomes: dict[_Kind, _Outcomes] = defaultdict(_Outcomes)
+
+    def costs(self, context: int) -> list[float]:
+        """What a pass of 0, 1, 2, ... rows takes, as a multiple of one row's."""
+        found = self._tables.get(context // _CONTEXT)
+        if found is None:
+            found = self._tables[context // _CONTEXT] = self._table(context)
+        return found
+
+    def _table(self, context: int) -> list[float]:
+        passes, widened = self._passes, self._widened
+        if passes is None:
+            return [1.0 + _EXTRA * (rows - 1) for rows in range(MOST + 2)]
+
+        def ms(rows: int) -> float:
+            layers = sum(
+                count
+                * passes.layer_ms(form_of(passes, action, rows, context, widened), rows, context)
+                for action, count in self._layers.items()
+                if action != SKIP
+            )
+            return layers + passes.head_ms(head_form_of(passes, self._head, rows, widened), rows)
+
+        plain = ms(1)
+        return [1.0, *(max(ms(rows) / plain, 1.0) for rows in range(1, MOST + 2))]
+
+
+class Guesser:
+    """Guesses for one answer."""
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        expected: Sequence[int] = (),
+        eos: Set[int] = frozenset(),
+    ):
+        """Begins after the prompt.
+
+        Args:
+            prompt: ids.
+            expected: see `Lookup`.
+            eos: ids after which nothing comes.
+        """
+        self._eos = eos
+        self._lookup = Lookup(prompt, expected)
+        self._own: dict[_Kind, _Outcomes] = defaultdict(_Outcomes)
+        self._open: list[tuple[Found, list[_Kind], int]] = []  # guesses not yet compared, and where
+
+    def guess(self, learned: Learned, text: Sequence[int], most: int, context: int) -> Found | None:
+        """What is to be checked in the next pass, if anything.
+
+        Args:
+            learned: of the target.
+            text: prompt and answer so far.
+            most: tokens.
+            context: of the pass.
+        """
+        for token in text[len(self._lookup.tokens) :]:
+            self._compare(learned, token)
+            self._lookup.add(token)
+        found = self._lookup.find()
+        if found is None:
+            return None
+        kinds = _kinds(found, self._lookup.agrees(found))
+        self._open.append((found, kinds, len(self._lookup.tokens)))
+        rates = [self._rate(learned, kind) for kind in kinds[:most]]
+        count = self._length(found.tokens, rates, learned.costs(context))
+        return found._replace(tokens=found.tokens[:count]) if count else None
+
+    def _length(self, tokens: list[int], rates: list[float], costs: list[float]) -> int:
+        """How many guesses bring most tokens per time."""
+        best, count, reached, expected = _MARGIN, 0, 1.0, 1.0
+        for n, (token, rate) in enumerate(zip(tokens, rates, strict=False), 1):
+            reached *= rate
+            expected += reached
+            if expected / costs[n + 1] > best:
+                best, count = expected / costs[n + 1], n
+            if token in self._eos or reached < 0.02:
+                break
+        return count
+
+    def _rate(self, learned: Learned, kind: _Kind) -> float:
+        earlier = learned.outcomes[kind].rate(_believed(kind), _PRIOR)
+        return self._own[kind].rate(earlier, _OWN)
+
+    def _compare(self, learned: Learned, token: int) -> None:
+        """Compares what could have been guessed, made or not, with the token that came."""
+        place, still = len(self._lookup.tokens), []
+        for found, kinds, start in self._open:
+            n = place - start
+            right = found.tokens[n] == token
+            learned.outcomes[kinds[n]].see(right)
+            self._own[kinds[n]].see(right)
+            if right and n + 1 < len(found.tokens):
+                still.append((found, kinds, start))
+        self._open = still

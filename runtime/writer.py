@@ -1,0 +1,64 @@
+"""From generated tokens to text: chunks, each with what was told of its token."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+
+from dash_onnx.core.text import Detokenizer, TextCodec
+from dash_onnx.runtime.generate import Chunk, GeneratedToken
+
+
+def text_of(
+    codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
+) -> Generator[Chunk]:
+    """Turns tokens into text; holds back what may become a stop string."""
+    writer = TextWriter(codec, prompt_tokens, stop)
+    try:
+        for step in steps:
+            chunk = writer.add(step)
+            yield chunk
+            if chunk.finish_reason is not None:
+                return
+    finally:  # a stop string ends the text before the steps end
+        if isinstance(steps, Generator):
+            steps.close()
+
+
+class TextWriter:
+    """Turns the tokens of one generation into chunks of text."""
+
+    def __init__(self, codec: TextCodec, prompt_tokens: int, stop: Sequence[str]):
+        """Begins; holds back what may become one of the stop strings."""
+        self._detokenizer, self._prompt_tokens = Detokenizer(codec), prompt_tokens
+        self._stop, self._held, self._count = stop, "", 0
+
+    def add(self, step: GeneratedToken) -> Chunk:
+        """The chunk of a token; one with a finish reason is the last."""
+        self._count += 1
+        reason, held = step.finish_reason, self._held
+        if reason != "stop":  # the EOS token itself is no text
+            held += self._detokenizer.add(step.token)
+        if reason is not None:
+            held += self._detokenizer.finish()
+        cut = min((at for at in (held.find(word) for word in self._stop) if at >= 0), default=-1)
+        if cut >= 0:
+            text, held, reason = held[:cut], "", "stop"
+        elif reason is not None:
+            text, held = held, ""
+        else:
+            safe = len(held) - _longest_partial(held, self._stop)
+            text, held = held[:safe], held[safe:]
+        self._held = held
+        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason
+        return Chunk(text, *told, step.guess, step.logprobs)
+
+
+def _longest_partial(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = 0
+    for word in stop:
+        for size in range(min(len(word) - 1, len(text)), longest, -1):
+            if text.endswith(word[:size]):
+                longest = size
+                break
+    return longest
