@@ -30,7 +30,6 @@ _STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + M
 _MARGIN = 1.03  # tokens per plain pass from which guessing pays
 _COUNTED = 256  # outcomes of a kind that count, later ones for more
 _PRIOR = 8  # outcomes that a belief is worth
-_OWN = 12  # outcomes in one answer that all earlier answers are worth
 _EXTRA = 0.25  # what a further row of a pass takes where nothing was profiled
 _CONTEXT = 256  # tokens of context that a table of costs holds for
 
@@ -152,8 +151,8 @@ class _Outcomes:
         self.right += right
         self.count += 1
 
-    def rate(self, believed: float, worth: float) -> float:
-        return (self.right + believed * worth) / (self.count + worth)
+    def rate(self, believed: float) -> float:
+        return (self.right + believed * _PRIOR) / (self.count + _PRIOR)
 
 
 def _kinds(found: Found, agrees: list[bool]) -> list[_Kind]:
@@ -228,7 +227,6 @@ class Guesser:
         """
         self._eos = eos
         self._lookup = Lookup(prompt, expected)
-        self._own: dict[_Kind, _Outcomes] = defaultdict(_Outcomes)
         self._open: list[tuple[Found, list[_Kind], int]] = []  # guesses not yet compared, and where
 
     def guess(self, learned: Learned, text: Sequence[int], most: int, context: int) -> Found | None:
@@ -248,7 +246,7 @@ class Guesser:
             return None
         kinds = _kinds(found, self._lookup.agrees(found))
         self._open.append((found, kinds, len(self._lookup.tokens)))
-        rates = [self._rate(learned, kind) for kind in kinds[:most]]
+        rates = [learned.outcomes[kind].rate(_believed(kind)) for kind in kinds[:most]]
         count = self._length(found.tokens, rates, learned.costs(context))
         return found._replace(tokens=found.tokens[:count]) if count else None
 
@@ -264,10 +262,6 @@ class Guesser:
                 break
         return count
 
-    def _rate(self, learned: Learned, kind: _Kind) -> float:
-        earlier = learned.outcomes[kind].rate(_believed(kind), _PRIOR)
-        return self._own[kind].rate(earlier, _OWN)
-
     def _compare(self, learned: Learned, token: int) -> None:
         """Compares what could have been guessed, made or not, with the token that came."""
         place, still = len(self._lookup.tokens), []
@@ -275,7 +269,6 @@ class Guesser:
             n = place - start
             right = found.tokens[n] == token
             learned.outcomes[kinds[n]].see(right)
-            self._own[kinds[n]].see(right)
             if right and n + 1 < len(found.tokens):
                 still.append((found, kinds, start))
         self._open = still

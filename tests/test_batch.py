@@ -19,7 +19,7 @@ from dash_onnx.core.policy import RandomPolicy
 from dash_onnx.runtime.batch import Batch, Request
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.generate import Chunk, Generation
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.rows import BatchDecoder, calls
 from dash_onnx.runtime.sequence import SequenceState
@@ -241,7 +241,16 @@ def test_a_pass_that_fails_ends_no_row_that_runs_alone(
             raise MemoryError
         return found
 
+    step, first = Generation.step, tiny_model.text.encode(PROMPTS[0]).tolist()
+
+    def failing_alone(going: Generation) -> Any:
+        found = step(going)
+        if going.text[: len(first)] == first:
+            raise MemoryError
+        return found
+
     monkeypatch.setattr(BatchDecoder, "forward", failing)
+    monkeypatch.setattr(Generation, "step", failing_alone)
     ended, *others = run(tiny_model, tiny_model.new_batch(3), *PROMPTS[:3])
     assert isinstance(ended[-1], MemoryError)
     for prompt, pieces in zip(PROMPTS[1:3], others, strict=True):
