@@ -266,6 +266,30 @@ def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
     assert told(policy="int8", speculate=True)["actions"] == {"int8": 1.0}
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_prediction_is_guessed_from_and_counted(parts: bool, client: openai.OpenAI) -> None:
+    def told(prediction: Any) -> Any:
+        return client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            max_tokens=60,
+            temperature=0,
+            prediction=prediction,
+            extra_body=OURS,
+        )
+
+    alone = told(openai.NOT_GIVEN)
+    assert alone.usage.completion_tokens_details is None
+    text = alone.choices[0].message.content
+    content = [{"type": "text", "text": text[:20]}, {"type": "text", "text": text[20:]}]
+    found = told({"type": "content", "content": content if parts else text})
+    assert found.choices[0].message.content == text
+    assert found.usage.completion_tokens_details.accepted_prediction_tokens > 0
+    wrong = told({"type": "content", "content": "no such words " * 5})
+    assert wrong.choices[0].message.content == text
+    assert wrong.usage.completion_tokens_details.accepted_prediction_tokens == 0
+
+
 def test_null_stands_for_a_field_that_is_not_there(server: Server) -> None:
     names = (
         "n stream frequency_penalty presence_penalty response_format tools tool_choice logprobs "
