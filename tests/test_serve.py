@@ -32,7 +32,7 @@ from dash_onnx.cli.serve import main
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.batch import Request
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.generate import Chunk, Generation
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.rows import BatchDecoder
 from dash_onnx.runtime.sessions import Sessions
@@ -428,13 +428,19 @@ def test_a_folder_that_keeps_nothing_is_told_in_one_line(tiny_bundle: Path, tmp_
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token takes some 20 ms."""
-    forward = BatchDecoder.forward
+    forward, step = BatchDecoder.forward, Generation.step
 
     def slowly(decoder: BatchDecoder, *arguments: Any) -> Any:
         time.sleep(0.02)
         return forward(decoder, *arguments)
 
+    def slowly_alone(going: Generation) -> Any:
+        found = step(going)
+        time.sleep(0.02 * len(found.tokens))
+        return found
+
     monkeypatch.setattr(BatchDecoder, "forward", slowly)
+    monkeypatch.setattr(Generation, "step", slowly_alone)
 
 
 @pytest.mark.usefixtures("slow")

@@ -221,7 +221,7 @@ def test_answers_are_those_of_the_harness_own_model(full: DashLM, theirs: HFLM) 
 
 
 def test_guessed_answers_are_the_same(full: DashLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = asked("generate_until", (CONTEXT, {"max_gen_toks": 60}))
+    given = asked("generate_until", (CONTEXT, {"max_gen_toks": 150}))
     guessing = DashLM(full.model, "full", speculate=True)
     guesses, steps = [], Model.generate_step
 

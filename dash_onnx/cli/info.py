@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.remove is not None:
             remove(arguments.remove)
         if arguments.list or arguments.remove is not None:
-            facts, lines = listing()
-            print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))
+            models, lines = listing()
+            print(json.dumps(models) if arguments.json else "\n".join(map(printable, lines)))
             return
         if not arguments.path:
             raise SourceError("PATH is empty: give a model folder, a .gguf file, a hub id or OUT")
