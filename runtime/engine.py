@@ -615,6 +615,7 @@ def load(
     *,
     device: Device | None = None,
     threads: int | None = None,
+    share_pool: bool = True,
     policy: str | Policy = "",
     budget: Budget | None = None,
     memory: Memory = "high",
@@ -623,15 +624,18 @@ def load(
 ) -> Model:
     """Opens a bundle; graphs load on first use.
 
-    All sessions share ORT's global thread pool, including those that the app creates afterwards:
-    while the pool exists, ORT refuses sessions with their own threads. With `threads=1` there is no
-    pool, and the app's sessions are not changed.
+    All sessions share ORT's global thread pool. While it exists, ORT refuses sessions with their
+    own threads, so `InferenceSession` is made to give the app's later sessions the pool, too. With
+    `threads=1` there is no pool, and with `share_pool=False` the app's sessions are not changed.
 
     Args:
         folder: what `dash-export` wrote.
         device: `cpu` or `cuda`, to refuse a bundle for another device; None uses the bundle's
             device.
         threads: size of ORT's thread pool, shared by the whole process; None uses all cores.
+        share_pool: False leaves `InferenceSession` as it is; the app's later sessions must then set
+            `use_per_session_threads = False` themselves. The first `load` that creates the pool
+            decides.
         policy: default of all generations; see `dash_onnx.core.policy.make_policy`.
         budget: default of all generations: a fraction of a token's time at the highest exported
             precision, or a preset.
@@ -663,5 +667,5 @@ def load(
             raise PolicyError(f"{name}={value!r} must be text")
     bundle = Bundle(folder, sha256=sha256)
     backend = open_backend(device_of(bundle, device), cuda_graphs=cuda_graphs)
-    use_threads(threads)
+    use_threads(threads, share=share_pool)
     return Model(bundle, backend, policy=policy, budget=budget, memory=memory)

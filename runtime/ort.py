@@ -95,7 +95,7 @@ def has_device(device: str) -> bool:
     return _PROVIDERS[device] in onnxruntime().get_available_providers()
 
 
-def use_threads(threads: int | None) -> None:
+def use_threads(threads: int | None, *, share: bool = True) -> None:
     """Decides on the threads of all sessions of the process, once.
 
     They share ORT's global pool, and so do the other sessions of an app. A pool per session, ORT's
@@ -105,6 +105,7 @@ def use_threads(threads: int | None) -> None:
 
     Args:
         threads: intra-op threads; None takes all cores this process may use.
+        share: tell the app's later sessions to use the pool; the first call with a pool decides.
     """
     global _pool_threads
     if threads is not None and threads > _usable_cores():
@@ -118,7 +119,8 @@ def use_threads(threads: int | None) -> None:
         if _pool_threads is None or (_pool_threads == 1 and threads != 1):
             wanted = threads or _usable_cores()
             if wanted > 1 and _set_pool(wanted):
-                _share_pool()
+                if share:
+                    _share_pool()
             elif wanted > 1 and threads is not None:
                 _warn(threads, "was set by this app")
             _pool_threads = wanted

@@ -87,8 +87,8 @@ def host(shared):
     options = ort.SessionOptions()
     options.use_per_session_threads = not shared
     return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-def generate(threads=None):
-    model = dash_onnx.load({bundle!r}, threads=threads)
+def generate(threads=None, **options):
+    model = dash_onnx.load({bundle!r}, threads=threads, **options)
     return [step.token for step in model.generate_step(range(10, 20), max_new_tokens=4)]
 """
 
@@ -107,6 +107,8 @@ def generate(threads=None):
         "session = ort.InferenceSession(graph, options); "
         "assert (options.use_per_session_threads, options.intra_op_num_threads) == (True, 3); "
         "session.set_providers(['CPUExecutionProvider']); session.run(None, {'input_ids': [[1]]})",
+        "create = ort.InferenceSession.__init__; generate(share_pool=False); "
+        "assert ort.InferenceSession.__init__ is create; host(True)",
         "tokens = generate(2); u = os.times(); time.sleep(1.5); v = os.times(); "
         "assert v.user - u.user + v.system - u.system < 0.3, 'threads spin while idle'",
     ],
