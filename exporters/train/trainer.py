@@ -62,7 +62,6 @@ class Trainer:
         bundle: Bundle,
         options: TrainOptions,
         *,
-        model: Callable[..., DequantizedModel] = DequantizedModel,
         checkpoint: Callable[[Path, str], Checkpoint] = Checkpoint,
     ):
         """Opens the model; nothing is written.
@@ -70,7 +69,6 @@ class Trainer:
         Args:
             bundle: to train.
             options: what the user chose.
-            model: opens the bundle's layers.
             checkpoint: opens the saved state, by the bundle's folder and a fingerprint.
 
         Raises:
@@ -85,7 +83,7 @@ class Trainer:
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
         self.lossy = min(self.actions.index(action) for action in LOSSY if action in self.actions)
         self.dtype = getattr(torch, plan.dtype) if plan.dtype else _fast_dtype()
-        self.model = model(bundle, self.actions, self.dtype)
+        self.model = DequantizedModel(bundle, self.actions, self.dtype)
         points = plan.decision_points
         if isinstance(points, int):
             points = decision_points_of(facts.num_layers, points)
