@@ -832,8 +832,8 @@ def test_an_interrupted_answer_does_not_end_the_chat(
 ) -> None:
     forward, calls = SequenceState.forward, iter(range(1000))
 
-    def interrupted(self: SequenceState, *arguments: Any) -> Any:
-        result = forward(self, *arguments)
+    def interrupted(self: SequenceState, *arguments: Any, **options: Any) -> Any:
+        result = forward(self, *arguments, **options)
         if next(calls) == 2:
             raise KeyboardInterrupt
         return result
@@ -882,10 +882,10 @@ def test_a_stopped_answer_stays_in_the_conversation(
 ) -> None:
     forward, calls = SequenceState.forward, iter(range(1000))
 
-    def interrupted(self: SequenceState, *arguments: Any) -> Any:
+    def interrupted(self: SequenceState, *arguments: Any, **options: Any) -> Any:
         if next(calls) == 2:
             raise KeyboardInterrupt
-        return forward(self, *arguments)
+        return forward(self, *arguments, **options)
 
     monkeypatch.setattr(SequenceState, "forward", interrupted)
     path = tmp_path / "chat.json"

@@ -140,7 +140,7 @@ def test_chat_takes_one_message_as_text_and_content_in_parts(tiny_model: Model) 
         ({"role": "user", "content": "hi"}, "must be a list"),
         ([{"content": "hi"}], "must be a dict"),
         ([{"role": "user", "content": 5}], "int, not text"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "no text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "is not text"),
         (5, "must be a list"),
         (None, "must be a list"),
     ],

@@ -52,7 +52,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dash-onnx"
 
 
-def bundle_of(name: str | Path) -> Path:
+def bundle_of(name: str | Path) -> str | Path:
     """The bundle that an argument names: itself, or the one in the cache that is made from it.
 
     Args:
@@ -64,26 +64,11 @@ def bundle_of(name: str | Path) -> Path:
     """
     source = _source(str(name))
     if source is None:
-        return Path(name)
+        return name
     folder = cache_folder() / _entry_name(source)
     if not (folder / MANIFEST_NAME).is_file():
         _make(source, folder)
     _note(folder).touch()
-    return folder
-
-
-def cached(name: str | Path) -> Path:
-    """The bundle that an argument names, as `bundle_of`, but it makes none.
-
-    Raises:
-        SourceError: the model is not in the cache.
-    """
-    source = _source(str(name))
-    if source is None:
-        return Path(name)
-    folder = cache_folder() / _entry_name(source)
-    if not (folder / MANIFEST_NAME).is_file():
-        raise SourceError(f"{name} is a model and not in the cache: run `dash-run {name}` first")
     return folder
 
 
