@@ -14,6 +14,7 @@ from dash_onnx.core.errors import DashError
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
+    from dash_onnx.exporters.api import export, fuse, train
     from dash_onnx.runtime.cache import Cache
     from dash_onnx.runtime.engine import Model, ScoredToken, load
     from dash_onnx.runtime.generate import Chunk, GeneratedToken
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.stream import Completion, Stream
 
 _LAZY = {
-    "Cache": "cache",
-    "Chunk": "generate",
-    "Completion": "stream",
-    "GeneratedToken": "generate",
-    "GenerationOptions": "options",
-    "Grammar": "grammar",
-    "Model": "engine",
-    "ScoredToken": "engine",
-    "Stream": "stream",
-    "load": "engine",
+    "Cache": "runtime.cache",
+    "Chunk": "runtime.generate",
+    "Completion": "runtime.stream",
+    "GeneratedToken": "runtime.generate",
+    "GenerationOptions": "runtime.options",
+    "Grammar": "runtime.grammar",
+    "Model": "runtime.engine",
+    "ScoredToken": "runtime.engine",
+    "Stream": "runtime.stream",
+    "export": "exporters.api",
+    "fuse": "exporters.api",
+    "load": "runtime.engine",
+    "train": "exporters.api",
 }
 
 __all__ = [
@@ -46,14 +50,17 @@ __all__ = [
     "ScoredToken",
     "Stream",
     "__version__",
+    "export",
+    "fuse",
     "load",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The exporter must not pay for the runtime's imports, nor `--help` for ORT's.
     if name in _LAZY:
-        return getattr(importlib.import_module(f"dash_onnx.runtime.{_LAZY[name]}"), name)
+        return getattr(importlib.import_module(f"dash_onnx.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -349,7 +349,7 @@ def test_an_interrupt_tells_how_to_go_on(
         raise KeyboardInterrupt
 
     out, partial = tmp_path / "my out", tmp_path / ".my out.partial"
-    monkeypatch.setattr("dash_onnx.exporters.export.export", struck)
+    monkeypatch.setattr("dash_onnx.exporters.pipeline.export", struck)
     words = (tiny_folder, out, "--calibration", night, "--quiet")
     hints = {
         (): "nothing is kept; with --resume, finished layers are",

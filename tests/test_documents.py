@@ -81,6 +81,17 @@ def test_the_program_of_the_bundle_format_gives_the_tokens_of_the_runtime(folder
         assert list(map(int, printed)) == [token.token for token in tokens]
 
 
+@pytest.mark.slow
+def test_the_python_reference_exports_trains_and_fuses(
+    tiny_folder: Path, night: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    (tmp_path / "notes.txt").write_text(night.read_text() * 4)
+    printed = run(ROOT / "docs/reference/python.md", tmp_path)
+    assert printed[0] == "new/fused" and len(printed) > 1
+    assert dash_onnx.load(tmp_path / "new").manifest.scorer is not None
+
+
 def test_the_bundle_format_names_every_port() -> None:
     text = (ROOT / "docs/reference/bundle.md").read_text("utf-8")
     dims = contract.Dims(64, 2, 16, 16, 384, "float32")

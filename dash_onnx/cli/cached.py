@@ -143,7 +143,7 @@ def _make(source: str, folder: Path) -> None:
         if (folder / MANIFEST_NAME).is_file():
             return
         _LOG.info("exporting %s once, into %s", source, folder)
-        from dash_onnx.cli.export import prepare_export
+        from dash_onnx.cli.prepare import prepare_export
 
         prepare_export()
         from dash_onnx.exporters.export import ExportOptions, export

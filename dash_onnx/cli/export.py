@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import json
 import logging
-import os
 import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import (
     EFFORTS,
     Parser,
     add_log_options,
     add_training_options,
-    aligned,
     log_level,
     positive,
     presets_table,
     run,
 )
-from dash_onnx.core.actions import ACTIONS, DEFAULT_FORMS, parse_variants
+from dash_onnx.cli.prepare import prepare_export
+from dash_onnx.cli.tables import check_lines, summary
+from dash_onnx.core.actions import DEFAULT_FORMS, parse_variants
 from dash_onnx.core.atomic import check_destination, workspace_of
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
 from dash_onnx.core.manifest import MANIFEST_NAME
-from dash_onnx.core.progress import Phase, announce
 from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
-
-if TYPE_CHECKING:
-    from dash_onnx.core.facts import ModelFacts
-    from dash_onnx.core.manifest import Manifest
-    from dash_onnx.exporters.export import ExportOptions
-    from dash_onnx.exporters.export.check import CheckKind, CheckResult
-    from dash_onnx.exporters.train.options import TrainOptions
 
 _LOG = logging.getLogger(__name__)
 
@@ -148,103 +139,84 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
 
     def body() -> None:
-        variants, wide = parse_variants(arguments.variants)
-        if arguments.fused and arguments.device != "cpu":
-            raise DashError("--fused graphs are built for the CPU: leave --device out")
-        if arguments.fused and arguments.kv_cache != "float":
-            raise DashError("--fused graphs have a float KV cache: leave --kv-cache out")
-        _check_out(arguments.out, arguments.overwrite)  # before seconds of imports
-        _LOG.info("opening %s", arguments.model)
-        prepare_export()
-        from dash_onnx.exporters.calibration.texts import text_sources
-        from dash_onnx.exporters.export import ExportOptions, export
-        from dash_onnx.exporters.train.options import PLANS, TrainOptions
-        from dash_onnx.runtime.ort import has_device
-
-        options = ExportOptions(
-            variants=variants,
-            wide=wide,
-            device=arguments.device,
-            train_device=arguments.train_device,
-            max_length=arguments.max_length,
-            block_size=arguments.block_size,
-            calibration=text_sources(arguments.calibration),
-            least_tokens=0 if arguments.effort == "none" else PLANS[arguments.effort].least_tokens,
-            compensation_rank=arguments.compensation_rank,
-            accuracy_level=arguments.accuracy_level,
-            kv_cache=arguments.kv_cache,
-            requantize=arguments.requantize,
-            overwrite=arguments.overwrite,
-            resume=arguments.resume,
-            revision=arguments.revision,
-            seed=arguments.seed,
-        )
-        trained = arguments.effort != "none" and has_device(arguments.device)
-        training = (
-            TrainOptions(
-                effort=arguments.effort,
-                calibration=options.calibration,
-                seed=options.seed,
-                device=options.train_device,
-                decisions=arguments.decisions,
-            )
-            if trained
-            else None
-        )
-        manifest = export(
-            arguments.model,
-            arguments.out,
-            options,
-            opened=lambda facts: _announce(facts, options, training, arguments.check != "none"),
-        )
-        if trained:
-            _LOG.info(
-                '%s can answer now: dash-run %s "Hello!"; training the policy',
-                *(arguments.out, _typed(arguments.out)),
-            )
-        checked = _check(arguments.model, arguments.out, options, arguments.check)
-        failures.extend(checked.failures if checked else [])
-        if arguments.effort != "none" and not trained:
-            _LOG.warning(
-                "no %s device here, so no policy was trained: run `dash-train %s` on a machine "
-                "with one",
-                *(arguments.device, _typed(arguments.out)),
-            )
-        elif training is not None:
-            from dash_onnx.exporters.train.train import train
-
-            manifest = train(arguments.out, training)
-        if arguments.fused:
-            from dash_onnx.core.contract import FUSED_FOLDER
-            from dash_onnx.exporters.fused import FuseOptions, fuse
-
-            fuse(Bundle(arguments.out), arguments.out / FUSED_FOLDER, FuseOptions(), overwrite=True)
-        if arguments.json:
-            facts = to_json(manifest)
-            del facts["files"], facts["ropes"], facts["attention"]
-            facts["check"] = checked and to_json(checked)
-            print(json.dumps({"out": str(arguments.out), **facts}))
-        else:
-            print(summary(manifest, arguments.out), *presets_table(manifest), sep="\n")
-            if manifest.scorer is not None:
-                kept = arguments.model.endswith(".gguf") and not arguments.requantize
-                hint = " With --requantize it may gain more." if kept else ""
-                print(curve(manifest).verdict + hint)
-            if checked is not None:
-                print("\n".join(check_lines(checked)))
-
-    def told() -> None:
         try:
-            body()
+            failures.extend(_export(arguments))
         except KeyboardInterrupt:
             if hint := _after_interrupt(arguments.out, arguments.resume, arguments.overwrite):
                 print(f"\ndash-export: {hint}", file=sys.stderr, end="")
             raise
 
-    code = run("dash-export", told, log_level(arguments))
+    code = run("dash-export", body, log_level(arguments))
     for failure in failures:
         print(f"dash-export: check: layer {failure} (see dash-export --help)", file=sys.stderr)
     return code or (1 if failures else 0)
+
+
+def _export(arguments: argparse.Namespace) -> list[str]:
+    """Runs the pipeline and prints what it made; returns the limits that the check exceeded."""
+    variants, wide = parse_variants(arguments.variants)
+    if arguments.fused and arguments.device != "cpu":
+        raise DashError("--fused graphs are built for the CPU: leave --device out")
+    if arguments.fused and arguments.kv_cache != "float":
+        raise DashError("--fused graphs have a float KV cache: leave --kv-cache out")
+    _check_out(arguments.out, arguments.overwrite)  # before seconds of imports
+    _LOG.info("opening %s", arguments.model)
+    prepare_export()
+    from dash_onnx.exporters.calibration.texts import text_sources
+    from dash_onnx.exporters.export import ExportOptions
+    from dash_onnx.exporters.fused import FuseOptions
+    from dash_onnx.exporters.pipeline import build
+    from dash_onnx.exporters.train.options import PLANS, TrainOptions
+
+    calibration, trained = text_sources(arguments.calibration), arguments.effort != "none"
+    options = ExportOptions(
+        variants=variants,
+        wide=wide,
+        device=arguments.device,
+        train_device=arguments.train_device,
+        max_length=arguments.max_length,
+        block_size=arguments.block_size,
+        calibration=calibration,
+        least_tokens=PLANS[arguments.effort].least_tokens if trained else 0,
+        compensation_rank=arguments.compensation_rank,
+        accuracy_level=arguments.accuracy_level,
+        kv_cache=arguments.kv_cache,
+        requantize=arguments.requantize,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        revision=arguments.revision,
+        seed=arguments.seed,
+    )
+    training = TrainOptions(
+        effort=arguments.effort,
+        calibration=calibration,
+        seed=arguments.seed,
+        device=arguments.train_device,
+        decisions=arguments.decisions,
+    )
+    built = build(
+        arguments.model,
+        arguments.out,
+        options,
+        check=arguments.check,
+        training=training if trained else None,
+        fused=FuseOptions() if arguments.fused else None,
+    )
+    manifest, checked = built.manifest, built.checked
+    if arguments.json:
+        facts = to_json(manifest)
+        del facts["files"], facts["ropes"], facts["attention"]
+        facts["check"] = checked and to_json(checked)
+        print(json.dumps({"out": str(arguments.out), **facts}))
+    else:
+        print(summary(manifest, arguments.out), *presets_table(manifest), sep="\n")
+        if manifest.scorer is not None:
+            kept = arguments.model.endswith(".gguf") and not arguments.requantize
+            hint = " With --requantize it may gain more." if kept else ""
+            print(curve(manifest).verdict + hint)
+        if checked is not None:
+            print("\n".join(check_lines(checked)))
+    return checked.failures if checked else []
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -282,128 +254,6 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
 def _typed(path: Path) -> str:
     """As a command has it in a shell."""
     return shlex.quote(str(path))
-
-
-def _announce(
-    facts: ModelFacts, options: ExportOptions, training: TrainOptions | None, check: bool
-) -> None:
-    """Says what is coming, where somebody listens: it takes half a second to tell how long."""
-    if not _LOG.isEnabledFor(logging.INFO):
-        return
-    from dash_onnx.exporters.expected import Speed, export_phases, training_phases
-
-    speed = Speed.measured()
-    phases = export_phases(facts, options, speed, check=check)
-    if training is not None:
-        plan = training.plan_for(facts)
-        phases += training_phases(facts, plan, speed, generated=not options.calibration)
-    announce(phases)
-
-
-def _check(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> CheckResult | None:
-    from dash_onnx.exporters.architectures import REGISTRY
-    from dash_onnx.exporters.export.check import check
-    from dash_onnx.exporters.sources import open_source
-
-    if kind == "none":
-        return None
-    source = open_source(model, REGISTRY, options.requantize, options.revision)
-    with Phase("check", total=1):
-        return check(source, Bundle(out), kind)
-
-
-def check_lines(result: CheckResult) -> list[str]:
-    """What a check found: a table of relative errors where it ran every graph or failed."""
-    if not result.rows:
-        return ["not compared with transformers: its RoPE differs for a context of this length"]
-    *rows, whole = result.rows
-    ((best, kl),) = whole.errors.items()
-    worst = max(row.errors[best] for row in rows)
-    line = (
-        f"against transformers on {result.tokens} tokens: {best} layers differ by at most "
-        f"{worst:.1e} (limit {rows[0].limits[best]:.0e}), KL of the whole path {kl:.1e} "
-        f"(limit {whole.limits[best]:.0e})"
-    )
-    if result.kind == "quick" and not result.failures:
-        return [line]
-    actions = [action for action in ACTIONS if any(action in row.errors for row in rows)]
-    head = ["layer", *(f"{action} err" for action in actions), "limits exceeded"]
-    cells = [
-        [
-            row.name,
-            *(f"{row.errors[a]:.2e}" if a in row.errors else "" for a in actions),
-            ", ".join(row.exceeded),
-        ]
-        for row in result.rows
-    ]
-    return [*aligned([head, *cells]), "", line]
-
-
-def summary(manifest: Manifest, out: Path) -> str:
-    """The closing table: size, scale, cosine and relative error of each layer."""
-    actions = [action for action in ACTIONS if action in manifest.layers[0].bytes]
-    errors = [action for action in actions if action in manifest.layers[0].relative_error]
-    head = [
-        "layer",
-        *(f"{a} MB" for a in actions),
-        "scale",
-        "cosine",
-        *(f"{a} err" for a in errors),
-    ]
-    rows = [
-        [
-            str(index),
-            *(f"{layer.bytes[action] / 1e6:.2f}" for action in actions),
-            f"{layer.scale:.3f}",
-            f"{layer.cosine:.3f}",
-            *(f"{layer.relative_error[action]:.4f}" for action in errors),
-        ]
-        for index, layer in enumerate(manifest.layers)
-    ]
-    totals = {a: sum(layer.bytes[a] for layer in manifest.layers) for a in actions}
-    rows.append(
-        ["all", *(f"{totals[a] / 1e6:.1f}" for a in actions), "", "", *("" for _ in errors)]
-    )
-    lines = aligned([head, *rows])
-    facts = manifest.export
-    size = sum(file.bytes for file in manifest.files.values())
-    lines += [
-        "",
-        f"{manifest.model.name} -> {out}: {size / 1e6:.0f} MB in {facts.seconds:.0f} s, "
-        f"peak memory {facts.peak_rss_bytes / 1e9:.2f} GB",
-        f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source}); "
-        "err: relative error of a layer's output against full",
-    ]
-    if facts.fp32_kept:
-        lines.append(f"stored as FP32, because FP16 cannot hold them: {', '.join(facts.fp32_kept)}")
-    lines.append(f'try it: dash-run {_typed(out)} "Hello!"')
-    return "\n".join(lines)
-
-
-def prepare_export() -> None:
-    """Checks that the tools of the export are installed; they are quiet unless we are verbose.
-
-    Raises:
-        DashError: some are missing.
-    """
-    missing = [
-        name
-        for name in ("torch", "transformers", "accelerate", "onnx", "onnxscript", "gguf")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise DashError(
-            f"exporting needs {', '.join(missing)}: in a clone of dash-onnx, "
-            "`pip install '.[cpu,export]'`"
-        )
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    if _LOG.isEnabledFor(logging.DEBUG):
-        transformers.logging.set_verbosity_warning()
-        return
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

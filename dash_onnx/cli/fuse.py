@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dash_onnx.cli.common import Parser, run
-from dash_onnx.cli.export import prepare_export
+from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.actions import PRECISIONS, WIDE
 
 _CLIENTS = ("genai", "optimum", "node", "web")

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     variants, wide = parse_variants(arguments.variants)
-    from dash_onnx.cli.export import prepare_export
+    from dash_onnx.cli.prepare import prepare_export
 
     prepare_export()
     from dash_onnx.exporters.architectures import REGISTRY, architecture_of

@@ -17,10 +17,9 @@ from dash_onnx.cli.common import (
     presets_table,
     run,
 )
-from dash_onnx.cli.export import prepare_export
+from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.errors import DashError
-from dash_onnx.core.progress import announce
 from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
 
@@ -73,26 +72,20 @@ def main(argv: list[str] | None = None) -> int:
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.fused import options_of, renew
+        from dash_onnx.exporters.pipeline import announce_training
         from dash_onnx.exporters.train.options import TrainOptions
         from dash_onnx.exporters.train.train import train
 
         fused = options_of(arguments.bundle / FUSED_FOLDER)
-        calibration = tuple(arguments.calibration)
         options = TrainOptions(
             effort=arguments.effort,
-            calibration=calibration,
+            calibration=tuple(arguments.calibration),
             seed=arguments.seed,
             device=arguments.train_device,
             decisions=arguments.decisions,
             start=arguments.start,
         )
-        if _LOG.isEnabledFor(logging.INFO):
-            from dash_onnx.exporters.expected import Speed, training_phases
-
-            model, speed = Bundle(arguments.bundle).manifest.model, Speed.measured()
-            announce(
-                training_phases(model, options.plan_for(model), speed, generated=not calibration)
-            )
+        announce_training(Bundle(arguments.bundle).manifest.model, options)
         manifest = train(arguments.bundle, options)
         facts = manifest.scorer
         assert facts is not None
