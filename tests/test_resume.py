@@ -39,7 +39,7 @@ def arguments(deep: Path, night: Path, out: Path, *more: object) -> list[str]:
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """Every byte; of dash.json all but what is measured anew: `costs`, and two keys of `export`."""
+    """Every byte; of dash.json all but what is measured anew: `costs`, budgets, and two keys of `export`."""
     found: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -47,6 +47,8 @@ def content_of(folder: Path) -> dict[str, Any]:
     }
     manifest = json.loads(found["dash.json"])
     del manifest["costs"]
+    for point in manifest["static"]:
+        del point["budget"]
     del manifest["export"]["seconds"], manifest["export"]["peak_rss_bytes"]
     return {**found, "dash.json": manifest}
 

@@ -30,6 +30,7 @@ from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import REPORT_NAME
 from dash_onnx.core.errors import BundleError, DashError, DeviceError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
+from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import Decide, State
@@ -264,12 +265,11 @@ def test_the_kl_of_a_static_assignment_is_that_of_the_runtime(trained: Path, mod
 # What the runtime makes of it
 
 
-def test_a_trained_bundle_generates_with_the_scorer_by_default(model: Model) -> None:
-    assert model.policy().name == "dash"
+def test_a_trained_bundle_generates_with_its_plans_and_with_the_scorer(model: Model) -> None:
+    plan = preset_plans(model.manifest)["balanced"]
+    assert model.policy().uniform == plan.path
     options = {"max_new_tokens": 12, "ignore_eos": True}
-    text = model.generate("the keeper", **options)
-    assert text
-    assert model.generate("the keeper", policy="dash", **options) == text
+    assert model.generate("the keeper", **options)
     for budget in ("quality", "balanced", "fast"):
         assert model.generate("the keeper", policy="dash", budget=budget, **options)
 
