@@ -65,7 +65,7 @@ demo-model: $(DEMO)
 
 bench: .venv/.llama-cpp build/peers/.built build/fused/.built
 	$(BIN)/dash-bench "$(BUNDLE)" $(PEERS:%=--peer %) \
-		--processes 3 --rounds 2 --max-prompts 3 --new-tokens 64 --picture build/bench.png
+		--processes 3 --rounds 2 --limit 3 --max-tokens 64 --picture build/bench.png
 
 # Whether bundles for CUDA work on this machine, and how fast, within nine minutes and without a network:
 # WHEELS is a folder of what its Python lacks, onnxruntime-gpu first of all (docs/guide/gpu.md).

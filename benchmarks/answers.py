@@ -1,6 +1,6 @@
 """Length and repetition of greedy answers at each preset, beside the highest precision's.
 
-    python benchmarks/answers.py out/ --prompts chats.jsonl --max-prompts 100
+    python benchmarks/answers.py out/ --prompts chats.jsonl --limit 100
 
 Repeated 4-grams: the share of an answer's runs of four tokens that it has had before.
 """
@@ -31,22 +31,22 @@ def repeated(tokens: list[int], size: int = 4) -> float:
 def main() -> None:
     """Prints a row per policy, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", metavar="OUT")
+    parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--max-prompts", type=int, default=100)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="answers to print")
     arguments = parser.parse_args()
     model = dash_onnx.load(arguments.bundle)
     scorer = model.manifest.scorer
-    assert scorer is not None, "train a policy first: dash-train OUT"
+    assert scorer is not None, "train a policy first: dash-train BUNDLE"
     policies: list[tuple[str, str | None]] = [(model.manifest.variants[0], None)]
     budgets = sorted(scorer.presets, key=lambda preset: -scorer.presets[preset])
     policies += [("dash", preset) for preset in budgets]
     # Every so many, so that all groups of a file that is sorted by group have their share.
     texts = read_prompts(arguments.prompts)
-    texts = texts[:: max(1, len(texts) // arguments.max_prompts)][: arguments.max_prompts]
+    texts = texts[:: max(1, len(texts) // arguments.limit)][: arguments.limit]
     rows = []
     for policy, budget in policies:
         answers: list[list[int]] = []
@@ -60,7 +60,7 @@ def main() -> None:
                     options=GREEDY,
                     policy=policy,
                     budget=budget,
-                    max_new_tokens=arguments.new_tokens,
+                    max_new_tokens=arguments.max_tokens,
                 )
             )
             answers.append([chunk.token for chunk in answer])

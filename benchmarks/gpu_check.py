@@ -165,14 +165,16 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
     tool = [python, "-m", "dash_onnx"]
     fours, rest = divmod(arguments.layers, 4)
     quarter = "static:" + ",".join(["int4*3,skip"] * fours + ["int4"] * rest)
-    bench = [*tool, "bench", str(out), "--json", "--rounds", "3", "--max-prompts", "2"]
+    bench = [*tool, "bench", str(out), "--json", "--rounds", "3", "--limit", "2"]
     marked = "gpu" if device == "cuda" else "not gpu and not slow"
-    fixed = [word for run in ("full", "int8", "int4", quarter) for word in ("--run", run)]
+    fixed = [word for run in ("full", "int8", "int4", quarter) for word in ("--policy", run)]
     peers = [word for path in arguments.genai for word in ("--peer", f"genai:{path}")]
-    trained = ["--run", "int4", "--run", "dash@balanced", "--run", "dash@fast", "--no-quality"]
+    trained = [word for run in ("int4", "dash@balanced", "dash@fast") for word in ("--policy", run)]
+    trained += ["--skip", "quality"]
     export = [*tool, "export", str(model), str(out), "--device", device, "--overwrite", "--json"]
     export += ["--variants", "full,int8,int4"]
     text = ["--calibration", str(TEXT), "--train-device", device]
+    quiet = ["--log-level", "warning"]
     graphs = [["--cuda-graphs"]] if device == "cuda" else []
     big = [python, f"{here}/big.py", str(model), "--shape", "1b"]
     big += ["--layers", str(arguments.layers)]
@@ -181,10 +183,10 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
         Part("machine", [python, f"{here}/gpu_check.py", "--machine"], 60),
         Part("tests", [python, "-m", "pytest", "-q", "-m", marked, "tests/test_devices.py"], 150),
         Part("model", big, 60),
-        Part("export", [*export, *text, "--effort", "none", "--quiet"], 180, model),
+        Part("export", [*export, *text, "--effort", "none", *quiet], 180, model),
         Part("bench", [*bench, *fixed, *peers], 120, manifest),
         *(Part("bench with CUDA graphs", [*bench, *fixed, *g], 90, manifest) for g in graphs),
-        Part("train", [*tool, "train", str(out), *text, "--json", "--quiet"], 240, manifest),
+        Part("train", [*tool, "train", str(out), *text, *quiet, "--json"], 240, manifest),
         Part("bench of the policy", [*bench, *trained], 60, manifest),
         Part("overlap", [python, f"{here}/overlap.py", str(out), "--json"], 60, manifest),
     ]

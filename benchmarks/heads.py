@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, help="(default: that of the model named above)")
     parser.add_argument("--rounds", type=int, default=60, help="(default: 60)")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--bundle", metavar="OUT", help="whose heads to compare, on --text")
+    parser.add_argument("--bundle", metavar="BUNDLE", help="whose heads to compare, on --text")
     parser.add_argument("--text", type=Path, metavar="FILE")
     parser.add_argument("--max-tokens", type=int, default=50_000, help="(default: 50,000)")
     parser.add_argument("--json", action="store_true")

@@ -76,7 +76,7 @@ def case(model: Any, options: dict[str, Any], length: int) -> dict[str, Any]:
 def main() -> None:
     """Writes or compares the checksums; exit code 1 where they differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", metavar="OUT")
+    parser.add_argument("bundle", metavar="BUNDLE")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--write", type=Path, metavar="FILE")
     what.add_argument("--compare", type=Path, metavar="FILE")

@@ -65,7 +65,17 @@ def main() -> None:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle)]
     server = subprocess.Popen(
-        [*command, "--port", str(port), "--waiting", "8", "--prefix-mb", "64", "--quiet"]
+        [
+            *command,
+            "--port",
+            str(port),
+            "--waiting",
+            "8",
+            "--prefix-mb",
+            "64",
+            "--log-level",
+            "warning",
+        ]
     )
     try:
         facts = asyncio.run(_loaded(f"http://127.0.0.1:{port}", server, arguments))

@@ -78,18 +78,19 @@ def memory(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same policies with `--memory low`. 1 minute."""
     once = _amount(replace(size, processes=1, rounds=1))
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
-    return [[*bench, *once, "--no-contexts", "--json"]]
+    return [[*bench, *once, "--skip", "contexts", "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
     """A token and the prompt after some 3,500 tokens. 3 minutes."""
     prompt = BUILD / "long.txt"
     peers = _peers([peer for peer in a.peer if re.match("genai:.*int4", peer)])
-    bench: Command = ["dash-bench", a.bundle, "--run", "int4", "--run", "dash@balanced", *peers]
+    ours = ["--policy", "int4", "--policy", "dash@balanced"]
+    bench: Command = ["dash-bench", a.bundle, *ours, *peers]
     amount = _amount(replace(size, processes=1))
     return [
         ["sh", "-c", f"seq -s, {size.count_to} > {prompt}"],
-        [*bench, "--prompts", prompt, "--no-quality", "--no-contexts", *amount, "--json"],
+        [*bench, "--prompts", prompt, "--skip", "quality", "--skip", "contexts", *amount, "--json"],
     ]
 
 
@@ -112,7 +113,7 @@ def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
     runs += [[a.bundle, "--policy", precision] for precision in ("int8", "int4")]
     runs += [[a.bundle, "--budget", preset] for preset in ("quality", "balanced", "fast")]
     return [
-        ["dash-eval", *chosen, "--task", task, "--max-items", str(size.items), "--json"]
+        ["dash-eval", *chosen, "--task", task, "--limit", str(size.items), "--json"]
         for task in a.task
         for chosen in runs
     ]
@@ -121,7 +122,7 @@ def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
 def answers(a: argparse.Namespace, size: Size) -> list[Command]:
     """Length and repetition of answers. 5 minutes."""
     command: Command = ["python", "benchmarks/answers.py", a.bundle, "--prompts", a.prompts]
-    return [[*command, "--max-prompts", str(size.answers), "--json"]]
+    return [[*command, "--limit", str(size.answers), "--json"]]
 
 
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -175,7 +176,7 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
     greedy += ["--genai", peers / "int8", "--per-kind", str(size.per_kind)]
     drawn: Command = [*speculate, "--temperature", "1", "--per-kind", str(-(-size.per_kind // 4))]
     if size == QUICK:
-        few: Command = ["--new-tokens", str(size.new_tokens)]
+        few: Command = ["--max-tokens", str(size.new_tokens)]
         greedy, drawn = greedy + few, drawn + few
     return [
         [*export, "--requantize", "--effort", "none"],
@@ -191,7 +192,7 @@ def server(a: argparse.Namespace, size: Size) -> list[Command]:
     if a.other.suffix == ".gguf" and shutil.which("llama-server"):
         bench += ["--peer", a.other]
     if size == QUICK:
-        bench += ["--clients", "1,2", "--rounds", "1", "--long", "100", "--new-tokens", "8"]
+        bench += ["--clients", "1,2", "--rounds", "1", "--long", "100", "--max-tokens", "8"]
     return [[*bench, "--budget", "balanced", "--json"]]
 
 
@@ -207,7 +208,7 @@ def _peers(peers: list[str]) -> list[str]:
 
 def _amount(size: Size) -> list[str]:
     words = ["--processes", size.processes, "--rounds", size.rounds]
-    words += ["--max-prompts", size.prompts, "--new-tokens", size.new_tokens]
+    words += ["--limit", size.prompts, "--max-tokens", size.new_tokens]
     return [str(word) for word in words]
 
 
@@ -216,7 +217,7 @@ def _policies(
 ) -> Command:
     command: Command = ["python", "benchmarks/policies.py", bundle, "--text", text, *words]
     command += ["--reference", reference]
-    return [*command, "--max-windows", str(size.windows), "--json"]
+    return [*command, "--limit", str(size.windows), "--json"]
 
 
 Part = Callable[[argparse.Namespace, Size], list[Command]]
@@ -252,8 +253,8 @@ def main() -> None:
         metavar="PART",
         help="(default: all but `scale` whose options are given)",
     )
-    parser.add_argument("--bundle", type=_path, metavar="OUT", help="with a trained policy")
-    parser.add_argument("--model", type=_path, help="what OUT was exported from")
+    parser.add_argument("--bundle", type=_path, metavar="BUNDLE", help="with a trained policy")
+    parser.add_argument("--model", type=_path, help="what BUNDLE was exported from")
     parser.add_argument("--peer", action="append", default=[], metavar="KIND:PATH")
     parser.add_argument(
         "--text", type=_path, action="append", default=[], help="held out of training"
@@ -262,7 +263,7 @@ def main() -> None:
         "--task", type=_path, action="append", default=[], help="as of dash-eval --task"
     )
     parser.add_argument("--prompts", type=_path, help="as of dash-bench")
-    parser.add_argument("--other", type=_path, help="a larger model than that of OUT")
+    parser.add_argument("--other", type=_path, help="a larger model than that of BUNDLE")
     parser.add_argument("--effort", default="normal", help="of `skips` (default: normal)")
     parser.add_argument("--quick", action="store_true", help="as little as runs: for a first try")
     parser.add_argument("--out", type=_path, help="(default: benchmarks/results, or build/quick)")

@@ -1,8 +1,8 @@
 """What deciding costs a token: the scorer beside the layers, between them, and not at all.
 
-    python benchmarks/overlap.py OUT
+    python benchmarks/overlap.py BUNDLE
 
-OUT is a bundle with a trained policy. The same text runs in turns: as the runtime does it; on a GPU
+BUNDLE has a trained policy. The same text runs in turns: as the runtime does it; on a GPU
 also with a scorer that runs between two layers while the host waits; and on the recorded paths,
 without a scorer. `hidden` is the share of the scorer's time that the overlap saves.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", metavar="OUT", type=FilePath)
+    parser.add_argument("bundle", metavar="BUNDLE", type=FilePath)
     parser.add_argument("--budget", default="balanced", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()

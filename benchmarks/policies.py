@@ -38,13 +38,13 @@ SKIPPING = ("even", "cosine")
 def main() -> None:
     """Prints a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", metavar="OUT")
+    parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     add_reference_option(parser)
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--skips", type=int, nargs="+", metavar="N", help="layers per token")
     budgets.add_argument("--losses", type=float, nargs="+", metavar="KL", help="nats per token")
-    parser.add_argument("--max-windows", type=int, default=8, help="(default: 8)")
+    parser.add_argument("--limit", type=int, default=8, help="(default: 8)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     model, text = dash_onnx.load(arguments.bundle), read_text(arguments.text)
@@ -58,7 +58,7 @@ def main() -> None:
             names.append((name, policy))
         except PolicyError as error:  # such as a budget below what a baseline can do
             print(f"{name}, {policy}: {error}", file=sys.stderr)
-    windows = arguments.max_windows
+    windows = arguments.limit
     with Phase("windows", total=windows * len(names)) as phase:
         evaluations = evaluate_policies(
             model,
@@ -87,7 +87,7 @@ def runs(
     manifest: Manifest, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, str, float | None]]:
     """The names, policies and budgets, from dear to cheap."""
-    assert manifest.scorer is not None, "train a policy first: dash-train OUT"
+    assert manifest.scorer is not None, "train a policy first: dash-train BUNDLE"
     table = manifest.scorer.static
     if arguments.skips:
         budgets = []

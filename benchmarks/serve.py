@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
     parser.add_argument("--budget", help="or --policy, of all requests")
     parser.add_argument("--policy")
-    parser.add_argument("--new-tokens", type=int, default=96, help="(default: 96)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="(default: 96)")
     parser.add_argument("--rounds", type=int, default=2, help="of each number of clients")
     parser.add_argument("--long", type=int, default=2000, help="tokens of a long prompt; 0: none")
     parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
@@ -85,7 +85,7 @@ def main() -> None:
     clients = [int(count) for count in arguments.clients.split(",")]
     threads = str(arguments.threads)
     command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle), "--threads"]
-    command += [threads, "--running", str(max(clients)), "--port", "PORT"]
+    command += [threads, "--parallel", str(max(clients)), "--port", "PORT"]
     servers = {"dash-serve": command}
     if arguments.peer:
         found_at = shutil.which(arguments.llama_server)
@@ -121,7 +121,7 @@ def main() -> None:
 def _batch_rate(count: int, arguments: argparse.Namespace, extra: dict[str, str]) -> float:
     """Tokens a second of the same prompts without a server."""
     command = [sys.executable, "-m", "dash_onnx", "run", str(arguments.bundle), "--batch"]
-    options = {"rows": count, "max-new-tokens": arguments.new_tokens, "temperature": 0}
+    options = {"parallel": count, "max-tokens": arguments.max_tokens, "temperature": 0}
     options |= {"threads": arguments.threads, **extra}
     rates = []
     for turn in range(arguments.rounds):
@@ -172,7 +172,7 @@ async def _measured(
             started = time.perf_counter()
             some = await asyncio.gather(
                 *(
-                    ask(url, _prompt(turn * count + one), arguments.new_tokens, extra)
+                    ask(url, _prompt(turn * count + one), arguments.max_tokens, extra)
                     for one in range(count)
                 )
             )
@@ -194,7 +194,7 @@ async def _stalled(
 ) -> dict[str, Any]:
     """Three answers run, and long prompts come, one after the other."""
     running = [
-        asyncio.create_task(ask(url, _prompt(n), 2 * arguments.new_tokens, extra)) for n in range(3)
+        asyncio.create_task(ask(url, _prompt(n), 2 * arguments.max_tokens, extra)) for n in range(3)
     ]
     firsts: list[float] = []
     while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:

@@ -84,7 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--per-kind", type=int, default=14, help="prompts (default: 14)")
     parser.add_argument(
-        "--new-tokens",
+        "--max-tokens",
         type=int,
         default=128,
         help="(default: 128; for editing, what the file takes and 32)",
@@ -112,7 +112,7 @@ def main() -> None:
         genai = GenAI(str(arguments.genai), thread_count()).answer
     rows = []
     for target in arguments.target or ["int8"]:
-        asked = Asked(target, arguments.new_tokens, arguments.temperature, genai)
+        asked = Asked(target, arguments.max_tokens, arguments.temperature, genai)
         by_kind = answered(model, prompts, asked)
         by_kind["all"] = [one for found in by_kind.values() for one in found]
         for kind, found in by_kind.items():

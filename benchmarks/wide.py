@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", metavar="OUT")
+    parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--reference", required=True, metavar="OTHER")
     parser.add_argument("--text", type=Path, required=True, action="append", metavar="FILE")
     parser.add_argument("--window", type=int, default=512, help="tokens (default: 512)")

@@ -1,4 +1,4 @@
-"""`python -m dash_onnx run OUT ...` is `dash-run OUT ...`."""
+"""`python -m dash_onnx run BUNDLE ...` is `dash-run BUNDLE ...`."""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--budget")
     parser.add_argument("--processes", type=int, default=1, help="(default: 1)")
     parser.add_argument("--threads", type=int, default=2, help="of each (default: 2)")
-    parser.add_argument("--rows", type=int, default=8, help="answers at once (default: 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: 256)")
+    parser.add_argument("--parallel", type=int, default=8, help="answers at once (default: 8)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="(default: 256)")
     arguments = parser.parse_args()
     arguments.answers.mkdir(parents=True, exist_ok=True)
     done = answered(arguments.answers)
@@ -82,12 +82,12 @@ def main() -> None:
         str(arguments.answers.resolve()),
         arguments.threads,
         arguments.budget,
-        arguments.max_new_tokens,
+        arguments.max_tokens,
     )
     found = ray.data.from_items(left).map_batches(
         Answers,
         fn_constructor_args=given,
-        batch_size=arguments.rows,
+        batch_size=arguments.parallel,
         num_cpus=arguments.threads,
         compute=ray.data.ActorPoolStrategy(size=arguments.processes),
     )

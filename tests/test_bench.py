@@ -173,7 +173,7 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FEW = ("--new-tokens", 4, "--rounds", 1, "--max-prompts", 1)
+FEW = ("--max-tokens", 4, "--rounds", 1, "--limit", 1)
 
 
 def test_json_compares_policies_and_a_peer(
@@ -184,8 +184,8 @@ def test_json_compares_policies_and_a_peer(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the keeper\nthe ships\n")
     found = TOOL.json_of(
-        capsys, tiny_bundle, "--run", "full", "--run", "int4", "--peer", f"flat:{clients}",
-        "--prompts", prompts, "--new-tokens", 6, "--rounds", 2, "--picture", picture,
+        capsys, tiny_bundle, "--policy", "full", "--policy", "int4", "--peer", f"flat:{clients}",
+        "--prompts", prompts, "--max-tokens", 6, "--rounds", 2, "--picture", picture,
         "--picture", drawing,
     )  # fmt: skip
     full, int4, peer = found["contenders"]
@@ -200,12 +200,12 @@ def test_json_compares_policies_and_a_peer(
 
 
 def test_a_run_may_guess(tiny_bundle: Path, capsys: Capture) -> None:
-    amount = ("--max-prompts", 1, "--new-tokens", 8, "--rounds", 1, "--threads", 1, "--no-quality")
-    assert TOOL.run(tiny_bundle, "--run", "int8", "--run", "int8+guesses", *amount) == 0
+    amount = ("--limit", 1, "--max-tokens", 8, "--rounds", 1, "--threads", 1, "--skip", "quality")
+    assert TOOL.run(tiny_bundle, "--policy", "int8", "--policy", "int8+guesses", *amount) == 0
     out = capsys.readouterr().out
     assert "dash int8+guesses" in out and "of runs that guess the mean" in out
     for wrong, told in (("int8+magic", "int8+magic"), ("random+guesses", "one path")):
-        assert told in TOOL.refused(capsys, tiny_bundle, "--run", wrong)
+        assert told in TOOL.refused(capsys, tiny_bundle, "--policy", wrong)
 
 
 def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capture) -> None:
@@ -233,13 +233,13 @@ def test_a_peer_that_cannot_run_is_one_line(
     [
         (("--peer", "genai"), "expected KIND:PATH"),
         (("--peer", "flat:/nowhere"), "/nowhere does not exist"),
-        (("--run", "int3"), "unknown policy"),
-        (("--run", "static:@/nowhere"), "/nowhere"),
+        (("--policy", "int3"), "unknown policy"),
+        (("--policy", "static:@/nowhere"), "/nowhere"),
         (("--picture", "x.gif"), ".png or .svg"),
         (("--picture", "/nowhere/x.png"), "no folder"),
-        (("--new-tokens", 1), "at least 2"),
+        (("--max-tokens", 1), "at least 2"),
         (("--prompts", "/nowhere"), "/nowhere"),
-        (("--picture", "x.png", "--no-quality"), "leave --no-quality out"),
+        (("--picture", "x.png", "--skip", "quality"), "leave --skip quality out"),
     ],
 )
 def test_misuse_is_one_line(
@@ -275,12 +275,12 @@ def test_the_prefill_is_measured_where_the_context_holds_it(
     folder = save_tiny(tmp_path / "longer", max_position_embeddings=600)
     bundle = export_tiny(folder)
     capsys.readouterr()  # what the export prints
-    words = (bundle, "--run", "int4", "--peer", f"flat:{clients}", *FEW)
+    words = (bundle, "--policy", "int4", "--peer", f"flat:{clients}", *FEW)
     for row in TOOL.json_of(capsys, *words)["contenders"]:
         assert [*row["behind"]] == ["512"]
         prefill = row["behind"]["512"]
         assert len(prefill["prefill_ms"]) == 3 and prefill["prefill_tokens_per_s"] > 0
-    found = TOOL.json_of(capsys, *words, "--no-contexts")
+    found = TOOL.json_of(capsys, *words, "--skip", "contexts")
     assert [row["behind"] for row in found["contenders"]] == [{}, {}]
 
 

@@ -128,10 +128,10 @@ def test_a_cache_that_cannot_be_written_is_told(
 
 def test_the_cache_is_listed_and_emptied(model: Path, exports: list[str], capsys: Capture) -> None:
     bundle_of(model)
-    assert INFO.run("--list", "--json") == 0
+    assert INFO.run("--json") == 0
     (facts,) = json.loads(capsys.readouterr().out)
     assert facts["source"] == str(model) and facts["bytes"] > 0 and not facts["trained"]
-    assert INFO.run("--list") == 0
+    assert INFO.run() == 0
     assert str(model) in capsys.readouterr().out
     assert INFO.run("--remove", str(model)) == 0
     assert listing()[0] == []

@@ -147,7 +147,10 @@ def test_a_limit_that_is_exceeded_is_exit_code_1_and_a_line_for_each(
     tensors["model.layers.1.self_attn.v_proj.weight"] *= 2.0**-20
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 2.0**20
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    assert TOOL.run(*arguments(source, night, tmp_path / "out", "--json", "--quiet")) == 1
+    assert (
+        TOOL.run(*arguments(source, night, tmp_path / "out", "--json", "--log-level", "warning"))
+        == 1
+    )
     captured = capsys.readouterr()
     layer, whole = captured.err.splitlines()
     assert layer.startswith("dash-export: check: layer 1 full ")

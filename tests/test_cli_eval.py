@@ -12,7 +12,8 @@ from conftest import logits_of
 from transformers import AutoModelForCausalLM
 
 from dash_onnx.cli.eval import main
-from dash_onnx.eval.text import evaluate_policies
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.eval.text import evaluate_policies, evaluate_text
 from dash_onnx.runtime.engine import Model
 
 SENTENCES = (
@@ -20,7 +21,7 @@ SENTENCES = (
     "42 ships, and none of them slows down: the light is all they want\n"
 )
 WINDOW, PROMPT = 32, 8
-SIZES = ("--window", WINDOW, "--prompt-tokens", PROMPT)
+SIZES = ("--window", WINDOW)  # a quarter is the prompt
 TOOL = Tool("dash-eval", main)
 run, refused, json_of = TOOL.run, TOOL.refused, TOOL.json_of
 
@@ -123,26 +124,26 @@ def test_kl_and_top1_compare_with_the_full_model_in_its_own_context(
 
 @pytest.mark.parametrize(("window", "prompt"), [(32, 8), (20, 1), (17, 15), (3, 1)])
 def test_every_token_after_the_first_decoded_one_is_predicted(
-    window: int, prompt: int, tiny_bundle: Path, tiny_model: Model, text: Path, capsys: Capture
+    window: int, prompt: int, tiny_model: Model, text: Path
 ) -> None:
-    sizes = ("--window", window, "--prompt-tokens", prompt, "--max-windows", 6)
-    facts = json_of(capsys, tiny_bundle, "--text", text, *sizes, "--policy", "int8")
+    sizes = {"window": window, "prompt_tokens": prompt, "max_windows": 6}
+    found = evaluate_text(tiny_model, text.read_text(), "int8", **sizes)
     count = min(6, len(windows(tiny_model, text, window)))
-    assert facts["tokens"] == count * (window - prompt - 1) > 0
+    assert found.tokens == count * (window - prompt - 1) > 0
 
 
-def test_max_windows_takes_the_first_windows(
+def test_a_limit_takes_the_first_windows(
     tiny_bundle: Path, tiny_model: Model, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert len(windows(tiny_model, text)) > 2
-    facts = json_of(capsys, tiny_bundle, "--text", text, *SIZES, "--max-windows", 2)
+    facts = json_of(capsys, tiny_bundle, "--text", text, *SIZES, "--limit", 2)
     assert facts["tokens"] == 2 * (WINDOW - PROMPT - 1)
-    more = json_of(capsys, tiny_bundle, "--text", text, *SIZES, "--max-windows", 10_000)
+    more = json_of(capsys, tiny_bundle, "--text", text, *SIZES, "--limit", 10_000)
     assert more["tokens"] == len(windows(tiny_model, text)) * (WINDOW - PROMPT - 1)
 
 
 def test_a_random_policy_repeats_itself(tiny_bundle: Path, text: Path, capsys: Capture) -> None:
-    drawn = (tiny_bundle, "--text", text, *SIZES, "--max-windows", 2, "--policy")
+    drawn = (tiny_bundle, "--text", text, *SIZES, "--limit", 2, "--policy")
     first, again, other = (json_of(capsys, *drawn, f"random:{seed}") for seed in (1, 1, 2))
     for facts in (first, again, other):
         del facts["ms_per_token"]
@@ -155,9 +156,9 @@ def test_a_random_policy_repeats_itself(tiny_bundle: Path, text: Path, capsys: C
 def test_the_table_shows_what_json_has(tiny_bundle: Path, text: Path, capsys: Capture) -> None:
     arguments = (tiny_bundle, "--text", text, *SIZES, "--policy", "int8")
     facts = json_of(capsys, *arguments)
-    assert run(*arguments, "--quiet") == 0
+    assert run(*arguments) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert all(line.startswith("dash-eval: ") for line in captured.err.splitlines())
     shown = dict(line.split(maxsplit=1) for line in captured.out.splitlines())
     assert f"{facts['perplexity']:.3f}" in shown["perplexity"]
     assert f"{facts['kl']:.5f}" in shown["KL"]
@@ -189,16 +190,16 @@ def test_an_unusable_text_is_refused_by_its_name(
 def test_a_window_larger_than_the_context_is_refused(
     tiny_bundle: Path, text: Path, capsys: Capture
 ) -> None:
-    message = refused(capsys, tiny_bundle, "--text", text, "--window", 257, "--prompt-tokens", 8)
+    message = refused(capsys, tiny_bundle, "--text", text, "--window", 257)
     assert "257" in message and "256" in message
 
 
 @pytest.mark.parametrize("prompt", [WINDOW - 1, WINDOW, WINDOW + 1])
 def test_a_prompt_part_that_leaves_nothing_to_decode_is_refused(
-    prompt: int, tiny_bundle: Path, text: Path, capsys: Capture
+    prompt: int, tiny_model: Model, text: Path
 ) -> None:
-    arguments = ("--text", text, "--window", WINDOW, "--prompt-tokens", prompt)
-    assert str(prompt) in refused(capsys, tiny_bundle, *arguments)
+    with pytest.raises(PolicyError, match=str(prompt)):
+        evaluate_text(tiny_model, text.read_text(), "int8", window=WINDOW, prompt_tokens=prompt)
 
 
 @pytest.mark.parametrize("policy", ["fastest", "static:full", "static:skip,full*3"])
@@ -226,8 +227,7 @@ def test_a_missing_bundle_is_refused(text: Path, tmp_path: Path, capsys: Capture
         ("out",),
         ("out", "--text"),
         ("out", "--text", "t", "--window", "0"),
-        ("out", "--text", "t", "--prompt-tokens", "0"),
-        ("out", "--text", "t", "--max-windows", "none"),
+        ("out", "--text", "t", "--limit", "none"),
         ("out", "--text", "t", "--threads", "-1"),
         ("out", "more", "--text", "t"),
     ],
@@ -249,11 +249,7 @@ def test_help_has_examples(capsys: Capture) -> None:
     ("what", "option"),
     [
         ("task", ("--window", 32)),
-        ("task", ("--prompt-tokens", 8)),
-        ("task", ("--prefill", "int8")),
-        ("task", ("--max-windows", 2)),
-        ("text", ("--max-items", 2)),
-        ("text", ("--speculate",)),
+        ("text", ("--no-speculate",)),
     ],
 )
 def test_an_option_of_the_other_kind_of_input_is_refused(

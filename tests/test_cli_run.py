@@ -20,16 +20,18 @@ import pytest
 from cli_tool import Capture, Tool
 from scored_bundle import with_scorer
 
+import dash_onnx
 from dash_onnx.cli import chat
 from dash_onnx.cli.run import main
 from dash_onnx.core.bundle import file_facts
+from dash_onnx.core.errors import BundleError, DeviceError
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk, CurrentPolicy
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.stream import Stream
 
 PROMPT = "the keeper of the lighthouse"
-QUICK = ("--max-new-tokens", "6", "--ignore-eos")
+QUICK = ("--max-tokens", "6", "--ignore-eos")
 RAW = ("--raw", *QUICK)
 LAYERS = 4
 RUN = "import sys; from dash_onnx.cli.run import main; sys.exit(main())"
@@ -78,7 +80,7 @@ def test_a_batch_answers_every_line_of_a_file(
     file, ask = tmp_path / "prompts.jsonl", [{"role": "user", "content": "hello"}]
     lines = ["hello", {"prompt": "ships?", "id": "b"}, {"messages": ask, "id": 7}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run(tiny_bundle, "--batch", file, "--rows", 2, *QUICK) == 0
+    assert run(tiny_bundle, "--batch", file, "--parallel", 2, *QUICK) == 0
     out, err = capsys.readouterr()
     found = {answer["id"]: answer for answer in map(json.loads, out.splitlines())}
     options: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True}
@@ -166,23 +168,22 @@ def test_json_is_one_object_with_text_and_figures(
     assert facts["actions"] == {tiny_model.policy().uniform[0]: 1.0}
 
 
-def test_json_lines_tell_each_token_as_it_comes(tiny_bundle: Path, capsys: Capture) -> None:
+def test_a_trace_on_stdout_tells_each_token_as_it_comes(tiny_bundle: Path, capsys: Capture) -> None:
     whole = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
-    assert run(tiny_bundle, PROMPT, *QUICK, "--json-lines") == 0
+    assert run(tiny_bundle, PROMPT, *QUICK, "--trace", "-") == 0
     *tokens, figures = map(json.loads, capsys.readouterr().out.splitlines())
     assert "".join(token["text"] for token in tokens) == whole["text"]
     assert all(len(token["path"]) == LAYERS and token["ms"] >= 0 for token in tokens)
     assert figures["generated_tokens"] == len(tokens) == 6
-    assert run(tiny_bundle, "--json-lines") == 2
 
 
 def test_a_single_token_has_no_decoding_figures(tiny_bundle: Path, capsys: Capture) -> None:
-    facts = json_of(capsys, tiny_bundle, PROMPT, "--max-new-tokens", 1, "--ignore-eos")
+    facts = json_of(capsys, tiny_bundle, PROMPT, "--max-tokens", 1, "--ignore-eos")
     assert facts["generated_tokens"] == 1
     assert facts["ms_per_token"] is None
     assert facts["tokens_per_second"] is None
     assert facts["actions"] == {}
-    assert run(tiny_bundle, PROMPT, "--max-new-tokens", 1, "--ignore-eos") == 0
+    assert run(tiny_bundle, PROMPT, "--max-tokens", 1, "--ignore-eos") == 0
     assert "1 token" in capsys.readouterr().err
 
 
@@ -226,7 +227,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(
         tiny_bundle,
         PROMPT,
         "--raw",
-        "--max-new-tokens",
+        "--max-tokens",
         20,
         "--ignore-eos",
         "--stop",
@@ -253,10 +254,9 @@ def test_a_prompt_is_a_chat_message_unless_it_is_raw(
 ) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     answer = tiny_model.chat(messages, max_new_tokens=6, ignore_eos=True)
-    for arguments in ((PROMPT,), ("--chat", PROMPT), (PROMPT, "--chat")):
-        facts = json_of(capsys, tiny_bundle, *arguments, *QUICK)
-        assert facts["text"] == answer
-        assert facts["prompt_tokens"] == len(tiny_model.text.encode_chat(messages))
+    facts = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
+    assert facts["text"] == answer
+    assert facts["prompt_tokens"] == len(tiny_model.text.encode_chat(messages))
     raw = json_of(capsys, tiny_bundle, PROMPT, *RAW)
     assert raw["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
 
@@ -269,8 +269,7 @@ def test_a_model_without_chat_template_continues_the_prompt(
     (damaged / "dash.json").write_text(json.dumps(manifest), "utf-8")
     facts = json_of(capsys, damaged, PROMPT, *QUICK)
     assert facts["prompt_tokens"] == len(tiny_model.text.encode(PROMPT))
-    for arguments in (("--chat",), ("--system", "be brief")):
-        assert "no chat template" in refused(capsys, damaged, PROMPT, *arguments)
+    assert "no chat template" in refused(capsys, damaged, PROMPT, "--system", "be brief")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file"])
@@ -300,7 +299,7 @@ def test_a_pipe_that_brings_nothing_is_told_of(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_as_empty_as_dev_null(closed: str, tiny_bundle: Path) -> None:
-    shell = f'exec "$0" -c \'{RUN}\' "$1" "$2" --max-new-tokens 2 {closed}'
+    shell = f'exec "$0" -c \'{RUN}\' "$1" "$2" --max-tokens 2 {closed}'
     words = ["bash", "-c", shell, sys.executable, str(tiny_bundle), PROMPT]
     done = subprocess.run(words, stderr=subprocess.PIPE, timeout=60, text=True)
     assert "Traceback" not in done.stderr
@@ -354,7 +353,7 @@ def test_text_that_stdout_cannot_hold_is_written_escaped(encoding: str, tiny_bun
 def test_a_system_message_comes_first(
     tiny_bundle: Path, tiny_model: Model, capsys: Capture
 ) -> None:
-    facts = json_of(capsys, tiny_bundle, "--chat", PROMPT, "--system", "be brief", *QUICK)
+    facts = json_of(capsys, tiny_bundle, PROMPT, "--system", "be brief", *QUICK)
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": PROMPT},
@@ -409,11 +408,14 @@ def test_stdin_without_end_is_refused_in_one_line(tiny_bundle: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_a_bundle_may_be_pinned(tiny_bundle: Path, capsys: Capture) -> None:
+def test_a_bundle_may_be_pinned(tiny_bundle: Path) -> None:
     known = file_facts(tiny_bundle / "dash.json").sha256
-    assert json_of(capsys, tiny_bundle, PROMPT, *RAW, "--sha256", known)["text"]
-    told = refused(capsys, tiny_bundle, PROMPT, *RAW, "--sha256", "0" * 64)
-    assert "its SHA-256 differs" in told
+    dash_onnx.load(tiny_bundle, sha256=known)
+    with pytest.raises(BundleError, match="its SHA-256 differs"):
+        dash_onnx.load(tiny_bundle, sha256="0" * 64)
+
+
+def test_a_bundle_must_have_a_name(capsys: Capture) -> None:
     assert "no bundle is named" in refused(capsys, "", PROMPT)
 
 
@@ -438,7 +440,7 @@ def test_a_prompt_that_is_no_text_is_refused_in_one_line(
 def test_a_prompt_longer_than_the_context_is_refused(
     chat: bool, tiny_bundle: Path, capsys: Capture
 ) -> None:
-    message = refused(capsys, tiny_bundle, "ships " * 300, *(["--chat"] if chat else []))
+    message = refused(capsys, tiny_bundle, "ships " * 300, *([] if chat else ["--raw"]))
     assert "256" in message and "context" in message
 
 
@@ -537,13 +539,15 @@ def test_an_empty_stop_text_does_not_silence_the_answer(tiny_bundle: Path, capsy
         (),
         ("out", "prompt", "more"),
         ("out", "prompt", "--no-such-option"),
-        ("out", "prompt", "--max-new-tokens", "0"),
+        ("out", "prompt", "--max-tokens", "0"),
         ("out", "prompt", "--threads", "0"),
         ("out", "prompt", "--temperature", "warm"),
         ("out", "prompt", "--prefill", "skip"),
         ("out", "--json"),
         ("out", "prompt", "--raw", "--system", "be brief"),
-        ("out", "prompt", "--raw", "--chat"),
+        ("out", "--trace", "-"),
+        ("out", "prompt", "--trace", "-", "--json"),
+        ("out", "prompt", "--trace", "-", "--show-path"),
         ("out", "--raw"),
     ],
     ids=" ".join,
@@ -557,8 +561,7 @@ def test_misuse_of_the_arguments_is_one_line_that_leads_to_the_help(
 def test_help_has_examples(capsys: Capture) -> None:
     assert run("--help") == 0
     examples = capsys.readouterr().out.partition("examples:")[2]
-    assert examples.count("dash-run ") >= 4
-    assert "--raw" in examples and "/help" in examples
+    assert examples.count("dash-run ") >= 3 and "/help" in examples
 
 
 def test_a_missing_bundle_is_refused_with_the_remedy(tmp_path: Path, capsys: Capture) -> None:
@@ -566,9 +569,9 @@ def test_a_missing_bundle_is_refused_with_the_remedy(tmp_path: Path, capsys: Cap
     assert "nowhere" in message and "dash-export" in message
 
 
-def test_a_bundle_for_another_device_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
-    message = refused(capsys, tiny_bundle, PROMPT, "--device", "cuda")
-    assert "cpu" in message and "cuda" in message
+def test_a_bundle_for_another_device_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(DeviceError, match="cuda"):
+        dash_onnx.load(tiny_bundle, device="cuda")
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/trace.jsonl", ".", "file/trace.jsonl"])
@@ -678,7 +681,7 @@ def test_no_token_waits_for_a_graph_to_load(
 @pytest.mark.parametrize("more", ["", "--json"])
 def test_a_reader_that_leaves_early_causes_no_traceback(more: str, tiny_bundle: Path) -> None:
     shell = (
-        f'"$0" -c \'{RUN}\' "$1" "$2" --ignore-eos --max-new-tokens 200 {more}'
+        f'"$0" -c \'{RUN}\' "$1" "$2" --ignore-eos --max-tokens 200 {more}'
         " | head -c 1 >/dev/null; echo ${PIPESTATUS[0]}"
     )
     done = subprocess.run(

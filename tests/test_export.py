@@ -333,7 +333,12 @@ def test_blocks_are_large_where_nothing_speaks_against_it(
             ({"block_size": 32, "compensation_rank": r}, f"rank {r} must be 0")
             for r in (-32, 1, 33)
         ),
-        ({"block_size": 256}, "--block-size 256 does not divide the hidden size 64"),
+        ({"block_size": 256}, "block_size 256 does not divide the hidden size 64"),
+        ({"block_size": 64}, "block_size 64 does not divide the intermediate size 96"),
+        (
+            {"compensation_rank": 33},
+            "compensation_rank 33 must be 0 or a multiple of block_size 32",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_each_other_are_refused(

@@ -342,7 +342,7 @@ def test_odd_command_lines_end_in_good_time_without_a_traceback(
         if tool in ("export", "train", "serve", "bench"):  # what is well-formed would take long
             line[0] = str(rng.choice([tmp_path / "missing", *WORDS]))
         if tool == "run":
-            line += ["--max-new-tokens", "2"]
+            line += ["--max-tokens", "2"]
         started = time.monotonic()
         try:
             code = importlib.import_module(f"dash_onnx.cli.{tool}").main(line)

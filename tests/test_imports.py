@@ -118,6 +118,13 @@ def test_the_package_offers_load_and_model() -> None:
         dash_onnx.lode  # noqa: B018
 
 
+def test_the_steps_of_the_export_import_pytorch_when_they_are_called() -> None:
+    _, roots = report(BLOCK + "from dash_onnx import export, fuse, train\nresult = []\n")
+    assert not roots & {*EXPORT_ONLY, "onnxruntime"}
+    done = python(BLOCK + "import dash_onnx\ndash_onnx.export('model', 'out')\n")
+    assert "DashError: exporting needs torch" in done.stderr
+
+
 def test_every_exported_name_exists() -> None:
     assert all(hasattr(dash_onnx, name) for name in dash_onnx.__all__)
 
@@ -260,12 +267,12 @@ def test_every_command_of_the_runtime_works_without_what_windows_lacks(
     code += "from dash_onnx.__main__ import main\nsys.exit(main())\n"
     copy = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     for command in (
-        ("run", copy, "🚢", "--max-new-tokens", "3"),
+        ("run", copy, "🚢", "--max-tokens", "3"),
         ("run", copy),
-        ("eval", copy, "--text", text, "--window", "32", "--prompt-tokens", "8"),
+        ("eval", copy, "--text", text, "--window", "32"),
         ("info", copy),
         ("profile", copy, "--force"),
-        ("bench", copy, "--run", "int8", "--new-tokens", "4", "--rounds", "1"),
+        ("bench", copy, "--policy", "int8", "--max-tokens", "4", "--rounds", "1"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, command)],

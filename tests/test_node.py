@@ -72,7 +72,7 @@ def test_tokens_and_paths_are_those_of_python(
 ) -> None:
     folder = fused(bundle, policy)
     given = [] if budget is None else ["--budget", str(budget)]
-    found = json.loads(node(folder, "--json", "--tokens", str(TOKENS), *given))
+    found = json.loads(node(folder, "--json", "--max-tokens", str(TOKENS), *given))
     assert found == python(bundle, folder, budget)
     assert len(found["tokens"]) > 4
 
@@ -81,12 +81,12 @@ def test_the_text_is_that_of_the_tokens(bundle: Bundle) -> None:
     folder = fused(bundle, "int8")
     tokens = python(bundle, folder, None)["tokens"]
     text = dash_onnx.load(bundle.folder).text.decode(tokens)
-    shown = node(folder, "--tokens", str(TOKENS)).removesuffix("\n")
+    shown = node(folder, "--max-tokens", str(TOKENS)).removesuffix("\n")
     assert text.rstrip("\ufffd").startswith(shown) and shown
 
 
 def test_a_preset_is_a_budget(bundle: Bundle) -> None:
     folder = fused(bundle, "dash")
     presets = json.loads((folder / "dash_fused.json").read_text())["budgets"]["presets"]
-    by_name = node(folder, "--json", "--budget", "fast", "--tokens", "8")
-    assert by_name == node(folder, "--json", "--budget", str(presets["fast"]), "--tokens", "8")
+    by_name = node(folder, "--json", "--budget", "fast", "--max-tokens", "8")
+    assert by_name == node(folder, "--json", "--budget", str(presets["fast"]), "--max-tokens", "8")

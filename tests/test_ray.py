@@ -171,7 +171,7 @@ def test_a_dataset_goes_on_where_it_was_stopped(
     asked = {str(n): f"the keeper counts {n} ships" for n in range(1000)}
     prompts.write_text("".join(f"{json.dumps({'id': i, 'prompt': p})}\n" for i, p in asked.items()))
     command = [sys.executable, str(EXAMPLE), str(tiny_bundle), str(prompts), str(answers)]
-    command += ["--max-new-tokens", "8", "--threads", "1", "--processes", "2"]
+    command += ["--max-tokens", "8", "--threads", "1", "--processes", "2"]
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len([*answers.glob("*.jsonl")]) < 5 and time.monotonic() < deadline:

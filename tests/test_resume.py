@@ -39,7 +39,7 @@ def arguments(deep: Path, night: Path, out: Path, *more: object) -> list[str]:
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """Every byte; of dash.json all but what is measured anew: `costs`, budgets, and two keys of `export`."""
+    """Every byte; of dash.json all but what is measured anew: costs, budgets, parts of `export`."""
     found: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -182,9 +182,8 @@ def test_an_interrupt_without_resume_leaves_nothing(
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--block-size", "16"), "block-size"),
+        (("--kv-cache", "int8"), "kv-cache"),
         (("--variants", "full"), "variants"),
-        (("--seed", "1"), "seed"),
         (("--max-length", "100"), "max-length"),
     ],
 )

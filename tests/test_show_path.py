@@ -22,7 +22,7 @@ from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
 
 PROMPT = "the keeper of the lighthouse"
-QUICK = ("--raw", "--max-new-tokens", "6", "--ignore-eos", "--show-path")
+QUICK = ("--raw", "--max-tokens", "6", "--ignore-eos", "--show-path")
 TOOL = Tool("dash-run", main)
 COLOUR = re.compile(r"\x1b\[48;5;(\d+);38;5;16m(.*?)\x1b\[0m", re.DOTALL)
 GREEN, RED = "114", "203"

@@ -57,15 +57,41 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-def test_the_reference_says_which_tools_have_quiet_and_verbose(
+def test_the_reference_says_which_tools_have_a_log_level(
     parsers: dict[str, argparse.ArgumentParser],
 ) -> None:
-    (sentence,) = re.findall(
-        r"^([^.]*) have `--quiet` and `--verbose`", text_of("docs/reference/cli.md"), re.M
-    )
+    (sentence,) = re.findall(r"^([^.]*) have `--log-level`", text_of("docs/reference/cli.md"), re.M)
     named = set(re.findall(r"`(dash-\w+)`", sentence))
-    for name in ("--quiet", "--verbose"):
-        assert named == {tool for tool, one in parsers.items() if name in options_of(one)}
+    assert named == {tool for tool, one in parsers.items() if "--log-level" in options_of(one)}
+
+
+def test_the_tools_have_few_options_and_each_thing_has_one_name(
+    parsers: dict[str, argparse.ArgumentParser],
+) -> None:
+    inherent = {"-h", "--help", "--version"}
+    options = [
+        action
+        for parser in parsers.values()
+        for action in parser._actions
+        if action.option_strings
+        and not {*action.option_strings} <= inherent
+        and action.help != argparse.SUPPRESS  # of benchmarks
+    ]
+    assert len(options) <= 110
+    former = {"--max-new-tokens", "--new-tokens", "--tokens", "--rows", "--running", "--run"}
+    for tool, parser in parsers.items():
+        assert not former & options_of(parser), tool
+        inputs = [action for action in parser._actions if action.dest in ("bundle", "bundles")]
+        assert all(action.metavar == "BUNDLE" for action in inputs), tool
+
+
+def test_the_help_of_dash_run_fits_on_a_screen(
+    monkeypatch: pytest.MonkeyPatch, parsers: dict[str, argparse.ArgumentParser]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = parsers["dash-run"].format_help()
+    assert len(shown.splitlines()) <= 45
+    assert all(f"\n{group}:\n" in shown for group in ("basic", "sampling", "advanced"))
 
 
 def test_the_reference_says_which_tools_have_json(

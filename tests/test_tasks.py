@@ -378,7 +378,7 @@ def test_free_answers_are_compared_exactly(
 
 def test_the_command_scores_a_file(tiny_bundle: Path, tmp_path: Path, capsys: Capture) -> None:
     path = written(tmp_path / "arc.jsonl", ARC, ARC, ARC)
-    found = TOOL.json_of(capsys, tiny_bundle, "--task", path, "--max-items", 2, "--policy", "int4")
+    found = TOOL.json_of(capsys, tiny_bundle, "--task", path, "--limit", 2, "--policy", "int4")
     assert found["policy"] == "int4" and found["cost_ms"] > 0 and found["truncated"] == 0
     assert found["results"]["arc"]["sample_len"] == 2
     assert found["results"]["arc"].keys() >= {"acc,none", "acc_stderr,none", "acc_norm,none"}

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.common import (
     Parser,
+    add_bundle_argument,
     add_graphs_option,
+    add_json_option,
     add_log_options,
     add_memory_option,
     add_reference_option,
+    add_threads_option,
     aligned,
     load_reference,
     log_level,
@@ -37,7 +40,7 @@ _PREFILLS = 3  # runs of the first, in each process: it is short, and its first 
 
 _EXAMPLES = """\
   dash-bench out/
-  dash-bench out/ --run int4 --run dash@fast --peer genai:peers/int4 --picture speed.png
+  dash-bench out/ --policy int4 --policy dash@fast --peer genai:peers/int4 --picture speed.png
   dash-bench out/ --peer llama.cpp:model.gguf --peer transformers:model/ --prompts p.jsonl --json"""
 
 
@@ -49,9 +52,9 @@ def _parser() -> Parser:
         "highest precision, on the answers of that precision.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
+    add_bundle_argument(parser)
     parser.add_argument(
-        "--run",
+        "--policy",
         action="append",
         default=[],
         metavar="POLICY[@BUDGET][+guesses]",
@@ -75,14 +78,14 @@ def _parser() -> Parser:
         "prompts)",
     )
     parser.add_argument(
-        "--max-prompts",
+        "--limit",
         type=positive,
         default=6,
         metavar="N",
         help="use the first N prompts (default: 6)",
     )
     parser.add_argument(
-        "--new-tokens",
+        "--max-tokens",
         type=_at_least_two,
         default=96,
         metavar="N",
@@ -103,15 +106,17 @@ def _parser() -> Parser:
         help="restart every contender N times, each time for all rounds; memory layout alone can "
         "make a process up to 8 %% faster (default: 1)",
     )
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+    add_threads_option(parser)
     add_memory_option(parser)
     add_graphs_option(parser)
     add_reference_option(parser)
-    parser.add_argument("--no-quality", action="store_true", help="measure speed only")
     parser.add_argument(
-        "--no-contexts",
-        action="store_true",
-        help="skip the prefill of 512 tokens and decoding behind 1,000 and 3,500 tokens",
+        "--skip",
+        action="append",
+        choices=("quality", "contexts"),
+        default=[],
+        help="leave out the KL, or the prefill of 512 tokens and decoding behind 1,000 and 3,500 "
+        "tokens; can be repeated",
     )
     parser.add_argument(
         "--picture",
@@ -121,7 +126,7 @@ def _parser() -> Parser:
         metavar="FILE",
         help="plot speed against quality as .png or .svg; can be repeated",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_json_option(parser)
     add_log_options(parser)
     return parser
 
@@ -142,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     for picture in arguments.picture:
         if picture.suffix not in (".png", ".svg"):
             parser.error(f"--picture {picture}: the name must end in .png or .svg")
-        if arguments.no_quality:
-            parser.error("--picture plots quality: leave --no-quality out")
+        if "quality" in arguments.skip:
+            parser.error("--picture plots quality: leave --skip quality out")
     return run("dash-bench", lambda: _bench(arguments), log_level(arguments))
 
 
@@ -165,24 +170,25 @@ def _bench(arguments: argparse.Namespace) -> None:
     for picture in arguments.picture:
         check_file(picture)
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
-    variants = arguments.run or _default_runs(model)
+    variants = arguments.policy or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
     for variant, policy in zip(variants, policies, strict=True):
         if guesses(variant) and policy.uniform is None:
             raise PolicyError(f"{variant}: guesses are checked on one path, such as int8")
-    prompts = [_encoded(model, text) for text in texts[: arguments.max_prompts]]
+    prompts = [_encoded(model, text) for text in texts[: arguments.limit]]
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
-    if not arguments.no_quality:
-        quality = partial(divergence, texts=_reference(reference, prompts, arguments.new_tokens))
-    room = 0 if arguments.no_contexts else model.manifest.model.max_length - arguments.new_tokens
-    lengths = [length for length in _CONTEXTS if length <= room]
+    if "quality" not in arguments.skip:
+        quality = partial(divergence, texts=_reference(reference, prompts, arguments.max_tokens))
+    room = model.manifest.model.max_length - arguments.max_tokens
+    wanted = () if "contexts" in arguments.skip else _CONTEXTS
+    lengths = [length for length in wanted if length <= room]
     contexts = [context(prompts, length) for length in lengths]
     threads = thread_count()
     ceiling = read_gigabytes_per_s(threads)
     results = measure(
         _starts(arguments, variants, threads),
         prompts,
-        new_tokens=arguments.new_tokens,
+        new_tokens=arguments.max_tokens,
         rounds=arguments.rounds,
         processes=arguments.processes,
         contexts=[*contexts[:1] * (_PREFILLS - 1), *contexts],
@@ -199,7 +205,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     else:
         print(_table(results))
         print(
-            f"\n{machine}; {len(prompts)} prompts, {arguments.new_tokens} new tokens, "
+            f"\n{machine}; {len(prompts)} prompts, {arguments.max_tokens} new tokens, "
             f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
         )
         if contexts:
@@ -231,7 +237,7 @@ def _starts(
 ) -> list[Callable[[], Worker]]:
     from dash_onnx.bench.worker import Worker
 
-    bundle, memory, graphs = arguments.bundle, arguments.memory, arguments.cuda_graphs
+    bundle, memory, graphs = str(arguments.bundle), arguments.memory, arguments.cuda_graphs
     ours = "dash" if memory == "high" else "dash-low"
     starts: list[Callable[[], Worker]] = [
         partial(Worker, f"{ours} {v}", "dash", bundle, threads, v, memory, graphs) for v in variants

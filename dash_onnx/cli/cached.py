@@ -94,7 +94,7 @@ def remove(name: str) -> list[Entry]:
     source = _source(name) or name
     found = [entry for entry in _entries() if name == entry.folder.name or source == entry.source]
     if not found:
-        raise SourceError(f"{name} is not in the cache: `dash-info --list` shows what is")
+        raise SourceError(f"{name} is not in the cache: `dash-info` lists what is")
     for entry in found:
         _remove(entry)
     return found

@@ -127,7 +127,7 @@ class Chat:
         text: list[str] = []
         with _typing_waits(), self._model.stream(asked, options=self._options) as chunks:
             try:
-                show(record.watch(chunks, self._model, self._trace), view, text)
+                show(record.watch(chunks, self._trace), view, text)
             except Terminated:
                 raise
             except KeyboardInterrupt:  # stops this answer, not the chat

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             epilog=f"examples:\n{examples}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=27),
         )
         self.add_argument("--version", action="version", version=f"dash-onnx {__version__}")
 
@@ -170,6 +171,13 @@ def seed(text: str) -> int:
     return value
 
 
+def folder(text: str) -> Path:
+    """An argparse type: a bundle's folder; an empty name is not the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("no bundle is named")
+    return Path(text)
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     value = int(text)
@@ -189,28 +197,37 @@ Options: TypeAlias = argparse._ActionsContainer
 
 def add_log_options(parser: Options) -> None:
     """Options of the tools that take long."""
-    choice = parser.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--verbose", action="store_true", help="log every step, and the warnings of other packages"
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning"),
+        default="info",
+        help="debug logs every step, and the warnings of other packages; warning logs warnings and "
+        "errors only (default: %(default)s)",
     )
-    choice.add_argument("--quiet", action="store_true", help="log warnings and errors only")
 
 
 def log_level(arguments: argparse.Namespace) -> int:
-    """What `--verbose` and `--quiet` ask for."""
-    if arguments.verbose:
-        return logging.DEBUG
-    return logging.WARNING if arguments.quiet else logging.INFO
+    """What `--log-level` asks for."""
+    return logging.getLevelNamesMapping()[arguments.log_level.upper()]
 
 
-def add_device_options(parser: Options) -> None:
-    """Where a bundle runs."""
+def add_bundle_argument(parser: Options) -> None:
+    """The bundle that a tool reads."""
     parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="refuse an OUT exported for another device (default: the device OUT was exported for)",
+        "bundle", metavar="BUNDLE", type=folder, help="the bundle that dash-export wrote"
     )
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: all cores)")
+
+
+def add_json_option(parser: Options) -> None:
+    """Option of the tools whose result programs read."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+
+def add_threads_option(parser: Options) -> None:
+    """Option of the tools that run a bundle."""
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
+    )
 
 
 def add_graphs_option(parser: Options) -> None:
@@ -218,33 +235,40 @@ def add_graphs_option(parser: Options) -> None:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="capture each layer and action as a CUDA graph and replay it (only for a CUDA bundle)",
+        help="replay each layer as a CUDA graph (only for a CUDA bundle)",
     )
 
 
-def add_runtime_options(parser: argparse.ArgumentParser) -> Options:
-    """Options of every tool that loads a bundle; returns the group of how it computes."""
-    parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+def add_policy_options(parser: Options) -> None:
+    """How a bundle computes a token."""
     parser.add_argument(
-        "--sha256", metavar="HEX", help="refuse an OUT whose dash.json has a different SHA-256"
-    )
-    computed = parser.add_argument_group("computation")
-    computed.add_argument(
         "--policy",
         default="",
-        help="dash, full, int8, int4, int2, static, random[:SEED], "
-        "static:ACTION[*N],... or static:@FILE (default: dash if a policy was trained, else "
-        "the highest exported precision)",
+        help="dash, a precision (int8), static:..., random (default: see --budget)",
     )
-    computed.add_argument(
+    parser.add_argument(
         "--budget",
-        help="fraction of a token's time at the highest exported precision, such as 0.8, or "
-        "quality, balanced, fast (default: balanced for dash; required for static; "
-        "optional for random)",
+        metavar="X",
+        help="quality, balanced (default), fast, or a share of the time such as 0.8",
     )
-    add_device_options(computed)
-    return computed
+
+
+def add_parallel_option(parser: Options, what: str) -> None:
+    """How many sequences one batch holds."""
+    parser.add_argument(
+        "--parallel", type=positive, default=8, metavar="N", help=f"{what} (default: %(default)s)"
+    )
+
+
+def add_max_tokens_option(parser: Options, default: int, what: str) -> None:
+    """How many tokens are generated, or sampled."""
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        default=default,
+        metavar="N",
+        help=f"{what} (default: %(default)s)",
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
@@ -270,20 +294,18 @@ def add_memory_option(parser: Options) -> None:
         "--memory",
         choices=("high", "low"),
         default="high",
-        help="high: passes of many rows (prompts, batches) run in the wide form where that is fast "
-        "and accurate enough, at about one more byte of memory per weight (default); low: only the "
-        "policy's own graphs are loaded",
+        help="low: no wide form, so slower prompts and batches (default: high)",
     )
 
 
-def add_reference_option(parser: argparse.ArgumentParser) -> None:
+def add_reference_option(parser: Options) -> None:
     """Option of the tools that tell a KL."""
     parser.add_argument(
         "--reference",
         type=Path,
         metavar="OTHER",
         help="another bundle of the same model, such as one with `--variants full`; KL is measured "
-        "against its highest precision (default: that of OUT)",
+        "against its highest precision (default: that of BUNDLE)",
     )
 
 
@@ -355,9 +377,6 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         metavar="N|every",
         help="how often the scorer runs per token: N times, spread over the layers, or before "
         "every layer; each run decides for the layers up to the next (default: 1)",
-    )
-    parser.add_argument(
-        "--seed", type=seed, default=0, help="seed for all random choices (default: 0)"
     )
     parser.add_argument(
         "--train-device",

@@ -15,32 +15,30 @@ from typing import TYPE_CHECKING
 
 from dash_onnx.cli.common import (
     Parser,
-    add_log_options,
+    add_bundle_argument,
+    add_json_option,
+    add_policy_options,
     add_reference_option,
-    add_runtime_options,
+    add_threads_option,
     load_reference,
-    log_level,
     positive,
     run,
 )
-from dash_onnx.core.actions import PRECISIONS, check_action
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Phase
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.engine import Model
 
-_LOG = logging.getLogger(__name__)
-
 _EXAMPLES = """\
-  dash-eval out/ --text book.txt --policy int4 --max-windows 8
+  dash-eval out/ --text book.txt --policy int4 --limit 8
   dash-eval out/ --text book.txt --policy dash --budget 0.8 --json
   dash-eval out/ --text book.txt --policy static:int8,int4*28,int8
-  dash-eval out/ --task arc.jsonl --max-items 200 --budget balanced
+  dash-eval out/ --task arc.jsonl --limit 200 --budget balanced
   dash-eval out/ --task piqa --policy int8 --json"""
 
-# Options of `evaluate_text` by their names there; it has the defaults.
-_OF_A_TEXT = ("window", "prompt_tokens", "prefill", "max_windows", "reference")
+_WINDOW = 512  # tokens
+_OF_A_TEXT = ("window", "reference")
 
 
 def _parser() -> Parser:
@@ -51,7 +49,10 @@ def _parser() -> Parser:
         "policy.",
         _EXAMPLES,
     )
-    add_runtime_options(parser)
+    add_bundle_argument(parser)
+    add_json_option(parser)
+    add_policy_options(parser)
+    add_threads_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
     what.add_argument(
@@ -61,33 +62,25 @@ def _parser() -> Parser:
         "lm-evaluation-harness, by name or as a YAML file; needs the extra [eval]",
     )
     parser.add_argument(
-        "--window", type=positive, metavar="N", help="tokens in a window of --text (default: 512)"
-    )
-    parser.add_argument(
-        "--prompt-tokens",
+        "--window",
         type=positive,
         metavar="N",
-        help="tokens of each window that are prefilled (default: 128)",
-    )
-    parser.add_argument(
-        "--prefill",
-        choices=PRECISIONS,
-        help="precision of the prefill (default: the highest that the policy uses)",
+        help=f"tokens in a window of --text, a quarter of them prefilled (default: {_WINDOW})",
     )
     add_reference_option(parser)
     parser.add_argument(
-        "--max-windows", type=positive, metavar="N", help="windows of --text (default: all)"
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="windows of --text, or items of --task (default: all)",
     )
     parser.add_argument(
-        "--max-items", type=positive, metavar="N", help="items of --task (default: all)"
+        "--no-speculate",
+        dest="speculate",
+        action="store_false",
+        default=None,
+        help="of --task: guess no tokens where a text is generated, which dash-run does, too",
     )
-    parser.add_argument(
-        "--speculate",
-        action=argparse.BooleanOptionalAction,
-        help="of --task: guess tokens where a text is generated, as dash-run does (default: where "
-        "the policy takes one path)",
-    )
-    add_log_options(parser)
     return parser
 
 
@@ -96,23 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     of_task = arguments.task is not None  # and be it an empty name
-    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("max_items", "speculate"))
+    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("speculate",))
     for name in foreign:
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --{other}")
     body = _task if of_task else _eval
-    return run("dash-eval", lambda: body(arguments), log_level(arguments))
+    return run("dash-eval", lambda: body(arguments), logging.INFO)
 
 
 def _load(arguments: argparse.Namespace) -> Model:
     import dash_onnx
 
-    return dash_onnx.load(
-        arguments.bundle,
-        device=arguments.device,
-        threads=arguments.threads,
-        sha256=arguments.sha256,
-    )
+    return dash_onnx.load(arguments.bundle, threads=arguments.threads)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -121,17 +109,17 @@ def _eval(arguments: argparse.Namespace) -> None:
 
     text = read_text(arguments.text)
     model = _load(arguments)
-    given = {name: value for name in _OF_A_TEXT if (value := getattr(arguments, name)) is not None}
-    given["reference"] = load_reference(arguments.reference, model, arguments.threads)
-    if arguments.prefill is not None:
-        check_action(arguments.prefill, model.manifest.variants)
-    with Phase("windows", total=arguments.max_windows) as phase:
+    window = arguments.window or _WINDOW
+    with Phase("windows", total=arguments.limit) as phase:
         result = evaluate_text(
             model,
             text,
             model.policy(arguments.policy, arguments.budget),
+            window=window,
+            prompt_tokens=max(1, window // 4),
+            max_windows=arguments.limit,
+            reference=load_reference(arguments.reference, model, arguments.threads),
             on_window=phase.update,
-            **given,
         )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))
@@ -160,7 +148,7 @@ def _task(arguments: argparse.Namespace) -> None:
     given = arguments.policy, arguments.budget
     model = DashLM(_load(arguments), *given, speculate=arguments.speculate)
     with _quietly():
-        found = evaluate_task(model, arguments.task, arguments.max_items)
+        found = evaluate_task(model, arguments.task, arguments.limit)
     facts = model.get_model_info()
     if arguments.json:
         facts = {"results": found["results"], **facts}
@@ -176,10 +164,6 @@ def _task(arguments: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """The harness prints, and shows progress whether anyone looks or not."""
-    if _LOG.isEnabledFor(logging.DEBUG):
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dash_onnx.cli.common import (
     EFFORTS,
     Parser,
+    add_json_option,
     add_log_options,
     add_training_options,
     log_level,
@@ -68,28 +69,6 @@ def _parser() -> Parser:
         help="context in tokens (default: the model's own; for longrope its original length)",
     )
     graphs.add_argument(
-        "--block-size",
-        type=int,
-        choices=(16, 32, 64, 128, 256),
-        help="weights that share one scale (default: 128 for a model with more than 200 million "
-        "weights in its layers, else 64; 32 if these do not divide the model's sizes, and for a "
-        "GGUF file's own integers)",
-    )
-    graphs.add_argument(
-        "--compensation-rank",
-        type=int,
-        metavar="R",
-        help="rank of the low-rank map that replaces a skipped layer, a multiple of the block "
-        "size; 0: only a scale (default: 64, or one block if that is more)",
-    )
-    graphs.add_argument(
-        "--accuracy-level",
-        type=int,
-        choices=range(5),
-        help="compute type of MatMulNBits, for products with INT8 and INT4 weights: 0 automatic, "
-        "1 FP32, 2 FP16, 3 BF16, 4 INT8 (default: 4 for cpu, 0 for cuda)",
-    )
-    graphs.add_argument(
         "--kv-cache",
         choices=("float", "int8", "int4"),
         default="float",
@@ -128,7 +107,7 @@ def _parser() -> Parser:
         "highest precision of every layer, on a short text; full: every graph, on a longer text, "
         "with a table; none: no comparison (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_json_option(parser)
     add_log_options(parser)
     return parser
 
@@ -175,22 +154,17 @@ def _export(arguments: argparse.Namespace) -> list[str]:
         device=arguments.device,
         train_device=arguments.train_device,
         max_length=arguments.max_length,
-        block_size=arguments.block_size,
         calibration=calibration,
         least_tokens=PLANS[arguments.effort].least_tokens if trained else 0,
-        compensation_rank=arguments.compensation_rank,
-        accuracy_level=arguments.accuracy_level,
         kv_cache=arguments.kv_cache,
         requantize=arguments.requantize,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         revision=arguments.revision,
-        seed=arguments.seed,
     )
     training = TrainOptions(
         effort=arguments.effort,
         calibration=calibration,
-        seed=arguments.seed,
         device=arguments.train_device,
         decisions=arguments.decisions,
     )

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dash_onnx.cli.common import Parser, run
+from dash_onnx.cli.common import Parser, add_bundle_argument, add_json_option, run
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.actions import PRECISIONS, WIDE
 
@@ -25,11 +25,9 @@ def _parser() -> Parser:
         "for any ONNX Runtime program that feeds past_key_values. The bundle is not changed.",
         _EXAMPLES,
     )
+    add_bundle_argument(parser)
     parser.add_argument(
-        "bundle", metavar="OUT", type=Path, help="the bundle that dash-export wrote"
-    )
-    parser.add_argument(
-        "dest", metavar="DEST", type=Path, nargs="?", help="folder to write (default: OUT/fused)"
+        "out", metavar="OUT", type=Path, nargs="?", help="folder to write (default: BUNDLE/fused)"
     )
     parser.add_argument(
         "--for",
@@ -57,8 +55,8 @@ def _parser() -> Parser:
         "choose), or wide for the prompts of a policy with one path, such as int4; a precision "
         "that the policy does not use adds a branch to the file",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DEST")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
+    add_json_option(parser)
     return parser
 
 
@@ -74,7 +72,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.exporters.fused import DATA, MODEL, FuseOptions, fuse
 
-    out = arguments.dest or arguments.bundle / FUSED_FOLDER
+    out = arguments.out or arguments.bundle / FUSED_FOLDER
     options = FuseOptions(arguments.client, arguments.policy, arguments.budget, arguments.prefill)
     fuse(Bundle(arguments.bundle), out, options, overwrite=arguments.overwrite)
     size = sum((out / name).stat().st_size for name in (MODEL, DATA))

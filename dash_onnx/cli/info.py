@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.cached import listing, remove
-from dash_onnx.cli.common import Parser, aligned, positive, presets_table, run
+from dash_onnx.cli.common import Parser, add_json_option, aligned, presets_table, run
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
@@ -22,7 +22,7 @@ _EXAMPLES = """\
   dash-info ./model-folder
   dash-info model.gguf --variants int8,int4 --json
   dash-info out/
-  dash-info --list                   # models that dash-run and dash-serve exported
+  dash-info                          # models that dash-run and dash-serve exported
   dash-info --remove model.gguf"""
 
 
@@ -34,37 +34,19 @@ def _parser() -> Parser:
         _EXAMPLES,
     )
     parser.add_argument(
-        "path", metavar="PATH", nargs="?", help="model folder, .gguf file, hub id or bundle"
+        "path",
+        metavar="PATH",
+        nargs="?",
+        help="model folder, .gguf file, hub id or bundle (default: list the models in the cache)",
     )
-    parser.add_argument(
-        "--list", action="store_true", help="list the models that dash-run and dash-serve exported"
-    )
-    parser.add_argument(
-        "--remove", metavar="MODEL", help="remove a listed model's bundle from the cache"
-    )
+    parser.add_argument("--remove", metavar="MODEL", help="remove a model's bundle from the cache")
     parser.add_argument(
         "--variants",
         default=DEFAULT_FORMS,
         help="forms to export (default: %(default)s)",
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="as in dash-export"
-    )
-    parser.add_argument("--max-length", type=positive, help="context in tokens")
-    parser.add_argument(
-        "--block-size", type=int, choices=(16, 32, 64, 128, 256), help="as in dash-export"
-    )
     parser.add_argument("--requantize", action="store_true", help="as in dash-export")
-    parser.add_argument(
-        "--kv-cache",
-        choices=("float", "int8", "int4"),
-        default="float",
-        help="as in dash-export",
-    )
-    parser.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    add_json_option(parser)
     return parser
 
 
@@ -77,12 +59,14 @@ def main(argv: list[str] | None = None) -> int:
 
         if arguments.remove is not None:
             remove(arguments.remove)
-        if arguments.list or arguments.remove is not None:
+        if arguments.path is None:
             models, lines = listing()
             print(json.dumps(models) if arguments.json else "\n".join(map(printable, lines)))
             return
         if not arguments.path:
-            raise SourceError("PATH is empty: give a model folder, a .gguf file, a hub id or OUT")
+            raise SourceError(
+                "PATH is empty: give a model folder, a .gguf file, a hub id or a bundle"
+            )
         bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
         facts, lines = _bundle(arguments) if bundle else _model(arguments)
         print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))
@@ -100,18 +84,14 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.exporters.export.sizes import sizes_of
     from dash_onnx.exporters.sources import open_source
 
-    source = open_source(arguments.path, REGISTRY, arguments.requantize, arguments.revision)
+    source = open_source(arguments.path, REGISTRY, arguments.requantize, None)
     options = ExportOptions(
         variants=variants,
         wide=wide,
-        device=arguments.device,
-        max_length=arguments.max_length,
-        block_size=arguments.block_size,
-        kv_cache=arguments.kv_cache,
         requantize=arguments.requantize,
     )
     sizes = sizes_of(source, options)
-    spec = architecture_of(source.config).describe(source.name, source.config, options.max_length)
+    spec = architecture_of(source.config).describe(source.name, source.config, None)
     facts = {
         "kind": "model",
         "source": f"{source.kind}:{source.name}",

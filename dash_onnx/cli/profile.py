@@ -8,7 +8,14 @@ import shlex
 import statistics
 import sys
 
-from dash_onnx.cli.common import Parser, add_device_options, presets_table, run
+from dash_onnx.cli.common import (
+    Parser,
+    add_bundle_argument,
+    add_json_option,
+    add_threads_option,
+    presets_table,
+    run,
+)
 
 _EXAMPLES = """\
   dash-profile out/
@@ -23,13 +30,13 @@ def _parser() -> Parser:
         "work is refused.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="OUT", help="the bundle that dash-export wrote")
-    add_device_options(parser)
+    add_bundle_argument(parser)
+    add_threads_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="do not change the bundle")
     parser.add_argument(
         "--force", action="store_true", help="write the costs even if other work disturbed them"
     )
-    parser.add_argument("--json", action="store_true", help="print the costs as JSON")
+    add_json_option(parser)
     return parser
 
 
@@ -48,8 +55,8 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.records import to_json
     from dash_onnx.runtime.profile import checked
 
-    # Checks the device and sets the threads.
-    dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    # Checks that the device is here, and sets the threads.
+    dash_onnx.load(arguments.bundle, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
     costs, disturbed = checked(bundle, bundle.manifest.target.device)
     manifest = with_costs(bundle.manifest, costs)

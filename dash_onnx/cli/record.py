@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Record:
     guesses: list[Guess] = field(default_factory=list)
     last: Chunk | None = None
 
-    def watch(self, chunks: Iterable[Chunk], model: Model, trace: TextIO | None) -> Iterator[Chunk]:
+    def watch(self, chunks: Iterable[Chunk], trace: TextIO | None) -> Iterator[Chunk]:
         """Passes chunks on, noting times and actions."""
         for chunk in chunks:
             if self.last is not None:  # the first token comes from the prefill
@@ -45,13 +46,14 @@ class Record:
             if trace is not None:
                 facts = {
                     "token": chunk.token,
-                    "text": model.text.piece(chunk.token),
+                    "text": chunk.text,
                     "ms": round(chunk.ms, 3),
                     "path": chunk.path,
                 }
                 if chunk.guess is not None:
                     facts["guess"] = chunk.guess._asdict()
-                print(json.dumps(facts, ensure_ascii=False), file=trace)
+                # A terminal may not hold every character.
+                print(json.dumps(facts, ensure_ascii=trace is sys.stdout), file=trace)
             yield chunk
 
     def figures(self) -> dict[str, Any]:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
-from dash_onnx.cli.common import (
-    Parser,
-    add_device_options,
-    add_log_options,
-    log_level,
-    positive,
-    run,
-)
+from dash_onnx.cli.common import Parser, add_bundle_argument, add_max_tokens_option, run
 from dash_onnx.core.contract import REPORT_NAME
 from dash_onnx.core.progress import Phase
 
 _EXAMPLES = """\
   dash-report out/
-  dash-report out/ --text book.txt --html report.html --budgets quality balanced 0.8
+  dash-report out/ --text book.txt --html report.html --budget quality --budget 0.8
   dash-report out/ --json > report.json"""
 
 
@@ -30,7 +24,7 @@ def _parser() -> Parser:
         "each token of a sample text, training, reliability. Writes one self-contained HTML file.",
         _EXAMPLES,
     )
-    parser.add_argument("bundle", metavar="OUT", type=Path, help="a bundle with a policy")
+    add_bundle_argument(parser)
     parser.add_argument(
         "--text",
         type=Path,
@@ -44,22 +38,14 @@ def _parser() -> Parser:
         help="the page to write (default: report.html in the bundle)",
     )
     parser.add_argument(
-        "--budgets",
-        nargs="+",
+        "--budget",
+        action="append",
         default=[],
-        metavar="BUDGET",
-        help="presets or fractions to run the sample at (default: every preset)",
+        metavar="X",
+        help="preset or fraction to run the sample at; can be repeated (default: every preset)",
     )
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        default=180,
-        metavar="N",
-        help="tokens of the sample (default: 180)",
-    )
-    add_device_options(parser)
+    add_max_tokens_option(parser, 180, "tokens of the sample at most")
     parser.add_argument("--json", action="store_true", help="print the data as JSON; write no HTML")
-    add_log_options(parser)
     return parser
 
 
@@ -69,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.json and arguments.html:
         parser.error("--json writes no HTML: leave --html out")
-    return run("dash-report", lambda: _report(arguments), log_level(arguments))
+    return run("dash-report", lambda: _report(arguments), logging.INFO)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -83,18 +69,18 @@ def _report(arguments: argparse.Namespace) -> None:
     from dash_onnx.report.sample import generated_text, given_text
 
     given = read_text(arguments.text) if arguments.text else None
-    model = dash_onnx.load(arguments.bundle, device=arguments.device, threads=arguments.threads)
+    model = dash_onnx.load(arguments.bundle)
     facts = scorer_facts(model.manifest)
-    budgets = arguments.budgets or sorted(facts.presets, key=facts.presets.__getitem__)
+    budgets = arguments.budget or sorted(facts.presets, key=facts.presets.__getitem__)
     for budget in budgets:
         model.policy("dash", budget)  # a wrong one is refused before anything runs
     target = arguments.html or arguments.bundle / REPORT_NAME
     if not arguments.json:
         check_file(target)
     if given is None:
-        text = generated_text(model, arguments.tokens)
+        text = generated_text(model, arguments.max_tokens)
     else:
-        text = given_text(model, given, arguments.tokens, arguments.text.name)
+        text = given_text(model, given, arguments.max_tokens, arguments.text.name)
     with Phase("runs") as phase:
         report = build(model, text, budgets, phase.update)
     if arguments.json:

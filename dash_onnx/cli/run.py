@@ -13,16 +13,21 @@ import stat
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dash_onnx.cli.batch import read_batch, run_batch
 from dash_onnx.cli.cached import bundle_of
 from dash_onnx.cli.common import (
+    Options,
     Parser,
+    add_bundle_argument,
     add_graphs_option,
+    add_json_option,
+    add_max_tokens_option,
     add_memory_option,
-    add_runtime_options,
-    positive,
+    add_parallel_option,
+    add_policy_options,
+    add_threads_option,
     run,
     seed,
 )
@@ -38,84 +43,52 @@ _MOST_CHARACTERS = 4_000_000  # of stdin: a million tokens
 _PATIENCE_S = 2.0  # before a pipe that brings nothing is told
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
-  dash-run out/ "What is the capital of France?"
-  dash-run model.gguf "Hello!"       exports the model first, once, into a cache
   dash-run out/ "Tell me a story" --budget fast --show-path
-  dash-run out/ "Once upon a time" --raw --policy int4 --max-new-tokens 100 --temperature 0.8
-  dash-run out/ "2 + 2 =" --policy random:1 --trace trace.jsonl --json
-  cat notes.txt | dash-run out/ "Summarize this"
-  dash-run out/ "Invent a person" --json-schema person.json
-  dash-run out/ --batch prompts.jsonl > answers.jsonl
+  cat notes.txt | dash-run out/ "Summarize this" --json
   dash-run out/ --session talk       interactive chat; /help lists its commands"""
 
 
 def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text from a DASH bundle.", _EXAMPLES)
-    asked = parser.add_argument_group("input")
-    answer = parser.add_argument_group("answer")
-    computed = add_runtime_options(parser)
-    output = parser.add_argument_group("output")
-    computed.add_argument(
-        "--prefill",
-        choices=PRECISIONS,
-        help="precision of the prompt (default: see --memory)",
-    )
-    add_memory_option(computed)
-    add_graphs_option(computed)
-    computed.add_argument(
-        "--speculate",
-        action=argparse.BooleanOptionalAction,
-        help="guess tokens from prompt and answer, and check several at once where that pays: the "
-        "same text, up to rounding, sooner (default: where the policy takes one path)",
-    )
-    computed.add_argument(
-        "--expected",
-        type=Path,
-        metavar="FILE",
-        help="text that the answer is likely to contain, such as the file that is to be edited: it "
-        "is guessed from, too",
-    )
-    asked.add_argument(
+    parser.usage = "dash-run BUNDLE [PROMPT] [option ...]"
+    parser._optionals.title = "basic"
+    add_bundle_argument(parser)
+    parser.add_argument(
         "prompt",
         metavar="PROMPT",
         nargs="?",
-        help="a chat message if the model has a chat template, else text to continue; piped stdin "
-        "is appended; `-` reads only stdin",
+        help="message or, without a chat template, text to continue; - reads stdin",
     )
-    asked.add_argument(
-        "--batch",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="answer the `prompt` or the `messages` of every line, several at once; prints one "
-        "JSON line per answer as it ends, with its `id` or index",
-    )
-    asked.add_argument(
-        "--rows",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="batch size of --batch (default: %(default)s)",
-    )
-    form = asked.add_mutually_exclusive_group()
-    form.add_argument(
-        "--raw", action="store_true", help="PROMPT is text to continue: no chat template"
-    )
-    form.add_argument("--chat", action="store_true", help="refuse a model without a chat template")
-    asked.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    asked.add_argument(
+    _add_basic(parser)
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_advanced(parser.add_argument_group("advanced"))
+    return parser
+
+
+def _add_basic(basic: Options) -> None:
+    add_policy_options(basic)
+    add_max_tokens_option(basic, _DEFAULTS.max_new_tokens, "tokens to generate at most")
+    basic.add_argument("--raw", action="store_true", help="PROMPT is text to continue")
+    basic.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    basic.add_argument(
         "--session",
         type=Path,
         metavar="FILE",
-        help="keep the interactive chat and its KV cache in FILE, and continue it next time (needs "
-        "the package safetensors)",
+        help="keep the interactive chat in FILE, and continue it next time",
     )
-    answer.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=_DEFAULTS.max_new_tokens,
-        metavar="N",
-        help="generate at most N tokens (default: %(default)s)",
+    basic.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE",
+        help="answer the `prompt` or `messages` of every line of a .jsonl file",
     )
+    add_json_option(basic)
+    basic.add_argument(
+        "--show-path", action="store_true", help="color each token by its cost, green to red"
+    )
+
+
+def _add_sampling(sampling: Options) -> None:
     for name, kind, off in (
         ("temperature", float, "0 is greedy"),
         ("top_k", int, "0 is off"),
@@ -123,59 +96,69 @@ def _parser() -> Parser:
         ("min_p", float, "0 is off"),
         ("repetition_penalty", float, "1 is off"),
     ):
-        answer.add_argument(
+        sampling.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
             metavar="X",
             help=f"{off} (default: the model's own)",
         )
-    answer.add_argument("--seed", type=seed, help="seed for sampling (default: random)")
-    answer.add_argument(
+    sampling.add_argument("--seed", type=seed, metavar="N", help="default: random")
+    sampling.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="stop string; can be repeated"
     )
-    answer.add_argument(
-        "--json-schema",
-        type=Path,
-        metavar="FILE.json",
-        help="constrain the answer to JSON of this schema (needs the package llguidance)",
+    sampling.add_argument(
+        "--json-schema", type=Path, metavar="FILE", help="answer with JSON of this schema"
     )
-    answer.add_argument("--ignore-eos", action="store_true", help="continue after the end token")
-    output.add_argument(
+    sampling.add_argument("--ignore-eos", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_advanced(advanced: Options) -> None:
+    add_threads_option(advanced)
+    add_parallel_option(advanced, "answers of --batch that run at once")
+    advanced.add_argument(
+        "--prefill",
+        choices=PRECISIONS,
+        metavar="P",
+        help="precision of the prompt, such as int8 (default: see --memory)",
+    )
+    add_memory_option(advanced)
+    add_graphs_option(advanced)
+    advanced.add_argument(
+        "--no-speculate",
+        dest="speculate",
+        action="store_false",
+        default=None,
+        help="guess no tokens (default: guess where the text stays the same)",
+    )
+    advanced.add_argument(
+        "--expected", type=Path, metavar="FILE", help="text that the answer is likely to contain"
+    )
+    advanced.add_argument(
         "--trace",
         type=Path,
-        metavar="FILE.jsonl",
-        help="write each token's path and milliseconds, one JSON object per line",
+        metavar="FILE",
+        help="write a JSON line for each token; - prints them instead of the text",
     )
-    output.add_argument(
-        "--json-lines",
-        action="store_true",
-        help="print one JSON object per token as it is generated, then the figures of --json",
-    )
-    output.add_argument(
-        "--show-path",
-        action="store_true",
-        help="color each token by its profiled cost, green to red; if stdout is not a terminal, or "
-        "NO_COLOR is set, print token, milliseconds and path (F 8 4 .) below the text",
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     parser = _parser()
-    # Intermixed: `OUT --chat PROMPT` works, although PROMPT is optional.
+    # Intermixed: `BUNDLE --raw PROMPT` works, although PROMPT is optional.
     arguments = parser.parse_intermixed_args(argv)
     if arguments.batch:
-        for name in ("prompt", "session", "trace", "show_path", "json", "json_lines"):
+        for name in ("prompt", "session", "trace", "show_path", "json"):
             if getattr(arguments, name):
                 told = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
                 parser.error(f"--batch does not go with {told}")
         return run("dash-run", lambda: _run(arguments), logging.INFO)
-    for_programs = arguments.json or arguments.json_lines
+    for_programs = "--json" if arguments.json else "--trace -" if _lines(arguments) else None
     if for_programs and arguments.prompt is None:
-        parser.error("--json needs a PROMPT")
+        parser.error(f"{for_programs} needs a PROMPT")
     if for_programs and arguments.show_path:
-        parser.error("--show-path colors text for a reader; it does not go with --json")
+        parser.error(f"--show-path colors text for a reader; it does not go with {for_programs}")
+    if arguments.json and _lines(arguments):
+        parser.error("--trace - prints the figures of --json at its end: leave --json out")
     if arguments.system and arguments.raw:
         parser.error("--system needs a chat: leave --raw out")
     if arguments.session and arguments.prompt is not None:
@@ -190,15 +173,17 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     import dash_onnx
 
-    for path in (arguments.trace, arguments.session):
+    for path in (None if _lines(arguments) else arguments.trace, arguments.session):
         if path:
             check_file(path)
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
-    own, schema = {"cache", "expected", "grammar", "logprobs"}, arguments.json_schema
+    own = {"cache", "expected", "grammar", "logprobs", "max_new_tokens"}
+    schema = arguments.json_schema
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
     options = GenerationOptions(
         **{name: getattr(arguments, name) for name in names},
+        max_new_tokens=arguments.max_tokens,
         expected=_file(arguments.expected) if arguments.expected else "",
         grammar=Grammar.json_schema(read_json(schema)) if schema else None,
     )
@@ -206,11 +191,9 @@ def _run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = dash_onnx.load(
         bundle,
-        device=arguments.device,
         threads=arguments.threads,
         memory=arguments.memory,
         cuda_graphs=arguments.cuda_graphs,
-        sha256=arguments.sha256,
     )
     # Before anything is written, or asked.
     policy = model.policy_of(options)
@@ -222,14 +205,16 @@ def _run(arguments: argparse.Namespace) -> None:
             model,
             lines,
             options,
-            rows=arguments.rows,
+            rows=arguments.parallel,
             raw=arguments.raw,
             system=arguments.system,
         )
         return
     with contextlib.ExitStack() as stack:
-        trace = None
-        if arguments.trace:
+        trace: TextIO | None = None
+        if _lines(arguments):
+            trace = sys.stdout
+        elif arguments.trace:
             try:
                 trace = stack.enter_context(arguments.trace.open("w", encoding="utf-8"))
             except OSError as error:
@@ -246,17 +231,16 @@ def _run(arguments: argparse.Namespace) -> None:
                 show_path=arguments.show_path,
             ).run()
             return
-        chat = arguments.chat or arguments.system or model.text.chat_template
+        chat = arguments.system or model.text.chat_template
         if chat and not arguments.raw:
             prompt = [{"role": "user", "content": prompt}]
             if arguments.system:
                 prompt.insert(0, {"role": "system", "content": arguments.system})
         record = Record(policy, options.sampling(model.sampling), load_ms)
-        chunks = record.watch(model.stream(prompt, options=options), model, trace)
-        if arguments.json_lines:
-            for chunk in chunks:
-                facts = {"text": chunk.text, "token": chunk.token, "ms": round(chunk.ms, 3)}
-                print(json.dumps({**facts, "path": chunk.path}), flush=True)
+        chunks = record.watch(model.stream(prompt, options=options), trace)
+        if _lines(arguments):
+            for _ in chunks:  # each is in the trace
+                sys.stdout.flush()
             print(json.dumps(record.figures()))
         elif arguments.json:
             text = "".join(chunk.text for chunk in chunks)
@@ -264,6 +248,11 @@ def _run(arguments: argparse.Namespace) -> None:
         else:
             show(chunks, path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)
+
+
+def _lines(arguments: argparse.Namespace) -> bool:
+    """Whether the trace goes to stdout, in place of the text."""
+    return str(arguments.trace) == "-"
 
 
 def _text(prompt: str) -> str:

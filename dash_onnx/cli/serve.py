@@ -10,9 +10,11 @@ from dash_onnx.cli.cached import bundle_of, model_name
 from dash_onnx.cli.common import (
     JsonLine,
     Parser,
-    add_device_options,
     add_log_options,
+    add_max_tokens_option,
     add_memory_option,
+    add_parallel_option,
+    add_threads_option,
     log_level,
     positive,
     run,
@@ -25,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 _EXAMPLES = """\
   dash-serve out/
   dash-serve out/ other/ --port 9000 --budget fast
-  dash-serve small/ large/ code/ --memory-mb 2000
+  dash-serve small/ large/ code/ --max-weights-mb 2000
   dash-serve out/ --host 0.0.0.0 --api-key-file key.txt
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"messages": [{"role": "user", "content": "Hello!"}], "budget": "fast"}'"""
@@ -41,7 +43,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "bundles",
-        metavar="OUT",
+        metavar="BUNDLE",
         nargs="+",
         type=Path,
         help="bundles, named after their folders; models are exported first, once, into a cache",
@@ -64,13 +66,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
     add_memory_option(parser)
-    parser.add_argument(
-        "--running",
-        type=positive,
-        default=8,
-        metavar="N",
-        help="slots: answers that run at once, as one batch (default: %(default)s)",
-    )
+    add_parallel_option(parser, "slots: answers that run at once, as one batch")
     parser.add_argument(
         "--waiting",
         type=positive,
@@ -78,19 +74,7 @@ def _parser() -> Parser:
         metavar="N",
         help="queued requests; further ones are refused with status 429 (default: 32)",
     )
-    parser.add_argument(
-        "--max-tokens",
-        type=positive,
-        default=4096,
-        metavar="N",
-        help="maximum tokens of an answer (default: 4096)",
-    )
-    parser.add_argument(
-        "--max-prompt-tokens",
-        type=positive,
-        metavar="N",
-        help="maximum tokens of a prompt (default: the context)",
-    )
+    add_max_tokens_option(parser, 4096, "maximum tokens of an answer")
     parser.add_argument(
         "--timeout",
         type=positive,
@@ -113,19 +97,19 @@ def _parser() -> Parser:
         help="KV cache kept for evicted conversations, in MB (default: %(default)s; 0: none)",
     )
     parser.add_argument(
-        "--memory-mb",
+        "--max-weights-mb",
         type=positive,
         metavar="N",
         help="load bundles when a request names them, with at most N MB of weights in total; the "
         "least recently used bundle is unloaded (default: load all at the start)",
     )
-    add_device_options(parser)
+    add_threads_option(parser)
     add_log_options(parser)
     parser.add_argument(
         "--sha256",
         action="append",
         metavar="HEX",
-        help="refuse an OUT whose dash.json has a different SHA-256; once per OUT, in their order",
+        help="refuse a BUNDLE whose dash.json has a different SHA-256; once per BUNDLE, in order",
     )
     parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     return parser
@@ -158,7 +142,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     bundles = open_bundles(
         [bundle_of(bundle) for bundle in arguments.bundles],
         names=[model_name(bundle) for bundle in arguments.bundles],
-        device=arguments.device,
         threads=arguments.threads,
         policy=arguments.policy,
         budget=arguments.budget,
@@ -166,14 +149,13 @@ def _serve(arguments: argparse.Namespace) -> None:
         sha256=arguments.sha256,
     )
     limits = Limits(
-        running=arguments.running,
+        running=arguments.parallel,
         waiting=arguments.waiting,
         most_tokens=arguments.max_tokens,
-        most_prompt_tokens=arguments.max_prompt_tokens,
         seconds=arguments.timeout,
         prefix_bytes=max(0, arguments.prefix_mb) << 20,
         prefix_folder=arguments.prefix_cache,
-        memory_bytes=None if arguments.memory_mb is None else arguments.memory_mb * 10**6,
+        memory_bytes=None if arguments.max_weights_mb is None else arguments.max_weights_mb * 10**6,
     )
     app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors), only_here=key is None)
     server = Server(app, arguments.host, arguments.port)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from dash_onnx.cli.common import (
     EFFORTS,
     Parser,
+    add_bundle_argument,
+    add_json_option,
     add_log_options,
     add_training_options,
     aligned,
@@ -44,19 +46,17 @@ def _parser() -> Parser:
         "new one is complete. Run the same command again to continue an interrupted training.",
         _EXAMPLES,
     )
-    parser.add_argument(
-        "bundle", metavar="OUT", type=Path, help="the bundle that dash-export wrote"
-    )
+    add_bundle_argument(parser)
     add_training_options(parser, EFFORTS)
     parser.add_argument(
         "--from",
         dest="start",
         metavar="OTHER",
         type=Path,
-        help="start from the policy of another bundle of a similar model, or of OUT itself, and "
+        help="start from the policy of another bundle of a similar model, or of BUNDLE itself, and "
         "train a tenth as long: for a fine-tune of the model, new text or another machine",
     )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_json_option(parser)
     add_log_options(parser)
     return parser
 
@@ -80,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         options = TrainOptions(
             effort=arguments.effort,
             calibration=tuple(arguments.calibration),
-            seed=arguments.seed,
             device=arguments.train_device,
             decisions=arguments.decisions,
             start=arguments.start,

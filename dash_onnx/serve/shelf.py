@@ -274,7 +274,7 @@ class Shelf:
             remedy = "ask for another policy or budget, or " if held else ""
             raise DashError(
                 f"{name} needs {needed / 1e6:.0f} MB, more than the {(most - held) / 1e6:.0f} that "
-                f"--memory-mb leaves for it; {remedy}start with more"
+                f"--max-weights-mb leaves for it; {remedy}start with more"
             )
         while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
             idle = {n: one for n, one in self._places.items() if one.loaded and not one.users}

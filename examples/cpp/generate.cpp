@@ -6,7 +6,7 @@
 //       -o generate ./libonnxruntime.so.1 -Wl,-rpath,.
 //   ./generate out/fused/model.onnx 32 1 9690 198 2683
 //
-// A folder of `dash-fuse OUT` will do: its budget has a default, which a host may feed all the same.
+// A folder of `dash-fuse BUNDLE` will do: its budget has a default, which a host may feed all the same.
 
 #include <onnxruntime_cxx_api.h>
 

@@ -15,7 +15,7 @@ const { positionals, values } = parseArgs({
   allowPositionals: true,
   options: {
     budget: { type: "string" }, // fraction of the reference's time per token, or a preset
-    tokens: { type: "string", default: "256" }, // the most that are generated
+    "max-tokens": { type: "string", default: "256" },
     json: { type: "boolean", default: false }, // ids and paths instead of text
   },
 });
@@ -29,7 +29,7 @@ const model = new Fused(ort, session, facts);
 const budget = facts.budgets?.presets[values.budget] ?? values.budget;
 const options = {
   eos: text.eos,
-  limit: Number(values.tokens),
+  limit: Number(values["max-tokens"]),
   budget: () => budget && Number(budget),
 };
 const prompt = text.encode([{ role: "user", content: question }]);

@@ -1,4 +1,4 @@
-// A fused folder (`dash-fuse OUT FOLDER --for web`, or node) in onnxruntime-web, or -node.
+// A fused folder (`dash-fuse BUNDLE FOLDER --for web`, or node) in onnxruntime-web, or -node.
 
 export class Fused {
   /**

@@ -46,7 +46,7 @@ class Handler(SimpleHTTPRequestHandler):
 def main() -> None:
     """Serves until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="what `dash-fuse OUT --for web` wrote")
+    parser.add_argument("model", type=Path, help="what `dash-fuse BUNDLE --for web` wrote")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     arguments = parser.parse_args()
     handler = partial(Handler, model=arguments.model.resolve())

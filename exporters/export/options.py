@@ -84,12 +84,12 @@ class ExportOptions:
         block = self.block_size or (_GGUF_BLOCK if kept else next(fitting, _GGUF_BLOCK))
         for name, size in sizes.items():
             if size % block:
-                raise UnsupportedError(f"--block-size {block} does not divide the {name} {size}")
+                raise UnsupportedError(f"block_size {block} does not divide the {name} {size}")
         rank = self.compensation_rank
         rank = min(block * -(-_RANK // block) if rank is None else rank, facts.hidden_size)
         if rank % block or rank < 0:
             raise UnsupportedError(
-                f"--compensation-rank {rank} must be 0 or a multiple of --block-size {block}"
+                f"compensation_rank {rank} must be 0 or a multiple of block_size {block}"
             )
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
         fast = 4 if self.device == "cpu" else 0
