@@ -53,11 +53,11 @@ def folder(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(page: Path, folder: Path) -> list[str]:
+def run(page: Path, folder: Path, seconds: int = 120) -> list[str]:
     """Runs the Python of a page in one process; returns the lines it prints."""
     code = "\n".join(blocks(page, "python"))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=seconds
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -87,7 +87,7 @@ def test_the_python_reference_exports_trains_and_fuses(
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "model")
     (tmp_path / "notes.txt").write_text(night.read_text() * 4)
-    printed = run(ROOT / "docs/reference/python.md", tmp_path)
+    printed = run(ROOT / "docs/reference/python.md", tmp_path, seconds=600)
     assert printed[0] == "new/fused" and len(printed) > 1
     assert dash_onnx.load(tmp_path / "new").manifest.scorer is not None
 
