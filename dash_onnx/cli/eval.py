@@ -76,9 +76,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--no-speculate",
-        dest="speculate",
-        action="store_false",
-        default=None,
+        action="store_true",
         help="of --task: guess no tokens where a text is generated, which dash-run does, too",
     )
     return parser
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     of_task = arguments.task is not None  # and be it an empty name
-    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("speculate",))
+    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("no_speculate",))
     for name in foreign:
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --{other}")
@@ -146,7 +144,7 @@ def _task(arguments: argparse.Namespace) -> None:
         remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
     given = arguments.policy, arguments.budget
-    model = DashLM(_load(arguments), *given, speculate=arguments.speculate)
+    model = DashLM(_load(arguments), *given, speculate=False if arguments.no_speculate else None)
     with _quietly():
         found = evaluate_task(model, arguments.task, arguments.limit)
     facts = model.get_model_info()
