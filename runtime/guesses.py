@@ -124,7 +124,8 @@ class Lookup:
                 best, end = size, at
             at = self._before[at]
         run = min(self._run, _LONGEST)
-        if self._expected[self._at :] and (run >= max(best, 1) or not self._at):
+        begins = not best and not self._at  # perhaps the answer does with it
+        if self._at < len(self._expected) and (run >= max(best, 1) or begins):
             return Found("expected", run, self._expected[self._at : self._at + MOST])
         return Found("text", best, tokens[end : end + MOST]) if best else None
 

@@ -168,6 +168,21 @@ def test_json_is_one_object_with_text_and_figures(
     assert facts["actions"] == {tiny_model.policy().uniform[0]: 1.0}
 
 
+def test_expected_text_comes_sooner_and_is_the_same(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    given = (tiny_bundle, PROMPT, "--policy", "full", "--max-tokens", "60", "--ignore-eos")
+    alone = json_of(capsys, *given, "--no-speculate")
+    assert alone["guessed_tokens"] == 0
+    file = tmp_path / "expected.txt"
+    file.write_text(alone["text"])
+    found = json_of(capsys, *given, "--expected", file)
+    assert found["text"] == alone["text"]
+    assert 0 < found["right_guesses"] <= found["guessed_tokens"]
+    missing = tmp_path / "missing.txt"
+    assert "missing.txt" in refused(capsys, *given, "--expected", missing)
+
+
 def test_a_trace_on_stdout_tells_each_token_as_it_comes(tiny_bundle: Path, capsys: Capture) -> None:
     whole = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
     assert run(tiny_bundle, PROMPT, *QUICK, "--trace", "-") == 0
