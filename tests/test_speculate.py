@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -351,3 +353,50 @@ def test_log_probabilities_are_of_every_token_of_a_form(tiny_model: Model) -> No
     ids = tiny_model.text.encode(PROMPT)
     found = [*tiny_model.generate_step(ids, grammar=forced(1), logprobs=2)]
     assert all(step.logprobs is not None for step in found)
+
+
+def schemas(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    """A random JSON schema whose answers are short."""
+    kinds = ["enum", "integer", "boolean", "string"] + ["object", "array"] * (depth < 2)
+    kind = rng.choice(kinds) if depth else "object"
+    if kind == "enum":
+        return {"enum": [rng.choice(["night", "no on", "ship", '"', "é"]), rng.randrange(99), None]}
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.randrange(4)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": 0, "maximum": rng.randrange(300)}
+    if kind == "array":
+        return {"type": "array", "items": schemas(rng, depth + 1), "minItems": 1, "maxItems": 2}
+    names = rng.sample(["name", "keeper of", "at", "a" * 20, "ships", "ü"], rng.randrange(1, 5))
+    fields = {name: schemas(rng, depth + 1) for name in names} if kind == "object" else {}
+    extra = {"required": names, "additionalProperties": False} if fields else {}
+    return {"type": kind, **({"properties": fields} if fields else {}), **extra}
+
+
+def fits(value: Any, schema: dict[str, Any]) -> bool:
+    """Whether a value is one of `schemas`."""
+    kind = schema.get("type")
+    if kind is None:
+        return value in schema["enum"]
+    if kind == "object":
+        fields = schema["properties"]
+        return {*value} == {*fields} and all(fits(value[name], fields[name]) for name in fields)
+    if kind == "array":
+        return 1 <= len(value) <= 2 and all(fits(one, schema["items"]) for one in value)
+    if kind == "integer":
+        return type(value) is int and 0 <= value <= schema["maximum"]
+    return type(value) is bool if kind == "boolean" else len(value) <= schema["maxLength"]
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_answers_with_forced_tokens_fit_their_schema(count: int, tiny_model: Model) -> None:
+    rng, forced = random.Random(0), 0
+    for seed in range(count):
+        schema = schemas(rng)
+        grammar = Grammar.json_schema(schema)
+        given: dict[str, Any] = {"grammar": grammar, "temperature": 2.0, "seed": seed}
+        text = tiny_model.generate("the keeper", policy="full", max_new_tokens=240, **given)
+        if text.finish_reason == "stop":
+            assert fits(json.loads(text), schema), (schema, text)
+        forced += sum(ms == 0.0 for ms in text.ms)
+    assert forced > count
