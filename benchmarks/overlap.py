@@ -81,7 +81,7 @@ def scored(multiplier: float, head: str) -> Make:
 
 def recorded(paths: list[Path], head: str) -> Make:
     """The recorded paths."""
-    return lambda _: PathSequence(iter(paths), head)  # type: ignore[arg-type]
+    return lambda _: PathSequence(iter(paths), len(paths[0]), head)  # type: ignore[arg-type]
 
 
 def decoded(model: Model, ids: np.ndarray, head: str, make: Make) -> tuple[float, list[Path]]:
