@@ -13,7 +13,7 @@ import pytest
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.core.errors import BundleError, PolicyError, SourceError
+from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.generate import Chunk
@@ -147,7 +147,7 @@ def test_a_cache_is_taken_up_from_its_file(
     tiny_model: Model, tmp_path: Path, ran: list[int]
 ) -> None:
     cache, other, file = tiny_model.new_cache(), tiny_model.new_cache(), tmp_path / "talk"
-    with pytest.raises(PolicyError, match="nothing"):
+    with pytest.raises(DashError, match="nothing"):
         cache.save(file)
     text = tiny_model.generate(FIRST, options=OPTIONS, cache=cache)
     cache.save(file, {"title": "ships"})

@@ -520,7 +520,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -
         assert asyncio.all_tasks() == {asyncio.current_task()}
         await asyncio.to_thread(service.shelf.close)
 
-    for speculate in ("off", "ngram"):
+    for speculate in (None, False):
         asyncio.run(cancelled(speculate))
 
 

@@ -59,7 +59,7 @@ def work():
             job = next(turn, None)
         if job is None:
             return
-        tokens = answer(model, *job, next(who) if job[0] == "full" else "off")
+        tokens = answer(model, *job, next(who) if job[0] == "full" else False)
         with lock:
             answers.setdefault(json.dumps(job), set()).add(tuple(tokens))
             done += 1

@@ -211,7 +211,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         if contexts:
             print("pp512: tokens/s of a 512-token prompt; behind N: tokens/s after N tokens")
         if any("+" in variant for variant in variants):
-            print("runs with speculation: mean over the tokens of an answer, not the median")
+            print("runs that guess: mean over the tokens of an answer, not the median")
     for picture in arguments.picture:  # last: what fails here takes no figures with it
         draw(results, picture, machine)
 

@@ -135,13 +135,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.server import Server
-        from dash_onnx.serve.shelf import open_bundles
+        from dash_onnx.serve.shelf import check_names, open_bundles
     except ImportError as error:
         remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
+    names = [model_name(bundle) for bundle in arguments.bundles]
+    check_names(names)  # before a model is exported
     bundles = open_bundles(
         [bundle_of(bundle) for bundle in arguments.bundles],
-        names=[model_name(bundle) for bundle in arguments.bundles],
+        names=names,
         threads=arguments.threads,
         policy=arguments.policy,
         budget=arguments.budget,

@@ -297,6 +297,17 @@ class Shelf:
                 _LOG.exception("%s: not closed cleanly", name)
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Refuses two bundles of one name.
+
+    Raises:
+        SourceError: there are two.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
+
+
 def open_bundles(
     folders: Sequence[str | Path],
     *,
@@ -313,9 +324,7 @@ def open_bundles(
         DashError: a folder is no bundle, or not one for these options.
     """
     names = names or [Path(folder).resolve().name for folder in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise SourceError(f"two bundles are called {name!r}: rename one of the folders")
+    check_names(names)
     checksums: Sequence[str | None] = sha256 or [None] * len(names)
     if len(checksums) != len(names):
         raise SourceError(f"give a checksum for each bundle: {len(names)}, not {len(checksums)}")
