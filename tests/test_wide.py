@@ -328,3 +328,14 @@ def test_a_bundle_without_the_form_fuses_none(
 ) -> None:
     arguments = ("--policy", "int4", "--prefill", "wide")
     assert "no wide form" in FUSE.refused(capsys, tiny_bundle, tmp_path / "graph", *arguments)
+
+
+def test_the_prompt_of_one_path_runs_wide_where_that_loses_less_than_the_path(
+    wide_bundle: Path,
+) -> None:
+    manifest = Bundle(wide_bundle).manifest
+    assert manifest.wide is not None
+    policy = make_policy("static:int8,int4,int4,int8", manifest)
+    for factor, all_wide in ((2.0, True), (0.5, False)):
+        policy.kl = factor * manifest.wide.kl
+        assert ("int8" in widened_in_prompts(manifest, policy)) == all_wide

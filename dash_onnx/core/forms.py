@@ -49,14 +49,17 @@ def widened_by(manifest: Manifest) -> frozenset[Action]:
 def widened_in_prompts(manifest: Manifest, policy: Policy) -> frozenset[Action]:
     """Actions that the wide form is good enough for while a prompt of this policy runs.
 
-    A policy with one of few bits loses so much later that its whole prompt may run wide, unless it
-    promises less than `PROMISE` times what that loses.
+    A policy with one of few bits loses so much later that its whole prompt may run wide, unless the
+    scorer promises less than `PROMISE` times what that loses, or one path loses less than it.
     """
     few = widened_by(manifest)
     layers = policy.used(manifest.model.num_layers, manifest.actions)
     used = {action for actions in layers for action in actions}
     if manifest.wide is None or not used & few:
         return few
-    if policy.kl is not None and policy.kl * margin_of(manifest) < PROMISE * manifest.wide.kl:
-        return few
+    if policy.kl is not None:
+        fixed = policy.uniform is not None  # whose prompts would lose as much as its tokens
+        lost = policy.kl if fixed else policy.kl * margin_of(manifest) / PROMISE
+        if lost < manifest.wide.kl:
+            return few
     return few | frozenset(manifest.variants)
