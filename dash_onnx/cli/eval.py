@@ -77,6 +77,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--no-speculate",
         action="store_true",
+        default=None,
         help="of --task: guess no tokens where a text is generated, which dash-run does, too",
     )
     return parser
