@@ -30,7 +30,7 @@ class BatchDecoder:
         Args:
             sessions: of the bundle.
             rows: how many.
-            capacity: tokens that each has room for at first; it doubles when one is full.
+            capacity: tokens that each has room for at first; it grows in steps when one is full.
 
         Raises:
             DeviceError: the device runs no batches.
@@ -70,16 +70,16 @@ class BatchDecoder:
         key = tuple(rows)
         same = {decider.segments for decider in deciders}
         segments = same.pop() if len(same) == 1 else each_alone(whole.num_layers)
-        for layer, stop in segments:
+        for layer, end in segments:
             for decider in deciders:
                 decider.before(layer)
             actions = tuple([decider.action(layer) for decider in deciders])
-            for first, last, action in calls(key, actions):
-                self._part(first, last).run(layer, action, stop)
+            for low, high, action in calls(key, actions):
+                self._part(low, high).run(layer, action, end)
             for decider in deciders:
                 decider.after(layer)
-        for start, end, head in calls(key, tuple([decider.head for decider in deciders])):
-            self._part(start, end).head(head)
+        for low, high, head in calls(key, tuple([decider.head for decider in deciders])):
+            self._part(low, high).head(head)
         paths = [decider.end() for decider in deciders]
         return [self.rows[row].logits for row in rows], paths
 

@@ -199,9 +199,8 @@ class Sessions:
         return heads, sorted(runs | wide, key=lambda run: (-len(run[0]), run[0].start))
 
     def _bytes(self, heads: Iterable[Form], runs: Iterable[Run]) -> int:
-        graphs: dict[str, Form] = {head_path(form): form for form in heads}
-        new = {path: form for path, form in graphs.items() if path not in self._loaded}
-        total = sum(self.manifest.graph_bytes(*graph) for graph in new.items())
+        graphs = [(head_path(form), form) for form in heads]
+        total = sum(self.manifest.graph_bytes(*one) for one in graphs if one[0] not in self._loaded)
         for layers, form in runs:
             paths = _paths(layers, form)
             if (layers, form) in self._joined:

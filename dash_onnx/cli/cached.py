@@ -158,11 +158,12 @@ def _make(source: str, folder: Path) -> None:
 
 def _make_room(newest: Path, limit: float) -> None:
     """Removes what was not used for longest until the cache keeps its limit."""
-    found = [entry for entry in entries() if entry.folder != newest]
-    total = sum(entry.bytes for entry in entries())
-    while found and total > limit:
-        entry = found.pop()
-        total -= entry.bytes
+    found = [(entry, entry.bytes) for entry in entries()]
+    total = sum(size for _, size in found)
+    others = [(entry, size) for entry, size in found if entry.folder != newest]
+    while others and total > limit:
+        entry, size = others.pop()
+        total -= size
         _LOG.info("removing %s from the cache: DASH_CACHE_GB is its limit", entry.source)
         _remove(entry)
 
