@@ -298,7 +298,7 @@ def test_max_length_is_the_context_of_the_bundle(tiny_with: Export) -> None:
         model.logits(range(25))
 
 
-FACTS = ModelFacts("m", "llama", 2, 64, 128, 4, 2, 16, 384, 256)
+FACTS = ModelFacts("m", "llama", 2, 64, 96, 4, 2, 16, 384, 256)
 MANY = 3000  # layers of that size that make a large model
 
 
@@ -456,6 +456,7 @@ def test_a_skipped_layer_writes_the_key_and_value_of_the_full_one_biases_include
         "past_key": cache,
         "past_value": cache,
         "seqlens_k": np.array([length - 1], np.int32),
+        "query_seqlens": np.array([length], np.int32),
         "total_sequence_length": np.array(length, np.int32),
         "start": np.zeros(1, np.int64),
         "positions": np.arange(length)[None],

@@ -134,8 +134,9 @@ def layer_ports(dims: Dims) -> Ports:
     `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
     and updated in place; `capacity` is their length in tokens. `seqlens_k` is the number of
     valid tokens after this run minus one (GroupQueryAttention's convention), `start` the number
-    before it: where new K/V are written. `positions` are those of the new tokens, and `mask` is
-    added to their scores: zero where a token sees another one, minus infinity elsewhere. `plain`
+    before it: where new K/V are written; of `seq` new tokens, `query_seqlens` are valid, the rest
+    pads a sequence that has fewer than others. `positions` are those of the new tokens, and `mask`
+    is added to their scores: zero where a token sees another one, minus infinity elsewhere. `plain`
     chooses between two attentions, from plain operators or by GroupQueryAttention; the first reads
     the mask and writes at `start`, the second reads neither.
     """
@@ -149,6 +150,7 @@ def layer_ports(dims: Dims) -> Ports:
             Port("past_value", dims.cache_dtype, cache),
             Port("seqlens_k", "int32", ("batch",)),
             Port("total_sequence_length", "int32", ()),
+            Port("query_seqlens", "int32", ("batch",)),
             Port("start", "int64", ("batch",)),
             Port("positions", "int64", ("batch", "seq")),
             Port("mask", "float32", ("batch", 1, 1, "seq", "capacity")),

@@ -84,6 +84,7 @@ class Target:
         accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
         kv_cache: element type of the KV cache.
         attention: which attention implementations the layers have.
+        ragged: whether they run several tokens of each of several sequences, in different numbers.
     """
 
     device: Literal["cpu", "cuda"]
@@ -92,6 +93,7 @@ class Target:
     accuracy_level: int
     kv_cache: KVCacheType = "float"
     attention: AttentionForms = "grouped"
+    ragged: bool = False
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ class Runner:
             "past_value": cache,
             "seqlens_k": np.array([length - 1], np.int32),
             "total_sequence_length": np.array(length, np.int32),
+            "query_seqlens": np.array([length], np.int32),
             "start": np.zeros(1, np.int64),
             "positions": positions[None],
             "mask": np.where(seen, np.float32(0), np.float32(-np.inf))[None, None, None],

@@ -19,7 +19,7 @@ from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.calibration.tokens import Ids
 from dash_onnx.runtime.backend import open_backend
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import has_device
 
 SEQUENCES = 4

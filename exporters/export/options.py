@@ -147,4 +147,5 @@ class ExportOptions:
         assert self.attention is not None
         dtype: Literal["float32", "float16"] = "float32" if self.device == "cpu" else "float16"
         sizes = self.block_size, self.accuracy_level
-        return Target(self.device, dtype, *sizes, self.kv_cache, self.attention)
+        ragged = self.device == "cpu"
+        return Target(self.device, dtype, *sizes, self.kv_cache, self.attention, ragged)

@@ -13,7 +13,8 @@ _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 def group_attention(graph: onnx.GraphProto) -> None:
     """Leaves GroupQueryAttention alone where a graph may choose between two attentions.
 
-    The other one is made for a buffer of full length; GroupQueryAttention also grows one.
+    The other one is made for a buffer of full length; GroupQueryAttention also grows one. All rows
+    of its pass are valid.
     """
     for number, node in enumerate(graph.node):
         if node.op_type == "If" and "present_key" in node.output:
@@ -24,7 +25,13 @@ def group_attention(graph: onnx.GraphProto) -> None:
             del graph.node[number]
             for offset, inner in enumerate(branch.node):
                 graph.node.insert(number + offset, inner)
-            return
+            break
+    for node in graph.node:
+        if "query_seqlens" in node.input:  # the last one; without it all tokens are valid
+            kept = [*node.input[:-1]]
+            while not kept[-1]:
+                kept.pop()
+            node.input[:] = kept
 
 
 def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:

@@ -87,7 +87,7 @@ def attend_grouped(
 ) -> Sequence[ir.Value]:
     """GroupQueryAttention, of which a call of many rows takes little memory; see `attend`."""
     inputs, cache = graph.inputs, graph.target.kv_cache
-    extras: list[ir.Value | None] = []  # positions, bias, sinks, scales
+    extras: list[ir.Value | None] = []  # positions, bias, sinks, scales, norms, counts
     options: dict[str, str | int | float] = {}
     if cache != "float":
         assert kv_scales is not None
@@ -101,6 +101,8 @@ def attend_grouped(
         options = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
     if heads.sinks is not None:
         extras = [None, None, heads.sinks, *extras[3:]]
+    if graph.target.ragged:
+        extras = [*extras, *[None] * (7 - len(extras)), inputs["query_seqlens"]]
     if heads.scale != heads.size**-0.5:
         options["scale"] = heads.scale
     if heads.softcap is not None:
