@@ -22,7 +22,7 @@ import dash_onnx
 from dash_onnx.core.actions import Path
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.runtime.deciders import Decider, PathSequence, ScoredDecider
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.sequence import SequenceState
 
 PROMPT, TOKENS, ROUNDS = 16, 128, 7

@@ -34,7 +34,7 @@ from dash_onnx.bench.prompts import PROMPTS
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import json_lines
 from dash_onnx.runtime import grammar
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.ort import thread_count
 

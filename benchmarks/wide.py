@@ -21,7 +21,7 @@ from dash_onnx.cli.common import aligned
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.core.text import read_text
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 FORMS = "wide", "int8", "int4"
 _FIRST = 16  # predictions that are left out: nobody could know what comes

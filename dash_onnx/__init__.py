@@ -16,25 +16,26 @@ from dash_onnx.core.version import __version__
 if TYPE_CHECKING:
     from dash_onnx.exporters.api import export, fuse, train
     from dash_onnx.runtime.cache import Cache
-    from dash_onnx.runtime.engine import Model, ScoredToken, load
-    from dash_onnx.runtime.generate import Chunk, GeneratedToken
     from dash_onnx.runtime.grammar import Grammar
+    from dash_onnx.runtime.load import load
+    from dash_onnx.runtime.model import Model
     from dash_onnx.runtime.options import GenerationOptions
+    from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
     from dash_onnx.runtime.stream import Completion, Stream
 
 _LAZY = {
     "Cache": "runtime.cache",
-    "Chunk": "runtime.generate",
+    "Chunk": "runtime.results",
     "Completion": "runtime.stream",
-    "GeneratedToken": "runtime.generate",
+    "GeneratedToken": "runtime.results",
     "GenerationOptions": "runtime.options",
     "Grammar": "runtime.grammar",
-    "Model": "runtime.engine",
-    "ScoredToken": "runtime.engine",
+    "Model": "runtime.model",
+    "ScoredToken": "runtime.results",
     "Stream": "runtime.stream",
     "export": "exporters.api",
     "fuse": "exporters.api",
-    "load": "runtime.engine",
+    "load": "runtime.load",
     "train": "exporters.api",
 }
 

@@ -37,12 +37,14 @@ class Backend:
         device: its name.
         run_options: of every run, or None.
         joins: whether layers that always take the same action run as one graph.
+        cuts: whether a tensor's memory can be used in parts.
         lock: held while a graph is loaded, by devices where that must not happen beside others.
     """
 
     device: Device = "cpu"
     run_options: Any = None
     joins = True
+    cuts = True
 
     def __init__(self) -> None:
         """The CPU needs nothing."""

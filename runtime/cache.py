@@ -7,13 +7,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.prefix import Saved
-from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.slot import Slot
 
 
 class Cache:
@@ -21,29 +18,20 @@ class Cache:
 
     def __init__(self, sessions: Sessions):
         """Starts empty."""
-        self.tokens: list[int] = []
-        self._sequence = sessions.new_sequence()
+        self._slot = Slot(0, sessions.new_sequence(), quality=None)
         self._busy = threading.Lock()
 
     def __len__(self) -> int:
         """Tokens it holds."""
-        return self._sequence.length
+        return self._slot.state.length
 
     def __repr__(self) -> str:
         return f"<Cache: {len(self)} tokens>"
 
-    def acquire(self, ids: Ids) -> tuple[SequenceState, Ids]:
-        """Takes the sequence; returns it with the part of the prompt that it does not hold yet.
-
-        Raises:
-            DashError: another generation is using it.
-        """
-        self._take()
-        # The last token runs again: it gives the logits.
-        common = common_length(np.asarray(self.tokens, np.int64), ids[:-1])
-        self._sequence.truncate(common)
-        del self.tokens[common:]
-        return self._sequence, ids[common:]
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens it holds."""
+        return tuple(self._slot.tokens)
 
     def save(self, path: Path, facts: Mapping[str, str] | None = None) -> None:
         """Writes it to a file of safetensors' form, all or nothing.
@@ -56,11 +44,11 @@ class Cache:
             DashError: it is empty, in use, or the package safetensors is missing.
             BundleError: no file can lie there.
         """
-        with self._taken():
-            if not self.tokens:
+        with self.taken() as slot:
+            if not slot.tokens:
                 raise DashError("there is nothing to save yet")
-            saved = Saved.of(self._sequence, self.tokens)
-            saved.write(path, self._sequence.sessions.manifest, facts)
+            saved = Saved.of(slot.state, slot.tokens)
+            saved.write(path, slot.state.sessions.manifest, facts)
 
     def load(self, path: Path) -> dict[str, str]:
         """Takes what a file holds in place of its own; returns the facts in it.
@@ -69,26 +57,25 @@ class Cache:
             SourceError: the file is missing, damaged, or of another bundle.
             DashError: it is in use, or the package safetensors is missing.
         """
-        with self._taken():
-            saved, facts = Saved.read(path, self._sequence.sessions.manifest)
-            saved.restore(self._sequence, len(saved.tokens))
-            self.tokens = saved.tokens.tolist()
+        with self.taken() as slot:
+            saved, facts = Saved.read(path, slot.state.sessions.manifest)
+            saved.restore(slot.state, len(saved.tokens))
+            slot.tokens = saved.tokens.tolist()
         return facts
 
-    def _take(self) -> None:
+    @contextmanager
+    def taken(self) -> Iterator[Slot]:
+        """Lends its slot; an interrupted run leaves no half-written token behind.
+
+        Raises:
+            DashError: another generation has it.
+        """
         if not self._busy.acquire(blocking=False):
             raise DashError("this cache is in use by another generation; give each its own")
-
-    @contextmanager
-    def _taken(self) -> Iterator[None]:
-        self._take()
+        slot = self._slot
         try:
-            yield
+            yield slot
         finally:
+            del slot.tokens[slot.state.length :]
+            slot.state.truncate(len(slot.tokens))
             self._busy.release()
-
-    def release(self) -> None:
-        """Gives the sequence back; an interrupted run leaves no half-written token behind."""
-        del self.tokens[self._sequence.length :]
-        self._sequence.truncate(len(self.tokens))
-        self._busy.release()

@@ -1,14 +1,12 @@
-"""Generation: from a prompt to tokens, and from tokens to text."""
+"""A generation between its passes: what it runs next, what it draws, and when it ends."""
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import numpy as np
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
 from dash_onnx.core.actions import Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits
@@ -16,93 +14,16 @@ from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.forms import widened_in_prompts
 from dash_onnx.core.policy import Policy
-from dash_onnx.core.statistics import log_softmax
-from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.grammar import Constraint
-from dash_onnx.runtime.guesses import MOST, Guess, Guesser, Learned
+from dash_onnx.runtime.guesses import MOST, Found, Guess, Guesser, Learned
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken, Logprobs
 from dash_onnx.runtime.sampling import Sampler, Sampling
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import PromptPlan, Sessions
 
-FinishReason = Literal["stop", "length", "context"]
-"""`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
-
-
-class Logprobs(NamedTuple):
-    """Log probabilities at one token, in nats, before temperature, filters and grammar.
-
-    Attributes:
-        token: of the one that was drawn.
-        top: ids of the likeliest, with theirs.
-    """
-
-    token: float
-    top: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def of(cls, logits: Logits, token: int, most: int) -> Logprobs:
-        """From logits `[V]`."""
-        logs = log_softmax(logits.astype(np.float32))
-        likeliest = np.argpartition(-logs, most)[:most]
-        ordered = likeliest[np.argsort(-logs[likeliest], kind="stable")]
-        top = tuple((int(one), float(logs[one])) for one in ordered)
-        return cls(float(logs[token]), top)
-
-
-@dataclass(frozen=True)
-class GeneratedToken:
-    """One generated token.
-
-    Attributes:
-        token: its id.
-        path: the action of each layer in the pass that produced it.
-        ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
-        finish_reason: set on the last token.
-        guess: what came of the guesses for the pass that this token is the first of; its
-            milliseconds are shared by all tokens of the pass.
-        logprobs: where they were asked for.
-    """
-
-    token: int
-    path: Path
-    ms: float
-    finish_reason: FinishReason | None = None
-    guess: Guess | None = None
-    logprobs: Logprobs | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of generated text.
-
-    Attributes:
-        text: may be empty while a character or a stop string is incomplete.
-        token: id of the token that completed it.
-        path: the action of each layer for that token.
-        ms: wall time of that token in milliseconds.
-        prompt_tokens: length of the prompt.
-        generated_tokens: how many tokens were generated so far.
-        finish_reason: set on the last chunk.
-        guess: see `GeneratedToken`.
-        logprobs: likewise.
-    """
-
-    text: str
-    token: int
-    path: Path
-    ms: float
-    prompt_tokens: int
-    generated_tokens: int
-    finish_reason: FinishReason | None = None
-    guess: Guess | None = None
-    logprobs: Logprobs | None = None
-
-    def __repr__(self) -> str:
-        end = f", {self.finish_reason}" if self.finish_reason else ""
-        path = path_letters(self.path)
-        return f"<Chunk {self.text!r}: token {self.token}, {self.ms:.1f} ms, {path}{end}>"
+Piece = TypeVar("Piece", Chunk, GeneratedToken)
 
 
 @dataclass
@@ -129,6 +50,54 @@ class CurrentPolicy:
         self.policy = self.at(budget)
 
 
+Learn = Callable[[Policy], Learned | None]
+"""What was learned of guesses for a policy; None where nothing is guessed."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Request(Generic[Piece]):
+    """A generation that is asked for.
+
+    Attributes:
+        ids: the prompt `[S]`.
+        current: its policy, which may change between tokens; that of the options is not looked at.
+        options: what else the user chose.
+        sampling: resolved likewise.
+        plan: how the prompt runs.
+        eos: ids that end the text.
+        constraint: of `options.grammar`.
+        learn: see `Learn`.
+        expected: ids of `options.expected`.
+        write: makes a piece of a token.
+        deliver: takes the pieces, and what ended the generation before its time; called by the
+            thread that runs the scheduler.
+        cancelled: set from any thread: it ends before its next token.
+        first: the policy that it began with.
+        quality: how its prompt runs, and its answer, as that may be a part of the next prompt.
+            Where two are equal, one may use the other's K/V.
+    """
+
+    ids: Ids
+    current: CurrentPolicy
+    options: GenerationOptions
+    sampling: Sampling
+    plan: PromptPlan
+    eos: frozenset[int]
+    constraint: Constraint | None = None
+    learn: Learn = lambda policy: None
+    expected: Sequence[int] = ()
+    write: Callable[[GeneratedToken], Piece]
+    deliver: Callable[[Piece | Exception], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        path, head, widened, _ = self.plan
+        self.first = self.current.policy
+        later = "" if self.first.uniform == path else self.first.quality
+        wide = "wide" if widened else ""
+        self.quality = " ".join(filter(None, (path_letters(path), head, wide, later)))
+
+
 class Step(NamedTuple):
     """What a pass brought.
 
@@ -143,12 +112,8 @@ class Step(NamedTuple):
     guess: Guess | None = None
 
 
-Learn = Callable[[Policy], Learned | None]
-"""What was learned of guesses for a policy; None where nothing is guessed."""
-
-
 class Generation:
-    """One generation between its passes: its text, what it runs next, and when it ends.
+    """One generation between its passes.
 
     Attributes:
         text: ids of the prompt and of what was drawn.
@@ -156,80 +121,85 @@ class Generation:
         forced: tokens that the grammar lets follow the text alone; they run as a prompt does.
     """
 
-    def __init__(
-        self,
-        sequence: SequenceState,
-        ids: Ids,
-        current: CurrentPolicy,
-        options: GenerationOptions,
-        *,
-        sampling: Sampling,
-        eos: frozenset[int],
-        constraint: Constraint | None = None,
-        learn: Learn = lambda policy: None,
-        expected: Sequence[int] = (),
-    ):
-        """Begins with the prompt `ids` `[S]`; the rest is that of `generate_tokens`."""
-        self.text: list[int] = ids.tolist()
+    def __init__(self, sequence: SequenceState, request: Request):
+        """Begins with the prompt."""
+        self.text: list[int] = request.ids.tolist()
         self.count = 0
-        self._prompt, self._learn, self._expected = ids, learn, expected
-        self._guesser: Guesser | None = None
-        self._sampler, self._constraint = Sampler(sampling), constraint
+        self._request, self._sequence = request, sequence
+        self._options, self._constraint = request.options, request.constraint
+        self._sampler = Sampler(request.sampling)
+        self._ends = frozenset[int]() if request.options.ignore_eos else request.eos
         self._logprobs: deque[Logprobs | None] = deque()  # of tokens that are not told yet
-        self._sequence, self._current, self._options = sequence, current, options
-        self._ends = frozenset[int]() if options.ignore_eos else eos
-        self._policy = current.policy
+        self._policy = request.current.policy
         self._decider = decider_of(self._policy, sequence)
+        self._guesser: Guesser | None = None
+        self._found: Found | None = None  # that may be checked in the next pass
+        self._guesses: list[int] = []  # that are
         self.forced = self._forced()
 
     @property
     def decider(self) -> Decider:
         """What chooses the actions of the next token."""
-        if self._current.policy is not self._policy:
-            self._policy = self._current.policy
+        if self._request.current.policy is not self._policy:
+            self._policy = self._request.current.policy
             self._decider = decider_of(self._policy, self._sequence)
         return self._decider
 
     @property
+    def uniform(self) -> bool:
+        """Whether all its tokens take one path."""
+        return self._request.current.policy.uniform is not None
+
+    @property
+    def learned(self) -> Learned | None:
+        """What its guesses go by; None where it makes none."""
+        return self._request.learn(self._request.current.policy)
+
+    @property
+    def _limit(self) -> int:
+        return self._sequence.sessions.manifest.model.max_length
+
+    @property
     def spare(self) -> int:
         """How many tokens may run after the last one, with one more to be drawn."""
-        limit = self._sequence.sessions.manifest.model.max_length
-        drawn = len(self.text) - len(self._prompt)
-        return min(self._options.max_new_tokens - drawn - 1, limit - len(self.text))
+        drawn = len(self.text) - len(self._request.ids)
+        return min(self._options.max_new_tokens - drawn - 1, self._limit - len(self.text))
 
-    def step(self) -> Step:
-        """Runs the last token, and what is forced or guessed to follow it."""
-        sequence, last = self._sequence, self.text[-1]
-        if self.forced:
-            plan = prefill_plan(sequence.sessions, self._current.policy, self._options.prefill)
-            forced = self.take_forced()
-            logits = sequence.prefill(np.array([last, *forced], np.int64), *plan)
-            return Step([*forced, self.draw(logits)], plan.path)
-        decider, context = self.decider, sequence.length
-        learned = self._learn(self._policy)
-        found = None
-        if learned is not None:
-            if self._guesser is None:
-                self._guesser = Guesser(self._prompt.tolist(), self._expected, self._ends)
-            found = self._guesser.guess(learned, self.text, min(self.spare, MOST), context)
-        guesses = found.tokens if found else []
-        new = list[int]()
-        ids = np.array([last, *guesses], np.int64) if guesses else last
-        logits, path = sequence.forward(ids, decider, every=True)
+    def look_ahead(self, learned: Learned) -> list[float]:
+        """Finds what may follow; the tokens expected of a pass with 0, 1, 2, ... such guesses."""
+        if self._guesser is None:
+            prompt, expected = self._request.ids.tolist(), self._request.expected
+            self._guesser = Guesser(prompt, expected, self._ends)
+        self._found, gains = self._guesser.find(learned, self.text, min(self.spare, MOST))
+        return gains
+
+    def next_tokens(self, guesses: int) -> list[int]:
+        """What runs next: the last token, and up to some guesses of those that were found."""
+        found, self._guesses = self._found, []
+        if found is not None:
+            self._guesses = found.tokens[: max(min(guesses, self.spare), 0)]
+        return [self.text[-1], *self._guesses]
+
+    def take(self, logits: Logits, path: Path) -> Step:
+        """Draws from what `next_tokens` led to.
+
+        Args:
+            logits: after each of them, `[S, V]`.
+            path: that they took.
+        """
+        new, guesses = list[int](), self._guesses
         for row, guess in zip(logits, [*guesses, None], strict=True):
             new.append(self.draw(row))
             if new[-1] != guess or new[-1] in self._ends or self.forced:
                 break
-        sequence.truncate(context + len(new))
-        if found is None:
+        if not guesses or self._found is None:
             return Step(new, path)
         right = sum(a == b for a, b in zip(new, guesses, strict=False))
-        return Step(new, path, Guess(found.source, len(guesses), right))
+        return Step(new, path, Guess(self._found.source, len(guesses), right))
 
     def take_forced(self) -> list[int]:
         """The forced tokens, which are in the text from now on."""
         forced, self.forced = self.forced, []
-        assert self._constraint is not None or not forced
         if self._constraint is not None and forced:
             self._constraint.took(*forced)
         self.text += forced
@@ -274,74 +244,11 @@ class Generation:
         reason: FinishReason | None = None
         if token in self._ends:
             reason = "stop"
-        elif self._sequence.length - ahead >= self._sequence.sessions.manifest.model.max_length:
+        elif self._sequence.length - ahead >= self._limit:
             reason = "context"
         elif self.count == self._options.max_new_tokens:
             reason = "length"
         return GeneratedToken(token, path, ms, reason, guess, self._logprobs.popleft())
-
-
-def generate_tokens(
-    sessions: Sessions,
-    ids: Ids,
-    current: CurrentPolicy,
-    options: GenerationOptions,
-    *,
-    sampling: Sampling,
-    eos: frozenset[int],
-    constraint: Constraint | None = None,
-    learn: Learn = lambda policy: None,
-    expected: Sequence[int] = (),
-) -> Iterator[GeneratedToken]:
-    """Generates token by token; the first one comes from the prefill.
-
-    Args:
-        ids: the prompt, `[S]`.
-        current: its policy; `options.policy` is not looked at.
-        options: what else the user chose.
-        sampling: resolved likewise.
-        eos: ids that end the text.
-        constraint: of `options.grammar`.
-        learn: see `Learn`.
-        expected: ids of `options.expected`.
-
-    Raises:
-        ContextLengthError: the prompt does not fit the context.
-        PolicyError: the prompt is empty.
-        DashError: the cache is in use.
-    """
-    facts = sessions.manifest.model
-    check_prompt(ids, facts.max_length, facts.vocab_size)
-    cache = Cache(sessions) if options.cache is None else options.cache
-    sequence, rest = cache.acquire(ids)
-    try:
-        going = Generation(
-            sequence,
-            ids,
-            current,
-            options,
-            sampling=sampling,
-            eos=eos,
-            constraint=constraint,
-            learn=learn,
-            expected=expected,
-        )
-        plan = prefill_plan(sessions, current.policy, options.prefill)
-        started, forced = time.perf_counter(), going.take_forced()
-        rest = np.concatenate([rest, np.array(forced, np.int64)])
-        step = Step([*forced, going.draw(sequence.prefill(rest, *plan))], plan.path)
-        cache.tokens += rest.tolist()
-        while True:
-            ms = (time.perf_counter() - started) * 1e3
-            for told in going.told(step, ms):
-                yield told
-                if told.finish_reason is not None:
-                    return
-            started, token = time.perf_counter(), going.text[-1]
-            step = going.step()
-            cache.tokens += [token, *step.tokens[:-1]]
-    finally:
-        cache.release()
 
 
 def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = None) -> PromptPlan:

@@ -19,7 +19,10 @@ from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.forms import form_of, head_form_of
 
 MOST = 15
-"""Tokens that are guessed for one pass, at most."""
+"""Tokens that are guessed for one answer in one pass, at most."""
+
+MOST_ROWS = 32
+"""Rows of a pass that checks guesses of several answers, at most."""
 
 Source = Literal["text", "expected"]
 
@@ -30,6 +33,7 @@ _STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + M
 _MARGIN = 1.03  # tokens per plain pass from which guessing pays
 _COUNTED = 256  # outcomes of a kind that count, later ones for more
 _PRIOR = 8  # outcomes that a belief is worth
+_LEAST_LIKELY = 0.02  # a guess after which no more are made
 _EXTRA = 0.25  # what a further row of a pass takes where nothing was profiled
 _CONTEXT = 256  # tokens of context that a table of costs holds for
 
@@ -182,20 +186,23 @@ class Learned:
         """
         self._passes, self._layers, self._head = passes, Counter(path), head
         self._widened = frozenset(widened)
-        self._tables: dict[int, list[float]] = {}
+        self._costs: dict[tuple[int, int], float] = {}
         self.outcomes: dict[_Kind, _Outcomes] = defaultdict(_Outcomes)
 
-    def costs(self, context: int) -> list[float]:
-        """What a pass of 0, 1, 2, ... rows takes, as a multiple of one row's."""
-        found = self._tables.get(context // _CONTEXT)
+    def cost(self, rows: int, context: int) -> float:
+        """What a pass of some rows takes, as a multiple of one row's."""
+        key = rows, context // _CONTEXT
+        found = self._costs.get(key)
         if found is None:
-            found = self._tables[context // _CONTEXT] = self._table(context)
+            found = self._costs[key] = self._cost(rows, context)
         return found
 
-    def _table(self, context: int) -> list[float]:
+    def _cost(self, rows: int, context: int) -> float:
         passes, widened = self._passes, self._widened
+        if rows == 1:
+            return 1.0
         if passes is None:
-            return [1.0 + _EXTRA * (rows - 1) for rows in range(MOST + 2)]
+            return 1.0 + _EXTRA * (rows - 1)
 
         def ms(rows: int) -> float:
             layers = sum(
@@ -206,8 +213,29 @@ class Learned:
             )
             return layers + passes.head_ms(head_form_of(passes, self._head, rows, widened), rows)
 
-        plain = ms(1)
-        return [1.0, *(max(ms(rows) / plain, 1.0) for rows in range(1, MOST + 2))]
+        return max(ms(rows) / ms(1), 1.0)
+
+
+def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int) -> int:
+    """How many guesses for each of some answers bring most tokens per time, in one pass of all.
+
+    Args:
+        gains: for each answer, the tokens expected of a pass with 0, 1, 2, ... guesses.
+        learned: of their target.
+        context: of the longest.
+
+    Returns:
+        The same number for all of them: a pass pads those that have fewer.
+    """
+    answers = len(gains)
+    best, count = _MARGIN * answers / learned.cost(answers, context), 0
+    longest = min(max(map(len, gains)), max(MOST_ROWS, MOST + 1) // answers)
+    for n in range(1, longest):
+        expected = sum(known[min(n, len(known) - 1)] for known in gains)
+        rate = expected / learned.cost(answers * (n + 1), context)
+        if rate > best:
+            best, count = rate, n
+    return count
 
 
 class Guesser:
@@ -230,38 +258,34 @@ class Guesser:
         self._lookup = Lookup(prompt, expected)
         self._open: list[tuple[Found, list[_Kind], int]] = []  # guesses not yet compared, and where
 
-    def guess(self, learned: Learned, text: Sequence[int], most: int, context: int) -> Found | None:
-        """What is to be checked in the next pass, if anything.
+    def find(
+        self, learned: Learned, text: Sequence[int], most: int
+    ) -> tuple[Found | None, list[float]]:
+        """What may be checked in the next pass, and what it would bring.
 
         Args:
             learned: of the target.
             text: prompt and answer so far.
             most: tokens.
-            context: of the pass.
+
+        Returns:
+            The guesses, and the tokens expected of a pass with the first 0, 1, 2, ... of them.
         """
         for token in text[len(self._lookup.tokens) :]:
             self._compare(learned, token)
             self._lookup.add(token)
-        found = self._lookup.find()
+        found, gains = self._lookup.find(), [1.0]
         if found is None:
-            return None
+            return None, gains
         kinds = _kinds(found, self._lookup.agrees(found))
         self._open.append((found, kinds, len(self._lookup.tokens)))
-        rates = [learned.outcomes[kind].rate(_believed(kind)) for kind in kinds[:most]]
-        count = self._length(found.tokens, rates, learned.costs(context))
-        return found._replace(tokens=found.tokens[:count]) if count else None
-
-    def _length(self, tokens: list[int], rates: list[float], costs: list[float]) -> int:
-        """How many guesses bring most tokens per time."""
-        best, count, reached, expected = _MARGIN, 0, 1.0, 1.0
-        for n, (token, rate) in enumerate(zip(tokens, rates, strict=False), 1):
-            reached *= rate
-            expected += reached
-            if expected / costs[n + 1] > best:
-                best, count = expected / costs[n + 1], n
-            if token in self._eos or reached < 0.02:
+        reached = 1.0
+        for token, kind in zip(found.tokens[:most], kinds, strict=False):
+            reached *= learned.outcomes[kind].rate(_believed(kind))
+            gains.append(gains[-1] + reached)
+            if token in self._eos or reached < _LEAST_LIKELY:
                 break
-        return count
+        return found, gains
 
     def _compare(self, learned: Learned, token: int) -> None:
         """Compares what could have been guessed, made or not, with the token that came."""

@@ -122,10 +122,12 @@ class KVCache:
         self.length = length
 
 
-def mask_of(first: int, total: int, capacity: int, window: int | None) -> npt.NDArray[np.float32]:
-    """What the tokens `first` to `total` see of a cache `[total - first, capacity]`: 0, or -inf."""
-    rows, columns = np.arange(first, total)[:, None], np.arange(capacity)
-    seen = (columns <= rows) & (columns > rows - (window or total))
+def mask_of(
+    positions: npt.NDArray[np.int64], capacity: int, window: int | None
+) -> npt.NDArray[np.float32]:
+    """What tokens at positions `[...]` see of a cache, `[..., capacity]`: 0, or -inf elsewhere."""
+    rows, columns = positions[..., None], np.arange(capacity)
+    seen = (columns <= rows) & (columns > rows - (window or capacity))
     return np.where(seen, np.float32(0), np.float32(-np.inf))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -16,8 +16,29 @@ from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.sampling import Sampling
 
-if TYPE_CHECKING:
-    from dash_onnx.runtime.cache import Cache
+
+class Options(TypedDict, total=False):
+    """What the generating methods take by name: the fields of `GenerationOptions`.
+
+    None is as if it were left out.
+    """
+
+    policy: str | Policy | None
+    budget: Budget | None
+    prefill: Action | None
+    max_new_tokens: int | None
+    ignore_eos: bool | None
+    speculate: bool | None
+    expected: str | None
+    stop: str | Sequence[str] | None
+    grammar: Grammar | None
+    logprobs: int | None
+    temperature: float | None
+    repetition_penalty: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +64,6 @@ class GenerationOptions:
         stop: strings that end the text; they are not part of it.
         grammar: constrains the text.
         logprobs: return each token's log probability, and those of this many most likely tokens.
-        cache: from `Model.new_cache`; the prefix that it shares with the prompt is not computed
-            again.
     """
 
     policy: str | Policy = ""
@@ -57,7 +76,6 @@ class GenerationOptions:
     stop: str | Sequence[str] = ()
     grammar: Grammar | None = None
     logprobs: int | None = None
-    cache: Cache | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
     top_k: int | None = None
@@ -94,6 +112,7 @@ class GenerationOptions:
 
         Raises:
             PolicyError: a value is out of range.
+            TypeError: there is no such option.
         """
         if options is not None and not isinstance(options, cls):
             raise PolicyError(f"options={options!r} must be GenerationOptions")
@@ -123,16 +142,13 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 def check_type(name: str, value: Any) -> None:
     """Refuses what no caller can mean; NumPy's numbers are numbers."""
-    if name == "cache":
-        wrong, what = value is not None and not hasattr(value, "acquire"), "from Model.new_cache()"
-    else:
-        kinds, what = _KINDS[name]
-        plain = value.item() if hasattr(value, "item") else value
-        wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
-        if isinstance(plain, int) and plain.bit_length() > _MOST_BITS:
-            raise PolicyError(f"{name} is too large a number")
-        if name == "stop" and not wrong:
-            wrong = not all(isinstance(word, str) for word in value)
+    kinds, what = _KINDS[name]
+    plain = value.item() if hasattr(value, "item") else value
+    wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
+    if isinstance(plain, int) and plain.bit_length() > _MOST_BITS:
+        raise PolicyError(f"{name} is too large a number")
+    if name == "stop" and not wrong:
+        wrong = not all(isinstance(word, str) for word in value)
     if wrong:
         raise PolicyError(f"{name}={value!r} must be {what}")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import numpy as np
 
@@ -17,75 +17,153 @@ from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
 
-class BatchDecoder:
-    """The decode loop of several rows.
+class Rows:
+    """Several sequences, and the passes that they share.
 
     Attributes:
-        rows: the sequences; each may run alone, as for its prompt.
+        states: the sequences; each may run alone, as for its prompt.
+        ragged: whether a pass may have several tokens of each, in different numbers.
     """
 
-    def __init__(self, sessions: Sessions, rows: int, capacity: int = CAPACITY):
-        """Allocates an empty cache for them.
+    def __init__(self, states: Sequence[SequenceState], whole: SequenceState | None = None):
+        """See `new` and `alone`.
+
+        Args:
+            states: the sequences.
+            whole: the batch that they are the parts of; None runs each by itself.
+        """
+        self.states, self._whole = states, whole
+        self._parts = {(row, row + 1): state for row, state in enumerate(states)}
+        self.ragged = whole is not None and whole.sessions.manifest.target.ragged
+
+    @classmethod
+    def alone(cls, state: SequenceState) -> Rows:
+        """A single sequence."""
+        return cls([state])
+
+    @classmethod
+    def new(cls, sessions: Sessions, rows: int, capacity: int = CAPACITY) -> Rows:
+        """Empty sequences, in one K/V cache where the device can cut it.
 
         Args:
             sessions: of the bundle.
             rows: how many.
             capacity: tokens that each has room for at first; it grows in steps when one is full.
-
-        Raises:
-            DeviceError: the device runs no batches.
         """
-        self._whole = sessions.new_sequence(capacity, rows)
-        self.rows = [self._whole.part(row, row + 1) for row in range(rows)]
-        self._parts = {(row, row + 1): state for row, state in enumerate(self.rows)}
+        if rows == 1 or not sessions.backend.cuts:
+            return cls([sessions.new_sequence(capacity) for _ in range(rows)])
+        whole = sessions.new_sequence(capacity, rows)
+        return cls([whole.part(row, row + 1) for row in range(rows)], whole)
 
     def forward(
-        self, rows: Sequence[int], tokens: Sequence[int], deciders: Sequence[Decider]
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        deciders: Sequence[Decider],
+        wanted: Sequence[int] = (),
     ) -> tuple[list[Logits], list[Path]]:
-        """Runs one token of each of some rows.
+        """Runs tokens of some rows.
 
         Args:
             rows: numbers, ascending.
-            tokens: an id for each.
-            deciders: likewise.
+            tokens: ids for each; several only if `ragged`, or if one row runs alone.
+            deciders: of each; several tokens of a row take the same path.
+            wanted: of how many last tokens of each the logits are wanted; empty takes all.
 
         Returns:
-            Logits `[V]` of each (the next call overwrites them), and paths.
+            Logits `[S, V]` of each row (the next call overwrites them), and paths.
 
         Raises:
             ContextLengthError: a row's context is full.
         """
-        for row in rows:
-            self.rows[row].advance(1)
+        wanted = wanted or [len(ids) for ids in tokens]
+        if self._whole is None or len(rows) == 1:
+            found = [
+                self._alone(*each) for each in zip(rows, tokens, deciders, wanted, strict=True)
+            ]
+            logits = [found[0][0]] if len(rows) == 1 else [one.copy() for one, _ in found]
+            return logits, [path for _, path in found]
+        seq, first, stop = max(map(len, tokens)), rows[0], rows[-1] + 1
+        together = self._place(rows, tokens, seq)
+        paths = self._layers(together, tuple(rows), deciders, seq)
+        if seq == 1:
+            key, heads = tuple(rows), tuple([decider.head for decider in deciders])
+            for low, high, head in calls(key, heads):
+                self._part(low, high).head(head)
+            return [self.states[row].logits[None] for row in rows], paths
+        hidden = together.output.reshape(stop - first, seq, -1)
+        each = [
+            hidden[row - first, len(ids) - count : len(ids)]
+            for row, ids, count in zip(rows, tokens, wanted, strict=True)
+        ]
+        return self._heads(each, deciders), paths
+
+    def _alone(
+        self, row: int, ids: Sequence[int], decider: Decider, wanted: int
+    ) -> tuple[Logits, Path]:
+        one = ids[0] if len(ids) == 1 else np.array(ids, np.int64)
+        logits, path = self.states[row].forward(one, decider, every=wanted > 1)
+        logits = logits.reshape(-1, logits.shape[-1])
+        return logits[len(logits) - wanted :], path
+
+    def _place(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], seq: int
+    ) -> SequenceState:
+        """Sets the positions of a pass, and embeds its tokens; returns what runs it."""
+        for row, ids in zip(rows, tokens, strict=True):
+            self.states[row].join(len(ids), seq)
         first, stop = rows[0], rows[-1] + 1
+        longest = max(self.states[row].length for row in rows)
         for row in set(range(first, stop)).difference(rows):
-            self.rows[row].rest()
-        whole = self._part(first, stop)
-        ids = np.zeros((stop - first, 1), np.int64)
-        ids[np.array(rows) - first, 0] = tokens
-        whole.agree(max(self.rows[row].length for row in rows))
-        whole.embed(ids)
+            self.states[row].rest(seq)
+            longest = max(longest, self.states[row].length + 1)
+        padded = np.zeros((stop - first, seq), np.int64)
+        for row, ids in zip(rows, tokens, strict=True):
+            padded[row - first, : len(ids)] = ids
+        together = self._part(first, stop)
+        together.agree(longest, seq)
+        together.embed(padded)
+        return together
+
+    def _layers(
+        self, together: SequenceState, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
+    ) -> list[Path]:
+        """Runs the layers, in each the rows of the same action together."""
         for decider in deciders:
             decider.begin()
-        key = tuple(rows)
         same = {decider.segments for decider in deciders}
-        segments = same.pop() if len(same) == 1 else each_alone(whole.num_layers)
+        segments = same.pop() if len(same) == 1 else each_alone(together.num_layers)
         for layer, end in segments:
             for decider in deciders:
                 decider.before(layer)
             actions = tuple([decider.action(layer) for decider in deciders])
-            for low, high, action in calls(key, actions):
-                self._part(low, high).run(layer, action, end)
+            for low, high, action in calls(rows, actions):
+                part = self._part(low, high)
+                part.follow(seq)
+                part.run(layer, action, end)
             for decider in deciders:
                 decider.after(layer)
-        for low, high, head in calls(key, tuple([decider.head for decider in deciders])):
-            self._part(low, high).head(head)
-        paths = [decider.end() for decider in deciders]
-        return [self.rows[row].logits for row in rows], paths
+        return [decider.end() for decider in deciders]
+
+    def _heads(self, hidden: Sequence[Logits], deciders: Sequence[Decider]) -> list[Logits]:
+        """Logits `[S, V]` of rows `[S, D]`: rows of the same precision run together, unpadded."""
+        groups = defaultdict(list)
+        for index, decider in enumerate(deciders):
+            groups[decider.head].append(index)
+        result: list[Logits] = [hidden[0][:0]] * len(hidden)
+        for head, indices in groups.items():
+            logits = self.states[0].head_of(np.concatenate([hidden[i] for i in indices]), head)
+            if len(groups) > 1:
+                logits = logits.copy()  # another group of as many rows would overwrite them
+            stops = accumulate(len(hidden[i]) for i in indices)
+            for index, stop in zip(indices, stops, strict=True):
+                result[index] = logits[stop - len(hidden[index]) : stop]
+        return result
 
     def _part(self, start: int, stop: int) -> SequenceState:
         part = self._parts.get((start, stop))
         if part is None:
+            assert self._whole is not None
             part = self._parts[start, stop] = self._whole.part(start, stop)
         part.reserve(0)  # follows the cache where it has moved
         return part

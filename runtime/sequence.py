@@ -15,7 +15,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import form_of, head_form_of
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.guesses import MOST
+from dash_onnx.runtime.guesses import MOST, MOST_ROWS
 from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart, mask_of
 from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
@@ -23,6 +23,7 @@ PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
 
 _KEPT = 16  # tokens: bindings for longer passes go when their prompt has run
+_SHARED_LOGITS = (MOST + 1, MOST_ROWS)  # rows of buffers for the logits of passes with guesses
 _PREVIEWED = 32  # tokens: for each an INT2 head gathers 256 rows of the INT8 head
 
 
@@ -77,8 +78,11 @@ class SequenceState:
         self._seqlens = backend.buffer((batch,), "int32")
         self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
         self._start = backend.buffer((batch,), "int64")
+        self._counts = Buffer((batch,), "int32")  # of valid tokens; the CPU's graphs alone read it
         self._passes: dict[int, _Pass] = {}
-        self._guessed: list[Buffer] = []  # logits that passes with guesses share, in all parts
+        self._shared: dict[int, _Pass] = {}  # of several tokens, see `join`
+        self._whole: tuple[SequenceState, int, int] | None = None  # that this is a part of
+        self._logits_of: dict[int, Buffer] = {}  # by rows, shared by passes with guesses
         self._widened = sessions.widened  # actions that passes of several rows may run wide
         self._plain: bool | None = None  # how passes attend; None: as is faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to
@@ -93,7 +97,10 @@ class SequenceState:
         part = copy(self)
         part.batch = stop - start
         part.kv = KVPart(self.kv, start, stop)
-        part._seqlens, part._start = self._seqlens.part(start, stop), self._start.part(start, stop)
+        part._seqlens, part._start, part._counts = (
+            buffer.part(start, stop) for buffer in (self._seqlens, self._start, self._counts)
+        )
+        part._whole, part._shared = (self, start, stop), {}
         mine = self._passes[1]
         mine.logits = mine.logits or self._logits(1)
         tokens, positions, even, odd, logits = (
@@ -116,6 +123,11 @@ class SequenceState:
         logits = self._passes[1].logits
         assert logits is not None
         return logits.array[0, -1]
+
+    @property
+    def output(self) -> Logits:
+        """`[B, S, D]`: what the last layer returned for the pass that ran last."""
+        return self._now.hidden[self.num_layers % 2].array
 
     @property
     def hidden(self) -> tuple[Buffer, Buffer]:
@@ -213,7 +225,7 @@ class SequenceState:
     def _widen(self, widened: frozenset[Action]) -> None:
         if widened != self._widened:
             self._widened = widened
-            for bound in self._passes.values():
+            for bound in (*self._passes.values(), *self._shared.values()):
                 bound.forms.clear()
 
     def advance(self, count: int) -> None:
@@ -229,6 +241,7 @@ class SequenceState:
         self._seqlens.write(total - 1)
         self._total.write(self._longest(total, count))
         self._start.write(total - count)
+        self._counts.write(count)
         self._now = self._passes.get(count) or self._pass(count)
         self._place(count)
 
@@ -242,7 +255,7 @@ class SequenceState:
         self.kv.reserve(total)
         if self.kv.moves != self._moves:
             self._moves = self.kv.moves
-            for bound in self._passes.values():
+            for bound in (*self._passes.values(), *self._shared.values()):
                 bound.forget()
 
     def _place(self, count: int) -> None:
@@ -251,39 +264,97 @@ class SequenceState:
         first, total = kv.length - count, kv.length
         now.positions.write(np.arange(first, total))
         if count > 1:
-            self._place_several(first, total)
+            self._see(total)
             return
         if self._plain is None:
             kv.settle(total)
         kv.show(total)
 
-    def _place_several(self, first: int, total: int) -> None:
-        now, kv, count = self._now, self.kv, total - first
+    def _see(self, longest: int) -> None:
+        """Lets the tokens of a pass of several see those before them, and chooses how they attend.
+
+        Args:
+            longest: tokens of the longest sequence.
+        """
+        now, kv = self._now, self.kv
+        count = now.tokens.shape[1]
         if now.plain is None:
             passes, now.plain = self.sessions.manifest.costs.passes, Buffer((), "bool")
-            faster = passes is not None and passes.attends_plainly(count, total, kv.capacity)
+            faster = passes is not None and passes.attends_plainly(count, longest, kv.capacity)
             now.plain.write(faster if self._plain is None else self._plain)
             size = count if now.plain.array else 1  # the other attention reads none
             shape = (self.batch, 1, 1, size, kv.capacity)
             now.masks = {window: Buffer(shape, "float32") for window in kv.masks}
         if now.plain.array:
             for window, mask in now.masks.items():
-                mask.write(mask_of(first, total, kv.capacity, window))
+                mask.write(mask_of(now.positions.array, kv.capacity, window)[:, None, None])
 
     def _longest(self, total: int, count: int) -> int:
         """The sequence length that the graphs are told on the host."""
         return total
 
-    def rest(self) -> None:
-        """Lets a pass of the batch that it is a part of run over it: what that writes is nothing.
+    def join(self, count: int, seq: int) -> None:
+        """Takes part in a pass of the batch that this is a part of.
 
-        Its position is the first one after the valid ones, so that they stay as they are.
+        Args:
+            count: tokens of this sequence; makes room for them as `advance` does.
+            seq: tokens of each sequence in the pass, which pads those that have fewer.
+
+        Raises:
+            ContextLengthError: they do not fit the context.
         """
-        self.reserve(self.length + 1)
-        self._seqlens.write(self.length)
-        self._start.write(self.length)
-        self._passes[1].positions.write(self.length)
-        self.kv.show(self.length + 1)
+        if seq == 1:
+            self.advance(1)
+            return
+        first = self.kv.length
+        self._check_room(first + seq)
+        self.reserve(first + seq)
+        self.kv.length = first + count
+        self._join(first, count, seq)
+
+    def rest(self, seq: int) -> None:
+        """Lets a pass of `seq` tokens run over this part of a batch: what that writes is nothing.
+
+        Its positions are the first ones after the valid ones, which stay as they are.
+        """
+        self.reserve(self.length + seq)
+        self._join(self.length, 1, seq)
+        if seq == 1:
+            self.kv.show(self.length + 1)
+
+    def _join(self, first: int, count: int, seq: int) -> None:
+        self._seqlens.write(first + count - 1)
+        self._start.write(first)
+        self._counts.write(count)
+        self._pass_of(seq).positions.write(np.arange(first, first + seq))
+
+    def _pass_of(self, seq: int) -> _Pass:
+        """The pass that the parts of a batch share, or this one's part of it."""
+        if seq == 1:
+            return self._passes[1]
+        found = self._shared.get(seq)
+        if found is None:
+            if self._whole is None:
+                found = self._new_pass(seq)
+            else:
+                whole, start, stop = self._whole
+                mine = whole._pass_of(seq)
+                tokens, positions, even, odd = (
+                    buffer.part(start, stop)
+                    for buffer in (mine.tokens, mine.positions, *mine.hidden)
+                )
+                found = self._new_pass(seq, tokens, positions, (even, odd))
+            self._shared[seq] = found
+        return found
+
+    def follow(self, seq: int) -> None:
+        """Takes the pass of `seq` tokens for which a larger part of the batch has agreed."""
+        now = self._now = self._pass_of(seq)
+        if now.plain is None and self._whole is not None and seq > 1:
+            whole, start, stop = self._whole
+            mine = whole._pass_of(seq)
+            now.plain = mine.plain
+            now.masks = {window: mask.part(start, stop) for window, mask in mine.masks.items()}
 
     def attend(self, plain: bool) -> Buffer:
         """Attends by plain operators, or not, until the K/V cache moves: for those who time it.
@@ -298,12 +369,24 @@ class SequenceState:
         self._place(self._now.tokens.shape[1])
         return self._now.plain or self.kv.plain
 
-    def agree(self, longest: int) -> None:
-        """Takes positions that the parts of a batch have set, of which the longest is told."""
+    def agree(self, longest: int, seq: int) -> None:
+        """Takes positions that the parts of a batch have set, for a pass of `seq` tokens of each.
+
+        Args:
+            longest: tokens of the longest sequence.
+            seq: tokens of each sequence in the pass.
+        """
         self.reserve(longest)
-        self.kv.settle(longest)
         self._total.write(longest)
-        self._now = self._passes[1]
+        if seq == 1:
+            self.kv.settle(longest)
+            self._now = self._passes[1]
+            return
+        if self._whole is not None:
+            whole, _, _ = self._whole
+            whole._now = whole._pass_of(seq)
+            whole._see(longest)
+        self.follow(seq)
 
     def embed(self, tokens: int | Ids) -> None:
         """Runs the token embedding on an id, or on as many ids as were advanced by."""
@@ -356,7 +439,31 @@ class SequenceState:
         logits = now.logits.array if self.batch > 1 else now.logits.array[0]
         return logits if every else logits[..., -1, :]
 
+    def head_of(self, hidden: Logits, precision: Action) -> Logits:
+        """Runs the LM head on rows of any sequences.
+
+        Args:
+            hidden: `[S, D]`, outputs of the last layer.
+            precision: that is asked for.
+
+        Returns:
+            Logits `[S, V]`; the next pass of as many rows overwrites them.
+        """
+        rows = len(hidden)
+        self._now = self._passes.get(rows) or self._pass(rows)
+        self._now.hidden[self.num_layers % 2].write(hidden[None])
+        return self.head(precision, every=True)
+
     def _pass(
+        self,
+        seq: int,
+        tokens: Buffer | None = None,
+        positions: Buffer | None = None,
+        hidden: tuple[Buffer, Buffer] | None = None,
+    ) -> _Pass:
+        return self._passes.setdefault(seq, self._new_pass(seq, tokens, positions, hidden))
+
+    def _new_pass(
         self,
         seq: int,
         tokens: Buffer | None = None,
@@ -370,16 +477,18 @@ class SequenceState:
         shape = (self.batch, seq, dims.hidden_size)
         hidden = hidden or (backend.buffer(shape, dims.dtype), backend.buffer(shape, dims.dtype))
         embed = self._bound(seq, sessions.embed(), [tokens], [hidden[0]])
-        return self._passes.setdefault(seq, _Pass(tokens, positions, hidden, embed))
+        return _Pass(tokens, positions, hidden, embed)
 
     def _logits(self, seq: int) -> Buffer:
         dims, backend = self.sessions.manifest.dims, self.sessions.backend
         shape = (self.batch, seq, dims.vocab_size)
-        if self.batch > 1 or not 1 < seq <= MOST + 1 or backend.device != "cpu":
+        fitting = [rows for rows in _SHARED_LOGITS if rows >= seq]
+        if self.batch > 1 or seq == 1 or not fitting or backend.device != "cpu":
             return backend.buffer(shape, dims.dtype)
-        if not self._guessed:
-            self._guessed.append(backend.buffer((MOST + 1, dims.vocab_size), dims.dtype))
-        return self._guessed[0].reshaped(shape)
+        rows = fitting[0]
+        if rows not in self._logits_of:
+            self._logits_of[rows] = backend.buffer((rows, dims.vocab_size), dims.dtype)
+        return self._logits_of[rows].reshaped(shape)
 
     def _bind_layers(self, start: int, stop: int, form: Form) -> tuple[Run, ...]:
         layers, sessions = range(start, stop), self.sessions
@@ -402,6 +511,7 @@ class SequenceState:
             "hidden_out": target,
             "seqlens_k": self._seqlens,
             "total_sequence_length": self._total,
+            "query_seqlens": self._counts,
             "start": self._start,
             "positions": now.positions,
             "plain": now.plain or kv.plain,

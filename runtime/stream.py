@@ -13,7 +13,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.generate import Chunk, CurrentPolicy, FinishReason, Logprobs
+from dash_onnx.runtime.generate import CurrentPolicy
+from dash_onnx.runtime.results import Chunk, FinishReason, Logprobs
 
 M = TypeVar("M")
 P = ParamSpec("P")

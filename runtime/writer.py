@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 
 from dash_onnx.core.text import Detokenizer, TextCodec
-from dash_onnx.runtime.generate import Chunk, GeneratedToken
+from dash_onnx.runtime.results import Chunk, GeneratedToken
 
 
 def text_of(

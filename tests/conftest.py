@@ -27,7 +27,8 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.actions import Path as ActionPath
 from dash_onnx.core.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
-from dash_onnx.runtime.engine import Model, ScoredToken
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.results import ScoredToken
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ import dash_onnx
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions, export
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 LAYERS = 3
 WINDOW = 40

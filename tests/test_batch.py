@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from families import attending_plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scored_bundle import with_scorer
@@ -16,12 +18,14 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.policy import RandomPolicy
-from dash_onnx.runtime.batch import Batch, Request
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk, Generation
+from dash_onnx.runtime.generate import Request
+from dash_onnx.runtime.guesses import Learned
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.rows import BatchDecoder, calls
+from dash_onnx.runtime.results import Chunk
+from dash_onnx.runtime.rows import Rows, calls
+from dash_onnx.runtime.scheduler import Scheduler
 from dash_onnx.runtime.sequence import SequenceState
 
 PROMPTS = [
@@ -46,7 +50,9 @@ def options(**given: Any) -> GenerationOptions:
     return GenerationOptions(**{"max_new_tokens": 40, "ignore_eos": True, **given})
 
 
-def run(model: Model, batch: Batch, *prompts: str, **given: Any) -> list[list[Chunk | Exception]]:
+def run(
+    model: Model, batch: Scheduler, *prompts: str, **given: Any
+) -> list[list[Chunk | Exception]]:
     """What is delivered for each prompt."""
     told: list[list[Chunk | Exception]] = [[] for _ in prompts]
     for prompt, pieces in zip(prompts, told, strict=True):
@@ -75,7 +81,10 @@ def test_every_text_is_what_it_would_be_alone(
     alone = [scored.generate(prompt, options=options(**given)) for prompt in PROMPTS]
     ended: list[int] = []
     together = scored.batch(
-        PROMPTS, options=options(**given), rows=rows, on_done=lambda index, _: ended.append(index)
+        PROMPTS,
+        options=options(**given),
+        parallel=rows,
+        on_done=lambda index, _: ended.append(index),
     )
     assert together == alone
     assert sorted(ended) == [*range(len(PROMPTS))]
@@ -89,7 +98,7 @@ def test_every_text_is_what_it_would_be_alone(
 def test_rows_of_different_lengths_have_the_logits_of_each_alone(tiny_model: Model) -> None:
     """Through prompts that come between, growth, and rows that rest between others."""
     sessions = tiny_model.new_sequence().sessions
-    decoder = BatchDecoder(sessions, 4, capacity=8)
+    decoder = Rows.new(sessions, 4, capacity=8)
     rng = np.random.default_rng(0)
     policy, heads = tiny_model.policy("random:1"), ("full", "int8", "full", "int8")
     assert isinstance(policy, RandomPolicy)
@@ -101,7 +110,7 @@ def test_rows_of_different_lengths_have_the_logits_of_each_alone(tiny_model: Mod
         for row in starting:
             ids = rng.integers(2, 300, 3 + 7 * row)
             path, head = next(paths), heads[row]
-            got = decoder.rows[row].prefill(ids, path, head)
+            got = decoder.states[row].prefill(ids, path, head)
             np.testing.assert_allclose(got, alone[row].prefill(ids, path, head), atol=2e-4)
             lengths[row] = len(ids)
         rows = [row for row in range(4) if lengths[row] and rng.random() < 0.8]
@@ -109,13 +118,108 @@ def test_rows_of_different_lengths_have_the_logits_of_each_alone(tiny_model: Mod
             continue
         tokens = [int(rng.integers(2, 300)) for _ in rows]
         deciders = [FixedPath(next(paths), heads[row]) for row in rows]
-        logits, taken = decoder.forward(rows, tokens, deciders)
+        logits, taken = decoder.forward(rows, [[token] for token in tokens], deciders)
         for row, token, own, path, decider in zip(
             rows, tokens, logits, taken, deciders, strict=True
         ):
             wanted, _ = alone[row].forward(token, decider)
-            np.testing.assert_allclose(own, wanted, atol=2e-4)
+            np.testing.assert_allclose(own[0], wanted, atol=2e-4)
             assert path == decider.path
+
+
+@pytest.mark.parametrize("plainly", [False, True], ids=["grouped", "plain"])
+def test_rows_with_several_tokens_each_have_the_logits_of_each_alone(
+    plainly: bool, tiny_with: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In different numbers, on different paths, with rows that rest between others."""
+    folder = tiny_with(attention="both")
+    opened = attending_plainly(folder, tmp_path / "out") if plainly else dash_onnx.load(folder)
+    with opened as model:
+        together = Rows.new(model._sessions, 4, capacity=8)
+        assert together.ragged
+        alone = [model.new_sequence() for _ in range(4)]
+        rng, heads = np.random.default_rng(0), ("full", "int8", "full", "int8")
+        policy = model.policy("random:1")
+        assert isinstance(policy, RandomPolicy)
+        paths = policy.paths()
+        for row in range(4):
+            ids, path = rng.integers(2, 300, 3 + 7 * row), next(paths)
+            together.states[row].prefill(ids, path, heads[row])
+            alone[row].prefill(ids, path, heads[row])
+        for _ in range(25):
+            rows = [row for row in range(4) if rng.random() < 0.8] or [0, 2]
+            tokens = [rng.integers(2, 300, rng.integers(1, 5)).tolist() for _ in rows]
+            wanted = [int(rng.integers(0, len(ids) + 1)) for ids in tokens]
+            deciders = [FixedPath(next(paths), heads[row]) for row in rows]
+            logits, _ = together.forward(rows, tokens, deciders, wanted)
+            for row, ids, own, count, decider in zip(
+                rows, tokens, logits, wanted, deciders, strict=True
+            ):
+                every, _ = alone[row].forward(np.array(ids), decider, every=True)
+                assert len(own) == count
+                np.testing.assert_allclose(own, every[len(ids) - count :], atol=2e-4)
+                kept = together.states[row].length - int(rng.integers(0, len(ids)))
+                together.states[row].truncate(kept)
+                alone[row].truncate(kept)
+
+
+@pytest.fixture
+def cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows cost next to nothing, as on a machine whose products of many rows are fast."""
+    monkeypatch.setattr(Learned, "cost", lambda learned, rows, context: 1 + 0.01 * (rows - 1))
+
+
+@pytest.mark.usefixtures("cheap_rows")
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.8, "seed": 5}], ids=str)
+def test_guesses_answers_and_a_prompt_share_a_pass(
+    given: dict[str, Any], tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call of each layer's graph for a prompt's part, guessed rows and a lone one."""
+    prompts = ["the keeper of the lighthouse", "in the night", "the ships"]
+    chosen = options(policy="full", max_new_tokens=120, **given)
+    wanted = [tiny_model.generate(prompt, options=chosen, speculate=False) for prompt in prompts]
+    told: list[list[Any]] = [[] for _ in prompts]
+    chosen_each = [chosen, replace(chosen, speculate=False)]
+    requests = [
+        tiny_model.request(prompt, pieces.append, own)
+        for prompt, pieces, own in zip(prompts, told, [*chosen_each, chosen], strict=True)
+    ]
+    ids = requests[0].ids
+    alone = tiny_model.generate_step(ids, options=chosen, speculate=False)
+    requests[0].expected = [step.token for step in alone]
+    scheduler, passes = tiny_model.new_scheduler(3), []
+    forward, run_layer = Rows.forward, SequenceState.run
+    calls_of_a_layer = 0
+
+    def counted(state: SequenceState, layer: int, *rest: Any) -> None:
+        nonlocal calls_of_a_layer
+        calls_of_a_layer += layer == 0
+        run_layer(state, layer, *rest)
+
+    def noted(rows: Rows, numbers: Any, tokens: Any, *rest: Any) -> Any:
+        before = calls_of_a_layer
+        found = forward(rows, numbers, tokens, *rest)
+        passes.append(([len(ids) for ids in tokens], calls_of_a_layer - before))
+        return found
+
+    monkeypatch.setattr(SequenceState, "run", counted)
+    monkeypatch.setattr(Rows, "forward", noted)
+    for request in requests[:2]:
+        scheduler.submit(request)
+    while not passes or passes[-1][0][0] == 1:
+        scheduler.step()
+    del passes[:]
+    scheduler.submit(requests[2])
+    scheduler.step()
+    (sizes, calls_made), *_ = passes
+    assert len(sizes) == 3 and calls_made == 1
+    assert sizes[0] > 1 and sizes[1] == 1 and sizes[2] > 1
+    while scheduler.step():
+        pass
+    assert ["".join(chunk.text for chunk in pieces) for pieces in told] == wanted
+    assert sum(chunk.guess.right for chunk in told[0] if chunk.guess) > 10
+    assert not any(chunk.guess for chunk in told[1])
+    assert all(made == 1 for _, made in passes)
 
 
 @settings(max_examples=300)
@@ -136,7 +240,7 @@ def test_the_last_call_of_every_row_is_its_own_action(actions: dict[int, str]) -
 def test_a_row_goes_on_from_what_it_holds_of_a_prompt(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, ran = tiny_model.new_batch(2), []
+    batch, ran = tiny_model.new_scheduler(2), []
     prefill = SequenceState.prefill
 
     def watched(state: SequenceState, ids: np.ndarray, *rest: Any) -> Any:
@@ -154,8 +258,8 @@ def test_a_row_goes_on_from_what_it_holds_of_a_prompt(
 
 def test_a_prompt_takes_what_a_running_answer_holds_of_it(tiny_model: Model) -> None:
     prompt = "the ships that pass in the night, " * 6
-    batch = tiny_model.new_batch(2)
-    (alone,) = run(tiny_model, tiny_model.new_batch(2), prompt + "again", policy="int8")
+    batch = tiny_model.new_scheduler(2)
+    (alone,) = run(tiny_model, tiny_model.new_scheduler(2), prompt + "again", policy="int8")
     told: list[list[Chunk | Exception]] = [[], []]
     batch.submit(tiny_model.request(prompt, told[0].append, options(policy="int8")))
     for _ in range(3):
@@ -171,7 +275,7 @@ def test_a_prompt_takes_what_a_running_answer_holds_of_it(tiny_model: Model) -> 
 
 
 def test_a_prompt_takes_nothing_that_another_budget_wrote(scored: Model) -> None:
-    batch, told = scored.new_batch(2), list[Chunk | Exception]()
+    batch, told = scored.new_scheduler(2), list[Chunk | Exception]()
     first = scored.request("the ships that pass, " * 8, told.append, options(budget=0.9))
     batch.submit(first)
     while len(told) < 4:
@@ -188,7 +292,7 @@ def test_a_prompt_takes_nothing_that_another_budget_wrote(scored: Model) -> None
 
 
 def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> None:
-    batch = tiny_model.new_batch(2)
+    batch = tiny_model.new_scheduler(2)
     told: list[Chunk | Exception] = []
     others: list[Chunk | Exception] = []
     requests: list[Request] = []
@@ -213,7 +317,7 @@ def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> N
 
 
 def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> None:
-    batch, wrong, right = tiny_model.new_batch(2), [], []
+    batch, wrong, right = tiny_model.new_scheduler(2), [], []
 
     def fails(piece: Chunk | Exception) -> None:
         wrong.append(piece)
@@ -233,25 +337,16 @@ def test_a_pass_that_fails_ends_no_row_that_runs_alone(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where one row's policy needs a graph for which there is no memory."""
-    forward = BatchDecoder.forward
+    forward = Rows.forward
 
-    def failing(decoder: BatchDecoder, rows: Any, tokens: Any, deciders: Any) -> Any:
-        found = forward(decoder, rows, tokens, deciders)  # it fails late, with all positions moved
-        if 0 in rows and decoder.rows[0].length > 8:
+    def failing(together: Rows, rows: Any, *rest: Any) -> Any:
+        found = forward(together, rows, *rest)  # it fails late, with all positions moved
+        if 0 in rows and len(together.states) > 1 and together.states[0].length > 8:
             raise MemoryError
         return found
 
-    step, first = Generation.step, tiny_model.text.encode(PROMPTS[0]).tolist()
-
-    def failing_alone(going: Generation) -> Any:
-        found = step(going)
-        if going.text[: len(first)] == first:
-            raise MemoryError
-        return found
-
-    monkeypatch.setattr(BatchDecoder, "forward", failing)
-    monkeypatch.setattr(Generation, "step", failing_alone)
-    ended, *others = run(tiny_model, tiny_model.new_batch(3), *PROMPTS[:3])
+    monkeypatch.setattr(Rows, "forward", failing)
+    ended, *others = run(tiny_model, tiny_model.new_scheduler(3), *PROMPTS[:3])
     assert isinstance(ended[-1], MemoryError)
     for prompt, pieces in zip(PROMPTS[1:3], others, strict=True):
         wanted = tiny_model.generate(prompt, options=options())
@@ -260,7 +355,7 @@ def test_a_pass_that_fails_ends_no_row_that_runs_alone(
 
 def test_an_answer_serves_only_requests_of_its_quality(scored: Model) -> None:
     """Else a text would depend on who asked before."""
-    batch, first = scored.new_batch(1), scored.text.encode(PROMPTS[1])
+    batch, first = scored.new_scheduler(1), scored.text.encode(PROMPTS[1])
 
     def turn(prompt: np.ndarray, **given: Any) -> tuple[np.ndarray, int]:
         """The conversation with its answer, and what was held of it before."""
@@ -284,7 +379,7 @@ def test_an_answer_serves_only_requests_of_its_quality(scored: Model) -> None:
 
 
 def test_what_another_budget_wrote_serves_nobody(scored: Model) -> None:
-    batch, first, tokens = scored.new_batch(1), scored.text.encode(PROMPTS[1]), []
+    batch, first, tokens = scored.new_scheduler(1), scored.text.encode(PROMPTS[1]), []
 
     def deliver(piece: Chunk | Exception) -> None:
         assert isinstance(piece, Chunk)
@@ -303,8 +398,17 @@ def test_what_another_budget_wrote_serves_nobody(scored: Model) -> None:
     assert batch.reused == len(first)
 
 
+def test_a_device_that_cuts_no_tensors_runs_slots_one_by_one(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_model._sessions.backend, "cuts", False)
+    given = options(policy="static:full,int8,skip,int4")
+    alone = [tiny_model.generate(prompt, options=given) for prompt in PROMPTS]
+    assert tiny_model.batch(PROMPTS, options=given, parallel=3) == alone
+
+
 def test_a_full_context_ends_a_text_and_its_row_goes_on(tiny_model: Model) -> None:
-    batch = tiny_model.new_batch(3)
+    batch = tiny_model.new_scheduler(3)
     for _ in range(2):
         told = run(tiny_model, batch, *PROMPTS[:3], max_new_tokens=1000)
         for prompt, pieces in zip(PROMPTS, told, strict=False):
@@ -316,7 +420,7 @@ def test_a_full_context_ends_a_text_and_its_row_goes_on(tiny_model: Model) -> No
 
 
 def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
-    batch, paths = scored.new_batch(2), []
+    batch, paths = scored.new_scheduler(2), []
 
     def deliver(piece: Chunk | Exception) -> None:
         assert isinstance(piece, Chunk)
@@ -333,10 +437,8 @@ def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
 
 
 def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
-    with pytest.raises(PolicyError, match="batch"):
-        tiny_model.batch(["a"], options=options(cache=tiny_model.new_cache()))
-    with pytest.raises(PolicyError, match="rows=0"):
-        tiny_model.new_batch(0)
+    with pytest.raises(PolicyError, match="slots=0"):
+        tiny_model.new_scheduler(0)
     with pytest.raises(ContextLengthError):
         tiny_model.batch(["the keeper", "a b c " * 300])
     with pytest.raises(PolicyError, match="no message"):

@@ -22,7 +22,7 @@ from dash_onnx.bench.prompts import context, read_prompts
 from dash_onnx.bench.worker import Worker
 from dash_onnx.cli.bench import _table, main
 from dash_onnx.core.errors import DashError, SourceError
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 TOOL = Tool("dash-bench", main)
 IDS = list(range(10, 26))

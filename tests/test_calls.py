@@ -15,7 +15,7 @@ import dash_onnx
 from dash_onnx.cli.info import main
 from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 PROMPT = "the keeper"
 SHORT: dict[str, Any] = {"max_new_tokens": 2, "ignore_eos": True}
@@ -31,8 +31,8 @@ SHORT: dict[str, Any] = {"max_new_tokens": 2, "ignore_eos": True}
         lambda model: model.generate(PROMPT, options=5),
         lambda model: model.generate(PROMPT, options={}),
         lambda model: model.batch([PROMPT], options={}),
-        lambda model: model.batch([PROMPT], rows="x"),
-        lambda model: model.batch([PROMPT], rows=0),
+        lambda model: model.batch([PROMPT], parallel="x"),
+        lambda model: model.batch([PROMPT], parallel=0),
         lambda model: model.batch("hello"),
         lambda model: model.logits([1.5, 2.5]),
         lambda model: model.logits(["x"]),

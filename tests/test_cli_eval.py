@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dash_onnx.cli.eval import main
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.eval.text import evaluate_policies, evaluate_text
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 SENTENCES = (
     "the keeper of the lighthouse counts the ships that pass in the night\n"

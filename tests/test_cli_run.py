@@ -25,8 +25,9 @@ from dash_onnx.cli import chat
 from dash_onnx.cli.run import main
 from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.errors import BundleError, DeviceError
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk, CurrentPolicy
+from dash_onnx.runtime.generate import CurrentPolicy
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.stream import Stream
 

@@ -24,8 +24,8 @@ from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.cuda import CudaBackend, CudaGraphBackend, Driver, open_driver
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
-from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.sequence import SequenceState
 

@@ -18,7 +18,7 @@ from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.calibration.reference import streamed_model
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.sources import open_source
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 pytestmark = pytest.mark.demo
 
@@ -170,7 +170,7 @@ def test_import_and_load_are_quick_and_without_torch(demo_bundle: Path) -> None:
     code = f"""
 import json, sys, time
 start = time.perf_counter()
-import dash_onnx.runtime.engine
+import dash_onnx.runtime.model
 imported = time.perf_counter() - start
 model = dash_onnx.load({str(demo_bundle)!r})
 step = next(model.generate_step(range(10, 42), policy="int4", prefill="int4"))

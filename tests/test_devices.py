@@ -20,7 +20,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.deciders import ScoredDecider
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import Device
 
 MIXED = "static:full,int8,skip,int4"

@@ -19,7 +19,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.policy import PathPolicy
 from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.exporters.train.environment import Decide, Environment
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 LAYERS = 4
 PROMPT = 6

@@ -44,7 +44,7 @@ from dash_onnx.exporters.graphs import build_embed, build_head, build_layer, cap
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session
-from dash_onnx.runtime.rows import BatchDecoder
+from dash_onnx.runtime.rows import Rows
 
 INT8_ERROR = 0.06
 """Of the logits. INT8 has 127 levels for the largest of a block's 32 weights, which is about 2.3
@@ -132,16 +132,16 @@ def test_attention_from_plain_operators_takes_rows_of_different_lengths(
     ids = random_ids(max(max(lengths) + DECODED, pair.case.lengths[0]))
     wanted = pair.wanted(ids)
     with attending_plainly(pair.bundle, tmp_path / "copy") as model:
-        batch = BatchDecoder(model._sessions, len(lengths))
-        for row, length in zip(batch.rows, lengths, strict=True):
+        batch = Rows.new(model._sessions, len(lengths))
+        for row, length in zip(batch.states, lengths, strict=True):
             row.prefill(ids[:length], path, "full")
         for step in range(DECODED):
             rows = [0, 2] if step % 2 else [0, 1, 2]  # one rests in between
-            at = [batch.rows[row].length for row in rows]
+            at = [batch.states[row].length for row in rows]
             deciders = [FixedPath(path, "full")] * len(rows)
-            logits, _ = batch.forward(rows, [int(ids[i]) for i in at], deciders)
+            logits, _ = batch.forward(rows, [[int(ids[i])] for i in at], deciders)
             for got, position in zip(logits, at, strict=True):
-                np.testing.assert_allclose(got, wanted[position], atol=1e-4)
+                np.testing.assert_allclose(got[0], wanted[position], atol=1e-4)
 
 
 def test_the_wide_form_loses_about_as_little_as_int8(pair: Pair, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from test_serve import MESSAGES, Server, client, scored, server  # noqa: F401
 import dash_onnx
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.statistics import log_softmax
-from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.tools import CallReader, forced_call, with_tools
 
@@ -71,7 +71,7 @@ def test_regular_expressions_and_grammars_are_kept(tiny_model: Model) -> None:
 
 def test_a_batch_keeps_a_form_for_each(tiny_model: Model) -> None:
     options = GenerationOptions(grammar=Grammar.json_schema(SCHEMA), temperature=2.0)
-    assert all(map(fits, tiny_model.batch(["the keeper"] * 12, options=options, rows=5)))
+    assert all(map(fits, tiny_model.batch(["the keeper"] * 12, options=options, parallel=5)))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 TOOL = Tool("dash-fuse", main)
 PROMPT = list(range(20, 33))

@@ -15,7 +15,7 @@ import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.sequence import SequenceState
 
 PROMPT = list(range(10, 30))

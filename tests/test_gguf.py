@@ -22,7 +22,7 @@ import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.sources.gguf_config import Metadata, config_of
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 SUPPORTED = set(FAMILIES)
 IDS = np.random.default_rng(3).integers(2, 300, 30)

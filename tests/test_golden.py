@@ -12,7 +12,7 @@ import pytest
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 PROMPT = [5, 6, 7, 8, 9]
 LETTERS = {"full": "f", "int8": "8", "int4": "4", "skip": "-"}

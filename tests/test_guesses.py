@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_onnx.core.facts import PassCosts
-from dash_onnx.runtime.guesses import MOST, Guesser, Learned, Lookup
+from dash_onnx.runtime.guesses import MOST, Guesser, Learned, Lookup, best_length
 
 # What passes of 1 to 9 tokens take, as a multiple of one: measured on two cores.
 TIMES = {
@@ -40,10 +40,10 @@ def speed(
     text, guesser, spent, end = [*prompt], Guesser(prompt, expected), 0.0, len(prompt) + len(answer)
     text.append(answer[0])
     while len(text) < end:
-        found = guesser.guess(known, text, min(MOST, end - len(text) - 1), len(text))
-        guesses = found.tokens if found else []
+        found, gains = guesser.find(known, text, min(MOST, end - len(text) - 1))
+        guesses = found.tokens[: best_length([gains], known, 0)] if found else []
         assert len(text) + len(guesses) < end
-        spent += known.costs(0)[1 + len(guesses)]
+        spent += known.cost(1 + len(guesses), 0)
         rest = answer[len(text) - len(prompt) :]
         right = next((n for n, guess in enumerate(guesses) if guess != rest[n]), len(guesses))
         text += rest[: right + 1]
@@ -149,7 +149,7 @@ def test_what_is_found_followed_the_longest_match(text: list[int], begin: int) -
 def test_nothing_is_guessed_after_the_end() -> None:
     guesser = Guesser([1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], eos={6})
     for _ in range(30):
-        found = guesser.guess(
-            learned(TIMES["0.5B int8"]), [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], 9, 0
+        _, gains = guesser.find(
+            learned(TIMES["0.5B int8"]), [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], 9
         )
-    assert found is not None and found.tokens in ([5], [5, 6])
+    assert len(gains) == 3  # of none, of 5, and of 5 and 6

@@ -19,7 +19,7 @@ from dash_onnx.core.errors import DeviceError
 from dash_onnx.exporters.fused import CLIENTS
 from dash_onnx.exporters.train.options import PLANS
 from dash_onnx.runtime import ort
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 EXPORT_ONLY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "gguf")
 
@@ -30,7 +30,7 @@ REPORT = (
     "print(json.dumps([result, sorted(roots)]))\n"
 )
 GENERATE = (
-    "from dash_onnx.runtime.engine import load\n"
+    "from dash_onnx.runtime.load import load\n"
     "model = load(sys.argv[1], threads=1)\n"
     "steps = model.generate_step([10, 20, 30], policy='random:1', max_new_tokens=6,"
     " ignore_eos=True)\n"
@@ -110,10 +110,10 @@ def test_importing_the_package_loads_neither_runtime_nor_exporters() -> None:
 
 
 def test_the_package_offers_load_and_model() -> None:
-    from dash_onnx.runtime import engine
+    from dash_onnx.runtime import load, model
 
-    assert dash_onnx.load is engine.load
-    assert dash_onnx.Model is engine.Model
+    assert dash_onnx.load is load.load
+    assert dash_onnx.Model is model.Model
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         dash_onnx.lode  # noqa: B018
 

@@ -19,7 +19,7 @@ import dash_onnx
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.quantize.blockwise import Quantized, dequantize
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.sequence import SequenceState
 
 LAYERS = 4

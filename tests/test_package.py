@@ -77,7 +77,7 @@ def test_the_wheel_holds_every_module_of_the_sources_and_nothing_else(
     assert {
         "dash_onnx/exporters/export/pipeline.py",
         "dash_onnx/exporters/architectures/families.py",
-        "dash_onnx/runtime/engine.py",
+        "dash_onnx/runtime/model.py",
         "dash_onnx/cli/run.py",
     } <= modules
     assert found == modules | data
@@ -129,7 +129,7 @@ def test_an_unpacked_wheel_generates_from_a_bundle(
     site = tmp_path / "site"
     wheel.extractall(site)
     code = (
-        "import sys, dash_onnx, dash_onnx.runtime.engine as engine\n"
+        "import sys, dash_onnx, dash_onnx.runtime.model as engine\n"
         "print(engine.__file__)\n"
         "model = dash_onnx.load(sys.argv[1], threads=1)\n"
         "print(sum(1 for _ in model.generate_step([5, 6], max_new_tokens=3, ignore_eos=True)))\n"
@@ -143,4 +143,4 @@ def test_an_unpacked_wheel_generates_from_a_bundle(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(site / "dash_onnx/runtime/engine.py"), "3"]
+    assert done.stdout.split() == [str(site / "dash_onnx/runtime/model.py"), "3"]

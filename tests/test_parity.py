@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 import dash_onnx
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 CONFIGS: dict[str, dict] = {
     "gqa-untied": {},

@@ -24,7 +24,7 @@ from dash_onnx.core.plans import frontier, margin_of, plan_below, preset_plans
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.runtime import machine, sessions
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 LAYERS = 4
 INT4: tuple[Action, ...] = ("int4",) * LAYERS

@@ -13,7 +13,7 @@ import dash_onnx
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.policy import Policy
 from dash_onnx.eval.text import Evaluation, evaluate_text
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 skipping = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/policies.py"))["skipping"]
 

@@ -15,10 +15,10 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.prefix import PrefixStore, Saved, identity_of
+from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sequence import SequenceState
 
 FIRST = "the keeper of the lighthouse counts the ships that pass in the night " * 5
@@ -45,7 +45,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def answer(model: Model, store: PrefixStore | None, *prompts: str) -> list[str]:
     """One after the other, in a batch of one row."""
-    batch, texts = model.new_batch(1, store), []
+    batch, texts = model.new_scheduler(1, store), []
     for prompt in prompts:
         chunks: list[Any] = []
         batch.submit(model.request(prompt, chunks.append, OPTIONS))
@@ -70,7 +70,7 @@ def test_a_text_that_comes_again_runs_only_what_is_new(tiny_model: Model, ran: l
 
 def test_a_text_serves_only_prompts_that_run_as_it_did(tiny_model: Model, ran: list[int]) -> None:
     store = PrefixStore(tiny_model.manifest, 1 << 30)
-    batch = tiny_model.new_batch(2, store)
+    batch = tiny_model.new_scheduler(2, store)
     found = []
     for policy in ("int4", "int8", "int4"):
         options = dataclasses.replace(OPTIONS, policy=policy)
@@ -110,7 +110,7 @@ def test_nobody_waits_for_a_file(
 
     monkeypatch.setattr(Saved, "write", slow)
     store = PrefixStore(tiny_model.manifest, 1 << 30, tmp_path)
-    batch = tiny_model.new_batch(1, store)
+    batch = tiny_model.new_scheduler(1, store)
     for prompt in (FIRST, SECOND, FIRST):
         batch.submit(tiny_model.request(prompt, lambda chunk: None, OPTIONS))
         while batch.step():

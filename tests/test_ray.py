@@ -20,7 +20,7 @@ import openai
 import pytest
 from conftest import needed
 
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 EXAMPLE = Path(__file__).parent.parent / "examples/ray_batch.py"
 MESSAGES: Any = [{"role": "user", "content": "the keeper counts the ships"}]

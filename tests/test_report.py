@@ -34,7 +34,7 @@ from dash_onnx.report.report import Report, build
 from dash_onnx.report.sample import SampleText, given_text
 from dash_onnx.report.scale import Scale, decades, padded
 from dash_onnx.report.tokens import describe
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 TEXT = "the keeper of the lighthouse counts 12 ships,\n that pass in the night <s>! " * 4
 TOOL = Tool("dash-report", main)

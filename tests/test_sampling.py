@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.options import GenerationOptions, Options
 from dash_onnx.runtime.sampling import Sampler, Sampling, _nucleus
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32))  # most likely first: 1 3 4 0 2
@@ -277,9 +277,9 @@ def test_what_is_given_replaces_a_value_and_none_leaves_it() -> None:
 @pytest.mark.parametrize("name", ["generate_step", "stream", "generate", "chat"])
 def test_every_option_is_a_keyword_that_editors_and_type_checkers_see(name: str) -> None:
     parameters = inspect.signature(getattr(Model, name)).parameters
-    assert [p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD] == []
-    found = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-    assert found == {"options"} | {field.name for field in fields(GenerationOptions)}
+    (given,) = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+    assert given.annotation == "Unpack[Options]"
+    assert Options.__annotations__.keys() == {field.name for field in fields(GenerationOptions)}
 
 
 def test_a_single_stop_string_is_not_taken_for_its_letters() -> None:

@@ -11,7 +11,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.calibration.openings import OPENINGS, openings
 from dash_onnx.exporters.calibration.self_written import self_written, turns_of, write_text
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 
 def written(bundle: Path, count: int = 5, length: int = 12, seed: int = 3) -> np.ndarray:

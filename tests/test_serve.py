@@ -30,16 +30,13 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.serve import main
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.batch import Request
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk, Generation
+from dash_onnx.runtime.generate import Generation, Request
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.rows import BatchDecoder
+from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sessions import Sessions
-from dash_onnx.runtime.stream import Stream
 from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
-from dash_onnx.serve.running import run_alone
 from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
 from dash_onnx.serve.service import Job, Service, Tally
@@ -428,19 +425,14 @@ def test_a_folder_that_keeps_nothing_is_told_in_one_line(tiny_bundle: Path, tmp_
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token takes some 20 ms."""
-    forward, step = BatchDecoder.forward, Generation.step
+    take = Generation.take
 
-    def slowly(decoder: BatchDecoder, *arguments: Any) -> Any:
-        time.sleep(0.02)
-        return forward(decoder, *arguments)
-
-    def slowly_alone(going: Generation) -> Any:
-        found = step(going)
+    def slowly(going: Generation, *arguments: Any) -> Any:
+        found = take(going, *arguments)
         time.sleep(0.02 * len(found.tokens))
         return found
 
-    monkeypatch.setattr(BatchDecoder, "forward", slowly)
-    monkeypatch.setattr(Generation, "step", slowly_alone)
+    monkeypatch.setattr(Generation, "take", slowly)
 
 
 @pytest.mark.usefixtures("slow")
@@ -533,23 +525,6 @@ def test_all_choices_of_a_request_share_its_time(tiny_model: Model) -> None:
         assert answer.status_code == 504
     finally:
         running.stop()
-
-
-def test_a_prompt_that_nobody_waits_for_keeps_its_place_until_it_has_run(tiny_model: Model) -> None:
-    ended: list[Stream] = []
-
-    def begin() -> Stream:
-        time.sleep(0.3)
-        ended.append(tiny_model.stream("the keeper", max_new_tokens=4))
-        return ended[0]
-
-    async def left() -> None:
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await run_alone(begin, lambda piece: None)
-
-    asyncio.run(left())
-    assert next(ended[0], None) is None  # closed
 
 
 @pytest.mark.usefixtures("slow")

@@ -18,8 +18,8 @@ from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.report.terminal import PathView, paint
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.results import Chunk
 
 PROMPT = "the keeper of the lighthouse"
 QUICK = ("--raw", "--max-tokens", "6", "--ignore-eos", "--show-path")

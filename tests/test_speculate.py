@@ -19,12 +19,14 @@ import dash_onnx
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import PathPolicy
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.generate import CurrentPolicy, GeneratedToken, Generation
+from dash_onnx.runtime.generate import CurrentPolicy, Generation, Request
 from dash_onnx.runtime.grammar import Grammar
-from dash_onnx.runtime.guesses import MOST, Guess, Learned
+from dash_onnx.runtime.guesses import MOST, Guess, Learned, best_length
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.results import GeneratedToken
 from dash_onnx.runtime.sampling import Sampling
+from dash_onnx.runtime.sessions import PromptPlan
 
 # Repeats itself, so that the text's own end is found in it.
 PROMPT = "the keeper counts the ships, the keeper counts the ships, the keeper counts"
@@ -89,13 +91,9 @@ class Chain:
         self.sessions = SimpleNamespace(manifest=facts)
         self.length, self._logits = 0, logits
 
-    def forward(self, tokens: int | np.ndarray, decider: Any, *, every: bool) -> Any:
-        ids = np.atleast_1d(tokens)
-        self.length += len(ids)
-        return self._logits[ids], ()
-
-    def truncate(self, length: int) -> None:
-        self.length = length
+    def run(self, tokens: list[int]) -> np.ndarray:
+        self.length += len(tokens)
+        return self._logits[tokens]
 
 
 class Named(PathPolicy):
@@ -124,18 +122,22 @@ def drawn(
     current = CurrentPolicy(Named(), lambda budget: Named())
     learned = Learned(None, (), "int8", frozenset())
     options = GenerationOptions(max_new_tokens=count)
-    going = Generation(
-        chain,
-        np.array(begin),
-        current,
-        options,
+    request: Request[Any] = Request(
+        ids=np.array(begin),
+        current=current,
+        options=options,
         sampling=sampling,
+        plan=PromptPlan((), "int8"),
         eos=eos,
-        learn=lambda policy: learned,
+        write=lambda token: token,
+        deliver=lambda piece: None,
     )
+    going = Generation(chain, request)
     chain.length, guesses = len(begin) - 1, []
     while going.count < count and not eos & {*going.text[len(begin) :]}:
-        step = going.step()
+        context, count_of = chain.length, best_length([going.look_ahead(learned)], learned, 0)
+        step = going.take(chain.run(going.next_tokens(count_of)), ())
+        chain.length = context + len(step.tokens)
         guesses.append(step.guess)
         assert [told.token for told in going.told(step, 1.0)] == step.tokens
         assert chain.length == len(going.text) - 1
@@ -225,7 +227,7 @@ def test_a_cache_goes_on_after_guesses(tiny_model: Model) -> None:
         cache = tiny_model.new_cache()
         found = [*tiny_model.generate_step(ids, cache=cache, expected=expected, **options)]
         longer = [*ids.tolist(), *(step.token for step in found)]
-        assert cache.tokens == longer[: len(cache)] and len(cache) == len(longer) - 1
+        assert [*cache.tokens] == longer[: len(cache)] and len(cache) == len(longer) - 1
         again = [*tiny_model.generate_step(longer, cache=cache, speculate=False, **options)]
         afresh = [*tiny_model.generate_step(longer, speculate=False, **options)]
         assert [step.token for step in again] == [step.token for step in afresh]
@@ -246,14 +248,13 @@ def test_a_policy_decided_per_token_guesses_only_if_it_must_and_then_refuses(
 
 def test_guesses_end_and_begin_with_the_policy(scored: Model) -> None:
     """A budget that is set while an answer runs may take another kind of policy."""
-    current = scored._current(GenerationOptions(policy="full"))
-    current.at = lambda budget: scored.policy("dash" if budget == "fast" else "full")
-    options = GenerationOptions(max_new_tokens=60, ignore_eos=True, expected="x")
-    found = []
-    for step in scored._steps(scored.text.encode(PROMPT), current, options):
-        found.append(step)
+    options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "expected": "x"}
+    stream, found = scored.stream(PROMPT, policy="full", **options), []
+    stream._current.at = lambda budget: scored.policy("dash" if budget == "fast" else "full")
+    for chunk in stream:
+        found.append(chunk)
         if len(found) in (20, 40):
-            current.set_budget("fast" if len(found) == 20 else "best")
+            stream.set_budget("fast" if len(found) == 20 else "best")
     assert {action for step in found[:20] for action in step.path} == {"full"}
     assert {action for step in found[-5:] for action in step.path} == {"full"}
     assert {action for step in found[22:40] for action in step.path} != {"full"}
@@ -289,7 +290,7 @@ def test_an_answer_that_runs_alone_in_a_batch_guesses(
     options: dict[str, Any] = {"policy": "full", "max_new_tokens": 60, "ignore_eos": True, **given}
     alone = tiny_model.generate(PROMPT, speculate=False, **options)
     chosen = GenerationOptions(expected=alone, **options)
-    batch, told = tiny_model.new_batch(3), [list[Any](), list[Any]()]
+    batch, told = tiny_model.new_scheduler(3), [list[Any](), list[Any]()]
     batch.submit(tiny_model.request(PROMPT, told[0].append, chosen))
     for _ in range(3):
         batch.step()
@@ -328,7 +329,7 @@ def test_forced_tokens_are_the_same_alone_and_in_batches(policy: str, scored: Mo
     assert len({*alone}) > 1
     assert alone == [scored.generate(PROMPT, seed=n, speculate=False, **given) for n in range(4)]
     for rows in (1, 3):
-        batch, told = scored.new_batch(rows), [list[Any]() for _ in alone]
+        batch, told = scored.new_scheduler(rows), [list[Any]() for _ in alone]
         for seed, pieces in enumerate(told):
             options = GenerationOptions(seed=seed, **given)
             batch.submit(scored.request(PROMPT, pieces.append, options))
@@ -345,7 +346,7 @@ def test_forced_tokens_keep_limits_and_caches(tiny_model: Model) -> None:
         cache = tiny_model.new_cache()
         found = [*tiny_model.generate_step(ids, max_new_tokens=count, cache=cache, **given)]
         assert [step.finish_reason for step in found] == [None] * (count - 1) + ["length"]
-        assert cache.tokens == [*ids.tolist(), *(step.token for step in found[:-1])]
+        assert [*cache.tokens] == [*ids.tolist(), *(step.token for step in found[:-1])]
         assert len(cache) == len(cache.tokens)
 
 

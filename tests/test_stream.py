@@ -16,7 +16,7 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 PROMPT = "the keeper"
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 200}

@@ -18,7 +18,7 @@ from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
-from dash_onnx.runtime.generate import Chunk, FinishReason, GeneratedToken
+from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken
 from dash_onnx.runtime.writer import text_of
 
 UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))

@@ -18,7 +18,7 @@ import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.runtime import ort, sessions
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 
 
 def runtime_with(set_pool: Callable[..., None]) -> SimpleNamespace:

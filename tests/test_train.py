@@ -45,7 +45,7 @@ from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.transfer import load_scorer
 from dash_onnx.exporters.train.values import sampled_values
 from dash_onnx.runtime.deciders import ScoredDecider
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import create_session, has_device
 
 LAYERS = 4

@@ -26,7 +26,7 @@ from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.policy import make_policy
 from dash_onnx.exporters.quantize.columns import quantize_columns
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import create_session
 
 LAYERS = 4
@@ -198,7 +198,7 @@ def test_little_memory_leaves_the_wide_form_out(wide_bundle: Path) -> None:
     with dash_onnx.load(wide_bundle, policy="int4", memory="low") as model:
         model.preload("")
         model.generate(PROMPT, max_new_tokens=3, ignore_eos=True)
-        model.batch([PROMPT] * 10, rows=10)
+        model.batch([PROMPT] * 10, parallel=10)
         assert wide_layers(model) == 0
         low = model.loaded_bytes
     with dash_onnx.load(wide_bundle, policy="int4") as model:
@@ -212,9 +212,9 @@ def test_a_batch_runs_wide_from_the_rows_on_where_that_is_faster(wide_bundle: Pa
     prompts = ["the", "a", "ship"]
     options = dash_onnx.GenerationOptions(policy="int4", max_new_tokens=24, ignore_eos=True)
     with dash_onnx.load(wide_bundle) as model:
-        model.batch(prompts, rows=3, options=options)
+        model.batch(prompts, parallel=3, options=options)
         assert wide_layers(model) == 0
-        many = model.batch(prompts * 3, rows=9, options=options)
+        many = model.batch(prompts * 3, parallel=9, options=options)
         assert wide_layers(model) == LAYERS
         assert [completion.generated_tokens for completion in many] == [24] * 9
 

@@ -17,7 +17,7 @@ from dash_onnx.runtime.options import GREEDY
 
 if TYPE_CHECKING:
     from dash_onnx.core.policy import Policy
-    from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.model import Model
     from dash_onnx.runtime.sessions import Memory
 
 Logits = npt.NDArray[np.float32]

@@ -13,7 +13,8 @@ from dash_onnx.core.text import json_lines
 from dash_onnx.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
-    from dash_onnx.runtime.engine import Model, Prompt
+    from dash_onnx.runtime.model import Model
+    from dash_onnx.runtime.requests import Prompt
     from dash_onnx.runtime.stream import Completion
 
 
@@ -82,7 +83,7 @@ def run_batch(
         }
         print(json.dumps(facts), flush=True)
 
-    model.batch(prompts, options=options, rows=rows, on_done=on_done)
+    model.batch(prompts, options=options, parallel=rows, on_done=on_done)
     seconds = time.perf_counter() - started
     print(
         f"[{len(lines)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s]",

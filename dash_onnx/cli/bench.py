@@ -33,7 +33,7 @@ from dash_onnx.core.progress import Loop
 if TYPE_CHECKING:
     from dash_onnx.bench.measure import Reference, Result
     from dash_onnx.bench.worker import Worker
-    from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.model import Model
 
 _PREFILL, *_DEPTHS = _CONTEXTS = (512, 1000, 3500)
 _PREFILLS = 3  # runs of the first, in each process: it is short, and its first run allocates

@@ -19,7 +19,7 @@ from dash_onnx.core.text import read_json
 from dash_onnx.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
-    from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.model import Model
 
 _MESSAGES = "messages"  # of the facts in a session's file
 _PASTED_S = 0.05  # within which the next line of a pasted text is there
@@ -63,7 +63,7 @@ class Chat:
         """
         self._model, self._trace, self._show_path = model, trace, show_path
         self._cache = model.new_cache()
-        self._options = dataclasses.replace(options, cache=self._cache)
+        self._options = options
         self._messages: list[dict[str, Any]] = []
         self._session = session
         self._saved: Path | None = None  # ours to overwrite
@@ -125,7 +125,8 @@ class Chat:
         record = Record(self._model.policy_of(self._options), sampling)
         view = path_view(self._model, self._options, self._show_path)
         text: list[str] = []
-        with _typing_waits(), self._model.stream(asked, options=self._options) as chunks:
+        chunks = self._model.stream(asked, options=self._options, cache=self._cache)
+        with _typing_waits(), chunks:
             try:
                 show(record.watch(chunks, self._trace), view, text)
             except Terminated:

@@ -24,7 +24,7 @@ from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
     from dash_onnx.core.manifest import Manifest
-    from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.model import Model
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,7 +28,7 @@ from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Phase
 
 if TYPE_CHECKING:
-    from dash_onnx.runtime.engine import Model
+    from dash_onnx.runtime.model import Model
 
 _EXAMPLES = """\
   dash-eval out/ --text book.txt --policy int4 --limit 8

@@ -17,9 +17,9 @@ from dash_onnx.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from dash_onnx.report.terminal import PathView
-    from dash_onnx.runtime.engine import Model
-    from dash_onnx.runtime.generate import Chunk
     from dash_onnx.runtime.guesses import Guess
+    from dash_onnx.runtime.model import Model
+    from dash_onnx.runtime.results import Chunk
 
 
 @dataclass

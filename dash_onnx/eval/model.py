@@ -20,7 +20,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY, GenerationOptions
 
 T = TypeVar("T")

@@ -18,7 +18,8 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
-from dash_onnx.runtime.engine import Model, ScoredToken
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.results import ScoredToken
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 

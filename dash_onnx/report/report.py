@@ -14,7 +14,7 @@ from dash_onnx.core.version import __version__
 from dash_onnx.report.analysis import Analysis, analyse
 from dash_onnx.report.curve import Curve, curve
 from dash_onnx.report.sample import Sample, SampleText, measure
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import onnxruntime
 
 

@@ -14,7 +14,7 @@ from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.policy import Policy, ScoredPolicy
 from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.report.tokens import Token, describe
-from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."

@@ -14,7 +14,7 @@ from dash_onnx.core.text import TextCodec
 from dash_onnx.report.tokens import visible
 
 if TYPE_CHECKING:
-    from dash_onnx.runtime.generate import Chunk
+    from dash_onnx.runtime.results import Chunk
 
 _RAMP = (114, 150, 186, 222, 216, 210, 203)
 """256-colour backgrounds from green over yellow to red, all light enough for black letters."""

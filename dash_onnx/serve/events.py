@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from dash_onnx.core.actions import path_letters
-from dash_onnx.runtime.generate import Chunk
+from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.errors import APIError, refusing
 from dash_onnx.serve.schema import Answer, Choice
 from dash_onnx.serve.service import Job

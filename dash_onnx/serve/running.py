@@ -1,18 +1,25 @@
-"""Generations that run in other threads than the event loop: together in a batch, or each alone."""
+"""Generations that run together in another thread than the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dash_onnx.core.errors import DashError
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.batch import Batch, Deliver, Request
-from dash_onnx.runtime.generate import Chunk
-from dash_onnx.runtime.stream import Stream
+from dash_onnx.runtime.generate import Request
+from dash_onnx.runtime.results import Chunk
+from dash_onnx.runtime.scheduler import Scheduler
+
+_LOG = logging.getLogger(__name__)
+
+Deliver = Callable[[Chunk | Exception], None]
+"""Takes the chunks of a generation, and what ended it before its time."""
 
 _IDLE_S = 0.5  # a thread that has nothing to do looks up
 
@@ -30,36 +37,6 @@ class Running:
     close: Callable[[], None]
 
 
-async def run_alone(begin: Callable[[], Stream], put: Deliver) -> Running:
-    """Runs the prompt, and then the answer in a thread of its own.
-
-    A prompt that nobody waits for any more still runs to its end, and only then gives up its place.
-
-    Args:
-        begin: runs the prompt.
-        put: takes chunks, and what ends them before their time; called by the event loop.
-    """
-    loop, begun = asyncio.get_running_loop(), asyncio.ensure_future(asyncio.to_thread(begin))
-    try:
-        stream = await asyncio.shield(begun)
-    except asyncio.CancelledError:
-        await until_done(begun)
-        if begun.exception() is None:
-            begun.result().close()
-        raise
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients with it
-            try:
-                for chunk in stream:
-                    loop.call_soon_threadsafe(put, chunk)
-            except Exception as error:
-                loop.call_soon_threadsafe(put, error)
-
-    threading.Thread(target=run, name="alone", daemon=True).start()
-    return Running(stream.policy, stream.close)
-
-
 async def until_done(*tasks: asyncio.Future[Any]) -> None:
     """Waits for tasks, also when cancelled meanwhile: by a timeout, and by a client that leaves."""
     while not all(task.done() for task in tasks):
@@ -68,16 +45,16 @@ async def until_done(*tasks: asyncio.Future[Any]) -> None:
 
 
 class BatchThread:
-    """Runs the steps of a batch, and wakes the event loop once a step."""
+    """Runs the steps of a scheduler, and wakes the event loop once a step."""
 
-    def __init__(self, batch: Batch):
-        self._batch, self._closed = batch, False
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler, self._closed = scheduler, False
         self._pieces: list[tuple[Deliver, Chunk | Exception]] = []  # of the step in progress
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
 
-    async def run(self, request: Callable[[Deliver], Request], put: Deliver) -> Running:
+    async def run(self, request: Callable[[Deliver], Request[Chunk]], put: Deliver) -> Running:
         """Adds a generation.
 
         Args:
@@ -87,20 +64,22 @@ class BatchThread:
         self._loop = asyncio.get_running_loop()
 
         def deliver(piece: Chunk | Exception) -> None:
+            if isinstance(piece, Exception) and not isinstance(piece, DashError):
+                _LOG.error("a generation failed", exc_info=piece)
             self._pieces.append((put, piece))
             if isinstance(piece, Chunk) and piece.generated_tokens == 1:
                 self._hand_over()  # a pass of the others may follow in the same step
 
         made = await asyncio.to_thread(request, deliver)
-        self._batch.submit(made)
+        self._scheduler.submit(made)
         return Running(made.current.policy, made.cancelled.set)
 
     def _run(self) -> None:
         while not self._closed:
-            busy = self._batch.step()
+            busy = self._scheduler.step()
             self._hand_over()
             if not busy:
-                self._batch.wait(_IDLE_S)
+                self._scheduler.wait(_IDLE_S)
 
     def _hand_over(self) -> None:
         pieces, self._pieces = self._pieces, []
@@ -111,7 +90,7 @@ class BatchThread:
     @property
     def reused(self) -> int:
         """Prompt tokens that a row or a prefix held."""
-        return self._batch.reused
+        return self._scheduler.reused
 
     @property
     def alive(self) -> bool:
@@ -122,7 +101,7 @@ class BatchThread:
         """Ends the thread after the current step, and saves what the batch keeps on disk."""
         self._closed = True
         self._thread.join()
-        self._batch.save()
+        self._scheduler.save()
 
 
 def _put_all(pieces: list[tuple[Deliver, Chunk | Exception]]) -> None:

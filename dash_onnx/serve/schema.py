@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -21,11 +21,10 @@ from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.batch import Deliver
-from dash_onnx.runtime.generate import Chunk
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.limits import BusyError, Limits
-from dash_onnx.serve.running import Running, run_alone, until_done
+from dash_onnx.serve.running import Deliver, Running, until_done
 from dash_onnx.serve.shelf import Place, Shelf, Source
 
 _PATHS = 1 << 10  # of which something is remembered, as most tokens take one of a few
@@ -243,15 +242,14 @@ class Service:
             await until_done(*tasks)
 
     async def _begun(self, place: Place, job: Job, index: int, put: Deliver) -> Running:
-        """A choice among the others of its bundle, or alone where no batch runs."""
+        """A choice among the others of its bundle."""
         model, batch, options = place.model, place.batch, job.options
+        assert batch is not None
         policy = model.policy_of(options)
         await self.shelf.prepare(place, policy)
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)
-        if batch is None:
-            return await run_alone(partial(model.stream, job.prompt, options=options), put)
         return await batch.run(lambda deliver: model.request(job.prompt, deliver, options), put)
 
     def _count(self, tally: Tally, chunk: Chunk) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DashError, DeviceError, SourceError
+from dash_onnx.core.errors import DashError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.engine import Model, device_of, load
+from dash_onnx.runtime.load import device_of, load
 from dash_onnx.runtime.machine import release_memory
+from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.serve.limits import BusyError, Limits
@@ -86,7 +87,7 @@ class Place:
         users: requests that need it now.
         used: when the last one ended, by `time.monotonic`.
         loading: loads it, or did.
-        batch: runs its generations together; None where the device cannot, or nothing is loaded.
+        batch: runs its generations together; None while nothing is loaded.
     """
 
     def __init__(self, name: str, source: Source):
@@ -133,10 +134,7 @@ class Place:
             store = None
             if limits.prefix_bytes:
                 store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
-            try:
-                self.batch = BatchThread(model.new_batch(limits.running, store))
-            except DeviceError:  # each generation runs on its own there
-                self.batch = None
+            self.batch = BatchThread(model.new_scheduler(limits.running, store))
         except BaseException:
             self._close(model)
             raise

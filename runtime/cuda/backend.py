@@ -76,6 +76,7 @@ class CudaBackend(Backend):
 
     device: Device = "cuda"
     joins = False  # nothing has been measured there
+    cuts = False  # ORT's values cannot be
 
     def __init__(self, driver: Driver, *, overlap: bool = True):
         """Creates the streams.

@@ -1,0 +1,106 @@
+"""Opening a bundle: its device, ONNX Runtime's threads, and the model on them."""
+
+from __future__ import annotations
+
+import os
+from types import NoneType
+from typing import get_args
+
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import DeviceError, PolicyError
+from dash_onnx.core.policy import Policy
+from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.options import check_count, check_type
+from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
+from dash_onnx.runtime.sessions import Memory
+
+_MOST_THREADS = 1024
+
+
+def device_of(bundle: Bundle, device: Device | None = None) -> Device:
+    """The device that a bundle was exported for.
+
+    Args:
+        bundle: to be loaded.
+        device: that it must be; None takes any that this ONNX Runtime has.
+
+    Raises:
+        DeviceError: it is another one, or not available.
+    """
+    built_for = bundle.manifest.target.device
+    if device is not None:
+        known_device(device)
+    if device not in (None, built_for):
+        raise DeviceError(
+            f"{bundle.folder} was exported for device {built_for!r}, not {device!r}; "
+            f"export again with --device {device}"
+        )
+    if not has_device(built_for):
+        raise DeviceError(
+            f"{bundle.folder} was exported for device {built_for!r}, which this ONNX Runtime does "
+            "not have: for cuda, install the extra `[gpu]` and an NVIDIA driver"
+        )
+    return built_for
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: Device | None = None,
+    threads: int | None = None,
+    share_pool: bool = True,
+    policy: str | Policy = "",
+    budget: Budget | None = None,
+    memory: Memory = "high",
+    cuda_graphs: bool = False,
+    sha256: str | None = None,
+) -> Model:
+    """Opens a bundle; graphs load on first use.
+
+    All sessions share ORT's global thread pool. While it exists, ORT refuses sessions with their
+    own threads, so `InferenceSession` is made to give the app's later sessions the pool, too. With
+    `threads=1` there is no pool, and with `share_pool=False` the app's sessions are not changed.
+
+    Args:
+        folder: what `dash-export` wrote.
+        device: `cpu` or `cuda`, to refuse a bundle for another device; None uses the bundle's
+            device.
+        threads: size of ORT's thread pool, shared by the whole process; None uses all cores.
+        share_pool: False leaves `InferenceSession` as it is; the app's later sessions must then set
+            `use_per_session_threads = False` themselves. The first `load` that creates the pool
+            decides.
+        policy: default of all generations; see `dash_onnx.core.policy.make_policy`.
+        budget: default of all generations: a fraction of a token's time at the highest exported
+            precision, or a preset.
+        memory: `high` runs passes of many rows (prompts, batches) in the wide form where it is
+            accurate enough: faster, at about one more byte per weight. `low` loads only the
+            policy's own graphs.
+        cuda_graphs: captures each layer and action as a CUDA graph and replays it. Generations on
+            several threads then take turns, and other CUDA work of the process must not use the
+            default stream.
+        sha256: required checksum of `dash.json`, which has the checksums of all other files.
+
+    Raises:
+        PolicyError: an option is out of range, or the bundle cannot do the policy or the budget.
+        BundleError: the bundle is missing, damaged or of another format version.
+        DeviceError: ORT or the device is not available, or the bundle is for another one.
+    """
+    if memory not in get_args(Memory):
+        raise PolicyError(f"memory={memory!r} must be one of {', '.join(get_args(Memory))}")
+    if threads is not None:
+        check_count("threads", threads, _MOST_THREADS)
+    check_type("policy", policy)
+    check_type("budget", budget)
+    for name, value, other in (
+        ("folder", folder, os.PathLike),
+        ("device", device, NoneType),
+        ("sha256", sha256, NoneType),
+    ):
+        if not isinstance(value, (str, other)):
+            raise PolicyError(f"{name}={value!r} must be text")
+    bundle = Bundle(folder, sha256=sha256)
+    backend = open_backend(device_of(bundle, device), cuda_graphs=cuda_graphs)
+    use_threads(threads, share=share_pool)
+    return Model(bundle, backend, policy=policy, budget=budget, memory=memory)

@@ -1,0 +1,411 @@
+"""A loaded bundle: the Python face of the runtime."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dash_onnx.core.actions import Action
+from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import DashError, PolicyError, printable
+from dash_onnx.core.policy import Policy
+from dash_onnx.runtime.backend import Backend
+from dash_onnx.runtime.cache import Cache
+from dash_onnx.runtime.deciders import ScoredDecider, decider_of
+from dash_onnx.runtime.generate import Piece, Request, prefill_plan
+from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.options import GenerationOptions, check_count
+from dash_onnx.runtime.prefix import PrefixStore
+from dash_onnx.runtime.requests import Prompt, Requests
+from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
+from dash_onnx.runtime.scheduler import SLOTS, Scheduler, run
+from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.sessions import Memory, Sessions
+from dash_onnx.runtime.stream import Completion, Stream, asynchronous, joined
+from dash_onnx.runtime.writer import TextWriter
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from dash_onnx.runtime.options import Options
+
+
+def _as_messages(prompt: Prompt) -> Prompt:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+class Model:
+    """A bundle, ready to generate. Safe to use from several threads at once.
+
+    The options of every generating method are those of `Options`, described in
+    `GenerationOptions`.
+
+    Attributes:
+        manifest: the content of `dash.json`.
+        text: tokenizer and chat template.
+        sampling: the defaults of the model's generation_config.json.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        policy: str | Policy = "",
+        budget: Budget | None = None,
+        memory: Memory = "high",
+    ):
+        """See `load`."""
+        self.manifest = bundle.manifest
+        self._sessions = Sessions(bundle, backend, memory)
+        self._requests = Requests(bundle, self._sessions, policy, budget)
+        self.text, self.sampling = self._requests.text, self._requests.sampling
+        self.policy()  # refuses a wrong one now
+
+    def __repr__(self) -> str:
+        facts, policy = self.manifest.model, self.policy()
+        actions = ", ".join(self.manifest.actions)
+        name = printable(facts.name)
+        return f"<Model {name}: {facts.num_layers} layers in {actions}; {policy.name}>"
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """The graphs that are loaded, by their path in the bundle."""
+        return self._sessions.loaded
+
+    def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
+        """An empty sequence, for callers that run the decode loop with their own deciders.
+
+        Args:
+            capacity: initial size of its KV cache in tokens; it grows in steps of 256.
+            batch: number of sequences, which have one length and one path.
+        """
+        for name, count in (("capacity", capacity), ("batch", batch)):
+            check_count(name, count)
+        return self._sessions.new_sequence(capacity, batch)
+
+    def new_cache(self) -> Cache:
+        """An empty KV cache that successive generations of one conversation share."""
+        return Cache(self._sessions)
+
+    def preload(
+        self,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+    ) -> None:
+        """Loads graphs now instead of on first use.
+
+        Args:
+            policy: the policy whose graphs to load, as in `policy`; None loads every graph of the
+                bundle.
+            budget: likewise.
+            prefill: precision of the prompts, as in `stream`.
+        """
+        if policy is None:
+            self._sessions.preload()
+            return
+        chosen = self.policy(policy, budget)
+        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen, prefill))
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the weights of layers and LM heads that are loaded."""
+        return self._sessions.loaded_bytes
+
+    def bytes_to_load(self, *policies: Policy) -> int:
+        """Bytes of weights that policies need and that are not loaded yet.
+
+        Args:
+            policies: the model's own if empty.
+        """
+        used = policies or (self.policy(),)
+        return self._sessions.bytes_to_load(*((p, prefill_plan(self._sessions, p)) for p in used))
+
+    def close(self) -> None:
+        """Frees every graph and its weights.
+
+        A later generation raises `BundleError`, and a running one may do so, too, when it needs
+        another graph or a larger KV cache. A model is also a context manager that closes itself.
+        """
+        self._sessions.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
+        """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
+
+        Args:
+            policy: a name or a `Policy`; None or empty uses the policy that the model was loaded
+                with.
+            budget: fraction of the reference's time per token or a preset; likewise.
+        """
+        return self._requests.policy(policy, budget)
+
+    def policy_of(self, options: GenerationOptions) -> Policy:
+        """The policy of a generation.
+
+        Raises:
+            PolicyError: the bundle cannot do it, or not with guesses, and they are asked for.
+        """
+        return self._requests.policy_of(options)
+
+    def logits(
+        self,
+        ids: Ids | Sequence[int],
+        *,
+        prompt_tokens: int = 0,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+    ) -> Logits:
+        """Teacher-forced logits of a text.
+
+        A policy whose paths differ between tokens runs token by token; at least the first token is
+        a prompt.
+
+        Args:
+            ids: token ids `[S]`.
+            prompt_tokens: how many are prefilled, as in `score`.
+            policy: see `policy`.
+            budget: likewise.
+            prefill: precision of the prefilled part; None: see `memory` of `load`.
+
+        Returns:
+            `[S, V]` float32: row i predicts token i + 1.
+        """
+        ids = self._requests.checked(ids)
+        chosen, sequence = self.policy(policy, budget), self.new_sequence()
+        same_path = chosen.uniform is not None
+        prompt = ids[: prompt_tokens if same_path else max(prompt_tokens, 1)]
+        rest, parts = ids[len(prompt) :], []
+        if len(prompt):
+            plan = prefill_plan(self._sessions, chosen, prefill)
+            parts.append(sequence.prefill(prompt, *plan, every=True))
+        if chosen.uniform is not None and len(rest):
+            parts.append(sequence.prefill(rest, chosen.uniform, chosen.head, every=True))
+        elif len(rest):
+            decider = decider_of(chosen, sequence)
+            rows = [
+                sequence.forward(token, decider)[0].astype(np.float32) for token in rest.tolist()
+            ]
+            parts.append(np.stack(rows))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # they are large
+
+    def score(
+        self,
+        ids: Ids | Sequence[int],
+        *,
+        prompt_tokens: int = 1,
+        policy: str | Policy | None = None,
+        budget: Budget | None = None,
+        prefill: Action | None = None,
+        cache: Cache | None = None,
+        predictions: bool = False,
+    ) -> Iterator[ScoredToken]:
+        """Prefills part of a text, then decodes the rest under a policy.
+
+        Args:
+            ids: token ids `[S]`.
+            prompt_tokens: how many are prefilled.
+            policy: see `policy`.
+            budget: likewise.
+            prefill: precision of the prefilled part; None: see `memory` of `load`.
+            cache: keeps the KV cache of the prefilled part for the next call.
+            predictions: return the scorer's predictions, if a scorer decides.
+
+        Yields:
+            One result for each token after the prefilled part.
+        """
+        ids = self._requests.checked(ids)
+        chosen = self.policy(policy, budget)
+        cache = self.new_cache() if cache is None else cache  # an empty one is false
+        with cache.taken() as slot:
+            sequence, rest = slot.state, slot.reuse(ids[:prompt_tokens])
+            if len(rest):
+                sequence.prefill(rest, *prefill_plan(self._sessions, chosen, prefill))
+                slot.tokens += rest.tolist()
+            decider = decider_of(chosen, sequence)
+            scorer = decider if predictions and isinstance(decider, ScoredDecider) else None
+            for token in ids[prompt_tokens:].tolist():
+                logits, path = sequence.forward(token, decider)
+                yield ScoredToken(logits, path, scorer.predicted_kl if scorer else None)
+
+    def generate_step(
+        self,
+        ids: Ids | Sequence[int],
+        *,
+        options: GenerationOptions | None = None,
+        cache: Cache | None = None,
+        **given: Unpack[Options],
+    ) -> Iterator[GeneratedToken]:
+        """Generates tokens after a prompt of token ids; the first one comes from the prefill.
+
+        Args:
+            ids: the prompt, `[S]`.
+            options: what `given` does not name.
+            cache: from `new_cache`; the prefix that it shares with the prompt is not computed
+                again.
+            given: see `Options`.
+
+        Raises:
+            PolicyError: an option is out of range, or not one that the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        chosen = GenerationOptions.of(options, **given)
+        ids = self._requests.checked(ids)
+        request = self._requests.make(ids, chosen, lambda token: token, lambda piece: None)
+        return self._run(request, cache)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerationOptions | None = None,
+        cache: Cache | None = None,
+        **given: Unpack[Options],
+    ) -> Stream:
+        """Generates text piece by piece; `close()` ends it and frees its cache.
+
+        Args:
+            prompt: raw text, chat messages, which the chat template turns into text, or ids.
+            options: what `given` does not name.
+            cache: from `new_cache`; the prefix that it shares with the prompt is not computed
+                again.
+            given: see `Options`.
+
+        Raises:
+            PolicyError: an option or a message is not one that the model or the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        chosen = GenerationOptions.of(options, **given)
+        request = self.request(prompt, lambda piece: None, chosen)
+        chunks = self._run(request, cache)
+        first = next(chunks)  # errors surface here, not at the first use
+        return Stream(_continued(first, chunks), request.current)
+
+    def _run(self, request: Request[Piece], cache: Cache | None) -> Generator[Piece]:
+        cache = self.new_cache() if cache is None else cache  # an empty one is false
+        if not isinstance(cache, Cache):
+            raise PolicyError(f"cache={cache!r} must be from Model.new_cache()")
+        return _lent(request, cache)
+
+    generate = joined("generate", "Generates the whole text after a prompt, as it is.", stream)
+    """Generates the whole text, a `Completion`; takes what `stream` takes."""
+
+    chat = joined(
+        "chat",
+        "Generates the assistant's answer to messages, or to a string as the user's message; the "
+        "chat template is applied.",
+        stream,
+        _as_messages,
+    )
+    """Generates the assistant's answer to messages, or to one message of the user."""
+
+    astream = asynchronous(
+        "astream", "Generates text piece by piece for `async for`; threads do the work.", stream
+    )
+    """Generates text piece by piece for `async for`, each token in a thread; likewise."""
+
+    def new_scheduler(self, slots: int = SLOTS, store: PrefixStore | None = None) -> Scheduler:
+        """Runs several generations together; see `request`.
+
+        Args:
+            slots: how many; each has a KV cache as long as the longest.
+            store: keeps what slots hold that are given to another text.
+        """
+        return Scheduler.new(self._sessions, slots, store)
+
+    def request(
+        self,
+        prompt: Prompt,
+        deliver: Callable[[Chunk | Exception], None],
+        options: GenerationOptions | None = None,
+    ) -> Request[Chunk]:
+        """A generation for a scheduler of this model.
+
+        Args:
+            prompt: raw text, chat messages or ids.
+            deliver: takes its chunks.
+            options: of the generation.
+
+        Raises:
+            PolicyError: an option or a message is not one that the model or the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        options = GenerationOptions.of(options)
+        ids = self._requests.encoded(prompt)
+        writer = TextWriter(self.text, len(ids), tuple(options.stop))
+        return self._requests.make(ids, options, writer.add, deliver)
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        options: GenerationOptions | None = None,
+        parallel: int = SLOTS,
+        on_done: Callable[[int, Completion], None] = lambda index, completion: None,
+    ) -> list[Completion]:
+        """Generates the texts of many prompts, in batches.
+
+        Args:
+            prompts: raw texts or chats.
+            options: of all of them.
+            parallel: how many run at once.
+            on_done: called with the index and the text of each as it ends.
+
+        Returns:
+            A text for each prompt, in their order.
+
+        Raises:
+            PolicyError: an option or a message is not one that the model or the bundle can do.
+            ContextLengthError: a prompt does not fit the context.
+        """
+        if isinstance(prompts, str):
+            raise PolicyError("prompts must be a list of prompts, not text")
+        check_count("parallel", parallel)
+        scheduler = self.new_scheduler(max(1, min(parallel, len(prompts))))
+        chunks: list[list[Chunk]] = [[] for _ in prompts]
+        done: dict[int, Completion] = {}
+
+        def deliver(index: int, piece: Chunk | Exception) -> None:
+            if isinstance(piece, Exception):
+                raise piece
+            chunks[index].append(piece)
+            if piece.finish_reason is not None:
+                done[index] = Completion.of(chunks[index])
+                on_done(index, done[index])
+
+        requests = []
+        for index, prompt in enumerate(prompts):
+            try:
+                requests.append(self.request(prompt, functools.partial(deliver, index), options))
+            except DashError as error:
+                raise type(error)(f"prompt {index}: {error}") from None
+        for request in requests:
+            scheduler.submit(request)
+        while scheduler.step():
+            pass
+        return [done[index] for index in range(len(prompts))]
+
+
+def _lent(request: Request[Piece], cache: Cache) -> Generator[Piece]:
+    with cache.taken() as slot:
+        yield from run(request, slot)
+
+
+def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
+    try:
+        yield first
+        yield from rest
+    finally:
+        rest.close()

@@ -1,0 +1,169 @@
+"""From a prompt and options to a request: policy, sampling, grammar and guesses resolved."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.arrays import Ids
+from dash_onnx.core.budget import Budget
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import BundleError, PolicyError
+from dash_onnx.core.policy import Policy, make_policy
+from dash_onnx.core.text import Message, TextCodec
+from dash_onnx.runtime.generate import CurrentPolicy, Piece, Request, check_prompt, prefill_plan
+from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
+from dash_onnx.runtime.guesses import Learned
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.results import GeneratedToken
+from dash_onnx.runtime.sampling import Sampling
+from dash_onnx.runtime.sessions import Sessions
+
+_TARGETS = 16  # whose guesses are remembered
+
+Prompt = str | Sequence[Message] | Sequence[int] | Ids
+"""Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
+
+
+class Requests:
+    """Makes the requests of a model.
+
+    Attributes:
+        text: tokenizer and chat template.
+        sampling: the defaults of the model's generation_config.json.
+    """
+
+    def __init__(
+        self, bundle: Bundle, sessions: Sessions, policy: str | Policy, budget: Budget | None
+    ):
+        """Takes the model's own policy and budget, for requests that name none."""
+        self.text = TextCodec(bundle)
+        try:
+            self.sampling = Sampling(**self.text.sampling)  # type: ignore[arg-type]
+        except PolicyError as error:
+            raise BundleError(f"{bundle.folder / 'generation_config.json'}: {error}") from None
+        self._sessions, self._manifest = sessions, sessions.manifest
+        self._default = (policy, budget)
+        self._guidance: Any = None
+        self._learned = functools.lru_cache(_TARGETS)(self._learn)
+
+    def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
+        """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
+
+        Args:
+            policy: a name or a `Policy`; None or empty uses the policy that the model was loaded
+                with.
+            budget: fraction of the reference's time per token or a preset; likewise.
+        """
+        if not policy:
+            policy = self._default[0]
+            budget = self._default[1] if budget is None else budget
+        return make_policy(policy, self._manifest, budget)
+
+    def policy_of(self, options: GenerationOptions) -> Policy:
+        """The policy of a generation.
+
+        Raises:
+            PolicyError: the bundle cannot do it, or not with guesses, and they are asked for.
+        """
+        policy = self.policy(options.policy, options.budget)
+        if options.speculate and policy.uniform is None:
+            raise PolicyError(
+                f"guesses are checked on one path for every token, such as int8; policy "
+                f"{policy.name!r} has none: leave speculate out"
+            )
+        return policy
+
+    def make(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        write: Callable[[GeneratedToken], Piece],
+        deliver: Callable[[Piece | Exception], None],
+    ) -> Request[Piece]:
+        """A request.
+
+        Args:
+            prompt: raw text, chat messages, which the chat template turns into text, or ids.
+            options: of the generation.
+            write: see `Request`.
+            deliver: likewise.
+
+        Raises:
+            PolicyError: an option or a message is not one that the model or the bundle can do.
+            ContextLengthError: the prompt does not fit the context.
+        """
+        ids = self.encoded(prompt)
+        at = functools.partial(self.policy, options.policy)
+        current = CurrentPolicy(self.policy_of(options), at)
+        learn, expected = self._guessing(options)
+        return Request(
+            ids=ids,
+            current=current,
+            options=options,
+            sampling=options.sampling(self.sampling),
+            plan=prefill_plan(self._sessions, current.policy, options.prefill),
+            eos=self.text.eos_token_ids,
+            constraint=self._constraint(options),
+            learn=learn,
+            expected=expected,
+            write=write,
+            deliver=deliver,
+        )
+
+    def encoded(self, prompt: Prompt) -> Ids:
+        """The ids of a prompt `[S]`; see `make`."""
+        if isinstance(prompt, np.ndarray) or (
+            isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], (int, np.integer))
+        ):
+            return self.checked(prompt)  # type: ignore[arg-type]
+        encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
+        return self.checked(encode(prompt))  # type: ignore[arg-type]
+
+    def checked(self, ids: Ids | Sequence[int]) -> Ids:
+        """Ids as an array `[S]` int64.
+
+        Raises:
+            PolicyError: they are no ids of this model.
+            ContextLengthError: they do not fit the context.
+        """
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # lists in the list
+            raise PolicyError("token ids must be a flat list of integers") from None
+        if array.size and array.dtype.kind not in "iu":
+            raise PolicyError(f"token ids must be integers, not {array.dtype}")
+        array = array.astype(np.int64, copy=False)
+        check_prompt(array, self._manifest.model.max_length, self._manifest.model.vocab_size)
+        return array
+
+    def _guessing(
+        self, options: GenerationOptions
+    ) -> tuple[Callable[[Policy], Learned | None], Sequence[int]]:
+        """What a generation guesses by, and the ids of the expected text."""
+        wanted = options.speculate
+        if wanted is None:
+            wanted = self._sessions.backend.device == "cpu"
+        if not wanted:
+            return lambda policy: None, ()
+        text = options.expected
+        expected = self.text.encode(text, add_special_tokens=False).tolist() if text else []
+        return self._learned_of, expected
+
+    def _learned_of(self, policy: Policy) -> Learned | None:
+        path = policy.uniform
+        return None if path is None else self._learned(path, policy.head)
+
+    def _learn(self, path: Path, head: Action) -> Learned:
+        return Learned(self._manifest.costs.passes, path, head, self._sessions.widened)
+
+    def _constraint(self, options: GenerationOptions) -> Constraint | None:
+        if options.grammar is None:
+            return None
+        if self._guidance is None:
+            self._guidance = guidance_tokenizer(self.text, self._manifest.model.vocab_size)
+        return Constraint(options.grammar, self._guidance)

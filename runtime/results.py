@@ -1,0 +1,108 @@
+"""What a generation yields: tokens, pieces of text, and what is told of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dash_onnx.core.actions import Path, path_letters
+from dash_onnx.core.arrays import Logits
+from dash_onnx.core.statistics import log_softmax
+from dash_onnx.runtime.guesses import Guess
+
+FinishReason = Literal["stop", "length", "context"]
+"""`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
+
+
+class Logprobs(NamedTuple):
+    """Log probabilities at one token, in nats, before temperature, filters and grammar.
+
+    Attributes:
+        token: of the one that was drawn.
+        top: ids of the likeliest, with theirs.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: Logits, token: int, most: int) -> Logprobs:
+        """From logits `[V]`."""
+        logs = log_softmax(logits.astype(np.float32))
+        likeliest = np.argpartition(-logs, most)[:most]
+        ordered = likeliest[np.argsort(-logs[likeliest], kind="stable")]
+        top = tuple((int(one), float(logs[one])) for one in ordered)
+        return cls(float(logs[token]), top)
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One generated token.
+
+    Attributes:
+        token: its id.
+        path: the action of each layer in the pass that produced it.
+        ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
+        finish_reason: set on the last token.
+        guess: what came of the guesses for the pass that this token is the first of; its
+            milliseconds are shared by all tokens of the pass.
+        logprobs: where they were asked for.
+    """
+
+    token: int
+    path: Path
+    ms: float
+    finish_reason: FinishReason | None = None
+    guess: Guess | None = None
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of generated text.
+
+    Attributes:
+        text: may be empty while a character or a stop string is incomplete.
+        token: id of the token that completed it.
+        path: the action of each layer for that token.
+        ms: wall time of that token in milliseconds.
+        prompt_tokens: length of the prompt.
+        generated_tokens: how many tokens were generated so far.
+        finish_reason: set on the last chunk.
+        guess: see `GeneratedToken`.
+        logprobs: likewise.
+    """
+
+    text: str
+    token: int
+    path: Path
+    ms: float
+    prompt_tokens: int
+    generated_tokens: int
+    finish_reason: FinishReason | None = None
+    guess: Guess | None = None
+    logprobs: Logprobs | None = None
+
+    def __repr__(self) -> str:
+        end = f", {self.finish_reason}" if self.finish_reason else ""
+        path = path_letters(self.path)
+        return f"<Chunk {self.text!r}: token {self.token}, {self.ms:.1f} ms, {path}{end}>"
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """The model's output for one token of a given text.
+
+    Attributes:
+        logits: for the next token, `[V]`; overwritten by the next result.
+        path: the action of each layer.
+        predicted_kl: predicted KL of each action of each layer, `[L, A]` nats, for the actions of
+            `manifest.scorer`; None if not requested, or if no scorer decides.
+    """
+
+    logits: Logits
+    path: Path
+    predicted_kl: npt.NDArray[np.float32] | None = None

@@ -1,0 +1,372 @@
+"""Continuous batching: generations that share their passes, and join and leave at every token.
+
+Each has a slot: a sequence of one K/V cache. In each layer the slots that take the same action run
+together, which costs little more than one of them alone: the weights are read once. A generation by
+itself is the same with one slot.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.generate import Generation, Piece, Request, Step, prefill_plan
+from dash_onnx.runtime.guesses import MOST, MOST_ROWS, Learned, best_length
+from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
+from dash_onnx.runtime.rows import Rows
+from dash_onnx.runtime.sequence import PREFILL_CHUNK
+from dash_onnx.runtime.sessions import PromptPlan, Sessions
+from dash_onnx.runtime.slot import Slot
+
+_LOG = logging.getLogger(__name__)
+
+SLOTS = 8
+"""Generations that run together unless told otherwise."""
+
+_CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them,
+_LEAST_CHUNK = 8  # as many as take about twice the time of such a pass
+_WAIT = 2.0
+
+
+class Scheduler:
+    """Runs requests together. Any thread may submit; one thread at a time runs steps.
+
+    Attributes:
+        reused: tokens of prompts so far that did not run, because a slot or the store held them.
+    """
+
+    def __init__(self, rows: Rows, store: PrefixStore | None = None, slot: Slot | None = None):
+        """See `new` and `run`.
+
+        Args:
+            rows: the sequences.
+            store: keeps what slots hold that are given to another text.
+            slot: the only one; None makes one for each sequence.
+        """
+        self._rows, self._store = rows, store
+        self._slots = [slot] if slot else [Slot(n, state) for n, state in enumerate(rows.states)]
+        self._waiting: deque[Request[Any]] = deque()
+        self._given = 0  # slots, so far
+        self.reused = 0
+        self._wake = threading.Event()
+        self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
+
+    @classmethod
+    def new(
+        cls, sessions: Sessions, slots: int = SLOTS, store: PrefixStore | None = None
+    ) -> Scheduler:
+        """Allocates slots; each has a KV cache as long as the longest.
+
+        Args:
+            sessions: of the bundle.
+            slots: generations at once.
+            store: keeps what slots hold that are given to another text.
+
+        Raises:
+            PolicyError: not as many.
+        """
+        if not 1 <= slots <= 256:
+            raise PolicyError(f"slots={slots} must be in 1..256")
+        return cls(Rows.new(sessions, slots), store)
+
+    def submit(self, request: Request[Any]) -> None:
+        """Adds a request; it runs as soon as a slot is free."""
+        self._waiting.append(request)
+        self._wake.set()
+
+    def save(self) -> None:
+        """Puts what all slots hold into the store."""
+        if self._store is not None:
+            for slot in self._slots:
+                self._store.put(slot.state, slot.tokens, slot.quality or "")
+            self._store.flush()
+
+    def wait(self, seconds: float) -> None:
+        """Waits until there is something to do, or a time has passed."""
+        self._wake.wait(seconds)
+
+    def step(self) -> bool:
+        """A part of one prompt, and a token or more of every running answer.
+
+        Returns:
+            Whether there was anything to do.
+        """
+        self._wake.clear()
+        for slot in self._slots:
+            if slot.request is not None and slot.request.cancelled.is_set():
+                self.free(slot)
+        self._admit()
+        busy = [slot for slot in self._slots if slot.request is not None]
+        decoding = [slot for slot in busy if not len(slot.rest)]
+        prompts = sorted((slot for slot in busy if len(slot.rest)), key=lambda slot: slot.used)
+        # What a grammar forces is a short prompt of an answer that already runs.
+        forced = [slot for slot in prompts if slot.going is not None and slot.going.count]
+        first = [slot for slot in prompts if slot not in forced][:1]
+        shared = self._shared(first, decoding)
+        for slot in forced if shared else forced + first:
+            self._guarded(slot, lambda: self._prompt(slot, alone=not decoding))  # noqa: B023
+        if decoding:
+            together = sorted(decoding + first * bool(shared), key=lambda slot: slot.number)
+            try:
+                self._decode(together, shared)
+            except Exception as error:
+                for slot in together:
+                    slot.state.truncate(len(slot.tokens))
+                if len(together) == 1:
+                    self._fail(together[0], error)
+                else:  # of one of them: those that run alone go on
+                    for slot in together:
+                        self._guarded(slot, lambda: self._decode([slot]))  # noqa: B023
+        return bool(busy)
+
+    def _admit(self) -> None:
+        free = [slot for slot in self._slots if slot.request is None]
+        while free and self._waiting:
+            request = self._waiting.popleft()
+            if request.cancelled.is_set():
+                continue
+            # The slot that holds most of the prompt, else the one that was not used for longest.
+            slot = max(free, key=lambda slot: (slot.common(request), -slot.used))
+            free.remove(slot)
+            self._given += 1
+            slot.used, slot.request = self._given, request
+            self._guarded(slot, lambda: self._begin(slot, request))  # noqa: B023
+
+    def _begin(self, slot: Slot, request: Request[Any]) -> None:
+        slot.started = time.perf_counter()
+        common = slot.common(request)
+        held, slot.tokens = slot.tokens, []  # until it is known what it holds
+        if len(self._slots) > 1 or self._store is not None:
+            common = self._restored(slot, request, common, held)
+        slot.state.truncate(common)
+        slot.tokens = request.ids[:common].tolist()
+        if slot.quality is not None:
+            slot.quality = request.quality
+        slot.state.reserve(len(request.ids))  # at once, not in steps as its parts run
+        going = slot.going = Generation(slot.state, request)
+        forced = np.array(going.take_forced(), np.int64)  # by a grammar, whatever is answered
+        slot.rest, slot.plan = np.concatenate([request.ids[common:], forced]), request.plan
+        self.reused += common
+
+    def _restored(self, slot: Slot, request: Request[Any], common: int, held: list[int]) -> int:
+        """Copies a longer beginning of the prompt from another slot or the store, if one has it.
+
+        Returns:
+            Tokens of the prompt that the slot holds now.
+        """
+        other = max(self._slots, key=lambda other: other.common(request))  # one that runs, too
+        shared = other.common(request)
+        shared = shared if shared >= common + LEAST else 0
+        if self._store is not None:
+            if common < len(held):
+                self._store.put(slot.state, held, slot.quality or "")
+            most = max(common, shared)
+            stored = self._store.restore(slot.state, request.ids, most, request.quality)
+            if stored > most:
+                return stored
+        if shared:
+            copy_prefix(other.state, slot.state, shared)
+        return shared or common
+
+    def _prompt(self, slot: Slot, *, alone: bool) -> None:
+        """Runs a part of a prompt: a short one where answers wait for it."""
+        assert slot.plan is not None and slot.going is not None
+        if slot.going.count:
+            slot.started = time.perf_counter()
+        path, head, widened, joined = plan = slot.plan
+        part = slot.rest[: PREFILL_CHUNK if alone else self._chunk]
+        logits, started = None, time.perf_counter()
+        if len(part) < len(slot.rest):
+            with slot.state.widening(widened):
+                slot.state.layers(part, FixedPath(path, head, joined=joined))
+        else:
+            logits = slot.state.prefill(part, *plan)
+        if not alone and len(part) == self._chunk:
+            self._adapt((time.perf_counter() - started) / max(self._pass_s, 1e-9))
+        self._ran(slot, len(part), logits)
+
+    def _ran(self, slot: Slot, count: int, logits: Any) -> None:
+        """Notes that tokens of a prompt have run; draws once all have."""
+        assert slot.request is not None and slot.going is not None and slot.plan is not None
+        slot.tokens += slot.rest[:count].tolist()
+        slot.rest = slot.rest[count:]
+        if not len(slot.rest):
+            forced = slot.going.text[len(slot.request.ids) + slot.going.count :]
+            self._tell(slot, Step([*forced, slot.going.draw(logits)], slot.plan.path))
+
+    def _adapt(self, passes: float) -> None:
+        """Changes how much of a prompt runs at once, by the passes that could have run instead."""
+        if passes > _WAIT * 1.5:
+            self._chunk = max(self._chunk // 2, _LEAST_CHUNK)
+        elif passes < _WAIT / 1.5:
+            self._chunk = min(self._chunk * 2, PREFILL_CHUNK)
+
+    def _decode(self, slots: list[Slot], seq: int = 1) -> None:
+        """A pass of every answer: its last token, guesses, and a prompt's part that joins it.
+
+        Args:
+            slots: by their number.
+            seq: tokens that the pass has of each slot at least.
+        """
+        started = time.perf_counter()
+        going = [slot.going for slot in slots if slot.going is not None]
+        deciders = [one.decider for one in going]
+        ahead = max(self._ahead(slots), seq - 1)
+        tokens = [
+            slot.rest[: ahead + 1].tolist() or one.next_tokens(ahead)
+            for slot, one in zip(slots, going, strict=True)
+        ]
+        wanted = [
+            len(ids) if not len(slot.rest) else int(len(ids) == len(slot.rest))
+            for slot, ids in zip(slots, tokens, strict=True)
+        ]
+        numbers = [slot.number for slot in slots]
+        logits, paths = self._rows.forward(numbers, tokens, deciders, wanted)
+        self._pass_s = time.perf_counter() - started
+        for slot, ids, own, path in zip(slots, tokens, logits, paths, strict=True):
+            if len(slot.rest):
+                last = own[0] if len(own) else None
+                self._guarded(slot, lambda: self._ran(slot, len(ids), last))  # noqa: B023
+            else:
+                slot.started = started
+                self._guarded(slot, lambda: self._take(slot, ids, own, path))  # noqa: B023
+
+    def _take(self, slot: Slot, ids: list[int], logits: Any, path: Any) -> None:
+        assert slot.going is not None and slot.request is not None
+        step = slot.going.take(logits, path)
+        slot.tokens += ids[: len(step.tokens)]
+        slot.state.truncate(len(slot.tokens))
+        if slot.going.forced:
+            forced = [step.tokens[-1], *slot.going.take_forced()]
+            slot.rest = np.array(forced, np.int64)
+            current, options = slot.request.current.policy, slot.request.options
+            slot.plan = prefill_plan(slot.state.sessions, current, options.prefill)
+        self._tell(slot, step)
+
+    def _ahead(self, slots: list[Slot]) -> int:
+        """How many guesses for each answer the next pass checks; a prompt's tokens are sure."""
+        learned = self._learned(slots)
+        if learned is None:
+            return 0
+        gains = []
+        for slot in slots:
+            if len(slot.rest):
+                gains.append([1.0 + n for n in range(min(len(slot.rest), MOST + 1))])
+            elif slot.going is not None and slot.going.learned is not None:
+                gains.append(slot.going.look_ahead(slot.going.learned))
+            else:
+                gains.append([1.0])
+        return min(best_length(gains, learned, _context(slots)), _room(slots))
+
+    def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
+        """Tokens of each slot in a pass of the answers that a prompt's next part joins.
+
+        Only where it runs as they do, in their precision, and where that brings more tokens per
+        time than a pass of its own; else 0.
+        """
+        together = [*decoding, *prompt]
+        learned = self._learned(together) if prompt and decoding else None
+        if learned is None:
+            return 0
+        (slot,) = prompt
+        assert slot.request is not None and slot.plan is not None
+        policy, widened = slot.request.current.policy, slot.state.sessions.widened
+        if slot.plan != PromptPlan(policy.uniform or (), policy.head, widened):
+            return 0
+        context, answers = _context(together), len(decoding)
+        part = min(len(slot.rest), self._chunk)
+        seq = min(part, MOST_ROWS // len(together), _room(together) + 1)
+        if seq < 1:
+            return 0
+        apart = learned.cost(answers, context) + learned.cost(part, context)
+        rate = (answers + seq) / learned.cost(len(together) * seq, context)
+        return seq if rate > (answers + part) / apart else 0
+
+    def _learned(self, slots: list[Slot]) -> Learned | None:
+        """What guesses go by in a pass of some answers; None where it has a token of each.
+
+        Several tokens take one path: those whose actions are chosen for each token run alone.
+        """
+        going = [slot.going for slot in slots if slot.going is not None]
+        if (len(going) > 1 and not self._rows.ragged) or any(not one.uniform for one in going):
+            return None
+        return next((one.learned for one in going if one.learned is not None), None)
+
+    def _tell(self, slot: Slot, step: Step) -> None:
+        request, going = slot.request, slot.going
+        assert request is not None and going is not None
+        ms = (time.perf_counter() - slot.started) * 1e3
+        for told in going.told(step, ms):
+            piece = request.write(told)
+            if piece.finish_reason is not None:
+                self.free(slot)
+            request.deliver(piece)
+            if piece.finish_reason is not None:
+                return
+
+    def _guarded(self, slot: Slot, work: Callable[[], None]) -> None:
+        """Does something for a slot; what goes wrong ends its request, and no other."""
+        try:
+            work()
+        except Exception as error:
+            self._fail(slot, error)
+
+    def _fail(self, slot: Slot, error: Exception) -> None:
+        request = slot.request
+        if request is None:
+            _LOG.error("what takes the last piece of an answer failed", exc_info=error)
+            return
+        self.free(slot)
+        request.deliver(error)
+
+    def free(self, slot: Slot) -> None:
+        """Ends a request; what its slot holds may serve the next one."""
+        slot.tokens = slot.lasting
+        slot.request, slot.going = None, None
+        slot.rest = slot.rest[:0]
+        length = min(slot.state.length, len(slot.tokens))
+        if len(self._slots) > 1:
+            # Passes of others may run over it, see `SequenceState.rest`.
+            limit = slot.state.sessions.manifest.model.max_length
+            length = min(length, max(limit - MOST - 1, 0))
+        slot.state.truncate(length)
+        del slot.tokens[length:]
+
+
+def _context(slots: list[Slot]) -> int:
+    return max(slot.state.length for slot in slots)
+
+
+def _room(slots: list[Slot]) -> int:
+    """Tokens of each that fit the context, beside one."""
+    return max(slots[0].state.sessions.manifest.model.max_length - _context(slots) - 1, 0)
+
+
+def run(request: Request[Piece], slot: Slot) -> Iterator[Piece]:
+    """Runs one request in a slot of its own.
+
+    Args:
+        request: whose pieces are yielded, not delivered.
+        slot: with what its K/V cache holds, which serves any prompt.
+    """
+    pieces = deque[Piece | Exception]()
+    request.deliver = pieces.append
+    scheduler = Scheduler(Rows.alone(slot.state), slot=slot)
+    scheduler.submit(request)
+    try:
+        while scheduler.step():
+            while pieces:
+                piece = pieces.popleft()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+    finally:
+        scheduler.free(slot)

@@ -1,0 +1,64 @@
+"""A sequence that requests have one after the other, and what is left in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dash_onnx.core.arrays import Ids, common_length
+from dash_onnx.runtime.generate import Generation, Request
+from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.sessions import PromptPlan
+
+
+@dataclass(eq=False)
+class Slot:
+    """A sequence, what its K/V cache holds, and who has it.
+
+    Attributes:
+        number: its row of a batch.
+        state: the sequence.
+        tokens: that the K/V cache holds.
+        quality: of the request that it holds, see `Request.quality`; None serves any request, as
+            the cache of one conversation does.
+        used: when it was last given away.
+        request: whose it is.
+        going: its generation.
+        rest: what has to run before the next token is drawn.
+        plan: how that runs.
+        started: when its pass began, in seconds.
+    """
+
+    number: int
+    state: SequenceState
+    tokens: list[int] = field(default_factory=list)
+    quality: str | None = ""
+    used: int = 0
+    request: Request[Any] | None = None
+    going: Generation | None = None
+    rest: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    plan: PromptPlan | None = None
+    started: float = 0.0
+
+    def common(self, request: Request[Any]) -> int:
+        """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
+        if self.quality not in (None, request.quality):
+            return 0
+        return common_length(np.asarray(self.lasting, np.int64), request.ids[:-1])
+
+    def reuse(self, ids: Ids) -> Ids:
+        """Keeps what it holds of a prompt; returns what has to run still."""
+        common = common_length(np.asarray(self.tokens, np.int64), ids[:-1])
+        self.state.truncate(common)
+        del self.tokens[common:]
+        return ids[common:]
+
+    @property
+    def lasting(self) -> list[int]:
+        """The tokens whose K/V serve later requests: none that another budget wrote."""
+        request = self.request
+        if self.quality is None or request is None or request.current.policy is request.first:
+            return self.tokens
+        return self.tokens[: len(request.ids)]
