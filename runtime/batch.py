@@ -90,7 +90,8 @@ class _Row:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
         if self.quality != request.quality:
             return 0
-        return common_length(np.asarray(self.lasting, np.int64), request.ids[:-1])
+        common = common_length(np.asarray(self.lasting, np.int64), request.ids[:-1])
+        return self.state.kv.place(common)
 
     @property
     def lasting(self) -> list[int]:

@@ -41,7 +41,7 @@ class Cache:
         self._take()
         # The last token runs again: it gives the logits.
         common = common_length(np.asarray(self.tokens, np.int64), ids[:-1])
-        self._sequence.truncate(common)
+        common = self._sequence.truncate(common)
         del self.tokens[common:]
         return self._sequence, ids[common:]
 
@@ -89,6 +89,6 @@ class Cache:
 
     def release(self) -> None:
         """Gives the sequence back; an interrupted run leaves no half-written token behind."""
-        del self.tokens[self._sequence.length :]
-        self._sequence.truncate(len(self.tokens))
+        held = min(self._sequence.length, len(self.tokens))
+        del self.tokens[self._sequence.truncate(held) :]
         self._busy.release()

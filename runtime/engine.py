@@ -361,7 +361,8 @@ class Model:
         """What a generation guesses by."""
         wanted = options.speculate
         if wanted is None:
-            wanted = self._sessions.backend.device == "cpu"
+            # States cannot forget wrong guesses: the right tokens of a pass would run again.
+            wanted = self._sessions.backend.device == "cpu" and not self.manifest.mixers
         if not wanted:
             return {}
         text = options.expected

@@ -220,7 +220,9 @@ class Generation:
             new.append(self.draw(row))
             if new[-1] != guess or new[-1] in self._ends or self.forced:
                 break
-        sequence.truncate(context + len(new))
+        held = sequence.truncate(context + len(new))
+        if held < context + len(new):  # states cannot forget the wrong guesses alone
+            sequence.layers(np.array([last, *new[:-1]], np.int64)[held - context :], decider)
         if found is None:
             return Step(new, path)
         right = sum(a == b for a, b in zip(new, guesses, strict=False))

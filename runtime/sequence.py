@@ -122,9 +122,13 @@ class SequenceState:
         """Input `[B, 1, D]` of the even and of the odd layers while one token runs."""
         return self._passes[1].hidden
 
-    def truncate(self, length: int) -> None:
-        """Forgets all tokens from position `length` on."""
-        self.kv.truncate(length)
+    def truncate(self, length: int) -> int:
+        """Forgets all tokens from position `length` on; see `KVCache` about states.
+
+        Returns:
+            Tokens that it holds now.
+        """
+        return self.kv.truncate(length)
 
     def forward(
         self, tokens: int | Ids, decider: Decider, *, every: bool = False
@@ -225,7 +229,7 @@ class SequenceState:
         total = self.kv.length + count
         self._check_room(total)
         self.reserve(total)
-        self.kv.length = total
+        self.kv.begin(count)
         self._seqlens.write(total - 1)
         self._total.write(self._longest(total, count))
         self._start.write(total - count)
@@ -280,6 +284,7 @@ class SequenceState:
         Its position is the first one after the valid ones, so that they stay as they are.
         """
         self.reserve(self.length + 1)
+        self.kv.rest()
         self._seqlens.write(self.length)
         self._start.write(self.length)
         self._passes[1].positions.write(self.length)
@@ -407,6 +412,11 @@ class SequenceState:
             "plain": now.plain or kv.plain,
         }
         for layer, called in zip(layers, names, strict=True):
+            if manifest.mixer_of(layer) != "attention":
+                assert kv.states is not None
+                states = kv.states.ports(layer)
+                buffers |= {called.get(name, name): buffer for name, buffer in states.items()}
+                continue
             cos, sin = kv.rotary[manifest.rope_of(layer)]
             own = {
                 "past_key": kv.keys[layer],

@@ -114,6 +114,12 @@ _NANOCHAT = {"final_logit_softcapping": 4.0}
 _OLMO = {"clip_qkv": None}
 _STARCODER2 = {"sliding_window": WINDOW}
 _HYPERCLOVAX = {**_GRANITE, "use_post_norm": True}
+_LFM2 = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_multiple_of": 32,
+    "intermediate_size": 144,
+    "conv_bias": True,
+}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -188,6 +194,7 @@ CASES: dict[str, Case] = {
     "seed_oss": Case("seed_oss", "Q/K/V bias", {"head_dim": 16}),
     "starcoder2": Case("starcoder2", "LayerNorm, no gate, biases, windows", _STARCODER2),
     "vaultgemma": Case("vaultgemma", "as Gemma 2; two norms a layer", _VAULT),
+    "lfm2": Case("lfm2", "short convolutions in some layers", _LFM2),
 }
 
 

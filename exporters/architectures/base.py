@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.block import Attention, Block, Mixer, Recurrence
 from dash_onnx.core.contract import Dims
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import ModelFacts, Rope, Target
@@ -123,12 +123,26 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Conv:
+    """A causal convolution of each channel alone.
+
+    Attributes:
+        weight: `[channels, kernel]`; the last column is that of the new token.
+        bias: `[channels]` or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer; a norm that is None does not exist.
 
     Attributes:
         input_norm: `[D]`, before attention.
-        qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`.
+        qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`. Of a short
+            convolution both factors of what it reads and the one on its result, `[3 * D, D]`.
         q_norm, k_norm: of queries and keys before their rotation: `[d]` for each head alone, or
             of all heads together.
         output: attention output projection, `[D, H * d]`.
@@ -138,6 +152,7 @@ class Layer:
         down: `[D, I]`.
         down_norm: `[D]`, of what the MLP adds to the residual stream.
         sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
+        conv: of a layer that does not attend.
         xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
     """
 
@@ -153,6 +168,7 @@ class Layer:
     down_norm: Norm | None
     sinks: torch.Tensor | None = None
     xielu: torch.Tensor | None = None
+    conv: Conv | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -197,6 +213,8 @@ class ModelSpec:
         scales: factors of the model.
         embedding_normed: whether the first layer reads token embeddings through a norm, which has
             no weights.
+        mixers: see `Manifest`.
+        recurrence: likewise.
     """
 
     facts: ModelFacts
@@ -205,10 +223,16 @@ class ModelSpec:
     attention: tuple[Attention, ...]
     scales: Scales = Scales()
     embedding_normed: bool = False
+    mixers: tuple[Mixer, ...] = ()
+    recurrence: Recurrence | None = None
 
     def dims(self, target: Target) -> Dims:
         """What the ports of the model's graphs depend on."""
-        return Dims.of(self.facts, self.ropes, target)
+        return Dims.of(self.facts, self.ropes, target, self.recurrence)
+
+    def mixer_of(self, layer: int) -> Mixer:
+        """What lets the tokens of a layer see each other."""
+        return self.mixers[layer] if self.mixers else "attention"
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:

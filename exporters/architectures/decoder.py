@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from dash_onnx.core.block import Activation, Attention, Block, QueryScale
+from dash_onnx.core.block import Activation, Attention, Block, Mixer, QueryScale, Recurrence
 from dash_onnx.core.consistency import model_problems
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
 from dash_onnx.exporters.architectures.base import (
+    Conv,
     Head,
     Layer,
     Linear,
@@ -76,6 +77,7 @@ class Names:
     down: str = "mlp.down_proj"
     down_norm: str | None = None
     sinks: str | None = None
+    conv: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Decoder:
 
     Attributes:
         names: of its weights.
+        recurrent_names: of those of its layers that do not attend.
         windows: layers that see the last tokens only, as many as the config's `sliding_window`:
             `listed` are those that its `layer_types` call so.
         rotates: layers that have a rotary embedding: all, those with a window, or those with a
@@ -104,6 +107,7 @@ class Decoder:
     """
 
     names: Names = Names()
+    recurrent_names: Names | None = None
     windows: Literal["none", "all", "listed"] = "none"
     rotates: Literal["all", "windows", "windows if any"] = "all"
     pairs: Pairs = "halves"
@@ -145,7 +149,12 @@ class Decoder:
         for key in (*self.refused, *self.needed):
             if bool(value := getattr(config, key, None)) != (key in self.needed):
                 raise UnsupportedError(f"{config.model_type} with {key} {value} is not supported")
-        length = context_length(config, max_length)
+        length, mixers = context_length(config, max_length), self.mixers(config)
+        if "attention" not in (mixers or ("attention",)):
+            raise UnsupportedError(
+                "no layer attends: only models with some attention are supported"
+            )
+        hybrid = bool({*mixers} - {"attention"})
         heads, head = config.num_attention_heads, _head_dim(config)
         ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))
         return ModelSpec(
@@ -154,7 +163,7 @@ class Decoder:
                 architecture=config.model_type,
                 num_layers=config.num_hidden_layers,
                 hidden_size=config.hidden_size,
-                intermediate_size=getattr(config, self.inner),
+                intermediate_size=self.inner_size(config),
                 num_heads=heads,
                 num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
                 head_dim=head,
@@ -168,11 +177,17 @@ class Decoder:
             ),
             scales=self.scales(config),
             embedding_normed=self.embedding_normed,
+            mixers=mixers if hybrid else (),
+            recurrence=self.recurrence(config) if hybrid else None,
         )
+
+    def inner_size(self, config: PretrainedConfig) -> int:
+        """Width inside the MLP."""
+        return int(getattr(config, self.inner))
 
     def block(self, config: PretrainedConfig) -> Block:
         """What all layers compute."""
-        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
@@ -189,6 +204,14 @@ class Decoder:
             logit_softcap=getattr(config, "final_logit_softcapping", None),
             heads_normed=self.heads_normed,
         )
+
+    def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
+        """Of each layer, see `Manifest`; empty where all attend."""
+        return ()
+
+    def recurrence(self, config: PretrainedConfig) -> Recurrence | None:
+        """Sizes of the layers that do not attend."""
+        return None
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
         """Rotary embeddings for contexts of `length` tokens."""
@@ -239,11 +262,14 @@ class Decoder:
 
     def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
         """Weights of one decoder layer."""
-        names, facts = self.names, spec.facts
+        names, facts, attends = self.names, spec.facts, spec.mixer_of(index) == "attention"
+        if not attends:
+            assert self.recurrent_names is not None
+            names = self.recurrent_names
         prefix = f"{names.layers}.{index}."
         width, inner, head = facts.hidden_size, facts.intermediate_size, facts.head_dim
         queries, keys = facts.num_heads * head, facts.num_kv_heads * head
-        order = self.head_order(spec.ropes[0], head)
+        order = self.head_order(spec.ropes[0], head) if attends else None
         post_norm = names.post_norm
         if spec.block.parallel and f"{prefix}{post_norm}.weight" not in weights:
             post_norm = None
@@ -271,10 +297,15 @@ class Decoder:
             sizes = zip(parts, rows, strict=True)
             return stack(short, *(linear(part, part, size, width) for part, size in sizes))
 
-        qkv = stacked("qkv_proj", names.qkv, queries, keys, keys)
+        if attends:
+            qkv = stacked("qkv_proj", names.qkv, queries, keys, keys)
+            qkv = _paired(self.qkv(qkv, spec), spec, order)
+        else:
+            queries = width
+            qkv = self.recurrent_input(stacked("in_proj", names.qkv, width, width, width), spec)
         return Layer(
             input_norm=norm(names.input_norm),
-            qkv=_paired(self.qkv(qkv, spec), spec, order),
+            qkv=qkv,
             q_norm=head_norm(names.q_norm, facts.num_heads),
             k_norm=head_norm(names.k_norm, facts.num_kv_heads),
             output=linear(names.output, "o_proj", width, queries),
@@ -287,7 +318,14 @@ class Decoder:
             down_norm=added(names.down_norm),
             sinks=vector(names.sinks),
             xielu=self.xielu(weights, prefix) if spec.block.activation == "xielu" else None,
+            conv=self._conv(weights, prefix + names.conv, spec) if names.conv else None,
         )
+
+    def _conv(self, weights: Weights, name: str, spec: ModelSpec) -> Conv:
+        sizes, bias = spec.recurrence, f"{name}.bias"
+        assert sizes is not None
+        weight = take(weights, f"{name}.weight", sizes.channels, 1, sizes.kernel)[:, 0]
+        return Conv(weight, take(weights, bias, sizes.channels) if bias in weights else None)
 
     def xielu(self, weights: Weights, prefix: str) -> torch.Tensor:
         """Factors of a layer's activation, see `Layer`."""
@@ -302,6 +340,10 @@ class Decoder:
 
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
         """Puts rows into the order of the graphs: all queries, all keys, all values."""
+        return stacked
+
+    def recurrent_input(self, stacked: Linear, spec: ModelSpec) -> Linear:
+        """Likewise of a layer that does not attend; see `Layer`."""
         return stacked
 
     def head(self, weights: Weights, spec: ModelSpec) -> Head:
