@@ -11,6 +11,10 @@ from families import CASES, LAYERS, Pair, random_ids, write_text
 
 import dash_onnx
 from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
 from dash_onnx.runtime.prefix import Saved, copy_prefix
@@ -240,6 +244,18 @@ def test_requests_that_share_passes_get_the_text_of_one_alone(model: Model) -> N
         logits, _ = batch.forward([0, 1], [token] * 2, [FixedPath(path, "int8")] * 2)
     for got, want in zip(logits, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_one_graph_of_such_layers_is_refused(model: Model, tmp_path: Path) -> None:
+    bundle = Bundle(model._sessions._bundle.folder)
+    with pytest.raises(UnsupportedError, match="layers of kind .*, whose states fused graphs do"):
+        fuse(bundle, tmp_path / "fused", FuseOptions(), overwrite=False)
+
+
+def test_such_layers_are_for_the_cpu_alone(model: Model, tmp_path: Path) -> None:
+    source = model._sessions._bundle.folder.parent / "source"
+    with pytest.raises(UnsupportedError, match="written for the CPU alone"):
+        export(str(source), tmp_path / "out", ExportOptions(device="cuda"))
 
 
 def test_a_bundle_says_what_its_layers_keep(model: Model) -> None:

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import Conv, Head, Layer, Linear, Norm
 from dash_onnx.exporters.calibration.self_written import KV_BYTES
@@ -117,6 +117,11 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     architecture, weights = architecture_of(source.config), _Shapes(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
+    if spec.mixers and options.device != "cpu":
+        kinds = ", ".join(sorted({*spec.mixers} - {"attention"}))
+        raise UnsupportedError(
+            f"layers of kind {kinds} have been written for the CPU alone: export with --device cpu"
+        )
     facts = spec.facts
     head = architecture.head(weights, spec)
     resolved = options.resolved(source.kind, facts)
