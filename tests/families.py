@@ -121,6 +121,15 @@ _LFM2 = {
     "intermediate_size": 144,
     "conv_bias": True,
 }
+_QWEN35 = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -196,6 +205,7 @@ CASES: dict[str, Case] = {
     "starcoder2": Case("starcoder2", "LayerNorm, no gate, biases, windows", _STARCODER2),
     "vaultgemma": Case("vaultgemma", "as Gemma 2; two norms a layer", _VAULT),
     "lfm2": Case("lfm2", "short convolutions in some layers", _LFM2),
+    "qwen3_5": Case("qwen3_5_text", "Gated DeltaNet in some layers, gated attention", _QWEN35),
 }
 
 
@@ -214,6 +224,10 @@ def save_random(folder: Path, case: Case) -> Path:
         values = torch.randn_like(parameter)
         if parameter.dim() == 2:
             values *= 0.15
+        elif parameter.dim() == 3:  # convolutions
+            values *= 0.4
+        elif name.endswith("A_log"):  # a memory of some 20 tokens
+            values = 0.3 * values - 3.0
         elif name.endswith(".bias"):
             values *= 0.3
         else:  # Gemma adds 1 to the weights of its norms

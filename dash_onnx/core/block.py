@@ -74,6 +74,7 @@ class Block:
         heads_normed: whether the norms of queries and keys, where there are some, come before their
             rotation or after it.
         query_scale: factor on the queries that grows with the position, or None.
+        heads_gated: whether the sigmoid of a gate multiplies what the heads return.
     """
 
     norm: Literal["rms", "layer"]
@@ -86,6 +87,7 @@ class Block:
     logit_softcap: float | None
     heads_normed: Literal["before", "after"] = "before"
     query_scale: QueryScale | None = None
+    heads_gated: bool = False
 
     @property
     def reads_positions(self) -> bool:

@@ -136,13 +136,32 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What a Gated DeltaNet has beside projections and convolution; H are its value heads.
+
+    Attributes:
+        gates: stacked projections of decay and update rate, `[2 * H, D]`.
+        decay: factor on the softplus of the decay, `[H]`, negative.
+        decay_bias: added in front of it, `[H]`.
+        norm: of each head's result, `[value_dim]`.
+    """
+
+    gates: Linear
+    decay: torch.Tensor
+    decay_bias: torch.Tensor
+    norm: Norm
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer; a norm that is None does not exist.
 
     Attributes:
         input_norm: `[D]`, before attention.
         qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`. Of a short
-            convolution both factors of what it reads and the one on its result, `[3 * D, D]`.
+            convolution both factors of what it reads and the one on its result, `[3 * D, D]`. Of a
+            Gated DeltaNet what its convolution reads, and the gate of its result. Where attention
+            is gated, the gates of all heads come last.
         q_norm, k_norm: of queries and keys before their rotation: `[d]` for each head alone, or
             of all heads together.
         output: attention output projection, `[D, H * d]`.
@@ -153,6 +172,7 @@ class Layer:
         down_norm: `[D]`, of what the MLP adds to the residual stream.
         sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
         conv: of a layer that does not attend.
+        delta: of a Gated DeltaNet.
         xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
     """
 
@@ -169,11 +189,18 @@ class Layer:
     sinks: torch.Tensor | None = None
     xielu: torch.Tensor | None = None
     conv: Conv | None = None
+    delta: Delta | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All matrix products."""
         return self.qkv, self.output, self.gate_up, self.down
+
+    @property
+    def small(self) -> tuple[Linear | Norm | torch.Tensor, ...]:
+        """What is never rounded, beside norms and convolution."""
+        delta = self.delta
+        return () if delta is None else (delta.gates, delta.decay, delta.decay_bias, delta.norm)
 
 
 @dataclass(frozen=True)
@@ -233,6 +260,19 @@ class ModelSpec:
     def mixer_of(self, layer: int) -> Mixer:
         """What lets the tokens of a layer see each other."""
         return self.mixers[layer] if self.mixers else "attention"
+
+
+def recurrent_sizes(spec: ModelSpec) -> tuple[int, tuple[int, ...]]:
+    """Sizes of a layer that does not attend.
+
+    Returns:
+        Width of what its output projection reads, and rows of the parts of its input projection.
+    """
+    sizes, width = spec.recurrence, spec.facts.hidden_size
+    assert sizes is not None
+    if not sizes.value_width:
+        return width, (width,) * 3
+    return sizes.value_width, (sizes.channels, sizes.value_width)
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:

@@ -15,13 +15,13 @@ from dash_onnx.core.consistency import model_problems
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
 from dash_onnx.exporters.architectures.base import (
-    Conv,
     Head,
     Layer,
     Linear,
     ModelSpec,
     Norm,
     Scales,
+    recurrent_sizes,
     stack,
     take,
 )
@@ -77,7 +77,6 @@ class Names:
     down: str = "mlp.down_proj"
     down_norm: str | None = None
     sinks: str | None = None
-    conv: str | None = None
 
 
 @dataclass(frozen=True)
@@ -298,11 +297,11 @@ class Decoder:
             return stack(short, *(linear(part, part, size, width) for part, size in sizes))
 
         if attends:
-            qkv = stacked("qkv_proj", names.qkv, queries, keys, keys)
-            qkv = _paired(self.qkv(qkv, spec), spec, order)
+            rows: tuple[int, ...] = (queries * (2 if spec.block.heads_gated else 1), keys, keys)
+            qkv = _paired(self.qkv(stacked("qkv_proj", names.qkv, *rows), spec), spec, order)
         else:
-            queries = width
-            qkv = self.recurrent_input(stacked("in_proj", names.qkv, width, width, width), spec)
+            queries, rows = recurrent_sizes(spec)
+            qkv = stacked("in_proj", names.qkv, *rows)
         return Layer(
             input_norm=norm(names.input_norm),
             qkv=qkv,
@@ -318,14 +317,7 @@ class Decoder:
             down_norm=added(names.down_norm),
             sinks=vector(names.sinks),
             xielu=self.xielu(weights, prefix) if spec.block.activation == "xielu" else None,
-            conv=self._conv(weights, prefix + names.conv, spec) if names.conv else None,
         )
-
-    def _conv(self, weights: Weights, name: str, spec: ModelSpec) -> Conv:
-        sizes, bias = spec.recurrence, f"{name}.bias"
-        assert sizes is not None
-        weight = take(weights, f"{name}.weight", sizes.channels, 1, sizes.kernel)[:, 0]
-        return Conv(weight, take(weights, bias, sizes.channels) if bias in weights else None)
 
     def xielu(self, weights: Weights, prefix: str) -> torch.Tensor:
         """Factors of a layer's activation, see `Layer`."""
@@ -340,10 +332,6 @@ class Decoder:
 
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
         """Puts rows into the order of the graphs: all queries, all keys, all values."""
-        return stacked
-
-    def recurrent_input(self, stacked: Linear, spec: ModelSpec) -> Linear:
-        """Likewise of a layer that does not attend; see `Layer`."""
         return stacked
 
     def head(self, weights: Weights, spec: ModelSpec) -> Head:

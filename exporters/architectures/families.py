@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from transformers import PretrainedConfig
 
-from dash_onnx.core.block import Attention, Block, Mixer, QueryScale, Recurrence
+from dash_onnx.core.block import Attention, Block, QueryScale
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Rope
 from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.sources.source import check_supported
 
@@ -119,34 +119,6 @@ class Cohere(Decoder):
         return Scales(logit=float(config.logit_scale))
 
 
-class Lfm2(Decoder):
-    """LFM 2: short convolutions in place of attention in most layers."""
-
-    def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
-        """See `Decoder`."""
-        kinds: dict[str, Mixer] = {"full_attention": "attention", "conv": "short_conv"}
-        return mixers_of(config, kinds)
-
-    def recurrence(self, config: PretrainedConfig) -> Recurrence | None:
-        """See `Decoder`."""
-        return Recurrence(int(config.conv_L_cache), config.hidden_size)
-
-    def inner_size(self, config: PretrainedConfig) -> int:
-        """See `Decoder`; computed as in transformers."""
-        size = int(config.intermediate_size)
-        if config.block_auto_adjust_ff_dim:
-            size = int(2 * size / 3)
-            if config.block_ffn_dim_multiplier is not None:
-                size, step = int(config.block_ffn_dim_multiplier * size), config.block_multiple_of
-                size = step * -(-size // step)
-        return size
-
-    def recurrent_input(self, stacked: Linear, spec: ModelSpec) -> Linear:
-        """See `Decoder`: the factor on the convolution's result comes last."""
-        before, behind, x = np.arange(stacked.out_features).reshape(3, -1)
-        return stacked.reordered(np.concatenate([before, x, behind]))
-
-
 class Ministral3(Decoder):
     """Ministral 3: queries grow with their position."""
 
@@ -186,16 +158,6 @@ _NORMS_BEHIND = replace(
     output_norm="post_attention_layernorm",
     post_norm=None,
     down_norm="post_feedforward_layernorm",
-)
-_LFM2 = Names(
-    final_norm="model.embedding_norm",
-    input_norm="operator_norm",
-    q_norm="self_attn.q_layernorm",
-    k_norm="self_attn.k_layernorm",
-    output="self_attn.out_proj",
-    post_norm="ffn_norm",
-    gate_up=("feed_forward.w1", "feed_forward.w3"),
-    down="feed_forward.w2",
 )
 _NO_GATE = Names(gate_up=("mlp.up_proj",))
 _GLM = Names(gate_up=("mlp.gate_up_proj",))
@@ -272,17 +234,7 @@ REGISTRY: dict[str, Decoder] = {
     "internlm3": Decoder(),
     "iquestcoder": Decoder(),
     "jais2": Decoder(_NO_GATE, norm="layer", gated=False),
-    "lfm2": Lfm2(
-        _LFM2,
-        recurrent_names=replace(
-            _LFM2,
-            qkv=("conv.in_proj",),
-            q_norm=None,
-            k_norm=None,
-            output="conv.out_proj",
-            conv="conv.conv",
-        ),
-    ),
+    "lfm2": LFM2,
     "llama": Decoder(),
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),
@@ -330,6 +282,7 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "qwen2": Decoder(windows="listed"),
     "qwen3": Decoder(_HEAD_NORMS, windows="listed"),
+    "qwen3_5_text": QWEN35,
     "seed_oss": Decoder(),
     "smollm3": SmolLM3(windows="listed"),
     "stablelm": Decoder(norm="layer", parallel="use_parallel_residual", refused=("qk_layernorm",)),
@@ -341,19 +294,6 @@ REGISTRY: dict[str, Decoder] = {
     ),
 }
 """What each family has otherwise than Llama."""
-
-
-def mixers_of(config: PretrainedConfig, kinds: Mapping[str, Mixer]) -> tuple[Mixer, ...]:
-    """What each layer has, by its type in the config.
-
-    Raises:
-        UnsupportedError: a type that is not in `kinds`.
-    """
-    for layer, kind in enumerate(config.layer_types):
-        if kind not in kinds:
-            known = ", ".join(kinds)
-            raise UnsupportedError(f"layer {layer} is of type {kind!r}; supported: {known}")
-    return tuple(kinds[kind] for kind in config.layer_types)
 
 
 def architecture_of(config: PretrainedConfig) -> Decoder:

@@ -125,6 +125,11 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     facts = spec.facts
     head = architecture.head(weights, spec)
     resolved = options.resolved(source.kind, facts)
+    width = spec.recurrence.value_width if spec.recurrence else 0
+    if resolved.block_size is not None and width % resolved.block_size:
+        raise UnsupportedError(
+            f"block_size {resolved.block_size} does not divide the width of values, {width}"
+        )
     forms, variants = resolved.forms, resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
     kept: dict[Form, int] = dict.fromkeys((*forms, SKIP), 0)
@@ -132,9 +137,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     for index in range(facts.num_layers):
         layer = architecture.layer(weights, index, spec)
         for form in forms:
-            kept[form] += rule.stored(form, *vars(layer).values()) + _GRAPH_BYTES
+            kept[form] += rule.layer(form, layer) + _GRAPH_BYTES
         kept[SKIP] += rule.skip(layer, sum(kept_rows(spec, index)[1])) + _GRAPH_BYTES
-        draft += rule.stored("int8", *vars(layer).values())
+        draft += rule.layer("int8", layer)
         widest = max(widest, rule.working(layer.linears))
     head_forms: tuple[Form, ...] = (*rule.heads, *((WIDE,) if resolved.wide else ()))
     heads = {form: rule.head(form, head) for form in head_forms}
@@ -187,6 +192,10 @@ class _Rule:
         self.hessians = options.calibrates
         self.heads = heads
 
+    def layer(self, form: Form, layer: Layer) -> int:
+        parts = {name: part for name, part in vars(layer).items() if name != "delta"}
+        return self.stored(form, *parts.values()) + self.stored("full", *layer.small)
+
     def stored(self, form: Form, *parts: Linear | Norm | Conv | torch.Tensor | None) -> int:
         size = 0
         for part in parts:
@@ -229,6 +238,7 @@ class _Rule:
             + self.matrix(width, self.rank, "int8")
             + self.stored("full", layer.input_norm, layer.k_norm)
             + (0 if layer.qkv.bias is None else rows * self.wide)
+            + (0 if layer.delta is None else self.stored("full", layer.conv, *layer.small))
         )
 
     def working(self, linears: Sequence[Linear]) -> int:

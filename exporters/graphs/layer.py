@@ -23,7 +23,7 @@ from dash_onnx.exporters.graphs.attention import (
     rotated,
 )
 from dash_onnx.exporters.graphs.graph import Graph, weight_precision
-from dash_onnx.exporters.graphs.recurrent import States, short_conv
+from dash_onnx.exporters.graphs.recurrent import States, gated_delta, short_conv, split
 from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
 
 HIDDEN = "hidden_in"
@@ -77,8 +77,10 @@ def build_layer(
     projected = graph.linear(normed, layer.qkv, form)
     if mixer == "attention":
         mixed, states = _attention(graph, projected, layer, heads_of(spec, index), kv_scales)
-    else:
+    elif mixer == "short_conv":
         mixed, states = short_conv(graph, projected, layer)
+    else:
+        mixed, states = gated_delta(graph, normed, projected, layer, spec)
     output = graph.linear(mixed, layer.output, form)
     output = graph.norm(output, "output_norm", layer.output_norm)
     if block.parallel:
@@ -114,10 +116,18 @@ def _attention(
     """The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens."""
     if layer.sinks is not None:
         heads = replace(heads, sinks=graph.activation_tensor("sinks", layer.sinks))
+    gated, gate = graph.block.heads_gated, None
+    if gated:
+        width = layer.output.in_features
+        qkv, gate = split(graph, qkv, [layer.qkv.out_features - width, width], "gated")
     projected = _projected(graph, qkv, layer, heads)
     if graph.block.heads_normed == "after":
         heads = replace(heads, rotated=0)
-    attention, key, value = attend(graph, projected, heads, kv_scales)
+    name = "heads" if gated else ATTENTION
+    attention, key, value = attend(graph, projected, heads, kv_scales, name)
+    if gated:
+        gate = graph.op.Sigmoid(gate)
+        attention = graph.op.Mul(attention, gate, _outputs=[graph.value(ATTENTION)])
     return attention, {"present_key": key, "present_value": value}
 
 

@@ -73,7 +73,7 @@ def build_skip(
     if mixer == "attention":
         states = _kv(graph, parts[0], parts[1], layer, heads_of(spec, index), kv_scales)
     else:
-        states = keep(graph, parts[:count], layer)
+        states = keep(graph, normed, parts[:count], layer, spec)
     compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
     if correction is not None:
         expand = Linear(_EXPAND, correction[1])
@@ -86,6 +86,9 @@ def kept_rows(spec: ModelSpec, index: int) -> tuple[int, list[int]]:
     facts = spec.facts
     if spec.mixer_of(index) == "short_conv":
         return 0, [facts.hidden_size] * 2
+    if spec.mixer_of(index) == "gated_delta":
+        assert spec.recurrence is not None
+        return 0, [spec.recurrence.channels]
     return facts.num_heads * facts.head_dim, [facts.num_kv_heads * facts.head_dim] * 2
 
 

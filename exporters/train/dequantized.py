@@ -17,6 +17,7 @@ import torch
 from onnx import numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.block import Recurrence
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.errors import BundleError
@@ -44,8 +45,8 @@ Projections: TypeAlias = dict[str, Linear]
 Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
-_NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm")
-_VECTORS = ("sinks", "xielu", "conv", "conv.bias")
+_NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm")
+_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -180,13 +181,16 @@ class DequantizedModel:
         Norms that come after the rotation are left to `attend`. Of a layer that does not attend:
         what the token alone reads, and what later ones read, too.
         """
-        if not self._attends(layer):
-            return own_and_kept(self._project(layer, action, "in_proj", normed))
+        if (sizes := self._recurrence(layer)) is not None:
+            projected = self._project(layer, action, "in_proj", normed)
+            gates = self._gates(layer, action, normed)
+            return own_and_kept(projected, gates, self._vectors[layer], sizes)
         qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * self._d
-        queries, keys_values = qkv[..., :width], qkv[..., width:]
+        kept = 2 * self._kv_heads * self._d
+        queries, keys_values, gates = qkv.split([width, kept, qkv.shape[-1] - width - kept], -1)
         if self._block.heads_normed == "before":
             queries = self._norm(layer, "q_norm", queries)
-        return queries, self._key_normed(layer, keys_values)
+        return torch.cat([queries, gates], -1), self._key_normed(layer, keys_values)
 
     def _key_normed(self, layer: int, keys_values: Tensor) -> Tensor:
         if "k_norm" not in self._norms[layer] or self._block.heads_normed == "after":
@@ -195,9 +199,18 @@ class DequantizedModel:
         return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
 
     def attend(self, layer: int, queries: Tensor, keys_values: Tensor, rotary: Rotary) -> Tensor:
-        """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`."""
-        if not self._attends(layer):
-            return mixed(queries, keys_values, self._vectors[layer])
+        """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`.
+
+        Arguments are as `qkv` gives them: with gates behind the queries where heads have some, and
+        of other contents where the layer does not attend.
+        """
+        if (sizes := self._recurrence(layer)) is not None:
+            result = mixed(queries, keys_values, self._vectors[layer], sizes)
+            if sizes.value_heads:
+                result = self._norm(layer, "delta_norm", result) * F.silu(queries)
+            return result
+        width = self._heads * self._d
+        queries, gates = queries[..., :width], queries[..., width:]
         keys, values = keys_values.chunk(2, -1)
         q = self._rotated(layer, queries, rotary)
         k = self._rotated(layer, keys, rotary)
@@ -209,7 +222,8 @@ class DequantizedModel:
         v = self._by_head(values)
         groups = self._heads // self._kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return self._attention(layer, q, k, v).transpose(1, 2).flatten(2)
+        result = self._attention(layer, q, k, v).transpose(1, 2).flatten(2)
+        return result * gates.sigmoid() if self._block.heads_gated else result
 
     def _attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs of the heads, `[B, H, T, d]`."""
@@ -285,12 +299,19 @@ class DequantizedModel:
         y = self._scales[layer] * x
         if _EXPAND in self._layer(layer, SKIP):
             y = y + self._project(layer, SKIP, _EXPAND, reduced)
-        if not self._attends(layer):
-            return y, kept_of(keys_values)
+        if self._recurrence(layer) is not None:
+            return y, kept_of(keys_values, self._gates(layer, SKIP, normed), self._vectors[layer])
         return y, self._key_normed(layer, keys_values)
 
-    def _attends(self, layer: int) -> bool:
-        return self.manifest.mixer_of(layer) == "attention"
+    def _recurrence(self, layer: int) -> Recurrence | None:
+        """Sizes of a layer that does not attend."""
+        attends = self.manifest.mixer_of(layer) == "attention"
+        return None if attends else self.manifest.recurrence
+
+    def _gates(self, layer: int, action: Action, normed: Tensor) -> Tensor | None:
+        if self.manifest.mixer_of(layer) != "gated_delta":
+            return None
+        return self._project(layer, action, "gates", normed)
 
     def compensation(self) -> list[Tensor]:
         """Per layer the `[D, r]` map from the reduced input to what a skip adds, in float32.
