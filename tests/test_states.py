@@ -38,6 +38,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Pair.build(CASES[request.param], folder, write_text(folder / "text.txt")).model
 
 
+def assert_equal(got: np.ndarray, wanted: np.ndarray) -> None:
+    """But for what passes of other sizes round otherwise."""
+    assert np.linalg.norm(got - wanted) <= 2e-5 * np.linalg.norm(wanted)
+
+
 class Twin:
     """A row of a batch, and the tokens and paths that a fresh sequence would take to equal it."""
 
@@ -65,20 +70,18 @@ class Twin:
         fresh.kv.begin(0)
         assert self.state.kv.states is not None and fresh.kv.states is not None
         for name, wanted in fresh.kv.states.past.items():
-            got = self.state.kv.states.past[name].array
-            np.testing.assert_allclose(got, wanted.array, atol=1e-5, rtol=1e-4, err_msg=name)
+            assert_equal(self.state.kv.states.past[name].array, wanted.array)
         for ours, theirs in (
             (self.state.kv.keys, fresh.kv.keys),
             (self.state.kv.values, fresh.kv.values),
         ):
             for layer, buffer in theirs.items():
-                ours_there = ours[layer].array[:, :, : len(self.tokens)]
-                theirs_there = buffer.array[:, :, : len(self.tokens)]
-                np.testing.assert_allclose(ours_there, theirs_there, atol=1e-5, rtol=1e-4)
+                valid = slice(None), slice(None), slice(len(self.tokens))
+                assert_equal(ours[layer].array[valid], buffer.array[valid])
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 60))]
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 100))]
 )
 def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, seed: int) -> None:
     rng = np.random.default_rng(seed)
