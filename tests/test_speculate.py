@@ -94,8 +94,9 @@ class Chain:
         self.length += len(ids)
         return self._logits[ids], ()
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, length: int) -> int:
         self.length = length
+        return length
 
 
 class Named(PathPolicy):

@@ -112,7 +112,11 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
         twin.ran(tokens[:right], chosen)
 
     def decode(_: Twin) -> None:
-        rows = sorted(rng.choice(ROWS, int(rng.integers(1, ROWS + 1)), replace=False).tolist())
+        begun = [row for row in range(ROWS) if twins[row].tokens]  # a prompt runs alone
+        if not begun:
+            return
+        count = int(rng.integers(1, len(begun) + 1))
+        rows = sorted(rng.choice(begun, count, replace=False).tolist())
         for _ in range(int(rng.integers(1, 6))):
             tokens, paths = ids(len(rows)), [path() for _ in rows]
             batch.forward(rows, tokens, [FixedPath(one, "full") for one in paths])
