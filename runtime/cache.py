@@ -76,6 +76,6 @@ class Cache:
         try:
             yield slot
         finally:
-            del slot.tokens[slot.state.length :]
-            slot.state.truncate(len(slot.tokens))
+            held = min(slot.state.length, len(slot.tokens))
+            del slot.tokens[slot.state.truncate(held) :]
             self._busy.release()

@@ -10,7 +10,7 @@ from onnx.external_data_helper import uses_external_data
 
 from dash_onnx.core.actions import Form
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import joined_ports, layer_path
+from dash_onnx.core.contract import layer_path
 
 
 def compose(bundle: Bundle, layers: range, form: Form) -> bytes:
@@ -50,7 +50,7 @@ def compose(bundle: Bundle, layers: range, form: Form) -> bytes:
             opsets[opset.domain] = max(opset.version, opsets.get(opset.domain, 0))
         nodes += graph.node
         weights += graph.initializer
-    ports = joined_ports(bundle.manifest.dims, names)
+    ports = bundle.manifest.ports_joined(layers)
     whole = helper.make_graph(
         nodes,
         "layers",

@@ -1,4 +1,4 @@
-"""The K/V cache of a sequence: two buffers a layer, updated in place, grown in steps."""
+"""What a sequence keeps: K/V, updated in place and grown in steps, and states of fixed size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer
+from dash_onnx.runtime.states import States
 
 CAPACITY = 256
 """Tokens there is room for at first, and the step that it grows by: attention from plain operators
@@ -20,15 +21,16 @@ _SETTLED = 64
 
 
 class KVCache:
-    """Keys and values of every layer.
+    """Keys and values of every layer that attends, and the states of the others.
 
     Attributes:
         batch: sequences B, equally long.
         length: valid tokens of each.
         capacity: tokens there is room for.
         moves: how often the buffers have moved; whoever is bound to them must follow.
-        keys: one buffer `[B, H_kv, capacity, d]` per layer, see `Dims.cache_shape`.
+        keys: by layer, a buffer `[B, H_kv, capacity, d]`, see `Dims.cache_shape`.
         values: likewise.
+        states: of layers without K/V; None if there are none.
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
         masks: by window, `[B, 1, 1, 1, capacity]` float32 for a pass of one token each: zero for
             tokens that it sees, minus infinity for others.
@@ -45,8 +47,9 @@ class KVCache:
         self.moves = 0
         self._manifest = manifest
         self._backend = backend
-        self.keys: list[Buffer] = []
-        self.values: list[Buffer] = []
+        self.keys: dict[int, Buffer] = {}
+        self.values: dict[int, Buffer] = {}
+        self.states = States(manifest, backend, batch) if manifest.recurrence else None
         self.masks: dict[int | None, Buffer] = {}
         self._windows = {attention.window for attention in manifest.attention}
         self.plain = Buffer((), "bool")
@@ -82,16 +85,16 @@ class KVCache:
         sin.write(tables[1])
         return cos, sin
 
-    def _grown(self, old: list[Buffer], capacity: int) -> list[Buffer]:
+    def _grown(self, old: dict[int, Buffer], capacity: int) -> dict[int, Buffer]:
         dims = self._manifest.dims
         shape = dims.cache_shape(self.batch, capacity)
-        new = []
-        for layer in range(self._manifest.model.num_layers):
+        new = {}
+        for layer in self._manifest.attending:
             buffer = self._backend.buffer(shape, dims.cache_dtype)
             if self.length:
                 valid = (slice(None), slice(None), slice(self.length))
                 buffer.write(old[layer].array[valid], valid)
-            new.append(buffer)
+            new[layer] = buffer
         return new
 
     def settle(self, length: int) -> None:
@@ -115,11 +118,34 @@ class KVCache:
             mask.write(0.0, (..., slice(start, total)))
             mask.write(-np.inf, (..., slice(total, None)))
 
-    def truncate(self, length: int) -> None:
-        """Forgets all tokens from position `length` on."""
+    def begin(self, count: int) -> None:
+        """Counts the tokens of a pass that runs next."""
+        if self.states is not None:
+            self.states.begin(self.length, count)
+        self.length += count
+
+    def rest(self) -> None:
+        """Lets a pass run over the sequences: what it writes means nothing."""
+        if self.states is not None:
+            self.states.begin(self.length)
+
+    def place(self, length: int) -> int:
+        """The longest beginning, of at most `length` tokens, that it can go back to."""
+        return length if self.states is None else self.states.place(length, self.length)
+
+    def truncate(self, length: int) -> int:
+        """Forgets all tokens from position `length` on, or from the last place before it.
+
+        Returns:
+            Tokens that it holds now.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate {self.length} tokens to {length}")
-        self.length = length
+        place = self.place(length)
+        if self.states is not None:
+            self.states.back(place, self.length)
+        self.length = place
+        return place
 
 
 def mask_of(
@@ -139,6 +165,7 @@ class KVPart(KVCache):
         self.batch = stop - start
         self._whole, self._rows, self._length = whole, (start, stop), 0
         self.plain = whole.plain
+        self.states = whole.states and whole.states.part(start, stop)
         self.capacity = 0
         self._follow()
 
@@ -165,7 +192,9 @@ class KVPart(KVCache):
         whole = self._whole
         if self.capacity == whole.capacity:
             return
-        self.keys = [buffer.part(*self._rows) for buffer in whole.keys]
-        self.values = [buffer.part(*self._rows) for buffer in whole.values]
+        self.keys, self.values = (
+            {layer: buffer.part(*self._rows) for layer, buffer in buffers.items()}
+            for buffers in (whole.keys, whole.values)
+        )
         self.masks = {window: mask.part(*self._rows) for window, mask in whole.masks.items()}
         self.rotary, self.capacity, self.moves = whole.rotary, whole.capacity, whole.moves

@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.states import Arrays
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,28 +52,38 @@ class Saved:
     Attributes:
         tokens: ids `[S]`.
         arrays: by name, keys and values `[H_kv, S, d]` of each layer.
+        places: states of layers without K/V, by tokens that they have seen; see `States.saved`.
         quality: of requests that it serves, see `Request.quality`; a conversation's is empty.
     """
 
     tokens: Ids
     arrays: dict[str, npt.NDArray[Any]]
     quality: str = ""
+    places: dict[int, Arrays] = field(default_factory=dict)
 
     @classmethod
     def of(cls, state: SequenceState, tokens: Sequence[int], quality: str = "") -> Saved:
         """Copies what a sequence holds of its tokens."""
-        length = min(len(tokens), state.length)
+        length = state.kv.place(min(len(tokens), state.length))
         arrays = {name: buffer.array[0, :, :length].copy() for name, buffer in _buffers(state)}
-        return cls(np.array(tokens[:length], np.int64), arrays, quality)
+        ids = np.array(tokens[:length], np.int64)
+        return cls(ids, arrays, quality, _places(state, length))
 
     def restore(self, state: SequenceState, length: int) -> None:
-        """Writes the first tokens into an empty sequence."""
-        _fill(state, self.arrays, length)
+        """Writes the first tokens into an empty sequence, as many as `place` says."""
+        _fill(state, self.arrays, self.places, length)
+
+    def place(self, length: int) -> int:
+        """The longest beginning, of at most `length` tokens, that a sequence can go on from."""
+        if not self.places:
+            return length
+        return max((place for place in self.places if place <= length), default=0)
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return sum(array.nbytes for array in self.arrays.values())
+        every = [self.arrays, *self.places.values()]
+        return sum(array.nbytes for arrays in every for array in arrays.values())
 
     def write(self, path: Path, manifest: Manifest, facts: Mapping[str, str] | None = None) -> None:
         """Writes a file, all or nothing.
@@ -89,6 +100,8 @@ class Saved:
         told = {**(facts or {}), "bundle": identity_of(manifest), "quality": self.quality}
         with new_file(path) as temporary:
             arrays = {**self.arrays, "tokens": self.tokens}
+            for place, states in self.places.items():
+                arrays |= {f"{name}.{place}": array for name, array in states.items()}
             _safetensors().numpy.save_file(arrays, str(temporary), metadata=told)
 
     @classmethod
@@ -112,24 +125,27 @@ class Saved:
         dims, facts_of_model = manifest.dims, manifest.model
         length = len(tokens) if tokens is not None and tokens.ndim == 1 else 0
         shape = dims.cache_shape(1, length)[1:]
-        wanted = {f"{k}.{n}" for k in ("keys", "values") for n in range(facts_of_model.num_layers)}
+        wanted = {f"{k}.{n}" for k in ("keys", "values") for n in manifest.attending}
+        places = _states_of(arrays, manifest, length)
         fits = (
             0 < length < facts_of_model.max_length
             and tokens.dtype == np.int64
             and 0 <= int(tokens.min()) <= int(tokens.max()) < facts_of_model.vocab_size
             and arrays.keys() == wanted
+            and (length in places or not manifest.recurrence)
             and all(a.shape == shape and a.dtype == dims.cache_dtype for a in arrays.values())
         )
         if not fits:
             raise SourceError(f"{path} does not hold the KV cache of its bundle")
-        return cls(tokens, arrays, facts.get("quality", "")), facts
+        return cls(tokens, arrays, facts.get("quality", ""), places), facts
 
 
 def copy_prefix(held: SequenceState, state: SequenceState, length: int) -> None:
-    """Writes the K/V of another sequence's first tokens into an empty one."""
+    """Writes what another sequence keeps of its first tokens, up to a place, into an empty one."""
     state.reserve(length)
     held.reserve(0)  # it follows a cache that has moved
-    _fill(state, {name: buffer.array[0] for name, buffer in _buffers(held)}, length)
+    arrays = {name: buffer.array[0] for name, buffer in _buffers(held)}
+    _fill(state, arrays, _places(held, length), length)
 
 
 class PrefixStore:
@@ -209,7 +225,7 @@ class PrefixStore:
 
     def _longest(self, ids: Ids, quality: str) -> tuple[int, str]:
         found = [
-            (common_length(saved.tokens, ids), name)
+            (saved.place(common_length(saved.tokens, ids)), name)
             for name, saved in self._entries.items()
             if saved.quality == quality
         ]
@@ -243,10 +259,17 @@ class PrefixStore:
             _LOG.warning("cannot write %s: %s", path, error)
 
 
-def _fill(state: SequenceState, arrays: Mapping[str, npt.NDArray[Any]], length: int) -> None:
+def _fill(
+    state: SequenceState,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    places: Mapping[int, Arrays],
+    length: int,
+) -> None:
     """Writes the first tokens of keys and values `[H_kv, S, d]` by name into an empty sequence."""
     state.truncate(0)
     state.reserve(length)
+    if state.kv.states is not None:
+        state.kv.states.restore(places, length)
     for name, buffer in _buffers(state):
         buffer.write(arrays[name][:, :length], (0, slice(None), slice(length)))
     state.kv.length = length
@@ -255,8 +278,35 @@ def _fill(state: SequenceState, arrays: Mapping[str, npt.NDArray[Any]], length: 
 def _buffers(state: SequenceState) -> Iterator[tuple[str, Buffer]]:
     """Keys and values of each layer, by the name that they are saved under."""
     for kind, buffers in (("keys", state.kv.keys), ("values", state.kv.values)):
-        for layer, buffer in enumerate(buffers):
+        for layer, buffer in buffers.items():
             yield f"{kind}.{layer}", buffer
+
+
+def _places(state: SequenceState, length: int) -> dict[int, Arrays]:
+    """Copies of the states of a sequence at every place up to one."""
+    states = state.kv.states
+    if states is None:
+        return {}
+    return {p: arrays for p, arrays in states.saved(state.length).items() if p <= length}
+
+
+def _states_of(
+    arrays: dict[str, npt.NDArray[Any]], manifest: Manifest, length: int
+) -> dict[int, Arrays]:
+    """Takes the states out of what a file holds; only places that are whole."""
+    dims, found = manifest.dims, dict[int, Arrays]()
+    shapes = {
+        f"{name}.{layer}": (1, *shape)
+        for layer, mixer in enumerate(manifest.mixers)
+        for name, shape in dims.state_shapes(mixer).items()
+    }
+    for key in [key for key in arrays if key.count(".") == 2]:
+        name, _, place = key.rpartition(".")
+        array = arrays.pop(key)
+        fits = array.shape == shapes.get(name) and array.dtype == dims.dtype
+        if fits and place.isdecimal() and 0 < int(place) <= length:
+            found.setdefault(int(place), {})[name] = array
+    return {place: states for place, states in found.items() if states.keys() == shapes.keys()}
 
 
 def _safetensors() -> Any:

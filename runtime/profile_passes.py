@@ -37,15 +37,16 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
         None where the bundle leaves nothing to choose.
     """
     manifest = sessions.manifest
-    limit, layers = manifest.model.max_length, manifest.model.num_layers
+    limit = manifest.model.max_length
     cheapest = manifest.variants[-1]
     chooses = manifest.target.attention == "both"
     if manifest.wide is None and not chooses:
         return None
     rows = tuple(count for count in ROWS if count <= limit)
     contexts = tuple(context for context in CONTEXTS if context + rows[-1] <= limit)
-    first = max(layers // 2 - 1, 0)
-    times = _Times(sessions, range(first, min(first + _LAYERS, layers)))
+    attending = manifest.attending  # the others have no attention to choose
+    first = max(len(attending) // 2 - 1, 0)
+    times = _Times(sessions, attending[first : first + _LAYERS])
     wide: tuple[Form, ...] = () if manifest.wide is None else (WIDE,)
     forms: tuple[Form, ...] = (*manifest.variants, *wide)
     heads: tuple[Form, ...] = (*manifest.exported_heads, *wide)
@@ -65,7 +66,7 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
 class _Times:
     """Times parts of passes, their weights as cold as in decoding."""
 
-    def __init__(self, sessions: Sessions, layers: range):
+    def __init__(self, sessions: Sessions, layers: Sequence[int]):
         manifest = sessions.manifest
         self._sessions, self._layers = sessions, layers
         weights = sum(

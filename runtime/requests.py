@@ -147,7 +147,8 @@ class Requests:
         """What a generation guesses by, and the ids of the expected text."""
         wanted = options.speculate
         if wanted is None:
-            wanted = self._sessions.backend.device == "cpu"
+            # States cannot forget wrong guesses: the right tokens of a pass would run again.
+            wanted = self._sessions.backend.device == "cpu" and not self._manifest.mixers
         if not wanted:
             return lambda policy: None, ()
         text = options.expected

@@ -34,7 +34,11 @@ class Rows:
         """
         self.states, self._whole = states, whole
         self._parts = {(row, row + 1): state for row, state in enumerate(states)}
-        self.ragged = whole is not None and whole.sessions.manifest.target.ragged
+        self.ragged = False
+        if whole is not None:
+            manifest = whole.sessions.manifest
+            # A state would take padding for tokens.
+            self.ragged = manifest.target.ragged and not manifest.recurrence
 
     @classmethod
     def alone(cls, state: SequenceState) -> Rows:

@@ -243,7 +243,9 @@ class Scheduler:
         assert slot.going is not None and slot.request is not None
         step = slot.going.take(logits, path)
         slot.tokens += ids[: len(step.tokens)]
-        slot.state.truncate(len(slot.tokens))
+        held = slot.state.truncate(len(slot.tokens))
+        if held < len(slot.tokens):  # states cannot forget the wrong guesses alone
+            slot.state.layers(np.array(slot.tokens[held:], np.int64), slot.going.decider)
         if slot.going.forced:
             forced = [step.tokens[-1], *slot.going.take_forced()]
             slot.rest = np.array(forced, np.int64)
@@ -337,8 +339,7 @@ class Scheduler:
             # Passes of others may run over it, see `SequenceState.rest`.
             limit = slot.state.sessions.manifest.model.max_length
             length = min(length, max(limit - MOST - 1, 0))
-        slot.state.truncate(length)
-        del slot.tokens[length:]
+        del slot.tokens[slot.state.truncate(length) :]
 
 
 def _context(slots: list[Slot]) -> int:

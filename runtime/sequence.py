@@ -134,9 +134,13 @@ class SequenceState:
         """Input `[B, 1, D]` of the even and of the odd layers while one token runs."""
         return self._passes[1].hidden
 
-    def truncate(self, length: int) -> None:
-        """Forgets all tokens from position `length` on."""
-        self.kv.truncate(length)
+    def truncate(self, length: int) -> int:
+        """Forgets all tokens from position `length` on; see `KVCache` about states.
+
+        Returns:
+            Tokens that it holds now.
+        """
+        return self.kv.truncate(length)
 
     def forward(
         self, tokens: int | Ids, decider: Decider, *, every: bool = False
@@ -237,7 +241,7 @@ class SequenceState:
         total = self.kv.length + count
         self._check_room(total)
         self.reserve(total)
-        self.kv.length = total
+        self.kv.begin(count)
         self._seqlens.write(total - 1)
         self._total.write(self._longest(total, count))
         self._start.write(total - count)
@@ -309,7 +313,7 @@ class SequenceState:
         first = self.kv.length
         self._check_room(first + seq)
         self.reserve(first + seq)
-        self.kv.length = first + count
+        self.kv.begin(count)
         self._join(first, count, seq)
 
     def rest(self, seq: int) -> None:
@@ -318,6 +322,7 @@ class SequenceState:
         Its positions are the first ones after the valid ones, which stay as they are.
         """
         self.reserve(self.length + seq)
+        self.kv.rest()
         self._join(self.length, 1, seq)
         if seq == 1:
             self.kv.show(self.length + 1)
@@ -517,6 +522,11 @@ class SequenceState:
             "plain": now.plain or kv.plain,
         }
         for layer, called in zip(layers, names, strict=True):
+            if manifest.mixer_of(layer) != "attention":
+                assert kv.states is not None
+                states = kv.states.ports(layer)
+                buffers |= {called.get(name, name): buffer for name, buffer in states.items()}
+                continue
             cos, sin = kv.rotary[manifest.rope_of(layer)]
             own = {
                 "past_key": kv.keys[layer],

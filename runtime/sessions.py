@@ -20,7 +20,6 @@ from dash_onnx.core.contract import (
     embed_ports,
     head_path,
     head_ports,
-    joined_ports,
     layer_path,
     layer_ports,
     scorer_ports,
@@ -84,7 +83,8 @@ class Sessions:
         self.backend = backend
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
-        self.layer_ports = layer_ports(dims)
+        mixers = {*bundle.manifest.mixers, "attention"}
+        self.layer_ports = {mixer: layer_ports(dims, mixer) for mixer in mixers}
         self.head_ports = head_ports(dims)
         layers, actions = bundle.manifest.model.num_layers, len(facts.actions) if facts else 0
         self.scorer_ports = scorer_ports(dims, layers, actions)
@@ -102,7 +102,8 @@ class Sessions:
 
     def layer(self, layer: int, form: Form) -> LoadedGraph:
         """One layer in one form."""
-        return self._get(layer_path(layer, form), self.layer_ports)
+        ports = self.layer_ports[self.manifest.mixer_of(layer)]
+        return self._get(layer_path(layer, form), ports)
 
     def joined(self, layers: range, form: Form) -> LoadedGraph | None:
         """Consecutive layers as one graph; None where they have to run one by one.
@@ -128,7 +129,7 @@ class Sessions:
         self._check_open()
         graph = compose(self._bundle, layers, form)
         session = self.backend.joined(graph, self._bundle.folder)
-        ports = joined_ports(self.manifest.dims, self.manifest.names_joined(layers))
+        ports = self.manifest.ports_joined(layers)
         name = f"layers {layers.start} to {layers.stop - 1} in {form}"
         return LoadedGraph(session, _ports_of(name, session, ports, "export again"))
 

@@ -23,6 +23,7 @@ from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.sequence import SequenceState
 
 LAYERS = 3
 WINDOW = 40
@@ -114,6 +115,21 @@ _NANOCHAT = {"final_logit_softcapping": 4.0}
 _OLMO = {"clip_qkv": None}
 _STARCODER2 = {"sliding_window": WINDOW}
 _HYPERCLOVAX = {**_GRANITE, "use_post_norm": True}
+_LFM2 = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_multiple_of": 32,
+    "intermediate_size": 144,
+    "conv_bias": True,
+}
+_QWEN35 = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -188,6 +204,8 @@ CASES: dict[str, Case] = {
     "seed_oss": Case("seed_oss", "Q/K/V bias", {"head_dim": 16}),
     "starcoder2": Case("starcoder2", "LayerNorm, no gate, biases, windows", _STARCODER2),
     "vaultgemma": Case("vaultgemma", "as Gemma 2; two norms a layer", _VAULT),
+    "lfm2": Case("lfm2", "short convolutions in some layers", _LFM2),
+    "qwen3_5": Case("qwen3_5_text", "Gated DeltaNet in some layers, gated attention", _QWEN35),
 }
 
 
@@ -206,6 +224,10 @@ def save_random(folder: Path, case: Case) -> Path:
         values = torch.randn_like(parameter)
         if parameter.dim() == 2:
             values *= 0.15
+        elif parameter.dim() == 3:  # convolutions
+            values *= 0.4
+        elif name.endswith("A_log"):  # a memory of some 20 tokens
+            values = 0.3 * values - 3.0
         elif name.endswith(".bias"):
             values *= 0.3
         else:  # Gemma adds 1 to the weights of its norms
@@ -289,24 +311,25 @@ class Pair:
     def kv_errors(self) -> tuple[float, float]:
         """What random paths leave in the K/V cache, against transformers on the same inputs.
 
+        States have seen all tokens: theirs are those of texts in `full` and skipped alone.
+
         Returns:
             ||ours - wanted|| / ||wanted||, the largest of all layers, of tokens that ran a layer
             in `full`, and of those that skipped it.
         """
         rng, length = np.random.default_rng(5), max(30, self.case.lengths[0])
-        ids, sequence = random_ids(length), self.model.new_sequence()
+        ids = random_ids(length)
         paths = rng.choice(["full", "skip"], (length, LAYERS))
         paths[:PROMPT] = "full"
         paths[:, 0] = "full"
-        inputs = np.zeros((LAYERS, length, _SIZES["hidden_size"]), np.float32)
-        for position, token in enumerate(ids):
-            sequence.advance(1)
-            sequence.embed(int(token))
-            for layer, action in enumerate(paths[position]):
-                inputs[layer, position] = sequence.hidden[layer % 2].array[0, 0]
-                sequence.run(layer, action)
+        sequence, cache = self._ran(ids, paths)
         errors: dict[str, list[float]] = {"full": [], "skip": []}
-        for layer, wanted in enumerate(self._cache_of(ids, inputs)):
+        order = REGISTRY[self.case.family].head_order(
+            self.model.manifest.ropes[0], self.model.manifest.model.head_dim
+        )
+        for layer in self.model.manifest.attending:
+            keys, values = cache[layer].keys[0].numpy(), cache[layer].values[0].numpy()
+            wanted = keys if order is None else keys[..., order], values
             buffers = sequence.kv.keys[layer], sequence.kv.values[layer]
             for ours, theirs in zip(buffers, wanted, strict=True):
                 got = ours.array[0, :, :length]
@@ -315,11 +338,35 @@ class Pair:
                     if chosen.any():
                         difference = np.linalg.norm((got - theirs)[:, chosen])
                         found.append(float(difference / np.linalg.norm(theirs[:, chosen])))
+        for action, found in errors.items() if self.model.manifest.recurrence else ():
+            paths[PROMPT:] = action
+            sequence, cache = self._ran(ids, paths)
+            assert sequence.kv.states is not None
+            for name, present in sequence.kv.states.present.items():
+                kind, _, layer = name.partition(".")
+                if kind == "conv":
+                    states = cache[int(layer)].conv_states[0].numpy()
+                    theirs = states[..., -present.shape[1] :].swapaxes(1, 2)
+                else:
+                    theirs = cache[int(layer)].recurrent_states[0].numpy()
+                difference = np.linalg.norm(present.array - theirs)
+                found.append(float(difference / np.linalg.norm(theirs)))
         return max(errors["full"]), max(errors["skip"])
 
-    def _cache_of(self, ids: np.ndarray, inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Keys and values `[H_kv, T, d]` of transformers' layers from given inputs."""
+    def _ran(self, ids: np.ndarray, paths: np.ndarray) -> tuple[SequenceState, list[Any]]:
+        """A sequence after tokens on paths, and the cache of transformers from the same inputs."""
+        sequence = self.model.new_sequence()
+        inputs = np.zeros((LAYERS, len(ids), _SIZES["hidden_size"]), np.float32)
+        for position, token in enumerate(ids):
+            sequence.advance(1)
+            sequence.embed(int(token))
+            for layer, action in enumerate(paths[position]):
+                inputs[layer, position] = sequence.hidden[layer % 2].array[0, 0]
+                sequence.run(layer, action)
+        return sequence, self._cache_of(ids, inputs)
 
+    def _cache_of(self, ids: np.ndarray, inputs: np.ndarray) -> list[Any]:
+        """The cache of each of transformers' layers, from given inputs."""
         family = REGISTRY[self.case.family]
         stream = family.scales(self.reference.config).stream
 
@@ -334,10 +381,7 @@ class Pair:
         for hook in hooks:
             hook.remove()
         cache = getattr(result, "cache", None) or result.past_key_values
-        keys = [entry.keys[0].numpy() for entry in cache.layers]
-        order = family.head_order(self.model.manifest.ropes[0], keys[0].shape[-1])
-        keys = keys if order is None else [key[..., order] for key in keys]
-        return [(k, entry.values[0].numpy()) for k, entry in zip(keys, cache.layers, strict=True)]
+        return list(cache.layers)
 
 
 def attending_plainly(bundle: Path, copy: Path) -> Model:

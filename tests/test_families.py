@@ -62,7 +62,7 @@ INT4_ERROR = 0.2
 standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of 2.5 for norms."""
 
 
-QUICK = [*list(CASES)[:16], "granite_swa", "ministral3"]
+QUICK = [*list(CASES)[:16], "granite_swa", "ministral3", "lfm2", "qwen3_5"]
 """Cases of every kind of layer that the runtime treats differently; the others are slow tests."""
 
 
@@ -188,11 +188,14 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
 ) -> None:
     source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
     family = REGISTRY[pair.case.family]
-    names, ids = family.names, random_ids(max(50, pair.case.lengths[0]))
+    ids = random_ids(max(50, pair.case.lengths[0]))
     read: dict[tuple[int, str], torch.Tensor] = {}
+    mixers = pair.model.manifest.mixers or ("attention",) * LAYERS
     for index, module in enumerate(pair.reference.get_decoder().layers):
+        attends = mixers[index] == "attention"
+        names = family.names if attends else family.recurrent_names
         for ours, theirs in (
-            ("qkv_proj", names.qkv[0]),
+            ("qkv_proj" if attends else "in_proj", names.qkv[0]),
             ("o_proj", names.output),
             ("gate_up_proj", names.gate_up[0]),
             ("down_proj", names.down),
@@ -319,7 +322,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "phimoe", "olmoe", "granitemoe", "gpt_oss")
-HYBRIDS = ("jamba", "mamba", "zamba2", "bamba", "qwen3_next", "lfm2")
+HYBRIDS = ("jamba", "mamba", "zamba2", "bamba", "qwen3_next", "lfm2_moe")
 
 
 @pytest.mark.parametrize("kind", [*MIXTURES, *HYBRIDS])

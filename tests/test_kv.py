@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_grow_stays_as_it_was(tiny_model: Model) -> None:
     sequence = tiny_model.new_sequence(8)
     sequence.prefill(np.arange(2, 9), ("int8",) * LAYERS, "int8")
     kv, left = sequence.kv, LAYERS + 1
-    before = [*kv.keys], [*kv.values], kv.rotary, kv.capacity, kv.moves
+    before = {**kv.keys}, {**kv.values}, kv.rotary, kv.capacity, kv.moves
     buffer = kv._backend.buffer
 
     class Full:

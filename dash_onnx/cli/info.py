@@ -150,6 +150,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     rows.append(["LM head, ms", *(_ms(heads.get(form)) for form in columns)])
     tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
     told = {"kind": "bundle", "bytes": size, "kv_bytes_per_token": manifest.kv_bytes}
+    told["state_bytes"] = manifest.state_bytes
     return {**told, **facts}, [
         f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "
         f"{manifest.target.device}",
@@ -160,12 +161,19 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "",
         f"a token, all layers {manifest.variants[0]}: {reference_ms(manifest):.2f} ms on "
         f"{costs.machine}, {costs.threads} threads",
-        f"KV cache {manifest.kv_bytes / 1e6:.3f} MB per token",
+        f"KV cache {manifest.kv_bytes / 1e6:.3f} MB per token" + _states(manifest),
         *_policy(manifest),
         f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
         f"made with {tools}",
     ]
+
+
+def _states(manifest: Manifest) -> str:
+    if not manifest.mixers:
+        return ""
+    count = len(manifest.mixers) - len(manifest.attending)
+    return f"; states of {count} layers {manifest.state_bytes / 1e6:.3f} MB, at any length"
 
 
 def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:

@@ -8,6 +8,42 @@ from typing import Literal
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
 
 
+Mixer = Literal["attention", "short_conv", "gated_delta"]
+"""What lets the tokens of a layer see each other: attention, whose K/V grow with the text, or what
+keeps a state of fixed size: a short convolution, or Gated DeltaNet."""
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Sizes of the layers that keep a state of fixed size, all alike.
+
+    Attributes:
+        kernel: tokens that their convolution sees, the new one included.
+        channels: of the convolution.
+        key_heads: of queries and keys of Gated DeltaNet; 0 without it, like those that follow.
+        value_heads: of its values, each with a state `[key_dim, value_dim]`.
+        key_dim: width of a head of queries or keys.
+        value_dim: width of a head of values.
+    """
+
+    kernel: int
+    channels: int
+    key_heads: int = 0
+    value_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+    @property
+    def key_width(self) -> int:
+        """Of all queries of a token, and of all its keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        """Of all values of a token."""
+        return self.value_heads * self.value_dim
+
+
 @dataclass(frozen=True)
 class QueryScale:
     """Factor on the queries at position p: `1 + beta * ln(1 + floor(p / length))`.
@@ -38,6 +74,7 @@ class Block:
         heads_normed: whether the norms of queries and keys, where there are some, come before their
             rotation or after it.
         query_scale: factor on the queries that grows with the position, or None.
+        heads_gated: whether the sigmoid of a gate multiplies what the heads return.
     """
 
     norm: Literal["rms", "layer"]
@@ -50,6 +87,7 @@ class Block:
     logit_softcap: float | None
     heads_normed: Literal["before", "after"] = "before"
     query_scale: QueryScale | None = None
+    heads_gated: bool = False
 
     @property
     def reads_positions(self) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
 _LARGE = 1e6  # of a frequency or factor of ropes
 _LEAST_MS, _MOST_MS = 1e-6, 1e9  # of a part of a token: times are rounded to 1e-5
+_MOST_STATE = 1 << 20  # of a size of states
 _SCORER = re.compile(r"scorer-\w+\.onnx")
 _NOISE = 0.01  # of a KL that was measured in FP32, and of rounded shares
 _MOST_WEIGHTS = 4  # in a byte: INT2
@@ -74,6 +75,7 @@ def _size_problems(manifest: Manifest) -> Iterator[str]:
     for name, described in (("layers", manifest.layers), ("attention", manifest.attention)):
         if len(described) != model.num_layers:
             yield f"{name} describes {len(described)} layers of {model.num_layers}"
+    yield from _recurrence_problems(manifest)
     if not 0 <= manifest.compensation_rank <= model.hidden_size:
         yield f"compensation_rank is {manifest.compensation_rank}"
     if not 1 <= target.block_size <= _MOST or not 0 <= target.accuracy_level <= 4:
@@ -87,6 +89,32 @@ def _size_problems(manifest: Manifest) -> Iterator[str]:
         lacking = [a for a in manifest.actions if a not in layer.bytes]
         if lacking or any(a not in layer.relative_error for a in manifest.actions if a != "full"):
             yield "layers must describe every action of each layer"
+
+
+def _recurrence_problems(manifest: Manifest) -> Iterator[str]:
+    mixers, sizes = manifest.mixers, manifest.recurrence
+    if mixers and len(mixers) != manifest.model.num_layers:
+        yield f"mixers describes {len(mixers)} layers of {manifest.model.num_layers}"
+    if mixers and "attention" not in mixers:
+        yield "mixers has no attention, of which ropes and K/V are"
+    if bool({*mixers} - {"attention"}) != (sizes is not None):
+        yield "recurrence must be there exactly where a layer does not attend"
+    if sizes is None:
+        return
+    delta = "gated_delta" in mixers
+    for name, value in vars(sizes).items():
+        needed = delta or name in ("kernel", "channels")
+        if not (0 < value <= _MOST_STATE if needed else value == 0):
+            yield f"recurrence.{name} is {value}"
+    if sizes.kernel < 2:
+        yield f"recurrence.kernel is {sizes.kernel}"
+    if delta:
+        if sizes.value_heads % sizes.key_heads:
+            yield "the value heads of recurrence do not share its key heads"
+        if sizes.channels != 2 * sizes.key_width + sizes.value_width:
+            yield "recurrence.channels must be those of all queries, keys and values"
+    if manifest.state_bytes > _MOST_WEIGHTS * sum(f.bytes for f in manifest.files.values()):
+        yield f"the files are too small for states of {manifest.state_bytes} bytes"
 
 
 def _rope_problems(manifest: Manifest) -> Iterator[str]:

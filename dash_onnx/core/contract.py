@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from dash_onnx.core.actions import Form
+from dash_onnx.core.block import Mixer, Recurrence
 from dash_onnx.core.facts import KVCacheType, ModelFacts, Rope, Target
 
 Size = TypeVar("Size", int, str)
@@ -85,6 +86,7 @@ class Dims:
         vocab_size: number V of logits.
         dtype: element type of hidden states and logits.
         kv_cache: of K/V.
+        recurrence: of layers without K/V, or None.
     """
 
     hidden_size: int
@@ -94,9 +96,16 @@ class Dims:
     vocab_size: int
     dtype: DType
     kv_cache: KVCacheType = "float"
+    recurrence: Recurrence | None = None
 
     @classmethod
-    def of(cls, model: ModelFacts, ropes: Sequence[Rope], target: Target) -> Dims:
+    def of(
+        cls,
+        model: ModelFacts,
+        ropes: Sequence[Rope],
+        target: Target,
+        recurrence: Recurrence | None = None,
+    ) -> Dims:
         """The sizes of a model; its rotary embeddings all have as many dimensions."""
         return cls(
             hidden_size=model.hidden_size,
@@ -106,6 +115,7 @@ class Dims:
             vocab_size=model.vocab_size,
             dtype=target.dtype,
             kv_cache=target.kv_cache,
+            recurrence=recurrence,
         )
 
     @property
@@ -119,6 +129,20 @@ class Dims:
         width = self.head_dim // 2 if self.kv_cache == "int4" else self.head_dim
         return batch, self.num_kv_heads, capacity, width
 
+    def state_shapes(self, mixer: Mixer) -> dict[str, tuple[int, ...]]:
+        """By name, the states of one sequence that a layer keeps in place of K/V, in `dtype`.
+
+        `conv` are the inputs of the convolution of the last tokens, `recurrent` the matrices of
+        Gated DeltaNet.
+        """
+        sizes = self.recurrence
+        if mixer == "attention" or sizes is None:
+            return {}
+        conv: dict[str, tuple[int, ...]] = {"conv": (sizes.kernel - 1, sizes.channels)}
+        if mixer == "short_conv":
+            return conv
+        return {**conv, "recurrent": (sizes.value_heads, sizes.key_dim, sizes.value_dim)}
+
 
 def embed_ports(dims: Dims) -> Ports:
     """Token embedding: ids `[batch, seq]` -> hidden `[batch, seq, D]`."""
@@ -128,9 +152,13 @@ def embed_ports(dims: Dims) -> Ports:
     )
 
 
-def layer_ports(dims: Dims) -> Ports:
+def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
     """Decoder layer, whatever its action.
 
+    One without attention reads `past_conv`, and `past_recurrent` if it is a Gated DeltaNet, and
+    writes `present_conv` and `present_recurrent`, see `Dims.state_shapes`.
+
+    Of one with attention
     `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
     and updated in place; `capacity` is their length in tokens. `seqlens_k` is the number of
     valid tokens after this run minus one (GroupQueryAttention's convention), `start` the number
@@ -141,6 +169,19 @@ def layer_ports(dims: Dims) -> Ports:
     the mask and writes at `start`, the second reads neither.
     """
     hidden = ("batch", "seq", dims.hidden_size)
+    if mixer != "attention":
+        shapes = dims.state_shapes(mixer)
+        past, present = (
+            [
+                Port(f"{side}_{name}", dims.dtype, ("batch", *shape))
+                for name, shape in shapes.items()
+            ]
+            for side in ("past", "present")
+        )
+        return Ports(
+            inputs=(Port("hidden_in", dims.dtype, hidden), *past),
+            outputs=(Port("hidden_out", dims.dtype, hidden), *present),
+        )
     cache = dims.cache_shape("batch", "capacity")
     rotary = ("limit", dims.rotary_dim // 2)
     return Ports(
@@ -166,19 +207,23 @@ def layer_ports(dims: Dims) -> Ports:
     )
 
 
+_KEPT = "key", "value", "conv", "recurrent"
+"""What layers keep of earlier tokens."""
+
+
 def joined_names(layer: int, window: int | None, rope: int) -> dict[str, str]:
     """What the ports of a layer are called in a graph of several layers.
 
-    Each has a cache of its own; those of one window share a mask, those of one rotary embedding its
-    tables. The other ports are shared by all.
+    Each has a cache or states of its own; those of one window share a mask, those of one rotary
+    embedding its tables. The other ports are shared by all.
 
     Args:
         layer: its index.
         window: tokens that it sees at most, or None.
         rope: index of its rotary embedding.
     """
-    cache = ("past_key", "past_value", "present_key", "present_value")
-    names = {name: f"{name}.{layer}" for name in cache}
+    kept = [f"{side}_{name}" for side in ("past", "present") for name in _KEPT]
+    names = {name: f"{name}.{layer}" for name in kept}
     if window is not None:
         names["mask"] = f"mask.{window}"
     cos, sin = rotary_names(rope)
@@ -191,17 +236,19 @@ def rotary_names(rope: int) -> tuple[str, str]:
     return f"cos_cache{suffix}", f"sin_cache{suffix}"
 
 
-def joined_ports(dims: Dims, names: Sequence[dict[str, str]]) -> Ports:
+def joined_ports(dims: Dims, names: Sequence[dict[str, str]], mixers: Sequence[Mixer]) -> Ports:
     """Several consecutive layers: their ports as in `layer_ports`, with each layer's names."""
-    ports = layer_ports(dims)
+    each = [layer_ports(dims, mixer) for mixer in mixers]
 
-    def joined(side: tuple[Port, ...]) -> tuple[Port, ...]:
+    def joined(sides: Sequence[tuple[Port, ...]]) -> tuple[Port, ...]:
         found = [
-            replace(port, name=own.get(port.name, port.name)) for own in names for port in side
+            replace(port, name=own.get(port.name, port.name))
+            for own, side in zip(names, sides, strict=True)
+            for port in side
         ]
         return tuple({port.name: port for port in found}.values())
 
-    return Ports(joined(ports.inputs), joined(ports.outputs))
+    return Ports(joined([p.inputs for p in each]), joined([p.outputs for p in each]))
 
 
 def head_ports(dims: Dims) -> Ports:

@@ -13,9 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Form
-from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.block import Attention, Block, Mixer, Recurrence
 from dash_onnx.core.consistency import first_problem
-from dash_onnx.core.contract import Dims, data_name, head_path, joined_names, layer_path
+from dash_onnx.core.contract import (
+    Dims,
+    Ports,
+    data_name,
+    head_path,
+    joined_names,
+    joined_ports,
+    layer_path,
+)
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import (
     Calibration,
@@ -63,6 +71,9 @@ class Manifest:
         wide: the loss of the wide form; None if the bundle has no wide form.
         static: the loss of each precision alone, by ascending budget, measured by the export; a
             trained scorer has a table of its own.
+        mixers: of each layer; empty where all of them attend. What `attention` says of another
+            layer means nothing.
+        recurrence: sizes of the layers that do not attend; None if there are none.
     """
 
     format_version: int
@@ -82,11 +93,23 @@ class Manifest:
     files: dict[str, FileFacts]
     wide: WideFacts | None = None
     static: tuple[StaticPoint, ...] = ()
+    mixers: tuple[Mixer, ...] = ()
+    recurrence: Recurrence | None = None
 
     @property
     def dims(self) -> Dims:
         """The sizes that the graph contract depends on."""
-        return Dims.of(self.model, self.ropes, self.target)
+        return Dims.of(self.model, self.ropes, self.target, self.recurrence)
+
+    def mixer_of(self, layer: int) -> Mixer:
+        """What lets the tokens of a layer see each other."""
+        return self.mixers[layer] if self.mixers else "attention"
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers that have K/V."""
+        layers = range(self.model.num_layers)
+        return tuple(layer for layer in layers if self.mixer_of(layer) == "attention")
 
     def rope_of(self, layer: int) -> int:
         """Index of the rotary table that a layer is given; one that rotates nothing ignores it."""
@@ -98,6 +121,11 @@ class Manifest:
             joined_names(layer, self.attention[layer].window, self.rope_of(layer))
             for layer in layers
         ]
+
+    def ports_joined(self, layers: range) -> Ports:
+        """The ports of such a graph."""
+        mixers = [self.mixer_of(layer) for layer in layers]
+        return joined_ports(self.dims, self.names_joined(layers), mixers)
 
     def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
         """Bytes of weights that a token on a path reads."""
@@ -114,7 +142,14 @@ class Manifest:
         """Bytes of KV cache per token, for all layers."""
         dims = self.dims
         each = math.prod(map(int, dims.cache_shape(1, 1))) * np.dtype(dims.cache_dtype).itemsize
-        return 2 * self.model.num_layers * each
+        return 2 * len(self.attending) * each
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states of a sequence that do not grow, for all layers."""
+        dims, size = self.dims, np.dtype(self.dims.dtype).itemsize
+        shapes = [dims.state_shapes(mixer).values() for mixer in self.mixers]
+        return size * sum(math.prod(shape) for own in shapes for shape in own)
 
     @property
     def exported_heads(self) -> tuple[Action, ...]:

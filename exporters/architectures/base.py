@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_onnx.core.block import Attention, Block
+from dash_onnx.core.block import Attention, Block, Mixer, Recurrence
 from dash_onnx.core.contract import Dims
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import ModelFacts, Rope, Target
@@ -123,12 +123,45 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Conv:
+    """A causal convolution of each channel alone.
+
+    Attributes:
+        weight: `[channels, kernel]`; the last column is that of the new token.
+        bias: `[channels]` or None.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a Gated DeltaNet has beside projections and convolution; H are its value heads.
+
+    Attributes:
+        gates: stacked projections of decay and update rate, `[2 * H, D]`.
+        decay: factor on the softplus of the decay, `[H]`, negative.
+        decay_bias: added in front of it, `[H]`.
+        norm: of each head's result, `[value_dim]`.
+    """
+
+    gates: Linear
+    decay: torch.Tensor
+    decay_bias: torch.Tensor
+    norm: Norm
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer; a norm that is None does not exist.
 
     Attributes:
         input_norm: `[D]`, before attention.
-        qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`.
+        qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`. Of a short
+            convolution both factors of what it reads and the one on its result, `[3 * D, D]`. Of a
+            Gated DeltaNet what its convolution reads, and the gate of its result. Where attention
+            is gated, the gates of all heads come last.
         q_norm, k_norm: of queries and keys before their rotation: `[d]` for each head alone, or
             of all heads together.
         output: attention output projection, `[D, H * d]`.
@@ -138,6 +171,8 @@ class Layer:
         down: `[D, I]`.
         down_norm: `[D]`, of what the MLP adds to the residual stream.
         sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
+        conv: of a layer that does not attend.
+        delta: of a Gated DeltaNet.
         xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
     """
 
@@ -153,11 +188,19 @@ class Layer:
     down_norm: Norm | None
     sinks: torch.Tensor | None = None
     xielu: torch.Tensor | None = None
+    conv: Conv | None = None
+    delta: Delta | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All matrix products."""
         return self.qkv, self.output, self.gate_up, self.down
+
+    @property
+    def small(self) -> tuple[Linear | Norm | torch.Tensor, ...]:
+        """What is never rounded, beside norms and convolution."""
+        delta = self.delta
+        return () if delta is None else (delta.gates, delta.decay, delta.decay_bias, delta.norm)
 
 
 @dataclass(frozen=True)
@@ -197,6 +240,8 @@ class ModelSpec:
         scales: factors of the model.
         embedding_normed: whether the first layer reads token embeddings through a norm, which has
             no weights.
+        mixers: see `Manifest`.
+        recurrence: likewise.
     """
 
     facts: ModelFacts
@@ -205,10 +250,29 @@ class ModelSpec:
     attention: tuple[Attention, ...]
     scales: Scales = Scales()
     embedding_normed: bool = False
+    mixers: tuple[Mixer, ...] = ()
+    recurrence: Recurrence | None = None
 
     def dims(self, target: Target) -> Dims:
         """What the ports of the model's graphs depend on."""
-        return Dims.of(self.facts, self.ropes, target)
+        return Dims.of(self.facts, self.ropes, target, self.recurrence)
+
+    def mixer_of(self, layer: int) -> Mixer:
+        """What lets the tokens of a layer see each other."""
+        return self.mixers[layer] if self.mixers else "attention"
+
+
+def recurrent_sizes(spec: ModelSpec) -> tuple[int, tuple[int, ...]]:
+    """Sizes of a layer that does not attend.
+
+    Returns:
+        Width of what its output projection reads, and rows of the parts of its input projection.
+    """
+    sizes, width = spec.recurrence, spec.facts.hidden_size
+    assert sizes is not None
+    if not sizes.value_width:
+        return width, (width,) * 3
+    return sizes.value_width, (sizes.channels, sizes.value_width)
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:

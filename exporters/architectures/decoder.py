@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from dash_onnx.core.block import Activation, Attention, Block, QueryScale
+from dash_onnx.core.block import Activation, Attention, Block, Mixer, QueryScale, Recurrence
 from dash_onnx.core.consistency import model_problems
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
@@ -21,6 +21,7 @@ from dash_onnx.exporters.architectures.base import (
     ModelSpec,
     Norm,
     Scales,
+    recurrent_sizes,
     stack,
     take,
 )
@@ -84,6 +85,7 @@ class Decoder:
 
     Attributes:
         names: of its weights.
+        recurrent_names: of those of its layers that do not attend.
         windows: layers that see the last tokens only, as many as the config's `sliding_window`:
             `listed` are those that its `layer_types` call so.
         rotates: layers that have a rotary embedding: all, those with a window, or those with a
@@ -104,6 +106,7 @@ class Decoder:
     """
 
     names: Names = Names()
+    recurrent_names: Names | None = None
     windows: Literal["none", "all", "listed"] = "none"
     rotates: Literal["all", "windows", "windows if any"] = "all"
     pairs: Pairs = "halves"
@@ -145,7 +148,12 @@ class Decoder:
         for key in (*self.refused, *self.needed):
             if bool(value := getattr(config, key, None)) != (key in self.needed):
                 raise UnsupportedError(f"{config.model_type} with {key} {value} is not supported")
-        length = context_length(config, max_length)
+        length, mixers = context_length(config, max_length), self.mixers(config)
+        if "attention" not in (mixers or ("attention",)):
+            raise UnsupportedError(
+                "no layer attends: only models with some attention are supported"
+            )
+        hybrid = bool({*mixers} - {"attention"})
         heads, head = config.num_attention_heads, _head_dim(config)
         ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))
         return ModelSpec(
@@ -154,7 +162,7 @@ class Decoder:
                 architecture=config.model_type,
                 num_layers=config.num_hidden_layers,
                 hidden_size=config.hidden_size,
-                intermediate_size=getattr(config, self.inner),
+                intermediate_size=self.inner_size(config),
                 num_heads=heads,
                 num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
                 head_dim=head,
@@ -168,11 +176,17 @@ class Decoder:
             ),
             scales=self.scales(config),
             embedding_normed=self.embedding_normed,
+            mixers=mixers if hybrid else (),
+            recurrence=self.recurrence(config) if hybrid else None,
         )
+
+    def inner_size(self, config: PretrainedConfig) -> int:
+        """Width inside the MLP."""
+        return int(getattr(config, self.inner))
 
     def block(self, config: PretrainedConfig) -> Block:
         """What all layers compute."""
-        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
@@ -189,6 +203,14 @@ class Decoder:
             logit_softcap=getattr(config, "final_logit_softcapping", None),
             heads_normed=self.heads_normed,
         )
+
+    def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
+        """Of each layer, see `Manifest`; empty where all attend."""
+        return ()
+
+    def recurrence(self, config: PretrainedConfig) -> Recurrence | None:
+        """Sizes of the layers that do not attend."""
+        return None
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
         """Rotary embeddings for contexts of `length` tokens."""
@@ -239,11 +261,14 @@ class Decoder:
 
     def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
         """Weights of one decoder layer."""
-        names, facts = self.names, spec.facts
+        names, facts, attends = self.names, spec.facts, spec.mixer_of(index) == "attention"
+        if not attends:
+            assert self.recurrent_names is not None
+            names = self.recurrent_names
         prefix = f"{names.layers}.{index}."
         width, inner, head = facts.hidden_size, facts.intermediate_size, facts.head_dim
         queries, keys = facts.num_heads * head, facts.num_kv_heads * head
-        order = self.head_order(spec.ropes[0], head)
+        order = self.head_order(spec.ropes[0], head) if attends else None
         post_norm = names.post_norm
         if spec.block.parallel and f"{prefix}{post_norm}.weight" not in weights:
             post_norm = None
@@ -271,10 +296,15 @@ class Decoder:
             sizes = zip(parts, rows, strict=True)
             return stack(short, *(linear(part, part, size, width) for part, size in sizes))
 
-        qkv = stacked("qkv_proj", names.qkv, queries, keys, keys)
+        if attends:
+            rows: tuple[int, ...] = (queries * (2 if spec.block.heads_gated else 1), keys, keys)
+            qkv = _paired(self.qkv(stacked("qkv_proj", names.qkv, *rows), spec), spec, order)
+        else:
+            queries, rows = recurrent_sizes(spec)
+            qkv = stacked("in_proj", names.qkv, *rows)
         return Layer(
             input_norm=norm(names.input_norm),
-            qkv=_paired(self.qkv(qkv, spec), spec, order),
+            qkv=qkv,
             q_norm=head_norm(names.q_norm, facts.num_heads),
             k_norm=head_norm(names.k_norm, facts.num_kv_heads),
             output=linear(names.output, "o_proj", width, queries),

@@ -12,6 +12,7 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Rope
 from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.sources.source import check_supported
 
@@ -233,6 +234,7 @@ REGISTRY: dict[str, Decoder] = {
     "internlm3": Decoder(),
     "iquestcoder": Decoder(),
     "jais2": Decoder(_NO_GATE, norm="layer", gated=False),
+    "lfm2": LFM2,
     "llama": Decoder(),
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),
@@ -280,6 +282,7 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "qwen2": Decoder(windows="listed"),
     "qwen3": Decoder(_HEAD_NORMS, windows="listed"),
+    "qwen3_5_text": QWEN35,
     "seed_oss": Decoder(),
     "smollm3": SmolLM3(windows="listed"),
     "stablelm": Decoder(norm="layer", parallel="use_parallel_residual", refused=("qk_layernorm",)),

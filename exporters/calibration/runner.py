@@ -135,10 +135,15 @@ class Runner:
             raise FloatingPointError(f"{path} gives logits that are not finite")
 
     def _feeds(self, session: Any, index: int, x: HiddenStates) -> dict[str, np.ndarray]:
+        ports = {port.name: port for port in session.get_inputs()}
+        if self.spec.mixer_of(index) != "attention":
+            shapes = {name: port.shape[1:] for name, port in ports.items() if name != HIDDEN}
+            states = {name: np.zeros((1, *shape), x.dtype) for name, shape in shapes.items()}
+            return {HIDDEN: x[None], **states}
         facts, length = self.spec.facts, x.shape[0]
         rope = self.spec.ropes[self.spec.attention[index].rope or 0]
         cos, sin = rotary_tables(rope, length, x.dtype.name)
-        past = next(port for port in session.get_inputs() if port.name == "past_key")
+        past = ports["past_key"]
         stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
         cache = np.zeros((1, facts.num_kv_heads, length, past.shape[-1]), stored)
         positions = np.arange(length)
@@ -157,7 +162,7 @@ class Runner:
             "cos_cache": cos,
             "sin_cache": sin,
         }
-        return {port.name: feeds[port.name] for port in session.get_inputs()}
+        return {name: feeds[name] for name in ports}
 
 
 def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.float32]:

@@ -34,6 +34,8 @@ def untrained_manifest(spec: ModelSpec, target: Target, **facts: Any) -> Manifes
         block=spec.block,
         ropes=spec.ropes,
         attention=spec.attention,
+        mixers=spec.mixers,
+        recurrence=spec.recurrence,
         target=target,
         costs=Costs("", 0, 0.0, 0.0, {}, ()),
         scorer=None,

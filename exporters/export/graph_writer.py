@@ -92,7 +92,7 @@ class GraphWriter:
                 index, folder / paths["full"], hidden, out, inputs, sinks
             )
         scales, states = None, hidden[:_FIGURE_SEQUENCES]
-        if target != exact:
+        if target != exact and spec.mixer_of(index) == "attention":
             eight = target.kv_cache == "int8"
             scales = self.runner.kv_scales(index, folder / paths["full"], states, 8 if eight else 4)
         if "full" in variants and target == exact:

@@ -11,12 +11,13 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import architecture_of
-from dash_onnx.exporters.architectures.base import Head, Layer, Linear, Norm
+from dash_onnx.exporters.architectures.base import Conv, Head, Layer, Linear, Norm
 from dash_onnx.exporters.calibration.self_written import KV_BYTES
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.graphs import kept_rows
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
 from dash_onnx.exporters.graphs.graph import BITS, block_size_of, weight_precision
 from dash_onnx.exporters.sources import Source, Weights, layers_in, readable
@@ -116,9 +117,19 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     architecture, weights = architecture_of(source.config), _Shapes(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
+    if spec.mixers and options.device != "cpu":
+        kinds = ", ".join(sorted({*spec.mixers} - {"attention"}))
+        raise UnsupportedError(
+            f"layers of kind {kinds} have been written for the CPU alone: export with --device cpu"
+        )
     facts = spec.facts
     head = architecture.head(weights, spec)
     resolved = options.resolved(source.kind, facts)
+    width = spec.recurrence.value_width if spec.recurrence else 0
+    if resolved.block_size is not None and width % resolved.block_size:
+        raise UnsupportedError(
+            f"block_size {resolved.block_size} does not divide the width of values, {width}"
+        )
     forms, variants = resolved.forms, resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
     kept: dict[Form, int] = dict.fromkeys((*forms, SKIP), 0)
@@ -126,16 +137,17 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     for index in range(facts.num_layers):
         layer = architecture.layer(weights, index, spec)
         for form in forms:
-            kept[form] += rule.stored(form, *vars(layer).values()) + _GRAPH_BYTES
-        kept[SKIP] += rule.skip(layer, facts.num_kv_heads * facts.head_dim) + _GRAPH_BYTES
-        draft += rule.stored("int8", *vars(layer).values())
+            kept[form] += rule.layer(form, layer) + _GRAPH_BYTES
+        kept[SKIP] += rule.skip(layer, sum(kept_rows(spec, index)[1])) + _GRAPH_BYTES
+        draft += rule.layer("int8", layer)
         widest = max(widest, rule.working(layer.linears))
     head_forms: tuple[Form, ...] = (*rule.heads, *((WIDE,) if resolved.wide else ()))
     heads = {form: rule.head(form, head) for form in head_forms}
     embedding = 2 * facts.vocab_size * facts.hidden_size
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
-    kv = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim
+    attending = spec.mixers.count("attention") if spec.mixers else facts.num_layers
+    kv = 2 * attending * facts.num_kv_heads * facts.head_dim
     kept_kv = int(kv * {"float": rule.wide, "int8": 1, "int4": 0.5}[options.kv_cache])
     draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
@@ -180,17 +192,21 @@ class _Rule:
         self.hessians = options.calibrates
         self.heads = heads
 
-    def stored(self, form: Form, *parts: Linear | Norm | torch.Tensor | None) -> int:
+    def layer(self, form: Form, layer: Layer) -> int:
+        parts = {name: part for name, part in vars(layer).items() if name != "delta"}
+        return self.stored(form, *parts.values()) + self.stored("full", *layer.small)
+
+    def stored(self, form: Form, *parts: Linear | Norm | Conv | torch.Tensor | None) -> int:
         size = 0
         for part in parts:
             if isinstance(part, Linear):
                 kept = weight_precision(form, part.name)
                 size += self.matrix(part.out_features, part.in_features, kept)
-            elif isinstance(part, Norm):
+            elif isinstance(part, Norm | Conv):
                 size += self.wide * part.weight.numel()
             elif part is not None:
                 size += self.wide * part.numel()
-            if isinstance(part, Linear | Norm) and part.bias is not None:
+            if isinstance(part, Linear | Norm | Conv) and part.bias is not None:
                 size += self.wide * part.bias.numel()
         return size
 
@@ -215,13 +231,14 @@ class _Rule:
         zeros = -(-blocks * bits // 8) if bits < 8 else 0
         return rows * (blocks * block * bits // 8 + blocks * self.wide + zeros)
 
-    def skip(self, layer: Layer, keys: int) -> int:
-        width, rows = layer.qkv.in_features, 2 * keys + self.rank
+    def skip(self, layer: Layer, kept: int) -> int:
+        width, rows = layer.qkv.in_features, kept + self.rank
         return (
             self.matrix(rows, width, "int4" if self.hessians else "int8")
             + self.matrix(width, self.rank, "int8")
             + self.stored("full", layer.input_norm, layer.k_norm)
             + (0 if layer.qkv.bias is None else rows * self.wide)
+            + (0 if layer.delta is None else self.stored("full", layer.conv, *layer.small))
         )
 
     def working(self, linears: Sequence[Linear]) -> int:

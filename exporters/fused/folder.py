@@ -63,6 +63,12 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
             f"this bundle has an {manifest.target.kv_cache} K/V cache, and fused graphs have none: "
             "export again without --kv-cache"
         )
+    if manifest.mixers:
+        kinds = ", ".join(sorted({*manifest.mixers} - {"attention"}))
+        raise UnsupportedError(
+            f"this bundle has layers of kind {kinds}, whose states fused graphs do not carry: run "
+            "it with dash-run or dash-serve"
+        )
     trained = manifest.scorer is not None and options.budget is None
     policy = make_policy(options.policy or ("dash" if trained else ""), manifest, options.budget)
     if not isinstance(policy, ScoredPolicy | StaticPolicy):

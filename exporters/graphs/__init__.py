@@ -8,7 +8,7 @@ stored weights are read elsewhere (training, fused graphs): who renames one look
 from dash_onnx.exporters.graphs.attention import ATTENTION, KVScales
 from dash_onnx.exporters.graphs.ends import build_embed, build_head, looks_twice
 from dash_onnx.exporters.graphs.layer import HIDDEN, build_layer, captured_inputs
-from dash_onnx.exporters.graphs.skip import build_skip, replace_expand
+from dash_onnx.exporters.graphs.skip import build_skip, kept_rows, replace_expand
 
 __all__ = [
     "ATTENTION",
@@ -19,6 +19,7 @@ __all__ = [
     "build_layer",
     "build_skip",
     "captured_inputs",
+    "kept_rows",
     "looks_twice",
     "replace_expand",
 ]

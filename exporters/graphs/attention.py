@@ -51,6 +51,7 @@ def attend(
     projected: Sequence[ir.Value | None],
     heads: Heads,
     kv_scales: KVScales | None = None,
+    name: str = ATTENTION,
 ) -> Sequence[ir.Value]:
     """Attention in both forms where both can be had: the runtime knows which one is faster.
 
@@ -59,11 +60,12 @@ def attend(
         projected: queries, keys and values `[batch, seq, ...]`, or all stacked and twice None.
         heads: how they attend.
         kv_scales: of a quantized cache.
+        name: of the heads' outputs.
 
     Returns:
-        The heads' outputs `[batch, seq, H * d]`, named `ATTENTION`, and K and V of all tokens.
+        The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens.
     """
-    names = ATTENTION, "present_key", "present_value"
+    names = name, "present_key", "present_value"
     if heads.query_scale is not None:
         query, *others = projected
         projected = [_scaled(graph, query, heads.query_scale), *others]

@@ -42,7 +42,7 @@ OFFSETS = ".offsets"
 """Ends the name of the second product of a weight that has offsets."""
 
 BITS: dict[Form, Bits] = {"int8": 8, "int4": 4, "int2": 2}
-_ATTENTION = "qkv_proj", "o_proj"
+_ATTENTION = "qkv_proj", "in_proj", "o_proj"
 
 
 @dataclass

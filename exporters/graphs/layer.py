@@ -23,6 +23,7 @@ from dash_onnx.exporters.graphs.attention import (
     rotated,
 )
 from dash_onnx.exporters.graphs.graph import Graph, weight_precision
+from dash_onnx.exporters.graphs.recurrent import States, gated_delta, short_conv, split
 from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
 
 HIDDEN = "hidden_in"
@@ -66,20 +67,21 @@ def build_layer(
     kv_scales: KVScales | None = None,
 ) -> list[str]:
     """Writes `layers/NN/FORM.onnx`; returns `Graph.fp32_kept`, with the layer."""
-    block, heads = spec.block, heads_of(spec, index)
-    graph = Graph(f"layer_{index}_{form}", layer_ports(spec.dims(target)), target, block, hessians)
+    block, mixer = spec.block, spec.mixer_of(index)
+    ports = layer_ports(spec.dims(target), mixer)
+    graph = Graph(f"layer_{index}_{form}", ports, target, block, hessians)
     op = graph.op
 
-    if layer.sinks is not None:
-        heads = replace(heads, sinks=graph.activation_tensor("sinks", layer.sinks))
     hidden = graph.inputs[HIDDEN]  # [batch, seq, D]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
-    qkv = graph.linear(normed, layer.qkv, form)  # [batch, seq, (H + 2 * H_kv) * d]
-    projected = _projected(graph, qkv, layer, heads)
-    if block.heads_normed == "after":
-        heads = replace(heads, rotated=0)
-    attention, key, value = attend(graph, projected, heads, kv_scales)
-    output = graph.linear(attention, layer.output, form)
+    projected = graph.linear(normed, layer.qkv, form)
+    if mixer == "attention":
+        mixed, states = _attention(graph, projected, layer, heads_of(spec, index), kv_scales)
+    elif mixer == "short_conv":
+        mixed, states = short_conv(graph, projected, layer)
+    else:
+        mixed, states = gated_delta(graph, normed, projected, layer, spec)
+    output = graph.linear(mixed, layer.output, form)
     output = graph.norm(output, "output_norm", layer.output_norm)
     if block.parallel:
         residual = op.Add(hidden, output)
@@ -89,8 +91,7 @@ def build_layer(
         normed, residual = graph.add_norm(output, hidden, "post_norm", layer.post_norm)
     down = _mlp(graph, normed, layer, form)
     down = graph.norm(down, "down_norm", layer.down_norm)
-    outputs = {"hidden_out": op.Add(residual, down), "present_key": key, "present_value": value}
-    kept = graph.save(folder, layer_path(index, form), **outputs)
+    kept = graph.save(folder, layer_path(index, form), hidden_out=op.Add(residual, down), **states)
     return [f"layers.{index}.{name}" for name in kept]
 
 
@@ -107,6 +108,27 @@ def heads_of(spec: ModelSpec, index: int) -> Heads:
         window=sees.window,
         query_scale=block.query_scale,
     )
+
+
+def _attention(
+    graph: Graph, qkv: ir.Value, layer: Layer, heads: Heads, kv_scales: KVScales | None
+) -> tuple[ir.Value, States]:
+    """The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens."""
+    if layer.sinks is not None:
+        heads = replace(heads, sinks=graph.activation_tensor("sinks", layer.sinks))
+    gated, gate = graph.block.heads_gated, None
+    if gated:
+        width = layer.output.in_features
+        qkv, gate = split(graph, qkv, [layer.qkv.out_features - width, width], "gated")
+    projected = _projected(graph, qkv, layer, heads)
+    if graph.block.heads_normed == "after":
+        heads = replace(heads, rotated=0)
+    name = "heads" if gated else ATTENTION
+    attention, key, value = attend(graph, projected, heads, kv_scales, name)
+    if gated:
+        gate = graph.op.Sigmoid(gate)
+        attention = graph.op.Mul(attention, gate, _outputs=[graph.value(ATTENTION)])
+    return attention, {"present_key": key, "present_value": value}
 
 
 def _projected(

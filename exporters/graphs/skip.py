@@ -1,4 +1,4 @@
-"""A skipped layer: its compensation, and the token's own K/V entry (convention `project`)."""
+"""A skipped layer: its compensation, and the token's own K/V entry or change of the states."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from onnx import numpy_helper
 
@@ -15,9 +16,16 @@ from dash_onnx.core.actions import SKIP
 from dash_onnx.core.contract import data_name, layer_path, layer_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
-from dash_onnx.exporters.graphs.attention import KVScales, attend_grouped, rotated, write_kv
+from dash_onnx.exporters.graphs.attention import (
+    Heads,
+    KVScales,
+    attend_grouped,
+    rotated,
+    write_kv,
+)
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, Graph
 from dash_onnx.exporters.graphs.layer import heads_of
+from dash_onnx.exporters.graphs.recurrent import States, keep, split
 from dash_onnx.exporters.quantize.blockwise import dequantize, quantize
 
 _EXPAND = "expand_proj"
@@ -40,49 +48,70 @@ def build_skip(
     and both are scattered into the cache at the token's position, so that later tokens attend
     to a skipped token as to any other. A quantized cache is written by GroupQueryAttention, which
     also rotates; that the keys attend to themselves is not used, and seen from one token it is
-    cheap.
+    cheap. A layer without attention likewise keeps its states.
 
     Args:
         scale: the layer's calibrated mean of ||y|| / ||x||.
         correction: A `[r, D]` and B `[D, r]` of the map from the normed input to what `scale * x`
             misses of the layer's output; None returns `scale * x`.
-        hessians: see `Graph`; the one of `qkv_proj`, whose input this graph shares.
+        hessians: see `Graph`; the one of `layer.qkv`, whose input this graph shares.
         kv_scales: of a quantized cache.
     """
-    facts = spec.facts
-    ports = layer_ports(spec.dims(target))
-    shared = {"skip_proj": hessians["qkv_proj"]} if hessians else {}
+    mixer = spec.mixer_of(index)
+    ports = layer_ports(spec.dims(target), mixer)
+    shared = {"skip_proj": hessians[layer.qkv.name]} if hessians else {}
     graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
     op, hidden = graph.op, graph.inputs["hidden_in"]  # [batch, seq, D]
-    kv_size = facts.num_kv_heads * facts.head_dim
-    kv = layer.qkv.rows(-2 * kv_size, layer.qkv.out_features, "skip_proj")
-    sizes, names = [kv_size, kv_size], ["key", "value"]
+    first, sizes = kept_rows(spec, index)
+    kept, count = layer.qkv.rows(first, first + sum(sizes), "skip_proj"), len(sizes)
     if correction is not None:  # reads what K and V read: one product for all three
-        kv = stack("skip_proj", kv, Linear("reduce", correction[0]))
-        sizes, names = [*sizes, correction[0].shape[0]], [*names, "reduced"]
+        kept = stack("skip_proj", kept, Linear("reduce", correction[0]))
+        sizes = [*sizes, correction[0].shape[0]]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
-    projected = graph.linear(normed, kv, "int4" if hessians else "int8")
-    key, value, *reduced = op.Split(
-        projected, graph.int64(*sizes), axis=-1, _outputs=[graph.value(name) for name in names]
-    )
+    projected = graph.linear(normed, kept, "int4" if hessians else "int8")
+    parts = split(graph, projected, sizes, "kept")
+    if mixer == "attention":
+        states = _kv(graph, parts[0], parts[1], layer, heads_of(spec, index), kv_scales)
+    else:
+        states = keep(graph, normed, parts[:count], layer, spec)
+    compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
+    if correction is not None:
+        expand = Linear(_EXPAND, correction[1])
+        compensated = op.Add(compensated, graph.linear(parts[-1], expand, "int8"))
+    graph.save(folder, layer_path(index, SKIP), hidden_out=compensated, **states)
 
-    heads = heads_of(spec, index)
-    if spec.block.heads_normed == "after":
+
+def kept_rows(spec: ModelSpec, index: int) -> tuple[int, list[int]]:
+    """First row of a layer's `qkv` that a skipped layer computes, and the sizes of its parts."""
+    facts = spec.facts
+    if spec.mixer_of(index) == "short_conv":
+        return 0, [facts.hidden_size] * 2
+    if spec.mixer_of(index) == "gated_delta":
+        assert spec.recurrence is not None
+        return 0, [spec.recurrence.channels]
+    return facts.num_heads * facts.head_dim, [facts.num_kv_heads * facts.head_dim] * 2
+
+
+def _kv(
+    graph: Graph,
+    key: ir.Value,
+    value: ir.Value,
+    layer: Layer,
+    heads: Heads,
+    kv_scales: KVScales | None,
+) -> States:
+    """Keys and values `[batch, seq, H_kv * d]`, written into the cache."""
+    if graph.block.heads_normed == "after":
         key = rotated(graph, key, heads, heads.keys)
         heads = replace(heads, rotated=0)
-    key = graph.norm_heads(key, "k_norm", layer.k_norm, kv_size)
+    key = graph.norm_heads(key, "k_norm", layer.k_norm, heads.keys * heads.size)
     if kv_scales is None:
         cached = write_kv(graph, key, value, heads)
     else:
         own = replace(heads, queries=heads.keys, softcap=None, window=1)
         made = "unused", "present_key", "present_value"
         _, *cached = attend_grouped(graph, [key, key, value], own, made, kv_scales)
-    compensated = op.Mul(hidden, graph.activation_tensor("scale", torch.tensor(scale)))
-    if correction is not None:
-        expand = Linear(_EXPAND, correction[1])
-        compensated = op.Add(compensated, graph.linear(reduced[0], expand, "int8"))
-    outputs = dict(zip(("present_key", "present_value"), cached, strict=True))
-    graph.save(folder, layer_path(index, SKIP), hidden_out=compensated, **outputs)
+    return dict(zip(("present_key", "present_value"), cached, strict=True))
 
 
 def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: int) -> torch.Tensor:

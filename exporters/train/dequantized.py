@@ -17,15 +17,16 @@ import torch
 from onnx import numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.block import Recurrence
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
-from dash_onnx.exporters.architectures.base import Linear, Norm
+from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, looks_twice
-from dash_onnx.exporters.graphs.graph import BITS, OFFSETS, weight_precision
-from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
+from dash_onnx.exporters.train.recurrent import kept_of, mixed, own_and_kept
+from dash_onnx.exporters.train.stored import dequantized, norm_of, projections_of
 
 Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
@@ -44,8 +45,8 @@ Projections: TypeAlias = dict[str, Linear]
 Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
-_NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm")
-_VECTORS = ("sinks", "xielu")
+_NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm")
+_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -90,7 +91,7 @@ class DequantizedModel:
         self._dtype = dtype
         small = [self._read_small(index) for index in range(facts.num_layers)]
         self._norms = [
-            {name: _norm(found, name) for name in _NORMS if name in found} for found in small
+            {name: norm_of(found, name) for name in _NORMS if name in found} for found in small
         ]
         self._vectors = [
             {name: torch.tensor(found[name]).float() for name in _VECTORS if name in found}
@@ -108,7 +109,7 @@ class DequantizedModel:
         self.heads = tuple(a for a in exported if a != "full" or "int8" not in exported)
         self._lm_heads: dict[Action, Linear] = {}
         norm = self._tensors(head_path(self.heads[0]), ("final_norm",))
-        self._final_norm = _norm(norm, "final_norm")
+        self._final_norm = norm_of(norm, "final_norm")
         self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 16), 64)
         self.head: Action = self.heads[0]
 
@@ -130,7 +131,7 @@ class DequantizedModel:
         return found
 
     def _projections(self, found: dict[str, np.ndarray], action: Action) -> Projections:
-        return _projections(found, self.manifest.target.block_size, self._dtype, action)
+        return projections_of(found, self.manifest.target.block_size, self._dtype, action)
 
     def _tensors(self, path: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Tensors of a graph: those of a name, or all."""
@@ -153,9 +154,9 @@ class DequantizedModel:
             rows = torch.as_tensor(found["embedding"][tokens]).float()
         else:  # only these rows: all of a large vocabulary are half a gigabyte
             stored = {f"embedding.{part}": found[f"embedding.{part}"][tokens] for part in _STORED}
-            rows = _dequantized(stored, "embedding", self.manifest.target.block_size, torch.float32)
+            rows = dequantized(stored, "embedding", self.manifest.target.block_size, torch.float32)
         x = rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
-        return _norm(found, "embedding_norm")(x, self._block) if "embedding_norm" in found else x
+        return norm_of(found, "embedding_norm")(x, self._block) if "embedding_norm" in found else x
 
     def rotary(self, length: int) -> Rotary:
         """Rotary tables of the first `length` positions."""
@@ -177,13 +178,19 @@ class DequantizedModel:
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated.
 
-        Norms that come after the rotation are left to `attend`.
+        Norms that come after the rotation are left to `attend`. Of a layer that does not attend:
+        what the token alone reads, and what later ones read, too.
         """
+        if (sizes := self._recurrence(layer)) is not None:
+            projected = self._project(layer, action, "in_proj", normed)
+            gates = self._gates(layer, action, normed)
+            return own_and_kept(projected, gates, self._vectors[layer], sizes)
         qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * self._d
-        queries, keys_values = qkv[..., :width], qkv[..., width:]
+        kept = 2 * self._kv_heads * self._d
+        queries, keys_values, gates = qkv.split([width, kept, qkv.shape[-1] - width - kept], -1)
         if self._block.heads_normed == "before":
             queries = self._norm(layer, "q_norm", queries)
-        return queries, self._key_normed(layer, keys_values)
+        return torch.cat([queries, gates], -1), self._key_normed(layer, keys_values)
 
     def _key_normed(self, layer: int, keys_values: Tensor) -> Tensor:
         if "k_norm" not in self._norms[layer] or self._block.heads_normed == "after":
@@ -192,7 +199,18 @@ class DequantizedModel:
         return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
 
     def attend(self, layer: int, queries: Tensor, keys_values: Tensor, rotary: Rotary) -> Tensor:
-        """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`."""
+        """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`.
+
+        Arguments are as `qkv` gives them: with gates behind the queries where heads have some, and
+        of other contents where the layer does not attend.
+        """
+        if (sizes := self._recurrence(layer)) is not None:
+            result = mixed(queries, keys_values, self._vectors[layer], sizes)
+            if sizes.value_heads:
+                result = self._norm(layer, "delta_norm", result) * F.silu(queries)
+            return result
+        width = self._heads * self._d
+        queries, gates = queries[..., :width], queries[..., width:]
         keys, values = keys_values.chunk(2, -1)
         q = self._rotated(layer, queries, rotary)
         k = self._rotated(layer, keys, rotary)
@@ -204,7 +222,8 @@ class DequantizedModel:
         v = self._by_head(values)
         groups = self._heads // self._kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return self._attention(layer, q, k, v).transpose(1, 2).flatten(2)
+        result = self._attention(layer, q, k, v).transpose(1, 2).flatten(2)
+        return result * gates.sigmoid() if self._block.heads_gated else result
 
     def _attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Outputs of the heads, `[B, H, T, d]`."""
@@ -275,12 +294,24 @@ class DequantizedModel:
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated output `[..., D]`; keys and values `[..., 2 * H_kv * d]`."""
         projected = self._project(layer, SKIP, "skip_proj", normed)
-        width = 2 * self._kv_heads * self._d
+        width = projected.shape[-1] - self.manifest.compensation_rank
         keys_values, reduced = projected[..., :width], projected[..., width:]
         y = self._scales[layer] * x
         if _EXPAND in self._layer(layer, SKIP):
             y = y + self._project(layer, SKIP, _EXPAND, reduced)
+        if self._recurrence(layer) is not None:
+            return y, kept_of(keys_values, self._gates(layer, SKIP, normed), self._vectors[layer])
         return y, self._key_normed(layer, keys_values)
+
+    def _recurrence(self, layer: int) -> Recurrence | None:
+        """Sizes of a layer that does not attend."""
+        attends = self.manifest.mixer_of(layer) == "attention"
+        return None if attends else self.manifest.recurrence
+
+    def _gates(self, layer: int, action: Action, normed: Tensor) -> Tensor | None:
+        if self.manifest.mixer_of(layer) != "gated_delta":
+            return None
+        return self._project(layer, action, "gates", normed)
 
     def compensation(self) -> list[Tensor]:
         """Per layer the `[D, r]` map from the reduced input to what a skip adds, in float32.
@@ -339,61 +370,8 @@ def _product(x: Tensor, linear: Linear) -> Tensor:
     return F.linear(x, linear.weight, linear.bias)
 
 
-def _norm(found: dict[str, np.ndarray], name: str) -> Norm:
-    return Norm(torch.tensor(found[name]).float(), _bias(found, name, torch.float32))
-
-
-def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> Tensor | None:
-    bias = found.get(f"{name}.bias")
-    return None if bias is None else torch.tensor(bias).to(dtype)
-
-
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first `2 * cos.shape[-1]` dimensions of heads `[B, H, T, d]`."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-
-def _projections(
-    found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype, action: Action
-) -> Projections:
-    """The linear layers of an action's graph."""
-    projections = {}
-    for key, array in found.items():
-        name, _, part = key.rpartition(".")
-        if part == "weight":
-            parts = [array]
-            while (more := found.get(f"{key}.{len(parts)}")) is not None:
-                parts.append(more)
-            weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
-        elif part == "values" and not name.endswith(OFFSETS):
-            shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
-            bits = BITS.get(weight_precision(action, name))  # a skip's are INT8 or INT4
-            weight = _dequantized(
-                found, name, block_size, torch.float32 if shifted else dtype, bits
-            )
-            if shifted:
-                offsets = _dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
-                offsets = offsets[:, : weight.shape[1] // block_size]
-                weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
-        else:
-            continue
-        projections[name] = Linear(name, weight.to(dtype), _bias(found, name, dtype))
-    return projections
-
-
-def _dequantized(
-    found: dict[str, np.ndarray],
-    name: str,
-    block_size: int,
-    dtype: torch.dtype,
-    bits: Bits | None = None,
-) -> Tensor:
-    scales = found[f"{name}.scales"].astype(np.float32)  # [N, blocks]
-    values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
-    bits = bits or (8 if values.shape[2] == block_size else 4)
-    block_size = 8 * values.shape[2] // bits
-    shape = values.shape[0], values.shape[1] * block_size
-    zero_points = found.get(f"{name}.zero_points")
-    return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size), dtype)

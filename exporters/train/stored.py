@@ -1,0 +1,64 @@
+"""Weights that the graphs of a bundle store, as tensors of torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dash_onnx.core.actions import Action
+from dash_onnx.exporters.architectures.base import Linear, Norm
+from dash_onnx.exporters.graphs.graph import BITS, OFFSETS, weight_precision
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
+
+
+def norm_of(found: dict[str, np.ndarray], name: str) -> Norm:
+    """A norm in float32."""
+    return Norm(torch.tensor(found[name]).float(), _bias(found, name, torch.float32))
+
+
+def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> torch.Tensor | None:
+    bias = found.get(f"{name}.bias")
+    return None if bias is None else torch.tensor(bias).to(dtype)
+
+
+def projections_of(
+    found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype, action: Action
+) -> dict[str, Linear]:
+    """The linear layers of an action's graph."""
+    projections = {}
+    for key, array in found.items():
+        name, _, part = key.rpartition(".")
+        if part == "weight":
+            parts = [array]
+            while (more := found.get(f"{key}.{len(parts)}")) is not None:
+                parts.append(more)
+            weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
+        elif part == "values" and not name.endswith(OFFSETS):
+            shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
+            bits = BITS.get(weight_precision(action, name))  # a skip's are INT8 or INT4
+            weight = dequantized(found, name, block_size, torch.float32 if shifted else dtype, bits)
+            if shifted:
+                offsets = dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
+                offsets = offsets[:, : weight.shape[1] // block_size]
+                weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
+        else:
+            continue
+        projections[name] = Linear(name, weight.to(dtype), _bias(found, name, dtype))
+    return projections
+
+
+def dequantized(
+    found: dict[str, np.ndarray],
+    name: str,
+    block_size: int,
+    dtype: torch.dtype,
+    bits: Bits | None = None,
+) -> torch.Tensor:
+    """A quantized weight `[N, K]`."""
+    scales = found[f"{name}.scales"].astype(np.float32)  # [N, blocks]
+    values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
+    bits = bits or (8 if values.shape[2] == block_size else 4)
+    block_size = 8 * values.shape[2] // bits
+    shape = values.shape[0], values.shape[1] * block_size
+    zero_points = found.get(f"{name}.zero_points")
+    return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size), dtype)

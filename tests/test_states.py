@@ -1,0 +1,276 @@
+"""Layers without K/V: sequences that go back, share passes and move equal fresh runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import CASES, LAYERS, Pair, random_ids, write_text
+
+import dash_onnx
+from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import UnsupportedError
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.fused import FuseOptions, fuse
+from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.prefix import Saved, copy_prefix
+from dash_onnx.runtime.rows import Rows
+from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.states import LONG, POINTS
+
+FAMILIES = ["lfm2", "qwen3_5"]
+ROWS = 3
+PATHS: list[ActionPath] = [
+    ("full",) * LAYERS,
+    ("int8", "int4", "int8"),
+    ("int8", "skip", "skip"),
+    ("int4", "int4", "skip"),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("states")
+    return Pair.build(CASES[request.param], folder, write_text(folder / "text.txt")).model
+
+
+def assert_equal(got: np.ndarray, wanted: np.ndarray) -> None:
+    """But for what passes of other sizes round otherwise."""
+    assert np.linalg.norm(got - wanted) <= 2e-5 * np.linalg.norm(wanted)
+
+
+class Twin:
+    """A row of a batch, and the tokens and paths that a fresh sequence would take to equal it."""
+
+    def __init__(self, state: SequenceState):
+        self.state = state
+        self.tokens: list[int] = []
+        self.paths: list[ActionPath] = []
+
+    def ran(self, tokens: list[int], path: ActionPath) -> None:
+        self.tokens += tokens
+        self.paths += [path] * len(tokens)
+
+    def back(self, length: int) -> None:
+        held = self.state.truncate(length)
+        assert held == self.state.length <= length
+        del self.tokens[held:], self.paths[held:]
+
+    def check(self, model: Model) -> None:
+        """The states and K/V, not only the logits."""
+        assert self.state.length == len(self.tokens)
+        fresh = model.new_sequence()
+        for token, path in zip(self.tokens, self.paths, strict=True):
+            fresh.forward(token, FixedPath(path, "full"))
+        self.state.kv.begin(0)  # what the last passes made is the past now
+        fresh.kv.begin(0)
+        assert self.state.kv.states is not None and fresh.kv.states is not None
+        for name, wanted in fresh.kv.states.past.items():
+            assert_equal(self.state.kv.states.past[name].array, wanted.array)
+        for ours, theirs in (
+            (self.state.kv.keys, fresh.kv.keys),
+            (self.state.kv.values, fresh.kv.values),
+        ):
+            for layer, buffer in theirs.items():
+                valid = slice(None), slice(None), slice(len(self.tokens))
+                assert_equal(ours[layer].array[valid], buffer.array[valid])
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 100))]
+)
+def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch = Rows.new(model._sessions, ROWS)
+    twins = [Twin(state) for state in batch.states]
+    saved: list[tuple[Saved, list[ActionPath]]] = []
+
+    def ids(count: int) -> list[int]:
+        return [int(token) for token in rng.integers(2, 380, count)]
+
+    def path() -> ActionPath:
+        return PATHS[rng.integers(len(PATHS))]
+
+    def prompt(twin: Twin) -> None:
+        tokens, chosen = ids(int(rng.integers(1, 60))), path()
+        twin.state.prefill(np.array(tokens), chosen, "full", chunk=int(rng.integers(5, 40)))
+        twin.ran(tokens, chosen)
+
+    def guess(twin: Twin) -> None:
+        """As `Generation.step` does: of some guesses, some are right."""
+        tokens, chosen = ids(int(rng.integers(2, 9))), path()
+        decider, before = FixedPath(chosen, "full"), twin.state.length
+        twin.state.forward(np.array(tokens), decider, every=True)
+        right = int(rng.integers(1, len(tokens) + 1))
+        held = twin.state.truncate(before + right)
+        if held < before + right:
+            twin.state.layers(np.array(tokens[held - before : right]), decider)
+        twin.ran(tokens[:right], chosen)
+
+    def decode(_: Twin) -> None:
+        begun = [row for row in range(ROWS) if twins[row].tokens]  # a prompt runs alone
+        if not begun:
+            return
+        count = int(rng.integers(1, len(begun) + 1))
+        rows = sorted(rng.choice(begun, count, replace=False).tolist())
+        for _ in range(int(rng.integers(1, 6))):
+            tokens, paths = ids(len(rows)), [path() for _ in rows]
+            batch.forward(
+                rows, [[token] for token in tokens], [FixedPath(one, "full") for one in paths]
+            )
+            for row, token, one in zip(rows, tokens, paths, strict=True):
+                twins[row].ran([token], one)
+
+    def fail(twin: Twin) -> None:
+        """A pass that ends in the middle of the layers."""
+        length = twin.state.length
+        twin.state.advance(3)
+        twin.state.embed(np.array(ids(3)))
+        twin.state.run(0, "int8")
+        assert twin.state.truncate(length) == length
+
+    def back(twin: Twin) -> None:
+        twin.back(int(rng.integers(0, twin.state.length + 1)))
+
+    def save(twin: Twin) -> None:
+        if twin.tokens:
+            saved.append((Saved.of(twin.state, twin.tokens), [*twin.paths]))
+
+    def restore(twin: Twin) -> None:
+        if saved:
+            kept, paths = saved[rng.integers(len(saved))]
+            length = kept.place(int(rng.integers(0, len(kept.tokens) + 1)))
+            kept.restore(twin.state, length)
+            twin.tokens, twin.paths = kept.tokens[:length].tolist(), paths[:length]
+
+    def share(twin: Twin) -> None:
+        other = twins[rng.integers(ROWS)]
+        if other is not twin:
+            length = other.state.kv.place(int(rng.integers(0, other.state.length + 1)))
+            copy_prefix(other.state, twin.state, length)
+            twin.tokens, twin.paths = other.tokens[:length], other.paths[:length]
+
+    steps: list[Callable[[Twin], None]] = [prompt, guess, decode, fail, back, save, restore, share]
+    for _ in range(25):
+        twin = twins[rng.integers(ROWS)]
+        if twin.state.length > 150:
+            twin.back(20)
+        steps[rng.integers(len(steps))](twin)
+    for twin in twins:
+        twin.check(model)
+
+
+def test_a_sequence_goes_back_to_both_ends_of_its_prompts(model: Model) -> None:
+    sequence, path = model.new_sequence(), ("full",) * LAYERS
+    first, second = LONG + 3, 2 * LONG
+    sequence.prefill(random_ids(first), path, "full")
+    for token in random_ids(9).tolist():
+        sequence.forward(token, FixedPath(path, "full"))
+    sequence.prefill(random_ids(second), path, "full")
+    sequence.forward(5, FixedPath(path, "full"))
+    places = [sequence.kv.place(length) for length in (first - 1, first, first + 8, first + 9)]
+    assert places == [0, first, first, first + 9]
+    assert sequence.kv.place(first + 9 + second) == first + 9 + second
+    assert sequence.truncate(first + 9 + second - 1) == first + 9
+
+
+def test_few_points_are_kept_and_the_last_is_one_of_them(model: Model) -> None:
+    sequence, path = model.new_sequence(), ("full",) * LAYERS
+    sequence.prefill(random_ids(9 * LONG), path, "full", chunk=LONG)
+    states = sequence.kv.states
+    assert states is not None and len(states.points) == POINTS
+    assert max(states.points) == 8 * LONG and min(states.points) > LONG
+
+
+def test_a_conversation_goes_on_from_what_its_cache_holds(model: Model) -> None:
+    cache, ids = model.new_cache(), random_ids(40)
+
+    def tokens(prompt: np.ndarray, **options: object) -> list[int]:
+        return [step.token for step in model.generate_step(prompt, max_new_tokens=12, **options)]
+
+    answer = tokens(ids, cache=cache)
+    assert tokens(ids, cache=cache) == answer == tokens(ids)  # once more: regenerated
+    longer = np.array([*ids, *answer, *random_ids(7)])
+    assert tokens(longer, cache=cache) == tokens(longer)
+    changed = np.array([*ids[:30], *random_ids(20)])
+    assert tokens(changed, cache=cache) == tokens(changed)
+
+
+def test_a_saved_conversation_is_the_same(model: Model, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    cache, ids = model.new_cache(), random_ids(40)
+    list(model.generate_step(ids, max_new_tokens=5, cache=cache))
+    cache.save(tmp_path / "session")
+    again = model.new_cache()
+    again.load(tmp_path / "session")
+    assert len(again) == len(cache)
+    longer = np.array([*again.tokens, *random_ids(5)])
+    found, wanted = (
+        [step.token for step in model.generate_step(longer, max_new_tokens=8, cache=one)]
+        for one in (again, None)
+    )
+    assert found == wanted
+
+
+def test_guesses_are_made_on_request_alone_and_give_the_same_text(model: Model) -> None:
+    ids = np.tile(random_ids(6), 8)
+    usual = [*model.generate_step(ids, max_new_tokens=24)]
+    assert not any(step.guess for step in usual)
+    cache = model.new_cache()
+    text = model.text.decode([step.token for step in usual])
+    options = {"speculate": True, "expected": text, "cache": cache}
+    guessed = [*model.generate_step(ids, max_new_tokens=24, **options)]
+    assert [step.token for step in guessed] == [step.token for step in usual]
+    outcomes = [step.guess for step in guessed if step.guess is not None]
+    assert any(0 < guess.right for guess in outcomes)
+    assert any(guess.right < guess.tokens for guess in outcomes)
+    longer = np.array([*cache.tokens, *random_ids(5)])
+    found, wanted = (
+        [step.token for step in model.generate_step(longer, max_new_tokens=8, cache=one)]
+        for one in (cache, None)
+    )
+    assert found == wanted
+
+
+def test_requests_that_share_passes_get_the_text_of_one_alone(model: Model) -> None:
+    batch = Rows.new(model._sessions, 2)
+    path, prompts = ("int8",) * LAYERS, [random_ids(30), random_ids(11)]
+    wanted = []
+    for prompt in prompts:
+        sequence, logits = model.new_sequence(), None
+        sequence.prefill(prompt, path, "int8")
+        for token in random_ids(6).tolist():
+            logits, _ = sequence.forward(token, FixedPath(path, "int8"))
+        assert logits is not None
+        wanted.append(logits.copy())
+    for row, prompt in enumerate(prompts):
+        batch.states[row].prefill(prompt, path, "int8")
+    for token in random_ids(6).tolist():
+        logits, _ = batch.forward([0, 1], [[token]] * 2, [FixedPath(path, "int8")] * 2)
+    for got, want in zip(logits, wanted, strict=True):
+        np.testing.assert_allclose(got[0], want, atol=1e-4)
+
+
+def test_one_graph_of_such_layers_is_refused(model: Model, tmp_path: Path) -> None:
+    bundle = Bundle(model._sessions._bundle.folder)
+    with pytest.raises(UnsupportedError, match="whose states fused graphs do not carry"):
+        fuse(bundle, tmp_path / "fused", FuseOptions(), overwrite=False)
+
+
+def test_such_layers_are_for_the_cpu_alone(model: Model, tmp_path: Path) -> None:
+    source = model._sessions._bundle.folder.parent / "source"
+    with pytest.raises(UnsupportedError, match="written for the CPU alone"):
+        export(str(source), tmp_path / "out", ExportOptions(device="cuda"))
+
+
+def test_a_bundle_says_what_its_layers_keep(model: Model) -> None:
+    manifest = model.manifest
+    assert manifest.recurrence is not None and len(manifest.attending) < LAYERS
+    states = model.new_sequence().kv.states
+    assert states is not None
+    assert sum(buffer.array.nbytes for buffer in states.past.values()) == manifest.state_bytes
+    assert dash_onnx.load(model._sessions._bundle.folder).manifest == manifest
