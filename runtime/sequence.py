@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from dash_onnx.core.actions import Action, Form, Path
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import ContextLengthError
-from dash_onnx.core.forms import form_of, head_form_of
-from dash_onnx.runtime.buffers import Buffer, Run, bound_run
+from dash_onnx.core.forms import head_form_of
+from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.guesses import MOST, MOST_ROWS
-from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart, mask_of
-from dash_onnx.runtime.sessions import LoadedGraph, Sessions
+from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
+from dash_onnx.runtime.passes import Lengths, Pass
+from dash_onnx.runtime.sessions import Sessions
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
@@ -27,35 +27,11 @@ _SHARED_LOGITS = (MOST + 1, MOST_ROWS)  # rows of buffers for the logits of pass
 _PREVIEWED = 32  # tokens: for each an INT2 head gathers 256 rows of the INT8 head
 
 
-@dataclass
-class _Pass:
-    """Buffers and bound graphs for passes of S tokens of each of B sequences."""
-
-    tokens: Buffer  # [B, S] int64
-    positions: Buffer  # [B, S] int64
-    hidden: tuple[Buffer, Buffer]  # [B, S, D]: input of the even and of the odd layers
-    embed: Run
-    layers: dict[tuple[int, int, Form], tuple[Run, ...]] = field(default_factory=dict)
-    forms: dict[Action, Form] = field(default_factory=dict)  # of the layers
-    plain: Buffer | None = None  # how passes of several tokens attend, see `KVCache`
-    masks: dict[int | None, Buffer] = field(default_factory=dict)  # likewise
-    logits: Buffer | None = None  # [B, S, V]
-    heads: dict[Form, Run] = field(default_factory=dict)
-
-    def forget(self) -> None:
-        """Forgets what depends on the K/V cache's memory."""
-        self.forms.clear()
-        self.plain = None
-        self.masks.clear()
-        self.layers.clear()
-
-
 class SequenceState:
     """K/V cache, buffers and bindings of one sequence; one generation at a time uses it.
 
     Or of a batch: B sequences of one length, whose tokens take the same path. Then ids and logits
-    have a first dimension of B. ONNX Runtime's attention runs several tokens of each at once only
-    at their beginning, later one.
+    have a first dimension of B.
 
     `forward` is the decode loop. Its parts (`advance`, `embed`, `run`, `head`) are public for those
     who time or rearrange them.
@@ -74,13 +50,9 @@ class SequenceState:
         self.num_layers = sessions.manifest.model.num_layers
         self.batch = batch
         self.kv = KVCache(sessions.manifest, backend, capacity, batch)
-        # Position state, read by every layer: written once per pass.
-        self._seqlens = backend.buffer((batch,), "int32")
-        self._total = Buffer((), "int32")  # GroupQueryAttention wants it on the CPU
-        self._start = backend.buffer((batch,), "int64")
-        self._counts = Buffer((batch,), "int32")  # of valid tokens; the CPU's graphs alone read it
-        self._passes: dict[int, _Pass] = {}
-        self._shared: dict[int, _Pass] = {}  # of several tokens, see `join`
+        self._lengths = Lengths.new(backend, batch)
+        self._passes: dict[int, Pass] = {}
+        self._shared: dict[int, Pass] = {}  # of several tokens, see `join`
         self._whole: tuple[SequenceState, int, int] | None = None  # that this is a part of
         self._logits_of: dict[int, Buffer] = {}  # by rows, shared by passes with guesses
         self._widened = sessions.widened  # actions that passes of several rows may run wide
@@ -97,19 +69,13 @@ class SequenceState:
         part = copy(self)
         part.batch = stop - start
         part.kv = KVPart(self.kv, start, stop)
-        part._seqlens, part._start, part._counts = (
-            buffer.part(start, stop) for buffer in (self._seqlens, self._start, self._counts)
-        )
+        part._lengths = self._lengths.part(start, stop)
         part._whole, part._shared = (self, start, stop), {}
         mine = self._passes[1]
         mine.logits = mine.logits or self._logits(1)
-        tokens, positions, even, odd, logits = (
-            buffer.part(start, stop)
-            for buffer in (mine.tokens, mine.positions, *mine.hidden, mine.logits)
-        )
-        part._passes = {}
-        part._now = part._pass(1, tokens, positions, (even, odd))
-        part._now.logits = logits
+        part._now = mine.part(part.kv, part._lengths, start, stop)
+        part._now.logits = mine.logits.part(start, stop)
+        part._passes = {1: part._now}
         return part
 
     @property
@@ -230,7 +196,7 @@ class SequenceState:
         if widened != self._widened:
             self._widened = widened
             for bound in (*self._passes.values(), *self._shared.values()):
-                bound.forms.clear()
+                bound.forget_forms()
 
     def advance(self, count: int) -> None:
         """Makes room in the K/V cache for the next `count` tokens, and sets their positions.
@@ -242,10 +208,8 @@ class SequenceState:
         self._check_room(total)
         self.reserve(total)
         self.kv.begin(count)
-        self._seqlens.write(total - 1)
-        self._total.write(self._longest(total, count))
-        self._start.write(total - count)
-        self._counts.write(count)
+        self._lengths.write(total - count, count)
+        self._lengths.total.write(self._longest(total, count))
         self._now = self._passes.get(count) or self._pass(count)
         self._place(count)
 
@@ -268,30 +232,11 @@ class SequenceState:
         first, total = kv.length - count, kv.length
         now.positions.write(np.arange(first, total))
         if count > 1:
-            self._see(total)
+            now.see(total, self._plain)
             return
         if self._plain is None:
             kv.settle(total)
         kv.show(total)
-
-    def _see(self, longest: int) -> None:
-        """Lets the tokens of a pass of several see those before them, and chooses how they attend.
-
-        Args:
-            longest: tokens of the longest sequence.
-        """
-        now, kv = self._now, self.kv
-        count = now.tokens.shape[1]
-        if now.plain is None:
-            passes, now.plain = self.sessions.manifest.costs.passes, Buffer((), "bool")
-            faster = passes is not None and passes.attends_plainly(count, longest, kv.capacity)
-            now.plain.write(faster if self._plain is None else self._plain)
-            size = count if now.plain.array else 1  # the other attention reads none
-            shape = (self.batch, 1, 1, size, kv.capacity)
-            now.masks = {window: Buffer(shape, "float32") for window in kv.masks}
-        if now.plain.array:
-            for window, mask in now.masks.items():
-                mask.write(mask_of(now.positions.array, kv.capacity, window)[:, None, None])
 
     def _longest(self, total: int, count: int) -> int:
         """The sequence length that the graphs are told on the host."""
@@ -328,38 +273,29 @@ class SequenceState:
             self.kv.show(self.length + 1)
 
     def _join(self, first: int, count: int, seq: int) -> None:
-        self._seqlens.write(first + count - 1)
-        self._start.write(first)
-        self._counts.write(count)
+        self._lengths.write(first, count)
         self._pass_of(seq).positions.write(np.arange(first, first + seq))
 
-    def _pass_of(self, seq: int) -> _Pass:
+    def _pass_of(self, seq: int) -> Pass:
         """The pass that the parts of a batch share, or this one's part of it."""
         if seq == 1:
             return self._passes[1]
         found = self._shared.get(seq)
         if found is None:
             if self._whole is None:
-                found = self._new_pass(seq)
+                found = Pass(self.sessions, self.kv, self._lengths, seq)
             else:
                 whole, start, stop = self._whole
-                mine = whole._pass_of(seq)
-                tokens, positions, even, odd = (
-                    buffer.part(start, stop)
-                    for buffer in (mine.tokens, mine.positions, *mine.hidden)
-                )
-                found = self._new_pass(seq, tokens, positions, (even, odd))
+                found = whole._pass_of(seq).part(self.kv, self._lengths, start, stop)
             self._shared[seq] = found
         return found
 
     def follow(self, seq: int) -> None:
         """Takes the pass of `seq` tokens for which a larger part of the batch has agreed."""
-        now = self._now = self._pass_of(seq)
-        if now.plain is None and self._whole is not None and seq > 1:
+        self._now = self._pass_of(seq)
+        if seq > 1 and self._whole is not None:
             whole, start, stop = self._whole
-            mine = whole._pass_of(seq)
-            now.plain = mine.plain
-            now.masks = {window: mask.part(start, stop) for window, mask in mine.masks.items()}
+            self._now.see_as(whole._pass_of(seq), start, stop)
 
     def attend(self, plain: bool) -> Buffer:
         """Attends by plain operators, or not, until the K/V cache moves: for those who time it.
@@ -382,40 +318,28 @@ class SequenceState:
             seq: tokens of each sequence in the pass.
         """
         self.reserve(longest)
-        self._total.write(longest)
+        self._lengths.total.write(longest)
         if seq == 1:
             self.kv.settle(longest)
-            self._now = self._passes[1]
-            return
-        if self._whole is not None:
+        elif self._whole is not None:
             whole, _, _ = self._whole
-            whole._now = whole._pass_of(seq)
-            whole._see(longest)
+            whole._pass_of(seq).see(longest, self._plain)
         self.follow(seq)
 
     def embed(self, tokens: int | Ids) -> None:
         """Runs the token embedding on an id, or on as many ids as were advanced by."""
-        self._now.tokens.write(tokens)
-        self._now.embed()
+        self._now.embed(tokens)
 
     def run(self, layer: int, action: Action, stop: int | None = None) -> None:
         """Runs one layer, or those until `stop` that take the same action.
 
         Hidden states ping-pong between two buffers.
         """
-        self.run_form(layer, self._now.forms.get(action) or self._form(action), stop)
+        self._now.run(layer, stop or layer + 1, self._now.form_of(action, self._widened))
 
     def run_form(self, layer: int, form: Form, stop: int | None = None) -> None:
         """Likewise in a form."""
-        key = (layer, stop or layer + 1, form)
-        for run in self._now.layers.get(key) or self._bind_layers(*key):
-            run()
-
-    def _form(self, action: Action) -> Form:
-        """The graph that runs an action in passes like the one that runs now."""
-        passes, rows = self.sessions.manifest.costs.passes, self._now.tokens.array.size
-        form = form_of(passes, action, rows, self.kv.capacity, self._widened)
-        return self._now.forms.setdefault(action, form)
+        self._now.run(layer, stop or layer + 1, form)
 
     def head(self, precision: Action, *, every: bool = False, form: Form | None = None) -> Logits:
         """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`.
@@ -437,7 +361,7 @@ class SequenceState:
         run = now.heads.get(form)
         if run is None:
             now.logits = now.logits or self._logits(seq)
-            run = self._bound(seq, sessions.head(form), [final], [now.logits])
+            run = now.bound(sessions.head(form), [final], [now.logits])
             now.heads[form] = run
         run()
         assert now.logits is not None
@@ -459,30 +383,8 @@ class SequenceState:
         self._now.hidden[self.num_layers % 2].write(hidden[None])
         return self.head(precision, every=True)
 
-    def _pass(
-        self,
-        seq: int,
-        tokens: Buffer | None = None,
-        positions: Buffer | None = None,
-        hidden: tuple[Buffer, Buffer] | None = None,
-    ) -> _Pass:
-        return self._passes.setdefault(seq, self._new_pass(seq, tokens, positions, hidden))
-
-    def _new_pass(
-        self,
-        seq: int,
-        tokens: Buffer | None = None,
-        positions: Buffer | None = None,
-        hidden: tuple[Buffer, Buffer] | None = None,
-    ) -> _Pass:
-        sessions = self.sessions
-        backend, dims = sessions.backend, sessions.manifest.dims
-        tokens = tokens or backend.buffer((self.batch, seq), "int64")
-        positions = positions or backend.buffer((self.batch, seq), "int64")
-        shape = (self.batch, seq, dims.hidden_size)
-        hidden = hidden or (backend.buffer(shape, dims.dtype), backend.buffer(shape, dims.dtype))
-        embed = self._bound(seq, sessions.embed(), [tokens], [hidden[0]])
-        return _Pass(tokens, positions, hidden, embed)
+    def _pass(self, seq: int) -> Pass:
+        return self._passes.setdefault(seq, Pass(self.sessions, self.kv, self._lengths, seq))
 
     def _logits(self, seq: int) -> Buffer:
         dims, backend = self.sessions.manifest.dims, self.sessions.backend
@@ -494,57 +396,3 @@ class SequenceState:
         if rows not in self._logits_of:
             self._logits_of[rows] = backend.buffer((rows, dims.vocab_size), dims.dtype)
         return self._logits_of[rows].reshaped(shape)
-
-    def _bind_layers(self, start: int, stop: int, form: Form) -> tuple[Run, ...]:
-        layers, sessions = range(start, stop), self.sessions
-        graph = sessions.joined(layers, form)
-        if graph is not None:
-            runs: tuple[Run, ...] = (
-                self._bind(layers, graph, sessions.manifest.names_joined(layers)),
-            )
-        else:
-            each = ((layer, sessions.layer(layer, form)) for layer in layers)
-            runs = tuple(self._bind(range(layer, layer + 1), one, [{}]) for layer, one in each)
-        return self._now.layers.setdefault((start, stop, form), runs)
-
-    def _bind(self, layers: range, graph: LoadedGraph, names: Sequence[dict[str, str]]) -> Run:
-        """Binds a graph of some layers, whose ports have other names where it has several."""
-        manifest, kv, now = self.sessions.manifest, self.kv, self._now
-        source, target = now.hidden[layers.start % 2], now.hidden[layers.stop % 2]
-        buffers = {
-            "hidden_in": source,
-            "hidden_out": target,
-            "seqlens_k": self._seqlens,
-            "total_sequence_length": self._total,
-            "query_seqlens": self._counts,
-            "start": self._start,
-            "positions": now.positions,
-            "plain": now.plain or kv.plain,
-        }
-        for layer, called in zip(layers, names, strict=True):
-            if manifest.mixer_of(layer) != "attention":
-                assert kv.states is not None
-                states = kv.states.ports(layer)
-                buffers |= {called.get(name, name): buffer for name, buffer in states.items()}
-                continue
-            cos, sin = kv.rotary[manifest.rope_of(layer)]
-            own = {
-                "past_key": kv.keys[layer],
-                "past_value": kv.values[layer],
-                "present_key": kv.keys[layer],
-                "present_value": kv.values[layer],
-                "mask": (now.masks or kv.masks)[manifest.attention[layer].window],
-                "cos_cache": cos,
-                "sin_cache": sin,
-            }
-            buffers |= {called.get(name, name): buffer for name, buffer in own.items()}
-        inputs = [buffers[port.name] for port in graph.ports.inputs]
-        outputs = [buffers[port.name] for port in graph.ports.outputs]
-        return self._bound(source.shape[1], graph, inputs, outputs)
-
-    def _bound(
-        self, seq: int, graph: LoadedGraph, inputs: list[Buffer], outputs: list[Buffer]
-    ) -> Run:
-        """Binds a graph of a pass of `seq` tokens."""
-        run_options = self.sessions.backend.run_options
-        return bound_run(graph.session, graph.ports, inputs, outputs, run_options)

@@ -12,17 +12,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from dash_onnx.core.actions import Path
 from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.backend import CudaBackend
 from dash_onnx.runtime.cuda.driver import Driver
 from dash_onnx.runtime.deciders import Decider
 from dash_onnx.runtime.sequence import SequenceState
-from dash_onnx.runtime.sessions import LoadedGraph, Sessions
+from dash_onnx.runtime.sessions import Sessions
 
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
@@ -45,9 +47,18 @@ class CudaGraphBackend(CudaBackend):
         """See `Backend`."""
         return _RecordedSequence(sessions, capacity, batch)
 
-    def recorded(self, run: Run) -> Run:
-        """What records a run after a few times. Shapes and addresses must stay the same."""
-        return _RecordedRun(self, run)
+    def bound(
+        self,
+        session: Any,
+        ports: Ports,
+        inputs: Sequence[Buffer],
+        outputs: Sequence[Buffer],
+        *,
+        once: bool,
+    ) -> Run:
+        """See `Backend`; records a run after a few times, as shapes and addresses stay the same."""
+        run = super().bound(session, ports, inputs, outputs, once=once)
+        return run if once else _RecordedRun(self, run)
 
 
 class _RecordedSequence(SequenceState):
@@ -74,14 +85,6 @@ class _RecordedSequence(SequenceState):
     def _longest(self, total: int, count: int) -> int:
         # A recording keeps what it read on the host: the bound that holds for all its launches.
         return self.kv.capacity if count == 1 else total
-
-    def _bound(
-        self, seq: int, graph: LoadedGraph, inputs: list[Buffer], outputs: list[Buffer]
-    ) -> Run:
-        run = super()._bound(seq, graph, inputs, outputs)
-        backend = self.sessions.backend
-        assert isinstance(backend, CudaGraphBackend)
-        return backend.recorded(run) if seq == 1 else run
 
 
 class _RecordedRun:

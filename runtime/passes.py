@@ -1,0 +1,215 @@
+"""What passes run on: buffers for S tokens of each of B sequences, and the graphs bound to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dash_onnx.core.actions import Action, Form
+from dash_onnx.core.arrays import Ids
+from dash_onnx.core.forms import form_of
+from dash_onnx.runtime.backend import Backend
+from dash_onnx.runtime.buffers import Buffer, Run
+from dash_onnx.runtime.kv import KVCache, mask_of
+from dash_onnx.runtime.sessions import LoadedGraph, Sessions
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Where the tokens of a pass are, as every layer reads it: written once per pass.
+
+    Attributes:
+        seqlens: tokens of each sequence after the pass, minus one, `[B]` int32.
+        counts: valid ones of the pass, `[B]` int32; the CPU's graphs alone read it.
+        start: tokens before the pass, `[B]` int64.
+        total: tokens of the longest sequence after the pass, int32 scalar on the CPU.
+    """
+
+    seqlens: Buffer
+    counts: Buffer
+    start: Buffer
+    total: Buffer
+
+    @classmethod
+    def new(cls, backend: Backend, batch: int) -> Lengths:
+        """Of B sequences."""
+        counts, total = Buffer((batch,), "int32"), Buffer((), "int32")
+        return cls(
+            backend.buffer((batch,), "int32"), counts, backend.buffer((batch,), "int64"), total
+        )
+
+    def part(self, start: int, stop: int) -> Lengths:
+        """Of the sequences `start` to `stop`, in the same memory."""
+        seqlens, counts, starts = (
+            buffer.part(start, stop) for buffer in (self.seqlens, self.counts, self.start)
+        )
+        return Lengths(seqlens, counts, starts, self.total)
+
+    def write(self, first: int, count: int) -> None:
+        """Sets that all sequences have `count` tokens behind `first`."""
+        self.seqlens.write(first + count - 1)
+        self.start.write(first)
+        self.counts.write(count)
+
+
+class Pass:
+    """Buffers and bound graphs for passes of S tokens of each of B sequences.
+
+    Attributes:
+        seq: S.
+        tokens: ids, `[B, S]` int64.
+        positions: of the tokens, `[B, S]` int64.
+        hidden: input of the even and of the odd layers, `[B, S, D]`.
+        plain: whether the tokens attend by plain operators, bool scalar; None: see `see`. Passes of
+            one token read that of the K/V cache.
+        masks: by window, what the tokens see; likewise.
+        logits: `[B, S, V]`, once the LM head has run.
+        heads: the LM head in each form, bound.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        kv: KVCache,
+        lengths: Lengths,
+        seq: int,
+        tensors: Sequence[Buffer] = (),
+    ):
+        """Allocates buffers.
+
+        Args:
+            sessions: of the bundle.
+            kv: of the sequences.
+            lengths: likewise.
+            seq: S.
+            tensors: tokens, positions and both hidden states, where another pass has them.
+        """
+        backend, dims = sessions.backend, sessions.manifest.dims
+        ids, shape = (kv.batch, seq), (kv.batch, seq, dims.hidden_size)
+        tensors = tensors or [
+            *(backend.buffer(ids, "int64") for _ in range(2)),
+            *(backend.buffer(shape, dims.dtype) for _ in range(2)),
+        ]
+        self.seq = seq
+        self.tokens, self.positions, even, odd = tensors
+        self.hidden = (even, odd)
+        self.plain: Buffer | None = None
+        self.masks: dict[int | None, Buffer] = {}
+        self.logits: Buffer | None = None
+        self.heads: dict[Form, Run] = {}
+        self._sessions, self._kv, self._lengths = sessions, kv, lengths
+        self._forms: dict[Action, Form] = {}
+        self._layers: dict[tuple[int, int, Form], tuple[Run, ...]] = {}
+        self._embed = self.bound(sessions.embed(), [self.tokens], [even])
+
+    def part(self, kv: KVCache, lengths: Lengths, start: int, stop: int) -> Pass:
+        """The sequences `start` to `stop`, in the same memory."""
+        tensors = [
+            tensor.part(start, stop) for tensor in (self.tokens, self.positions, *self.hidden)
+        ]
+        return Pass(self._sessions, kv, lengths, self.seq, tensors)
+
+    def forget(self) -> None:
+        """Forgets what depends on the K/V cache's memory."""
+        self._forms.clear()
+        self._layers.clear()
+        self.plain = None
+        self.masks.clear()
+
+    def forget_forms(self) -> None:
+        """Forgets which graphs run the actions."""
+        self._forms.clear()
+
+    def see(self, longest: int, plain: bool | None = None) -> None:
+        """Lets several tokens see those before them.
+
+        Args:
+            longest: tokens of the longest sequence.
+            plain: whether by plain operators; None chooses, until the K/V cache moves.
+        """
+        capacity = self._kv.capacity
+        if self.plain is None:
+            passes, self.plain = self._sessions.manifest.costs.passes, Buffer((), "bool")
+            faster = passes is not None and passes.attends_plainly(self.seq, longest, capacity)
+            self.plain.write(faster if plain is None else plain)
+            size = self.seq if self.plain.array else 1  # the other attention reads none
+            shape = (self._kv.batch, 1, 1, size, capacity)
+            self.masks = {window: Buffer(shape, "float32") for window in self._kv.masks}
+        if self.plain.array:
+            for window, mask in self.masks.items():
+                mask.write(mask_of(self.positions.array, capacity, window)[:, None, None])
+
+    def see_as(self, whole: Pass, start: int, stop: int) -> None:
+        """Lets them see what the sequences `start` to `stop` of a larger pass do."""
+        if self.plain is None:
+            self.plain = whole.plain
+            self.masks = {window: mask.part(start, stop) for window, mask in whole.masks.items()}
+
+    def embed(self, tokens: int | Ids) -> None:
+        """Runs the token embedding."""
+        self.tokens.write(tokens)
+        self._embed()
+
+    def form_of(self, action: Action, widened: frozenset[Action]) -> Form:
+        """The graph that runs an action here, see `core.forms.form_of`."""
+        form = self._forms.get(action)
+        if form is None:
+            passes, rows = self._sessions.manifest.costs.passes, self.tokens.array.size
+            form = form_of(passes, action, rows, self._kv.capacity, widened)
+            self._forms[action] = form
+        return form
+
+    def run(self, start: int, stop: int, form: Form) -> None:
+        """Runs the layers `start` to `stop` in a form."""
+        for run in self._layers.get((start, stop, form)) or self._bind_layers(start, stop, form):
+            run()
+
+    def _bind_layers(self, start: int, stop: int, form: Form) -> tuple[Run, ...]:
+        layers, sessions = range(start, stop), self._sessions
+        graph = sessions.joined(layers, form)
+        if graph is not None:
+            runs: tuple[Run, ...] = (
+                self._bind(layers, graph, sessions.manifest.names_joined(layers)),
+            )
+        else:
+            each = ((layer, sessions.layer(layer, form)) for layer in layers)
+            runs = tuple(self._bind(range(layer, layer + 1), one, [{}]) for layer, one in each)
+        return self._layers.setdefault((start, stop, form), runs)
+
+    def _bind(self, layers: range, graph: LoadedGraph, names: Sequence[dict[str, str]]) -> Run:
+        """Binds a graph of some layers, whose ports have other names where it has several."""
+        manifest, kv, lengths = self._sessions.manifest, self._kv, self._lengths
+        buffers = {
+            "hidden_in": self.hidden[layers.start % 2],
+            "hidden_out": self.hidden[layers.stop % 2],
+            "seqlens_k": lengths.seqlens,
+            "total_sequence_length": lengths.total,
+            "query_seqlens": lengths.counts,
+            "start": lengths.start,
+            "positions": self.positions,
+            "plain": self.plain or kv.plain,
+        }
+        for layer, called in zip(layers, names, strict=True):
+            if manifest.mixer_of(layer) != "attention":
+                assert kv.states is not None
+                own = kv.states.ports(layer)
+            else:
+                cos, sin = kv.rotary[manifest.rope_of(layer)]
+                own = {
+                    "past_key": kv.keys[layer],
+                    "past_value": kv.values[layer],
+                    "present_key": kv.keys[layer],
+                    "present_value": kv.values[layer],
+                    "mask": (self.masks or kv.masks)[manifest.attention[layer].window],
+                    "cos_cache": cos,
+                    "sin_cache": sin,
+                }
+            buffers |= {called.get(name, name): buffer for name, buffer in own.items()}
+        inputs = [buffers[port.name] for port in graph.ports.inputs]
+        outputs = [buffers[port.name] for port in graph.ports.outputs]
+        return self.bound(graph, inputs, outputs)
+
+    def bound(self, graph: LoadedGraph, inputs: list[Buffer], outputs: list[Buffer]) -> Run:
+        """Binds a graph of this pass."""
+        backend = self._sessions.backend
+        return backend.bound(graph.session, graph.ports, inputs, outputs, once=self.seq > 1)
