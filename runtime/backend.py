@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dash_onnx.core.contract import Ports
-from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
-from dash_onnx.runtime.ort import Device, check_device, create_session
-
-if TYPE_CHECKING:
-    from dash_onnx.runtime.sequence import SequenceState
-    from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.ort import Device, create_session
 
 
 class AsyncRun:
@@ -40,7 +35,8 @@ class Backend:
         run_options: of every run, or None.
         joins: whether layers that always take the same action run as one graph.
         cuts: whether a tensor's memory can be used in parts.
-        lock: held while a graph is loaded, by devices where that must not happen beside others.
+        lock: held while a graph is loaded or a token runs, by devices where that must not happen
+            beside others.
     """
 
     device: Device = "cpu"
@@ -92,32 +88,15 @@ class Backend:
         """The scorer's run, ordered after the layers called before it, its result on the host."""
         return AsyncRun(run, output)
 
-    def sequence(self, sessions: Sessions, capacity: int, batch: int) -> SequenceState:
-        """The state of a new, empty sequence, or of a batch of them; see there."""
-        from dash_onnx.runtime.sequence import SequenceState
+    def longest(self, total: int, seq: int, capacity: int) -> int:
+        """What graphs are told on the host of the longest sequence's length.
 
-        return SequenceState(sessions, capacity, batch)
+        Args:
+            total: its tokens after the pass.
+            seq: tokens of the pass.
+            capacity: of the K/V cache.
+        """
+        return total
 
     def synchronize(self) -> None:
         """Waits until everything that was called has run."""
-
-
-def open_backend(device: str, *, cuda_graphs: bool = False) -> Backend:
-    """The backend of a device.
-
-    Args:
-        device: `cpu` or `cuda`.
-        cuda_graphs: records what a token runs as CUDA graphs.
-
-    Raises:
-        DeviceError: this ONNX Runtime or this machine lacks the device, or CUDA graphs are wanted
-            on another one.
-    """
-    check_device(device)
-    if device == "cuda":
-        from dash_onnx.runtime.cuda import open_cuda
-
-        return open_cuda(graphs=cuda_graphs)
-    if cuda_graphs:
-        raise DeviceError("CUDA graphs need --device cuda, and a bundle that was exported with it")
-    return Backend()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.prefix import Saved
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.slot import Slot
 
@@ -18,7 +19,7 @@ class Cache:
 
     def __init__(self, sessions: Sessions):
         """Starts empty."""
-        self._slot = Slot(0, sessions.new_sequence(), quality=None)
+        self._slot = Slot(0, SequenceState(sessions), quality=None)
         self._busy = threading.Lock()
 
     def __len__(self) -> int:

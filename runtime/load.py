@@ -8,41 +8,15 @@ from typing import get_args
 
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DeviceError, PolicyError
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.devices import device_of, open_backend
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import check_count, check_type
-from dash_onnx.runtime.ort import Device, has_device, known_device, use_threads
+from dash_onnx.runtime.ort import Device, use_threads
 from dash_onnx.runtime.sessions import Memory
 
 _MOST_THREADS = 1024
-
-
-def device_of(bundle: Bundle, device: Device | None = None) -> Device:
-    """The device that a bundle was exported for.
-
-    Args:
-        bundle: to be loaded.
-        device: that it must be; None takes any that this ONNX Runtime has.
-
-    Raises:
-        DeviceError: it is another one, or not available.
-    """
-    built_for = bundle.manifest.target.device
-    if device is not None:
-        known_device(device)
-    if device not in (None, built_for):
-        raise DeviceError(
-            f"{bundle.folder} was exported for device {built_for!r}, not {device!r}; "
-            f"export again with --device {device}"
-        )
-    if not has_device(built_for):
-        raise DeviceError(
-            f"{bundle.folder} was exported for device {built_for!r}, which this ONNX Runtime does "
-            "not have: for cuda, install the extra `[gpu]` and an NVIDIA driver"
-        )
-    return built_for
 
 
 def load(

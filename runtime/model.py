@@ -87,7 +87,7 @@ class Model:
         """
         for name, count in (("capacity", capacity), ("batch", batch)):
             check_count(name, count)
-        return self._sessions.new_sequence(capacity, batch)
+        return SequenceState(self._sessions, capacity, batch)
 
     def new_cache(self) -> Cache:
         """An empty KV cache that successive generations of one conversation share."""

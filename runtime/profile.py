@@ -24,8 +24,8 @@ from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Phase
-from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.deciders import ScoredDecider
+from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import machine_name, release_memory
 from dash_onnx.runtime.ort import Device, thread_count
 from dash_onnx.runtime.profile_passes import pass_costs
@@ -186,7 +186,7 @@ def _join_ms(sessions: Sessions) -> float:
     graph = sessions.joined(range(start, stop), cheapest)
     if graph is None:
         return 0.0
-    sequence = sessions.new_sequence()
+    sequence = SequenceState(sessions)
     sequence.advance(min(_PROMPT, manifest.model.max_length))
     ways = ([(start, stop)], [(layer, layer + 1) for layer in layers])
     saved = []
@@ -238,7 +238,7 @@ def _time(
     """Decodes tokens on paths of a window's layers, and forgets their graphs."""
     manifest = sessions.manifest
     longest, vocab = manifest.model.max_length, manifest.model.vocab_size
-    sequence = sessions.new_sequence()
+    sequence = SequenceState(sessions)
     prompt = min(_PROMPT, longest - 1)
     sequence.advance(prompt)  # counted, not run: timing does not depend on what the cache holds
     others = _others(window)
@@ -321,7 +321,7 @@ def _scorer_ms(sessions: Sessions) -> float:
     read = {layer - 1 for layer in scorer_facts(manifest).decision_points}
     total = 0.0
     for window in _windows(manifest, (cheapest,), ()):
-        sequence = sessions.new_sequence()
+        sequence = SequenceState(sessions)
         sequence.advance(min(_PROMPT, manifest.model.max_length))
         decider = ScoredDecider(sequence, cheapest, 1.0)
         others = _others(window)

@@ -108,7 +108,7 @@ class _Times:
     ) -> Table:
         result = []
         for context in contexts:
-            sequence, times = self._sessions.new_sequence(context + rows[-1]), []
+            sequence, times = SequenceState(self._sessions, context + rows[-1]), []
             for count in rows:
                 sequence.truncate(0)
                 if context:
@@ -127,7 +127,7 @@ class _Times:
 
     def head(self, form: Form, rows: tuple[int, ...]) -> tuple[float, ...]:
         """Of an LM head, for each number of rows."""
-        sequence, asked = self._sessions.new_sequence(), self._sessions.manifest.exported_heads[0]
+        sequence, asked = SequenceState(self._sessions), self._sessions.manifest.exported_heads[0]
         result = []
         for count in rows:
             sequence.truncate(0)

@@ -55,8 +55,8 @@ class Rows:
             capacity: tokens that each has room for at first; it grows in steps when one is full.
         """
         if rows == 1 or not sessions.backend.cuts:
-            return cls([sessions.new_sequence(capacity) for _ in range(rows)])
-        whole = sessions.new_sequence(capacity, rows)
+            return cls([SequenceState(sessions, capacity) for _ in range(rows)])
+        whole = SequenceState(sessions, capacity, rows)
         return cls([whole.part(row, row + 1) for row in range(rows)], whole)
 
     def forward(

@@ -46,11 +46,12 @@ class SequenceState:
             batch: sequences.
         """
         backend = sessions.backend
-        self.sessions = sessions
+        self.sessions, self._lock = sessions, backend.lock
         self.num_layers = sessions.manifest.model.num_layers
         self.batch = batch
-        self.kv = KVCache(sessions.manifest, backend, capacity, batch)
-        self._lengths = Lengths.new(backend, batch)
+        with self._lock:
+            self.kv = KVCache(sessions.manifest, backend, capacity, batch)
+            self._lengths = Lengths.new(backend, batch)
         self._passes: dict[int, Pass] = {}
         self._shared: dict[int, Pass] = {}  # of several tokens, see `join`
         self._whole: tuple[SequenceState, int, int] | None = None  # that this is a part of
@@ -58,7 +59,8 @@ class SequenceState:
         self._widened = sessions.widened  # actions that passes of several rows may run wide
         self._plain: bool | None = None  # how passes attend; None: as is faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to
-        self._now = self._pass(1)
+        with self._lock:
+            self._now = self._pass(1)
 
     def part(self, start: int, stop: int) -> SequenceState:
         """Sequences `start` to `stop` of this batch, in its memory, with a length of their own.
@@ -124,19 +126,21 @@ class SequenceState:
         Raises:
             ContextLengthError: the tokens do not fit the context.
         """
-        path = self.layers(tokens, decider)
-        return self.head(decider.head, every=every), path
+        with self._lock:
+            path = self.layers(tokens, decider)
+            return self.head(decider.head, every=every), path
 
     def layers(self, tokens: int | Ids, decider: Decider) -> Path:
         """Does what `forward` does but for the LM head."""
-        self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
-        self.embed(tokens)
-        decider.begin()
-        for start, stop in decider.segments:
-            decider.before(start)
-            self.run(start, decider.action(start), stop)
-            decider.after(start)
-        return decider.end()
+        with self._lock:
+            self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
+            self.embed(tokens)
+            decider.begin()
+            for start, stop in decider.segments:
+                decider.before(start)
+                self.run(start, decider.action(start), stop)
+                decider.after(start)
+            return decider.end()
 
     def prefill(
         self,
@@ -171,7 +175,7 @@ class SequenceState:
         decider, rows = FixedPath(path, head, joined=joined), []
         self._check_room(self.length + ids.shape[-1])
         self.reserve(self.length + ids.shape[-1])  # at once, not in steps as its chunks run
-        with self.widening(widened):
+        with self._lock, self.widening(widened):
             for start in range(0, ids.shape[-1], chunk):
                 self.layers(ids[..., start : start + chunk], decider)
                 if every:
@@ -206,12 +210,13 @@ class SequenceState:
         """
         total = self.kv.length + count
         self._check_room(total)
-        self.reserve(total)
-        self.kv.begin(count)
-        self._lengths.write(total - count, count)
-        self._lengths.total.write(self._longest(total, count))
-        self._now = self._passes.get(count) or self._pass(count)
-        self._place(count)
+        with self._lock:
+            self.reserve(total)
+            self.kv.begin(count)
+            self._lengths.write(total - count, count)
+            self._lengths.total.write(self.sessions.backend.longest(total, count, self.kv.capacity))
+            self._now = self._passes.get(count) or self._pass(count)
+            self._place(count)
 
     def _check_room(self, total: int) -> None:
         limit = self.sessions.manifest.model.max_length
@@ -220,7 +225,8 @@ class SequenceState:
 
     def reserve(self, total: int) -> None:
         """Makes room in the K/V cache for `total` tokens."""
-        self.kv.reserve(total)
+        with self._lock:
+            self.kv.reserve(total)
         if self.kv.moves != self._moves:
             self._moves = self.kv.moves
             for bound in (*self._passes.values(), *self._shared.values()):
@@ -237,10 +243,6 @@ class SequenceState:
         if self._plain is None:
             kv.settle(total)
         kv.show(total)
-
-    def _longest(self, total: int, count: int) -> int:
-        """The sequence length that the graphs are told on the host."""
-        return total
 
     def join(self, count: int, seq: int) -> None:
         """Takes part in a pass of the batch that this is a part of.

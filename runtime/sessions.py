@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from dash_onnx.core.actions import ACTIONS, WIDE, Action, Form, Path, segments_of
 from dash_onnx.core.budget import scorer_facts
@@ -28,12 +28,8 @@ from dash_onnx.core.errors import BundleError, DeviceError
 from dash_onnx.core.forms import widened_by
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.machine import available_bytes, use_huge_pages
 from dash_onnx.runtime.ort import thread_count
-
-if TYPE_CHECKING:
-    from dash_onnx.runtime.sequence import SequenceState
 
 Memory = Literal["high", "low"]
 """`high` loads what makes passes of many rows fast, about a byte more for each weight."""
@@ -220,10 +216,6 @@ class Sessions:
                 "memory are free: choose a policy that uses fewer (--policy int4), or close other "
                 "programs"
             )
-
-    def new_sequence(self, capacity: int = CAPACITY, batch: int = 1) -> SequenceState:
-        """The state of a new, empty sequence, or of a batch of them; see there."""
-        return self.backend.sequence(self, capacity, batch)
 
     @property
     def loaded(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,35 @@ def test_every_package_has_a_layer_and_says_what_it_holds() -> None:
         assert found == {name for names in layers for name in names.split()}
     for folder in folders:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))), folder
+
+
+def edges() -> dict[str, set[str]]:
+    """What each module imports when it or a function of it runs; not for types alone."""
+    found, known = {}, {name for name, _ in modules()}
+    for module, path in modules():
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        names = {
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        }
+        names &= known  # and of a package only what is taken from it
+        found[module] = {
+            name for name in names if not any(other.startswith(f"{name}.") for other in names)
+        }
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = graphlib.TopologicalSorter(edges())
+    graph.prepare()  # raises CycleError, which names them
+
+
+def test_a_cycle_is_found() -> None:
+    cycle = {**edges(), "dash_onnx.core.errors": {"dash_onnx.runtime.model"}}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(cycle).prepare()

@@ -269,7 +269,7 @@ def test_several_tokens_at_once_give_the_logits_of_each(tiny_model: Model) -> No
 
 def test_passes_of_a_few_tokens_share_their_logits(tiny_model: Model) -> None:
     """A buffer for each size would be as large as five, with a large vocabulary many megabytes."""
-    whole, memory = tiny_model._sessions.new_sequence(batch=2), set()
+    whole, memory = tiny_model.new_sequence(batch=2), set()
     path = FixedPath(("full",) * 4, "full")
     for sequence in (whole.part(0, 1), whole.part(1, 2)):
         sequence.forward(np.array([1, 2, 3]), path)

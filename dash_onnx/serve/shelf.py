@@ -18,7 +18,8 @@ from dash_onnx.core.errors import DashError, SourceError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.load import device_of, load
+from dash_onnx.runtime.devices import device_of
+from dash_onnx.runtime.load import load
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import Device

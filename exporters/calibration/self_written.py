@@ -14,8 +14,9 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, PolicyError
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.backend import open_backend
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.devices import open_backend
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
 _BATCH = 96  # sequences that are written side by side at most
@@ -134,7 +135,7 @@ def write_text(
     ids = np.empty((len(openings), length), np.int64)
     with Phase(label, total=len(openings) * (length - 1), unit="tokens") as phase:
         for part in parts:
-            sequence = sessions.new_sequence(length, len(part))
+            sequence = SequenceState(sessions, length, len(part))
             writers = [_Writer(openings[row], turns) for row in part]
             ids[part, 0] = [writer.given.popleft() for writer in writers]
             for position in range(length - 1):

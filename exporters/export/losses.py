@@ -18,7 +18,7 @@ from dash_onnx.exporters.architectures.base import Head, ModelSpec
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.calibration.tokens import Ids
-from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import has_device
 

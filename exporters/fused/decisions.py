@@ -14,7 +14,7 @@ from dash_onnx.core.budget import multiplier_of, scorer_facts
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.facts import BUDGET, PATH
-from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.sessions import Sessions
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
 from dash_onnx.exporters.train.tables import tables
 from dash_onnx.exporters.train.trainer import Trainer
-from dash_onnx.runtime.backend import open_backend
+from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import Device

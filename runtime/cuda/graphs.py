@@ -15,16 +15,11 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from dash_onnx.core.actions import Path
-from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.backend import CudaBackend
 from dash_onnx.runtime.cuda.driver import Driver
-from dash_onnx.runtime.deciders import Decider
-from dash_onnx.runtime.sequence import SequenceState
-from dash_onnx.runtime.sessions import Sessions
 
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
@@ -43,9 +38,9 @@ class CudaGraphBackend(CudaBackend):
         super().__init__(driver)
         self.lock = _lock
 
-    def sequence(self, sessions: Sessions, capacity: int, batch: int) -> SequenceState:
-        """See `Backend`."""
-        return _RecordedSequence(sessions, capacity, batch)
+    def longest(self, total: int, seq: int, capacity: int) -> int:
+        """See `Backend`; a recording keeps what it read: the bound that holds for its launches."""
+        return capacity if seq == 1 else total
 
     def bound(
         self,
@@ -59,32 +54,6 @@ class CudaGraphBackend(CudaBackend):
         """See `Backend`; records a run after a few times, as shapes and addresses stay the same."""
         run = super().bound(session, ports, inputs, outputs, once=once)
         return run if once else _RecordedRun(self, run)
-
-
-class _RecordedSequence(SequenceState):
-    """Locks whatever uses the device, and records what runs for a single token."""
-
-    def __init__(self, sessions: Sessions, capacity: int, batch: int):
-        with _lock:
-            super().__init__(sessions, capacity, batch)
-
-    def forward(
-        self, tokens: int | Ids, decider: Decider, *, every: bool = False
-    ) -> tuple[Logits, Path]:
-        with _lock:
-            return super().forward(tokens, decider, every=every)
-
-    def prefill(self, ids: Ids, *plan: Any, **options: Any) -> Logits:
-        with _lock:
-            return super().prefill(ids, *plan, **options)
-
-    def advance(self, count: int) -> None:
-        with _lock:
-            super().advance(count)
-
-    def _longest(self, total: int, count: int) -> int:
-        # A recording keeps what it read on the host: the bound that holds for all its launches.
-        return self.kv.capacity if count == 1 else total
 
 
 class _RecordedRun:
