@@ -4,6 +4,7 @@
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target int4
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --genai build/peers/int8
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --temperature 1
+    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --parallel 4
 
 PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`; its categories are the
 kinds. The tasks that are there without it: questions; to return a source file of 60 lines with one
@@ -12,7 +13,8 @@ same without forced tokens. Each prompt is answered with and without guesses, in
 greedy texts are compared token by token; where one first differs, the gap between the two best
 logits there tells whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
 the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they cannot
-be the same, but must be as likely to the target.
+be the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
+once, and the table has the tokens a second of all of them, their prompts included.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import dataclasses
 import json
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +93,7 @@ def main() -> None:
         help="(default: 128; for editing, what the file takes and 32)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
+    parser.add_argument("--parallel", type=int, help="answers at once")
     parser.add_argument("--genai", type=Path, help="a model of GenAI's builder, which answers too")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
@@ -111,6 +115,13 @@ def main() -> None:
 
         genai = GenAI(str(arguments.genai), thread_count()).answer
     rows = []
+    for target in arguments.target or ["int8"] if arguments.parallel else ():
+        asked = Asked(target, arguments.max_tokens)
+        for kind, texts in prompts.items():
+            rows.append({"target": target, "kind": kind, **at_once(model, texts, asked, arguments)})
+    if arguments.parallel:
+        print(json.dumps(rows) if arguments.json else at_once_table(rows))
+        return
     for target in arguments.target or ["int8"]:
         asked = Asked(target, arguments.max_tokens, arguments.temperature, genai)
         by_kind = answered(model, prompts, asked)
@@ -123,6 +134,40 @@ def main() -> None:
         print(json.dumps({"model": model.manifest.model.name, **told}))
     else:
         print(table(rows))
+
+
+def at_once(
+    model: Model, prompts: Sequence[str], asked: Asked, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens a second of answers that share their passes, without and with guesses, in turns."""
+    found: dict[str, list[float]] = {"off": [], "on": []}
+    model.preload(asked.target)
+    for turn in range(3):
+        for name in ("off", "on") if turn % 2 else ("on", "off"):
+            options = dataclasses.replace(
+                GREEDY,
+                policy=asked.target,
+                max_new_tokens=asked.new_tokens,
+                speculate=name == "on",
+            )
+            texts = [[{"role": "user", "content": text}] for text in prompts]
+            started = time.perf_counter()
+            answers = model.batch(texts, options=options, parallel=arguments.parallel)
+            tokens = sum(answer.generated_tokens for answer in answers)
+            found[name].append(tokens / (time.perf_counter() - started))
+    off, on = (float(np.median(seen)) for seen in found.values())
+    return {"prompts": len(prompts), "off": off, "on": on, "ratio": on / off}
+
+
+def at_once_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each target and kind of prompt."""
+    lines = [f"{'target':8} {'kind':16} {'prompts':>7} {'off':>8} {'on':>8} {'speed':>7}"]
+    lines += [
+        f"{row['target']:8} {row['kind']:16} {row['prompts']:7} {row['off']:8.1f} {row['on']:8.1f} "
+        f"{row['ratio']:5.2f} x"
+        for row in rows
+    ]
+    return "\n".join([*lines, "off, on: tokens/s of all answers, without and with guesses"])
 
 
 def editing(count: int) -> list[str]:
