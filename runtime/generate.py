@@ -207,13 +207,16 @@ class Generation:
         return forced
 
     def _forced(self) -> list[int]:
-        if self._constraint is None or self._options.logprobs is not None:
-            return []  # log probabilities need every token's logits
+        asked = self._options.logprobs is not None or self._options.logits_processor is not None
+        if self._constraint is None or asked:
+            return []  # these need every token's logits
         return self._constraint.forced()[: self.spare] if self.spare > 0 else []
 
     def draw(self, logits: Logits) -> int:
         """Draws the next token from logits `[V]`."""
         raw = logits
+        if self._options.logits_processor is not None:
+            logits = self._options.logits_processor(self.text, logits)
         if self._constraint is not None:
             logits = self._constraint.masked(logits)
         token = self._sampler(logits, self.text)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
 
 from dash_onnx.core.actions import Action
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.sampling import Sampling
+
+LogitsProcessor = Callable[[Sequence[int], Logits], Logits]
+"""Takes the ids of prompt and answer so far and the next token's logits `[V]`; returns logits.
+
+It must not write to what it is given. It runs before grammar, penalty and temperature, and is
+called once for each token in the text's order, also where several are checked in one pass."""
 
 
 class Options(TypedDict, total=False):
@@ -33,6 +40,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None
     grammar: Grammar | None
     logprobs: int | None
+    logits_processor: LogitsProcessor | None
     temperature: float | None
     repetition_penalty: float | None
     top_k: int | None
@@ -64,6 +72,7 @@ class GenerationOptions:
         stop: strings that end the text; they are not part of it.
         grammar: constrains the text.
         logprobs: return each token's log probability, and those of this many most likely tokens.
+        logits_processor: changes the logits before the next token is drawn; see `LogitsProcessor`.
     """
 
     policy: str | Policy = ""
@@ -76,6 +85,7 @@ class GenerationOptions:
     stop: str | Sequence[str] = ()
     grammar: Grammar | None = None
     logprobs: int | None = None
+    logits_processor: LogitsProcessor | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
     top_k: int | None = None
@@ -129,6 +139,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "top_k": ((int, type(None)), "an integer"),
     "logprobs": ((int, type(None)), "an integer"),
     "grammar": ((Grammar, type(None)), "a Grammar"),
+    "logits_processor": ((Callable, type(None)), "a function of ids and logits"),  # type: ignore[dict-item]
     "seed": ((int, type(None)), "an integer"),
     "ignore_eos": ((bool,), "True or False"),
     "policy": ((str, Policy), "a name or a Policy"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -280,6 +282,24 @@ def test_every_option_is_a_keyword_that_editors_and_type_checkers_see(name: str)
     (given,) = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
     assert given.annotation == "Unpack[Options]"
     assert Options.__annotations__.keys() == {field.name for field in fields(GenerationOptions)}
+
+
+def test_a_logits_processor_is_asked_before_each_token(tiny_model: Model) -> None:
+    ids, asked = tiny_model.text.encode("the keeper"), []
+
+    def processed(text: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        asked.append([*text])
+        return np.where(np.arange(len(logits)) == 7 + len(text) % 3, np.float32(9), -np.inf)
+
+    given: dict[str, Any] = {"max_new_tokens": 9, "ignore_eos": True}
+    found = [
+        step.token for step in tiny_model.generate_step(ids, logits_processor=processed, **given)
+    ]
+    text = [*ids.tolist(), *found]
+    assert found == [7 + len(text[:end]) % 3 for end in range(len(ids), len(text))]
+    assert asked == [text[:end] for end in range(len(ids), len(text))]
+    with pytest.raises(PolicyError, match="logits_processor=5 must be a function"):
+        tiny_model.stream("the keeper", logits_processor=5)  # type: ignore[arg-type]
 
 
 def test_a_single_stop_string_is_not_taken_for_its_letters() -> None:

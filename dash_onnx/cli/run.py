@@ -178,7 +178,7 @@ def _run(arguments: argparse.Namespace) -> None:
             check_file(path)
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
-    own = {"cache", "expected", "grammar", "logprobs", "max_new_tokens"}
+    own = {"expected", "grammar", "logits_processor", "logprobs", "max_new_tokens"}
     schema = arguments.json_schema
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
     options = GenerationOptions(
