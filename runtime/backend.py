@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dash_onnx.core.contract import Ports
-from dash_onnx.runtime.buffers import Buffer, Run, bound_run
+from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.ort import Device, create_session
 
 
@@ -64,25 +62,9 @@ class Backend:
         """Loads a graph of several layers, whose weights lie in a bundle's folder; likewise."""
         return create_session(graph, self.device, weights=weights)
 
-    def bound(
-        self,
-        session: Any,
-        ports: Ports,
-        inputs: Sequence[Buffer],
-        outputs: Sequence[Buffer],
-        *,
-        once: bool,
-    ) -> Run:
-        """Binds every port of a graph to a buffer, see `bound_run`.
-
-        Args:
-            session: of the graph.
-            ports: that it has.
-            inputs: a buffer for each.
-            outputs: likewise.
-            once: for a pass that may not come again, as of a prompt.
-        """
-        return bound_run(session, ports, inputs, outputs, self.run_options)
+    def repeated(self, run: Run) -> Run:
+        """A run that will come again and again, with the same shapes and addresses."""
+        return run
 
     def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
         """The scorer's run, ordered after the layers called before it, its result on the host."""

@@ -9,7 +9,7 @@ from dash_onnx.core.actions import Action, Form
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.forms import form_of
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.buffers import Buffer, Run
+from dash_onnx.runtime.buffers import Buffer, Run, bound_run
 from dash_onnx.runtime.kv import KVCache, mask_of
 from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
@@ -212,4 +212,5 @@ class Pass:
     def bound(self, graph: LoadedGraph, inputs: list[Buffer], outputs: list[Buffer]) -> Run:
         """Binds a graph of this pass."""
         backend = self._sessions.backend
-        return backend.bound(graph.session, graph.ports, inputs, outputs, once=self.seq > 1)
+        run = bound_run(graph.session, graph.ports, inputs, outputs, backend.run_options)
+        return run if self.seq > 1 else backend.repeated(run)

@@ -12,12 +12,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Sequence
-from typing import Any
 
-from dash_onnx.core.contract import Ports
 from dash_onnx.core.errors import DeviceError, first_line
-from dash_onnx.runtime.buffers import Buffer, Run
+from dash_onnx.runtime.buffers import Run
 from dash_onnx.runtime.cuda.backend import CudaBackend
 from dash_onnx.runtime.cuda.driver import Driver
 
@@ -42,18 +39,9 @@ class CudaGraphBackend(CudaBackend):
         """See `Backend`; a recording keeps what it read: the bound that holds for its launches."""
         return capacity if seq == 1 else total
 
-    def bound(
-        self,
-        session: Any,
-        ports: Ports,
-        inputs: Sequence[Buffer],
-        outputs: Sequence[Buffer],
-        *,
-        once: bool,
-    ) -> Run:
-        """See `Backend`; records a run after a few times, as shapes and addresses stay the same."""
-        run = super().bound(session, ports, inputs, outputs, once=once)
-        return run if once else _RecordedRun(self, run)
+    def repeated(self, run: Run) -> Run:
+        """See `Backend`; records it after a few times."""
+        return _RecordedRun(self, run)
 
 
 class _RecordedRun:
