@@ -22,6 +22,7 @@ const page = await browser.newPage({
   viewport: { width: Number(values.width), height: Number(values.height) },
   colorScheme: values.dark ? "dark" : "light",
 });
+page.setDefaultTimeout(120e3); // a machine of CI may be slow
 const problems = [];
 page.on("pageerror", (error) => problems.push(String(error)));
 page.on("console", (message) => message.type() === "error" && problems.push(message.text()));
@@ -38,8 +39,9 @@ for (const [index, question] of questions.entries()) {
   if (index) await page.fill("#budget", "0"); // the slider
   await page.fill("#text", question);
   await page.keyboard.press("Enter");
-  await page.waitForFunction((n) => document.querySelectorAll(".facts").length > n, index);
+  await page.waitForFunction((n) => document.querySelectorAll(".facts, .error").length > n, index);
 }
+problems.push(...(await page.$$eval(".error", (errors) => errors.map((one) => one.textContent))));
 if (values.picture) await page.screenshot({ path: values.picture });
 const found = await page.evaluate(() => ({
   wide: document.documentElement.scrollWidth > innerWidth,

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from node import example
 from scored_bundle import with_scorer
@@ -15,13 +16,15 @@ from test_serve import Server
 from test_web import chromium
 
 import dash_onnx
+from dash_onnx.serve.limits import Limits
 
 
 @pytest.fixture(scope="module")
 def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("page") / "out")
-    with dash_onnx.load(with_scorer(Path(folder)), budget=0.6) as model:
-        server = Server({"out": model})
+    with dash_onnx.load(with_scorer(Path(folder)), policy="dash", budget=0.6) as model:
+        short = Limits(most_tokens=16)  # two answers fit the context, whatever the policy chooses
+        server = Server({"out": model}, short)
         yield server.url
         server.stop()
 
@@ -39,7 +42,8 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     assert found["problems"] == []
     assert not found["wide"]
     assert found["told"] == "60 % of the time"  # as the server was started
-    assert found["budgets"] == [None, 0.3]  # only once the slider was moved
+    presets = httpx.get(f"{url}/v1/models").json()["data"][0]["dash"]["presets"]
+    assert found["budgets"] == [None, min(presets.values())]  # only once the slider was moved
     _, facts = found["facts"]
     assert "a second" in facts and "int4" in facts
     assert "the keeper" in found["text"]
