@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dash_onnx.cli.cached import listing, remove
 from dash_onnx.cli.common import Parser, add_json_option, aligned, presets_table, run
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
+from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import SourceError, printable
 from dash_onnx.core.records import to_json
 
@@ -94,7 +95,8 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     spec = architecture_of(source.config).describe(source.name, source.config, None)
     facts = {
         "kind": "model",
-        "source": f"{source.kind}:{source.name}",
+        "source": source.origin,
+        "license": source.license,
         "model": to_json(spec.facts),
         "estimates": to_json(sizes),
     }
@@ -109,10 +111,11 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     for name, found in parts.items():
         rows.append([name, *(f"{found[a] / 1e6:.1f}" if a in found else "" for a in columns)])
     return facts, [
-        f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
+        f"{source.origin}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
         f"{model.num_layers} layers, {model.hidden_size} wide ({model.intermediate_size} inside), "
         f"{model.num_heads} heads, {model.num_kv_heads} KV heads, {model.head_dim} wide; "
         f"{model.vocab_size} tokens, context {model.max_length}",
+        _license(source.license),
         "",
         *aligned(rows, left=1),
         "",
@@ -126,8 +129,11 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.core.budget import reference_ms
     from dash_onnx.core.bundle import Bundle
+    from dash_onnx.core.manifest import MANIFEST_NAME
 
     manifest = Bundle(arguments.path).manifest
+    text = (Path(arguments.path) / MANIFEST_NAME).read_text("utf-8")
+    written = json.loads(text)["format_version"]  # the manifest was read as the present one
     facts = to_json(manifest)
     del facts["files"], facts["ropes"], facts["attention"]
     size = sum(file.bytes for file in manifest.files.values())
@@ -149,7 +155,12 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     heads: dict[Form, float] = {head: ms for head, ms in costs.heads_ms.items()}
     rows.append(["LM head, ms", *(_ms(heads.get(form)) for form in columns)])
     tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
-    told = {"kind": "bundle", "bytes": size, "kv_bytes_per_token": manifest.kv_bytes}
+    told = {
+        "kind": "bundle",
+        "format": written,
+        "bytes": size,
+        "kv_bytes_per_token": manifest.kv_bytes,
+    }
     return {**told, **facts}, [
         f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "
         f"{manifest.target.device}",
@@ -163,9 +174,15 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"KV cache {manifest.kv_bytes / 1e6:.3f} MB per token",
         *_policy(manifest),
         f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
+        _license(export.license, any(name.startswith(SOURCE_FOLDER) for name in manifest.files)),
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
-        f"made with {tools}",
+        f"format {written}, made with {tools}",
     ]
+
+
+def _license(name: str | None, documents: bool = False) -> str:
+    where = f", see {SOURCE_FOLDER}/" if documents else ""
+    return f"license {name or 'not stated by the source'}{where}"
 
 
 def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
     Source,
@@ -125,6 +126,7 @@ def open_folder(
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
     check_layers(folder, getattr(config, "num_hidden_layers", None), weights.num_layers)
+    documents = documents_in(folder)
     return Source(
         kind=kind,
         name=name,
@@ -134,6 +136,8 @@ def open_folder(
         generation_config=_generation_config(folder, config),
         files=tuple(path for path in sorted(folder.iterdir()) if path.is_file()),
         revision=revision,
+        license=license_of_card(documents),
+        documents=documents,
     )
 
 
