@@ -221,6 +221,40 @@ def split_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_a_model_of_the_hub_is_shown_without_its_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The hub gives names and shapes from the headers of its files."""
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+    from safetensors import safe_open
+
+    folder = tmp_path / "c0ffee"
+
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        folder.mkdir(exist_ok=True)
+        for path in [path for pattern in allow_patterns for path in tiny_folder.glob(pattern)]:
+            shutil.copy(path, folder)
+        return str(folder)
+
+    def headers(name: str, revision: str) -> SafetensorsRepoMetadata:
+        with safe_open(tiny_folder / "model.safetensors", "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        tensors = {key: TensorInfo("F32", shape, (0, 0)) for key, shape in shapes.items()}
+        parts = {"model.safetensors": SafetensorsFileMetadata({}, tensors)}
+        return SafetensorsRepoMetadata(None, False, {}, parts)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
+    told = INFO.json_of(capsys, "org/tiny")
+    assert not [*folder.glob("*.safetensors")]
+    wanted = INFO.json_of(capsys, tiny_folder)
+    assert told["estimates"] == wanted["estimates"]
+    assert told["source"] == "hub:org/tiny@c0ffee"
+    sources.open_source("org/tiny", {"llama"})
+    assert [*folder.glob("*.safetensors")]
+
+
 def test_the_parts_of_a_model_come_from_the_hub_with_license_and_revision(
     split_repository: Path,
 ) -> None:

@@ -210,17 +210,20 @@ def listing() -> tuple[list[dict[str, object]], list[str]]:
     facts: list[dict[str, object]] = []
     lines = []
     for entry in entries():
-        trained = Bundle(entry.folder).manifest.scorer is not None
+        manifest = Bundle(entry.folder).manifest
+        trained, origin = manifest.scorer is not None, manifest.export.source
         facts.append(
             {
                 "name": entry.folder.name,
                 "source": entry.source,
+                "made_from": origin,
                 "bytes": entry.bytes,
                 "used": entry.used,
                 "trained": trained,
             }
         )
         policy = ", with a policy" if trained else ""
+        commit = f", from commit {origin.rpartition('@')[2][:10]}" if "@" in origin else ""
         day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
-        lines.append(f"{entry.source}: {entry.bytes / 1e6:.0f} MB, used {day}{policy}")
+        lines.append(f"{entry.source}: {entry.bytes / 1e6:.0f} MB, used {day}{commit}{policy}")
     return facts, [*lines, f"{len(lines)} in {cache_folder()}"]

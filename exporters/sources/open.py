@@ -13,10 +13,8 @@ from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.license import DOCUMENTS, documents_in, license_of_card
 from dash_onnx.exporters.sources.source import Source, check_token_ids
 
-_HUB_PATTERNS = (
-    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"),
-    *DOCUMENTS,
-)
+_WEIGHTS = ("*.safetensors",)
+_TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", *DOCUMENTS)
 _USUAL = "Q4_K_M"
 _HUB_IGNORED = ["consolidated*"]  # the same weights in another layout
 
@@ -26,6 +24,8 @@ def open_source(
     supported: Collection[str],
     requantize: bool = False,
     revision: str | None = None,
+    *,
+    weights: bool = True,
 ) -> Source:
     """Opens a model without reading its weights.
 
@@ -35,18 +35,20 @@ def open_source(
         supported: the `model_type`s that have an exporter.
         requantize: round quantized weights anew instead of keeping their integers.
         revision: branch, tag or commit of a hub id; None takes its main branch.
+        weights: download a hub id's weights; without, names and shapes are all that is known of
+            those that are not here yet. A GGUF file is always downloaded.
 
     Raises:
         SourceError: nothing readable is there, or a token that it names is not in its vocabulary.
         UnsupportedError: the model's architecture is not in `supported`.
     """
-    source = _opened(model, supported, requantize, revision)
+    source = _opened(model, supported, requantize, revision, weights)
     check_token_ids(source)
     return source
 
 
 def _opened(
-    model: str, supported: Collection[str], requantize: bool, revision: str | None
+    model: str, supported: Collection[str], requantize: bool, revision: str | None, weights: bool
 ) -> Source:
     path = Path(model)
     if revision is not None and path.exists():
@@ -63,10 +65,14 @@ def _opened(
         raise SourceError(f"no model at {model}: not a folder, a .gguf file or a hub id (org/name)")
     name, _, quantization = model.partition(":")
     if not quantization:
-        folder = _download(name, revision)
+        folder = _download(name, revision, *_TEXT_FILES, *(_WEIGHTS if weights else ()))
         commit = folder.name  # the hub's cache has a folder for each
-        if any(folder.glob("*.safetensors")) or not _gguf_files(name, revision):
-            return open_folder(folder, kind="hub", name=name, supported=supported, revision=commit)
+        here = any(folder.glob("*.safetensors"))
+        shapes = {} if weights or here else _shapes(name, commit)
+        if here or shapes or not _gguf_files(name, revision):
+            return open_folder(
+                folder, kind="hub", name=name, supported=supported, revision=commit, shapes=shapes
+            )
     file = _gguf_file(name, quantization, _gguf_files(name, revision))
     folder = _download(name, revision, *parts_of(file), *DOCUMENTS)
     found = open_gguf(folder / file, supported, requantize)
@@ -108,8 +114,32 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     return min(fitting, key=lambda file: (len(stem_of(file)), file))  # of a split one, the first
 
 
+def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a hub id, from the headers of its files alone."""
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        SafetensorsParsingError,
+    )
+
+    try:
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except (
+        *(HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled),
+        *(SafetensorsParsingError, OSError),
+    ):
+        return {}
+    return {
+        tensor: tuple(info.shape)
+        for file in metadata.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }
+
+
 def _download(model: str, revision: str | None, *patterns: str) -> Path:
-    """The folder of a hub id in the hub's cache, with some files or with those of a model."""
+    """The folder of a hub id in the hub's cache, with some of its files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -122,7 +152,7 @@ def _download(model: str, revision: str | None, *patterns: str) -> Path:
         found = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=[*(patterns or _HUB_PATTERNS)],
+            allow_patterns=[*patterns],
             ignore_patterns=_HUB_IGNORED,
         )
         return Path(found)
