@@ -284,6 +284,7 @@ def write_model(
     kind: Kind = Kind.F32,
     tokenizer: Callable[[gguf.GGUFWriter], object] = add_tiny_tokenizer,
     without: str = "",
+    tensors_a_file: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Writes a model; matrices as `kind`, vectors as F32.
 
@@ -294,6 +295,7 @@ def write_model(
         kind: of matrices.
         tokenizer: adds its keys.
         without: a tensor that is left out, by its name in the file.
+        tensors_a_file: splits the model into parts of so many; 0: one file.
 
     Returns:
         The values that the file stands for, by Hugging Face name.
@@ -302,7 +304,7 @@ def write_model(
     architecture = ARCHITECTURES[config.model_type]
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     add_config(writer, config)
     for add in (tokenizer, *extras):
         add(writer)

@@ -191,9 +191,75 @@ def test_a_quantization_names_a_file_of_a_repository(
     assert sources._gguf_file("org/m", quantization, files) == file
 
 
-def test_a_missing_quantization_and_parts_are_refused_with_the_remedy(hub: list[str]) -> None:
+def test_a_missing_quantization_is_refused_with_those_that_are_there(hub: list[str]) -> None:
     with pytest.raises(SourceError, match=r"no GGUF file of Q2_K: m-Q8_0\.gguf"):
         sources._gguf_file("org/m", "Q2_K", sources._gguf_files("org/m", None))
-    hub[:] = ["m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"]
-    with pytest.raises(SourceError, match="llama-gguf-split --merge"):
-        sources._gguf_file("org/m", "", sources._gguf_files("org/m", None))
+
+
+@pytest.fixture
+def split_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A snapshot of the hub with a model in parts; only what is asked for is there."""
+    import huggingface_hub
+    from gguf_files import tiny_model, write_model
+
+    store, folder = tmp_path / "store", tmp_path / "c0ffee"
+    (store / "Q4_0").mkdir(parents=True)
+    write_model(store / "Q4_0" / "m-Q4_0.gguf", tiny_model("llama"), tensors_a_file=20)
+    (store / "README.md").write_text("---\nlicense: other\nlicense_name: my-terms\n---\n# M\n")
+    (store / "LICENSE").write_text("my terms")
+    names = sorted(path.relative_to(store).as_posix() for path in store.rglob("*.*"))
+
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        for path in [path for pattern in allow_patterns for path in store.glob(pattern)]:
+            target = folder / path.relative_to(store)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision=None: names)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return folder
+
+
+def test_a_model_of_the_hub_is_shown_without_its_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The hub gives names and shapes from the headers of its files."""
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+    from safetensors import safe_open
+
+    folder = tmp_path / "c0ffee"
+
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        folder.mkdir(exist_ok=True)
+        for path in [path for pattern in allow_patterns for path in tiny_folder.glob(pattern)]:
+            shutil.copy(path, folder)
+        return str(folder)
+
+    def headers(name: str, revision: str) -> SafetensorsRepoMetadata:
+        with safe_open(tiny_folder / "model.safetensors", "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        tensors = {key: TensorInfo("F32", shape, (0, 0)) for key, shape in shapes.items()}
+        parts = {"model.safetensors": SafetensorsFileMetadata({}, tensors)}
+        return SafetensorsRepoMetadata(None, False, {}, parts)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
+    told = INFO.json_of(capsys, "org/tiny")
+    assert not [*folder.glob("*.safetensors")]
+    wanted = INFO.json_of(capsys, tiny_folder)
+    assert told["estimates"] == wanted["estimates"]
+    assert told["source"] == "hub:org/tiny@c0ffee"
+    sources.open_source("org/tiny", {"llama"})
+    assert [*folder.glob("*.safetensors")]
+
+
+def test_the_parts_of_a_model_come_from_the_hub_with_license_and_revision(
+    split_repository: Path,
+) -> None:
+    source = sources.open_source("org/m:Q4_0", {"llama"})
+    assert source.origin == "gguf:org/m/m-Q4_0@c0ffee"
+    assert source.license == "my-terms"
+    assert [path.name for path in source.documents] == ["LICENSE", "README.md"]
+    assert len(source.files) == 2

@@ -36,6 +36,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "generate"
 
 
+def test_the_project_builds_with_cmake(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None or not (HEADERS / "onnxruntime_cxx_api.h").is_file():
+        missing("needs cmake and the headers of libonnxruntime-dev (or ONNXRUNTIME_INCLUDE)")
+    packages = Path(onnxruntime.__file__).parent.parent
+    options = [f"-DSITE_PACKAGES={packages}", f"-DONNXRUNTIME_INCLUDE={HEADERS}"]
+    for command in (["-S", SOURCE.parent, "-B", tmp_path, *options], ["--build", tmp_path]):
+        done = subprocess.run(["cmake", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    usage = subprocess.run([tmp_path / "generate"], capture_output=True, text=True)
+    assert usage.returncode == 2 and "usage" in usage.stderr
+
+
 @pytest.mark.parametrize("budget", [None, 0.35, 0.6])
 def test_tokens_are_those_of_python(
     program: Path, tiny_bundle: Path, tmp_path: Path, budget: float | None

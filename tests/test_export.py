@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import CARD_NAME
 from dash_onnx.core.facts import ModelFacts
-from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.runtime.ort import create_session
 
@@ -56,9 +57,12 @@ def transformers_logits(folder: Path) -> np.ndarray:
     return logits
 
 
+MEASURED = (MANIFEST_NAME, CARD_NAME)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Contents by name, but for the manifest, which holds times."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "dash.json"]
+    """Contents by name, but for the manifest and the card, which hold times."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in MEASURED]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 

@@ -68,6 +68,23 @@ def nearly(value: Any) -> Any:
     return pytest.approx(value) if isinstance(value, float) or numbers else value
 
 
+def test_a_model_in_parts_is_opened_by_any_of_them(tmp_path: Path) -> None:
+    wanted = write_model(tmp_path / "tiny.gguf", tiny_model("llama"), tensors_a_file=15)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert len(parts) == 3
+    for part in parts:
+        source = opened(part)
+        assert source.name == "tiny" and source.files == tuple(parts)
+        for name, value in wanted.items():
+            assert torch.equal(source.weights[name], value)
+    parts[1].rename(tmp_path / "other.gguf")
+    with pytest.raises(SourceError, match=r"tiny-00002-of-00003.gguf is missing: .* 3 parts"):
+        opened(parts[0])
+    parts[0].rename(tmp_path / "alone.gguf")
+    with pytest.raises(SourceError, match="one of 3 parts by its content"):
+        opened(tmp_path / "alone.gguf")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gguf_has_the_weights_it_was_made_of(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
@@ -201,14 +218,13 @@ FACTORS = np.linspace(1.0, 2.0, 8, dtype=np.float32)
     ("family", "add", "said"),
     [
         ("llama", lambda w: w.add_expert_count(8), "mixtures of experts"),
-        ("llama", lambda w: w.add_uint16("split.count", 3), "llama-gguf-split"),
         ("llama", lambda w: w.add_string("llama.rope.scaling.type", "ntk"), "'ntk'"),
         ("llama", lambda w: w.add_string("llama.rope.scaling.type", "longrope"), "rope_factors"),
         ("llama", lambda w: w.add_tensor("rope_freqs.weight", FACTORS[:5]), "are not 8"),
         ("linear", lambda w: w.add_tensor("rope_freqs.weight", FACTORS), "at once"),
         ("granite", lambda w: w.add_rope_scaling_finetuned(False), "no position embedding"),
     ],
-    ids=["experts", "split", "scaling", "longrope", "factors", "two scalings", "granite"],
+    ids=["experts", "scaling", "longrope", "factors", "two scalings", "granite"],
 )
 def test_what_the_file_asks_for_and_nobody_has_is_refused(
     family: str, add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path

@@ -136,6 +136,16 @@ def test_a_model_is_shown_without_reading_its_weights(wide: Path, capsys: Captur
     ]
 
 
+def test_a_model_is_judged_for_this_machine(wide: Path, capsys: Capture) -> None:
+    here = TOOL.json_of(capsys, wide)["here"]
+    assert here["read_gb_per_s"] > 0 and here["export_s"] > 0 and here["training_s"] > 0
+    assert here["free_disk_bytes"] > 0
+    assert here["tokens_per_s"]["int4"] > here["tokens_per_s"]["int8"] > 0
+    assert TOOL.run(wide) == 0
+    shown = capsys.readouterr().out
+    assert "time to export about" in shown and "GB/s; they are good to a factor of two" in shown
+
+
 def test_a_policy_is_shown_with_its_text_and_margin(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import configparser
 import email
+import json
 import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -144,3 +146,27 @@ def test_an_unpacked_wheel_generates_from_a_bundle(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(site / "dash_onnx/runtime/model.py"), "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # it installs PyTorch
+def test_the_wheel_with_its_extras_exports_and_answers_in_a_bare_environment(
+    dist: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    (wheel,) = dist.glob("*.whl")
+    venv.create(tmp_path / "bare", with_pip=True)
+    tools = tmp_path / "bare" / ("Scripts" if os.name == "nt" else "bin")
+    env = {**os.environ, "DASH_CACHE": str(tmp_path / "cache")}
+    env.pop("PYTHONPATH", None)
+
+    def run(tool: str, *arguments: object) -> str:
+        command = [str(tools / tool), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    run("pip", "install", "--quiet", f"{wheel}[cpu,export]")
+    run("pip", "check")
+    answer = run("dash-run", tiny_folder, "a b", "--raw", "--max-tokens", 3, "--json")
+    assert json.loads(answer)["generated_tokens"] == 3
+    assert str(tiny_folder) in run("dash-info")

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from node import example
 from scored_bundle import with_scorer
@@ -15,13 +16,45 @@ from test_serve import Server
 from test_web import chromium
 
 import dash_onnx
+from dash_onnx.core.colors import DARK, LIGHT, css
+from dash_onnx.serve.limits import Limits
+
+MARKDOWN = """\
+# One *two*
+
+<img src=x onerror=alert(1)> **bold** `a<b` [ok](https://a.b/?c=d&e) [no](javascript:alert(1))
+![picture](http://a.b/c.png)
+
+1. first
+   - inner
+2. second
+
+> quoted
+```js
+let x = "<b>";
+```
+| a | b |
+|---|---|
+| 1 | 2 |"""
+LINK = 'target="_blank" rel="noopener noreferrer"'
+HTML = (
+    "<h1>One <em>two</em></h1>"
+    "<p>&#60;img src=x onerror=alert(1)&#62; <strong>bold</strong> <code>a&#60;b</code> "
+    f'<a href="https://a.b/?c=d&#38;e" {LINK}>ok</a> [no](javascript:alert(1))<br>'
+    f'<a href="http://a.b/c.png" {LINK}>picture</a></p>'
+    "<ol><li>first<ul><li>inner</li></ul></li><li>second</li></ol>"
+    "<blockquote><p>quoted</p></blockquote>"
+    "<pre><code>let x = &#34;&#60;b&#62;&#34;;</code></pre>"
+    "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>"
+)
 
 
 @pytest.fixture(scope="module")
 def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("page") / "out")
-    with dash_onnx.load(with_scorer(Path(folder)), budget=0.6) as model:
-        server = Server({"out": model})
+    with dash_onnx.load(with_scorer(Path(folder)), policy="dash", budget=0.6) as model:
+        short = Limits(most_tokens=16)  # two answers fit the context, whatever the policy chooses
+        server = Server({"out": model}, short)
         yield server.url
         server.stop()
 
@@ -31,6 +64,7 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     example("web")  # has the browser's driver
     script = Path(__file__).parent / "chat_page.mjs"
     command = ["node", str(script), url, "the keeper", "counts", *look]
+    command += ["--system", "be brief", "--tokens", "8", "--markdown", MARKDOWN]
     result = subprocess.run(
         [*command, "--chromium", chromium()], capture_output=True, encoding="utf-8"
     )
@@ -39,7 +73,27 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     assert found["problems"] == []
     assert not found["wide"]
     assert found["told"] == "60 % of the time"  # as the server was started
-    assert found["budgets"] == [None, 0.3]  # only once the slider was moved
+    presets = httpx.get(f"{url}/v1/models").json()["data"][0]["dash"]["presets"]
+    first, second = found["asked"]
+    assert "budget" not in first and second["budget"] == min(presets.values())  # slider moved
+    assert first["messages"][0] == {"role": "system", "content": "be brief"}
+    assert [message["role"] for message in second["messages"][1:]] == ["user", "assistant", "user"]
+    assert first["max_tokens"] == 8 and first["temperature"] == 0 and "top_p" not in first
     _, facts = found["facts"]
     assert "a second" in facts and "int4" in facts
     assert "the keeper" in found["text"]
+    assert found["colored"] == 8  # tokens of the first answer
+    assert found["kept"]["before"] == found["kept"]["after"]
+    assert found["kept"]["system"] == "be brief"
+    assert found["left"] == ["(new chat)"]
+    assert found["markdown"] == HTML
+
+
+def test_the_page_runs_no_script_but_its_own_and_has_the_colors_of_the_report(url: str) -> None:
+    answer = httpx.get(url)
+    policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+    for color in (*LIGHT.values(), *DARK.values()):
+        assert color in answer.text
+    style = (Path(__file__).parent.parent / "examples/web/style.css").read_text("utf-8")
+    assert css(LIGHT) in style and css(DARK) in style

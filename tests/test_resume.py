@@ -18,6 +18,7 @@ from cli_tool import Capture, Tool
 from conftest import save_tiny
 
 from dash_onnx.cli.export import main
+from dash_onnx.core.contract import CARD_NAME
 from dash_onnx.core.errors import BundleError
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.partial import exporting
@@ -43,7 +44,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != CARD_NAME  # has speeds
     }
     manifest = json.loads(found["dash.json"])
     del manifest["costs"]

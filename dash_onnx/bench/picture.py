@@ -10,6 +10,7 @@ import numpy as np
 
 from dash_onnx.bench.measure import Result
 from dash_onnx.core.atomic import new_file
+from dash_onnx.core.contract import FUSED_FOLDER
 from dash_onnx.core.errors import DashError
 
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
@@ -37,10 +38,13 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     shown = [result for result in results if result.kl is not None]
     points = [(result.tokens_per_s, max(result.kl or 0.0, _FLOOR)) for result in shown]
     for number, (result, point) in enumerate(zip(shown, points, strict=True), 1):
-        ours = result.name.startswith("dash")
-        colour, marker = ("#1f6f8b", "o") if ours else ("#b5651d", "s")
-        label = f"{number}  {result.name}"
-        axes.plot(*point, color=colour, marker=marker, linestyle="", label=label, markersize=6)
+        color, marker = _mark(result.name)
+        small = f" (KL below {_FLOOR:g})" if (result.kl or 0.0) < _FLOOR else ""
+        label = f"{number}  {result.name}{small}"
+        axes.plot(*point, color=color, marker=marker, linestyle="", label=label, markersize=6)
+    for result in results:
+        if result.kl is None:
+            axes.plot([], linestyle="", label=f"not shown, KL unknown: {result.name}")
     axes.margins(y=0.08)
     axes.set_yscale("log")
     axes.invert_yaxis()
@@ -53,6 +57,14 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     _number(figure, axes, points)
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+
+
+def _mark(name: str) -> tuple[str, str]:
+    """Color and marker: our models have one color, in our runtime and in another one."""
+    if name.startswith("dash"):
+        return "#1f6f8b", "o"
+    fused = FUSED_FOLDER in name.rpartition(" ")[2].split("/")  # as dash-fuse names its folder
+    return ("#1f6f8b", "D") if fused else ("#b5651d", "s")
 
 
 def _number(figure: Any, axes: Any, points: Sequence[tuple[float, float]]) -> None:

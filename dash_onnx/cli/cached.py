@@ -16,6 +16,7 @@ from pathlib import Path
 from dash_onnx.core.atomic import waiting_lock, write_text
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.version import FORMAT_VERSION
 
@@ -74,7 +75,7 @@ def bundle_of(name: str | Path) -> str | Path:
 
 def model_name(name: str | Path) -> str:
     """What a server calls the bundle that an argument names."""
-    return Path(name).resolve().name.removesuffix(".gguf")
+    return stem_of(Path(name).resolve().name)
 
 
 def entries() -> list[Entry]:
@@ -117,10 +118,14 @@ def _source(name: str) -> str | None:
 def _entry_name(source: str) -> str:
     """Of the folder: it changes with the content of the source, and the form of bundles."""
     path = Path(source)
-    files = [path] if path.is_file() else []
+    files = [path.with_name(part) for part in parts_of(path.name)] if path.is_file() else []
     if path.is_dir():
         files = sorted({file for pattern in _WEIGHTS for file in path.glob(pattern)})
-    found = [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+    found = [
+        (file.name, (state := file.stat()).st_size, state.st_mtime_ns)
+        for file in files
+        if file.is_file()
+    ]
     digest = hashlib.sha256(json.dumps([source, found, FORMAT_VERSION]).encode()).hexdigest()
     stem = re.sub(r"[^\w.-]+", "-", model_name(source))[:60]
     return f"{stem}-{digest[:10]}"
@@ -205,17 +210,20 @@ def listing() -> tuple[list[dict[str, object]], list[str]]:
     facts: list[dict[str, object]] = []
     lines = []
     for entry in entries():
-        trained = Bundle(entry.folder).manifest.scorer is not None
+        manifest = Bundle(entry.folder).manifest
+        trained, origin = manifest.scorer is not None, manifest.export.source
         facts.append(
             {
                 "name": entry.folder.name,
                 "source": entry.source,
+                "made_from": origin,
                 "bytes": entry.bytes,
                 "used": entry.used,
                 "trained": trained,
             }
         )
         policy = ", with a policy" if trained else ""
+        commit = f", from commit {origin.rpartition('@')[2][:10]}" if "@" in origin else ""
         day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
-        lines.append(f"{entry.source}: {entry.bytes / 1e6:.0f} MB, used {day}{policy}")
+        lines.append(f"{entry.source}: {entry.bytes / 1e6:.0f} MB, used {day}{commit}{policy}")
     return facts, [*lines, f"{len(lines)} in {cache_folder()}"]

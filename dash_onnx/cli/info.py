@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.cached import listing, remove
 from dash_onnx.cli.common import Parser, add_json_option, aligned, presets_table, run
+from dash_onnx.cli.forecast import forecast
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
+from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import SourceError, printable
+from dash_onnx.core.progress import about
 from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
@@ -29,8 +32,9 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-info",
-        "Show what a model contains and what its export would write and need, or what a bundle "
-        "contains. Reads no weights, but downloads a hub id first, as the export does.",
+        "Show what a model contains, what its export would write and need, and how fast it would "
+        "run on this machine; or what a bundle contains. Reads no weights; of a hub id, downloads "
+        "only GGUF files.",
         _EXAMPLES,
     )
     parser.add_argument(
@@ -84,7 +88,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.exporters.export.sizes import sizes_of
     from dash_onnx.exporters.sources import open_source
 
-    source = open_source(arguments.path, REGISTRY, arguments.requantize, None)
+    source = open_source(arguments.path, REGISTRY, arguments.requantize, weights=False)
     options = ExportOptions(
         variants=variants,
         wide=wide,
@@ -92,11 +96,14 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     )
     sizes = sizes_of(source, options)
     spec = architecture_of(source.config).describe(source.name, source.config, None)
+    here = forecast(spec.facts, options.resolved(source.kind, spec.facts), sizes)
     facts = {
         "kind": "model",
-        "source": f"{source.kind}:{source.name}",
+        "source": source.origin,
+        "license": source.license,
         "model": to_json(spec.facts),
         "estimates": to_json(sizes),
+        "here": to_json(here),
     }
     model = spec.facts
     columns = _columns(tuple(sizes.layers), sizes.heads)
@@ -108,26 +115,40 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     }
     for name, found in parts.items():
         rows.append([name, *(f"{found[a] / 1e6:.1f}" if a in found else "" for a in columns)])
+    speeds: dict[Any, float] = {**here.tokens_per_s}
+    rows.append(["tokens/s here", *(f"{speeds[a]:.3g}" if a in speeds else "" for a in columns)])
+    free = here.free_memory_bytes
     return facts, [
-        f"{facts['source']}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
+        f"{source.origin}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
         f"{model.num_layers} layers, {model.hidden_size} wide ({model.intermediate_size} inside), "
         f"{model.num_heads} heads, {model.num_kv_heads} KV heads, {model.head_dim} wide; "
         f"{model.vocab_size} tokens, context {model.max_length}",
+        _license(source.license),
         "",
         *aligned(rows, left=1),
         "",
-        f"embedding {sizes.embedding / 1e6:.1f} MB; bundle {sizes.bundle / 1e6:.1f} MB on disk",
+        f"embedding {sizes.embedding / 1e6:.1f} MB; bundle {sizes.bundle / 1e6:.1f} MB on disk, "
+        f"{sizes.work / 1e6:.1f} MB more during the export; {here.free_disk_bytes / 1e9:.1f} GB "
+        "are free here",
         f"memory to run with a policy (every graph loaded) {sizes.run['policy'] / 1e6:.1f} MB; "
         f"KV cache {sizes.kv_per_token / 1e6:.3f} MB per token",
-        f"memory to export about {sizes.export / 1e9:.1f} GB",
+        f"memory to export about {sizes.export / 1e9:.1f} GB"
+        + ("" if free is None else f"; {free / 1e9:.1f} GB are free here"),
+        f"time to export about {about(here.export_s)}, then to train a policy about "
+        f"{about(here.training_s)}",
+        f"speeds and times are estimates for this machine, which reads memory at "
+        f"{here.read_gb_per_s:.0f} GB/s; they are good to a factor of two",
     ]
 
 
 def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.core.budget import reference_ms
     from dash_onnx.core.bundle import Bundle
+    from dash_onnx.core.manifest import MANIFEST_NAME
 
     manifest = Bundle(arguments.path).manifest
+    text = (Path(arguments.path) / MANIFEST_NAME).read_text("utf-8")
+    written = json.loads(text)["format_version"]  # the manifest was read as the present one
     facts = to_json(manifest)
     del facts["files"], facts["ropes"], facts["attention"]
     size = sum(file.bytes for file in manifest.files.values())
@@ -149,8 +170,13 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     heads: dict[Form, float] = {head: ms for head, ms in costs.heads_ms.items()}
     rows.append(["LM head, ms", *(_ms(heads.get(form)) for form in columns)])
     tools = ", ".join(f"{name} {version}" for name, version in sorted(export.tools.items()))
-    told = {"kind": "bundle", "bytes": size, "kv_bytes_per_token": manifest.kv_bytes}
-    told["state_bytes"] = manifest.state_bytes
+    told = {
+        "kind": "bundle",
+        "format": written,
+        "bytes": size,
+        "kv_bytes_per_token": manifest.kv_bytes,
+        "state_bytes": manifest.state_bytes,
+    }
     return {**told, **facts}, [
         f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "
         f"{manifest.target.device}",
@@ -164,8 +190,9 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"KV cache {manifest.kv_bytes / 1e6:.3f} MB per token" + _states(manifest),
         *_policy(manifest),
         f"from {export.source} in {export.seconds:.0f} s with {export.peak_rss_bytes / 1e9:.2f} GB",
+        _license(export.license, any(name.startswith(SOURCE_FOLDER) for name in manifest.files)),
         f"calibrated on {manifest.calibration.tokens} tokens ({manifest.calibration.source})",
-        f"made with {tools}",
+        f"format {written}, made with {tools}",
     ]
 
 
@@ -174,6 +201,11 @@ def _states(manifest: Manifest) -> str:
         return ""
     count = len(manifest.mixers) - len(manifest.attending)
     return f"; states of {count} layers {manifest.state_bytes / 1e6:.3f} MB, at any length"
+
+
+def _license(name: str | None, documents: bool = False) -> str:
+    where = f", see {SOURCE_FOLDER}/" if documents else ""
+    return f"license {name or 'not stated by the source'}{where}"
 
 
 def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:

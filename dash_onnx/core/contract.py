@@ -22,8 +22,11 @@ DType = Literal["float32", "float16", "int8", "uint8", "int32", "int64", "bool"]
 
 EMBED_PATH = "embed.onnx"
 
-FUSED_FOLDER, REPORT_NAME = "fused", "report.html"
-"""What dash-fuse and dash-report write into a bundle unless told otherwise: no part of it."""
+FUSED_FOLDER, REPORT_NAME, CARD_NAME = "fused", "report.html", "README.md"
+"""What dash-fuse, dash-report and dash-export write into a bundle's folder: no part of it."""
+
+SOURCE_FOLDER = "source"
+"""Folder in the bundle for the license and the model card of the source model."""
 
 
 def layer_path(layer: int, form: Form) -> str:

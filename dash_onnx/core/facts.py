@@ -384,6 +384,7 @@ class ExportFacts:
         seconds: wall time of the export.
         peak_rss_bytes: highest resident memory of the exporting process.
         fp32_kept: weights whose values do not fit FP16 and were stored as FP32.
+        license: of the source model, as its metadata name it; None if they name none.
     """
 
     source: str
@@ -391,3 +392,4 @@ class ExportFacts:
     seconds: float
     peak_rss_bytes: int
     fp32_kept: tuple[str, ...]
+    license: str | None = None

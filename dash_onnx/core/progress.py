@@ -114,11 +114,11 @@ class Schedule:
     def _tell(self, first: int, left: float) -> None:
         fractions = [0.0] * first + [left] + [1.0] * (len(self._phases) - first - 1)
         parts = [
-            f"{phase.name} {_about(phase.seconds * fraction) if fraction else '(done)'}"
+            f"{phase.name} {about(phase.seconds * fraction) if fraction else '(done)'}"
             for phase, fraction in zip(self._phases, fractions, strict=True)
         ]
         done = f" ({number} done)" if (number := fractions.count(0.0)) else ""
-        total = _about(self._phases[first].seconds * left + self._seconds(first + 1))
+        total = about(self._phases[first].seconds * left + self._seconds(first + 1))
         _LOG.info(f"{len(parts)} phases{done}, about {total} on this machine: {', '.join(parts)}")
 
     def _seconds(self, first: int) -> float:
@@ -210,11 +210,11 @@ class Phase:
         text = f"ended after {self._count()}" if early else "done"
         text += f" in {took:.1f} s"
         if self._announced is not None and self._expected is not None:
-            text += f" (expected {_about(self._expected)})"
+            text += f" (expected {about(self._expected)})"
             self._schedule.end(self._announced, took)
         later = self._schedule.later * self._schedule.correction()
         if later and not early:
-            text += f", about {_about(later)} to go"
+            text += f", about {about(later)} to go"
         self._say(text)
 
     def update(self, steps: int = 1) -> None:
@@ -236,9 +236,9 @@ class Phase:
         own, later = self._rest()
         parts = [self._figures]
         if own and self._done == self._first:  # from then on the bar tells it
-            parts.append(f"about {_about(own)} to go")
+            parts.append(f"about {about(own)} to go")
         if later:
-            parts.append(f"then {_about(later)}")
+            parts.append(f"then {about(later)}")
         self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
 
     def _repeat(self) -> None:
@@ -249,9 +249,9 @@ class Phase:
             own, later = self._rest()
             text = self._state()
             if own:
-                text += f", about {_about(own)} to go"
+                text += f", about {about(own)} to go"
             if later:
-                text += f", then {_about(later)}"
+                text += f", then {about(later)}"
             self._say(text)
 
     def _elapsed(self) -> float:
@@ -275,7 +275,7 @@ class Phase:
             text += f" after {self._count()}"
         elif self._total and not self._single:
             text += f", {self._total}{self._unit or ' steps'}"
-        return text if self._expected is None else f"{text}, expected {_about(self._expected)}"
+        return text if self._expected is None else f"{text}, expected {about(self._expected)}"
 
     def _count(self) -> str:
         total = "" if self._total is None else f" of {self._total}"
@@ -283,7 +283,7 @@ class Phase:
 
     def _state(self) -> str:
         count = "" if self._single else f"{self._count()} "
-        return f"{count}after {_about(self._elapsed())}"
+        return f"{count}after {about(self._elapsed())}"
 
     def _say(self, text: str, level: int = logging.INFO) -> None:
         _LOG.log(level, "%s: %s", self._name, text, extra=_MARK)
@@ -324,7 +324,8 @@ class Loop(Phase, Generic[T]):
                 self.update()
 
 
-def _about(seconds: float) -> str:
+def about(seconds: float) -> str:
+    """A duration in its unit, rounded."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dash_onnx.core.actions import LETTERS
+from dash_onnx.core.colors import DARK, LIGHT, css
 from dash_onnx.report.report import Report
 from dash_onnx.report.scale import Scale, decades, padded
 from dash_onnx.report.tokens import visible
@@ -24,6 +25,7 @@ def render(report: Report) -> str:
     )
     environment.filters.update(number=number, percent=percent, visible=visible)
     environment.globals.update(Scale=Scale, decades=decades, padded=padded, letters=LETTERS)
+    environment.globals.update(css=css, LIGHT=LIGHT, DARK=DARK)
     return environment.get_template("report.html.jinja").render(report=report)
 
 

@@ -10,7 +10,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
-from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +31,7 @@ from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.events import EventStream
 from dash_onnx.serve.limits import Limits, is_trusted
+from dash_onnx.serve.page import page
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
 from dash_onnx.serve.service import Job, Service, Tally, check_words
 from dash_onnx.serve.shelf import Source
@@ -154,7 +154,8 @@ class _Server:
         self.service, self._key, self._only_here = service, key, only_here
 
     async def page(self, _: Request) -> Response:
-        return HTMLResponse(files("dash_onnx.serve").joinpath("page.html").read_text("utf-8"))
+        html, headers = page()
+        return HTMLResponse(html, headers=headers)
 
     async def health(self, _: Request) -> Response:
         alive = self.service.shelf.alive

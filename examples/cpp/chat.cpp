@@ -1,9 +1,7 @@
 // Chat with the fused graph in C++: ORT GenAI brings tokenizer, chat template, sampling and stop.
 //
-//   pip install onnxruntime onnxruntime-genai
-//   ln -s $SITE_PACKAGES/onnxruntime/capi/libonnxruntime.so.1.* libonnxruntime.so
-//   ln -s $SITE_PACKAGES/onnxruntime_genai/libonnxruntime-genai.so .
-//   g++ -std=c++17 -O2 examples/cpp/chat.cpp -o chat ./libonnxruntime-genai.so -Wl,-rpath,.
+// README.md in this folder says how to build it.
+//
 //   export LD_LIBRARY_PATH=.    # where GenAI looks for ONNX Runtime first
 //   ./chat out/fused "What is the capital of France?"
 //   ./chat out/fused "What is the capital of France?" fast     # a preset's adapter

@@ -1,9 +1,7 @@
 // The fused graph in C++: token ids in, greedy token ids out, K/V that grow by concatenation.
 //
-//   apt-get install libonnxruntime-dev    # for its headers: its library, 1.21, is too old
-//   ln -s $SITE_PACKAGES/onnxruntime/capi/libonnxruntime.so.1.* libonnxruntime.so.1
-//   g++ -std=c++17 -O2 -I/usr/include/onnxruntime examples/cpp/generate.cpp \
-//       -o generate ./libonnxruntime.so.1 -Wl,-rpath,.
+// README.md in this folder says how to build it.
+//
 //   ./generate out/fused/model.onnx 32 1 9690 198 2683
 //
 // A folder of `dash-fuse BUNDLE` will do: its budget has a default, which a host may feed all the same.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle, list_files
+from dash_onnx.core.card import write_card
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.facts import ExportFacts, ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
@@ -122,6 +123,7 @@ def export(
         static = writer.losses(ids, final).static(Bundle(folder, manifest))
         manifest = replace(manifest, static=static)
         release_memory()
+        write_card(folder, manifest)
         (folder / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
     return manifest
 
@@ -173,11 +175,11 @@ def _tools() -> dict[str, str]:
 
 
 def _facts(source: Source, progress: Progress) -> ExportFacts:
-    revision = f"@{source.revision}" if source.revision else ""
     return ExportFacts(
-        source=f"{source.kind}:{source.name}{revision}",
+        source=source.origin,
         tools=_tools(),
         seconds=progress.seconds,
         peak_rss_bytes=progress.peak_rss_bytes,
         fp32_kept=progress.fp32_kept,
+        license=source.license,
     )

@@ -12,7 +12,7 @@ import onnx
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.atomic import writing
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import FUSED_FOLDER
+from dash_onnx.core.contract import FUSED_FOLDER, SOURCE_FOLDER
 from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.core.records import RecordError, from_json, to_json
@@ -89,6 +89,10 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
         onnx.checker.check_model(folder / MODEL)
         for name in _TEXT_FILES:
             if name in bundle:
+                shutil.copy(bundle.verified(name), folder / name)
+        for name in manifest.files:
+            if name.startswith(f"{SOURCE_FOLDER}/"):
+                (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
                 shutil.copy(bundle.verified(name), folder / name)
         if client.genai_files:
             (folder / "genai_config.json").write_text(genai_config(bundle, client), "utf-8")

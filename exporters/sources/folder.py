@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
     Source,
@@ -94,6 +95,33 @@ class SafetensorsWeights:
         """See `Weights`: safetensors folders hold floating-point weights."""
 
 
+class Headers:
+    """Names and shapes of weights that are not here."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], renamed: Renaming):
+        """Their names become those of transformers."""
+        known = ((renamed(name), shape) for name, shape in shapes.items())
+        self._shapes = {name: shape for name, shape in known if name is not None}
+
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return layers_in(self._shapes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise SourceError(f"{name} was not downloaded")
+
+    def packed(self, name: str) -> None:
+        """See `Weights`."""
+
+
 def open_folder(
     folder: Path,
     *,
@@ -101,8 +129,17 @@ def open_folder(
     name: str,
     supported: Collection[str],
     revision: str | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Source:
     """Opens a folder with config.json, a tokenizer and safetensors.
+
+    Args:
+        folder: the folder.
+        kind: how the model was named.
+        name: of the model.
+        supported: the model types that have an exporter.
+        revision: commit of a hub id.
+        shapes: of the tensors in the files, where these are not in the folder.
 
     Raises:
         SourceError: a part is missing or damaged.
@@ -118,13 +155,17 @@ def open_folder(
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
-    weights = SafetensorsWeights(folder, renaming(model_type))
+    renamed = renaming(model_type)
+    weights: SafetensorsWeights | Headers = (
+        Headers(shapes, renamed) if shapes else SafetensorsWeights(folder, renamed)
+    )
     if "num_hidden_layers" in raw:  # before lists of that length are made
         check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
     check_layers(folder, getattr(config, "num_hidden_layers", None), weights.num_layers)
+    documents = documents_in(folder)
     return Source(
         kind=kind,
         name=name,
@@ -134,6 +175,8 @@ def open_folder(
         generation_config=_generation_config(folder, config),
         files=tuple(path for path in sorted(folder.iterdir()) if path.is_file()),
         revision=revision,
+        license=license_of_card(documents),
+        documents=documents,
     )
 
 

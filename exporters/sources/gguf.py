@@ -14,10 +14,12 @@ from gguf.quants import dequantize
 from transformers import GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError, printable
+from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.exporters.quantize.blockwise import Quantized
 from dash_onnx.exporters.sources.gguf_blocks import unpack
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
+from dash_onnx.exporters.sources.license import license_of
 from dash_onnx.exporters.sources.source import (
     Source,
     check_layers,
@@ -37,19 +39,19 @@ class GGUFWeights:
 
     def __init__(
         self,
-        reader: GGUFReader,
+        tensors: Mapping[str, Any],
         architecture: str,
         config: PretrainedConfig,
         requantize: bool,
         told: Mapping[str, torch.Tensor],
     ):
-        """Maps names; reads no tensor. Those of `told` are in the metadata."""
+        """Maps names of `tensors`; reads none. Those of `told` are in the metadata."""
         self._told = told
         self._requantize = requantize
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         assert isinstance(arch, MODEL_ARCH)
         self._names = get_tensor_name_map(arch, config.num_hidden_layers)
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._tensors = tensors
         self._architecture = architecture
         self._heads = config.num_attention_heads
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
@@ -127,11 +129,17 @@ def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _reader(path: Path, parts: int) -> GGUFReader:
+    if not path.is_file():
+        raise SourceError(f"{path} is missing: the model is split into {parts} parts")
+    return readable(path, lambda: GGUFReader(path), "is not a readable GGUF file")
+
+
 def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) -> Source:
     """Opens a GGUF file.
 
     Args:
-        path: of the file.
+        path: of the file, or of one of the parts of a model that is split.
         supported: the model types that have an exporter.
         requantize: never give the file's own integers.
 
@@ -139,35 +147,37 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
         SourceError: the file is damaged or lacks something.
         UnsupportedError: no exporter has the architecture or something it asks for.
     """
+    parts = [path.with_name(part) for part in parts_of(path.name)]
+    readers = [_reader(part, len(parts)) for part in parts]
 
-    def read() -> tuple[GGUFReader, dict[str, Any]]:
-        reader = GGUFReader(path)
-        return reader, {key: field.contents() for key, field in reader.fields.items()}
+    def read() -> dict[str, Any]:
+        return {key: field.contents() for key, field in readers[0].fields.items()}
 
-    reader, values = readable(path, read, "is not a readable GGUF file")
+    values = readable(parts[0], read, "is not a readable GGUF file")
     architecture = str(values.get("general.architecture"))
     check_supported(MODEL_TYPES.get(architecture, architecture), supported)
-    if values.get("split.count", 1) not in (0, 1):
-        raise UnsupportedError(
-            f"{path} is one of {values['split.count']} parts; join them with llama-gguf-split "
-            "--merge first"
+    if (values.get("split.count") or 1) != len(parts):
+        raise SourceError(
+            f"{path} is one of {values.get('split.count', 1)} parts by its content, but one of "
+            f"{len(parts)} by its name: give the parts the names that they had"
         )
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     # Before lists of that length are made.
     check_layers(path, values.get(f"{architecture}.block_count"), layers_in(tensors))
     config = readable(path, lambda: config_of(architecture, values, tensors))
     check_supported(config.model_type, supported)
     told = readable(path, lambda: _told(values, config.num_hidden_layers))
-    weights = readable(path, lambda: GGUFWeights(reader, architecture, config, requantize, told))
+    weights = readable(path, lambda: GGUFWeights(tensors, architecture, config, requantize, told))
     tokenizer = readable(path, lambda: tokenizer_of(architecture, values))
     generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_tokens(values)
     return Source(
         kind="gguf",
-        name=printable(path.stem),  # of a file, any bytes
+        name=printable(stem_of(path.name)),  # of a file, any bytes
         config=config,
         weights=weights,
         tokenizer=tokenizer,
         generation_config=generation,
-        files=(path,),
+        files=tuple(parts),
+        license=license_of(values, "general.license", "general.license.name"),
     )

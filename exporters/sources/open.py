@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dash_onnx.core.errors import SourceError, first_line
+from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.exporters.sources.folder import open_folder
 from dash_onnx.exporters.sources.gguf import open_gguf
+from dash_onnx.exporters.sources.license import DOCUMENTS, documents_in, license_of_card
 from dash_onnx.exporters.sources.source import Source, check_token_ids
 
-_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*"]
-_USUAL, _SHARD = "Q4_K_M", re.compile(r"-\d+-of-\d+\.gguf$")
+_WEIGHTS = ("*.safetensors",)
+_TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", *DOCUMENTS)
+_USUAL = "Q4_K_M"
 _HUB_IGNORED = ["consolidated*"]  # the same weights in another layout
 
 
@@ -21,6 +24,8 @@ def open_source(
     supported: Collection[str],
     requantize: bool = False,
     revision: str | None = None,
+    *,
+    weights: bool = True,
 ) -> Source:
     """Opens a model without reading its weights.
 
@@ -30,18 +35,20 @@ def open_source(
         supported: the `model_type`s that have an exporter.
         requantize: round quantized weights anew instead of keeping their integers.
         revision: branch, tag or commit of a hub id; None takes its main branch.
+        weights: download a hub id's weights; without, names and shapes are all that is known of
+            those that are not here yet. A GGUF file is always downloaded.
 
     Raises:
         SourceError: nothing readable is there, or a token that it names is not in its vocabulary.
         UnsupportedError: the model's architecture is not in `supported`.
     """
-    source = _opened(model, supported, requantize, revision)
+    source = _opened(model, supported, requantize, revision, weights)
     check_token_ids(source)
     return source
 
 
 def _opened(
-    model: str, supported: Collection[str], requantize: bool, revision: str | None
+    model: str, supported: Collection[str], requantize: bool, revision: str | None, weights: bool
 ) -> Source:
     path = Path(model)
     if revision is not None and path.exists():
@@ -58,12 +65,25 @@ def _opened(
         raise SourceError(f"no model at {model}: not a folder, a .gguf file or a hub id (org/name)")
     name, _, quantization = model.partition(":")
     if not quantization:
-        folder = _download(name, revision)
+        folder = _download(name, revision, *_TEXT_FILES, *(_WEIGHTS if weights else ()))
         commit = folder.name  # the hub's cache has a folder for each
-        if any(folder.glob("*.safetensors")) or not _gguf_files(name, revision):
-            return open_folder(folder, kind="hub", name=name, supported=supported, revision=commit)
+        here = any(folder.glob("*.safetensors"))
+        shapes = {} if weights or here else _shapes(name, commit)
+        if here or shapes or not _gguf_files(name, revision):
+            return open_folder(
+                folder, kind="hub", name=name, supported=supported, revision=commit, shapes=shapes
+            )
     file = _gguf_file(name, quantization, _gguf_files(name, revision))
-    return open_gguf(_download(name, revision, file) / file, supported, requantize)
+    folder = _download(name, revision, *parts_of(file), *DOCUMENTS)
+    found = open_gguf(folder / file, supported, requantize)
+    documents = documents_in(folder)
+    return replace(
+        found,
+        revision=folder.name,
+        repository=name,
+        license=found.license or license_of_card(documents),
+        documents=documents,
+    )
 
 
 def _gguf_files(name: str, revision: str | None) -> list[str]:
@@ -82,7 +102,7 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     """The one of a quantization; Q4_K_M, as in llama.cpp, or the first where none is named.
 
     Raises:
-        SourceError: there is none, or it is split into several files.
+        SourceError: there is none.
     """
     wanted = quantization or _USUAL
     fitting = [file for file in files if wanted.lower() in Path(file).name.lower()]
@@ -91,17 +111,35 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     if not fitting:
         have = ", ".join(Path(file).name for file in files) or "no GGUF file, or it is not online"
         raise SourceError(f"{name} has no GGUF file of {quantization}: {have}")
-    whole = [file for file in fitting if not _SHARD.search(file)]
-    if not whole:
-        raise SourceError(
-            f"{name}: {fitting[0]} is one of several parts; join them with llama.cpp's "
-            "`llama-gguf-split --merge`, and give the file"
-        )
-    return min(whole, key=lambda file: (len(file), file))
+    return min(fitting, key=lambda file: (len(stem_of(file)), file))  # of a split one, the first
 
 
-def _download(model: str, revision: str | None, file: str | None = None) -> Path:
-    """The folder of a hub id in the hub's cache, with one file or with those of a model."""
+def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a hub id, from the headers of its files alone."""
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        SafetensorsParsingError,
+    )
+
+    try:
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except (
+        *(HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled),
+        *(SafetensorsParsingError, OSError),
+    ):
+        return {}
+    return {
+        tensor: tuple(info.shape)
+        for file in metadata.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    }
+
+
+def _download(model: str, revision: str | None, *patterns: str) -> Path:
+    """The folder of a hub id in the hub's cache, with some of its files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -114,7 +152,7 @@ def _download(model: str, revision: str | None, file: str | None = None) -> Path
         found = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=[file] if file else _HUB_PATTERNS,
+            allow_patterns=[*patterns],
             ignore_patterns=_HUB_IGNORED,
         )
         return Path(found)

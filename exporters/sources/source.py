@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.quantize.blockwise import Quantized, row_groups
 
@@ -57,6 +59,9 @@ class Source:
         generation_config: EOS ids and sampling defaults.
         files: what all of this is read from.
         revision: commit of a hub id.
+        repository: hub id that a GGUF file comes from.
+        license: as the model's metadata name it.
+        documents: license, notices and model card, which go along into the bundle.
     """
 
     kind: Literal["hub", "folder", "gguf"]
@@ -67,9 +72,25 @@ class Source:
     generation_config: GenerationConfig
     files: tuple[Path, ...]
     revision: str | None = None
+    repository: str | None = None
+    license: str | None = None
+    documents: tuple[Path, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """Kind, name and revision, in one word."""
+        place = f"{self.repository}/" if self.repository else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.kind}:{place}{self.name}{revision}"
 
     def save_text_files(self, folder: Path) -> None:
-        """Tokenizer, chat template, and both configurations, as transformers writes them."""
+        """Tokenizer, chat template, and both configurations, as transformers writes them.
+
+        The documents are copied to a folder of their own.
+        """
+        for path in self.documents:
+            (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / SOURCE_FOLDER / path.name)
         self.tokenizer.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
         self.config.to_json_file(folder / "config.json")

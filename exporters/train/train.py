@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dash_onnx.core.atomic import check_destination, writing
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.card import write_card
 from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.device import torch_device
@@ -48,6 +49,7 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
             old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
             shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
             manifest = finish(trainer, trained, profile)
+            write_card(trained, manifest)
             (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
         trainer.checkpoint.remove()
     return manifest

@@ -1,0 +1,76 @@
+"""What this machine would do with a model: before it is exported."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dash_onnx.core.actions import Action
+
+if TYPE_CHECKING:
+    from dash_onnx.core.facts import ModelFacts
+    from dash_onnx.exporters.export import ExportOptions
+    from dash_onnx.exporters.export.sizes import Sizes
+
+REACHED = 0.4
+"""Share of the speed of memory at which decoding reads weights: 0.3 to 0.55 of it with models of
+135 and 494 million parameters (`gb_per_s` in benchmarks/results). Small models reach less."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Estimates, good to a factor of two.
+
+    Attributes:
+        read_gb_per_s: at which this machine reads memory, as busy as it is now.
+        tokens_per_s: of one answer behind a short prompt, with all layers in a precision.
+        export_s: seconds until the bundle can answer.
+        training_s: of the policy's training after that, with the default effort.
+        free_disk_bytes: in the current folder.
+        free_memory_bytes: None where the system does not say.
+    """
+
+    read_gb_per_s: float
+    tokens_per_s: dict[Action, float]
+    export_s: float
+    training_s: float
+    free_disk_bytes: int
+    free_memory_bytes: int | None
+
+
+def forecast(model: ModelFacts, options: ExportOptions, sizes: Sizes) -> Forecast:
+    """Measures the speed of memory and of a matrix product, which takes a second or two.
+
+    Args:
+        model: shape of the model.
+        options: of the export, resolved.
+        sizes: what the export would write.
+    """
+    from dash_onnx.bench.memory import read_gigabytes_per_s
+    from dash_onnx.exporters.expected import Speed, export_phases, training_phases
+    from dash_onnx.exporters.train.options import TrainOptions
+    from dash_onnx.runtime.machine import available_bytes
+    from dash_onnx.runtime.ort import thread_count
+
+    speed, read = Speed.measured(), read_gigabytes_per_s(thread_count())
+    exporting = export_phases(model, options, speed, check=True)
+    training = training_phases(model, TrainOptions().plan_for(model), speed, generated=True)
+    return Forecast(
+        read_gb_per_s=round(read, 1),
+        tokens_per_s={
+            action: round(REACHED * read * 1e9 / bytes_read(action, sizes), 1)
+            for action in options.variants
+        },
+        export_s=round(sum(phase.seconds for phase in exporting)),
+        training_s=round(sum(phase.seconds for phase in training)),
+        free_disk_bytes=shutil.disk_usage(Path.cwd()).free,
+        free_memory_bytes=available_bytes(),
+    )
+
+
+def bytes_read(action: Action, sizes: Sizes) -> int:
+    """Bytes that a token reads."""
+    head = sizes.heads.get(action) or max(sizes.heads.values())
+    return (sizes.layers[action] + head) * (2 if action == "full" else 1)  # FP32 in memory

@@ -1,0 +1,30 @@
+"""The page to chat on: one file that loads nothing else, and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from importlib.resources import files
+
+from dash_onnx.core.colors import DARK, LIGHT, css
+
+
+@functools.cache
+def page() -> tuple[str, dict[str, str]]:
+    """The page, and the headers that keep scripts out which a model's answer might contain."""
+    folder = files("dash_onnx.serve")
+    html, style, *scripts = (
+        folder.joinpath(name).read_text("utf-8")
+        for name in ("page.html", "page.css", "markdown.js", "page.js")
+    )
+    style = style.replace("/* light */", css(LIGHT)).replace("/* dark */", css(DARK))
+    script = "".join(scripts)
+    html = html.replace("<style></style>", f"<style>{style}</style>")
+    html = html.replace("<script></script>", f"<script>{script}</script>")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rules = (
+        *("default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'"),
+        *("style-src 'unsafe-inline'", f"script-src 'sha256-{digest}'", "form-action 'none'"),
+    )
+    return html, {"Content-Security-Policy": "; ".join(rules)}
