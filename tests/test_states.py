@@ -17,7 +17,8 @@ from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
-from dash_onnx.runtime.prefix import Saved, copy_prefix
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.prefix import PrefixStore, Saved, copy_prefix
 from dash_onnx.runtime.rows import BatchDecoder
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.states import LONG, POINTS
@@ -162,7 +163,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
         twin.check(model)
 
 
-def test_a_sequence_goes_back_to_both_ends_of_its_prompts(model: Model) -> None:
+def test_a_sequence_goes_back_to_where_a_prompt_begins_and_to_its_last_token(model: Model) -> None:
     sequence, path = model.new_sequence(), ("full",) * LAYERS
     first, second = LONG + 3, 2 * LONG
     sequence.prefill(random_ids(first), path, "full")
@@ -170,18 +171,20 @@ def test_a_sequence_goes_back_to_both_ends_of_its_prompts(model: Model) -> None:
         sequence.forward(token, FixedPath(path, "full"))
     sequence.prefill(random_ids(second), path, "full")
     sequence.forward(5, FixedPath(path, "full"))
-    places = [sequence.kv.place(length) for length in (first - 1, first, first + 8, first + 9)]
-    assert places == [0, first, first, first + 9]
-    assert sequence.kv.place(first + 9 + second) == first + 9 + second
-    assert sequence.truncate(first + 9 + second - 1) == first + 9
+    begun, end = first + 9, first + 9 + second
+    places = {length: sequence.kv.place(length) for length in (first - 2, first + 8, begun, end)}
+    assert places == {first - 2: 0, first + 8: first - 1, begun: begun, end: end}
+    assert sequence.truncate(end - 1) == end - 1  # the same prompt once more
+    assert sequence.truncate(end - 2) == begun
 
 
 def test_few_points_are_kept_and_the_last_is_one_of_them(model: Model) -> None:
     sequence, path = model.new_sequence(), ("full",) * LAYERS
-    sequence.prefill(random_ids(9 * LONG), path, "full", chunk=LONG)
+    length = 9 * (LONG + 1)
+    sequence.prefill(random_ids(length), path, "full", chunk=LONG + 1)
     states = sequence.kv.states
     assert states is not None and len(states.points) == POINTS
-    assert max(states.points) == 8 * LONG and min(states.points) > LONG
+    assert max(states.points) == length - 1 and min(states.points) > LONG + 1
 
 
 def test_a_conversation_goes_on_from_what_its_cache_holds(model: Model) -> None:
@@ -251,6 +254,35 @@ def test_requests_that_share_passes_get_the_text_of_one_alone(model: Model) -> N
         logits, _ = batch.forward([0, 1], [token] * 2, [FixedPath(path, "int8")] * 2)
     for got, want in zip(logits, wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_row_takes_up_what_another_text_left_and_a_store_kept(
+    model: Model, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    first, second = "the keeper counts ships " * 9, "a night of other words " * 7
+    prompts = [first, second, first + "again", second, first + "once more"]
+    options = GenerationOptions(policy="int8", max_new_tokens=12, ignore_eos=True)
+    wanted = [model.generate(text, options=options) for text in prompts]
+    for rows in (1, 2):
+        store = PrefixStore(model.manifest, 1 << 30, tmp_path / str(rows))
+        batch = model.new_batch(rows, store)
+        told: list[list[str]] = [[] for _ in prompts]
+        for text, own in zip(prompts, told, strict=True):
+            batch.submit(model.request(text, lambda one, own=own: own.append(one.text), options))
+        while batch.step():
+            pass
+        assert ["".join(own) for own in told] == wanted
+        assert batch.reused > 0
+        batch.save()
+        again = PrefixStore(model.manifest, 1 << 30, tmp_path / str(rows))
+        assert len(again) == len(store)
+        batch = model.new_batch(1, again)
+        told[0].clear()
+        batch.submit(model.request(first, lambda one: told[0].append(one.text), options))
+        while batch.step():
+            pass
+        assert "".join(told[0]) == wanted[0] and batch.reused >= LONG
 
 
 def test_one_graph_of_such_layers_is_refused(model: Model, tmp_path: Path) -> None:
