@@ -277,12 +277,11 @@ def test_a_row_takes_up_what_another_text_left_and_a_store_kept(
         batch.save()
         again = PrefixStore(model.manifest, 1 << 30, tmp_path / str(rows))
         assert len(again) == len(store)
-        batch = model.new_batch(1, again)
-        told[0].clear()
-        batch.submit(model.request(first, lambda one: told[0].append(one.text), options))
+        batch, texts = model.new_batch(1, again), list[str]()
+        batch.submit(model.request(first, lambda one, to=texts: to.append(one.text), options))
         while batch.step():
             pass
-        assert "".join(told[0]) == wanted[0] and batch.reused >= LONG
+        assert "".join(texts) == wanted[0] and batch.reused >= LONG
 
 
 def test_one_graph_of_such_layers_is_refused(model: Model, tmp_path: Path) -> None:
