@@ -284,10 +284,10 @@ def test_a_row_takes_up_what_another_text_left_and_a_store_kept(
         assert "".join(texts) == wanted[0] and batch.reused >= LONG
 
 
-def test_one_graph_of_such_layers_is_refused(model: Model, tmp_path: Path) -> None:
+def test_one_graph_of_such_layers_is_for_genai_alone(model: Model, tmp_path: Path) -> None:
     bundle = Bundle(model._sessions._bundle.folder)
-    with pytest.raises(UnsupportedError, match="whose states fused graphs do not carry"):
-        fuse(bundle, tmp_path / "fused", FuseOptions(), overwrite=False)
+    with pytest.raises(UnsupportedError, match="node does not carry the states of layers of kind"):
+        fuse(bundle, tmp_path / "fused", FuseOptions("node"), overwrite=False)
 
 
 def test_such_layers_are_for_the_cpu_alone(model: Model, tmp_path: Path) -> None:
