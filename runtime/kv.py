@@ -118,6 +118,11 @@ class KVCache:
             mask.write(0.0, (..., slice(start, total)))
             mask.write(-np.inf, (..., slice(total, None)))
 
+    @property
+    def turn(self) -> int:
+        """Which of the two memories of states passes read now."""
+        return 0 if self.states is None else self.states.turn
+
     def begin(self, count: int) -> None:
         """Counts the tokens of a pass that runs next."""
         if self.states is not None:

@@ -36,7 +36,7 @@ class _Pass:
     positions: Buffer  # [B, S] int64
     hidden: tuple[Buffer, Buffer]  # [B, S, D]: input of the even and of the odd layers
     embed: Run
-    layers: dict[tuple[int, int, Form], tuple[Run, ...]] = field(default_factory=dict)
+    layers: dict[tuple[int, int, Form, int], tuple[Run, ...]] = field(default_factory=dict)
     forms: dict[Action, Form] = field(default_factory=dict)  # of the layers
     plain: Buffer | None = None  # how passes of several tokens attend, see `KVCache`
     masks: dict[int | None, Buffer] = field(default_factory=dict)  # likewise
@@ -337,7 +337,7 @@ class SequenceState:
     def run_form(self, layer: int, form: Form, stop: int | None = None) -> None:
         """Likewise in a form."""
         key = (layer, stop or layer + 1, form)
-        for run in self._now.layers.get(key) or self._bind_layers(*key):
+        for run in self._now.layers.get((*key, self.kv.turn)) or self._bind_layers(*key):
             run()
 
     def _form(self, action: Action) -> Form:
@@ -408,7 +408,7 @@ class SequenceState:
         else:
             each = ((layer, sessions.layer(layer, form)) for layer in layers)
             runs = tuple(self._bind(range(layer, layer + 1), one, [{}]) for layer, one in each)
-        return self._now.layers.setdefault((start, stop, form), runs)
+        return self._now.layers.setdefault((start, stop, form, self.kv.turn), runs)
 
     def _bind(self, layers: range, graph: LoadedGraph, names: Sequence[dict[str, str]]) -> Run:
         """Binds a graph of some layers, whose ports have other names where it has several."""

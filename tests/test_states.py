@@ -45,7 +45,7 @@ def assert_equal(got: np.ndarray, wanted: np.ndarray) -> None:
 
 
 class Twin:
-    """A row of a batch, and the tokens and paths that a fresh sequence would take to equal it."""
+    """A row of a batch, or a sequence alone, and the tokens and paths that a fresh sequence would take to equal it."""
 
     def __init__(self, state: SequenceState):
         self.state = state
@@ -87,7 +87,7 @@ class Twin:
 def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch = BatchDecoder(model._sessions, ROWS)
-    twins = [Twin(state) for state in batch.rows]
+    twins = [Twin(state) for state in [*batch.rows, model.new_sequence()]]
     saved: list[tuple[Saved, list[ActionPath]]] = []
 
     def ids(count: int) -> list[int]:
@@ -147,7 +147,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
             twin.tokens, twin.paths = kept.tokens[:length].tolist(), paths[:length]
 
     def share(twin: Twin) -> None:
-        other = twins[rng.integers(ROWS)]
+        other = twins[rng.integers(len(twins))]
         if other is not twin:
             length = other.state.kv.place(int(rng.integers(0, other.state.length + 1)))
             copy_prefix(other.state, twin.state, length)
@@ -155,7 +155,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
 
     steps: list[Callable[[Twin], None]] = [prompt, guess, decode, fail, back, save, restore, share]
     for _ in range(25):
-        twin = twins[rng.integers(ROWS)]
+        twin = twins[rng.integers(len(twins))]
         if twin.state.length > 150:
             twin.back(20)
         steps[rng.integers(len(steps))](twin)
