@@ -361,8 +361,7 @@ class Model:
         """What a generation guesses by."""
         wanted = options.speculate
         if wanted is None:
-            # States cannot forget wrong guesses: the right tokens of a pass would run again.
-            wanted = self._sessions.backend.device == "cpu" and not self.manifest.mixers
+            wanted = self._sessions.backend.device == "cpu"
         if not wanted:
             return {}
         text = options.expected
@@ -374,7 +373,8 @@ class Model:
         return None if path is None else self._learned(path, policy.head)
 
     def _learn(self, path: Path, head: Action) -> Learned:
-        return Learned(self.manifest.costs.passes, path, head, self._sessions.widened)
+        costs, reruns = self.manifest.costs.passes, bool(self.manifest.mixers)
+        return Learned(costs, path, head, self._sessions.widened, reruns)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
         if options.grammar is None:

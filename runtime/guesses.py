@@ -171,7 +171,14 @@ def _believed(kind: _Kind) -> float:
 class Learned:
     """What all generations of one target have shown; any thread may use it."""
 
-    def __init__(self, passes: PassCosts | None, path: Path, head: Action, widened: Set[Action]):
+    def __init__(
+        self,
+        passes: PassCosts | None,
+        path: Path,
+        head: Action,
+        widened: Set[Action],
+        reruns: bool = False,
+    ):
         """Knows the profile.
 
         Args:
@@ -179,7 +186,9 @@ class Learned:
             path: of the target.
             head: precision of its LM head.
             widened: actions that passes of several rows may run wide.
+            reruns: whether the right tokens of a pass run again if one of its guesses is wrong.
         """
+        self.reruns = reruns
         self._passes, self._layers, self._head = passes, Counter(path), head
         self._widened = frozenset(widened)
         self._tables: dict[int, list[float]] = {}
@@ -248,17 +257,21 @@ class Guesser:
         kinds = _kinds(found, self._lookup.agrees(found))
         self._open.append((found, kinds, len(self._lookup.tokens)))
         rates = [learned.outcomes[kind].rate(_believed(kind)) for kind in kinds[:most]]
-        count = self._length(found.tokens, rates, learned.costs(context))
+        count = self._length(found.tokens, rates, learned.costs(context), learned.reruns)
         return found._replace(tokens=found.tokens[:count]) if count else None
 
-    def _length(self, tokens: list[int], rates: list[float], costs: list[float]) -> int:
+    def _length(
+        self, tokens: list[int], rates: list[float], costs: list[float], reruns: bool
+    ) -> int:
         """How many guesses bring most tokens per time."""
-        best, count, reached, expected = _MARGIN, 0, 1.0, 1.0
+        best, count, reached, expected, again = _MARGIN, 0, 1.0, 1.0, 0.0
         for n, (token, rate) in enumerate(zip(tokens, rates, strict=False), 1):
+            if reruns:  # of n tokens, where this guess is the first wrong one
+                again += reached * (1 - rate) * costs[n]
             reached *= rate
             expected += reached
-            if expected / costs[n + 1] > best:
-                best, count = expected / costs[n + 1], n
+            if expected / (costs[n + 1] + again) > best:
+                best, count = expected / (costs[n + 1] + again), n
             if token in self._eos or reached < 0.02:
                 break
         return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.engine import Model
+from dash_onnx.runtime.generate import CurrentPolicy, generate_tokens
+from dash_onnx.runtime.guesses import Learned
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.prefix import PrefixStore, Saved, copy_prefix
 from dash_onnx.runtime.rows import BatchDecoder
@@ -45,7 +48,7 @@ def assert_equal(got: np.ndarray, wanted: np.ndarray) -> None:
 
 
 class Twin:
-    """A row of a batch, or a sequence alone, and the tokens and paths that a fresh sequence would take to equal it."""
+    """A row of a batch, or a sequence alone, and what a fresh one would run to equal it."""
 
     def __init__(self, state: SequenceState):
         self.state = state
@@ -217,16 +220,24 @@ def test_a_saved_conversation_is_the_same(model: Model, tmp_path: Path) -> None:
     assert found == wanted
 
 
-def test_guesses_are_made_on_request_alone_and_give_the_same_text(model: Model) -> None:
-    ids = np.tile(random_ids(6), 8)
-    usual = [*model.generate_step(ids, max_new_tokens=24)]
-    assert not any(step.guess for step in usual)
-    cache = model.new_cache()
-    text = model.text.decode([step.token for step in usual])
-    options = {"speculate": True, "expected": text, "cache": cache}
-    guessed = [*model.generate_step(ids, max_new_tokens=24, **options)]
-    assert [step.token for step in guessed] == [step.token for step in usual]
-    outcomes = [step.guess for step in guessed if step.guess is not None]
+def test_guesses_give_the_same_text_and_leave_the_same_states(model: Model) -> None:
+    ids, cache, policy = random_ids(30), model.new_cache(), model.policy("int8")
+    options = GenerationOptions(policy="int8", max_new_tokens=24, ignore_eos=True)
+    usual = [step.token for step in model.generate_step(ids, options=options, speculate=False)]
+    learned = Learned(None, ("int8",) * LAYERS, "int8", frozenset())
+    guessed = generate_tokens(
+        model._sessions,
+        ids,
+        CurrentPolicy(policy, lambda _: policy),
+        replace(options, cache=cache),
+        sampling=options.sampling(model.sampling),
+        eos=frozenset(),
+        learn=lambda _: learned,
+        expected=[3 if n % 6 == 5 else token for n, token in enumerate(usual)],
+    )
+    steps = [*guessed]
+    assert [step.token for step in steps] == usual
+    outcomes = [step.guess for step in steps if step.guess is not None]
     assert any(0 < guess.right for guess in outcomes)
     assert any(guess.right < guess.tokens for guess in outcomes)
     longer = np.array([*cache.tokens, *random_ids(5)])
