@@ -175,7 +175,14 @@ def _believed(kind: _Kind) -> float:
 class Learned:
     """What all generations of one target have shown; any thread may use it."""
 
-    def __init__(self, passes: PassCosts | None, path: Path, head: Action, widened: Set[Action]):
+    def __init__(
+        self,
+        passes: PassCosts | None,
+        path: Path,
+        head: Action,
+        widened: Set[Action],
+        reruns: bool = False,
+    ):
         """Knows the profile.
 
         Args:
@@ -183,7 +190,9 @@ class Learned:
             path: of the target.
             head: precision of its LM head.
             widened: actions that passes of several rows may run wide.
+            reruns: whether the right tokens of a pass run again if one of its guesses is wrong.
         """
+        self.reruns = reruns
         self._passes, self._layers, self._head = passes, Counter(path), head
         self._widened = frozenset(widened)
         self._costs: dict[tuple[int, int], float] = {}
@@ -228,11 +237,15 @@ def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int
         The same number for all of them: a pass pads those that have fewer.
     """
     answers = len(gains)
-    best, count = _MARGIN * answers / learned.cost(answers, context), 0
+    best, count, again = _MARGIN * answers / learned.cost(answers, context), 0, 0.0
     longest = min(max(map(len, gains)), max(MOST_ROWS, MOST + 1) // answers)
     for n in range(1, longest):
         expected = sum(known[min(n, len(known) - 1)] for known in gains)
-        rate = expected / learned.cost(answers * (n + 1), context)
+        if learned.reruns:  # of n tokens, where this guess is the first wrong one
+            (known,) = gains  # states know no padding: such an answer has its guesses alone
+            before = known[n - 1] - known[n - 2] if n > 1 else 1.0
+            again += (before - (known[n] - known[n - 1])) * learned.cost(n, context)
+        rate = expected / (learned.cost(answers * (n + 1), context) + again)
         if rate > best:
             best, count = rate, n
     return count

@@ -99,7 +99,7 @@ class Pass:
         self.heads: dict[Form, Run] = {}
         self._sessions, self._kv, self._lengths = sessions, kv, lengths
         self._forms: dict[Action, Form] = {}
-        self._layers: dict[tuple[int, int, Form], tuple[Run, ...]] = {}
+        self._layers: dict[tuple[int, int, Form, int], tuple[Run, ...]] = {}
         self._embed = self.bound(sessions.embed(), [self.tokens], [even])
 
     def part(self, kv: KVCache, lengths: Lengths, start: int, stop: int) -> Pass:
@@ -161,10 +161,13 @@ class Pass:
 
     def run(self, start: int, stop: int, form: Form) -> None:
         """Runs the layers `start` to `stop` in a form."""
-        for run in self._layers.get((start, stop, form)) or self._bind_layers(start, stop, form):
+        states = self._kv.states
+        key = (start, stop, form, 0 if states is None else states.turn)
+        for run in self._layers.get(key) or self._bind_layers(*key):
             run()
 
-    def _bind_layers(self, start: int, stop: int, form: Form) -> tuple[Run, ...]:
+    def _bind_layers(self, start: int, stop: int, form: Form, turn: int) -> tuple[Run, ...]:
+        """Binds them; the memories of states take turns."""
         layers, sessions = range(start, stop), self._sessions
         graph = sessions.joined(layers, form)
         if graph is not None:
@@ -174,7 +177,7 @@ class Pass:
         else:
             each = ((layer, sessions.layer(layer, form)) for layer in layers)
             runs = tuple(self._bind(range(layer, layer + 1), one, [{}]) for layer, one in each)
-        return self._layers.setdefault((start, stop, form), runs)
+        return self._layers.setdefault((start, stop, form, turn), runs)
 
     def _bind(self, layers: range, graph: LoadedGraph, names: Sequence[dict[str, str]]) -> Run:
         """Binds a graph of some layers, whose ports have other names where it has several."""

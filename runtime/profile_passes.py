@@ -44,9 +44,10 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
         return None
     rows = tuple(count for count in ROWS if count <= limit)
     contexts = tuple(context for context in CONTEXTS if context + rows[-1] <= limit)
-    attending = manifest.attending  # the others have no attention to choose
-    first = max(len(attending) // 2 - 1, 0)
-    times = _Times(sessions, attending[first : first + _LAYERS])
+    every = manifest.model.num_layers
+    others = [layer for layer in range(every) if layer not in manifest.attending]
+    kinds = [(_Times(sessions, k), len(k) / every) for k in (manifest.attending, others) if k]
+    times, share = kinds[0]  # of the layers that attend
     wide: tuple[Form, ...] = () if manifest.wide is None else (WIDE,)
     forms: tuple[Form, ...] = (*manifest.variants, *wide)
     heads: tuple[Form, ...] = (*manifest.exported_heads, *wide)
@@ -55,20 +56,31 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
     return PassCosts(
         rows=rows,
         contexts=contexts,
-        layers_ms={form: times.layer(form, rows, contexts) for form in forms},
+        layers_ms={
+            form: _mean([(t.layer(form, rows, contexts), n) for t, n in kinds]) for form in forms
+        },
         plain_rows=plain_rows,
-        plain_ms=times.plain(cheapest, plain_rows, contexts) if plain_rows else (),
+        plain_ms=_mean([(times.plain(cheapest, plain_rows, contexts), share)])
+        if plain_rows
+        else (),
         head_rows=head_rows,
         heads_ms={form: times.head(form, head_rows) for form in heads},
     )
 
 
+def _mean(tables: Sequence[tuple[Table, float]]) -> Table:
+    """Of layers of several kinds, by the share of each."""
+    total = sum(share * np.array(table) for table, share in tables)
+    return tuple(tuple(round(float(ms), 5) for ms in row) for row in np.asarray(total))
+
+
 class _Times:
     """Times parts of passes, their weights as cold as in decoding."""
 
-    def __init__(self, sessions: Sessions, layers: Sequence[int]):
-        manifest = sessions.manifest
-        self._sessions, self._layers = sessions, layers
+    def __init__(self, sessions: Sessions, kind: Sequence[int]):
+        """Of some of the layers of a kind."""
+        manifest, first = sessions.manifest, max(len(kind) // 2 - 1, 0)
+        self._sessions, self._layers = sessions, kind[first : first + _LAYERS]
         weights = sum(
             manifest.graph_bytes(layer_path(layer, action), action)
             for layer in range(manifest.model.num_layers)

@@ -147,8 +147,7 @@ class Requests:
         """What a generation guesses by, and the ids of the expected text."""
         wanted = options.speculate
         if wanted is None:
-            # States cannot forget wrong guesses: the right tokens of a pass would run again.
-            wanted = self._sessions.backend.device == "cpu" and not self._manifest.mixers
+            wanted = self._sessions.backend.device == "cpu"
         if not wanted:
             return lambda policy: None, ()
         text = options.expected
@@ -160,7 +159,8 @@ class Requests:
         return None if path is None else self._learned(path, policy.head)
 
     def _learn(self, path: Path, head: Action) -> Learned:
-        return Learned(self._manifest.costs.passes, path, head, self._sessions.widened)
+        costs, reruns = self._manifest.costs.passes, bool(self._manifest.mixers)
+        return Learned(costs, path, head, self._sessions.widened, reruns)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
         if options.grammar is None:

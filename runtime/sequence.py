@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from dash_onnx.runtime.guesses import MOST, MOST_ROWS
 from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
 from dash_onnx.runtime.passes import Lengths, Pass
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.states import LONG
 
 PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
@@ -176,8 +178,8 @@ class SequenceState:
         self._check_room(self.length + ids.shape[-1])
         self.reserve(self.length + ids.shape[-1])  # at once, not in steps as its chunks run
         with self._lock, self.widening(widened):
-            for start in range(0, ids.shape[-1], chunk):
-                self.layers(ids[..., start : start + chunk], decider)
+            for start, stop in pairwise(self._cuts(ids.shape[-1], chunk)):
+                self.layers(ids[..., start:stop], decider)
                 if every:
                     rows.append(self.head(head, every=True).astype(np.float32))
             logits = np.concatenate(rows, -2) if every else self.head(head)
@@ -185,6 +187,16 @@ class SequenceState:
             del self._passes[count]
         self.sessions.settle()
         return logits
+
+    def _cuts(self, count: int, chunk: int) -> list[int]:
+        """Where the parts of a prompt begin that run at once, and where the last one ends.
+
+        States are kept before its last token, which runs again for who asks once more.
+        """
+        cuts = {*range(0, count, chunk), count}
+        if self.kv.states is not None and count > LONG:
+            cuts.add(count - 1)
+        return sorted(cuts)
 
     @contextmanager
     def widening(self, widened: frozenset[Action]) -> Iterator[None]:

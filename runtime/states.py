@@ -33,13 +33,15 @@ class States:
     """States of B sequences of one length, which may be the rows of a batch.
 
     A pass reads `past` and writes `present`, so it may run again, and what it writes to rows that
-    it runs over means nothing. When the next pass begins, the present becomes the past.
+    it runs over means nothing. When the next pass begins, the present becomes the past: by trading
+    places, or by a copy where rows have different lengths.
 
     Attributes:
         past: by name, what the last pass began with.
         present: likewise, what it has made of that.
         start: tokens that `past` has seen.
         points: by tokens, what is kept of earlier pasts; none of them after `start`.
+        turn: 0 or 1, which of the two memories is the past; graphs are bound to each.
     """
 
     def __init__(self, manifest: Manifest, backend: Backend, batch: int):
@@ -56,6 +58,8 @@ class States:
         )
         self.start = 0
         self.points: dict[int, Arrays] = {}
+        self.turn = 0
+        self._trades = True
 
     def part(self, start: int, stop: int) -> States:
         """Sequences `start` to `stop`, in the same memory, with places of their own."""
@@ -63,6 +67,7 @@ class States:
         part.past = {name: buffer.part(start, stop) for name, buffer in self.past.items()}
         part.present = {name: buffer.part(start, stop) for name, buffer in self.present.items()}
         part.points = {}
+        part._trades = False
         return part
 
     def ports(self, layer: int) -> dict[str, Buffer]:
@@ -78,7 +83,9 @@ class States:
     def begin(self, length: int, count: int = 0) -> None:
         """Before a pass of some tokens behind `length`: what the last one made is the past now."""
         before, self.start = length - self.start, length
-        if before:  # else that pass runs again
+        if before and self._trades:
+            self.past, self.present, self.turn = self.present, self.past, 1 - self.turn
+        elif before:  # else that pass runs again
             for name, buffer in self.present.items():
                 self.past[name].write(buffer.array)
         new = length - max(self.points, default=0)

@@ -15,13 +15,14 @@ import numpy as np
 import onnxruntime
 import pytest
 from conftest import missing, needed
+from families import CASES, Pair
 from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused import FACTS, PATH, FuseOptions, adapter, fuse
-from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
+from dash_onnx.runtime.deciders import FixedPath, ScoredDecider, decider_of
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = (
@@ -117,6 +118,28 @@ def test_int2_layers_give_the_tokens_of_our_runtime(
     assert tokens == ours(model, model.policy("int2"), "int2", prompt, tokens)[0]
     other = ours(model, model.policy("int8"), "int8", prompt, tokens)[0]
     assert tokens != other  # the comparison means something
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+def test_layers_that_keep_states_give_the_tokens_of_our_runtime(
+    family: str, tmp_path: Path, night: Path
+) -> None:
+    bundle = Bundle(with_scorer(Pair.build(CASES[family], tmp_path, night).bundle))
+    prompt, model = list(range(40, 53)), dash_onnx.load(bundle.folder, threads=1)
+    for policy in ("int8", "static:int8,skip,skip", "dash"):
+        fuse(bundle, tmp_path / "fused", FuseOptions("genai", policy), overwrite=True)
+        tokens, _ = theirs(tmp_path / "fused", prompt)
+        chosen = model.policy(policy)
+        sequence = model.new_sequence()
+        path = chosen.uniform or ("int8",) * model.manifest.model.num_layers
+        decider = decider_of(chosen, sequence)
+        if isinstance(chosen, ScoredPolicy):  # without a controller, as the graph
+            decider = ScoredDecider(sequence, chosen.head, chosen.multiplier)
+        logits, wanted = sequence.prefill(np.array(prompt), path, chosen.head), []
+        for token in tokens:
+            wanted.append(int(logits.argmax()))
+            logits, _ = sequence.forward(token, decider)
+        assert tokens == wanted
 
 
 @pytest.fixture(scope="module", params=["int8", "int4", "dash"])

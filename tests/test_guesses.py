@@ -24,10 +24,10 @@ TIMES = {
 }
 
 
-def learned(times: Sequence[float]) -> Learned:
+def learned(times: Sequence[float], reruns: bool = False) -> Learned:
     rows = tuple(range(1, len(times) + 1))
     passes = PassCosts(rows, (0,), {"int8": (tuple(times),)}, (), (), (1,), {"int8": (0.0,)})
-    return Learned(passes, ("int8",), "int8", frozenset())
+    return Learned(passes, ("int8",), "int8", frozenset(), reruns)
 
 
 def speed(
@@ -46,6 +46,8 @@ def speed(
         spent += known.cost(1 + len(guesses), 0)
         rest = answer[len(text) - len(prompt) :]
         right = next((n for n, guess in enumerate(guesses) if guess != rest[n]), len(guesses))
+        if known.reruns and right < len(guesses):
+            spent += known.cost(1 + right, 0)
         text += rest[: right + 1]
     return (len(answer) - 1) / spent
 
@@ -55,28 +57,30 @@ def drawn(count: int, vocabulary: int, seed: int = 0) -> list[int]:
     return [rng.randrange(vocabulary) for _ in range(count)]
 
 
+@pytest.mark.parametrize("reruns", [False, True])
 @pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
 @pytest.mark.parametrize("vocabulary", [3, 30, 300, 30000])
 def test_text_that_cannot_be_guessed_costs_nothing(
-    vocabulary: int, times: tuple[float, ...]
+    vocabulary: int, times: tuple[float, ...], reruns: bool
 ) -> None:
-    known, fast = learned(times), []
+    known, fast = learned(times, reruns), []
     for seed in range(6):
         fast.append(speed(known, drawn(200, vocabulary, seed), drawn(300, vocabulary, seed + 100)))
-    assert fast[0] > 0.98  # of a model that was just loaded
-    assert sum(fast) / len(fast) > 0.995
+    assert fast[0] > (0.97 if reruns else 0.98)  # of a model that was just loaded
+    assert sum(fast) / len(fast) > (0.99 if reruns else 0.995)
 
 
+@pytest.mark.parametrize("reruns", [False, True])
 @pytest.mark.parametrize("name", [name for name in TIMES if name != "no gain"])
-def test_the_more_of_an_answer_is_repeated_the_sooner_it_comes(name: str) -> None:
+def test_the_more_of_an_answer_is_repeated_the_sooner_it_comes(name: str, reruns: bool) -> None:
     prompt, found = drawn(600, 5000), []
     for kept in (8, 20, 60):  # tokens between changes
-        known = learned(TIMES[name])
+        known = learned(TIMES[name], reruns)
         answer = [9999 if n % kept == 0 else token for n, token in enumerate(prompt)]
         found.append(speed(known, prompt, answer))
     assert found == sorted(found) and found[0] > 1.0
     best = max(n / time for n, time in enumerate(TIMES[name], 1))
-    assert found[-1] > 0.75 * best
+    assert found[-1] > (0.65 if reruns else 0.75) * best
 
 
 def test_nothing_is_guessed_where_a_row_costs_a_pass() -> None:

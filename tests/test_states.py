@@ -16,8 +16,10 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.guesses import Learned
 from dash_onnx.runtime.model import Model
-from dash_onnx.runtime.prefix import Saved, copy_prefix
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.prefix import PrefixStore, Saved, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.states import LONG, POINTS
@@ -44,7 +46,7 @@ def assert_equal(got: np.ndarray, wanted: np.ndarray) -> None:
 
 
 class Twin:
-    """A row of a batch, and the tokens and paths that a fresh sequence would take to equal it."""
+    """A row of a batch, or a sequence alone, and what a fresh one would run to equal it."""
 
     def __init__(self, state: SequenceState):
         self.state = state
@@ -86,7 +88,7 @@ class Twin:
 def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, seed: int) -> None:
     rng = np.random.default_rng(seed)
     batch = Rows.new(model._sessions, ROWS)
-    twins = [Twin(state) for state in batch.states]
+    twins = [Twin(state) for state in [*batch.states, model.new_sequence()]]
     saved: list[tuple[Saved, list[ActionPath]]] = []
 
     def ids(count: int) -> list[int]:
@@ -148,7 +150,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
             twin.tokens, twin.paths = kept.tokens[:length].tolist(), paths[:length]
 
     def share(twin: Twin) -> None:
-        other = twins[rng.integers(ROWS)]
+        other = twins[rng.integers(len(twins))]
         if other is not twin:
             length = other.state.kv.place(int(rng.integers(0, other.state.length + 1)))
             copy_prefix(other.state, twin.state, length)
@@ -156,7 +158,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
 
     steps: list[Callable[[Twin], None]] = [prompt, guess, decode, fail, back, save, restore, share]
     for _ in range(25):
-        twin = twins[rng.integers(ROWS)]
+        twin = twins[rng.integers(len(twins))]
         if twin.state.length > 150:
             twin.back(20)
         steps[rng.integers(len(steps))](twin)
@@ -164,7 +166,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
         twin.check(model)
 
 
-def test_a_sequence_goes_back_to_both_ends_of_its_prompts(model: Model) -> None:
+def test_a_sequence_goes_back_to_where_a_prompt_begins_and_to_its_last_token(model: Model) -> None:
     sequence, path = model.new_sequence(), ("full",) * LAYERS
     first, second = LONG + 3, 2 * LONG
     sequence.prefill(random_ids(first), path, "full")
@@ -172,18 +174,20 @@ def test_a_sequence_goes_back_to_both_ends_of_its_prompts(model: Model) -> None:
         sequence.forward(token, FixedPath(path, "full"))
     sequence.prefill(random_ids(second), path, "full")
     sequence.forward(5, FixedPath(path, "full"))
-    places = [sequence.kv.place(length) for length in (first - 1, first, first + 8, first + 9)]
-    assert places == [0, first, first, first + 9]
-    assert sequence.kv.place(first + 9 + second) == first + 9 + second
-    assert sequence.truncate(first + 9 + second - 1) == first + 9
+    begun, end = first + 9, first + 9 + second
+    places = {length: sequence.kv.place(length) for length in (first - 2, first + 8, begun, end)}
+    assert places == {first - 2: 0, first + 8: first - 1, begun: begun, end: end}
+    assert sequence.truncate(end - 1) == end - 1  # the same prompt once more
+    assert sequence.truncate(end - 2) == begun
 
 
 def test_few_points_are_kept_and_the_last_is_one_of_them(model: Model) -> None:
     sequence, path = model.new_sequence(), ("full",) * LAYERS
-    sequence.prefill(random_ids(9 * LONG), path, "full", chunk=LONG)
+    length = 9 * (LONG + 1)
+    sequence.prefill(random_ids(length), path, "full", chunk=LONG + 1)
     states = sequence.kv.states
     assert states is not None and len(states.points) == POINTS
-    assert max(states.points) == 8 * LONG and min(states.points) > LONG
+    assert max(states.points) == length - 1 and min(states.points) > LONG + 1
 
 
 def test_a_conversation_goes_on_from_what_its_cache_holds(model: Model) -> None:
@@ -216,16 +220,18 @@ def test_a_saved_conversation_is_the_same(model: Model, tmp_path: Path) -> None:
     assert found == wanted
 
 
-def test_guesses_are_made_on_request_alone_and_give_the_same_text(model: Model) -> None:
-    ids = np.tile(random_ids(6), 8)
-    usual = [*model.generate_step(ids, max_new_tokens=24)]
-    assert not any(step.guess for step in usual)
-    cache = model.new_cache()
-    text = model.text.decode([step.token for step in usual])
-    options = {"speculate": True, "expected": text, "cache": cache}
-    guessed = [*model.generate_step(ids, max_new_tokens=24, **options)]
-    assert [step.token for step in guessed] == [step.token for step in usual]
-    outcomes = [step.guess for step in guessed if step.guess is not None]
+def test_guesses_give_the_same_text_and_leave_the_same_states(model: Model) -> None:
+    ids, cache = random_ids(30), model.new_cache()
+    options = GenerationOptions(policy="int8", max_new_tokens=24, ignore_eos=True)
+    usual = [step.token for step in model.generate_step(ids, options=options, speculate=False)]
+    learned = Learned(None, ("int8",) * LAYERS, "int8", frozenset())
+    request = model._requests.make(ids, options, lambda token: token, lambda piece: None)
+    request.learn = lambda _: learned
+    request.expected = [3 if n % 6 == 5 else token for n, token in enumerate(usual)]
+    guessed = model._run(request, cache)
+    steps = [*guessed]
+    assert [step.token for step in steps] == usual
+    outcomes = [step.guess for step in steps if step.guess is not None]
     assert any(0 < guess.right for guess in outcomes)
     assert any(guess.right < guess.tokens for guess in outcomes)
     longer = np.array([*cache.tokens, *random_ids(5)])
@@ -255,10 +261,38 @@ def test_requests_that_share_passes_get_the_text_of_one_alone(model: Model) -> N
         np.testing.assert_allclose(got[0], want, atol=1e-4)
 
 
-def test_one_graph_of_such_layers_is_refused(model: Model, tmp_path: Path) -> None:
+def test_a_row_takes_up_what_another_text_left_and_a_store_kept(
+    model: Model, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    first, second = "the keeper counts ships " * 9, "a night of other words " * 7
+    prompts = [first, second, first + "again", second, first + "once more"]
+    options = GenerationOptions(policy="int8", max_new_tokens=12, ignore_eos=True)
+    wanted = [model.generate(text, options=options) for text in prompts]
+    for rows in (1, 2):
+        store = PrefixStore(model.manifest, 1 << 30, tmp_path / str(rows))
+        batch = model.new_scheduler(rows, store)
+        told: list[list[str]] = [[] for _ in prompts]
+        for text, own in zip(prompts, told, strict=True):
+            batch.submit(model.request(text, lambda one, own=own: own.append(one.text), options))
+        while batch.step():
+            pass
+        assert ["".join(own) for own in told] == wanted
+        assert batch.reused > 0
+        batch.save()
+        again = PrefixStore(model.manifest, 1 << 30, tmp_path / str(rows))
+        assert len(again) == len(store)
+        batch, texts = model.new_scheduler(1, again), list[str]()
+        batch.submit(model.request(first, lambda one, to=texts: to.append(one.text), options))
+        while batch.step():
+            pass
+        assert "".join(texts) == wanted[0] and batch.reused >= LONG
+
+
+def test_one_graph_of_such_layers_is_for_genai_alone(model: Model, tmp_path: Path) -> None:
     bundle = Bundle(model._sessions._bundle.folder)
-    with pytest.raises(UnsupportedError, match="whose states fused graphs do not carry"):
-        fuse(bundle, tmp_path / "fused", FuseOptions(), overwrite=False)
+    with pytest.raises(UnsupportedError, match="node does not carry the states of layers of kind"):
+        fuse(bundle, tmp_path / "fused", FuseOptions("node"), overwrite=False)
 
 
 def test_such_layers_are_for_the_cpu_alone(model: Model, tmp_path: Path) -> None:

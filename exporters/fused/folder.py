@@ -63,11 +63,11 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
             f"this bundle has an {manifest.target.kv_cache} K/V cache, and fused graphs have none: "
             "export again without --kv-cache"
         )
-    if manifest.mixers:
+    if manifest.mixers and options.client != "genai":
         kinds = ", ".join(sorted({*manifest.mixers} - {"attention"}))
         raise UnsupportedError(
-            f"this bundle has layers of kind {kinds}, whose states fused graphs do not carry: run "
-            "it with dash-run or dash-serve"
+            f"{options.client} does not carry the states of layers of kind {kinds}: fuse --for "
+            "genai, or run the bundle itself"
         )
     trained = manifest.scorer is not None and options.budget is None
     policy = make_policy(options.policy or ("dash" if trained else ""), manifest, options.budget)

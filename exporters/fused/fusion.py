@@ -60,6 +60,7 @@ class Fusion:
         facts = manifest.model
         self._positions(manifest)
         self._inline(EMBED_PATH, "embed", {"input_ids": "input_ids", "hidden": "hidden.0"})
+        self._turned("past")
         decisions = None
         if self.facts.budgets:
             decisions = Decisions(self, manifest, self.facts)
@@ -78,6 +79,7 @@ class Fusion:
                 self._widened(layer, action)
             else:
                 self._fixed(layer, action)
+        self._turned("present")
         final = f"hidden.{facts.num_layers}"
         self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
         ports = self._ports(decisions is not None)
@@ -101,7 +103,8 @@ class Fusion:
         if self.client.position_ids:
             inputs.append(_int64("position_ids", ids))
         outputs = [_float("logits", [*ids, facts.vocab_size])]
-        for layer in range(facts.num_layers):
+        manifest = self.bundle.manifest
+        for layer in manifest.attending:
             for part in ("key", "value"):
                 for side, name, length in (
                     (inputs, "past_key_values", "past_sequence_length"),
@@ -109,6 +112,11 @@ class Fusion:
                 ):
                     shape = [1, facts.num_kv_heads, length, facts.head_dim]
                     side.append(_float(f"{name}.{layer}.{part}", shape))
+        for layer, mixer in enumerate(manifest.mixers):
+            for state, sizes in manifest.dims.state_shapes(mixer).items():
+                shape = [1, *(reversed(sizes) if state == "conv" else sizes)]
+                inputs.append(_float(f"past.{layer}.{state}", shape))
+                outputs.append(_float(f"present.{layer}.{state}", shape))
         if decides:
             inputs.append(_float(BUDGET, [1]))
             outputs.append(_int64(PATH, [facts.num_layers]))
@@ -150,15 +158,37 @@ class Fusion:
             axis = self.constant("axis", np.array([0], np.int64))
             self.node("Unsqueeze", ["positions.0", axis], ["positions"])
 
+    def _made_by(self, layer: int) -> list[str]:
+        """Values that a layer makes: the hidden state, and what it keeps."""
+        return [f"hidden.{layer + 1}", *(name for _, name in self._kept(layer, "present"))]
+
+    def _kept(self, layer: int, side: str) -> list[tuple[str, str]]:
+        """What a layer reads (`past`) or writes (`present`) of K/V or states: port, and value."""
+        if (mixer := self.bundle.manifest.mixer_of(layer)) == "attention":
+            name = "past_key_values" if side == "past" else "present"
+            return [(f"{side}_{part}", f"{name}.{layer}.{part}") for part in ("key", "value")]
+        kept = [(f"{side}_conv", f"{side}_conv.{layer}")]
+        if mixer == "gated_delta":
+            kept.append((f"{side}_recurrent", f"{side}.{layer}.recurrent"))
+        return kept
+
+    def _turned(self, side: str) -> None:
+        """Between GenAI's states of convolutions, `[1, channels, kernel - 1]`, and ours."""
+        for layer, mixer in enumerate(self.bundle.manifest.mixers):
+            if mixer != "attention":
+                names = [f"{side}.{layer}.conv", f"{side}_conv.{layer}"]
+                theirs, own = names if side == "past" else reversed(names)
+                self.node("Transpose", [theirs], [own], perm=[0, 2, 1])
+
     def _fixed(self, layer: int, action: Action) -> None:
         """A layer whose action no token changes."""
-        branch = self._branch(layer, action, f"hidden.{layer}", _made_by(layer))
+        branch = self._branch(layer, action, f"hidden.{layer}", self._made_by(layer))
         self.nodes += branch.node
         self.initializers += branch.initializer
 
     def _widened(self, layer: int, action: Action) -> None:
         """A layer that runs in the wide form where a pass has several tokens."""
-        hidden, outputs = f"hidden.{layer}", _made_by(layer)
+        hidden, outputs = f"hidden.{layer}", self._made_by(layer)
         branches = {
             f"{side}_branch": self._branch(layer, form, hidden, [f"{o}.{side}" for o in outputs])
             for side, form in (("then", WIDE), ("else", action))
@@ -174,23 +204,23 @@ class Fusion:
             return
         if len(group) == 1:
             (layer,) = group
-            self.nodes += self._if(layer, f"hidden.{layer}", _made_by(layer), decisions, flag)
+            self.nodes += self._if(layer, f"hidden.{layer}", self._made_by(layer), decisions, flag)
             return
         together = helper.make_graph([], f"layers_{group.start}_together", [], [])
         nodes: list[onnx.NodeProto] = []
         one = other = f"hidden.{group.start}"
         for layer in group:
-            names = [f"{name}.together" for name in _made_by(layer)]
+            names = [f"{name}.together" for name in self._made_by(layer)]
             branch = self._branch(layer, actions[-1], one, names)
             together.node.extend(branch.node)
             together.initializer.extend(branch.initializer)
             together.output.extend(branch.output[1:])
             one = names[0]
-            names = [f"{name}.apart" for name in _made_by(layer)]
+            names = [f"{name}.apart" for name in self._made_by(layer)]
             nodes += self._if(layer, other, names, decisions)
             other = names[0]
         together.output.extend(_outputs([one]))
-        present = [name for layer in group for name in _made_by(layer)[1:]]
+        present = [name for layer in group for name in self._made_by(layer)[1:]]
         apart = _outputs([*(f"{name}.apart" for name in present), other])
         branches = {
             "then_branch": together,
@@ -239,19 +269,18 @@ class Fusion:
         self, layer: int, form: Form, before: str, outputs: Sequence[str]
     ) -> onnx.GraphProto:
         model = self._load(layer_path(layer, form))
-        if form == SKIP:
+        if form == SKIP and layer in self.bundle.manifest.attending:
             attend_to_write(model.graph, self.bundle.manifest)
         group_attention(model.graph)
-        hidden, key, value = outputs
+        hidden, *kept = outputs
+        written = [port for port, _ in self._kept(layer, "present")]
         cos, sin = rotary_names(self.bundle.manifest.rope_of(layer))
         names = {
             "hidden_in": before,
-            "past_key": f"past_key_values.{layer}.key",
-            "past_value": f"past_key_values.{layer}.value",
+            **dict(self._kept(layer, "past")),
+            **dict(zip(written, kept, strict=True)),
             "total_sequence_length": "total_sequence_length.0",
             "hidden_out": hidden,
-            "present_key": key,
-            "present_value": value,
             "seqlens_k": "seqlens_k",
             "positions": "positions",
             "cos_cache": cos,
@@ -313,11 +342,6 @@ class Fusion:
         set_external_data(tensor, DATA, self.data.tell(), len(tensor.raw_data))
         self.data.write(tensor.raw_data)
         tensor.ClearField("raw_data")
-
-
-def _made_by(layer: int) -> list[str]:
-    """Values that a layer makes: the hidden state, keys and values."""
-    return [f"hidden.{layer + 1}", f"present.{layer}.key", f"present.{layer}.value"]
 
 
 def _int64(name: str, shape: list) -> onnx.ValueInfoProto:

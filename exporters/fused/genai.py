@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.facts import MODEL
+
+_TYPES = {"lfm2": "lfm2", "qwen3_5_text": "qwen3_5_text"}
+"""GenAI's types of models whose layers keep states; the others are as a Llama to it."""
+
+_LAYERS = {"attention": "full_attention", "short_conv": "conv", "gated_delta": "linear_attention"}
 
 
 def genai_config(bundle: Bundle, client: Client) -> str:
@@ -14,7 +21,7 @@ def genai_config(bundle: Bundle, client: Client) -> str:
     facts = bundle.manifest.model
     stored = json.loads(bundle.verified("generation_config.json").read_text("utf-8"))
     eos = stored.get("eos_token_id")
-    decoder = {
+    decoder: dict[str, Any] = {
         "session_options": {"log_id": "dash-onnx", "provider_options": []},
         "filename": MODEL,
         "head_size": facts.head_dim,
@@ -34,8 +41,10 @@ def genai_config(bundle: Bundle, client: Client) -> str:
         "num_hidden_layers": facts.num_layers,
         "num_key_value_heads": facts.num_kv_heads,
     }
+    if bundle.manifest.mixers:
+        _add_states(decoder, bundle.manifest)
     model = {
-        "type": "llama",
+        "type": _TYPES.get(facts.architecture, "llama"),
         "bos_token_id": stored.get("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": stored.get("pad_token_id", eos[0] if isinstance(eos, list) else eos),
@@ -55,3 +64,14 @@ def genai_config(bundle: Bundle, client: Client) -> str:
         "top_p": 1.0,
     }
     return json.dumps({"model": model, "search": search}, indent=2) + "\n"
+
+
+def _add_states(decoder: dict[str, Any], manifest: Manifest) -> None:
+    """Names the states of layers without K/V."""
+    assert manifest.recurrence is not None
+    decoder["layer_types"] = [_LAYERS[mixer] for mixer in manifest.mixers]
+    decoder["conv_cache_size"] = manifest.recurrence.kernel - 1
+    states = {state for mixer in manifest.mixers for state in manifest.dims.state_shapes(mixer)}
+    for state in sorted(states):
+        decoder["inputs"][f"past_{state}_names"] = f"past.%d.{state}"
+        decoder["outputs"][f"present_{state}_names"] = f"present.%d.{state}"

@@ -43,6 +43,7 @@ MULTIMODAL: dict[str, str | None] = {
     "gemma3": None,
     "idefics3": None,
     "internvl": None,
+    "lfm2_vl": None,
     "lighton_ocr": None,
     "llava": None,
     "llava_next": None,
@@ -50,6 +51,7 @@ MULTIMODAL: dict[str, str | None] = {
     "mistral3": None,
     "qwen2_5_vl": "qwen2",
     "qwen2_vl": "qwen2",
+    "qwen3_5": None,
     "qwen3_vl": "qwen3",
     "smolvlm": None,
 }
