@@ -26,7 +26,7 @@ from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
 from dash_onnx.runtime.scheduler import SLOTS, Scheduler, run
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
-from dash_onnx.runtime.stream import Completion, Stream, asynchronous, joined
+from dash_onnx.runtime.stream import Completion, Stream, asynchronous, begun, joined
 from dash_onnx.runtime.writer import TextWriter
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def _as_messages(prompt: Prompt) -> Prompt:
 class Model:
     """A bundle, ready to generate. Safe to use from several threads at once.
 
-    The options of every generating method are those of `Options`, described in
-    `GenerationOptions`.
+    `GenerationOptions` describes the options of every generating method.
 
     Attributes:
         manifest: the content of `dash.json`.
@@ -289,9 +288,7 @@ class Model:
         """
         chosen = GenerationOptions.of(options, **given)
         request = self.request(prompt, lambda piece: None, chosen)
-        chunks = self._run(request, cache)
-        first = next(chunks)  # errors surface here, not at the first use
-        return Stream(_continued(first, chunks), request.current)
+        return Stream(begun(self._run(request, cache)), request.current)
 
     def _run(self, request: Request[Piece], cache: Cache | None) -> Generator[Piece]:
         cache = self.new_cache() if cache is None else cache  # an empty one is false
@@ -401,11 +398,3 @@ class Model:
 def _lent(request: Request[Piece], cache: Cache) -> Generator[Piece]:
     with cache.taken() as slot:
         yield from run(request, slot)
-
-
-def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
-    try:
-        yield first
-        yield from rest
-    finally:
-        rest.close()

@@ -13,6 +13,7 @@ from dash_onnx.core.actions import SKIP, Action, Path, each_alone
 from dash_onnx.core.arrays import Logits
 from dash_onnx.runtime.deciders import Decider
 from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.part import Part
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -33,12 +34,12 @@ class Rows:
             whole: the batch that they are the parts of; None runs each by itself.
         """
         self.states, self._whole = states, whole
-        self._parts = {(row, row + 1): state for row, state in enumerate(states)}
-        self.ragged = False
-        if whole is not None:
-            manifest = whole.sessions.manifest
-            # A state would take padding for tokens.
-            self.ragged = manifest.target.ragged and not manifest.recurrence
+        self._parts = {
+            (row, row + 1): part for row, part in enumerate(states) if isinstance(part, Part)
+        }
+        manifest = states[0].sessions.manifest
+        # A state would take padding for tokens.
+        self.ragged = bool(whole) and manifest.target.ragged and not manifest.recurrence
 
     @classmethod
     def alone(cls, state: SequenceState) -> Rows:
@@ -57,7 +58,7 @@ class Rows:
         if rows == 1 or not sessions.backend.cuts:
             return cls([SequenceState(sessions, capacity) for _ in range(rows)])
         whole = SequenceState(sessions, capacity, rows)
-        return cls([whole.part(row, row + 1) for row in range(rows)], whole)
+        return cls([Part(whole, row, row + 1) for row in range(rows)], whole)
 
     def forward(
         self,
@@ -110,16 +111,14 @@ class Rows:
         logits = logits.reshape(-1, logits.shape[-1])
         return logits[len(logits) - wanted :], path
 
-    def _place(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], seq: int
-    ) -> SequenceState:
+    def _place(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], seq: int) -> Part:
         """Sets the positions of a pass, and embeds its tokens; returns what runs it."""
         for row, ids in zip(rows, tokens, strict=True):
-            self.states[row].join(len(ids), seq)
+            self._part(row, row + 1).join(len(ids), seq)
         first, stop = rows[0], rows[-1] + 1
         longest = max(self.states[row].length for row in rows)
         for row in set(range(first, stop)).difference(rows):
-            self.states[row].rest(seq)
+            self._part(row, row + 1).rest(seq)
             longest = max(longest, self.states[row].length + 1)
         padded = np.zeros((stop - first, seq), np.int64)
         for row, ids in zip(rows, tokens, strict=True):
@@ -130,7 +129,7 @@ class Rows:
         return together
 
     def _layers(
-        self, together: SequenceState, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
+        self, together: Part, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
     ) -> list[Path]:
         """Runs the layers, in each the rows of the same action together."""
         for decider in deciders:
@@ -164,11 +163,11 @@ class Rows:
                 result[index] = logits[stop - len(hidden[index]) : stop]
         return result
 
-    def _part(self, start: int, stop: int) -> SequenceState:
+    def _part(self, start: int, stop: int) -> Part:
         part = self._parts.get((start, stop))
         if part is None:
             assert self._whole is not None
-            part = self._parts[start, stop] = self._whole.part(start, stop)
+            part = self._parts[start, stop] = Part(self._whole, start, stop)
         part.reserve(0)  # follows the cache where it has moved
         return part
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +15,7 @@ from dash_onnx.core.forms import head_form_of
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.deciders import Decider, FixedPath
 from dash_onnx.runtime.guesses import MOST, MOST_ROWS
-from dash_onnx.runtime.kv import CAPACITY, KVCache, KVPart
+from dash_onnx.runtime.kv import CAPACITY, KVCache
 from dash_onnx.runtime.passes import Lengths, Pass
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.states import LONG
@@ -55,32 +54,12 @@ class SequenceState:
             self.kv = KVCache(sessions.manifest, backend, capacity, batch)
             self._lengths = Lengths.new(backend, batch)
         self._passes: dict[int, Pass] = {}
-        self._shared: dict[int, Pass] = {}  # of several tokens, see `join`
-        self._whole: tuple[SequenceState, int, int] | None = None  # that this is a part of
         self._logits_of: dict[int, Buffer] = {}  # by rows, shared by passes with guesses
         self._widened = sessions.widened  # actions that passes of several rows may run wide
         self._plain: bool | None = None  # how passes attend; None: as is faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to
         with self._lock:
             self._now = self._pass(1)
-
-    def part(self, start: int, stop: int) -> SequenceState:
-        """Sequences `start` to `stop` of this batch, in its memory, with a length of their own.
-
-        Raises:
-            DeviceError: the device cannot.
-        """
-        part = copy(self)
-        part.batch = stop - start
-        part.kv = KVPart(self.kv, start, stop)
-        part._lengths = self._lengths.part(start, stop)
-        part._whole, part._shared = (self, start, stop), {}
-        mine = self._passes[1]
-        mine.logits = mine.logits or self._logits(1)
-        part._now = mine.part(part.kv, part._lengths, start, stop)
-        part._now.logits = mine.logits.part(start, stop)
-        part._passes = {1: part._now}
-        return part
 
     @property
     def length(self) -> int:
@@ -211,7 +190,7 @@ class SequenceState:
     def _widen(self, widened: frozenset[Action]) -> None:
         if widened != self._widened:
             self._widened = widened
-            for bound in (*self._passes.values(), *self._shared.values()):
+            for bound in self._bound():
                 bound.forget_forms()
 
     def advance(self, count: int) -> None:
@@ -241,7 +220,7 @@ class SequenceState:
             self.kv.reserve(total)
         if self.kv.moves != self._moves:
             self._moves = self.kv.moves
-            for bound in (*self._passes.values(), *self._shared.values()):
+            for bound in self._bound():
                 bound.forget()
 
     def _place(self, count: int) -> None:
@@ -256,61 +235,6 @@ class SequenceState:
             kv.settle(total)
         kv.show(total)
 
-    def join(self, count: int, seq: int) -> None:
-        """Takes part in a pass of the batch that this is a part of.
-
-        Args:
-            count: tokens of this sequence; makes room for them as `advance` does.
-            seq: tokens of each sequence in the pass, which pads those that have fewer.
-
-        Raises:
-            ContextLengthError: they do not fit the context.
-        """
-        if seq == 1:
-            self.advance(1)
-            return
-        first = self.kv.length
-        self._check_room(first + seq)
-        self.reserve(first + seq)
-        self.kv.begin(count)
-        self._join(first, count, seq)
-
-    def rest(self, seq: int) -> None:
-        """Lets a pass of `seq` tokens run over this part of a batch: what that writes is nothing.
-
-        Its positions are the first ones after the valid ones, which stay as they are.
-        """
-        self.reserve(self.length + seq)
-        self.kv.rest()
-        self._join(self.length, 1, seq)
-        if seq == 1:
-            self.kv.show(self.length + 1)
-
-    def _join(self, first: int, count: int, seq: int) -> None:
-        self._lengths.write(first, count)
-        self._pass_of(seq).positions.write(np.arange(first, first + seq))
-
-    def _pass_of(self, seq: int) -> Pass:
-        """The pass that the parts of a batch share, or this one's part of it."""
-        if seq == 1:
-            return self._passes[1]
-        found = self._shared.get(seq)
-        if found is None:
-            if self._whole is None:
-                found = Pass(self.sessions, self.kv, self._lengths, seq)
-            else:
-                whole, start, stop = self._whole
-                found = whole._pass_of(seq).part(self.kv, self._lengths, start, stop)
-            self._shared[seq] = found
-        return found
-
-    def follow(self, seq: int) -> None:
-        """Takes the pass of `seq` tokens for which a larger part of the batch has agreed."""
-        self._now = self._pass_of(seq)
-        if seq > 1 and self._whole is not None:
-            whole, start, stop = self._whole
-            self._now.see_as(whole._pass_of(seq), start, stop)
-
     def attend(self, plain: bool) -> Buffer:
         """Attends by plain operators, or not, until the K/V cache moves: for those who time it.
 
@@ -319,26 +243,10 @@ class SequenceState:
         """
         self._plain = plain
         self.kv.plain.write(plain)
-        for bound in self._passes.values():
+        for bound in self._bound():
             bound.forget()
         self._place(self._now.tokens.shape[1])
         return self._now.plain or self.kv.plain
-
-    def agree(self, longest: int, seq: int) -> None:
-        """Takes positions that the parts of a batch have set, for a pass of `seq` tokens of each.
-
-        Args:
-            longest: tokens of the longest sequence.
-            seq: tokens of each sequence in the pass.
-        """
-        self.reserve(longest)
-        self._lengths.total.write(longest)
-        if seq == 1:
-            self.kv.settle(longest)
-        elif self._whole is not None:
-            whole, _, _ = self._whole
-            whole._pass_of(seq).see(longest, self._plain)
-        self.follow(seq)
 
     def embed(self, tokens: int | Ids) -> None:
         """Runs the token embedding on an id, or on as many ids as were advanced by."""
@@ -396,6 +304,10 @@ class SequenceState:
         self._now = self._passes.get(rows) or self._pass(rows)
         self._now.hidden[self.num_layers % 2].write(hidden[None])
         return self.head(precision, every=True)
+
+    def _bound(self) -> Iterable[Pass]:
+        """The passes that there are."""
+        return self._passes.values()
 
     def _pass(self, seq: int) -> Pass:
         return self._passes.setdefault(seq, Pass(self.sessions, self.kv, self._lengths, seq))

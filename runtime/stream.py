@@ -78,6 +78,19 @@ class Stream(Iterator[Chunk]):
         self.close()
 
 
+def begun(chunks: Generator[Chunk]) -> Generator[Chunk]:
+    """The same chunks, of which the first has been made: errors surface now, not at first use."""
+    return _continued(next(chunks), chunks)
+
+
+def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
+    try:
+        yield first
+        yield from rest
+    finally:
+        rest.close()
+
+
 class Completion(str):
     """The text of a generation: a `str` with facts about the generation.
 

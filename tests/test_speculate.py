@@ -24,6 +24,7 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.guesses import MOST, Guess, Learned, best_length
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.part import Part
 from dash_onnx.runtime.results import GeneratedToken
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sessions import PromptPlan
@@ -271,7 +272,7 @@ def test_passes_of_a_few_tokens_share_their_logits(tiny_model: Model) -> None:
     """A buffer for each size would be as large as five, with a large vocabulary many megabytes."""
     whole, memory = tiny_model.new_sequence(batch=2), set()
     path = FixedPath(("full",) * 4, "full")
-    for sequence in (whole.part(0, 1), whole.part(1, 2)):
+    for sequence in (Part(whole, 0, 1), Part(whole, 1, 2)):
         sequence.forward(np.array([1, 2, 3]), path)
         for size in (2, 9, 5, MOST + 1):
             logits, _ = sequence.forward(np.arange(size), path, every=True)
