@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import CASES, LAYERS, Pair, random_ids, write_text
+from families import CASES, LAYERS, Pair, random_ids, save_random, write_text
 
 import dash_onnx
 from dash_onnx.core.actions import Path as ActionPath
@@ -293,6 +293,26 @@ def test_one_graph_of_such_layers_is_for_genai_alone(model: Model, tmp_path: Pat
     bundle = Bundle(model._sessions._bundle.folder)
     with pytest.raises(UnsupportedError, match="node does not carry the states of layers of kind"):
         fuse(bundle, tmp_path / "fused", FuseOptions("node"), overwrite=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skip_without_compensation_keeps_the_same_states(family: str, tmp_path: Path) -> None:
+    case, source = CASES[family], tmp_path / "source"
+    save_random(source, case)
+    options = ExportOptions(variants=("int8",), compensation_rank=0, accuracy_level=0)
+    text = (write_text(tmp_path / "text.txt"),)
+    export(str(source), tmp_path / "out", replace(options, calibration=text))
+    with dash_onnx.load(tmp_path / "out") as bundle:
+        ids, path = random_ids(20), ("int8", "int8", "skip")
+        together, alone = bundle.new_sequence(), bundle.new_sequence()
+        together.prefill(ids, path, "int8")
+        for token in ids.tolist():
+            alone.forward(token, FixedPath(path, "int8"))
+        for sequence in (together, alone):
+            sequence.kv.begin(0)
+        assert together.kv.states is not None and alone.kv.states is not None
+        for name, buffer in together.kv.states.past.items():
+            assert_equal(buffer.array, alone.kv.states.past[name].array)
 
 
 def test_such_layers_are_for_the_cpu_alone(model: Model, tmp_path: Path) -> None:

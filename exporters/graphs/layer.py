@@ -162,7 +162,7 @@ def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
     up = graph.linear(x, layer.gate_up, form)
     name, activation = graph.value("activated"), _activation_of(graph, layer)
     if gated:
-        gate, up = _parts(graph, up, [layer.down.in_features] * 2, "gate_up")
+        gate, up = split(graph, up, [layer.down.in_features] * 2, "gate_up")
         activated = op.Mul(activation(gate), up, _outputs=[name])
     else:
         activated = activation(up, _outputs=[name])
@@ -183,7 +183,7 @@ def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
         up, factor = wide_product(graph, x, gate_up)
     else:
         up = graph.linear(x, gate_up, WIDE)
-    parts = _parts(graph, up, sizes * (2 if graph.block.gated else 1), "gate_up")
+    parts = split(graph, up, sizes * (2 if graph.block.gated else 1), "gate_up")
     activation = _activation_of(graph, layer)
     total: ir.Value | None = None
     for number, group in enumerate(groups):
@@ -199,15 +199,6 @@ def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
     if down.bias is not None:
         total = op.Add(total, graph.activation_tensor("down_proj.bias", down.bias))
     return total
-
-
-def _parts(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequence[ir.Value]:
-    """X cut along its last axis."""
-    if len(sizes) == 1:
-        return [x]
-    outputs = [graph.value(f"{name}.{number}") for number in range(len(sizes))]
-    parts: Sequence[ir.Value] = graph.op.Split(x, graph.int64(*sizes), axis=-1, _outputs=outputs)
-    return parts
 
 
 def _activation_of(graph: Graph, layer: Layer) -> Callable[..., ir.Value]:

@@ -83,6 +83,8 @@ def keep(
 
 def split(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequence[ir.Value]:
     """X cut along its last axis."""
+    if len(sizes) == 1:
+        return [x]
     outputs = [graph.value(f"{name}.{number}") for number in range(len(sizes))]
     parts: Sequence[ir.Value] = graph.op.Split(x, graph.int64(*sizes), axis=-1, _outputs=outputs)
     return parts
