@@ -30,6 +30,7 @@ WINDOW = 40
 LENGTHS = (1, 2, 37, WINDOW + 5)
 DECODED = 8  # tokens after each prompt
 PROMPT = 5  # tokens before mixed paths
+ROUTERS = ("mlp.gate.weight",)
 
 _SIZES = {
     **TINY,
@@ -130,6 +131,15 @@ _QWEN35 = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
 }
+_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_QWEN2_MOE = {
+    **_MOE,
+    "norm_topk_prob": False,
+    "shared_expert_intermediate_size": 96,
+    "mlp_only_layers": [1],
+}
+_QWEN3_MOE = {**_MOE, "head_dim": 32, "norm_topk_prob": True}
+_OLMOE = {**_OLMO, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -206,6 +216,9 @@ CASES: dict[str, Case] = {
     "vaultgemma": Case("vaultgemma", "as Gemma 2; two norms a layer", _VAULT),
     "lfm2": Case("lfm2", "short convolutions in some layers", _LFM2),
     "qwen3_5": Case("qwen3_5_text", "Gated DeltaNet in some layers, gated attention", _QWEN35),
+    "qwen3_moe": Case("qwen3_moe", "as Qwen 3; experts", _QWEN3_MOE),
+    "qwen2_moe": Case("qwen2_moe", "as Qwen 2; experts and a shared one", _QWEN2_MOE),
+    "olmoe": Case("olmoe", "Q/K norm of all heads; experts", _OLMOE),
 }
 
 
@@ -222,7 +235,9 @@ def save_random(folder: Path, case: Case) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         values = torch.randn_like(parameter)
-        if parameter.dim() == 2:
+        if name.endswith(ROUTERS):
+            pass  # scores far apart: what is close to a tie has little weight, as in trained models
+        elif parameter.dim() == 2 or "experts" in name:
             values *= 0.15
         elif parameter.dim() == 3:  # convolutions
             values *= 0.4

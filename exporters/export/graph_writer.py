@@ -158,7 +158,9 @@ def _sink_weights(layer: Layer) -> dict[str, float]:
     if layer.input_norm is not None:
         weights[layer.qkv.name] = _SINKS_READ
     if layer.post_norm is not None:
-        weights[layer.gate_up.name] = 1.0
+        for linear in (layer.gate_up, layer.mixture and layer.mixture.up):
+            if linear is not None:
+                weights[linear.name] = 1.0
     return weights
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.experts import StackedExperts
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
     Source,
@@ -118,7 +119,7 @@ def open_folder(
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
-    weights = SafetensorsWeights(folder, renaming(model_type))
+    weights = StackedExperts(SafetensorsWeights(folder, renaming(model_type)))
     if "num_hidden_layers" in raw:  # before lists of that length are made
         check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
