@@ -212,7 +212,8 @@ class Decoder:
         """Of layers with a mixture of experts; a family that has them overrides."""
         for key in _EXPERTS:
             if (count := getattr(config, key, None) or 1) > 1:
-                raise UnsupportedError(f"{key} is {count}: {config.model_type} is dense here")
+                what = f"mixtures of experts are not supported in {config.model_type}"
+                raise UnsupportedError(f"{key} is {count}: {what}")
         return None
 
     def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
