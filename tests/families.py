@@ -139,6 +139,20 @@ _QWEN2_MOE = {
 }
 _QWEN3_MOE = {**_MOE, "head_dim": 32, "norm_topk_prob": True}
 _OLMOE = {**_OLMO, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False}
+_LFM2_MOE = {
+    **_LFM2,
+    **_MOE,
+    "num_dense_layers": 1,
+    "intermediate_size": 96,
+    "routed_scaling_factor": 1.5,
+}
+_GPT_OSS = {
+    **_WINDOWS,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "head_dim": 32,
+    "swiglu_limit": 0.5,
+}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -218,6 +232,8 @@ CASES: dict[str, Case] = {
     "qwen3_moe": Case("qwen3_moe", "as Qwen 3; experts", _QWEN3_MOE),
     "qwen2_moe": Case("qwen2_moe", "as Qwen 2; experts and a shared one", _QWEN2_MOE),
     "olmoe": Case("olmoe", "Q/K norm of all heads; experts", _OLMOE),
+    "lfm2_moe": Case("lfm2_moe", "as LFM 2; experts, scored one by one", _LFM2_MOE),
+    "gpt_oss": Case("gpt_oss", "windows, sinks, biases; experts with a bounded gate", _GPT_OSS),
 }
 
 
@@ -245,6 +261,9 @@ def save_random(folder: Path, case: Case) -> Path:
         else:  # Gemma adds 1 to the weights of its norms
             values = 0.3 * values + (0.0 if "gemma" in case.family else 1.0)
         parameter.data = values.half().float()
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.copy_(0.3 * torch.randn_like(buffer))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

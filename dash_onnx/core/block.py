@@ -66,8 +66,13 @@ class Experts:
         per_token: experts that compute for a token: those with the highest scores of the router.
         width: inside an expert.
         shared_width: inside the MLP that computes for every token beside them, or 0.
-        normalized: whether the weights of a token's experts sum to 1; else each is the softmax of
-            all scores.
+        normalized: whether the weights of a token's experts sum to 1; else each stays as it is
+            among those of all experts.
+        scoring: what makes weights of the router's scores.
+        factor: on what all experts of a token add.
+        gate_slope: a of the experts' activation `gate * sigmoid(a * gate) * (up + b)`.
+        up_offset: b.
+        limit: up to which the activation takes gates, and of ups the absolute value; or None.
     """
 
     count: int
@@ -75,6 +80,11 @@ class Experts:
     width: int
     shared_width: int = 0
     normalized: bool = True
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    factor: float = 1.0
+    gate_slope: float = 1.0
+    up_offset: float = 0.0
+    limit: float | None = None
 
 
 @dataclass(frozen=True)

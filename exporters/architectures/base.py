@@ -162,12 +162,14 @@ class Mixture:
             `[E * 2 * I, D]`.
         down: stacked, `[E * D, I]`.
         shared_gate: `[1, D]`; its sigmoid multiplies what the layer's own MLP adds.
+        choice_bias: `[E]`, added to the experts' weights for the choice alone.
     """
 
     router: Linear
     up: Linear
     down: Linear
     shared_gate: Linear | None = None
+    choice_bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

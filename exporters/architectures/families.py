@@ -14,7 +14,13 @@ from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder, Names
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
 from dash_onnx.exporters.architectures.rope import rope_of
-from dash_onnx.exporters.architectures.sparse import OLMOE, QWEN2_MOE, QWEN3_MOE
+from dash_onnx.exporters.architectures.sparse import (
+    GPT_OSS,
+    LFM2_MOE,
+    OLMOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
 from dash_onnx.exporters.sources.source import check_supported
 
 
@@ -216,6 +222,7 @@ REGISTRY: dict[str, Decoder] = {
         gated=False,
         parallel="use_parallel_residual",
     ),
+    "gpt_oss": GPT_OSS,
     "granite": Granite(),
     "granite_swa": GraniteSWA(Names(sinks="self_attn.sinks"), windows="listed"),
     "granitemoehybrid": GraniteHybrid(
@@ -236,6 +243,7 @@ REGISTRY: dict[str, Decoder] = {
     "iquestcoder": Decoder(),
     "jais2": Decoder(_NO_GATE, norm="layer", gated=False),
     "lfm2": LFM2,
+    "lfm2_moe": LFM2_MOE,
     "llama": Decoder(),
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),

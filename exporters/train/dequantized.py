@@ -47,7 +47,7 @@ Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
 _NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm")
-_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias")
+_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias", "choice_bias")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -268,7 +268,8 @@ class DequantizedModel:
         added = None
         if "router" in layers:
             assert self._block.experts is not None
-            added = experts_of(layers, self._block.experts, read)
+            choice_bias = self._vectors[layer].get("choice_bias")
+            added = experts_of(layers, choice_bias, self._block.experts, read)
         if "gate_up_proj" in layers:
             mlp = self._mlp(layer, action, read)
             if "shared_gate" in layers:

@@ -18,7 +18,7 @@ def norm_of(found: dict[str, np.ndarray], name: str) -> Norm:
 
 def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> torch.Tensor | None:
     bias = found.get(f"{name}.bias")
-    return None if bias is None else torch.tensor(bias).to(dtype)
+    return None if bias is None else torch.tensor(bias).flatten().to(dtype)
 
 
 def projections_of(
