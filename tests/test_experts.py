@@ -23,10 +23,14 @@ from safetensors.torch import load_file, save_file
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import layer_path
+from dash_onnx.core.contract import EMBED_PATH, layer_path
 from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
+from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.graphs import build_layer, captured_inputs
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.runtime.deciders import FixedPath
@@ -78,6 +82,34 @@ def test_a_rare_expert_is_rounded_as_well_as_the_others(pair: Pair) -> None:
         wanted = linear.weight.float().view(count, -1)
         errors = (dequantized - wanted).norm(dim=1) / wanted.norm(dim=1)
         assert errors.max() < 1.2 * errors.min() < 0.2
+
+
+def test_inputs_of_all_tokens_round_experts_better_than_the_nearest_level(
+    pair: Pair, tmp_path: Path
+) -> None:
+    source, family = (
+        open_source(str(pair.bundle.parent / "source"), REGISTRY),
+        REGISTRY["qwen3_moe"],
+    )
+    spec, target = family.describe("", source.config, None), Target("cpu", "float32", 32, 0)
+    runner, ids = Runner(spec, "cpu"), np.random.default_rng(0).integers(2, 200, (16, 128))
+    files = [HiddenStateFile(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
+    files[0].write(len(ids), [runner.embed(pair.bundle / EMBED_PATH, ids)])
+    for index in range(LAYERS):
+        layer, states = family.layer(source.weights, index, spec), files[index : index + 2]
+        inputs = captured_inputs(layer, spec, 32, ("int4",))
+        full = pair.bundle / layer_path(index, "full")
+        sinks = dict.fromkeys(inputs, 1.0)
+        hessians = runner.layer_with_hessians(index, full, *states, inputs, sinks)
+        nearest = {**hessians, "experts_up": torch.eye(64)}
+        errors = []
+        for used in (hessians, nearest):
+            build_layer(tmp_path, index, layer, spec, target, "int4", used)
+            got = runner.layer(index, tmp_path / layer_path(index, "int4"), states[0][:])
+            wanted = states[1][:]
+            error = np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+            errors.append(np.median(error))
+        assert errors[0] < 0.96 * errors[1]
 
 
 def test_skipped_layers_load_no_experts(pair: Pair) -> None:
