@@ -45,7 +45,7 @@ def captured_inputs(
         (layer.output, ATTENTION),
         (layer.gate_up, reads),
         (layer.down, "activated"),
-        (layer.mixture and layer.mixture.up, reads),
+        (None if layer.mixture is None else layer.mixture.up, reads),
     ]
     return {
         linear.name: value

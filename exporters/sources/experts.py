@@ -50,10 +50,13 @@ class StackedExperts:
     def _parts(self, name: str) -> list[tuple[str, ...]]:
         """Names of the tensors of each expert; empty where the name is of something else."""
         match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", name)
-        for names in _PARTS[match[2]] if match else ():
+        if match is None:
+            return []
+        prefix = match[1]
+        for names in _PARTS[match[2]]:
             found: list[tuple[str, ...]] = []
-            while f"{match[1]}.{len(found)}.{names[0]}.weight" in self._weights:
-                found.append(tuple(f"{match[1]}.{len(found)}.{one}.weight" for one in names))
+            while f"{prefix}.{len(found)}.{names[0]}.weight" in self._weights:
+                found.append(tuple(f"{prefix}.{len(found)}.{one}.weight" for one in names))
             if found:
                 return found
         return []
