@@ -58,6 +58,36 @@ class QueryScale:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """What the layers with a mixture of experts have in common; the other layers have one MLP.
+
+    Attributes:
+        count: experts of a layer.
+        per_token: experts that compute for a token: those with the highest scores of the router.
+        width: inside an expert.
+        shared_width: inside the MLP that computes for every token beside them, or 0.
+        normalized: whether the weights of a token's experts sum to 1; else each stays as it is
+            among those of all experts.
+        scoring: what makes weights of the router's scores.
+        factor: on what all experts of a token add.
+        gate_slope: a of the experts' activation `gate * sigmoid(a * gate) * (up + b)`.
+        up_offset: b.
+        limit: up to which the activation takes gates, and of ups the absolute value; or None.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    shared_width: int = 0
+    normalized: bool = True
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    factor: float = 1.0
+    gate_slope: float = 1.0
+    up_offset: float = 0.0
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """What all layers have in common; the weights determine where a layer has a norm or a bias.
 
@@ -75,6 +105,7 @@ class Block:
             rotation or after it.
         query_scale: factor on the queries that grows with the position, or None.
         heads_gated: whether the sigmoid of a gate multiplies what the heads return.
+        experts: of the layers that have some, or None.
     """
 
     norm: Literal["rms", "layer"]
@@ -88,6 +119,7 @@ class Block:
     heads_normed: Literal["before", "after"] = "before"
     query_scale: QueryScale | None = None
     heads_gated: bool = False
+    experts: Experts | None = None
 
     @property
     def reads_positions(self) -> bool:

@@ -76,6 +76,9 @@ def _size_problems(manifest: Manifest) -> Iterator[str]:
         if len(described) != model.num_layers:
             yield f"{name} describes {len(described)} layers of {model.num_layers}"
     yield from _recurrence_problems(manifest)
+    experts = manifest.block.experts
+    if experts is not None and not 1 <= experts.per_token <= experts.count <= _MOST:
+        yield f"{experts.per_token} of {experts.count} experts cannot compute for a token"
     if not 0 <= manifest.compensation_rank <= model.hidden_size:
         yield f"compensation_rank is {manifest.compensation_rank}"
     if not 1 <= target.block_size <= _MOST or not 0 <= target.accuracy_level <= 4:

@@ -153,6 +153,26 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer; E are its experts, I is the width inside one.
+
+    Attributes:
+        router: scores of the experts, `[E, D]`.
+        up: stacked gate and up projections of all experts, gates and ups in turn,
+            `[E * 2 * I, D]`.
+        down: stacked, `[E * D, I]`.
+        shared_gate: `[1, D]`; its sigmoid multiplies what the layer's own MLP adds.
+        choice_bias: `[E]`, added to the experts' weights for the choice alone.
+    """
+
+    router: Linear
+    up: Linear
+    down: Linear
+    shared_gate: Linear | None = None
+    choice_bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer; a norm that is None does not exist.
 
@@ -168,11 +188,13 @@ class Layer:
         output_norm: `[D]`, of what attention adds to the residual stream.
         post_norm: `[D]`, before the MLP. A parallel MLP without one reads what attention reads.
         gate_up: stacked gate and up projections, `[2 * I, D]`; `[I, D]` where nothing is gated.
+            None, like `down`, where the layer has experts alone.
         down: `[D, I]`.
         down_norm: `[D]`, of what the MLP adds to the residual stream.
         sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
         conv: of a layer that does not attend.
         delta: of a Gated DeltaNet.
+        mixture: of experts, which compute beside the MLP or in its place.
         xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
     """
 
@@ -183,24 +205,35 @@ class Layer:
     output: Linear
     output_norm: Norm | None
     post_norm: Norm | None
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | None
+    down: Linear | None
     down_norm: Norm | None
     sinks: torch.Tensor | None = None
     xielu: torch.Tensor | None = None
     conv: Conv | None = None
     delta: Delta | None = None
+    mixture: Mixture | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """All matrix products."""
-        return self.qkv, self.output, self.gate_up, self.down
+        """All matrix products that precisions differ in."""
+        mixture = self.mixture
+        experts = () if mixture is None else (mixture.up, mixture.down)
+        products = (self.qkv, self.output, self.gate_up, self.down, *experts)
+        return tuple(linear for linear in products if linear is not None)
 
     @property
     def small(self) -> tuple[Linear | Norm | torch.Tensor, ...]:
-        """What is never rounded, beside norms and convolution."""
+        """What is never rounded of a Gated DeltaNet, beside norms and convolution."""
         delta = self.delta
         return () if delta is None else (delta.gates, delta.decay, delta.decay_bias, delta.norm)
+
+    @property
+    def routing(self) -> tuple[Linear, ...]:
+        """Products that decide how much each expert counts, which are never rounded."""
+        mixture = self.mixture
+        products = () if mixture is None else (mixture.router, mixture.shared_gate)
+        return tuple(linear for linear in products if linear is not None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,15 @@ import numpy.typing as npt
 import torch
 from transformers import PretrainedConfig
 
-from dash_onnx.core.block import Activation, Attention, Block, Mixer, QueryScale, Recurrence
+from dash_onnx.core.block import (
+    Activation,
+    Attention,
+    Block,
+    Experts,
+    Mixer,
+    QueryScale,
+    Recurrence,
+)
 from dash_onnx.core.consistency import model_problems
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.facts import ModelFacts, Rope
@@ -74,7 +82,7 @@ class Names:
     output_norm: str | None = None
     post_norm: str | None = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str = "mlp.down_proj"
+    down: str | None = "mlp.down_proj"
     down_norm: str | None = None
     sinks: str | None = None
 
@@ -140,11 +148,6 @@ class Decoder:
         return spec
 
     def _described(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
-        for key in _EXPERTS:
-            if (count := getattr(config, key, None) or 1) > 1:
-                raise UnsupportedError(
-                    f"{key} is {count}: mixtures of experts are not supported, only dense models"
-                )
         for key in (*self.refused, *self.needed):
             if bool(value := getattr(config, key, None)) != (key in self.needed):
                 raise UnsupportedError(f"{config.model_type} with {key} {value} is not supported")
@@ -202,7 +205,16 @@ class Decoder:
             attention_softcap=getattr(config, "attn_logit_softcapping", None),
             logit_softcap=getattr(config, "final_logit_softcapping", None),
             heads_normed=self.heads_normed,
+            experts=self.experts(config),
         )
+
+    def experts(self, config: PretrainedConfig) -> Experts | None:
+        """Of layers with a mixture of experts; a family that has them overrides."""
+        for key in _EXPERTS:
+            if (count := getattr(config, key, None) or 1) > 1:
+                what = f"mixtures of experts are not supported in {config.model_type}"
+                raise UnsupportedError(f"{key} is {count}: {what}")
+        return None
 
     def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
         """Of each layer, see `Manifest`; empty where all attend."""
@@ -266,8 +278,10 @@ class Decoder:
             assert self.recurrent_names is not None
             names = self.recurrent_names
         prefix = f"{names.layers}.{index}."
-        width, inner, head = facts.hidden_size, facts.intermediate_size, facts.head_dim
+        names, inner = self.inside(weights, names, prefix, spec)
+        width, head = facts.hidden_size, facts.head_dim
         queries, keys = facts.num_heads * head, facts.num_kv_heads * head
+        inners = [inner] * (2 if spec.block.gated else 1)
         order = self.head_order(spec.ropes[0], head) if attends else None
         post_norm = names.post_norm
         if spec.block.parallel and f"{prefix}{post_norm}.weight" not in weights:
@@ -310,14 +324,18 @@ class Decoder:
             output=linear(names.output, "o_proj", width, queries),
             output_norm=added(names.output_norm),
             post_norm=norm(post_norm),
-            gate_up=stacked(
-                "gate_up_proj", names.gate_up, *[inner] * (2 if spec.block.gated else 1)
-            ),
-            down=linear(names.down, "down_proj", width, inner),
+            gate_up=stacked("gate_up_proj", names.gate_up, *inners) if names.gate_up else None,
+            down=linear(names.down, "down_proj", width, inner) if names.down else None,
             down_norm=added(names.down_norm),
             sinks=vector(names.sinks),
             xielu=self.xielu(weights, prefix) if spec.block.activation == "xielu" else None,
         )
+
+    def inside(
+        self, weights: Weights, names: Names, prefix: str, spec: ModelSpec
+    ) -> tuple[Names, int]:
+        """Names of a layer's weights, and the width inside its MLP."""
+        return names, spec.facts.intermediate_size
 
     def xielu(self, weights: Weights, prefix: str) -> torch.Tensor:
         """Factors of a layer's activation, see `Layer`."""

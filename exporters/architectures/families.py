@@ -14,6 +14,13 @@ from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder, Names
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
 from dash_onnx.exporters.architectures.rope import rope_of
+from dash_onnx.exporters.architectures.sparse import (
+    GPT_OSS,
+    LFM2_MOE,
+    OLMOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
 from dash_onnx.exporters.sources.source import check_supported
 
 
@@ -215,6 +222,7 @@ REGISTRY: dict[str, Decoder] = {
         gated=False,
         parallel="use_parallel_residual",
     ),
+    "gpt_oss": GPT_OSS,
     "granite": Granite(),
     "granite_swa": GraniteSWA(Names(sinks="self_attn.sinks"), windows="listed"),
     "granitemoehybrid": GraniteHybrid(
@@ -235,6 +243,7 @@ REGISTRY: dict[str, Decoder] = {
     "iquestcoder": Decoder(),
     "jais2": Decoder(_NO_GATE, norm="layer", gated=False),
     "lfm2": LFM2,
+    "lfm2_moe": LFM2_MOE,
     "llama": Decoder(),
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),
@@ -250,6 +259,7 @@ REGISTRY: dict[str, Decoder] = {
     "olmo": Decoder(norm="layer", norm_weights=False, norm_epsilon=1e-5, refused=("clip_qkv",)),
     "olmo2": Decoder(_NORMS_BEHIND, heads_together=True),
     "olmo3": Decoder(_NORMS_BEHIND, windows="listed", heads_together=True),
+    "olmoe": OLMOE,
     "persimmon": HeadByHead(
         Names(
             final_norm="model.final_layernorm",
@@ -281,8 +291,10 @@ REGISTRY: dict[str, Decoder] = {
         Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)), windows="all"
     ),
     "qwen2": Decoder(windows="listed"),
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": Decoder(_HEAD_NORMS, windows="listed"),
     "qwen3_5_text": QWEN35,
+    "qwen3_moe": QWEN3_MOE,
     "seed_oss": Decoder(),
     "smollm3": SmolLM3(windows="listed"),
     "stablelm": Decoder(norm="layer", parallel="use_parallel_residual", refused=("qk_layernorm",)),

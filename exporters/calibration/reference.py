@@ -53,7 +53,9 @@ def streamed_model(source: Source) -> PreTrainedModel:
 def _stream(layer: torch.nn.Module, source: Source, prefix: str, keep: bool) -> None:
     def load(module: torch.nn.Module, _: Any) -> None:
         names = [name for name, p in module.named_parameters() if p.is_meta]
-        if names:
+        if names:  # buffers are weights where the files have them
+            buffers = (name for name, _ in module.named_buffers())
+            names += [name for name in buffers if prefix + name in source.weights]
             state = {name: source.weights[prefix + name].float() for name in names}
             module.load_state_dict(state, strict=False, assign=True)
 

@@ -158,7 +158,8 @@ def _sink_weights(layer: Layer) -> dict[str, float]:
     if layer.input_norm is not None:
         weights[layer.qkv.name] = _SINKS_READ
     if layer.post_norm is not None:
-        weights[layer.gate_up.name] = 1.0
+        experts = None if layer.mixture is None else layer.mixture.up
+        weights |= {one.name: 1.0 for one in (layer.gate_up, experts) if one is not None}
     return weights
 
 

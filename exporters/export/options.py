@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from dash_onnx.core.actions import DEFAULT_VARIANTS, WIDE, WIDENED, Action, Form
+from dash_onnx.core.block import Experts
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import AttentionForms, KVCacheType, ModelFacts, Target
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
@@ -67,17 +68,28 @@ class ExportOptions:
     seed: int = 0
     revision: str | None = None
 
-    def resolved(self, kind: str, facts: ModelFacts) -> ExportOptions:
+    def resolved(
+        self, kind: str, facts: ModelFacts, experts: Experts | None = None
+    ) -> ExportOptions:
         """With what suits a model and its kind of source, where the user chose nothing.
 
         Raises:
-            UnsupportedError: the block size or the rank that the user chose does not.
+            UnsupportedError: the block size, the rank or a precision that the user chose does not.
         """
+        if experts is not None and (self.device != "cpu" or "int2" in self.variants):
+            raise UnsupportedError(
+                "mixtures of experts run on the CPU, in full, int8 and int4: choose other "
+                "--variants or --device cpu"
+            )
         sizes = {
             "hidden size": facts.hidden_size,
             "intermediate size": facts.intermediate_size,
             "attention width": facts.num_heads * facts.head_dim,
         }
+        if experts is not None:  # its products refuse blocks that do not divide the experts
+            sizes["width of experts"] = experts.width
+            if experts.shared_width:
+                sizes["width of the shared expert"] = experts.shared_width
         kept = kind == "gguf" and not self.requantize
         usual = (_LARGE_BLOCK,) if facts.large else ()
         fitting = (b for b in (*usual, _BLOCK) if not any(size % b for size in sizes.values()))
@@ -94,7 +106,9 @@ class ExportOptions:
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
         fast = 4 if self.device == "cpu" else 0
         level = fast if self.accuracy_level is None else self.accuracy_level
-        wide = self.wide and self.device == "cpu" and not {*WIDENED}.isdisjoint(self.variants)
+        # Experts have no wide form: each of them sees few of the rows.
+        wide = self.wide and experts is None
+        wide = wide and self.device == "cpu" and not {*WIDENED}.isdisjoint(self.variants)
         attention = self.attention
         if attention is None:
             attention = "both" if facts.layer_parameters >= _CHOICE_PAYS else "grouped"

@@ -59,7 +59,7 @@ def export(
     source = open_source(model, REGISTRY, options.requantize, options.revision)
     architecture = architecture_of(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
-    options = options.resolved(source.kind, spec.facts)
+    options = options.resolved(source.kind, spec.facts, spec.block.experts)
     opened(spec.facts)
     _check_space(source, out, options)
     writer = GraphWriter(source, architecture, spec, options)

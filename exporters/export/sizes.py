@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import architecture_of
-from dash_onnx.exporters.architectures.base import Conv, Head, Layer, Linear, Norm
+from dash_onnx.exporters.architectures.base import (
+    Conv,
+    Delta,
+    Head,
+    Layer,
+    Linear,
+    Mixture,
+    Norm,
+)
 from dash_onnx.exporters.calibration.self_written import KV_BYTES
 from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
@@ -124,7 +132,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         )
     facts = spec.facts
     head = architecture.head(weights, spec)
-    resolved = options.resolved(source.kind, facts)
+    resolved = options.resolved(source.kind, facts, spec.block.experts)
     width = spec.recurrence.value_width if spec.recurrence else 0
     if resolved.block_size is not None and width % resolved.block_size:
         raise UnsupportedError(
@@ -193,8 +201,10 @@ class _Rule:
         self.heads = heads
 
     def layer(self, form: Form, layer: Layer) -> int:
-        parts = {name: part for name, part in vars(layer).items() if name != "delta"}
-        return self.stored(form, *parts.values()) + self.stored("full", *layer.small)
+        parts = [part for part in vars(layer).values() if not isinstance(part, Delta | Mixture)]
+        experts = () if layer.mixture is None else (layer.mixture.up, layer.mixture.down)
+        exact = self.stored("full", *layer.small, *layer.routing)
+        return self.stored(form, *parts, *experts) + exact
 
     def stored(self, form: Form, *parts: Linear | Norm | Conv | torch.Tensor | None) -> int:
         size = 0

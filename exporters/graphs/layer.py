@@ -23,6 +23,7 @@ from dash_onnx.exporters.graphs.attention import (
     rotated,
 )
 from dash_onnx.exporters.graphs.graph import Graph, weight_precision
+from dash_onnx.exporters.graphs.mixture import mix
 from dash_onnx.exporters.graphs.recurrent import States, gated_delta, short_conv, split
 from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
 
@@ -44,15 +45,19 @@ def captured_inputs(
         (layer.output, ATTENTION),
         (layer.gate_up, reads),
         (layer.down, "activated"),
+        (None if layer.mixture is None else layer.mixture.up, reads),
     ]
     return {
         linear.name: value
         for linear, value in inputs
+        if linear is not None
         # A skipped layer rounds its K and V together with its compensation, always.
-        if linear is layer.qkv
-        or (linear is layer.down and WIDE in forms)
-        or "int2" in {weight_precision(form, linear.name) for form in forms}
-        or linear.stored(4, block_size) is None
+        and (
+            linear is layer.qkv
+            or (linear is layer.down and WIDE in forms)
+            or "int2" in {weight_precision(form, linear.name) for form in forms}
+            or linear.stored(4, block_size) is None
+        )
     }
 
 
@@ -89,7 +94,7 @@ def build_layer(
             normed = graph.norm(hidden, "post_norm", layer.post_norm)
     else:
         normed, residual = graph.add_norm(output, hidden, "post_norm", layer.post_norm)
-    down = _mlp(graph, normed, layer, form)
+    down = _feed_forward(graph, normed, layer, form)
     down = graph.norm(down, "down_norm", layer.down_norm)
     kept = graph.save(folder, layer_path(index, form), hidden_out=op.Add(residual, down), **states)
     return [f"layers.{index}.{name}" for name in kept]
@@ -154,10 +159,24 @@ def _projected(
     return q, k, v
 
 
+def _feed_forward(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
+    """Experts, MLP or the sum of both: `[..., D]` -> `[..., D]`."""
+    if layer.mixture is None:
+        return _mlp(graph, x, layer, form)
+    experts = mix(graph, x, layer.mixture, form)
+    if layer.gate_up is None:
+        return experts
+    shared = _mlp(graph, x, layer, form)
+    if (gate := layer.mixture.shared_gate) is not None:
+        shared = graph.op.Mul(graph.op.Sigmoid(graph.linear(x, gate, "full")), shared)
+    return graph.op.Add(experts, shared)
+
+
 def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
     """`[..., D]` -> `[..., D]`."""
     if form == WIDE:
         return _wide_mlp(graph, x, layer)
+    assert layer.gate_up is not None and layer.down is not None
     op, gated = graph.op, graph.block.gated
     up = graph.linear(x, layer.gate_up, form)
     name, activation = graph.value("activated"), _activation_of(graph, layer)
@@ -172,6 +191,7 @@ def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
 def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
     """The same in the wide form, with the inputs of `down` in groups."""
     op, gate_up, down = graph.op, layer.gate_up, layer.down
+    assert gate_up is not None and down is not None
     groups = channel_groups(graph, down)
     sizes, order = [len(group) for group in groups], np.concatenate(groups)
     if graph.block.gated:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.experts import StackedExperts
 from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
@@ -156,7 +157,7 @@ def open_folder(
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     renamed = renaming(model_type)
-    weights: SafetensorsWeights | Headers = (
+    weights = StackedExperts(
         Headers(shapes, renamed) if shapes else SafetensorsWeights(folder, renamed)
     )
     if "num_hidden_layers" in raw:  # before lists of that length are made

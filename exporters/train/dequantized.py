@@ -25,6 +25,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, looks_twice
+from dash_onnx.exporters.train.experts import experts_of
 from dash_onnx.exporters.train.recurrent import kept_of, mixed, own_and_kept
 from dash_onnx.exporters.train.stored import dequantized, norm_of, projections_of
 
@@ -46,7 +47,7 @@ Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
 _NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm")
-_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias")
+_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias", "choice_bias")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -263,16 +264,28 @@ class DequantizedModel:
 
     def feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
         """Output of a layer from its input and `attended`, all `[..., D]`."""
-        block = self._block
-        activation, read = self._activation(layer), self.mlp_input(layer, x, attended)
-        up = self._project(layer, action, "gate_up_proj", read)
-        if block.gated:
+        read, layers = self.mlp_input(layer, x, attended), self._layer(layer, action)
+        added = None
+        if "router" in layers:
+            assert self._block.experts is not None
+            choice_bias = self._vectors[layer].get("choice_bias")
+            added = experts_of(layers, choice_bias, self._block.experts, read)
+        if "gate_up_proj" in layers:
+            mlp = self._mlp(layer, action, read)
+            if "shared_gate" in layers:
+                mlp = mlp * self._project(layer, action, "shared_gate", read).sigmoid()
+            added = mlp if added is None else added + mlp
+        assert added is not None
+        return attended + self._norm(layer, "down_norm", added)
+
+    def _mlp(self, layer: int, action: Action, x: Tensor) -> Tensor:
+        activation, up = self._activation(layer), self._project(layer, action, "gate_up_proj", x)
+        if self._block.gated:
             gate, up = up.chunk(2, -1)
             up = activation(gate) * up
         else:
             up = activation(up)
-        down = self._project(layer, action, "down_proj", up)
-        return attended + self._norm(layer, "down_norm", down)
+        return self._project(layer, action, "down_proj", up)
 
     def _activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         if self._block.activation != "xielu":

@@ -18,7 +18,7 @@ def norm_of(found: dict[str, np.ndarray], name: str) -> Norm:
 
 def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> torch.Tensor | None:
     bias = found.get(f"{name}.bias")
-    return None if bias is None else torch.tensor(bias).to(dtype)
+    return None if bias is None else torch.tensor(bias).flatten().to(dtype)
 
 
 def projections_of(
@@ -32,7 +32,10 @@ def projections_of(
             parts = [array]
             while (more := found.get(f"{key}.{len(parts)}")) is not None:
                 parts.append(more)
-            weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
+            if array.ndim == 3:  # of experts, `[E, N, K]`
+                weight = torch.as_tensor(array.copy()).flatten(0, 1).float()
+            else:
+                weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
             bits = BITS.get(weight_precision(action, name))  # a skip's are INT8 or INT4
@@ -54,11 +57,14 @@ def dequantized(
     dtype: torch.dtype,
     bits: Bits | None = None,
 ) -> torch.Tensor:
-    """A quantized weight `[N, K]`."""
-    scales = found[f"{name}.scales"].astype(np.float32)  # [N, blocks]
+    """A quantized weight `[N, K]`; those of experts stacked, `[E * N, K]`."""
+    scales = found[f"{name}.scales"].astype(np.float32)
+    scales = scales.reshape(-1, scales.shape[-1])  # [N, blocks]
     values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]
     bits = bits or (8 if values.shape[2] == block_size else 4)
     block_size = 8 * values.shape[2] // bits
     shape = values.shape[0], values.shape[1] * block_size
     zero_points = found.get(f"{name}.zero_points")
+    if zero_points is not None:
+        zero_points = zero_points.reshape(len(scales), -1)
     return dequantize(Quantized(values, scales, zero_points, shape, bits, block_size), dtype)

@@ -1,0 +1,138 @@
+"""A mixture of experts: the products of ONNX Runtime's MoE and QMoE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from dash_onnx.core.actions import Form
+from dash_onnx.core.block import Experts
+from dash_onnx.exporters.architectures.base import Linear, Mixture
+from dash_onnx.exporters.graphs.graph import BITS, Graph
+from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, quantize
+from dash_onnx.exporters.quantize.gptq import gptq
+
+_NEVER = -1e30  # score of an expert that is not chosen
+
+
+def mix(graph: Graph, x: ir.Value, mixture: Mixture, form: Form) -> ir.Value:
+    """What the experts of each token add, weighted: `[batch, seq, D]` -> `[batch, seq, D]`.
+
+    The router is in full precision in all forms: another expert is a larger error than any rounding
+    of the same one.
+    """
+    experts = graph.block.experts
+    assert experts is not None
+    scores = graph.op.Reshape(
+        graph.linear(x, mixture.router, "full"), graph.int64(-1, experts.count)
+    )
+    how: dict[str, Any] = {
+        "k": experts.per_token,
+        "activation_type": "swiglu",
+        "activation_alpha": experts.gate_slope,
+        "activation_beta": experts.up_offset,
+        "swiglu_fusion": 1,  # gates and ups in turn
+        "normalize_routing_weights": int(experts.normalized),
+    }
+    if experts.limit is not None:
+        how["swiglu_limit"] = experts.limit
+    parts = mixture.up, mixture.down
+    up_bias, down_bias = (_bias(graph, part, experts) for part in parts)
+    if form == "full":
+        if experts.scoring == "sigmoid":
+            scores = _logarithms(graph, scores, mixture, experts)
+        up, down = (_exact(graph, part, experts) for part in parts)
+        added = graph.ms.MoE(x, scores, up, up_bias, down, down_bias, **how)
+    else:
+        scores, weights = _choice(graph, scores, mixture, experts)
+        bits, block = BITS[form], graph.target.block_size
+        (up, up_scales, up_zeros), (down, down_scales, down_zeros) = (
+            _stored(graph, part, _rounded(graph, part, bits), experts) for part in parts
+        )
+        added = graph.ms.QMoE(
+            *(x, scores, up, up_scales, up_bias, down, down_scales, down_bias),
+            *(None, None, None, up_zeros, down_zeros, None, weights),
+            expert_weight_bits=bits,
+            block_size=block,
+            accuracy_level=graph.target.accuracy_level,
+            weights_prepacked=0,
+            **how,
+        )
+    if experts.factor != 1.0:
+        added = graph.op.Mul(added, graph.activation_tensor("factor", torch.tensor(experts.factor)))
+    return added
+
+
+def _choice(
+    graph: Graph, scores: ir.Value, mixture: Mixture, experts: Experts
+) -> tuple[ir.Value, ir.Value | None]:
+    """What QMoE chooses by, and what it weights by where that is another: `[tokens, E]`."""
+    if experts.scoring == "softmax":
+        # QMoE normalizes weights that it computes itself, whatever it is told.
+        return scores, None if experts.normalized else graph.op.Softmax(scores, axis=-1)
+    weights = graph.op.Sigmoid(scores)
+    if mixture.choice_bias is None:
+        return weights, weights
+    bias = graph.activation_tensor("choice_bias", mixture.choice_bias)
+    return graph.op.Add(weights, bias), weights
+
+
+def _logarithms(graph: Graph, scores: ir.Value, mixture: Mixture, experts: Experts) -> ir.Value:
+    """Scores whose softmax is the normalized weights of the chosen experts, `[tokens, E]`.
+
+    MoE has no other way to take them.
+    """
+    op, (by, weights) = graph.op, _choice(graph, scores, mixture, experts)
+    _, chosen = op.TopK(by, graph.int64(experts.per_token), _outputs=2)
+    logarithms = op.Log(op.GatherElements(weights, chosen, axis=-1))
+    never = op.Expand(graph.tensor("never", np.array(_NEVER, np.float32)), op.Shape(scores))
+    return op.ScatterElements(never, chosen, logarithms, axis=-1)
+
+
+def _rounded(graph: Graph, linear: Linear, bits: Bits) -> Quantized:
+    """All experts see the Hessian of all tokens, so that rare ones are rounded like the others."""
+    block = graph.target.block_size
+    if bits == 8 or not graph.hessians:
+        return quantize(linear.weight, bits, block)
+    hessian = graph.hessians.get(linear.name)
+    if hessian is None:  # no input: to the nearest level, of the scale that errs least
+        hessian = torch.eye(linear.in_features)
+    return gptq(linear.weight, hessian, block, bits)
+
+
+def _stored(
+    graph: Graph, linear: Linear, weight: Quantized, experts: Experts
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Integers, scales and zero points, `[E, N, ...]`."""
+
+    def tensor(part: str, array: np.ndarray) -> ir.Value:
+        shape = experts.count, len(array) // experts.count, -1
+        return graph.tensor(f"{linear.name}.{part}", array.reshape(shape))
+
+    zeros = weight.zero_points
+    return (
+        tensor("values", weight.values),
+        tensor("scales", weight.scales),
+        None if zeros is None else tensor("zero_points", zeros),
+    )
+
+
+def _bias(graph: Graph, linear: Linear, experts: Experts) -> ir.Value | None:
+    """`[E, N]`."""
+    if linear.bias is None:
+        return None
+    return graph.activation_tensor(f"{linear.name}.bias", linear.bias.view(experts.count, -1))
+
+
+def _exact(graph: Graph, linear: Linear, experts: Experts) -> ir.Value:
+    """`[E, N, K]` in float32; stored as FP16 unless ONNX Runtime would cast it at every run."""
+    name, weight = f"{linear.name}.weight", linear.weight
+    small = weight.numel() <= graph.folded
+    array = graph.stored_half(name, weight) if small else weight.float().numpy()
+    stored = graph.tensor(name, array.reshape(experts.count, -1, linear.in_features))
+    if array.dtype == np.float32:
+        return stored
+    return graph.op.Cast(stored, to=ir.DataType.FLOAT)

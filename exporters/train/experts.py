@@ -1,0 +1,66 @@
+"""A mixture of experts in torch, from the weights that its graph stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dash_onnx.core.block import Experts
+from dash_onnx.exporters.architectures.base import Linear
+
+F = torch.nn.functional
+
+
+def experts_of(
+    layers: Mapping[str, Linear],
+    choice_bias: torch.Tensor | None,
+    sizes: Experts,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """What the experts of each token add, weighted.
+
+    Args:
+        layers: the linear layers of a decoder layer, see `Mixture`.
+        choice_bias: likewise.
+        sizes: of the experts.
+        x: what the router and they read, `[..., D]`.
+
+    Returns:
+        `[..., D]`; the gradient goes through the weights of the chosen experts, not their choice.
+    """
+    rows = x.flatten(0, -2)
+    # In float32 under autocast too: rounded scores would choose other experts.
+    with torch.autocast(x.device.type, enabled=False):
+        router = layers["router"]
+        bias = None if router.bias is None else router.bias.float()
+        scores = F.linear(rows.float(), router.weight.float(), bias)
+    scores = scores.softmax(-1) if sizes.scoring == "softmax" else scores.sigmoid()
+    by = scores if choice_bias is None else scores + choice_bias
+    chosen = by.topk(sizes.per_token, -1).indices  # [rows, k]
+    weights = scores.gather(-1, chosen)
+    if sizes.normalized:
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * sizes.factor
+    up, up_bias = _apart(layers["experts_up"], sizes)
+    down, down_bias = _apart(layers["experts_down"], sizes)
+    total = torch.zeros_like(rows)
+    for expert in chosen.unique().tolist():
+        row, place = torch.where(chosen == expert)
+        both = F.linear(rows[row], up[expert], up_bias[expert])
+        gate, value = both.unflatten(-1, (-1, 2)).unbind(-1)
+        if (limit := sizes.limit) is not None:
+            gate, value = gate.clamp(max=limit), value.clamp(-limit, limit)
+        opened = gate * (sizes.gate_slope * gate).sigmoid() * (value + sizes.up_offset)
+        added = F.linear(opened, down[expert], down_bias[expert])
+        total = total.index_add(0, row, (added * weights[row, place, None]).to(total.dtype))
+    return total.view_as(x)
+
+
+def _apart(
+    linear: Linear, sizes: Experts
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
+    """Weights and biases of each expert."""
+    bias = linear.bias
+    biases = [None] * sizes.count if bias is None else bias.view(sizes.count, -1).unbind()
+    return linear.weight.chunk(sizes.count), biases

@@ -1,0 +1,179 @@
+"""Mixtures of experts: where their weights come from, how they are rounded, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import VARIANTS
+from families import (
+    CASES,
+    LAYERS,
+    Pair,
+    config_of,
+    random_ids,
+    reference_of,
+    save_random,
+    write_text,
+)
+from safetensors.torch import load_file, save_file
+
+from dash_onnx.core.actions import Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH, layer_path
+from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
+from dash_onnx.core.facts import Target
+from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
+from dash_onnx.exporters.calibration.runner import Runner
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.graphs import build_layer, captured_inputs
+from dash_onnx.exporters.sources import open_source
+from dash_onnx.exporters.train.dequantized import DequantizedModel
+from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.ort import create_session
+from dash_onnx.runtime.rows import Rows
+
+QWEN3 = CASES["qwen3_moe"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("experts")
+    return Pair.build(QWEN3, folder, write_text(folder / "text.txt"))
+
+
+def test_files_with_a_tensor_for_each_expert_are_read_as_transformers_stacks_them(
+    tmp_path: Path,
+) -> None:
+    source = save_random(tmp_path, QWEN3)
+    weights, reference = open_source(str(source), REGISTRY).weights, reference_of(source)
+    stored = load_file(source / "model.safetensors")
+    assert "model.layers.1.mlp.experts.5.up_proj.weight" in stored
+    for name, parameter in reference.named_parameters():
+        assert name in weights
+        assert weights.shape(name) == tuple(parameter.shape)
+        torch.testing.assert_close(weights[name], parameter.data, rtol=0, atol=0)
+
+
+def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
+    source = save_random(tmp_path, QWEN3)
+    stored = load_file(source / "model.safetensors")
+    stored = {name: x for name, x in stored.items() if "layers.1.mlp.experts.5" not in name}
+    save_file(stored, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"experts.gate_up_proj has shape \(5, 128, 64\)"):
+        export(str(source), tmp_path / "out", ExportOptions())
+
+
+def test_a_rare_expert_is_rounded_as_well_as_the_others(pair: Pair) -> None:
+    """Its INT4 weights come from the inputs of all tokens, though hardly any chose it."""
+    source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
+    spec = REGISTRY["qwen3_moe"].describe("", source.config, None)
+    layer = REGISTRY["qwen3_moe"].layer(source.weights, 0, spec)
+    assert layer.mixture is not None and spec.block.experts is not None
+    count = spec.block.experts.count
+    rounded = DequantizedModel(Bundle(pair.bundle), ("int4",), torch.float32)._layer(0, "int4")
+    for name in ("up", "down"):
+        linear = getattr(layer.mixture, name)
+        dequantized = rounded[linear.name].weight.view(count, -1)
+        wanted = linear.weight.float().view(count, -1)
+        errors = (dequantized - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert errors.max() < 1.2 * errors.min() < 0.2
+
+
+def test_inputs_of_all_tokens_round_experts_better_than_the_nearest_level(
+    pair: Pair, tmp_path: Path
+) -> None:
+    source, family = (
+        open_source(str(pair.bundle.parent / "source"), REGISTRY),
+        REGISTRY["qwen3_moe"],
+    )
+    spec, target = family.describe("", source.config, None), Target("cpu", "float32", 32, 0)
+    runner, ids = Runner(spec, "cpu"), np.random.default_rng(0).integers(2, 200, (16, 128))
+    files = [HiddenStateFile(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
+    files[0].write(len(ids), [runner.embed(pair.bundle / EMBED_PATH, ids)])
+    for index in range(LAYERS):
+        layer, states = family.layer(source.weights, index, spec), files[index : index + 2]
+        inputs = captured_inputs(layer, spec, 32, ("int4",))
+        full = pair.bundle / layer_path(index, "full")
+        sinks = dict.fromkeys(inputs, 1.0)
+        hessians = runner.layer_with_hessians(index, full, *states, inputs, sinks)
+        nearest = {**hessians, "experts_up": torch.eye(64)}
+        errors = []
+        for used in (hessians, nearest):
+            build_layer(tmp_path, index, layer, spec, target, "int4", used)
+            got = runner.layer(index, tmp_path / layer_path(index, "int4"), states[0][:])
+            wanted = states[1][:]
+            error = np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+            errors.append(np.median(error))
+        assert errors[0] < 0.96 * errors[1]
+
+
+def test_skipped_layers_load_no_experts(pair: Pair) -> None:
+    sizes = [layer.bytes for layer in Bundle(pair.bundle).manifest.layers]
+    assert all(one["skip"] < one["int4"] / 3 for one in sizes)
+    session = create_session(pair.bundle / layer_path(0, "skip"), "cpu")
+    assert "hidden_out" in {port.name for port in session.get_outputs()}
+
+
+@pytest.mark.parametrize("action", ["int8", "int4"])
+def test_rows_of_a_batch_choose_their_own_experts(pair: Pair, action: Action) -> None:
+    path, lengths = (action,) * LAYERS, (9, 23, 4)
+    ids = random_ids(max(lengths) + 4)
+    batch = Rows.new(pair.model._sessions, len(lengths))
+    for row, length in zip(batch.states, lengths, strict=True):
+        row.prefill(ids[:length], path, action)
+    deciders = [FixedPath(path, action)] * len(lengths)
+    for step in range(4):
+        tokens = [[int(ids[length + step])] for length in lengths]
+        logits, _ = batch.forward(range(len(lengths)), tokens, deciders)
+        for got, length in zip(logits, lengths, strict=True):
+            wanted = pair.model.logits(ids[: length + step + 1], policy=action)[-1]
+            np.testing.assert_allclose(got[0], wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": ("int4", "int2")}, "mixtures of experts run on the CPU, in full, int8"),
+        ({"device": "cuda"}, "mixtures of experts run on the CPU, in full, int8 and int4"),
+        ({"block_size": 128}, "block_size 128 does not divide the hidden size 64"),
+    ],
+)
+def test_what_the_products_of_experts_cannot_do_is_refused(
+    options: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    source = save_random(tmp_path / "source", QWEN3)
+    with pytest.raises(DashError, match=message):
+        export(str(source), tmp_path / "out", ExportOptions(**options))
+
+
+def test_blocks_divide_the_width_of_experts(tmp_path: Path) -> None:
+    options = ExportOptions(variants=VARIANTS)
+    for width, block in ((64, 64), (32, 32)):
+        config = config_of("qwen3_moe", {**QWEN3.config, "moe_intermediate_size": width})
+        change = {"intermediate_size": 128}
+        spec = architecture_of(config).describe("m", config, None)
+        facts = type(spec.facts)(**{**vars(spec.facts), **change})
+        resolved = options.resolved("folder", facts, spec.block.experts)
+        assert resolved.block_size == block and not resolved.wide
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen3_moe", {"hidden_act": "gelu"}, "experts with activation 'gelu' are not supported"),
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is not in 1..6"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("lfm2_moe", {"norm_topk_prob": False}, "lfm2_moe with norm_topk_prob False"),
+    ],
+)
+def test_experts_of_other_kinds_are_refused(
+    family: str, change: dict[str, object], message: str
+) -> None:
+    config = config_of(family, {**CASES[family].config, **change})
+    with pytest.raises(UnsupportedError, match=re.escape(message)):
+        architecture_of(config).describe("m", config, None)
