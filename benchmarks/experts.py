@@ -121,8 +121,8 @@ def dense(graph: Graph, x: ir.Value, width: int, inner: int, form: Action) -> ir
 
 
 def random(name: str, rows: int, columns: int) -> Linear:
-    """A product `[N, K]`."""
-    return Linear(name, torch.randn(rows, columns, dtype=torch.float16))
+    """A product `[N, K]`; a router's scores vary by 1, since experts of weight 0 do not run."""
+    return Linear(name, torch.randn(rows, columns, dtype=torch.float16) / columns**0.5)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,13 @@ _QWEN2_MOE = {
     "shared_expert_intermediate_size": 96,
     "mlp_only_layers": [1],
 }
-_QWEN3_MOE = {**_MOE, "head_dim": 32, "norm_topk_prob": True}
+_QWEN3_MOE = {
+    **_MOE,
+    "head_dim": 32,
+    "norm_topk_prob": True,
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+}
 _OLMOE = {**_OLMO, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False}
 _LFM2_MOE = {
     **_LFM2,
@@ -229,7 +235,7 @@ CASES: dict[str, Case] = {
     "vaultgemma": Case("vaultgemma", "as Gemma 2; two norms a layer", _VAULT),
     "lfm2": Case("lfm2", "short convolutions in some layers", _LFM2),
     "qwen3_5": Case("qwen3_5_text", "Gated DeltaNet in some layers, gated attention", _QWEN35),
-    "qwen3_moe": Case("qwen3_moe", "as Qwen 3; experts", _QWEN3_MOE),
+    "qwen3_moe": Case("qwen3_moe", "as Qwen 3, windows in all layers; experts", _QWEN3_MOE),
     "qwen2_moe": Case("qwen2_moe", "as Qwen 2; experts and a shared one", _QWEN2_MOE),
     "olmoe": Case("olmoe", "Q/K norm of all heads; experts", _OLMOE),
     "lfm2_moe": Case("lfm2_moe", "as LFM 2; experts, scored one by one", _LFM2_MOE),
