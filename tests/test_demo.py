@@ -20,7 +20,7 @@ from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.model import Model
 
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.slow, pytest.mark.demo]  # the export takes minutes
 
 PROMPTS = (
     "The lighthouse keeper",
