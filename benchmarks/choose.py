@@ -12,8 +12,7 @@ from transformers import LlamaConfig
 from dash_onnx.cli.forecast import REACHED, bytes_read
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import Sizes, sizes_of
-from dash_onnx.exporters.sources import Source
-from dash_onnx.exporters.sources.folder import Headers
+from dash_onnx.exporters.sources import Shapes, Source
 
 SPEED = 40e9  # bytes of memory that a machine reads in a second
 SHAPES = {  # layers, width, width inside the MLP, heads, heads of K/V, tokens
@@ -58,7 +57,7 @@ def needs(shape: tuple[int, ...], *, wide: bool) -> Sizes:
         tie_word_embeddings=True,
     )
     unused: Any = None  # sizes depend on neither tokenizer nor sampling
-    source = Source("folder", "shape", config, Headers({}, str), unused, unused, ())
+    source = Source("folder", "shape", config, Shapes({}), unused, unused, ())
     return sizes_of(source, ExportOptions(wide=wide))
 
 

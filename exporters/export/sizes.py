@@ -28,7 +28,7 @@ from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs import kept_rows
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
 from dash_onnx.exporters.graphs.graph import BITS, block_size_of, weight_precision
-from dash_onnx.exporters.sources import Source, Weights, layers_in, readable
+from dash_onnx.exporters.sources import Shapes, Source, Weights, readable
 
 _GRAPH_BYTES = 6000  # of the nodes of a layer graph
 _PREVIEW_BYTES = 3700  # of those of a head that looks twice
@@ -68,7 +68,7 @@ class Sizes:
     export: int
 
 
-class _Shapes:
+class _Described(Shapes):
     """Weights of the right shapes, without content or memory."""
 
     def __init__(self, config: PretrainedConfig):
@@ -80,19 +80,7 @@ class _Shapes:
 
         model = readable("the model's configuration", build)
         model.tie_weights()
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return layers_in(self.shapes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Weights`."""
-        return self.shapes[name]
+        super().__init__({name: tuple(p.shape) for name, p in model.named_parameters()})
 
     def check(self, weights: Weights) -> None:
         """Compares with what the files hold.
@@ -112,9 +100,6 @@ class _Shapes:
             raise SourceError(f"the config describes no weight {name!r}")
         return torch.empty(self.shapes[name], dtype=torch.float16, device="meta")
 
-    def packed(self, name: str) -> None:
-        """See `Weights`: none has integers."""
-
 
 def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     """Sizes of the bundle that these options would give, and memory needs.
@@ -122,7 +107,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     Raises:
         DashError: the model or the options would be refused.
     """
-    architecture, weights = architecture_of(source.config), _Shapes(source.config)
+    architecture, weights = architecture_of(source.config), _Described(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
     if spec.mixers and options.device != "cpu":

@@ -16,11 +16,11 @@ from dash_onnx.exporters.sources.experts import StackedExperts
 from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
+    Shapes,
     Source,
     check_layers,
     check_supported,
     finite,
-    layers_in,
     readable,
 )
 
@@ -29,7 +29,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-class SafetensorsWeights:
+class SafetensorsWeights(Shapes):
     """Tensors of one or more safetensors files, memory-mapped for as long as each is in use."""
 
     def __init__(self, folder: Path, renamed: Renaming):
@@ -54,8 +54,8 @@ class SafetensorsWeights:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
             hint = " (pickled weights are never read: convert them first)" if pickled else ""
             raise SourceError(f"{folder} has no safetensors weights{hint}")
+        super().__init__({})
         self._places: dict[str, tuple[Path, str]] = {}  # file and name in it
-        self._shapes: dict[str, tuple[int, ...]] = {}
         for shard in shards:
             path = folder / shard
             if Path(shard).name != shard:  # a link inside the folder is fine: the hub's cache
@@ -68,21 +68,9 @@ class SafetensorsWeights:
                         if (known := renamed(name)) is None:
                             continue
                         self._places[known] = path, name
-                        self._shapes[known] = tuple(file.get_slice(name).get_shape())
+                        self.shapes[known] = tuple(file.get_slice(name).get_shape())
             except (SafetensorError, OSError) as error:
                 raise SourceError(f"{path} is not a valid safetensors file ({error})") from None
-
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return layers_in(self._places)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Weights`."""
-        return self._shapes[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._places:
@@ -91,36 +79,6 @@ class SafetensorsWeights:
         # A file that stayed open would keep every page that was ever read in this process's memory.
         with safe_open(path, framework="pt") as file:
             return finite(name, file.get_tensor(stored))
-
-    def packed(self, name: str) -> None:
-        """See `Weights`: safetensors folders hold floating-point weights."""
-
-
-class Headers:
-    """Names and shapes of weights that are not here."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], renamed: Renaming):
-        """Their names become those of transformers."""
-        known = ((renamed(name), shape) for name, shape in shapes.items())
-        self._shapes = {name: shape for name, shape in known if name is not None}
-
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return layers_in(self._shapes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `Weights`."""
-        return self._shapes[name]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        raise SourceError(f"{name} was not downloaded")
-
-    def packed(self, name: str) -> None:
-        """See `Weights`."""
 
 
 def open_folder(
@@ -157,9 +115,12 @@ def open_folder(
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     renamed = renaming(model_type)
-    weights = StackedExperts(
-        Headers(shapes, renamed) if shapes else SafetensorsWeights(folder, renamed)
-    )
+    if shapes:
+        known = ((renamed(name), shape) for name, shape in shapes.items())
+        files = Shapes({name: shape for name, shape in known if name is not None})
+    else:
+        files = SafetensorsWeights(folder, renamed)
+    weights = StackedExperts(files)
     if "num_hidden_layers" in raw:  # before lists of that length are made
         check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))

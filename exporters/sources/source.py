@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -44,6 +44,36 @@ class Weights(Protocol):
     def packed(self, name: str) -> Quantized | None:
         """The weight as integers, where the source stores them in a form that graphs can hold."""
         ...
+
+
+class Shapes:
+    """Weights by their shapes alone; whoever has the tensors, too, adds how they are read.
+
+    Attributes:
+        shapes: of each tensor, by its Hugging Face name.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        """Takes them."""
+        self.shapes = dict(shapes)
+
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return layers_in(self.shapes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return self.shapes[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        raise SourceError(f"{name} was not downloaded")
+
+    def packed(self, name: str) -> None:
+        """See `Weights`: none has integers."""
 
 
 @dataclass(frozen=True)
