@@ -119,7 +119,14 @@ class Generation:
         text: ids of the prompt and of what was drawn.
         count: tokens that were told.
         forced: tokens that the grammar lets follow the text alone; they run as a prompt does.
+        uniform: whether all tokens of its policy take one path.
+        decider: what chooses the actions of the next pass.
+        learned: what its guesses go by; None where it makes none.
     """
+
+    uniform: bool
+    decider: Decider
+    learned: Learned | None
 
     def __init__(self, sequence: SequenceState, request: Request):
         """Begins with the prompt."""
@@ -130,30 +137,20 @@ class Generation:
         self._sampler = Sampler(request.sampling)
         self._ends = frozenset[int]() if request.options.ignore_eos else request.eos
         self._logprobs: deque[Logprobs | None] = deque()  # of tokens that are not told yet
-        self._policy = request.current.policy
-        self._decider = decider_of(self._policy, sequence)
+        self._policy: Policy | None = None
+        self.follow()
         self._guesser: Guesser | None = None
         self._found: Found | None = None  # that may be checked in the next pass
         self._guesses: list[int] = []  # that are
         self.forced = self._forced()
 
-    @property
-    def decider(self) -> Decider:
-        """What chooses the actions of the next token."""
-        if self._request.current.policy is not self._policy:
-            self._policy = self._request.current.policy
-            self._decider = decider_of(self._policy, self._sequence)
-        return self._decider
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all its tokens take one path."""
-        return self._request.current.policy.uniform is not None
-
-    @property
-    def learned(self) -> Learned | None:
-        """What its guesses go by; None where it makes none."""
-        return self._request.learn(self._request.current.policy)
+    def follow(self) -> None:
+        """Takes the policy that holds now: for the next pass, whatever is set meanwhile."""
+        policy = self._request.current.policy
+        if policy is not self._policy:
+            self._policy, self.uniform = policy, policy.uniform is not None
+            self.decider = decider_of(policy, self._sequence)
+            self.learned = self._request.learn(policy)
 
     @property
     def _limit(self) -> int:

@@ -105,6 +105,9 @@ class Scheduler:
                 self.free(slot)
         self._admit()
         busy = [slot for slot in self._slots if slot.request is not None]
+        for slot in busy:
+            if slot.going is not None:
+                slot.going.follow()
         decoding = [slot for slot in busy if not len(slot.rest)]
         prompts = sorted((slot for slot in busy if len(slot.rest)), key=lambda slot: slot.used)
         # What a grammar forces is a short prompt of an answer that already runs.

@@ -46,13 +46,15 @@ class Slot:
         """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
         if self.quality not in (None, request.quality):
             return 0
-        common = common_length(np.asarray(self.lasting, np.int64), request.ids[:-1])
+        return self._held(request.ids)
+
+    def _held(self, ids: Ids) -> int:
+        common = common_length(np.asarray(self.lasting, np.int64), ids[:-1])
         return self.state.kv.place(common)
 
     def reuse(self, ids: Ids) -> Ids:
         """Keeps what it holds of a prompt; returns what has to run still."""
-        common = common_length(np.asarray(self.tokens, np.int64), ids[:-1])
-        common = self.state.truncate(common)
+        common = self.state.truncate(self._held(ids))
         del self.tokens[common:]
         return ids[common:]
 
