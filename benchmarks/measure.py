@@ -52,7 +52,7 @@ class Size:
     windows: int = 8
     items: int = 500
     answers: int = 100
-    per_kind: int = 14
+    per_kind: int = 8
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
 
@@ -168,21 +168,22 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guessed tokens on a larger model, by kind of prompt, and drawn ones. 50 minutes."""
+    """Guessed tokens on a larger model: greedy, sampled, four answers at once. 50 minutes."""
     out, peers = BUILD / "guesses", BUILD / "guesses-peers"
-    export: Command = ["dash-export", a.other, out, "--variants", "full,int8,int4", "--overwrite"]
+    export: Command = ["dash-export", a.other, out, "--variants", "int8,int4", "--overwrite"]
     speculate: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]
-    greedy: Command = [*speculate, "--target", "int8", "--target", "full"]
-    greedy += ["--genai", peers / "int8", "--per-kind", str(size.per_kind)]
-    drawn: Command = [*speculate, "--temperature", "1", "--per-kind", str(-(-size.per_kind // 4))]
+    greedy: Command = ["--target", "int4", "--target", "int8", "--genai", peers / "int4"]
+    greedy += ["--per-kind", str(size.per_kind)]
+    few: Command = ["--per-kind", str(min(size.per_kind, 4))]
     if size == QUICK:
-        few: Command = ["--max-tokens", str(size.new_tokens)]
-        greedy, drawn = greedy + few, drawn + few
+        few += ["--max-tokens", str(size.new_tokens)]
+        greedy += ["--max-tokens", str(size.new_tokens)]
     return [
         [*export, "--requantize", "--effort", "none"],
-        ["python", "benchmarks/build_peers.py", a.other, peers, "--precisions", "int8"],
-        [*greedy, "--json"],
-        [*drawn, "--json"],
+        ["python", "benchmarks/build_peers.py", a.other, peers, "--precisions", "int4"],
+        [*speculate, *greedy, "--json"],
+        [*speculate, "--temperature", "1", *few, "--json"],
+        [*speculate, "--parallel", "4", *few, "--json"],
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dash_onnx.core.actions import PRECISIONS
@@ -189,68 +189,82 @@ def first_tokens(rows_of: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
-_GUESSING = ("on", "expected", "ngram", "dash", "auto")  # the last three of earlier versions
-
-
-def _usual(by: dict[str, Any]) -> str:
-    """What guesses by default."""
-    return "on" if "on" in by else "auto"
-
-
 def guessed(part: Part) -> str:
     """What guessing tokens brings, by target and kind of prompt."""
-    by_prompt = _by_prompt(found(part)[0])
-    names = [name for name in _GUESSING if any(name in by for by in by_prompt.values())]
-    head = ["target", "prompts", "ms per token", *(f"`{name}`" for name in names), "accepted"]
+    head = ["target", "prompts", "ms per token", "speed", "with the expected text", "accepted"]
     rows = [[*head, "same text", "largest gap"]]
-    for (target, kind), by in by_prompt.items():
-        usual = by[_usual(by)]
-        gaps = [one["gap"] for one in usual["differs"]]
-        rows.append(
-            [
-                target,
-                kind,
-                f"{by['off']['ms_per_token']:.1f}",
-                *(f"{by[name]['ratio']:.2f}" if name in by else "-" for name in names),
-                "-" if usual["accepted"] is None else f"{usual['accepted']:.0%}",
-                f"{usual['prompts'] - len(gaps)} of {usual['prompts']}",
-                f"{max(gaps):.2f}" if gaps else "-",
-            ]
-        )
+    for target, kinds in _by_target(found(part)[0]).items():
+        for kind, by in kinds.items():
+            on, expected = by["on"], by.get("expected")
+            gaps = [one["gap"] for one in on["differs"]]
+            rows.append(
+                [
+                    target,
+                    kind,
+                    f"{by['off']['ms_per_token']:.1f}",
+                    f"{on['ratio']:.2f}",
+                    f"{expected['ratio']:.2f}" if expected else "-",
+                    "-" if on["accepted"] is None else f"{on['accepted']:.0%}",
+                    f"{on['prompts'] - len(gaps)} of {on['prompts']}",
+                    f"{max(gaps):.2f}" if gaps else "-",
+                ]
+            )
+        mean = _mean_of_kinds([by["on"]["ratio"] for kind, by in kinds.items() if kind != "all"])
+        rows.append([target, "geometric mean of kinds", "", mean, "", "", "", ""])
     return table(rows, left=2)
 
 
 def beside_genai(part: Part) -> str:
     """Tokens per second with guesses, ours and GenAI's own, by kind of prompt."""
-    rows = [
-        ["prompts", "GenAI", "GenAI, speculative", "dash-onnx", "dash-onnx, speculative", "ratio"]
-    ]
-    for (_, kind), by in _by_prompt(found(part)[0]).items():
-        if "GenAI" in by:
-            names = ("GenAI", "GenAI + ngram", "off", _usual(by))
-            speeds = [1e3 / by[name]["ms_per_token"] for name in names]
-            rows.append(
-                [kind, *(f"{speed:.0f}" for speed in speeds), f"{speeds[3] / speeds[1]:.2f}"]
-            )
-    return table(rows)
+    targets = _by_target(found(part)[0])
+    rows = [["prompts", "GenAI", "GenAI, speculative"]]
+    for target in targets:
+        rows[0] += [f"`{target}`", f"`{target}`, speculative", "ratio"]
+    ratios: dict[str, list[float]] = {target: [] for target in targets}
+    theirs = next(iter(targets.values()))
+    for kind, by in theirs.items():
+        if "GenAI" not in by:
+            continue
+        best = min(by[name]["ms_per_token"] for name in ("GenAI", "GenAI + ngram"))
+        row = [kind, *(f"{1e3 / by[n]['ms_per_token']:.0f}" for n in ("GenAI", "GenAI + ngram"))]
+        for target, kinds in targets.items():
+            ours = [kinds[kind][name]["ms_per_token"] for name in ("off", "on")]
+            row += [*(f"{1e3 / ms:.0f}" for ms in ours), f"{best / ours[1]:.2f}"]
+            ratios[target] += [best / ours[1]] if kind != "all" else []
+        rows.append(row)
+    means = [word for seen in ratios.values() for word in ("", "", _mean_of_kinds(seen))]
+    return table([*rows, ["geometric mean of kinds", "", "", *means]])
+
+
+def _mean_of_kinds(ratios: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f}" if ratios else "-"
 
 
 def drawn(part: Part) -> str:
     """What drawn texts lose by their target, and how fast they came, by who guesses."""
-    rows = [["source", "nats per token", "speed"]]
-    for (_, kind), by in _by_prompt(found(part)[1]).items():
-        if kind == "all":
-            for name, row in by.items():
-                nats = plus_minus(row["nats"], row["nats_error"], 3)
-                rows.append([f"`{name}`", nats, f"{row['ratio']:.2f}"])
+    rows = [["guesses", "nats per token", "speed"]]
+    for kinds in _by_target(found(part)[1]).values():
+        for name, row in kinds["all"].items():
+            nats = plus_minus(row["nats"], row["nats_error"], 3)
+            rows.append([name, nats, f"{row['ratio']:.2f}"])
     return table(rows)
 
 
-def _by_prompt(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """By target and kind of prompt: what was measured, by who guesses."""
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
+def at_once(part: Part) -> str:
+    """Tokens per second of several answers at once, with and without guesses."""
+    rows = [["prompts", "without guesses", "with guesses", "ratio"]]
+    for row in found(part)[2]:
+        speeds = [f"{row[name]:.0f}" for name in ("off", "on")]
+        rows.append([row["kind"], *speeds, f"{row['ratio']:.2f}"])
+    return table(rows)
+
+
+def _by_target(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By target, kind of prompt and who guesses: what was measured."""
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
-        runs.setdefault((row["target"], row["kind"]), {})[row["speculate"]] = row
+        kinds = runs.setdefault(row["target"], {})
+        kinds.setdefault(row["kind"], {})[row["speculate"]] = row
     return runs
 
 

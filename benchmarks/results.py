@@ -4,9 +4,9 @@
     python benchmarks/results.py --check        # fails where they differ from the JSON
     python benchmarks/results.py build/quick    # writes build/quick/results.md only
 
-All parts must come from one kind of machine and the same versions, and those that show one bundle
-from one commit. A part takes minutes to hours, so those with models of their own may be measured
-apart.
+All parts must come from one kind of machine and the same versions of what they both used, and those
+that show one bundle from one commit. A part takes minutes to hours, so those with models of their
+own may be measured apart.
 """
 
 from __future__ import annotations
@@ -47,10 +47,17 @@ def read(folder: Path) -> dict[str, tables.Part]:
     of_bundle = [name for name, part in parts.items() if part["bundle"]]
     for keys, names in ((SAME, list(parts)), (SAME_BUNDLE, of_bundle)):
         for name in names[1:]:
-            if differing := [key for key in keys if parts[name][key] != parts[names[0]][key]]:
+            one, other = parts[name], parts[names[0]]
+            if differing := [key for key in keys if _differ(one[key], other[key])]:
                 differ = f"{name} and {names[0]} differ in {', '.join(differing)}"
                 sys.exit(f"results.py: error: {differ}")
     return parts
+
+
+def _differ(one: str | dict[str, str], other: str | dict[str, str]) -> bool:
+    if isinstance(one, str) or isinstance(other, str):
+        return one != other
+    return any(one[name] != other[name] for name in one.keys() & other.keys())
 
 
 def page(parts: dict[str, tables.Part]) -> str:
@@ -74,6 +81,7 @@ def page(parts: dict[str, tables.Part]) -> str:
         tables.guessed,
         tables.beside_genai,
         tables.drawn,
+        tables.at_once,
         tables.clients,
         tables.sizes,
         tables.found,
@@ -84,6 +92,7 @@ def page(parts: dict[str, tables.Part]) -> str:
     return template.render(
         parts=parts,
         any=next(iter(parts.values()), None),
+        versions={name: v for part in parts.values() for name, v in part["versions"].items()},
         commits=sorted({(part["date"], part["commit"]) for part in parts.values()}),
         files={
             name: file

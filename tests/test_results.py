@@ -92,6 +92,10 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
                 ],
             },
         ),
+        (
+            "python benchmarks/speculate.py out --parallel 4 --json",
+            [{"target": "int8", "kind": "qa", "off": 91.2, "on": 123.4, "ratio": 1.353}],
+        ),
     ],
     "server": [
         (
@@ -138,7 +142,7 @@ def parts() -> dict[str, Any]:
         "commit": "abc",
         "date": "2026-01-01",
         "machine": "one",
-        "versions": {},
+        "versions": {"numpy": "2.4"},
         "bundle": "def",
     }
     return {
@@ -165,9 +169,11 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
         "| every layer INT4 | 1.30 | 130 (167-250) | 0.0123 ± 0.0010 | 500 |",
         "| int8 | 0.0020 | 0.0100 | 1 of 20 |",
-        "| int8 | editing | 12.3 | 1.70 | 60% | 5 of 6 | 0.03 |",
+        "| int8 | editing | 12.3 | 1.70 | - | 60% | 5 of 6 | 0.03 |",
+        "| int8 | geometric mean of kinds |  | 1.70 |  |  |  |  |",
         "| editing | 50 | 62 | 81 | 81 | 1.30 |",  # of ms, not of the ratios beside them
-        "| `on` | 0.799 ± 0.020 | 1.20 |",
+        "| on | 0.799 ± 0.020 | 1.20 |",
+        "| qa | 91 | 123 | 1.35 |",
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
     ):
@@ -182,7 +188,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     results: Any, parts: dict[str, Any], key: str, tmp_path: Path
 ) -> None:
     parts = copy.deepcopy(parts)
-    parts["tasks"][key] = "another"
+    parts["tasks"][key] = {"numpy": "2.5"} if key == "versions" else "another"
     for name, part in parts.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     with pytest.raises(SystemExit, match=f"differ in {key}"):
