@@ -161,7 +161,7 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
         [*bench, "--json"],
     ]
     if a.text:
-        commands.append([*bench, "--prompts", LINES, "--json"])
+        commands.append([*bench, "--prompts", LINES, "--skip", "contexts", "--json"])
     losses = ("--losses", "0.05", "0.1", "0.2", "0.4")
     commands += [_policies(out, text, size, *losses, reference=OTHER_FULL) for text in a.text]
     return commands

@@ -40,7 +40,7 @@ def label(name: str) -> str:
     kind, _, target = name.partition(" ")
     if kind in ("dash", "dash-low"):
         policy, _, budget = target.partition("@")
-        return ours(budget or policy)
+        return ours(budget or policy) if policy else f"preset `{budget}`"
     folder, _, file = target.rpartition("/")
     for part in (folder, file):
         if told := PEERS.get(f"{kind} {part}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from cli_tool import Capture, Tool
 from conftest import needed, save_tiny
 
 from dash_onnx.bench.contenders import guesses, policy_of
-from dash_onnx.bench.measure import Behind, Reference, Result, divergence, measure, ratio
+from dash_onnx.bench.measure import Behind, Reference, Result, divergence, dominated, measure, ratio
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import context, read_prompts
 from dash_onnx.bench.worker import Worker
@@ -35,6 +36,17 @@ def result(name: str, *decode_ms: float) -> Result:
 def test_ratios_are_taken_within_a_round() -> None:
     middle, low, high = ratio(result("a", 1.0, 2.0, 4.0), result("b", 2.0, 6.0, 4.0))
     assert (middle, low, high) == (2.0, 1.0, 3.0)
+
+
+def test_a_preset_is_dominated_by_what_is_faster_and_loses_less() -> None:
+    def measured(name: str, ms: float, kl: float | None) -> Result:
+        return dataclasses.replace(result(name, ms, ms), kl=kl, kl_stderr=0.01)
+
+    fast, policy = measured("dash @fast", 5.0, 0.1), measured("dash int4", 5.0, 0.1)
+    near, worse = measured("peer a", 4.9, 0.05), measured("peer b", 4.0, 0.095)
+    better, best = measured("peer c", 4.5, 0.08), measured("peer d", 4.0, 0.08)
+    assert dominated([fast, policy, near, worse, measured("peer e", 4.0, None)]) == []
+    assert dominated([fast, policy, better, best]) == [(fast, best)]
 
 
 def test_speed_and_bandwidth_follow_from_the_median() -> None:
@@ -91,17 +103,16 @@ def test_contenders_take_turns_over_all_prompts_after_a_warm_up_in_each_process(
     assert [r.ttft_ms for r in found] == [(100.0,) * 6] * 2
 
 
-def test_all_take_turns_on_each_context_after_the_rounds() -> None:
+def test_all_take_turns_on_each_context_after_the_first_rounds() -> None:
     log: list[str] = []
     starts = [lambda name=name: Fake(name, log) for name in ("a", "short")]
     contexts = [[1] * length for length in (4, 4, 8)]
     a, short = measure(starts, [[1]], new_tokens=4, rounds=1, processes=2, contexts=contexts)
     turns = ["a4", "short4", "a4", "short4", "a8", "short8"]
-    assert log == [*["a1", "short1"] * 2, *turns, "short closed", "a closed"] * 2
+    closed, rounds = ["short closed", "a closed"], ["a1", "short1"] * 2
+    assert log == [*rounds, *turns, *closed, *rounds, *closed]  # in the first process
     assert a.decode_ms == (1.0,) * 2
-    assert a.behind == {
-        4: Behind(4, (100.0,) * 4, (4.0,) * 4), 8: Behind(8, (100.0,) * 2, (8.0,) * 2)
-    }  # fmt: skip
+    assert a.behind == {4: Behind(4, (100.0,) * 2, (4.0,) * 2), 8: Behind(8, (100.0,), (8.0,))}
     assert [*short.behind] == [4]
     assert a.behind[8].prefill_tokens_per_s == pytest.approx(80)
     assert a.behind[8].tokens_per_s == pytest.approx(125)

@@ -11,8 +11,11 @@ import numpy as np
 
 from dash_onnx.bench.contenders import Logits
 from dash_onnx.bench.worker import Worker
+from dash_onnx.core.budget import PRESETS
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
+
+_PRESETS = [f"@{name}" for name in PRESETS]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,33 @@ def ratio(of: Result, to: Result) -> tuple[float, float, float]:
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
+def dominated(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """Our presets that another contender beats in both: each with the fastest that does.
+
+    A preset is dominated where it is slower by more than 3 % within the rounds and loses more by
+    more than a standard error.
+    """
+    found = []
+    for preset in results:
+        kind, _, variant = preset.name.partition(" ")
+        if not kind.startswith("dash") or variant.removeprefix("dash") not in _PRESETS:
+            continue
+        better = [
+            other
+            for other in results
+            if ratio(preset, other)[0] < 0.97 and _loses_more(preset, other)
+        ]
+        if better:
+            found.append((preset, max(better, key=lambda other: other.tokens_per_s)))
+    return found
+
+
+def _loses_more(one: Result, other: Result) -> bool:
+    if one.kl is None or other.kl is None:
+        return False
+    return one.kl - other.kl > max(one.kl_stderr or 0.0, other.kl_stderr or 0.0)
+
+
 def measure(
     starts: Sequence[Callable[[], Worker]],
     prompts: Sequence[list[int]],
@@ -119,8 +149,8 @@ def measure(
         rounds: over all prompts, after one with a single prompt that warms up.
         processes: how often all start anew, each time for all rounds. A process keeps an
             advantage of up to 8 % for as long as it lives, by where its memory lies.
-        contexts: token ids of longer prompts, which all take turns on after the rounds; one
-            that is there twice is measured twice.
+        contexts: token ids of longer prompts, which the first processes take turns on after the
+            rounds; one that is there twice is measured twice.
         quality: KL and its standard error, or None; asked once for each contender.
 
     Returns:
@@ -134,7 +164,8 @@ def measure(
                 workers.append(start())
                 stack.callback(workers[-1].close)
             results = _rounds(workers, prompts, new_tokens, rounds)
-            for index, behind in enumerate(_behind(workers, contexts, new_tokens)):
+            once = contexts if not generations else ()
+            for index, behind in enumerate(_behind(workers, once, new_tokens)):
                 results[index] = replace(results[index], behind=behind)
             if quality and not generations:
                 for index, worker in enumerate(Loop("quality", workers)):
@@ -148,7 +179,6 @@ def measure(
             ttft_ms=sum((one.ttft_ms for one in same), ()),
             load_s=statistics.median(one.load_s for one in same),
             peak_rss_bytes=max(one.peak_rss_bytes for one in same),
-            behind={n: _joined([one.behind[n] for one in same]) for n in same[0].behind},
         )
         for same in zip(*generations, strict=True)
     ]

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
 def _bench(arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.bench.contenders import guesses, policy_of
-    from dash_onnx.bench.measure import divergence, measure
+    from dash_onnx.bench.measure import divergence, dominated, measure
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw, figure_class
     from dash_onnx.bench.prompts import PROMPTS, context, read_prompts
@@ -210,6 +210,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         )
         if contexts:
             print("pp512: tokens/s of a 512-token prompt; behind N: tokens/s after N tokens")
+        for preset, other in dominated(results):
+            print(f"{preset.name} is dominated: {other.name} is faster and loses less")
         if any("+" in variant for variant in variants):
             print("runs that guess: mean over the tokens of an answer, not the median")
     for picture in arguments.picture:  # last: what fails here takes no figures with it
