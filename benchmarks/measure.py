@@ -52,7 +52,7 @@ class Size:
     windows: int = 8
     items: int = 500
     answers: int = 100
-    per_kind: int = 8
+    per_kind: int = 5
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
 
@@ -168,7 +168,7 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guessed tokens on a larger model: greedy, sampled, four answers at once. 50 minutes."""
+    """Guessed tokens on a larger model: greedy, sampled, four answers at once. 30 minutes."""
     out, peers = BUILD / "guesses", BUILD / "guesses-peers"
     export: Command = ["dash-export", a.other, out, "--variants", "int8,int4", "--overwrite"]
     speculate: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]
@@ -183,7 +183,7 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
         ["python", "benchmarks/build_peers.py", a.other, peers, "--precisions", "int4"],
         [*speculate, *greedy, "--json"],
         [*speculate, "--temperature", "1", *few, "--json"],
-        [*speculate, "--parallel", "4", *few, "--json"],
+        [*speculate, "--parallel", "4", "--max-tokens", "64", *few, "--json"],
     ]
 
 
