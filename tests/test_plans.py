@@ -90,6 +90,12 @@ def test_no_preset_is_dominated_by_a_row_of_its_own_table(scored: Manifest) -> N
             assert other.budget > plan.budget * 0.97 or other.kl >= plan.kl
 
 
+def test_of_paths_as_fast_a_preset_takes_the_one_that_loses_least(scored: Manifest) -> None:
+    fixed = {0.5: 0.2, 0.51: 0.05, 0.52: 0.06, 0.6: 0.01}
+    plan = preset_plans(tables(scored, {0.2: 1.0, 0.8: 0.9, 0.9: 0.01}, fixed))["fast"]
+    assert (plan.budget, plan.kl) == (0.51, 0.05)
+
+
 def test_a_number_takes_what_loses_least_within_it(scored: Manifest) -> None:
     manifest = tables(scored, {0.3: 0.5, 0.9: 0.01}, {0.2: 0.6, 0.5: 0.02})
     for budget, path in ((0.25, INT4), (0.35, None), (0.6, INT4), (0.95, None)):

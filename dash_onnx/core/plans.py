@@ -15,8 +15,9 @@ from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, m
 from dash_onnx.core.manifest import Manifest
 
 _TIE = 0.03
-"""Share of the time by which decisions per token have to be faster: they are the less simple plan,
-and paired runs tell no less apart."""
+"""Share of the time that paired runs do not tell apart. Decisions per token have to be faster by
+more, as they are the less simple plan; of paths that are as fast, the one that loses least is
+taken."""
 
 
 _LEAST_KL = 1e-4  # nats
@@ -78,11 +79,12 @@ def preset_plans(manifest: Manifest) -> dict[str, Plan]:
 
 
 def _within(limit: float, manifest: Manifest) -> Plan:
-    """The fastest plan that loses at most some nats."""
-    keep = [plan for plan in alternatives(limit, manifest) if plan is not None]
-    if keep:
-        return min(keep, key=_rank)
-    return min(frontier(manifest), key=lambda plan: plan.kl)
+    """The fastest plan that loses at most some nats; of paths as fast, the one that loses least."""
+    decisions, path = alternatives(limit, manifest)
+    if path is None or (decisions is not None and _rank(decisions) < path.budget):
+        return decisions or min(frontier(manifest), key=lambda plan: plan.kl)
+    as_fast = [plan for plan in _fixed(manifest) if plan.budget <= path.budget * (1 + _TIE)]
+    return min(as_fast, key=lambda plan: (plan.kl, plan.budget))
 
 
 def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | None]:
