@@ -20,6 +20,7 @@ from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.train.options import TrainingPlan
 from dash_onnx.exporters.train.regress import EPOCHS
 from dash_onnx.exporters.train.tables import ROWS
+from dash_onnx.exporters.train.trainer import fast_dtype
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
@@ -32,7 +33,7 @@ class Speed:
 
     Attributes:
         float32: as the export computes.
-        fast: as training does, in the faster of FP32 and BF16.
+        fast: as training does, in BF16 where the processor has it.
     """
 
     float32: float
@@ -41,8 +42,8 @@ class Speed:
     @classmethod
     def measured(cls, seconds: float = 0.5) -> Speed:
         """Of this machine as busy as it is now; takes the seconds given."""
-        single, half = (_speed(dtype, seconds / 2) for dtype in (torch.float32, torch.bfloat16))
-        return cls(single, max(single, half))
+        single, fast = _speed(torch.float32, seconds / 2), fast_dtype()
+        return cls(single, single if fast is torch.float32 else _speed(fast, seconds / 2))
 
 
 def _speed(dtype: torch.dtype, seconds: float) -> float:

@@ -40,6 +40,9 @@ TAKEN = 0.2
 """Share of the cores' time that steady work takes, which makes every run longer alike: a third
 beside one process that is busy on two cores, half beside two."""
 
+PROBE_S = 0.3
+"""Seconds that `taken_share` keeps the cores busy, before a profile and after it."""
+
 LayerAction = tuple[int, Action]
 """A layer and what it does."""
 
@@ -86,9 +89,10 @@ def profile(bundle: Bundle, device: Device) -> Costs:
 
 def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
     """`measure`, and what disturbed it: empty if nothing did."""
-    before = taken_share(thread_count())
+    before = taken_share(thread_count(), PROBE_S)
     costs = measure(bundle, device)
-    taken = min(before, taken_share(thread_count()))  # what was steady: `spread` tells the rest
+    after = taken_share(thread_count(), PROBE_S)
+    taken = min(before, after)  # what was steady: `spread` tells the rest
     why = ""
     if costs.spread > BUSY:
         why = f"a typical run took {costs.spread:.0%} longer than the fastest quarter"
@@ -97,7 +101,7 @@ def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
     return costs, f"other work disturbed the profile: {why}" if why else ""
 
 
-def taken_share(threads: int, seconds: float = 0.3) -> float:
+def taken_share(threads: int, seconds: float) -> float:
     """Share of the time of busy threads that they did not run, as other work had their cores."""
     text = bytes(1 << 18)
 

@@ -68,7 +68,7 @@ def test_a_profile_that_other_work_disturbed_is_refused(
 ) -> None:
     costs = replace(Bundle(bundle).manifest.costs, embed_ms=7.0, spread=spread)
     monkeypatch.setattr("dash_onnx.runtime.profile.measure", lambda *_: costs)
-    monkeypatch.setattr("dash_onnx.runtime.profile.taken_share", lambda _: taken)
+    monkeypatch.setattr("dash_onnx.runtime.profile.taken_share", lambda *_: taken)
     monkeypatch.setattr("dash_onnx.runtime.profile.BUSY", 0.1)
     monkeypatch.setattr("dash_onnx.runtime.profile.TAKEN", 0.2)
     if told:
