@@ -34,7 +34,7 @@ from dash_onnx.runtime.results import ScoredToken
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A profile first looks for other work, on every core and twice; here it always finds the other tests.
+# A profile looks for other work first and last; here it finds the other tests.
 profile.PROBE_S = 0.01
 
 # Torch's threads and ORT's would fight for two cores over models this small.
