@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from dash_onnx.core.actions import Action, Path, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.forms import widened_in_prompts
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.thoughts import Thoughts
 from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.grammar import Constraint
 from dash_onnx.runtime.guesses import MOST, Found, Guess, Guesser, Learned
@@ -66,6 +69,7 @@ class Request(Generic[Piece]):
         plan: how the prompt runs.
         eos: ids that end the text.
         constraint: of `options.grammar`.
+        thoughts: where the answer begins.
         learn: see `Learn`.
         expected: ids of `options.expected`.
         write: makes a piece of a token.
@@ -84,6 +88,7 @@ class Request(Generic[Piece]):
     plan: PromptPlan
     eos: frozenset[int]
     constraint: Constraint | None = None
+    thoughts: Thoughts = field(default_factory=Thoughts)
     learn: Learn = lambda policy: None
     expected: Sequence[int] = ()
     write: Callable[[GeneratedToken], Piece]
@@ -134,9 +139,11 @@ class Generation:
         self.count = 0
         self._request, self._sequence = request, sequence
         self._options, self._constraint = request.options, request.constraint
+        self._thoughts = request.thoughts
         self._sampler = Sampler(request.sampling)
         self._ends = frozenset[int]() if request.options.ignore_eos else request.eos
-        self._logprobs: deque[Logprobs | None] = deque()  # of tokens that are not told yet
+        # Of tokens that are not told yet; whether they are thoughts.
+        self._notes: deque[tuple[Logprobs | None, bool]] = deque()
         self._policy: Policy | None = None
         self.follow()
         self._guesser: Guesser | None = None
@@ -200,13 +207,16 @@ class Generation:
         if self._constraint is not None and forced:
             self._constraint.took(*forced)
         self.text += forced
-        self._logprobs += [None] * len(forced)
+        self._notes += [(None, False)] * len(forced)
         return forced
 
     def _forced(self) -> list[int]:
         asked = self._options.logprobs is not None or self._options.logits_processor is not None
+        thoughts = self._thoughts
         if self._constraint is None or asked:
             return []  # these need every token's logits
+        if thoughts.open or thoughts.due or thoughts.opening is not None:
+            return []  # the grammar has not begun
         return self._constraint.forced()[: self.spare] if self.spare > 0 else []
 
     def draw(self, logits: Logits) -> int:
@@ -214,16 +224,30 @@ class Generation:
         raw = logits
         if self._options.logits_processor is not None:
             logits = self._options.logits_processor(self.text, logits)
-        if self._constraint is not None:
-            logits = self._constraint.masked(logits)
-        token = self._sampler(logits, self.text)
+        if self._thoughts.due:
+            token = self._thoughts.due[0]
+        else:
+            token = self._sampler(self._masked(logits), self.text)
         most = self._options.logprobs
-        self._logprobs.append(None if most is None else Logprobs.of(raw, token, most))
+        told = None if most is None else Logprobs.of(raw, token, most)
+        thinking = self._thoughts.took(token)
+        self._notes.append((told, thinking))
         self.text.append(token)
         if self._constraint is not None:
-            self._constraint.took(token)
+            if not thinking:
+                self._constraint.took(token)
             self.forced = self._forced()
         return token
+
+    def _masked(self, logits: Logits) -> Logits:
+        """What the grammar allows. It is the answer's: its thoughts are free, but must end."""
+        if self._constraint is None:
+            return logits
+        if not self._thoughts.open:
+            return self._constraint.masked(logits, self._thoughts.opening)
+        masked = logits.copy()
+        masked[[*self._request.eos]] = -np.inf
+        return masked
 
     def told(self, step: Step, ms: float) -> Iterator[GeneratedToken]:
         """What is told of the tokens of a pass, which share its milliseconds.
@@ -248,7 +272,7 @@ class Generation:
             reason = "context"
         elif self.count == self._options.max_new_tokens:
             reason = "length"
-        return GeneratedToken(token, path, ms, reason, guess, self._logprobs.popleft())
+        return GeneratedToken(token, path, ms, reason, guess, *self._notes.popleft())
 
 
 def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = None) -> PromptPlan:

@@ -87,8 +87,14 @@ class Constraint:
         self._matcher = matcher(tokenizer, grammar.source)
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
 
-    def masked(self, logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    def masked(
+        self, logits: npt.NDArray[np.floating], also: int | None = None
+    ) -> npt.NDArray[np.floating]:
         """Logits `[V]` with those of forbidden tokens at minus infinity.
+
+        Args:
+            logits: of all tokens.
+            also: a token that is allowed, whatever the grammar says.
 
         Raises:
             PolicyError: no token may follow.
@@ -97,6 +103,8 @@ class Constraint:
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
         if self._matcher.is_error() or not allowed.any():
             raise PolicyError(f"the grammar did not complete: {self._matcher.get_error()}")
+        if also is not None:
+            allowed[also] = 1
         return np.where(allowed, logits, np.array(-np.inf, logits.dtype))
 
     def took(self, *tokens: int) -> None:

@@ -27,7 +27,6 @@ from dash_onnx.runtime.scheduler import SLOTS, Scheduler, run
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
 from dash_onnx.runtime.stream import Completion, Stream, asynchronous, begun, joined
-from dash_onnx.runtime.writer import TextWriter
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -339,10 +338,7 @@ class Model:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
-        options = GenerationOptions.of(options)
-        ids = self._requests.encoded(prompt)
-        writer = TextWriter(self.text, len(ids), tuple(options.stop))
-        return self._requests.make(ids, options, writer.add, deliver)
+        return self._requests.of_text(prompt, GenerationOptions.of(options), deliver)
 
     def batch(
         self,

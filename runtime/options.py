@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
@@ -34,6 +34,8 @@ class Options(TypedDict, total=False):
     budget: Budget | None
     prefill: Action | None
     max_new_tokens: int | None
+    max_thinking_tokens: int | None
+    chat_template_kwargs: Mapping[str, Any] | None
     ignore_eos: bool | None
     speculate: bool | None
     expected: str | None
@@ -62,15 +64,19 @@ class GenerationOptions:
         budget: fraction of a token's time at the highest exported precision, or a preset; None uses
             the budget that the model was loaded with.
         prefill: precision of the prompt; None: see `memory` of `dash_onnx.load`.
-        max_new_tokens: most tokens to generate.
+        max_new_tokens: most tokens to generate, thoughts included.
+        max_thinking_tokens: most tokens of thoughts, which end then. 0 turns them off, any other
+            number on, where the chat template can (its variable `enable_thinking`); None leaves
+            that to the template. Without effect on raw text, and on a model that has no tags.
+        chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         speculate: guess tokens from what the text holds already, and check several in one pass,
             where that pays: the same text sooner, up to how kernels round several tokens. It goes
             with a policy of one path for every token; None does so where it can, on the CPU.
         expected: text that the answer is likely to contain, as an edited file is before the edit:
             what follows in it is guessed, too.
-        stop: strings that end the text; they are not part of it.
-        grammar: constrains the text.
+        stop: strings that end the text; they are not part of it. They do not end thoughts.
+        grammar: constrains the text, behind its thoughts.
         logprobs: return each token's log probability, and those of this many most likely tokens.
         logits_processor: changes the logits before the next token is drawn; see `LogitsProcessor`.
     """
@@ -79,6 +85,8 @@ class GenerationOptions:
     budget: Budget | None = None
     prefill: Action | None = None
     max_new_tokens: int = 512
+    max_thinking_tokens: int | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     ignore_eos: bool = False
     speculate: bool | None = None
     expected: str = ""
@@ -94,8 +102,8 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_type(field.name, getattr(self, field.name))
+        for one in dataclasses.fields(self):
+            check_type(one.name, getattr(self, one.name))
         self.sampling(Sampling())  # checks the ranges
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
@@ -103,6 +111,9 @@ class GenerationOptions:
             raise PolicyError("an empty stop string would end every text at once")
         if self.max_new_tokens < 1:
             raise PolicyError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        most = self.max_thinking_tokens
+        if most is not None and most < 0:
+            raise PolicyError(f"max_thinking_tokens={most} must be at least 0")
         if self.logprobs is not None and not 0 <= self.logprobs <= _MOST_LOGPROBS:
             raise PolicyError(f"logprobs={self.logprobs} must be in 0..{_MOST_LOGPROBS}")
 
@@ -112,9 +123,16 @@ class GenerationOptions:
         Args:
             own: the model's choice of what is None here.
         """
-        names = [field.name for field in dataclasses.fields(Sampling)]
+        names = [one.name for one in dataclasses.fields(Sampling)]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return dataclasses.replace(own, **given)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given beside the messages."""
+        most = self.max_thinking_tokens
+        thinking = {} if most is None else {"enable_thinking": most > 0}
+        return {**thinking, **self.chat_template_kwargs}
 
     @classmethod
     def of(cls, options: GenerationOptions | None, **given: Any) -> GenerationOptions:
@@ -136,6 +154,8 @@ _NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(_NUMBERS, ((int, float, type(None)), "a number")),
     "max_new_tokens": ((int,), "an integer"),
+    "max_thinking_tokens": ((int, type(None)), "an integer"),
+    "chat_template_kwargs": ((Mapping,), "a dict"),
     "top_k": ((int, type(None)), "an integer"),
     "logprobs": ((int, type(None)), "an integer"),
     "grammar": ((Grammar, type(None)), "a Grammar"),

@@ -15,13 +15,15 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
+from dash_onnx.core.thoughts import Thoughts
 from dash_onnx.runtime.generate import CurrentPolicy, Piece, Request, check_prompt, prefill_plan
 from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
 from dash_onnx.runtime.guesses import Learned
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.results import GeneratedToken
+from dash_onnx.runtime.results import Chunk, GeneratedToken
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.runtime.writer import TextWriter
 
 _TARGETS = 16  # whose guesses are remembered
 
@@ -78,26 +80,50 @@ class Requests:
             )
         return policy
 
-    def make(
+    def of_text(
         self,
         prompt: Prompt,
         options: GenerationOptions,
-        write: Callable[[GeneratedToken], Piece],
-        deliver: Callable[[Piece | Exception], None],
-    ) -> Request[Piece]:
-        """A request.
+        deliver: Callable[[Chunk | Exception], None],
+    ) -> Request[Chunk]:
+        """A request whose pieces are text.
 
         Args:
-            prompt: raw text, chat messages, which the chat template turns into text, or ids.
+            prompt: raw text, which is continued as it is, chat messages, which the chat template
+                turns into text, or ids of such a text.
             options: of the generation.
-            write: see `Request`.
-            deliver: likewise.
+            deliver: see `Request`.
 
         Raises:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
-        ids = self.encoded(prompt)
+        raw = isinstance(prompt, str)
+        ids = self._encoded(prompt, options)
+        writer = TextWriter(self.text, len(ids), tuple(options.stop))
+        return self.make(ids, options, writer.add, deliver, raw=raw)
+
+    def make(
+        self,
+        ids: Ids,
+        options: GenerationOptions,
+        write: Callable[[GeneratedToken], Piece],
+        deliver: Callable[[Piece | Exception], None],
+        *,
+        raw: bool = False,
+    ) -> Request[Piece]:
+        """A request.
+
+        Args:
+            ids: the prompt `[S]`, checked.
+            options: of the generation.
+            write: see `Request`.
+            deliver: likewise.
+            raw: no thoughts are looked for.
+
+        Raises:
+            PolicyError: an option is not one that the model or the bundle can do.
+        """
         at = functools.partial(self.policy, options.policy)
         current = CurrentPolicy(self.policy_of(options), at)
         learn, expected = self._guessing(options)
@@ -109,20 +135,22 @@ class Requests:
             plan=prefill_plan(self._sessions, current.policy, options.prefill),
             eos=self.text.eos_token_ids,
             constraint=self._constraint(options),
+            thoughts=Thoughts() if raw else self.text.thoughts(ids, options.max_thinking_tokens),
             learn=learn,
             expected=expected,
             write=write,
             deliver=deliver,
         )
 
-    def encoded(self, prompt: Prompt) -> Ids:
-        """The ids of a prompt `[S]`; see `make`."""
+    def _encoded(self, prompt: Prompt, options: GenerationOptions) -> Ids:
         if isinstance(prompt, np.ndarray) or (
             isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], (int, np.integer))
         ):
             return self.checked(prompt)  # type: ignore[arg-type]
-        encode = self.text.encode if isinstance(prompt, str) else self.text.encode_chat
-        return self.checked(encode(prompt))  # type: ignore[arg-type]
+        if isinstance(prompt, str):
+            return self.checked(self.text.encode(prompt))
+        variables = options.template_variables
+        return self.checked(self.text.encode_chat(prompt, variables=variables))  # type: ignore[arg-type]
 
     def checked(self, ids: Ids | Sequence[int]) -> Ids:
         """Ids as an array `[S]` int64.

@@ -50,6 +50,7 @@ class GeneratedToken:
         guess: what came of the guesses for the pass that this token is the first of; its
             milliseconds are shared by all tokens of the pass.
         logprobs: where they were asked for.
+        thinking: whether it belongs to the thoughts before the answer; their tags do, too.
     """
 
     token: int
@@ -58,6 +59,7 @@ class GeneratedToken:
     finish_reason: FinishReason | None = None
     guess: Guess | None = None
     logprobs: Logprobs | None = None
+    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Chunk:
     """A piece of generated text.
 
     Attributes:
-        text: may be empty while a character or a stop string is incomplete.
+        text: of the answer; may be empty while a character or a stop string is incomplete.
         token: id of the token that completed it.
         path: the action of each layer for that token.
         ms: wall time of that token in milliseconds.
@@ -74,6 +76,8 @@ class Chunk:
         finish_reason: set on the last chunk.
         guess: see `GeneratedToken`.
         logprobs: likewise.
+        thinking: likewise.
+        reasoning: text of the thoughts, without their tags.
     """
 
     text: str
@@ -85,11 +89,14 @@ class Chunk:
     finish_reason: FinishReason | None = None
     guess: Guess | None = None
     logprobs: Logprobs | None = None
+    thinking: bool = False
+    reasoning: str = ""
 
     def __repr__(self) -> str:
         end = f", {self.finish_reason}" if self.finish_reason else ""
         path = path_letters(self.path)
-        return f"<Chunk {self.text!r}: token {self.token}, {self.ms:.1f} ms, {path}{end}>"
+        text = self.reasoning or self.text
+        return f"<Chunk {text!r}: token {self.token}, {self.ms:.1f} ms, {path}{end}>"
 
 
 @dataclass(frozen=True)

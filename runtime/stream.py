@@ -95,6 +95,7 @@ class Completion(str):
     """The text of a generation: a `str` with facts about the generation.
 
     Attributes:
+        reasoning: text of the thoughts before it, without their tags.
         finish_reason: why it ended.
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated.
@@ -104,6 +105,7 @@ class Completion(str):
         logprobs: of each token, if requested.
     """
 
+    reasoning: str
     finish_reason: FinishReason | None
     prompt_tokens: int
     generated_tokens: int
@@ -116,6 +118,7 @@ class Completion(str):
         """The text of all chunks, of which there is at least one."""
         chunks = [*chunks]
         completion = cls("".join(chunk.text for chunk in chunks))
+        completion.reasoning = "".join(chunk.reasoning for chunk in chunks)
         counts = Counter(action for chunk in chunks[1:] for action in chunk.path)
         completion.finish_reason = chunks[-1].finish_reason
         completion.prompt_tokens = chunks[-1].prompt_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 
 from dash_onnx.core.text import Detokenizer, TextCodec
-from dash_onnx.runtime.results import Chunk, GeneratedToken
+from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken
 
 
 def text_of(
@@ -25,21 +25,46 @@ def text_of(
 
 
 class TextWriter:
-    """Turns the tokens of one generation into chunks of text."""
+    """Turns the tokens of one generation into chunks of text: of its thoughts, then of its answer.
+
+    The white space around thoughts belongs to neither.
+    """
 
     def __init__(self, codec: TextCodec, prompt_tokens: int, stop: Sequence[str]):
         """Begins; holds back what may become one of the stop strings."""
-        self._detokenizer, self._prompt_tokens = Detokenizer(codec), prompt_tokens
+        self._codec, self._prompt_tokens = codec, prompt_tokens
+        self._detokenizer, self._tags = Detokenizer(codec), (codec.tags or ())[:2]
         self._stop, self._held, self._count = stop, "", 0
+        self._fresh = False  # white space that comes now is around thoughts
+        self._thinking = False
 
     def add(self, step: GeneratedToken) -> Chunk:
         """The chunk of a token; one with a finish reason is the last."""
         self._count += 1
+        if step.thinking != self._thinking:
+            self._thinking, self._fresh, self._held = step.thinking, True, ""
         reason, held = step.finish_reason, self._held
-        if reason != "stop":  # the EOS token itself is no text
+        if step.thinking and step.token in self._tags:
+            held += self._detokenizer.finish()
+            self._detokenizer = Detokenizer(self._codec)
+        elif reason != "stop":  # the EOS token itself is no text
             held += self._detokenizer.add(step.token)
         if reason is not None:
             held += self._detokenizer.finish()
+        if self._fresh:
+            held = held.lstrip()
+            self._fresh = not held
+        text, reasoning = "", ""
+        if step.thinking:
+            reasoning = held.rstrip()
+            self._held = held[len(reasoning) :]
+        else:
+            text, reason = self._answer(held, reason)
+        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason
+        return Chunk(text, *told, step.guess, step.logprobs, step.thinking, reasoning)
+
+    def _answer(self, held: str, reason: FinishReason | None) -> tuple[str, FinishReason | None]:
+        """What of the text cannot become a stop string, and whether one ends it."""
         cut = min((at for at in (held.find(word) for word in self._stop) if at >= 0), default=-1)
         if cut >= 0:
             text, held, reason = held[:cut], "", "stop"
@@ -49,8 +74,7 @@ class TextWriter:
             safe = len(held) - _longest_partial(held, self._stop)
             text, held = held[:safe], held[safe:]
         self._held = held
-        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason
-        return Chunk(text, *told, step.guess, step.logprobs)
+        return text, reason
 
 
 def _longest_partial(text: str, stop: Sequence[str]) -> int:

@@ -16,10 +16,12 @@ from tokenizers.decoders import DecodeStream
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
+from dash_onnx.core.thoughts import Tags, Thoughts
 
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
+_NEAR = 8  # tokens of white space between a prompt's last tag and its end, at most
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # what transformers takes
 # How byte-level vocabularies write bytes: what is printable as itself, the others from 256 on.
@@ -39,6 +41,7 @@ class TextCodec:
         eos_token_ids: that end an answer.
         sampling: what generation_config.json says of temperature, top-k and the like.
         chat_template: its source, where there is one.
+        tags: of thoughts, where the vocabulary has them.
     """
 
     def __init__(self, bundle: Bundle):
@@ -54,6 +57,7 @@ class TextCodec:
             raise BundleError(f"{path} is not a readable tokenizer: {error}") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        self.tags = Tags.of(self.tokenizer)
         self._special = _special_tokens(bundle)
         start, end = (self._special.get(name) for name in ("bos_token", "eos_token"))
         self.start_token_id: int | None = self.tokenizer.token_to_id(start) if start else None
@@ -92,6 +96,7 @@ class TextCodec:
         *,
         answer_next: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, ending where the assistant's answer begins.
 
@@ -102,9 +107,11 @@ class TextCodec:
             messages: in order.
             answer_next: whether the assistant is to answer; otherwise the text just ends.
             tools: that the assistant may call, in OpenAI's form; a template may ignore them.
+            variables: of the template, such as `enable_thinking`; it may ignore them, too.
 
         Raises:
-            PolicyError: no template, it refuses the messages, or they are none.
+            PolicyError: no template, it refuses the messages, or they are none; or a variable is
+                one of those that this sets.
         """
         messages = checked_messages(messages)
         if self.chat_template is None:
@@ -114,16 +121,36 @@ class TextCodec:
         values = {"messages": messages, "add_generation_prompt": answer_next, **self._special}
         if tools:
             values["tools"] = [*tools]
+        if taken := {*values, "tools"}.intersection(variables or ()):
+            raise PolicyError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
         try:
-            return render(self.chat_template, values)
+            return render(self.chat_template, {**(variables or {}), **values})
         except Exception as error:  # the template is the model's code: it may raise anything
             raise PolicyError(f"the chat template refuses these messages: {error}") from None
 
     def encode_chat(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> npt.NDArray[np.int64]:
         """Token ids `[S]` of a conversation, ready for the assistant's answer."""
-        return self.encode(self.render_chat(messages, tools=tools), add_special_tokens=False)
+        text = self.render_chat(messages, tools=tools, variables=variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def thoughts(self, prompt: npt.NDArray[np.int64], most: int | None = None) -> Thoughts:
+        """Where the answer to a prompt begins: in its thoughts, if the prompt opened them.
+
+        Args:
+            prompt: ids `[S]`.
+            most: tokens of thoughts.
+        """
+        end = prompt[-_NEAR:].tolist()
+        at = max((n for n, token in enumerate(end) if token in (self.tags or ())[:2]), default=None)
+        if at is None or self.tokenizer.decode(end[at + 1 :], skip_special_tokens=False).strip():
+            return Thoughts(self.tags, None, most)
+        return Thoughts(self.tags, end[at], most)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
