@@ -143,6 +143,7 @@ def test_json_is_one_object_with_text_and_figures(
     facts = json_of(capsys, tiny_bundle, PROMPT, *RAW)
     assert set(facts) == {
         "text",
+        "reasoning",
         "load_ms",
         "finish_reason",
         "prompt_tokens",

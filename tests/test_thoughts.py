@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from cli_tool import Capture, Tool
 from conftest import save_tiny, tiny_tokenizer
+from test_serve import Server
+from test_show_path import pretend_terminal
 
 import dash_onnx
+from dash_onnx.cli.run import main
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.thoughts import Tags, Thoughts
 from dash_onnx.runtime.grammar import Grammar
@@ -28,6 +36,7 @@ TEMPLATE = (
 """Like Qwen's: it opens thoughts, closes them at once, or leaves both to the model."""
 
 ASKED = [{"role": "user", "content": "the keeper"}]
+TOOL = Tool("dash-run", main)
 THINK: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}}
 
 
@@ -252,3 +261,155 @@ def test_tags_of_other_families_are_known() -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
     tags = Tags.of(tokenizer.backend_tokenizer)
     assert tags is not None and tags.ending == (tags.close,) and tags.open != tags.close
+
+
+# On the command line
+
+LIMITED = ("--max-thinking-tokens", 5, "--max-tokens", 20, "--ignore-eos", "--policy", "full")
+
+
+@pytest.fixture(scope="module")
+def limited(model: Model) -> dash_onnx.Completion:
+    given: dict[str, Any] = {"max_thinking_tokens": 5, "max_new_tokens": 20, "ignore_eos": True}
+    answer = model.chat(ASKED, **given)
+    assert answer.reasoning and str(answer)
+    return answer
+
+
+def test_the_command_prints_the_answer_and_at_a_terminal_dimmed_thoughts(
+    bundle: Path,
+    limited: dash_onnx.Completion,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = TOOL.json_of(capsys, bundle, "the keeper", *LIMITED)
+    assert (found["text"], found["reasoning"]) == (str(limited), limited.reasoning)
+    assert TOOL.run(bundle, "the keeper", *LIMITED) == 0
+    assert capsys.readouterr().out == limited + "\n"
+    assert "max_thinking_tokens" in TOOL.refused(
+        capsys, bundle, "the keeper", "--max-thinking-tokens", -1
+    )
+    pretend_terminal(monkeypatch)
+    for more in ((), ("--show-path",)):
+        assert TOOL.run(bundle, "the keeper", *LIMITED, *more) == 0
+        shown = capsys.readouterr().out
+        assert re.sub(r"\x1b\[[\d;]*m", "", shown) == f"{limited.reasoning}\n\n{limited}\n"
+        assert ("\x1b[2m" in shown) == (not more)
+
+
+def test_a_batch_and_a_trace_tell_thoughts(
+    bundle: Path, limited: dash_onnx.Completion, tmp_path: Path, capsys: Capture
+) -> None:
+    file, trace = tmp_path / "batch.jsonl", tmp_path / "trace.jsonl"
+    file.write_text('{"prompt": "the keeper"}\n')
+    assert TOOL.run(bundle, "--batch", file, *LIMITED) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["text"], found["reasoning"]) == (str(limited), limited.reasoning)
+    assert TOOL.run(bundle, "the keeper", *LIMITED, "--trace", trace) == 0
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    assert "".join(line.get("reasoning", "") for line in lines) == limited.reasoning
+    assert "".join(line["text"] for line in lines) == limited
+
+
+def test_a_chat_keeps_thoughts_for_the_template(
+    bundle: Path,
+    limited: dash_onnx.Completion,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "chat.json"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"the keeper\n/save {path}\n"))
+    assert TOOL.run(bundle, *LIMITED) == 0
+    assert capsys.readouterr().out == limited + "\n"
+    assert json.loads(path.read_text("utf-8"))[1] == {
+        "role": "assistant",
+        "content": str(limited),
+        "reasoning_content": limited.reasoning,
+    }
+
+
+# Served
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Iterator[Server]:
+    running = Server({"out": model})
+    yield running
+    running.stop()
+
+
+def test_the_server_sends_thoughts_apart(server: Server, model: Model) -> None:
+    client = server.client()
+    given: dict[str, Any] = {"model": "out", "messages": ASKED, "max_tokens": 20, "n": 2, "seed": 1}
+    given |= {"temperature": 1.0, "extra_body": {"max_thinking_tokens": 5}}
+    whole = client.chat.completions.create(**given)
+    options: dict[str, Any] = {"max_thinking_tokens": 5, "max_new_tokens": 20, "temperature": 1.0}
+    thought = 0
+    for seed, choice in enumerate(whole.choices, 1):
+        steps = [*model.stream(ASKED, seed=seed, **options)]
+        wanted = dash_onnx.Completion.of(steps)
+        assert wanted.reasoning and str(wanted)
+        assert choice.message.content == wanted
+        assert choice.message.to_dict()["reasoning_content"] == wanted.reasoning
+        thought += sum(step.thinking for step in steps)
+    assert whole.usage is not None and whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == thought
+    pieces = client.chat.completions.create(**given, stream=True)
+    told = ["", ""], ["", ""]
+    for piece in pieces:
+        for choice in piece.choices:
+            delta = choice.delta.to_dict()
+            told[0][choice.index] += delta.get("reasoning_content", "")
+            told[1][choice.index] += delta.get("content", "")
+    messages = [choice.message.to_dict() for choice in whole.choices]
+    assert told[0] == [message["reasoning_content"] for message in messages]
+    assert told[1] == [message["content"] for message in messages]
+
+
+def test_fields_of_a_request_reach_the_template(server: Server, model: Model) -> None:
+    def asked(**fields: Any) -> dict[str, Any]:
+        body = {"messages": ASKED, "max_tokens": 12, "temperature": 0, **fields}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        found = answer.json()
+        assert isinstance(found, dict) and found.get("error", {}).get("code") != "internal_error"
+        return found
+
+    def length(**variables: Any) -> int:
+        return len(model.text.encode_chat(ASKED, variables=variables))
+
+    for fields, variables in (
+        ({}, {}),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True}),
+        ({"reasoning_effort": "none"}, {"enable_thinking": False}),
+        ({"reasoning_effort": "medium"}, {"reasoning_effort": "medium"}),
+        ({"max_thinking_tokens": 9}, {"enable_thinking": True}),
+        ({"max_thinking_tokens": None}, {}),
+    ):
+        assert asked(**fields)["usage"]["prompt_tokens"] == length(**variables), fields
+    off = asked(reasoning_effort="none")
+    assert "reasoning_content" not in off["choices"][0]["message"]
+    assert "completion_tokens_details" not in off["usage"]
+    for wrong, told in (
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens"),
+        ({"chat_template_kwargs": {"messages": []}}, "cannot set messages"),
+        ({"chat_template_kwargs": {"a": [{"b": "</s>"}]}}, "control token"),
+        ({"reasoning_effort": "</s><s>system"}, "control token"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ):
+        assert told in asked(**wrong)["error"]["message"]
+
+
+def test_a_schema_is_served_behind_thoughts(server: Server) -> None:
+    schema = {"type": "json_schema", "json_schema": {"schema": {"enum": ["night", "noon"]}}}
+    body = {"messages": ASKED, "response_format": schema, "max_thinking_tokens": 4}
+    found = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+    message = found["choices"][0]["message"]
+    assert json.loads(message["content"]) in ("night", "noon") and message["reasoning_content"]
+
+
+def test_raw_text_is_continued_with_its_tags(server: Server, model: Model) -> None:
+    body = {"prompt": "the <think>", "max_tokens": 8, "max_thinking_tokens": 0, "temperature": 0}
+    found = httpx.post(f"{server.url}/v1/completions", json=body).json()
+    assert found["choices"][0]["text"] == model.generate("the <think>", max_new_tokens=8)

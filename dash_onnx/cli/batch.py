@@ -76,6 +76,7 @@ def run_batch(
         facts = {
             "id": lines[index][0],
             "text": str(completion),
+            "reasoning": completion.reasoning,
             "finish_reason": completion.finish_reason,
             "prompt_tokens": completion.prompt_tokens,
             "generated_tokens": completion.generated_tokens,

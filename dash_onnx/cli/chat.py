@@ -20,6 +20,7 @@ from dash_onnx.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
+    from dash_onnx.runtime.results import Chunk
 
 _MESSAGES = "messages"  # of the facts in a session's file
 _PASTED_S = 0.05  # within which the next line of a pasted text is there
@@ -124,11 +125,11 @@ class Chat:
         sampling = self._options.sampling(self._model.sampling)
         record = Record(self._model.policy_of(self._options), sampling)
         view = path_view(self._model, self._options, self._show_path)
-        text: list[str] = []
+        told: list[Chunk] = []
         chunks = self._model.stream(asked, options=self._options, cache=self._cache)
         with _typing_waits(), chunks:
             try:
-                show(record.watch(chunks, self._trace), view, text)
+                show(record.watch(chunks, self._trace), view, told)
             except Terminated:
                 raise
             except KeyboardInterrupt:  # stops this answer, not the chat
@@ -136,7 +137,10 @@ class Chat:
                 self._say("stopped")
             else:
                 print(record.line(), file=sys.stderr)
-        self._messages = [*asked, {"role": "assistant", "content": "".join(text)}]
+        answer = {"role": "assistant", "content": "".join(chunk.text for chunk in told)}
+        if reasoning := "".join(chunk.reasoning for chunk in told):
+            answer["reasoning_content"] = reasoning
+        self._messages = [*asked, answer]
         if self._session is not None and self._cache.tokens:
             self._cache.save(self._session, {_MESSAGES: json.dumps(self._messages)})
 

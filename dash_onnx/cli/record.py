@@ -50,6 +50,8 @@ class Record:
                     "ms": round(chunk.ms, 3),
                     "path": chunk.path,
                 }
+                if chunk.thinking:
+                    facts["reasoning"] = chunk.reasoning
                 if chunk.guess is not None:
                     facts["guess"] = chunk.guess._asdict()
                 # A terminal may not hold every character.
@@ -108,18 +110,29 @@ class Record:
         return ", ".join([*(["greedy"] if self.sampling.temperature == 0 else []), *changed])
 
 
-def show(chunks: Iterable[Chunk], view: PathView | None, text: list[str] | None = None) -> None:
-    """Prints an answer as it comes.
+def show(chunks: Iterable[Chunk], view: PathView | None, told: list[Chunk] | None = None) -> None:
+    """Prints an answer as it comes; on a terminal its thoughts, too, dimmed unless coloured.
 
     Args:
         chunks: of the answer.
         view: colours each token by its cost.
-        text: takes each piece, also of an answer that is interrupted.
+        told: takes each of them, also of an answer that is interrupted.
     """
+    from dash_onnx.report.terminal import wants_colour
+
+    dimmed = "\x1b[2m{}\x1b[0m" if wants_colour(sys.stdout) else "{}"
+    thoughts = False  # were printed last
     for chunk in chunks:
-        if text is not None:
-            text.append(chunk.text)
-        print(view.show(chunk) if view else chunk.text, end="", flush=True)
+        if told is not None:
+            told.append(chunk)
+        text = view.show(chunk) if view else chunk.text
+        if chunk.reasoning:
+            if sys.stdout.isatty() and not view:
+                text = dimmed.format(chunk.reasoning)
+            thoughts = bool(text)
+        elif chunk.text and thoughts:
+            text, thoughts = f"\n\n{text}", False
+        print(text, end="", flush=True)
     print()
     if view:
         view.finish()

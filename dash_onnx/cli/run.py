@@ -38,6 +38,7 @@ from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.text import read_json
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.stream import Completion
 
 _MOST_CHARACTERS = 4_000_000  # of stdin: a million tokens
 _PATIENCE_S = 2.0  # before a pipe that brings nothing is told
@@ -68,6 +69,12 @@ def _parser() -> Parser:
 def _add_basic(basic: Options) -> None:
     add_policy_options(basic)
     add_max_tokens_option(basic, _DEFAULTS.max_new_tokens, "tokens to generate at most")
+    basic.add_argument(
+        "--max-thinking-tokens",
+        type=int,
+        metavar="N",
+        help="tokens to think at most; 0: do not think (default: as the chat template says)",
+    )
     basic.add_argument("--raw", action="store_true", help="PROMPT is text to continue")
     basic.add_argument("--system", metavar="TEXT", help="system message of the chat")
     basic.add_argument(
@@ -179,6 +186,7 @@ def _run(arguments: argparse.Namespace) -> None:
     prompt: Any = None if arguments.prompt is None else _text(arguments.prompt)
     lines = read_batch(arguments.batch) if arguments.batch else None
     own = {"expected", "grammar", "logits_processor", "logprobs", "max_new_tokens"}
+    own |= {"chat_template_kwargs"}
     schema = arguments.json_schema
     names = {field.name for field in dataclasses.fields(GenerationOptions)} - own
     options = GenerationOptions(
@@ -243,8 +251,9 @@ def _run(arguments: argparse.Namespace) -> None:
                 sys.stdout.flush()
             print(json.dumps(record.figures()))
         elif arguments.json:
-            text = "".join(chunk.text for chunk in chunks)
-            print(json.dumps({"text": text, **record.figures()}))
+            answer = Completion.of(chunks)
+            told = {"text": answer, "reasoning": answer.reasoning}
+            print(json.dumps({**told, **record.figures()}))
         else:
             show(chunks, path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)

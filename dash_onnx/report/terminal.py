@@ -51,11 +51,11 @@ class PathView:
         """What to print for a chunk. Text that was held back has its last token's colour."""
         self._count += 1
         if self._count == 1:
-            return chunk.text if self.colour else self._noted(chunk, "prompt")
+            return chunk.reasoning + chunk.text if self.colour else self._noted(chunk, "prompt")
         ms = self._policy.cost_ms(chunk.path, self._costs)
         if not self.colour:
             return self._noted(chunk, f"{ms:.2f}")
-        return paint(chunk.text, self._shade(ms))
+        return paint(chunk.reasoning + chunk.text, self._shade(ms))
 
     def finish(self) -> None:
         """Prints what belongs below the text: the legend on stderr, or the table on stdout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -206,8 +207,10 @@ class _Server:
             options, tools = body.options(self.service.limits.most_tokens), body.offered
             options = body.with_call(options, text)
             messages = with_tools(body.prompt(), tools, text.chat_template)
-            check_words(text, [*messages, *tools])
-            prompt = await asyncio.to_thread(text.encode_chat, messages, tools=tools)
+            variables = options.template_variables
+            check_words(text, [*messages, *tools, variables])
+            encode = functools.partial(text.encode_chat, tools=tools, variables=variables)
+            prompt = await asyncio.to_thread(encode, messages)
             self._check_length(prompt)
         choices = [Choice(text, tools) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
@@ -219,10 +222,9 @@ class _Server:
         with refusing():
             text = await self.service.shelf.text(name)
             options = body.options(self.service.limits.most_tokens)
-            prompt = await asyncio.to_thread(text.encode, body.prompt)
-            self._check_length(prompt)
+            self._check_length(await asyncio.to_thread(text.encode, body.prompt))
         choices = [Choice(text, []) for _ in range(body.n)]
-        return await self._answer(request, name, prompt, options, body, choices)
+        return await self._answer(request, name, body.prompt, options, body, choices)
 
     async def _body(self, request: Request, kind: type[Generation]) -> Generation:
         self._check_caller(request)
@@ -259,7 +261,7 @@ class _Server:
         self,
         request: Request,
         name: str,
-        prompt: Ids,
+        prompt: Ids | str,
         options: GenerationOptions,
         body: Generation,
         choices: list[Choice],

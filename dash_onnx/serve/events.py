@@ -112,7 +112,8 @@ class EventStream(Response):
             "cost": round(tally.last, 4),
         }
         said, token = choice.add(chunk)
-        events.append(answer.piece(index, said, token=token, dash=facts))
+        piece = answer.piece(index, said, token=token, reasoning=chunk.reasoning, dash=facts)
+        events.append(piece)
         if chunk.finish_reason is not None:
             reason = tally.finish_reason
             if choice.calls:

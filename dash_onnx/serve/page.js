@@ -46,10 +46,11 @@ function openChat(found) {
   chat = found || { id: Date.now(), messages: [] };
   columns = [];
   $("talk").replaceChildren();
-  for (const { role, content, facts } of chat.messages) {
+  for (const { role, content, reasoning, facts } of chat.messages) {
     const element = add(role === "user" ? "user" : "model", role === "user" ? content : "");
     if (role === "user") continue;
     part(element, "text").innerHTML = markdown(content);
+    if (reasoning) thoughts(element).textContent = reasoning;
     part(element, "facts").textContent = facts || "";
   }
   draw();
@@ -113,6 +114,13 @@ function part(element, kind) {
   element.append(inner);
   return inner;
 }
+function thoughts(element) { // folded, before the answer
+  const folded = document.createElement("details"), title = document.createElement("summary");
+  title.textContent = "Thoughts";
+  folded.append(title);
+  element.prepend(folded);
+  return part(folded, "thoughts");
+}
 
 function request() {
   const system = $("system").value.trim();
@@ -141,7 +149,7 @@ async function* events(response) {
 async function answer() {
   const element = add("model"), text = part(element, "text"), tokens = part(element, "tokens");
   const began = performance.now(), here = chat;
-  let said = "", first = 0, last = null, due = false;
+  let said = "", thought = "", folded = null, first = 0, last = null, due = false;
   const show = () => { due = false; text.innerHTML = markdown(said); element.scrollIntoView({ block: "end" }); };
   tokens.hidden = true;
   columns = [];
@@ -153,18 +161,20 @@ async function answer() {
       { method: "POST", body: JSON.stringify(request()), signal: mine.signal });
     for await (const data of events(response)) {
       if (data.error) throw new Error(data.error.message);
-      const piece = data.choices[0].delta.content || "";
+      const { content = "", reasoning_content: reasoning = "" } = data.choices[0].delta;
+      if (reasoning) folded ??= thoughts(element);
+      if (reasoning) folded.textContent = thought += reasoning;
       if (data.dash && data.dash.path) {
         first = first || performance.now();
         columns.push(data.dash.path);
         draw(columns.length - 1);
         const token = document.createElement("span");
-        token.textContent = piece;
+        token.textContent = reasoning + content;
         token.style.background = shade(data.dash.cost);
         token.title = `${data.dash.ms} ms, cost ${Math.round(data.dash.cost * 100)} %`;
         tokens.append(token);
       } else if (data.dash) last = data.dash;
-      said += piece;
+      said += content;
       if (!due) { due = true; requestAnimationFrame(show); } // at most once a frame
     }
   } catch (error) {
@@ -186,7 +196,7 @@ async function answer() {
     facts.append(other);
   }
   facts.scrollIntoView({ block: "end" });
-  if (said) here.messages.push({ role: "assistant", content: said, facts: figures.join(" · ") });
+  if (said) here.messages.push({ role: "assistant", content: said, reasoning: thought, facts: figures.join(" · ") });
   else {
     const { content } = here.messages.pop();
     $("text").value ||= content; // to be sent again

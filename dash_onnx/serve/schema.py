@@ -165,6 +165,21 @@ class ChatRequest(Generation):
     tool_choice: str | dict[str, Any] | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    reasoning_effort: str = ""
+    # Ours, and those of vLLM and llama.cpp.
+    max_thinking_tokens: int | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    def options(self, most_tokens: int) -> GenerationOptions:
+        """See `Generation`; an effort of `none` turns thoughts off, others are the template's."""
+        most, given = self.max_thinking_tokens, self.chat_template_kwargs
+        if self.reasoning_effort == "none":
+            most = 0
+        elif self.reasoning_effort:
+            given = {"reasoning_effort": self.reasoning_effort, **given}
+        return dataclasses.replace(
+            super().options(most_tokens), max_thinking_tokens=most, chat_template_kwargs=given
+        )
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -235,7 +250,7 @@ class Choice:
             tools: whose calls are looked for.
         """
         self._codec, self._reader = codec, CallReader(tools)
-        self.text = ""
+        self.text, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[dict[str, Any]] = []
 
@@ -246,6 +261,7 @@ class Choice:
             rest, self.calls = self._reader.finish()
             said += rest
         self.text += said
+        self.reasoning += chunk.reasoning
         token = None
         if chunk.logprobs is not None:
             own, top = chunk.logprobs
@@ -291,6 +307,7 @@ class Answer:
         reason: str | None = None,
         token: dict[str, Any] | None = None,
         calls: Sequence[dict[str, Any]] = (),
+        reasoning: str = "",
         **more: Any,
     ) -> dict[str, Any]:
         """A piece of a choice.
@@ -301,6 +318,7 @@ class Answer:
             reason: ends it.
             token: log probabilities of the piece.
             calls: of tools.
+            reasoning: text of thoughts.
             more: further fields of the answer.
         """
         kind = "chat.completion.chunk" if self._chat else self._kind
@@ -312,6 +330,8 @@ class Answer:
             choice["delta"] = {"role": "assistant", "content": ""}
         else:
             choice["delta"] = {"content": text} if text else {}
+            if reasoning:
+                choice["delta"]["reasoning_content"] = reasoning
             if calls:
                 numbered = [{"index": number, **call} for number, call in enumerate(calls)]
                 choice["delta"]["tool_calls"] = numbered
@@ -340,6 +360,8 @@ class Answer:
         if not self._chat:
             return {"text": choice.text}
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
         if choice.calls:
             message |= {
                 "content": choice.text if choice.text.strip() else None,

@@ -64,6 +64,7 @@ class Tally:
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    thinking_tokens: int = 0  # of those
     cost: float = 0.0  # the sum over tokens, as shares of the reference's time
     last: float = 0.0  # of the last token likewise
     before: float | None = None  # when it, or the request, came, by `time.monotonic`
@@ -90,14 +91,14 @@ class Job:
 
     Attributes:
         name: of the bundle.
-        prompt: its tokens `[S]`.
+        prompt: its tokens `[S]`, or raw text.
         options: of the generation; each choice draws with a seed of its own.
         tallies: for each choice, what it has cost.
         until: when it must have ended, by the clock of the event loop.
     """
 
     name: str
-    prompt: Ids
+    prompt: Ids | str
     options: GenerationOptions
     tallies: list[Tally]
     until: float = math.inf
@@ -112,12 +113,15 @@ class Job:
             "completion_tokens": answered,
             "total_tokens": prompt + answered,
         }
+        details = {}
         if self.options.expected:
-            usage["completion_tokens_details"] = {
+            details = {
                 "accepted_prediction_tokens": sum(tally.accepted for tally in self.tallies),
                 "rejected_prediction_tokens": sum(tally.rejected for tally in self.tallies),
             }
-        return usage
+        if thinking := sum(tally.thinking_tokens for tally in self.tallies):
+            details["reasoning_tokens"] = thinking
+        return {**usage, "completion_tokens_details": details} if details else usage
 
 
 class Service:
@@ -274,6 +278,7 @@ class Service:
                 tally.accepted += guess.right
                 tally.rejected += wrong
         tally.generated_tokens += 1
+        tally.thinking_tokens += chunk.thinking
         tally.before = now
         metrics.generated.inc()
         if chunk.finish_reason is not None:
