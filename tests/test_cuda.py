@@ -18,7 +18,6 @@ import pytest
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.cli.run import main
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.buffers import Buffer
@@ -543,10 +542,6 @@ def test_an_empty_recording_is_refused(third: Callable[[], object], driver: Stan
         third()
 
 
-def test_cuda_graphs_on_the_cpu_are_refused(
-    bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cuda_graphs_on_the_cpu_are_refused(bundle: Path) -> None:
     with pytest.raises(DeviceError, match=r"^CUDA graphs need --device cuda, and a bundle"):
         dash_onnx.load(bundle, cuda_graphs=True)
-    assert main([str(bundle), "ab", "--cuda-graphs"]) == 2
-    assert capsys.readouterr().err.startswith("dash-run: error: CUDA graphs need --device cuda")

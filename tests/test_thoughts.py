@@ -124,8 +124,6 @@ def test_messages_with_thoughts_reach_the_template(model: Model) -> None:
 
 # A limit
 
-ENDING = "\n</think>\n\n"
-
 
 @pytest.mark.parametrize("most", [0, 1, 5])
 @pytest.mark.parametrize("opened", [False, True])
@@ -144,7 +142,7 @@ def test_thoughts_end_at_their_limit(
     given |= {"max_thinking_tokens": most, "logprobs": logprobs, "max_new_tokens": 20}
     found = [*model.generate_step(prompt, **given)]
     thoughts = [step.token for step in found if step.thinking]
-    ending = model.text.encode(ENDING, add_special_tokens=False).tolist()
+    ending = model.text.encode("\n</think>\n\n", add_special_tokens=False).tolist()
     assert [*tags.ending] == ending
     assert len(thoughts) == most + len(ending) + (not opened)
     assert thoughts[-len(ending) :] == ending
@@ -198,17 +196,17 @@ def test_limits_hold_with_guesses_and_in_batches(model: Model) -> None:
 # A grammar
 
 
-@pytest.mark.parametrize("given", [{}, THINK, {"max_thinking_tokens": 0}], ids=str)
+@pytest.mark.parametrize("given", [{}, THINK], ids=str)
 def test_a_grammar_is_of_the_answer(given: dict[str, Any], model: Model) -> None:
     grammar = Grammar.json_schema({"enum": ["night", "noon"]})
-    said = saying(model, *(["<think>"] if not given else []), 'ships"\n', "</think>")
-    if "max_thinking_tokens" in given:
-        answer = model.chat(ASKED, grammar=grammar, **given)  # they are off: it begins at once
-        assert answer.reasoning == ""
-    else:  # what is said ends inside the thoughts, and the processor asks for the end then
-        answer = model.chat(ASKED, grammar=grammar, logits_processor=said, **given)
-        assert answer.reasoning == 'ships"'
+    said = saying(model, "" if given else "<think>", 'ships"\n', "</think>")
+    answer = model.chat(ASKED, grammar=grammar, logits_processor=said, **given)
+    assert answer.reasoning == 'ships"'
     assert json.loads(answer) in ("night", "noon") and answer.finish_reason == "stop"
+    off = model.chat(ASKED, grammar=grammar, max_thinking_tokens=0)
+    assert json.loads(off) in ("night", "noon") and off.reasoning == ""
+    at_once = saying(model, '"noon"')  # though it may think
+    assert model.chat(ASKED, grammar=grammar, logits_processor=at_once) == '"noon"'
 
 
 def test_a_limit_leads_to_the_grammar(model: Model) -> None:
@@ -219,21 +217,12 @@ def test_a_limit_leads_to_the_grammar(model: Model) -> None:
     assert all(answer.reasoning for answer in answers)
 
 
-def test_a_model_that_may_think_may_answer_at_once(model: Model) -> None:
-    grammar = Grammar.regex("(aye|nay)!")
-    assert model.chat(ASKED, grammar=grammar, logits_processor=saying(model, "nay!")) == "nay!"
-
-
 def test_thoughts_before_a_grammar_do_not_end_the_answer(model: Model) -> None:
     ends = saying(model, "ships")  # then it wants to end
-    answer = model.chat(
-        ASKED, grammar=Grammar.regex("aye"), logits_processor=ends, max_new_tokens=9, **THINK
-    )
+    given = {"grammar": Grammar.regex("aye"), "max_new_tokens": 9, **THINK}
+    answer = model.chat(ASKED, logits_processor=ends, **given)
     assert answer.finish_reason == "length" and answer.generated_tokens == 9
     assert str(answer) == ""
-
-
-# Where an answer begins
 
 
 def test_a_prompt_that_ends_with_a_tag_opens_or_closes_thoughts(model: Model) -> None:
@@ -250,17 +239,13 @@ def test_a_prompt_that_ends_with_a_tag_opens_or_closes_thoughts(model: Model) ->
     assert begins("<s>user\n</think></s><s>") == (False, tags.open)
 
 
-def test_a_vocabulary_without_tags_has_no_thoughts() -> None:
-    assert Tags.of(tiny_tokenizer().backend_tokenizer) is None
-    thoughts = Thoughts(None, None, 0)
-    assert not any(thoughts.took(token) for token in range(9)) and not thoughts.due
-
-
 def test_tags_of_other_families_are_known() -> None:
     tokenizer = tiny_tokenizer()
+    assert Tags.of(tokenizer.backend_tokenizer) is None
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
     tags = Tags.of(tokenizer.backend_tokenizer)
     assert tags is not None and tags.ending == (tags.close,) and tags.open != tags.close
+    assert not any(Thoughts(None, None, 0).took(token) for token in range(9))
 
 
 # On the command line

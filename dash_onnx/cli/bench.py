@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from dash_onnx.cli.common import (
     Parser,
     add_bundle_argument,
-    add_graphs_option,
     add_json_option,
     add_log_options,
     add_memory_option,
@@ -108,7 +107,11 @@ def _parser() -> Parser:
     )
     add_threads_option(parser)
     add_memory_option(parser)
-    add_graphs_option(parser)
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="replay each layer as a CUDA graph (only for a CUDA bundle)",
+    )
     add_reference_option(parser)
     parser.add_argument(
         "--skip",

@@ -230,15 +230,6 @@ def add_threads_option(parser: Options) -> None:
     )
 
 
-def add_graphs_option(parser: Options) -> None:
-    """How a bundle for CUDA runs."""
-    parser.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="replay each layer as a CUDA graph (only for a CUDA bundle)",
-    )
-
-
 def add_policy_options(parser: Options) -> None:
     """How a bundle computes a token."""
     parser.add_argument(

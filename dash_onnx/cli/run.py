@@ -20,14 +20,13 @@ from dash_onnx.cli.cached import bundle_of
 from dash_onnx.cli.common import (
     Options,
     Parser,
-    add_bundle_argument,
-    add_graphs_option,
     add_json_option,
     add_max_tokens_option,
     add_memory_option,
     add_parallel_option,
     add_policy_options,
     add_threads_option,
+    folder,
     run,
     seed,
 )
@@ -50,10 +49,15 @@ _EXAMPLES = """\
 
 
 def _parser() -> Parser:
-    parser = Parser("dash-run", "Generate text from a DASH bundle.", _EXAMPLES)
+    parser = Parser("dash-run", "Generate text with a model or its bundle.", _EXAMPLES)
     parser.usage = "dash-run BUNDLE [PROMPT] [option ...]"
     parser._optionals.title = "basic"
-    add_bundle_argument(parser)
+    parser.add_argument(
+        "bundle",
+        metavar="BUNDLE",
+        type=folder,
+        help="a bundle, or a model (hub id, folder, GGUF file), exported once",
+    )
     parser.add_argument(
         "prompt",
         metavar="PROMPT",
@@ -73,7 +77,7 @@ def _add_basic(basic: Options) -> None:
         "--max-thinking-tokens",
         type=int,
         metavar="N",
-        help="tokens to think at most; 0: do not think (default: as the chat template says)",
+        help="of them thoughts at most; 0 turns thinking off (default: the model's)",
     )
     basic.add_argument("--raw", action="store_true", help="PROMPT is text to continue")
     basic.add_argument("--system", metavar="TEXT", help="system message of the chat")
@@ -129,7 +133,6 @@ def _add_advanced(advanced: Options) -> None:
         help="precision of the prompt, such as int8 (default: see --memory)",
     )
     add_memory_option(advanced)
-    add_graphs_option(advanced)
     advanced.add_argument(
         "--no-speculate",
         dest="speculate",
@@ -201,7 +204,6 @@ def _run(arguments: argparse.Namespace) -> None:
         bundle,
         threads=arguments.threads,
         memory=arguments.memory,
-        cuda_graphs=arguments.cuda_graphs,
     )
     # Before anything is written, or asked.
     policy = model.policy_of(options)
