@@ -202,6 +202,7 @@ CASES: dict[str, Case] = {
     "gpt_neox in turn": Case("gpt_neox", "MLP after attention", {**_NEOX, **_IN_TURN}),
     "apertus": Case("apertus", "xIELU without gate, Q/K norm of each head"),
     "arcee": Case("arcee", "squared ReLU without gate"),
+    "bitnet": Case("bitnet", "squared ReLU, norms in front of the second products"),
     "cohere": Case(
         "cohere", "one LayerNorm a layer, MLP beside attention, factor on the logits", _COHERE
     ),

@@ -63,7 +63,7 @@ INT4_ERROR = 0.2
 standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of 2.5 for norms."""
 
 
-QUICK = [*list(CASES)[:16], "granite_swa", "ministral3", "lfm2", "qwen3_5", "qwen2_moe"]
+QUICK = [*list(CASES)[:16], "bitnet", "granite_swa", "ministral3", "lfm2", "qwen3_5", "qwen2_moe"]
 """Cases of every kind of layer that the runtime treats differently; the others are slow tests."""
 
 

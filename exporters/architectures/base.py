@@ -184,11 +184,13 @@ class Layer:
             is gated, the gates of all heads come last.
         q_norm, k_norm: of queries and keys before their rotation: `[d]` for each head alone, or
             of all heads together.
+        output_sub_norm: `[H * d]`, of what `output` reads.
         output: attention output projection, `[D, H * d]`.
         output_norm: `[D]`, of what attention adds to the residual stream.
         post_norm: `[D]`, before the MLP. A parallel MLP without one reads what attention reads.
         gate_up: stacked gate and up projections, `[2 * I, D]`; `[I, D]` where nothing is gated.
             None, like `down`, where the layer has experts alone.
+        down_sub_norm: `[I]`, of what `down` reads.
         down: `[D, I]`.
         down_norm: `[D]`, of what the MLP adds to the residual stream.
         sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
@@ -208,6 +210,8 @@ class Layer:
     gate_up: Linear | None
     down: Linear | None
     down_norm: Norm | None
+    output_sub_norm: Norm | None = None
+    down_sub_norm: Norm | None = None
     sinks: torch.Tensor | None = None
     xielu: torch.Tensor | None = None
     conv: Conv | None = None

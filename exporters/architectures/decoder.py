@@ -84,6 +84,8 @@ class Names:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str | None = "mlp.down_proj"
     down_norm: str | None = None
+    output_sub_norm: str | None = None
+    down_sub_norm: str | None = None
     sinks: str | None = None
 
 
@@ -298,9 +300,6 @@ class Decoder:
             found = norm(name, count * head if self.heads_together else head)
             return found and found.reordered(order)
 
-        def vector(name: str | None) -> torch.Tensor | None:
-            return None if name is None else take(weights, prefix + name, facts.num_heads)
-
         def linear(name: str, short: str, rows: int, columns: int) -> Linear:
             return _linear(weights, prefix + name, short, rows, columns)
 
@@ -327,7 +326,9 @@ class Decoder:
             gate_up=stacked("gate_up_proj", names.gate_up, *inners) if names.gate_up else None,
             down=linear(names.down, "down_proj", width, inner) if names.down else None,
             down_norm=added(names.down_norm),
-            sinks=vector(names.sinks),
+            output_sub_norm=norm(names.output_sub_norm, queries),
+            down_sub_norm=norm(names.down_sub_norm, inner),
+            sinks=take(weights, prefix + names.sinks, facts.num_heads) if names.sinks else None,
             xielu=self.xielu(weights, prefix) if spec.block.activation == "xielu" else None,
         )
 

@@ -181,6 +181,9 @@ REGISTRY: dict[str, Decoder] = {
         gated=False,
     ),
     "arcee": Decoder(_NO_GATE, gated=False),
+    "bitnet": Decoder(
+        Names(output_sub_norm="self_attn.attn_sub_norm", down_sub_norm="mlp.ffn_sub_norm")
+    ),
     "cohere": Cohere(
         _ONE_NORM, norm="layer", parallel=True, pairs="neighbours", refused=("use_qk_norm",)
     ),

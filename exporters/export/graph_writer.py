@@ -160,6 +160,9 @@ def _sink_weights(layer: Layer) -> dict[str, float]:
     if layer.post_norm is not None:
         experts = None if layer.mixture is None else layer.mixture.up
         weights |= {one.name: 1.0 for one in (layer.gate_up, experts) if one is not None}
+    for linear, norm in ((layer.output, layer.output_sub_norm), (layer.down, layer.down_sub_norm)):
+        if linear is not None and norm is not None:
+            weights[linear.name] = 1.0
     return weights
 
 

@@ -42,9 +42,9 @@ def captured_inputs(
         reads = attends if spec.block.parallel else "post_norm.sum"
     inputs = [
         (layer.qkv, attends),
-        (layer.output, ATTENTION),
+        (layer.output, ATTENTION if layer.output_sub_norm is None else "output_sub_norm.out"),
         (layer.gate_up, reads),
-        (layer.down, "activated"),
+        (layer.down, "activated" if layer.down_sub_norm is None else "down_sub_norm.out"),
         (None if layer.mixture is None else layer.mixture.up, reads),
     ]
     return {
@@ -86,6 +86,7 @@ def build_layer(
         mixed, states = short_conv(graph, projected, layer)
     else:
         mixed, states = gated_delta(graph, normed, projected, layer, spec)
+    mixed = graph.norm(mixed, "output_sub_norm", layer.output_sub_norm)
     output = graph.linear(mixed, layer.output, form)
     output = graph.norm(output, "output_norm", layer.output_norm)
     if block.parallel:
@@ -174,7 +175,7 @@ def _feed_forward(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Val
 
 def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
     """`[..., D]` -> `[..., D]`."""
-    if form == WIDE:
+    if form == WIDE and layer.down_sub_norm is None:  # a norm reads all channels together
         return _wide_mlp(graph, x, layer)
     assert layer.gate_up is not None and layer.down is not None
     op, gated = graph.op, graph.block.gated
@@ -185,6 +186,7 @@ def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
         activated = op.Mul(activation(gate), up, _outputs=[name])
     else:
         activated = activation(up, _outputs=[name])
+    activated = graph.norm(activated, "down_sub_norm", layer.down_sub_norm)
     return graph.linear(activated, layer.down, form)
 
 

@@ -46,7 +46,10 @@ Projections: TypeAlias = dict[str, Linear]
 Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
 """Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
 
-_NORMS = ("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm")
+_NORMS = (
+    *("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm"),
+    *("output_sub_norm", "down_sub_norm"),
+)
 _VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias", "choice_bias")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -285,7 +288,7 @@ class DequantizedModel:
             up = activation(gate) * up
         else:
             up = activation(up)
-        return self._project(layer, action, "down_proj", up)
+        return self._project(layer, action, "down_proj", self._norm(layer, "down_sub_norm", up))
 
     def _activation(self, layer: int) -> Callable[[Tensor], Tensor]:
         if self._block.activation != "xielu":
@@ -295,6 +298,7 @@ class DequantizedModel:
 
     def attended(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
         """Input plus projected attention, `[..., D]`; arguments as for `complete`."""
+        attention = self._norm(layer, "output_sub_norm", attention)
         projected = self._project(layer, action, "o_proj", attention)
         return x + self._norm(layer, "output_norm", projected)
 
