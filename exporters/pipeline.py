@@ -66,7 +66,7 @@ def build(
         model,
         out,
         options,
-        opened=lambda facts: _announce(facts, options, training, check != "none"),
+        opened=lambda facts, resolved: _announce(facts, resolved, training, check != "none"),
     )
     if training is not None:
         _LOG.info('%s can answer now: dash-run %s "Hello!"; training the policy', out, _typed(out))

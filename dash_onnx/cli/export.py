@@ -52,10 +52,9 @@ def _parser() -> Parser:
     graphs = parser.add_argument_group("graphs")
     graphs.add_argument(
         "--variants",
-        default=DEFAULT_FORMS,
         help="forms of each layer: full, int8, int4, int2, and wide, an INT8 form for passes of "
-        "many rows, in which prompts and batches of int4 and int2 run on a CPU (default: "
-        "%(default)s)",
+        "many rows, in which prompts and batches of int4 and int2 run on a CPU (default: int2 "
+        f"where it is exact, for ternary weights, else {DEFAULT_FORMS})",
     )
     graphs.add_argument(
         "--device",

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,15 @@ _EXAMPLES = """\
   dash-info                          # models that dash-run and dash-serve exported
   dash-info --remove model.gguf"""
 
+_EXACT = "int2 is exact: the weights of the layers are ternary"
+
 
 def _parser() -> Parser:
     parser = Parser(
         "dash-info",
         "Show what a model contains, what its export would write and need, and how fast it would "
-        "run on this machine; or what a bundle contains. Reads no weights; of a hub id, downloads "
-        "only GGUF files.",
+        "run on this machine; or what a bundle contains. Reads hardly any weights; of a hub "
+        "id, downloads only GGUF files.",
         _EXAMPLES,
     )
     parser.add_argument(
@@ -46,8 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--remove", metavar="MODEL", help="remove a model's bundle from the cache")
     parser.add_argument(
         "--variants",
-        default=DEFAULT_FORMS,
-        help="forms to export (default: %(default)s)",
+        help=f"forms to export (default: int2 where it is exact, else {DEFAULT_FORMS})",
     )
     parser.add_argument("--requantize", action="store_true", help="as in dash-export")
     add_json_option(parser)
@@ -86,6 +88,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.exporters.architectures import REGISTRY, architecture_of
     from dash_onnx.exporters.export.options import ExportOptions
     from dash_onnx.exporters.export.sizes import sizes_of
+    from dash_onnx.exporters.export.suited import suited
     from dash_onnx.exporters.sources import open_source
 
     source = open_source(arguments.path, REGISTRY, arguments.requantize, weights=False)
@@ -94,8 +97,11 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         wide=wide,
         requantize=arguments.requantize,
     )
+    architecture = architecture_of(source.config)
+    spec = architecture.describe(source.name, source.config, None)
+    with suppress(SourceError):  # of a hub id the weights may not be here, else the sizes tell
+        options = suited(options, source, architecture, spec, layers=1)
     sizes = sizes_of(source, options)
-    spec = architecture_of(source.config).describe(source.name, source.config, None)
     here = forecast(spec.facts, options.resolved(source.kind, spec.facts), sizes)
     facts = {
         "kind": "model",
@@ -124,6 +130,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"{model.num_heads} heads, {model.num_kv_heads} KV heads, {model.head_dim} wide; "
         f"{model.vocab_size} tokens, context {model.max_length}",
         _license(source.license),
+        *([_EXACT] if options.ternary else []),
         "",
         *aligned(rows, left=1),
         "",
@@ -182,6 +189,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         f"{manifest.target.device}",
         f"{model.num_layers} layers, {model.hidden_size} wide, context {model.max_length}; blocks "
         f"of {manifest.target.block_size}, compensation of rank {manifest.compensation_rank}",
+        *([_EXACT] if manifest.target.ternary and "int2" in manifest.variants else []),
         "",
         *aligned(rows, left=1),
         "",

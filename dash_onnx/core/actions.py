@@ -64,12 +64,16 @@ def each_alone(layers: int) -> tuple[Segment, ...]:
     return tuple(Segment(layer, layer + 1) for layer in range(layers))
 
 
-def parse_variants(text: str) -> tuple[tuple[Action, ...], bool]:
+def parse_variants(text: str | None) -> tuple[tuple[Action, ...], bool]:
     """Parses `int8,int4,wide`: precisions, highest first, each once, and whether `wide` is there.
+
+    None stands for what suits the model: no precision, and `wide`.
 
     Raises:
         PolicyError: a name is neither, or there is no precision.
     """
+    if text is None:
+        return (), True
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in (*PRECISIONS, WIDE):

@@ -85,6 +85,8 @@ class Target:
         kv_cache: element type of the KV cache.
         attention: which attention implementations the layers have.
         ragged: whether they run several tokens of each of several sequences, in different numbers.
+        ternary: whether the source's weights of all layers are -s, 0 and s in each block. INT2
+            then holds them exactly, those of attention, too.
     """
 
     device: Literal["cpu", "cuda"]
@@ -94,6 +96,7 @@ class Target:
     kv_cache: KVCacheType = "float"
     attention: AttentionForms = "grouped"
     ragged: bool = False
+    ternary: bool = False
 
 
 @dataclass(frozen=True)

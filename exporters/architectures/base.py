@@ -14,6 +14,7 @@ from dash_onnx.core.contract import Dims
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import ModelFacts, Rope, Target
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, concatenate
+from dash_onnx.exporters.quantize.ternary import ternary
 from dash_onnx.exporters.sources import Weights
 
 F = torch.nn.functional
@@ -36,10 +37,14 @@ class Linear:
     packed: Quantized | None = None
 
     def stored(self, bits: Bits, block_size: int) -> Quantized | None:
-        """The source's own integers, if they have this many bits and these blocks."""
+        """The weight without rounding, if these bits and blocks can hold it.
+
+        It is the source's own integers, or ternary.
+        """
         packed = self.packed
-        fits = packed and (packed.bits, packed.block_size) == (bits, block_size)
-        return packed if fits else None
+        if packed and (packed.bits, packed.block_size) == (bits, block_size):
+            return packed
+        return ternary(self.weight, bits, block_size)
 
     @property
     def out_features(self) -> int:

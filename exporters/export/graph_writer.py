@@ -142,7 +142,8 @@ class GraphWriter:
         mixed = "int8" if "int8" in precisions else precisions[0]
         if "int4" in precisions and looks_twice(folder / head_path("int4")):
             mixed = "int4"
-        own = [action for action in precisions if action in ("full", "int8")]
+        exact: set[Action] = {"full", "int8"}
+        own = [a for a in precisions if a in exact and a in self.options.variants]
         chosen: dict[Action, Action] = dict.fromkeys((*self.options.variants, SKIP), mixed)
         return chosen | dict(zip(own, own, strict=True))
 

@@ -25,7 +25,8 @@ class ExportOptions:
     """The options of an export.
 
     Attributes:
-        variants: precisions of each layer, highest first.
+        variants: precisions of each layer, highest first; none: INT2 alone where it holds the
+            weights exactly, on a CPU, else INT8 and INT4.
         wide: also write the wide form for passes of many rows; only with INT4 or INT2 on a CPU.
         device: determines the operators and the dtype of activations.
         train_device: where PyTorch calibrates and quantizes.
@@ -48,9 +49,10 @@ class ExportOptions:
             interrupted.
         seed: for all random choices.
         revision: of a hub id.
+        ternary: whether INT2 holds the weights exactly, see `suited`.
     """
 
-    variants: tuple[Action, ...] = DEFAULT_VARIANTS
+    variants: tuple[Action, ...] = ()
     wide: bool = True
     device: Device = "cpu"
     train_device: TrainDevice = "cpu"
@@ -67,6 +69,7 @@ class ExportOptions:
     resume: bool = False
     seed: int = 0
     revision: str | None = None
+    ternary: bool = False
 
     def resolved(
         self, kind: str, facts: ModelFacts, experts: Experts | None = None
@@ -76,7 +79,11 @@ class ExportOptions:
         Raises:
             UnsupportedError: the block size, the rank or a precision that the user chose does not.
         """
-        if experts is not None and (self.device != "cpu" or "int2" in self.variants):
+        usual: tuple[Action, ...] = DEFAULT_VARIANTS
+        if self.ternary and self.device == "cpu":
+            usual = ("int2",)
+        variants = self.variants or usual
+        if experts is not None and (self.device != "cpu" or "int2" in variants):
             raise UnsupportedError(
                 "mixtures of experts run on the CPU, in full, int8 and int4: choose other "
                 "--variants or --device cpu"
@@ -90,9 +97,9 @@ class ExportOptions:
             sizes["width of experts"] = experts.width
             if experts.shared_width:
                 sizes["width of the shared expert"] = experts.shared_width
-        kept = kind == "gguf" and not self.requantize
-        usual = (_LARGE_BLOCK,) if facts.large else ()
-        fitting = (b for b in (*usual, _BLOCK) if not any(size % b for size in sizes.values()))
+        kept = kind == "gguf" and not self.requantize and not self.ternary
+        large = (_LARGE_BLOCK,) if facts.large or self.ternary else ()
+        fitting = (b for b in (*large, _BLOCK) if not any(size % b for size in sizes.values()))
         block = self.block_size or (_GGUF_BLOCK if kept else next(fitting, _GGUF_BLOCK))
         for name, size in sizes.items():
             if size % block:
@@ -108,7 +115,9 @@ class ExportOptions:
         level = fast if self.accuracy_level is None else self.accuracy_level
         # Experts have no wide form: each of them sees few of the rows.
         wide = self.wide and experts is None
-        wide = wide and self.device == "cpu" and not {*WIDENED}.isdisjoint(self.variants)
+        wide = wide and self.device == "cpu" and not {*WIDENED}.isdisjoint(variants)
+        # It takes four times the memory of INT2, the smallest form of a model made for that.
+        wide = wide and (bool(self.variants) or not self.ternary)
         attention = self.attention
         if attention is None:
             attention = "both" if facts.layer_parameters >= _CHOICE_PAYS else "grouped"
@@ -116,6 +125,7 @@ class ExportOptions:
             attention = "grouped"
         return replace(
             self,
+            variants=variants,
             wide=wide,
             attention=attention,
             block_size=block,
@@ -149,7 +159,8 @@ class ExportOptions:
             facts: of the model.
             biased: whether its LM head has a bias.
         """
-        heads = tuple(a for a in self.variants if a != "int2") or ("int4",)
+        alone: tuple[Action, ...] = ("int8", "int4") if self.ternary else ("int4",)
+        heads = tuple(a for a in self.variants if a != "int2") or alone
         large = facts.vocab_size * facts.hidden_size >= _LARGE_HEAD
         previews = large and not biased and self.device == "cpu" and {"int8", "int4"} <= {*heads}
         return (*heads, "int2") if previews else heads
@@ -162,4 +173,5 @@ class ExportOptions:
         dtype: Literal["float32", "float16"] = "float32" if self.device == "cpu" else "float16"
         sizes = self.block_size, self.accuracy_level
         ragged = self.device == "cpu"
-        return Target(self.device, dtype, *sizes, self.kv_cache, self.attention, ragged)
+        forms = self.kv_cache, self.attention
+        return Target(self.device, dtype, *sizes, *forms, ragged, self.ternary)

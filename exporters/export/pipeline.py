@@ -27,6 +27,7 @@ from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.export.partial import Progress, exporting, unfinished_bytes
 from dash_onnx.exporters.export.sizes import sizes_of
+from dash_onnx.exporters.export.suited import suited
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.runtime.machine import available_bytes, peak_rss_bytes, release_memory
 from dash_onnx.runtime.ort import onnxruntime
@@ -40,7 +41,7 @@ def export(
     out: Path,
     options: ExportOptions,
     *,
-    opened: Callable[[ModelFacts], None] = lambda _: None,
+    opened: Callable[[ModelFacts, ExportOptions], None] = lambda *_: None,
 ) -> Manifest:
     """Exports a model.
 
@@ -48,7 +49,7 @@ def export(
         model: hub id, local folder or `.gguf` file.
         out: the bundle's folder; written to a temporary sibling and renamed at the end.
         options: what the user chose.
-        opened: called once the model is open and before any phase.
+        opened: called once the model is open and before any phase, with the resolved options.
 
     Raises:
         DashError: anything the user can fix; `out` is then unchanged.
@@ -59,8 +60,8 @@ def export(
     source = open_source(model, REGISTRY, options.requantize, options.revision)
     architecture = architecture_of(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
-    options = options.resolved(source.kind, spec.facts, spec.block.experts)
-    opened(spec.facts)
+    options = suited(options, source, architecture, spec)
+    opened(spec.facts, options)
     _check_space(source, out, options)
     writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)

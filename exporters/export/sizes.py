@@ -195,7 +195,7 @@ class _Rule:
         size = 0
         for part in parts:
             if isinstance(part, Linear):
-                kept = weight_precision(form, part.name)
+                kept = weight_precision(form, part.name, self.target.ternary)
                 size += self.matrix(part.out_features, part.in_features, kept)
             elif isinstance(part, Norm | Conv):
                 size += self.wide * part.weight.numel()
@@ -221,7 +221,7 @@ class _Rule:
         if form == WIDE:
             return rows * (columns + 4)
         bits = BITS[form]
-        block = block_size or block_size_of(bits, self.target, columns)
+        block = block_size or block_size_of(bits, self.target.block_size, columns)
         blocks = -(-columns // block)
         zeros = -(-blocks * bits // 8) if bits < 8 else 0
         return rows * (blocks * block * bits // 8 + blocks * self.wide + zeros)

@@ -110,7 +110,7 @@ class Graph:
         self, x: ir.Value, linear: Linear, form: Form, block_size: int | None = None
     ) -> ir.Value:
         """X `[batch, seq, K]` -> `[batch, seq, N]` in a form, of usual blocks unless told."""
-        precision = weight_precision(form, linear.name)
+        precision = weight_precision(form, linear.name, self.target.ternary)
         if precision == WIDE:
             y = self.op.Mul(*wide_product(self, x, linear))
         elif precision == "full":
@@ -126,7 +126,7 @@ class Graph:
 
     def _quantized(self, linear: Linear, bits: Bits, block_size: int | None) -> Quantized:
         """The source's own integers where it has them; else by GPTQ where it can."""
-        block = block_size or block_size_of(bits, self.target, linear.in_features)
+        block = block_size or block_size_of(bits, self.target.block_size, linear.in_features)
         if stored := linear.stored(bits, block):
             return stored
         hessian = self.hessians.get(linear.name)
@@ -322,15 +322,18 @@ class Graph:
         return self.fp32_kept
 
 
-def weight_precision(form: Form, name: str) -> Form:
-    """Form of a linear layer's weight: INT2 layers keep INT4 attention (decision 0106)."""
-    return "int4" if form == "int2" and name in _ATTENTION else form
+def weight_precision(form: Form, name: str, ternary: bool) -> Form:
+    """Form of a linear layer's weight: INT2 layers keep INT4 attention (decision 0106).
+
+    Those of ternary models need not.
+    """
+    return "int4" if form == "int2" and name in _ATTENTION and not ternary else form
 
 
-def block_size_of(bits: Bits, target: Target, columns: int) -> int:
+def block_size_of(bits: Bits, block_size: int, columns: int) -> int:
     """Weights that share a scale: ONNX Runtime's 2-bit kernel is fast from 64 on."""
     larger = bits == 2 and columns % INT2_BLOCK == 0
-    return max(target.block_size, INT2_BLOCK) if larger else target.block_size
+    return max(block_size, INT2_BLOCK) if larger else block_size
 
 
 def fits_half(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.contract import layer_path, layer_ports
 from dash_onnx.core.facts import Target
-from dash_onnx.exporters.architectures.base import Layer, ModelSpec
+from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec
 from dash_onnx.exporters.graphs.attention import (
     ATTENTION,
     Heads,
@@ -22,7 +22,7 @@ from dash_onnx.exporters.graphs.attention import (
     attend,
     rotated,
 )
-from dash_onnx.exporters.graphs.graph import Graph, weight_precision
+from dash_onnx.exporters.graphs.graph import Graph, block_size_of, weight_precision
 from dash_onnx.exporters.graphs.mixture import mix
 from dash_onnx.exporters.graphs.recurrent import States, gated_delta, short_conv, split
 from dash_onnx.exporters.graphs.wide import channel_groups, wide_product
@@ -55,10 +55,17 @@ def captured_inputs(
         and (
             linear is layer.qkv
             or (linear is layer.down and WIDE in forms)
-            or "int2" in {weight_precision(form, linear.name) for form in forms}
-            or linear.stored(4, block_size) is None
+            or _rounded(linear, block_size, forms)
         )
     }
+
+
+def _rounded(linear: Linear, block_size: int, forms: Sequence[Form]) -> bool:
+    """Whether INT4 or INT2 cannot hold a weight as it is."""
+    if "int2" in {weight_precision(form, linear.name, ternary=False) for form in forms}:
+        if linear.stored(2, block_size_of(2, block_size, linear.in_features)) is None:
+            return True
+    return linear.stored(4, block_size) is None
 
 
 def build_layer(

@@ -71,7 +71,7 @@ def row_groups(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _rounded(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
-    blocks = _blocks(weight.float(), block_size)  # [N, B, block_size]
+    blocks = blocks_of(weight.float(), block_size)  # [N, B, block_size]
     if bits == 8:
         scales = blocks.abs().amax(-1) / 127
         levels = _divide(blocks, scales).round() + 128
@@ -103,7 +103,7 @@ def packed(
         block_size: levels that share a scale.
     """
     return Quantized(
-        values=pack_levels(_blocks(levels, block_size).numpy(force=True).astype(np.uint8), bits),
+        values=pack_levels(blocks_of(levels, block_size).numpy(force=True).astype(np.uint8), bits),
         scales=scales.numpy(force=True),
         zero_points=None
         if zeros is None
@@ -188,7 +188,8 @@ def unpack_levels(found: npt.NDArray[np.uint8], bits: Bits, count: int) -> npt.N
     return values.reshape(*found.shape[:-1], -1)[..., :count]
 
 
-def _blocks(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+def blocks_of(weight: torch.Tensor, block_size: int) -> torch.Tensor:
+    """`[N, K]` -> `[N, blocks, block_size]`, the last one padded with zeros."""
     padding = -weight.shape[1] % block_size
     if padding:
         weight = torch.nn.functional.pad(weight, (0, padding))

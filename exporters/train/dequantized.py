@@ -135,7 +135,7 @@ class DequantizedModel:
         return found
 
     def _projections(self, found: dict[str, np.ndarray], action: Action) -> Projections:
-        return projections_of(found, self.manifest.target.block_size, self._dtype, action)
+        return projections_of(found, self.manifest.target, self._dtype, action)
 
     def _tensors(self, path: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Tensors of a graph: those of a name, or all."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dash_onnx.core.actions import Action
+from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Linear, Norm
 from dash_onnx.exporters.graphs.graph import BITS, OFFSETS, weight_precision
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, dequantize
@@ -22,9 +23,10 @@ def _bias(found: dict[str, np.ndarray], name: str, dtype: torch.dtype) -> torch.
 
 
 def projections_of(
-    found: dict[str, np.ndarray], block_size: int, dtype: torch.dtype, action: Action
+    found: dict[str, np.ndarray], target: Target, dtype: torch.dtype, action: Action
 ) -> dict[str, Linear]:
     """The linear layers of an action's graph."""
+    block_size = target.block_size
     projections = {}
     for key, array in found.items():
         name, _, part = key.rpartition(".")
@@ -38,7 +40,7 @@ def projections_of(
                 weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
-            bits = BITS.get(weight_precision(action, name))  # a skip's are INT8 or INT4
+            bits = BITS.get(weight_precision(action, name, target.ternary))  # not of a skip
             weight = dequantized(found, name, block_size, torch.float32 if shifted else dtype, bits)
             if shifted:
                 offsets = dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)

@@ -1,0 +1,57 @@
+"""Options that suit a model, by its weights: whether they are ternary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.graphs.graph import block_size_of
+from dash_onnx.exporters.quantize.ternary import ternary
+from dash_onnx.exporters.sources import Source
+
+
+def suited(
+    options: ExportOptions,
+    source: Source,
+    architecture: Decoder,
+    spec: ModelSpec,
+    layers: int | None = None,
+) -> ExportOptions:
+    """Resolves options, with INT2 for a model whose layers it holds exactly.
+
+    Of other models it reads one weight.
+
+    Args:
+        options: what the user chose.
+        source: of the weights.
+        architecture: of the model.
+        spec: of the model.
+        layers: to look at; None looks at all of them.
+
+    Raises:
+        DashError: a weight cannot be read, or the options do not suit the model.
+    """
+    if spec.block.experts is None:
+        exact = replace(options, ternary=True).resolved(source.kind, spec.facts)
+        assert exact.block_size is not None
+        if _is_ternary(source, architecture, spec, exact.block_size, layers):
+            return exact
+    return options.resolved(source.kind, spec.facts, spec.block.experts)
+
+
+def _is_ternary(
+    source: Source, architecture: Decoder, spec: ModelSpec, block_size: int, layers: int | None
+) -> bool:
+    names = architecture.names
+    if spec.mixer_of(0) != "attention" and architecture.recurrent_names is not None:
+        names = architecture.recurrent_names
+    first = source.weights[f"{names.layers}.0.{names.output}.weight"]
+    if ternary(first, 2, block_size_of(2, block_size, first.shape[1])) is None:
+        return False
+    return all(
+        linear.stored(2, block_size_of(2, block_size, linear.in_features)) is not None
+        for index in range(layers or spec.facts.num_layers)
+        for linear in architecture.layer(source.weights, index, spec).linears
+    )
