@@ -12,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.bitnet import BitLinearWeights
 from dash_onnx.exporters.sources.experts import StackedExperts
 from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
     Shapes,
     Source,
+    Weights,
     check_layers,
     check_supported,
     finite,
@@ -110,9 +112,9 @@ def open_folder(
     raw = _read_json(config_path)
     model_type = str(raw.get("model_type"))
     check_supported(text_type(raw), supported)
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    quantization = raw.get("quantization_config") or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
+    if quantization and method != "bitnet":
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     renamed = renaming(model_type)
     if shapes:
@@ -120,10 +122,14 @@ def open_folder(
         files = Shapes({name: shape for name, shape in known if name is not None})
     else:
         files = SafetensorsWeights(folder, renamed)
-    weights = StackedExperts(files)
+    weights: Weights = StackedExperts(files)
+    if quantization:
+        weights = BitLinearWeights(weights, quantization)
     if "num_hidden_layers" in raw:  # before lists of that length are made
         check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
+    if quantization:  # what the model is without: its weights are what the layers multiply with
+        del config.quantization_config
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
     check_layers(folder, getattr(config, "num_hidden_layers", None), weights.num_layers)

@@ -1,0 +1,92 @@
+"""Weights of BitNet checkpoints: what BitLinear layers multiply with, -s, 0 and s.
+
+Source: transformers' `integrations/bitnet.py`. The layers also round what they read to INT8, by
+tokens, which no weight says: that is left to the precision of the graphs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.quantize.blockwise import Quantized
+from dash_onnx.exporters.sources.source import Weights, finite
+
+_PACKED = 4  # rows in a byte
+_LEAST = 1e-5  # of the mean size of weights that are not ternary yet
+_LAYER = re.compile(r"\w+\.layers\.\d+\..+\.weight")
+
+
+class BitLinearWeights:
+    """Weights of another source, those of linear layers as they multiply."""
+
+    def __init__(self, weights: Weights, quantization: dict[str, Any]):
+        """Takes the weights, and the config's `quantization_config`.
+
+        Raises:
+            SourceError: it is damaged.
+            UnsupportedError: the layers compute something else.
+        """
+        if quantization.get("use_rms_norm"):
+            raise UnsupportedError("bitnet with use_rms_norm: norms in linear layers are not read")
+        self._weights = weights
+        self._online = quantization.get("quantization_mode") == "online"
+        self._divided = quantization.get("linear_class", "bitlinear") == "bitlinear"
+        self._left = quantization.get("modules_to_not_convert") or []
+        if not isinstance(self._left, list) or not all(isinstance(x, str) for x in self._left):
+            raise SourceError("modules_to_not_convert must be a list of names of modules")
+
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return self._weights.num_layers
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        shape = self._weights.shape(name)
+        return (shape[0] * _PACKED, *shape[1:]) if self._scale(name) in self._weights else shape
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._weights[name]
+        if (scale := self._scale(name)) in self._weights:
+            factor = self._weights[scale].float().flatten()
+            if len(factor) != 1:
+                raise SourceError(f"{scale} holds {len(factor)} numbers, not one")
+            return finite(name, _unpacked(name, weight) * (1 / factor if self._divided else factor))
+        return _rounded(weight) if self._online and self._converted(name, weight) else weight
+
+    def packed(self, name: str) -> Quantized | None:
+        """See `Weights`."""
+        return None if self._scale(name) in self._weights else self._weights.packed(name)
+
+    @staticmethod
+    def _scale(name: str) -> str:
+        return f"{name}_scale"
+
+    def _converted(self, name: str, weight: torch.Tensor) -> bool:
+        """Whether it is of a linear layer that rounds its weight when it runs."""
+        linear = weight.dim() == 2 and _LAYER.fullmatch(name) is not None
+        return linear and not any(f".{left}." in f".{name}" for left in self._left)
+
+
+def _unpacked(name: str, bytes_: torch.Tensor) -> torch.Tensor:
+    """-1, 0 and 1 `[N, K]` of uint8 `[N / 4, K]`, each with a row of every quarter."""
+    if bytes_.dtype != torch.uint8:
+        raise SourceError(f"{name} has a scale and is not packed: {bytes_.dtype}, not uint8")
+    levels = torch.cat([(bytes_ >> shift) & 3 for shift in range(0, 8, 2)])
+    if (levels == 3).any():
+        raise SourceError(f"{name} has values beyond -1, 0 and 1: the weights are damaged")
+    return levels.float() - 1
+
+
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    """To the nearest of -s, 0 and s, with s the mean size of the weights."""
+    weight = weight.float()
+    scale = 1.0 / weight.abs().mean().clamp_(min=_LEAST)
+    return (weight * scale).round().clamp(-1, 1) / scale
