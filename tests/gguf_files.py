@@ -106,9 +106,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 3.0,
         "tie_word_embeddings": True,
     },
+    "lfm2": {
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+        "tie_word_embeddings": True,
+    },
     "llama": {},
     "mistral": {"sliding_window": 16},
     "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": None},
     "phi3": {
         **_HALF,
         "max_position_embeddings": 512,
@@ -126,6 +133,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
     "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
     "smollm3": {"tie_word_embeddings": True},
     "stablelm": {**_HALF, "use_qkv_bias": True},
 }
@@ -161,6 +175,8 @@ def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
             return interleaved(value, heads)
         if ".k_proj." in name:
             return interleaved(value, config.num_key_value_heads)
+    if name.endswith("conv.conv.weight"):
+        return value[:, 0]
     if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
         return value + np.float32(1)
     if config.model_type == "gpt_neox" and "query_key_value" in name:
@@ -194,14 +210,24 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    if kind != "gpt_neox":
+    if kind == "lfm2":
+        attends = [one == "full_attention" for one in config.layer_types]
+        writer.add_head_count_kv([config.num_key_value_heads * one for one in attends])
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+    elif kind != "gpt_neox":
         writer.add_head_count_kv(config.num_key_value_heads)
+    if kind in ("olmoe", "qwen3_moe"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if kind == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if kind in ("cohere2", "gpt_neox", "stablelm"):
         writer.add_layer_norm_eps(config.layer_norm_eps)
         if kind != "cohere2":
             writer.add_parallel_residual(config.use_parallel_residual)
     else:
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        epsilon = config.norm_eps if kind == "lfm2" else config.rms_norm_eps
+        writer.add_layer_norm_rms_eps(epsilon)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
@@ -317,8 +343,15 @@ def write_model(
             xielu.setdefault(name.rpartition(".")[2], []).append(tensor.float().item())
             values[name] = tensor.float()
             continue
+        if ".experts." in name:
+            values[name], (prefix, _, last) = tensor.float(), name.rpartition(".")
+            inside = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            for one, part in zip(inside, values[name].chunk(len(inside), 1), strict=True):
+                mapped = names.get_name(f"{prefix}.{one}")
+                writer.add_tensor(f"{mapped}.weight", part.contiguous().numpy())
+            continue
         stored = converted(name, tensor.float().numpy(), config)
-        into = kind if stored.ndim == 2 else Kind.F32
+        into = kind if stored.ndim == 2 and ".conv.conv." not in name else Kind.F32
         packed = gguf.quants.quantize(np.ascontiguousarray(stored), into)
         values[name] = torch.from_numpy(
             restored(name, gguf.quants.dequantize(packed, into), config).astype(np.float32)
@@ -341,6 +374,8 @@ def write_model(
 
 def restored(name: str, value: np.ndarray, config: Any) -> np.ndarray:
     """`converted` undone: rows found by converting their numbers."""
+    if name.endswith("conv.conv.weight"):
+        return value[:, None]
     rows = np.arange(len(value), dtype=np.float32)
     if name.endswith("norm.weight"):
         return value - converted(name, np.zeros_like(value), config)

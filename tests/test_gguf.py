@@ -300,6 +300,8 @@ SLOW = {
     "glm4",
     "ministral3",
     "olmo3",
+    "olmoe",
+    "qwen3_moe",
 }
 
 

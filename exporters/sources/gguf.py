@@ -31,6 +31,10 @@ from dash_onnx.exporters.sources.source import (
 
 # llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
 _INTERLEAVED_ROPE = ("arcee", "granite", "llama", "mistral3", "smollm3")
+_CONV = ".conv.conv.weight"  # stored `[D, kernel]`
+_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""Tensors `[E, N, K]` of all experts of a layer, by the name in transformers, which stacks them."""
+
 _XIELU = {"alpha_n": (1,), "alpha_p": (1,), "beta": (), "eps": ()}  # shapes of a layer's
 
 
@@ -66,17 +70,22 @@ class GGUFWeights:
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._told or self._find(name) is not None
+        return name in self._told or all(self._find(part) is not None for part in _parts(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Weights`."""
         if name in self._told:
             return tuple(self._told[name].shape)
-        return tuple(reversed(self._find(name).shape.tolist()))
+        found = [tuple(reversed(self._find(part).shape.tolist())) for part in _parts(name)]
+        if len(found) > 1:
+            return found[0][0], sum(shape[1] for shape in found), *found[0][2:]
+        return (found[0][0], 1, *found[0][1:]) if name.endswith(_CONV) else found[0]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._told:
             return finite(name, self._told[name])
+        if (parts := _parts(name)) != [name]:
+            return torch.cat([self[part] for part in parts], 1)
         tensor = self._find(name)
         if tensor is None:
             raise SourceError(f"the GGUF file has no tensor for {name!r}")
@@ -87,7 +96,7 @@ class GGUFWeights:
                 f"GGUF tensor type {tensor.tensor_type.name} of {name} cannot be dequantized; "
                 "use a file of another quantization"
             ) from None
-        values = np.asarray(values, np.float32).reshape(tuple(reversed(tensor.shape.tolist())))
+        values = np.asarray(values, np.float32).reshape(self.shape(name))
         if self._architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values - np.float32(1)  # stored as what it multiplies by
         values = self._rows(name, values)
@@ -117,6 +126,14 @@ class GGUFWeights:
             by_kind = values.reshape(3, self._heads, shape[0] // self._heads // 3, *shape[1:])
             return np.ascontiguousarray(by_kind.swapaxes(0, 1)).reshape(shape)
         return values
+
+
+def _parts(name: str) -> list[str]:
+    """Names of the tensors that a weight is stored in."""
+    prefix, _, last = name.rpartition(".")
+    if not prefix.endswith(".experts") or last not in _EXPERTS:
+        return [name]
+    return [f"{prefix}.{part}.weight" for part in _EXPERTS[last]]
 
 
 def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:

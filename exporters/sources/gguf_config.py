@@ -28,12 +28,15 @@ MODEL_TYPES = {
     "glm4": "glm4",
     "gptneox": "gpt_neox",
     "granite": "granite",
+    "lfm2": "lfm2",
     "llama": "llama",
     "mistral3": "ministral3",
     "olmo2": "olmo2",
+    "olmoe": "olmoe",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
 }
@@ -47,6 +50,7 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 # transformers rotates a part of their heads unless told.
 _PARTLY_ROTATED = ("glm4", "gptneox", "stablelm")
+_MIXTURES = ("olmoe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
 
 
@@ -73,9 +77,9 @@ class Metadata:
             return value[0]
         return value
 
-    def layers(self, key: str) -> list[bool] | int | None:
+    def layers(self, key: str) -> list[int] | int | None:
         """A value that may be one for each layer."""
-        value: list[bool] | int | None = self._values.get(f"{self.architecture}.{key}")
+        value: list[int] | int | None = self._values.get(f"{self.architecture}.{key}")
         return value
 
     def __getitem__(self, key: str) -> Any:
@@ -95,10 +99,10 @@ def config_of(
         UnsupportedError: the file asks for something no exporter has.
     """
     meta = Metadata(architecture, values)
-    if meta.get("expert_count"):
+    if meta.get("expert_count") and architecture not in _MIXTURES:
         raise UnsupportedError(
-            f"{architecture}.expert_count is {meta['expert_count']}: mixtures of experts are not "
-            "supported, only dense models"
+            f"{architecture}.expert_count is {meta['expert_count']}: mixtures of experts are read "
+            f"of {', '.join(_MIXTURES)} alone"
         )
     if "token_embd.weight" not in tensors:
         raise SourceError("the GGUF file has no tensor token_embd.weight")
@@ -120,7 +124,7 @@ def config_of(
         "intermediate_size": int(meta["feed_forward_length"]),
         "num_hidden_layers": int(meta["block_count"]),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(meta.get("attention.head_count_kv", heads)),
+        "num_key_value_heads": _kv_heads(meta, heads),
         "head_dim": head_dim,
         "max_position_embeddings": length,
         "sliding_window": int(window) if window else None,
@@ -149,7 +153,17 @@ def config_of(
     common |= _own(meta, common, tensors)
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)}
+    if architecture == "qwen3moe":
+        known.add("head_dim")  # which transformers takes, but does not declare
     return config_class(**{key: value for key, value in common.items() if key in known})
+
+
+def _kv_heads(meta: Metadata, heads: int) -> int:
+    """Heads of K/V; layers of LFM 2 that do not attend have none."""
+    found = meta.layers("attention.head_count_kv")
+    if meta.architecture == "lfm2" and isinstance(found, list):
+        return max(found)
+    return int(meta.get("attention.head_count_kv", heads))
 
 
 def rope_parameters(
@@ -294,6 +308,16 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "residual_multiplier": float(meta.get("residual_scale") or 1.0),
                 "logits_scaling": float(meta["logit_scale"]),
             }
+        case "lfm2":
+            attending = meta.layers("attention.head_count_kv")
+            assert isinstance(attending, list)
+            return {
+                "layer_types": [_FULL if count else "conv" for count in attending],
+                "conv_L_cache": int(meta["shortconv.l_cache"]),
+                "conv_bias": any(name.endswith("shortconv.conv.bias") for name in tensors),
+                "block_auto_adjust_ff_dim": False,
+                "norm_eps": common["rms_norm_eps"],
+            }
         case "mistral3" if beta := meta.get("attention.temperature_scale"):
             common["rope_parameters"]["llama_4_scaling_beta"] = float(beta)
         case "olmo2" if window:
@@ -302,6 +326,14 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             return {
                 "layer_types": _layer_types(meta, layers, 4),
                 "rope_parameters": {_FULL: rope, _SLIDING: sliding},
+            }
+        case "olmoe" | "qwen3moe":
+            return {
+                "num_experts": int(meta["expert_count"]),
+                "num_experts_per_tok": int(meta["expert_used_count"]),
+                "moe_intermediate_size": int(meta.get("expert_feed_forward_length") or 0),
+                "norm_topk_prob": meta.architecture == "qwen3moe",
+                "clip_qkv": meta.get("attention.clamp_kqv"),
             }
         case "phi3":
             length = common["max_position_embeddings"]
