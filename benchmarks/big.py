@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPES = {  # layers, width, width inside the MLP, heads
     "1b": (16, 2048, 8192, 32),
-    "1.7b": (28, 2048, 6144, 16),
     "3b": (28, 3072, 8192, 24),
     "8b": (32, 4096, 14336, 32),
 }
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
-    parser.add_argument("--ternary", action="store_true", help="as weights of layers are in BitNet")
     arguments = parser.parse_args()
     folder, (layers, width, inner, heads) = arguments.folder, SHAPES[arguments.shape]
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +59,7 @@ def main() -> None:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards.values(), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        three = arguments.ternary and ".layers." in names[0]
-        tensors = {name: weight(shapes[name], generator, three) for name in names}
+        tensors = {name: weight(shapes[name], generator) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     total = sum(shape.numel() for shape in shapes.values())
@@ -71,12 +68,11 @@ def main() -> None:
     print(f"{folder}: {total / 1e9:.2f} billion parameters")
 
 
-def weight(shape: torch.Size, generator: torch.Generator, ternary: bool) -> torch.Tensor:
-    """Norms of ones, and matrices as a model begins its training, or of three values."""
+def weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Norms of ones, and matrices as a model begins its training."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    values = torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
-    return 0.02 * (values * 50).round().clamp(-1, 1) if ternary else values
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shapes", nargs="+", choices=FEW, default=list(FEW))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--a-pass", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
