@@ -21,7 +21,7 @@ _SETTLED = 64
 
 
 class KVCache:
-    """Keys and values of every layer that attends, and the states of the others.
+    """Keys and values of every layer that has its own, and the states of those that have some.
 
     Attributes:
         batch: sequences B, equally long.
@@ -86,10 +86,10 @@ class KVCache:
         return cos, sin
 
     def _grown(self, old: dict[int, Buffer], capacity: int) -> dict[int, Buffer]:
-        dims = self._manifest.dims
-        shape = dims.cache_shape(self.batch, capacity)
         new = {}
         for layer in self._manifest.attending:
+            dims = self._manifest.dims_of(layer)
+            shape = dims.cache_shape(self.batch, capacity)
             buffer = self._backend.buffer(shape, dims.cache_dtype)
             if self.length:
                 valid = (slice(None), slice(None), slice(self.length))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dash_onnx.core.actions import Action, Form
 from dash_onnx.core.arrays import Ids
+from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.forms import form_of
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
@@ -60,6 +61,7 @@ class Pass:
         tokens: ids, `[B, S]` int64.
         positions: of the tokens, `[B, S]` int64.
         hidden: input of the even and of the odd layers, `[B, S, D]`.
+        per_layer: what each layer reads of the tokens, `[B, S, L, P]`; None where none does.
         plain: whether the tokens attend by plain operators, bool scalar; None: see `see`. Passes of
             one token read that of the K/V cache.
         masks: by window, what the tokens see; likewise.
@@ -82,17 +84,19 @@ class Pass:
             kv: of the sequences.
             lengths: likewise.
             seq: S.
-            tensors: tokens, positions and both hidden states, where another pass has them.
+            tensors: tokens, positions, both hidden states, and what layers read of the tokens,
+                where another pass has them.
         """
         backend, dims = sessions.backend, sessions.manifest.dims
+        per_layer = [] if dims.per_layer is None else [(kv.batch, seq, *dims.per_layer)]
         ids, shape = (kv.batch, seq), (kv.batch, seq, dims.hidden_size)
         tensors = tensors or [
             *(backend.buffer(ids, "int64") for _ in range(2)),
-            *(backend.buffer(shape, dims.dtype) for _ in range(2)),
+            *(backend.buffer(part, dims.dtype) for part in (shape, shape, *per_layer)),
         ]
         self.seq = seq
-        self.tokens, self.positions, even, odd = tensors
-        self.hidden = (even, odd)
+        self.tokens, self.positions, even, odd, *rest = self._tensors = tensors
+        self.hidden, self.per_layer = (even, odd), rest[0] if rest else None
         self.plain: Buffer | None = None
         self.masks: dict[int | None, Buffer] = {}
         self.logits: Buffer | None = None
@@ -100,13 +104,11 @@ class Pass:
         self._sessions, self._kv, self._lengths = sessions, kv, lengths
         self._forms: dict[Action, Form] = {}
         self._layers: dict[tuple[int, int, Form, int], tuple[Run, ...]] = {}
-        self._embed = self.bound(sessions.embed(), [self.tokens], [even])
+        self._embed = self.bound(sessions.embed(), [self.tokens], [even, *rest])
 
     def part(self, kv: KVCache, lengths: Lengths, start: int, stop: int) -> Pass:
         """The sequences `start` to `stop`, in the same memory."""
-        tensors = [
-            tensor.part(start, stop) for tensor in (self.tokens, self.positions, *self.hidden)
-        ]
+        tensors = [tensor.part(start, stop) for tensor in self._tensors]
         return Pass(self._sessions, kv, lengths, self.seq, tensors)
 
     def forget(self) -> None:
@@ -191,19 +193,22 @@ class Pass:
             "start": lengths.start,
             "positions": self.positions,
             "plain": self.plain or kv.plain,
+            **({} if self.per_layer is None else {"per_layer": self.per_layer}),
         }
         for layer, called in zip(layers, names, strict=True):
-            if manifest.mixer_of(layer) != "attention":
+            attention = manifest.attention[layer]
+            if manifest.mixer_of(layer) not in ATTENTIONS:
                 assert kv.states is not None
                 own = kv.states.ports(layer)
             else:
                 cos, sin = kv.rotary[manifest.rope_of(layer)]
+                source = layer if attention.source is None else attention.source
                 own = {
-                    "past_key": kv.keys[layer],
-                    "past_value": kv.values[layer],
-                    "present_key": kv.keys[layer],
-                    "present_value": kv.values[layer],
-                    "mask": (self.masks or kv.masks)[manifest.attention[layer].window],
+                    "past_key": kv.keys[source],
+                    "past_value": kv.values[source],
+                    "present_key": kv.keys[source],
+                    "present_value": kv.values[source],
+                    "mask": (self.masks or kv.masks)[attention.window],
                     "cos_cache": cos,
                     "sin_cache": sin,
                 }

@@ -124,16 +124,19 @@ class Saved:
         tokens = arrays.pop("tokens", None)
         dims, facts_of_model = manifest.dims, manifest.model
         length = len(tokens) if tokens is not None and tokens.ndim == 1 else 0
-        shape = dims.cache_shape(1, length)[1:]
-        wanted = {f"{k}.{n}" for k in ("keys", "values") for n in manifest.attending}
+        wanted = {
+            f"{kind}.{layer}": manifest.dims_of(layer).cache_shape(1, length)[1:]
+            for kind in ("keys", "values")
+            for layer in manifest.attending
+        }
         places = _states_of(arrays, manifest, length)
         fits = (
             0 < length < facts_of_model.max_length
             and tokens.dtype == np.int64
             and 0 <= int(tokens.min()) <= int(tokens.max()) < facts_of_model.vocab_size
-            and arrays.keys() == wanted
+            and {name: array.shape for name, array in arrays.items()} == wanted
             and (length in places or not manifest.recurrence)
-            and all(a.shape == shape and a.dtype == dims.cache_dtype for a in arrays.values())
+            and all(array.dtype == dims.cache_dtype for array in arrays.values())
         )
         if not fits:
             raise SourceError(f"{path} does not hold the KV cache of its bundle")

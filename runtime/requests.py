@@ -187,7 +187,7 @@ class Requests:
         return None if path is None else self._learned(path, policy.head)
 
     def _learn(self, path: Path, head: Action) -> Learned:
-        costs, reruns = self._manifest.costs.passes, bool(self._manifest.mixers)
+        costs, reruns = self._manifest.costs.passes, self._manifest.recurrence is not None
         return Learned(costs, path, head, self._sessions.widened, reruns)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:

@@ -38,8 +38,9 @@ class Rows:
             (row, row + 1): part for row, part in enumerate(states) if isinstance(part, Part)
         }
         manifest = states[0].sessions.manifest
-        # A state would take padding for tokens.
-        self.ragged = bool(whole) and manifest.target.ragged and not manifest.recurrence
+        # A state would take padding for tokens; attention over shared K/V does not know of any.
+        plain = not manifest.recurrence and "shared_attention" not in manifest.mixers
+        self.ragged = bool(whole) and manifest.target.ragged and plain
 
     @classmethod
     def alone(cls, state: SequenceState) -> Rows:

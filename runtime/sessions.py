@@ -21,7 +21,6 @@ from dash_onnx.core.contract import (
     head_path,
     head_ports,
     layer_path,
-    layer_ports,
     scorer_ports,
 )
 from dash_onnx.core.errors import BundleError, DeviceError
@@ -79,8 +78,6 @@ class Sessions:
         self.backend = backend
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
-        mixers = {*bundle.manifest.mixers, "attention"}
-        self.layer_ports = {mixer: layer_ports(dims, mixer) for mixer in mixers}
         self.head_ports = head_ports(dims)
         layers, actions = bundle.manifest.model.num_layers, len(facts.actions) if facts else 0
         self.scorer_ports = scorer_ports(dims, layers, actions)
@@ -98,8 +95,7 @@ class Sessions:
 
     def layer(self, layer: int, form: Form) -> LoadedGraph:
         """One layer in one form."""
-        ports = self.layer_ports[self.manifest.mixer_of(layer)]
-        return self._get(layer_path(layer, form), ports)
+        return self._get(layer_path(layer, form), self.manifest.layer_ports(layer))
 
     def joined(self, layers: range, form: Form) -> LoadedGraph | None:
         """Consecutive layers as one graph; None where they have to run one by one.

@@ -159,6 +159,26 @@ _GPT_OSS = {
     "head_dim": 32,
     "swiglu_limit": 0.5,
 }
+_PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
+_GEMMA4 = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": WINDOW,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "rope_parameters": {**_TWO_ROPES, "full_attention": _PROPORTIONAL},
+    "final_logit_softcapping": 4.0,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": TINY["vocab_size"],
+    "num_kv_shared_layers": 1,
+    "use_double_wide_mlp": True,
+}
+_GEMMA4_LARGE = {
+    **_GEMMA4,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -240,6 +260,8 @@ CASES: dict[str, Case] = {
     "qwen2_moe": Case("qwen2_moe", "as Qwen 2; experts and a shared one", _QWEN2_MOE),
     "olmoe": Case("olmoe", "Q/K norm of all heads; experts", _OLMOE),
     "lfm2_moe": Case("lfm2_moe", "as LFM 2; experts, scored one by one", _LFM2_MOE),
+    "gemma4": Case("gemma4_text", "as Gemma 3; V norm, embeddings for layers, shared K/V", _GEMMA4),
+    "gemma4 large": Case("gemma4_text", "values from keys, heads by kind of layer", _GEMMA4_LARGE),
     "gpt_oss": Case("gpt_oss", "windows, sinks, biases; experts with a bounded gate", _GPT_OSS),
 }
 
@@ -265,12 +287,15 @@ def save_random(folder: Path, case: Case) -> Path:
             values = 0.3 * values - 3.0
         elif name.endswith(".bias"):
             values *= 0.3
-        else:  # Gemma adds 1 to the weights of its norms
-            values = 0.3 * values + (0.0 if "gemma" in case.family else 1.0)
+        else:  # Gemma before 4 adds 1 to the weights of its norms
+            added = "gemma" in case.family and case.family != "gemma4_text"
+            values = 0.3 * values + (0.0 if added else 1.0)
         parameter.data = values.half().float()
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
             buffer.copy_(0.3 * torch.randn_like(buffer))
+        elif name.endswith("layer_scalar"):
+            buffer.copy_(0.7 + 0.3 * torch.rand_like(buffer))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

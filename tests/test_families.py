@@ -87,7 +87,8 @@ def test_graphs_in_full_precision_give_the_logits_of_transformers(
     family, target = REGISTRY[case.family], Target("cpu", "float32", 32, 0)
     spec = family.describe("", source.config, case.max_length)
     runner = Runner(spec, "cpu")
-    build_embed(tmp_path, family.embedding(source.weights, spec), spec, target)
+    table, per_layer = (part(source.weights, spec) for part in (family.embedding, family.per_layer))
+    build_embed(tmp_path, table, spec, target, per_layer)
     states = runner.embed(tmp_path / EMBED_PATH, ids[None])
     for index in range(LAYERS):
         layer = family.layer(source.weights, index, spec)

@@ -205,7 +205,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def _states(manifest: Manifest) -> str:
-    if not manifest.mixers:
+    if manifest.recurrence is None:
         return ""
     count = len(manifest.mixers) - len(manifest.attending)
     return f"; states of {count} layers {manifest.state_bytes / 1e6:.3f} MB, at any length"

@@ -8,9 +8,13 @@ from typing import Literal
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
 
 
-Mixer = Literal["attention", "short_conv", "gated_delta"]
-"""What lets the tokens of a layer see each other: attention, whose K/V grow with the text, or what
-keeps a state of fixed size: a short convolution, or Gated DeltaNet."""
+Mixer = Literal["attention", "shared_attention", "short_conv", "gated_delta"]
+"""What lets the tokens of a layer see each other: attention, whose K/V grow with the text, or over
+the K/V of an earlier layer; or what keeps a state of fixed size: a short convolution, or Gated
+DeltaNet."""
+
+ATTENTIONS: tuple[Mixer, ...] = ("attention", "shared_attention")
+"""Those that attend."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ class Block:
         query_scale: factor on the queries that grows with the position, or None.
         heads_gated: whether the sigmoid of a gate multiplies what the heads return.
         experts: of the layers that have some, or None.
+        per_layer_width: of what each layer reads of the tokens themselves, an embedding of its
+            own; 0 without.
     """
 
     norm: Literal["rms", "layer"]
@@ -120,6 +126,7 @@ class Block:
     query_scale: QueryScale | None = None
     heads_gated: bool = False
     experts: Experts | None = None
+    per_layer_width: int = 0
 
     @property
     def reads_positions(self) -> bool:
@@ -134,7 +141,13 @@ class Attention:
     Attributes:
         rope: index of its rotary table; None if queries and keys are not rotated.
         window: number of tokens it sees, including its own; None for all.
+        kv_heads: key/value heads of this layer; None takes those of the model.
+        head_dim: width of its heads, likewise.
+        source: the layer whose K/V a `shared_attention` reads.
     """
 
     rope: int | None
     window: int | None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    source: int | None = None

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dash_onnx.core.actions import PRECISIONS, SKIP, WIDE, Form
+from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
 if TYPE_CHECKING:
+    from dash_onnx.core.block import Attention
     from dash_onnx.core.facts import ModelFacts, Rope, ScorerFacts, StaticPoint
     from dash_onnx.core.manifest import Manifest
 
@@ -100,8 +102,10 @@ def _recurrence_problems(manifest: Manifest) -> Iterator[str]:
         yield f"mixers describes {len(mixers)} layers of {manifest.model.num_layers}"
     if mixers and "attention" not in mixers:
         yield "mixers has no attention, of which ropes and K/V are"
-    if bool({*mixers} - {"attention"}) != (sizes is not None):
+    if bool({*mixers} - {*ATTENTIONS}) != (sizes is not None):
         yield "recurrence must be there exactly where a layer does not attend"
+    for layer, attention in enumerate(manifest.attention):
+        yield from _source_problems(manifest, layer, attention)
     if sizes is None:
         return
     delta = "gated_delta" in mixers
@@ -120,19 +124,38 @@ def _recurrence_problems(manifest: Manifest) -> Iterator[str]:
         yield f"the files are too small for states of {manifest.state_bytes} bytes"
 
 
+def _source_problems(manifest: Manifest, layer: int, attention: Attention) -> Iterator[str]:
+    source, heads = attention.source, manifest.model.heads_of(attention)
+    for value in heads:
+        if not 0 < value <= _MOST:
+            yield f"layer {layer} has heads of {value}"
+    if manifest.model.num_heads % heads[0]:
+        yield f"the heads of layer {layer} do not share its {heads[0]} key/value heads"
+    if (manifest.mixer_of(layer) == "shared_attention") != (source is not None):
+        yield f"layer {layer} must name whose K/V it reads exactly where it has shared attention"
+    if source is None:
+        return
+    if not 0 <= source < layer or manifest.mixer_of(source) != "attention":
+        yield f"layer {layer} reads K/V of layer {source}, which writes none before it"
+    elif manifest.model.heads_of(manifest.attention[source]) != heads:
+        yield f"layer {layer} reads K/V of layer {source}, which has other heads"
+
+
 def _rope_problems(manifest: Manifest) -> Iterator[str]:
-    pairs = {len(rope.inv_freq) for rope in manifest.ropes}
-    if len(pairs) != 1:
-        yield "ropes must all have the same number of frequencies"
-    if 2 * max(pairs) > manifest.model.head_dim:
-        yield f"ropes rotate more than the {manifest.model.head_dim} dimensions of a head"
+    if not manifest.ropes or not all(rope.inv_freq for rope in manifest.ropes):
+        yield "ropes must have frequencies"
     if not all(abs(x) <= _LARGE for rope in manifest.ropes for x in _factors(rope)):
         yield f"ropes has a number beyond {_LARGE:.0e}"
     if len(manifest.ropes) > max(2, manifest.model.num_layers):
         yield f"ropes has {len(manifest.ropes)} entries, which is more than the layers can use"
+    if not 0 <= manifest.block.per_layer_width <= _MOST_STATE:
+        yield f"block.per_layer_width is {manifest.block.per_layer_width}"
     for layer in range(manifest.model.num_layers):
         if not 0 <= manifest.rope_of(layer) < len(manifest.ropes):
             yield "attention names a rope that ropes does not have"
+        dims = manifest.dims_of(layer)
+        if dims.rotary_dim > dims.head_dim:
+            yield f"ropes rotate more than the {dims.head_dim} dimensions of a head"
 
 
 def _factors(rope: Rope) -> tuple[float, ...]:
@@ -143,9 +166,13 @@ def _claim_problems(manifest: Manifest) -> Iterator[str]:
     """Sizes that the files cannot hold: whoever believed them would run out of memory."""
     model = manifest.model
     held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
-    attention = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
-    layers = model.num_layers * (attention + 2 * model.intermediate_size)
-    if (model.vocab_size + layers) * model.hidden_size > held:
+    claimed = (model.vocab_size + 2 * model.num_layers * model.intermediate_size) * model.hidden_size
+    claimed += model.vocab_size * model.num_layers * manifest.block.per_layer_width
+    for attention in manifest.attention:
+        kv_heads, head_dim = model.heads_of(attention)
+        heads = model.num_heads + (kv_heads if attention.source is None else 0)
+        claimed += 2 * head_dim * heads * model.hidden_size
+    if claimed > held:
         yield f"the files are too small for the sizes of model: {held / _MOST_WEIGHTS:.0f} bytes"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from dash_onnx.core.actions import Form
-from dash_onnx.core.block import Mixer, Recurrence
+from dash_onnx.core.block import ATTENTIONS, Attention, Mixer, Recurrence
 from dash_onnx.core.facts import KVCacheType, ModelFacts, Rope, Target
 
 Size = TypeVar("Size", int, str)
@@ -79,7 +79,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes that the ports of a model's graphs depend on.
+    """The sizes that the ports of a model's graphs depend on, or of one layer.
 
     Attributes:
         hidden_size: width D of the residual stream.
@@ -90,6 +90,7 @@ class Dims:
         dtype: element type of hidden states and logits.
         kv_cache: of K/V.
         recurrence: of layers without K/V, or None.
+        per_layer: layers, and the width of what each of them reads of the tokens; or None.
     """
 
     hidden_size: int
@@ -100,6 +101,7 @@ class Dims:
     dtype: DType
     kv_cache: KVCacheType = "float"
     recurrence: Recurrence | None = None
+    per_layer: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -108,17 +110,23 @@ class Dims:
         ropes: Sequence[Rope],
         target: Target,
         recurrence: Recurrence | None = None,
+        per_layer_width: int = 0,
+        attention: Attention | None = None,
     ) -> Dims:
-        """The sizes of a model; its rotary embeddings all have as many dimensions."""
+        """The sizes of a model, or of a layer with its attention."""
+        heads = (model.num_kv_heads, model.head_dim)
+        kv_heads, head_dim = heads if attention is None else model.heads_of(attention)
+        rope = ropes[0 if attention is None else attention.rope or 0]
         return cls(
             hidden_size=model.hidden_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            rotary_dim=2 * len(ropes[0].inv_freq),
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            rotary_dim=2 * len(rope.inv_freq),
             vocab_size=model.vocab_size,
             dtype=target.dtype,
             kv_cache=target.kv_cache,
             recurrence=recurrence,
+            per_layer=(model.num_layers, per_layer_width) if per_layer_width else None,
         )
 
     @property
@@ -139,7 +147,7 @@ class Dims:
         Gated DeltaNet.
         """
         sizes = self.recurrence
-        if mixer == "attention" or sizes is None:
+        if mixer in ATTENTIONS or sizes is None:
             return {}
         conv: dict[str, tuple[int, ...]] = {"conv": (sizes.kernel - 1, sizes.channels)}
         if mixer == "short_conv":
@@ -148,18 +156,33 @@ class Dims:
 
 
 def embed_ports(dims: Dims) -> Ports:
-    """Token embedding: ids `[batch, seq]` -> hidden `[batch, seq, D]`."""
+    """Token embedding: ids `[batch, seq]` -> hidden `[batch, seq, D]`.
+
+    And `per_layer` `[batch, seq, L, P]`, where layers read something of the tokens themselves.
+    """
     return Ports(
         inputs=(Port("input_ids", "int64", ("batch", "seq")),),
-        outputs=(Port("hidden", dims.dtype, ("batch", "seq", dims.hidden_size)),),
+        outputs=(
+            Port("hidden", dims.dtype, ("batch", "seq", dims.hidden_size)),
+            *_per_layer_ports(dims),
+        ),
     )
+
+
+def _per_layer_ports(dims: Dims) -> tuple[Port, ...]:
+    if dims.per_layer is None:
+        return ()
+    return (Port("per_layer", dims.dtype, ("batch", "seq", *dims.per_layer)),)
 
 
 def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
     """Decoder layer, whatever its action.
 
     One without attention reads `past_conv`, and `past_recurrent` if it is a Gated DeltaNet, and
-    writes `present_conv` and `present_recurrent`, see `Dims.state_shapes`.
+    writes `present_conv` and `present_recurrent`, see `Dims.state_shapes`. One with shared attention
+    has the inputs of attention, with the K/V of another layer as `past_key` and `past_value`, which
+    hold the new tokens already; it writes none. `per_layer` is as the token embedding gives it, for
+    all layers.
 
     Of one with attention
     `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
@@ -172,7 +195,7 @@ def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
     the mask and writes at `start`, the second reads neither.
     """
     hidden = ("batch", "seq", dims.hidden_size)
-    if mixer != "attention":
+    if mixer not in ATTENTIONS:
         shapes = dims.state_shapes(mixer)
         past, present = (
             [
@@ -187,6 +210,7 @@ def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
         )
     cache = dims.cache_shape("batch", "capacity")
     rotary = ("limit", dims.rotary_dim // 2)
+    written = ("present_key", "present_value") if mixer == "attention" else ()
     return Ports(
         inputs=(
             Port("hidden_in", dims.dtype, hidden),
@@ -201,11 +225,11 @@ def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
             Port("plain", "bool", ()),
             Port("cos_cache", dims.dtype, rotary),
             Port("sin_cache", dims.dtype, rotary),
+            *_per_layer_ports(dims),
         ),
         outputs=(
             Port("hidden_out", dims.dtype, hidden),
-            Port("present_key", dims.cache_dtype, cache),
-            Port("present_value", dims.cache_dtype, cache),
+            *(Port(name, dims.cache_dtype, cache) for name in written),
         ),
     )
 
@@ -214,22 +238,26 @@ _KEPT = "key", "value", "conv", "recurrent"
 """What layers keep of earlier tokens."""
 
 
-def joined_names(layer: int, window: int | None, rope: int) -> dict[str, str]:
+def joined_names(layer: int, attention: Attention, layers: range) -> dict[str, str]:
     """What the ports of a layer are called in a graph of several layers.
 
-    Each has a cache or states of its own; those of one window share a mask, those of one rotary
-    embedding its tables. The other ports are shared by all.
+    Each has a cache or states of its own, or reads what another one has written; those of one
+    window share a mask, those of one rotary embedding its tables. The other ports are shared by
+    all.
 
     Args:
         layer: its index.
-        window: tokens that it sees at most, or None.
-        rope: index of its rotary embedding.
+        attention: of the layer.
+        layers: of the graph.
     """
     kept = [f"{side}_{name}" for side in ("past", "present") for name in _KEPT]
     names = {name: f"{name}.{layer}" for name in kept}
-    if window is not None:
-        names["mask"] = f"mask.{window}"
-    cos, sin = rotary_names(rope)
+    if (source := attention.source) is not None:
+        side = "present" if source in layers else "past"
+        names |= {f"past_{name}": f"{side}_{name}.{source}" for name in ("key", "value")}
+    if attention.window is not None:
+        names["mask"] = f"mask.{attention.window}"
+    cos, sin = rotary_names(attention.rope or 0)
     return {**names, "cos_cache": cos, "sin_cache": sin}
 
 
@@ -239,9 +267,8 @@ def rotary_names(rope: int) -> tuple[str, str]:
     return f"cos_cache{suffix}", f"sin_cache{suffix}"
 
 
-def joined_ports(dims: Dims, names: Sequence[dict[str, str]], mixers: Sequence[Mixer]) -> Ports:
+def joined_ports(each: Sequence[Ports], names: Sequence[dict[str, str]]) -> Ports:
     """Several consecutive layers: their ports as in `layer_ports`, with each layer's names."""
-    each = [layer_ports(dims, mixer) for mixer in mixers]
 
     def joined(sides: Sequence[tuple[Port, ...]]) -> tuple[Port, ...]:
         found = [
@@ -251,7 +278,9 @@ def joined_ports(dims: Dims, names: Sequence[dict[str, str]], mixers: Sequence[M
         ]
         return tuple({port.name: port for port in found}.values())
 
-    return Ports(joined([p.inputs for p in each]), joined([p.outputs for p in each]))
+    inputs, outputs = joined([p.inputs for p in each]), joined([p.outputs for p in each])
+    made = {port.name for port in outputs}
+    return Ports(tuple(port for port in inputs if port.name not in made), outputs)
 
 
 def head_ports(dims: Dims) -> Ports:

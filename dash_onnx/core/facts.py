@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from dash_onnx.core.actions import PRECISIONS, Action, Form, Path, segments_of
+from dash_onnx.core.block import Attention
 
 _LARGE = 200_000_000  # weights of the layers
 
@@ -47,6 +48,10 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     max_length: int
+
+    def heads_of(self, attention: Attention) -> tuple[int, int]:
+        """Key/value heads of a layer, and the width of a head."""
+        return attention.kv_heads or self.num_kv_heads, attention.head_dim or self.head_dim
 
     @property
     def layer_parameters(self) -> int:

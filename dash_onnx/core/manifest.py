@@ -23,6 +23,7 @@ from dash_onnx.core.contract import (
     joined_names,
     joined_ports,
     layer_path,
+    layer_ports,
 )
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import (
@@ -54,7 +55,7 @@ class Manifest:
         format_version: version of this format.
         model: sizes of the source model.
         block: the computation that all layers have in common.
-        ropes: the distinct rotary embeddings of the layers, all with the same number of pairs.
+        ropes: the distinct rotary embeddings of the layers.
         attention: of each layer.
         target: what the graphs were built for.
         variants: the precisions exported for each layer, highest first; `skip` always exists.
@@ -99,7 +100,17 @@ class Manifest:
     @property
     def dims(self) -> Dims:
         """The sizes that the graph contract depends on."""
-        return Dims.of(self.model, self.ropes, self.target, self.recurrence)
+        return self.dims_of(None)
+
+    def dims_of(self, layer: int | None) -> Dims:
+        """The same of a layer, whose heads may be others than those of most."""
+        attention = None if layer is None else self.attention[layer]
+        width = self.block.per_layer_width
+        return Dims.of(self.model, self.ropes, self.target, self.recurrence, width, attention)
+
+    def layer_ports(self, layer: int) -> Ports:
+        """The ports of a layer's graphs."""
+        return layer_ports(self.dims_of(layer), self.mixer_of(layer))
 
     def mixer_of(self, layer: int) -> Mixer:
         """What lets the tokens of a layer see each other."""
@@ -107,7 +118,7 @@ class Manifest:
 
     @property
     def attending(self) -> tuple[int, ...]:
-        """The layers that have K/V."""
+        """The layers that have K/V of their own."""
         layers = range(self.model.num_layers)
         return tuple(layer for layer in layers if self.mixer_of(layer) == "attention")
 
@@ -117,15 +128,11 @@ class Manifest:
 
     def names_joined(self, layers: range) -> list[dict[str, str]]:
         """Names of the ports of each layer in a graph of several, see `contract.joined_names`."""
-        return [
-            joined_names(layer, self.attention[layer].window, self.rope_of(layer))
-            for layer in layers
-        ]
+        return [joined_names(layer, self.attention[layer], layers) for layer in layers]
 
     def ports_joined(self, layers: range) -> Ports:
         """The ports of such a graph."""
-        mixers = [self.mixer_of(layer) for layer in layers]
-        return joined_ports(self.dims, self.names_joined(layers), mixers)
+        return joined_ports([*map(self.layer_ports, layers)], self.names_joined(layers))
 
     def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
         """Bytes of weights that a token on a path reads."""
@@ -140,9 +147,9 @@ class Manifest:
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV cache per token, for all layers."""
-        dims = self.dims
-        each = math.prod(map(int, dims.cache_shape(1, 1))) * np.dtype(dims.cache_dtype).itemsize
-        return 2 * len(self.attending) * each
+        shapes = [self.dims_of(layer).cache_shape(1, 1) for layer in self.attending]
+        numbers = sum(math.prod(map(int, shape)) for shape in shapes)
+        return 2 * numbers * np.dtype(self.dims.cache_dtype).itemsize
 
     @property
     def state_bytes(self) -> int:

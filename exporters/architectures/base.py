@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dash_onnx.core.block import Attention, Block, Mixer, Recurrence
-from dash_onnx.core.contract import Dims
+from dash_onnx.core.block import ATTENTIONS, Attention, Block, Mixer, Recurrence
+from dash_onnx.core.contract import Dims, Ports, layer_ports
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import ModelFacts, Rope, Target
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, concatenate
@@ -203,6 +203,11 @@ class Layer:
         delta: of a Gated DeltaNet.
         mixture: of experts, which compute beside the MLP or in its place.
         xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
+        v_norm: `[d]`, of each head's values.
+        per_layer_gate: `[P, D]`, what of the layer's result lets its embedding of the tokens in.
+        per_layer_output: `[D, P]`, what that adds to the residual stream.
+        per_layer_norm: `[D]`, of what is added.
+        factor: `[1]`, on the whole result.
     """
 
     input_norm: Norm | None
@@ -222,13 +227,19 @@ class Layer:
     conv: Conv | None = None
     delta: Delta | None = None
     mixture: Mixture | None = None
+    v_norm: Norm | None = None
+    per_layer_gate: Linear | None = None
+    per_layer_output: Linear | None = None
+    per_layer_norm: Norm | None = None
+    factor: torch.Tensor | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All matrix products that precisions differ in."""
         mixture = self.mixture
         experts = () if mixture is None else (mixture.up, mixture.down)
-        products = (self.qkv, self.output, self.gate_up, self.down, *experts)
+        ends = (self.per_layer_gate, self.per_layer_output)
+        products = (self.qkv, self.output, self.gate_up, self.down, *experts, *ends)
         return tuple(linear for linear in products if linear is not None)
 
     @property
@@ -243,6 +254,23 @@ class Layer:
         mixture = self.mixture
         products = () if mixture is None else (mixture.router, mixture.shared_gate)
         return tuple(linear for linear in products if linear is not None)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Embeddings of the tokens for each layer, of width P.
+
+    Attributes:
+        table: `[V, L * P]`, which stays on disk.
+        scale: on its rows.
+        projection: of the token embedding that the first layer reads, `[L * P, D]`, added to them.
+        norm: `[P]`, of what that gives for each layer.
+    """
+
+    table: torch.Tensor
+    scale: float
+    projection: Linear
+    norm: Norm
 
 
 @dataclass(frozen=True)
@@ -295,9 +323,23 @@ class ModelSpec:
     mixers: tuple[Mixer, ...] = ()
     recurrence: Recurrence | None = None
 
-    def dims(self, target: Target) -> Dims:
-        """What the ports of the model's graphs depend on."""
-        return Dims.of(self.facts, self.ropes, target, self.recurrence)
+    def dims(self, target: Target, layer: int | None = None) -> Dims:
+        """What the ports of the model's graphs depend on, or those of a layer."""
+        attention = None if layer is None else self.attention[layer]
+        width = self.block.per_layer_width
+        return Dims.of(self.facts, self.ropes, target, self.recurrence, width, attention)
+
+    def layer_ports(self, target: Target, layer: int) -> Ports:
+        """The ports of a layer's graphs."""
+        return layer_ports(self.dims(target, layer), self.mixer_of(layer))
+
+    def attends(self, layer: int) -> bool:
+        """Whether it has attention, of either kind."""
+        return self.mixer_of(layer) in ATTENTIONS
+
+    def heads_of(self, layer: int) -> tuple[int, int]:
+        """See `ModelFacts`."""
+        return self.facts.heads_of(self.attention[layer])
 
     def mixer_of(self, layer: int) -> Mixer:
         """What lets the tokens of a layer see each other."""

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dash_onnx.core.block import (
+    ATTENTIONS,
     Activation,
     Attention,
     Block,
@@ -28,6 +29,7 @@ from dash_onnx.exporters.architectures.base import (
     Linear,
     ModelSpec,
     Norm,
+    PerLayer,
     Scales,
     recurrent_sizes,
     stack,
@@ -158,7 +160,7 @@ class Decoder:
             raise UnsupportedError(
                 "no layer attends: only models with some attention are supported"
             )
-        hybrid = bool({*mixers} - {"attention"})
+        hybrid, recurrent = (bool({*mixers} - {*kinds}) for kinds in (ATTENTIONS[:1], ATTENTIONS))
         heads, head = config.num_attention_heads, _head_dim(config)
         ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))
         return ModelSpec(
@@ -182,7 +184,7 @@ class Decoder:
             scales=self.scales(config),
             embedding_normed=self.embedding_normed,
             mixers=mixers if hybrid else (),
-            recurrence=self.recurrence(config) if hybrid else None,
+            recurrence=self.recurrence(config) if recurrent else None,
         )
 
     def inner_size(self, config: PretrainedConfig) -> int:
@@ -268,6 +270,10 @@ class Decoder:
         """Factors of the model."""
         return Scales()
 
+    def per_layer(self, weights: Weights, spec: ModelSpec) -> PerLayer | None:
+        """What each layer reads of the tokens themselves."""
+        return None
+
     def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
         """Token embedding `[V, D]`."""
         facts = spec.facts
@@ -275,14 +281,14 @@ class Decoder:
 
     def layer(self, weights: Weights, index: int, spec: ModelSpec) -> Layer:
         """Weights of one decoder layer."""
-        names, facts, attends = self.names, spec.facts, spec.mixer_of(index) == "attention"
+        names, facts, attends = self.names, spec.facts, spec.attends(index)
         if not attends:
             assert self.recurrent_names is not None
             names = self.recurrent_names
         prefix = f"{names.layers}.{index}."
-        names, inner = self.inside(weights, names, prefix, spec)
-        width, head = facts.hidden_size, facts.head_dim
-        queries, keys = facts.num_heads * head, facts.num_kv_heads * head
+        names, inner = self.inside(weights, names, index, spec)
+        width, (kv_heads, head) = facts.hidden_size, spec.heads_of(index)
+        queries, keys = facts.num_heads * head, kv_heads * head
         inners = [inner] * (2 if spec.block.gated else 1)
         order = self.head_order(spec.ropes[0], head) if attends else None
         post_norm = names.post_norm
@@ -310,8 +316,10 @@ class Decoder:
             return stack(short, *(linear(part, part, size, width) for part, size in sizes))
 
         if attends:
-            rows: tuple[int, ...] = (queries * (2 if spec.block.heads_gated else 1), keys, keys)
-            qkv = _paired(self.qkv(stacked("qkv_proj", names.qkv, *rows), spec), spec, order)
+            own = () if spec.mixer_of(index) == "shared_attention" else (keys, keys)
+            rows: tuple[int, ...] = (queries * (2 if spec.block.heads_gated else 1), *own)
+            qkv = self.qkv(stacked("qkv_proj", names.qkv, *rows), spec)
+            qkv = _paired(qkv, (queries + keys) // head, order)
         else:
             queries, rows = recurrent_sizes(spec)
             qkv = stacked("in_proj", names.qkv, *rows)
@@ -319,7 +327,7 @@ class Decoder:
             input_norm=norm(names.input_norm),
             qkv=qkv,
             q_norm=head_norm(names.q_norm, facts.num_heads),
-            k_norm=head_norm(names.k_norm, facts.num_kv_heads),
+            k_norm=head_norm(names.k_norm, kv_heads),
             output=linear(names.output, "o_proj", width, queries),
             output_norm=added(names.output_norm),
             post_norm=norm(post_norm),
@@ -333,7 +341,7 @@ class Decoder:
         )
 
     def inside(
-        self, weights: Weights, names: Names, prefix: str, spec: ModelSpec
+        self, weights: Weights, names: Names, index: int, spec: ModelSpec
     ) -> tuple[Names, int]:
         """Names of a layer's weights, and the width inside its MLP."""
         return names, spec.facts.intermediate_size
@@ -376,12 +384,11 @@ class Decoder:
         return Norm(weight, take(weights, bias, size) if bias in weights else None)
 
 
-def _paired(qkv: Linear, spec: ModelSpec, order: npt.NDArray[np.int64] | None) -> Linear:
+def _paired(qkv: Linear, count: int, order: npt.NDArray[np.int64] | None) -> Linear:
     """Brings the dimensions of query and key heads into the order of the rotation."""
-    facts = spec.facts
     if order is None:
         return qkv
-    heads = np.arange(facts.num_heads + facts.num_kv_heads) * facts.head_dim
+    heads = np.arange(count) * len(order)
     turned = (heads[:, None] + order).reshape(-1)
     return qkv.reordered(np.concatenate([turned, np.arange(len(turned), qkv.out_features)]))
 

@@ -12,6 +12,7 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Rope
 from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.gemma4 import GEMMA4
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.architectures.sparse import (
@@ -206,6 +207,7 @@ REGISTRY: dict[str, Decoder] = {
         windows="listed",
         norm_offset=1.0,
     ),
+    "gemma4_text": GEMMA4,
     "glm": Decoder(_GLM, pairs="neighbours"),
     "glm4": Decoder(
         replace(_GLM, output_norm="post_self_attn_layernorm", down_norm="post_mlp_layernorm"),

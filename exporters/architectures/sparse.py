@@ -51,11 +51,11 @@ class Sparse(Decoder):
         )
 
     def inside(
-        self, weights: Weights, names: Names, prefix: str, spec: ModelSpec
+        self, weights: Weights, names: Names, index: int, spec: ModelSpec
     ) -> tuple[Names, int]:
         """See `Decoder`."""
-        if not self._routes(weights, prefix):
-            return super().inside(weights, names, prefix, spec)
+        if not self._routes(weights, f"{self.names.layers}.{index}."):
+            return super().inside(weights, names, index, spec)
         assert spec.block.experts is not None
         if self.shared is None:
             return replace(names, gate_up=(), down=None), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import ModelSpec
-from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile, HiddenStates
+from dash_onnx.exporters.calibration.hidden_states import BATCH, HiddenStateFile, HiddenStates
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS, Ids
 from dash_onnx.exporters.graphs import HIDDEN, KVScales
 from dash_onnx.runtime.ort import Device, create_session, has_device
@@ -25,12 +25,22 @@ _RANGES: dict[int, tuple[float, ...]] = {8: (1.5,), 4: (1.0, 0.9, 0.8, 0.7, 0.6,
 _GRAM_PARTS = 6  # of the columns of x^T x: of 6 x 6 squares only 21 are computed
 
 
-@dataclass(frozen=True)
+_KV = ["present_key", "present_value"]
+
+
+@dataclass
 class Runner:
-    """Runs graphs of a model outside the runtime, each sequence from an empty K/V cache."""
+    """Runs graphs of a model outside the runtime, each sequence from an empty K/V cache.
+
+    It keeps what later layers read beside their input: the tokens, and K/V that layers share.
+    """
 
     spec: ModelSpec
     device: Device
+
+    def __post_init__(self) -> None:
+        self._tokens: tuple[Path, Ids] | None = None
+        self._shared: dict[int, HiddenStateFile | HiddenStates] = {}  # [sequences, 2, H_kv, S, d]
 
     @classmethod
     def on(cls, device: Device, spec: ModelSpec) -> Runner:
@@ -39,14 +49,37 @@ class Runner:
 
     def embed(self, path: Path, ids: Ids) -> HiddenStates:
         """Token ids `[sequences, length]` -> hidden states."""
+        self.reads(path, ids)
         session = create_session(path, self.device)
         return np.concatenate([session.run(["hidden"], {"input_ids": row[None]})[0] for row in ids])
 
-    def layer(self, index: int, path: Path, hidden: HiddenStates) -> HiddenStates:
-        """Output of a graph of one layer."""
-        session = create_session(path, self.device)
-        rows = [session.run(["hidden_out"], self._feeds(session, index, x))[0] for x in hidden]
-        return np.concatenate(rows)
+    def reads(self, path: Path, ids: Ids) -> None:
+        """Says which tokens `[sequences, length]` layers run on, and the graph that embeds them."""
+        self._tokens = path, ids
+
+    def layer(
+        self, index: int, path: Path, hidden: HiddenStates, *, keep: bool = True
+    ) -> HiddenStates:
+        """Output of a graph of one layer.
+
+        Args:
+            index: of the layer.
+            path: the graph.
+            hidden: its input; where there is more of it than tokens, these come again.
+            keep: let later layers read its K/V, where they do.
+        """
+        session, keep = create_session(path, self.device), keep and index in self._sources
+        names = ["hidden_out", *(_KV if keep else [])]
+        feeds = self._feeds_of(session, index)
+        runs = [session.run(names, feeds(row, x)) for row, x in enumerate(hidden)]
+        if keep:
+            self._shared[index] = np.stack([np.concatenate(kv) for _, *kv in runs])
+        return np.concatenate([run[0] for run in runs])
+
+    @property
+    def _sources(self) -> set[int | None]:
+        """Layers whose K/V others read."""
+        return {attention.source for attention in self.spec.attention}
 
     def layer_with_hessians(
         self,
@@ -74,15 +107,21 @@ class Runner:
         weights = {inputs[name]: sink_weights[name] for name in reversed(tuple(inputs))}
         captured = [name for name in names if name != HIDDEN]
         session = self._capturing_session(path, captured)
+        feeds = self._feeds_of(session, index, hidden.path)
+        shared = _KV if index in self._sources else []
         sums: dict[str, torch.Tensor] = {}
 
         def outputs() -> Iterator[HiddenStates]:
             # In batches: ORT's threads spin for a while after each run, on cores that torch needs.
-            for batch in hidden.batches():
+            for number, batch in enumerate(hidden.batches()):
+                rows = range(number * BATCH, number * BATCH + len(batch))
                 runs = [
-                    session.run([*captured, "hidden_out"], self._feeds(session, index, x))
-                    for x in batch
+                    session.run([*captured, *shared, "hidden_out"], feeds(row, x))
+                    for row, x in zip(rows, batch, strict=True)
                 ]
+                if shared:
+                    kv = np.stack([np.concatenate(run[-3:-1]) for run in runs])
+                    self._keep(index, hidden, rows, kv)
                 for name in names:
                     at = None if name == HIDDEN else captured.index(name)
                     found = batch if at is None else np.concatenate([run[at] for run in runs])
@@ -122,8 +161,9 @@ class Runner:
             hidden: its input, `[sequences, length, D]`.
             bits: of the cache.
         """
-        session, names = create_session(path, self.device), ["present_key", "present_value"]
-        runs = [session.run(names, self._feeds(session, index, x)) for x in hidden]
+        session = create_session(path, self.device)
+        feeds = self._feeds_of(session, index)
+        runs = [session.run(_KV, feeds(row, x)) for row, x in enumerate(hidden)]
         keys, values = (np.concatenate(found, -2)[0] for found in zip(*runs, strict=True))
         return _least_error_scales(keys, bits), _least_error_scales(values, bits)
 
@@ -134,21 +174,62 @@ class Runner:
         if not np.isfinite(logits).all():
             raise FloatingPointError(f"{path} gives logits that are not finite")
 
+    def _keep(self, index: int, hidden: HiddenStateFile, rows: range, kv: HiddenStates) -> None:
+        """Writes K/V of some sequences beside the hidden states, where a later process looks."""
+        path = _kv_path(hidden.path, index)
+        if not rows.start:
+            shape = (len(hidden), *kv.shape[1:])
+            np.lib.format.open_memmap(path, "w+", kv.dtype, shape)
+            self._shared[index] = HiddenStateFile(path)
+        np.load(path, mmap_mode="r+")[rows.start : rows.stop] = kv
+
+    def _feeds_of(
+        self, session: Any, index: int, beside: Path | None = None
+    ) -> Callable[[int, HiddenStates], dict[str, np.ndarray]]:
+        """From the number of a sequence and its input to all inputs of a graph of a layer.
+
+        Args:
+            session: of the graph.
+            index: of the layer.
+            beside: a file in whose folder an earlier process may have kept K/V.
+        """
+        source, embed = self.spec.attention[index].source, None
+        if source is not None and source not in self._shared and beside is not None:
+            self._shared[source] = HiddenStateFile(_kv_path(beside, source))
+        if self.spec.block.per_layer_width:
+            assert self._tokens is not None
+            embed = create_session(self._tokens[0], self.device)
+
+        def feeds(row: int, x: HiddenStates) -> dict[str, np.ndarray]:
+            found = self._feeds(session, index, x)
+            if embed is not None and self._tokens is not None:
+                ids = self._tokens[1]
+                ids = ids[row % len(ids)][None]
+                found["per_layer"] = embed.run(["per_layer"], {"input_ids": ids})[0]
+            if source is not None:
+                kept = self._shared[source]
+                row %= len(kept)
+                (found["past_key"], found["past_value"]) = kept[row : row + 1].swapaxes(0, 1)
+            return {port.name: found[port.name] for port in session.get_inputs()}
+
+        return feeds
+
     def _feeds(self, session: Any, index: int, x: HiddenStates) -> dict[str, np.ndarray]:
         ports = {port.name: port for port in session.get_inputs()}
-        if self.spec.mixer_of(index) != "attention":
+        if not self.spec.attends(index):
             shapes = {name: port.shape[1:] for name, port in ports.items() if name != HIDDEN}
             states = {name: np.zeros((1, *shape), x.dtype) for name, shape in shapes.items()}
             return {HIDDEN: x[None], **states}
-        facts, length = self.spec.facts, x.shape[0]
+        length = x.shape[0]
         rope = self.spec.ropes[self.spec.attention[index].rope or 0]
         cos, sin = rotary_tables(rope, length, x.dtype.name)
-        past = ports["past_key"]
-        stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
-        cache = np.zeros((1, facts.num_kv_heads, length, past.shape[-1]), stored)
+        cache = None
+        if (past := ports.get("past_key")) is not None:
+            stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
+            cache = np.zeros((1, past.shape[1], length, past.shape[-1]), stored)
         positions = np.arange(length)
         seen = positions <= positions[:, None]
-        feeds = {
+        return {
             HIDDEN: x[None],
             "past_key": cache,
             "past_value": cache,
@@ -162,7 +243,11 @@ class Runner:
             "cos_cache": cos,
             "sin_cache": sin,
         }
-        return {name: feeds[name] for name in ports}
+
+
+def _kv_path(states: Path, layer: int) -> Path:
+    """Where K/V of a layer lie that others read."""
+    return states.with_name(f"kv-{layer:02d}.npy")
 
 
 def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.float32]:

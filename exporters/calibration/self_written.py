@@ -125,12 +125,11 @@ def write_text(
     sessions = Sessions(bundle, open_backend(bundle.manifest.target.device))
     if sessions.embed().session.get_inputs()[0].shape[0] == 1:
         raise BundleError(f"{bundle.folder} is of an earlier version of dash-onnx; export again")
-    manifest, dims = bundle.manifest, bundle.manifest.dims
+    manifest = bundle.manifest
     layers = manifest.model.num_layers
     best = "int8" if "int8" in manifest.variants else manifest.variants[0]
     decider = FixedPath((best,) * layers, manifest.heads[best])
-    kv_bytes = 2 * layers * dims.num_kv_heads * dims.head_dim * np.dtype(dims.dtype).itemsize
-    batch = int(np.clip(KV_BYTES // (kv_bytes * length), 1, _BATCH))
+    batch = int(np.clip(KV_BYTES // (manifest.kv_bytes * length), 1, _BATCH))
     parts = np.array_split(np.arange(len(openings)), -(-len(openings) // batch))
     ids = np.empty((len(openings), length), np.int64)
     with Phase(label, total=len(openings) * (length - 1), unit="tokens") as phase:

@@ -58,7 +58,8 @@ def write_draft(
     target = replace(target, kv_cache="float", attention="grouped")  # no scales, no costs yet
     if not has_device(target.device) or target.device == "cpu":
         target = Target("cpu", "float32", target.block_size, 4)  # INT8 activations: the fastest
-    build_embed(folder, architecture.embedding(source.weights, spec), spec, target)
+    table = architecture.embedding(source.weights, spec)
+    build_embed(folder, table, spec, target, architecture.per_layer(source.weights, spec))
     count = spec.facts.num_layers
     for index in Loop("INT8 draft", range(count)):
         layer = architecture.layer(source.weights, index, spec)

@@ -68,7 +68,8 @@ class GraphWriter:
     def embed(self, folder: Path, ids: Ids, out: HiddenStateFile) -> None:
         """Writes the token embedding, and the calibration tokens' hidden states after it."""
         table = self.architecture.embedding(self.source.weights, self.spec)
-        self.fp32_kept += build_embed(folder, table, self.spec, self.target)
+        per_layer = self.architecture.per_layer(self.source.weights, self.spec)
+        self.fp32_kept += build_embed(folder, table, self.spec, self.target, per_layer)
         out.write(len(ids), [self.runner.embed(folder / EMBED_PATH, ids)])
 
     def layer(
@@ -116,7 +117,7 @@ class GraphWriter:
                 self.fp32_kept += build_layer(*common, form, hessians, scales)
             if form == "full":
                 continue
-            output = self.runner.layer(index, folder / paths[form], few)
+            output = self.runner.layer(index, folder / paths[form], few, keep=False)
             errors[form] = relative_error(output, full)
         sizes = {
             form: sum(part.stat().st_size for part in _files_of(folder, paths[form]))

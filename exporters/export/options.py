@@ -72,9 +72,19 @@ class ExportOptions:
     ternary: bool = False
 
     def resolved(
-        self, kind: str, facts: ModelFacts, experts: Experts | None = None
+        self,
+        kind: str,
+        facts: ModelFacts,
+        experts: Experts | None = None,
+        per_layer_width: int = 0,
     ) -> ExportOptions:
         """With what suits a model and its kind of source, where the user chose nothing.
+
+        Args:
+            kind: of the source.
+            facts: of the model.
+            experts: see `Block`.
+            per_layer_width: likewise.
 
         Raises:
             UnsupportedError: the block size, the rank or a precision that the user chose does not.
@@ -97,6 +107,8 @@ class ExportOptions:
             sizes["width of experts"] = experts.width
             if experts.shared_width:
                 sizes["width of the shared expert"] = experts.shared_width
+        if per_layer_width:
+            sizes["width of per-layer embeddings"] = per_layer_width
         kept = kind == "gguf" and not self.requantize and not self.ternary
         large = (_LARGE_BLOCK,) if facts.large or self.ternary else ()
         fitting = (b for b in (*large, _BLOCK) if not any(size % b for size in sizes.values()))

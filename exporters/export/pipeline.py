@@ -15,6 +15,7 @@ from pathlib import Path
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.card import write_card
+from dash_onnx.core.contract import EMBED_PATH
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.facts import ExportFacts, ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
@@ -96,6 +97,7 @@ def export(
         if known is None:
             writer.embed(folder, ids, partial.states(0))
             finish()
+        writer.runner.reads(folder / EMBED_PATH, ids)
         every = range(spec.facts.num_layers)
         left = every[len(layers) :]
         for index in Loop("layers", left, done=left.start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,14 +111,18 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     architecture, weights = architecture_of(source.config), _Described(source.config)
     spec = architecture.describe(source.name, source.config, options.max_length)
     weights.check(source.weights)
-    if spec.mixers and options.device != "cpu":
-        kinds = ", ".join(sorted({*spec.mixers} - {"attention"}))
+    kinds = ", ".join(sorted({*spec.mixers} - {"attention"}))
+    if (kinds or spec.block.per_layer_width) and options.device != "cpu":
         raise UnsupportedError(
-            f"layers of kind {kinds} have been written for the CPU alone: export with --device cpu"
+            f"layers of kind {kinds or 'with embeddings of their own'} have been written for the "
+            "CPU alone: export with --device cpu"
         )
+    if "shared_attention" in spec.mixers and options.kv_cache != "float":
+        raise UnsupportedError("K/V that several layers read are not quantized: no --kv-cache here")
     facts = spec.facts
     head = architecture.head(weights, spec)
-    resolved = options.resolved(source.kind, facts, spec.block.experts)
+    own = spec.block.per_layer_width
+    resolved = options.resolved(source.kind, facts, spec.block.experts, own)
     width = spec.recurrence.value_width if spec.recurrence else 0
     if resolved.block_size is not None and width % resolved.block_size:
         raise UnsupportedError(
@@ -137,10 +142,13 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     head_forms: tuple[Form, ...] = (*rule.heads, *((WIDE,) if resolved.wide else ()))
     heads = {form: rule.head(form, head) for form in head_forms}
     embedding = 2 * facts.vocab_size * facts.hidden_size
+    if (per_layer := architecture.per_layer(weights, spec)) is not None:
+        projection = rule.stored("full", per_layer.projection, per_layer.norm)
+        embedding += 2 * per_layer.table.numel() + projection
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
-    attending = spec.mixers.count("attention") if spec.mixers else facts.num_layers
-    kv = 2 * attending * facts.num_kv_heads * facts.head_dim
+    attending = [index for index in range(facts.num_layers) if spec.mixer_of(index) == "attention"]
+    kv = 2 * sum(math.prod(spec.heads_of(index)) for index in attending)
     kept_kv = int(kv * {"float": rule.wide, "int8": 1, "int4": 0.5}[options.kv_cache])
     draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
@@ -231,7 +239,7 @@ class _Rule:
         return (
             self.matrix(rows, width, "int4" if self.hessians else "int8")
             + self.matrix(width, self.rank, "int8")
-            + self.stored("full", layer.input_norm, layer.k_norm)
+            + self.stored("full", layer.input_norm, layer.k_norm, layer.v_norm)
             + (0 if layer.qkv.bias is None else rows * self.wide)
             + (0 if layer.delta is None else self.stored("full", layer.conv, *layer.small))
         )

@@ -33,12 +33,13 @@ def suited(
     Raises:
         DashError: a weight cannot be read, or the options do not suit the model.
     """
-    if spec.block.experts is None:
-        exact = replace(options, ternary=True).resolved(source.kind, spec.facts)
+    facts, experts, width = spec.facts, spec.block.experts, spec.block.per_layer_width
+    if experts is None:
+        exact = replace(options, ternary=True).resolved(source.kind, facts, None, width)
         assert exact.block_size is not None
         if _is_ternary(source, architecture, spec, exact.block_size, layers):
             return exact
-    return options.resolved(source.kind, spec.facts, spec.block.experts)
+    return options.resolved(source.kind, facts, experts, width)
 
 
 def _is_ternary(

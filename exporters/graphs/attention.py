@@ -33,6 +33,7 @@ class Heads:
         window: tokens that a token sees at most, itself included, or None.
         query_scale: see `Block`.
         sinks: `[H]`, see `Layer`, a value of the graph; or None.
+        shared: whether they read K/V that another layer has written, the new tokens' included.
     """
 
     queries: int
@@ -44,6 +45,7 @@ class Heads:
     window: int | None = None
     query_scale: QueryScale | None = None
     sinks: ir.Value | None = None
+    shared: bool = False
 
 
 def attend(
@@ -57,15 +59,16 @@ def attend(
 
     Args:
         graph: with the ports of a layer.
-        projected: queries, keys and values `[batch, seq, ...]`, or all stacked and twice None.
+        projected: queries, keys and values `[batch, seq, ...]`, or all stacked and twice None;
+            queries alone where K/V are shared.
         heads: how they attend.
         kv_scales: of a quantized cache.
         name: of the heads' outputs.
 
     Returns:
-        The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens.
+        The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens, unless shared.
     """
-    names = name, "present_key", "present_value"
+    names = (name,) if heads.shared else (name, "present_key", "present_value")
     if heads.query_scale is not None:
         query, *others = projected
         projected = [_scaled(graph, query, heads.query_scale), *others]
@@ -103,7 +106,10 @@ def attend_grouped(
         options = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
     if heads.sinks is not None:
         extras = [None, None, heads.sinks, *extras[3:]]
-    if graph.target.ragged:
+    if heads.shared:  # no new keys and values: the new tokens are the last ones of the cache
+        begin, end = graph.int64(0, 0), graph.int64(0, heads.keys * heads.size)
+        projected = [projected[0], *[graph.op.Slice(projected[0], begin, end, graph.int64(1, 2))] * 2]
+    elif graph.target.ragged:  # which ONNX Runtime does not have without new ones
         extras = [*extras, *[None] * (7 - len(extras)), inputs["query_seqlens"]]
     if heads.scale != heads.size**-0.5:
         options["scale"] = heads.scale
@@ -111,7 +117,7 @@ def attend_grouped(
         options["softcap"] = heads.softcap
     if heads.window is not None:
         options["local_window_size"] = heads.window
-    made: Sequence[ir.Value] = graph.ms.GroupQueryAttention(
+    made: ir.Value | Sequence[ir.Value] = graph.ms.GroupQueryAttention(
         *projected,
         inputs["past_key"],
         inputs["past_value"],
@@ -126,7 +132,7 @@ def attend_grouped(
         **options,
         _outputs=[graph.value(name) for name in names],
     )
-    return made
+    return [made] if isinstance(made, ir.Value) else made
 
 
 def attend_plainly(
@@ -138,8 +144,10 @@ def attend_plainly(
     for all of them. The mask leaves out what a token does not see.
     """
     op = graph.op
-    query, key, value = projected
-    if key is None or value is None:
+    query, key, value = (*projected, None, None)[:3]
+    if heads.shared:
+        written = [graph.inputs["past_key"], graph.inputs["past_value"]]
+    elif key is None or value is None:
         widths = [heads.queries * heads.size, *[heads.keys * heads.size] * 2]
         query, key, value = op.Split(
             query,
@@ -147,7 +155,9 @@ def attend_plainly(
             axis=-1,
             _outputs=[graph.value(f"{name}.rows") for name in ("query", "key", "value")],
         )
-    present_key, present_value = write_kv(graph, key, value, heads)
+    if not heads.shared:
+        written = write_kv(graph, key, value, heads)
+    present_key, present_value = written
     query = rotated(graph, query, heads, heads.queries)
     group = heads.queries // heads.keys
     # [batch, seq, H * d] -> [batch, H_kv, group * seq, d]
@@ -173,7 +183,7 @@ def attend_plainly(
     mixed = op.Reshape(mixed, graph.int64(0, heads.keys, group, -1, heads.size))
     mixed = op.Transpose(mixed, perm=[0, 3, 1, 2, 4])
     attended = op.Reshape(mixed, graph.int64(0, 0, heads.queries * heads.size))
-    return attended, present_key, present_value
+    return [attended] if heads.shared else [attended, present_key, present_value]
 
 
 def write_kv(graph: Graph, key: ir.Value, value: ir.Value, heads: Heads) -> list[ir.Value]:

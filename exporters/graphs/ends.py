@@ -15,7 +15,7 @@ from onnx.external_data_helper import uses_external_data
 from dash_onnx.core.actions import Form
 from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
 from dash_onnx.core.facts import Target
-from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec, Norm
+from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec, Norm, PerLayer
 from dash_onnx.exporters.graphs.graph import Graph
 from dash_onnx.exporters.quantize.blockwise import (
     Quantized,
@@ -32,10 +32,17 @@ _PREVIEW_BLOCKS = (128, 64)  # of the head that chooses them: large blocks are f
 _EXACT_ROWS = ("exact_values", "exact_scales")
 
 
-def build_embed(folder: Path, table: torch.Tensor, spec: ModelSpec, target: Target) -> list[str]:
+def build_embed(
+    folder: Path,
+    table: torch.Tensor,
+    spec: ModelSpec,
+    target: Target,
+    per_layer: PerLayer | None = None,
+) -> list[str]:
     """Writes `embed.onnx` from `[V, D]`; returns `Graph.fp32_kept`.
 
-    It holds FP16 rows, or INT8 rows where those give exactly the same values.
+    It holds FP16 rows, or INT8 rows where those give exactly the same values. Of either table ONNX
+    Runtime maps the file, and reads the rows of the tokens that come.
     """
     graph = Graph("embed", embed_ports(spec.dims(target)), target, spec.block)
     ids = graph.inputs["input_ids"]
@@ -59,7 +66,22 @@ def build_embed(folder: Path, table: torch.Tensor, spec: ModelSpec, target: Targ
         hidden = graph.op.Mul(hidden, scale)
     if spec.embedding_normed:
         hidden = graph.norm(hidden, "embedding_norm", Norm(torch.ones(table.shape[1])))
-    return graph.save(folder, EMBED_PATH, hidden=hidden)
+    outputs = {} if per_layer is None else {"per_layer": _per_layer(graph, ids, hidden, per_layer)}
+    return graph.save(folder, EMBED_PATH, hidden=hidden, **outputs)
+
+
+def _per_layer(graph: Graph, ids: ir.Value, hidden: ir.Value, part: PerLayer) -> ir.Value:
+    """What each layer reads of the tokens, `[batch, seq, L, P]`."""
+    op, size, width = graph.op, part.norm.weight.shape[0], part.projection.in_features
+    by_layer = graph.int64(0, 0, -1, size)
+    array = graph.stored_half("per_layer.rows", part.table)
+    rows = op.Cast(op.Gather(graph.tensor("per_layer.rows", array), ids), to=graph.dtype)
+    rows = op.Mul(rows, graph.activation_tensor("per_layer.scale", torch.tensor(part.scale)))
+    projected = op.Reshape(graph.linear(hidden, part.projection, "full"), by_layer)
+    # A factor of width ** -0.5 in front of the norm.
+    epsilon = graph.block.norm_epsilon * width
+    normed = graph.norm(projected, "per_layer.norm", part.norm, epsilon)
+    return op.Add(op.Reshape(rows, by_layer), normed)
 
 
 def _exact_rows(table: torch.Tensor, block_size: int) -> Quantized | None:

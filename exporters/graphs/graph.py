@@ -207,14 +207,17 @@ class Graph:
         self.fp32_kept.append(name)
         return weight.float().numpy()
 
-    def norm(self, x: ir.Value, name: str, norm: Norm | None) -> ir.Value:
-        """Norm over the last axis; x itself where there is none."""
+    def norm(
+        self, x: ir.Value, name: str, norm: Norm | None, epsilon: float | None = None
+    ) -> ir.Value:
+        """Norm over the last axis, with the usual epsilon unless told; x where there is none."""
         if norm is None:
             return x
         rms = self.block.norm == "rms"
         kernel = self.op.RMSNormalization if rms else self.op.LayerNormalization
         weights, outputs = self._norm_weights(name, norm), [self.value(f"{name}.out")]
-        return kernel(x, *weights, axis=-1, epsilon=self.block.norm_epsilon, _outputs=outputs)
+        epsilon = self.block.norm_epsilon if epsilon is None else epsilon
+        return kernel(x, *weights, axis=-1, epsilon=epsilon, _outputs=outputs)
 
     def norm_heads(self, x: ir.Value, name: str, norm: Norm | None, width: int) -> ir.Value:
         """Norm of queries or keys `[batch, seq, width]`: of each head, or of all heads together."""

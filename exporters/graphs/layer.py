@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from dash_onnx.core.actions import WIDE, Form
-from dash_onnx.core.contract import layer_path, layer_ports
+from dash_onnx.core.contract import layer_path
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec
 from dash_onnx.exporters.graphs.attention import (
@@ -46,6 +46,8 @@ def captured_inputs(
         (layer.gate_up, reads),
         (layer.down, "activated" if layer.down_sub_norm is None else "down_sub_norm.out"),
         (None if layer.mixture is None else layer.mixture.up, reads),
+        (layer.per_layer_gate, "mlp.sum"),
+        (layer.per_layer_output, "per_layer.opened"),
     ]
     return {
         linear.name: value
@@ -80,14 +82,14 @@ def build_layer(
 ) -> list[str]:
     """Writes `layers/NN/FORM.onnx`; returns `Graph.fp32_kept`, with the layer."""
     block, mixer = spec.block, spec.mixer_of(index)
-    ports = layer_ports(spec.dims(target), mixer)
+    ports = spec.layer_ports(target, index)
     graph = Graph(f"layer_{index}_{form}", ports, target, block, hessians)
     op = graph.op
 
     hidden = graph.inputs[HIDDEN]  # [batch, seq, D]
     normed = graph.norm(hidden, "input_norm", layer.input_norm)
     projected = graph.linear(normed, layer.qkv, form)
-    if mixer == "attention":
+    if spec.attends(index):
         mixed, states = _attention(graph, projected, layer, heads_of(spec, index), kv_scales)
     elif mixer == "short_conv":
         mixed, states = short_conv(graph, projected, layer)
@@ -104,22 +106,28 @@ def build_layer(
         normed, residual = graph.add_norm(output, hidden, "post_norm", layer.post_norm)
     down = _feed_forward(graph, normed, layer, form)
     down = graph.norm(down, "down_norm", layer.down_norm)
-    kept = graph.save(folder, layer_path(index, form), hidden_out=op.Add(residual, down), **states)
+    result = op.Add(residual, down, _outputs=[graph.value("mlp.sum")])
+    if layer.per_layer_gate is not None:
+        result = _per_layer(graph, result, layer, index, form)
+    if layer.factor is not None:
+        result = op.Mul(result, graph.activation_tensor("factor", layer.factor))
+    kept = graph.save(folder, layer_path(index, form), hidden_out=result, **states)
     return [f"layers.{index}.{name}" for name in kept]
 
 
 def heads_of(spec: ModelSpec, index: int) -> Heads:
     """How the heads of a layer attend."""
-    facts, block, sees = spec.facts, spec.block, spec.attention[index]
+    block, sees, (keys, size) = spec.block, spec.attention[index], spec.heads_of(index)
     return Heads(
-        queries=facts.num_heads,
-        keys=facts.num_kv_heads,
-        size=facts.head_dim,
+        queries=spec.facts.num_heads,
+        keys=keys,
+        size=size,
         rotated=0 if sees.rope is None else 2 * len(spec.ropes[sees.rope].inv_freq),
         scale=block.attention_scale,
         softcap=block.attention_softcap,
         window=sees.window,
         query_scale=block.query_scale,
+        shared=sees.source is not None,
     )
 
 
@@ -137,11 +145,11 @@ def _attention(
     if graph.block.heads_normed == "after":
         heads = replace(heads, rotated=0)
     name = "heads" if gated else ATTENTION
-    attention, key, value = attend(graph, projected, heads, kv_scales, name)
+    attention, *written = attend(graph, projected, heads, kv_scales, name)
     if gated:
         gate = graph.op.Sigmoid(gate)
         attention = graph.op.Mul(attention, gate, _outputs=[graph.value(ATTENTION)])
-    return attention, {"present_key": key, "present_value": value}
+    return attention, dict(zip(("present_key", "present_value"), written, strict=False))
 
 
 def _projected(
@@ -154,6 +162,8 @@ def _projected(
     if layer.q_norm is None and layer.k_norm is None and heads.query_scale is None:
         return qkv, None, None
     queries, keys = heads.queries * heads.size, heads.keys * heads.size
+    if heads.shared:
+        return (graph.norm_heads(qkv, "q_norm", layer.q_norm, queries),)
     q, k, v = graph.op.Split(
         qkv,
         graph.int64(queries, keys, keys),
@@ -164,7 +174,22 @@ def _projected(
         q, k = rotated(graph, q, heads, heads.queries), rotated(graph, k, heads, heads.keys)
     q = graph.norm_heads(q, "q_norm", layer.q_norm, queries)
     k = graph.norm_heads(k, "k_norm", layer.k_norm, keys)
+    v = graph.norm_heads(v, "v_norm", layer.v_norm, keys)
     return q, k, v
+
+
+def _per_layer(
+    graph: Graph, x: ir.Value, layer: Layer, index: int, form: Form
+) -> ir.Value:
+    """X `[batch, seq, D]` and what it lets in of the layer's own embedding of the tokens."""
+    op, gate, output = graph.op, layer.per_layer_gate, layer.per_layer_output
+    assert gate is not None and output is not None
+    number = op.Constant(value_int=index)
+    own = op.Gather(graph.inputs["per_layer"], number, axis=2)  # [batch, seq, P]
+    opened = _activation_of(graph, layer)(graph.linear(x, gate, form))
+    opened = op.Mul(opened, own, _outputs=[graph.value("per_layer.opened")])
+    added = graph.norm(graph.linear(opened, output, form), "per_layer_norm", layer.per_layer_norm)
+    return op.Add(x, added)
 
 
 def _feed_forward(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from onnx import numpy_helper
 
-from dash_onnx.core.actions import SKIP
-from dash_onnx.core.contract import data_name, layer_path, layer_ports
+from dash_onnx.core.actions import SKIP, Form
+from dash_onnx.core.contract import data_name, layer_path
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Layer, Linear, ModelSpec, stack
 from dash_onnx.exporters.graphs.attention import (
@@ -48,7 +48,8 @@ def build_skip(
     and both are scattered into the cache at the token's position, so that later tokens attend
     to a skipped token as to any other. A quantized cache is written by GroupQueryAttention, which
     also rotates; that the keys attend to themselves is not used, and seen from one token it is
-    cheap. A layer without attention likewise keeps its states.
+    cheap. A layer without attention likewise keeps its states; one that reads K/V of another layer
+    keeps nothing.
 
     Args:
         scale: the layer's calibrated mean of ||y|| / ||x||.
@@ -58,19 +59,24 @@ def build_skip(
         kv_scales: of a quantized cache.
     """
     mixer = spec.mixer_of(index)
-    ports = layer_ports(spec.dims(target), mixer)
+    ports = spec.layer_ports(target, index)
     shared = {"skip_proj": hessians[layer.qkv.name]} if hessians else {}
     graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
     op, hidden = graph.op, graph.inputs["hidden_in"]  # [batch, seq, D]
     first, sizes = kept_rows(spec, index)
-    kept, count = layer.qkv.rows(first, first + sum(sizes), "skip_proj"), len(sizes)
+    products, count = [layer.qkv.rows(first, first + sum(sizes), "kept")] * bool(sizes), len(sizes)
     if correction is not None:  # reads what K and V read: one product for all three
-        kept = stack("skip_proj", kept, Linear("reduce", correction[0]))
+        products.append(Linear("reduce", correction[0]))
         sizes = [*sizes, correction[0].shape[0]]
-    normed = graph.norm(hidden, "input_norm", layer.input_norm)
-    projected = graph.linear(normed, kept, "int4" if hessians else "int8")
-    parts = split(graph, projected, sizes, "kept")
-    if mixer == "attention":
+    parts: Sequence[ir.Value] = []
+    if products:
+        normed = graph.norm(hidden, "input_norm", layer.input_norm)
+        precision: Form = "int4" if hessians else "int8"
+        projected = graph.linear(normed, stack("skip_proj", *products), precision)
+        parts = split(graph, projected, sizes, "kept")
+    if mixer == "shared_attention":
+        states: States = {}
+    elif mixer == "attention":
         states = _kv(graph, parts[0], parts[1], layer, heads_of(spec, index), kv_scales)
     else:
         states = keep(graph, normed, parts[:count], layer, spec)
@@ -83,13 +89,15 @@ def build_skip(
 
 def kept_rows(spec: ModelSpec, index: int) -> tuple[int, list[int]]:
     """First row of a layer's `qkv` that a skipped layer computes, and the sizes of its parts."""
-    facts = spec.facts
+    if spec.mixer_of(index) == "shared_attention":
+        return 0, []
     if spec.mixer_of(index) == "short_conv":
-        return 0, [facts.hidden_size] * 2
+        return 0, [spec.facts.hidden_size] * 2
     if spec.mixer_of(index) == "gated_delta":
         assert spec.recurrence is not None
         return 0, [spec.recurrence.channels]
-    return facts.num_heads * facts.head_dim, [facts.num_kv_heads * facts.head_dim] * 2
+    heads, size = spec.heads_of(index)
+    return spec.facts.num_heads * size, [heads * size] * 2
 
 
 def _kv(
@@ -105,6 +113,7 @@ def _kv(
         key = rotated(graph, key, heads, heads.keys)
         heads = replace(heads, rotated=0)
     key = graph.norm_heads(key, "k_norm", layer.k_norm, heads.keys * heads.size)
+    value = graph.norm_heads(value, "v_norm", layer.v_norm, heads.keys * heads.size)
     if kv_scales is None:
         cached = write_kv(graph, key, value, heads)
     else:
