@@ -290,6 +290,8 @@ def save_random(folder: Path, case: Case) -> Path:
         else:  # Gemma before 4 adds 1 to the weights of its norms
             added = "gemma" in case.family and case.family != "gemma4_text"
             values = 0.3 * values + (0.0 if added else 1.0)
+            if case.family == "gemma4_text" and "q_norm" in name:  # it has no other scale
+                values *= 0.25
         parameter.data = values.half().float()
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):

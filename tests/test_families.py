@@ -29,6 +29,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 import dash_onnx
 from dash_onnx.core.actions import WIDE
+from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.errors import ContextLengthError, UnsupportedError
@@ -63,7 +64,10 @@ INT4_ERROR = 0.2
 standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of 2.5 for norms."""
 
 
-QUICK = [*list(CASES)[:16], "bitnet", "granite_swa", "ministral3", "lfm2", "qwen3_5", "qwen2_moe"]
+QUICK = [
+    *list(CASES)[:16],
+    *("bitnet", "granite_swa", "ministral3", "lfm2", "qwen3_5", "qwen2_moe", "gemma4"),
+]
 """Cases of every kind of layer that the runtime treats differently; the others are slow tests."""
 
 
@@ -200,7 +204,7 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
     read: dict[tuple[int, str], torch.Tensor] = {}
     mixers = pair.model.manifest.mixers or ("attention",) * LAYERS
     for index, module in enumerate(pair.reference.get_decoder().layers):
-        attends = mixers[index] == "attention"
+        attends = mixers[index] in ATTENTIONS
         names = family.names if attends else family.recurrent_names
         projections = [
             ("qkv_proj" if attends else "in_proj", names.qkv[0]),
@@ -208,6 +212,9 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
             ("gate_up_proj", names.gate_up[0]),
             ("down_proj", names.down),
         ]
+        if hasattr(module, "per_layer_input_gate"):
+            projections.append(("per_layer_gate", "per_layer_input_gate"))
+            projections.append(("per_layer_output", "per_layer_projection"))
         mixture = family.mixture if isinstance(family, Sparse) else ""
         if hasattr(module.get_submodule(mixture), "experts"):
             shared = family.shared and [family.shared.gate_up[0], family.shared.down]

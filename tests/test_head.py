@@ -200,7 +200,10 @@ def test_training_computes_int2_as_the_runtime_does(two_bits: Path) -> None:
     sequence = model.new_sequence()
     wanted = sequence.prefill(ids, path, "int8", every=True)
     layers = DequantizedModel(Bundle(two_bits), ("int8", "int4", "int2"), torch.float32)
-    x, rotary = layers.embed(torch.from_numpy(ids)[None]), layers.rotary(len(ids))
+    x, rotary = (
+        layers.embed(torch.from_numpy(ids)[None]),
+        layers.beside(torch.from_numpy(ids)[None]),
+    )
     for index in range(4):
         queries, keys_values = layers.qkv(index, "int2", layers.normed(index, x))
         attention = layers.attend(index, queries, keys_values, rotary)

@@ -29,10 +29,10 @@ def env(tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]) -> Env
 
 def from_layer(env: Environment, layer: int, y: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `[B, T, V]` when the output of a layer is `y`; the rest at the base."""
-    model, rotary = env.model, env.model.rotary(TOKENS)
+    model, beside = env.model, env.model.beside(torch.zeros(1, TOKENS, dtype=torch.long))
     for later in range(layer + 1, env.layers):
         queries, keys_values = model.qkv(later, ACTIONS[0], model.normed(later, y))
-        attention = model.attend(later, queries, keys_values, rotary)
+        attention = model.attend(later, queries, keys_values, beside)
         y = model.complete(later, ACTIONS[0], y, attention)
     return model.logits(model.final(y)).double().log_softmax(-1)
 
@@ -41,12 +41,12 @@ def second_order_kl(env: Environment, ids: torch.Tensor) -> torch.Tensor:
     """`[L, T, A]`: half the variance, under p, of how the logits move; summed over all tokens."""
     base = torch.zeros(1, TOKENS, len(ACTIONS))
     base[..., 0] = 1.0
-    rotary = env.model.rotary(TOKENS)
+    beside = env.model.beside(ids)
     result = torch.zeros(env.layers, TOKENS, len(ACTIONS), dtype=torch.float64)
     x = env.model.embed(ids)
     with torch.no_grad():
         for layer in range(env.layers):
-            outputs = env.outputs(layer, x, base, rotary)
+            outputs = env.outputs(layer, x, base, beside)
             y = outputs[0]
             p = from_layer(env, layer, y).exp()
             for action in range(1, len(ACTIONS)):

@@ -166,7 +166,9 @@ def _claim_problems(manifest: Manifest) -> Iterator[str]:
     """Sizes that the files cannot hold: whoever believed them would run out of memory."""
     model = manifest.model
     held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
-    claimed = (model.vocab_size + 2 * model.num_layers * model.intermediate_size) * model.hidden_size
+    claimed = (
+        model.vocab_size + 2 * model.num_layers * model.intermediate_size
+    ) * model.hidden_size
     claimed += model.vocab_size * model.num_layers * manifest.block.per_layer_width
     for attention in manifest.attention:
         kv_heads, head_dim = model.heads_of(attention)

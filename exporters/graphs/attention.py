@@ -74,13 +74,13 @@ def attend(
         projected = [_scaled(graph, query, heads.query_scale), *others]
     if graph.target.attention == "grouped":
         return attend_grouped(graph, projected, heads, names, kv_scales)
-    made: Sequence[ir.Value] = graph.either(
+    made = graph.either(
         graph.inputs["plain"],
         lambda: attend_plainly(graph, projected, heads),
         lambda: attend_grouped(graph, projected, heads, names),
         names,
     )
-    return made
+    return [made] if heads.shared else made
 
 
 def attend_grouped(
@@ -108,7 +108,10 @@ def attend_grouped(
         extras = [None, None, heads.sinks, *extras[3:]]
     if heads.shared:  # no new keys and values: the new tokens are the last ones of the cache
         begin, end = graph.int64(0, 0), graph.int64(0, heads.keys * heads.size)
-        projected = [projected[0], *[graph.op.Slice(projected[0], begin, end, graph.int64(1, 2))] * 2]
+        projected = [
+            projected[0],
+            *[graph.op.Slice(projected[0], begin, end, graph.int64(1, 2))] * 2,
+        ]
     elif graph.target.ragged:  # which ONNX Runtime does not have without new ones
         extras = [*extras, *[None] * (7 - len(extras)), inputs["query_seqlens"]]
     if heads.scale != heads.size**-0.5:
@@ -117,7 +120,7 @@ def attend_grouped(
         options["softcap"] = heads.softcap
     if heads.window is not None:
         options["local_window_size"] = heads.window
-    made: ir.Value | Sequence[ir.Value] = graph.ms.GroupQueryAttention(
+    made = graph.ms.GroupQueryAttention(
         *projected,
         inputs["past_key"],
         inputs["past_value"],
@@ -132,7 +135,7 @@ def attend_grouped(
         **options,
         _outputs=[graph.value(name) for name in names],
     )
-    return [made] if isinstance(made, ir.Value) else made
+    return [made] if len(names) == 1 else made
 
 
 def attend_plainly(

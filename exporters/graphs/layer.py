@@ -178,9 +178,7 @@ def _projected(
     return q, k, v
 
 
-def _per_layer(
-    graph: Graph, x: ir.Value, layer: Layer, index: int, form: Form
-) -> ir.Value:
+def _per_layer(graph: Graph, x: ir.Value, layer: Layer, index: int, form: Form) -> ir.Value:
     """X `[batch, seq, D]` and what it lets in of the layer's own embedding of the tokens."""
     op, gate, output = graph.op, layer.per_layer_gate, layer.per_layer_output
     assert gate is not None and output is not None

@@ -17,17 +17,18 @@ import torch
 from onnx import numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.block import Recurrence
+from dash_onnx.core.block import ATTENTIONS, Recurrence
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, looks_twice
+from dash_onnx.exporters.train.attention import attention, by_head, rotated
+from dash_onnx.exporters.train.embedding import Beside, Embedding
 from dash_onnx.exporters.train.experts import experts_of
 from dash_onnx.exporters.train.recurrent import kept_of, mixed, own_and_kept
-from dash_onnx.exporters.train.stored import dequantized, norm_of, projections_of
+from dash_onnx.exporters.train.stored import norm_of, projections_of
 
 Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
@@ -37,20 +38,16 @@ F = torch.nn.functional
 # time of passes whose logits are larger. Of few tokens at once, the product is slow.
 _LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
-_STORED = ("values", "scales")  # of an embedding's rows in INT8
 _KEEP_BYTES = 1 << 30  # of dequantized layers
 
 Projections: TypeAlias = dict[str, Linear]
 """The linear layers of a decoder layer under one action, by name."""
 
-Rotary: TypeAlias = list[tuple[Tensor, Tensor]]
-"""Cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings."""
-
 _NORMS = (
-    *("input_norm", "q_norm", "k_norm", "output_norm", "post_norm", "down_norm", "delta_norm"),
-    *("output_sub_norm", "down_sub_norm"),
+    *("input_norm", "q_norm", "k_norm", "v_norm", "output_norm", "post_norm", "down_norm"),
+    *("delta_norm", "per_layer_norm", "output_sub_norm", "down_sub_norm"),
 )
-_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias", "choice_bias")
+_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias", "choice_bias", "factor")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -90,7 +87,8 @@ class DequantizedModel:
         self.actions: tuple[Action, ...] = (*(a for a in actions if a != SKIP), SKIP)
         self._bundle = bundle
         facts, self._block = self.manifest.model, self.manifest.block
-        self._heads, self._kv_heads, self._d = facts.num_heads, facts.num_kv_heads, facts.head_dim
+        self._heads = facts.num_heads
+        self._sources = {attention.source for attention in self.manifest.attention}
         self._scales = [layer.scale for layer in self.manifest.layers]
         self._dtype = dtype
         small = [self._read_small(index) for index in range(facts.num_layers)]
@@ -148,24 +146,16 @@ class DequantizedModel:
             raise BundleError(f"cannot read {file}: {error}") from None
 
     @cached_property
-    def _embedding(self) -> dict[str, np.ndarray]:
-        return self._tensors(EMBED_PATH)
+    def _embedding(self) -> Embedding:
+        return Embedding(self._tensors(EMBED_PATH), self.manifest)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
-        found, tokens = self._embedding, ids.flatten().numpy(force=True)
-        if "embedding" in found:
-            rows = torch.as_tensor(found["embedding"][tokens]).float()
-        else:  # only these rows: all of a large vocabulary are half a gigabyte
-            stored = {f"embedding.{part}": found[f"embedding.{part}"][tokens] for part in _STORED}
-            rows = dequantized(stored, "embedding", self.manifest.target.block_size, torch.float32)
-        x = rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
-        return norm_of(found, "embedding_norm")(x, self._block) if "embedding_norm" in found else x
+        return self._embedding(ids)
 
-    def rotary(self, length: int) -> Rotary:
-        """Rotary tables of the first `length` positions."""
-        tables = [rotary_tables(rope, length, "float32") for rope in self.manifest.ropes]
-        return [(torch.as_tensor(cos), torch.as_tensor(sin)) for cos, sin in tables]
+    def beside(self, ids: Tensor) -> Beside:
+        """For a pass over token ids `[B, T]`."""
+        return self._embedding.beside(ids)
 
     def normed(self, layer: int, x: Tensor) -> Tensor:
         """What attention reads of a layer's input, `[..., D]` -> `[..., D]`."""
@@ -189,8 +179,10 @@ class DequantizedModel:
             projected = self._project(layer, action, "in_proj", normed)
             gates = self._gates(layer, action, normed)
             return own_and_kept(projected, gates, self._vectors[layer], sizes)
-        qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * self._d
-        kept = 2 * self._kv_heads * self._d
+        kv_heads, size = self.manifest.heads_of(layer)
+        qkv, width = self._project(layer, action, "qkv_proj", normed), self._heads * size
+        shared = self.manifest.attention[layer].source is not None
+        kept = 0 if shared else 2 * kv_heads * size
         queries, keys_values, gates = qkv.split([width, kept, qkv.shape[-1] - width - kept], -1)
         if self._block.heads_normed == "before":
             queries = self._norm(layer, "q_norm", queries)
@@ -200,70 +192,61 @@ class DequantizedModel:
         if "k_norm" not in self._norms[layer] or self._block.heads_normed == "after":
             return keys_values
         keys, values = keys_values.chunk(2, -1)
+        values = self._norm(layer, "v_norm", values)
         return torch.cat([self._norm(layer, "k_norm", keys), values], -1)
 
-    def attend(self, layer: int, queries: Tensor, keys_values: Tensor, rotary: Rotary) -> Tensor:
+    def attend(self, layer: int, queries: Tensor, keys_values: Tensor, beside: Beside) -> Tensor:
         """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`.
 
         Arguments are as `qkv` gives them: with gates behind the queries where heads have some, and
-        of other contents where the layer does not attend.
+        of other contents where the layer does not attend. Behind the result comes what the layer
+        reads of the tokens themselves.
         """
+        result = self._mixed(layer, queries, keys_values, beside)
+        if beside.per_layer is not None:
+            result = torch.cat([result, beside.per_layer[:, :, layer].to(result)], -1)
+        return result
+
+    def _mixed(self, layer: int, queries: Tensor, keys_values: Tensor, beside: Beside) -> Tensor:
         if (sizes := self._recurrence(layer)) is not None:
             result = mixed(queries, keys_values, self._vectors[layer], sizes)
             if sizes.value_heads:
                 result = self._norm(layer, "delta_norm", result) * F.silu(queries)
             return result
-        width = self._heads * self._d
+        if layer in self._sources:  # the gradient may run this again: what came first counts
+            beside.shared.setdefault(layer, keys_values)
+        if (source := self.manifest.attention[layer].source) is not None:
+            keys_values = beside.shared[source]
+        kv_heads, size = self.manifest.heads_of(layer)
+        width = self._heads * size
         queries, gates = queries[..., :width], queries[..., width:]
         keys, values = keys_values.chunk(2, -1)
-        q = self._rotated(layer, queries, rotary)
-        k = self._rotated(layer, keys, rotary)
+        q, k, v = (by_head(x, size) for x in (queries, keys, values))
+        if (rope := self.manifest.attention[layer].rope) is not None:
+            q, k = (rotated(x, *beside.rotary[rope]) for x in (q, k))
         if self._block.heads_normed == "after":
             q, k = self._norm(layer, "q_norm", q), self._norm(layer, "k_norm", k)
         if (scale := self._block.query_scale) is not None:
             blocks = torch.arange(q.shape[2]) // scale.length
             q = q * (1 + scale.beta * torch.log1p(blocks.float()))[:, None]
-        v = self._by_head(values)
-        groups = self._heads // self._kv_heads
+        groups = self._heads // kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        result = self._attention(layer, q, k, v).transpose(1, 2).flatten(2)
+        window, sinks = self.manifest.attention[layer].window, self._vectors[layer].get("sinks")
+        result = attention(q, k, v, self._block, window, sinks).transpose(1, 2).flatten(2)
         return result * gates.sigmoid() if self._block.heads_gated else result
 
-    def _attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Outputs of the heads, `[B, H, T, d]`."""
-        scale, cap = self._block.attention_scale, self._block.attention_softcap
-        window, sinks = self.manifest.attention[layer].window, self._vectors[layer].get("sinks")
-        length = q.shape[2]
-        if cap is None and sinks is None and (window is None or window >= length):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        seen = torch.ones(length, length, dtype=torch.bool).tril()
-        if window is not None:
-            seen = seen.triu(1 - window)
-        if cap is None and sinks is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        with torch.autocast(
-            q.device.type, enabled=False
-        ):  # BF16 scores near the cap are off by a tenth
-            scores = q.float() @ k.float().transpose(-1, -2) * scale
-            if cap is not None:
-                scores = cap * torch.tanh(scores / cap)
-            scores = scores.masked_fill(~seen, -torch.inf)
-            if sinks is not None:
-                added = sinks[:, None, None].expand(*scores.shape[:3], 1)
-                scores = torch.cat([scores, added], -1)
-            return scores.softmax(-1)[..., :length] @ v.float()
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self._d)).transpose(1, 2)  # [B, heads, T, d]
-
-    def _rotated(self, layer: int, x: Tensor, rotary: Rotary) -> Tensor:
-        rope = self.manifest.attention[layer].rope
-        heads = self._by_head(x)
-        return heads if rope is None else _rotated(heads, *rotary[rope])
-
     def complete(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
-        """Output of a layer from its input `[..., D]` and its attention `[..., H * d]`."""
-        return self.feed_forward(layer, action, x, self.attended(layer, action, x, attention))
+        """Output of a layer from its input `[..., D]` and what `attend` gave."""
+        width = attention.shape[-1] - self._block.per_layer_width
+        attention, own = attention[..., :width], attention[..., width:]
+        y = self.feed_forward(layer, action, x, self.attended(layer, action, x, attention))
+        if self._block.per_layer_width:
+            opened = (
+                self._activation(layer)(self._project(layer, action, "per_layer_gate", y)) * own
+            )
+            added = self._project(layer, action, "per_layer_output", opened)
+            y = y + self._norm(layer, "per_layer_norm", added)
+        return y * self._vectors[layer].get("factor", 1.0)
 
     def feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
         """Output of a layer from its input and `attended`, all `[..., D]`."""
@@ -310,6 +293,8 @@ class DequantizedModel:
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated output `[..., D]`; keys and values `[..., 2 * H_kv * d]`."""
+        if "skip_proj" not in self._layer(layer, SKIP):
+            return self._scales[layer] * x, x[..., :0]
         projected = self._project(layer, SKIP, "skip_proj", normed)
         width = projected.shape[-1] - self.manifest.compensation_rank
         keys_values, reduced = projected[..., :width], projected[..., width:]
@@ -322,7 +307,7 @@ class DequantizedModel:
 
     def _recurrence(self, layer: int) -> Recurrence | None:
         """Sizes of a layer that does not attend."""
-        attends = self.manifest.mixer_of(layer) == "attention"
+        attends = self.manifest.mixer_of(layer) in ATTENTIONS
         return None if attends else self.manifest.recurrence
 
     def _gates(self, layer: int, action: Action, normed: Tensor) -> Tensor | None:
@@ -385,10 +370,3 @@ class DequantizedModel:
 
 def _product(x: Tensor, linear: Linear) -> Tensor:
     return F.linear(x, linear.weight, linear.bias)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first `2 * cos.shape[-1]` dimensions of heads `[B, H, T, d]`."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

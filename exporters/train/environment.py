@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.progress import Loop
-from dash_onnx.exporters.train.dequantized import DequantizedModel, Rotary, Tensor
+from dash_onnx.exporters.train.dequantized import Beside, DequantizedModel, Tensor
 
 _SEQUENCES = 4  # of passes without a gradient
 
@@ -95,7 +95,7 @@ class Environment:
             dense: computes every action for every token, so that there is a gradient with respect
                 to the decisions; else each token runs its own action only.
         """
-        rotary = self.model.rotary(ids.shape[1])
+        beside = self.model.beside(ids)
         x = before = self.model.embed(ids)
         states, all_decisions = [], []
         step = self._dense if dense else self._sparse
@@ -109,7 +109,7 @@ class Environment:
                 decisions.requires_grad_()
             all_decisions.append(decisions)
             for number, layer in enumerate(range(layers.start, layers.stop)):
-                before, x = x, step(layer, x, decisions[:, :, number], rotary)
+                before, x = x, step(layer, x, decisions[:, :, number], beside)
         return Rollout(self.model.final(x), states, all_decisions)
 
     def parts(self, ids: Tensor) -> tuple[Tensor, ...]:
@@ -138,7 +138,7 @@ class Environment:
         """`run_path` with every layer at the dearest action."""
         return self.run_path(ids, (0,) * self.layers)
 
-    def _sparse(self, layer: int, x: Tensor, decisions: Tensor, rotary: Rotary) -> Tensor:
+    def _sparse(self, layer: int, x: Tensor, decisions: Tensor, beside: Beside) -> Tensor:
         model, normed = self.model, self.model.normed(layer, x)
         choice = decisions.argmax(-1)  # [B, T]
         chosen = {
@@ -157,19 +157,19 @@ class Environment:
             keys_values = _put(keys_values, rows, kv)
         chosen.pop(SKIP, None)
         if chosen:
-            attention = model.attend(layer, queries, keys_values, rotary)
+            attention = model.attend(layer, queries, keys_values, beside)
             for action, rows in chosen.items():
                 y = model.complete(layer, action, x[rows], attention[rows])
                 output = _put(output, rows, y)
         return output
 
-    def _dense(self, layer: int, x: Tensor, decisions: Tensor, rotary: Rotary) -> Tensor:
+    def _dense(self, layer: int, x: Tensor, decisions: Tensor, beside: Beside) -> Tensor:
         total = x.new_zeros(())
-        for index, output in enumerate(self.outputs(layer, x, decisions, rotary)):
+        for index, output in enumerate(self.outputs(layer, x, decisions, beside)):
             total = total + decisions[..., index : index + 1] * output
         return total
 
-    def outputs(self, layer: int, x: Tensor, decisions: Tensor, rotary: Rotary) -> list[Tensor]:
+    def outputs(self, layer: int, x: Tensor, decisions: Tensor, beside: Beside) -> list[Tensor]:
         """Output `[B, T, D]` of every action, over the K/V that the decisions select.
 
         The first action carries the gradient of all precisions: their Jacobians differ by the
@@ -179,7 +179,7 @@ class Environment:
             layer: its index.
             x: its input, `[B, T, D]`.
             decisions: `[B, T, A]`.
-            rotary: of T positions.
+            beside: what layers read beside it.
         """
         model, (base, *others) = self.model, self.actions[:-1]
         keys_values: list[Tensor] = []  # these are constants: the first run finds them
@@ -199,11 +199,11 @@ class Environment:
             mixed = kv
             for index, other in enumerate([*keys_values, kv_skipped.detach()], 1):
                 mixed = mixed + decisions[..., index, None] * (other - kv.detach())
-            y = model.complete(layer, base, x, model.attend(layer, query, mixed, rotary))
+            y = model.complete(layer, base, x, model.attend(layer, query, mixed, beside))
             if not known:
                 with torch.no_grad():
                     for action, q in zip(others, queries, strict=True):
-                        attention = model.attend(layer, q, mixed, rotary)
+                        attention = model.attend(layer, q, mixed, beside)
                         differences.append(model.complete(layer, action, x, attention) - y)
             return y, skipped
 

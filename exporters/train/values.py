@@ -36,7 +36,7 @@ def sampled_values(
         The state of each segment; samples `[B, T, L, A]` in nats (0 for the reference action);
         the input of the LM head `[B, T, D]`.
     """
-    rotary = env.model.rotary(ids.shape[1])
+    beside = env.model.beside(ids)
     reference = torch.zeros(*ids.shape, len(env.actions))
     reference[..., 0] = 1.0
     states, differences, outputs = [], [], []
@@ -45,7 +45,7 @@ def sampled_values(
         states.append(State(layers, before.detach()))
         for layer in range(layers.start, layers.stop):
             with torch.enable_grad():
-                results = env.outputs(layer, x, reference, rotary)
+                results = env.outputs(layer, x, reference, beside)
             before, x = x, results[0]
             differences.append([(result - x).detach() for result in results])
             outputs.append(x)

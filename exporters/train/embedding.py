@@ -1,0 +1,71 @@
+"""What a pass begins with: the token embedding, and what layers read beside their input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.rope import rotary_tables
+from dash_onnx.exporters.train.stored import dequantized, norm_of
+
+Tensor = torch.Tensor
+
+_STORED = ("values", "scales")  # of an embedding's rows in INT8
+
+
+@dataclass
+class Beside:
+    """What layers read beside their input, in one pass.
+
+    Attributes:
+        rotary: cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings.
+        per_layer: what each layer reads of the tokens, `[B, T, L, P]`, or None.
+        shared: by layer, keys and values that later layers read, as `qkv` gives them.
+    """
+
+    rotary: list[tuple[Tensor, Tensor]]
+    per_layer: Tensor | None = None
+    shared: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Embedding:
+    """The token embedding of a bundle; only the rows of tokens that come are read."""
+
+    def __init__(self, found: dict[str, np.ndarray], manifest: Manifest):
+        """Takes the tensors of its graph."""
+        self._found, self._manifest = found, manifest
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
+        found, tokens = self._found, ids.flatten().numpy(force=True)
+        if "embedding" in found:
+            rows = torch.as_tensor(found["embedding"][tokens]).float()
+        else:  # only these rows: all of a large vocabulary are half a gigabyte
+            stored = {f"embedding.{part}": found[f"embedding.{part}"][tokens] for part in _STORED}
+            block_size = self._manifest.target.block_size
+            rows = dequantized(stored, "embedding", block_size, torch.float32)
+        x = rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
+        if "embedding_norm" in found:
+            x = norm_of(found, "embedding_norm")(x, self._manifest.block)
+        return x
+
+    def beside(self, ids: Tensor) -> Beside:
+        """What layers read beside their input, for token ids `[B, T]`."""
+        tables = [rotary_tables(rope, ids.shape[1], "float32") for rope in self._manifest.ropes]
+        rotary = [(torch.as_tensor(cos), torch.as_tensor(sin)) for cos, sin in tables]
+        return Beside(
+            rotary, self._per_layer(ids) if self._manifest.block.per_layer_width else None
+        )
+
+    def _per_layer(self, ids: Tensor) -> Tensor:
+        found, block, x = self._found, self._manifest.block, self(ids)
+        rows = torch.as_tensor(found["per_layer.rows"][ids.flatten().numpy(force=True)])
+        rows = rows.float().view(*ids.shape, -1, block.per_layer_width)
+        projected = x @ torch.as_tensor(found["per_layer_projection.weight"]).float()
+        epsilon = block.norm_epsilon * x.shape[-1]  # as in the graph
+        norm = norm_of(found, "per_layer.norm")
+        normed = norm(projected.view_as(rows), replace(block, norm_epsilon=epsilon))
+        return rows * np.asarray(found["per_layer.scale"]).item() + normed
