@@ -200,13 +200,11 @@ def test_training_computes_int2_as_the_runtime_does(two_bits: Path) -> None:
     sequence = model.new_sequence()
     wanted = sequence.prefill(ids, path, "int8", every=True)
     layers = DequantizedModel(Bundle(two_bits), ("int8", "int4", "int2"), torch.float32)
-    x, rotary = (
-        layers.embed(torch.from_numpy(ids)[None]),
-        layers.beside(torch.from_numpy(ids)[None]),
-    )
+    batch = torch.from_numpy(ids)[None]
+    x, beside = layers.embed(batch), layers.beside(batch)
     for index in range(4):
         queries, keys_values = layers.qkv(index, "int2", layers.normed(index, x))
-        attention = layers.attend(index, queries, keys_values, rotary)
+        attention = layers.attend(index, queries, keys_values, beside)
         x = layers.complete(index, "int2", x, attention)
     found = layers.logits(layers.final(x), "int8")[0].numpy()
     np.testing.assert_allclose(found, wanted, atol=2e-3)

@@ -166,15 +166,13 @@ def _claim_problems(manifest: Manifest) -> Iterator[str]:
     """Sizes that the files cannot hold: whoever believed them would run out of memory."""
     model = manifest.model
     held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
-    claimed = (
-        model.vocab_size + 2 * model.num_layers * model.intermediate_size
-    ) * model.hidden_size
-    claimed += model.vocab_size * model.num_layers * manifest.block.per_layer_width
+    rows = model.vocab_size + 2 * model.num_layers * model.intermediate_size
+    per_layer = model.vocab_size * model.num_layers * manifest.block.per_layer_width
     for attention in manifest.attention:
         kv_heads, head_dim = model.heads_of(attention)
         heads = model.num_heads + (kv_heads if attention.source is None else 0)
-        claimed += 2 * head_dim * heads * model.hidden_size
-    if claimed > held:
+        rows += 2 * head_dim * heads
+    if rows * model.hidden_size + per_layer > held:
         yield f"the files are too small for the sizes of model: {held / _MOST_WEIGHTS:.0f} bytes"
 
 

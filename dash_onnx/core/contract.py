@@ -179,10 +179,10 @@ def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
     """Decoder layer, whatever its action.
 
     One without attention reads `past_conv`, and `past_recurrent` if it is a Gated DeltaNet, and
-    writes `present_conv` and `present_recurrent`, see `Dims.state_shapes`. One with shared attention
-    has the inputs of attention, with the K/V of another layer as `past_key` and `past_value`, which
-    hold the new tokens already; it writes none. `per_layer` is as the token embedding gives it, for
-    all layers.
+    writes `present_conv` and `present_recurrent`, see `Dims.state_shapes`. One with shared
+    attention has the inputs of attention, with K/V of another layer as `past_key` and `past_value`,
+    which hold the new tokens already; it writes none. `per_layer` is what the token embedding gives
+    for all layers.
 
     Of one with attention
     `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers

@@ -107,11 +107,9 @@ def attend_grouped(
     if heads.sinks is not None:
         extras = [None, None, heads.sinks, *extras[3:]]
     if heads.shared:  # no new keys and values: the new tokens are the last ones of the cache
-        begin, end = graph.int64(0, 0), graph.int64(0, heads.keys * heads.size)
-        projected = [
-            projected[0],
-            *[graph.op.Slice(projected[0], begin, end, graph.int64(1, 2))] * 2,
-        ]
+        query, end = projected[0], graph.int64(0, heads.keys * heads.size)
+        nothing = graph.op.Slice(query, graph.int64(0, 0), end, graph.int64(1, 2))
+        projected = [query, nothing, nothing]
     elif graph.target.ragged:  # which ONNX Runtime does not have without new ones
         extras = [*extras, *[None] * (7 - len(extras)), inputs["query_seqlens"]]
     if heads.scale != heads.size**-0.5:

@@ -241,10 +241,8 @@ class DequantizedModel:
         attention, own = attention[..., :width], attention[..., width:]
         y = self.feed_forward(layer, action, x, self.attended(layer, action, x, attention))
         if self._block.per_layer_width:
-            opened = (
-                self._activation(layer)(self._project(layer, action, "per_layer_gate", y)) * own
-            )
-            added = self._project(layer, action, "per_layer_output", opened)
+            gate = self._activation(layer)(self._project(layer, action, "per_layer_gate", y))
+            added = self._project(layer, action, "per_layer_output", gate * own)
             y = y + self._norm(layer, "per_layer_norm", added)
         return y * self._vectors[layer].get("factor", 1.0)
 

@@ -56,9 +56,8 @@ class Embedding:
         """What layers read beside their input, for token ids `[B, T]`."""
         tables = [rotary_tables(rope, ids.shape[1], "float32") for rope in self._manifest.ropes]
         rotary = [(torch.as_tensor(cos), torch.as_tensor(sin)) for cos, sin in tables]
-        return Beside(
-            rotary, self._per_layer(ids) if self._manifest.block.per_layer_width else None
-        )
+        reads = self._manifest.block.per_layer_width > 0
+        return Beside(rotary, self._per_layer(ids) if reads else None)
 
     def _per_layer(self, ids: Tensor) -> Tensor:
         found, block, x = self._found, self._manifest.block, self(ids)
