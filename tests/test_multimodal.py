@@ -24,6 +24,15 @@ from dash_onnx.exporters.sources.names import MULTIMODAL
 _PATCHES = {"image_size": 28, "patch_size": 14}
 _SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 _TOWER = {**_SMALL, **_PATCHES, "num_attention_heads": 2}
+_GEMMA4_TOWER = {
+    **_SMALL,
+    "model_type": "gemma4_vision",
+    "patch_size": 14,
+    "position_embedding_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 _QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 _INTERLEAVED = {**_SECTIONS, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
@@ -48,6 +57,7 @@ def tower(kind: str, **change: Any) -> dict[str, Any]:
 # By `model_type`: text config, image config.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": (text("gemma3"), tower("siglip_vision_model")),
+    "gemma4": (text("gemma4"), _GEMMA4_TOWER),
     "idefics3": (text("llama"), tower("idefics3_vision")),
     "internvl": (text("qwen3"), tower("internvl_vision")),
     "lfm2_vl": (text("lfm2"), tower("siglip2_vision_model")),

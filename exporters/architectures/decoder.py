@@ -35,6 +35,7 @@ from dash_onnx.exporters.architectures.base import (
     stack,
     take,
 )
+from dash_onnx.exporters.architectures.names import LLAMA, Names
 from dash_onnx.exporters.architectures.rope import (
     LAYER_TYPES,
     Pairs,
@@ -63,35 +64,6 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 
 @dataclass(frozen=True)
-class Names:
-    """Weight names of a family, those of a layer below `layers.N.`; None: there is none.
-
-    Attributes:
-        qkv: of the query, key and value projection; one name where the model has them stacked.
-        gate_up: of the gate and the up projection; one name where the model has them stacked, or
-            where nothing is gated.
-    """
-
-    embedding: str = "model.embed_tokens"
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    input_norm: str | None = "input_layernorm"
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    q_norm: str | None = None
-    k_norm: str | None = None
-    output: str = "self_attn.o_proj"
-    output_norm: str | None = None
-    post_norm: str | None = "post_attention_layernorm"
-    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str | None = "mlp.down_proj"
-    down_norm: str | None = None
-    output_sub_norm: str | None = None
-    down_sub_norm: str | None = None
-    sinks: str | None = None
-
-
-@dataclass(frozen=True)
 class Decoder:
     """A dense decoder, as Llama is one unless told; a family that computes otherwise overrides.
 
@@ -117,7 +89,7 @@ class Decoder:
         embedding_normed: see `ModelSpec`.
     """
 
-    names: Names = Names()
+    names: Names = LLAMA
     recurrent_names: Names | None = None
     windows: Literal["none", "all", "listed"] = "none"
     rotates: Literal["all", "windows", "windows if any"] = "all"

@@ -11,9 +11,10 @@ from dash_onnx.core.block import Attention, Block, QueryScale
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import Rope
 from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
-from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.architectures.gemma4 import GEMMA4
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
+from dash_onnx.exporters.architectures.names import Names
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.architectures.sparse import (
     GPT_OSS,

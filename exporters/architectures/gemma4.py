@@ -21,7 +21,8 @@ from dash_onnx.exporters.architectures.base import (
     Scales,
     take,
 )
-from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.architectures.names import Names
 from dash_onnx.exporters.architectures.rope import LAYER_TYPES, rope_of
 from dash_onnx.exporters.sources import Weights
 

@@ -20,7 +20,8 @@ from dash_onnx.exporters.architectures.base import (
     stack,
     take,
 )
-from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.architectures.names import Names
 from dash_onnx.exporters.sources import Weights
 
 

@@ -11,8 +11,9 @@ from transformers import PretrainedConfig
 from dash_onnx.core.block import Experts
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Layer, Linear, Mixture, ModelSpec, take
-from dash_onnx.exporters.architectures.decoder import Decoder, Names
+from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.architectures.hybrid import LFM2, Lfm2
+from dash_onnx.exporters.architectures.names import Names
 from dash_onnx.exporters.sources import Weights
 
 

@@ -63,6 +63,12 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
             f"this bundle has an {manifest.target.kv_cache} K/V cache, and fused graphs have none: "
             "export again without --kv-cache"
         )
+    others = any((a.source, a.kv_heads, a.head_dim) != (None,) * 3 for a in manifest.attention)
+    if others or manifest.block.per_layer_width:
+        raise UnsupportedError(
+            f"fused graphs of {manifest.model.architecture} do not exist: they have one size of "
+            "heads, and K/V of each layer's own; run the bundle itself"
+        )
     if manifest.mixers and options.client != "genai":
         kinds = ", ".join(sorted({*manifest.mixers} - {"attention"}))
         raise UnsupportedError(

@@ -41,6 +41,7 @@ _TEXT = (
 
 MULTIMODAL: dict[str, str | None] = {
     "gemma3": None,
+    "gemma4": None,
     "idefics3": None,
     "internvl": None,
     "lfm2_vl": None,

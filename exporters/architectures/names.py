@@ -1,0 +1,38 @@
+"""Names of the weights of a family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Names:
+    """Weight names of a family, those of a layer below `layers.N.`; None: there is none.
+
+    Attributes:
+        qkv: of the query, key and value projection; one name where the model has them stacked.
+        gate_up: of the gate and the up projection; one name where the model has them stacked, or
+            where nothing is gated.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    input_norm: str | None = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str | None = None
+    k_norm: str | None = None
+    output: str = "self_attn.o_proj"
+    output_norm: str | None = None
+    post_norm: str | None = "post_attention_layernorm"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str | None = "mlp.down_proj"
+    down_norm: str | None = None
+    output_sub_norm: str | None = None
+    down_sub_norm: str | None = None
+    sinks: str | None = None
+
+
+LLAMA = Names()
+"""Those that most families have."""
