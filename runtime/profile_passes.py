@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from dash_onnx.core.actions import WIDE, Form
+from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.facts import PassCosts
 from dash_onnx.runtime.machine import release_memory
@@ -45,9 +46,11 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
     rows = tuple(count for count in ROWS if count <= limit)
     contexts = tuple(context for context in CONTEXTS if context + rows[-1] <= limit)
     every = manifest.model.num_layers
-    others = [layer for layer in range(every) if layer not in manifest.attending]
-    kinds = [(_Times(sessions, k), len(k) / every) for k in (manifest.attending, others) if k]
-    times, share = kinds[0]  # of the layers that attend
+    own, shared, others = manifest.attending, list[int](), list[int]()
+    for layer in set(range(every)).difference(own):
+        (shared if manifest.mixer_of(layer) in ATTENTIONS else others).append(layer)
+    kinds = [(_Times(sessions, k), len(k) / every) for k in (own, shared, others) if k]
+    attend, times = kinds[: 2 if shared else 1], kinds[0][0]
     wide: tuple[Form, ...] = () if manifest.wide is None else (WIDE,)
     forms: tuple[Form, ...] = (*manifest.variants, *wide)
     heads: tuple[Form, ...] = (*manifest.exported_heads, *wide)
@@ -60,7 +63,7 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
             form: _mean([(t.layer(form, rows, contexts), n) for t, n in kinds]) for form in forms
         },
         plain_rows=plain_rows,
-        plain_ms=_mean([(times.plain(cheapest, plain_rows, contexts), share)])
+        plain_ms=_mean([(t.plain(cheapest, plain_rows, contexts), n) for t, n in attend])
         if plain_rows
         else (),
         head_rows=head_rows,

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, logits_of
 from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_random, write_text
+from safetensors.torch import load_file, save_file
 
 from dash_onnx.core.bundle import Bundle, replace_manifest
+from dash_onnx.core.contract import EMBED_PATH, data_name
 from dash_onnx.core.errors import BundleError, UnsupportedError
-from dash_onnx.core.manifest import Manifest
-from dash_onnx.exporters.architectures import architecture_of
+from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.export.graph_writer import GraphWriter
+from dash_onnx.exporters.graphs import build_embed
+from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import SequenceState
 
@@ -31,9 +38,8 @@ _CHANGE = {
 }
 CASE = replace(CASES["gemma4"], config=_CHANGE)
 
-READ = 0.04
-"""Of the output of a layer that reads K/V which skips have written with errors of some 10 %: they
-move what its heads return about as much, which is a small part of the residual stream."""
+READ = 0.15
+"""Of the output of a layer that reads K/V which skips have written, with errors of some 10 %."""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_layers_read_what_the_skip_of_another_one_has_written(pair: Pair) -> Non
         sequence.hidden[reader % 2].write(inputs[reader, -1])
         sequence.run(reader, "full")
         without = sequence.hidden[(reader + 1) % 2].array[0, 0]
-        assert relative(without, wanted[-1]) > 3 * READ
+        assert relative(without, wanted[-1]) > 2 * READ
 
 
 def test_going_back_and_other_rows_change_nothing(pair: Pair) -> None:
@@ -165,8 +171,6 @@ def test_a_conversation_goes_on_from_a_file(pair: Pair, tmp_path: Path) -> None:
 def test_an_interrupted_export_goes_on_with_k_and_v_of_layers_that_are_done(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dash_onnx.exporters.export.graph_writer import GraphWriter
-
     text = write_text(tmp_path / "text.txt")
     options = ExportOptions(variants=("int8",), wide=False, calibration=(text,), resume=True)
     source, write = str(pair.bundle.parent / "source"), GraphWriter.layer
@@ -228,18 +232,28 @@ def test_a_manifest_whose_layers_read_k_and_v_that_nobody_writes_is_refused(
             Bundle(tmp_path / "out")
 
 
-def test_rows_of_the_tokens_are_read_from_the_file_alone(pair: Pair) -> None:
-    manifest: Manifest = pair.model.manifest
-    rows = CASE.config["vocab_size_per_layer_input"] * len(SOURCES) * 32
-    assert manifest.files["embed.onnx.data"].bytes > 2 * rows
+def test_the_table_for_layers_stays_in_the_file(pair: Pair, tmp_path: Path) -> None:
+    source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
+    family = architecture_of(source.config)
+    spec = family.describe("", source.config, None)
+    table, per_layer = (part(source.weights, spec) for part in (family.embedding, family.per_layer))
+    assert per_layer is not None
+    large = replace(per_layer, table=torch.ones(1 << 18, per_layer.table.shape[1]))
+    build_embed(tmp_path, table, spec, pair.model.manifest.target, large)
+    del large
+    before = resident_bytes()
+    session = create_session(tmp_path / EMBED_PATH, "cpu")
+    session.run(["per_layer"], {"input_ids": np.array([[3, 300]])})
+    assert (tmp_path / data_name(EMBED_PATH)).stat().st_size > 50 << 20
+    assert resident_bytes() - before < 20 << 20
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_weights_of_k_and_v_that_shared_layers_do_not_use_are_ignored(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from dash_onnx.exporters.architectures import REGISTRY
-    from dash_onnx.exporters.sources import open_source
-
     file = save_random(tmp_path, CASE) / "model.safetensors"
     weights, unused = load_file(file), {}
     for name in ("k_proj", "v_proj", "k_norm"):

@@ -133,7 +133,7 @@ def check(source: Source, bundle: Bundle, kind: CheckKind) -> CheckResult:
         for form in manifest.layers[index].bytes if kind == "full" else (best,):
             graph = bundle.verified(layer_path(index, form))
             inputs = [x.astype(path.dtype), *([path] if form == best else [])]
-            output = runner.layer(index, graph, np.concatenate(inputs))
+            output = runner.layer(index, graph, np.concatenate(inputs), keep=form == best)
             errors[form] = relative_error(output[:1], y)
             if form == best:
                 path = output[1:]

@@ -36,6 +36,7 @@ _PREVIEW_BYTES = 3700  # of those of a head that looks twice
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
 _TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
 _ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
+_TABLE = 6  # likewise for each weight of a table that layers read
 _RUNTIME_BYTES = 120 << 20  # Python with ONNX Runtime
 _LOADED_TOKEN_BYTES = 1000  # of its tokenizer, for each token of its vocabulary
 
@@ -142,9 +143,11 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     head_forms: tuple[Form, ...] = (*rule.heads, *((WIDE,) if resolved.wide else ()))
     heads = {form: rule.head(form, head) for form in head_forms}
     embedding = 2 * facts.vocab_size * facts.hidden_size
+    ends = _ENDS * embedding // 2
     if (per_layer := architecture.per_layer(weights, spec)) is not None:
         projection = rule.stored("full", per_layer.projection, per_layer.norm)
         embedding += 2 * per_layer.table.numel() + projection
+        ends += _TABLE * per_layer.table.numel()
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
     attending = [index for index in range(facts.num_layers) if spec.mixer_of(index) == "attention"]
@@ -177,9 +180,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         work=2 * states + (0 if options.calibration else draft),
         run=run,
         kv_per_token=kept_kv,
-        export=_PROCESS_BYTES
-        + _TOKEN_BYTES * facts.vocab_size
-        + max(_ENDS * embedding // 2, text, widest),
+        export=_PROCESS_BYTES + _TOKEN_BYTES * facts.vocab_size + max(ends, text, widest),
     )
 
 
