@@ -57,7 +57,7 @@ def tower(kind: str, **change: Any) -> dict[str, Any]:
 # By `model_type`: text config, image config.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": (text("gemma3"), tower("siglip_vision_model")),
-    "gemma4": (text("gemma4"), _GEMMA4_TOWER),
+    "gemma4": (text("gemma4", pad_token_id=0), _GEMMA4_TOWER),
     "idefics3": (text("llama"), tower("idefics3_vision")),
     "internvl": (text("qwen3"), tower("internvl_vision")),
     "lfm2_vl": (text("lfm2"), tower("siglip2_vision_model")),

@@ -15,7 +15,7 @@ from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_ra
 from safetensors.torch import load_file, save_file
 
 from dash_onnx.core.bundle import Bundle, replace_manifest
-from dash_onnx.core.contract import EMBED_PATH, data_name
+from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH
 from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
@@ -244,7 +244,7 @@ def test_the_table_for_layers_stays_in_the_file(pair: Pair, tmp_path: Path) -> N
     before = resident_bytes()
     session = create_session(tmp_path / EMBED_PATH, "cpu")
     session.run(["per_layer"], {"input_ids": np.array([[3, 300]])})
-    assert (tmp_path / data_name(EMBED_PATH)).stat().st_size > 50 << 20
+    assert (tmp_path / TABLE_PATH).stat().st_size > 50 << 20
     assert resident_bytes() - before < 20 << 20
 
 

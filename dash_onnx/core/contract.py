@@ -22,6 +22,9 @@ DType = Literal["float32", "float16", "int8", "uint8", "int32", "int64", "bool"]
 
 EMBED_PATH = "embed.onnx"
 
+TABLE_PATH = "embed.onnx.table"
+"""What layers read of the tokens, by token: large, and never read as a whole."""
+
 FUSED_FOLDER, REPORT_NAME, CARD_NAME = "fused", "report.html", "README.md"
 """What dash-fuse, dash-report and dash-export write into a bundle's folder: no part of it."""
 

@@ -80,14 +80,15 @@ class Gemma4(Decoder):
 
     def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
         """See `Decoder`."""
-        own, modes, types = config.by_layer[layer], config.kv_sharing_modes, None
+        own, modes, source = config.by_layer[layer], config.kv_sharing_modes, None
         if modes[layer] == "reuse":
-            types = [*zip(config.layer_types, modes, strict=True)]
+            kinds = [*zip(config.layer_types, modes, strict=True)]
+            source = kinds.index((config.layer_types[layer], "store"))
         return replace(
             super().attention(config, layer, length),
             kv_heads=_other(own.num_key_value_heads, config.num_key_value_heads),
             head_dim=_other(own.head_dim, config.head_dim),
-            source=types and types.index((config.layer_types[layer], "store")),
+            source=source,
         )
 
     def inside(
@@ -95,9 +96,8 @@ class Gemma4(Decoder):
     ) -> tuple[Names, int]:
         """See `Decoder`."""
         query, key, value = names.qkv
-        prefix, inner = f"{names.layers}.{index}.", spec.facts.intermediate_size
-        # use_double_wide_mlp: of the layers that share K/V.
-        inner = weights.shape(f"{prefix}{names.gate_up[0]}.weight")[0]
+        prefix = f"{names.layers}.{index}."
+        inner = weights.shape(f"{prefix}{names.gate_up[0]}.weight")[0]  # use_double_wide_mlp
         if spec.mixer_of(index) == "shared_attention":  # files may hold K/V weights all the same
             return replace(names, qkv=(query,), k_norm=None), inner
         if f"{prefix}{value}.weight" not in weights:  # attention_k_eq_v

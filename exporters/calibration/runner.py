@@ -223,7 +223,7 @@ class Runner:
         length = x.shape[0]
         rope = self.spec.ropes[self.spec.attention[index].rope or 0]
         cos, sin = rotary_tables(rope, length, x.dtype.name)
-        cache = None
+        cache = np.zeros(0)
         if (past := ports.get("past_key")) is not None:
             stored = {"tensor(int8)": np.int8, "tensor(uint8)": np.uint8}.get(past.type, x.dtype)
             cache = np.zeros((1, past.shape[1], length, past.shape[-1]), stored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +10,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx import helper
 from onnx.external_data_helper import uses_external_data
 
 from dash_onnx.core.actions import Form
-from dash_onnx.core.contract import EMBED_PATH, embed_ports, head_path, head_ports
+from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH, embed_ports, head_path, head_ports
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec, Norm, PerLayer
-from dash_onnx.exporters.graphs.graph import Graph
+from dash_onnx.exporters.graphs.graph import Graph, fits_half
 from dash_onnx.exporters.quantize.blockwise import (
     Quantized,
     concatenate,
@@ -29,6 +30,7 @@ EXACT_TOKENS: dict[Form, int] = {"int4": 64, "int2": 256}
 """Tokens of which such a head computes the logit from the INT8 head's weights."""
 
 _PREVIEW_BLOCKS = (128, 64)  # of the head that chooses them: large blocks are fast
+_ROWS = "per_layer.rows"
 _EXACT_ROWS = ("exact_values", "exact_scales")
 
 
@@ -41,8 +43,8 @@ def build_embed(
 ) -> list[str]:
     """Writes `embed.onnx` from `[V, D]`; returns `Graph.fp32_kept`.
 
-    It holds FP16 rows, or INT8 rows where those give exactly the same values. Of either table ONNX
-    Runtime maps the file, and reads the rows of the tokens that come.
+    It holds FP16 rows, or INT8 rows where those give exactly the same values. ONNX Runtime maps the
+    files, and reads the rows of the tokens that come.
     """
     graph = Graph("embed", embed_ports(spec.dims(target)), target, spec.block)
     ids = graph.inputs["input_ids"]
@@ -66,16 +68,48 @@ def build_embed(
         hidden = graph.op.Mul(hidden, scale)
     if spec.embedding_normed:
         hidden = graph.norm(hidden, "embedding_norm", Norm(torch.ones(table.shape[1])))
-    outputs = {} if per_layer is None else {"per_layer": _per_layer(graph, ids, hidden, per_layer)}
-    return graph.save(folder, EMBED_PATH, hidden=hidden, **outputs)
+    if per_layer is None:
+        return graph.save(folder, EMBED_PATH, hidden=hidden)
+    stored = _write_table(folder, per_layer.table)
+    read = _per_layer(graph, ids, hidden, per_layer, stored)
+    kept = graph.save(folder, EMBED_PATH, hidden=hidden, per_layer=read)
+    _replace(folder / EMBED_PATH, [stored])
+    return kept if stored.data_type == onnx.TensorProto.FLOAT16 else [*kept, _ROWS]
 
 
-def _per_layer(graph: Graph, ids: ir.Value, hidden: ir.Value, part: PerLayer) -> ir.Value:
+def _write_table(folder: Path, table: torch.Tensor) -> onnx.TensorProto:
+    """Writes it as FP16, or as FP32 where FP16 cannot hold it; returns what names the file."""
+    dtype, kind = torch.float16, onnx.TensorProto.FLOAT16
+    if not all(fits_half(part) for part in row_groups(table)):
+        dtype, kind = torch.float32, onnx.TensorProto.FLOAT
+    with (folder / TABLE_PATH).open("wb") as file:
+        for part in row_groups(table):
+            file.write(part.to(dtype).contiguous().numpy().data)
+    stored = onnx.TensorProto(name=_ROWS, dims=table.shape, data_type=kind)
+    stored.data_location = onnx.TensorProto.EXTERNAL
+    stored.external_data.add(key="location", value=TABLE_PATH)
+    return stored
+
+
+def _replace(path: Path, tensors: Sequence[onnx.TensorProto]) -> None:
+    """Puts tensors of other files in the place of those of the same names in a graph."""
+    model = onnx.load(path, load_external_data=False)
+    shared = {tensor.name: tensor for tensor in tensors}
+    for tensor in model.graph.initializer:
+        if tensor.name in shared:
+            tensor.CopyFrom(shared[tensor.name])
+    path.write_bytes(model.SerializeToString())
+
+
+def _per_layer(
+    graph: Graph, ids: ir.Value, hidden: ir.Value, part: PerLayer, stored: onnx.TensorProto
+) -> ir.Value:
     """What each layer reads of the tokens, `[batch, seq, L, P]`."""
     op, size, width = graph.op, part.norm.weight.shape[0], part.projection.in_features
     by_layer = graph.int64(0, 0, -1, size)
-    array = graph.stored_half("per_layer.rows", part.table)
-    rows = op.Cast(op.Gather(graph.tensor("per_layer.rows", array), ids), to=graph.dtype)
+    row = np.zeros((1, stored.dims[1]), helper.tensor_dtype_to_np_dtype(stored.data_type))
+    rows = op.Gather(graph.tensor(_ROWS, row), ids)  # until the graph is saved
+    rows = op.Cast(rows, to=graph.dtype)
     rows = op.Mul(rows, graph.activation_tensor("per_layer.scale", torch.tensor(part.scale)))
     projected = op.Reshape(graph.linear(hidden, part.projection, "full"), by_layer)
     # A factor of width ** -0.5 in front of the norm.
@@ -125,12 +159,7 @@ def build_head(
         logits = graph.op.Mul(logits, graph.activation_tensor("softcap", torch.tensor(cap)))
     kept = graph.save(folder, head_path(form), logits=logits)
     if exact:
-        model = onnx.load(folder / head_path(form), load_external_data=False)
-        shared = {tensor.name: tensor for tensor in exact}
-        for tensor in model.graph.initializer:
-            if tensor.name in shared:
-                tensor.CopyFrom(shared[tensor.name])
-        (folder / head_path(form)).write_bytes(model.SerializeToString())
+        _replace(folder / head_path(form), exact)
     return kept
 
 

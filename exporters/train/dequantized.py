@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.block import ATTENTIONS, Recurrence
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
+from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures.base import Linear
@@ -147,7 +147,7 @@ class DequantizedModel:
 
     @cached_property
     def _embedding(self) -> Embedding:
-        return Embedding(self._tensors(EMBED_PATH), self.manifest)
+        return Embedding(self._bundle)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import onnx
 import torch
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
-from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import EMBED_PATH
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.train.stored import dequantized, norm_of
 
@@ -34,9 +41,15 @@ class Beside:
 class Embedding:
     """The token embedding of a bundle; only the rows of tokens that come are read."""
 
-    def __init__(self, found: dict[str, np.ndarray], manifest: Manifest):
-        """Takes the tensors of its graph."""
-        self._found, self._manifest = found, manifest
+    def __init__(self, bundle: Bundle):
+        """Maps its files.
+
+        Raises:
+            BundleError: one is missing or damaged.
+        """
+        path, self._manifest = bundle.verified(EMBED_PATH), bundle.manifest
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+        self._found = {tensor.name: _array(tensor, path.parent) for tensor in tensors}
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
@@ -63,8 +76,16 @@ class Embedding:
         found, block, x = self._found, self._manifest.block, self(ids)
         rows = torch.as_tensor(found["per_layer.rows"][ids.flatten().numpy(force=True)])
         rows = rows.float().view(*ids.shape, -1, block.per_layer_width)
-        projected = x @ torch.as_tensor(found["per_layer_projection.weight"]).float()
+        projected = x @ torch.tensor(found["per_layer_projection.weight"]).float()
         epsilon = block.norm_epsilon * x.shape[-1]  # as in the graph
         norm = norm_of(found, "per_layer.norm")
         normed = norm(projected.view_as(rows), replace(block, norm_epsilon=epsilon))
         return rows * np.asarray(found["per_layer.scale"]).item() + normed
+
+
+def _array(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
+    if not uses_external_data(tensor):
+        return numpy_helper.to_array(tensor)
+    place, dtype = ExternalDataInfo(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    file, shape = folder / place.location, tuple(tensor.dims)
+    return np.memmap(file, dtype, "r", place.offset or 0, shape)
