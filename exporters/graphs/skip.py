@@ -64,7 +64,8 @@ def build_skip(
     graph = Graph(f"layer_{index}_skip", ports, target, spec.block, shared)
     op, hidden = graph.op, graph.inputs["hidden_in"]  # [batch, seq, D]
     first, sizes = kept_rows(spec, index)
-    products, count = [layer.qkv.rows(first, first + sum(sizes), "kept")] * bool(sizes), len(sizes)
+    count = len(sizes)
+    products = [layer.qkv.rows(first, first + sum(sizes), "kept")] if sizes else []
     if correction is not None:  # reads what K and V read: one product for all three
         products.append(Linear("reduce", correction[0]))
         sizes = [*sizes, correction[0].shape[0]]
