@@ -36,7 +36,7 @@ _PREVIEW_BYTES = 3700  # of those of a head that looks twice
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
 _TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
 _ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
-_TABLE = 5  # likewise for each weight of a table that layers read
+_TABLE = 3  # likewise for each weight of a table that layers read
 _RUNTIME_BYTES = 120 << 20  # Python with ONNX Runtime
 _LOADED_TOKEN_BYTES = 1000  # of its tokenizer, for each token of its vocabulary
 
