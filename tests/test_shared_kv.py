@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, logits_of
+from conftest import TINY, VARIANTS, logits_of
 from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_random, write_text
 from safetensors.torch import load_file, save_file
+from test_environment import case_of
 
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH
@@ -159,6 +160,30 @@ def test_layers_joined_to_one_graph_read_what_others_in_it_write(pair: Pair, act
     pair.model._sessions.forget()
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["at once", "run again"])
+def test_the_gradient_goes_through_k_and_v_that_others_read(pair: Pair, keeps: bool) -> None:
+    env = case_of(pair.bundle, 0).env
+    env.model.keeps_layers = keeps
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.from_numpy(random_ids(20))[None]
+    direction = torch.randn(1, 20, TINY["hidden_size"], generator=generator)
+    decisions = torch.zeros(1, 20, len(env.actions))
+    decisions[..., 0] = 1.0
+
+    def value(change: torch.Tensor) -> torch.Tensor:
+        """Of the last token's logits alone, where the input of the first layer changes."""
+        beside, x = env.model.beside(ids), env.model.embed(ids) + change
+        for layer in range(len(SOURCES)):
+            x = env.outputs(layer, x, decisions, beside)[0]
+        return env.model.logits(env.model.final(x))[0, -1].square().sum()
+
+    change = torch.zeros_like(direction, requires_grad=True)
+    (gradient,) = torch.autograd.grad(value(change), change)
+    with torch.no_grad():
+        rise = (value(2e-3 * direction) - value(-2e-3 * direction)) / 4e-3
+    torch.testing.assert_close((gradient * direction).sum(), rise, rtol=0.02, atol=0.02)
+
+
 def test_a_conversation_goes_on_from_a_file(pair: Pair, tmp_path: Path) -> None:
     ids, cache, later = random_ids(40), pair.model.new_cache(), pair.model.new_cache()
     wanted = logits_of(pair.model.score(ids, prompt_tokens=30, policy="int8", cache=cache))
@@ -171,8 +196,14 @@ def test_a_conversation_goes_on_from_a_file(pair: Pair, tmp_path: Path) -> None:
 def test_an_interrupted_export_goes_on_with_k_and_v_of_layers_that_are_done(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = write_text(tmp_path / "text.txt")
-    options = ExportOptions(variants=("int8",), wide=False, calibration=(text,), resume=True)
+    options = ExportOptions(
+        variants=VARIANTS,
+        wide=False,
+        attention="both",
+        calibration=(pair.bundle.parent / "text.txt",),
+        accuracy_level=0,
+        resume=True,
+    )
     source, write = str(pair.bundle.parent / "source"), GraphWriter.layer
 
     def interrupted(self: GraphWriter, folder: Path, index: int, *states: object) -> object:
@@ -184,7 +215,7 @@ def test_an_interrupted_export_goes_on_with_k_and_v_of_layers_that_are_done(
         patch.setattr(GraphWriter, "layer", interrupted)
         export(source, tmp_path / "out", options)
     layers = export(source, tmp_path / "out", options).layers
-    assert layers == export(source, tmp_path / "once", replace(options, resume=False)).layers
+    assert layers == pair.model.manifest.layers
 
 
 @pytest.mark.parametrize(
