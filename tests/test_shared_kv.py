@@ -21,6 +21,7 @@ from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.export.graph_writer import GraphWriter
+from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.graphs import build_embed
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.deciders import FixedPath
@@ -231,6 +232,13 @@ def test_options_that_such_layers_do_not_have_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
         export(str(pair.bundle.parent / "source"), tmp_path / "out", ExportOptions(**options))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_fused_graphs_are_refused(pair: Pair, tmp_path: Path) -> None:
+    options = FuseOptions("genai", "static:int8,skip,skip,int8")
+    with pytest.raises(UnsupportedError, match="fused graphs of gemma4_text do not exist"):
+        fuse(Bundle(pair.bundle), tmp_path / "fused", options, overwrite=False)
     assert not [*tmp_path.iterdir()]
 
 
