@@ -7,6 +7,8 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu"]
 
+AttentionForms = Literal["grouped", "both"]
+"""GroupQueryAttention alone, or also plain operators, between which the runtime chooses."""
 
 Mixer = Literal["attention", "shared_attention", "short_conv", "gated_delta"]
 """What lets the tokens of a layer see each other: attention, whose K/V grow with the text, or over

@@ -10,12 +10,9 @@ from typing import Literal
 import numpy as np
 
 from dash_onnx.core.actions import PRECISIONS, Action, Form, Path, segments_of
-from dash_onnx.core.block import Attention
+from dash_onnx.core.block import Attention, AttentionForms
 
 _LARGE = 200_000_000  # weights of the layers
-
-AttentionForms = Literal["grouped", "both"]
-"""GroupQueryAttention alone, or also plain operators, between which the runtime chooses."""
 
 KVCacheType = Literal["float", "int8", "int4"]
 """Element type of the K/V cache; float is that of the activations."""

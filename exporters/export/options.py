@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Literal
 
 from dash_onnx.core.actions import DEFAULT_VARIANTS, WIDE, WIDENED, Action, Form
-from dash_onnx.core.block import Experts
+from dash_onnx.core.block import AttentionForms, Experts
 from dash_onnx.core.errors import UnsupportedError
-from dash_onnx.core.facts import AttentionForms, KVCacheType, ModelFacts, Target
+from dash_onnx.core.facts import KVCacheType, ModelFacts, Target
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
