@@ -152,8 +152,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     states = 4 * tokens * facts.hidden_size
     attending = [index for index in range(facts.num_layers) if spec.mixer_of(index) == "attention"]
     kv = 2 * sum(math.prod(spec.heads_of(index)) for index in attending)
-    read = {one.source for one in spec.attention} & {*attending}  # by other layers, see `Runner`
-    states += 4 * tokens * sum(math.prod(spec.heads_of(index)) for index in read)
+    sources = {one.source for one in spec.attention}  # whose K/V other layers read, see `Runner`
+    read = sum(math.prod(spec.heads_of(index)) for index in attending if index in sources)
+    states += 4 * tokens * read
     kept_kv = int(kv * {"float": rule.wide, "int8": 1, "int4": 0.5}[options.kv_cache])
     draft += embedding + rule.stored("int8", head.norm, head.linear)
     wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
