@@ -52,7 +52,7 @@ class Size:
     windows: int = 8
     items: int = 500
     answers: int = 100
-    per_kind: int = 5
+    per_kind: int = 4
     count_to: int = 900
     """In the long prompt, about four tokens a number."""
 
@@ -168,22 +168,16 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guessed tokens on a larger model: greedy, sampled, four answers at once. 30 minutes."""
-    out, peers = BUILD / "guesses", BUILD / "guesses-peers"
-    export: Command = ["dash-export", a.other, out, "--variants", "int8,int4", "--overwrite"]
+    """Guesses with the larger model, after `other`: greedy, drawn, four at once. 20 minutes."""
+    out, few = BUILD / "other", str(min(size.per_kind, 2))
     speculate: Command = ["python", "benchmarks/speculate.py", out, "--prompts", a.prompts]
-    greedy: Command = ["--target", "int4", "--target", "int8", "--genai", peers / "int4"]
-    greedy += ["--per-kind", str(size.per_kind)]
-    few: Command = ["--per-kind", str(min(size.per_kind, 4))]
-    if size == QUICK:
-        few += ["--max-tokens", str(size.new_tokens)]
-        greedy += ["--max-tokens", str(size.new_tokens)]
+    short = ["--max-tokens", str(size.new_tokens)]
+    greedy: Command = ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
+    greedy += ["--per-kind", str(size.per_kind), *(short if size == QUICK else [])]
     return [
-        [*export, "--requantize", "--effort", "none"],
-        ["python", "benchmarks/build_peers.py", a.other, peers, "--precisions", "int4"],
         [*speculate, *greedy, "--json"],
-        [*speculate, "--temperature", "1", *few, "--json"],
-        [*speculate, "--parallel", "4", "--max-tokens", "64", *few, "--json"],
+        [*speculate, "--temperature", "1", "--per-kind", few, *short, "--json"],
+        [*speculate, "--parallel", "4", "--per-kind", str(size.per_kind), *short, "--json"],
     ]
 
 
