@@ -66,7 +66,7 @@ standard deviations err by 4 / 15 / sqrt(12) = 8 %; the bound leaves a factor of
 
 QUICK = [
     *list(CASES)[:16],
-    *("bitnet", "granite_swa", "ministral3", "lfm2", "qwen3_5", "qwen2_moe", "gemma4"),
+    *("bitnet", "granite_swa", "ministral3", "lfm2", "qwen3_5", "qwen2_moe", "lfm2_moe", "gemma4"),
 ]
 """Cases of every kind of layer that the runtime treats differently; the others are slow tests."""
 

@@ -110,7 +110,7 @@ def build_layer(
     if layer.per_layer_gate is not None:
         result = _per_layer(graph, result, layer, index, form)
     if layer.factor is not None:
-        result = op.Mul(result, graph.activation_tensor("factor", layer.factor))
+        result = op.Mul(result, graph.activation_tensor("layer_scalar", layer.factor))
     kept = graph.save(folder, layer_path(index, form), hidden_out=result, **states)
     return [f"layers.{index}.{name}" for name in kept]
 

@@ -47,7 +47,16 @@ _NORMS = (
     *("input_norm", "q_norm", "k_norm", "v_norm", "output_norm", "post_norm", "down_norm"),
     *("delta_norm", "per_layer_norm", "output_sub_norm", "down_sub_norm"),
 )
-_VECTORS = ("sinks", "xielu", "conv", "conv.bias", "decay", "decay_bias", "choice_bias", "factor")
+_VECTORS = (
+    "sinks",
+    "xielu",
+    "conv",
+    "conv.bias",
+    "decay",
+    "decay_bias",
+    "choice_bias",
+    "layer_scalar",
+)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -244,7 +253,7 @@ class DequantizedModel:
             gate = self._activation(layer)(self._project(layer, action, "per_layer_gate", y))
             added = self._project(layer, action, "per_layer_output", gate * own)
             y = y + self._norm(layer, "per_layer_norm", added)
-        return y * self._vectors[layer].get("factor", 1.0)
+        return y * self._vectors[layer].get("layer_scalar", 1.0)
 
     def feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
         """Output of a layer from its input and `attended`, all `[..., D]`."""
