@@ -326,6 +326,8 @@ class Model:
         prompt: Prompt,
         deliver: Callable[[Chunk | Exception], None],
         options: GenerationOptions | None = None,
+        *,
+        raw: bool = False,
     ) -> Request[Chunk]:
         """A generation for a scheduler of this model.
 
@@ -333,12 +335,13 @@ class Model:
             prompt: raw text, chat messages or ids.
             deliver: takes its chunks.
             options: of the generation.
+            raw: whether ids are of raw text: no thoughts are looked for.
 
         Raises:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
-        return self._requests.of_text(prompt, GenerationOptions.of(options), deliver)
+        return self._requests.of_text(prompt, GenerationOptions.of(options), deliver, raw)
 
     def batch(
         self,

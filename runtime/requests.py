@@ -85,6 +85,7 @@ class Requests:
         prompt: Prompt,
         options: GenerationOptions,
         deliver: Callable[[Chunk | Exception], None],
+        raw: bool = False,
     ) -> Request[Chunk]:
         """A request whose pieces are text.
 
@@ -93,12 +94,13 @@ class Requests:
                 turns into text, or ids of such a text.
             options: of the generation.
             deliver: see `Request`.
+            raw: whether ids are of raw text: no thoughts are looked for, as in a `str`.
 
         Raises:
             PolicyError: an option or a message is not one that the model or the bundle can do.
             ContextLengthError: the prompt does not fit the context.
         """
-        raw = isinstance(prompt, str)
+        raw = raw or isinstance(prompt, str)
         ids = self._encoded(prompt, options)
         writer = TextWriter(self.text, len(ids), tuple(options.stop))
         return self.make(ids, options, writer.add, deliver, raw=raw)

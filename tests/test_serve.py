@@ -235,11 +235,11 @@ def test_a_choice_that_fails_ends_its_request(
     begun: list[int] = []
     request = Model.request
 
-    def third_fails(self: Model, *given: Any) -> Request:
+    def third_fails(self: Model, *given: Any, **more: Any) -> Request:
         begun.append(1)
         if len(begun) == 3:
             raise PolicyError("no such luck")
-        return request(self, *given)
+        return request(self, *given, **more)
 
     monkeypatch.setattr(Model, "request", third_fails)
     try:

@@ -222,9 +222,10 @@ class _Server:
         with refusing():
             text = await self.service.shelf.text(name)
             options = body.options(self.service.limits.most_tokens)
-            self._check_length(await asyncio.to_thread(text.encode, body.prompt))
+            prompt = await asyncio.to_thread(text.encode, body.prompt)
+            self._check_length(prompt)
         choices = [Choice(text, []) for _ in range(body.n)]
-        return await self._answer(request, name, body.prompt, options, body, choices)
+        return await self._answer(request, name, prompt, options, body, choices)
 
     async def _body(self, request: Request, kind: type[Generation]) -> Generation:
         self._check_caller(request)
@@ -261,14 +262,15 @@ class _Server:
         self,
         request: Request,
         name: str,
-        prompt: Ids | str,
+        prompt: Ids,
         options: GenerationOptions,
         body: Generation,
         choices: list[Choice],
     ) -> Response:
-        answer = Answer(name, chat=isinstance(body, ChatRequest))
+        chat = isinstance(body, ChatRequest)
+        answer = Answer(name, chat=chat)
         tallies = [Tally(before=time.monotonic()), *(Tally() for _ in choices[1:])]
-        job = Job(name, prompt, options, tallies)
+        job = Job(name, prompt, options, tallies, raw=not chat)
         chunks = self.service.generate(job, _left(request))
         with refusing():  # what is refused before the first token has a status of its own
             if body.stream:

@@ -91,17 +91,19 @@ class Job:
 
     Attributes:
         name: of the bundle.
-        prompt: its tokens `[S]`, or raw text.
+        prompt: its tokens `[S]`.
         options: of the generation; each choice draws with a seed of its own.
         tallies: for each choice, what it has cost.
         until: when it must have ended, by the clock of the event loop.
+        raw: whether the prompt is text to continue: no thoughts are looked for.
     """
 
     name: str
-    prompt: Ids | str
+    prompt: Ids
     options: GenerationOptions
     tallies: list[Tally]
     until: float = math.inf
+    raw: bool = False
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -254,7 +256,9 @@ class Service:
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)
-        return await batch.run(lambda deliver: model.request(job.prompt, deliver, options), put)
+        return await batch.run(
+            lambda deliver: model.request(job.prompt, deliver, options, raw=job.raw), put
+        )
 
     def _count(self, tally: Tally, chunk: Chunk) -> None:
         metrics, now = self.metrics, time.monotonic()
