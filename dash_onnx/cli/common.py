@@ -211,11 +211,9 @@ def log_level(arguments: argparse.Namespace) -> int:
     return logging.getLevelNamesMapping()[arguments.log_level.upper()]
 
 
-def add_bundle_argument(parser: Options) -> None:
-    """The bundle that a tool reads."""
-    parser.add_argument(
-        "bundle", metavar="BUNDLE", type=folder, help="the bundle that dash-export wrote"
-    )
+def add_bundle_argument(parser: Options, told: str = "the bundle that dash-export wrote") -> None:
+    """The bundle that a tool reads; `told` is its help."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=folder, help=told)
 
 
 def add_json_option(parser: Options) -> None:

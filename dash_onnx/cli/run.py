@@ -20,13 +20,13 @@ from dash_onnx.cli.cached import bundle_of
 from dash_onnx.cli.common import (
     Options,
     Parser,
+    add_bundle_argument,
     add_json_option,
     add_max_tokens_option,
     add_memory_option,
     add_parallel_option,
     add_policy_options,
     add_threads_option,
-    folder,
     run,
     seed,
 )
@@ -52,12 +52,7 @@ def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text with a model or its bundle.", _EXAMPLES)
     parser.usage = "dash-run BUNDLE [PROMPT] [option ...]"
     parser._optionals.title = "basic"
-    parser.add_argument(
-        "bundle",
-        metavar="BUNDLE",
-        type=folder,
-        help="a bundle, or a model (hub id, folder, GGUF file), exported once",
-    )
+    add_bundle_argument(parser, "a bundle, or a model (hub id, folder, GGUF file), exported once")
     parser.add_argument(
         "prompt",
         metavar="PROMPT",
