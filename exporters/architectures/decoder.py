@@ -279,7 +279,7 @@ class Decoder:
             return found and found.reordered(order)
 
         def linear(name: str, short: str, rows: int, columns: int) -> Linear:
-            return _linear(weights, prefix + name, short, rows, columns)
+            return linear_at(weights, prefix + name, short, rows, columns)
 
         def stacked(short: str, parts: tuple[str, ...], *rows: int) -> Linear:
             if len(parts) == 1:
@@ -338,7 +338,7 @@ class Decoder:
         facts, names = spec.facts, self.names
         # As transformers: a head that is stored counts, whatever the config says about it.
         name = names.head if f"{names.head}.weight" in weights else names.embedding
-        linear = _linear(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
+        linear = linear_at(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
         norm = self._norm(weights, names.final_norm, facts.hidden_size)
         scale = spec.scales.logit / (spec.block.logit_softcap or 1.0)
         return Head(norm if scale == 1.0 else norm.scaled(scale), linear)
@@ -369,7 +369,8 @@ def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _linear(weights: Weights, name: str, short: str, rows: int, columns: int) -> Linear:
+def linear_at(weights: Weights, name: str, short: str, rows: int, columns: int) -> Linear:
+    """The linear layer `[rows, columns]` below a name, with its bias and integers, if any."""
     weight, bias = f"{name}.weight", f"{name}.bias"
     return Linear(
         short,

@@ -21,7 +21,7 @@ from dash_onnx.exporters.architectures.base import (
     Scales,
     take,
 )
-from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.architectures.decoder import Decoder, linear_at
 from dash_onnx.exporters.architectures.names import Names
 from dash_onnx.exporters.architectures.rope import LAYER_TYPES, rope_of
 from dash_onnx.exporters.sources import Weights
@@ -116,7 +116,7 @@ class Gemma4(Decoder):
             return layer
 
         def linear(name: str, short: str, rows: int, columns: int) -> Linear:
-            return Linear(short, take(weights, f"{prefix}{name}.weight", rows, columns))
+            return linear_at(weights, prefix + name, short, rows, columns)
 
         return replace(
             layer,
