@@ -32,11 +32,11 @@ class Tags(NamedTuple):
         for opening, before, closing, after in _TAGS:
             first, last = tokenizer.token_to_id(opening), tokenizer.token_to_id(closing)
             if first is not None and last is not None:
-                spaces = (
-                    tokenizer.encode(s, add_special_tokens=False).ids for s in (before, after)
+                head, tail = (
+                    tokenizer.encode(space, add_special_tokens=False).ids
+                    for space in (before, after)
                 )
-                before_ids, after_ids = spaces
-                return cls(first, last, (*before_ids, last, *after_ids))
+                return cls(first, last, (*head, last, *tail))
         return None
 
 
