@@ -134,8 +134,10 @@ def test_the_integers_of_the_file_are_nearly_lossless(
     kept = dash_onnx.load(tmp_path / "kept")
     full = model.logits(text_ids, policy="full")
     assert mean_kl(full, kept.logits(text_ids, policy="int8")) <= 0.005  # blocks of 32
-    # What is left is the rounding of activations to INT8, of the offsets, and of unlikely logits.
-    assert mean_kl(full, kept.logits(text_ids, policy="int4")) <= 0.01
+    # What is left is the rounding of activations to INT8, of the offsets, and of unlikely logits:
+    # little beside a rounding of the weights, on whatever text this machine's model wrote.
+    requantized = mean_kl(full, model.logits(text_ids, policy="int4"))
+    assert mean_kl(full, kept.logits(text_ids, policy="int4")) <= requantized / 3
     layers = kept.manifest.layers
     assert sum(x.bytes["int4"] for x in layers) < 0.7 * sum(x.bytes["int8"] for x in layers)
 
