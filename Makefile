@@ -77,7 +77,7 @@ gpu-check:
 # All of it, in some three and a half hours on 2 cores:
 #   make results TEXT="wikitext2-valid.txt fiction.txt" TASKS="lambada.jsonl arc.jsonl" \
 #     PROMPTS=chats.jsonl OTHER=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
-# and a part again (`python benchmarks/measure.py --help` tells them): PARTS="speed scale"
+# and a part again (`python benchmarks/measure.py --help` lists them): PARTS="speed scale"
 results: .venv/.llama-cpp build/peers/.built build/fused/.built
 	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle "$(BUNDLE)" \
 		--model $(DEMO) $(PEERS:%=--peer %) $(TEXT:%=--text %) $(TASKS:%=--task %) \
@@ -141,7 +141,7 @@ $(DEMO): | .venv/.export
 # The stamps lie inside the bundle: an export replaces both, a training keeps them, and
 # `dash-profile`, which writes dash.json, starts neither again. A hub id is no file.
 # The demo file's own Q4_1 integers are exact, but in a model this small they cost as much as INT8:
-# INT4 rounded anew leaves the policy more to choose from (docs/reference/models.md).
+# requantized INT4 leaves the policy more to choose from (docs/reference/models.md).
 $(BUNDLE)/.exported: .venv/.export $(if $(filter $(DEMO),$(MODEL)),$(DEMO),$(wildcard $(MODEL)))
 	$(BIN)/dash-export "$(MODEL)" "$(BUNDLE)" --effort none --overwrite \
 		$(if $(filter $(DEMO),$(MODEL)),--requantize)

@@ -86,7 +86,7 @@ def main() -> None:
 def runs(
     manifest: Manifest, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, str, float | None]]:
-    """The names, policies and budgets, from dear to cheap."""
+    """The names, policies and budgets, most expensive first."""
     assert manifest.scorer is not None, "train a policy first: dash-train BUNDLE"
     table = manifest.scorer.static
     if arguments.skips:

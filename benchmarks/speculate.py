@@ -11,7 +11,7 @@ kinds. The tasks that are there without it: questions; to return a source file o
 change, whole, also with the file as expected text; and JSON with a schema of ten fields, beside the
 same without forced tokens. Each prompt is answered with and without guesses, in turns. The
 greedy texts are compared token by token; where one first differs, the gap between the two best
-logits there tells whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
+logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
 the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they cannot
 be the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
 once, and the table has the tokens a second of all of them, their prompts included.

@@ -24,7 +24,7 @@ from dash_onnx.core.text import read_text
 from dash_onnx.runtime.model import Model
 
 FORMS = "wide", "int8", "int4"
-_FIRST = 16  # predictions that are left out: nobody could know what comes
+_FIRST = 16  # predictions that are left out: what comes cannot be known
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ _LEAST_BLOCK, _FULL = 2 * _HUGE_PAGE, 0.9  # bytes, and the share of them that i
 
 
 def machine_name() -> str:
-    """Processor and architecture, as far as the system tells."""
+    """Processor and architecture, as far as the system says."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         name = next(

@@ -92,7 +92,7 @@ def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
     before = taken_share(thread_count(), PROBE_S)
     costs = measure(bundle, device)
     after = taken_share(thread_count(), PROBE_S)
-    taken = min(before, after)  # what was steady: `spread` tells the rest
+    taken = min(before, after)  # what was steady: `spread` has the rest
     why = ""
     if costs.spread > BUSY:
         why = f"a typical run took {costs.spread:.0%} longer than the fastest quarter"

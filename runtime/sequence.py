@@ -239,7 +239,7 @@ class SequenceState:
         """Attends by plain operators, or not, until the K/V cache moves: for those who time it.
 
         Returns:
-            What tells the pass that runs now. Where it said true here, it may change.
+            The switch of the pass that runs now. Where it was true here, it may change.
         """
         self._plain = plain
         self.kv.plain.write(plain)

@@ -27,7 +27,7 @@ class OpenVINO:
         )
 
     def decode(self, ids: list[int], new: int) -> list[float]:
-        """The pipeline tells the time of each token."""
+        """The pipeline reports the time of each token."""
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
         result = self._pipe.generate(openvino.Tensor(np.array([ids], np.int64)), config)

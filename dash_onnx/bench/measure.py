@@ -147,7 +147,7 @@ def measure(
         prompts: token ids.
         new_tokens: decoded after each prompt, at least 2.
         rounds: over all prompts, after one with a single prompt that warms up.
-        processes: how often all start anew, each time for all rounds. A process keeps an
+        processes: how often all restart, each time for all rounds. A process keeps an
             advantage of up to 8 % for as long as it lives, by where its memory lies.
         contexts: token ids of longer prompts, which the first processes take turns on after the
             rounds; one that is there twice is measured twice.

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, lines in a log, nothing where nobody listens.
+"""Progress of long work: a bar on a terminal, lines in a log, nothing where no one listens.
 
 Everything goes through `logging`, at INFO. A terminal gets a `BarHandler`: where the package's
 logger has one, phases are bars, else they are a line at their start, every half minute and at their
@@ -230,12 +230,12 @@ class Phase:
         self._say(self._figures, logging.DEBUG)
 
     def _annotate(self) -> None:
-        """Tells beside the bar what the bar does not."""
+        """Logs what the bar does not show."""
         if self._bar.disable:
             return
         own, later = self._rest()
         parts = [self._figures]
-        if own and self._done == self._first:  # from then on the bar tells it
+        if own and self._done == self._first:  # from then on the bar shows it
             parts.append(f"about {about(own)} to go")
         if later:
             parts.append(f"then {about(later)}")

@@ -136,7 +136,7 @@ def _raise(message: str) -> None:
 
 
 class _Spent(threading.local):
-    """What the rendering of this thread has used up; outside of one nobody counts."""
+    """What the rendering of this thread has used up; outside of one nothing is counted."""
 
     characters = 0.0
     deadline = math.inf

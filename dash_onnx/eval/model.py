@@ -100,7 +100,7 @@ class DashLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells apart the requests that the harness caches."""
+        """Distinguishes the requests that the harness caches."""
         return self.model.manifest.model.name
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -1,4 +1,4 @@
-"""The speed/quality curve: what the manifest alone tells."""
+"""The speed/quality curve: from the manifest alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything a report tells, as data."""
+"""Everything in a report, as data."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from dash_onnx.serve.schema import Answer, Choice
 from dash_onnx.serve.service import Job
 
 _LOG = logging.getLogger(__name__)
-_GRACE_S = 1.0  # after its time a stream still tells that it is over
+_GRACE_S = 1.0  # after its time a stream still says that it is over
 _END = "data: [DONE]\n\n"
 _JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 _letters = lru_cache(1 << 10)(path_letters)
@@ -52,10 +52,10 @@ class EventStream(Response):
             state: of the request; its `outcome` is set.
             job: what is generated.
             chunks: of all choices, but for the first.
-            first: which tells that the request was not refused.
+            first: which says that the request was not refused.
             answer: makes the events.
             choices: take the chunks.
-            usage: whether the last event tells the tokens.
+            usage: whether the last event counts the tokens.
         """
         super().__init__()
         del self.headers["content-length"]

@@ -22,7 +22,7 @@ def is_local(host: str) -> bool:
 
 
 def is_trusted(name: str) -> bool:
-    """Whether a server was called by an address, or by a name that nobody can make lead to it."""
+    """Whether a server was called by an address, or by a name that cannot be made to lead to it."""
     try:
         return bool(ipaddress.ip_address(name))
     except ValueError:

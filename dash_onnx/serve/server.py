@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A first signal drains the server, which tells /ready of it; a second one ends it."""
+        """A first signal drains the server, which makes /ready fail; a second one ends it."""
         if self._service.draining:
             self.should_exit = self.force_exit = True
         self._service.draining = True

@@ -22,7 +22,7 @@ class _Form(NamedTuple):
     """How a family writes calls.
 
     Attributes:
-        marks: any of them in a chat template tells the family.
+        marks: any of them in a chat template identifies the family.
         open: tag before the calls.
         close: tag after them; one that the vocabulary lacks is not written.
         listed: whether they stand in a list.

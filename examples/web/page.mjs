@@ -50,7 +50,7 @@ async function load(note) {
   return { facts, text, model: new Fused(ort, session, facts) };
 }
 
-/** Slider and presets; returns what tells the chosen budget. */
+/** Slider and presets; returns a function that gives the chosen budget. */
 function control({ budgets }) {
   if (!budgets) return () => undefined;
   const slider = at("budget");

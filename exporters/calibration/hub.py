@@ -79,7 +79,7 @@ class HubDataset:
         return Excerpt(BETWEEN.join(parts), size * total // read)
 
     def sha256(self) -> str:
-        """Of the dataset's fingerprint, which tells its revision, configuration and split."""
+        """Of the dataset's fingerprint, which identifies its revision, configuration and split."""
         content = f"{self._rows._fingerprint} {self._column}"
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -66,7 +66,7 @@ def turns_of(codec: TextCodec) -> Turns | None:
 def self_written(
     bundle: Bundle, codec: TextCodec, sequences: int, length: int, seed: int, label: str
 ) -> Ids:
-    """Training text of a model that nobody gave a text for.
+    """Training text of a model for which no text was given.
 
     Every second sequence is a conversation in which the model writes the messages of both sides
     (Magpie, arXiv 2406.08464). The others begin with a random token and become documents of many

@@ -43,7 +43,7 @@ _LOADED_TOKEN_BYTES = 1000  # of its tokenizer, for each token of its vocabulary
 
 @dataclass(frozen=True)
 class Sizes:
-    """Estimates in bytes, of weights that are rounded anew.
+    """Estimates in bytes, of weights that are requantized.
 
     Attributes:
         parameters: of the model.

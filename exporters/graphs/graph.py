@@ -56,7 +56,7 @@ class Graph:
         hessians: per linear layer, `[K, K]` sum of x x^T of its calibration inputs.
         fp32_kept: names of weights stored as FP32 because FP16 cannot hold them.
         folded: most weights of a product in full precision: ORT 1.32 casts more than 1 GB of FP32
-            anew at every run.
+            again at every run.
     """
 
     name: str
@@ -300,7 +300,7 @@ class Graph:
             `fp32_kept`.
         """
         for node in self.builder.graph.all_nodes():
-            # The builder prefixes the names it is given, and begins anew in each branch.
+            # The builder prefixes the names it is given, and starts over in each branch.
             branch = "" if node.graph is self.builder.graph else f"{node.graph.name}."
             for value in node.outputs:
                 value.name = branch + (value.name or "").removeprefix("v_")

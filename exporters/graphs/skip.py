@@ -127,7 +127,7 @@ def _kv(
 def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: int) -> torch.Tensor:
     """Puts another map from the reduced input, `[D, r]`, into a skip graph.
 
-    Nobody may read the bundle yet.
+    The bundle may not be read yet.
 
     Returns:
         The map as the graph has it now, rounded to INT8, `[D, r]` float32.

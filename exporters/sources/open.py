@@ -33,7 +33,7 @@ def open_source(
         model: a local folder with safetensors, a `.gguf` file, or a hub id: `org/name`, or
             `org/name:Q4_K_M` for the GGUF file of that quantization in it.
         supported: the `model_type`s that have an exporter.
-        requantize: round quantized weights anew instead of keeping their integers.
+        requantize: requantize quantized weights instead of keeping their integers.
         revision: branch, tag or commit of a hub id; None takes its main branch.
         weights: download a hub id's weights; without, names and shapes are all that is known of
             those that are not here yet. A GGUF file is always downloaded.

@@ -39,7 +39,7 @@ class Checkpoint:
         self.state: dict[str, Any] = {}
         try:
             found = torch.load(self._folder / _NAME, torch.get_default_device(), weights_only=True)
-        except Exception:  # absent, or damaged in any of many ways: start anew
+        except Exception:  # absent, or damaged in any of many ways: start over
             return
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             self.state = found

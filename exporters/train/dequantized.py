@@ -34,7 +34,7 @@ Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
 
 
-# The C library maps each block of over 32 MB anew and the system clears its pages: a fifth of the
+# The C library maps each block of over 32 MB again and the system clears its pages: a fifth of the
 # time of passes whose logits are larger. Of few tokens at once, the product is slow.
 _LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
@@ -74,7 +74,7 @@ class DequantizedModel:
 
     Attributes:
         manifest: of the bundle.
-        actions: those it holds weights for, from dear to cheap; the last is `skip`.
+        actions: those it holds weights for, most expensive first; the last is `skip`.
         heads: precisions of the LM heads.
         head: highest of them, which the reference has.
         chunk: tokens whose logits should exist at once.

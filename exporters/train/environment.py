@@ -68,7 +68,7 @@ class Environment:
 
     Attributes:
         model: whose layers run.
-        actions: what the indices of decisions mean, from dear to cheap, `skip` last.
+        actions: what the indices of decisions mean, most expensive first, `skip` last.
         prompt_tokens: first tokens of each sequence; they run at the dearest action.
         layers: their number L.
         segments: of layers that are decided at once.

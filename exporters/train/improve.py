@@ -120,7 +120,7 @@ def explore(
 
     Args:
         trainer: whose environment runs, and whose generator draws the Fisher samples.
-        number: of the pass, which tells the batch.
+        number: of the pass, which determines the batch.
         log_multipliers: of each sequence, `[B, 1]`.
         decide: what each token does.
 
@@ -200,7 +200,7 @@ def probabilities(
 
     Args:
         scorer: in training.
-        costs: `[L, A]`, in any unit, from dear to cheap, infinite where forbidden.
+        costs: `[L, A]`, in any unit, most expensive first, infinite where forbidden.
         state: of the decisions for n layers.
         log_multiplier: log nats per unit of cost, broadcastable to the tokens.
         temperature: scale of the logistic noise on log values that it stands for.

@@ -42,8 +42,8 @@ class Scorer(nn.Module):
 
     with W1 `[width, D]`, b1 `[width]`, W2 `[L, A-1, width]`, b2 `[L, A-1]`, and z `[D]` that input
     normalised over its dimensions, divided by the standard deviation of each, and clamped. Actions
-    are ordered from dear to cheap; increment k is the KL that action k costs more than action k-1,
-    so values grow from 0 along that order. `scale * x` gives the same values as x: the
+    are ordered most expensive first; increment k is the KL that action k costs more than action
+    k-1, so values grow from 0 along that order. `scale * x` gives the same values as x: the
     normalisation takes the scale away. In training mode z drops out in part.
 
     Attributes:

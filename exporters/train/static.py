@@ -9,7 +9,7 @@ import torch
 
 from dash_onnx.exporters.train.dequantized import Tensor
 
-LIMIT = 0.8  # nats; what loses more interests nobody
+LIMIT = 0.8  # nats; what loses more is of no use
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def search(
     The first layer is never skipped, here as in the policy.
 
     Args:
-        costs: `[L, A]`, in any unit; actions from dear to cheap, `skip` last.
+        costs: `[L, A]`, in any unit; actions, most expensive first, `skip` last.
         values: predicted KL of each action alone, `[L, A]` nats.
         measure: mean KL of a path in nats.
         lossy: index of the first action whose losses are measured.
@@ -56,7 +56,7 @@ def search(
         start: path to begin with, the dearest if none.
 
     Yields:
-        The downgrades, from dear to cheap.
+        The downgrades, most expensive first.
     """
     skip = costs.shape[1] - 1
     path, kl, measured = start or (0,) * len(costs), 0.0, start is None
@@ -100,9 +100,9 @@ def increments_of(downgrades: Sequence[Downgrade], costs: Tensor, single: Tensor
 
     A layer leaves an action when the multiplier reaches what that downgrade lost per unit of cost,
     or what an earlier one lost, if that was more. Increments that the search never paid are worth
-    half as much again as its last one. Actions that a downgrade passed over are too dear for what
-    they save: their part of its loss is that of `single`, where that is more than their part of
-    what it saved.
+    half as much again as its last one. Actions that a downgrade passed over are too expensive for
+    what they save: their part of its loss is that of `single`, where that is more than their part
+    of what it saved.
 
     Args:
         downgrades: of `search`, in order.

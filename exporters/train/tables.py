@@ -151,7 +151,7 @@ def _multipliers(trainer: Trainer) -> list[float]:
 
 
 def _static_paths(trainer: Trainer) -> list[tuple[int, ...]]:
-    """Each precision alone, and the best static assignments from dear to cheap, as indices."""
+    """Each precision alone, and the best static assignments most expensive first, as indices."""
     skip, layers = trainer.actions.index(SKIP), trainer.env.layers
     precise = [one for one in trainer.downgrades if skip not in one.path]
     # Each skip is a large step; those between precisions are small and many.

@@ -37,7 +37,7 @@ class Trainer:
         options: what the user chose.
         plan: what that means.
         checkpoint: what an earlier run of the same training reached.
-        actions: that are trained, from dear to cheap.
+        actions: that are trained, most expensive first.
         lossy: index of the first action whose losses the static search measures.
         extra: dearer actions that the exported scorer has beside them.
         dtype: of matrix products.

@@ -30,7 +30,7 @@ def load_scorer(scorer: Scorer, actions: tuple[Action, ...], bundle: Bundle) -> 
 
     Args:
         scorer: with the decision points of the other one.
-        actions: that it decides between, from dear to cheap.
+        actions: that it decides between, most expensive first.
         bundle: of the other one.
 
     Raises:

@@ -18,7 +18,7 @@ from dash_onnx.exporters.train.scorer import Scorer
 
 MOST = 8.0
 """Nats that a replaced output costs a token at most. The quadratic form knows no bound: on tokens
-with massive activations it says thousands, and a few of them would be all that a mean tells."""
+with massive activations it says thousands, and a few of them would dominate a mean."""
 
 
 def sampled_values(
