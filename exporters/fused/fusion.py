@@ -25,7 +25,7 @@ from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
-from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, join_norms
+from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 from dash_onnx.runtime.compose import rename
@@ -85,8 +85,7 @@ class Fusion:
         ports = self._ports(decisions is not None)
         if decisions:
             decisions.report()
-        nodes = join_norms(self.nodes, {tensor.name for tensor in self.initializers})
-        graph = helper.make_graph(nodes, "dash", *ports, self.initializers)
+        graph = helper.make_graph(self.nodes, "dash", *ports, self.initializers)
         opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dash-onnx"

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-
 import onnx
 from onnx import helper
 
 from dash_onnx.core.manifest import Manifest
-
-_WITH_SUM = {
-    "RMSNormalization": "SkipSimplifiedLayerNormalization",
-    "LayerNormalization": "SkipLayerNormalization",
-}
-"""By norm the kernel of com.microsoft that adds two values first."""
 
 _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 
@@ -40,36 +32,6 @@ def group_attention(graph: onnx.GraphProto) -> None:
             while not kept[-1]:
                 kept.pop()
             node.input[:] = kept
-
-
-def join_norms(nodes: Sequence[onnx.NodeProto], weights: Container[str]) -> list[onnx.NodeProto]:
-    """Lets the norm in front of a layer add what the layer before it returns as two parts.
-
-    Args:
-        nodes: of one graph, sorted.
-        weights: names that no sum of two hidden states reads.
-
-    Returns:
-        The nodes with one kernel for each `Add` and the norm of its sum.
-    """
-    sums = {node.output[0]: node for node in nodes if node.op_type == "Add"}
-    joined: dict[str, onnx.NodeProto] = {}
-    for node in nodes:
-        if node.op_type in _WITH_SUM and (total := node.input[0]) in sums and total not in joined:
-            parts = sums[total].input
-            if any(name in weights for name in parts):
-                continue
-            (epsilon,) = (a.f for a in node.attribute if a.name == "epsilon")
-            joined[total] = helper.make_node(
-                _WITH_SUM[node.op_type],
-                [*parts, *node.input[1:]],
-                [node.output[0], "", "", total],
-                domain="com.microsoft",
-                epsilon=epsilon,
-            )
-    normed = {node.output[0] for node in joined.values()}
-    kept = [node for node in nodes if node.domain or node.output[0] not in normed]
-    return [joined.get(node.output[0], node) for node in kept]
 
 
 def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
