@@ -69,7 +69,7 @@ class FusedFacts:
         model: name of the source model.
         context: most tokens of prompt and answer.
         actions: what the indices in `dash_path` mean.
-        runs: those that the graph decides between, from dear to cheap. The highest precision is
+        runs: those that the graph decides between, most expensive first. The highest precision is
             left out where INT8 stands for it: it would double the file for the dearest budgets.
         prompt: precision of a prompt, where the scorer decides; `wide` or None where it does not.
         path: of every token where the policy is fixed; such a graph has no `dash_path`.
