@@ -1,57 +1,104 @@
-"""Writes a checkpoint with random weights in the shape of a Llama 3, shard by shard.
+"""Writes a checkpoint with random weights in the shape of a published model, shard by shard.
 
-    python benchmarks/big.py FOLDER
-    dash-export FOLDER OUT --effort none --variants int8 --calibration TEXT
+    python benchmarks/big.py FOLDER --shape lfm2-1.2b --gguf FILE
+    dash-export FOLDER OUT --effort none
+    dash-bench OUT --peer llama.cpp:FILE --skip quality
 
-The second command shows what the export of such a model needs.
+Speed and memory do not depend on the values of weights, so the last command compares what real
+models of this shape would take. `--gguf` needs llama-cpp-python.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
-SHAPES = {  # layers, width, width inside the MLP, heads
-    "1b": (16, 2048, 8192, 32),
-    "3b": (28, 3072, 8192, 24),
-    "8b": (32, 4096, 14336, 32),
+
+def _llama(layers: int, width: int, inner: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": width // heads,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    }
+
+
+def _lfm2(model_type: str, layers: int, attending: tuple[int, ...], **own: Any) -> dict[str, Any]:
+    kinds = ["full_attention" if layer in attending else "conv" for layer in range(layers)]
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "layer_types": kinds,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 65536,
+        "max_position_embeddings": 128000,
+        **own,
+    }
+
+
+_DENSE = {"intermediate_size": 8192, "block_auto_adjust_ff_dim": False}
+_EXPERTS = {"intermediate_size": 7168, "moe_intermediate_size": 1792, "num_experts": 32}
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": _llama(16, 2048, 8192, 32),
+    "3b": _llama(28, 3072, 8192, 24),
+    "8b": _llama(32, 4096, 14336, 32),
+    "lfm2-1.2b": _lfm2("lfm2", 16, (2, 5, 8, 10, 12, 14), **_DENSE),
+    "lfm2-8b-a1b": _lfm2("lfm2_moe", 24, (2, 6, 10, 14, 18, 21), **_EXPERTS),
+    "qwen3.5-0.8b": {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 24,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 6,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "max_position_embeddings": 262144,
+    },
 }
+"""Of Llama 3, LFM 2 and Qwen 3.5, in transformers' terms."""
 
 
 def main() -> None:
     """Writes the folder; a shard for each layer and one for the rest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same for llama.cpp, in Q4_0")
     arguments = parser.parse_args()
-    folder, (layers, width, inner, heads) = arguments.folder, SHAPES[arguments.shape]
+    folder, config = arguments.folder, shaped(arguments.shape, arguments.layers)
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=arguments.layers or layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=width // heads,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        dtype="bfloat16",
-    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    shapes = {name: x.shape for name, x in model.state_dict().items() if name != "lm_head.weight"}
     shards: dict[str, list[str]] = {}
     for name in shapes:
         shards.setdefault(name.split(".")[2] if ".layers." in name else "rest", []).append(name)
@@ -66,6 +113,27 @@ def main() -> None:
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     print(f"{folder}: {total / 1e9:.2f} billion parameters")
+    if arguments.gguf:
+        from big_gguf import save_gguf
+
+        save_gguf(arguments.gguf, config, tokenizer(), stored(folder, weight_map))
+
+
+def shaped(shape: str, layers: int | None = None) -> PreTrainedConfig:
+    """A shape's configuration, with as many layers of its pattern as are asked for."""
+    sizes = dict(SHAPES[shape])
+    if layers:
+        sizes["num_hidden_layers"] = layers
+        if pattern := sizes.get("layer_types"):
+            sizes["layer_types"] = [pattern[layer % len(pattern)] for layer in range(layers)]
+    common = {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1}
+    return AutoConfig.for_model(**sizes, **common, dtype="bfloat16")
+
+
+def stored(folder: Path, weight_map: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights by name, a shard at a time."""
+    for file in dict.fromkeys(weight_map.values()):
+        yield from load_file(folder / file).items()
 
 
 def weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -76,9 +144,10 @@ def weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    found = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    """One token per byte, and one of two, since llama.cpp expects a merge."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt"]
+    ids = {token: index for index, token in enumerate(alphabet)}
+    found = Tokenizer(models.BPE(ids, [("Ġ", "t")]))
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>")

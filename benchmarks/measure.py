@@ -197,6 +197,26 @@ def scale(_: argparse.Namespace, size: Size) -> list[Command]:
     return [["python", "benchmarks/scale.py", BUILD / "scale", "--shapes", *shapes, "--json"]]
 
 
+def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
+    """Random models in other families' shapes, beside peers. 40 minutes and 10 GB of disk."""
+    commands: list[Command] = []
+    for shape, layers in {"lfm2-1.2b": 16, "qwen3.5-0.8b": 24, "lfm2-8b-a1b": 6}.items():
+        folder = BUILD / "shapes" / shape
+        model, out, gguf = folder / "model", folder / "out", folder / "q4_0.gguf"
+        big: Command = ["python", "benchmarks/big.py", model, "--shape", shape]
+        export: Command = ["dash-export", model, out, "--effort", "none", "--check", "none"]
+        bench: Command = ["dash-bench", out, "--policy", "int4", "--skip", "quality"]
+        peers = _peers([f"genai:{folder / 'int4'}", f"llama.cpp:{gguf}"])
+        commands += [
+            [*big, "--layers", str(4 if size == QUICK else layers), "--gguf", gguf],
+            ["python", "benchmarks/build_peers.py", model, folder, "--precisions", "int4"],
+            [*export, "--overwrite", "--json"],
+            [*bench, *peers, *_amount(size), "--json"],
+            ["rm", "-r", folder],
+        ]
+    return commands
+
+
 def _peers(peers: list[str]) -> list[str]:
     return [word for peer in peers for word in ("--peer", peer)]
 
@@ -230,6 +250,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "guesses": (guesses, "other prompts"),
     "server": (server, "other"),
     "scale": (scale, ""),
+    "shapes": (shapes, ""),
 }
 """By name the commands, and the options that they need."""
 
@@ -246,7 +267,7 @@ def main() -> None:
         "parts",
         nargs="*",
         metavar="PART",
-        help="(default: all but `scale` whose options are given)",
+        help="(default: all but `scale` and `shapes` whose options are given)",
     )
     parser.add_argument("--bundle", type=_path, metavar="BUNDLE", help="with a trained policy")
     parser.add_argument("--model", type=_path, help="what BUNDLE was exported from")
@@ -269,7 +290,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    for name in arguments.parts or [name for name in PARTS if name != "scale"]:
+    for name in arguments.parts or [name for name, (_, needs) in PARTS.items() if needs]:
         part, needs = PARTS[name]
         if lacking := [option for option in needs.split() if not getattr(arguments, option)]:
             if name in arguments.parts:

@@ -63,6 +63,8 @@ def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str
     """A figure with its standard error."""
     if value is None:
         return "-"
+    if value < 0.5 / 10**digits:
+        return "0"
     return f"{value:.{digits}f} ± {error:.{digits}f}" if error else f"{value:.{digits}f}"
 
 
@@ -107,7 +109,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "pp512": lambda c: _behind(c, 512, "prefill_tokens_per_s"),
     "behind 1,000": lambda c: _behind(c, 1000),
     "behind 3,500": lambda c: _behind(c, 3500),
-    "KL": lambda c: "-" if c["kl"] is None else f"{c['kl']:.2g}" if c["kl"] > 1e-4 else "0",
     "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
     "peak memory, MB": lambda c: f"{c['peak_rss_bytes'] / 1e6:.0f}",
     "load, s": lambda c: f"{c['load_s']:.1f}",
@@ -135,12 +136,13 @@ def tasks(part: Part) -> str:
     """Accuracy by task and policy."""
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for command in part["commands"]:
-        (policy,) = re.findall(r"--(?:policy|budget) (\S+)", command["command"])
+        ((option, policy),) = re.findall(r"--(policy|budget) (\S+)", command["command"])
+        name = label(f"dash @{policy}" if option == "budget" else f"dash {policy}")
         for task, scores in command["found"]["results"].items():
             for metric in ("acc", "acc_norm", "exact_match"):
                 if (value := scores.get(f"{metric},none")) is not None:
                     row = cells.setdefault((task, metric, str(scores["sample_len"])), {})
-                    row[ours(policy)] = percent(value, scores[f"{metric}_stderr,none"])
+                    row[name] = percent(value, scores[f"{metric}_stderr,none"])
     columns = list(dict.fromkeys(policy for row in cells.values() for policy in row))
     rows = [[*key, *(row.get(column, "") for column in columns)] for key, row in cells.items()]
     return table([["task", "metric", "items", *columns], *rows], left=2)
@@ -297,6 +299,19 @@ def sizes(part: Part) -> str:
             room = [f"{facts[key]:.1f}" for key in ("export_gb", "bundle_gb", "pass_gb")]
             rows.append([name, times[0], *room[:2], times[1], room[2]])
     return table(rows)
+
+
+def shapes(part: Part) -> list[dict[str, Any]]:
+    """By shape: its layers, export and benchmark."""
+    made: list[dict[str, Any]] = []
+    for command in part["commands"]:
+        if named := re.search(r"--shape (\S+) --layers (\d+)", command["command"]):
+            made.append({"name": named[1], "layers": named[2]})
+        elif "export" in (command["found"] or {}):
+            made[-1]["export"] = command["found"]["export"]
+        elif command["found"]:
+            made[-1]["bench"] = command["found"]
+    return made
 
 
 def bundle(part: Part) -> str:

@@ -84,6 +84,7 @@ def page(parts: dict[str, tables.Part]) -> str:
         tables.at_once,
         tables.clients,
         tables.sizes,
+        tables.shapes,
         tables.found,
         origin,
         seconds,
@@ -132,9 +133,9 @@ def main() -> None:
     texts = {(arguments.folder or ROOT / "docs") / "results.md": page(parts)}
     if "speed" in parts and arguments.folder is None:
         readme = ROOT / "README.md"
-        columns = ("tokens/s", "KL", "peak memory, MB")
+        columns = ("tokens/s (rounds)", "pp512", "KL, nats", "peak memory, MB")
         (*_, speed) = tables.found(parts["speed"])
-        short = tables.contenders(speed, *columns, kinds="dash|genai", sort=True)
+        short = tables.contenders(speed, *columns, kinds="dash|genai|openvino |llama", sort=True)
         texts[readme] = MARKS.sub(rf"\1{short}\n\2", readme.read_text("utf-8"))
     for path, text in texts.items():
         if not arguments.check:

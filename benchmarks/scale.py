@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py FOLDER --shapes 1b 3b 8b
 
-Each shape (see big.py) is exported with its own text, with few and with twice as many layers of
-random weights, and one pass of the training runs on each. A line through both tells what all layers
-take. FOLDER needs room for such a model and its bundle: 10 GB for `8b`.
+Each shape of a Llama 3 (see big.py) is exported with its own text, with few and with twice as many
+layers of random weights, and one pass of the training runs on each. A line through both gives what
+all layers take. FOLDER needs room for such a model and its bundle: 10 GB for `8b`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=FEW, default=list(FEW))
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--a-pass", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
         return
     rows = []
     for shape in arguments.shapes:
-        least, layers = FEW[shape], SHAPES[shape][0]
+        least, layers = FEW[shape], SHAPES[shape]["num_hidden_layers"]
         few, more = (measured(arguments.folder, shape, n) for n in (least, 2 * least))
         found: dict[str, object] = {"shape": shape, "layers": layers, "measured": [few, more]}
         for name in few:

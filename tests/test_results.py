@@ -120,6 +120,12 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         ("dash-bench out --peer genai:peers/int4", BENCH),
         ("dash-bench out --peer genai:peers/int4 --prompts lines.txt", BENCH),
     ],
+    "shapes": [
+        ("python benchmarks/big.py model --shape lfm2-1.2b --layers 16 --gguf q4_0.gguf", None),
+        ("dash-export model out --json", {"export": {"seconds": 95.0, "peak_rss_bytes": 2e9}}),
+        ("dash-bench out --peer genai:lfm2-1.2b/int4 --json", BENCH),
+        ("rm -r lfm2-1.2b", None),
+    ],
     "kept": [
         ("dash-export m.gguf kept --json", {"export": {"seconds": 90.0, "peak_rss_bytes": 2e9}}),
         ("python benchmarks/first_token.py kept full", [{**FIRST, "other_first_token": 2}]),
@@ -176,6 +182,7 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| qa | 91 | 123 | 1.35 |",
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
+        "16 layers. The export took 2 min and 2.0 GB of memory.",
     ):
         assert row in page.splitlines(), row
     for commands in PRINTED.values():
@@ -218,5 +225,5 @@ def test_measuring_and_writing_go_together(
     subprocess.run([sys.executable, *words], check=True)
     subprocess.run([sys.executable, FOLDER / "results.py", out], check=True)
     page = (out / "results.md").read_text("utf-8")
-    assert "dash-info bundle --json" in page and "| policy at `balanced` |" in page
+    assert "dash-info bundle --json" in page and "| preset `balanced` |" in page
     assert str(tmp_path) not in page
