@@ -9,8 +9,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -235,14 +233,3 @@ def trained_bundle() -> Path:
     if not manifest.is_file() or json.loads(manifest.read_text("utf-8"))["scorer"] is None:
         missing(f"{TRAINED} is missing or has no policy: run `make demo`")
     return TRAINED
-
-
-@pytest.fixture(scope="session")
-def demo_bundle(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model exported by the command, in every precision; it trains nothing."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    arguments = [str(demo_gguf), str(out), "--effort", "none", "--requantize"]  # as in Makefile
-    arguments += ["--variants", "full,int8,int4"]
-    command = "import sys; from dash_onnx.cli.export import main; sys.exit(main(sys.argv[1:]))"
-    subprocess.run([sys.executable, "-c", command, *arguments], check=True)
-    return out
