@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 
 from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken
-
-
-def text_of(
-    codec: TextCodec, steps: Iterator[GeneratedToken], prompt_tokens: int, stop: tuple[str, ...]
-) -> Generator[Chunk]:
-    """Turns tokens into text; holds back what may become a stop string."""
-    writer = TextWriter(codec, prompt_tokens, stop)
-    try:
-        for step in steps:
-            chunk = writer.add(step)
-            yield chunk
-            if chunk.finish_reason is not None:
-                return
-    finally:  # a stop string ends the text before the steps end
-        if isinstance(steps, Generator):
-            steps.close()
 
 
 class TextWriter:

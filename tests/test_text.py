@@ -19,7 +19,7 @@ from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
 from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken
-from dash_onnx.runtime.writer import text_of
+from dash_onnx.runtime.writer import TextWriter
 
 UNICODE = st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"))
 WIDE = ["\u00e9", "中", "文", "😀", "👩\u200d👩\u200d👧", "e\u0301", "ﷺ", "\U0010ffff"]
@@ -382,7 +382,14 @@ def split(codec: TextCodec, text: str) -> list[int]:
 
 
 def run(codec: TextCodec, feed: Feed, *stop: str) -> list[Chunk]:
-    return list(text_of(codec, iter(feed), 5, stop))
+    """The chunks up to one that ends the text, as a request writes them."""
+    writer = TextWriter(codec, 5, stop)
+    chunks: list[Chunk] = []
+    for step in feed:
+        chunks.append(writer.add(step))
+        if chunks[-1].finish_reason is not None:
+            break
+    return chunks
 
 
 def texts(chunks: list[Chunk]) -> list[str]:
