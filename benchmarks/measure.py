@@ -69,9 +69,8 @@ def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
 def speed(a: argparse.Namespace, size: Size) -> list[Command]:
     """Speed, memory and quality beside the peers. 10 minutes."""
     peers = _peers(a.peer)
-    picture = (a.out if a.quick else ROOT / "docs") / "speed.png"
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *peers]
-    return [[*bench, *_amount(size), "--picture", picture, "--json"]]
+    return [[*bench, *_amount(size), "--json"]]
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dash_onnx.bench.measure import Result
 from dash_onnx.core.actions import PRECISIONS
 
 Part = dict[str, Any]
@@ -33,6 +34,12 @@ def table(rows: list[list[str]], left: int = 1) -> str:
 def found(part: Part) -> list[Any]:
     """What the commands printed, of those that printed JSON."""
     return [command["found"] for command in part["commands"] if command["found"] is not None]
+
+
+def results(bench: Any) -> list[Result]:
+    """The contenders of a run, as dash-bench measured them."""
+    same = ("name", "decode_ms", "ttft_ms", "load_s", "peak_rss_bytes", "kl", "kl_stderr")
+    return [Result(**{key: row[key] for key in same}) for row in bench["contenders"]]
 
 
 def label(name: str) -> str:

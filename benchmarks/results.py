@@ -1,4 +1,4 @@
-"""Writes docs/results.md from what measure.py kept, and the table between README.md's marks.
+"""Writes docs/results.md and its picture from what measure.py kept, and README.md's table.
 
     python benchmarks/results.py                # of benchmarks/results/
     python benchmarks/results.py --check        # fails where they differ from the JSON
@@ -21,6 +21,8 @@ from typing import Any
 
 import result_tables as tables
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dash_onnx.bench.picture import draw
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -123,6 +125,11 @@ def shown(command: dict[str, Any]) -> str:
     return f"{text}   # {seconds(command['seconds'])}"
 
 
+def plain(name: str) -> str:
+    """What a contender is called where nothing is set as code."""
+    return tables.label(name).replace("`", "")
+
+
 def main() -> None:
     """Writes or checks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -142,6 +149,10 @@ def main() -> None:
             path.write_text(text, "utf-8")
         elif not path.is_file() or path.read_text("utf-8") != text:
             sys.exit(f"results.py: error: {path} is not what the results give: run it again")
+    if "speed" in parts and not arguments.check:
+        (*_, speed) = tables.found(parts["speed"])
+        picture = (arguments.folder or ROOT / "docs") / "speed.png"
+        draw(tables.results(speed), picture, speed["machine"], plain)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,17 @@ def figure_class() -> Any:
     return Figure
 
 
-def draw(results: Sequence[Result], path: Path, title: str) -> None:
-    """Writes the picture; its format follows the name (`.png`, `.svg`)."""
+def draw(
+    results: Sequence[Result], path: Path, title: str, named: Callable[[str], str] = str
+) -> None:
+    """Writes the picture; its format follows the name (`.png`, `.svg`).
+
+    Args:
+        results: a point each.
+        path: of the picture.
+        title: above it.
+        named: what the picture calls a contender.
+    """
     figure = figure_class()(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     shown = [result for result in results if result.kl is not None]
@@ -40,11 +49,11 @@ def draw(results: Sequence[Result], path: Path, title: str) -> None:
     for number, (result, point) in enumerate(zip(shown, points, strict=True), 1):
         color, marker = _mark(result.name)
         small = f" (KL below {_FLOOR:g})" if (result.kl or 0.0) < _FLOOR else ""
-        label = f"{number}  {result.name}{small}"
+        label = f"{number}  {named(result.name)}{small}"
         axes.plot(*point, color=color, marker=marker, linestyle="", label=label, markersize=6)
     for result in results:
         if result.kl is None:
-            axes.plot([], linestyle="", label=f"not shown, KL unknown: {result.name}")
+            axes.plot([], linestyle="", label=f"not shown, KL unknown: {named(result.name)}")
     axes.margins(y=0.08)
     axes.set_yscale("log")
     axes.invert_yaxis()
