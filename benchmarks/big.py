@@ -92,6 +92,15 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same for llama.cpp, in Q4_0")
     arguments = parser.parse_args()
     folder, config = arguments.folder, shaped(arguments.shape, arguments.layers)
+    weight_map = write(folder, config)
+    if arguments.gguf:
+        from big_gguf import save_gguf
+
+        save_gguf(arguments.gguf, config, tokenizer(), stored(folder, weight_map))
+
+
+def write(folder: Path, config: PreTrainedConfig) -> dict[str, str]:
+    """Writes a random model; returns the file of each weight."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -113,15 +122,18 @@ def main() -> None:
     index = {"metadata": {"total_size": 2 * total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     print(f"{folder}: {total / 1e9:.2f} billion parameters")
-    if arguments.gguf:
-        from big_gguf import save_gguf
-
-        save_gguf(arguments.gguf, config, tokenizer(), stored(folder, weight_map))
+    return weight_map
 
 
-def shaped(shape: str, layers: int | None = None) -> PreTrainedConfig:
-    """A shape's configuration, with as many layers of its pattern as are asked for."""
-    sizes = dict(SHAPES[shape])
+def shaped(shape: str, layers: int | None = None, **own: Any) -> PreTrainedConfig:
+    """A shape's configuration, with as many layers of its pattern as are asked for.
+
+    Args:
+        shape: its name.
+        layers: None takes all.
+        own: sizes in place of the shape's.
+    """
+    sizes = {**SHAPES[shape], **own}
     if layers:
         sizes["num_hidden_layers"] = layers
         if pattern := sizes.get("layer_types"):

@@ -25,19 +25,21 @@ def save_gguf(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerFast,
     weights: Iterable[tuple[str, torch.Tensor]],
+    kind: str = "Q4_0",
 ) -> None:
-    """Writes a model in Q4_0, by way of a file in FP16.
+    """Writes a model, by way of a file in FP16.
 
     Args:
         path: the file.
         config: of a Llama, an LFM 2 or a Qwen 3.5.
         tokenizer: BPE of bytes.
         weights: by Hugging Face name.
+        kind: of matrices, as llama-quantize calls it; F16 keeps them.
     """
     architecture = _ARCHITECTURES[config.model_type]
-    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    full = path.with_name(f"{path.name}.f16")
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(key, config.num_hidden_layers)
+    full = path if kind == "F16" else path.with_name(f"{path.name}.f16")
     full.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(full, architecture, use_temp_file=True)
     _add_keys(writer, config)
@@ -55,8 +57,9 @@ def save_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    requantize(full, path, "Q4_0")
-    full.unlink()
+    if full != path:
+        requantize(full, path, kind)
+        full.unlink()
 
 
 def _parts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:

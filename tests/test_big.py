@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +34,15 @@ def test_a_shape_is_one_model_for_the_export_and_for_llama_cpp(
     import big
     import big_gguf
 
-    monkeypatch.setitem(big.SHAPES, shape, {**big.SHAPES[shape], **SMALL, **OF_KIND[shape]})
-    monkeypatch.setattr(big_gguf, "requantize", lambda full, path, _: shutil.copy(full, path))
-    file = tmp_path / "model.gguf"
-    words = [str(tmp_path / "model"), "--shape", shape, "--layers", "4", "--gguf", str(file)]
-    monkeypatch.setattr(sys, "argv", ["big.py", *words])
-    big.main()
-    source = open_source(str(tmp_path / "model"), REGISTRY)
+    folder, file = tmp_path / "model", tmp_path / "model.gguf"
+    config = big.shaped(shape, 4, **SMALL, **OF_KIND[shape])
+    weights = big.stored(folder, big.write(folder, config))
+    big_gguf.save_gguf(file, config, big.tokenizer(), weights, "F16")
+    source = open_source(str(folder), REGISTRY)
     assert source.config.num_hidden_layers == 4
     tensors = gguf.GGUFReader(file).tensors
     stored = sum(int(tensor.n_elements) for tensor in tensors)
-    files = (tmp_path / "model").glob("*.safetensors")
+    files = folder.glob("*.safetensors")
     assert stored == sum(value.numel() for file in files for value in load_file(file).values())
     if shape in ("1b", "lfm2-1.2b"):  # which the export reads from GGUF, too
         other = open_source(str(file), REGISTRY)
