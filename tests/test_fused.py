@@ -188,7 +188,8 @@ def test_every_form_of_layer_becomes_part_of_one_graph(
 def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: Path) -> None:
     assert TOOL.run(bundle, tmp_path / "flat", "--policy", STATIC) == 0
     graph = onnx.load(tmp_path / "flat" / MODEL, load_external_data=False).graph
-    assert "If" not in {node.op_type for node in graph.node}
+    chooses = [node.output[0] for node in graph.node if node.op_type == "If"]
+    assert chooses == ["logits"]  # see rewrite.look_at_the_last
     assert BUDGET not in {value.name for value in graph.input}
     client, sequence = Client(tmp_path / "flat", model.manifest), model.new_sequence()
     policy = model.policy(STATIC)
@@ -198,6 +199,23 @@ def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: P
     for token in range(100, 110):
         ours = sequence.forward(token, FixedPath(policy.uniform, policy.head))[0]
         np.testing.assert_allclose(client([token])[0][-1], ours, atol=2e-4)
+
+
+def test_of_a_prompt_the_head_looks_twice_at_the_last_row(
+    bundle: Path, model: Model, tmp_path: Path
+) -> None:
+    assert TOOL.run(bundle, tmp_path / "flat", "--policy", "int4") == 0
+    policy = model.policy("int4")
+    assert policy.uniform is not None and policy.head == "int4"
+    ids = list(range(20, 60))
+    for count in (len(ids), 5):  # a prompt, and a pass with guesses
+        client, sequence = Client(tmp_path / "flat", model.manifest), model.new_sequence()
+        errors = [
+            np.abs(row - sequence.prefill(np.array([token]), policy.uniform, policy.head)).max()
+            for row, token in zip(client(ids[:count])[0], ids, strict=False)
+        ]
+        assert errors[-1] <= 2e-4
+        assert (max(errors) <= 2e-4) == (count == 5)
 
 
 def test_several_tokens_after_a_prompt_run_at_the_precision_of_prompts(

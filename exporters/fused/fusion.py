@@ -25,7 +25,7 @@ from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
-from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention
+from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, look_at_the_last
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 from dash_onnx.runtime.compose import rename
@@ -301,6 +301,7 @@ class Fusion:
 
     def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:
         model = self._load(path)
+        look_at_the_last(model.graph)
         self._adopt(model.graph, f"{prefix}.", names)
         self.nodes += model.graph.node
         self.initializers += model.graph.initializer

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from dash_onnx.core.manifest import Manifest
+
+_ROWS = 16
+"""Tokens of the longest pass whose every row is drawn from: a longer one is a prompt."""
 
 _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 
@@ -73,3 +76,59 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     )
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def look_at_the_last(graph: onnx.GraphProto) -> None:
+    """Lets an LM head that looks twice do so for the last row alone where a pass is a prompt.
+
+    Clients draw from no other row of it, and the second look at every row takes a fifth of the
+    time of a prompt, and three times the memory of its logits.
+    """
+    nodes = [*graph.node]
+    end = next((at for at, node in enumerate(nodes) if node.op_type == "ScatterElements"), None)
+    if end is None:
+        return
+    preview, result = nodes[end].input[0], nodes[end].output[0]
+    start = next(at for at, node in enumerate(nodes) if preview in node.output) + 1
+    look, normed = nodes[start : end + 1], nodes[start - 1].input[0]
+
+    def copied(names: dict[str, str]) -> list[onnx.NodeProto]:
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in look]
+        for node in copies:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names.get(name, name) for name in node.output]
+        return copies
+
+    def number(name: str, value: int) -> onnx.NodeProto:
+        return helper.make_node("Constant", [], [name], value_ints=[value])
+
+    def branch(name: str, inside: list[onnx.NodeProto]) -> onnx.GraphProto:
+        output = helper.make_tensor_value_info(inside[-1].output[0], TensorProto.FLOAT, None)
+        return helper.make_graph(inside, name, [], [output])
+
+    own = {name: f"{name}.last" for node in look for name in node.output}
+    own |= {name: f"{name}.last" for name in (preview, normed)}
+    ends = ["look.before", "look.end", "look.axis"]
+    last = [
+        *map(number, ends, (-1, 2**31 - 1, 1)),
+        *(helper.make_node("Slice", [name, *ends], [own[name]]) for name in (preview, normed)),
+        *copied(own),
+        helper.make_node("Add", ["look.count", "look.before"], ["look.row"]),
+        helper.make_node("Shape", [own[result]], ["look.shape"]),
+        helper.make_node("Expand", ["look.row", "look.shape"], ["look.rows"]),
+        helper.make_node(
+            "ScatterElements", [preview, "look.rows", own[result]], [f"{result}.some"], axis=1
+        ),
+    ]
+    branches = {
+        "then_branch": branch("look_at_the_last", last),
+        "else_branch": branch("look_at_all", copied({result: f"{result}.all"})),
+    }
+    nodes[start : end + 1] = [
+        helper.make_node("Shape", [preview], ["look.count"], start=1, end=2),
+        number("look.most", _ROWS),
+        helper.make_node("Greater", ["look.count", "look.most"], ["look.many"]),
+        helper.make_node("If", ["look.many"], [result], **branches),
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
