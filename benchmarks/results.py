@@ -4,9 +4,9 @@
     python benchmarks/results.py --check        # fails where they differ from the JSON
     python benchmarks/results.py build/quick    # writes build/quick/results.md only
 
-All parts must come from one kind of machine and the same versions of what they both used, and those
-that show one bundle from one commit. A part takes minutes to hours, so those with models of their
-own may be measured apart.
+All parts must come from one kind of machine and the same versions of what they both used; those
+that time the demo bundle from one commit, and those that judge its texts, too. A part takes minutes
+to hours, so the others may be measured apart.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 SAME = ("machine", "versions")
 SAME_BUNDLE = ("commit", "bundle")
+TIMED, JUDGED = ("bundle", "speed", "memory", "context"), ("quality", "tasks", "answers")
 MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 ORIGINS = {
     "4cd0f6876d07a413": "the validation part of WikiText-2",
@@ -46,8 +47,8 @@ def read(folder: Path) -> dict[str, tables.Part]:
         SystemExit: they do not belong together.
     """
     parts = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    of_bundle = [name for name, part in parts.items() if part["bundle"]]
-    for keys, names in ((SAME, list(parts)), (SAME_BUNDLE, of_bundle)):
+    groups = [(SAME_BUNDLE, [name for name in group if name in parts]) for group in (TIMED, JUDGED)]
+    for keys, names in ((SAME, list(parts)), *groups):
         for name in names[1:]:
             one, other = parts[name], parts[names[0]]
             if differing := [key for key in keys if _differ(one[key], other[key])]:

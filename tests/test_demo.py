@@ -196,5 +196,5 @@ print(json.dumps({{"imported": imported, "first": first, "all": time.perf_counte
     best = min((fresh_process(code) for _ in range(3)), key=lambda run: run["all"])
     assert not best["torch"]
     assert best["imported"] <= 0.5
-    assert best["first"] <= 1.0  # lazily, first token of an all-int4 run
+    assert best["first"] <= 1.5  # lazily, first token of an all-int4 run
     assert best["all"] <= 3.0  # every variant

@@ -168,8 +168,9 @@ def test_the_page_and_the_readme_are_what_the_measurements_give() -> None:
 def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, Any]) -> None:
     page = results.page(parts)
     for row in (
-        "| policy at `fast` | 200 (167-250) | 40 | 1024 | 170 | 0.0123 ± 0.0010 | 500 | 1.0 |",
-        "| ORT GenAI, INT4 | 200 (167-250) | 40 | - | 170 | - | 500 | 1.0 |",
+        "| policy at `fast` | 200 (167-250) | 1.00 | 40 | 1024 | 170 | 0.0123 ± 0.0010 | 500 "
+        "| 1.0 |",
+        "| ORT GenAI, INT4 | 200 (167-250) | 1.00 | 40 | - | 170 | - | 500 | 1.0 |",
         "| a.txt | policy at `fast` | 0.300 | 0.1234 ± 0.0100 | 80.0% | 0.4321 at 0.300 |  |  |  |",
         "| arc | acc | 100 | 50.0% ± 2.0% | 50.0% ± 2.0% |",
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
