@@ -65,7 +65,7 @@ def rounded(demo_gguf: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def text_ids(full: Model) -> np.ndarray:
-    """256 tokens of text that the model wrote itself."""
+    """256 tokens that the model wrote itself, in full precision: the same ones on any machine."""
     steps = full.generate_step(
         full.text.encode(PROMPTS[0]), max_new_tokens=252, ignore_eos=True, temperature=0.8, seed=1
     )
@@ -136,17 +136,15 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
 
 
 def test_the_integers_of_the_file_are_nearly_lossless(
-    demo_gguf: Path, model: Model, full: Model, text_ids: np.ndarray, night: Path, tmp_path: Path
+    demo_gguf: Path, full: Model, text_ids: np.ndarray, night: Path, tmp_path: Path
 ) -> None:
     options = ExportOptions(variants=("int8", "int4"), calibration=(night,), compensation_rank=0)
     export(str(demo_gguf), tmp_path / "kept", options)
     kept = dash_onnx.load(tmp_path / "kept")
     exact = full.logits(text_ids)
     assert mean_kl(exact, kept.logits(text_ids, policy="int8")) <= 0.005  # blocks of 32
-    # What is left is the rounding of activations to INT8, of the offsets, and of unlikely logits:
-    # little beside a rounding of the weights, on whatever text this machine's model wrote.
-    requantized = mean_kl(exact, model.logits(text_ids, policy="int4"))
-    assert mean_kl(exact, kept.logits(text_ids, policy="int4")) <= requantized / 3
+    # What is left is the rounding of activations to INT8, of the offsets, and of unlikely logits.
+    assert mean_kl(exact, kept.logits(text_ids, policy="int4")) <= 0.01
     layers = kept.manifest.layers
     assert sum(x.bytes["int4"] for x in layers) < 0.7 * sum(x.bytes["int8"] for x in layers)
 
@@ -196,5 +194,5 @@ print(json.dumps({{"imported": imported, "first": first, "all": time.perf_counte
     best = min((fresh_process(code) for _ in range(3)), key=lambda run: run["all"])
     assert not best["torch"]
     assert best["imported"] <= 0.5
-    assert best["first"] <= 1.5  # lazily, first token of an all-int4 run
+    assert best["first"] <= 1.0  # lazily, first token of an all-int4 run
     assert best["all"] <= 3.0  # every variant
