@@ -59,7 +59,8 @@ class Fusion:
         manifest = self.bundle.manifest
         facts = manifest.model
         self._positions(manifest)
-        self._inline(EMBED_PATH, "embed", {"input_ids": "input_ids", "hidden": "hidden.0"})
+        embed = self._load(EMBED_PATH).graph
+        self._inline(embed, "embed", {"input_ids": "input_ids", "hidden": "hidden.0"})
         self._turned("past")
         decisions = None
         if self.facts.budgets:
@@ -81,7 +82,9 @@ class Fusion:
                 self._fixed(layer, action)
         self._turned("present")
         final = f"hidden.{facts.num_layers}"
-        self._inline(head_path(self.head), "head", {"hidden": final, "logits": "logits"})
+        head = self._load(head_path(self.head)).graph
+        look_at_the_last(head)
+        self._inline(head, "head", {"hidden": final, "logits": "logits"})
         ports = self._ports(decisions is not None)
         if decisions:
             decisions.report()
@@ -299,12 +302,10 @@ class Fusion:
         if not self.client.multiplies_blocks:
             self._add(widen(graph))
 
-    def _inline(self, path: str, prefix: str, names: dict[str, str]) -> None:
-        model = self._load(path)
-        look_at_the_last(model.graph)
-        self._adopt(model.graph, f"{prefix}.", names)
-        self.nodes += model.graph.node
-        self.initializers += model.graph.initializer
+    def _inline(self, graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
+        self._adopt(graph, f"{prefix}.", names)
+        self.nodes += graph.node
+        self.initializers += graph.initializer
 
     def inline_scorer(self, prefix: str, names: dict[str, str]) -> None:
         """Adds the scorer once more; its weights are shared under the names of the first."""

@@ -81,8 +81,8 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
 def look_at_the_last(graph: onnx.GraphProto) -> None:
     """Lets an LM head that looks twice do so for the last row alone where a pass is a prompt.
 
-    Clients draw from no other row of it, and the second look at every row takes a fifth of the
-    time of a prompt, and three times the memory of its logits.
+    Clients draw from no other row of it, and looking at every row takes a large part of the time
+    and most of the memory of a long prompt.
     """
     nodes = [*graph.node]
     end = next((at for at, node in enumerate(nodes) if node.op_type == "ScatterElements"), None)
