@@ -199,18 +199,24 @@ def scale(_: argparse.Namespace, size: Size) -> list[Command]:
 def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
     """Random models in other families' shapes, beside peers. 40 minutes and 10 GB of disk."""
     commands: list[Command] = []
-    for shape, layers in {"lfm2-1.2b": 16, "qwen3.5-0.8b": 24, "lfm2-8b-a1b": 6}.items():
+    # GenAI 0.18 builds Qwen 3.5 from its multimodal checkpoints only.
+    for shape, layers, peer in (
+        ("lfm2-1.2b", 16, "int4"),
+        ("qwen3.5-0.8b", 24, ""),
+        ("lfm2-8b-a1b", 6, "int4"),
+    ):
         folder = BUILD / "shapes" / shape
         model, out, gguf = folder / "model", folder / "out", folder / "q4_0.gguf"
         big: Command = ["python", "benchmarks/big.py", model, "--shape", shape]
         export: Command = ["dash-export", model, out, "--effort", "none", "--check", "none"]
         bench: Command = ["dash-bench", out, "--policy", "int4", "--skip", "quality"]
-        peers = _peers([f"genai:{folder / 'int4'}", f"llama.cpp:{gguf}"])
+        build: Command = ["python", "benchmarks/build_peers.py", model, folder, "--precisions"]
+        peers = [f"genai:{folder / peer}"] * bool(peer) + [f"llama.cpp:{gguf}"]
         commands += [
             [*big, "--layers", str(4 if size == QUICK else layers), "--gguf", gguf],
-            ["python", "benchmarks/build_peers.py", model, folder, "--precisions", "int4"],
+            *([[*build, peer]] if peer else []),
             [*export, "--overwrite", "--json"],
-            [*bench, *peers, *_amount(size), "--json"],
+            [*bench, *_peers(peers), *_amount(size), "--json"],
             ["rm", "-r", folder],
         ]
     return commands

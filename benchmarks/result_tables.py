@@ -111,7 +111,7 @@ def _behind(c: dict[str, Any], tokens: int, rate: str = "tokens_per_s") -> str:
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s": lambda c: f"{c['tokens_per_s']:.0f}",
     "tokens/s (rounds)": _span,
-    "GenAI = 1": lambda c: f"{c['ratio']:.2f}",
+    "GenAI = 1": lambda c: f"{c['ratio']:.2f}" if "ratio" in c else "-",
     "first token, ms": lambda c: f"{statistics.median(c['ttft_ms']):.0f}",
     "pp512": lambda c: _behind(c, 512, "prefill_tokens_per_s"),
     "behind 1,000": lambda c: _behind(c, 1000),

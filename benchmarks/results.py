@@ -139,10 +139,10 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = read(arguments.folder or HERE / "results")
     texts = {(arguments.folder or ROOT / "docs") / "results.md": page(parts)}
-    if "speed" in parts and arguments.folder is None:
+    speed = tables.found(parts["speed"])[-1] if "speed" in parts else None
+    if speed and arguments.folder is None:
         readme = ROOT / "README.md"
         columns = ("tokens/s (rounds)", "pp512", "KL, nats", "peak memory, MB")
-        (*_, speed) = tables.found(parts["speed"])
         short = tables.contenders(speed, *columns, kinds="dash|genai|openvino |llama", sort=True)
         texts[readme] = MARKS.sub(rf"\1{short}\n\2", readme.read_text("utf-8"))
     for path, text in texts.items():
@@ -150,8 +150,7 @@ def main() -> None:
             path.write_text(text, "utf-8")
         elif not path.is_file() or path.read_text("utf-8") != text:
             sys.exit(f"results.py: error: {path} is not what the results give: run it again")
-    if "speed" in parts and not arguments.check:
-        (*_, speed) = tables.found(parts["speed"])
+    if speed and not arguments.check:
         picture = (arguments.folder or ROOT / "docs") / "speed.png"
         draw(tables.results(speed), picture, speed["machine"], plain)
 

@@ -52,6 +52,7 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
             },
         )
     ],
+    "memory": [("dash-bench out --memory low --json", BENCH)],
     "quality": [
         (
             "python benchmarks/policies.py out --text a.txt",
@@ -125,6 +126,9 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         ("dash-export model out --json", {"export": {"seconds": 95.0, "peak_rss_bytes": 2e9}}),
         ("dash-bench out --peer genai:lfm2-1.2b/int4 --json", BENCH),
         ("rm -r lfm2-1.2b", None),
+        ("python benchmarks/big.py model --shape qwen3.5-0.8b --layers 24", None),
+        ("dash-export model out --json", {"export": {"seconds": 95.0, "peak_rss_bytes": 2e9}}),
+        ("dash-bench out --json", {"contenders": [{**SPEED, "name": "dash int4"}]}),
     ],
     "kept": [
         ("dash-export m.gguf kept --json", {"export": {"seconds": 90.0, "peak_rss_bytes": 2e9}}),
@@ -184,6 +188,7 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
         "16 layers. The export took 2 min and 2.0 GB of memory.",
+        "24 layers. The export took 2 min and 2.0 GB of memory.",
     ):
         assert row in page.splitlines(), row
     for commands in PRINTED.values():
@@ -191,12 +196,13 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
             assert f"{command}   # 2 min" in page.splitlines()
 
 
+@pytest.mark.parametrize("odd", ["memory", "tasks"])
 @pytest.mark.parametrize("key", ["commit", "machine", "versions", "bundle"])
 def test_parts_that_do_not_belong_together_are_refused(
-    results: Any, parts: dict[str, Any], key: str, tmp_path: Path
+    results: Any, parts: dict[str, Any], key: str, odd: str, tmp_path: Path
 ) -> None:
     parts = copy.deepcopy(parts)
-    parts["tasks"][key] = {"numpy": "2.5"} if key == "versions" else "another"
+    parts[odd][key] = {"numpy": "2.5"} if key == "versions" else "another"
     for name, part in parts.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     with pytest.raises(SystemExit, match=f"differ in {key}"):
