@@ -100,7 +100,7 @@ class ScoredDecider:
 
     Attributes:
         head: precision of the LM head.
-        actions: that are decided between, dearest first.
+        actions: that are decided between, most expensive first.
     """
 
     def __init__(

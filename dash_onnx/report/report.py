@@ -24,7 +24,7 @@ class Report:
 
     Attributes:
         model: name of the source model.
-        actions: of the bundle, dearest first.
+        actions: of the bundle, most expensive first.
         full_ms: profiled milliseconds of a token at the highest exported precision.
         curve: speed against quality, from the manifest.
         sample: a text run under the policy.

@@ -70,7 +70,7 @@ class FusedFacts:
         context: most tokens of prompt and answer.
         actions: what the indices in `dash_path` mean.
         runs: those that the graph decides between, most expensive first. The highest precision is
-            left out where INT8 stands for it: it would double the file for the dearest budgets.
+            left out where INT8 stands for it: it would double the file for the highest budgets.
         prompt: precision of a prompt, where the scorer decides; `wide` or None where it does not.
         path: of every token where the policy is fixed; such a graph has no `dash_path`.
         budgets: where the scorer decides; None where the policy is fixed.

@@ -69,7 +69,7 @@ class Environment:
     Attributes:
         model: whose layers run.
         actions: what the indices of decisions mean, most expensive first, `skip` last.
-        prompt_tokens: first tokens of each sequence; they run at the dearest action.
+        prompt_tokens: first tokens of each sequence; they run at the most expensive action.
         layers: their number L.
         segments: of layers that are decided at once.
     """
@@ -135,7 +135,7 @@ class Environment:
             return torch.cat([self.run(part, decide).final for part in self.parts(ids)])
 
     def reference(self, ids: Tensor) -> Tensor:
-        """`run_path` with every layer at the dearest action."""
+        """`run_path` with every layer at the most expensive action."""
         return self.run_path(ids, (0,) * self.layers)
 
     def _sparse(self, layer: int, x: Tensor, decisions: Tensor, beside: Beside) -> Tensor:

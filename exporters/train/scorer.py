@@ -89,7 +89,7 @@ class Scorer(nn.Module):
         return nn.functional.linear(hidden, expand, bias.flatten()).unflatten(-1, bias.shape)
 
     def values(self, state: State) -> Tensor:
-        """Predicted KL of every action in nats, `[B, T, n, A]`; 0 for the dearest."""
+        """Predicted KL of every action in nats, `[B, T, n, A]`; 0 for the most expensive."""
         return nn.functional.pad(self.log_increments(state).exp().cumsum(-1), (1, 0))
 
     def standardise(self, hidden: Tensor) -> None:

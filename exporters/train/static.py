@@ -53,7 +53,7 @@ def search(
         measure: mean KL of a path in nats.
         lossy: index of the first action whose losses are measured.
         candidates: downgrades that are measured per step at most, at least 1.
-        start: path to begin with, the dearest if none.
+        start: path to begin with, the most expensive one if none.
 
     Yields:
         The downgrades, most expensive first.

@@ -123,7 +123,7 @@ def efficient(points: Sequence[BudgetPoint]) -> tuple[BudgetPoint, ...]:
     """The rows that lose less than any mixture of two others of the same cost, by ascending budget.
 
     These are the corners of the lower convex hull. Every multiplier comes with every LM head, and
-    the dearer head is worth its time only from some multiplier on: a row that hardly loses less
+    the larger head is worth its time only from some multiplier on: a row that hardly loses less
     than a much cheaper one would lead the budgets around it astray.
     """
     kept: list[BudgetPoint] = []
@@ -137,7 +137,7 @@ def efficient(points: Sequence[BudgetPoint]) -> tuple[BudgetPoint, ...]:
 
 
 def _slope(a: BudgetPoint, b: BudgetPoint) -> float:
-    """Nats per unit of budget from one row to a dearer one, which is negative."""
+    """Nats per unit of budget from one row to a more expensive one, which is negative."""
     return (b.kl - a.kl) / (b.budget - a.budget)
 
 

@@ -39,7 +39,7 @@ class Trainer:
         checkpoint: what an earlier run of the same training reached.
         actions: that are trained, most expensive first.
         lossy: index of the first action whose losses the static search measures.
-        extra: dearer actions that the exported scorer has beside them.
+        extra: more expensive actions that the exported scorer has beside them.
         dtype: of matrix products.
         model: the bundle's layers.
         env: in which they run.
