@@ -10,6 +10,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from dash_onnx.cli.forecast import REACHED, bytes_read
+from dash_onnx.core.actions import Action
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import Sizes, sizes_of
 from dash_onnx.exporters.sources import Shapes, Source
@@ -35,7 +36,8 @@ def main() -> None:
             usual.run["policy"],
             1024 * usual.kv_per_token,
         )
-        speeds = (REACHED * SPEED / bytes_read(form, usual) for form in ("int4", "int8"))
+        forms: tuple[Action, ...] = ("int4", "int8")
+        speeds = (REACHED[form] * SPEED / bytes_read(form, usual) for form in forms)
         row = [
             *(f"{cell / 1e9:.2g}" for cell in cells),
             *(f"{speed:.2g}" if speed < 10 else f"{speed:.0f}" for speed in speeds),

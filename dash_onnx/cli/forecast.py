@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from dash_onnx.exporters.export import ExportOptions
     from dash_onnx.exporters.export.sizes import Sizes
 
-REACHED = 0.4
-"""Share of the speed of memory at which decoding reads weights: 0.3 to 0.55 of it with models of
-135 and 494 million parameters (`gb_per_s` in benchmarks/results). Small models reach less."""
+REACHED: dict[Action, float] = {"full": 0.8, "int8": 0.6, "int4": 0.45, "int2": 0.4}
+"""Share of the speed of memory at which decoding reads weights, by precision. INT8 and INT4: within
+a tenth of models of 135 and 494 million parameters (`gb_per_s` in benchmarks/results); FP32: less
+than ONNX Runtime GenAI reaches with the smaller one; INT2: by the time of one layer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def forecast(model: ModelFacts, options: ExportOptions, sizes: Sizes) -> Forecas
     return Forecast(
         read_gb_per_s=round(read, 1),
         tokens_per_s={
-            action: round(REACHED * read * 1e9 / bytes_read(action, sizes), 1)
+            action: round(REACHED[action] * read * 1e9 / bytes_read(action, sizes), 1)
             for action in options.variants
         },
         export_s=round(sum(phase.seconds for phase in exporting)),
