@@ -1,7 +1,7 @@
 """Writes tiny models as GGUF files, with the values and keys that llama.cpp's converter gives.
 
-Facts of conversion/{llama,gemma,phi,granite,stablelm,gptneox}.py there; the names of keys and
-tensors are those of the gguf package.
+Facts of conversion/{llama,gemma,phi,granite,stablelm,gptneox,qwen,gpt_oss,lfm2}.py there; the names
+of keys and tensors are those of the gguf package.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ import numpy as np
 import torch
 from conftest import TINY, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
@@ -31,134 +26,7 @@ ARCHITECTURES = {
     "mistral": "llama",
     "olmo3": "olmo2",
 }
-SIZES = {**TINY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-# Heads of 32, of which half rotates: less than 16 is no multiple that ORT's attention takes.
-_HALF = {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-    },
-}
-_YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-_WINDOWS = {
-    "sliding_window": 16,
-    "layer_types": ["full_attention", *["sliding_attention"] * 3],
-    "num_hidden_layers": 4,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
-    "arcee": {"head_dim": 16},
-    "cohere2": {**_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True},
-    "ernie4_5": {"head_dim": 32, "tie_word_embeddings": True},
-    "exaone": {},
-    "exaone4": _WINDOWS,
-    "glm4": {**_HALF, "head_dim": 32, "attention_bias": True},
-    "ministral3": {
-        "head_dim": 32,
-        "rope_parameters": {
-            **_YARN,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.25,
-        },
-    },
-    "olmo3": {
-        **_WINDOWS,
-        "rope_parameters": {
-            "full_attention": _YARN,
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    },
-    "gemma2": {
-        "head_dim": 32,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 16,
-        "attn_logit_softcapping": 20.0,
-        "final_logit_softcapping": 10.0,
-        "tie_word_embeddings": True,
-    },
-    "gemma3_text": {
-        "head_dim": 32,
-        "query_pre_attn_scalar": 32,
-        "sliding_window": 16,
-        "num_hidden_layers": 7,  # one of them sees all
-        "tie_word_embeddings": True,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    },
-    "gpt_neox": {**_HALF},
-    "granite": {
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 6.0,
-        "residual_multiplier": 0.4,
-        "logits_scaling": 3.0,
-        "tie_word_embeddings": True,
-    },
-    "lfm2": {
-        "num_hidden_layers": 2,
-        "layer_types": ["conv", "full_attention"],
-        "block_auto_adjust_ff_dim": False,
-        "tie_word_embeddings": True,
-    },
-    "llama": {},
-    "mistral": {"sliding_window": 16},
-    "olmo2": {},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": None},
-    "phi3": {
-        **_HALF,
-        "max_position_embeddings": 512,
-        "original_max_position_embeddings": 128,
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
-            "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
-            "attention_factor": 1.25,
-            "original_max_position_embeddings": 128,
-        },
-        "sliding_window": 100,
-    },
-    "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
-    "qwen3": {"head_dim": 32},
-    "qwen3_moe": {
-        "head_dim": 32,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": True,
-    },
-    "smollm3": {"tie_word_embeddings": True},
-    "stablelm": {**_HALF, "use_qkv_bias": True},
-}
-
-
-def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of a family, norms and biases random too, weights rounded to FP16."""
-    sizes = {**SIZES, **FAMILIES[family], **overrides}
-    if family == "gpt_neox":
-        del sizes["num_key_value_heads"]  # it has as many as queries
-    config = AutoConfig.for_model(family, **sizes)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                value += torch.randn_like(value) * 0.2
-            value.copy_(value.half().float())
-    return model
+RENAMED = {"dt_bias": "dt_proj.bias", "expert_bias": "expert_bias.bias", "sinks": "sinks.weight"}
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -175,14 +43,39 @@ def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
             return interleaved(value, heads)
         if ".k_proj." in name:
             return interleaved(value, config.num_key_value_heads)
-    if name.endswith("conv.conv.weight"):
-        return value[:, 0]
+    if name.endswith(("conv.conv.weight", "conv1d.weight")) and value.ndim == 3:
+        value = value[:, 0]
+    if config.model_type == "qwen3_5_text":
+        return _of_delta_net(name, value, config)
     if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
         return value + np.float32(1)
     if config.model_type == "gpt_neox" and "query_key_value" in name:
         by_head = value.reshape(heads, 3, -1, *value.shape[1:])
         return np.concatenate([by_head[:, i].reshape(-1, *value.shape[1:]) for i in range(3)])
     return value
+
+
+def _of_delta_net(name: str, value: np.ndarray, config: Any) -> np.ndarray:
+    """Of Qwen 3.5: value heads go in turn over the key heads."""
+    if name.endswith("norm.weight"):
+        return value if "linear_attn" in name else value + np.float32(1)
+    keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
+    before = {"in_proj_qkv": 2, "conv1d": 2}
+    after = ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")
+    part = name.split(".")[-2 if name.endswith(".weight") else -1]
+    if part == "A_log":
+        value = -np.exp(value)
+    if part == "out_proj":
+        return np.ascontiguousarray(_in_turn(value.T, keys, heads).T)
+    if part in before:
+        start = before[part] * keys * config.linear_key_head_dim
+        return np.concatenate([value[:start], _in_turn(value[start:], keys, heads)])
+    return _in_turn(value, keys, heads) if part in after else value
+
+
+def _in_turn(value: np.ndarray, keys: int, heads: int) -> np.ndarray:
+    by_key = value.reshape(keys, heads // keys, len(value) // heads, *value.shape[1:])
+    return np.ascontiguousarray(by_key.swapaxes(0, 1)).reshape(value.shape)
 
 
 def rope_tensors(config: Any) -> dict[str, np.ndarray]:
@@ -210,23 +103,41 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    if kind == "lfm2":
+    if kind in ("lfm2", "lfm2_moe"):
         attends = [one == "full_attention" for one in config.layer_types]
         writer.add_head_count_kv([config.num_key_value_heads * one for one in attends])
         writer.add_shortconv_l_cache(config.conv_L_cache)
     elif kind != "gpt_neox":
         writer.add_head_count_kv(config.num_key_value_heads)
-    if kind in ("olmoe", "qwen3_moe"):
-        writer.add_expert_count(config.num_experts)
+    if kind in ("gpt_oss", "lfm2_moe", "olmoe", "qwen3_moe"):
+        writer.add_expert_count(
+            config.num_local_experts if kind == "gpt_oss" else config.num_experts
+        )
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if kind == "qwen3_moe":
+    if kind in ("lfm2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if kind == "gpt_oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if kind == "lfm2_moe":
+        writer.add_leading_dense_block_count(config.num_dense_layers)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if kind == "qwen3_5_text":
+        heads = config.linear_num_value_heads
+        recurrent = [one == "linear_attention" for one in config.layer_types]
+        writer.add_array("qwen35.attention.recurrent_layers", recurrent)
+        writer.add_full_attention_interval(4)
+        writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+        writer.add_ssm_inner_size(heads * config.linear_value_head_dim)
+        writer.add_ssm_state_size(config.linear_key_head_dim)
+        writer.add_ssm_time_step_rank(heads)
+        writer.add_ssm_group_count(config.linear_num_key_heads)
+        writer.add_rope_dimension_sections([2, 1, 1, 0])
     if kind in ("cohere2", "gpt_neox", "stablelm"):
         writer.add_layer_norm_eps(config.layer_norm_eps)
         if kind != "cohere2":
             writer.add_parallel_residual(config.use_parallel_residual)
     else:
-        epsilon = config.norm_eps if kind == "lfm2" else config.rms_norm_eps
+        epsilon = config.norm_eps if kind.startswith("lfm2") else config.rms_norm_eps
         writer.add_layer_norm_rms_eps(epsilon)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "head_dim", None):
@@ -344,19 +255,19 @@ def write_model(
             values[name] = tensor.float()
             continue
         if ".experts." in name:
-            values[name], (prefix, _, last) = tensor.float(), name.rpartition(".")
-            inside = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-            for one, part in zip(inside, values[name].chunk(len(inside), 1), strict=True):
-                mapped = names.get_name(f"{prefix}.{one}")
-                writer.add_tensor(f"{mapped}.weight", part.contiguous().numpy())
+            values[name] = tensor.float()
+            for part, stored in experts_of(name, values[name], config).items():
+                writer.add_tensor(names.get_name(part, try_suffixes=(".weight", ".bias")), stored)
             continue
         stored = converted(name, tensor.float().numpy(), config)
-        into = kind if stored.ndim == 2 and ".conv.conv." not in name else Kind.F32
+        into = kind if stored.ndim == 2 and ".conv" not in name else Kind.F32
         packed = gguf.quants.quantize(np.ascontiguousarray(stored), into)
         values[name] = torch.from_numpy(
             restored(name, gguf.quants.dequantize(packed, into), config).astype(np.float32)
         )
         raw = None if into in (Kind.F32, Kind.F16) else into
+        prefix, _, last = name.rpartition(".")
+        name = f"{prefix}.{RENAMED.get(last, last)}"
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None, name
         if mapped != without:
@@ -372,11 +283,31 @@ def write_model(
     return values
 
 
+def experts_of(name: str, value: torch.Tensor, config: Any) -> dict[str, np.ndarray]:
+    """A weight or bias of all experts as the converter stores it: gate and up apart."""
+    prefix, _, last = name.rpartition(".")
+    kind = "bias" if last.endswith("_bias") else "weight"
+    transposed = config.model_type == "gpt_oss" and kind == "weight"
+    value = value.transpose(1, 2) if transposed else value
+    if last.startswith("down_proj"):
+        parts = {"down_proj": value}
+    elif config.model_type == "gpt_oss":
+        parts = {"gate_proj": value[:, ::2], "up_proj": value[:, 1::2]}
+    else:
+        parts = dict(zip(("gate_proj", "up_proj"), value.chunk(2, 1), strict=True))
+    return {f"{prefix}.{one}.{kind}": part.contiguous().numpy() for one, part in parts.items()}
+
+
 def restored(name: str, value: np.ndarray, config: Any) -> np.ndarray:
     """`converted` undone: rows found by converting their numbers."""
-    if name.endswith("conv.conv.weight"):
-        return value[:, None]
+    if name.endswith(("conv.conv.weight", "conv1d.weight")):
+        value = value[:, None]
+    if name.endswith("linear_attn.out_proj.weight"):
+        columns = np.arange(value.shape[1], dtype=np.float32)[None]
+        return value[:, np.argsort(converted(name, columns, config)[0])]
     rows = np.arange(len(value), dtype=np.float32)
+    if name.endswith("A_log"):
+        return np.log(-value)[np.argsort(-converted(name, rows, config))]
     if name.endswith("norm.weight"):
         return value - converted(name, np.zeros_like(value), config)
     return value[np.argsort(converted(name, rows, config))]

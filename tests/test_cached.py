@@ -142,7 +142,8 @@ def test_the_cache_is_listed_and_emptied(model: Path, exports: list[str], capsys
 def test_a_gguf_file_answers_in_one_command_and_the_second_time_without_torch(
     tmp_path: Path, cache: Path
 ) -> None:
-    from gguf_files import tiny_model, write_model
+    from gguf_files import write_model
+    from gguf_models import tiny_model
 
     file = tmp_path / "tiny.gguf"
     write_model(file, tiny_model("llama"))
@@ -200,7 +201,8 @@ def test_a_missing_quantization_is_refused_with_those_that_are_there(hub: list[s
 def split_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A snapshot of the hub with a model in parts; only what is asked for is there."""
     import huggingface_hub
-    from gguf_files import tiny_model, write_model
+    from gguf_files import write_model
+    from gguf_models import tiny_model
 
     store, folder = tmp_path / "store", tmp_path / "c0ffee"
     (store / "Q4_0").mkdir(parents=True)

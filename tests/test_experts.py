@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,73 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
     save_file(stored, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"experts.gate_up_proj has shape \(5, 128, 64\)"):
         export(str(source), tmp_path / "out", ExportOptions())
+
+
+FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+
+
+def save_mxfp4(folder: Path) -> Path:
+    """gpt-oss as it is published: matrices of experts in MXFP4; in `exact`, the same in FP32."""
+    random = np.random.default_rng(5)
+    exact = save_random(folder / "exact", CASES["gpt_oss"])
+    shutil.copytree(exact, folder / "packed")
+    values = load_file(exact / "model.safetensors")
+    packed = dict(values)
+    for name in [name for name in values if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = values[name].shape
+        assert columns % 32 == 0
+        bytes_ = random.integers(0, 256, (experts, rows, columns // 32, 16), np.uint8)
+        scales = random.integers(121, 125, (experts, rows, columns // 32), np.uint8)
+        nibbles = np.stack([bytes_ & 15, bytes_ >> 4], -1).reshape(*scales.shape, 32)
+        levels = np.where(nibbles & 8, -1, 1) * FP4[nibbles & 7]
+        floats = levels * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        matrices = torch.from_numpy(floats.reshape(experts, rows, columns).astype(np.float32))
+        values[name] = matrices.transpose(1, 2).contiguous()
+        del packed[name]
+        packed[f"{name}_blocks"] = torch.from_numpy(bytes_)
+        packed[f"{name}_scales"] = torch.from_numpy(scales)
+    save_file(values, exact / "model.safetensors", {"format": "pt"})
+    save_file(packed, folder / "packed" / "model.safetensors", {"format": "pt"})
+    path = folder / "packed" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    return folder
+
+
+def test_experts_in_mxfp4_are_read_exactly(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path)
+    packed, exact = (open_source(str(folder / one), REGISTRY) for one in ("packed", "exact"))
+    assert not hasattr(packed.config, "quantization_config")
+    found = 0
+    for name in load_file(folder / "exact" / "model.safetensors"):
+        assert name in packed.weights
+        assert packed.weights.shape(name) == exact.weights.shape(name)
+        torch.testing.assert_close(
+            packed.weights[name].float(), exact.weights[name].float(), rtol=0, atol=0
+        )
+        found += "_proj" in name and "experts" in name
+    assert found == 4 * LAYERS
+    family = REGISTRY["gpt_oss"]
+    for source in (packed, exact):  # all that a layer reads
+        family.layer(source.weights, 0, family.describe("m", source.config, None))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("blocks", lambda x: x[..., :8].contiguous(), "is not in MXFP4"),
+        ("scales", lambda x: x.fill_(255), "are not finite"),
+    ],
+)
+def test_damaged_mxfp4_is_refused(
+    part: str, change: Callable[[torch.Tensor], torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    path = save_mxfp4(tmp_path) / "packed" / "model.safetensors"
+    stored, name = load_file(path), "model.layers.1.mlp.experts.down_proj"
+    stored[f"{name}_{part}"] = change(stored[f"{name}_{part}"])
+    save_file(stored, path, {"format": "pt"})
+    with pytest.raises(SourceError, match=message):
+        open_source(str(path.parent), REGISTRY).weights[name]
 
 
 def test_a_rare_expert_is_rounded_as_well_as_the_others(pair: Pair) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
-from gguf_files import tiny_model, write_model
+from gguf_files import write_model
+from gguf_models import tiny_model
 from scored_bundle import with_scorer
 
 import dash_onnx

@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import LLAMA3_ROPE, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import FAMILIES, tiny_model, write_model
+from gguf_files import write_model
+from gguf_models import FAMILIES, tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dash_onnx
@@ -110,6 +111,21 @@ def test_every_tensor_type_keeps_its_values_and_their_rows(
         torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_5_text"])
+def test_integers_stand_for_the_weights_in_their_rows_and_columns(
+    family: str, tmp_path: Path
+) -> None:
+    wanted = write_model(tmp_path / "tiny.gguf", tiny_model(family), kind=Kind.Q8_0)
+    weights, found = opened(tmp_path / "tiny.gguf").weights, 0
+    for name, value in wanted.items():
+        if (packed := weights.packed(name)) is not None:
+            levels = packed.values.astype(np.float32) - 128
+            floats = (levels * packed.scales[..., None]).reshape(packed.shape)
+            np.testing.assert_array_equal(floats, value.numpy())
+            found += ".layers." in name
+    assert found >= 4 * 3  # matrices of a layer
+
+
 @pytest.mark.parametrize(
     ("family", "rope"),
     [
@@ -188,6 +204,31 @@ def test_a_file_that_only_claims_to_be_gguf_is_refused(tmp_path: Path, content: 
 def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path, share: float) -> None:
     (tmp_path / "model.gguf").write_bytes(whole[: int(len(whole) * share)])
     assert "not a readable GGUF file" in refusal(tmp_path / "model.gguf")
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_5_text")
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_uint32("qwen35.nextn_predict_layers", 1)
+        writer.add_uint32("qwen35.block_count", 4)
+        writer.add_tensor("blk.3.attn_norm.weight", np.ones(64, np.float32))
+
+    write_model(tmp_path / "tiny.gguf", model, add)
+    config = opened(tmp_path / "tiny.gguf").config
+    assert config.num_hidden_layers == 3 and config.layer_types == model.config.layer_types
+
+
+def test_a_file_that_names_no_layers_attends_in_every_fourth(tmp_path: Path) -> None:
+    types = [*["linear_attention"] * 3, "full_attention"]
+    write_model(
+        tmp_path / "tiny.gguf", tiny_model("qwen3_5_text", num_hidden_layers=4, layer_types=types)
+    )
+    data = (tmp_path / "tiny.gguf").read_bytes()
+    name = b"qwen35.attention.recurrent_layers"
+    assert data.count(name) == 1
+    (tmp_path / "tiny.gguf").write_bytes(data.replace(name, name[::-1]))
+    assert opened(tmp_path / "tiny.gguf").config.layer_types == types
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

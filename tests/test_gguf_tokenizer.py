@@ -8,7 +8,8 @@ from pathlib import Path
 import gguf
 import pytest
 from conftest import TEMPLATE
-from gguf_files import FAMILIES, add_byte_level, tiny_model, write_model
+from gguf_files import add_byte_level, write_model
+from gguf_models import FAMILIES, tiny_model
 from tokenizers import (
     AddedToken,
     Regex,
@@ -22,6 +23,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen3_5 import tokenization_qwen3_5 as qwen3_5
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources import Source, open_source
@@ -75,6 +77,7 @@ BYTE_LEVEL = {
     "dbrx": (False, split(LLAMA3), False, False),  # OLMo 2, Phi 4
     "glm4": (False, split(LLAMA3), False, False),  # GLM 4
     "llama-bpe": (False, split(LLAMA3), True, True),  # Llama 3
+    "qwen35": (True, split(qwen3_5.PRETOKENIZE_REGEX), False, False),
     "qwen2": (True, split(PRETOKENIZE_REGEX), False, False),  # Qwen 2 and 3
 }
 

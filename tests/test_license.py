@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from cli_tool import Capture, Tool
-from gguf_files import tiny_model, write_model
+from gguf_files import write_model
+from gguf_models import tiny_model
 from huggingface_hub import metadata_load
 
 import dash_onnx

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import needed
+from gguf_files import write_model
+from gguf_models import FAMILIES, tiny_model
 
 import dash_onnx
 from dash_onnx.bench.worker import Worker
@@ -54,3 +58,36 @@ def test_transformers_agrees_on_the_tiny_model(tiny_folder: Path, tiny_bundle: P
         worker.close()
     assert rows[0] is not None and len(rows[0]) == 11
     np.testing.assert_allclose(*rows, atol=5e-3)
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+ALIKE: dict[str, dict[str, Any]] = {
+    # Which layers have windows goes by the number of layers there.
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+    # The ramp of YaRN begins and ends at whole dimensions there.
+    "gpt_oss": {"rope_parameters": {**FAMILIES["gpt_oss"]["rope_parameters"], "truncate": True}},
+    "mistral": {"sliding_window": None},  # never has one there
+    "olmoe": {"num_key_value_heads": 4},  # as many as of queries there
+    # The context that is allocated, not the text, decides between short and long factors there.
+    "phi3": {"rope_parameters": {**_PLAIN, "partial_rotary_factor": 0.5}},
+}
+"""What llama.cpp computes otherwise than transformers, left out."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_model_that_the_tests_write_as_gguf(
+    family: str, tmp_path: Path
+) -> None:
+    """So the files that our reader is tested with are those that it meets."""
+    pytest.importorskip("llama_cpp", reason="run `make .venv/.llama-cpp`")
+    model, path = tiny_model(family, **ALIKE.get(family, {})), tmp_path / "tiny.gguf"
+    write_model(path, model)
+    ids = np.random.default_rng(3).integers(2, 300, 30).tolist()
+    worker = Worker("llama.cpp", "llama.cpp", str(path), 1)
+    theirs = worker.logits(ids, 4)
+    worker.close()
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits[0, 4:].numpy()
+    assert theirs is not None
+    # K/V in FP16.
+    assert kl_divergence(log_softmax(wanted), log_softmax(theirs)).max() < 1e-4

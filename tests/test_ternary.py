@@ -14,7 +14,8 @@ import torch
 from conftest import tiny_tokenizer
 from families import CASES, config_of, random_ids, reference_of, save_random
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import tiny_model, write_model
+from gguf_files import write_model
+from gguf_models import tiny_model
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel

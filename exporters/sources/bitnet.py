@@ -13,14 +13,14 @@ import torch
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.quantize.blockwise import Quantized
-from dash_onnx.exporters.sources.source import Weights, finite
+from dash_onnx.exporters.sources.source import Weights, Wrapped, finite
 
 _PACKED = 4  # rows in a byte
 _LEAST = 1e-5  # of the mean size of weights that are not ternary yet
 _LAYER = re.compile(r"\w+\.layers\.\d+\..+\.weight")
 
 
-class BitLinearWeights:
+class BitLinearWeights(Wrapped):
     """Weights of another source, those of linear layers as they multiply."""
 
     def __init__(self, weights: Weights, quantization: dict[str, Any]):
@@ -32,30 +32,22 @@ class BitLinearWeights:
         """
         if quantization.get("use_rms_norm"):
             raise UnsupportedError("bitnet with use_rms_norm: norms in linear layers are not read")
-        self._weights = weights
+        super().__init__(weights)
         self._online = quantization.get("quantization_mode") == "online"
         self._divided = quantization.get("linear_class", "bitlinear") == "bitlinear"
         self._left = quantization.get("modules_to_not_convert") or []
         if not isinstance(self._left, list) or not all(isinstance(x, str) for x in self._left):
             raise SourceError("modules_to_not_convert must be a list of names of modules")
 
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return self._weights.num_layers
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._weights
-
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Weights`."""
-        shape = self._weights.shape(name)
-        return (shape[0] * _PACKED, *shape[1:]) if self._scale(name) in self._weights else shape
+        shape = self.stored.shape(name)
+        return (shape[0] * _PACKED, *shape[1:]) if self._scale(name) in self.stored else shape
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._weights[name]
-        if (scale := self._scale(name)) in self._weights:
-            factor = self._weights[scale].float().flatten()
+        weight = self.stored[name]
+        if (scale := self._scale(name)) in self.stored:
+            factor = self.stored[scale].float().flatten()
             if len(factor) != 1:
                 raise SourceError(f"{scale} holds {len(factor)} numbers, not one")
             return finite(name, _unpacked(name, weight) * (1 / factor if self._divided else factor))
@@ -63,7 +55,7 @@ class BitLinearWeights:
 
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
-        return None if self._scale(name) in self._weights else self._weights.packed(name)
+        return None if self._scale(name) in self.stored else self.stored.packed(name)
 
     @staticmethod
     def _scale(name: str) -> str:

@@ -6,8 +6,7 @@ import re
 
 import torch
 
-from dash_onnx.exporters.quantize.blockwise import Quantized
-from dash_onnx.exporters.sources.source import Weights
+from dash_onnx.exporters.sources.source import Wrapped
 
 _PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
@@ -16,36 +15,23 @@ _PARTS = {
 """By name in transformers, what an expert's tensors may be called; rows of several are stacked."""
 
 
-class StackedExperts:
+class StackedExperts(Wrapped):
     """Weights of another source, with the experts of each layer as one tensor `[E, N, K]`."""
 
-    def __init__(self, weights: Weights):
-        """Takes the weights, where each expert may have tensors of its own."""
-        self._weights = weights
-
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return self._weights.num_layers
-
     def __contains__(self, name: str) -> bool:
-        return name in self._weights or bool(self._parts(name))
+        return name in self.stored or bool(self._parts(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Weights`."""
-        if name in self._weights or not (parts := self._parts(name)):
-            return self._weights.shape(name)
-        rows = sum(self._weights.shape(part)[0] for part in parts[0])
-        return len(parts), rows, *self._weights.shape(parts[0][0])[1:]
+        if name in self.stored or not (parts := self._parts(name)):
+            return self.stored.shape(name)
+        rows = sum(self.stored.shape(part)[0] for part in parts[0])
+        return len(parts), rows, *self.stored.shape(parts[0][0])[1:]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._weights or not (parts := self._parts(name)):
-            return self._weights[name]
-        return torch.stack([torch.cat([self._weights[one] for one in part]) for part in parts])
-
-    def packed(self, name: str) -> Quantized | None:
-        """See `Weights`."""
-        return self._weights.packed(name)
+        if name in self.stored or not (parts := self._parts(name)):
+            return self.stored[name]
+        return torch.stack([torch.cat([self.stored[one] for one in part]) for part in parts])
 
     def _parts(self, name: str) -> list[tuple[str, ...]]:
         """Names of the tensors of each expert; empty where the name is of something else."""
@@ -55,7 +41,7 @@ class StackedExperts:
         prefix = match[1]
         for names in _PARTS[match[2]]:
             found: list[tuple[str, ...]] = []
-            while f"{prefix}.{len(found)}.{names[0]}.weight" in self._weights:
+            while f"{prefix}.{len(found)}.{names[0]}.weight" in self.stored:
                 found.append(tuple(f"{prefix}.{len(found)}.{one}.weight" for one in names))
             if found:
                 return found

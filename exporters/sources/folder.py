@@ -15,6 +15,7 @@ from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources.bitnet import BitLinearWeights
 from dash_onnx.exporters.sources.experts import StackedExperts
 from dash_onnx.exporters.sources.license import documents_in, license_of_card
+from dash_onnx.exporters.sources.mxfp4 import Mxfp4Weights
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
     Shapes,
@@ -114,7 +115,7 @@ def open_folder(
     check_supported(text_type(raw), supported)
     quantization = raw.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
-    if quantization and method != "bitnet":
+    if quantization and method not in ("bitnet", "mxfp4"):
         raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
     renamed = renaming(model_type)
     if shapes:
@@ -123,8 +124,10 @@ def open_folder(
     else:
         files = SafetensorsWeights(folder, renamed)
     weights: Weights = StackedExperts(files)
-    if quantization:
+    if method == "bitnet":
         weights = BitLinearWeights(weights, quantization)
+    if method == "mxfp4":
+        weights = Mxfp4Weights(weights)
     if "num_hidden_layers" in raw:  # before lists of that length are made
         check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.exporters.quantize.blockwise import Quantized
 from dash_onnx.exporters.sources.gguf_blocks import unpack
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
+from dash_onnx.exporters.sources.gguf_layout import Layout
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
 from dash_onnx.exporters.sources.license import license_of
 from dash_onnx.exporters.sources.source import (
@@ -28,12 +28,6 @@ from dash_onnx.exporters.sources.source import (
     layers_in,
     readable,
 )
-
-# llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
-_INTERLEAVED_ROPE = ("arcee", "granite", "llama", "mistral3", "smollm3")
-_CONV = ".conv.conv.weight"  # stored `[D, kernel]`
-_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Tensors `[E, N, K]` of all experts of a layer, by the name in transformers, which stacks them."""
 
 _XIELU = {"alpha_n": (1,), "alpha_p": (1,), "beta": (), "eps": ()}  # shapes of a layer's
 
@@ -54,11 +48,10 @@ class GGUFWeights:
         self._requantize = requantize
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         assert isinstance(arch, MODEL_ARCH)
-        self._names = get_tensor_name_map(arch, config.num_hidden_layers)
+        # Heads that draft further tokens are layers too, behind the model's own.
+        self._names = get_tensor_name_map(arch, layers_in(tensors))
         self._tensors = tensors
-        self._architecture = architecture
-        self._heads = config.num_attention_heads
-        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
+        self._layout = Layout(architecture, config)
 
     @property
     def num_layers(self) -> int:
@@ -70,23 +63,30 @@ class GGUFWeights:
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._told or all(self._find(part) is not None for part in _parts(name))
+        return name in self._told or all(
+            self._find(part) is not None for part in self._layout.parts(name)
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Weights`."""
         if name in self._told:
             return tuple(self._told[name].shape)
-        found = [tuple(reversed(self._find(part).shape.tolist())) for part in _parts(name)]
-        if len(found) > 1:
-            return found[0][0], sum(shape[1] for shape in found), *found[0][2:]
-        return (found[0][0], 1, *found[0][1:]) if name.endswith(_CONV) else found[0]
+        found = [self._stored_shape(part) for part in self._layout.parts(name)]
+        return tuple(
+            self._layout.joined(name, [torch.empty(s, device="meta") for s in found]).shape
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._told:
             return finite(name, self._told[name])
-        if (parts := _parts(name)) != [name]:
-            return torch.cat([self[part] for part in parts], 1)
-        tensor = self._find(name)
+        parts = [self._part(name, part) for part in self._layout.parts(name)]
+        return finite(name, self._layout.joined(name, parts))
+
+    def _stored_shape(self, name: str) -> list[int]:
+        return list(reversed(self._find(name).shape.tolist()))
+
+    def _part(self, name: str, part: str) -> torch.Tensor:
+        tensor = self._find(part)
         if tensor is None:
             raise SourceError(f"the GGUF file has no tensor for {name!r}")
         try:
@@ -96,13 +96,10 @@ class GGUFWeights:
                 f"GGUF tensor type {tensor.tensor_type.name} of {name} cannot be dequantized; "
                 "use a file of another quantization"
             ) from None
-        values = np.asarray(values, np.float32).reshape(self.shape(name))
-        if self._architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
-            values = values - np.float32(1)  # stored as what it multiplies by
-        values = self._rows(name, values)
+        values = np.asarray(values, np.float32).reshape(self._stored_shape(part))
+        values = self._layout.values(name, values)
         # What was not computed is still the file itself, mapped read-only.
-        values = values if values.flags.writeable else np.array(values)
-        return finite(name, torch.from_numpy(values))
+        return torch.from_numpy(values if values.flags.writeable else np.array(values))
 
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
@@ -110,30 +107,7 @@ class GGUFWeights:
         if tensor is None:
             return None
         quantized = unpack(np.asarray(tensor.data), tensor.tensor_type)
-        return quantized and quantized.map(partial(self._rows, name))
-
-    def _rows(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Rows in the order of Hugging Face."""
-        shape = values.shape
-        if self._architecture in _INTERLEAVED_ROPE:
-            heads = {"q_proj": self._heads, "k_proj": self._kv_heads}
-            count = next((n for part, n in heads.items() if f".{part}." in name), None)
-            if count is not None:
-                paired = values.reshape(count, shape[0] // count // 2, 2, *shape[1:])
-                return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(shape)
-        if self._architecture == "gptneox" and ".query_key_value." in name:
-            # Stored: all queries, all keys, all values; the model has them head by head.
-            by_kind = values.reshape(3, self._heads, shape[0] // self._heads // 3, *shape[1:])
-            return np.ascontiguousarray(by_kind.swapaxes(0, 1)).reshape(shape)
-        return values
-
-
-def _parts(name: str) -> list[str]:
-    """Names of the tensors that a weight is stored in."""
-    prefix, _, last = name.rpartition(".")
-    if not prefix.endswith(".experts") or last not in _EXPERTS:
-        return [name]
-    return [f"{prefix}.{part}.weight" for part in _EXPERTS[last]]
+        return quantized and self._layout.packed(name, quantized)
 
 
 def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:

@@ -26,9 +26,11 @@ MODEL_TYPES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "glm4": "glm4",
+    "gpt-oss": "gpt_oss",
     "gptneox": "gpt_neox",
     "granite": "granite",
     "lfm2": "lfm2",
+    "lfm2moe": "lfm2_moe",
     "llama": "llama",
     "mistral3": "ministral3",
     "olmo2": "olmo2",
@@ -36,6 +38,7 @@ MODEL_TYPES = {
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen35": "qwen3_5_text",
     "qwen3moe": "qwen3_moe",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
@@ -50,7 +53,7 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 # transformers rotates a part of their heads unless told.
 _PARTLY_ROTATED = ("glm4", "gptneox", "stablelm")
-_MIXTURES = ("olmoe", "qwen3moe")
+_MIXTURES = ("gpt-oss", "lfm2moe", "olmoe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
 
 
@@ -122,7 +125,8 @@ def config_of(
     common: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": int(meta["feed_forward_length"]),
-        "num_hidden_layers": int(meta["block_count"]),
+        # The others draft further tokens.
+        "num_hidden_layers": int(meta["block_count"]) - int(meta.get("nextn_predict_layers", 0)),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(meta, heads),
         "head_dim": head_dim,
@@ -161,7 +165,7 @@ def config_of(
 def _kv_heads(meta: Metadata, heads: int) -> int:
     """Heads of K/V; layers of LFM 2 that do not attend have none."""
     found = meta.layers("attention.head_count_kv")
-    if meta.architecture == "lfm2" and isinstance(found, list):
+    if meta.architecture.startswith("lfm2") and isinstance(found, list):
         return max(found)
     return int(meta.get("attention.head_count_kv", heads))
 
@@ -297,6 +301,14 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "attention_bias": "blk.0.attn_qkv.bias" in tensors,
                 "hidden_act": "gelu",
             }
+        case "gpt-oss":
+            common["rope_parameters"]["truncate"] = False
+            return {
+                "num_local_experts": int(meta["expert_count"]),
+                "num_experts_per_tok": int(meta["expert_used_count"]),
+                "intermediate_size": int(meta["expert_feed_forward_length"]),
+                "layer_types": _layer_types(meta, layers, 2),
+            }
         case "granite":
             if meta.get("rope.scaling.finetuned") is False:
                 raise UnsupportedError(
@@ -308,7 +320,7 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "residual_multiplier": float(meta.get("residual_scale") or 1.0),
                 "logits_scaling": float(meta["logit_scale"]),
             }
-        case "lfm2":
+        case "lfm2" | "lfm2moe":
             attending = meta.layers("attention.head_count_kv")
             assert isinstance(attending, list)
             return {
@@ -317,6 +329,10 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "conv_bias": any(name.endswith("shortconv.conv.bias") for name in tensors),
                 "block_auto_adjust_ff_dim": False,
                 "norm_eps": common["rms_norm_eps"],
+                **({} if meta.architecture == "lfm2" else _mixture(meta)),
+                "num_dense_layers": int(meta.get("leading_dense_block_count", 0)),
+                "use_expert_bias": any(".exp_probs_b." in name for name in tensors),
+                "routed_scaling_factor": float(meta.get("expert_weights_scale", 1.0)),
             }
         case "mistral3" if beta := meta.get("attention.temperature_scale"):
             common["rope_parameters"]["llama_4_scaling_beta"] = float(beta)
@@ -328,17 +344,26 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "rope_parameters": {_FULL: rope, _SLIDING: sliding},
             }
         case "olmoe" | "qwen3moe":
-            return {
-                "num_experts": int(meta["expert_count"]),
-                "num_experts_per_tok": int(meta["expert_used_count"]),
-                "moe_intermediate_size": int(meta.get("expert_feed_forward_length") or 0),
-                "norm_topk_prob": meta.architecture == "qwen3moe",
-                "clip_qkv": meta.get("attention.clamp_kqv"),
-            }
+            normalized = {"norm_topk_prob": meta.architecture == "qwen3moe"}
+            return {**_mixture(meta), **normalized, "clip_qkv": meta.get("attention.clamp_kqv")}
         case "phi3":
             length = common["max_position_embeddings"]
             original = meta.get("rope.scaling.original_context_length", length)
             return {"original_max_position_embeddings": int(original)}
+        case "qwen35":
+            recurrent = meta.layers("attention.recurrent_layers")
+            if not isinstance(recurrent, list):
+                interval = int(meta.get("full_attention_interval", 4))
+                recurrent = [(index + 1) % interval for index in range(layers)]
+            heads = int(meta["ssm.time_step_rank"])
+            return {
+                "layer_types": ["linear_attention" if one else _FULL for one in recurrent[:layers]],
+                "linear_conv_kernel_dim": int(meta["ssm.conv_kernel"]),
+                "linear_num_key_heads": int(meta["ssm.group_count"]),
+                "linear_num_value_heads": heads,
+                "linear_key_head_dim": int(meta["ssm.state_size"]),
+                "linear_value_head_dim": int(meta["ssm.inner_size"]) // heads,
+            }
         case "stablelm":
             # Of tensors, not of the key `use_parallel_residual`: converters write it anyway.
             return {
@@ -347,3 +372,11 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
             }
     return {}
+
+
+def _mixture(meta: Metadata) -> dict[str, Any]:
+    return {
+        "num_experts": int(meta["expert_count"]),
+        "num_experts_per_tok": int(meta["expert_used_count"]),
+        "moe_intermediate_size": int(meta.get("expert_feed_forward_length") or 0),
+    }

@@ -37,9 +37,11 @@ class _Type(IntEnum):
 # Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
 # a piece and in what a word is.
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{digits}"
+    r"| ?[^\s{apart}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LETTERS = {"letters": r"\p{L}", "apart": r"\p{L}"}
+_MARKED = {"letters": r"[\p{L}\p{M}]", "apart": r"\p{L}\p{M}"}
 _CASED = (
     r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
     r"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{contraction}"
@@ -71,10 +73,11 @@ class _Pre:
 _GPT2 = _Pre()
 _NEOX = _Pre(compose=True)
 _DIGITS = _Pre(digits_apart=True)
-_CL100K = _Pre(split=_WORDS.format(digits="{1,3}"))
+_CL100K = _Pre(split=_WORDS.format(digits="{1,3}", **_LETTERS))
 _LLAMA3 = replace(_CL100K, whole_words=True, starts=True)
-_ONE_DIGIT = _Pre(split=_WORDS.format(digits=""))
+_ONE_DIGIT = _Pre(split=_WORDS.format(digits="", **_LETTERS))
 _QWEN2 = replace(_ONE_DIGIT, compose=True)
+_QWEN35 = _Pre(split=_WORDS.format(digits="", **_MARKED), compose=True)
 _O200K = _Pre(split=_CASED.format(digits="{1,3}", contraction="(?i:'s|'t|'re|'ve|'m|'ll|'d)?"))
 _TEKKEN = _Pre(split=_CASED.format(digits="", contraction=""), whole_words=True, starts=True)
 
@@ -91,6 +94,7 @@ _PRE = {
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "midm-2.0"), _LLAMA3
     ),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    "qwen35": _QWEN35,
     "stablelm2": _ONE_DIGIT,
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
     "tekken": _TEKKEN,

@@ -76,6 +76,33 @@ class Shapes:
         """See `Weights`: none has integers."""
 
 
+class Wrapped:
+    """Weights of another source; a subclass reads some of them in another way."""
+
+    def __init__(self, weights: Weights):
+        """Takes the other's."""
+        self.stored = weights
+
+    @property
+    def num_layers(self) -> int:
+        """See `Weights`."""
+        return self.stored.num_layers
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return self.stored.shape(name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.stored[name]
+
+    def packed(self, name: str) -> Quantized | None:
+        """See `Weights`."""
+        return self.stored.packed(name)
+
+
 @dataclass(frozen=True)
 class Source:
     """A causal LM opened for reading; no weight has been read yet.

@@ -1,0 +1,42 @@
+"""Weights of experts in MXFP4, as gpt-oss is published: 4-bit floats, 32 with one scale."""
+
+from __future__ import annotations
+
+import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from dash_onnx.core.errors import SourceError
+from dash_onnx.exporters.sources.source import Wrapped, finite
+
+_SIZE = 32  # values in a block
+_LARGEST = 127 + 125  # of the exponents: times 6, in float32
+
+
+class Mxfp4Weights(Wrapped):
+    """Weights of another source; those stored in MXFP4 as BF16, which holds them exactly."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored or self._is_packed(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`: transformers has these matrices transposed."""
+        if not self._is_packed(name):
+            return self.stored.shape(name)
+        experts, rows, blocks = self.stored.shape(f"{name}_scales")
+        return experts, blocks * _SIZE, rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if not self._is_packed(name):
+            return self.stored[name]
+        blocks, scales = self.stored[f"{name}_blocks"], self.stored[f"{name}_scales"]
+        if blocks.dtype != torch.uint8 or blocks.shape != (*scales.shape, _SIZE // 2):
+            raise SourceError(
+                f"{name} is not in MXFP4: blocks {list(blocks.shape)} of {blocks.dtype}, scales "
+                f"{list(scales.shape)}"
+            )
+        if scales.dtype != torch.uint8 or (scales > _LARGEST).any():
+            raise SourceError(f"{name} has scales that are not finite: the weights are damaged")
+        return finite(name, convert_moe_packed_tensors(blocks, scales))
+
+    def _is_packed(self, name: str) -> bool:
+        return f"{name}_blocks" in self.stored and f"{name}_scales" in self.stored
