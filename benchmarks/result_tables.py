@@ -283,9 +283,10 @@ def clients(part: Part) -> str:
     (measured,) = found(part)
     for server, facts in measured.items():
         for count, rate in facts["tokens_per_s"].items():
-            gaps = facts["between_ms"][count]
-            ratio = f"{facts['ratio'][count]:.2f}"
-            rows.append([server, count, f"{rate:.0f}", ratio, _gaps(gaps)])
+            gaps = facts.get("between_ms", {}).get(count)
+            ratio = rate / next(iter(facts["tokens_per_s"].values()))
+            cells = [server, count, f"{rate:.0f}", f"{ratio:.2f}"]
+            rows.append([*cells, _gaps(gaps) if gaps else ""])
         if stalled := facts.get("while_long_prompts_arrive"):
             rows.append([server, "3, long prompts", "", "", _gaps(stalled)])
     return table(rows)

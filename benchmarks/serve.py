@@ -184,8 +184,6 @@ async def _measured(
         facts["between_ms"][str(count)] = _quantiles(_gaps(answers))
     if arguments.long:
         facts["while_long_prompts_arrive"] = await _stalled(url, arguments, extra)
-    rates = facts["tokens_per_s"]
-    facts["ratio"] = {n: round(r / rates[str(clients[0])], 2) for n, r in rates.items()}
     return facts
 
 
