@@ -182,7 +182,14 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:
     """A server with a larger model, beside a `llama-server` on PATH, after `other`. 10 minutes."""
-    bench: Command = ["python", "benchmarks/serve.py", BUILD / "other", "--policy", "int4", "--batch"]
+    bench: Command = [
+        "python",
+        "benchmarks/serve.py",
+        BUILD / "other",
+        "--policy",
+        "int4",
+        "--batch",
+    ]
     if a.other.suffix == ".gguf" and shutil.which("llama-server"):
         bench += ["--peer", OTHER_PEERS / "q4_0.gguf"]
     some = ["--clients", "1,4,8,16,32"]

@@ -60,15 +60,14 @@ def _of_delta_net(name: str, value: np.ndarray, config: Any) -> np.ndarray:
     if name.endswith("norm.weight"):
         return value if "linear_attn" in name else value + np.float32(1)
     keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
-    before = {"in_proj_qkv": 2, "conv1d": 2}
     after = ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")
     part = name.split(".")[-2 if name.endswith(".weight") else -1]
     if part == "A_log":
         value = -np.exp(value)
     if part == "out_proj":
         return np.ascontiguousarray(_in_turn(value.T, keys, heads).T)
-    if part in before:
-        start = before[part] * keys * config.linear_key_head_dim
+    if part in ("in_proj_qkv", "conv1d"):
+        start = 2 * keys * config.linear_key_head_dim
         return np.concatenate([value[:start], _in_turn(value[start:], keys, heads)])
     return _in_turn(value, keys, heads) if part in after else value
 
@@ -125,7 +124,6 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         heads = config.linear_num_value_heads
         recurrent = [one == "linear_attention" for one in config.layer_types]
         writer.add_array("qwen35.attention.recurrent_layers", recurrent)
-        writer.add_full_attention_interval(4)
         writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
         writer.add_ssm_inner_size(heads * config.linear_value_head_dim)
         writer.add_ssm_state_size(config.linear_key_head_dim)
@@ -255,9 +253,16 @@ def write_model(
             values[name] = tensor.float()
             continue
         if ".experts." in name:
-            values[name] = tensor.float()
-            for part, stored in experts_of(name, values[name], config).items():
-                writer.add_tensor(names.get_name(part, try_suffixes=(".weight", ".bias")), stored)
+            parts = []
+            for part, stored in experts_of(name, tensor.float(), config).items():
+                into = kind if part.endswith(".weight") else Kind.F32
+                packed = gguf.quants.quantize(stored, into)
+                raw = None if into in (Kind.F32, Kind.F16) else into
+                mapped = names.get_name(part, try_suffixes=(".weight", ".bias"))
+                writer.add_tensor(mapped, packed, raw_dtype=raw)
+                floats = gguf.quants.dequantize(packed, into).astype(np.float32)
+                parts.append(torch.from_numpy(floats))
+            values[name] = experts_joined(name, parts, config)
             continue
         stored = converted(name, tensor.float().numpy(), config)
         into = kind if stored.ndim == 2 and ".conv" not in name else Kind.F32
@@ -296,6 +301,16 @@ def experts_of(name: str, value: torch.Tensor, config: Any) -> dict[str, np.ndar
     else:
         parts = dict(zip(("gate_proj", "up_proj"), value.chunk(2, 1), strict=True))
     return {f"{prefix}.{one}.{kind}": part.contiguous().numpy() for one, part in parts.items()}
+
+
+def experts_joined(name: str, parts: list[torch.Tensor], config: Any) -> torch.Tensor:
+    """`experts_of` undone."""
+    if config.model_type != "gpt_oss":
+        return torch.cat(parts, 1)
+    value = torch.empty(len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+    for place, part in enumerate(parts):
+        value[:, place :: len(parts)] = part
+    return value if name.endswith("_bias") else value.transpose(1, 2).contiguous()
 
 
 def restored(name: str, value: np.ndarray, config: Any) -> np.ndarray:

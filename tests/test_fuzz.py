@@ -280,6 +280,31 @@ def test_gguf_sizes_that_do_not_fit_the_tensors_are_refused(
 
 
 @pytest.mark.parametrize(
+    "key", "group_count time_step_rank inner_size state_size conv_kernel".split()
+)
+@pytest.mark.parametrize("value", [0, 1, 4, 2**31 - 1])
+def test_gguf_sizes_of_a_delta_net_that_do_not_fit_are_refused(
+    key: str, value: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(
+        path,
+        tiny_model("qwen3_5_text"),
+        lambda writer: writer.kv_data[0].update({f"qwen35.ssm.{key}": GGUFValue(value, UINT32)}),
+    )
+
+    def read() -> None:
+        source = open_source(str(path), REGISTRY)
+        family = REGISTRY["qwen3_5_text"]
+        spec = family.describe("m", source.config, None)
+        sizes_of(source, ExportOptions())
+        for layer in range(3):
+            family.layer(source.weights, layer, spec)
+
+    assert message_of(read) or (key, value) == ("conv_kernel", 4)
+
+
+@pytest.mark.parametrize(
     ("key", "kind", "value"),
     [
         *(

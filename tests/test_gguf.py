@@ -118,12 +118,38 @@ def test_integers_stand_for_the_weights_in_their_rows_and_columns(
     wanted = write_model(tmp_path / "tiny.gguf", tiny_model(family), kind=Kind.Q8_0)
     weights, found = opened(tmp_path / "tiny.gguf").weights, 0
     for name, value in wanted.items():
-        if (packed := weights.packed(name)) is not None:
+        packed = weights.packed(name)
+        assert packed is not None or value.dim() != 2 or "layers" not in name, name
+        if packed is not None:
             levels = packed.values.astype(np.float32) - 128
             floats = (levels * packed.scales[..., None]).reshape(packed.shape)
             np.testing.assert_array_equal(floats, value.numpy())
             found += ".layers." in name
     assert found >= 4 * 3  # matrices of a layer
+
+
+def test_heads_that_cut_blocks_are_rounded_again(tmp_path: Path) -> None:
+    write_model(
+        tmp_path / "tiny.gguf",
+        tiny_model("qwen3_5_text", linear_value_head_dim=16),
+        kind=Kind.Q8_0,
+    )
+    weights, prefix = opened(tmp_path / "tiny.gguf").weights, "model.layers.0.linear_attn"
+    assert weights.packed(f"{prefix}.out_proj.weight") is None
+    assert weights.packed(f"{prefix}.in_proj_qkv.weight") is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("gpt_oss", Kind.MXFP4), ("lfm2_moe", Kind.Q8_0), ("qwen3_moe", Kind.Q4_0)]
+)
+def test_quantized_experts_keep_their_values(family: str, kind: Kind, tmp_path: Path) -> None:
+    wanted = write_model(tmp_path / "tiny.gguf", tiny_model(family), kind=kind)
+    weights, found = opened(tmp_path / "tiny.gguf").weights, 0
+    for name, value in wanted.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
+        assert weights.shape(name) == tuple(value.shape)
+        found += ".experts." in name
+    assert found >= 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -212,18 +238,25 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_uint32("qwen35.nextn_predict_layers", 1)
         writer.add_uint32("qwen35.block_count", 4)
+        del writer.kv_data[0]["qwen35.attention.recurrent_layers"]
+        writer.add_array("qwen35.attention.recurrent_layers", [True, False, True, False])
         writer.add_tensor("blk.3.attn_norm.weight", np.ones(64, np.float32))
 
     write_model(tmp_path / "tiny.gguf", model, add)
-    config = opened(tmp_path / "tiny.gguf").config
+    source = opened(tmp_path / "tiny.gguf")
+    config, name = source.config, "model.layers.2.mlp.up_proj.weight"
     assert config.num_hidden_layers == 3 and config.layer_types == model.config.layer_types
+    torch.testing.assert_close(source.weights[name], model.state_dict()[name], rtol=0, atol=0)
 
 
-def test_a_file_that_names_no_layers_attends_in_every_fourth(tmp_path: Path) -> None:
-    types = [*["linear_attention"] * 3, "full_attention"]
-    write_model(
-        tmp_path / "tiny.gguf", tiny_model("qwen3_5_text", num_hidden_layers=4, layer_types=types)
-    )
+@pytest.mark.parametrize("interval", [3, 4])
+def test_a_file_that_names_no_layers_says_how_often_one_attends(
+    interval: int, tmp_path: Path
+) -> None:
+    types = [*["linear_attention"] * (interval - 1), "full_attention"] * 2
+    model = tiny_model("qwen3_5_text", num_hidden_layers=2 * interval, layer_types=types)
+    add = {3: lambda writer: writer.add_full_attention_interval(3), 4: lambda writer: None}
+    write_model(tmp_path / "tiny.gguf", model, add[interval])
     data = (tmp_path / "tiny.gguf").read_bytes()
     name = b"qwen35.attention.recurrent_layers"
     assert data.count(name) == 1

@@ -129,6 +129,24 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_its_model(pre: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("control", "ends"),
+    [
+        (["<|end|>", "<|return|>", "<|call|>"], {"</s>", "<|return|>", "<|call|>"}),  # gpt-oss
+        (["<|end|>", "<|assistant|>"], {"</s>", "<|end|>"}),  # Phi 3
+    ],
+)
+def test_an_answer_ends_where_llama_cpp_ends_it(
+    control: list[str], ends: set[str], tmp_path: Path
+) -> None:
+    tokenizer = trained(*BYTE_LEVEL["gpt-2"][:3])
+    tokenizer.add_special_tokens({"additional_special_tokens": control})
+    source = written(tmp_path / "t.gguf", lambda w: add_byte_level(w, tokenizer, 992, "gpt-2"))
+    ids = source.generation_config.eos_token_id
+    found = set(source.tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids]))
+    assert found - {"<|im_end|>"} == ends
+
+
+@pytest.mark.parametrize(
     ("pre", "wanted"),
     [
         ("gpt-4o", ["HTTPServer's", "Ġcamel", "Case", "Ġ", "123", "4", "/Ċ"]),

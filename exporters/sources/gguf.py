@@ -60,6 +60,8 @@ class GGUFWeights:
 
     def _find(self, name: str) -> Any:
         mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name == "lm_head.weight":
+            mapped = "output.weight"  # missing from gguf's list for LFM 2 MoE
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
@@ -71,16 +73,19 @@ class GGUFWeights:
         """See `Weights`."""
         if name in self._told:
             return tuple(self._told[name].shape)
-        found = [self._stored_shape(part) for part in self._layout.parts(name)]
-        return tuple(
-            self._layout.joined(name, [torch.empty(s, device="meta") for s in found]).shape
-        )
+        shapes = [self._stored_shape(part) for part in self._layout.parts(name)]
+        parts = [torch.empty(shape, device="meta") for shape in shapes]
+        return tuple(readable(name, lambda: self._layout.joined(name, parts)).shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._told:
             return finite(name, self._told[name])
-        parts = [self._part(name, part) for part in self._layout.parts(name)]
-        return finite(name, self._layout.joined(name, parts))
+
+        def read() -> torch.Tensor:
+            parts = [self._part(name, part) for part in self._layout.parts(name)]
+            return self._layout.joined(name, parts)
+
+        return finite(name, readable(name, read))
 
     def _stored_shape(self, name: str) -> list[int]:
         return list(reversed(self._find(name).shape.tolist()))
@@ -88,7 +93,7 @@ class GGUFWeights:
     def _part(self, name: str, part: str) -> torch.Tensor:
         tensor = self._find(part)
         if tensor is None:
-            raise SourceError(f"the GGUF file has no tensor for {name!r}")
+            raise SourceError(f"the GGUF file has no tensor for {part!r}")
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
@@ -107,7 +112,7 @@ class GGUFWeights:
         if tensor is None:
             return None
         quantized = unpack(np.asarray(tensor.data), tensor.tensor_type)
-        return quantized and self._layout.packed(name, quantized)
+        return quantized and readable(name, lambda: self._layout.packed(name, quantized))
 
 
 def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:

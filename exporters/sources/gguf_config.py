@@ -52,7 +52,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"  # in transformers' `lay
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 # transformers rotates a part of their heads unless told.
-_PARTLY_ROTATED = ("glm4", "gptneox", "stablelm")
+_PARTLY_ROTATED = ("glm4", "gptneox", "qwen35", "stablelm")
 _MIXTURES = ("gpt-oss", "lfm2moe", "olmoe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
 
@@ -136,7 +136,7 @@ def config_of(
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": rope_parameters(meta, tensors, head_dim, length),
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "attention_bias": any(name.endswith(".attn_q.bias") for name in tensors),
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         **{
             f"{name}_token_id": values.get(f"tokenizer.ggml.{key}_token_id")
@@ -303,10 +303,12 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             }
         case "gpt-oss":
             common["rope_parameters"]["truncate"] = False
+            mixture = _mixture(meta)
             return {
-                "num_local_experts": int(meta["expert_count"]),
-                "num_experts_per_tok": int(meta["expert_used_count"]),
-                "intermediate_size": int(meta["expert_feed_forward_length"]),
+                **mixture,
+                "num_local_experts": mixture["num_experts"],
+                "intermediate_size": mixture["moe_intermediate_size"],
+                "sliding_window": int(meta["attention.sliding_window"]),
                 "layer_types": _layer_types(meta, layers, 2),
             }
         case "granite":
@@ -322,7 +324,8 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             }
         case "lfm2" | "lfm2moe":
             attending = meta.layers("attention.head_count_kv")
-            assert isinstance(attending, list)
+            if not isinstance(attending, list):
+                raise SourceError("the GGUF file does not say which layers attend")
             return {
                 "layer_types": [_FULL if count else "conv" for count in attending],
                 "conv_L_cache": int(meta["shortconv.l_cache"]),
@@ -332,7 +335,7 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 **({} if meta.architecture == "lfm2" else _mixture(meta)),
                 "num_dense_layers": int(meta.get("leading_dense_block_count", 0)),
                 "use_expert_bias": any(".exp_probs_b." in name for name in tensors),
-                "routed_scaling_factor": float(meta.get("expert_weights_scale", 1.0)),
+                "routed_scaling_factor": float(meta.get("expert_weights_scale") or 1.0),
             }
         case "mistral3" if beta := meta.get("attention.temperature_scale"):
             common["rope_parameters"]["llama_4_scaling_beta"] = float(beta)
@@ -344,8 +347,11 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "rope_parameters": {_FULL: rope, _SLIDING: sliding},
             }
         case "olmoe" | "qwen3moe":
-            normalized = {"norm_topk_prob": meta.architecture == "qwen3moe"}
-            return {**_mixture(meta), **normalized, "clip_qkv": meta.get("attention.clamp_kqv")}
+            return {
+                **_mixture(meta),
+                "norm_topk_prob": meta.architecture == "qwen3moe",
+                "clip_qkv": meta.get("attention.clamp_kqv"),
+            }
         case "phi3":
             length = common["max_position_embeddings"]
             original = meta.get("rope.scaling.original_context_length", length)
@@ -355,14 +361,19 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             if not isinstance(recurrent, list):
                 interval = int(meta.get("full_attention_interval", 4))
                 recurrent = [(index + 1) % interval for index in range(layers)]
-            heads = int(meta["ssm.time_step_rank"])
+            heads, groups = int(meta["ssm.time_step_rank"]), int(meta["ssm.group_count"])
+            inner = int(meta["ssm.inner_size"])
+            if groups < 1 or heads < 1 or heads % groups or inner % heads:
+                raise SourceError(
+                    f"the GGUF file has {heads} value heads for {groups} key heads, {inner} wide"
+                )
             return {
                 "layer_types": ["linear_attention" if one else _FULL for one in recurrent[:layers]],
                 "linear_conv_kernel_dim": int(meta["ssm.conv_kernel"]),
-                "linear_num_key_heads": int(meta["ssm.group_count"]),
+                "linear_num_key_heads": groups,
                 "linear_num_value_heads": heads,
                 "linear_key_head_dim": int(meta["ssm.state_size"]),
-                "linear_value_head_dim": int(meta["ssm.inner_size"]) // heads,
+                "linear_value_head_dim": inner // heads,
             }
         case "stablelm":
             # Of tensors, not of the key `use_parallel_residual`: converters write it anyway.
@@ -378,5 +389,8 @@ def _mixture(meta: Metadata) -> dict[str, Any]:
     return {
         "num_experts": int(meta["expert_count"]),
         "num_experts_per_tok": int(meta["expert_used_count"]),
-        "moe_intermediate_size": int(meta.get("expert_feed_forward_length") or 0),
+        # OLMoE has one width for all.
+        "moe_intermediate_size": int(
+            meta[f"{'' if meta.architecture == 'olmoe' else 'expert_'}feed_forward_length"]
+        ),
     }

@@ -62,18 +62,18 @@ class Layout:
         if self.architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             return values - one  # stored as what it multiplies by
         if self.architecture != "qwen35":
-            return self.rows(name, values)
+            return self._rows(name, values)
         if name.endswith("norm.weight") and not name.endswith(".linear_attn.norm.weight"):
             return values - one
         if name.endswith(".A_log"):
             with np.errstate(divide="ignore", invalid="ignore"):  # of damaged ones: not finite
                 values = np.log(-values)
-        return self._columns(values) if self._reorders(name) else self.rows(name, values)
+        return self._columns(values) if self._reorders(name) else self._rows(name, values)
 
     def packed(self, name: str, packed: Quantized) -> Quantized | None:
         """Integers of a stored matrix in the order of the model; None where heads cut blocks."""
         if not self._reorders(name):
-            return packed.map(partial(self.rows, name))
+            return packed.map(partial(self._rows, name))
         whole = self.config.linear_value_head_dim % packed.block_size == 0
         return packed.map(self._columns) if whole else None
 
@@ -85,7 +85,7 @@ class Layout:
         """Columns, or blocks of them, `[N, K, ...]` in the order of the model."""
         return np.ascontiguousarray(self._by_key_head(values.swapaxes(0, 1), 0).swapaxes(0, 1))
 
-    def rows(self, name: str, values: np.ndarray) -> np.ndarray:
+    def _rows(self, name: str, values: np.ndarray) -> np.ndarray:
         """Rows, along the first axis, in the order of the model."""
         shape, config = values.shape, self.config
         heads = config.num_attention_heads

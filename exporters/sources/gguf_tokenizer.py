@@ -107,6 +107,8 @@ _ENDS = {
     "<|im_end|>",
     "<|end|>",
     "<|endoftext|>",
+    "<|return|>",
+    "<|call|>",
     "<|end_of_text|>",
     "<end_of_turn>",
     "<EOT>",
@@ -189,11 +191,15 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
     named = [vocabulary.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
     if vocabulary.get("model") == "llama" and named[0] is None:
         named[0] = 2
-    known = [
-        index
+    control = {
+        token: index
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind == _Type.CONTROL and token in _ENDS
-    ]
+        if kind == _Type.CONTROL
+    }
+    ends = _ENDS & control.keys()
+    if "<|return|>" in ends:  # gpt-oss: of its thoughts, and of what it says between them
+        ends -= {"<|end|>"}
+    known = sorted(control[token] for token in ends)
     ids = list(dict.fromkeys(index for index in (*named, *known) if index is not None))
     return (ids[0] if len(ids) == 1 else ids) if ids else None
 

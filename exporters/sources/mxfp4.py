@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.sources.source import Wrapped, finite
@@ -22,13 +21,17 @@ class Mxfp4Weights(Wrapped):
         """See `Weights`: transformers has these matrices transposed."""
         if not self._is_packed(name):
             return self.stored.shape(name)
-        experts, rows, blocks = self.stored.shape(f"{name}_scales")
+        experts, rows, blocks = _of_experts(name, self.stored.shape(f"{name}_scales"))
         return experts, blocks * _SIZE, rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if not self._is_packed(name):
             return self.stored[name]
+        # No public function there: if it moves, other models shall not miss it.
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
         blocks, scales = self.stored[f"{name}_blocks"], self.stored[f"{name}_scales"]
+        _of_experts(name, tuple(scales.shape))
         if blocks.dtype != torch.uint8 or blocks.shape != (*scales.shape, _SIZE // 2):
             raise SourceError(
                 f"{name} is not in MXFP4: blocks {list(blocks.shape)} of {blocks.dtype}, scales "
@@ -40,3 +43,9 @@ class Mxfp4Weights(Wrapped):
 
     def _is_packed(self, name: str) -> bool:
         return f"{name}_blocks" in self.stored and f"{name}_scales" in self.stored
+
+
+def _of_experts(name: str, scales: tuple[int, ...]) -> tuple[int, ...]:
+    if len(scales) != 3:
+        raise SourceError(f"{name} is not in MXFP4: scales {[*scales]}")
+    return scales

@@ -16,7 +16,7 @@ from dash_onnx.exporters.sources.source import Source, check_token_ids
 _WEIGHTS = ("*.safetensors",)
 _TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", *DOCUMENTS)
 _USUAL = "Q4_K_M"
-_HUB_IGNORED = ["consolidated*"]  # the same weights in another layout
+_HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights in another layout
 
 
 def open_source(
