@@ -174,6 +174,7 @@ def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
     greedy: Command = ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
     greedy += ["--per-kind", str(size.per_kind), *(short if size == QUICK else [])]
     return [
+        ["dash-profile", out],  # how many pay goes by what passes take here and now
         [*speculate, *greedy, "--json"],
         [*speculate, "--temperature", "1", "--per-kind", few, *short, "--json"],
         [*speculate, "--parallel", "4", "--per-kind", str(size.per_kind), *short, "--json"],
@@ -195,7 +196,7 @@ def server(a: argparse.Namespace, size: Size) -> list[Command]:
     some = ["--clients", "1,4,8,16,32"]
     if size == QUICK:
         some = ["--clients", "1,2", "--rounds", "1", "--long", "100", "--max-tokens", "8"]
-    return [[*bench, *some, "--json"]]
+    return [["dash-profile", BUILD / "other"], [*bench, *some, "--json"]]
 
 
 def scale(_: argparse.Namespace, size: Size) -> list[Command]:
