@@ -252,7 +252,7 @@ def _mean_of_kinds(ratios: Sequence[float]) -> str:
 def drawn(part: Part) -> str:
     """What drawn texts lose by their target, and how fast they came, by who guesses."""
     rows = [["guesses", "nats per token", "speed"]]
-    for kinds in _by_target(found(part)[1]).values():
+    for kinds in _by_target(found(part)[0]).values():
         for name, row in kinds["all"].items():
             nats = plus_minus(row["nats"], row["nats_error"], 3)
             rows.append([name, nats, f"{row['ratio']:.2f}"])
@@ -262,7 +262,7 @@ def drawn(part: Part) -> str:
 def at_once(part: Part) -> str:
     """Tokens per second of several answers at once, with and without guesses."""
     rows = [["prompts", "without guesses", "with guesses", "ratio"]]
-    for row in found(part)[2]:
+    for row in found(part)[1]:
         speeds = [f"{row[name]:.0f}" for name in ("off", "on")]
         rows.append([row["kind"], *speeds, f"{row['ratio']:.2f}"])
     return table(rows)

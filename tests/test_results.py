@@ -83,6 +83,8 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
                 ],
             },
         ),
+    ],
+    "drawn": [
         (
             "python benchmarks/speculate.py out --temperature 1 --json",
             {
