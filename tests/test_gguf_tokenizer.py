@@ -140,7 +140,12 @@ def test_an_answer_ends_where_llama_cpp_ends_it(
 ) -> None:
     tokenizer = trained(*BYTE_LEVEL["gpt-2"][:3])
     tokenizer.add_special_tokens({"additional_special_tokens": control})
-    source = written(tmp_path / "t.gguf", lambda w: add_byte_level(w, tokenizer, 992, "gpt-2"))
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        add_byte_level(writer, tokenizer, 992, "gpt-2")
+        writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|end|>"))
+
+    source = written(tmp_path / "t.gguf", add)
     ids = source.generation_config.eos_token_id
     found = set(source.tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids]))
     assert found - {"<|im_end|>"} == ends

@@ -199,6 +199,7 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
     ends = _ENDS & control.keys()
     if "<|return|>" in ends:  # gpt-oss: of its thoughts, and of what it says between them
         ends -= {"<|end|>"}
+        named = [index for index in named if index != control.get("<|end|>")]
     known = sorted(control[token] for token in ends)
     ids = list(dict.fromkeys(index for index in (*named, *known) if index is not None))
     return (ids[0] if len(ids) == 1 else ids) if ids else None
