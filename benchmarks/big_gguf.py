@@ -15,6 +15,8 @@ import torch
 from build_peers import requantize
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from dash_onnx.exporters.sources.gguf_layout import Layout
+
 _ARCHITECTURES = {
     "llama": "llama", "lfm2": "lfm2", "lfm2_moe": "lfm2moe", "qwen3_5_text": "qwen35",
 }  # fmt: skip
@@ -39,13 +41,16 @@ def save_gguf(
     architecture = _ARCHITECTURES[config.model_type]
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(key, config.num_hidden_layers)
+    layout = Layout(architecture, config)
     full = path if kind == "F16" else path.with_name(f"{path.name}.f16")
     full.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(full, architecture, use_temp_file=True)
     _add_keys(writer, config)
     _add_tokens(writer, tokenizer, config.vocab_size)
     for weight, value in weights:
-        for name, tensor in _parts(weight, value).items():
+        parts = layout.parts(weight)
+        values = value.chunk(len(parts), 1) if len(parts) > 1 else [value]
+        for name, tensor in zip(parts, values, strict=True):
             mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
             assert mapped is not None, name
             convolves = tensor.shape[1:2] == (1,)  # `[D, 1, K]`
@@ -60,22 +65,6 @@ def save_gguf(
     if full != path:
         requantize(full, path, kind)
         full.unlink()
-
-
-def _parts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A weight by the names that the gguf package knows; of experts `gate` and `up` apart."""
-    prefix, _, last = name.rpartition(".")
-    match last:
-        case "gate_up_proj":
-            gate, up = value.chunk(2, 1)
-            return {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
-        case "down_proj":  # of experts
-            return {f"{name}.weight": value}
-        case "dt_bias":
-            return {f"{prefix}.dt_proj.bias": value}
-        case "expert_bias":
-            return {f"{name}.bias": value}
-    return {name: value}
 
 
 def _add_keys(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:

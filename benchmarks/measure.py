@@ -39,6 +39,7 @@ PACKAGES = (
     "llama-cpp-python lm-eval"
 ).split()
 Command = list[str | Path]
+PROFILE: Command = ["dash-profile", BUILD / "other"]  # guesses go by what passes take here and now
 
 
 @dataclass(frozen=True)
@@ -168,46 +169,36 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
     """Guesses with the larger model beside GenAI's, after `other`. 25 minutes."""
-    command, short = _speculate(a, size)
+    command = _speculate(a, size.per_kind)
     command += ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
-    command += ["--per-kind", str(size.per_kind), *(short if size == QUICK else [])]
-    # How many pay goes by what passes take here and now.
-    return [["dash-profile", BUILD / "other"], [*command, "--json"]]
+    command += ["--max-tokens", str(size.new_tokens)] if size == QUICK else []
+    return [PROFILE, [*command, "--json"]]
 
 
 def drawn(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same where tokens are drawn, and four answers at once. 20 minutes."""
-    command, short = _speculate(a, size)
-    few = ["--per-kind", str(min(size.per_kind, 2)), *short]
-    every = ["--per-kind", str(size.per_kind), *short]
+    few, short = min(size.per_kind, 2), ["--max-tokens", str(size.new_tokens), "--json"]
     return [
-        ["dash-profile", BUILD / "other"],
-        [*command, "--temperature", "1", *few, "--json"],
-        [*command, "--parallel", "4", *every, "--json"],
+        PROFILE,
+        [*_speculate(a, few), "--temperature", "1", *short],
+        [*_speculate(a, size.per_kind), "--parallel", "4", *short],
     ]
 
 
-def _speculate(a: argparse.Namespace, size: Size) -> tuple[Command, Command]:
+def _speculate(a: argparse.Namespace, per_kind: int) -> Command:
     command: Command = ["python", "benchmarks/speculate.py", BUILD / "other"]
-    return [*command, "--prompts", a.prompts], ["--max-tokens", str(size.new_tokens)]
+    return [*command, "--prompts", a.prompts, "--per-kind", str(per_kind)]
 
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:
     """A server with a larger model, beside a `llama-server` on PATH, after `other`. 10 minutes."""
-    bench: Command = [
-        "python",
-        "benchmarks/serve.py",
-        BUILD / "other",
-        "--policy",
-        "int4",
-        "--batch",
-    ]
+    bench: Command = ["python", "benchmarks/serve.py", BUILD / "other", "--batch"]
     if a.other.suffix == ".gguf" and shutil.which("llama-server"):
         bench += ["--peer", OTHER_PEERS / "q4_0.gguf"]
     some = ["--clients", "1,4,8,16,32"]
     if size == QUICK:
         some = ["--clients", "1,2", "--rounds", "1", "--long", "100", "--max-tokens", "8"]
-    return [["dash-profile", BUILD / "other"], [*bench, *some, "--json"]]
+    return [PROFILE, [*bench, "--policy", "int4", *some, "--json"]]
 
 
 def scale(_: argparse.Namespace, size: Size) -> list[Command]:
@@ -221,12 +212,9 @@ def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
     # For their speed alone: a text of some 2,000 tokens calibrates them.
     text = BUILD / "numbers.txt"
     commands: list[Command] = [["sh", "-c", f"seq -s, 500 > {text}"]]
-    # GenAI 0.18 builds Qwen 3.5 from its multimodal checkpoints only.
-    for shape, layers, peer in (
-        ("lfm2-1.2b", 16, "int4"),
-        ("qwen3.5-0.8b", 24, ""),
-        ("lfm2-8b-a1b", 6, "int4"),
-    ):
+    for shape, layers in {"lfm2-1.2b": 16, "qwen3.5-0.8b": 24, "lfm2-8b-a1b": 6}.items():
+        # GenAI 0.18 builds Qwen 3.5 from its multimodal checkpoints only.
+        precisions = [] if shape.startswith("qwen3.5") else ["int4"]
         folder = BUILD / "shapes" / shape
         model, out, gguf = folder / "model", folder / "out", folder / "q4_0.gguf"
         big: Command = ["python", "benchmarks/big.py", model, "--shape", shape]
@@ -234,10 +222,10 @@ def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
         export += ["--calibration", text, "--overwrite", "--json"]
         bench: Command = ["dash-bench", out, "--policy", "int4", "--skip", "quality"]
         build: Command = ["python", "benchmarks/build_peers.py", model, folder, "--precisions"]
-        peers = [f"genai:{folder / peer}"] * bool(peer) + [f"llama.cpp:{gguf}"]
+        peers = [*(f"genai:{folder / one}" for one in precisions), f"llama.cpp:{gguf}"]
         commands += [
             [*big, "--layers", str(4 if size == QUICK else layers), "--gguf", gguf],
-            *([[*build, peer]] if peer else []),
+            *([*build, one] for one in precisions),
             export,
             [*bench, *_peers(peers), *_amount(size), "--json"],
             ["rm", "-r", folder],

@@ -25,6 +25,7 @@ from gguf.gguf_writer import GGUFValue
 from gguf_files import write_model
 from gguf_models import tiny_model
 from scored_bundle import with_scorer
+from transformers import PreTrainedModel
 
 import dash_onnx
 from dash_onnx.core.bundle import file_facts
@@ -259,6 +260,14 @@ def test_a_damaged_gguf_header_is_read_or_refused_in_one_line(cases: int, tmp_pa
             raise
 
 
+def write_with(
+    path: Path, model: PreTrainedModel, key: str, value: float, kind: GGUFValueType = UINT32
+) -> None:
+    """A file one of whose numbers is another."""
+    change = {key: GGUFValue(value, kind)}
+    write_model(path, model, lambda writer: writer.kv_data[0].update(change))
+
+
 @pytest.mark.parametrize(
     "key",
     "block_count context_length embedding_length feed_forward_length attention.head_count "
@@ -270,11 +279,7 @@ def test_gguf_sizes_that_do_not_fit_the_tensors_are_refused(
 ) -> None:
     """Before anything is computed; what is right, or only a shorter context, is taken."""
     path = tmp_path / "model.gguf"
-    write_model(
-        path,
-        tiny_model("llama", num_hidden_layers=2),
-        lambda writer: writer.kv_data[0].update({f"llama.{key}": GGUFValue(value, UINT32)}),
-    )
+    write_with(path, tiny_model("llama", num_hidden_layers=2), f"llama.{key}", value)
     message = described(path)
     assert key in ("context_length", "rope.dimension_count", "attention.key_length") or message
 
@@ -287,11 +292,7 @@ def test_gguf_sizes_of_a_delta_net_that_do_not_fit_are_refused(
     key: str, value: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
-    write_model(
-        path,
-        tiny_model("qwen3_5_text"),
-        lambda writer: writer.kv_data[0].update({f"qwen35.ssm.{key}": GGUFValue(value, UINT32)}),
-    )
+    write_with(path, tiny_model("qwen3_5_text"), f"qwen35.ssm.{key}", value)
 
     def read() -> None:
         source = open_source(str(path), REGISTRY)
@@ -320,9 +321,7 @@ def test_gguf_numbers_that_no_layer_can_compute_with_are_refused(
     key: str, kind: GGUFValueType, value: float, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
-    change = {key: GGUFValue(value, kind)}
-    model = tiny_model("llama", num_hidden_layers=2)
-    write_model(path, model, lambda writer: writer.kv_data[0].update(change))
+    write_with(path, tiny_model("llama", num_hidden_layers=2), key, value, kind)
     assert described(path)
 
 

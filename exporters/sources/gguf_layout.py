@@ -16,6 +16,7 @@ from dash_onnx.exporters.quantize.blockwise import Quantized
 
 # llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
 _INTERLEAVED_ROPE = ("arcee", "granite", "llama", "mistral3", "smollm3")
+_NORMS_PLUS_ONE = ("gemma2", "gemma3", "qwen35")  # stored as what they multiply by
 _CONVOLUTIONS = (".conv.conv.weight", ".conv1d.weight")  # stored `[D, kernel]`
 # Tensors `[E, N, K]` or `[E, N]` of all experts of a layer, which transformers stacks further.
 _EXPERTS = {
@@ -58,13 +59,8 @@ class Layout:
 
     def values(self, name: str, values: np.ndarray) -> np.ndarray:
         """Values `[N, ...]` of a stored tensor as the model has them."""
-        one = np.float32(1)
-        if self.architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
-            return values - one  # stored as what it multiplies by
-        if self.architecture != "qwen35":
-            return self._rows(name, values)
-        if name.endswith("norm.weight") and not name.endswith(".linear_attn.norm.weight"):
-            return values - one
+        if self.architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
+            return values if ".linear_attn." in name else values - np.float32(1)
         if name.endswith(".A_log"):
             with np.errstate(divide="ignore", invalid="ignore"):  # of damaged ones: not finite
                 values = np.log(-values)

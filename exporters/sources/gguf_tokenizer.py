@@ -37,11 +37,10 @@ class _Type(IntEnum):
 # Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
 # a piece and in what a word is.
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}{digits}"
-    r"| ?[^\s{apart}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}{digits}"
+    r"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LETTERS = {"letters": r"\p{L}", "apart": r"\p{L}"}
-_MARKED = {"letters": r"[\p{L}\p{M}]", "apart": r"\p{L}\p{M}"}
+_LETTERS, _MARKED = r"\p{L}", r"\p{L}\p{M}"
 _CASED = (
     r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
     r"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{contraction}"
@@ -73,11 +72,11 @@ class _Pre:
 _GPT2 = _Pre()
 _NEOX = _Pre(compose=True)
 _DIGITS = _Pre(digits_apart=True)
-_CL100K = _Pre(split=_WORDS.format(digits="{1,3}", **_LETTERS))
+_CL100K = _Pre(split=_WORDS.format(digits="{1,3}", letters=_LETTERS))
 _LLAMA3 = replace(_CL100K, whole_words=True, starts=True)
-_ONE_DIGIT = _Pre(split=_WORDS.format(digits="", **_LETTERS))
+_ONE_DIGIT = _Pre(split=_WORDS.format(digits="", letters=_LETTERS))
 _QWEN2 = replace(_ONE_DIGIT, compose=True)
-_QWEN35 = _Pre(split=_WORDS.format(digits="", **_MARKED), compose=True)
+_QWEN35 = _Pre(split=_WORDS.format(digits="", letters=_MARKED), compose=True)
 _O200K = _Pre(split=_CASED.format(digits="{1,3}", contraction="(?i:'s|'t|'re|'ve|'m|'ll|'d)?"))
 _TEKKEN = _Pre(split=_CASED.format(digits="", contraction=""), whole_words=True, starts=True)
 

@@ -21,7 +21,11 @@ class Mxfp4Weights(Wrapped):
         """See `Weights`: transformers has these matrices transposed."""
         if not self._is_packed(name):
             return self.stored.shape(name)
-        experts, rows, blocks = _of_experts(name, self.stored.shape(f"{name}_scales"))
+        scales = self.stored.shape(f"{name}_scales")
+        stored = self.stored.shape(f"{name}_blocks")
+        if len(scales) != 3 or stored != (*scales, _SIZE // 2):
+            raise SourceError(f"{name} is not in MXFP4: blocks {[*stored]}, scales {[*scales]}")
+        experts, rows, blocks = scales
         return experts, blocks * _SIZE, rows
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -30,22 +34,13 @@ class Mxfp4Weights(Wrapped):
         # No public function there: if it moves, other models shall not miss it.
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+        self.shape(name)  # refuses others
         blocks, scales = self.stored[f"{name}_blocks"], self.stored[f"{name}_scales"]
-        _of_experts(name, tuple(scales.shape))
-        if blocks.dtype != torch.uint8 or blocks.shape != (*scales.shape, _SIZE // 2):
-            raise SourceError(
-                f"{name} is not in MXFP4: blocks {list(blocks.shape)} of {blocks.dtype}, scales "
-                f"{list(scales.shape)}"
-            )
-        if scales.dtype != torch.uint8 or (scales > _LARGEST).any():
+        if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+            raise SourceError(f"{name} is not in MXFP4: {blocks.dtype}, {scales.dtype}, not uint8")
+        if (scales > _LARGEST).any():
             raise SourceError(f"{name} has scales that are not finite: the weights are damaged")
         return finite(name, convert_moe_packed_tensors(blocks, scales))
 
     def _is_packed(self, name: str) -> bool:
         return f"{name}_blocks" in self.stored and f"{name}_scales" in self.stored
-
-
-def _of_experts(name: str, scales: tuple[int, ...]) -> tuple[int, ...]:
-    if len(scales) != 3:
-        raise SourceError(f"{name} is not in MXFP4: scales {[*scales]}")
-    return scales
