@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +32,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
+
+import dash_onnx
+from dash_onnx.runtime.options import GenerationOptions
 
 PROMPTS = (
     "Write a letter from a lighthouse keeper to the captain of a ship that passed at night.",
@@ -70,7 +73,7 @@ def main() -> None:
     parser.add_argument(
         "--llama-server", default="llama-server", metavar="PATH", help="(default: the one on PATH)"
     )
-    parser.add_argument("--batch", action="store_true", help="measures dash-run --batch, too")
+    parser.add_argument("--batch", action="store_true", help="measures Model.batch, too")
     parser.add_argument("--url", help="of a server that runs already, measured too")
     parser.add_argument("--model", help="how that server calls it")
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
@@ -98,8 +101,7 @@ def main() -> None:
     extra = {name: value for name, value in extra.items() if value}
     found: dict[str, Any] = {}
     if arguments.batch:
-        rates = {str(count): _batch_rate(count, arguments, extra) for count in clients}
-        found["dash-run --batch"] = {"tokens_per_s": rates}
+        found["Model.batch"] = {"tokens_per_s": _batch_rates(clients, arguments, extra)}
     for name, argv in servers.items():
         with running(argv) as url:
             found[name] = asyncio.run(
@@ -118,25 +120,24 @@ def main() -> None:
             print(f"  {key:24} {json.dumps(value)}")
 
 
-def _batch_rate(count: int, arguments: argparse.Namespace, extra: dict[str, str]) -> float:
-    """Tokens a second of the same prompts without a server."""
-    command = [sys.executable, "-m", "dash_onnx", "run", str(arguments.bundle), "--batch"]
-    options = {"parallel": count, "max-tokens": arguments.max_tokens, "temperature": 0}
-    options |= {"threads": arguments.threads, **extra}
-    rates = []
-    for turn in range(arguments.rounds):
-        prompts = [_prompt(turn * count + one) for one in range(count)]
-        with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-            file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-            file.flush()
-            told = subprocess.run(
-                [*command, file.name, *(f"--{name}={value}" for name, value in options.items())],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-        rates.append(float(told.stderr.rpartition(" tokens/s")[0].split()[-1]))
-    return max(rates)
+def _batch_rates(
+    clients: list[int], arguments: argparse.Namespace, extra: dict[str, str]
+) -> dict[str, float]:
+    """Tokens a second of such prompts without a server, by how many run at once."""
+    options = GenerationOptions(max_new_tokens=arguments.max_tokens, temperature=0, **extra)
+    prompts, found = map(_prompt, itertools.count()), {}
+    with dash_onnx.load(arguments.bundle, threads=arguments.threads) as model:
+        model.batch([_messages(PROMPTS[0])], options=options)
+        for count in clients:
+            rates = []
+            for _ in range(arguments.rounds):
+                some = [_messages(next(prompts)) for _ in range(count)]
+                started = time.perf_counter()
+                done = model.batch(some, options=options, parallel=count)
+                tokens = sum(one.generated_tokens for one in done)
+                rates.append(tokens / (time.perf_counter() - started))
+            found[str(count)] = round(max(rates), 2)
+    return found
 
 
 @contextlib.contextmanager
@@ -166,15 +167,13 @@ async def _measured(
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {"tokens_per_s": {}, "first_token_ms": {}, "between_ms": {}}
     await ask(url, PROMPTS[0], 8, extra)
+    prompts = map(_prompt, itertools.count())  # none twice: a server holds those of before
     for count in clients:
         rates, answers = [], []
-        for turn in range(arguments.rounds):
+        for _ in range(arguments.rounds):
             started = time.perf_counter()
             some = await asyncio.gather(
-                *(
-                    ask(url, _prompt(turn * count + one), arguments.max_tokens, extra)
-                    for one in range(count)
-                )
+                *(ask(url, next(prompts), arguments.max_tokens, extra) for _ in range(count))
             )
             rates.append(sum(a.tokens for a in some) / (time.perf_counter() - started))
             answers += some
@@ -183,16 +182,17 @@ async def _measured(
         facts["first_token_ms"][str(count)] = round(statistics.median(firsts), 1)
         facts["between_ms"][str(count)] = _quantiles(_gaps(answers))
     if arguments.long:
-        facts["while_long_prompts_arrive"] = await _stalled(url, arguments, extra)
+        running = [next(prompts) for _ in range(3)]
+        facts["while_long_prompts_arrive"] = await _stalled(url, running, arguments, extra)
     return facts
 
 
 async def _stalled(
-    url: str, arguments: argparse.Namespace, extra: dict[str, Any]
+    url: str, prompts: list[str], arguments: argparse.Namespace, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Three answers run, and long prompts come, one after the other."""
+    """Answers run, and long prompts come, one after the other."""
     running = [
-        asyncio.create_task(ask(url, _prompt(n), 2 * arguments.max_tokens, extra)) for n in range(3)
+        asyncio.create_task(ask(url, prompt, 2 * arguments.max_tokens, extra)) for prompt in prompts
     ]
     firsts: list[float] = []
     while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:
@@ -214,7 +214,7 @@ async def ask(
 ) -> Answer:
     """Streams an answer."""
     body = {
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": _messages(prompt),
         "max_tokens": new_tokens,
         "temperature": 0,
         "stream": True,
@@ -268,7 +268,11 @@ class _Reply(asyncio.Protocol):
 
 
 def _prompt(number: int) -> str:
-    return f"{PROMPTS[number % len(PROMPTS)]} This is letter {number}."
+    return f"Letter {number}. {PROMPTS[number % len(PROMPTS)]}"
+
+
+def _messages(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
 
 
 def _gaps(answers: list[Answer]) -> list[float]:

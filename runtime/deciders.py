@@ -46,6 +46,9 @@ class Decider(Protocol):
     def end(self) -> Path:
         """After the last layer; returns the path that was taken."""
 
+    def move(self, sequence: SequenceState) -> None:
+        """Between two passes: the next ones are of another sequence, with the same tokens."""
+
 
 class FixedPath:
     """The same path in every pass."""
@@ -77,6 +80,9 @@ class FixedPath:
     def end(self) -> Path:
         """See `Decider`."""
         return self.path
+
+    def move(self, sequence: SequenceState) -> None:
+        """See `Decider`."""
 
 
 class PathSequence(FixedPath):
@@ -181,6 +187,12 @@ class ScoredDecider:
         if self._controller is not None:
             self._controller.spent(path)
         return path
+
+    def move(self, sequence: SequenceState) -> None:
+        """See `Decider`."""
+        self._sequence, self._multiplier = sequence, None
+        self._runs.clear()
+        self._totals.clear()
 
     @property
     def predicted_kl(self) -> npt.NDArray[np.float32]:

@@ -159,6 +159,11 @@ class Generation:
             self.decider = decider_of(policy, self._sequence)
             self.learned = self._request.learn(policy)
 
+    def move(self, sequence: SequenceState) -> None:
+        """Goes on in another sequence, which holds the same tokens."""
+        self._sequence = sequence
+        self.decider.move(sequence)
+
     @property
     def _limit(self) -> int:
         return self._sequence.sessions.manifest.model.max_length

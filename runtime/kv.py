@@ -10,7 +10,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer
-from dash_onnx.runtime.states import States
+from dash_onnx.runtime.states import States, exchange
 
 CAPACITY = 256
 """Tokens there is room for at first, and the step that it grows by: attention from plain operators
@@ -128,6 +128,16 @@ class KVCache:
         """Lets a pass run over the sequences: what it writes means nothing."""
         if self.states is not None:
             self.states.begin(self.length)
+
+    def exchange(self, other: KVCache) -> None:
+        """Trades what it holds with a cache of as many sequences and tokens."""
+        held = np.s_[:, :, : max(self.length, other.length)]
+        for own, others in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, buffer in own.items():
+                exchange(buffer.array[held], others[layer].array[held])
+        if self.states is not None and other.states is not None:
+            self.states.exchange(other.states)
+        self.length, other.length = other.length, self.length
 
     def place(self, length: int) -> int:
         """The longest beginning, of at most `length` tokens, that it can go back to."""

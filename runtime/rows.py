@@ -23,6 +23,7 @@ class Rows:
 
     Attributes:
         states: the sequences; each may run alone, as for its prompt.
+        together: whether a pass of some rows runs over those between them, too.
         ragged: whether a pass may have several tokens of each, in different numbers.
     """
 
@@ -40,7 +41,8 @@ class Rows:
         manifest = states[0].sessions.manifest
         # A state would take padding for tokens; attention over shared K/V does not know of any.
         plain = not manifest.recurrence and "shared_attention" not in manifest.mixers
-        self.ragged = bool(whole) and manifest.target.ragged and plain
+        self.together = whole is not None
+        self.ragged = self.together and manifest.target.ragged and plain
 
     @classmethod
     def alone(cls, state: SequenceState) -> Rows:

@@ -113,6 +113,8 @@ class Scheduler:
         # What a grammar forces is a short prompt of an answer that already runs.
         forced = [slot for slot in prompts if slot.going is not None and slot.going.count]
         first = [slot for slot in prompts if slot not in forced][:1]
+        if not self._gather(decoding):
+            self._gather(decoding + first)
         shared = self._shared(first, decoding)
         for slot in forced if shared else forced + first:
             self._guarded(slot, lambda: self._prompt(slot, alone=not decoding))  # noqa: B023
@@ -142,6 +144,23 @@ class Scheduler:
             self._given += 1
             slot.used, slot.request = self._given, request
             self._guarded(slot, lambda: self._begin(slot, request))  # noqa: B023
+
+    def _gather(self, slots: list[Slot]) -> bool:
+        """Moves one of some slots to a free row between them: their pass runs over that, too.
+
+        Returns:
+            Whether it has.
+        """
+        numbers = sorted(slot.number for slot in slots)
+        if not slots or not self._rows.together or numbers[-1] - numbers[0] < len(numbers):
+            return False
+        between = range(numbers[0], numbers[-1])
+        free = [slot for slot in self._slots if slot.request is None and slot.number in between]
+        if not free:
+            return False
+        last = max(slots, key=lambda slot: slot.number)
+        last.exchange(min(free, key=lambda slot: slot.number))
+        return True
 
     def _begin(self, slot: Slot, request: Request[Any]) -> None:
         slot.started = time.perf_counter()

@@ -58,6 +58,14 @@ class Slot:
         del self.tokens[common:]
         return ids[common:]
 
+    def exchange(self, other: Slot) -> None:
+        """Trades rows with a slot that has no request; each keeps what its K/V cache holds."""
+        self.state.kv.exchange(other.state.kv)
+        self.number, other.number = other.number, self.number
+        self.state, other.state = other.state, self.state
+        if self.going is not None:
+            self.going.move(self.state)
+
     @property
     def lasting(self) -> list[int]:
         """The tokens whose K/V serve later requests: none that another budget wrote."""

@@ -118,6 +118,14 @@ class States:
             buffer.write(self.points[place][name] if place else 0)
         self.start = place
 
+    def exchange(self, other: States) -> None:
+        """Trades what it holds with those of as many sequences."""
+        for own, others in ((self.past, other.past), (self.present, other.present)):
+            for name, buffer in own.items():
+                exchange(buffer.array, others[name].array)
+        self.start, other.start = other.start, self.start
+        self.points, other.points = other.points, self.points
+
     def saved(self, end: int) -> dict[int, Arrays]:
         """Copies for another sequence, by tokens: of one sequence, every place up to `end`."""
         places = {**self.points}
@@ -132,3 +140,10 @@ class States:
         for name, buffer in self.past.items():
             buffer.write(places[length][name] if length else 0)
         self.start = length
+
+
+def exchange(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> None:
+    """Trades what two arrays hold, in place."""
+    held = one.copy()
+    one[...] = other
+    other[...] = held

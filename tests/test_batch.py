@@ -27,6 +27,7 @@ from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.rows import Rows, calls
 from dash_onnx.runtime.scheduler import Scheduler
 from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.slot import Slot
 
 PROMPTS = [
     "the keeper",
@@ -314,6 +315,47 @@ def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> N
     assert "".join(c.text for c in others if isinstance(c, Chunk)) == tiny_model.generate(
         "in the night", options=options()
     )
+
+
+@pytest.mark.parametrize("policy", ["int8", "random:3", "dash"])
+def test_answers_move_into_the_rows_of_those_that_ended(
+    policy: str, scored: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass runs over all rows between its first and its last one."""
+    given: dict[str, Any] = {"policy": policy, **({"budget": 0.5} if policy == "dash" else {})}
+    lengths = [60, 200, 60, 70, 210, 60, 220, 230]
+    each = [options(**given, max_new_tokens=length) for length in lengths]
+    prompts = [f"{n} counts the ships" for n in range(len(lengths))]
+    wanted = [
+        scored.generate(prompt, options=one) for prompt, one in zip(prompts, each, strict=True)
+    ]
+    batch, forward, exchange = scored.new_scheduler(len(lengths)), Rows.forward, Slot.exchange
+    spans, moves = list[tuple[int, int]](), list[int]()
+
+    def noted(rows: Rows, numbers: Any, *rest: Any) -> Any:
+        spans.append((len(numbers), numbers[-1] - numbers[0] + 1))
+        return forward(rows, numbers, *rest)
+
+    def moved(slot: Slot, other: Slot) -> None:
+        moves.append(slot.number)
+        exchange(slot, other)
+
+    monkeypatch.setattr(Rows, "forward", noted)
+    monkeypatch.setattr(Slot, "exchange", moved)
+    told: list[list[Chunk]] = [[] for _ in lengths]
+    for prompt, one, pieces in zip(prompts, each, told, strict=True):
+        batch.submit(scored.request(prompt, pieces.append, one))
+    while batch.step():
+        pass
+    assert ["".join(piece.text for piece in pieces) for pieces in told] == wanted
+    assert moves
+    assert [span for rows, span in spans if rows == 4][-10:] == [4] * 10
+    again, held = list[Chunk](), batch.reused
+    batch.submit(scored.request(prompts[5], again.append, each[5]))
+    while batch.step():
+        pass
+    assert "".join(piece.text for piece in again) == wanted[5]
+    assert batch.reused - held == len(scored.text.encode(prompts[5])) - 1  # wherever it lies now
 
 
 def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> None:

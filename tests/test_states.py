@@ -157,7 +157,15 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(model: Model, see
             copy_prefix(other.state, twin.state, length)
             twin.tokens, twin.paths = other.tokens[:length], other.paths[:length]
 
-    steps: list[Callable[[Twin], None]] = [prompt, guess, decode, fail, back, save, restore, share]
+    def trade(_: Twin) -> None:
+        one, other = (twins[row] for row in rng.choice(ROWS, 2, replace=False))
+        one.state.kv.exchange(other.state.kv)
+        one.tokens, other.tokens = other.tokens, one.tokens
+        one.paths, other.paths = other.paths, one.paths
+
+    steps: list[Callable[[Twin], None]] = [
+        *(prompt, guess, decode, fail, back, save, restore, share, trade)
+    ]
     for _ in range(25):
         twin = twins[rng.integers(len(twins))]
         if twin.state.length > 150:
