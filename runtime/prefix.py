@@ -29,8 +29,10 @@ from dash_onnx.runtime.states import Arrays
 
 _LOG = logging.getLogger(__name__)
 
-LEAST = 32
-"""Tokens: to run fewer of them again costs no more than to copy their K/V."""
+LEAST = 8
+"""Tokens: to run fewer of them again costs no more than to copy K/V and states."""
+
+_LEAST_KEPT = 32  # tokens of a text that is worth a place in the store
 
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
@@ -188,7 +190,7 @@ class PrefixStore:
     def put(self, state: SequenceState, tokens: Sequence[int], quality: str) -> None:
         """Keeps what a sequence holds, unless it is short or held already."""
         ids = np.array(tokens[: state.length], np.int64)
-        if len(ids) < LEAST or self._longest(ids, quality)[0] == len(ids):
+        if len(ids) < _LEAST_KEPT or self._longest(ids, quality)[0] == len(ids):
             return
         saved = Saved.of(state, tokens, quality)
         digest = hashlib.sha256(quality.encode() + ids.tobytes()).hexdigest()
