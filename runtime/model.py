@@ -116,14 +116,14 @@ class Model:
         """Bytes of the weights of layers and LM heads that are loaded."""
         return self._sessions.loaded_bytes
 
-    def bytes_to_load(self, *policies: Policy) -> int:
-        """Bytes of weights that policies need and that are not loaded yet.
+    def bytes_to_load(self, policy: Policy | None = None) -> int:
+        """Bytes of weights that a policy needs and that are not loaded yet.
 
         Args:
-            policies: the model's own if empty.
+            policy: None takes the model's own.
         """
-        used = policies or (self.policy(),)
-        return self._sessions.bytes_to_load(*((p, prefill_plan(self._sessions, p)) for p in used))
+        chosen = policy or self.policy()
+        return self._sessions.bytes_to_load(chosen, prefill_plan(self._sessions, chosen))
 
     def close(self) -> None:
         """Frees every graph and its weights.

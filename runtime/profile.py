@@ -26,7 +26,7 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Phase
 from dash_onnx.runtime.deciders import ScoredDecider
 from dash_onnx.runtime.devices import open_backend
-from dash_onnx.runtime.machine import machine_name, release_memory
+from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.ort import Device, thread_count
 from dash_onnx.runtime.profile_passes import pass_costs
 from dash_onnx.runtime.sequence import SequenceState
@@ -206,7 +206,7 @@ def _join_ms(sessions: Sessions) -> float:
             ms[way] = (time.perf_counter() - started) * 1e3
         saved.append(ms[1] - ms[0])
     del sequence, graph
-    _forget(sessions)
+    sessions.forget()
     return round(max(float(np.median(saved[_WARM_UP:])) / (len(layers) - 1), 0.0), 5)
 
 
@@ -269,7 +269,7 @@ def _time(
         for (layer, action), ms in zip(parts, rest, strict=True):
             times.layers[layer].setdefault(action, []).append(ms)
     del sequence
-    _forget(sessions)
+    sessions.forget()
 
 
 def _time_token(
@@ -351,13 +351,8 @@ def _scorer_ms(sessions: Sessions) -> float:
             times.append(seconds * 1e3)
         total += _typical(times[_WARM_UP:])
         del sequence, decider
-        _forget(sessions)
+        sessions.forget()
     return round(total, 5)
-
-
-def _forget(sessions: Sessions) -> None:
-    sessions.forget()
-    release_memory()
 
 
 def _others(window: _Window) -> npt.NDArray[np.uint64]:

@@ -12,7 +12,6 @@ from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.facts import PassCosts
-from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -133,7 +132,7 @@ class _Times:
                 times.append(round(measured(sequence, count) / len(self._layers), 5))
             result.append(tuple(times))
             del sequence
-        self._forget()
+        self._sessions.forget()
         return tuple(result)
 
     def _run(self, sequence: SequenceState, form: Form) -> None:
@@ -150,7 +149,7 @@ class _Times:
             run = partial(sequence.head, asked, every=True, form=form)
             result.append(round(self._typical_ms([run], count)[0], 5))
         del sequence, run
-        self._forget()
+        self._sessions.forget()
         return tuple(result)
 
     def _typical_ms(self, runs: Sequence[Callable[[], object]], rows: int) -> list[float]:
@@ -165,7 +164,3 @@ class _Times:
                 run()
                 seen.append((time.perf_counter() - started) * 1e3)
         return [float(np.quantile(seen, 0.25)) for seen in times]
-
-    def _forget(self) -> None:
-        self._sessions.forget()
-        release_memory()

@@ -27,7 +27,7 @@ from dash_onnx.core.errors import BundleError, DeviceError
 from dash_onnx.core.forms import widened_by
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.machine import available_bytes, use_huge_pages
+from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_pages
 from dash_onnx.runtime.ort import thread_count
 
 Memory = Literal["high", "low"]
@@ -72,7 +72,6 @@ class Sessions:
 
     def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
         """Loads nothing yet."""
-        self.memory = memory
         self.manifest = bundle.manifest
         self.widened = widened_by(self.manifest) if memory == "high" else frozenset[Action]()
         self.backend = backend
@@ -162,14 +161,9 @@ class Sessions:
             for layer in layers:
                 self.layer(layer, form)
 
-    def bytes_to_load(self, *uses: tuple[Policy, PromptPlan]) -> int:
-        """Bytes of weights that `preload` of policies and prompts would load: layers, LM heads."""
-        heads, runs = set[Form](), set[Run]()
-        for policy, prompt in uses:
-            some_heads, some_runs = self._used(policy, prompt)
-            heads.update(some_heads)
-            runs.update(some_runs)
-        return self._bytes(heads, runs)
+    def bytes_to_load(self, policy: Policy, prompt: PromptPlan) -> int:
+        """Bytes of weights that `preload` would load: layers, LM heads."""
+        return self._bytes(*self._used(policy, prompt))
 
     def _used(
         self, policy: Policy | None, prompt: PromptPlan | None
@@ -228,9 +222,10 @@ class Sessions:
         return sum(self.manifest.graph_bytes(path, form) for path, form in forms)
 
     def forget(self) -> None:
-        """Forgets every session; each loads again when it is next needed."""
+        """Forgets every session, and frees its memory; each loads again when it is next needed."""
         with self.backend.lock:
             self._clear()
+        release_memory()
 
     def close(self) -> None:
         """Forgets every session, for good; what is bound to one keeps it alive."""

@@ -55,18 +55,15 @@ class TextWriter:
         elif reason is not None:
             text, held = held, ""
         else:
-            safe = len(held) - _longest_partial(held, self._stop)
+            safe = min((begins(held, word) for word in self._stop), default=len(held))
             text, held = held[:safe], held[safe:]
         self._held = held
         return text, reason
 
 
-def _longest_partial(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    longest = 0
-    for word in stop:
-        for size in range(min(len(word) - 1, len(text)), longest, -1):
-            if text.endswith(word[:size]):
-                longest = size
-                break
-    return longest
+def begins(text: str, word: str) -> int:
+    """Where a word begins in a text, perhaps cut by its end; without it, the text's length."""
+    if (at := text.find(word)) >= 0:
+        return at
+    sizes = range(min(len(word) - 1, len(text)), 0, -1)
+    return len(text) - next((size for size in sizes if text.endswith(word[:size])), 0)

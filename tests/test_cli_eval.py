@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dash_onnx.cli.eval import main
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.eval.text import evaluate_policies, evaluate_text
+from dash_onnx.eval.text import evaluate_policies
 from dash_onnx.runtime.model import Model
 
 SENTENCES = (
@@ -127,7 +127,7 @@ def test_every_token_after_the_first_decoded_one_is_predicted(
     window: int, prompt: int, tiny_model: Model, text: Path
 ) -> None:
     sizes = {"window": window, "prompt_tokens": prompt, "max_windows": 6}
-    found = evaluate_text(tiny_model, text.read_text(), "int8", **sizes)
+    (found,) = evaluate_policies(tiny_model, text.read_text(), [tiny_model.policy("int8")], **sizes)
     count = min(6, len(windows(tiny_model, text, window)))
     assert found.tokens == count * (window - prompt - 1) > 0
 
@@ -198,8 +198,9 @@ def test_a_window_larger_than_the_context_is_refused(
 def test_a_prompt_part_that_leaves_nothing_to_decode_is_refused(
     prompt: int, tiny_model: Model, text: Path
 ) -> None:
+    policies, sizes = [tiny_model.policy("int8")], {"window": WINDOW, "prompt_tokens": prompt}
     with pytest.raises(PolicyError, match=str(prompt)):
-        evaluate_text(tiny_model, text.read_text(), "int8", window=WINDOW, prompt_tokens=prompt)
+        evaluate_policies(tiny_model, text.read_text(), policies, **sizes)
 
 
 @pytest.mark.parametrize("policy", ["fastest", "static:full", "static:skip,full*3"])

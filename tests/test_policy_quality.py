@@ -15,7 +15,7 @@ import dash_onnx
 from dash_onnx.core.budget import reference_ms, with_costs
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.policy import Policy
-from dash_onnx.eval.text import Evaluation, evaluate_text
+from dash_onnx.eval.text import Evaluation, evaluate_policies
 from dash_onnx.runtime.model import Model
 
 skipping = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/policies.py"))["skipping"]
@@ -53,7 +53,9 @@ def text(model: Model) -> str:
 def quality(
     model: Model, text: str, policy: str | Policy, budget: float | None = None
 ) -> Evaluation:
-    return evaluate_text(model, text, policy, budget, window=256, prompt_tokens=64, max_windows=5)
+    policies = [model.policy(policy, budget)]
+    sizes = {"window": 256, "prompt_tokens": 64, "max_windows": 5}
+    return evaluate_policies(model, text, policies, **sizes)[0]
 
 
 def skipping_budget(model: Model) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from dash_onnx.core import progress
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.progress import Expected, Loop, Phase, announce
 from dash_onnx.exporters.expected import Speed, export_phases, training_phases
@@ -34,8 +35,11 @@ def log(caplog: Log) -> Iterator[Log]:
     announce(())
 
 
-def test_a_phase_is_a_line_at_its_start_lines_meanwhile_and_one_at_its_end(log: Log) -> None:
-    for _ in Loop("layers", range(12, 15), done=12, every_s=0.02):
+def test_a_phase_is_a_line_at_its_start_lines_meanwhile_and_one_at_its_end(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.02)
+    for _ in Loop("layers", range(12, 15), done=12):
         time.sleep(0.05)
     first, *meanwhile, last = log.messages
     assert first == "layers: starts after 12 of 15"
@@ -43,12 +47,15 @@ def test_a_phase_is_a_line_at_its_start_lines_meanwhile_and_one_at_its_end(log: 
     assert any(line.startswith("layers: 13 of 15 after 1 s, about 1 s to go") for line in meanwhile)
 
 
-def test_a_phase_of_one_step_and_one_of_unknown_length(log: Log) -> None:
-    with Phase("check", total=1, every_s=0.01):
+def test_a_phase_of_one_step_and_one_of_unknown_length(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_S", 0.01)
+    with Phase("check", total=1):
         time.sleep(0.05)
     assert log.messages[0] == "check: starts" and "check: after 1 s" in log.messages
     log.clear()
-    for _ in Loop("search", iter(range(3)), every_s=0.01):
+    for _ in Loop("search", iter(range(3))):
         time.sleep(0.03)
     assert log.messages[0] == "search: starts" and "search: 1 after 1 s" in log.messages
 

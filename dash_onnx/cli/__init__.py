@@ -10,9 +10,8 @@ from typing import NoReturn
 
 _SCRIPT = PurePath(sys.argv[0] if sys.argv else "")
 _TOOL = _SCRIPT.stem if _SCRIPT.stem.startswith("dash-") else "dash-onnx"
-# A process of a tool's own: its console script, or `python -m`.
-_OURS = _TOOL == _SCRIPT.stem or _SCRIPT.name == "-m"
-_OURS = _OURS or _SCRIPT.parts[-2:] == ("dash_onnx", "__main__.py")
+# A process of a tool's own: its console script, or `python -m dash_onnx`.
+_OURS = _TOOL == _SCRIPT.stem or _SCRIPT.parts[-2:] == ("dash_onnx", "__main__.py")
 
 
 def leave(*_: object) -> NoReturn:

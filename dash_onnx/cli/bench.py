@@ -327,7 +327,3 @@ def _table(results: list[Result]) -> str:
             ]
         )
     return "\n".join(aligned(rows, left=1))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -104,16 +104,16 @@ def _load(arguments: argparse.Namespace) -> Model:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.text import read_text
-    from dash_onnx.eval.text import evaluate_text
+    from dash_onnx.eval.text import evaluate_policies
 
     text = read_text(arguments.text)
     model = _load(arguments)
     window = arguments.window or _WINDOW
     with Phase("windows", total=arguments.limit) as phase:
-        result = evaluate_text(
+        (result,) = evaluate_policies(
             model,
             text,
-            model.policy(arguments.policy, arguments.budget),
+            [model.policy(arguments.policy, arguments.budget)],
             window=window,
             prompt_tokens=max(1, window // 4),
             max_windows=arguments.limit,
@@ -169,7 +169,3 @@ def _quietly() -> Iterator[None]:
         stderr = sys.stderr if sys.stderr.isatty() else nowhere
         with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stderr):
             yield
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

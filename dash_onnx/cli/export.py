@@ -227,7 +227,3 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
 def _typed(path: Path) -> str:
     """As a command has it in a shell."""
     return shlex.quote(str(path))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -80,7 +80,3 @@ def _fuse(arguments: argparse.Namespace) -> None:
         print(json.dumps({"folder": str(out), "bytes": size}))
     else:
         print(f"{out}: {size / 1e6:.0f} MB")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

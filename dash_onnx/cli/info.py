@@ -239,7 +239,3 @@ def _median_ms(manifest: Manifest, action: Any) -> float:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

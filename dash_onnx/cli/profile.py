@@ -93,7 +93,3 @@ def _profile(arguments: argparse.Namespace) -> None:
         print(f"all decisions of a token   {costs.scorer_ms:8.3f} ms")
     print(f"one graph saves a layer    {costs.join_ms:8.3f} ms")
     print("\n".join(presets_table(manifest)))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

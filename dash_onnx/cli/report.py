@@ -88,7 +88,3 @@ def _report(arguments: argparse.Namespace) -> None:
         return
     write_text(target, render(report))
     print(target)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

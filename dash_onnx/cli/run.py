@@ -34,7 +34,7 @@ from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.actions import PRECISIONS
 from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
-from dash_onnx.core.text import read_json
+from dash_onnx.core.text import read_json, read_text
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.stream import Completion
@@ -190,7 +190,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = GenerationOptions(
         **{name: getattr(arguments, name) for name in names},
         max_new_tokens=arguments.max_tokens,
-        expected=_file(arguments.expected) if arguments.expected else "",
+        expected=read_text(arguments.expected) if arguments.expected else "",
         grammar=Grammar.json_schema(read_json(schema)) if schema else None,
     )
     bundle = bundle_of(arguments.bundle)
@@ -274,18 +274,6 @@ def _text(prompt: str) -> str:
     return text
 
 
-def _file(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
-
-
 def _piped(wanted: bool = False) -> str:
     """What stdin holds, where it is a pipe or a file."""
     try:
@@ -301,7 +289,3 @@ def _piped(wanted: bool = False) -> str:
     if len(text) > _MOST_CHARACTERS:
         raise PolicyError(f"stdin holds more than {_MOST_CHARACTERS} characters; shorten it")
     return text
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -165,7 +165,3 @@ def _serve(arguments: argparse.Namespace) -> None:
     server.run()
     if server.force_exit:
         raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -125,7 +125,3 @@ def table(manifest: Manifest) -> str:
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 T = TypeVar("T")
@@ -26,6 +25,7 @@ PACKAGE = "dash_onnx"
 _LOG = logging.getLogger(__name__)
 _MARK = {"phase": True}  # of records that a bar stands for
 _BAR_S = 1.0  # from one look of a bar to the next, between steps
+_LINE_S = 30.0  # from line to line of a log
 
 
 class BarHandler(logging.StreamHandler):
@@ -141,15 +141,7 @@ class Phase:
     ...     phase.update(1)
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        total: int | None = None,
-        done: int = 0,
-        unit: str = "",
-        every_s: float = 30.0,
-    ):
+    def __init__(self, name: str, *, total: int | None = None, done: int = 0, unit: str = ""):
         """Shows nothing yet.
 
         Args:
@@ -157,11 +149,10 @@ class Phase:
             total: steps, None if it is not known. A single one is done when the context ends.
             done: steps of an earlier run.
             unit: of the steps, in the plural.
-            every_s: seconds from line to line.
         """
         self._name, self._total, self._first, self._done = name, total, done, done
         self._single = total == 1
-        self._unit, self._every_s = f" {unit}" if unit else "", every_s
+        self._unit = f" {unit}" if unit else ""
         self._ended = threading.Event()
         self._announced: float | None = None  # seconds
         self._expected: float | None = None  # seconds, after what phases before it took
@@ -190,12 +181,7 @@ class Phase:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -245,7 +231,7 @@ class Phase:
         while not self._bar.disable and not self._ended.wait(_BAR_S):
             self._annotate()
             self._bar.refresh()
-        while not self._ended.wait(self._every_s):
+        while not self._ended.wait(_LINE_S):
             own, later = self._rest()
             text = self._state()
             if own:
@@ -295,26 +281,16 @@ class Loop(Phase, Generic[T]):
     >>> for layer in Loop("layers", range(12, 30), done=12): ...
     """
 
-    def __init__(
-        self,
-        name: str,
-        items: Iterable[T],
-        *,
-        done: int = 0,
-        unit: str = "",
-        every_s: float = 30.0,
-    ):
+    def __init__(self, name: str, items: Iterable[T], *, done: int = 0):
         """Shows nothing yet.
 
         Args:
-            name: see `Phase`, also for the others.
+            name: see `Phase`.
             items: to go over; those that an earlier run has done are not among them.
             done: how many these are.
-            unit: of the items, in the plural.
-            every_s: seconds from line to line.
         """
         total = done + len(items) if isinstance(items, Sized) else None
-        super().__init__(name, total=total, done=done, unit=unit, every_s=every_s)
+        super().__init__(name, total=total, done=done)
         self._items = items
 
     def __iter__(self) -> Iterator[T]:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.arrays import Ids, Logits
-from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.policy import Policy
@@ -26,7 +25,7 @@ Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_text` measured, over the tokens that were decoded under the policy.
+    """What was measured of a policy, over the tokens that were decoded under it.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the text.
@@ -51,48 +50,6 @@ class Evaluation:
     reference_perplexity: float
 
 
-def evaluate_text(
-    model: Model,
-    text: str,
-    policy: str | Policy,
-    budget: Budget | None = None,
-    *,
-    window: int = 512,
-    prompt_tokens: int = 128,
-    max_windows: int | None = None,
-    prefill: Action | None = None,
-    reference: Model | None = None,
-    on_window: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Runs a policy over consecutive windows of a text.
-
-    Of each window the first `prompt_tokens` are prefilled and the rest is decoded token by token
-    under the policy.
-
-    Args:
-        max_windows: None takes every whole window.
-        prefill: precision of the prompt; None takes what the policy loads.
-        reference: another bundle of the same model; its highest precision is what the policy is
-            compared with, and None takes that of `model`.
-        on_window: called after each window.
-
-    Raises:
-        PolicyError: the text is shorter than one window, or the sizes do not fit.
-    """
-    (found,) = evaluate_policies(
-        model,
-        text,
-        [model.policy(policy, budget)],
-        window=window,
-        prompt_tokens=prompt_tokens,
-        max_windows=max_windows,
-        prefill=prefill,
-        reference=reference,
-        on_window=on_window,
-    )
-    return found
-
-
 def evaluate_policies(
     model: Model,
     text: str,
@@ -106,12 +63,22 @@ def evaluate_policies(
     timed: bool = True,
     on_window: Callable[[], None] = lambda: None,
 ) -> list[Evaluation]:
-    """Runs several policies over the same windows, as `evaluate_text` does.
+    """Runs policies over consecutive windows of a text.
+
+    Of each window the first `prompt_tokens` are prefilled and the rest is decoded token by token
+    under each policy.
 
     Args:
+        max_windows: None takes every whole window.
+        prefill: precision of the prompt; None takes what the policy loads.
+        reference: another bundle of the same model; its highest precision is what the policies are
+            compared with, and None takes that of `model`.
         timed: whether every policy decodes token by token. Otherwise those that take the same path
             for every token run several at once, which gives the same predictions sooner.
         on_window: called after each window of each policy.
+
+    Raises:
+        PolicyError: the text is shorter than one window, or the sizes do not fit.
     """
     manifest, other = model.manifest, reference or model
     tallies = [_Tally(policy) for policy in policies]

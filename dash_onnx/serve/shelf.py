@@ -235,24 +235,23 @@ class Shelf:
             place.users -= 1
             place.used = time.monotonic()
 
-    async def prepare(self, place: Place, *policies: Policy | None) -> None:
+    async def prepare(self, place: Place, policy: Policy | None) -> None:
         """Loads what a request needs before it runs: no answer in progress waits for it.
 
         Args:
             place: of its bundle, in use.
-            policies: of the request, and of what guesses for it.
+            policy: of the request; None loads nothing.
 
         Raises:
             BusyError: its memory is in use by other bundles.
             DashError: it cannot be loaded.
         """
-        for policy in policies:
-            if policy is None or not place.model.bytes_to_load(policy):
-                continue
-            async with self._lock:
-                needed = place.model.bytes_to_load(policy)
-                await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
-                await asyncio.to_thread(place.model.preload, policy)
+        if policy is None or not place.model.bytes_to_load(policy):
+            return
+        async with self._lock:
+            needed = place.model.bytes_to_load(policy)
+            await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
+            await asyncio.to_thread(place.model.preload, policy)
 
     async def _load(self, name: str, place: Place) -> None:
         async with self._lock:

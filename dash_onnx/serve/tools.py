@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec, checked_messages
 from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.writer import begins
 
 
 class _Form(NamedTuple):
@@ -164,7 +165,7 @@ class CallReader:
         self._held += text
         if not self._spoke and self._held.strip() and _BARE.match(self._held):
             return ""
-        at = min(_begins(self._held, tag) for tag in _OPENS)
+        at = min(begins(self._held, tag) for tag in _OPENS)
         said, self._held = self._held[:at], self._held[at:]
         self._spoke = self._spoke or bool(said.strip())
         return said
@@ -210,14 +211,6 @@ def _without_tag(text: str) -> str:
     for tag in _OPENS:
         text = text.removesuffix(tag)
     return text.rstrip()
-
-
-def _begins(text: str, tag: str) -> int:
-    """Where a tag begins in a text, perhaps cut by its end; the text's length where it does not."""
-    if (at := text.find(tag)) >= 0:
-        return at
-    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
-    return len(text) - next((size for size in sizes if text.endswith(tag[:size])), 0)
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

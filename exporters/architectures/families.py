@@ -14,7 +14,7 @@ from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.architectures.gemma4 import GEMMA4
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
-from dash_onnx.exporters.architectures.names import Names
+from dash_onnx.exporters.architectures.names import GEMMA, GEMMA3, HEAD_NORMS, Names
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.architectures.sparse import (
     GPT_OSS,
@@ -155,19 +155,7 @@ class SmolLM3(Decoder):
         return Attention(rope=0 if config.no_rope_layers[layer] else None, window=window)
 
 
-_HEAD_NORMS = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-_GEMMA = Names(
-    output_norm="post_attention_layernorm",
-    post_norm="pre_feedforward_layernorm",
-    down_norm="post_feedforward_layernorm",
-)
-_NORMS_BEHIND = replace(
-    _HEAD_NORMS,
-    input_norm=None,
-    output_norm="post_attention_layernorm",
-    post_norm=None,
-    down_norm="post_feedforward_layernorm",
-)
+_NORMS_BEHIND = replace(GEMMA3, input_norm=None, post_norm=None)
 _NO_GATE = Names(gate_up=("mlp.up_proj",))
 _GLM = Names(gate_up=("mlp.gate_up_proj",))
 _ONE_NORM = Names(post_norm=None)
@@ -175,7 +163,7 @@ _ONE_NORM = Names(post_norm=None)
 REGISTRY: dict[str, Decoder] = {
     "apertus": Decoder(
         replace(
-            _HEAD_NORMS,
+            HEAD_NORMS,
             input_norm="attention_layernorm",
             post_norm="feedforward_layernorm",
             gate_up=_NO_GATE.gate_up,
@@ -202,12 +190,8 @@ REGISTRY: dict[str, Decoder] = {
     "exaone": Decoder(),
     "exaone4": Decoder(_NORMS_BEHIND, windows="listed", rotates="windows if any"),
     "gemma": Gemma(norm_offset=1.0),
-    "gemma2": Gemma(_GEMMA, windows="listed", norm_offset=1.0),
-    "gemma3_text": Gemma(
-        replace(_GEMMA, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm"),
-        windows="listed",
-        norm_offset=1.0,
-    ),
+    "gemma2": Gemma(GEMMA, windows="listed", norm_offset=1.0),
+    "gemma3_text": Gemma(GEMMA3, windows="listed", norm_offset=1.0),
     "gemma4_text": GEMMA4,
     "glm": Decoder(_GLM, pairs="neighbours"),
     "glm4": Decoder(
@@ -255,7 +239,7 @@ REGISTRY: dict[str, Decoder] = {
     "ministral3": Ministral3(windows="all"),
     "mistral": Decoder(windows="all"),
     "nanochat": NanoChat(
-        replace(_HEAD_NORMS, gate_up=("mlp.fc1",), down="mlp.fc2"),
+        replace(HEAD_NORMS, gate_up=("mlp.fc1",), down="mlp.fc2"),
         pairs="swapped",
         norm_weights=False,
         gated=False,
@@ -298,7 +282,7 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "qwen2": Decoder(windows="listed"),
     "qwen2_moe": QWEN2_MOE,
-    "qwen3": Decoder(_HEAD_NORMS, windows="listed"),
+    "qwen3": Decoder(HEAD_NORMS, windows="listed"),
     "qwen3_5_text": QWEN35,
     "qwen3_moe": QWEN3_MOE,
     "seed_oss": Decoder(),

@@ -22,7 +22,7 @@ from dash_onnx.exporters.architectures.base import (
     take,
 )
 from dash_onnx.exporters.architectures.decoder import Decoder, linear_at
-from dash_onnx.exporters.architectures.names import Names
+from dash_onnx.exporters.architectures.names import GEMMA3, Names
 from dash_onnx.exporters.architectures.rope import LAYER_TYPES, rope_of
 from dash_onnx.exporters.sources import Weights
 
@@ -142,14 +142,4 @@ def _other(value: int, usual: int) -> int | None:
     return None if value == usual else int(value)
 
 
-GEMMA4 = Gemma4(
-    Names(
-        q_norm="self_attn.q_norm",
-        k_norm="self_attn.k_norm",
-        output_norm="post_attention_layernorm",
-        post_norm="pre_feedforward_layernorm",
-        down_norm="post_feedforward_layernorm",
-    ),
-    windows="listed",
-    refused=("enable_moe_block",),
-)
+GEMMA4 = Gemma4(GEMMA3, windows="listed", refused=("enable_moe_block",))

@@ -21,7 +21,7 @@ from dash_onnx.exporters.architectures.base import (
     take,
 )
 from dash_onnx.exporters.architectures.decoder import Decoder
-from dash_onnx.exporters.architectures.names import Names
+from dash_onnx.exporters.architectures.names import HEAD_NORMS, Names
 from dash_onnx.exporters.sources import Weights
 
 
@@ -155,7 +155,6 @@ _LFM2 = Names(
     gate_up=("feed_forward.w1", "feed_forward.w3"),
     down="feed_forward.w2",
 )
-_QWEN35 = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 
 LFM2 = Lfm2(
     _LFM2,
@@ -165,7 +164,7 @@ LFM2 = Lfm2(
     conv="conv.conv",
 )
 QWEN35 = Qwen35(
-    _QWEN35,
+    HEAD_NORMS,
     recurrent_names=Names(
         qkv=("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"), output="linear_attn.out_proj"
     ),

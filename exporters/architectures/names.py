@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,16 @@ class Names:
 
 LLAMA = Names()
 """Those that most families have."""
+
+HEAD_NORMS = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+"""With norms of queries and keys, as most later ones have."""
+
+GEMMA = Names(
+    output_norm="post_attention_layernorm",
+    post_norm="pre_feedforward_layernorm",
+    down_norm="post_feedforward_layernorm",
+)
+"""With a norm on either side of attention and MLP."""
+
+GEMMA3 = replace(GEMMA, q_norm=HEAD_NORMS.q_norm, k_norm=HEAD_NORMS.k_norm)
+"""With both."""

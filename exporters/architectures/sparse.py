@@ -13,7 +13,7 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Layer, Linear, Mixture, ModelSpec, take
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.architectures.hybrid import LFM2, Lfm2
-from dash_onnx.exporters.architectures.names import Names
+from dash_onnx.exporters.architectures.names import HEAD_NORMS, Names
 from dash_onnx.exporters.sources import Weights
 
 
@@ -160,10 +160,9 @@ LFM2_MOE = Lfm2Moe(
     needed=("norm_topk_prob",),
     mixture="feed_forward",
 )
-_QUERY_KEY_NORMS = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 
 OLMOE = Sparse(
-    _QUERY_KEY_NORMS,
+    HEAD_NORMS,
     heads_together=True,
     refused=("clip_qkv",),
     expert_width="intermediate_size",
@@ -175,4 +174,4 @@ QWEN2_MOE = Sparse(
         down="mlp.shared_expert.down_proj",
     ),
 )
-QWEN3_MOE = Sparse(_QUERY_KEY_NORMS, windows="all")
+QWEN3_MOE = Sparse(HEAD_NORMS, windows="all")

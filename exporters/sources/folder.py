@@ -24,6 +24,7 @@ from dash_onnx.exporters.sources.source import (
     check_layers,
     check_supported,
     finite,
+    layers_in,
     readable,
 )
 
@@ -128,14 +129,15 @@ def open_folder(
         weights = BitLinearWeights(weights, quantization)
     if method == "mxfp4":
         weights = Mxfp4Weights(weights)
+    found = layers_in(files.shapes)
     if "num_hidden_layers" in raw:  # before lists of that length are made
-        check_layers(folder, raw["num_hidden_layers"], weights.num_layers)
+        check_layers(folder, raw["num_hidden_layers"], found)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
     if quantization:  # what the model is without: its weights are what the layers multiply with
         del config.quantization_config
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
-    check_layers(folder, getattr(config, "num_hidden_layers", None), weights.num_layers)
+    check_layers(folder, getattr(config, "num_hidden_layers", None), found)
     documents = documents_in(folder)
     return Source(
         kind=kind,

@@ -53,11 +53,6 @@ class GGUFWeights:
         self._tensors = tensors
         self._layout = Layout(architecture, config)
 
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return layers_in(self._tensors)
-
     def _find(self, name: str) -> Any:
         mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name == "lm_head.weight":

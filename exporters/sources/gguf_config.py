@@ -16,32 +16,19 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
 
+_SAME = (
+    *("apertus", "arcee", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma2", "glm4", "granite"),
+    *("lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
+)
 MODEL_TYPES = {
-    "apertus": "apertus",
-    "arcee": "arcee",
-    "cohere2": "cohere2",
-    "ernie4_5": "ernie4_5",
-    "exaone": "exaone",
-    "exaone4": "exaone4",
-    "gemma2": "gemma2",
+    **{name: name for name in _SAME},
     "gemma3": "gemma3_text",
-    "glm4": "glm4",
     "gpt-oss": "gpt_oss",
     "gptneox": "gpt_neox",
-    "granite": "granite",
-    "lfm2": "lfm2",
     "lfm2moe": "lfm2_moe",
-    "llama": "llama",
     "mistral3": "ministral3",
-    "olmo2": "olmo2",
-    "olmoe": "olmoe",
-    "phi3": "phi3",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
     "qwen35": "qwen3_5_text",
     "qwen3moe": "qwen3_moe",
-    "smollm3": "smollm3",
-    "stablelm": "stablelm",
 }
 """transformers' model type by `general.architecture`."""
 

@@ -89,11 +89,10 @@ def _opened(
 def _gguf_files(name: str, revision: str | None) -> list[str]:
     """Names of the GGUF files of a hub id; none where the hub cannot be asked."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         found = huggingface_hub.list_repo_files(name, revision=revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+    except (OSError, ValueError):
         return []
     return [file for file in found if file.endswith(".gguf") and "mmproj" not in file.lower()]
 
@@ -117,19 +116,11 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
 def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a hub id, from the headers of its files alone."""
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
-        SafetensorsParsingError,
-    )
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         metadata = get_safetensors_metadata(name, revision=revision)
-    except (
-        *(HfHubHTTPError, NotASafetensorsRepoError, OfflineModeIsEnabled),
-        *(SafetensorsParsingError, OSError),
-    ):
+    except (NotASafetensorsRepoError, SafetensorsParsingError, OSError):
         return {}
     return {
         tensor: tuple(info.shape)
@@ -141,12 +132,7 @@ def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
 def _download(model: str, revision: str | None, *patterns: str) -> Path:
     """The folder of a hub id in the hub's cache, with some of its files."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         found = snapshot_download(
@@ -156,7 +142,7 @@ def _download(model: str, revision: str | None, *patterns: str) -> Path:
             ignore_patterns=_HUB_IGNORED,
         )
         return Path(found)
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
+    except (HFValidationError, OSError) as error:  # those of the hub are `OSError`, too
         reason = first_line(error)
         if isinstance(error, HfHubHTTPError):
             reason += "; a gated model needs `hf auth login`"

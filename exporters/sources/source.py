@@ -22,11 +22,6 @@ T = TypeVar("T")
 class Weights(Protocol):
     """Tensors by their Hugging Face name, read from disk at each look-up."""
 
-    @property
-    def num_layers(self) -> int:
-        """How many layers the files hold."""
-        ...
-
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -57,11 +52,6 @@ class Shapes:
         """Takes them."""
         self.shapes = dict(shapes)
 
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return layers_in(self.shapes)
-
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
@@ -82,11 +72,6 @@ class Wrapped:
     def __init__(self, weights: Weights):
         """Takes the other's."""
         self.stored = weights
-
-    @property
-    def num_layers(self) -> int:
-        """See `Weights`."""
-        return self.stored.num_layers
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored
