@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _batch_rates(
-    clients: list[int], arguments: argparse.Namespace, extra: dict[str, str]
+    clients: list[int], arguments: argparse.Namespace, extra: dict[str, Any]
 ) -> dict[str, float]:
     """Tokens a second of such prompts without a server, by how many run at once."""
     options = GenerationOptions(max_new_tokens=arguments.max_tokens, temperature=0, **extra)
