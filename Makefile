@@ -74,7 +74,7 @@ gpu-check:
 
 # Every figure of docs/results.md and of README.md. A first try, in minutes:
 #   make results QUICK=1 TEXT=book.txt
-# All of it, in some three and a half hours on 2 cores:
+# All of it, in some four and a half hours on 2 cores:
 #   make results TEXT="wikitext2-valid.txt fiction.txt" TASKS="lambada.jsonl arc.jsonl" \
 #     PROMPTS=chats.jsonl OTHER=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
 # and a part again (`python benchmarks/measure.py --help` lists them): PARTS="speed scale"

@@ -109,9 +109,18 @@ def skips(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
     """Accuracy on each task. 8 minutes a task."""
-    runs: list[Command] = [[REFERENCE, "--policy", "full"]]
-    runs += [[a.bundle, "--policy", precision] for precision in ("int8", "int4")]
-    runs += [[a.bundle, "--budget", preset] for preset in ("quality", "balanced", "fast")]
+    return _tasks(a, size, REFERENCE, a.bundle)
+
+
+def other_tasks(a: argparse.Namespace, size: Size) -> list[Command]:
+    """The same of the larger model, after `other`. 25 minutes a task."""
+    return _tasks(a, size, OTHER_FULL, BUILD / "other")
+
+
+def _tasks(a: argparse.Namespace, size: Size, reference: Path, bundle: Path) -> list[Command]:
+    runs: list[Command] = [[reference, "--policy", "full"]]
+    runs += [[bundle, "--policy", precision] for precision in ("int8", "int4")]
+    runs += [[bundle, "--budget", preset] for preset in ("quality", "balanced", "fast")]
     return [
         ["dash-eval", *chosen, "--task", task, "--limit", str(size.items), "--json"]
         for task in a.task
@@ -262,6 +271,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "tasks": (tasks, "bundle task"),
     "answers": (answers, "bundle prompts"),
     "other": (other, "other prompts"),
+    "other_tasks": (other_tasks, "other task"),
     "kept": (kept, "other prompts"),
     "guesses": (guesses, "other prompts"),
     "drawn": (drawn, "other prompts"),
@@ -274,36 +284,28 @@ PARTS: dict[str, tuple[Part, str]] = {
 
 def main() -> None:
     """Measures the parts that are asked for."""
-    told = "\n".join(f"  {name:8} {part.__doc__}" for name, (part, _) in PARTS.items())
+    told = "\n".join(f"  {name:11} {part.__doc__}" for name, (part, _) in PARTS.items())
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=f"parts, with their time on 2 cores:\n{told}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "parts",
-        nargs="*",
-        metavar="PART",
-        help="(default: all but `scale` and `shapes` whose options are given)",
-    )
+    some = "(default: all but `scale` and `shapes` whose options are given)"
+    parser.add_argument("parts", nargs="*", metavar="PART", help=some)
     parser.add_argument("--bundle", type=_path, metavar="BUNDLE", help="with a trained policy")
     parser.add_argument("--model", type=_path, help="what BUNDLE was exported from")
     parser.add_argument("--peer", action="append", default=[], metavar="KIND:PATH")
-    parser.add_argument(
-        "--text", type=_path, action="append", default=[], help="held out of training"
-    )
-    parser.add_argument(
-        "--task", type=_path, action="append", default=[], help="as of dash-eval --task"
-    )
+    files: dict[str, Any] = {"type": _path, "action": "append", "default": []}
+    parser.add_argument("--text", **files, help="held out of training")
+    parser.add_argument("--task", **files, help="as of dash-eval --task")
     parser.add_argument("--prompts", type=_path, help="as of dash-bench")
     parser.add_argument("--other", type=_path, help="a larger model than that of BUNDLE")
     parser.add_argument("--effort", default="normal", help="of `skips` (default: normal)")
     parser.add_argument("--quick", action="store_true", help="as little as runs: for a first try")
     parser.add_argument("--out", type=_path, help="(default: benchmarks/results, or build/quick)")
     arguments = parser.parse_args()
-    arguments.out = arguments.out or ROOT / (
-        "build/quick" if arguments.quick else "benchmarks/results"
-    )
+    usual = "build/quick" if arguments.quick else "benchmarks/results"
+    arguments.out = arguments.out or ROOT / usual
     arguments.out.mkdir(parents=True, exist_ok=True)
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")

@@ -4,11 +4,12 @@
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
     python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # of `serve run`, or of others
 
-Each server runs in a process of its own, and clients stream answers from it over HTTP. Two
-questions: how many tokens a second all clients get together, and how long running answers stall
-while long prompts arrive. The peer is llama.cpp's `llama-server`, or what
-answers at `--url` already. Compile it for the machine, as an unpacked llama-cpp-python does with
-`cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_SERVER=ON` in `vendor/llama.cpp`.
+Each server runs in a process of its own, and clients stream answers from it over HTTP; servers take
+turns, as machines are faster at one time than at another. Two questions: how many tokens a second
+all clients get together, and how long running answers stall while long prompts arrive. The peer is
+llama.cpp's `llama-server`, or what answers at `--url` already. Compile it for the machine, as an
+unpacked llama-cpp-python does with `cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_SERVER=ON` in
+`vendor/llama.cpp`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +66,51 @@ class Answer:
     status: int = 0
 
 
+@dataclass
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: its address.
+        extra: what every request has, too.
+    """
+
+    url: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    async def ask(self, prompt: str, new_tokens: int) -> Answer:
+        """Streams an answer."""
+        body = {
+            "messages": _messages(prompt),
+            "max_tokens": new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.extra,
+        }
+        content = json.dumps(body).encode()
+        where = urlsplit(self.url)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\n"
+        head += "Connection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        answer, loop = Answer(time.perf_counter()), asyncio.get_running_loop()
+        address = where.hostname or "", where.port or 80
+        transport, reply = await loop.create_connection(_Reply, *address)
+        transport.write(head.encode() + content)
+        await reply.ended
+        answer.status = int(reply.reads[0][1].split()[1])
+        if answer.status not in (200, 429):
+            told = b"".join(data for _, data in reply.reads).decode("utf-8", "replace")
+            raise SystemExit(f"{self.url} answered {answer.status}: {told[:500]}")
+        for at, event in reply.events():
+            if event.get("usage"):
+                answer.tokens = event["usage"]["completion_tokens"]
+            choices = event.get("choices") or [{}]
+            if choices[0].get("delta", {}).get("content") is not None:
+                answer.times.append(at)
+        return answer
+
+
 def main() -> None:
     """Prints a table for each server, or JSON."""
     parser = argparse.ArgumentParser(
@@ -90,28 +137,29 @@ def main() -> None:
     threads = str(arguments.threads)
     command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle), "--threads"]
     command += [threads, "--parallel", str(max(clients)), "--port", "PORT"]
-    servers = {"dash-serve": command}
+    commands = {"dash-serve": command}
     if arguments.peer:
         found_at = shutil.which(arguments.llama_server)
         if found_at is None:
             parser.error(f"no {arguments.llama_server}: give --llama-server the path of one")
         llama = [found_at, "--model", str(arguments.peer), "--port", "PORT"]
         llama += ["--parallel", str(max(clients)), "--ctx-size", str(4096 * max(clients))]
-        servers["llama.cpp"] = [*llama, "--threads", threads, "--threads-batch", threads]
+        commands["llama.cpp"] = [*llama, "--threads", threads, "--threads-batch", threads]
     extra = {name: getattr(arguments, name) for name in ("budget", "policy")}
     extra = {name: value for name, value in extra.items() if value}
     found: dict[str, Any] = {}
     if arguments.batch:
         found["Model.batch"] = {"tokens_per_s": _batch_rates(clients, arguments, extra)}
-    for name, argv in servers.items():
-        with running(argv) as url:
-            found[name] = asyncio.run(
-                _measured(url, clients, arguments, extra if name == "dash-serve" else {})
-            )
-        print(name, json.dumps(found[name]), file=sys.stderr)
-    if arguments.url:
-        extra = {"model": arguments.model} if arguments.model else {}
-        found[arguments.url] = asyncio.run(_measured(arguments.url, clients, arguments, extra))
+    with contextlib.ExitStack() as stack:
+        asked = {
+            name: Server(stack.enter_context(running(command)))
+            for name, command in commands.items()
+        }
+        asked["dash-serve"].extra = extra
+        if arguments.url:
+            model = {"model": arguments.model} if arguments.model else {}
+            asked[arguments.url] = Server(arguments.url, model)
+        found |= asyncio.run(_measured(asked, clients, arguments))
     if arguments.json:
         print(json.dumps(found))
         return
@@ -162,81 +210,52 @@ def running(argv: list[str]) -> Iterator[str]:
 
 
 async def _measured(
-    url: str, clients: list[int], arguments: argparse.Namespace, extra: dict[str, Any]
+    servers: dict[str, Server], clients: list[int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {"tokens_per_s": {}, "first_token_ms": {}, "between_ms": {}}
-    await ask(url, PROMPTS[0], arguments.max_tokens, extra)
+    """Facts by server. They take turns: a machine is faster at one time than at another."""
+    for server in servers.values():
+        await server.ask(PROMPTS[0], arguments.max_tokens)
     prompts = map(_prompt, itertools.count())  # none twice: a server holds those of before
+    found: dict[str, Any] = {name: defaultdict(dict) for name in servers}
     for count in clients:
-        answers, started = list[Answer](), time.perf_counter()
+        answers: dict[str, list[Answer]] = {name: [] for name in servers}
+        seconds = dict.fromkeys(servers, 0.0)
         for _ in range(_rounds(count, arguments)):
-            answers += await asyncio.gather(
-                *(ask(url, next(prompts), arguments.max_tokens, extra) for _ in range(count))
-            )
-        rate = sum(a.tokens for a in answers) / (time.perf_counter() - started)
-        facts["tokens_per_s"][str(count)] = round(rate, 2)
-        firsts = [1e3 * (a.times[0] - a.sent) for a in answers]
-        facts["first_token_ms"][str(count)] = round(statistics.median(firsts), 1)
-        facts["between_ms"][str(count)] = _quantiles(_gaps(answers))
-    if arguments.long:
-        running = [next(prompts) for _ in range(3)]
-        facts["while_long_prompts_arrive"] = await _stalled(url, running, arguments, extra)
-    return facts
+            some = [next(prompts) for _ in range(count)]
+            for name, server in servers.items():
+                started = time.perf_counter()
+                each = (server.ask(prompt, arguments.max_tokens) for prompt in some)
+                answers[name] += await asyncio.gather(*each)
+                seconds[name] += time.perf_counter() - started
+        for name, own in answers.items():
+            rate = sum(answer.tokens for answer in own) / seconds[name]
+            firsts = [1e3 * (answer.times[0] - answer.sent) for answer in own]
+            found[name]["tokens_per_s"][str(count)] = round(rate, 2)
+            found[name]["first_token_ms"][str(count)] = round(statistics.median(firsts), 1)
+            found[name]["between_ms"][str(count)] = _quantiles(_gaps(own))
+    some = [next(prompts) for _ in range(3)]
+    for name, server in servers.items() if arguments.long else ():
+        found[name]["while_long_prompts_arrive"] = await _stalled(server, some, arguments)
+    return found
 
 
 async def _stalled(
-    url: str, prompts: list[str], arguments: argparse.Namespace, extra: dict[str, Any]
+    server: Server, prompts: list[str], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Answers run, and long prompts come, one after the other."""
     running = [
-        asyncio.create_task(ask(url, prompt, 2 * arguments.max_tokens, extra)) for prompt in prompts
+        asyncio.create_task(server.ask(prompt, 2 * arguments.max_tokens)) for prompt in prompts
     ]
     firsts: list[float] = []
     while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:
         text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held already
-        answer = await ask(url, text, 1, extra)
+        answer = await server.ask(text, 1)
         firsts.append(1e3 * (answer.times[0] - answer.sent))
     answers = await asyncio.gather(*running)
     return {
         **_quantiles(_gaps([*answers])),
         "long_first_token_ms": round(statistics.median(firsts)),
     }
-
-
-async def ask(
-    url: str,
-    prompt: str,
-    new_tokens: int,
-    extra: dict[str, Any] | None = None,
-) -> Answer:
-    """Streams an answer."""
-    body = {
-        "messages": _messages(prompt),
-        "max_tokens": new_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **(extra or {}),
-    }
-    content = json.dumps(body).encode()
-    where = urlsplit(url)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {where.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    answer, loop = Answer(time.perf_counter()), asyncio.get_running_loop()
-    transport, reply = await loop.create_connection(_Reply, where.hostname or "", where.port or 80)
-    transport.write(head.encode() + content)
-    await reply.ended
-    answer.status = int(reply.reads[0][1].split()[1])
-    if answer.status not in (200, 429):
-        told = b"".join(data for _, data in reply.reads).decode("utf-8", "replace")
-        raise SystemExit(f"{url} answered {answer.status}: {told[:500]}")
-    for at, event in reply.events():
-        if event.get("usage"):
-            answer.tokens = event["usage"]["completion_tokens"]
-        choices = event.get("choices") or [{}]
-        if choices[0].get("delta", {}).get("content") is not None:
-            answer.times.append(at)
-    return answer
 
 
 class _Reply(asyncio.Protocol):

@@ -67,6 +67,7 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         )
     ],
     "tasks": [(f"dash-eval out --budget {name}", {"results": SCORES}) for name in ("fast", "0.3")],
+    "other_tasks": [("dash-eval other --policy int4", {"results": SCORES})],
     "answers": [
         ("python benchmarks/answers.py", [{**ANSWERS, "repeated": 0.1, "repeated_stderr": 0.02}])
     ],
