@@ -9,7 +9,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -38,6 +38,15 @@ profile.PROBE_S = 0.01
 # Torch's threads and ORT's would fight for two cores over models this small.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # in the commands that tests run, too: the workers are two
+
+PINS = hasattr(os, "sched_setaffinity")
+CORES = sorted(os.sched_getaffinity(0)) if PINS else []
+"""That the tests may use."""
+
+# ORT's threads spin while they wait: a worker, with what it runs, keeps to cores of its own.
+_WORKER, _WORKERS = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+if _WORKER and PINS and len(CORES) >= int(_WORKERS):
+    os.sched_setaffinity(0, CORES[int(_WORKER.removeprefix("gw")) :: int(_WORKERS)])
 
 # An export collects garbage after each layer: most of its time, where layers are this small and the
 # objects of torch, transformers and onnx this many.
@@ -140,6 +149,18 @@ def layer_inputs(
             rows.append(sequence.hidden[layer % 2].array[0, 0].copy())
             sequence.run(layer, action)
     return np.stack(rows).reshape(len(ids) - prompt_tokens, layers, -1)
+
+
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """Lets the commands of a test use the cores of the other workers, too."""
+    if not PINS:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(autouse=True)

@@ -63,10 +63,8 @@ class Client:
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.facts = json.loads((folder / FACTS).read_text())
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False  # the tests' process has our pool
         self.session = onnxruntime.InferenceSession(
-            folder / MODEL, options, providers=["CPUExecutionProvider"]
+            folder / MODEL, providers=["CPUExecutionProvider"]
         )
         facts = manifest.model
         empty = np.zeros((1, facts.num_kv_heads, 0, facts.head_dim), np.float32)
@@ -310,9 +308,7 @@ def test_widened_products_are_those_of_blocks(bits: int, columns: int, zeros: bo
 def run_graph(graph: onnx.GraphProto, x: np.ndarray) -> np.ndarray:
     opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
     result: np.ndarray = session.run(None, {"x": x})[0]
     return result
 

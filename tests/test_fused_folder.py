@@ -43,9 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False  # the tests' process has our pool
-    return onnxruntime.InferenceSession(folder / MODEL, options)
+    return onnxruntime.InferenceSession(folder / MODEL)
 
 
 # Damage is told by the client

@@ -83,6 +83,7 @@ def program(body: str, *arguments: object) -> object:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
+@pytest.mark.usefixtures("every_core")
 def test_two_thousand_generations_lose_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
     done, answers, memory = program(_SOAK, bundle)  # type: ignore[misc]

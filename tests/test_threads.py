@@ -113,6 +113,7 @@ def generate(threads=None, **options):
         "assert v.user - u.user + v.system - u.system < 0.3, 'threads spin while idle'",
     ],
 )
+@pytest.mark.usefixtures("every_core")
 def test_a_bundle_is_a_good_guest(tiny_bundle: Path, body: str) -> None:
     code = _HOST.format(graph=str(tiny_bundle / "embed.onnx"), bundle=str(tiny_bundle)) + body
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
