@@ -131,6 +131,8 @@ class KVCache:
 
     def exchange(self, other: KVCache) -> None:
         """Trades what it holds with a cache of as many sequences and tokens."""
+        self.reserve(0)  # follows a whole that has grown
+        other.reserve(0)
         held = np.s_[:, :, : max(self.length, other.length)]
         for own, others in ((self.keys, other.keys), (self.values, other.values)):
             for layer, buffer in own.items():

@@ -358,6 +358,30 @@ def test_answers_move_into_the_rows_of_those_that_ended(
     assert batch.reused - held == len(scored.text.encode(prompts[5])) - 1  # wherever it lies now
 
 
+def test_an_answer_moves_into_a_row_of_a_cache_that_has_just_grown(scored: Model) -> None:
+    lengths = [8, 8, 90, 90]
+    prompts = ["the keeper", "counts", "the ships", "in the night"]
+    each = [options(policy="int8", max_new_tokens=n, speculate=False) for n in lengths]
+    wanted = [
+        scored.generate(prompt, options=one) for prompt, one in zip(prompts, each, strict=True)
+    ]
+    batch = Scheduler(Rows.new(scored._sessions, len(lengths), capacity=64))
+    told: list[list[Chunk]] = [[] for _ in lengths]
+    for prompt, one, pieces in zip(prompts, each, told, strict=True):
+        batch.submit(scored.request(prompt, pieces.append, one))
+    while not (told[1] and told[1][-1].finish_reason):
+        batch.step()
+    assert max(slot.state.kv.capacity for slot in batch._slots) == 64
+    late, longer = list[Chunk](), "a lighthouse " * 60
+    batch.submit(scored.request(longer, late.append, each[0]))
+    batch.step()
+    assert max(slot.state.kv.capacity for slot in batch._slots) > 64
+    while batch.step():
+        pass
+    assert ["".join(piece.text for piece in pieces) for pieces in told] == wanted
+    assert "".join(piece.text for piece in late) == scored.generate(longer, options=each[0])
+
+
 def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> None:
     batch, wrong, right = tiny_model.new_scheduler(2), [], []
 
