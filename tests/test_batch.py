@@ -382,6 +382,38 @@ def test_an_answer_moves_into_a_row_of_a_cache_that_has_just_grown(scored: Model
     assert "".join(piece.text for piece in late) == scored.generate(longer, options=each[0])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_that_come_and_go_are_what_they_are_alone(scored: Model, seed: int) -> None:
+    """Of any length and policy, some cancelled; the cache grows and rows trade places."""
+    rng = np.random.default_rng(seed)
+    batch = Scheduler(Rows.new(scored._sessions, 6, capacity=32))
+    policies = ("int8", "int4", "random:3", "static:full,int8,skip,int4")
+    wanted, told, requests = list[str](), list[list[Chunk]](), list[Request]()
+    while len(requests) < 24 or batch.step():
+        if len(requests) < 24 and rng.random() < 0.4:
+            words = rng.choice(["the keeper ", "ships ", "a lighthouse ", "in the night "], 40)
+            prompt = "".join(words[: rng.integers(1, 40)])
+            given = options(
+                policy=str(rng.choice(policies)),
+                max_new_tokens=int(rng.integers(1, 60)),
+                temperature=float(rng.choice([0.0, 1.0])),
+                seed=len(requests),
+            )
+            wanted.append(scored.generate(prompt, options=given))
+            told.append([])
+            requests.append(scored.request(prompt, told[-1].append, given))
+            batch.submit(requests[-1])
+        elif requests and rng.random() < 0.02:
+            requests[rng.integers(len(requests))].cancelled.set()
+        batch.step()
+    for request, text, pieces in zip(requests, wanted, told, strict=True):
+        whole = "".join(piece.text for piece in pieces)
+        if request.cancelled.is_set():
+            assert text.startswith(whole)
+        else:
+            assert whole == text
+
+
 def test_what_goes_wrong_in_one_generation_ends_no_other(tiny_model: Model) -> None:
     batch, wrong, right = tiny_model.new_scheduler(2), [], []
 

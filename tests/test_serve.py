@@ -37,6 +37,7 @@ from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.running import _put_all
 from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
 from dash_onnx.serve.service import Job, Service, Tally
@@ -667,24 +668,23 @@ def test_the_event_loop_wakes_once_for_the_tokens_of_a_step(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, tokens, woken = 4, 30, [0]
-    call = asyncio.BaseEventLoop.call_soon_threadsafe
 
-    def counted(loop: asyncio.BaseEventLoop, *given: Any, **options: Any) -> asyncio.Handle:
-        woken[0] += threading.current_thread().name == "batch"
-        return call(loop, *given, **options)
+    def counted(pieces: list[Any]) -> None:
+        woken[0] += 1
+        _put_all(pieces)
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted)
-    running = Server({"tiny": tiny_model}, Limits(running=rows))
+    monkeypatch.setattr("dash_onnx.serve.running._put_all", counted)
+    server = Server({"tiny": tiny_model}, Limits(running=rows))
     body = {"prompt": "the keeper", "max_tokens": tokens, "response_format": NO_END, **OURS}
     try:
         with ThreadPoolExecutor(rows) as pool:
             found = pool.map(
-                lambda _: httpx.post(f"{running.url}/v1/completions", json=body, timeout=30),
+                lambda _: httpx.post(f"{server.url}/v1/completions", json=body, timeout=30),
                 range(rows),
             )
             assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [30] * 4
     finally:
-        running.stop()
+        server.stop()
     assert tokens <= woken[0] < 2 * tokens  # alone each of them would wake it 30 times
 
 
