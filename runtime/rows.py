@@ -96,7 +96,7 @@ class Rows:
         paths = self._layers(together, tuple(rows), deciders, seq)
         if seq == 1:
             key, heads = tuple(rows), tuple([decider.head for decider in deciders])
-            for low, high, head in calls(key, heads):
+            for low, high, head in calls(key, heads, True):
                 self._part(low, high).head(head)
             return [self.states[row].logits[None] for row in rows], paths
         hidden = together.output.reshape(stop - first, seq, -1)
@@ -143,7 +143,7 @@ class Rows:
             for decider in deciders:
                 decider.before(layer)
             actions = tuple([decider.action(layer) for decider in deciders])
-            for low, high, action in calls(rows, actions):
+            for low, high, action in calls(rows, actions, end == layer + 1):
                 part = self._part(low, high)
                 part.follow(seq)
                 part.run(layer, action, end)
@@ -176,7 +176,9 @@ class Rows:
 
 
 @lru_cache(1 << 14)
-def calls(rows: tuple[int, ...], actions: tuple[Action, ...]) -> list[tuple[int, int, Action]]:
+def calls(
+    rows: tuple[int, ...], actions: tuple[Action, ...], again: bool
+) -> list[tuple[int, int, Action]]:
     """Ranges of rows that run together, in order, so that each row's own action comes last.
 
     The action of most rows runs on all from their first to their last one: others between them are
@@ -186,10 +188,11 @@ def calls(rows: tuple[int, ...], actions: tuple[Action, ...]) -> list[tuple[int,
     Args:
         rows: numbers, ascending.
         actions: of each.
+        again: whether rows may run again: a segment of several layers overwrites its own input.
     """
     pairs = [*zip(rows, actions, strict=True)]
     counts, ranges, most = Counter(action for action in actions if action != SKIP), [], SKIP
-    if counts:
+    if counts and again:
         most, _ = counts.most_common(1)[0]
         own = [row for row, action in pairs if action == most]
         ranges.append((own[0], own[-1] + 1, most))
