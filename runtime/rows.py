@@ -96,7 +96,7 @@ class Rows:
         paths = self._layers(together, tuple(rows), deciders, seq)
         if seq == 1:
             key, heads = tuple(rows), tuple([decider.head for decider in deciders])
-            for low, high, head in calls(key, heads, True):
+            for low, high, head in calls(key, heads):
                 self._part(low, high).head(head)
             return [self.states[row].logits[None] for row in rows], paths
         hidden = together.output.reshape(stop - first, seq, -1)
@@ -143,7 +143,7 @@ class Rows:
             for decider in deciders:
                 decider.before(layer)
             actions = tuple([decider.action(layer) for decider in deciders])
-            for low, high, action in calls(rows, actions, end == layer + 1):
+            for low, high, action in calls(rows, actions, again=end == layer + 1):
                 part = self._part(low, high)
                 part.follow(seq)
                 part.run(layer, action, end)
@@ -177,7 +177,7 @@ class Rows:
 
 @lru_cache(1 << 14)
 def calls(
-    rows: tuple[int, ...], actions: tuple[Action, ...], again: bool
+    rows: tuple[int, ...], actions: tuple[Action, ...], again: bool = True
 ) -> list[tuple[int, int, Action]]:
     """Ranges of rows that run together, in order, so that each row's own action comes last.
 

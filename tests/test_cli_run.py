@@ -181,6 +181,8 @@ def test_expected_text_comes_sooner_and_is_the_same(
     found = json_of(capsys, *given, "--expected", file)
     assert found["text"] == alone["text"]
     assert 0 < found["right_guesses"] <= found["guessed_tokens"]
+    file.write_text("")  # nothing is expected
+    assert json_of(capsys, *given, "--expected", file)["text"] == alone["text"]
     missing = tmp_path / "missing.txt"
     assert "missing.txt" in refused(capsys, *given, "--expected", missing)
 

@@ -37,7 +37,6 @@ from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
-from dash_onnx.serve.running import _put_all
 from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
 from dash_onnx.serve.service import Job, Service, Tally
@@ -65,6 +64,7 @@ class Server:
         }
         self.app = create_app(bundles, limits, **options)
         self._server = DrainingServer(self.app)
+        self._server.config.loop = "asyncio"  # not uvloop, where it is installed
         self._thread = threading.Thread(target=self._server.run, args=([self.socket],))
         self._thread.start()
         while not self._server.started:
@@ -668,23 +668,24 @@ def test_the_event_loop_wakes_once_for_the_tokens_of_a_step(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, tokens, woken = 4, 30, [0]
+    call = asyncio.BaseEventLoop.call_soon_threadsafe
 
-    def counted(pieces: list[Any]) -> None:
-        woken[0] += 1
-        _put_all(pieces)
+    def counted(loop: asyncio.BaseEventLoop, *given: Any, **options: Any) -> asyncio.Handle:
+        woken[0] += threading.current_thread().name == "batch"
+        return call(loop, *given, **options)
 
-    monkeypatch.setattr("dash_onnx.serve.running._put_all", counted)
-    server = Server({"tiny": tiny_model}, Limits(running=rows))
+    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted)
+    running = Server({"tiny": tiny_model}, Limits(running=rows))
     body = {"prompt": "the keeper", "max_tokens": tokens, "response_format": NO_END, **OURS}
     try:
         with ThreadPoolExecutor(rows) as pool:
             found = pool.map(
-                lambda _: httpx.post(f"{server.url}/v1/completions", json=body, timeout=30),
+                lambda _: httpx.post(f"{running.url}/v1/completions", json=body, timeout=30),
                 range(rows),
             )
             assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [30] * 4
     finally:
-        server.stop()
+        running.stop()
     assert tokens <= woken[0] < 2 * tokens  # alone each of them would wake it 30 times
 
 

@@ -190,7 +190,7 @@ def _run(arguments: argparse.Namespace) -> None:
     options = GenerationOptions(
         **{name: getattr(arguments, name) for name in names},
         max_new_tokens=arguments.max_tokens,
-        expected=read_text(arguments.expected) if arguments.expected else "",
+        expected=read_text(arguments.expected, empty=True) if arguments.expected else "",
         grammar=Grammar.json_schema(read_json(schema)) if schema else None,
     )
     bundle = bundle_of(arguments.bundle)

@@ -237,8 +237,12 @@ class Detokenizer:
         return rest
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, empty: bool = False) -> str:
     """Reads a UTF-8 text file.
+
+    Args:
+        path: of the file.
+        empty: whether it may be empty.
 
     Raises:
         SourceError: missing, empty, or not text.
@@ -252,7 +256,7 @@ def read_text(path: Path) -> str:
         raise SourceError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SourceError(f"{path} is not UTF-8 text") from None
-    if not text.strip():
+    if not (empty or text.strip()):
         raise SourceError(f"{path} is empty")
     return text
 
