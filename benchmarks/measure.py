@@ -154,25 +154,25 @@ def kept(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
-    out, fused = BUILD / name, BUILD / "fused"
+    out, fused, trained = BUILD / name, BUILD / "fused", a.effort != "none"
     first: Command = ["python", "benchmarks/first_token.py", out, OTHER_FULL]
-    peers = [f"genai:{peer}" for peer in (OTHER_PEERS / "int4", fused / "int4", fused / "dash")]
+    graphs = {fused / "int4": ["--policy", "int4"], **({fused / "dash": []} if trained else {})}
+    peers = [f"genai:{peer}" for peer in (OTHER_PEERS / "int4", *graphs)]
     if a.other.suffix == ".gguf":
         peers += [f"llama.cpp:{file}" for file in (a.other, OTHER_PEERS / "q4_0.gguf")]
-        int4 = OTHER_PEERS / "openvino-int4"
-        peers += [f"{kind}:{int4}" for kind in ("openvino", "openvino-f32")]
+        peers += [f"openvino{end}:{OTHER_PEERS / 'openvino-int4'}" for end in ("", "-f32")]
     bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size), *_peers(peers)]
     commands: list[Command] = [
-        ["dash-export", a.other, out, *options, "--overwrite", "--json"],
-        ["dash-fuse", out, fused / "int4", "--policy", "int4", "--overwrite"],
-        ["dash-fuse", out, fused / "dash", "--overwrite"],
+        ["dash-export", a.other, out, *options, "--effort", a.effort, "--overwrite", "--json"],
+        *(["dash-fuse", out, graph, *policy, "--overwrite"] for graph, policy in graphs.items()),
         [*first, "--prompts", a.prompts, "--json"],
         [*bench, "--json"],
     ]
     if a.text:
         commands.append([*bench, "--prompts", LINES, "--skip", "contexts", "--json"])
     losses = ("--losses", "0.05", "0.1", "0.2", "0.4")
-    commands += [_policies(out, text, size, *losses, reference=OTHER_FULL) for text in a.text]
+    if trained:
+        commands += [_policies(out, text, size, *losses, reference=OTHER_FULL) for text in a.text]
     return commands
 
 
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--task", **files, help="as of dash-eval --task")
     parser.add_argument("--prompts", type=_path, help="as of dash-bench")
     parser.add_argument("--other", type=_path, help="a larger model than that of BUNDLE")
-    parser.add_argument("--effort", default="normal", help="of `skips` (default: normal)")
+    parser.add_argument("--effort", default="normal", help="of exports (default: normal)")
     parser.add_argument("--quick", action="store_true", help="as little as runs: for a first try")
     parser.add_argument("--out", type=_path, help="(default: benchmarks/results, or build/quick)")
     arguments = parser.parse_args()

@@ -1,12 +1,13 @@
 """Writes docs/results.md and its picture from what measure.py kept, and README.md's table.
 
-    python benchmarks/results.py                # of benchmarks/results/
+    python benchmarks/results.py                # of benchmarks/results/ and its folders
     python benchmarks/results.py --check        # fails where they differ from the JSON
     python benchmarks/results.py build/quick    # writes build/quick/results.md only
 
-All parts must come from one kind of machine and the same versions of what they both used; those
-that time the demo bundle from one commit, and those that judge its texts, too. A part takes minutes
-to hours, so the others may be measured apart.
+All parts of a page must come from one kind of machine and the same versions of what they both
+used; those that time the demo bundle from one commit, and those that judge its texts, too. A part
+takes minutes to hours, so the others may be measured apart. A folder beside the parts, written by
+`measure.py --out`, holds what another kind of machine measured, and has a page of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ def _differ(one: str | dict[str, str], other: str | dict[str, str]) -> bool:
     return any(one[name] != other[name] for name in one.keys() & other.keys())
 
 
-def page(parts: dict[str, tables.Part]) -> str:
-    """The whole of docs/results.md."""
+def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str] = ()) -> str:
+    """The whole of docs/results.md, or of the page of another machine."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         undefined=StrictUndefined,
@@ -95,6 +97,8 @@ def page(parts: dict[str, tables.Part]) -> str:
     )
     return template.render(
         parts=parts,
+        machine=machine,
+        others=others,
         any=next(iter(parts.values()), None),
         versions={name: v for part in parts.values() for name, v in part["versions"].items()},
         commits=sorted({(part["date"], part["commit"]) for part in parts.values()}),
@@ -137,8 +141,12 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="(default: benchmarks/results)")
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    parts = read(arguments.folder or HERE / "results")
-    texts = {(arguments.folder or ROOT / "docs") / "results.md": page(parts)}
+    results, docs = arguments.folder or HERE / "results", arguments.folder or ROOT / "docs"
+    folders = sorted(filter(Path.is_dir, results.iterdir()))
+    parts = read(results)
+    texts = {docs / "results.md": page(parts, others=[folder.name for folder in folders])}
+    for folder in folders:
+        texts[docs / f"results-{folder.name}.md"] = page(read(folder), folder.name)
     speed = tables.found(parts["speed"])[-1] if "speed" in parts else None
     if speed and arguments.folder is None:
         readme = ROOT / "README.md"
@@ -151,7 +159,7 @@ def main() -> None:
         elif not path.is_file() or path.read_text("utf-8") != text:
             sys.exit(f"results.py: error: {path} is not what the results give: run it again")
     if speed and not arguments.check:
-        picture = (arguments.folder or ROOT / "docs") / "speed.png"
+        picture = docs / "speed.png"
         draw(tables.results(speed), picture, speed["machine"], plain)
 
 

@@ -38,12 +38,18 @@ def model(trained_bundle: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def full(demo_gguf: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The same weights in full precision."""
-    out = tmp_path_factory.mktemp("demo") / "full"
-    options = ExportOptions(variants=("full",), calibration=(night,), compensation_rank=0)
+def kept(demo_gguf: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The integers that the file has, beside the same weights in full precision."""
+    out = tmp_path_factory.mktemp("demo") / "kept"
+    variants = ("full", "int8", "int4")
+    options = ExportOptions(variants=variants, calibration=(night,), compensation_rank=0)
     export(str(demo_gguf), out, options)
-    return dash_onnx.load(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def full(kept: Path) -> Model:
+    return dash_onnx.load(kept, policy="full")
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +141,12 @@ def test_int8_is_nearly_lossless_and_int4_beats_plain_rounding(
     assert mean_kl(exact[prompt:], model.logits(text_ids, policy="int4")[prompt:]) <= 1.3 * best
 
 
-def test_the_integers_of_the_file_are_nearly_lossless(
-    demo_gguf: Path, full: Model, text_ids: np.ndarray, night: Path, tmp_path: Path
-) -> None:
-    options = ExportOptions(variants=("int8", "int4"), calibration=(night,), compensation_rank=0)
-    export(str(demo_gguf), tmp_path / "kept", options)
-    kept = dash_onnx.load(tmp_path / "kept")
+def test_the_integers_of_the_file_are_nearly_lossless(full: Model, text_ids: np.ndarray) -> None:
     exact = full.logits(text_ids)
-    assert mean_kl(exact, kept.logits(text_ids, policy="int8")) <= 0.005  # blocks of 32
+    assert mean_kl(exact, full.logits(text_ids, policy="int8")) <= 0.005  # blocks of 32
     # What is left is the rounding of activations to INT8, of the offsets, and of unlikely logits.
-    assert mean_kl(exact, kept.logits(text_ids, policy="int4")) <= 0.01
-    layers = kept.manifest.layers
+    assert mean_kl(exact, full.logits(text_ids, policy="int4")) <= 0.01
+    layers = full.manifest.layers
     assert sum(x.bytes["int4"] for x in layers) < 0.7 * sum(x.bytes["int8"] for x in layers)
 
 

@@ -227,6 +227,20 @@ def test_a_part_with_a_model_of_its_own_may_be_measured_at_another_commit(
     assert f"Measured at commit `{parts['tasks']['commit']}`" in page
 
 
+def test_another_machine_has_a_page_of_its_own(
+    results: Any, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fast").mkdir()
+    for name, folder, machine in (("bundle", "", "slow one"), ("server", "fast", "fast one")):
+        part = {**parts[name], "machine": machine}
+        (tmp_path / folder / f"{name}.json").write_text(json.dumps(part))
+    monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path)])
+    results.main()
+    page, other = ((tmp_path / f"results{end}.md").read_text() for end in ("", "-fast"))
+    assert "slow one" in page and "fast one" not in page and "(results-fast.md)" in page
+    assert "slow one" not in other and "fast one" in other and "# Results with FAST" in other
+
+
 @pytest.mark.slow
 def test_measuring_and_writing_go_together(
     tiny_folder: Path, tiny_bundle: Path, tmp_path: Path

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_tool import Capture, Tool
 from conftest import save_tiny
-from fixed_costs import fixed
+from fixed_costs import fixed, run
 
 from dash_onnx.cli.export import main
 from dash_onnx.core.contract import CARD_NAME
@@ -36,7 +36,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("source") / "deep", num_hidden_layers=LAYERS)
 
 
-def arguments(deep: Path, night: Path, out: Path, *more: object) -> list[str]:
+def arguments(deep: Path, night: Path, out: object, *more: object) -> list[str]:
     chosen = (deep, out, "--effort", "none", "--calibration", night, "--check", "none")
     return [*map(str, (*chosen, *more))]
 
@@ -91,28 +91,39 @@ def test_an_export_killed_at_random_moments_goes_on_to_the_same_bundle(
     """
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     rng, killed = random.Random(6), 0
-    command = [sys.executable, str(Path(__file__).with_name("fixed_costs.py"))]
-    reference = tmp_path_factory.mktemp("reference") / "out"
-    subprocess.run([*command, *arguments(deep, night, reference)], check=True, capture_output=True)
-    command += arguments(deep, night, out, "--resume")
+    elsewhere = tmp_path_factory.mktemp("reference")
+    reference, log = elsewhere / "out", elsewhere / "log"
+    context = multiprocessing.get_context("forkserver")  # which imports once for all of them
+    context.set_forkserver_preload(["fixed_costs"])
+
+    def started(*chosen: object) -> ForkServerProcess:
+        process = context.Process(target=run, args=(arguments(deep, night, *chosen), log))
+        process.start()
+        return process
+
+    def ends_well(process: ForkServerProcess) -> None:
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+
+    ends_well(started(reference))
     while killed < MOMENTS:
         before = finished(partial)
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-            # A moment of its work, not of its imports: it holds the lock then.
-            while run.poll() is None and not locked(partial):
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 1.2) * whole[1] / LAYERS)
-            run.kill()
-            _, errors = run.communicate()
+        process = started(out, "--resume")
+        # A moment of its work, not of its imports: it holds the lock then.
+        while process.is_alive() and not locked(partial):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 1.2) * whole[1] / LAYERS)
+        process.kill()
+        process.join()
         killed += 1
-        if run.returncode == 0:  # it was quicker
+        if process.exitcode == 0:  # it was quicker
             break
-        assert run.returncode == -9, errors
+        assert process.exitcode == -9, log.read_text()
         assert not out.exists()
         assert set(os.listdir(tmp_path)) <= {".out.partial"}
         assert finished(partial) >= before
     if not out.exists():
-        subprocess.run(command, check=True, capture_output=True)
+        ends_well(started(out, "--resume"))
     assert os.listdir(tmp_path) == ["out"]
     assert content_of(out) == content_of(reference)
 
