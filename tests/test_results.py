@@ -231,7 +231,7 @@ def test_another_machine_has_a_page_of_its_own(
     results: Any, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fast").mkdir()
-    for name, folder, machine in (("bundle", "", "slow one"), ("server", "fast", "fast one")):
+    for name, folder, machine in (("tasks", "", "slow one"), ("server", "fast", "fast one")):
         part = {**parts[name], "machine": machine}
         (tmp_path / folder / f"{name}.json").write_text(json.dumps(part))
     monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path)])
