@@ -9,12 +9,12 @@
 PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`; its categories are the
 kinds. The tasks that are there without it: questions; to return a source file of 60 lines with one
 change, whole, also with the file as expected text; and JSON with a schema of ten fields, beside the
-same without forced tokens. Each prompt is answered with and without guesses, in turns. The
-greedy texts are compared token by token; where one first differs, the gap between the two best
-logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
-the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they cannot
-be the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
-once, and the table has the tokens a second of all of them, their prompts included.
+same without forced tokens. Each prompt is answered with and without guesses, which of them first
+by turns. The greedy texts are compared token by token; where one first differs, the gap between the
+two best logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder
+answers the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they
+cannot be the same, but must be as likely to the target. With `--parallel` as many answers of a kind
+run at once, and the table has the tokens a second of all of them, their prompts included.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ PEOPLE = ("a sailor from Norway", "a baker in Lyon", "a teacher", "a retired pil
 SOURCE = "\n".join(Path(grammar.__file__).read_text("utf-8").splitlines()[:60])
 
 Answer = dict[str, Any]
-"""To a prompt: `tokens`, `ms` without the first, `guessed`, `right`, and where it `differs`, or the
-`nats` per token that a drawn text loses by the target."""
+"""To a prompt: `tokens`, how many are `timed` and their `ms` (those of the prompt's pass are not),
+`guessed`, `right`, and where it `differs`, or the `nats` per token that a drawn text loses by the
+target."""
 
 Peer = Callable[[list[int], int, bool], tuple[list[int], float]]
 """Ids of a prompt, tokens at most, whether it guesses: its tokens, and `ms` without the first."""
@@ -208,9 +209,9 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
     kinds: dict[str, dict[str, Any]] = {"off": {"speculate": False}, "on": {"speculate": True}}
     if asked.expected:
         kinds["expected"] = {"speculate": True, "expected": asked.expected}
-    if asked.grammar:  # with log probabilities nothing is forced
-        kinds["off"]["logprobs"] = 0
-    for name, given in kinds.items():
+    if asked.grammar:  # where something else may change what is drawn, nothing is forced
+        kinds["off"]["logits_processor"] = lambda _, logits: logits
+    for name, given in [*kinds.items()][:: -1 if seed % 2 else 1]:
         chosen = dataclasses.replace(
             GREEDY,
             policy=asked.target,
@@ -225,9 +226,13 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
         )
         steps = [*model.generate_step(ids, options=chosen)]
         guesses = [step.guess for step in steps if step.guess]
+        rest = steps[1:]
+        while rest and rest[0].ms == 0:  # the prompt's pass has made what is forced at the start
+            rest = rest[1:]
         found[name] = {
             "tokens": [step.token for step in steps],
-            "ms": sum(step.ms for step in steps[1:]),
+            "timed": len(rest),
+            "ms": sum(step.ms for step in rest),
             "guessed": sum(guess.tokens for guess in guesses),
             "right": sum(guess.right for guess in guesses),
             "differs": None,
@@ -241,7 +246,8 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
     if asked.genai is not None:
         for name, guessing in GENAI.items():
             tokens, ms = asked.genai(before, asked.new_tokens, guessing)
-            found[name] = {"tokens": tokens, "ms": ms, "guessed": 0, "right": 0, "differs": None}
+            found[name] = {"tokens": tokens, "timed": len(tokens) - 1, "ms": ms}
+            found[name] |= {"guessed": 0, "right": 0, "differs": None}
     return found
 
 
@@ -276,12 +282,12 @@ def difference(
 def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
     """Of some prompts: what was guessed, the speed beside no guesses, and what differs."""
     ms, alone_ms = (
-        sum(one[name]["ms"] for one in found) / sum(len(one[name]["tokens"]) - 1 for one in found)
+        sum(one[name]["ms"] for one in found) / sum(one[name]["timed"] for one in found)
         for name in (who, "off")
     )
     tokens, guessed, right = (
         sum(count(one[who]) for one in found)
-        for count in (lambda a: len(a["tokens"]) - 1, lambda a: a["guessed"], lambda a: a["right"])
+        for count in (lambda a: a["timed"], lambda a: a["guessed"], lambda a: a["right"])
     )
     texts = [np.mean(one[who]["nats"]) for one in found if one[who].get("nats")]
     spread = float(np.std(texts, ddof=1)) / math.sqrt(len(texts)) if len(texts) > 1 else None

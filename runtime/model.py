@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -371,27 +372,25 @@ class Model:
         check_count("parallel", parallel)
         scheduler = self.new_scheduler(max(1, min(parallel, len(prompts))))
         chunks: list[list[Chunk]] = [[] for _ in prompts]
-        done: dict[int, Completion] = {}
-
-        def deliver(index: int, piece: Chunk | Exception) -> None:
-            if isinstance(piece, Exception):
-                raise piece
-            chunks[index].append(piece)
-            if piece.finish_reason is not None:
-                done[index] = Completion.of(chunks[index])
-                on_done(index, done[index])
-
+        pieces = deque[tuple[int, Chunk | Exception]]()
         requests = []
         for index, prompt in enumerate(prompts):
+            deliver = functools.partial(lambda n, piece: pieces.append((n, piece)), index)
             try:
-                requests.append(self.request(prompt, functools.partial(deliver, index), options))
+                requests.append(self.request(prompt, deliver, options))
             except DashError as error:
                 raise type(error)(f"prompt {index}: {error}") from None
         for request in requests:
             scheduler.submit(request)
         while scheduler.step():
-            pass
-        return [done[index] for index in range(len(prompts))]
+            while pieces:
+                index, piece = pieces.popleft()
+                if isinstance(piece, Exception):
+                    raise piece
+                chunks[index].append(piece)
+                if piece.finish_reason is not None:
+                    on_done(index, Completion.of(chunks[index]))
+        return [Completion.of(one) for one in chunks]
 
 
 def _lent(request: Request[Piece], cache: Cache) -> Generator[Piece]:

@@ -540,6 +540,28 @@ def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
     assert np.mean(dear[60:]) < np.mean(dear[1:20])
 
 
+def test_what_an_app_gives_a_batch_may_fail_and_says_so(tiny_model: Model) -> None:
+    """Neither the error of a logits processor nor that of what takes an answer is swallowed."""
+    calls = iter(range(2))
+
+    def processor(_: object, logits: np.ndarray) -> np.ndarray:
+        if next(calls, None) is None:
+            raise ZeroDivisionError("the app's own")
+        return logits
+
+    with pytest.raises(ZeroDivisionError, match="the app's own"):
+        options = GenerationOptions(max_new_tokens=8, logits_processor=processor)
+        tiny_model.batch(["ab", "cd"], options=options)
+
+    def on_done(*_: object) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        tiny_model.batch(["ab"], options=GenerationOptions(max_new_tokens=2), on_done=on_done)
+    (answer,) = tiny_model.batch(["ab"], options=GenerationOptions(max_new_tokens=2))
+    assert answer.generated_tokens == 2
+
+
 def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
     with pytest.raises(PolicyError, match="slots=0"):
         tiny_model.new_scheduler(0)

@@ -118,6 +118,9 @@ def test_an_answer_has_the_form_of_a_schema(
     schema.write_text('{"enum": ["night", "noon"]}')
     facts = json_of(capsys, tiny_bundle, "when?", "--json-schema", schema)
     assert json.loads(facts["text"]) in ("night", "noon")
+    schema.write_text('{"const": "night"}')  # all of it is forced: no pass of a token is timed
+    facts = json_of(capsys, tiny_bundle, "when?", "--json-schema", schema, "--max-tokens", 2)
+    assert facts["tokens_per_second"] is None and facts["generated_tokens"] == 2
     for content in ("{", '{"type": "foo"}'):
         schema.write_text(content)
         refused(capsys, tiny_bundle, "when?", "--json-schema", schema)

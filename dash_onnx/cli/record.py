@@ -62,6 +62,7 @@ class Record:
         """The figures of `--json`."""
         assert self.last is not None
         decode = self.times[1:]
+        spent = sum(decode)  # none where all tokens are forced by a grammar
         total = sum(self.actions.values())
         return {
             "load_ms": None if self.load_ms is None else round(self.load_ms, 3),
@@ -69,10 +70,10 @@ class Record:
             "prompt_tokens": self.last.prompt_tokens,
             "generated_tokens": len(self.times),
             "time_to_first_token_ms": round(self.times[0], 3),
-            "ms_per_token": round(statistics.median(decode), 3) if decode else None,
+            "ms_per_token": round(statistics.median(decode), 3) if spent else None,
             "guessed_tokens": sum(guess.tokens for guess in self.guesses),
             "right_guesses": sum(guess.right for guess in self.guesses),
-            "tokens_per_second": round(1e3 * len(decode) / sum(decode), 2) if decode else None,
+            "tokens_per_second": round(1e3 * len(decode) / spent, 2) if spent else None,
             "policy": self.policy.name,
             "budget": self.policy.budget,
             "sampling": dataclasses.asdict(self.sampling),
