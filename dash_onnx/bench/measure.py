@@ -149,8 +149,8 @@ def measure(
         rounds: over all prompts, after one with a single prompt that warms up.
         processes: how often all restart, each time for all rounds. A process keeps an
             advantage of up to 8 % for as long as it lives, by where its memory lies.
-        contexts: token ids of longer prompts, which the first processes take turns on after the
-            rounds; one that is there twice is measured twice.
+        contexts: token ids of longer prompts, which all take turns on after the rounds of each
+            process; one that is there twice is measured twice in it.
         quality: KL and its standard error, or None; asked once for each contender.
 
     Returns:
@@ -164,8 +164,7 @@ def measure(
                 workers.append(start())
                 stack.callback(workers[-1].close)
             results = _rounds(workers, prompts, new_tokens, rounds)
-            once = contexts if not generations else ()
-            for index, behind in enumerate(_behind(workers, once, new_tokens)):
+            for index, behind in enumerate(_behind(workers, contexts, new_tokens)):
                 results[index] = replace(results[index], behind=behind)
             if quality and not generations:
                 for index, worker in enumerate(Loop("quality", workers)):
@@ -179,6 +178,9 @@ def measure(
             ttft_ms=sum((one.ttft_ms for one in same), ()),
             load_s=statistics.median(one.load_s for one in same),
             peak_rss_bytes=max(one.peak_rss_bytes for one in same),
+            behind={
+                length: _joined([one.behind[length] for one in same]) for length in same[0].behind
+            },
         )
         for same in zip(*generations, strict=True)
     ]

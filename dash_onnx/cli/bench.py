@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
 
 _PREFILL, *_DEPTHS = _CONTEXTS = (512, 1000, 3500)
-_PREFILLS = 3  # runs of the first, in each process: it is short, and its first run allocates
+_PREFILLS = 2  # runs of the first, in each process: it is short, and its first run allocates
 
 _EXAMPLES = """\
   dash-bench out/
