@@ -51,7 +51,13 @@ def card(manifest: Manifest) -> str:
     if documents:
         links = ", ".join(f"[{name}]({name})" for name in documents)
         lines += ["", f"The documents of the original model: {links}."]
-    lines += ["", "```sh", "pip install 'dash-onnx[cpu]'", 'dash-run . "Hello!"', "```"]
+    lines += [
+        "",
+        "```sh",
+        "pip install '.[cpu]'    # in a clone of dash-onnx",
+        'dash-run . "Hello!"     # in this folder',
+        "```",
+    ]
     if plans := preset_plans(manifest):
         lines += ["", "| preset | tokens/s | KL, nats | layers |", "|---|--:|--:|---|"]
         for name, plan in plans.items():
