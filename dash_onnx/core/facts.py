@@ -386,8 +386,8 @@ class ExportFacts:
     Attributes:
         source: the MODEL argument's kind and name.
         tools: version of each tool that took part.
-        seconds: wall time of the export.
-        peak_rss_bytes: highest resident memory of the exporting process.
+        seconds: wall time until all graphs were written, before they were timed.
+        peak_rss_bytes: highest resident memory of the exporting process until then.
         fp32_kept: weights whose values do not fit FP16 and were stored as FP32.
         license: of the source model, as its metadata name it; None if they name none.
     """
