@@ -60,7 +60,7 @@ def available_bytes() -> int | None:
 def use_huge_pages() -> int:
     """Moves large blocks of this process's memory, such as weights, to huge pages; Linux alone.
 
-    A token reads all weights once: fewer, larger pages make that faster (decision 0110). Blocks
+    A token reads all weights once: fewer, larger pages make that faster (decision 0111). Blocks
     that are partly untouched stay, as they would grow. The environment variable DASH_HUGE_PAGES=0
     turns it off.
 

@@ -34,8 +34,8 @@ class SequenceState:
     Or of a batch: B sequences of one length, whose tokens take the same path. Then ids and logits
     have a first dimension of B.
 
-    `forward` is the decode loop. Its parts (`advance`, `embed`, `run`, `head`) are public for those
-    who time or rearrange them.
+    `layers` is the decode loop, and `forward` adds the LM head. The parts (`advance`, `embed`,
+    `run`, `head`) are public for those who time or rearrange them.
     """
 
     def __init__(self, sessions: Sessions, capacity: int = CAPACITY, batch: int = 1):

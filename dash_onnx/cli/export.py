@@ -77,8 +77,8 @@ def _parser() -> Parser:
     graphs.add_argument(
         "--requantize",
         action="store_true",
-        help="requantize the weights of a GGUF file: faster, but less accurate than its own "
-        "integers",
+        help="requantize the weights of a GGUF file: faster in small models, but less accurate "
+        "than its own integers",
     )
     graphs.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)"

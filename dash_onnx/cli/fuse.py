@@ -40,8 +40,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--policy",
         default="",
-        help="dash, or a policy with one path for every token, as in dash-run (default: dash if a "
-        "policy was trained, else the highest exported precision)",
+        help="dash, or a policy with one path for every token, as in dash-run (default: with "
+        "--budget the best plan measured for it, as in dash-run; without it dash if a policy "
+        "was trained, else the plan of balanced)",
     )
     parser.add_argument(
         "--budget",
