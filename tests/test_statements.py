@@ -161,6 +161,30 @@ def facts_of(layers: int) -> ModelFacts:
     return ModelFacts("big", "llama", layers, 2048, 12288, 32, 8, 64, 32768, 2048)
 
 
+def test_every_page_counts_the_families_of_the_table() -> None:
+    table = text_of("docs/reference/models.md").partition("The figures compare")[0]
+    count = len(set(re.findall(r"^\| `(\w+)` \|", table, re.M)))
+    for page in ("README.md", "CHANGELOG.md", "docs/concepts/method.md"):
+        said = re.search(r"(\w+)\s+families", text_of(page))
+        assert said and said[1] == str(count), page
+
+
+def test_the_page_of_the_runtime_says_how_long_its_files_are() -> None:
+    way = text_of("docs/concepts/runtime.md").partition("## A token's way")[2].partition("\n## ")[0]
+    said = dict(re.findall(r"`(\w+\.py)`\s+\((\d+)\s+lines\)", way))
+    assert {*said} == {*re.findall(r"`(\w+\.py)`", way)} and "buffers.py" in said
+    for name, lines in said.items():
+        assert len(text_of(f"runtime/{name}").splitlines()) == pytest.approx(int(lines), rel=0.2)
+
+
+def test_no_page_names_a_value_that_the_option_for_guesses_refuses() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "dash_onnx").rglob("*.jinja")]
+    for page in pages:
+        if "decisions" not in page.parts:
+            values = re.findall(r"\bspeculate=(\w+|\W)", page.read_text("utf-8"))
+            assert {*values} <= {"True", "False", "None"}, page
+
+
 def figures(text: str) -> Iterator[str]:
     yield from FIGURE.findall(NO_FIGURES.sub(" ", text))
 
