@@ -34,11 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
 OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BUILD / "lines.txt"
 REFERENCE = BUILD / "full"  # what `bundle` makes
+NUMBERS = BUILD / "numbers.txt"  # 2,000 tokens: calibrate what is in full, or timed alone
 PACKAGES = (
     "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai "
     "llama-cpp-python lm-eval"
 ).split()
 Command = list[str | Path]
+COUNT: Command = ["sh", "-c", f"seq -s, 500 > {NUMBERS}"]
 PROFILE: Command = ["dash-profile", BUILD / "other"]  # guesses go by what passes take here and now
 
 
@@ -54,8 +56,7 @@ class Size:
     items: int = 500
     answers: int = 100
     per_kind: int = 4
-    count_to: int = 900
-    """In the long prompt, about four tokens a number."""
+    count_to: int = 900  # in the long prompt, about four tokens a number
 
 
 QUICK = Size(1, 1, 1, 4, 1, 2, 1, 1, 50)
@@ -63,22 +64,25 @@ QUICK = Size(1, 1, 1, 4, 1, 2, 1, 1, 50)
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
     """What an action costs, and the export, as the manifest has it; the reference. 1 minute."""
-    export: Command = ["dash-export", a.model, REFERENCE, "--variants", "full", "--overwrite"]
-    return [[*export, "--effort", "none"], ["dash-info", a.bundle, "--json"]]
+    return [COUNT, _reference(a.model, REFERENCE), ["dash-info", a.bundle, "--json"]]
+
+
+def _reference(model: Path, out: Path) -> Command:
+    export: Command = ["dash-export", model, out, "--variants", "full", "--overwrite"]
+    return [*export, "--calibration", NUMBERS, "--effort", "none", "--check", "none"]
 
 
 def speed(a: argparse.Namespace, size: Size) -> list[Command]:
     """Speed, memory and quality beside the peers. 10 minutes."""
-    peers = _peers(a.peer)
-    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *peers]
+    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *_peers(a.peer)]
     return [[*bench, *_amount(size), "--json"]]
 
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same policies with `--memory low`. 1 minute."""
-    once = _amount(replace(size, processes=1, rounds=1))
-    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
-    return [[*bench, *once, "--skip", "contexts", "--json"]]
+    once = ["--memory", "low", *_amount(replace(size, processes=1, rounds=1))]
+    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *once]
+    return [[*bench, "--skip", "contexts", "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -136,13 +140,10 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
     """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 7 a text."""
-    reference: Command = ["dash-export", a.other, OTHER_FULL, "--variants", "full", "--overwrite"]
     build: Command = ["python", "benchmarks/build_peers.py", a.other, OTHER_PEERS]
     gguf = a.other.suffix == ".gguf"
-    commands: list[Command] = [
-        [*reference, "--effort", "none", "--check", "none"],
-        [*build, "--precisions", "int4", *(["q4_0", "openvino-int4"] if gguf else [])],
-    ]
+    more = ["q4_0", "openvino-int4"] if gguf else []
+    commands = [COUNT, _reference(a.other, OTHER_FULL), [*build, "--precisions", "int4", *more]]
     if a.text:
         commands.append(["sh", "-c", f"grep -E '.{{400}}' \"$0\" | head -n 3 > {LINES}", a.text[0]])
     return commands + _larger(a, size, "other", ["--requantize"] if gguf else [])
@@ -162,9 +163,10 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
         peers += [f"llama.cpp:{file}" for file in (a.other, OTHER_PEERS / "q4_0.gguf")]
         peers += [f"openvino{end}:{OTHER_PEERS / 'openvino-int4'}" for end in ("", "-f32")]
     bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size), *_peers(peers)]
+    fuse: list[Command] = [["dash-fuse", out, g, *how, "--overwrite"] for g, how in graphs.items()]
     commands: list[Command] = [
         ["dash-export", a.other, out, *options, "--effort", a.effort, "--overwrite", "--json"],
-        *(["dash-fuse", out, graph, *policy, "--overwrite"] for graph, policy in graphs.items()),
+        *fuse,
         [*first, "--prompts", a.prompts, "--json"],
         [*bench, "--json"],
     ]
@@ -218,9 +220,7 @@ def scale(_: argparse.Namespace, size: Size) -> list[Command]:
 
 def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
     """Random models in other families' shapes, beside peers. 40 minutes and 10 GB of disk."""
-    # For their speed alone: a text of some 2,000 tokens calibrates them.
-    text = BUILD / "numbers.txt"
-    commands: list[Command] = [["sh", "-c", f"seq -s, 500 > {text}"]]
+    commands = [COUNT]
     for shape, layers in {"lfm2-1.2b": 16, "qwen3.5-0.8b": 24, "lfm2-8b-a1b": 6}.items():
         # GenAI 0.18 builds Qwen 3.5 from its multimodal checkpoints only.
         precisions = [] if shape.startswith("qwen3.5") else ["int4"]
@@ -228,7 +228,7 @@ def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
         model, out, gguf = folder / "model", folder / "out", folder / "q4_0.gguf"
         big: Command = ["python", "benchmarks/big.py", model, "--shape", shape]
         export: Command = ["dash-export", model, out, "--effort", "none", "--check", "none"]
-        export += ["--calibration", text, "--overwrite", "--json"]
+        export += ["--calibration", NUMBERS, "--overwrite", "--json"]
         bench: Command = ["dash-bench", out, "--policy", "int4", "--skip", "quality"]
         build: Command = ["python", "benchmarks/build_peers.py", model, folder, "--precisions"]
         peers = [*(f"genai:{folder / one}" for one in precisions), f"llama.cpp:{gguf}"]
