@@ -3,11 +3,12 @@
     python benchmarks/load.py out/ --requests 10000
     python benchmarks/load.py out/ --minutes 120 --json
 
-Clients chat, send long prompts, ask for schemas and tools, go away in the middle, read slowly, send
-bodies that are no JSON or ask for what cannot be. Every well-formed request must be answered or
-refused with a reason, and at the end no sequence may run and no request may wait. Memory is that of
-the server's process, after each tenth of the requests: the cache of each row grows to the longest
-prompt that it has met, in the first third. Later it may grow by 3 % at most.
+Clients chat, send long prompts and some that are too long, ask for schemas and tools, go away in
+the middle, read slowly, send bodies that are no JSON or ask for what cannot be. Every well-formed
+request must be answered or refused with a reason, and at the end no sequence may run and no request
+may wait. Memory is that of the server's process, after each tenth of the requests: in the second
+half it may grow by 2 % at most. Then the server is killed while it answers, and another one must
+find the prompts that it kept.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 
 _TEXT = "The keeper counts the ships that pass in the night, and writes their names down. "
-_GROWTH = 1.03
+_GROWTH = 1.02
 _SCHEMA = {
     "type": "object",
     "properties": {"ships": {"type": "integer", "minimum": 0, "maximum": 99}},
@@ -63,70 +65,81 @@ def main() -> None:
     arguments = parser.parse_args()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle)]
-    server = subprocess.Popen(
-        [
-            *command,
-            "--port",
-            str(port),
-            "--waiting",
-            "8",
-            "--prefix-mb",
-            "64",
-            "--log-level",
-            "warning",
-        ]
-    )
-    try:
-        facts = asyncio.run(_loaded(f"http://127.0.0.1:{port}", server, arguments))
-    finally:
-        server.terminate()
-        code = server.wait(60)
-    facts["exit_code"] = code
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle)]
+        command += ["--port", str(port), "--waiting", "8", "--log-level", "warning"]
+        command += ["--prefix-mb", "64", "--prefix-cache", folder]
+        facts = asyncio.run(_facts(command, f"http://127.0.0.1:{port}", arguments))
     print(json.dumps(facts) if arguments.json else json.dumps(facts, indent=1))
     lost = [name for name in facts["outcomes"] if ": lost" in name or ": status 50" in name]
-    if lost or facts["left_running"] or facts["left_waiting"] or code:
+    if lost or facts["left_running"] or facts["left_waiting"] or facts["exit_code"]:
         raise SystemExit("something was lost or is left over, or the server did not end well")
-    early, last = facts["resident_mb"][len(facts["resident_mb"]) // 3], facts["resident_mb"][-1]
-    if last > _GROWTH * early:
-        raise SystemExit(f"memory grew from {early} MB after a third of the requests to {last}")
+    half, last = facts["resident_mb"][len(facts["resident_mb"]) // 2], facts["resident_mb"][-1]
+    if last > _GROWTH * half:
+        raise SystemExit(f"memory grew from {half} MB after half of the requests to {last}")
+    if not facts["reused_after_kill"]:
+        raise SystemExit("no prompt that was kept was found after a kill")
+
+
+async def _facts(command: list[str], url: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    limits, rng = httpx.Limits(max_connections=1000), random.Random(arguments.seed)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        with subprocess.Popen(command) as server:
+            facts = await _loaded(http, rng, server.pid, arguments)
+            asking = [
+                asyncio.create_task(_outcome(http, _long, rng)) for _ in range(arguments.clients)
+            ]
+            await asyncio.sleep(1)
+            server.kill()
+            await asyncio.gather(*asking)
+        with subprocess.Popen(command) as server:
+            await _up(http)
+            facts["outcomes"][f"after a kill: {await _outcome(http, _long, rng)}"] = 1
+            facts["reused_after_kill"] = (await _metrics(http))["dash_prompt_tokens_reused"]
+            server.terminate()
+    return {**facts, "exit_code": server.returncode}
+
+
+async def _up(http: httpx.AsyncClient) -> None:
+    for _ in range(600):
+        try:
+            await http.get("/health")
+            return
+        except httpx.TransportError:
+            await asyncio.sleep(0.1)
+
+
+async def _metrics(http: httpx.AsyncClient) -> dict[str, float]:
+    lines = (await http.get("/metrics")).text.splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line[0] != "#"}
 
 
 async def _loaded(
-    url: str, server: subprocess.Popen[bytes], arguments: argparse.Namespace
+    http: httpx.AsyncClient, rng: random.Random, pid: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    rng, outcomes = random.Random(arguments.seed), Counter[str]()
+    outcomes, resident = Counter[str](), list[int]()
+    await _up(http)
     started, sent = time.monotonic(), 0
-    resident: list[int] = []
-    limits = httpx.Limits(max_connections=1000)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
-        for _ in range(600):
-            try:
-                await http.get("/health")
-                break
-            except httpx.TransportError:
-                await asyncio.sleep(0.1)
 
-        def left() -> float:
-            """Share of what is to do."""
-            if arguments.minutes:
-                return 1 - (time.monotonic() - started) / (60 * arguments.minutes)
-            return 1 - sent / arguments.requests
+    def left() -> float:
+        """Share of what is to do."""
+        if arguments.minutes:
+            return 1 - (time.monotonic() - started) / (60 * arguments.minutes)
+        return 1 - sent / arguments.requests
 
-        async def client() -> None:
-            nonlocal sent
-            while left() > 0:
-                sent += 1
-                kind = rng.choices([*KINDS], [weight for _, weight in KINDS.values()])[0]
-                outcome = await _outcome(http, KINDS[kind][0], rng)
-                outcomes[f"{kind}: {outcome}"] += 1
-                if left() < 0.9 - len(resident) / 10:
-                    resident.append(_resident(server.pid))
+    async def client() -> None:
+        nonlocal sent
+        while left() > 0:
+            sent += 1
+            kind = rng.choices([*KINDS], [weight for _, weight in KINDS.values()])[0]
+            outcome = await _outcome(http, KINDS[kind][0], rng)
+            outcomes[f"{kind}: {outcome}"] += 1
+            if left() < 0.9 - len(resident) / 10:
+                resident.append(_resident(pid))
 
-        await asyncio.gather(*(client() for _ in range(arguments.clients)))
-        await asyncio.sleep(2)
-        lines = (await http.get("/metrics")).text.splitlines()
-    values = {line.split()[0]: float(line.split()[1]) for line in lines if line[0] != "#"}
+    await asyncio.gather(*(client() for _ in range(arguments.clients)))
+    await asyncio.sleep(2)
+    values = await _metrics(http)
     return {
         "requests": sent,
         "seconds": round(time.monotonic() - started, 1),
@@ -167,6 +180,12 @@ async def _chat(http: httpx.AsyncClient, rng: random.Random) -> str:
 async def _long(http: httpx.AsyncClient, rng: random.Random) -> str:
     text = _TEXT * rng.randrange(10, 60)
     return _told(await _post(http, _body(rng, messages=[{"role": "user", "content": text}])))
+
+
+async def _too_long(http: httpx.AsyncClient, rng: random.Random) -> str:
+    text = _TEXT * 3000  # some 50,000 tokens
+    response = await _post(http, _body(rng, messages=[{"role": "user", "content": text}]))
+    return "refused" if response.status_code == 400 and _told(response) != "lost" else "lost"
 
 
 async def _schema(http: httpx.AsyncClient, rng: random.Random) -> str:
@@ -242,6 +261,7 @@ KINDS: dict[str, tuple[Any, float]] = {
     "chat": (_chat, 6),
     "streamed": (_reads, 6),
     "long prompt": (_long, 1),
+    "too long": (_too_long, 0.2),
     "schema": (_schema, 2),
     "tool": (_tool, 1),
     "slow reader": (_slow, 0.5),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 FOLDERS = {
     "dash_onnx.exporters": ROOT / "exporters",
     "dash_onnx.runtime": ROOT / "runtime",
@@ -69,6 +71,40 @@ def test_imports_point_down(parent: str, layers: tuple[str, ...]) -> None:
 
 def test_an_import_that_points_up_is_found() -> None:
     assert violations("dash_onnx", tuple(reversed(PACKAGE)))
+
+
+def told() -> dict[str, set[str]]:
+    """What each part of the package may import, by the table of CONTRIBUTING.md."""
+    rows = re.findall(r"^\| (`[^|]+/`) \|.*\| ([^|]+) \|$", CONTRIBUTING.read_text("utf-8"), re.M)
+    direct = {
+        name: set(re.split("[,;] ", allowed))
+        for folders, allowed in rows
+        for name in re.findall(r"(\w+)/`", folders)
+    }
+    parts = {name for names in PACKAGE for name in names.split()}
+    found: dict[str, set[str]] = {}
+    for name in (name for names in PACKAGE for name in names.split()):  # from the bottom up
+        below = parts if "everything" in direct[name] else direct[name] & parts
+        found[name] = {name, *below, *(more for one in below - {name} for more in found[one])}
+    return found
+
+
+def test_each_import_is_one_that_the_table_allows() -> None:
+    allowed, found = told(), set()
+    for module, path in modules():
+        here = module.split(".")[1] if "." in module else ""
+        for target in imported(path) if here in allowed else ():
+            there = target.split(".")[1]
+            if there in allowed and there not in allowed[here]:
+                found.add(f"{module} imports {target}")
+    assert found == set()
+    assert "exporters" not in allowed["serve"] and "eval" not in allowed["bench"]
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    benchmarks = (ROOT / "benchmarks").rglob("*.py")
+    for path in (*(path for _, path in modules()), *benchmarks):
+        assert len(path.read_text("utf-8").splitlines()) <= 400, path
 
 
 def test_every_package_has_a_layer_and_says_what_it_holds() -> None:
