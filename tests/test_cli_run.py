@@ -88,6 +88,7 @@ def test_a_batch_answers_every_line_of_a_file(
     for name, text in ((0, "hello"), ("b", "ships?"), (7, "hello")):
         assert found[name]["text"] == tiny_model.chat(text, **options)
         assert found[name]["generated_tokens"] == 6
+        assert 0 <= found[name]["right_guesses"] <= found[name]["guessed_tokens"]
     assert "3 answers, 18 tokens" in err
     assert run(tiny_bundle, "--batch", file, "--raw", *QUICK) == 2  # a line is a chat
     assert "messages" in capsys.readouterr().err

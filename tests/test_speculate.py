@@ -197,6 +197,11 @@ def test_right_guesses_save_passes(tiny_model: Model) -> None:
     own = tiny_model.text.decode(tokens(tiny_model, policy="full", speculate=False))
     found = steps(tiny_model, policy="full", expected=own)
     assert sum(step.guess.right for step in found if step.guess) > 5
+    options: dict[str, Any] = {"policy": "full", "ignore_eos": True, "max_new_tokens": 24}
+    whole = tiny_model.generate(PROMPT, expected=own, **options)
+    assert 0 < whole.right_guesses <= whole.guessed_tokens
+    alone = tiny_model.generate(PROMPT, speculate=False, **options)
+    assert (alone, alone.guessed_tokens, alone.right_guesses) == (whole, 0, 0)
 
 
 def test_limits_hold_to_the_token(tiny_model: Model) -> None:
