@@ -11,7 +11,7 @@ from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.forms import form_of
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.buffers import Buffer, Run, bound_run
-from dash_onnx.runtime.kv import KVCache, mask_of
+from dash_onnx.runtime.kv import CAPACITY, KVCache, mask_of
 from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
 
@@ -102,7 +102,7 @@ class Pass:
         self.logits: Buffer | None = None
         self.heads: dict[Form, Run] = {}
         self._sessions, self._kv, self._lengths = sessions, kv, lengths
-        self._forms: dict[Action, Form] = {}
+        self._forms: dict[tuple[Action, int], Form] = {}
         self._layers: dict[tuple[int, int, Form, int], tuple[Run, ...]] = {}
         self._embed = self.bound(sessions.embed(), [self.tokens], [even, *rest])
 
@@ -113,7 +113,6 @@ class Pass:
 
     def forget(self) -> None:
         """Forgets what depends on the K/V cache's memory."""
-        self._forms.clear()
         self._layers.clear()
         self.plain = None
         self.masks.clear()
@@ -154,11 +153,12 @@ class Pass:
 
     def form_of(self, action: Action, widened: frozenset[Action]) -> Form:
         """The graph that runs an action here, see `core.forms.form_of`."""
-        form = self._forms.get(action)
+        context = int(self._lengths.total.array) - self.seq  # of the longest sequence
+        key = action, context // CAPACITY
+        form = self._forms.get(key)
         if form is None:
             passes, rows = self._sessions.manifest.costs.passes, self.tokens.array.size
-            form = form_of(passes, action, rows, self._kv.capacity, widened)
-            self._forms[action] = form
+            form = self._forms[key] = form_of(passes, action, rows, key[1] * CAPACITY, widened)
         return form
 
     def run(self, start: int, stop: int, form: Form) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from dash_onnx.core.forms import form_of, head_form_of, widened_in_prompts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.policy import make_policy
 from dash_onnx.exporters.quantize.columns import quantize_columns
+from dash_onnx.runtime import passes as runtime_passes
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import create_session
@@ -59,6 +61,17 @@ ARM = dataclasses.replace(
 )
 
 
+def with_passes(folder: Path, **changes: Any) -> Path:
+    """Changes what the profile says of passes."""
+    manifest = Bundle(folder).manifest
+    assert manifest.costs.passes is not None
+    passes = dataclasses.replace(manifest.costs.passes, **changes)
+    costs = dataclasses.replace(manifest.costs, passes=passes)
+    changed = dataclasses.replace(manifest, costs=costs)
+    (folder / MANIFEST_NAME).write_text(changed.to_text(), "utf-8")
+    return folder
+
+
 def faster_when_wide(folder: Path, rows: int = 8) -> Path:
     """Lets the profile say that the wide form is the faster one from some rows on."""
     manifest = Bundle(folder).manifest
@@ -71,7 +84,8 @@ def faster_when_wide(folder: Path, rows: int = 8) -> Path:
         form: (2.0, 2.0) if form == WIDE else (1.0, 1.0 + slope * (most - 1))
         for form in forms + heads
     }
-    passes = PassCosts(
+    return with_passes(
+        folder,
         rows=(1, most),
         contexts=(0,),
         layers_ms={form: (line[form],) for form in forms},
@@ -80,10 +94,6 @@ def faster_when_wide(folder: Path, rows: int = 8) -> Path:
         head_rows=(1, most),
         heads_ms={form: line[form] for form in heads},
     )
-    costs = dataclasses.replace(manifest.costs, passes=passes)
-    changed = dataclasses.replace(manifest, costs=costs)
-    (folder / MANIFEST_NAME).write_text(changed.to_text(), "utf-8")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +188,36 @@ def test_the_context_counts_where_the_forms_attend_differently() -> None:
         "int4",
     ]
     assert passes.layer_ms("wide", 8, 500) == pytest.approx(6.5)
+
+
+def test_a_context_beyond_the_last_measured_one_changes_no_form() -> None:
+    each = {"int4": (93.0, 130.0, 213.0), "wide": (73.0, 110.0, 204.0)}  # invented
+    layers = {form: tuple((ms / 512, ms) for ms in found) for form, found in each.items()}
+    passes = dataclasses.replace(AMX, rows=(1, 512), contexts=(0, 1000, 3500), layers_ms=layers)
+    assert passes.layer_ms("int4", 512, 8192) < passes.layer_ms("wide", 512, 8192)
+    for context in (0, 1000, 3500, 8192, 1 << 17):
+        assert form_of(passes, "int4", 512, context, WIDENED) == "wide"
+
+
+def test_each_part_of_a_prompt_runs_in_the_form_for_the_tokens_before_it(
+    wide_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(wide_bundle, tmp_path / "b"))
+    passes = Bundle(folder).manifest.costs.passes
+    assert passes is not None
+    slow: dict[Form, Any] = {form: ((9.0, 9.0), (9.0, 9.0)) for form in passes.layers_ms}
+    layers = {**slow, "int4": ((1.0, 2.0), (1.0, 2.0)), "wide": ((2.0, 1.0), (2.0, 3.0))}
+    with_passes(folder, rows=(1, 64), contexts=(0, 100), layers_ms=layers)
+    monkeypatch.setattr(runtime_passes, "CAPACITY", 64)
+    decider, found = FixedPath(("int4",) * LAYERS, "int4"), []
+    with dash_onnx.load(folder) as model:
+        sequence = model.new_sequence()
+        sequence.reserve(192)
+        for part in np.split(np.arange(192, dtype=np.int64), 3):
+            before = model.loaded
+            sequence.layers(part, decider)
+            found.append({PurePath(path).stem for path in model.loaded - before})
+    assert found == [{"wide"}, {"int4"}, set()]
 
 
 def test_a_long_prompt_runs_wide_and_a_short_one_as_the_policy_says(model: Model) -> None:

@@ -22,11 +22,14 @@ def form_of(
         passes: what each form costs; None where there is one alone.
         action: that the policy takes.
         rows: tokens of all sequences. One row runs as the policy says: so its losses were measured.
-        context: tokens in the K/V cache.
+        context: tokens in the K/V cache before the pass. Behind the last measured one the forms
+            compare as there: they attend alike, so a context changes nothing but both times, and
+            the slopes differ by noise alone.
         widened: actions that the wide form is good enough for.
     """
     if passes is None or rows == 1 or action not in widened:
         return action
+    context = min(context, passes.contexts[-1])
     forms: tuple[Form, Form] = (action, WIDE)
     return min(forms, key=lambda form: passes.layer_ms(form, rows, context))
 
