@@ -102,7 +102,7 @@ class Model:
 
         Args:
             policy: the policy whose graphs to load, as in `policy`; None loads every graph of the
-                bundle.
+                bundle, but none of the wide form with `memory="low"`.
             budget: likewise.
             prefill: precision of the prompts, as in `stream`.
         """

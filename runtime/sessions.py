@@ -24,7 +24,7 @@ from dash_onnx.core.contract import (
     scorer_ports,
 )
 from dash_onnx.core.errors import BundleError, DeviceError
-from dash_onnx.core.forms import widened_by
+from dash_onnx.core.forms import head_widens, widened_by
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_pages
@@ -137,7 +137,7 @@ class Sessions:
         """Loads every graph of the bundle, or those that a policy and its prompts use.
 
         Args:
-            policy: None loads every graph.
+            policy: None loads every graph; the wide ones only where memory is not low.
             prompt: how its prompts run.
 
         Raises:
@@ -173,17 +173,22 @@ class Sessions:
         every = range(manifest.model.num_layers)
         heads: set[Form] = {*manifest.exported_heads}
         forms: list[set[Form]] = [{*manifest.actions} for _ in every]
-        runs, widened = set[Run](), self.widened
+        runs, head_wide, wide = set[Run](), bool(self.widened), [bool(self.widened)] * len(every)
         if policy is not None and prompt is not None:
-            heads, widened = {policy.head, prompt.head}, prompt.widened
+            heads = {policy.head, prompt.head}
             later = policy.used(len(every), manifest.actions)
-            forms = [{first, *rest} for first, rest in zip(prompt.path, later, strict=True)]
+            both = [*zip(prompt.path, later, strict=True)]
+            forms = [{first, *rest} for first, rest in both]
             for path in (prompt.path, policy.uniform or ()) if prompt.joined else ():
                 runs |= {(range(*segment), path[segment.start]) for segment in segments_of(path)}
-        wide = {(range(layer, layer + 1), WIDE) for layer in every if forms[layer] & widened}
+            # Several tokens of a batch, or guesses, may run wide, whatever its prompts do.
+            head_wide = head_widens(manifest.costs.passes, policy.head, self.widened)
+            wide = [p in prompt.widened or bool(rest & self.widened) for p, rest in both]
         if not runs:
             runs = {(range(layer, layer + 1), form) for layer in every for form in forms[layer]}
-        return heads, sorted(runs | wide, key=lambda run: (-len(run[0]), run[0].start))
+        heads |= {WIDE} if head_wide else set()
+        runs |= {(range(layer, layer + 1), WIDE) for layer in every if wide[layer]}
+        return heads, sorted(runs, key=lambda run: (-len(run[0]), run[0].start))
 
     def _bytes(self, heads: Iterable[Form], runs: Iterable[Run]) -> int:
         graphs = [(head_path(form), form) for form in heads]

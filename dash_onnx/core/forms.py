@@ -44,6 +44,15 @@ def head_form_of(
     return min(forms, key=lambda form: passes.head_ms(form, rows))
 
 
+def head_widens(passes: PassCosts | None, head: Action, widened: frozenset[Action]) -> bool:
+    """Whether the LM head runs wide in passes of some number of rows; likewise."""
+    if passes is None:
+        return False
+    # Between these the times are lines: a form that is the faster one somewhere is so at one.
+    rows = (2, *passes.head_rows, passes.rows[-1])
+    return any(head_form_of(passes, head, count, widened) == WIDE for count in rows)
+
+
 def widened_by(manifest: Manifest) -> frozenset[Action]:
     """Actions that lose more than the wide form does, in any pass of any policy."""
     return frozenset(WIDENED if manifest.wide is not None else ())

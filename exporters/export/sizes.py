@@ -53,8 +53,8 @@ class Sizes:
         bundle: all files but the text files.
         work: on disk beside it, until the export is done.
         run: memory of a process that runs all layers in an action, at the start of a context;
-            `policy` loads every action. With the wide form, for those that use it, unless
-            `memory="low"` leaves it out.
+            `policy` loads every action. With the wide form of layers and LM head, for those that
+            use it, unless `memory="low"` leaves it out.
         kv_per_token: of the K/V cache.
         export: highest memory of the export.
     """
@@ -162,7 +162,8 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         {form: size * (wide if form == "full" else 1) for form, size in sizes.items()}
         for sizes in (kept, heads)
     )
-    many = loaded.get(WIDE, 0)
+    many_head = loaded_heads.get(WIDE, 0)
+    many = loaded.get(WIDE, 0) + many_head
     mixed = loaded_heads["int8" if "int8" in heads else rule.heads[0]]
     process = _RUNTIME_BYTES + _LOADED_TOKEN_BYTES * facts.vocab_size
     run: dict[str, int] = {
@@ -172,7 +173,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         + (many if a in WIDENED else 0)
         for a in variants
     }
-    run["policy"] = process + sum(loaded.values()) + mixed
+    run["policy"] = process + sum(loaded.values()) + mixed + many_head
     text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv * rule.wide)
     return Sizes(
         parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),

@@ -1,0 +1,77 @@
+"""What the wide form takes of the memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_wide import LAYERS, wide_bundle, wide_layers, with_passes  # noqa: F401
+
+import dash_onnx
+from dash_onnx.core.actions import WIDE, Action
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import head_path
+from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.export import ExportOptions
+from dash_onnx.exporters.export.sizes import sizes_of
+from dash_onnx.exporters.sources import open_source
+
+BATCH = ["the", "a", "ship"] * 3
+
+
+@pytest.mark.parametrize("prefill", [None, "int8"])
+def test_a_batch_loads_nothing_more_once_its_policy_is_preloaded(
+    wide_bundle: Path,  # noqa: F811
+    prefill: Action | None,
+) -> None:
+    options = dash_onnx.GenerationOptions(policy="int4", prefill=prefill, max_new_tokens=9)
+    with dash_onnx.load(wide_bundle, policy="int4") as model:
+        expected = model.bytes_to_load()
+        model.preload("int4", prefill=prefill)
+        loaded = model.loaded
+        assert head_path(WIDE) in loaded and wide_layers(model) == LAYERS
+        assert model.bytes_to_load() == 0
+        assert prefill is not None or model.loaded_bytes == expected
+        model.batch(BATCH, parallel=9, options=options)
+        assert model.loaded == loaded
+
+
+@pytest.mark.parametrize(
+    ("policy", "memory"), [("int4", "low"), ("int8", "high"), ("full", "high"), (None, "low")]
+)
+def test_what_never_runs_wide_loads_no_wide_head(
+    wide_bundle: Path,  # noqa: F811
+    policy: str | None,
+    memory: dash_onnx.runtime.sessions.Memory,
+) -> None:
+    with dash_onnx.load(wide_bundle, memory=memory) as model:
+        model.preload(policy)
+        assert head_path(WIDE) not in model.loaded and wide_layers(model) == 0
+
+
+def test_a_head_that_is_never_faster_wide_is_not_loaded(wide_bundle: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = Path(shutil.copytree(wide_bundle, tmp_path / "b"))
+    passes = Bundle(folder).manifest.costs.passes
+    assert passes is not None
+    rows = (1.0, 2.0)
+    with_passes(folder, heads_ms={**dict.fromkeys(passes.heads_ms, rows), WIDE: (2.0, 3.0)})
+    with dash_onnx.load(folder) as model:
+        model.preload("int4")
+        assert head_path(WIDE) not in model.loaded and wide_layers(model) == LAYERS
+
+
+def test_every_graph_means_every_graph(wide_bundle: Path) -> None:  # noqa: F811
+    with dash_onnx.load(wide_bundle) as model:
+        model.preload()
+        graphs = {path for path in model.manifest.files if path.endswith(".onnx")}
+        assert model.loaded == graphs
+
+
+def test_memory_to_run_counts_the_wide_head(tiny_folder: Path) -> None:
+    source = open_source(str(tiny_folder), REGISTRY, False, None)
+    without, sizes = (sizes_of(source, ExportOptions(wide=wide)) for wide in (False, True))
+    wide = sizes.layers[WIDE] + sizes.heads[WIDE]
+    for policy in ("int4", "policy"):
+        assert sizes.run[policy] == without.run[policy] + wide, policy
+    assert sizes.run["int8"] == without.run["int8"]
