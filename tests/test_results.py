@@ -120,7 +120,13 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
     "other": [
         ("dash-export m.gguf full", None),
         ("dash-export m.gguf out --json", {"export": {"seconds": 100.0, "peak_rss_bytes": 2e9}}),
-        ("python benchmarks/first_token.py out full", [{**FIRST, "other_first_token": 1}]),
+        (
+            "python benchmarks/first_token.py out full",
+            [
+                {**FIRST, "other_first_token": 1},
+                {**FIRST, "other_first_token": 3, "precision": "default"},
+            ],
+        ),
         ("dash-bench out --peer genai:peers/int4", BENCH),
         ("dash-bench out --peer genai:peers/int4 --prompts lines.txt", BENCH),
     ],
@@ -183,6 +189,7 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
         "| every layer INT4 | 1.30 | 130 (167-250) | 0.0123 ± 0.0010 | 500 |",
         "| int8 | 0.0020 | 0.0100 | 1 of 20 |",
+        "| default of `int4`: wide where faster | 0.0020 | 0.0100 | 3 of 20 |",
         "| int8 | editing | 12.3 | 1.70 | - | 60% | 5 of 6 | 0.03 |",
         "| int8 | geometric mean of kinds |  | 1.70 |  |  |  |  |",
         "| editing | 50 | 62 | 81 | 81 | 1.30 |",  # of ms, not of the ratios beside them

@@ -1,12 +1,14 @@
-"""What the wide form takes of the memory."""
+"""What the wide form takes of the memory, and what a prompt in it loses."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
-from test_wide import LAYERS, wide_bundle, wide_layers, with_passes  # noqa: F401
+from test_wide import LAYERS, PROMPT, wide_bundle, wide_layers, with_passes  # noqa: F401
 
 import dash_onnx
 from dash_onnx.core.actions import WIDE, Action
@@ -17,6 +19,7 @@ from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import open_source
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BATCH = ["the", "a", "ship"] * 3
 
 
@@ -75,3 +78,22 @@ def test_memory_to_run_counts_the_wide_head(tiny_folder: Path) -> None:
     for policy in ("int4", "policy"):
         assert sizes.run[policy] == without.run[policy] + wide, policy
     assert sizes.run["int8"] == without.run["int8"]
+
+
+def test_the_first_token_is_measured_as_a_prompt_runs_by_default(
+    wide_bundle: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import first_token
+
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\nthe ships {PROMPT}\n")
+    words = [wide_bundle, wide_bundle, "--prompts", tmp_path / "prompts.txt", "--json"]
+    monkeypatch.setattr(sys, "argv", ["first_token.py", *map(str, words)])
+    first_token.main()
+    rows = json.loads(capsys.readouterr().out)
+    kl = {row["precision"]: row["kl"] for row in rows}
+    assert [*kl] == ["full", "int8", "int4", "default"]
+    assert kl["full"] == 0 < kl["default"] < kl["int4"]
