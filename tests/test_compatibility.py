@@ -1,7 +1,7 @@
-"""A bundle stored by an earlier version: it loads, and says what it said when it was stored.
+"""A bundle of each format that is read: it loads, and says what it said when it was stored.
 
 Where a change of the code breaks this test, users' bundles break. A new format version keeps the
-stored bundle of the one before, and stores one of its own:
+stored bundle of the one before, written by the code of that format, and stores one of its own:
 
     python tests/test_compatibility.py tests/bundles/format-4.zip
 """
@@ -15,15 +15,20 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cli_tool import Tool
 from conftest import save_tiny
 from scored_bundle import with_scorer
 
 import dash_onnx
+from dash_onnx.cli.run import main
 from dash_onnx.core.card import card
 from dash_onnx.core.contract import CARD_NAME
+from dash_onnx.core.manifest import MANIFEST_NAME
+from dash_onnx.core.version import FORMAT_VERSION
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime.model import Model
 
+RUN = Tool("dash-run", main)
 STORED = sorted((Path(__file__).parent / "bundles").glob("format-*.zip"))
 PROMPT = [52, 199, 250, 123, 80]  # no near-tie follows: any machine says the same
 EXPECTED = "tokens.json"
@@ -53,8 +58,26 @@ def test_a_stored_bundle_says_what_it_said(stored: Path, tmp_path: Path) -> None
         assert card(model.manifest)
 
 
-def test_the_present_format_is_stored() -> None:
-    assert f"format-{dash_onnx.core.version.FORMAT_VERSION}" in [path.stem for path in STORED]
+def test_each_format_that_is_read_is_stored() -> None:
+    read = (FORMAT_VERSION - 1, FORMAT_VERSION)
+    assert [path.stem for path in STORED] == [f"format-{version}" for version in read]
+    for path, version in zip(STORED, read, strict=True):
+        with zipfile.ZipFile(path) as archive:
+            assert json.loads(archive.read(MANIFEST_NAME))["format_version"] == version
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 2, FORMAT_VERSION + 1])
+def test_any_other_format_is_refused_in_one_line(
+    version: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(STORED[0]) as archive:
+        archive.extractall(tmp_path)
+    manifest = tmp_path / MANIFEST_NAME
+    data = json.loads(manifest.read_text("utf-8"))
+    manifest.write_text(json.dumps({**data, "format_version": version}), "utf-8")
+    message = RUN.refused(capsys, tmp_path, "the keeper")
+    assert f"has format version {version}; this dash-onnx reads version {FORMAT_VERSION}" in message
+    assert "export again" in message
 
 
 def store(target: Path) -> None:
