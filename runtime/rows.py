@@ -9,7 +9,7 @@ from itertools import accumulate, groupby
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, Path, each_alone
+from dash_onnx.core.actions import SKIP, Action, Path, Segment, each_alone
 from dash_onnx.core.arrays import Logits
 from dash_onnx.runtime.deciders import Decider
 from dash_onnx.runtime.kv import CAPACITY
@@ -134,11 +134,39 @@ class Rows:
     def _layers(
         self, together: Part, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
     ) -> list[Path]:
-        """Runs the layers, in each the rows of the same action together."""
+        """Runs the layers, in each the rows of the same action together.
+
+        Where plans differ in their segments, layers run one by one. If some would be loaded again
+        for that, the rows of each plan run by themselves.
+        """
         for decider in deciders:
             decider.begin()
-        same = {decider.segments for decider in deciders}
-        segments = same.pop() if len(same) == 1 else each_alone(together.num_layers)
+        apart = len({decider.segments for decider in deciders}) == 1 or self._again(deciders)
+        cut = () if apart else each_alone(together.num_layers)
+        pairs = [*zip(rows, deciders, strict=True)]
+        for segments, group in groupby(pairs, lambda pair: cut or pair[1].segments):
+            own, chosen = zip(*group, strict=True)
+            self._segments(segments, own, chosen, seq)
+        return [decider.end() for decider in deciders]
+
+    def _again(self, deciders: Sequence[Decider]) -> bool:
+        """Whether layers of one graph would be loaded again to run one by one."""
+        sessions = self.states[0].sessions
+        return any(
+            sessions.loads_again(range(*segment), decider.action(segment.start))
+            for decider in deciders
+            for segment in decider.segments
+            if segment.stop > segment.start + 1
+        )
+
+    def _segments(
+        self,
+        segments: Sequence[Segment],
+        rows: tuple[int, ...],
+        deciders: Sequence[Decider],
+        seq: int,
+    ) -> None:
+        """Runs the layers of rows that have no others between them."""
         for layer, end in segments:
             for decider in deciders:
                 decider.before(layer)
@@ -149,7 +177,6 @@ class Rows:
                 part.run(layer, action, end)
             for decider in deciders:
                 decider.after(layer)
-        return [decider.end() for decider in deciders]
 
     def _heads(self, hidden: Sequence[Logits], deciders: Sequence[Decider]) -> list[Logits]:
         """Logits `[S, V]` of rows `[S, D]`: rows of the same precision run together, unpadded."""

@@ -109,6 +109,10 @@ class Sessions:
                 loaded = self._joined[layers, form] = self._join(layers, form)
             return loaded
 
+    def loads_again(self, layers: range, form: Form) -> bool:
+        """Whether these layers are loaded as one graph, and some of them not alone as well."""
+        return (layers, form) in self._joined and not _paths(layers, form) <= self._loaded.keys()
+
     def _joins(self, layers: range, form: Form) -> bool:
         """Whether layers that are not joined yet can be."""
         possible = len(layers) > 1 and form != WIDE and self.backend.joins

@@ -25,6 +25,9 @@ from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.runtime import machine, sessions
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.results import Chunk
+from dash_onnx.runtime.rows import Rows
 
 LAYERS = 4
 INT4: tuple[Action, ...] = ("int4",) * LAYERS
@@ -193,6 +196,54 @@ def test_rows_of_a_batch_share_the_joined_graph(model: Model) -> None:
     )
     assert [str(one) for one in model.batch(prompts, options=options)] == alone
     assert len(model._sessions._joined) == 1
+
+
+@pytest.mark.parametrize("others", [["static:int8,int4*2,skip"], ["static:int8*3,int4", "dash"]])
+def test_answers_of_plans_with_other_segments_load_nothing_while_they_run(
+    scored_folder: Path, others: list[str]
+) -> None:
+    """Whoever sits between whom: what `bytes_to_load` said before is what they take."""
+    policies = ["int4", *others, "int4", "int4", *others]
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        for policy in dict.fromkeys(policies):
+            needed = model.bytes_to_load(model.policy(policy))
+            before = model.loaded_bytes
+            model.preload(policy)
+            assert model.loaded_bytes == before + needed
+        scheduler, told = model.new_scheduler(len(policies)), [list[Chunk]() for _ in policies]
+        for policy, pieces in zip(policies, told, strict=True):
+            options = GenerationOptions(
+                policy=policy, max_new_tokens=12, temperature=0.0, ignore_eos=True
+            )
+            scheduler.submit(model.request(PROMPT, lambda p, to=pieces: to.append(p), options))
+        while scheduler.step():
+            pass
+        assert model.loaded_bytes == before + needed
+        for policy, pieces in zip(policies, told, strict=True):
+            alone = model.stream(
+                PROMPT, policy=policy, max_new_tokens=12, temperature=0, ignore_eos=True
+            )
+            assert [(p.token, p.path) for p in pieces] == [(p.token, p.path) for p in alone]
+
+
+def test_several_tokens_of_plans_with_other_segments_have_the_logits_of_each_alone(
+    scored_folder: Path,
+) -> None:
+    paths, tokens = (INT4, MIXED, INT4, INT4), ([7, 8, 9], [5], [11, 12], [13, 14, 15])
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        deciders = [FixedPath(path, "int8") for path in paths]
+        rows = Rows.new(model._sessions, 4)
+        assert rows.ragged
+        for row, path in zip(rows.states, paths, strict=True):
+            row.prefill(model.text.encode(PROMPT), path, "int8")
+        before = model.loaded_bytes
+        logits, taken = rows.forward([*range(4)], tokens, deciders)
+        assert taken == [*paths] and model.loaded_bytes == before
+        for ids, path, own in zip(tokens, paths, logits, strict=True):
+            alone = model.new_sequence()
+            alone.prefill(model.text.encode(PROMPT), path, "int8")
+            wanted, _ = alone.forward(np.array(ids), FixedPath(path, "int8"), every=True)
+            np.testing.assert_allclose(own, wanted, atol=2e-4)
 
 
 def test_the_plan_may_change_in_the_middle_of_an_answer(scored_folder: Path) -> None:
