@@ -17,9 +17,10 @@ from dash_onnx.core.errors import BundleError, DeviceError, first_line
 
 Device = Literal["cpu", "cuda"]
 
-MINIMUM = (1, 28)
-"""Of ORT: 1.24 has no TensorScatter on the CPU, 1.25 no fast product with weights of two bits."""
+MINIMUM: dict[Device, tuple[int, int]] = {"cpu": (1, 32), "cuda": (1, 28)}
+"""Of ORT, by device: 1.32 is the first whose attention takes `query_seqlens` on the CPU."""
 
+_CPU, _GPU = "onnxruntime", "onnxruntime-gpu"
 _WEIGHTS = "session.model_external_initializers_file_folder_path"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOG = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def onnxruntime() -> ModuleType:
     Raises:
         DeviceError: missing, both packages installed, or too old; says the remedy.
     """
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    installed = [name for name in (_CPU, _GPU) if _version(name)]
     if len(installed) == 2:
         raise DeviceError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
@@ -47,29 +48,30 @@ def onnxruntime() -> ModuleType:
         raise DeviceError(
             f"ONNX Runtime {found}: in a clone of dash-onnx, `pip install '.[cpu]'` (or `[gpu]`)"
         ) from None
-    check_version(onnxruntime.__version__, *installed)
+    check_version(onnxruntime.__version__, "cuda" if installed == [_GPU] else "cpu")
     return onnxruntime
 
 
-def check_version(version: str, distribution: str = "onnxruntime") -> None:
-    """Refuses an ORT release that lacks operators of the graphs.
+def check_version(version: str, device: Device) -> None:
+    """Refuses an ORT release that lacks operators of a device's graphs.
 
     Raises:
         DeviceError: older than `MINIMUM`.
     """
-    numbers = re.findall(r"\d+", version)[:2]
-    if tuple(map(int, numbers)) < MINIMUM:
-        wanted = ".".join(map(str, MINIMUM))
+    numbers, least = re.findall(r"\d+", version)[:2], MINIMUM[device]
+    if tuple(map(int, numbers)) < least:
+        package = f"{_GPU if _version(_GPU) else _CPU}>={'.'.join(map(str, least))}"
         raise DeviceError(
-            f"ONNX Runtime {version} is too old; `pip install -U '{distribution}>={wanted}'`"
+            f"ONNX Runtime {version} is too old for the device {device!r}; "
+            f"`pip install -U '{package}'`"
         )
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that this ONNX Runtime does not have.
+    """Refuses a device that this ONNX Runtime does not have, or is too old for.
 
     Raises:
-        DeviceError: with the devices there are.
+        DeviceError: with the devices there are, or the release that the device needs.
     """
     known_device(device)
     if not has_device(device):
@@ -78,6 +80,8 @@ def check_device(device: str) -> None:
             f"device {device!r} is not available in this ONNX Runtime (it has {', '.join(have)}); "
             "for cuda, install the extra `[gpu]` and an NVIDIA driver"
         )
+    if device == "cpu":  # the package for CUDA may be older
+        check_version(onnxruntime().__version__, "cpu")
 
 
 def known_device(device: str) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import dash_onnx
 from dash_onnx.cli import common, fuse
 from dash_onnx.core.errors import DeviceError
+from dash_onnx.exporters.export import pipeline
 from dash_onnx.exporters.fused import CLIENTS
 from dash_onnx.exporters.train.options import PLANS
 from dash_onnx.runtime import ort
@@ -131,6 +133,7 @@ def test_every_exported_name_exists() -> None:
 
 # ONNX Runtime
 
+PROVIDERS = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 find = ort.onnxruntime.__wrapped__  # past the cache, which others have filled
 
 
@@ -155,19 +158,31 @@ def providers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Pretends that ONNX Runtime has these providers."""
 
     def pretend(*names: str) -> None:
-        module = SimpleNamespace(get_available_providers=lambda: list(names))
+        module = SimpleNamespace(get_available_providers=lambda: list(names), __version__="1.32.0")
         monkeypatch.setattr(ort, "onnxruntime", lambda: module)
 
     return pretend
+
+
+def test_the_versions_asked_for_are_those_that_the_extras_install() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    wanted = {device: ".".join(map(str, least)) for device, least in ort.MINIMUM.items()}
+    assert extras["cpu"] == [f"onnxruntime>={wanted['cpu']}"]
+    assert extras["gpu"] == [f"onnxruntime-gpu>={wanted['cuda']}"]
 
 
 def test_the_installed_onnxruntime_is_found_and_new_enough() -> None:
     assert find() is sys.modules["onnxruntime"]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-gpu"])
-def test_either_package_alone_will_do(installed: Callable[..., None], name: str) -> None:
-    installed(name, version="1.28.0")
+@pytest.mark.parametrize(
+    ("name", "version"), [("onnxruntime", "1.32.0"), ("onnxruntime-gpu", "1.28.0")]
+)
+def test_either_package_alone_will_do(
+    installed: Callable[..., None], name: str, version: str
+) -> None:
+    installed(name, version=version)
     assert find() is sys.modules["onnxruntime"]
 
 
@@ -185,12 +200,12 @@ def test_a_missing_onnxruntime_is_told_with_the_extra_to_install(
         find()
 
 
-@pytest.mark.parametrize("version", ["1.27.4", "1.9.0", "0.99.0", "1.23"])
+@pytest.mark.parametrize("version", ["1.31.1", "1.30.0", "1.27.4", "1.9.0", "0.99.0", "1.23"])
 def test_an_old_onnxruntime_is_refused_with_the_version_wanted(
     installed: Callable[..., None], version: str
 ) -> None:
     installed("onnxruntime", version=version)
-    with pytest.raises(DeviceError, match=f"Runtime {version} is too old; .*'onnxruntime>=1.28'"):
+    with pytest.raises(DeviceError, match=f"Runtime {version} is too old .*'onnxruntime>=1.32'`"):
         find()
 
 
@@ -202,9 +217,28 @@ def test_an_old_gpu_package_is_not_mended_by_installing_the_other_one(
         find()
 
 
-@pytest.mark.parametrize("version", ["1.28.0", "1.28", "1.100.0", "2.0.0", "1.28.0.dev20260101"])
+def test_a_gpu_package_that_is_new_enough_for_cuda_alone_is_refused_on_the_cpu(
+    installed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    installed("onnxruntime-gpu", version="1.30.0")
+    module = find()
+    monkeypatch.setattr(module, "get_available_providers", lambda: PROVIDERS, raising=False)
+    for user in (ort, pipeline):
+        monkeypatch.setattr(user, "onnxruntime", lambda: module)
+    ort.check_device("cuda")
+    refused = r"1.30.0 is too old for the device 'cpu'; .*'onnxruntime-gpu>=1.32'`"
+    with pytest.raises(DeviceError, match=refused):
+        dash_onnx.load(tiny_bundle)
+    with pytest.raises(DeviceError, match=refused):
+        pipeline.export("model", tmp_path, pipeline.ExportOptions())
+
+
+@pytest.mark.parametrize("version", ["1.32.0", "1.32", "1.100.0", "2.0.0", "1.32.0.dev20260101"])
 def test_newer_versions_are_compared_as_numbers(version: str) -> None:
-    ort.check_version(version)
+    ort.check_version(version, "cpu")
 
 
 def test_a_failure_is_not_remembered(installed: Callable[..., None]) -> None:
@@ -212,7 +246,7 @@ def test_a_failure_is_not_remembered(installed: Callable[..., None]) -> None:
     installed(version=None)
     with pytest.raises(DeviceError):
         ort.onnxruntime()
-    installed("onnxruntime", version="1.28.0")
+    installed("onnxruntime", version="1.32.0")
     try:
         assert ort.onnxruntime() is sys.modules["onnxruntime"]
     finally:

@@ -31,7 +31,7 @@ from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.export.suited import suited
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.runtime.machine import available_bytes, peak_rss_bytes, release_memory
-from dash_onnx.runtime.ort import onnxruntime
+from dash_onnx.runtime.ort import check_version, onnxruntime
 from dash_onnx.runtime.profile import profile
 
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "gguf")
@@ -56,7 +56,7 @@ def export(
         DashError: anything the user can fix; `out` is then unchanged.
     """
     started = time.monotonic()
-    onnxruntime()
+    check_version(onnxruntime().__version__, options.device)
     check_destination(out, options.overwrite)
     source = open_source(model, REGISTRY, options.requantize, options.revision)
     architecture = architecture_of(source.config)
