@@ -345,11 +345,13 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 
 
 MIXTURES = ("mixtral", "phimoe", "granitemoe", "glm4_moe")
-HYBRIDS = ("jamba", "mamba", "zamba2", "bamba", "qwen3_next")
+HYBRIDS = ("jamba", "mamba", "mamba2", "zamba2", "bamba", "nemotron_h", "qwen3_next")
+IMAGES = ("clip", "dinov2", "siglip", "vit")
+SOUNDS = ("musicgen", "qwen2_audio", "voxtral", "wav2vec2", "whisper")
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, *HYBRIDS])
-def test_mixtures_and_hybrids_are_refused_with_a_list_of_what_is_not(
+@pytest.mark.parametrize("kind", [*MIXTURES, *HYBRIDS, *IMAGES, *SOUNDS])
+def test_what_has_no_exporter_is_refused_by_its_type_with_a_list_of_what_has_one(
     kind: str, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
@@ -367,6 +369,7 @@ def test_experts_in_the_config_of_a_dense_family_are_refused(key: str) -> None:
 
 
 HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8}
+MAMBA = {**HYBRID, "layer_types": ["attention", "attention", "mamba"]}
 
 
 @pytest.mark.parametrize(
@@ -378,7 +381,8 @@ HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8}
         ("persimmon", {"qk_layernorm": False}, "persimmon with qk_layernorm False"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm"),
         ("granitemoehybrid", {**HYBRID, "num_local_experts": 8}, "num_local_experts"),
-        ("granitemoehybrid", HYBRID, "layer 0 is of type 'linear_attention'"),
+        ("granitemoehybrid", HYBRID, "layer 0 is Mamba 2; of granitemoehybrid only models"),
+        ("granitemoehybrid", MAMBA, "layer 2 is Mamba 2; of granitemoehybrid only models"),
         ("olmo", {"clip_qkv": 8.0}, "clip_qkv"),
         ("hyperclovax", {"use_post_norm": False}, "use_post_norm"),
         ("gemma2", {"use_bidirectional_attention": True}, "not a causal model"),

@@ -84,6 +84,15 @@ class GraniteHybrid(Granite):
         rope = 0 if config.position_embedding_type == "rope" else None
         return Attention(rope=rope, window=self.window(config, layer, length))
 
+    def layer_type(self, config: PretrainedConfig, layer: int) -> str:
+        """See `Decoder`; transformers calls what the files call `mamba` otherwise."""
+        if config.layer_types[layer] == "linear_attention":
+            raise UnsupportedError(
+                f"layer {layer} is Mamba 2; of {config.model_type} only models all of whose layers "
+                "attend are supported"
+            )
+        return super().layer_type(config, layer)
+
 
 class GraniteSWA(Granite):
     """Granite with windows and sinks; each layer may have a rotary embedding of its own."""
