@@ -88,7 +88,7 @@ def test_the_tools_have_few_options_and_each_thing_has_one_name(
 def test_the_help_of_dash_run_fits_on_a_screen(
     monkeypatch: pytest.MonkeyPatch, parsers: dict[str, argparse.ArgumentParser]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     shown = parsers["dash-run"].format_help()
     assert len(shown.splitlines()) <= 45
     assert all(f"\n{group}:\n" in shown for group in ("basic", "sampling", "advanced"))

@@ -233,12 +233,12 @@ def add_policy_options(parser: Options) -> None:
     parser.add_argument(
         "--policy",
         default="",
-        help="dash, a precision (int8), static:..., random (default: see --budget)",
+        help="dash, int8, static:..., random (default: by budget)",
     )
     parser.add_argument(
         "--budget",
         metavar="X",
-        help="quality, balanced (default), fast, or a share of the time such as 0.8",
+        help="quality, balanced (default), fast, or a share: 0.8",
     )
 
 
@@ -283,7 +283,7 @@ def add_memory_option(parser: Options) -> None:
         "--memory",
         choices=("high", "low"),
         default="high",
-        help="low: no wide form, so slower prompts and batches (default: high)",
+        help="low: without the wide form (default: high)",
     )
 
 

@@ -52,12 +52,12 @@ def _parser() -> Parser:
     parser = Parser("dash-run", "Generate text with a model or its bundle.", _EXAMPLES)
     parser.usage = "dash-run BUNDLE [PROMPT] [option ...]"
     parser._optionals.title = "basic"
-    add_bundle_argument(parser, "a bundle, or a model (hub id, folder, GGUF file), exported once")
+    add_bundle_argument(parser, "a bundle or a model: hub id, folder, GGUF file")
     parser.add_argument(
         "prompt",
         metavar="PROMPT",
         nargs="?",
-        help="message or, without a chat template, text to continue; - reads stdin",
+        help="message, or text to continue; - reads stdin",
     )
     _add_basic(parser)
     _add_sampling(parser.add_argument_group("sampling"))
@@ -72,7 +72,7 @@ def _add_basic(basic: Options) -> None:
         "--max-thinking-tokens",
         type=int,
         metavar="N",
-        help="of them thoughts at most; 0 turns thinking off (default: the model's)",
+        help="tokens of thoughts; 0: none (default: the model's)",
     )
     basic.add_argument("--raw", action="store_true", help="PROMPT is text to continue")
     basic.add_argument("--system", metavar="TEXT", help="system message of the chat")
@@ -80,13 +80,13 @@ def _add_basic(basic: Options) -> None:
         "--session",
         type=Path,
         metavar="FILE",
-        help="keep the interactive chat in FILE, and continue it next time",
+        help="keep the interactive chat in FILE, or continue it",
     )
     basic.add_argument(
         "--batch",
         type=Path,
         metavar="FILE",
-        help="answer the `prompt` or `messages` of every line of a .jsonl file",
+        help="answer `prompt` or `messages` of each JSON line",
     )
     add_json_option(basic)
     basic.add_argument(
@@ -125,7 +125,7 @@ def _add_advanced(advanced: Options) -> None:
         "--prefill",
         choices=PRECISIONS,
         metavar="P",
-        help="precision of the prompt, such as int8 (default: see --memory)",
+        help="precision of the prompt (default: see --memory)",
     )
     add_memory_option(advanced)
     advanced.add_argument(
@@ -133,7 +133,7 @@ def _add_advanced(advanced: Options) -> None:
         dest="speculate",
         action="store_false",
         default=None,
-        help="guess no tokens (default: guess where the text stays the same)",
+        help="guess no tokens (default: where it changes no text)",
     )
     advanced.add_argument(
         "--expected", type=Path, metavar="FILE", help="text that the answer is likely to contain"
@@ -142,7 +142,7 @@ def _add_advanced(advanced: Options) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="write a JSON line for each token; - prints them instead of the text",
+        help="a JSON line for each token; - prints only these",
     )
 
 
