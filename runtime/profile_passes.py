@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.block import ATTENTIONS
@@ -22,8 +23,8 @@ PLAIN_ROWS = 16
 
 HEAD_ROWS = (1, 4, 16)
 
-Table = tuple[tuple[float, ...], ...]
-"""Milliseconds, for each context, for each number of rows."""
+Table = npt.NDArray[np.float64]
+"""Milliseconds `[contexts, rows]`."""
 
 _LAYERS = 2  # in turn, so that neither finds its weights in the nearest caches
 _SMALL_BYTES = 64 << 20  # of weights: those of a smaller model stay in the caches anyway
@@ -38,7 +39,6 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
     """
     manifest = sessions.manifest
     limit = manifest.model.max_length
-    cheapest = manifest.variants[-1]
     chooses = manifest.target.attention == "both"
     if manifest.wide is None and not chooses:
         return None
@@ -51,29 +51,30 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
     kinds = [(_Times(sessions, k), len(k) / every) for k in (own, shared, others) if k]
     attend, times = kinds[: 2 if shared else 1], kinds[0][0]
     wide: tuple[Form, ...] = () if manifest.wide is None else (WIDE,)
-    forms: tuple[Form, ...] = (*manifest.variants, *wide)
+    forms: tuple[Form, ...] = (*reversed(manifest.variants), *wide)  # the cheapest one first
     heads: tuple[Form, ...] = (*manifest.exported_heads, *wide)
     plain_rows = tuple(count for count in rows if chooses and count <= PLAIN_ROWS)
     head_rows = tuple(count for count in HEAD_ROWS if count <= limit)
+    layers = [(t.layers(forms, rows, contexts), share) for t, share in kinds]
+    plain = [(t.plain(forms[0], plain_rows, contexts), n) for t, n in attend if plain_rows]
     return PassCosts(
         rows=rows,
         contexts=contexts,
         layers_ms={
-            form: _mean([(t.layer(form, rows, contexts), n) for t, n in kinds]) for form in forms
+            form: _mean([(tables[form], share) for tables, share in layers])
+            for form in (*manifest.variants, *wide)
         },
         plain_rows=plain_rows,
-        plain_ms=_mean([(t.plain(cheapest, plain_rows, contexts), n) for t, n in attend])
-        if plain_rows
-        else (),
+        plain_ms=_mean(plain) if plain else (),
         head_rows=head_rows,
         heads_ms={form: times.head(form, head_rows) for form in heads},
     )
 
 
-def _mean(tables: Sequence[tuple[Table, float]]) -> Table:
+def _mean(tables: Sequence[tuple[Table, float]]) -> tuple[tuple[float, ...], ...]:
     """Of layers of several kinds, by the share of each."""
-    total = sum(share * np.array(table) for table, share in tables)
-    return tuple(tuple(round(float(ms), 5) for ms in row) for row in np.asarray(total))
+    total = np.asarray(sum(share * table for table, share in tables))
+    return tuple(tuple(round(float(ms), 5) for ms in row) for row in total)
 
 
 class _Times:
@@ -90,36 +91,47 @@ class _Times:
         )
         self._others = np.ones(_SMALL_BYTES // 8 if weights > _SMALL_BYTES else 0, np.uint64)
 
-    def layer(self, form: Form, rows: tuple[int, ...], contexts: tuple[int, ...]) -> Table:
-        """Of a layer with grouped attention."""
+    def layers(
+        self, forms: Sequence[Form], rows: tuple[int, ...], contexts: tuple[int, ...]
+    ) -> dict[Form, Table]:
+        """Of a layer with grouped attention.
 
-        def measured(sequence: SequenceState, count: int) -> float:
+        All forms take turns at the start of a context. What a longer one adds is attention's, which
+        is the same in each of them: it is timed in the first one. Timed in each, one after the
+        other, the noise of a machine decided which form was the fastest.
+        """
+
+        def measured(chosen: Sequence[Form], sequence: SequenceState, count: int) -> list[float]:
             sequence.attend(plain=False)
-            return self._typical_ms([partial(self._run, sequence, form)], count)[0]
+            return self._typical_ms([partial(self._run, sequence, one) for one in chosen], count)
 
-        return self._table(measured, rows, contexts)
+        start = self._timed(partial(measured, forms), rows, contexts[:1])
+        behind = self._timed(partial(measured, forms[:1]), rows, contexts)[..., 0]
+        more = np.maximum(behind - behind[0], 0)
+        return {form: start[0, :, index] + more for index, form in enumerate(forms)}
 
     def plain(self, form: Form, rows: tuple[int, ...], contexts: tuple[int, ...]) -> Table:
         """What attention from plain operators adds to a layer, by turns with the other one."""
 
-        def measured(sequence: SequenceState, count: int) -> float:
+        def measured(sequence: SequenceState, count: int) -> list[float]:
             flag = sequence.attend(plain=True)
 
             def run(plain: bool) -> None:
                 flag.write(plain)
                 self._run(sequence, form)
 
-            ours, others = self._typical_ms([partial(run, True), partial(run, False)], count)
-            return ours - others
+            return self._typical_ms([partial(run, True), partial(run, False)], count)
 
-        return self._table(measured, rows, contexts)
+        ours, others = np.moveaxis(self._timed(measured, rows, contexts), -1, 0)
+        return ours - others
 
-    def _table(
+    def _timed(
         self,
-        measured: Callable[[SequenceState, int], float],
+        measured: Callable[[SequenceState, int], list[float]],
         rows: tuple[int, ...],
         contexts: tuple[int, ...],
-    ) -> Table:
+    ) -> npt.NDArray[np.float64]:
+        """Milliseconds of a layer `[contexts, rows, n]`, for each of n that are measured."""
         result = []
         for context in contexts:
             sequence, times = SequenceState(self._sessions, context + rows[-1]), []
@@ -129,11 +141,11 @@ class _Times:
                     sequence.advance(context)  # counted, not run: no time depends on what is there
                 sequence.advance(count)
                 sequence.embed(np.zeros(count, np.int64))
-                times.append(round(measured(sequence, count) / len(self._layers), 5))
-            result.append(tuple(times))
+                times.append(measured(sequence, count))
+            result.append(times)
             del sequence
         self._sessions.forget()
-        return tuple(result)
+        return np.array(result) / len(self._layers)
 
     def _run(self, sequence: SequenceState, form: Form) -> None:
         for layer in self._layers:
