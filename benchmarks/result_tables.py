@@ -170,6 +170,13 @@ def answers(part: Part) -> str:
     return table(rows)
 
 
+def read_speed(part: Part) -> float:
+    """How fast the machine read memory, in GB/s: at best, as other work only slows it; 0: unknown."""
+    found = (command["found"] for command in part["commands"])
+    told = (one.get("read_gb_per_s", 0.0) for one in found if isinstance(one, dict))
+    return max([part.get("read_gb_per_s", 0.0), *told])
+
+
 def larger(part: Part) -> list[dict[str, Any]]:
     """By export of the larger model: its command, and what each benchmark of it gave."""
     exports: list[dict[str, Any]] = []

@@ -82,6 +82,7 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
         tables.tasks,
         tables.answers,
         tables.larger,
+        tables.read_speed,
         tables.first_tokens,
         tables.guessed,
         tables.beside_genai,
