@@ -279,12 +279,13 @@ def test_a_bundle_that_was_to_be_replaced_comes_back_after_a_kill_between_two_re
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("name", ["key.json", "progress.json", "calibration.json", "ids.npy"])
 def test_a_damaged_record_of_progress_is_refused_in_one_line(
-    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
+    name: str, deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
 ) -> None:
     stop_at(1)
     main(arguments(deep, night, tmp_path / "out", "--resume"))
     capsys.readouterr()
-    (tmp_path / ".out.partial/progress.json").write_text("{")
+    (tmp_path / ".out.partial" / name).write_text("{")
     message = TOOL.refused(capsys, *arguments(deep, night, tmp_path / "out", "--resume"))
-    assert "progress.json is damaged" in message
+    assert f"{name} is damaged" in message and "leave --resume out" in message

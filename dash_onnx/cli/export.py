@@ -24,7 +24,7 @@ from dash_onnx.cli.common import (
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.cli.tables import check_lines, summary
 from dash_onnx.core.actions import DEFAULT_FORMS, parse_variants
-from dash_onnx.core.atomic import check_destination, workspace_of
+from dash_onnx.core.atomic import PARTIAL, check_destination, workspace_of
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
 from dash_onnx.core.manifest import MANIFEST_NAME
@@ -216,7 +216,7 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
         command = f"dash-train {_typed(out)}"
         goes_on = f"{out} can answer; `{command}`, with the same options, trains its policy"
         return goes_on if _untrained(out) else ""
-    if (partial := workspace_of(out, "partial")).exists():
+    if (partial := workspace_of(out, PARTIAL)).exists():
         again = "the same command" if resume else "with --resume the command"
         return f"{partial} keeps what is finished; {again} goes on from there"
     return (

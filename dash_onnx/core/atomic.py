@@ -20,6 +20,9 @@ from dash_onnx.core.manifest import MANIFEST_NAME
 NEW, OLD, _LOCK = "bundle", "replaced", "lock"
 """In a workspace: what becomes the destination, what was there, and the lock."""
 
+PARTIAL, WRITING, TRAINING = "partial", "new", "training"
+"""Names of the workspaces of a bundle: of its export, of `writing`, and of its training."""
+
 
 def check_file(path: Path) -> None:
     """Refuses a file that must not be written, before any expensive work.
@@ -103,7 +106,7 @@ def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> It
     Raises:
         BundleError: see `workspace`.
     """
-    with workspace(folder, "new", overwrite=overwrite, marker=marker) as space:
+    with workspace(folder, WRITING, overwrite=overwrite, marker=marker) as space:
         clear(space)
         (space / NEW).mkdir()
         yield space / NEW
@@ -156,6 +159,23 @@ def workspace(
             if not kept:  # the lock last: until then no other process takes the folder
                 clear(space)
                 _remove(space)
+
+
+def discard(folder: Path, name: str) -> None:
+    """Removes the workspace that a dead process left, if it left one.
+
+    Args:
+        folder: the destination.
+        name: see `workspace`.
+
+    Raises:
+        BundleError: a living process is at it.
+    """
+    space = workspace_of(folder, name)
+    if space.is_dir():
+        with _locked(space, folder):
+            clear(space)
+            _remove(space)
 
 
 def clear(space: Path) -> None:

@@ -40,6 +40,19 @@ class BundleError(DashError):
     """A bundle is missing, damaged, from another version, or would be overwritten."""
 
 
+class ResumeError(BundleError):
+    """An interrupted export cannot be gone on with.
+
+    Attributes:
+        reason: the message without its remedy.
+    """
+
+    def __init__(self, reason: str, remedy: str):
+        """Takes the two halves of the message."""
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+
+
 class SourceError(DashError):
     """The source model or a text file cannot be read."""
 

@@ -12,16 +12,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from dash_onnx.core.atomic import NEW, clear, workspace, workspace_of, write_text
-from dash_onnx.core.errors import BundleError
+from dash_onnx.core.atomic import NEW, PARTIAL, clear, workspace, workspace_of, write_text
+from dash_onnx.core.errors import ResumeError
 from dash_onnx.core.facts import Calibration, LayerFacts
 from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.tokens import Ids
 
 T = TypeVar("T")
-
-_NAME = "partial"
 
 
 @dataclass(frozen=True)
@@ -83,22 +81,28 @@ class Partial:
             shutil.rmtree(self._folder / "draft", ignore_errors=True)
             np.save(path, ids)
             self._write("calibration", to_json(known))
-        return np.load(path), known
+        try:
+            return np.load(path), known
+        except (OSError, ValueError, EOFError) as error:
+            raise _damaged(path, error) from None
 
     def begin(self, key: Mapping[str, str], resume: bool) -> None:
         """Clears the folder, or takes up what is there.
 
         Raises:
-            BundleError: that was another export.
+            ResumeError: that was another export, or it is damaged.
         """
         path = self._folder / "key.json"
         if resume and path.is_file() and self.bundle.is_dir():
-            found = json.loads(path.read_text("utf-8"))
+            try:
+                found = dict(json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                raise _damaged(path, error) from None
             changed = sorted(k for k in {*found, *key} if found.get(k) != key.get(k))
             if changed:
-                raise BundleError(
-                    f"{self._folder} holds an export with another {', '.join(changed)}; "
-                    "repeat that one, or leave --resume out to start afresh"
+                raise ResumeError(
+                    f"{self._folder} holds an export with another {', '.join(changed)}",
+                    "repeat that one, or leave --resume out to start afresh",
                 )
             return
         clear(self._folder)
@@ -112,15 +116,19 @@ class Partial:
         except FileNotFoundError:
             return None
         except (ValueError, RecordError) as error:
-            raise BundleError(f"{path} is damaged ({error}); leave --resume out") from None
+            raise _damaged(path, error) from None
 
     def _write(self, name: str, data: object) -> None:
         write_text(self._folder / f"{name}.json", json.dumps(data))
 
 
+def _damaged(path: Path, error: Exception) -> ResumeError:
+    return ResumeError(f"{path} is damaged ({error})", "leave --resume out")
+
+
 def unfinished_bytes(out: Path) -> int:
     """Disk that an interrupted export of `out` takes, whose place the next one takes."""
-    space = workspace_of(out, _NAME)
+    space = workspace_of(out, PARTIAL)
     return sum(path.stat().st_size for path in space.rglob("*") if path.is_file())
 
 
@@ -139,14 +147,14 @@ def exporting(
         resume: go on with what a process that is dead has finished.
 
     Raises:
-        BundleError: `out` must not be written, another process is at it, or what is finished is
-            of another export.
+        BundleError: `out` must not be written, or another process is at it.
+        ResumeError: what is finished is of another export, or damaged.
     """
 
     def keep(space: Path) -> bool:
         return resume and (space / "calibration.json").exists()
 
-    with workspace(out, _NAME, overwrite=overwrite, keep=keep) as space:
+    with workspace(out, PARTIAL, overwrite=overwrite, keep=keep) as space:
         partial = Partial(space)
         partial.begin(key, resume)
         yield partial

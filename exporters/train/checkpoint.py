@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dash_onnx.core.atomic import new_file
+from dash_onnx.core.atomic import TRAINING, new_file, workspace_of
 from dash_onnx.core.errors import DashError, first_line
 
 _NAME = "state.pt"
@@ -33,8 +33,7 @@ class Checkpoint:
             bundle: its folder.
             fingerprint: of everything that decides how the training goes.
         """
-        bundle = bundle.resolve()
-        self._folder = bundle.with_name(f".{bundle.name}.training")
+        self._folder = workspace_of(bundle, TRAINING)
         self._fingerprint, self._saved = fingerprint, time.monotonic()
         self.state: dict[str, Any] = {}
         try:
