@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from dash_onnx.core.errors import SourceError, first_line
 from dash_onnx.core.gguf import parts_of, stem_of
@@ -13,9 +14,12 @@ from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.license import DOCUMENTS, documents_in, license_of_card
 from dash_onnx.exporters.sources.source import Source, check_token_ids
 
+T = TypeVar("T")
+
 _WEIGHTS = ("*.safetensors",)
 _TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", *DOCUMENTS)
 _USUAL = "Q4_K_M"
+_ONLINE = ": go online, or give a local folder or a GGUF file"
 _HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights in another layout
 
 
@@ -87,14 +91,16 @@ def _opened(
 
 
 def _gguf_files(name: str, revision: str | None) -> list[str]:
-    """Names of the GGUF files of a hub id; none where the hub cannot be asked."""
+    """Names of the GGUF files of a hub id.
+
+    Raises:
+        SourceError: see `_asked`.
+    """
     import huggingface_hub
 
-    try:
-        found = huggingface_hub.list_repo_files(name, revision=revision)
-    except (OSError, ValueError):
-        return []
-    return [file for file in found if file.endswith(".gguf") and "mmproj" not in file.lower()]
+    info = _asked(name, revision, lambda: huggingface_hub.model_info(name, revision=revision))
+    files = [file.rfilename for file in info.siblings or []]
+    return [file for file in files if file.endswith(".gguf") and "mmproj" not in file.lower()]
 
 
 def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
@@ -108,19 +114,22 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     if not fitting and not quantization:
         fitting = [*files]
     if not fitting:
-        have = ", ".join(Path(file).name for file in files) or "no GGUF file, or it is not online"
+        have = ", ".join(Path(file).name for file in files) or "it has none at all"
         raise SourceError(f"{name} has no GGUF file of {quantization}: {have}")
     return min(fitting, key=lambda file: (len(stem_of(file)), file))  # of a split one, the first
 
 
 def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a hub id, from the headers of its files alone."""
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    import huggingface_hub
 
     try:
-        metadata = get_safetensors_metadata(name, revision=revision)
-    except (NotASafetensorsRepoError, SafetensorsParsingError, OSError):
+        metadata = _asked(
+            name,
+            revision,
+            lambda: huggingface_hub.get_safetensors_metadata(name, revision=revision),
+        )
+    except SourceError:
         return {}
     return {
         tensor: tuple(info.shape)
@@ -130,24 +139,46 @@ def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
 
 
 def _download(model: str, revision: str | None, *patterns: str) -> Path:
-    """The folder of a hub id in the hub's cache, with some of its files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    """The folder of a hub id in the hub's cache, with some of its files.
+
+    Raises:
+        SourceError: see `_asked`.
+    """
+    import huggingface_hub
+
+    found = _asked(
+        model,
+        revision,
+        lambda: huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=[*patterns], ignore_patterns=_HUB_IGNORED
+        ),
+    )
+    return Path(found)
+
+
+def _asked(model: str, revision: str | None, ask: Callable[[], T]) -> T:
+    """What the hub answers.
+
+    Raises:
+        SourceError: nothing; tells what to do.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=[*patterns],
-            ignore_patterns=_HUB_IGNORED,
-        )
-        return Path(found)
-    except (HFValidationError, OSError) as error:  # those of the hub are `OSError`, too
-        reason = first_line(error)
-        if isinstance(error, HfHubHTTPError):
-            reason += "; a gated model needs `hf auth login`"
+        return ask()
+    except Exception as error:  # of its HTTP client, too, which is another one in each release
+        reason, remedy = first_line(error), ""
+        if constants.HF_HUB_OFFLINE and not isinstance(error, HFValidationError):
+            reason, remedy = "HF_HUB_OFFLINE is set", _ONLINE
+        elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
+            remedy = _ONLINE
+        elif isinstance(error, HfHubHTTPError):
+            remedy = ": check the name; a gated or private model needs `hf auth login`"
+        elif not isinstance(error, OSError | ValueError):
+            remedy = _ONLINE
         at = f" at revision {revision!r}" if revision else ""
         raise SourceError(
             f"no local folder {model!r}, and the hub did not give a model of that name{at} "
-            f"({reason})"
+            f"({reason}){remedy}"
         ) from None
