@@ -10,16 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_tool import Tool
 
 from dash_onnx.cli import cached, info, run
 from dash_onnx.cli.cached import bundle_of, entries, listing, model_name, remove
+from dash_onnx.core.atomic import waiting_lock
 from dash_onnx.core.errors import DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.exporters import export as export_package
+from dash_onnx.exporters.export import ExportOptions
+from dash_onnx.exporters.export.partial import exporting
 
 Capture = pytest.CaptureFixture[str]
 INFO, RUN = Tool("dash-info", info.main), Tool("dash-run", run.main)
@@ -136,6 +141,213 @@ def test_the_cache_is_listed_and_emptied(model: Path, exports: list[str], capsys
     assert listing()[0] == []
     with pytest.raises(SourceError, match="not in the cache"):
         remove(str(model))
+
+
+def test_a_training_counts_and_goes_with_its_bundle(
+    model: Path, cache: Path, exports: list[str]
+) -> None:
+    folder, size = Path(bundle_of(model)), entries()[0].bytes
+    (state := cache / f".{folder.name}.training").mkdir()
+    (state / "state.pt").write_bytes(bytes(1000))
+    assert entries()[0].bytes == size + 1000
+    remove(str(folder))
+    assert not state.exists() and not folder.exists()
+
+
+# Interrupted exports
+
+
+class Tools:
+    """What an export depends on, and whether it is interrupted after a layer."""
+
+    version = "1"
+    interrupt = False
+
+
+@pytest.fixture
+def tools(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
+    """Stands for the export, with the partial folder of a true one."""
+    state = Tools()
+
+    def export(model: str, out: Path, options: ExportOptions) -> None:
+        key = {"tools": state.version}
+        with exporting(out, key, overwrite=False, resume=options.resume) as partial:
+            (partial.bundle.parent / "calibration.json").write_text("{}")
+            (partial.bundle / f"layer-0 of {state.version}").write_bytes(bytes(1000))
+            if state.interrupt:
+                raise KeyboardInterrupt
+            shutil.copytree(tiny_bundle, partial.bundle, dirs_exist_ok=True)
+
+    monkeypatch.setattr(export_package, "export", export)
+    return state
+
+
+def interrupt(tools: Tools, model: Path) -> Path:
+    """Interrupts an export; returns what it leaves."""
+    tools.interrupt = True
+    with suppress(KeyboardInterrupt):
+        bundle_of(model)
+    tools.interrupt = False
+    return next(cached.cache_folder().glob(".*.partial"))
+
+
+def layers(bundle: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(bundle).glob("layer-0*"))
+
+
+def test_what_an_interrupted_export_left_is_gone_on_with(
+    model: Path, tools: Tools, caplog: pytest.LogCaptureFixture
+) -> None:
+    (interrupt(tools, model) / "bundle" / "layer-0 before").write_text("")
+    assert layers(bundle_of(model)) == ["layer-0 before", "layer-0 of 1"]
+    assert "from the start" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [(None, "another tools"), ("{", "is damaged"), ("[1]", "is damaged"), ("3", "is damaged")],
+)
+def test_what_an_interrupted_export_left_is_discarded_where_no_export_goes_on_with_it(
+    damage: str | None,
+    told: str,
+    model: Path,
+    tools: Tools,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    partial = interrupt(tools, model)
+    if damage is None:
+        tools.version = "2"
+    else:
+        (partial / "key.json").write_text(damage)
+        (partial / "bundle" / "layer-0 before").write_text("")
+    bundle = bundle_of(model)
+    assert layers(bundle) == [f"layer-0 of {tools.version}"] and not partial.exists()
+    (line,) = [record.message for record in caplog.records if "from the start" in record.message]
+    assert told in line and "--resume" not in line
+
+
+def test_an_unfinished_export_is_listed_and_removed(model: Path, tools: Tools, cache: Path) -> None:
+    partial = interrupt(tools, model)
+    (facts,), (line, _) = listing()
+    assert facts["source"] == str(model) and not facts["finished"] and facts["error"] is None
+    assert line.endswith(", unfinished") and entries()[0].bytes > 1000
+    assert INFO.run("--remove", model) == 0 and not partial.exists() and not entries()
+    interrupt(tools, model)
+    next(cache.glob("*.json")).unlink()
+    assert INFO.run("--remove", entries()[0].source) == 0 and not partial.exists()
+
+
+def test_what_was_interrupted_before_the_source_changed_is_listed_until_it_is_exported(
+    model: Path, tools: Tools
+) -> None:
+    partial = interrupt(tools, model)
+    os.utime(model / "config.json", ns=(1, 1))
+    assert [entry.source for entry in entries()] == [str(model)]
+    bundle = bundle_of(model)
+    assert [entry.folder for entry in entries()] == [bundle] and not partial.exists()
+
+
+def test_an_unfinished_export_counts_to_the_limit(
+    model: Path, tiny_folder: Path, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = interrupt(tools, model)
+    monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
+    with (partial / "bundle" / "large").open("wb") as file:
+        file.truncate(10**6)
+    other = bundle_of(shutil.copytree(tiny_folder, tmp_path / "other"))
+    assert [entry.folder for entry in entries()] == [other] and not partial.exists()
+
+
+@pytest.mark.parametrize("lock", ["the partial's", "the cache's"])
+def test_what_another_process_is_exporting_is_left_alone(
+    lock: str,
+    model: Path,
+    tiny_folder: Path,
+    tools: Tools,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    partial = interrupt(tools, model)
+    name = partial.name[1 : -len(".partial")]
+    locked = partial / "lock" if lock == "the partial's" else cache / f".{name}.lock"
+    with waiting_lock(locked, lambda: None):
+        assert "another process is" in INFO.refused(capsys, "--remove", model)
+        monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
+        bundle_of(shutil.copytree(tiny_folder, tmp_path / "other"))
+        os.utime(model / "config.json", ns=(1, 1))
+        bundle_of(model)
+        assert layers(partial / "bundle")
+    assert INFO.run("--remove", name) == 0
+    assert not partial.exists()
+
+
+def test_the_users_own_folders_in_the_cache_are_not_of_it(
+    model: Path, tiny_bundle: Path, tools: Tools, cache: Path
+) -> None:
+    own = shutil.copytree(tiny_bundle, cache / "own")
+    (cache / "own.json").write_text("{}")
+    (cache / ".other.partial").mkdir()
+    (cache / ".other.partial" / "key.json").write_text("{}")
+    assert [bundle_of(model)] == [entry.folder for entry in entries()]
+    with pytest.raises(SourceError, match="not in the cache"):
+        remove("own")
+    assert own.exists()
+
+
+# Damage
+
+
+def test_a_damaged_bundle_is_listed_with_what_is_wrong_and_removed(
+    model: Path, tiny_folder: Path, exports: list[str], tmp_path: Path
+) -> None:
+    whole = bundle_of(shutil.copytree(tiny_folder, tmp_path / "other"))
+    damaged = Path(bundle_of(model))
+    (damaged / MANIFEST_NAME).write_text("{")
+    facts, lines = listing()
+    told = {one["folder"]: one["error"] for one in facts}
+    assert told[str(whole)] is None and MANIFEST_NAME in str(told[str(damaged)])
+    assert [line for line in lines if f"`dash-info --remove {damaged.name}`" in line]
+    assert f"  {whole}" in lines  # as other commands take it
+    assert INFO.run("--remove", model) == 0
+    assert not damaged.exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"source": 3}'])
+def test_a_note_that_is_lost_or_damaged_is_made_whole(
+    text: str | None, model: Path, exports: list[str]
+) -> None:
+    folder = Path(bundle_of(model))
+    note = cached._note(folder)
+    note.unlink()
+    if text is not None:
+        note.write_text(text)
+    assert [(entry.folder, entry.source) for entry in entries()] == [(folder, folder.name)]
+    assert bundle_of(model) == folder and len(exports) == 1
+    assert [(entry.folder, entry.source) for entry in entries()] == [(folder, str(model))]
+
+
+def test_a_bundle_is_noted_before_it_is_there(
+    model: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = export_package.export
+
+    def killed(*arguments: Any) -> None:
+        make(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_package, "export", killed)
+    with suppress(KeyboardInterrupt):
+        bundle_of(model)
+    assert [entry.source for entry in entries() if entry.finished] == [str(model)]
+
+
+def test_what_an_interrupted_removal_left_is_no_bundle(model: Path, exports: list[str]) -> None:
+    folder = Path(bundle_of(model))
+    (folder / MANIFEST_NAME).unlink()
+    assert [entry.finished for entry in entries()] == [False]
+    assert bundle_of(model) == folder and len(exports) == 2
 
 
 def test_a_gguf_file_answers_in_one_command_and_the_second_time_without_torch(

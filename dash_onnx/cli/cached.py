@@ -7,15 +7,25 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_onnx.core.atomic import waiting_lock, write_text
+from dash_onnx.core.atomic import (
+    PARTIAL,
+    TRAINING,
+    WRITING,
+    discard,
+    waiting_lock,
+    workspace_of,
+    write_text,
+)
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.errors import BundleError, DashError, ResumeError, SourceError, first_line
 from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.version import FORMAT_VERSION
@@ -23,16 +33,18 @@ from dash_onnx.core.version import FORMAT_VERSION
 _LOG = logging.getLogger(__name__)
 _LIMIT_GB = 50.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_WORKSPACES = (PARTIAL, WRITING, TRAINING)
 _WEIGHTS = ("config.json", "tokenizer*", "*.safetensors", "*.jinja")  # of a model's folder
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A bundle in the cache.
+    """A bundle in the cache, or what an interrupted export of it left.
 
     Attributes:
         folder: of the bundle.
-        source: the model that it was made from, as it was named; a path is absolute.
+        source: the model that it is made from, as it was named; a path is absolute. The name of
+            the folder where that is not known.
         used: when it was last used, in seconds since 1970.
     """
 
@@ -41,9 +53,20 @@ class Entry:
     used: float
 
     @property
+    def finished(self) -> bool:
+        """Whether the bundle is there."""
+        return (self.folder / MANIFEST_NAME).is_file()
+
+    @property
     def bytes(self) -> int:
-        """Its size on disk."""
-        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        """Its size on disk, with what an export or a training keeps beside it."""
+        total = 0
+        for place in (self.folder, *(workspace_of(self.folder, name) for name in _WORKSPACES)):
+            for parent, _, files in os.walk(place):
+                for file in files:
+                    with suppress(OSError):  # another process is at it
+                        total += os.stat(os.path.join(parent, file)).st_size
+        return total
 
 
 def cache_folder() -> Path:
@@ -69,7 +92,7 @@ def bundle_of(name: str | Path) -> str | Path:
     folder = cache_folder() / _entry_name(source)
     if not (folder / MANIFEST_NAME).is_file():
         _make(source, folder)
-    _note(folder).touch()
+    _used(source, folder)
     return folder
 
 
@@ -84,16 +107,21 @@ def entries() -> list[Entry]:
 
 
 def remove(name: str) -> list[Entry]:
-    """Removes the bundles of a model from the cache.
+    """Removes the bundles of a model from the cache, and what interrupted exports of it left.
 
     Args:
-        name: its source as listed, or the bundle's folder name.
+        name: its source as listed, or the bundle's folder or its name.
 
     Raises:
         SourceError: there is none.
+        BundleError: another process is exporting it.
     """
-    source = _source(name) or name
-    found = [entry for entry in _entries() if name == entry.folder.name or source == entry.source]
+    source, path = _source(name) or name, Path(name)
+    found = [
+        entry
+        for entry in _entries()
+        if source == entry.source or path in (entry.folder, Path(entry.folder.name))
+    ]
     if not found:
         raise SourceError(f"{name} is not in the cache: `dash-info` lists what is")
     for entry in found:
@@ -132,7 +160,10 @@ def _entry_name(source: str) -> str:
 
 
 def _make(source: str, folder: Path) -> None:
-    """Exports a model into the cache; another process that does so is waited for."""
+    """Exports a model into the cache; another process that does so is waited for.
+
+    What an interrupted export left is gone on with, or discarded where that cannot be.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -144,7 +175,7 @@ def _make(source: str, folder: Path) -> None:
         _LOG.warning("another process is exporting %s: waiting for it", source)
 
     limit = _limit_bytes()
-    with waiting_lock(folder.parent / f".{folder.name}.lock", waits):
+    with waiting_lock(_lock(folder), waits):
         if (folder / MANIFEST_NAME).is_file():
             return
         _LOG.info("exporting %s once, into %s", source, folder)
@@ -153,11 +184,19 @@ def _make(source: str, folder: Path) -> None:
         prepare_export()
         from dash_onnx.exporters.export import ExportOptions, export
 
-        export(source, folder, ExportOptions(resume=True))
-        write_text(_note(folder), json.dumps({"source": source, "made": time.time()}))
+        _used(source, folder)  # what an interrupt leaves has a name then
+        shutil.rmtree(folder, ignore_errors=True)  # of a removal that was interrupted
+        options = ExportOptions(resume=True)
+        try:
+            export(source, folder, options)
+        except ResumeError as error:
+            _LOG.warning("%s: discarding it and exporting from the start", error.reason)
+            discard(folder, PARTIAL)
+            export(source, folder, options)
         for entry in _entries():  # made from what the source was before
             if entry.source == source and entry.folder != folder:
-                _remove(entry)
+                with suppress(BundleError):  # another process is at it
+                    _remove(entry)
         _make_room(folder, limit)
 
 
@@ -168,9 +207,12 @@ def _make_room(newest: Path, limit: float) -> None:
     others = [(entry, size) for entry, size in found if entry.folder != newest]
     while others and total > limit:
         entry, size = others.pop()
+        try:
+            _remove(entry)
+        except BundleError:  # another process is at it
+            continue
         total -= size
-        _LOG.info("removing %s from the cache: DASH_CACHE_GB is its limit", entry.source)
-        _remove(entry)
+        _LOG.info("removed %s from the cache: DASH_CACHE_GB is its limit", entry.source)
 
 
 def _limit_bytes() -> float:
@@ -185,45 +227,103 @@ def _limit_bytes() -> float:
 
 
 def _entries() -> Iterator[Entry]:
-    for note in cache_folder().glob("*.json"):
-        folder = note.with_suffix("")
-        try:
-            source, used = json.loads(note.read_text("utf-8"))["source"], note.stat().st_mtime
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if (folder / MANIFEST_NAME).is_file():
-            yield Entry(folder, str(source), used)
+    """Of every name with a note or a lock: other folders are the user's own."""
+    cache = cache_folder()
+    names = {note.stem for note in cache.glob("*.json") if _noted(note) is not None}
+    names |= {lock.name[1 : -len(".lock")] for lock in cache.glob(".?*.lock")}
+    for name in sorted(names):
+        note, folder = _note(cache / name), cache / name
+        used = 0.0
+        for path in (note, folder, workspace_of(folder, PARTIAL)):
+            with suppress(OSError):
+                used = path.stat().st_mtime
+                break
+        entry = Entry(folder, _noted(note) or name, used)
+        if entry.finished or entry.bytes:
+            yield entry
 
 
 def _remove(entry: Entry) -> None:
-    shutil.rmtree(entry.folder, ignore_errors=True)
-    _note(entry.folder).unlink(missing_ok=True)
+    """Removes all that belongs to an entry.
+
+    Raises:
+        BundleError: another process is exporting it.
+    """
+
+    def refuse() -> None:
+        raise BundleError(f"another process is exporting {entry.source}: wait for it, or stop it")
+
+    with waiting_lock(_lock(entry.folder), refuse):
+        for name in (PARTIAL, WRITING):
+            discard(entry.folder, name)
+        (entry.folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half a bundle is none
+        for folder in (entry.folder, workspace_of(entry.folder, TRAINING)):
+            shutil.rmtree(folder, ignore_errors=True)
+        _note(entry.folder).unlink(missing_ok=True)
+
+
+def _used(source: str, folder: Path) -> None:
+    """Notes that a bundle is used now, and what it is made from where that is not noted."""
+    note = _note(folder)
+    if _noted(note) == source:
+        note.touch()
+    else:
+        write_text(note, json.dumps({"source": source}))
+
+
+def _noted(note: Path) -> str | None:
+    """The source that a note names; None where it is missing or damaged."""
+    try:
+        source = json.loads(note.read_text("utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return source if isinstance(source, str) else None
 
 
 def _note(folder: Path) -> Path:
-    """The file that says what a bundle was made from, and when it was last used."""
+    """The file that says what a bundle is made from, and when it was last used."""
     return folder.with_name(f"{folder.name}.json")
+
+
+def _lock(folder: Path) -> Path:
+    """The file that a process locks while it exports into a folder; it stays."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def listing() -> tuple[list[dict[str, object]], list[str]]:
     """The cache for programs, and as lines for people."""
-    facts: list[dict[str, object]] = []
-    lines = []
-    for entry in entries():
-        manifest = Bundle(entry.folder).manifest
-        trained, origin = manifest.scorer is not None, manifest.export.source
-        facts.append(
-            {
-                "name": entry.folder.name,
-                "source": entry.source,
-                "made_from": origin,
-                "bytes": entry.bytes,
-                "used": entry.used,
-                "trained": trained,
-            }
-        )
-        policy = ", with a policy" if trained else ""
-        commit = f", from commit {origin.rpartition('@')[2][:10]}" if "@" in origin else ""
-        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
-        lines.append(f"{entry.source}: {entry.bytes / 1e6:.0f} MB, used {day}{commit}{policy}")
-    return facts, [*lines, f"{len(lines)} in {cache_folder()}"]
+    told = [_told(entry) for entry in entries()]
+    lines = [line for _, lines in told for line in lines]
+    return [facts for facts, _ in told], [*lines, f"{len(told)} in {cache_folder()}"]
+
+
+def _told(entry: Entry) -> tuple[dict[str, object], list[str]]:
+    """An entry for programs, and as lines for people: what it is, then how to go on with it."""
+    trained, origin, error = False, None, None
+    if entry.finished:
+        try:
+            manifest = Bundle(entry.folder).manifest
+            trained, origin = manifest.scorer is not None, manifest.export.source
+        except (DashError, OSError) as wrong:
+            error = first_line(wrong)
+    size, day = entry.bytes, time.strftime("%Y-%m-%d", time.localtime(entry.used))
+    facts: dict[str, object] = {
+        "name": entry.folder.name,
+        "folder": str(entry.folder),
+        "source": entry.source,
+        "made_from": origin,
+        "bytes": size,
+        "used": entry.used,
+        "trained": trained,
+        "finished": entry.finished,
+        "error": error,
+    }
+    line = f"{entry.source}: {size / 1e6:.0f} MB, used {day}"
+    if not entry.finished:
+        return facts, [f"{line}, unfinished"]
+    if error is not None:
+        remedy = f"`dash-info --remove {entry.folder.name}`, and its next use exports it"
+        return facts, [line, f"  {error}: {remedy}"]
+    commit = f", from commit {origin.rpartition('@')[2][:10]}" if origin and "@" in origin else ""
+    policy = ", with a policy" if trained else ""
+    return facts, [f"{line}{commit}{policy}", f"  {shlex.quote(str(entry.folder))}"]
