@@ -17,17 +17,19 @@ from typing import Any
 import pytest
 from cli_tool import Tool
 
-from dash_onnx.cli import cached, info, run
+from dash_onnx.cli import cached, info, run, train
 from dash_onnx.cli.cached import bundle_of, entries, listing, model_name, remove
 from dash_onnx.core.atomic import waiting_lock
-from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.exporters import export as export_package
+from dash_onnx.exporters import pipeline
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.partial import exporting
 
 Capture = pytest.CaptureFixture[str]
 INFO, RUN = Tool("dash-info", info.main), Tool("dash-run", run.main)
+TRAIN = Tool("dash-train", train.main)
 
 
 @pytest.fixture
@@ -141,6 +143,26 @@ def test_the_cache_is_listed_and_emptied(model: Path, exports: list[str], capsys
     assert listing()[0] == []
     with pytest.raises(SourceError, match="not in the cache"):
         remove(str(model))
+
+
+def test_dash_train_takes_a_model_as_dash_run_does(
+    model: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    trained: list[Path] = []
+
+    def stop(folder: Path, options: object) -> None:
+        trained.append(folder)
+        raise BundleError("enough")
+
+    monkeypatch.setattr(pipeline, "announce_training", lambda *_: None)
+    monkeypatch.setattr("dash_onnx.exporters.train.train.train", stop)
+    for _ in range(2):
+        assert "enough" in TRAIN.refused(capsys, model)
+    (entry,) = entries()
+    assert trained == [entry.folder] * 2 and exports == [str(model)]
+    (model / "config.json").touch()
+    assert "weight" in TRAIN.refused(capsys, model, "--calibration", "a@0.5", "b")
+    assert len(exports) == 1  # what is wrong is told before an export
 
 
 def test_a_training_counts_and_goes_with_its_bundle(

@@ -26,7 +26,7 @@ _EXAMPLES = """\
   dash-info ./model-folder
   dash-info model.gguf --variants int8,int4 --json
   dash-info out/
-  dash-info                          # models that dash-run and dash-serve exported
+  dash-info                          # models that dash-run, dash-serve and dash-train exported
   dash-info --remove model.gguf"""
 
 _EXACT = "int2 is exact: the weights of the layers are ternary"

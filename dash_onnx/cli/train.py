@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dash_onnx.cli.cached import bundle_of
 from dash_onnx.cli.common import (
     EFFORTS,
     Parser,
@@ -34,6 +35,7 @@ _EXAMPLES = """\
   dash-train out/ --effort normal
   dash-train out/ --decisions 3
   dash-train out/ --from base/
+  dash-train model.gguf                    # the bundle that dash-run uses, exported if need be
   dash-train out/ --calibration support-chats.jsonl handbook.txt
   dash-train out/ --calibration handbook/@0.3 hub:HuggingFaceH4/ultrachat_200k:train_sft@0.7
   zcat tickets.jsonl.gz | dash-train out/ --calibration -"""
@@ -46,7 +48,7 @@ def _parser() -> Parser:
         "new one is complete. Run the same command again to continue an interrupted training.",
         _EXAMPLES,
     )
-    add_bundle_argument(parser)
+    add_bundle_argument(parser, "a bundle, or a model (hub id, folder, GGUF file), exported once")
     add_training_options(parser, EFFORTS)
     parser.add_argument(
         "--from",
@@ -71,28 +73,30 @@ def main(argv: list[str] | None = None) -> int:
         prepare_export()
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
+        from dash_onnx.exporters.calibration.texts import text_sources
         from dash_onnx.exporters.fused import options_of, renew
         from dash_onnx.exporters.pipeline import announce_training
         from dash_onnx.exporters.train.options import TrainOptions
         from dash_onnx.exporters.train.train import train
 
-        fused = options_of(arguments.bundle / FUSED_FOLDER)
         options = TrainOptions(
             effort=arguments.effort,
-            calibration=tuple(arguments.calibration),
+            calibration=text_sources(arguments.calibration),
             device=arguments.train_device,
             decisions=arguments.decisions,
             start=arguments.start,
         )
-        announce_training(Bundle(arguments.bundle).manifest.model, options)
-        manifest = train(arguments.bundle, options)
+        bundle = Path(bundle_of(arguments.bundle))
+        fused = options_of(bundle / FUSED_FOLDER)
+        announce_training(Bundle(bundle).manifest.model, options)
+        manifest = train(bundle, options)
         facts = manifest.scorer
         assert facts is not None
         if fused is not None:
             try:
-                renew(Bundle(arguments.bundle), fused)
+                renew(Bundle(bundle), fused)
             except DashError as error:  # such as a budget that the new policy cannot hold
-                where = arguments.bundle / FUSED_FOLDER
+                where = bundle / FUSED_FOLDER
                 _LOG.warning("%s held the old policy: removed; %s", where, error)
         if arguments.json:
             print(json.dumps(to_json(facts)))
