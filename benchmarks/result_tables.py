@@ -171,7 +171,7 @@ def answers(part: Part) -> str:
 
 
 def read_speed(part: Part) -> float:
-    """How fast the machine read memory, in GB/s: at best, as other work only slows it; 0: unknown."""
+    """GB/s that the machine read at best, as other work only slows it; 0: not known."""
     found = (command["found"] for command in part["commands"])
     told = (one.get("read_gb_per_s", 0.0) for one in found if isinstance(one, dict))
     return max([part.get("read_gb_per_s", 0.0), *told])

@@ -190,7 +190,7 @@ def figures(text: str) -> Iterator[str]:
 
 
 def test_every_figure_of_the_readme_has_its_row_in_the_results() -> None:
-    results = text_of("docs/results.md")
+    results = "".join(text_of(str(page)) for page in (ROOT / "docs").glob("results*.md"))
     rows = [line for line in results.splitlines() if line.startswith("|") or "GB/s" in line]
     found = [float(number) for row in rows for number in re.findall(r"\d+(?:\.\d+)?", row)]
     told = list(figures(text_of("README.md")))
