@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from dash_onnx.cli.export import main
 from dash_onnx.core.bundle import Bundle
@@ -23,10 +19,6 @@ def fixed(bundle: Bundle, _: Device) -> Costs:
     return Costs("fixed", 1, 0.1, 0.1, heads, (layer,) * len(manifest.layers))
 
 
-def run(arguments: Sequence[str], log: Path) -> NoReturn:
-    """The command in a process of its own, whose output is appended to a file."""
-    with log.open("ab") as out:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(out.fileno(), stream.fileno())
+if __name__ == "__main__":
     pipeline.profile = fixed
-    sys.exit(main([*arguments]))
+    sys.exit(main())
