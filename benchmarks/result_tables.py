@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dash_onnx.bench.measure import Result
+from dash_onnx.bench.measure import Result, dominated, is_preset, ratio
 from dash_onnx.core.actions import PRECISIONS
 
 Part = dict[str, Any]
@@ -95,6 +95,20 @@ def contenders(bench: Any, *columns: str, kinds: str = "", sort: bool = False) -
     shown = [[column, *cells[column]] for column in columns if {*cells[column]} != {"-"}]
     names = ["", *(label(c["name"]) for c in rows)]
     return table([list(row) for row in zip(names, *shown, strict=True)])
+
+
+def dominance(bench: Any) -> str:
+    """Which presets of a run another row dominates; empty where no preset's KL was measured."""
+    rows = results(bench)
+    if not any(is_preset(row) and row.kl is not None for row in rows):
+        return ""
+    told = []
+    for preset, other in dominated(rows):
+        assert preset.kl is not None and other.kl is not None
+        speed, lost = ratio(preset, other)[0], preset.kl - other.kl
+        figures = f"{speed:.3f} times as fast, {lost:.4f} nats more"
+        told.append(f"{label(preset.name)} by {label(other.name)} ({figures})")
+    return f"Dominated: {'; '.join(told)}." if told else "No preset is dominated by another row."
 
 
 def _span(c: dict[str, Any]) -> str:

@@ -78,6 +78,7 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
     functions = (
         tables.bundle,
         tables.contenders,
+        tables.dominance,
         tables.policies,
         tables.tasks,
         tables.answers,

@@ -49,6 +49,23 @@ def test_a_preset_is_dominated_by_what_is_faster_and_loses_less() -> None:
     assert dominated([fast, policy, better, best]) == [(fast, best)]
 
 
+def test_a_run_tells_which_preset_is_dominated(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    measured = [
+        replace(result(name, ms, ms), kl=kl, kl_stderr=0.01)
+        for name, ms, kl in (("dash @fast", 5.0, 0.1), ("dash int4", 4.0, 0.05))
+    ]
+    monkeypatch.setattr("dash_onnx.bench.measure.measure", lambda *_, **__: [*measured])
+    words = ("--policy", "@fast", "--policy", "int4", "--skip", "quality", "--skip", "contexts")
+    found = TOOL.json_of(capsys, tiny_bundle, *words)
+    assert found["dominated"] == [{"preset": "dash @fast", "by": "dash int4"}]
+    assert TOOL.run(tiny_bundle, *words) == 0
+    assert "dash @fast is dominated: dash int4 is faster" in capsys.readouterr().out
+    measured[1] = replace(measured[1], kl=0.095)
+    assert TOOL.json_of(capsys, tiny_bundle, *words)["dominated"] == []
+
+
 def test_speed_and_bandwidth_follow_from_the_median() -> None:
     found = result("a", 4.0, 5.0, 20.0)
     assert found.tokens_per_s == pytest.approx(200)

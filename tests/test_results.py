@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from scored_bundle import with_scorer
 
+from dash_onnx.bench.measure import dominated
+from dash_onnx.core.budget import PRESETS
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 BEHIND = {"prefill_tokens_per_s": 900.0, "tokens_per_s": 170.0}
@@ -146,6 +149,13 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
     ],
 }
 
+DOMINATED = {
+    # By a hair: 0.949 times as fast, 0.0107 nats more with a standard error of 0.0106.
+    ("speed", 0, "dash @balanced"): "genai fused/dash",
+}
+"""By part, number of its table and preset: the row that dominates it, each with the reason why that
+is accepted."""
+
 
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -176,6 +186,33 @@ def parts() -> dict[str, Any]:
 
 def test_the_page_and_the_readme_are_what_the_measurements_give() -> None:
     subprocess.run([sys.executable, FOLDER / "results.py", "--check"], check=True)
+
+
+def test_no_preset_is_dominated_but_for_known_exceptions(results: Any) -> None:
+    found = {}
+    for name in ("speed", "other"):
+        part = json.loads((FOLDER / "results" / f"{name}.json").read_text("utf-8"))
+        benches = [one for one in results.tables.found(part) if "contenders" in one]
+        for number, bench in enumerate(benches):
+            rows = results.tables.results(bench)
+            assert {f"dash @{preset}" for preset in PRESETS} <= {row.name for row in rows}
+            for preset, other in dominated(rows):
+                found[name, number, preset.name] = other.name
+    assert found == DOMINATED
+
+
+def test_each_table_says_which_preset_is_dominated(results: Any, parts: dict[str, Any]) -> None:
+    parts = copy.deepcopy(parts)
+    rows = parts["speed"]["commands"][0]["found"]["contenders"]
+    assert results.page(parts).count("No preset is dominated by another row.") == 1
+    faster = {"decode_ms": [3.0, 4.0, 3.0], "kl": 0.0023}
+    rows += [{**rows[0], **faster, "name": "genai fused/int4"}]
+    told = (
+        "Dominated: policy at `fast` by ORT GenAI, our fused graph of `int4` (0.750 times as fast, "
+        "0.0100 nats more)."
+    )
+    lines = results.page(parts).splitlines()
+    assert lines[lines.index(told) - 2].startswith("| ORT GenAI, our fused graph of `int4`")
 
 
 def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, Any]) -> None:

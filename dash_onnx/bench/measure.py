@@ -103,6 +103,12 @@ def ratio(of: Result, to: Result) -> tuple[float, float, float]:
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
+def is_preset(result: Result) -> bool:
+    """Whether a contender is a preset of ours."""
+    kind, _, variant = result.name.partition(" ")
+    return kind.startswith("dash") and variant.removeprefix("dash") in _PRESETS
+
+
 def dominated(results: Sequence[Result]) -> list[tuple[Result, Result]]:
     """Our presets that another contender beats in both: each with the fastest that does.
 
@@ -110,10 +116,7 @@ def dominated(results: Sequence[Result]) -> list[tuple[Result, Result]]:
     more than a standard error.
     """
     found = []
-    for preset in results:
-        kind, _, variant = preset.name.partition(" ")
-        if not kind.startswith("dash") or variant.removeprefix("dash") not in _PRESETS:
-            continue
+    for preset in filter(is_preset, results):
         better = [
             other
             for other in results

@@ -203,8 +203,15 @@ def _bench(arguments: argparse.Namespace) -> None:
             results[index] = dataclasses.replace(results[index], weight_bytes=read)
     machine = f"{machine_name()}, {threads} threads"
     if arguments.json:
-        rows = [_row(result) for result in results]
-        print(json.dumps({"machine": machine, "read_gb_per_s": ceiling, "contenders": rows}))
+        told = {
+            "machine": machine,
+            "read_gb_per_s": ceiling,
+            "contenders": [_row(result) for result in results],
+            "dominated": [
+                {"preset": preset.name, "by": other.name} for preset, other in dominated(results)
+            ],
+        }
+        print(json.dumps(told))
     else:
         print(_table(results))
         print(
