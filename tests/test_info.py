@@ -18,10 +18,13 @@ from cli_tool import Capture, Tool
 from conftest import save_tiny
 from scored_bundle import with_scorer
 
+from dash_onnx.cli.common import plans_table
 from dash_onnx.cli.info import main
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path
+from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import MANIFEST_NAME
+from dash_onnx.core.plans import frontier, preset_plans
 from dash_onnx.core.records import to_json
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions
@@ -181,6 +184,47 @@ def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:
     row = next(line for line in shown.splitlines() if line.startswith("layers, MB")).split()
     totals = [sum(layer.bytes[a] for layer in manifest.layers) for a in manifest.actions]
     assert row[2:] == [f"{total / 1e6:.1f}" for total in totals]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
+def test_the_measured_plans_are_shown_with_the_presets_that_run_them(
+    trained: bool, tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tiny_bundle
+    if trained:
+        folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "scored")))
+    manifest = Bundle(folder).manifest
+    chosen = preset_plans(manifest)
+    found = TOOL.json_of(capsys, folder)["plans"]
+    shown = [{key: value for key, value in plan.items() if key != "presets"} for plan in found]
+    assert shown == sorted(shown, key=lambda plan: float(plan["budget"]))
+    for plan in (*frontier(manifest), *chosen.values()):
+        assert json.loads(json.dumps(to_json(plan))) in shown
+    for name, plan in chosen.items():
+        (own,) = [one for one in found if name in one["presets"]]
+        assert (own["budget"], own["kl"], own["head"]) == (plan.budget, plan.kl, plan.head)
+    assert TOOL.run(folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, plan in chosen.items():
+        (row,) = [line for line in lines if name in line.split("  ")[0].split(", ")]
+        cells = [f"{plan.budget:.3f}", f"{plan.kl:.4f}", plan.head, *plan.text.split()]
+        assert row.split()[-len(cells) :] == cells
+    assert ("decided per token" in "\n".join(lines)) == trained
+
+
+def test_of_plans_that_lose_more_than_presets_may_the_slowest_is_shown(tiny_bundle: Path) -> None:
+    manifest = Bundle(tiny_bundle).manifest
+    losses = ((0.5, 2.0), (0.6, 1.0), (0.7, 0.1), (1.0, 0.05))
+    manifest = dataclasses.replace(
+        manifest,
+        static=tuple(StaticPoint(b, "int4", kl, ("int4",) * 4) for b, kl in losses),
+        calibration=dataclasses.replace(manifest.calibration, source="night.txt"),
+    )
+    lines = plans_table(manifest)
+    assert [line.split()[:-4] for line in lines[1:4]] == [[], ["balanced,", "fast"], ["quality"]]
+    assert [line.split()[-4] for line in lines[1:4]] == ["0.600", "0.700", "1.000"]
+    assert "within its loss (quality 0.02, balanced 0.1, fast 0.25 nats)" in lines[5]
+    assert lines[6:] == ["quality: no plan loses so little, so it runs the one that loses least"]
 
 
 def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:

@@ -317,22 +317,37 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
     return other
 
 
-def presets_table(manifest: Manifest) -> list[str]:
-    """What each preset runs, as lines; none where no plan was measured."""
-    from dash_onnx.core.plans import margin_of, preset_plans
+def plans_table(manifest: Manifest) -> list[str]:
+    """The measured plans and which of them each preset runs, as lines; none without any plan.
 
-    plans = preset_plans(manifest)
+    Of those that lose more than every preset may, only the slowest is shown.
+    """
+    from dash_onnx.core.budget import PRESETS
+    from dash_onnx.core.plans import TIE, alternatives, candidates, margin_of
+
+    plans, margin = candidates(manifest), margin_of(manifest)
     if not plans:
         return []
+    limits = {name: kl / margin for name, kl in PRESETS.items()}
+    worse = [plan for plan, names in plans if not names and plan.kl > max(limits.values())]
     rows = [
-        [name, f"{plan.budget:.3f}", f"{plan.kl:.4f}", plan.head, plan.text]
-        for name, plan in plans.items()
+        [", ".join(names), f"{plan.budget:.3f}", f"{plan.kl:.4f}", plan.head, plan.text]
+        for plan, names in plans
+        if plan not in worse[:-1]
     ]
-    margin = margin_of(manifest)
     other = f"; allowing for {margin:g} times that on other text" if margin > 1 else ""
+    promised = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
+    decided = "; decisions per token if they save more" if manifest.scorer is not None else ""
     return [
         *aligned([["preset", "budget", "KL", "head", "layers"], *rows], left=1),
         f"budget: of the time at {manifest.variants[0]}; KL: nats on held-out text{other}",
+        f"a preset runs the fastest plan within its loss ({promised} nats); of paths that take up "
+        f"to {100 * TIE:g} % longer, the one that loses least{decided}",
+        *(
+            f"{name}: no plan loses so little, so it runs the one that loses least"
+            for name, limit in limits.items()
+            if alternatives(limit, manifest) == (None, None)
+        ),
     ]
 
 

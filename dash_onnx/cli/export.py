@@ -17,8 +17,8 @@ from dash_onnx.cli.common import (
     add_log_options,
     add_training_options,
     log_level,
+    plans_table,
     positive,
-    presets_table,
     run,
 )
 from dash_onnx.cli.prepare import prepare_export
@@ -182,7 +182,7 @@ def _export(arguments: argparse.Namespace) -> list[str]:
         facts["check"] = checked and to_json(checked)
         print(json.dumps({"out": str(arguments.out), **facts}))
     else:
-        print(summary(manifest, arguments.out), *presets_table(manifest), sep="\n")
+        print(summary(manifest, arguments.out), *plans_table(manifest), sep="\n")
         if manifest.scorer is not None:
             kept = arguments.model.endswith(".gguf") and not arguments.requantize
             hint = " With --requantize it may gain more." if kept else ""

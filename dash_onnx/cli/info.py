@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.cached import listing, remove
-from dash_onnx.cli.common import Parser, add_json_option, aligned, presets_table, run
+from dash_onnx.cli.common import Parser, add_json_option, aligned, plans_table, run
 from dash_onnx.cli.forecast import forecast
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.contract import SOURCE_FOLDER
@@ -152,6 +152,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from dash_onnx.core.budget import reference_ms
     from dash_onnx.core.bundle import Bundle
     from dash_onnx.core.manifest import MANIFEST_NAME
+    from dash_onnx.core.plans import candidates
 
     manifest = Bundle(arguments.path).manifest
     text = (Path(arguments.path) / MANIFEST_NAME).read_text("utf-8")
@@ -183,6 +184,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "bytes": size,
         "kv_bytes_per_token": manifest.kv_bytes,
         "state_bytes": manifest.state_bytes,
+        "plans": [{**to_json(plan), "presets": names} for plan, names in candidates(manifest)],
     }
     return {**told, **facts}, [
         f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "
@@ -225,11 +227,11 @@ def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:
 def _policy(manifest: Manifest) -> list[str]:
     scorer = manifest.scorer
     if scorer is None:
-        return [*presets_table(manifest), "no policy trained: see dash-train"]
+        return [*plans_table(manifest), "no policy trained: see dash-train"]
     training = scorer.training
     return [
         f"policy: {training.effort} training on {training.tokens} tokens ({training.source})",
-        *presets_table(manifest),
+        *plans_table(manifest),
     ]
 
 

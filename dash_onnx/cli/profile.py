@@ -13,7 +13,7 @@ from dash_onnx.cli.common import (
     add_bundle_argument,
     add_json_option,
     add_threads_option,
-    presets_table,
+    plans_table,
     run,
 )
 
@@ -92,4 +92,4 @@ def _profile(arguments: argparse.Namespace) -> None:
     if manifest.scorer is not None:
         print(f"all decisions of a token   {costs.scorer_ms:8.3f} ms")
     print(f"one graph saves a layer    {costs.join_ms:8.3f} ms")
-    print("\n".join(presets_table(manifest)))
+    print("\n".join(plans_table(manifest)))

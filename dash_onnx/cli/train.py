@@ -17,7 +17,7 @@ from dash_onnx.cli.common import (
     add_training_options,
     aligned,
     log_level,
-    presets_table,
+    plans_table,
     run,
 )
 from dash_onnx.cli.prepare import prepare_export
@@ -123,7 +123,7 @@ def table(manifest: Manifest) -> str:
     training = facts.training
     lines += [
         "",
-        *presets_table(manifest),
+        *plans_table(manifest),
         "",
         f"{training.effort} training on {training.tokens} tokens ({training.source}) in "
         f"{training.seconds:.0f} s; table from {training.held_out_tokens} other tokens",

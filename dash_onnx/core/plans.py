@@ -14,7 +14,7 @@ from dash_onnx.core.actions import Action, Path
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
 from dash_onnx.core.manifest import Manifest
 
-_TIE = 0.03
+TIE = 0.03
 """Share of the time that paired runs do not tell apart. Decisions per token have to be faster by
 more, as they are the less simple plan; of paths that are as fast, the one that loses least is
 taken."""
@@ -78,12 +78,22 @@ def preset_plans(manifest: Manifest) -> dict[str, Plan]:
     return {name: _within(limit / margin_of(manifest), manifest) for name, limit in PRESETS.items()}
 
 
+def candidates(manifest: Manifest) -> list[tuple[Plan, list[str]]]:
+    """The frontier and what presets run, by ascending time, each with the presets that run it."""
+    chosen = preset_plans(manifest)
+    plans = {*frontier(manifest), *chosen.values()}
+    return [
+        (plan, [name for name, own in chosen.items() if own == plan])
+        for plan in sorted(plans, key=lambda plan: (plan.budget, plan.kl))
+    ]
+
+
 def _within(limit: float, manifest: Manifest) -> Plan:
     """The fastest plan that loses at most some nats; of paths as fast, the one that loses least."""
     decisions, path = alternatives(limit, manifest)
     if path is None or (decisions is not None and _rank(decisions) < path.budget):
         return decisions or min(frontier(manifest), key=lambda plan: plan.kl)
-    as_fast = [plan for plan in _fixed(manifest) if plan.budget <= path.budget * (1 + _TIE)]
+    as_fast = [plan for plan in _fixed(manifest) if plan.budget <= path.budget * (1 + TIE)]
     return min(as_fast, key=lambda plan: (plan.kl, plan.budget))
 
 
@@ -128,4 +138,4 @@ def _fixed(manifest: Manifest) -> list[Plan]:
 
 def _rank(plan: Plan) -> float:
     """The time that a plan is compared by."""
-    return plan.budget if plan.path is not None else plan.budget * (1 + _TIE)
+    return plan.budget if plan.path is not None else plan.budget * (1 + TIE)
