@@ -1,4 +1,4 @@
-"""The fused folder: whole or not there, and never older than the policy of its bundle."""
+"""The fused folder: the plan that was asked for, whole or not there, and never an old policy."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 from cli_tool import Capture, Tool
 from scored_bundle import with_scorer
+from test_fused import PLAN, PROMPT, Client, multiplier_at
 
+import dash_onnx
 from dash_onnx.cli.fuse import main as fuse_main
 from dash_onnx.cli.train import main as train_main
-from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.actions import Action
+from dash_onnx.core.budget import presets, scorer_facts
+from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.contract import FUSED_FOLDER
+from dash_onnx.core.facts import StaticPoint
+from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.fused import DATA, FACTS, MODEL
 from dash_onnx.exporters.train.options import PLANS, TrainingPlan
+from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider
 
 FUSE, TRAIN = Tool("dash-fuse", fuse_main), Tool("dash-train", train_main)
 
@@ -44,6 +53,47 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def session(folder: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(folder / MODEL)
+
+
+# What a budget writes
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
+def test_a_preset_writes_its_plan(
+    trained: bool, tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+    if trained:
+        manifest = Bundle(with_scorer(folder)).manifest
+        facts = scorer_facts(manifest)
+        facts = replace(facts, presets=presets(facts.points, facts.margin))
+        replace_manifest(folder, replace(manifest, scorer=facts))
+    else:
+        points: list[tuple[float, Action, float]]
+        points = [(0.5, "int4", 0.1), (0.7, "int8", 0.05), (1.0, "full", 0.01)]
+        static = tuple(StaticPoint(at, "int8", kl, (form,) * 4) for at, form, kl in points)
+        replace_manifest(folder, replace(Bundle(folder).manifest, static=static))
+    model = dash_onnx.load(folder)
+    plans = preset_plans(model.manifest)
+    assert len({plan.path for plan in plans.values()}) == (2 if trained else 3)
+    assert any(plan.path is None for plan in plans.values()) == trained
+    for name, plan in plans.items():
+        out = tmp_path / name
+        assert FUSE.json_of(capsys, folder, out, "--budget", name)["folder"] == str(out)
+        client, sequence = Client(out, model.manifest), model.new_sequence()
+        assert client.facts["path"] == (plan.path and [*plan.path])
+        if plan.path is not None:
+            decider: Decider = FixedPath(plan.path, plan.head)
+        else:
+            assert client.facts["budgets"]["default"] == plan.budget
+            decider = ScoredDecider(sequence, plan.head, multiplier_at(model, plan.budget))
+        ours = sequence.prefill(np.array(PROMPT), plan.path or PLAN[0], plan.head)
+        np.testing.assert_allclose(client(PROMPT)[0][-1], ours, atol=2e-4)
+        for token in range(100, 110):
+            ours, path = sequence.forward(token, decider)
+            theirs, taken = client([token])
+            assert taken in ([], [*path])
+            np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
 
 
 # Damage is told by the client
