@@ -23,7 +23,7 @@ import dash_onnx
 from dash_onnx.cli.report import main
 from dash_onnx.core.actions import Action, path_letters
 from dash_onnx.core.budget import PRESETS, presets, reference_ms, scorer_facts
-from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.train import tables
@@ -377,9 +377,33 @@ def test_json_is_the_data(bundle: Path, ships: Path, capsys: Capture) -> None:
     assert all(math.isfinite(kl) for kl in data["sample"]["runs"][0]["kl"])
 
 
-def test_a_bundle_without_a_scorer_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
-    assert "no policy yet" in refused(capsys, tiny_bundle)
-    assert not (tiny_bundle / "report.html").exists()
+def test_a_bundle_without_a_scorer_shows_its_paths(
+    tiny_bundle: Path, ships: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    html = tmp_path / "r.html"
+    assert run(tiny_bundle, "--html", html) == 0
+    page = Page(html.read_text("utf-8"))
+    assert "Speed against quality" in page.text and "runs one path for all tokens" in page.text
+    for absent in ("Training", "token by token", "dash: decided", "trained"):
+        assert absent not in page.text
+    circles = [attrs["class"] for name, attrs in page.tags if name == "circle"]
+    static = Bundle(tiny_bundle).manifest.static
+    assert circles.count("preset") == 3 and len(circles) == 3 + len(pareto(static))
+    capsys.readouterr()
+    found = json_of(capsys, tiny_bundle)
+    assert found["sample"] is found["training"] is None and found["curve"]["dash"] == []
+    assert {*found["curve"]["uniform"]} == {point.path[0] for point in static}
+    for given in (("--text", ships), ("--budget", "fast")):
+        assert "no policy yet" in refused(capsys, tiny_bundle, *given)
+
+
+def test_a_bundle_without_any_plan_has_no_report(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+    replace_manifest(folder, replace(Bundle(folder).manifest, static=()))
+    assert "no policy yet" in refused(capsys, folder)
+    assert not (folder / "report.html").exists()
 
 
 @pytest.mark.parametrize(

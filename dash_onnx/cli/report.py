@@ -20,8 +20,9 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-report",
-        "Show what the trained policy of a bundle does: speed against quality, the decisions for "
-        "each token of a sample text, training, reliability. Writes one self-contained HTML file.",
+        "Show speed against quality of a bundle, and what its trained policy does: the decisions "
+        "for each token of a sample text, training, reliability. Writes one self-contained HTML "
+        "file.",
         _EXAMPLES,
     )
     add_bundle_argument(parser)
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def _report(arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.core.atomic import check_file, write_text
-    from dash_onnx.core.budget import scorer_facts
+    from dash_onnx.core.errors import PolicyError
     from dash_onnx.core.records import to_json
     from dash_onnx.core.text import read_text
     from dash_onnx.report.page import render
@@ -70,14 +71,22 @@ def _report(arguments: argparse.Namespace) -> None:
 
     given = read_text(arguments.text) if arguments.text else None
     model = dash_onnx.load(arguments.bundle)
-    facts = scorer_facts(model.manifest)
-    budgets = arguments.budget or sorted(facts.presets, key=facts.presets.__getitem__)
+    scorer = model.manifest.scorer
+    if scorer is None and (given is not None or arguments.budget):
+        raise PolicyError(
+            "--text and --budget are for a trained policy, and this bundle has no policy yet: "
+            "train one with dash-train"
+        )
+    presets = scorer.presets if scorer else {}
+    budgets = arguments.budget or sorted(presets, key=presets.__getitem__)
     for budget in budgets:
         model.policy("dash", budget)  # a wrong one is refused before anything runs
     target = arguments.html or arguments.bundle / REPORT_NAME
     if not arguments.json:
         check_file(target)
-    if given is None:
+    if scorer is None:
+        text = None
+    elif given is None:
         text = generated_text(model, arguments.max_tokens)
     else:
         text = given_text(model, given, arguments.max_tokens, arguments.text.name)

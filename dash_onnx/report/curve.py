@@ -53,7 +53,7 @@ class Curve:
     """What `dash`, static and uniform policies reach.
 
     Attributes:
-        dash: the policy table, by ascending cost.
+        dash: the policy table, by ascending cost; empty without a scorer.
         static: the Pareto front of the static assignments, by ascending cost.
         uniform: every layer at one precision, by the precision's name.
         presets: by ascending cost.
@@ -68,12 +68,15 @@ class Curve:
 
 
 def curve(manifest: Manifest) -> Curve:
-    """Reads the curve.
+    """Reads the curve; without a scorer it has paths for all tokens alone.
 
     Raises:
-        PolicyError: the bundle has no scorer.
+        PolicyError: no plan was measured.
     """
-    facts = scorer_facts(manifest)
+    if not preset_plans(manifest):
+        scorer_facts(manifest)  # refuses: there is none
+    facts = manifest.scorer
+    points, static = (facts.points, facts.static) if facts else ((), manifest.static)
 
     def fixed(point: StaticPoint) -> CurvePoint:
         shares = {a: round(point.path.count(a) / len(point.path), 4) for a in manifest.actions}
@@ -81,15 +84,15 @@ def curve(manifest: Manifest) -> Curve:
 
     uniform = {}
     for action in PRECISIONS:
-        same = [point for point in facts.static if set(point.path) == {action}]
+        same = [point for point in static if set(point.path) == {action}]
         # With the LM head that `--policy int8` and the like use, where the search measured it.
         usual = [point for point in same if point.head == manifest.heads[action]]
         if same:
             uniform[action] = fixed(min(usual or same, key=lambda point: point.kl))
     presets = (Preset(name, p.budget, p.kl, p.text) for name, p in preset_plans(manifest).items())
     return Curve(
-        dash=tuple(CurvePoint(p.budget, p.kl, p.head, p.shares, "") for p in facts.points),
-        static=tuple(map(fixed, pareto(facts.static))),
+        dash=tuple(CurvePoint(p.budget, p.kl, p.head, p.shares, "") for p in points),
+        static=tuple(map(fixed, pareto(static))),
         uniform=uniform,
         presets=tuple(sorted(presets, key=lambda preset: preset.cost)),
         verdict=verdict(manifest),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from dash_onnx.core.actions import Action
-from dash_onnx.core.budget import Budget, reference_ms, scorer_facts
+from dash_onnx.core.budget import Budget, reference_ms
 from dash_onnx.core.facts import Costs, LayerFacts, Training
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.version import __version__
@@ -27,9 +27,9 @@ class Report:
         actions: of the bundle, most expensive first.
         full_ms: profiled milliseconds of a token at the highest exported precision.
         curve: speed against quality, from the manifest.
-        sample: a text run under the policy.
+        sample: a text run under the policy; None without a scorer.
         analyses: of `sample.runs`, in order.
-        training: how the scorer came about.
+        training: how the scorer came about; None without one.
         layers: what calibration measured.
         costs: profiled milliseconds.
         provenance: facts on origin by name.
@@ -39,9 +39,9 @@ class Report:
     actions: tuple[Action, ...]
     full_ms: float
     curve: Curve
-    sample: Sample
+    sample: Sample | None
     analyses: tuple[Analysis, ...]
-    training: Training
+    training: Training | None
     layers: tuple[LayerFacts, ...]
     costs: Costs
     provenance: dict[str, str]
@@ -49,35 +49,56 @@ class Report:
 
 def build(
     model: Model,
-    text: SampleText,
+    text: SampleText | None,
     budgets: Sequence[Budget],
     on_run: Callable[[], object] = lambda: None,
 ) -> Report:
     """Measures the sample and gathers the rest from the manifest.
 
+    Args:
+        model: the bundle.
+        text: of the sample; None for a bundle without a scorer.
+        budgets: presets or fractions to run it at.
+        on_run: called after each run.
+
     Raises:
-        PolicyError: no scorer, or a budget that the bundle cannot meet.
+        PolicyError: no plan was measured, or a budget that the bundle cannot meet.
     """
     manifest = model.manifest
-    facts = scorer_facts(manifest)
-    sample = measure(model, text, budgets, on_run)
+    training = manifest.scorer.training if manifest.scorer else None
+    sample = measure(model, text, budgets, on_run) if text else None
+    runs = [(run, sample.tokens) for run in sample.runs] if sample else []
     return Report(
         model=manifest.model.name,
         actions=manifest.actions,
         full_ms=reference_ms(manifest),
         curve=curve(manifest),
         sample=sample,
-        analyses=tuple(analyse(run, sample.tokens, manifest.actions) for run in sample.runs),
-        training=facts.training,
+        analyses=tuple(analyse(run, tokens, manifest.actions) for run, tokens in runs),
+        training=training,
         layers=manifest.layers,
         costs=manifest.costs,
-        provenance=_provenance(manifest, facts.training, sample),
+        provenance=_provenance(manifest, training, sample),
     )
 
 
-def _provenance(manifest: Manifest, training: Training, sample: Sample) -> dict[str, str]:
+def _provenance(
+    manifest: Manifest, training: Training | None, sample: Sample | None
+) -> dict[str, str]:
     model, target, origin = manifest.model, manifest.target, manifest.calibration
     tools = ", ".join(f"{tool} {version}" for tool, version in manifest.export.tools.items())
+    run: dict[str, str] = {}
+    if training:
+        run = {
+            "scorer trained on": f"{training.tokens} tokens, {training.source}; "
+            f"effort {training.effort}, seed {training.seed}, {training.seconds:.0f} s",
+            "curve measured on": f"{training.held_out_tokens} tokens held out of the training",
+        }
+    if sample:
+        run["sample"] = (
+            f"{len(sample.tokens)} tokens, {sample.source}, after {sample.prompt_tokens} "
+            "prefilled ones"
+        )
     return {
         "model": f"{model.name} ({model.architecture}, {model.num_layers} layers, "
         f"hidden size {model.hidden_size}, vocabulary {model.vocab_size})",
@@ -86,11 +107,7 @@ def _provenance(manifest: Manifest, training: Training, sample: Sample) -> dict[
         f"blocks of {target.block_size}",
         "costs profiled on": f"{manifest.costs.machine}, {manifest.costs.threads} threads",
         "layers calibrated on": f"{origin.tokens} tokens, {origin.source}, seed {origin.seed}",
-        "scorer trained on": f"{training.tokens} tokens, {training.source}; "
-        f"effort {training.effort}, seed {training.seed}, {training.seconds:.0f} s",
-        "curve measured on": f"{training.held_out_tokens} tokens held out of the training",
-        "sample": f"{len(sample.tokens)} tokens, {sample.source}, after "
-        f"{sample.prompt_tokens} prefilled ones",
+        **run,
         "exported with": tools,
         "report made with": f"dash-onnx {__version__}, onnxruntime {onnxruntime().__version__}, on "
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
