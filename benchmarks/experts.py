@@ -2,6 +2,9 @@
 
     python benchmarks/experts.py
     python benchmarks/experts.py --shapes lfm2_moe olmoe --rows 1 64 --json
+    python benchmarks/experts.py --shapes lfm2_moe --rows 1 --mapped
+
+`--mapped` also times the experts from their file, as `--memory low` runs those that do not fit.
 
 Weights are random: times do not depend on them. The shapes are those of one layer of
 LFM2-8B-A1B, OLMoE-1B-7B and Qwen3-30B-A3B. Both take turns, with other experts in each round.
@@ -52,44 +55,56 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64], help="(default: 1 64)")
     parser.add_argument("--rounds", type=int, default=30, help="(default: 30)")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--mapped", action="store_true", help="also from the file, unpacked")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     rows = []
     for shape in arguments.shapes:
         for form in FORMS:
-            found = measured(*SHAPES[shape], form, arguments.rows, arguments.rounds)
-            for count, (experts, dense) in found.items():
-                times = {"experts_ms": experts, "dense_ms": dense}
+            kinds = ["experts", "dense", *(["mapped"] if arguments.mapped else [])]
+            found = measured(*SHAPES[shape], form, kinds, arguments.rows, arguments.rounds)
+            for count, medians in found.items():
+                times = {f"{kind}_ms": ms for kind, ms in zip(kinds, medians, strict=True)}
                 rows.append({"shape": shape, "form": form, "rows": count, **times})
     if arguments.json:
         print(json.dumps(rows))
         return
-    head = ["shape", "form", "rows", "experts, ms", "dense, ms"]
+    head = ["shape", "form", "rows", *(f"{kind}, ms" for kind in kinds)]
     cells = [[f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
     print("\n".join(aligned([head, *cells])))
 
 
 def measured(
-    width: int, experts: Experts, form: Action, counts: list[int], rounds: int
-) -> dict[int, tuple[float, float]]:
-    """Median milliseconds of the experts and of the dense MLP, by number of rows."""
+    width: int,
+    experts: Experts,
+    form: Action,
+    kinds: list[str],
+    counts: list[int],
+    rounds: int,
+) -> dict[int, list[float]]:
+    """Median milliseconds of each kind, by number of rows."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        graphs = {
+            name: build(Path(folder), name, width, experts, form) for name in ("experts", "dense")
+        }
         sessions = [
-            create_session(build(Path(folder), name, width, experts, form), "cpu")
-            for name in ("experts", "dense")
+            create_session(graphs[kind], "cpu")
+            if kind in graphs
+            else create_session(graphs["experts"], "cpu", packed=False)
+            for kind in kinds
         ]
         rng = np.random.default_rng(0)
         for count in counts:
-            times: list[list[float]] = [[], []]
+            times: list[list[float]] = [[] for _ in kinds]
             for _ in range(rounds):  # the median passes over the first ones
                 hidden = {"hidden": rng.standard_normal((1, count, width), np.float32)}
                 for session, some in zip(sessions, times, strict=True):
                     started = time.perf_counter()
                     session.run(None, hidden)
                     some.append(1e3 * (time.perf_counter() - started))
-            found[count] = statistics.median(times[0]), statistics.median(times[1])
+            found[count] = [statistics.median(some) for some in times]
     return found
 
 

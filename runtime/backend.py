@@ -58,6 +58,10 @@ class Backend:
         """
         return create_session(graph, self.device)
 
+    def mapped(self, graph: Path) -> Any:
+        """Loads a graph whose weights stay in its file, and only pass through memory; likewise."""
+        return create_session(graph, self.device, packed=False)
+
     def joined(self, graph: bytes, weights: Path) -> Any:
         """Loads a graph of several layers, whose weights lie in a bundle's folder; likewise."""
         return create_session(graph, self.device, weights=weights)

@@ -50,7 +50,8 @@ def load(
             precision, or a preset.
         memory: `high` runs passes of many rows (prompts, batches) in the wide form where it is
             accurate enough: faster, at about one more byte per weight. `low` loads only the
-            policy's own graphs.
+            policy's own graphs; where `preload` finds that a mixture of experts does not fit, its
+            INT8 and INT4 layers stay in their files, and run tens of times slower.
         cuda_graphs: captures each layer and action as a CUDA graph and replays it. Generations on
             several threads then take turns, and other CUDA work of the process must not use the
             default stream.

@@ -22,6 +22,7 @@ MINIMUM: dict[Device, tuple[int, int]] = {"cpu": (1, 32), "cuda": (1, 28)}
 
 _CPU, _GPU = "onnxruntime", "onnxruntime-gpu"
 _WEIGHTS = "session.model_external_initializers_file_folder_path"
+_UNPACKED = "session.disable_prepacking"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOG = logging.getLogger(__name__)
 _pool_lock = threading.Lock()
@@ -192,7 +193,12 @@ def _usable_cores() -> int:
 
 
 def create_session(
-    model: Path | bytes, device: Device, stream: int | None = None, weights: Path | None = None
+    model: Path | bytes,
+    device: Device,
+    stream: int | None = None,
+    weights: Path | None = None,
+    *,
+    packed: bool = True,
 ) -> Any:
     """Loads a graph on the global thread pool.
 
@@ -201,6 +207,8 @@ def create_session(
         device: where it runs.
         stream: address of the CUDA stream that it runs on; None takes one of ORT's own.
         weights: folder of the external data of a serialized graph.
+        packed: let ORT repack the weights, into a copy in memory; else they stay in their file,
+            which it maps, and products are slow.
 
     Raises:
         BundleError: ORT refuses the graph.
@@ -220,6 +228,8 @@ def create_session(
     options.log_severity_level = 3
     if weights is not None:
         options.add_session_config_entry(_WEIGHTS, str(weights))
+    if not packed:
+        options.add_session_config_entry(_UNPACKED, "1")
     provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
     session = object.__new__(ort.InferenceSession)
     # Ours load side by side, those of an app one by one: see `_share_pool`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,8 @@ from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_
 from dash_onnx.runtime.ort import thread_count
 
 Memory = Literal["high", "low"]
-"""`high` loads what makes passes of many rows fast, about a byte more for each weight."""
+"""`high` loads what makes passes of many rows fast, about a byte more for each weight. `low` leaves
+a mixture of experts that memory cannot hold in its files, from which it runs slowly."""
 
 
 class LoadedGraph(NamedTuple):
@@ -57,6 +59,8 @@ class PromptPlan(NamedTuple):
     joined: bool = True
 
 
+_FROM_FILES = frozenset[Form](("int8", "int4"))  # of layers; `full` is cast to FP32, in memory
+_LOG = logging.getLogger(__name__)
 _MANY_BYTES = 64 << 20  # of weights: fewer stay in the caches
 
 Run: TypeAlias = tuple[range, Form]
@@ -75,6 +79,8 @@ class Sessions:
         self.manifest = bundle.manifest
         self.widened = widened_by(self.manifest) if memory == "high" else frozenset[Action]()
         self.backend = backend
+        self._low = memory == "low"
+        self._mapped = frozenset[Form]()  # forms of layers whose weights stay in their files
         dims, facts = bundle.manifest.dims, bundle.manifest.scorer
         self.embed_ports = embed_ports(dims)
         self.head_ports = head_ports(dims)
@@ -94,14 +100,15 @@ class Sessions:
 
     def layer(self, layer: int, form: Form) -> LoadedGraph:
         """One layer in one form."""
-        return self._get(layer_path(layer, form), self.manifest.layer_ports(layer))
+        ports, mapped = self.manifest.layer_ports(layer), form in self._mapped
+        return self._get(layer_path(layer, form), ports, mapped=mapped)
 
     def joined(self, layers: range, form: Form) -> LoadedGraph | None:
         """Consecutive layers as one graph; None where they have to run one by one.
 
         They do where some of them are loaded alone or in another graph, as their weights would be
-        in memory twice; in the wide form, whose passes have rows enough to hide the dispatch; and
-        on devices where joining them has not been measured.
+        in memory twice; in the wide form, whose passes have rows enough to hide the dispatch; where
+        their weights stay in files; and on devices where joining them has not been measured.
         """
         with self._joining:
             loaded = self._joined.get((layers, form))
@@ -115,7 +122,8 @@ class Sessions:
 
     def _joins(self, layers: range, form: Form) -> bool:
         """Whether layers that are not joined yet can be."""
-        possible = len(layers) > 1 and form != WIDE and self.backend.joins
+        slow = form == WIDE or form in self._mapped
+        possible = len(layers) > 1 and not slow and self.backend.joins
         return possible and self.loaded.isdisjoint(_paths(layers, form))
 
     def _join(self, layers: range, form: Form) -> LoadedGraph:
@@ -149,7 +157,7 @@ class Sessions:
             DeviceError: they do not fit the memory.
         """
         heads, runs = self._used(policy, prompt)
-        self._check_memory(self._bytes(heads, runs))
+        self._check_memory(heads, runs)
         loads: list[Callable[[], Any]] = [
             *(partial(self.head, precision) for precision in heads),
             *(partial(self._load, *run) for run in runs),
@@ -196,24 +204,42 @@ class Sessions:
 
     def _bytes(self, heads: Iterable[Form], runs: Iterable[Run]) -> int:
         graphs = [(head_path(form), form) for form in heads]
-        total = sum(self.manifest.graph_bytes(*one) for one in graphs if one[0] not in self._loaded)
+        total = sum(self._held(*one) for one in graphs if one[0] not in self._loaded)
         for layers, form in runs:
             paths = _paths(layers, form)
             if (layers, form) in self._joined:
                 continue
             if not self._joins(layers, form):
                 paths -= self._loaded.keys()
-            total += sum(self.manifest.graph_bytes(path, form) for path in paths)
+            total += sum(self._held(path, form) for path in paths)
         return total
 
-    def _check_memory(self, needed: int) -> None:
+    def _held(self, path: str, form: Form) -> int:
+        """Bytes of memory that the weights of a graph take."""
+        mapped = form in self._mapped and path != head_path(form)
+        return 0 if mapped else self.manifest.graph_bytes(path, form)
+
+    def _check_memory(self, heads: Iterable[Form], runs: Iterable[Run]) -> None:
+        """Refuses what does not fit, unless it is experts that may stay in their files."""
         if self.backend.device != "cpu" or (available := available_bytes()) is None:
             return
+        needed, experts = self._bytes(heads, runs), self.manifest.block.experts is not None
+        if needed > available and experts and self._low:
+            others = self._bytes(heads, [run for run in runs if run[1] not in _FROM_FILES])
+            if others <= available:
+                _LOG.warning(
+                    "the layers need %.1f GB, and %.1f GB of memory are free: they run from their "
+                    "files, tens of times slower, --policy int8 less so than int4",
+                    (needed - others) / 1e9,
+                    (available - others) / 1e9,
+                )
+                self._mapped, needed = _FROM_FILES, others
         if needed > available:
+            slowly = ", or run the experts from their files, slowly (--memory low)"
             raise DeviceError(
                 f"the graphs to load need {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
                 "memory are free: choose a policy that uses fewer (--policy int4), or close other "
-                "programs"
+                f"programs{slowly if experts and not self._low else ''}"
             )
 
     @property
@@ -224,11 +250,11 @@ class Sessions:
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes of the weights of layers and LM heads that are loaded."""
+        """Bytes of memory of the weights of layers and LM heads that are loaded."""
         graphs = [PurePosixPath(path) for path in [*self._loaded]]
         forms = [(str(path), path.stem) for path in graphs if path.stem in (*ACTIONS, WIDE)]
         forms += [(path, form) for layers, form in [*self._joined] for path in _paths(layers, form)]
-        return sum(self.manifest.graph_bytes(path, form) for path, form in forms)
+        return sum(self._held(path, form) for path, form in forms)
 
     def forget(self) -> None:
         """Forgets every session, and frees its memory; each loads again when it is next needed."""
@@ -261,7 +287,13 @@ class Sessions:
             raise BundleError("this model is closed; load the bundle again")
 
     def _get(
-        self, path: str, ports: Ports, remedy: str = "export again", *, scorer: bool = False
+        self,
+        path: str,
+        ports: Ports,
+        remedy: str = "export again",
+        *,
+        scorer: bool = False,
+        mapped: bool = False,
     ) -> LoadedGraph:
         loaded = self._loaded.get(path)
         if loaded is None:
@@ -269,7 +301,12 @@ class Sessions:
                 loaded = self._loaded.get(path)
                 self._check_open()
                 if loaded is None:
-                    session = self.backend.session(self._bundle.verified(path), scorer=scorer)
+                    file = self._bundle.verified(path)
+                    session = (
+                        self.backend.mapped(file)
+                        if mapped
+                        else self.backend.session(file, scorer=scorer)
+                    )
                     loaded = LoadedGraph(session, _ports_of(path, session, ports, remedy))
                     self._loaded[path] = loaded
                     self._check_open()  # it may have been closed while this loaded

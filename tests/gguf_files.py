@@ -108,13 +108,15 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_shortconv_l_cache(config.conv_L_cache)
     elif kind != "gpt_neox":
         writer.add_head_count_kv(config.num_key_value_heads)
-    if kind in ("gpt_oss", "lfm2_moe", "olmoe", "qwen3_moe"):
+    if kind in ("gpt_oss", "lfm2_moe", "olmoe", "qwen2_moe", "qwen3_moe"):
         writer.add_expert_count(
             config.num_local_experts if kind == "gpt_oss" else config.num_experts
         )
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if kind in ("lfm2_moe", "qwen3_moe"):
+    if kind in ("lfm2_moe", "qwen2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if kind == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if kind == "gpt_oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if kind == "lfm2_moe":

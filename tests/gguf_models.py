@@ -84,6 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
     },
+    "hunyuan_v1_dense": {"head_dim": 32, "tie_word_embeddings": True},
     "granite": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 6.0,
@@ -126,6 +127,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 100,
     },
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}},
+    "qwen2_moe": {
+        "num_hidden_layers": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+    },
     "qwen3": {"head_dim": 32},
     "qwen3_5_text": {
         "num_hidden_layers": 3,

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,19 +25,24 @@ from families import (
 )
 from safetensors.torch import load_file, save_file
 
+import dash_onnx
 from dash_onnx.core.actions import Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, layer_path
-from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
+from dash_onnx.core.errors import DashError, DeviceError, SourceError, UnsupportedError
 from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.graphs import build_layer, captured_inputs
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.train.dequantized import DequantizedModel
+from dash_onnx.runtime import sessions
+from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.ort import create_session
 from dash_onnx.runtime.rows import Rows
 
@@ -205,6 +211,67 @@ def test_rows_of_a_batch_choose_their_own_experts(pair: Pair, action: Action) ->
         for got, length in zip(logits, lengths, strict=True):
             wanted = pair.model.logits(ids[: length + step + 1], policy=action)[-1]
             np.testing.assert_allclose(got[0], wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["int8", "int4", "static:int8,skip,int4"])
+def test_a_mixture_that_memory_cannot_hold_runs_from_its_files(
+    pair: Pair, policy: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids, heads = random_ids(40), Bundle(pair.bundle).manifest.files
+    free = 1 + sum(heads[f"head/{form}.onnx.data"].bytes for form in ("int8", "int4"))
+    monkeypatch.setattr(sessions, "available_bytes", lambda: free)
+    with dash_onnx.load(pair.bundle, policy=policy) as model:
+        with pytest.raises(DeviceError, match=r"from their files, slowly \(--memory low\)"):
+            model.preload("")
+    with dash_onnx.load(pair.bundle, policy=policy, memory="low") as model:
+        with pytest.raises(DeviceError, match=r"or close other programs$"):
+            model.preload("full")
+        assert not caplog.records
+        model.preload("")
+        assert "they run from their files, tens of times slower" in caplog.text
+        assert model.loaded_bytes < free and model.bytes_to_load() == 0
+        got = model.logits(ids)
+        for path in model.loaded - {"embed.onnx", *(f"head/{form}.onnx" for form in VARIANTS)}:
+            used = model._sessions._loaded[path].session.get_session_options()
+            if not path.endswith("skip.onnx"):
+                assert used.get_session_config_entry("session.disable_prepacking") == "1"
+    wanted = pair.model.logits(ids, policy=policy)
+    errors = np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
+    # Packed weights in INT8 also round what they multiply, which sends some tokens elsewhere.
+    assert np.median(errors) < 0.03
+
+
+def test_experts_that_run_from_their_file_are_not_in_memory(tmp_path: Path) -> None:
+    family, source = REGISTRY["qwen3_moe"], save_random(tmp_path / "source", QWEN3)
+    weights, config = (one := open_source(str(source), REGISTRY)).weights, one.config
+    spec = family.describe("", config, None)
+    layer, experts, width = family.layer(weights, 0, spec), spec.block.experts, 1 << 15
+    assert layer.mixture is not None and experts is not None
+    mixture = replace(
+        layer.mixture,
+        up=Linear("experts_up", torch.randn(experts.count * 2 * width, 64).half()),
+        down=Linear("experts_down", torch.randn(experts.count * 64, width).half()),
+    )
+    spec = replace(spec, block=replace(spec.block, experts=replace(experts, width=width)))
+    layer, target = replace(layer, mixture=mixture), Target("cpu", "float32", 32, 4)
+    build_layer(tmp_path, 0, layer, spec, target, "int8", {})
+    path, hidden = tmp_path / layer_path(0, "int8"), np.ones((4, 64), np.float32)
+    grown = {}
+    for load in (Backend().mapped, Backend().session):
+        release_memory()
+        before = anonymous_bytes()
+        session = load(path)
+        session.run(["hidden_out"], Runner(spec, "cpu")._feeds_of(session, 0)(0, hidden))
+        grown[load.__name__] = anonymous_bytes() - before
+        del session
+    stored = path.with_suffix(".onnx.data").stat().st_size
+    assert grown["mapped"] < stored / 4 and grown["session"] > stored / 1.5
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process without what it maps from files."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,13 @@ def test_heads_that_cut_blocks_are_rounded_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("gpt_oss", Kind.MXFP4), ("lfm2_moe", Kind.Q8_0), ("qwen3_moe", Kind.Q4_0)]
+    ("family", "kind"),
+    [
+        ("gpt_oss", Kind.MXFP4),
+        ("lfm2_moe", Kind.Q8_0),
+        ("qwen3_moe", Kind.Q4_0),
+        ("qwen2_moe", Kind.Q8_0),
+    ],
 )
 def test_quantized_experts_keep_their_values(family: str, kind: Kind, tmp_path: Path) -> None:
     wanted = write_model(tmp_path / "tiny.gguf", tiny_model(family), kind=kind)
@@ -149,6 +155,26 @@ def test_quantized_experts_keep_their_values(family: str, kind: Kind, tmp_path: 
         assert weights.shape(name) == tuple(value.shape)
         found += ".experts." in name
     assert found >= 2 * 2
+
+
+def test_an_older_file_of_qwen_2_moe_says_less(tmp_path: Path) -> None:
+    """Neither widths of experts, nor that the gate of the shared one is a matrix."""
+    model = tiny_model("qwen2_moe", intermediate_size=128, shared_expert_intermediate_size=128)
+    gate = "model.layers.0.mlp.shared_expert_gate.weight"
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        for key in ("expert_feed_forward_length", "expert_shared_feed_forward_length"):
+            del writer.kv_data[0][f"qwen2moe.{key}"]
+        flat = model.state_dict()[gate][0].numpy()
+        writer.add_tensor("blk.0.ffn_gate_inp_shexp.weight", flat)
+
+    left_out = "blk.0.ffn_gate_inp_shexp.weight"
+    write_model(tmp_path / "tiny.gguf", model, add, without=left_out)
+    source = opened(tmp_path / "tiny.gguf")
+    assert source.config.moe_intermediate_size == 64
+    assert source.config.shared_expert_intermediate_size == 128
+    assert torch.equal(source.weights[gate], model.state_dict()[gate])
+    assert source.weights.shape(gate) == (1, 64)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,15 @@ def split(pattern: str) -> list[pre_tokenizers.PreTokenizer]:
 GPT2 = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 DIGITS = [pre_tokenizers.Digits(individual_digits=True), *GPT2]
 
+HUNYUAN = [
+    pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+    pre_tokenizers.Split(Regex("[一-龥぀-ゟ゠-ヿ]+"), "isolated"),  # noqa: RUF001
+    *split(
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?"
+        "[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+    ),
+]
+
 # As the tokenizer.json of the models has it: (Unicode's form NFC, pieces, whole words need no
 # merges, texts begin with a start token).
 BYTE_LEVEL = {
@@ -78,6 +87,7 @@ BYTE_LEVEL = {
     "glm4": (False, split(LLAMA3), False, False),  # GLM 4
     "llama-bpe": (False, split(LLAMA3), True, True),  # Llama 3
     "qwen35": (True, split(qwen3_5.PRETOKENIZE_REGEX), False, False),
+    "hunyuan-dense": (False, HUNYUAN, False, False),  # as llama.cpp has it
     "qwen2": (True, split(PRETOKENIZE_REGEX), False, False),  # Qwen 2 and 3
 }
 

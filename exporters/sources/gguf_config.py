@@ -25,8 +25,10 @@ MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
     "gptneox": "gpt_neox",
+    "hunyuan-dense": "hunyuan_v1_dense",
     "lfm2moe": "lfm2_moe",
     "mistral3": "ministral3",
+    "qwen2moe": "qwen2_moe",
     "qwen35": "qwen3_5_text",
     "qwen3moe": "qwen3_moe",
 }
@@ -40,7 +42,7 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 # transformers rotates a part of their heads unless told.
 _PARTLY_ROTATED = ("glm4", "gptneox", "qwen35", "stablelm")
-_MIXTURES = ("gpt-oss", "lfm2moe", "olmoe", "qwen3moe")
+_MIXTURES = ("gpt-oss", "lfm2moe", "olmoe", "qwen2moe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
 
 
@@ -343,6 +345,15 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             length = common["max_position_embeddings"]
             original = meta.get("rope.scaling.original_context_length", length)
             return {"original_max_position_embeddings": int(original)}
+        case "qwen2moe":
+            inner = common["intermediate_size"]
+            return {
+                **_mixture(meta),
+                "shared_expert_intermediate_size": int(
+                    meta.get("expert_shared_feed_forward_length", inner)
+                ),
+                "qkv_bias": common["attention_bias"],
+            }
         case "qwen35":
             recurrent = meta.layers("attention.recurrent_layers")
             if not isinstance(recurrent, list):
@@ -373,11 +384,12 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
 
 
 def _mixture(meta: Metadata) -> dict[str, Any]:
+    used, whole = int(meta["expert_used_count"]), int(meta["feed_forward_length"])
+    # OLMoE has one width for all; older files of Qwen 2 MoE leave the share of an expert out.
+    usual = {"olmoe": whole, "qwen2moe": whole // max(used, 1)}.get(meta.architecture)
+    width = meta.get("expert_feed_forward_length", usual)
     return {
         "num_experts": int(meta["expert_count"]),
-        "num_experts_per_tok": int(meta["expert_used_count"]),
-        # OLMoE has one width for all.
-        "moe_intermediate_size": int(
-            meta[f"{'' if meta.architecture == 'olmoe' else 'expert_'}feed_forward_length"]
-        ),
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": int(width or meta["expert_feed_forward_length"]),
     }

@@ -51,6 +51,8 @@ class Layout:
         """A weight, of what is stored of it; of tensors without data it has the shape alone."""
         if name.endswith(_CONVOLUTIONS):
             return parts[0][:, None]
+        if name.endswith(".shared_expert_gate.weight"):  # its only row, `[D]` in older files
+            return parts[0].view(1, -1)
         if self.architecture == "gpt-oss" and ".experts." in name:
             # Rows of gate and up in turn, matrices transposed.
             weight = torch.stack(parts, 2).flatten(1, 2)

@@ -55,6 +55,7 @@ class _Pre:
     """How a byte-level BPE vocabulary was made.
 
     Attributes:
+        first: patterns whose matches are pieces before that, in this order.
         split: pattern whose matches are merged each for itself; None: GPT-2's.
         digits_apart: whether each digit is a piece before that.
         compose: whether text is brought into Unicode's form NFC first.
@@ -62,6 +63,7 @@ class _Pre:
         starts: whether texts begin with the start token where the file does not say.
     """
 
+    first: tuple[str, ...] = ()
     split: str | None = None
     digits_apart: bool = False
     compose: bool = False
@@ -78,6 +80,11 @@ _ONE_DIGIT = _Pre(split=_WORDS.format(digits="", letters=_LETTERS))
 _QWEN2 = replace(_ONE_DIGIT, compose=True)
 _QWEN35 = _Pre(split=_WORDS.format(digits="", letters=_MARKED), compose=True)
 _O200K = _Pre(split=_CASED.format(digits="{1,3}", contraction="(?i:'s|'t|'re|'ve|'m|'ll|'d)?"))
+_HUNYUAN = _Pre(
+    first=(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
+    split=r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 _TEKKEN = _Pre(split=_CASED.format(digits="", contraction=""), whole_words=True, starts=True)
 
 _PRE = {
@@ -94,6 +101,7 @@ _PRE = {
     ),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     "qwen35": _QWEN35,
+    "hunyuan-dense": _HUNYUAN,
     "stablelm2": _ONE_DIGIT,
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
     "tekken": _TEKKEN,
@@ -219,8 +227,8 @@ def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
     steps: list[Any] = []
     if pre.digits_apart:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pre.split is not None:
-        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    patterns = [*pre.first, *([] if pre.split is None else [pre.split])]
+    steps += [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
