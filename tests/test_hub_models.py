@@ -22,6 +22,12 @@ TRAIN = Tool("dash-train", train.main)
 FILES = ["m-Q8_0.gguf", "m-Q4_K_M.gguf", "m-Q4_0.gguf", "mmproj-m-Q4_0.gguf", "README.md"]
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the hub were asked, also where HF_HUB_OFFLINE keeps the tests from it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import huggingface_hub
