@@ -11,6 +11,7 @@ the machine, the versions and the seconds it took. `--quick` writes to build/qui
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -33,7 +34,7 @@ from dash_onnx.runtime.machine import machine_name
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
 OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BUILD / "lines.txt"
-REFERENCE = BUILD / "full"  # what `bundle` makes
+REFERENCE, OUT, QUICK_OUT = BUILD / "full", "benchmarks/results", "build/quick"
 NUMBERS = BUILD / "numbers.txt"  # 2,000 tokens: calibrate what is in full, or timed alone
 PACKAGES = (
     "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai "
@@ -80,17 +81,16 @@ def speed(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def memory(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same policies with `--memory low`. 1 minute."""
-    once = ["--memory", "low", *_amount(replace(size, processes=1, rounds=1))]
-    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *once]
-    return [[*bench, "--skip", "contexts", "--json"]]
+    bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, "--memory", "low"]
+    once = _amount(replace(size, processes=1, rounds=1))
+    return [[*bench, *once, "--skip", "contexts", "--json"]]
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
     """A token and the prompt after some 3,500 tokens. 3 minutes."""
     prompt = BUILD / "long.txt"
-    peers = _peers([peer for peer in a.peer if re.match("genai:.*int4", peer)])
-    ours = ["--policy", "int4", "--policy", "dash@balanced"]
-    bench: Command = ["dash-bench", a.bundle, *ours, *peers]
+    bench: Command = ["dash-bench", a.bundle, "--policy", "int4", "--policy", "dash@balanced"]
+    bench += _peers([peer for peer in a.peer if re.match("genai:.*int4", peer)])
     amount = _amount(replace(size, processes=1))
     return [
         ["sh", "-c", f"seq -s, {size.count_to} > {prompt}"],
@@ -156,7 +156,6 @@ def kept(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
     out, fused, trained = BUILD / name, BUILD / "fused", a.effort != "none"
-    first: Command = ["python", "benchmarks/first_token.py", out, OTHER_FULL]
     graphs = {fused / "int4": ["--policy", "int4"], **({fused / "dash": []} if trained else {})}
     peers = [f"genai:{peer}" for peer in (OTHER_PEERS / "int4", *graphs)]
     if a.other.suffix == ".gguf":
@@ -167,7 +166,7 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
     commands: list[Command] = [
         ["dash-export", a.other, out, *options, "--effort", a.effort, "--overwrite", "--json"],
         *fuse,
-        [*first, "--prompts", a.prompts, "--json"],
+        ["python", "benchmarks/first_token.py", out, OTHER_FULL, "--prompts", a.prompts, "--json"],
         [*bench, "--json"],
     ]
     if a.text:
@@ -176,6 +175,13 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
     if trained:
         commands += [_policies(out, text, size, *losses, reference=OTHER_FULL) for text in a.text]
     return commands
+
+
+def forms(a: argparse.Namespace, size: Size) -> list[Command]:
+    """What the larger model's prompts lose by their form, after `other`. 1 minute a text."""
+    command: Command = ["python", "benchmarks/wide.py", BUILD / "other", "--reference", OTHER_FULL]
+    texts = [word for text in a.text for word in ("--text", text)]
+    return [[*command, *texts, "--windows", str(size.windows), "--json"]]
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -247,9 +253,8 @@ def _peers(peers: list[str]) -> list[str]:
 
 
 def _amount(size: Size) -> list[str]:
-    words = ["--processes", size.processes, "--rounds", size.rounds]
-    words += ["--limit", size.prompts, "--max-tokens", size.new_tokens]
-    return [str(word) for word in words]
+    words = ("--processes", size.processes, "--rounds", size.rounds, "--limit", size.prompts)
+    return [str(word) for word in (*words, "--max-tokens", size.new_tokens)]
 
 
 def _policies(
@@ -273,6 +278,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "other": (other, "other prompts"),
     "other_tasks": (other_tasks, "other task"),
     "kept": (kept, "other prompts"),
+    "forms": (forms, "other text"),
     "guesses": (guesses, "other prompts"),
     "drawn": (drawn, "other prompts"),
     "server": (server, "other"),
@@ -290,8 +296,7 @@ def main() -> None:
         epilog=f"parts, with their time on 2 cores:\n{told}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    some = "(default: all but `scale` and `shapes` whose options are given)"
-    parser.add_argument("parts", nargs="*", metavar="PART", help=some)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="(default: all that can be)")
     parser.add_argument("--bundle", type=_path, metavar="BUNDLE", help="with a trained policy")
     parser.add_argument("--model", type=_path, help="what BUNDLE was exported from")
     parser.add_argument("--peer", action="append", default=[], metavar="KIND:PATH")
@@ -304,8 +309,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="as little as runs: for a first try")
     parser.add_argument("--out", type=_path, help="(default: benchmarks/results, or build/quick)")
     arguments = parser.parse_args()
-    usual = "build/quick" if arguments.quick else "benchmarks/results"
-    arguments.out = arguments.out or ROOT / usual
+    arguments.out = arguments.out or ROOT / (QUICK_OUT if arguments.quick else OUT)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
@@ -316,11 +320,9 @@ def main() -> None:
                 parser.error(f"{name} needs --{lacking[0]}")
             print(f"{name}: left out, it needs --{lacking[0]}", file=sys.stderr)
             continue
+        found = _circumstances(arguments, needs.split())
         commands = part(arguments, QUICK if arguments.quick else Size())
-        found = {
-            **_circumstances(arguments, needs.split()),
-            "commands": [_run(words) for words in commands],
-        }
+        found["commands"] = [_run(words) for words in commands]
         (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
@@ -385,10 +387,8 @@ def _circumstances(arguments: argparse.Namespace, needs: list[str]) -> dict[str,
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found
 
 

@@ -221,6 +221,14 @@ def first_tokens(rows_of: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
+def forms(part: Part) -> str:
+    """KL inside prompts and after them, by text and form of the prompt."""
+    rows = [["text", "prompt in", "KL in the prompt", "KL of `int4` after it"]]
+    for text, by_form in found(part)[0].items():
+        rows += [[text, form, *(f"{kl:.4f}" for kl in by_form[form])] for form in by_form]
+    return table(rows, left=2)
+
+
 def guessed(part: Part) -> str:
     """What guessing tokens brings, by target and kind of prompt."""
     head = ["target", "prompts", "ms per token", "speed", "with the expected text", "accepted"]

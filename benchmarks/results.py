@@ -85,6 +85,7 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
         tables.larger,
         tables.read_speed,
         tables.first_tokens,
+        tables.forms,
         tables.guessed,
         tables.beside_genai,
         tables.drawn,

@@ -20,7 +20,7 @@ import dash_onnx
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
-from dash_onnx.core.text import read_text
+from dash_onnx.core.text import json_lines, read_text
 from dash_onnx.runtime.model import Model
 
 FORMS = "wide", "int8", "int4"
@@ -41,8 +41,7 @@ def main() -> None:
     a = parser.parse_args()
     model, reference = dash_onnx.load(a.bundle), dash_onnx.load(a.reference)
     found = {
-        path.name: measured(model, reference, read_text(path), a.window, a.windows)
-        for path in a.text
+        path.name: measured(model, reference, _text(path), a.window, a.windows) for path in a.text
     }
     if a.json:
         print(json.dumps(found))
@@ -51,6 +50,14 @@ def main() -> None:
     for form in FORMS:
         rows.append([form, *(f"{v:.4f}" for kl in found.values() for v in kl[form])])
     print("\n".join(aligned(rows, left=1)))
+
+
+def _text(path: Path) -> str:
+    """A text as it is, or prompts and their responses one after the other."""
+    if path.suffix != ".jsonl":
+        return read_text(path)
+    records = [record for _, record in json_lines(path) if isinstance(record, dict)]
+    return "\n".join(f"{one.get('prompt', '')}{one.get('response', '')}" for one in records)
 
 
 def measured(
