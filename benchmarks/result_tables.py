@@ -251,6 +251,11 @@ def guessed(part: Part) -> str:
             )
         mean = _mean_of_kinds([by["on"]["ratio"] for kind, by in kinds.items() if kind != "all"])
         rows.append([target, "geometric mean of kinds", "", mean, "", "", "", ""])
+        rows += [
+            [target, row["kind"], "", f"{row['ratio']:.2f}", "", "", "", ""]
+            for row in found(part)[0].get("means", [])
+            if (row["target"], row["speculate"]) == (target, "on")
+        ]
     return table(rows, left=2)
 
 

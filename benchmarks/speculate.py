@@ -7,14 +7,15 @@
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --parallel 4
 
 PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`; its categories are the
-kinds. The tasks that are there without it: questions; to return a source file of 60 lines with one
-change, whole, also with the file as expected text; and JSON with a schema of ten fields, beside the
-same without forced tokens. Each prompt is answered with and without guesses, which of them first
-by turns. The greedy texts are compared token by token; where one first differs, the gap between the
-two best logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder
-answers the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they
-cannot be the same, but must be as likely to the target. With `--parallel` as many answers of a kind
-run at once, and the table has the tokens a second of all of them, their prompts included.
+kinds, whose speeds a geometric mean sums up. The tasks that are there without it: questions; to
+return a source file of 60 lines with a name changed, and one of 150 with one line changed, whole,
+also with the file as expected text; and JSON with a schema of ten fields, beside the same without
+forced tokens. Each prompt is answered with and without guesses, which of them first by turns. The
+greedy texts are compared token by token; where one first differs, the gap between the two best
+logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
+the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they cannot
+be the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
+once, and the table has the tokens a second of all of them, their prompts included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import argparse
 import dataclasses
 import json
 import math
-import re
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -31,29 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speculate_tasks import Task, tasks
 
 import dash_onnx
-from dash_onnx.bench.prompts import PROMPTS
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import json_lines
-from dash_onnx.runtime import grammar
+from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.ort import thread_count
 
 GENAI = {"GenAI": False, "GenAI + ngram": True}  # whether it guesses
-FIELDS = "name surname street town country birthday profession language hobby".split()
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        **{name: {"type": "string", "maxLength": 20} for name in FIELDS},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-    },
-    "required": [*FIELDS, "age"],
-    "additionalProperties": False,
-}
-PEOPLE = ("a sailor from Norway", "a baker in Lyon", "a teacher", "a retired pilot", "a painter")
-SOURCE = "\n".join(Path(grammar.__file__).read_text("utf-8").splitlines()[:60])
+TITLES = {"spec_bench": "Spec-Bench"}  # of files of prompts
 
 Answer = dict[str, Any]
 """To a prompt: `tokens`, how many are `timed` and their `ms` (those of the prompt's pass are not),
@@ -73,7 +63,7 @@ class Asked:
     temperature: float = 0.0
     genai: Peer | None = None
     expected: str = ""
-    grammar: grammar.Grammar | None = None
+    grammar: Grammar | None = None
 
 
 def main() -> None:
@@ -91,7 +81,7 @@ def main() -> None:
         "--max-tokens",
         type=int,
         default=128,
-        help="(default: 128; for editing, what the file takes and 32)",
+        help="(default: 128; for edits, what the file takes and 32)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     parser.add_argument("--parallel", type=int, help="answers at once")
@@ -99,46 +89,47 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    own = {
-        "questions": [*PROMPTS[: arguments.per_kind]],
-        "editing": editing(arguments.per_kind),
-        "JSON": [f"Invent {who}, as JSON." for who in PEOPLE[: arguments.per_kind]],
-    }
-    prompts: dict[str, list[str]] = defaultdict(list, own)
+    own, prompts = tasks(arguments.per_kind), defaultdict[str, list[Task]](list)
     for _, record in json_lines(arguments.prompts) if arguments.prompts else ():
-        kind = record.get("category", "prompt")
-        if len(prompts[kind]) < arguments.per_kind:
-            prompts[kind].append(record["prompt"] if "prompt" in record else record["turns"][0])
+        given = prompts[record.get("category", "prompt")]
+        if len(given) < arguments.per_kind:
+            given.append(Task(record["prompt"] if "prompt" in record else record["turns"][0]))
+    asked_for = {**own, **prompts}
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
     genai = None
     if arguments.genai:
         from dash_onnx_peers.genai import GenAI
 
         genai = GenAI(str(arguments.genai), thread_count()).answer
-    rows = []
+    rows, means = list[dict[str, Any]](), list[dict[str, Any]]()
     for target in arguments.target or ["int8"] if arguments.parallel else ():
         asked = Asked(target, arguments.max_tokens)
-        for kind, texts in prompts.items():
+        for kind, texts in asked_for.items():
             rows.append({"target": target, "kind": kind, **at_once(model, texts, asked, arguments)})
     if arguments.parallel:
         print(json.dumps(rows) if arguments.json else at_once_table(rows))
         return
     for target in arguments.target or ["int8"]:
         asked = Asked(target, arguments.max_tokens, arguments.temperature, genai)
-        by_kind = answered(model, prompts, asked)
+        by_kind = answered(model, asked_for, asked)
         by_kind["all"] = [one for found in by_kind.values() for one in found]
+        here = []
         for kind, found in by_kind.items():
-            rows += [{"target": target, "kind": kind, **summary(found, who)} for who in found[0]]
+            here += [{"target": target, "kind": kind, **summary(found, who)} for who in found[0]]
+        if prompts:
+            name = TITLES.get(arguments.prompts.stem, arguments.prompts.stem)
+            means += mean_of_kinds([row for row in here if row["kind"] in prompts], name)
+        rows += here
         genai = None  # once: it has no target
     if arguments.json:
-        told = {"temperature": arguments.temperature, "rows": rows}
+        told = {"temperature": arguments.temperature, "rows": rows, "means": means}
         print(json.dumps({"model": model.manifest.model.name, **told}))
     else:
-        print(table(rows))
+        print(table(rows, means))
 
 
 def at_once(
-    model: Model, prompts: Sequence[str], asked: Asked, arguments: argparse.Namespace
+    model: Model, prompts: Sequence[Task], asked: Asked, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Tokens a second of answers that share their passes, without and with guesses, in turns."""
     found: dict[str, list[float]] = {"off": [], "on": []}
@@ -151,7 +142,7 @@ def at_once(
                 max_new_tokens=asked.new_tokens,
                 speculate=name == "on",
             )
-            texts = [[{"role": "user", "content": text}] for text in prompts]
+            texts = [[{"role": "user", "content": task.prompt}] for task in prompts]
             started = time.perf_counter()
             answers = model.batch(texts, options=options, parallel=arguments.parallel)
             tokens = sum(answer.generated_tokens for answer in answers)
@@ -162,41 +153,33 @@ def at_once(
 
 def at_once_table(rows: Sequence[dict[str, Any]]) -> str:
     """One line for each target and kind of prompt."""
-    lines = [f"{'target':8} {'kind':16} {'prompts':>7} {'off':>8} {'on':>8} {'speed':>7}"]
+    lines = [f"{'target':8} {'kind':17} {'prompts':>7} {'off':>8} {'on':>8} {'speed':>7}"]
     lines += [
-        f"{row['target']:8} {row['kind']:16} {row['prompts']:7} {row['off']:8.1f} {row['on']:8.1f} "
+        f"{row['target']:8} {row['kind']:17} {row['prompts']:7} {row['off']:8.1f} {row['on']:8.1f} "
         f"{row['ratio']:5.2f} x"
         for row in rows
     ]
     return "\n".join([*lines, "off, on: tokens/s of all answers, without and with guesses"])
 
 
-def editing(count: int) -> list[str]:
-    """Prompts that ask for a file with one change in it, somewhere."""
-    names = [*dict.fromkeys(re.findall(r"\b[A-Za-z_]{6,}\b", SOURCE))]
-    names = names[:: max(len(names) // count, 1)][:count]
-    ask = "Rename `{0}` to `new_{0}` in this file, and print all of it:\n\n```python\n{1}\n```"
-    return [ask.format(name, SOURCE) for name in names]
-
-
 def answered(
-    model: Model, prompts: dict[str, list[str]], asked: Asked
+    model: Model, prompts: dict[str, list[Task]], asked: Asked
 ) -> dict[str, list[dict[str, Answer]]]:
     """By kind of prompt, and by who guesses."""
-    whole = max(400, len(model.text.encode(SOURCE)) + 32)
     model.preload(asked.target)
     found: dict[str, list[dict[str, Answer]]] = {}
     with Phase(asked.target, total=sum(map(len, prompts.values()))) as phase:
-        for kind, texts in prompts.items():
+        for kind, given in prompts.items():
             found[kind] = []
-            for text in texts:
+            for task in given:
                 one = asked
-                if kind == "editing":
-                    one = dataclasses.replace(asked, new_tokens=whole, expected=SOURCE)
-                elif kind == "JSON":
-                    form = grammar.Grammar.json_schema(SCHEMA)
+                if task.expected:
+                    whole = len(model.text.encode(task.expected)) + 32
+                    one = dataclasses.replace(asked, new_tokens=whole, expected=task.expected)
+                elif task.schema:
+                    form = Grammar.json_schema(task.schema)
                     one = dataclasses.replace(asked, new_tokens=400, grammar=form)
-                found[kind].append(answers(model, text, one, seed=len(found[kind])))
+                found[kind].append(answers(model, task.prompt, one, seed=len(found[kind])))
                 phase.update()
     return found
 
@@ -305,10 +288,26 @@ def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def mean_of_kinds(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Of one target's rows, by who guesses: the geometric mean of their speeds."""
+    ratios = defaultdict[str, list[float]](list)
+    for row in rows:
+        ratios[row["speculate"]].append(row["ratio"])
+    return [
+        {
+            "target": rows[0]["target"],
+            "kind": f"{name}, geometric mean",
+            "speculate": who,
+            "ratio": statistics.geometric_mean(found),
+        }
+        for who, found in ratios.items()
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]) -> str:
     """One line for each target, kind of prompt, and who guesses; then where texts differ."""
     lines = [
-        f"{'target':8} {'kind':16} {'guesses':13} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
+        f"{'target':8} {'kind':26} {'guesses':13} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
         f"{'drafted/pass':>13} {'same text':>10} {'nats/token':>16}"
     ]
     for row in rows:
@@ -322,10 +321,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             if row["nats_error"] is not None:
                 drawn += f" +- {row['nats_error']:.3f}"
         lines.append(
-            f"{row['target']:8} {row['kind']:16} {row['speculate']:13} {row['ms_per_token']:8.2f} "
+            f"{row['target']:8} {row['kind']:26} {row['speculate']:13} {row['ms_per_token']:8.2f} "
             f"{row['ratio']:5.2f} x {accepted:>9} {row['drafted_per_pass']:13.2f} {same:>10} "
             f"{drawn:>16}"
         )
+    lines += [
+        f"{row['target']:8} {row['kind']:26} {row['speculate']:13} {'':8} {row['ratio']:5.2f} x"
+        for row in means
+    ]
     for row in rows:
         if row["kind"] != "all":
             lines += [

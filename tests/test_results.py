@@ -40,6 +40,7 @@ GUESSES = {
     "target": "int8", "kind": "editing", "ms_per_token": 12.34, "accepted": 0.6, "prompts": 6,
     "differs": [],
 }  # fmt: skip
+MEAN = {"target": "int8", "kind": "Spec-Bench, geometric mean"}
 DRAWN = {"target": "int8", "kind": "all", "nats_error": 0.02}
 FIRST = {"precision": "int8", "chats": 20, "kl": 0.002, "kl_stderr": 0.0, "kl_max": 0.01}
 PRINTED: dict[str, list[tuple[str, Any]]] = {
@@ -84,6 +85,10 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
                     {**GUESSES, "speculate": "on", "ratio": 1.7, "differs": [{"gap": 0.031}]},
                     {**GUESSES, "speculate": "GenAI", "ms_per_token": 20.0},
                     {**GUESSES, "speculate": "GenAI + ngram", "ms_per_token": 16.0},
+                ],
+                "means": [
+                    {**MEAN, "speculate": "off", "ratio": 1.0},
+                    {**MEAN, "speculate": "on", "ratio": 1.456},
                 ],
             },
         ),
@@ -229,6 +234,7 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| default of `int4`: wide where faster | 0.0020 | 0.0100 | 3 of 20 |",
         "| int8 | editing | 12.3 | 1.70 | - | 60% | 5 of 6 | 0.03 |",
         "| int8 | geometric mean of kinds |  | 1.70 |  |  |  |  |",
+        "| int8 | Spec-Bench, geometric mean |  | 1.46 |  |  |  |  |",
         "| editing | 50 | 62 | 81 | 81 | 1.30 |",  # of ms, not of the ratios beside them
         "| on | 0.799 ± 0.020 | 1.20 |",
         "| qa | 91 | 123 | 1.35 |",
