@@ -259,26 +259,35 @@ def guessed(part: Part) -> str:
     return table(rows, left=2)
 
 
-def beside_genai(part: Part) -> str:
-    """Tokens per second with guesses, ours and GenAI's own, by kind of prompt."""
+_GUESSING = {
+    "GenAI": "GenAI",
+    "GenAI + ngram": "GenAI, speculative",
+    "llama.cpp": "llama.cpp",
+    "llama.cpp + lookup": "llama.cpp, speculative",
+}
+
+
+def beside_peers(part: Part) -> str:
+    """Tokens per second with guesses, ours and those of peers, by kind of prompt."""
     targets = _by_target(found(part)[0])
-    rows = [["prompts", "GenAI", "GenAI, speculative"]]
+    theirs = next(iter(targets.values()))  # they are measured beside the first one alone
+    names = {name: told for name, told in _GUESSING.items() if name in next(iter(theirs.values()))}
+    rows = [["prompts", *names.values()]]
     for target in targets:
         rows[0] += [f"`{target}`", f"`{target}`, speculative", "ratio"]
     ratios: dict[str, list[float]] = {target: [] for target in targets}
-    theirs = next(iter(targets.values()))
     for kind, by in theirs.items():
         if "GenAI" not in by:
             continue
         best = min(by[name]["ms_per_token"] for name in ("GenAI", "GenAI + ngram"))
-        row = [kind, *(f"{1e3 / by[n]['ms_per_token']:.0f}" for n in ("GenAI", "GenAI + ngram"))]
+        row = [kind, *(f"{1e3 / by[n]['ms_per_token']:.0f}" for n in names)]
         for target, kinds in targets.items():
             ours = [kinds[kind][name]["ms_per_token"] for name in ("off", "on")]
             row += [*(f"{1e3 / ms:.0f}" for ms in ours), f"{best / ours[1]:.2f}"]
             ratios[target] += [best / ours[1]] if kind != "all" else []
         rows.append(row)
     means = [word for seen in ratios.values() for word in ("", "", _mean_of_kinds(seen))]
-    return table([*rows, ["geometric mean of kinds", "", "", *means]])
+    return table([*rows, ["geometric mean of kinds", *[""] * len(names), *means]])
 
 
 def _mean_of_kinds(ratios: Sequence[float]) -> str:

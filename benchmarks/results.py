@@ -87,7 +87,7 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
         tables.first_tokens,
         tables.forms,
         tables.guessed,
-        tables.beside_genai,
+        tables.beside_peers,
         tables.drawn,
         tables.at_once,
         tables.clients,

@@ -3,6 +3,7 @@
     python benchmarks/speculate.py out/
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target int4
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --genai build/peers/int8
+    python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --llama-cpp q4_0.gguf
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --temperature 1
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --parallel 4
 
@@ -13,8 +14,9 @@ also with the file as expected text; and JSON with a schema of ten fields, besid
 forced tokens. Each prompt is answered with and without guesses, which of them first by turns. The
 greedy texts are compared token by token; where one first differs, the gap between the two best
 logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
-the same prompts, alone and with its own n-grams. With `--temperature` texts are drawn; they cannot
-be the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
+the same prompts, alone and with its own n-grams; with `--llama-cpp` a GGUF file in llama.cpp, alone
+and with llama-cpp-python's lookup in the text. With `--temperature` texts are drawn; they cannot be
+the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
 once, and the table has the tokens a second of all of them, their prompts included.
 """
 
@@ -25,9 +27,11 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.ort import thread_count
 
-GENAI = {"GenAI": False, "GenAI + ngram": True}  # whether it guesses
+OURS = ("off", "on", "expected")
 TITLES = {"spec_bench": "Spec-Bench"}  # of files of prompts
 
 Answer = dict[str, Any]
@@ -50,8 +54,8 @@ Answer = dict[str, Any]
 `guessed`, `right`, and where it `differs`, or the `nats` per token that a drawn text loses by the
 target."""
 
-Peer = Callable[[list[int], int, bool], tuple[list[int], float]]
-"""Ids of a prompt, tokens at most, whether it guesses: its tokens, and `ms` without the first."""
+Peer = Callable[[list[int], int], tuple[list[int], float]]
+"""Ids of a prompt, tokens at most: its tokens, and `ms` without the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Asked:
     target: str
     new_tokens: int
     temperature: float = 0.0
-    genai: Peer | None = None
+    peers: Sequence[tuple[str, Peer]] = ()
     expected: str = ""
     grammar: Grammar | None = None
 
@@ -86,6 +90,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     parser.add_argument("--parallel", type=int, help="answers at once")
     parser.add_argument("--genai", type=Path, help="a model of GenAI's builder, which answers too")
+    parser.add_argument("--llama-cpp", type=Path, metavar="FILE.gguf", help="likewise")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -96,11 +101,7 @@ def main() -> None:
             given.append(Task(record["prompt"] if "prompt" in record else record["turns"][0]))
     asked_for = {**own, **prompts}
     model = dash_onnx.load(arguments.bundle, threads=arguments.threads)
-    genai = None
-    if arguments.genai:
-        from dash_onnx_peers.genai import GenAI
-
-        genai = GenAI(str(arguments.genai), thread_count()).answer
+    peers = [*peers_of(arguments)]
     rows, means = list[dict[str, Any]](), list[dict[str, Any]]()
     for target in arguments.target or ["int8"] if arguments.parallel else ():
         asked = Asked(target, arguments.max_tokens)
@@ -110,7 +111,7 @@ def main() -> None:
         print(json.dumps(rows) if arguments.json else at_once_table(rows))
         return
     for target in arguments.target or ["int8"]:
-        asked = Asked(target, arguments.max_tokens, arguments.temperature, genai)
+        asked = Asked(target, arguments.max_tokens, arguments.temperature, peers)
         by_kind = answered(model, asked_for, asked)
         by_kind["all"] = [one for found in by_kind.values() for one in found]
         here = []
@@ -120,12 +121,30 @@ def main() -> None:
             name = TITLES.get(arguments.prompts.stem, arguments.prompts.stem)
             means += mean_of_kinds([row for row in here if row["kind"] in prompts], name)
         rows += here
-        genai = None  # once: it has no target
+        peers = []  # once: they have no target
     if arguments.json:
         told = {"temperature": arguments.temperature, "rows": rows, "means": means}
         print(json.dumps({"model": model.manifest.model.name, **told}))
     else:
         print(table(rows, means))
+
+
+def peers_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
+    """Those that are asked for, without their own guesses and with them."""
+    if arguments.genai:
+        from dash_onnx_peers.genai import GenAI
+
+        genai = GenAI(str(arguments.genai), thread_count()).answer
+        yield "GenAI", partial(genai, guesses=False)
+        yield "GenAI + ngram", partial(genai, guesses=True)
+    if arguments.llama_cpp:
+        try:
+            from dash_onnx_peers.llama_cpp import LlamaCpp
+        except ImportError:
+            sys.exit("speculate.py: error: no llama-cpp-python: run `make .venv/.llama-cpp`")
+        llama = LlamaCpp(str(arguments.llama_cpp), thread_count()).answer
+        yield "llama.cpp", partial(llama, guesses=False)
+        yield "llama.cpp + lookup", partial(llama, guesses=True)
 
 
 def at_once(
@@ -226,11 +245,10 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
             one["nats"] = nats(model, before, asked.target, one["tokens"])
         elif asked.grammar is None:
             one["differs"] = difference(model, before, asked.target, alone, one["tokens"])
-    if asked.genai is not None:
-        for name, guessing in GENAI.items():
-            tokens, ms = asked.genai(before, asked.new_tokens, guessing)
-            found[name] = {"tokens": tokens, "timed": len(tokens) - 1, "ms": ms}
-            found[name] |= {"guessed": 0, "right": 0, "differs": None}
+    for name, answer in asked.peers:
+        tokens, ms = answer(before, asked.new_tokens)
+        found[name] = {"tokens": tokens, "timed": len(tokens) - 1, "ms": ms}
+        found[name] |= {"guessed": 0, "right": 0, "differs": None}
     return found
 
 
@@ -307,26 +325,26 @@ def mean_of_kinds(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, A
 def table(rows: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]) -> str:
     """One line for each target, kind of prompt, and who guesses; then where texts differ."""
     lines = [
-        f"{'target':8} {'kind':26} {'guesses':13} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
+        f"{'target':8} {'kind':26} {'guesses':18} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
         f"{'drafted/pass':>13} {'same text':>10} {'nats/token':>16}"
     ]
     for row in rows:
         accepted = "-" if row["accepted"] is None else f"{row['accepted']:.0%}"
         same = f"{row['prompts'] - len(row['differs'])}/{row['prompts']}"
         drawn = "-"
-        if row["speculate"] in GENAI:
+        if row["speculate"] not in OURS:
             same = "-"
         if row["nats"] is not None:
             same, drawn = "-", f"{row['nats']:.3f}"
             if row["nats_error"] is not None:
                 drawn += f" +- {row['nats_error']:.3f}"
         lines.append(
-            f"{row['target']:8} {row['kind']:26} {row['speculate']:13} {row['ms_per_token']:8.2f} "
+            f"{row['target']:8} {row['kind']:26} {row['speculate']:18} {row['ms_per_token']:8.2f} "
             f"{row['ratio']:5.2f} x {accepted:>9} {row['drafted_per_pass']:13.2f} {same:>10} "
             f"{drawn:>16}"
         )
     lines += [
-        f"{row['target']:8} {row['kind']:26} {row['speculate']:13} {'':8} {row['ratio']:5.2f} x"
+        f"{row['target']:8} {row['kind']:26} {row['speculate']:18} {'':8} {row['ratio']:5.2f} x"
         for row in means
     ]
     for row in rows:

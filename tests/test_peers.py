@@ -91,3 +91,28 @@ def test_llama_cpp_computes_the_model_that_the_tests_write_as_gguf(
     assert theirs is not None
     # K/V in FP16.
     assert kl_divergence(log_softmax(wanted), log_softmax(theirs)).max() < 1e-4
+
+
+def test_llama_cpp_draws_the_same_tokens_with_its_lookup_in_fewer_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp", reason="run `make .venv/.llama-cpp`")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from dash_onnx_peers.llama_cpp import LlamaCpp
+
+    path = tmp_path / "tiny.gguf"
+    write_model(path, tiny_model("llama"))
+    peer, passes = LlamaCpp(str(path), 1), list[int]()
+    run = peer._next
+
+    def counted(ids: Any, rows: int = 1) -> Any:
+        passes.append(rows)
+        return run(ids, rows)
+
+    monkeypatch.setattr(peer, "_next", counted)
+    ids = np.random.default_rng(3).integers(2, 300, 10).tolist() * 3
+    alone, _ = peer.answer(ids, 60, guesses=False)
+    assert passes == [1] * len(alone) and len(alone) > 20
+    passes.clear()
+    assert peer.answer(ids, 60, guesses=True)[0] == alone
+    assert max(passes) == 3 and len(passes) < len(alone) < sum(passes)

@@ -193,6 +193,19 @@ def test_the_page_and_the_readme_are_what_the_measurements_give() -> None:
     subprocess.run([sys.executable, FOLDER / "results.py", "--check"], check=True)
 
 
+def test_llama_cpp_stands_beside_genai_where_it_was_measured(
+    results: Any, parts: dict[str, Any]
+) -> None:
+    without, parts = results.page(parts), copy.deepcopy(parts)
+    command = parts["guesses"]["commands"][0]
+    command["command"] += " --llama-cpp q4_0.gguf"
+    for name, ms in (("llama.cpp", 10.0), ("llama.cpp + lookup", 8.0)):
+        command["found"]["rows"] += [{**GUESSES, "speculate": name, "ms_per_token": ms}]
+    page = results.page(parts)
+    assert "| editing | 50 | 62 | 100 | 125 | 81 | 81 | 1.30 |" in page.splitlines()
+    assert "llama.cpp runs Q4_0" in page and "llama.cpp runs Q4_0" not in without
+
+
 def test_no_preset_is_dominated_but_for_known_exceptions(results: Any) -> None:
     found = {}
     for name in ("speed", "other"):
