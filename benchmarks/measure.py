@@ -185,9 +185,10 @@ def forms(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guesses with the larger model beside GenAI's, after `other`. 25 minutes."""
+    """Guesses with the larger model beside those of peers, after `other`. 40 minutes."""
     command = _speculate(a, size.per_kind)
     command += ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
+    command += ["--llama-cpp", OTHER_PEERS / "q4_0.gguf"] if a.other.suffix == ".gguf" else []
     command += ["--max-tokens", str(size.new_tokens)] if size == QUICK else []
     return [PROFILE, [*command, "--json"]]
 
@@ -208,14 +209,13 @@ def _speculate(a: argparse.Namespace, per_kind: int) -> Command:
 
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:
-    """A server with a larger model, beside a `llama-server` on PATH, after `other`. 10 minutes."""
+    """A server with a larger model, beside a `llama-server` on PATH, after `other`. 15 minutes."""
     bench: Command = ["python", "benchmarks/serve.py", BUILD / "other", "--batch"]
     if a.other.suffix == ".gguf" and shutil.which("llama-server"):
         bench += ["--peer", OTHER_PEERS / "q4_0.gguf"]
-    some = ["--clients", "1,4,8,16,32"]
-    if size == QUICK:
-        some = ["--clients", "1,2", "--rounds", "1", "--long", "100", "--max-tokens", "8"]
-    return [PROFILE, [*bench, "--policy", "int4", *some, "--json"]]
+    quick = ["--clients", "1,2", "--rounds", "1", "--long", "100", "--max-tokens", "8"]
+    some = quick if size == QUICK else ["--clients", "1,4,8,16,32"]
+    return [PROFILE, [*bench, "--policy", "int4", "--without-guesses", *some, "--json"]]
 
 
 def scale(_: argparse.Namespace, size: Size) -> list[Command]:

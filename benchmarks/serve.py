@@ -3,6 +3,7 @@
     python benchmarks/serve.py out/
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
     python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # of `serve run`, or of others
+    python benchmarks/serve.py out/ --without-guesses --clients 1,16 --long 0
 
 Each server runs in a process of its own, and clients stream answers from it over HTTP; servers take
 turns, as machines are faster at one time than at another. Two questions: how many tokens a second
@@ -122,6 +123,9 @@ def main() -> None:
         "--llama-server", default="llama-server", metavar="PATH", help="(default: the one on PATH)"
     )
     parser.add_argument("--batch", action="store_true", help="measures Model.batch, too")
+    parser.add_argument(
+        "--without-guesses", action="store_true", help="measures a server that makes none, too"
+    )
     parser.add_argument("--url", help="of a server that runs already, measured too")
     parser.add_argument("--model", help="how that server calls it")
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
@@ -137,7 +141,12 @@ def main() -> None:
     threads = str(arguments.threads)
     command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle), "--threads"]
     command += [threads, "--parallel", str(max(clients)), "--port", "PORT"]
-    commands = {"dash-serve": command}
+    extra = {name: getattr(arguments, name) for name in ("budget", "policy")}
+    extra = {name: value for name, value in extra.items() if value}
+    extras, commands = {"dash-serve": extra}, {"dash-serve": command}
+    if arguments.without_guesses:
+        name = "dash-serve, no guesses"
+        extras[name], commands[name] = {**extra, "speculate": False}, command
     if arguments.peer:
         found_at = shutil.which(arguments.llama_server)
         if found_at is None:
@@ -145,17 +154,14 @@ def main() -> None:
         llama = [found_at, "--model", str(arguments.peer), "--port", "PORT"]
         llama += ["--parallel", str(max(clients)), "--ctx-size", str(4096 * max(clients))]
         commands["llama.cpp"] = [*llama, "--threads", threads, "--threads-batch", threads]
-    extra = {name: getattr(arguments, name) for name in ("budget", "policy")}
-    extra = {name: value for name, value in extra.items() if value}
     found: dict[str, Any] = {}
     if arguments.batch:
         found["Model.batch"] = {"tokens_per_s": _batch_rates(clients, arguments, extra)}
     with contextlib.ExitStack() as stack:
         asked = {
-            name: Server(stack.enter_context(running(command)))
+            name: Server(stack.enter_context(running(command)), extras.get(name, {}))
             for name, command in commands.items()
         }
-        asked["dash-serve"].extra = extra
         if arguments.url:
             model = {"model": arguments.model} if arguments.model else {}
             asked[arguments.url] = Server(arguments.url, model)

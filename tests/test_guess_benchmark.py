@@ -1,7 +1,8 @@
-"""benchmarks/speculate.py: what it asks, and what it says of the answers."""
+"""benchmarks/speculate.py and serve.py: what they ask, and what they say of the answers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -64,3 +65,31 @@ def test_the_mean_is_over_the_kinds_of_the_file_alone(
     product = found["qa", "on"]["ratio"] * found["rag", "on"]["ratio"]
     assert told["means"][1]["ratio"] == pytest.approx(product ** (1 / len(kinds)))
     assert "Spec-Bench, geometric mean on " in speculate.table(told["rows"], told["means"])
+
+
+def test_a_server_without_guesses_takes_turns_with_the_one_that_makes_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import serve
+
+    started, asked = list[Any](), dict[str, Any]()
+
+    def running(command: list[str]) -> Any:
+        started.append(command)
+        return contextlib.nullcontext(f"http://server-{len(started)}")
+
+    async def measured(servers: dict[str, Any], *_: Any) -> dict[str, Any]:
+        asked.update(servers)
+        return {}
+
+    monkeypatch.setattr(serve, "running", running)
+    monkeypatch.setattr(serve, "_measured", measured)
+    words = ["serve.py", "bundle", "--policy", "int4", "--clients", "16"]
+    monkeypatch.setattr(sys, "argv", [*words, "--without-guesses"])
+    serve.main()
+    assert [(name, one.url, one.extra) for name, one in asked.items()] == [
+        ("dash-serve", "http://server-1", {"policy": "int4"}),
+        ("dash-serve, no guesses", "http://server-2", {"policy": "int4", "speculate": False}),
+    ]
+    assert started[0] == started[1]
