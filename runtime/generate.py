@@ -179,7 +179,9 @@ class Generation:
         if self._guesser is None:
             prompt, expected = self._request.ids.tolist(), self._request.expected
             self._guesser = Guesser(prompt, expected, self._ends)
-        self._found, gains = self._guesser.find(learned, self.text, min(self.spare, MOST))
+        asked = self._options.speculate
+        most = MOST if asked is None or asked is True else asked
+        self._found, gains = self._guesser.find(learned, self.text, min(self.spare, most))
         return gains
 
     def next_tokens(self, guesses: int) -> list[int]:

@@ -282,7 +282,8 @@ class Guesser:
             most: tokens.
 
         Returns:
-            The guesses, and the tokens expected of a pass with the first 0, 1, 2, ... of them.
+            The guesses, but no unlikely ones, and the tokens expected of a pass with the first 0,
+            1, 2, ... of them.
         """
         for token in text[len(self._lookup.tokens) :]:
             self._compare(learned, token)
@@ -298,7 +299,7 @@ class Guesser:
             gains.append(gains[-1] + reached)
             if token in self._eos or reached < _LEAST_LIKELY:
                 break
-        return found, gains
+        return found._replace(tokens=found.tokens[: len(gains) - 1]), gains
 
     def _compare(self, learned: Learned, token: int) -> None:
         """Compares what could have been guessed, made or not, with the token that came."""

@@ -15,6 +15,7 @@ from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.guesses import MOST
 from dash_onnx.runtime.sampling import Sampling
 
 LogitsProcessor = Callable[[Sequence[int], Logits], Logits]
@@ -37,7 +38,7 @@ class Options(TypedDict, total=False):
     max_thinking_tokens: int | None
     chat_template_kwargs: Mapping[str, Any] | None
     ignore_eos: bool | None
-    speculate: bool | None
+    speculate: bool | int | None
     expected: str | None
     stop: str | Sequence[str] | None
     grammar: Grammar | None
@@ -72,7 +73,8 @@ class GenerationOptions:
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         speculate: guess tokens from what the text holds already, and check several in one pass,
             where that pays: the same text sooner, up to how kernels round several tokens. It goes
-            with a policy of one path for every token; None does so where it can, on the CPU.
+            with a policy of one path for every token; None does so where it can, on the CPU. A
+            number is that of guesses in one pass at most, 0 to 15.
         expected: text that the answer is likely to contain, as an edited file is before the edit:
             what follows in it is guessed, too.
         stop: strings that end the text; they are not part of it. They do not end thoughts.
@@ -88,7 +90,7 @@ class GenerationOptions:
     max_thinking_tokens: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     ignore_eos: bool = False
-    speculate: bool | None = None
+    speculate: bool | int | None = None
     expected: str = ""
     stop: str | Sequence[str] = ()
     grammar: Grammar | None = None
@@ -114,6 +116,8 @@ class GenerationOptions:
         most = self.max_thinking_tokens
         if most is not None and most < 0:
             raise PolicyError(f"max_thinking_tokens={most} must be at least 0")
+        if self.speculate is not None and not 0 <= self.speculate <= MOST:
+            raise PolicyError(f"speculate={self.speculate} must be in 0..{MOST}")
         if self.logprobs is not None and not 0 <= self.logprobs <= _MOST_LOGPROBS:
             raise PolicyError(f"logprobs={self.logprobs} must be in 0..{_MOST_LOGPROBS}")
 
@@ -165,7 +169,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "policy": ((str, Policy), "a name or a Policy"),
     "budget": ((int, float, str, type(None)), "a number or the name of a preset"),
     "prefill": ((str, type(None)), "the name of a precision"),
-    "speculate": ((bool, type(None)), "True, False or None"),
+    "speculate": ((bool, int, type(None)), f"True, False, None or in 0..{MOST}"),
     "expected": ((str,), "text"),
     "stop": ((str, list, tuple), "text, or a list of texts"),
 }

@@ -223,6 +223,21 @@ def test_guesses_answers_and_a_prompt_share_a_pass(
     assert all(made == 1 for _, made in passes)
 
 
+@pytest.mark.usefixtures("cheap_rows")
+def test_each_answer_has_no_more_guesses_in_a_pass_than_it_asks_for(tiny_model: Model) -> None:
+    chosen = options(policy="full", max_new_tokens=60)
+    own = tiny_model.generate("night", options=chosen, speculate=False)
+    batch, told = tiny_model.new_scheduler(2), [list[Any](), list[Any]()]
+    for most, pieces in zip((1, None), told, strict=True):
+        asked = replace(chosen, expected=own, speculate=most)
+        batch.submit(tiny_model.request("night", pieces.append, asked))
+    while batch.step():
+        pass
+    assert ["".join(chunk.text for chunk in pieces) for pieces in told] == [own, own]
+    most = [max(chunk.guess.tokens for chunk in pieces if chunk.guess) for pieces in told]
+    assert most[0] == 1 < most[1]
+
+
 @settings(max_examples=300)
 @given(
     st.dictionaries(st.integers(0, 11), st.sampled_from(["int8", "int4", "skip"]), min_size=1),

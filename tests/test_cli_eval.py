@@ -250,7 +250,7 @@ def test_help_has_examples(capsys: Capture) -> None:
     ("what", "option"),
     [
         ("task", ("--window", 32)),
-        ("text", ("--no-speculate",)),
+        ("text", ("--speculate", 0)),
     ],
 )
 def test_an_option_of_the_other_kind_of_input_is_refused(

@@ -178,7 +178,7 @@ def test_expected_text_comes_sooner_and_is_the_same(
     tiny_bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     given = (tiny_bundle, PROMPT, "--policy", "full", "--max-tokens", "60", "--ignore-eos")
-    alone = json_of(capsys, *given, "--no-speculate")
+    alone = json_of(capsys, *given, "--speculate", 0)
     assert alone["guessed_tokens"] == 0
     file = tmp_path / "expected.txt"
     file.write_text(alone["text"])

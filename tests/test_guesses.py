@@ -150,10 +150,21 @@ def test_what_is_found_followed_the_longest_match(text: list[int], begin: int) -
         assert found.tokens == text[ends[-1] :][:MOST]
 
 
+def test_an_unlikely_guess_takes_no_row_beside_another_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rate = "dash_onnx.runtime.guesses._Outcomes.rate"
+    monkeypatch.setattr(rate, lambda _, believed: 0.1)
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
+    found, gains = Guesser(text).find(learned(TIMES["0.5B int8"]), text, MOST)
+    assert found and found.tokens == [4, 5] and gains == pytest.approx([1.0, 1.1, 1.11])
+
+
 def test_nothing_is_guessed_after_the_end() -> None:
     guesser = Guesser([1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], eos={6})
     for _ in range(30):
-        _, gains = guesser.find(
+        found, gains = guesser.find(
             learned(TIMES["0.5B int8"]), [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], 9
         )
     assert len(gains) == 3  # of none, of 5, and of 5 and 6
+    assert found and found.tokens == [5, 6]

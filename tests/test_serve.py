@@ -261,7 +261,10 @@ def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
         ).to_dict()["dash"]
 
     assert told(budget="fast")["budget"] < told(budget="quality")["budget"]
-    assert told(policy="int8", speculate=True)["actions"] == {"int8": 1.0}
+    for speculate in (True, 2, 0):
+        assert told(policy="int8", speculate=speculate)["actions"] == {"int8": 1.0}
+    with pytest.raises(openai.BadRequestError, match=r"speculate=16 must be in 0\.\.15"):
+        told(policy="int8", speculate=16)
 
 
 @pytest.mark.parametrize("parts", [False, True])

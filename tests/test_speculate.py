@@ -204,6 +204,22 @@ def test_right_guesses_save_passes(tiny_model: Model) -> None:
     assert (alone, alone.guessed_tokens, alone.right_guesses) == (whole, 0, 0)
 
 
+def test_a_number_is_that_of_guesses_in_a_pass_at_most(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learned, "cost", lambda _, rows, context: 1 + 0.01 * (rows - 1))
+    own = tiny_model.text.decode(tokens(tiny_model, policy="full", speculate=False))
+    alone, most = tokens(tiny_model, policy="full", speculate=False), list[int]()
+    for number in (True, 2, 1, 0):
+        found = steps(tiny_model, policy="full", expected=own, speculate=number)
+        assert [step.token for step in found] == alone
+        most.append(max((step.guess.tokens for step in found if step.guess), default=0))
+    assert most[0] > 2 and most[1:] == [2, 1, 0]
+    for number in (-1, MOST + 1):
+        with pytest.raises(PolicyError, match=rf"speculate={number} must be in 0\.\.15$"):
+            steps(tiny_model, speculate=number)
+
+
 def test_limits_hold_to_the_token(tiny_model: Model) -> None:
     own = expectations(tiny_model, policy="full", max_new_tokens=1000)[1]
     for count in (1, 2, 7):

@@ -75,10 +75,10 @@ def _parser() -> Parser:
         help="windows of --text, or items of --task (default: all)",
     )
     parser.add_argument(
-        "--no-speculate",
-        action="store_true",
-        default=None,
-        help="of --task: guess no tokens where a text is generated, which dash-run does, too",
+        "--speculate",
+        type=int,
+        metavar="N",
+        help="of --task: most guesses a pass where a text is generated, as in dash-run; 0: none",
     )
     return parser
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     of_task = arguments.task is not None  # and be it an empty name
-    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("no_speculate",))
+    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("speculate",))
     for name in foreign:
         if getattr(arguments, name) is not None:
             parser.error(f"--{name.replace('_', '-')} goes with --{other}")
@@ -145,7 +145,7 @@ def _task(arguments: argparse.Namespace) -> None:
         remedy = "in a clone of dash-onnx, `pip install '.[eval]'`"
         raise DashError(f"tasks need lm-evaluation-harness ({error}): {remedy}") from None
     given = arguments.policy, arguments.budget
-    model = DashLM(_load(arguments), *given, speculate=False if arguments.no_speculate else None)
+    model = DashLM(_load(arguments), *given, speculate=arguments.speculate)
     with _quietly():
         found = evaluate_task(model, arguments.task, arguments.limit)
     facts = model.get_model_info()

@@ -129,11 +129,10 @@ def _add_advanced(advanced: Options) -> None:
     )
     add_memory_option(advanced)
     advanced.add_argument(
-        "--no-speculate",
-        dest="speculate",
-        action="store_false",
-        default=None,
-        help="guess no tokens (default: where it changes no text)",
+        "--speculate",
+        type=int,
+        metavar="N",
+        help="most guesses a pass; 0: none (default: what pays)",
     )
     advanced.add_argument(
         "--expected", type=Path, metavar="FILE", help="text that the answer is likely to contain"

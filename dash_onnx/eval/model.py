@@ -49,7 +49,7 @@ class DashLM(TemplateLM):
         budget: Budget | None = None,
         threads: int | None = None,
         max_gen_toks: int = 256,
-        speculate: bool | None = None,
+        speculate: bool | int | None = None,
         batch_size: object = None,
         max_batch_size: object = None,
         device: object = None,

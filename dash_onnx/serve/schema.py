@@ -111,7 +111,7 @@ class Generation(_Object):
     # Ours.
     policy: str = ""
     budget: float | str | None = None
-    speculate: bool | None = None
+    speculate: bool | int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
