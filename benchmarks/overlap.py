@@ -14,12 +14,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import numpy as np
 
 import dash_onnx
-from dash_onnx.core.actions import Path
+from dash_onnx.core.actions import ActionPath
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.runtime.deciders import Decider, PathSequence, ScoredDecider
 from dash_onnx.runtime.model import Model
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=FilePath)
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path)
     parser.add_argument("--budget", default="balanced", help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
@@ -79,12 +79,12 @@ def scored(multiplier: float, head: str) -> Make:
     return lambda sequence: ScoredDecider(sequence, head, multiplier)  # type: ignore[arg-type]
 
 
-def recorded(paths: list[Path], head: str) -> Make:
+def recorded(paths: list[ActionPath], head: str) -> Make:
     """The recorded paths."""
     return lambda _: PathSequence(iter(paths), len(paths[0]), head)  # type: ignore[arg-type]
 
 
-def decoded(model: Model, ids: np.ndarray, head: str, make: Make) -> tuple[float, list[Path]]:
+def decoded(model: Model, ids: np.ndarray, head: str, make: Make) -> tuple[float, list[ActionPath]]:
     """Median milliseconds of a token, and the path of each."""
     sequence = model.new_sequence()
     best = model.manifest.variants[0]

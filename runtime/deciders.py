@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import SKIP, Action, Path, Segment, each_alone, segments_of
+from dash_onnx.core.actions import SKIP, Action, ActionPath, Segment, each_alone, segments_of
 from dash_onnx.core.budget import Controller, scorer_facts
 from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
 from dash_onnx.runtime.backend import AsyncRun
@@ -43,7 +43,7 @@ class Decider(Protocol):
     def after(self, layer: int) -> None:
         """Once that has been called."""
 
-    def end(self) -> Path:
+    def end(self) -> ActionPath:
         """After the last layer; returns the path that was taken."""
 
     def move(self, sequence: SequenceState) -> None:
@@ -53,7 +53,7 @@ class Decider(Protocol):
 class FixedPath:
     """The same path in every pass."""
 
-    def __init__(self, path: Path, head: Action, *, joined: bool = True):
+    def __init__(self, path: ActionPath, head: Action, *, joined: bool = True):
         """Takes the action of each layer, and the precision of the LM head.
 
         Args:
@@ -77,7 +77,7 @@ class FixedPath:
     def after(self, layer: int) -> None:
         """See `Decider`."""
 
-    def end(self) -> Path:
+    def end(self) -> ActionPath:
         """See `Decider`."""
         return self.path
 
@@ -88,7 +88,7 @@ class FixedPath:
 class PathSequence(FixedPath):
     """The next path of a sequence in each pass."""
 
-    def __init__(self, paths: Iterator[Path], layers: int, head: Action):
+    def __init__(self, paths: Iterator[ActionPath], layers: int, head: Action):
         """Takes an endless sequence of paths of some layers, and the precision of the LM head."""
         super().__init__((), head)
         self._paths, self.segments = paths, each_alone(layers)
@@ -181,7 +181,7 @@ class ScoredDecider:
             start, stop = self._segments[point + 1]
             self._decide(start, self._runs[point].result()[start:stop])
 
-    def end(self) -> Path:
+    def end(self) -> ActionPath:
         """See `Decider`."""
         path = tuple(self._path)
         if self._controller is not None:

@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, Path, path_letters
+from dash_onnx.core.actions import Action, ActionPath, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
@@ -113,7 +113,7 @@ class Step(NamedTuple):
     """
 
     tokens: list[int]
-    path: Path
+    path: ActionPath
     guess: Guess | None = None
 
 
@@ -191,7 +191,7 @@ class Generation:
             self._guesses = found.tokens[: max(min(guesses, self.spare), 0)]
         return [self.text[-1], *self._guesses]
 
-    def take(self, logits: Logits, path: Path) -> Step:
+    def take(self, logits: Logits, path: ActionPath) -> Step:
         """Draws from what `next_tokens` led to.
 
         Args:
@@ -268,7 +268,7 @@ class Generation:
             guess = None
 
     def _told(
-        self, token: int, path: Path, ms: float, ahead: int, guess: Guess | None
+        self, token: int, path: ActionPath, ms: float, ahead: int, guess: Guess | None
     ) -> GeneratedToken:
         """Likewise of one, with tokens after it that the sequence has run already."""
         self.count += 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from dash_onnx.core.actions import SKIP, Action, Path
+from dash_onnx.core.actions import SKIP, Action, ActionPath
 from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.forms import form_of, head_form_of
 
@@ -178,7 +178,7 @@ class Learned:
     def __init__(
         self,
         passes: PassCosts | None,
-        path: Path,
+        path: ActionPath,
         head: Action,
         widened: Set[Action],
         reruns: bool = False,

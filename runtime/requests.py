@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
@@ -188,7 +188,7 @@ class Requests:
         path = policy.uniform
         return None if path is None else self._learned(path, policy.head)
 
-    def _learn(self, path: Path, head: Action) -> Learned:
+    def _learn(self, path: ActionPath, head: Action) -> Learned:
         costs, reruns = self._manifest.costs.passes, self._manifest.recurrence is not None
         return Learned(costs, path, head, self._sessions.widened, reruns)
 

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import Path, path_letters
+from dash_onnx.core.actions import ActionPath, path_letters
 from dash_onnx.core.arrays import Logits
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.guesses import Guess
@@ -54,7 +54,7 @@ class GeneratedToken:
     """
 
     token: int
-    path: Path
+    path: ActionPath
     ms: float
     finish_reason: FinishReason | None = None
     guess: Guess | None = None
@@ -82,7 +82,7 @@ class Chunk:
 
     text: str
     token: int
-    path: Path
+    path: ActionPath
     ms: float
     prompt_tokens: int
     generated_tokens: int
@@ -111,5 +111,5 @@ class ScoredToken:
     """
 
     logits: Logits
-    path: Path
+    path: ActionPath
     predicted_kl: npt.NDArray[np.float32] | None = None

@@ -9,7 +9,7 @@ from itertools import accumulate, groupby
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, Path, Segment, each_alone
+from dash_onnx.core.actions import SKIP, Action, ActionPath, Segment, each_alone
 from dash_onnx.core.arrays import Logits
 from dash_onnx.runtime.deciders import Decider
 from dash_onnx.runtime.kv import CAPACITY
@@ -69,7 +69,7 @@ class Rows:
         tokens: Sequence[Sequence[int]],
         deciders: Sequence[Decider],
         wanted: Sequence[int] = (),
-    ) -> tuple[list[Logits], list[Path]]:
+    ) -> tuple[list[Logits], list[ActionPath]]:
         """Runs tokens of some rows.
 
         Args:
@@ -108,7 +108,7 @@ class Rows:
 
     def _alone(
         self, row: int, ids: Sequence[int], decider: Decider, wanted: int
-    ) -> tuple[Logits, Path]:
+    ) -> tuple[Logits, ActionPath]:
         one = ids[0] if len(ids) == 1 else np.array(ids, np.int64)
         logits, path = self.states[row].forward(one, decider, every=wanted > 1)
         logits = logits.reshape(-1, logits.shape[-1])
@@ -133,7 +133,7 @@ class Rows:
 
     def _layers(
         self, together: Part, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
-    ) -> list[Path]:
+    ) -> list[ActionPath]:
         """Runs the layers, in each the rows of the same action together.
 
         Where plans differ in their segments, layers run one by one. If some would be loaded again

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, Form, Path
+from dash_onnx.core.actions import Action, ActionPath, Form
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import head_form_of
@@ -93,7 +93,7 @@ class SequenceState:
 
     def forward(
         self, tokens: int | Ids, decider: Decider, *, every: bool = False
-    ) -> tuple[Logits, Path]:
+    ) -> tuple[Logits, ActionPath]:
         """Runs one token, or several at once that take the same path.
 
         Args:
@@ -111,7 +111,7 @@ class SequenceState:
             path = self.layers(tokens, decider)
             return self.head(decider.head, every=every), path
 
-    def layers(self, tokens: int | Ids, decider: Decider) -> Path:
+    def layers(self, tokens: int | Ids, decider: Decider) -> ActionPath:
         """Does what `forward` does but for the LM head."""
         with self._lock:
             self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
@@ -126,7 +126,7 @@ class SequenceState:
     def prefill(
         self,
         ids: Ids,
-        path: Path,
+        path: ActionPath,
         head: Action,
         widened: frozenset[Action] = frozenset(),
         joined: bool = True,

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dash_onnx.core.actions import ACTIONS, WIDE, Action, Form, Path, segments_of
+from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, segments_of
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
@@ -53,7 +53,7 @@ class PromptPlan(NamedTuple):
         joined: whether its layers may run as one graph; not where a scorer chooses between them.
     """
 
-    path: Path
+    path: ActionPath
     head: Action
     widened: frozenset[Action] = frozenset()
     joined: bool = True

@@ -21,8 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dash_onnx
-from dash_onnx.core.actions import Action
-from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.block import Block
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime import profile

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dash_onnx
-from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.actions import SKIP, Action, ActionPath
 from dash_onnx.core.budget import (
     PRESETS,
     Controller,

@@ -13,8 +13,7 @@ import torch
 from conftest import LLAMA3_ROPE, layer_inputs, logits_of, save_biased, save_tiny
 
 import dash_onnx
-from dash_onnx.core.actions import Action
-from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.policy import PathPolicy
 from dash_onnx.exporters.train.dequantized import DequantizedModel

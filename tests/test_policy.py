@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import VARIANTS
 
-from dash_onnx.core.actions import SKIP, Action, check_action, parse_variants
-from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.actions import SKIP, Action, ActionPath, check_action, parse_variants
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import PathPolicy, RandomPolicy, StaticPolicy, make_policy

@@ -13,7 +13,7 @@ import pytest
 from families import CASES, LAYERS, Pair, random_ids, save_random, write_text
 
 import dash_onnx
-from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.actions import ActionPath
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.export import ExportOptions, export

@@ -23,8 +23,7 @@ from conftest import layer_inputs, save_tiny
 
 import dash_onnx
 from dash_onnx.cli.train import _parser, main
-from dash_onnx.core.actions import Action
-from dash_onnx.core.actions import Path as ActionPath
+from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.budget import OTHER_TEXT, presets
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import CARD_NAME, REPORT_NAME

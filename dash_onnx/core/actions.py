@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from dash_onnx.core.errors import PolicyError
 
 Action: TypeAlias = Literal["skip", "int2", "int4", "int8", "full"]
-Path: TypeAlias = tuple[Action, ...]
+ActionPath: TypeAlias = tuple[Action, ...]
 """All decisions of one token: one action per layer."""
 
 Form: TypeAlias = Literal["skip", "int2", "int4", "int8", "full", "wide"]
@@ -53,7 +53,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-def segments_of(path: Path) -> tuple[Segment, ...]:
+def segments_of(path: ActionPath) -> tuple[Segment, ...]:
     """The longest runs of layers that take the same action."""
     edges = [0, *(i for i in range(1, len(path)) if path[i] != path[i - 1]), len(path)]
     return tuple(starmap(Segment, pairwise(edges)))
@@ -98,6 +98,6 @@ def check_action(name: str, exported: Iterable[str]) -> Action:
     raise PolicyError(f"action {name!r} is not in this bundle; it has {', '.join(exported)}")
 
 
-def path_letters(path: Path) -> str:
+def path_letters(path: ActionPath) -> str:
     """A path as one character per layer."""
     return "".join(LETTERS[action] for action in path)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from dataclasses import replace
 from typing import TypeAlias
 
-from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, Path
+from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, ActionPath
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint
 from dash_onnx.core.manifest import Manifest
@@ -231,7 +231,7 @@ class Controller:
         self._low = min(multipliers) - _REACH - math.log(multiplier)
         self._high = max(multipliers) + _REACH - math.log(multiplier)
 
-    def spent(self, path: Path) -> None:
+    def spent(self, path: ActionPath) -> None:
         """Notes what a token cost."""
         ms = self._costs.token_ms(path, self._head, scored=True)
         owed = self._owed + ms / self._target_ms - 1

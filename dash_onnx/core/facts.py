@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from dash_onnx.core.actions import PRECISIONS, Action, Form, Path, segments_of
+from dash_onnx.core.actions import PRECISIONS, Action, ActionPath, Form, segments_of
 from dash_onnx.core.block import Attention, AttentionForms
 
 _LARGE = 200_000_000  # weights of the layers
@@ -255,7 +255,7 @@ class Costs:
         return [[layer[action] / unit for action in actions] for layer in self.layers_ms]
 
     def token_ms(
-        self, path: Path, head: Action, scored: bool = False, *, joined: bool = True
+        self, path: ActionPath, head: Action, scored: bool = False, *, joined: bool = True
     ) -> float:
         """What one token costs on a path.
 

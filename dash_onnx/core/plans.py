@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
 from dash_onnx.core.manifest import Manifest
 
@@ -38,7 +38,7 @@ class Plan:
     budget: float
     kl: float
     head: Action
-    path: Path | None = None
+    path: ActionPath | None = None
 
     @property
     def text(self) -> str:

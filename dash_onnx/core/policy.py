@@ -11,9 +11,9 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path as FilePath
+from pathlib import Path
 
-from dash_onnx.core.actions import PRECISIONS, SKIP, Action, Path, check_action, path_letters
+from dash_onnx.core.actions import PRECISIONS, SKIP, Action, ActionPath, check_action, path_letters
 from dash_onnx.core.budget import (
     DEFAULT_PRESET,
     Budget,
@@ -52,13 +52,13 @@ class Policy(ABC):
     budget: float | None = None
     kl: float | None = None
 
-    def cost_ms(self, path: Path, costs: Costs) -> float:
+    def cost_ms(self, path: ActionPath, costs: Costs) -> float:
         """Profiled milliseconds of a token on a path that this policy chose."""
         joined = self.uniform is not None
         return costs.token_ms(path, self.head, self.scored, joined=joined)
 
     @property
-    def uniform(self) -> Path | None:
+    def uniform(self) -> ActionPath | None:
         """The path that every token takes, or None when paths differ between tokens."""
         return None
 
@@ -78,7 +78,7 @@ class PathPolicy(Policy):
     """Knows its paths without looking at the token."""
 
     @abstractmethod
-    def paths(self) -> Iterator[Path]:
+    def paths(self) -> Iterator[ActionPath]:
         """A fresh, endless sequence of paths: one per decoded token of one generation."""
 
 
@@ -127,7 +127,7 @@ class StaticPolicy(PathPolicy):
 
     def __init__(
         self,
-        path: Path,
+        path: ActionPath,
         manifest: Manifest,
         name: str = "static",
         head: Action | None = None,
@@ -151,11 +151,11 @@ class StaticPolicy(PathPolicy):
         self.head = head or manifest.heads[path[0] if len(kinds) == 1 else SKIP]
 
     @property
-    def uniform(self) -> Path:
+    def uniform(self) -> ActionPath:
         """See `Policy`."""
         return self._path
 
-    def paths(self) -> Iterator[Path]:
+    def paths(self) -> Iterator[ActionPath]:
         """See `Policy`."""
         return repeat(self._path)
 
@@ -200,7 +200,7 @@ class RandomPolicy(PathPolicy):
             share = max(excess / saved, 0.0) if saved > 0 else 0.0
             self._actions, self._weights = (base, SKIP), [1 - share, share]
 
-    def paths(self) -> Iterator[Path]:
+    def paths(self) -> Iterator[ActionPath]:
         """See `Policy`."""
         rng = random.Random(self._seed)
         running = tuple(action for action in self._actions if action != SKIP)
@@ -301,10 +301,10 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
     return StaticPolicy(best.path, manifest, head=best.head, budget=budget)
 
 
-def _parse_path(text: str, manifest: Manifest) -> Path:
+def _parse_path(text: str, manifest: Manifest) -> ActionPath:
     if text.startswith("@"):
         try:
-            with FilePath(text[1:]).open(encoding="utf-8") as file:
+            with Path(text[1:]).open(encoding="utf-8") as file:
                 content = file.read(_MOST_CHARACTERS + 1)
         except (OSError, ValueError) as error:
             raise PolicyError(f"cannot read the path file {text[1:]}: {error}") from None

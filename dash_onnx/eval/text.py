@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import Action, Path
+from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
@@ -108,7 +108,7 @@ class _Tally:
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self.paths: list[Path] = []  # of each token
+        self.paths: list[ActionPath] = []  # of each token
         self._ms: list[float] = []
         self._nll: list[Floats] = []  # of each window, [window - prompt_tokens - 1]
         self._reference_nll: list[Floats] = []

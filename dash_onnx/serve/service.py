@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector
 from prometheus_client import Counter as Metric
 
-from dash_onnx.core.actions import ACTIONS, Action, Path
+from dash_onnx.core.actions import ACTIONS, Action, ActionPath
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
@@ -191,7 +191,7 @@ class Service:
         whole = reference_ms(manifest)
 
         @lru_cache(_PATHS)
-        def cost(policy: Policy, path: Path) -> float:
+        def cost(policy: Policy, path: ActionPath) -> float:
             return policy.cost_ms(path, manifest.costs) / whole
 
         queue = asyncio.Queue[tuple[int, Chunk] | Exception]()
@@ -295,7 +295,7 @@ class Service:
 
 
 @lru_cache(_PATHS)
-def _counts(path: Path) -> list[tuple[Action, int]]:
+def _counts(path: ActionPath) -> list[tuple[Action, int]]:
     return [*Counter(path).items()]
 
 
