@@ -1,8 +1,8 @@
 """Writes a checkpoint with random weights in the shape of a published model, shard by shard.
 
     python benchmarks/big.py FOLDER --shape lfm2-1.2b --gguf FILE
-    dash-export FOLDER OUT --effort none
-    dash-bench OUT --peer llama.cpp:FILE --skip quality
+    dash-export FOLDER BUNDLE --effort none
+    dash-bench BUNDLE --peer llama.cpp:FILE --skip quality
 
 Speed and memory do not depend on the values of weights, so the last command compares what real
 models of this shape would take. `--gguf` needs llama-cpp-python.

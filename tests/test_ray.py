@@ -73,7 +73,7 @@ def test_a_replica_whose_batch_has_died_is_unhealthy(tiny_bundle: Path) -> None:
 
     checked, shelf = _checked(Ingress)(), Ingress.app.state.service.shelf
     checked.check_health()
-    next(iter(shelf._places.values())).batch.close()
+    next(iter(shelf._served.values())).batch.close()
     with pytest.raises(RuntimeError, match="has died"):
         checked.check_health()
     shelf.close()

@@ -10,13 +10,13 @@ import pytest
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.calibration.openings import OPENINGS, openings
-from dash_onnx.exporters.calibration.self_written import self_written, turns_of, write_text
+from dash_onnx.exporters.calibration.self_written import sample_text, self_written, turns_of
 from dash_onnx.runtime.model import Model
 
 
 def written(bundle: Path, count: int = 5, length: int = 12, seed: int = 3) -> np.ndarray:
     openings = [(token,) for token in range(7, 7 + count)]
-    return write_text(Bundle(bundle), openings, length, np.random.default_rng(seed), "text")
+    return sample_text(Bundle(bundle), openings, length, np.random.default_rng(seed), "text")
 
 
 def test_a_seed_repeats_a_text_and_another_gives_another(tiny_bundle: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_seed_repeats_a_text_and_another_gives_another(tiny_bundle: Path) -> N
 def test_tokens_are_drawn_as_int8_predicts_them(tiny_bundle: Path, tiny_model: Model) -> None:
     """Of many draws after the same token, each token's share is its probability."""
     count = 3000
-    ids = write_text(Bundle(tiny_bundle), [(9,)] * count, 2, np.random.default_rng(0), "text")
+    ids = sample_text(Bundle(tiny_bundle), [(9,)] * count, 2, np.random.default_rng(0), "text")
     logits = tiny_model.logits([9], policy="int8")[0].astype(np.float64)
     wanted = np.exp(logits - logits.max())
     wanted /= wanted.sum()

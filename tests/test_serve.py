@@ -340,7 +340,7 @@ def test_a_bundle_loads_when_it_is_asked_for_and_takes_the_place_of_an_idle_one(
     assert metric(two, "dash_prompt_tokens_reused ") > 0  # by a bundle that is unloaded again
 
 
-def test_a_bundle_in_use_keeps_its_place(
+def test_a_bundle_in_use_stays_loaded(
     tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
@@ -350,20 +350,20 @@ def test_a_bundle_in_use_keeps_its_place(
 
     async def used() -> None:
         shelf = Shelf(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
-        async with shelf.using("one") as place:
+        async with shelf.using("one") as served:
             with pytest.raises(BusyError, match="in use"):
                 async with shelf.using("other"):
                     pass
-            assert shelf.loaded == 1 and place.loaded
+            assert shelf.loaded == 1 and served.loaded
         await asyncio.gather(*(hold(shelf, "other") for _ in range(4)))
-        assert shelf.loaded == 1 and not place.loaded
+        assert shelf.loaded == 1 and not served.loaded
         shelf.close()
         assert shelf.loaded == 0
 
     async def hold(shelf: Shelf, name: str) -> None:
-        async with shelf.using(name) as place:
+        async with shelf.using(name) as served:
             await asyncio.sleep(0.01)
-            assert place.model.bytes_to_load() == 0
+            assert served.model.bytes_to_load() == 0
 
     asyncio.run(used())
     loads = [record for record in caplog.records if "<Model" in record.getMessage()]
@@ -924,8 +924,8 @@ def test_every_request_is_counted_once(server: Server, tiny_model: Model) -> Non
 def test_a_batch_that_has_died_is_no_health(tiny_model: Model) -> None:
     running = Server({"tiny": tiny_model})
     try:
-        (place,) = running.app.state.service.shelf._places.values()
-        place.batch.close()
+        (served,) = running.app.state.service.shelf._served.values()
+        served.batch.close()
         assert httpx.get(f"{running.url}/health").status_code == 503
     finally:
         running.stop()

@@ -33,7 +33,7 @@ from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.events import EventStream
 from dash_onnx.serve.limits import Limits, is_trusted
 from dash_onnx.serve.page import page
-from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, Generation
+from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
 from dash_onnx.serve.shelf import Source
 from dash_onnx.serve.tools import with_tools
@@ -227,7 +227,7 @@ class _Server:
         choices = [Choice(text, []) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
-    async def _body(self, request: Request, kind: type[Generation]) -> Generation:
+    async def _body(self, request: Request, kind: type[GenerationRequest]) -> GenerationRequest:
         self._check_caller(request)
         if self.service.draining:
             raise APIError(503, "the server is shutting down", "shutting_down")
@@ -264,7 +264,7 @@ class _Server:
         name: str,
         prompt: Ids,
         options: GenerationOptions,
-        body: Generation,
+        body: GenerationRequest,
         choices: list[Choice],
     ) -> Response:
         chat = isinstance(body, ChatRequest)

@@ -89,7 +89,7 @@ class BatchThread:
 
     @property
     def reused(self) -> int:
-        """Prompt tokens that a row or a prefix held."""
+        """Prompt tokens that a slot or a prefix held."""
         return self._scheduler.reused
 
     @property

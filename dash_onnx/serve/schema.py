@@ -89,7 +89,7 @@ class Prediction(_Object):
         return "".join(part.text for part in self.content)
 
 
-class Generation(_Object):
+class GenerationRequest(_Object):
     """What both kinds of requests have; unknown fields are ignored, as OpenAI's server does not."""
 
     model_config = ConfigDict(extra="allow")
@@ -157,7 +157,7 @@ class Generation(_Object):
         return None
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """Of /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
@@ -171,7 +171,7 @@ class ChatRequest(Generation):
     chat_template_kwargs: dict[str, Any] = {}
 
     def options(self, most_tokens: int) -> GenerationOptions:
-        """See `Generation`; an effort of `none` turns thoughts off, others are the template's."""
+        """As of any request; an effort of `none` turns thoughts off, others are the template's."""
         most, given = self.max_thinking_tokens, self.chat_template_kwargs
         if self.reasoning_effort == "none":
             most = 0
@@ -183,7 +183,7 @@ class ChatRequest(Generation):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """See `Generation`."""
+        """See `GenerationRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def with_call(self, options: GenerationOptions, codec: TextCodec) -> GenerationOptions:
@@ -227,7 +227,7 @@ class ChatRequest(Generation):
         ]
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """Of /v1/completions: text to continue."""
 
     prompt: str
@@ -235,7 +235,7 @@ class CompletionRequest(Generation):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """See `Generation`."""
+        """See `GenerationRequest`."""
         return self.logprobs
 
 

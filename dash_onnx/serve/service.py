@@ -25,7 +25,7 @@ from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.running import Deliver, Running, until_done
-from dash_onnx.serve.shelf import Place, Shelf, Source
+from dash_onnx.serve.shelf import ServedModel, Shelf, Source
 
 _PATHS = 1 << 10  # of which something is remembered, as most tokens take one of a few
 
@@ -45,7 +45,7 @@ class Metrics:
         actions = Metric("dash_actions", "decisions by action", ["action"], **given)
         self.by_action = {action: actions.labels(action) for action in ACTIONS}
         self.guesses = Metric("dash_guesses", "of speculation", ["outcome"], **given)
-        self.reused = Gauge("dash_prompt_tokens_reused", "that a row or a prefix held", **given)
+        self.reused = Gauge("dash_prompt_tokens_reused", "that a slot or a prefix held", **given)
         self.loaded = Gauge("dash_loaded_bundles", "in memory", **given)
         self.running = Gauge("dash_running", "generations", **given)
         self.waiting = Gauge("dash_waiting", "requests in the queue", **given)
@@ -214,8 +214,8 @@ class Service:
                 async with asyncio.timeout_at(job.until):
                     if index:
                         await needed.enter_async_context(self.slot(further=True))
-                    place = await needed.enter_async_context(self.shelf.using(job.name))
-                    runs[index] = await self._begun(place, job, index, partial(put, index))
+                    served = await needed.enter_async_context(self.shelf.using(job.name))
+                    runs[index] = await self._begun(served, job, index, partial(put, index))
                     needed.callback(runs[index].close)
                     await ended[index].wait()
 
@@ -247,12 +247,12 @@ class Service:
                 task.cancel()
             await until_done(*tasks)
 
-    async def _begun(self, place: Place, job: Job, index: int, put: Deliver) -> Running:
+    async def _begun(self, served: ServedModel, job: Job, index: int, put: Deliver) -> Running:
         """A choice among the others of its bundle."""
-        model, batch, options = place.model, place.batch, job.options
+        model, batch, options = served.model, served.batch, job.options
         assert batch is not None
         policy = model.policy_of(options)
-        await self.shelf.prepare(place, policy)
+        await self.shelf.prepare(served, policy)
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)

@@ -79,8 +79,8 @@ class Source:
         return cls(bundle.manifest, usual, text, model)
 
 
-class Place:
-    """A bundle's place on the shelf.
+class ServedModel:
+    """A bundle that the server offers, loaded or not.
 
     Attributes:
         name: of the bundle.
@@ -103,7 +103,7 @@ class Place:
 
     @property
     def reused(self) -> int:
-        """Prompt tokens that a row or a prefix held."""
+        """Prompt tokens that a slot or a prefix held."""
         return self._reused + (self.batch.reused if self.batch else 0)
 
     @property
@@ -128,7 +128,7 @@ class Place:
             self._text = self.source.text()
         return self._text
 
-    def put(self, model: Model, limits: Limits) -> None:
+    def start(self, model: Model, limits: Limits) -> None:
         """Loads what the model's policy uses, and begins to run."""
         try:
             model.preload(model.policy())
@@ -141,8 +141,8 @@ class Place:
             raise
         self._text, self._model = model.text, model
 
-    def take(self) -> Callable[[], None]:
-        """Empties the place at once; the result frees what was in it, which takes a token."""
+    def unload(self) -> Callable[[], None]:
+        """Lets go of the model at once; the result frees its memory, which takes a token."""
         batch, model = self.batch, self._model
         self._reused = self.reused
         self.batch, self._model = None, None
@@ -174,93 +174,93 @@ class Shelf:
         Raises:
             DashError: a bundle cannot be loaded.
         """
-        self._places = {name: Place(name, source) for name, source in bundles.items()}
+        self._served = {name: ServedModel(name, source) for name, source in bundles.items()}
         self._limits, self._closed = limits, False
         self._lock = asyncio.Lock()  # of loading: each asks what the others take
         for name, source in bundles.items():
             if source.loaded or limits.memory_bytes is None:
                 model = source.open()
-                self._places[name].put(model, limits)
+                self._served[name].start(model, limits)
                 _LOG.info("%s: %r", name, model)
 
     @property
     def names(self) -> list[str]:
         """Of the bundles."""
-        return list(self._places)
+        return list(self._served)
 
     async def text(self, name: str) -> TextCodec:
         """Tokenizer and template of a bundle, loaded or not."""
-        return await asyncio.to_thread(self._places[name].text)
+        return await asyncio.to_thread(self._served[name].text)
 
     def manifest(self, name: str) -> Manifest:
         """Of a bundle, loaded or not."""
-        return self._places[name].source.manifest
+        return self._served[name].source.manifest
 
     def policy(self, name: str) -> Policy:
         """Of a bundle's requests that name none."""
-        return self._places[name].source.policy
+        return self._served[name].source.policy
 
     @property
     def alive(self) -> bool:
         """Whether all that is loaded runs."""
-        return all(place.batch.alive for place in self._places.values() if place.batch)
+        return all(served.batch.alive for served in self._served.values() if served.batch)
 
     @property
     def loaded(self) -> int:
         """How many are."""
-        return sum(place.loaded for place in self._places.values())
+        return sum(served.loaded for served in self._served.values())
 
     @property
     def reused(self) -> int:
-        """Prompt tokens that a row or a prefix held."""
-        return sum(place.reused for place in self._places.values())
+        """Prompt tokens that a slot or a prefix held."""
+        return sum(served.reused for served in self._served.values())
 
     @contextlib.asynccontextmanager
-    async def using(self, name: str) -> AsyncIterator[Place]:
+    async def using(self, name: str) -> AsyncIterator[ServedModel]:
         """A bundle that is loaded and stays so meanwhile.
 
         Raises:
             BusyError: its memory is in use by other bundles.
             DashError: it cannot be loaded.
         """
-        place = self._places[name]
-        place.users += 1
+        served = self._served[name]
+        served.users += 1
         try:
-            if not place.loaded:
-                if place.loading is None or place.loading.done():
-                    place.loading = asyncio.create_task(self._load(name, place))
-                await asyncio.shield(place.loading)  # others may wait for it, too
-            yield place
+            if not served.loaded:
+                if served.loading is None or served.loading.done():
+                    served.loading = asyncio.create_task(self._load(name, served))
+                await asyncio.shield(served.loading)  # others may wait for it, too
+            yield served
         finally:
-            place.users -= 1
-            place.used = time.monotonic()
+            served.users -= 1
+            served.used = time.monotonic()
 
-    async def prepare(self, place: Place, policy: Policy | None) -> None:
+    async def prepare(self, served: ServedModel, policy: Policy | None) -> None:
         """Loads what a request needs before it runs: no answer in progress waits for it.
 
         Args:
-            place: of its bundle, in use.
+            served: its bundle, in use.
             policy: of the request; None loads nothing.
 
         Raises:
             BusyError: its memory is in use by other bundles.
             DashError: it cannot be loaded.
         """
-        if policy is None or not place.model.bytes_to_load(policy):
+        if policy is None or not served.model.bytes_to_load(policy):
             return
         async with self._lock:
-            needed = place.model.bytes_to_load(policy)
-            await self._make_room(f"{policy.name} of {place.name}", needed, place.bytes)
-            await asyncio.to_thread(place.model.preload, policy)
+            needed = served.model.bytes_to_load(policy)
+            await self._make_room(f"{policy.name} of {served.name}", needed, served.bytes)
+            await asyncio.to_thread(served.model.preload, policy)
 
-    async def _load(self, name: str, place: Place) -> None:
+    async def _load(self, name: str, served: ServedModel) -> None:
         async with self._lock:
             started = time.monotonic()
-            model = await asyncio.to_thread(place.source.open)
+            model = await asyncio.to_thread(served.source.open)
             await self._make_room(name, model.bytes_to_load())
-            await asyncio.to_thread(place.put, model, self._limits)
+            await asyncio.to_thread(served.start, model, self._limits)
             if self._closed:
-                await asyncio.to_thread(place.take())
+                await asyncio.to_thread(served.unload())
         _LOG.info("%s: %r in %.1f s", name, model, time.monotonic() - started)
 
     async def _make_room(self, name: str, needed: int, held: int = 0) -> None:
@@ -274,8 +274,8 @@ class Shelf:
                 f"{name} needs {needed / 1e6:.0f} MB, more than the {(most - held) / 1e6:.0f} that "
                 f"--max-weights-mb leaves for it; {remedy}start with more"
             )
-        while needed + (taken := sum(place.bytes for place in self._places.values())) > most:
-            idle = {n: one for n, one in self._places.items() if one.loaded and not one.users}
+        while needed + (taken := sum(served.bytes for served in self._served.values())) > most:
+            idle = {n: one for n, one in self._served.items() if one.loaded and not one.users}
             if not idle:
                 raise BusyError(
                     f"{name} needs {needed / 1e6:.0f} MB, and bundles in use leave "
@@ -283,14 +283,14 @@ class Shelf:
                 )
             oldest = min(idle, key=lambda name: idle[name].used)
             _LOG.info("%s: unloaded, %s needs its memory", oldest, name)
-            await asyncio.to_thread(idle[oldest].take())
+            await asyncio.to_thread(idle[oldest].unload())
 
     def close(self) -> None:
         """Ends the threads; what runs ends after its next token."""
         self._closed = True
-        for name, place in self._places.items():
+        for name, served in self._served.items():
             try:
-                place.take()()
+                served.unload()()
             except Exception:
                 _LOG.exception("%s: not closed cleanly", name)
 

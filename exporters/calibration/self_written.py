@@ -95,10 +95,10 @@ def self_written(
     openings: list[tuple[int, ...]] = []
     for number, token in enumerate(generator.integers(words, size=sequences)):
         openings.append(turns.first if turns and number % 2 == 0 else (int(token),))
-    return write_text(bundle, openings, length, generator, label, turns)
+    return sample_text(bundle, openings, length, generator, label, turns)
 
 
-def write_text(
+def sample_text(
     bundle: Bundle,
     openings: Sequence[tuple[int, ...]],
     length: int,

@@ -13,7 +13,7 @@ from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.draw import Ids, draw
 from dash_onnx.exporters.calibration.openings import openings
 from dash_onnx.exporters.calibration.records import plain
-from dash_onnx.exporters.calibration.self_written import write_text
+from dash_onnx.exporters.calibration.self_written import sample_text
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
 from dash_onnx.exporters.sources import Source
 
@@ -91,7 +91,7 @@ def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequ
     length = min(LENGTH, bundle.manifest.model.max_length)
     encode = _encoder(source, add_special_tokens=True)
     begun = openings(encode, sequences, length, generator)
-    return write_text(bundle, begun, length, generator, "calibration text")
+    return sample_text(bundle, begun, length, generator, "calibration text")
 
 
 def _encoder(source: Source, *, add_special_tokens: bool) -> Callable[[str], Ids]:
