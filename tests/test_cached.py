@@ -7,9 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cli_tool import Tool
 
 from dash_onnx.cli import cached, info, run, train
 from dash_onnx.cli.cached import bundle_of, entries, listing, model_name, remove
-from dash_onnx.core.atomic import waiting_lock
+from dash_onnx.core.atomic import TRAINING, locked, waiting_lock
 from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.exporters import export as export_package
@@ -84,13 +84,9 @@ def test_a_model_is_exported_once_and_again_where_it_changed(
 def test_two_at_once_make_one(
     model: Path, exports: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(bundle_of(model))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(exports) == 1 and found[0] == found[1]
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(bundle_of, [model, model])
+    assert len(exports) == 1 and one == other
     assert "waiting for it" in caplog.text
 
 
@@ -165,13 +161,18 @@ def test_dash_train_takes_a_model_as_dash_run_does(
     assert len(exports) == 1  # what is wrong is told before an export
 
 
-def test_a_training_counts_and_goes_with_its_bundle(
-    model: Path, cache: Path, exports: list[str]
+def test_a_training_counts_and_goes_with_its_bundle_but_not_while_it_runs(
+    model: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     folder, size = Path(bundle_of(model)), entries()[0].bytes
-    (state := cache / f".{folder.name}.training").mkdir()
-    (state / "state.pt").write_bytes(bytes(1000))
-    assert entries()[0].bytes == size + 1000
+    with locked(folder, TRAINING) as state:
+        (state / "state.pt").write_bytes(bytes(1000))
+        assert entries()[0].bytes == size + 1000
+        assert f"another process is training {folder}" in INFO.refused(capsys, "--remove", model)
+        monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
+        os.utime(model / "config.json", ns=(1, 1))
+        assert bundle_of(model) != folder and len(entries()) == 2
+        assert (folder / MANIFEST_NAME).is_file() and (state / "state.pt").is_file()
     remove(str(folder))
     assert not state.exists() and not folder.exists()
 
@@ -286,15 +287,14 @@ def test_what_another_process_is_exporting_is_left_alone(
     model: Path,
     tiny_folder: Path,
     tools: Tools,
-    cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
     partial = interrupt(tools, model)
     name = partial.name[1 : -len(".partial")]
-    locked = partial / "lock" if lock == "the partial's" else cache / f".{name}.lock"
-    with waiting_lock(locked, lambda: None):
+    beside = partial.with_name(f".{name}.lock")
+    with waiting_lock(partial / "lock" if lock == "the partial's" else beside, lambda: None):
         assert "another process is" in INFO.refused(capsys, "--remove", model)
         monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
         bundle_of(shutil.copytree(tiny_folder, tmp_path / "other"))

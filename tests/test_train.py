@@ -24,6 +24,7 @@ from conftest import layer_inputs, save_tiny
 import dash_onnx
 from dash_onnx.cli.train import _parser, main
 from dash_onnx.core.actions import Action, ActionPath
+from dash_onnx.core.atomic import TRAINING, discard
 from dash_onnx.core.budget import OTHER_TEXT, presets
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import CARD_NAME, REPORT_NAME
@@ -507,6 +508,22 @@ def test_another_seed_gives_another_scorer(untrained: Path, trainer: Trainer) ->
 
 
 # All or nothing
+
+
+def test_a_bundle_is_trained_by_one_process_at_a_time(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(_: Trainer) -> None:
+        with pytest.raises(BundleError, match="another process is training"):
+            train(bundle, OPTIONS)
+        with pytest.raises(BundleError, match="another process is training"):
+            discard(bundle, TRAINING)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dash_onnx.exporters.train.train.learn", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        train(bundle, OPTIONS)
+    assert os.listdir(bundle.parent) == ["out"]
 
 
 def headless(bundle: Bundle, _: object) -> Costs:

@@ -114,7 +114,7 @@ def remove(name: str) -> list[Entry]:
 
     Raises:
         SourceError: there is none.
-        BundleError: another process is exporting it.
+        BundleError: another process is exporting or training it.
     """
     source, path = _source(name) or name, Path(name)
     found = [
@@ -247,18 +247,17 @@ def _remove(entry: Entry) -> None:
     """Removes all that belongs to an entry.
 
     Raises:
-        BundleError: another process is exporting it.
+        BundleError: another process is exporting or training it.
     """
 
     def refuse() -> None:
         raise BundleError(f"another process is exporting {entry.source}: wait for it, or stop it")
 
     with waiting_lock(_lock(entry.folder), refuse):
-        for name in (PARTIAL, WRITING):
+        for name in _WORKSPACES:
             discard(entry.folder, name)
         (entry.folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half a bundle is none
-        for folder in (entry.folder, workspace_of(entry.folder, TRAINING)):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(entry.folder, ignore_errors=True)
         _note(entry.folder).unlink(missing_ok=True)
 
 

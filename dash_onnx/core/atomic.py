@@ -142,8 +142,8 @@ def workspace(
         BundleError: see `check_destination`; or another process is at it.
     """
     check_destination(folder, overwrite, marker)
-    folder, space = folder.resolve(), workspace_of(folder, name)
-    with _locked(space, folder):
+    folder = folder.resolve()
+    with locked(folder, name) as space:
         kept = False
         try:
             if (space / OLD).is_dir() and not folder.exists():  # killed between two renames
@@ -156,9 +156,8 @@ def workspace(
             kept = keep(space)
             raise
         finally:
-            if not kept:  # the lock last: until then no other process takes the folder
+            if not kept:
                 clear(space)
-                _remove(space)
 
 
 def discard(folder: Path, name: str) -> None:
@@ -171,11 +170,9 @@ def discard(folder: Path, name: str) -> None:
     Raises:
         BundleError: a living process is at it.
     """
-    space = workspace_of(folder, name)
-    if space.is_dir():
-        with _locked(space, folder):
+    if workspace_of(folder, name).is_dir():
+        with locked(folder, name) as space:
             clear(space)
-            _remove(space)
 
 
 def clear(space: Path) -> None:
@@ -200,8 +197,19 @@ def _move(space: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(space: Path, folder: Path) -> Iterator[None]:
-    """Makes a workspace, and holds a lock that ends with the process."""
+def locked(folder: Path, name: str) -> Iterator[Path]:
+    """Yields the workspace of a folder, locked; an empty one is gone afterwards.
+
+    The lock ends with the process.
+
+    Args:
+        folder: that the workspace is beside.
+        name: see `workspace`.
+
+    Raises:
+        BundleError: another process has it, or it cannot be made.
+    """
+    space = workspace_of(folder, name)
     path = space / _LOCK
     while True:
         try:
@@ -215,11 +223,17 @@ def _locked(space: Path, folder: Path) -> Iterator[None]:
             try:
                 _lock(lock)
             except OSError:
+                doing = "training" if name == TRAINING else "writing"
                 raise BundleError(
-                    f"another process is writing {folder}; wait for it or choose another folder"
+                    f"another process is {doing} {folder}: wait for it, or stop it"
                 ) from None
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                yield
+                try:
+                    yield space
+                finally:
+                    with suppress(OSError):  # Windows keeps what is open
+                        path.unlink()  # last: until then no other process takes the folder
+                        space.rmdir()  # unless it holds more, or another process has it already
                 return
 
 
@@ -259,10 +273,3 @@ def _lock(file: IO[str]) -> None:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _remove(space: Path) -> None:
-    """Removes a workspace that is empty but for its lock; Windows keeps what is open."""
-    with suppress(OSError):
-        (space / _LOCK).unlink()
-        space.rmdir()  # unless another process has it already

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dash_onnx.core.atomic import TRAINING, new_file, workspace_of
+from dash_onnx.core.atomic import TRAINING, clear, new_file, workspace_of
 from dash_onnx.core.errors import DashError, first_line
 
 _NAME = "state.pt"
@@ -65,5 +64,6 @@ class Checkpoint:
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        """Training is done."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Training is done; who holds the folder's lock removes the folder."""
+        if self._folder.is_dir():
+            clear(self._folder)

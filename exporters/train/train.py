@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dash_onnx.core.atomic import check_destination, writing
+from dash_onnx.core.atomic import TRAINING, check_destination, locked, writing
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.card import write_card
 from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
@@ -36,12 +36,13 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
         The bundle's new manifest.
 
     Raises:
-        DashError: the bundle or the calibration text cannot be used.
+        DashError: the bundle or the calibration text cannot be used, or another process is
+            training the bundle.
     """
     bundle = Bundle(folder)
     check_device(bundle.manifest.target.device)  # the costs are measured there
     check_destination(bundle.folder, overwrite=True)
-    with torch_device(options.device):
+    with locked(bundle.folder, TRAINING), torch_device(options.device):
         trainer = Trainer(bundle, options)
         learn(trainer)
         with writing(bundle.folder, overwrite=True) as trained:
