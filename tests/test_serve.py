@@ -94,7 +94,7 @@ def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def server(scored: Model, tiny_model: Model) -> Iterator[Server]:
-    running = Server({"scored": scored, "tiny": tiny_model}, Limits(running=2, most_tokens=200))
+    running = Server({"scored": scored, "tiny": tiny_model}, Limits(parallel=2, most_tokens=200))
     yield running
     running.stop()
 
@@ -165,7 +165,7 @@ def test_several_choices_and_a_seed(client: openai.OpenAI) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(running=2, waiting=1))
+    running = Server({"tiny": tiny_model}, Limits(parallel=2, waiting=1))
     messages = [{"role": "user", "content": "the keeper counts the ships that pass " * 4}]
     options: Any = {"model": "tiny", "messages": messages, "max_tokens": 12, "n": 4}
     options["extra_body"] = {**OURS, "response_format": NO_END}
@@ -190,7 +190,7 @@ def test_choices_run_together_on_one_run_of_the_prompt(tiny_model: Model) -> Non
 def test_choices_wait_for_each_other_and_no_request_for_ever(
     running: int, speculate: bool, tiny_model: Model
 ) -> None:
-    server = Server({"tiny": tiny_model}, Limits(running=running, waiting=4, seconds=20))
+    server = Server({"tiny": tiny_model}, Limits(parallel=running, waiting=4, seconds=20))
     body = {
         "prompt": "the keeper",
         "max_tokens": 6,
@@ -215,7 +215,7 @@ def test_choices_wait_for_each_other_and_no_request_for_ever(
 
 @pytest.mark.usefixtures("slow")
 def test_a_client_that_leaves_ends_choices_that_wait(tiny_model: Model) -> None:
-    server = Server({"tiny": tiny_model}, Limits(running=1, seconds=20))
+    server = Server({"tiny": tiny_model}, Limits(parallel=1, seconds=20))
     body = {"prompt": "the keeper", "max_tokens": 60, "n": 4, "response_format": NO_END, **OURS}
     try:
         with pytest.raises(httpx.ReadTimeout):
@@ -231,7 +231,7 @@ def test_a_client_that_leaves_ends_choices_that_wait(tiny_model: Model) -> None:
 def test_a_choice_that_fails_ends_its_request(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = Server({"tiny": tiny_model}, Limits(running=2))
+    running = Server({"tiny": tiny_model}, Limits(parallel=2))
     body = {"prompt": "the keeper", "max_tokens": 30, "n": 3, "temperature": 1, "seed": 1}
     begun: list[int] = []
     request = Model.request
@@ -453,7 +453,7 @@ def test_an_answer_that_takes_too_long_ends_in_words(tiny_model: Model, stream: 
 
 
 def test_a_reader_that_is_too_slow_loses_its_place(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(seconds=5, running=1))
+    running = Server({"tiny": tiny_model}, Limits(seconds=5, parallel=1))
     running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     body = {"messages": MESSAGES, "max_tokens": 230, "stream": True, "logprobs": True}
     content = json.dumps({**body, "top_logprobs": 20, "response_format": NO_END}).encode()
@@ -501,7 +501,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -
         await asyncio.Event().wait()
 
     async def cancelled(speculate: Any) -> None:
-        service = Service({"tiny": Source.of_model(tiny_model)}, Limits(running=1))
+        service = Service({"tiny": Source.of_model(tiny_model)}, Limits(parallel=1))
         prompt = tiny_model.text.encode("the keeper")
         options = GenerationOptions(policy="int8", max_new_tokens=200, speculate=speculate)
         chunks = service.generate(Job("tiny", prompt, options, [Tally(), Tally()]), stays())
@@ -522,7 +522,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -
 
 @pytest.mark.usefixtures("slow")
 def test_all_choices_of_a_request_share_its_time(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(running=1, seconds=0.4))
+    running = Server({"tiny": tiny_model}, Limits(parallel=1, seconds=0.4))
     body = {"prompt": "the keeper", "max_tokens": 12, "n": 3}
     try:
         answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
@@ -533,7 +533,7 @@ def test_all_choices_of_a_request_share_its_time(tiny_model: Model) -> None:
 
 @pytest.mark.usefixtures("slow")
 def test_a_client_that_leaves_the_queue_gives_up_its_place(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(running=1, waiting=1))
+    running = Server({"tiny": tiny_model}, Limits(parallel=1, waiting=1))
     body = {"prompt": "the keeper", "max_tokens": 200, "stream": True}
     try:
         with httpx.stream("POST", f"{running.url}/v1/completions", json=body) as first:
@@ -640,7 +640,7 @@ def test_answers_at_once_are_those_alone(client: openai.OpenAI, tiny_model: Mode
 def test_a_greedy_answer_is_the_same_alone_and_among_seven_others(
     tiny_model: Model, scored: Model
 ) -> None:
-    running = Server({"tiny": tiny_model, "scored": scored}, Limits(running=8))
+    running = Server({"tiny": tiny_model, "scored": scored}, Limits(parallel=8))
     client = running.client()
 
     def ask(model: str, number: int, ours: dict[str, Any]) -> list[str]:
@@ -678,7 +678,7 @@ def test_the_event_loop_wakes_once_for_the_tokens_of_a_step(
         return call(loop, *given, **options)
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counted)
-    running = Server({"tiny": tiny_model}, Limits(running=rows))
+    running = Server({"tiny": tiny_model}, Limits(parallel=rows))
     body = {"prompt": "the keeper", "max_tokens": tokens, "response_format": NO_END, **OURS}
     try:
         with ThreadPoolExecutor(rows) as pool:
@@ -693,7 +693,7 @@ def test_the_event_loop_wakes_once_for_the_tokens_of_a_step(
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model: Model) -> None:
-    server = Server({"tiny": tiny_model}, Limits(running=1, waiting=1))
+    server = Server({"tiny": tiny_model}, Limits(parallel=1, waiting=1))
     try:
         body = {"messages": MESSAGES, "max_tokens": 200}
 

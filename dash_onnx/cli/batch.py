@@ -41,7 +41,7 @@ def run_batch(
     lines: list[tuple[Any, str | list[Any]]],
     options: GenerationOptions,
     *,
-    rows: int,
+    parallel: int,
     raw: bool,
     system: str | None,
 ) -> None:
@@ -51,7 +51,7 @@ def run_batch(
         model: loaded.
         lines: what `read_batch` found.
         options: of all of them.
-        rows: how many run at once.
+        parallel: how many run at once.
         raw: prompts are text to continue, not messages.
         system: message before each chat.
 
@@ -86,7 +86,7 @@ def run_batch(
         }
         print(json.dumps(facts), flush=True)
 
-    model.batch(prompts, options=options, parallel=rows, on_done=on_done)
+    model.batch(prompts, options=options, parallel=parallel, on_done=on_done)
     seconds = time.perf_counter() - started
     print(
         f"[{len(lines)} answers, {tokens} tokens, {tokens / seconds:.1f} tokens/s]",

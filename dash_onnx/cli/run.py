@@ -209,7 +209,7 @@ def _run(arguments: argparse.Namespace) -> None:
             model,
             lines,
             options,
-            rows=arguments.parallel,
+            parallel=arguments.parallel,
             raw=arguments.raw,
             system=arguments.system,
         )

@@ -151,7 +151,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         sha256=arguments.sha256,
     )
     limits = Limits(
-        running=arguments.parallel,
+        parallel=arguments.parallel,
         waiting=arguments.waiting,
         most_tokens=arguments.max_tokens,
         seconds=arguments.timeout,

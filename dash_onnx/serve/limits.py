@@ -34,7 +34,7 @@ class Limits:
     """What the server takes on.
 
     Attributes:
-        running: generations at once, which share their passes.
+        parallel: generations at once, which share their passes.
         waiting: further requests that wait for one of them to end.
         most_tokens: of an answer.
         most_prompt_tokens: of a prompt; None: as many as the context holds.
@@ -45,7 +45,7 @@ class Limits:
         memory_bytes: of weights that may be loaded at once, where bundles load on demand.
     """
 
-    running: int = 8
+    parallel: int = 8
     waiting: int = 32
     most_tokens: int = 4096
     most_prompt_tokens: int | None = None

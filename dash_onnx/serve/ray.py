@@ -25,7 +25,7 @@ class Arguments(BaseModel):
         policy: of requests that name none.
         budget: likewise.
         api_key_file: on every node; clients must send what it holds. None: no key is asked for.
-        running: answers at once in a replica.
+        parallel: answers at once in a replica.
         waiting: further requests there before one is refused.
         threads: of a replica, which asks the cluster for as many cores.
         replicas: how many, or the least where `most_replicas` allows more.
@@ -41,7 +41,7 @@ class Arguments(BaseModel):
     policy: str = ""
     budget: str | None = None
     api_key_file: str | None = None
-    running: int = 8
+    parallel: int = 8
     waiting: int = 32
     threads: int = 2
     replicas: int = 1
@@ -66,14 +66,14 @@ def app(given: Arguments | dict[str, Any]) -> serve.Application:
             "autoscaling_config": {
                 "min_replicas": arguments.replicas,
                 "max_replicas": arguments.most_replicas,
-                "target_ongoing_requests": arguments.running,
+                "target_ongoing_requests": arguments.parallel,
             }
         }
     if arguments.sessions:
         options["request_router_config"] = {"request_router_class": _BY_SESSION}
     deployment = serve.deployment(
         name="dash",
-        max_ongoing_requests=arguments.running + arguments.waiting,
+        max_ongoing_requests=arguments.parallel + arguments.waiting,
         ray_actor_options={"num_cpus": arguments.threads},
         health_check_period_s=10,
         graceful_shutdown_timeout_s=600,
@@ -106,7 +106,7 @@ def replica(arguments: Arguments) -> Starlette:
         policy=arguments.policy,
         budget=arguments.budget,
     )
-    limits = Limits(running=arguments.running, waiting=arguments.waiting)
+    limits = Limits(parallel=arguments.parallel, waiting=arguments.waiting)
     key = (
         None if arguments.api_key_file is None else read_text(Path(arguments.api_key_file)).strip()
     )

@@ -141,7 +141,7 @@ class Service:
         """Takes bundles by name."""
         self.shelf, self.limits, self.metrics = Shelf(bundles, limits), limits, Metrics()
         self.draining, self.requests = False, 0
-        self._slots = asyncio.Semaphore(limits.running)
+        self._slots = asyncio.Semaphore(limits.parallel)
         self._waiting = 0
 
     @contextlib.asynccontextmanager

@@ -135,7 +135,7 @@ class ServedModel:
             store = None
             if limits.prefix_bytes:
                 store = PrefixStore(model.manifest, limits.prefix_bytes, limits.prefix_folder)
-            self.batch = BatchThread(model.new_scheduler(limits.running, store))
+            self.batch = BatchThread(model.new_scheduler(limits.parallel, store))
         except BaseException:
             self._close(model)
             raise
