@@ -62,6 +62,7 @@ def build(
         DashError: a step refuses; the steps before it have left a bundle that runs.
     """
     asked, training = training, training if has_device(options.device) else None
+    typed = shlex.quote(str(out))  # as a command has it in a shell
     manifest = export(
         model,
         out,
@@ -69,7 +70,7 @@ def build(
         opened=lambda facts, resolved: _announce(facts, resolved, training, check != "none"),
     )
     if training is not None:
-        _LOG.info('%s can answer now: dash-run %s "Hello!"; training the policy', out, _typed(out))
+        _LOG.info('%s can answer now: dash-run %s "Hello!"; training the policy', out, typed)
     checked = _checked(model, out, options, check)
     if training is not None:
         manifest = train(out, training)
@@ -77,7 +78,7 @@ def build(
         _LOG.warning(
             "no %s device here, so no policy was trained: run `dash-train %s` on a machine "
             "with one",
-            *(options.device, _typed(out)),
+            *(options.device, typed),
         )
     if fused is not None:
         fuse(Bundle(out), out / FUSED_FOLDER, fused, overwrite=True)
@@ -112,8 +113,3 @@ def _checked(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> 
     source = open_source(model, REGISTRY, options.requantize, options.revision)
     with Phase("check", total=1):
         return check(source, Bundle(out), kind)
-
-
-def _typed(path: Path) -> str:
-    """As a command has it in a shell."""
-    return shlex.quote(str(path))

@@ -54,24 +54,14 @@ class Requests:
         self._learned = functools.lru_cache(_TARGETS)(self._learn)
 
     def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
-        """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
-
-        Args:
-            policy: a name or a `Policy`; None or empty uses the policy that the model was loaded
-                with.
-            budget: fraction of the reference's time per token or a preset; likewise.
-        """
+        """See `Model.policy`."""
         if not policy:
             policy = self._default[0]
             budget = self._default[1] if budget is None else budget
         return make_policy(policy, self._manifest, budget)
 
     def policy_of(self, options: GenerationOptions) -> Policy:
-        """The policy of a generation.
-
-        Raises:
-            PolicyError: the bundle cannot do it, or not with guesses, and they are asked for.
-        """
+        """See `Model.policy_of`."""
         policy = self.policy(options.policy, options.budget)
         if options.speculate and policy.uniform is None:
             raise PolicyError(

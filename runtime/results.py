@@ -62,35 +62,21 @@ class GeneratedToken:
     thinking: bool = False
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of generated text.
+@dataclass(frozen=True, kw_only=True)
+class Chunk(GeneratedToken):
+    """A piece of generated text, with the token that completed it: see `GeneratedToken`.
 
     Attributes:
         text: of the answer; may be empty while a character or a stop string is incomplete.
-        token: id of the token that completed it.
-        path: the action of each layer for that token.
-        ms: wall time of that token in milliseconds.
+        reasoning: text of the thoughts, without their tags.
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated so far.
-        finish_reason: set on the last chunk.
-        guess: see `GeneratedToken`.
-        logprobs: likewise.
-        thinking: likewise.
-        reasoning: text of the thoughts, without their tags.
     """
 
     text: str
-    token: int
-    path: ActionPath
-    ms: float
+    reasoning: str = ""
     prompt_tokens: int
     generated_tokens: int
-    finish_reason: FinishReason | None = None
-    guess: Guess | None = None
-    logprobs: Logprobs | None = None
-    thinking: bool = False
-    reasoning: str = ""
 
     def __repr__(self) -> str:
         end = f", {self.finish_reason}" if self.finish_reason else ""

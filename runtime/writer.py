@@ -44,8 +44,14 @@ class TextWriter:
             self._held = held[len(reasoning) :]
         else:
             text, reason = self._answer(held, reason)
-        told = step.token, step.path, step.ms, self._prompt_tokens, self._count, reason
-        return Chunk(text, *told, step.guess, step.logprobs, step.thinking, reasoning)
+        told = step.token, step.path, step.ms, reason, step.guess, step.logprobs, step.thinking
+        return Chunk(
+            *told,
+            text=text,
+            reasoning=reasoning,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._count,
+        )
 
     def _answer(self, held: str, reason: FinishReason | None) -> tuple[str, FinishReason | None]:
         """What of the text cannot become a stop string, and whether one ends it."""

@@ -110,7 +110,7 @@ def scored(manifest: Manifest, int8_ms: float) -> Manifest:
 
 
 def chunk(action: Action) -> Chunk:
-    return Chunk("x", 100, (action,) * 4, 1.0, 1, 1)
+    return Chunk(100, (action,) * 4, 1.0, text="x", prompt_tokens=1, generated_tokens=1)
 
 
 def test_a_scored_policy_is_coloured_around_its_budget(tiny_model: Model, capsys: Capture) -> None:

@@ -198,7 +198,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
         check_destination(out, overwrite)
     except BundleError as error:
         if not overwrite and _untrained(out):
-            raise BundleError(f"{error}, or train its policy: dash-train {_typed(out)}") from None
+            raise BundleError(
+                f"{error}, or train its policy: dash-train {shlex.quote(str(out))}"
+            ) from None
         raise
 
 
@@ -213,7 +215,7 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
     if overwrite:  # what is there may have been there before
         return ""
     if (out / MANIFEST_NAME).is_file():
-        command = f"dash-train {_typed(out)}"
+        command = f"dash-train {shlex.quote(str(out))}"
         goes_on = f"{out} can answer; `{command}`, with the same options, trains its policy"
         return goes_on if _untrained(out) else ""
     if (partial := workspace_of(out, PARTIAL)).exists():
@@ -222,8 +224,3 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
     return (
         "nothing is finished" if resume else "nothing is kept; with --resume, finished layers are"
     )
-
-
-def _typed(path: Path) -> str:
-    """As a command has it in a shell."""
-    return shlex.quote(str(path))

@@ -24,6 +24,7 @@ REFUSED = (
 ).split()
 """Fields that would change the answer: better refused than ignored."""
 
+_OPTIONS = {one.name for one in dataclasses.fields(GenerationOptions)}
 _SEEDS = 2**63
 _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all of them
 
@@ -102,7 +103,7 @@ class GenerationRequest(_Object):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | list[str] = []
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -130,23 +131,18 @@ class GenerationRequest(_Object):
             raise PolicyError("a request cannot name a file: write out the policy's path")
         if unserved:
             raise PolicyError(f"{', '.join(unserved)}: not supported; leave it out")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stop) > _STOPS or any(len(word) > _STOP_LENGTH for word in stop):
             raise PolicyError(f"stop: at most {_STOPS} strings of {_STOP_LENGTH:,} characters")
         wanted = self.max_completion_tokens or self.max_tokens or most_tokens
+        same = GenerationRequest.model_fields.keys() & _OPTIONS
+        given = {name: getattr(self, name) for name in same}
+        if self.seed is not None:
+            given["seed"] = self.seed % _SEEDS
         return GenerationOptions(
-            policy=self.policy,
-            budget=self.budget,
-            speculate=self.speculate,
+            **given,
             expected=self.prediction.text if self.prediction else "",
             max_new_tokens=min(wanted, most_tokens),
-            stop=stop,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=None if self.seed is None else self.seed % _SEEDS,
             grammar=self.response_format.form(),
             logprobs=self.wanted_logprobs,
         )

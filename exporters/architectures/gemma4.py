@@ -114,14 +114,11 @@ class Gemma4(Decoder):
             layer = replace(layer, v_norm=Norm(torch.ones(spec.heads_of(index)[1])))
         if not size:
             return layer
-
-        def linear(name: str, short: str, rows: int, columns: int) -> Linear:
-            return linear_at(weights, prefix + name, short, rows, columns)
-
+        gate, output = f"{prefix}per_layer_input_gate", f"{prefix}per_layer_projection"
         return replace(
             layer,
-            per_layer_gate=linear("per_layer_input_gate", "per_layer_gate", size, width),
-            per_layer_output=linear("per_layer_projection", "per_layer_output", width, size),
+            per_layer_gate=linear_at(weights, gate, "per_layer_gate", size, width),
+            per_layer_output=linear_at(weights, output, "per_layer_output", width, size),
             per_layer_norm=self._norm(weights, f"{prefix}post_per_layer_input_norm", width),
         )
 
