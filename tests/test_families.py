@@ -11,7 +11,6 @@ import torch
 from conftest import logits_of, save_tiny
 from families import (
     CASES,
-    DECODED,
     LAYERS,
     PROMPT,
     WINDOW,
@@ -46,7 +45,6 @@ from dash_onnx.exporters.graphs import build_embed, build_head, build_layer, cap
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session
-from dash_onnx.runtime.rows import Rows
 
 INT8_ERROR = 0.06
 """Of the logits. INT8 has 127 levels for the largest of a block's 32 weights, which is about 2.3
@@ -119,6 +117,11 @@ def test_a_prompt_in_chunks_gives_them_too(pair: Pair) -> None:
     np.testing.assert_allclose(got, pair.wanted(ids), atol=1e-4)
 
 
+def test_tokens_after_forgotten_ones_and_rows_of_a_batch_give_them_too(pair: Pair) -> None:
+    assert pair.returned_difference() < 1e-4
+    assert pair.batch_difference(pair.model) < 1e-4
+
+
 def test_attention_from_plain_operators_gives_them(pair: Pair, tmp_path: Path) -> None:
     length = max(60, pair.case.lengths[0])
     ids, path = random_ids(length), ("full",) * LAYERS
@@ -134,20 +137,8 @@ def test_attention_from_plain_operators_gives_them(pair: Pair, tmp_path: Path) -
 def test_attention_from_plain_operators_takes_rows_of_different_lengths(
     pair: Pair, tmp_path: Path
 ) -> None:
-    lengths, path = (50, 3, 44), ("full",) * LAYERS
-    ids = random_ids(max(max(lengths) + DECODED, pair.case.lengths[0]))
-    wanted = pair.wanted(ids)
     with attending_plainly(pair.bundle, tmp_path / "copy") as model:
-        batch = Rows.new(model._sessions, len(lengths))
-        for row, length in zip(batch.states, lengths, strict=True):
-            row.prefill(ids[:length], path, "full")
-        for step in range(DECODED):
-            rows = [0, 2] if step % 2 else [0, 1, 2]  # one rests in between
-            at = [batch.states[row].length for row in rows]
-            deciders = [FixedPath(path, "full")] * len(rows)
-            logits, _ = batch.forward(rows, [[int(ids[i])] for i in at], deciders)
-            for got, position in zip(logits, at, strict=True):
-                np.testing.assert_allclose(got[0], wanted[position], atol=1e-4)
+        assert pair.batch_difference(model) < 1e-4
 
 
 def test_the_wide_form_loses_about_as_little_as_int8(pair: Pair, tmp_path: Path) -> None:
