@@ -26,7 +26,12 @@ ARCHITECTURES = {
     "mistral": "llama",
     "olmo3": "olmo2",
 }
-RENAMED = {"dt_bias": "dt_proj.bias", "expert_bias": "expert_bias.bias", "sinks": "sinks.weight"}
+RENAMED = {
+    "dt_bias": "dt_proj.bias",
+    "expert_bias": "expert_bias.bias",
+    "layer_scalar": "layer_scalar.weight",
+    "sinks": "sinks.weight",
+}
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -91,6 +96,11 @@ def rope_tensors(config: Any) -> dict[str, np.ndarray]:
             "rope_factors_long.weight": np.array(rope["long_factor"], np.float32),
             "rope_factors_short.weight": np.array(rope["short_factor"], np.float32),
         }
+    if rope.get("rope_type") == "proportional":
+        half = config.per_layer_config[config.layer_types.index("full_attention")].head_dim // 2
+        turning = int(half * rope["partial_rotary_factor"])
+        factors = [1.0] * turning + [1e30] * (half - turning)
+        return {"rope_freqs.weight": np.array(factors, np.float32)}
     return {}
 
 
@@ -181,6 +191,30 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+
+    if kind == "gemma4_text":
+        _add_gemma4(writer, config)
+
+
+def _add_gemma4(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Of Gemma 4: sizes of layers that differ, in place of those of all layers."""
+    layers, kinds = config.num_hidden_layers, config.layer_types
+    full = config.per_layer_config[kinds.index("full_attention")]
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    for side in ("key", "value"):
+        getattr(writer, f"add_{side}_length")(full.head_dim)
+        getattr(writer, f"add_{side}_length_swa")(config.head_dim)
+    if config.use_double_wide_mlp:
+        first, inner = layers - config.num_kv_shared_layers, config.intermediate_size
+        writer.add_feed_forward_length([inner * (1 + (i >= first)) for i in range(layers)])
+    heads = {"sliding_attention": config.num_key_value_heads}
+    writer.add_head_count_kv([heads.get(kind, full.num_key_value_heads) for kind in kinds])
+    writer.add_rope_dimension_count(full.head_dim)
+    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
 
 
 def add_byte_level(

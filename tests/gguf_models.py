@@ -75,6 +75,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 16,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": TINY["vocab_size"],
+        "final_logit_softcapping": 10.0,
+        "tie_word_embeddings": True,
+    },
     "gpt_neox": {**_HALF},
     "gpt_oss": {
         "head_dim": 32,
@@ -173,5 +186,10 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for name, value in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 value += torch.randn_like(value) * 0.2
+            if family == "gemma4_text" and "q_norm" in name:  # attention has no other scale
+                value *= 0.25
             value.copy_(value.half().float())
+        for name, value in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                value.copy_(0.7 + 0.3 * torch.rand_like(value))
     return model

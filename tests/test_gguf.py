@@ -16,18 +16,22 @@ from conftest import LLAMA3_ROPE, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_model
 from gguf_models import FAMILIES, tiny_model
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources import Source, open_source
-from dash_onnx.exporters.sources.gguf_config import Metadata, config_of
+from dash_onnx.exporters.sources.gguf_config import config_of
+from dash_onnx.exporters.sources.gguf_metadata import Metadata
+from dash_onnx.exporters.sources.gguf_rope import proportional
 from dash_onnx.runtime.model import Model
 
 SUPPORTED = set(FAMILIES)
 IDS = np.random.default_rng(3).integers(2, 300, 30)
 TOKENS = 12
 KINDS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {
     "rope_type": "yarn",
@@ -337,6 +341,35 @@ def test_what_the_file_asks_for_and_nobody_has_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("add", "said"),
+    [
+        (lambda w: w.add_feed_forward_length([96, 96, 96, 192]), "feed_forward_length"),
+        (lambda w: w.add_feed_forward_length([96, 96]), "has 2 values for 4 layers"),
+        (lambda w: w.add_head_count_kv([2, 2, 1, 2]), "does not go by windows"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "at once"),
+    ],
+)
+def test_sizes_of_gemma_4_that_its_config_does_not_have_are_refused(
+    add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path
+) -> None:
+    def both(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_factor(2.0)
+        add(writer)
+
+    write_model(tmp_path / "tiny.gguf", tiny_model("gemma4_text"), both)
+    assert said in refusal(tmp_path / "tiny.gguf")
+
+
+def test_gemma_4_stops_dimensions_by_no_other_factors() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e6, "short_factor": [1.0, 1.0, 2.0, 1e30]}
+    with pytest.raises(UnsupportedError, match="not that of a Gemma 4 model"):
+        proportional(rope, 8)
+    rope["short_factor"] = [1.0, 1.0, 1e30, 1e30]
+    assert proportional(rope, 8)["partial_rotary_factor"] == 0.5
+    assert proportional(PLAIN, 8)["partial_rotary_factor"] == 1.0
+
+
+@pytest.mark.parametrize(
     "add",
     [
         lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE),
@@ -388,6 +421,21 @@ def greedy(model: Model) -> list[int]:
     return [step.token for step in steps]
 
 
+def assert_exported(
+    model: PreTrainedModel, folder: Path, night: Path, export_tiny: Callable[..., Path]
+) -> None:
+    """Writes a model as GGUF; its export gives the logits and tokens of transformers."""
+    write_model(folder / "tiny.gguf", model, kind=Kind.F16)
+    options = {"calibration": (night,), "variants": ("full",)}
+    ours = dash_onnx.load(export_tiny(folder / "tiny.gguf", **options))
+    tokens = greedy(ours)
+    ids = np.array([*IDS, *tokens])
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(ours.logits(ids), wanted, atol=2e-4)
+    assert tokens == wanted[len(IDS) - 1 : -1].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_gguf_gives_the_logits_and_tokens_of_transformers(
     family: str, night: Path, tmp_path: Path, export_tiny: Callable[..., Path]
@@ -395,16 +443,24 @@ def test_a_gguf_gives_the_logits_and_tokens_of_transformers(
     layers = {"gemma3_text": 6, "smollm3": 4}  # one of them is different
     listed = len(FAMILIES[family].get("layer_types", "??"))
     model = tiny_model(family, num_hidden_layers=layers.get(family, listed))
-    write_model(tmp_path / "tiny.gguf", model, kind=Kind.F16)
-    ours = dash_onnx.load(
-        export_tiny(tmp_path / "tiny.gguf", calibration=(night,), variants=("full",))
+    assert_exported(model, tmp_path, night, export_tiny)
+
+
+def test_gemma_4_may_take_its_values_from_keys(
+    night: Path, tmp_path: Path, export_tiny: Callable[..., Path]
+) -> None:
+    model = tiny_model(
+        "gemma4_text",
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=0,
+        use_double_wide_mlp=False,
+        hidden_size_per_layer_input=0,
     )
-    tokens = greedy(ours)
-    ids = np.array([*IDS, *tokens])
-    with torch.no_grad():
-        wanted = model(torch.from_numpy(ids)[None]).logits[0].numpy()
-    np.testing.assert_allclose(ours.logits(ids), wanted, atol=2e-4)
-    assert tokens == wanted[len(IDS) - 1 : -1].argmax(-1).tolist()
+    write_model(tmp_path / "tiny.gguf", model)
+    config = opened(tmp_path / "tiny.gguf").config
+    assert config.to_dict()["per_layer_config"] == model.config.to_dict()["per_layer_config"]
+    assert_exported(model, tmp_path, night, export_tiny)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "granite", "phi3", "qwen2"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen3_5 import tokenization_qwen3_5 as qwen3_5
@@ -250,6 +251,51 @@ def test_a_sentencepiece_tokenizer_joins_what_scores_best(prefix: bool, tmp_path
         assert source.tokenizer.decode(ids) == text
     assert any(3 <= i < 259 for i in source.tokenizer("☃\x07")["input_ids"])  # as bytes
     assert source.generation_config.eos_token_id == 2
+
+
+def gemma4() -> GemmaTokenizer:
+    """A tokenizer of Gemma 4's making, trained on the samples."""
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=600, limit_alphabet=250, show_progress=False)
+    learner.train_from_iterator([text.replace(" ", "▁") for text in SAMPLES] * 4, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = GemmaTokenizer(vocabulary, [tuple(pair) for pair in learnt["merges"]])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn|>"]})
+    return tokenizer
+
+
+def test_gemma_4_merges_characters_by_the_merges_of_the_file(tmp_path: Path) -> None:
+    reference = gemma4()
+    state = json.loads(reference.backend_tokenizer.to_str())
+    ids, special = reference.get_vocab(), {one["content"] for one in state["added_tokens"]}
+    tokens, kind = sorted(ids, key=ids.__getitem__), gguf.TokenType
+    fill = 992 - len(tokens)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gemma4")
+        writer.add_token_list([*tokens, *(f"[PAD{i}]" for i in range(fill))])
+        writer.add_token_types(
+            [kind.CONTROL if token in special else kind.NORMAL for token in tokens]
+            + [kind.UNUSED] * fill
+        )
+        writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
+        writer.add_pad_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_bos_token_id(2)
+        writer.add_unk_token_id(3)
+        writer.add_add_bos_token(False)  # which llama.cpp does not believe
+
+    source = written(tmp_path / "t.gguf", add)
+    assert len({len(reference(text)["input_ids"]) for text in SAMPLES}) > 10
+    for text in (*SAMPLES, DECOMPOSED, "the☃\x07<turn|>"):
+        wanted = reference(text, add_special_tokens=False)["input_ids"]
+        assert source.tokenizer(text, add_special_tokens=False)["input_ids"] == wanted, text
+        assert source.tokenizer(text)["input_ids"] == [2, *wanted]
+        assert source.tokenizer.decode(wanted) == reference.decode(wanted)
+    assert source.generation_config.eos_token_id == [1, tokens.index("<turn|>")]
 
 
 def adder(

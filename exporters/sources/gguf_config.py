@@ -11,10 +11,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.gguf_metadata import Metadata
+from dash_onnx.exporters.sources.gguf_rope import proportional, rope_parameters
 
 _SAME = (
     *("apertus", "arcee", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma2", "glm4", "granite"),
@@ -23,6 +24,7 @@ _SAME = (
 MODEL_TYPES = {
     **{name: name for name in _SAME},
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "gpt-oss": "gpt_oss",
     "gptneox": "gpt_neox",
     "hunyuan-dense": "hunyuan_v1_dense",
@@ -40,45 +42,12 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"  # in transformers' `lay
 # llama.cpp knows them by their number of layers.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
-# transformers rotates a part of their heads unless told.
-_PARTLY_ROTATED = ("glm4", "gptneox", "qwen35", "stablelm")
 _MIXTURES = ("gpt-oss", "lfm2moe", "olmoe", "qwen2moe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
-
-
-class Metadata:
-    """Values of the keys of one architecture, without its prefix."""
-
-    def __init__(self, architecture: str, values: Mapping[str, Any]):
-        """Takes all metadata of a file."""
-        self.architecture = architecture
-        self._values = values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """A value, one number where a list says the same of every layer.
-
-        Raises:
-            UnsupportedError: layers differ.
-        """
-        value = self._values.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, list) and value and isinstance(value[0], int | float):
-            if len(set(value)) > 1:
-                raise UnsupportedError(
-                    f"{self.architecture}.{key} differs from layer to layer, which is not supported"
-                )
-            return value[0]
-        return value
-
-    def layers(self, key: str) -> list[int] | int | None:
-        """A value that may be one for each layer."""
-        value: list[int] | int | None = self._values.get(f"{self.architecture}.{key}")
-        return value
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise SourceError(f"the GGUF file has no {self.architecture}.{key}")
-        return value
+_UNDECLARED = {  # what transformers takes, but does not declare
+    "gemma4": ("global_head_dim", "num_global_key_value_heads"),
+    "qwen3moe": ("head_dim",),
+}
 
 
 def config_of(
@@ -113,7 +82,7 @@ def config_of(
     window = meta.get("attention.sliding_window")
     common: dict[str, Any] = {
         "hidden_size": width,
-        "intermediate_size": int(meta["feed_forward_length"]),
+        "intermediate_size": _width(meta),
         # The others draft further tokens.
         "num_hidden_layers": int(meta["block_count"]) - int(meta.get("nextn_predict_layers", 0)),
         "num_attention_heads": heads,
@@ -146,94 +115,24 @@ def config_of(
     common |= _own(meta, common, tensors)
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)}
-    if architecture == "qwen3moe":
-        known.add("head_dim")  # which transformers takes, but does not declare
+    known.update(_UNDECLARED.get(architecture, ()))
     return config_class(**{key: value for key, value in common.items() if key in known})
 
 
+def _width(meta: Metadata) -> int:
+    """Inside an MLP; that of the first layer where Gemma 4 has two."""
+    found = meta.layers("feed_forward_length")
+    if meta.architecture == "gemma4" and isinstance(found, list):
+        return found[0]
+    return int(meta["feed_forward_length"])
+
+
 def _kv_heads(meta: Metadata, heads: int) -> int:
-    """Heads of K/V; layers of LFM 2 that do not attend have none."""
+    """Heads of K/V; layers of LFM 2 that do not attend have none, Gemma 4's windows have most."""
     found = meta.layers("attention.head_count_kv")
-    if meta.architecture.startswith("lfm2") and isinstance(found, list):
+    if meta.architecture.startswith(("gemma4", "lfm2")) and isinstance(found, list):
         return max(found)
     return int(meta.get("attention.head_count_kv", heads))
-
-
-def rope_parameters(
-    meta: Metadata, tensors: Mapping[str, Any], head_dim: int, length: int
-) -> dict[str, Any]:
-    """The rotary embedding, of any kind that GGUF can hold, in transformers' terms.
-
-    Raises:
-        UnsupportedError: of a kind that is not known, or two at once.
-    """
-    rotated = int(meta.get("rope.dimension_count", head_dim))
-    if not 0 <= rotated <= head_dim:
-        raise SourceError(f"the GGUF file rotates {rotated} of {head_dim} dimensions of a head")
-    parameters: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": float(meta.get("rope.freq_base", 10000.0)),
-    }
-    if rotated != head_dim or meta.architecture in _PARTLY_ROTATED:
-        parameters["partial_rotary_factor"] = rotated / head_dim
-    factor = float(meta.get("rope.scaling.factor") or meta.get("rope.scale_linear") or 1.0)
-    kind = meta.get("rope.scaling.type") or "linear"
-    factors = {
-        name: np.array(tensors[f"{name}.weight"].data, np.float32).tolist()
-        for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
-        if f"{name}.weight" in tensors
-    }
-    if any(len(values) != rotated // 2 for values in factors.values()):
-        raise SourceError(f"the RoPE factors of the GGUF file are not {rotated // 2}")
-    if factors.get("rope_freqs") == [1.0] * (rotated // 2):
-        del factors["rope_freqs"]
-    if kind not in ("none", "linear", "yarn", "longrope"):
-        raise UnsupportedError(
-            f"RoPE scaling {kind!r} is not read from GGUF; supported: linear, yarn, longrope, "
-            "and llama3 as rope_freqs.weight"
-        )
-    if factors and kind in ("linear", "yarn") and factor != 1.0:
-        raise UnsupportedError(f"the GGUF file has RoPE factors and {kind} scaling at once")
-    if "rope_freqs" in factors:
-        # Llama 3's frequencies, already worked out. transformers has its formula, but only
-        # `longrope` takes numbers; with one list for all lengths and this factor it is the same.
-        return {
-            **parameters,
-            "rope_type": "longrope",
-            "short_factor": factors["rope_freqs"],
-            "long_factor": factors["rope_freqs"],
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": length,
-        }
-    if "rope_factors_short" in factors:
-        parameters |= {
-            "rope_type": "longrope",
-            "short_factor": factors["rope_factors_short"],
-            "long_factor": factors.get("rope_factors_long", factors["rope_factors_short"]),
-            "original_max_position_embeddings": int(meta["rope.scaling.original_context_length"]),
-        }
-        if (attention := meta.get("rope.scaling.attn_factor")) is not None:
-            parameters["attention_factor"] = float(attention)
-    elif kind == "longrope":
-        raise SourceError("the GGUF file has longrope scaling without its rope_factors tensors")
-    elif kind == "yarn":
-        parameters |= {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": int(meta["rope.scaling.original_context_length"]),
-        }
-        for name, key in (
-            ("beta_fast", "yarn_beta_fast"),
-            ("beta_slow", "yarn_beta_slow"),
-            ("attention_factor", "yarn_attn_factor"),
-        ):
-            if (value := meta.get(f"rope.scaling.{key}")) is not None:
-                parameters[name] = float(value)
-        if (both := meta.get("rope.scaling.yarn_log_multiplier")) is not None:
-            parameters |= {"mscale": float(both), "mscale_all_dim": float(both)}
-    elif kind == "linear" and factor != 1.0:
-        parameters |= {"rope_type": "linear", "factor": factor}
-    return parameters
 
 
 def _layer_types(meta: Metadata, layers: int, period: int) -> list[str]:
@@ -284,6 +183,8 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                     _SLIDING: {"rope_type": "default", "rope_theta": local},
                 },
             }
+        case "gemma4":
+            return _gemma4(meta, common, tensors)
         case "gptneox":
             return {
                 "use_parallel_residual": bool(meta.get("use_parallel_residual", True)),
@@ -381,6 +282,40 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
             }
     return {}
+
+
+def _gemma4(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of layers with a window, of the others, and of the last ones, which share K/V."""
+    layers, shared = common["num_hidden_layers"], int(meta.get("attention.shared_kv_layers", 0))
+    types, head_dim = _layer_types(meta, layers, 6), int(meta["attention.key_length_swa"])
+    inner, kv_heads = common["intermediate_size"], common["num_key_value_heads"]
+    widths = meta.by_layer("feed_forward_length", layers)
+    heads = meta.by_layer("attention.head_count_kv", layers)
+    wide, others = widths[-1] != inner, heads[types.index(_FULL)]
+    if widths != [inner * (1 + (wide and i >= layers - shared)) for i in range(layers)]:
+        raise UnsupportedError("gemma4.feed_forward_length is not doubled where K/V are shared")
+    if heads != [others if kind == _FULL else kv_heads for kind in types]:
+        raise UnsupportedError("gemma4.attention.head_count_kv does not go by windows")
+    table, softcap = "per_layer_token_embd.weight", meta.get("final_logit_softcapping")
+    local = float(meta.get("rope.freq_base_swa", 10000.0))
+    everywhere, common["head_dim"] = common["head_dim"], head_dim
+    return {
+        "layer_types": types,
+        "global_head_dim": everywhere,
+        "num_global_key_value_heads": others,
+        "attention_k_eq_v": f"blk.{types.index(_FULL)}.attn_v.weight" not in tensors,
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": wide,
+        "hidden_size_per_layer_input": int(meta.get("embedding_length_per_layer_input", 0)),
+        "vocab_size_per_layer_input": (
+            int(tensors[table].shape[1]) if table in tensors else common["vocab_size"]
+        ),
+        "final_logit_softcapping": None if softcap is None else float(softcap),
+        "rope_parameters": {
+            _FULL: proportional(common["rope_parameters"], everywhere),
+            _SLIDING: {"rope_type": "default", "rope_theta": local},
+        },
+    }
 
 
 def _mixture(meta: Metadata) -> dict[str, Any]:

@@ -25,7 +25,12 @@ _EXPERTS = {
     "down_proj": ("down_proj.weight",),
     "down_proj_bias": ("down_proj.bias",),
 }
-_ELSEWHERE = {"dt_bias": "dt_proj.bias", "expert_bias": "expert_bias.bias", "sinks": "sinks.weight"}
+_ELSEWHERE = {
+    "dt_bias": "dt_proj.bias",
+    "expert_bias": "expert_bias.bias",
+    "layer_scalar": "layer_scalar.weight",
+    "sinks": "sinks.weight",
+}
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ _ENDS = {
     "<|call|>",
     "<|end_of_text|>",
     "<end_of_turn>",
+    "<turn|>",
     "<EOT>",
 }
 
@@ -165,12 +166,15 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
         tokenizer, starts = _byte_level(vocabulary, _PRE[name]), _PRE[name].starts
         default = {}
     elif kind == "llama":
-        tokenizer, starts = _sentencepiece(vocabulary), True
+        tokenizer, starts = _sentencepiece(vocabulary, _merges_of_scores(vocabulary)), True
         default = {"bos": 1, "eos": 2, "unknown": 0}
+    elif kind == "gemma4":
+        tokenizer, starts = _sentencepiece(vocabulary, _merges(vocabulary), prefixed=False), True
+        default = {}
     else:
         raise UnsupportedError(
-            f"the GGUF file's tokenizer is {kind!r}; supported: gpt2 (byte-level BPE) and llama "
-            "(SentencePiece)"
+            f"the GGUF file's tokenizer is {kind!r}; supported: gpt2 (byte-level BPE), llama "
+            "(SentencePiece) and gemma4"
         )
     special = {
         name: vocabulary.special(key, default.get(key))
@@ -182,7 +186,9 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
         )
     }
     _add_tokens(tokenizer, vocabulary, strip=architecture == "phi3" and kind == "llama")
-    before = special["bos_token"] if vocabulary.get("add_bos_token", starts) else None
+    # llama.cpp starts every text of Gemma 4, whatever its files say.
+    starts = kind == "gemma4" or vocabulary.get("add_bos_token", starts)
+    before = special["bos_token"] if starts else None
     after = special["eos_token"] if vocabulary.get("add_eos_token", False) else None
     _add_frame(tokenizer, vocabulary, before, after)
     fast = PreTrainedTokenizerFast(
@@ -212,13 +218,18 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
     return (ids[0] if len(ids) == 1 else ids) if ids else None
 
 
-def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
+def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """Those that the file lists."""
     merges = vocabulary.get("merges")
     if merges is None:
         raise SourceError("the GGUF file's tokenizer has no merges")
     # A token may hold a space of its own, but never in front.
     cuts = [(merge, merge.find(" ", 1)) for merge in merges]
-    pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+    return [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
+
+
+def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
+    pairs = _merges(vocabulary)
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary.ids, merges=pairs, ignore_merges=pre.whole_words)
     )
@@ -235,20 +246,26 @@ def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
-    scores = vocabulary.get("scores")
-    if scores is None or len(scores) != len(vocabulary.tokens):
-        raise SourceError("the GGUF file's tokenizer has no scores")
+def _sentencepiece(
+    vocabulary: _Vocabulary, merges: list[tuple[str, str]], prefixed: bool = True
+) -> Tokenizer:
+    """Merges characters, and takes bytes for those that are no tokens.
+
+    Args:
+        vocabulary: of the file.
+        merges: by rank.
+        prefixed: whether texts get a space in front where the file does not say.
+    """
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary.ids,
-            merges=_merges_of_scores(vocabulary, scores),
+            merges=merges,
             unk_token=vocabulary.special("unknown", 0),
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefixed = vocabulary.get("add_space_prefix", True)
+    prefixed = vocabulary.get("add_space_prefix", prefixed)
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
@@ -260,8 +277,11 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _merges_of_scores(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
+def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """SentencePiece joins whatever makes the token of the highest score; BPE wants a list."""
+    scores = vocabulary.get("scores")
+    if scores is None or len(scores) != len(vocabulary.tokens):
+        raise SourceError("the GGUF file's tokenizer has no scores")
     normal = {
         token: index
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
