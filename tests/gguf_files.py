@@ -27,8 +27,10 @@ ARCHITECTURES = {
     "olmo3": "olmo2",
 }
 RENAMED = {
+    "attn_sub_norm.weight": "inner_attn_ln.weight",
     "dt_bias": "dt_proj.bias",
     "expert_bias": "expert_bias.bias",
+    "ffn_sub_norm.weight": "ffn_layernorm.weight",
     "layer_scalar": "layer_scalar.weight",
     "sinks": "sinks.weight",
 }
@@ -307,8 +309,9 @@ def write_model(
             restored(name, gguf.quants.dequantize(packed, into), config).astype(np.float32)
         )
         raw = None if into in (Kind.F32, Kind.F16) else into
-        prefix, _, last = name.rpartition(".")
-        name = f"{prefix}.{RENAMED.get(last, last)}"
+        for ending, other in RENAMED.items():
+            if name.endswith(f".{ending}"):
+                name = name.removesuffix(ending) + other
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None, name
         if mapped != without:

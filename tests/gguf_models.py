@@ -33,6 +33,7 @@ _WINDOWS = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "arcee": {"head_dim": 16},
+    "bitnet": {"hidden_act": "silu", "tie_word_embeddings": True},
     "cohere2": {**_WINDOWS, "logit_scale": 0.25, "tie_word_embeddings": True},
     "ernie4_5": {"head_dim": 32, "tie_word_embeddings": True},
     "exaone": {},

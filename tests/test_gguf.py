@@ -161,6 +161,20 @@ def test_quantized_experts_keep_their_values(family: str, kind: Kind, tmp_path: 
     assert found >= 2 * 2
 
 
+def test_a_tensor_may_have_a_scale_of_its_own(tmp_path: Path) -> None:
+    """As those in NVFP4 and those of BitNet that are packed."""
+    model, name = tiny_model("bitnet"), "model.layers.1.mlp.up_proj.weight"
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.1.ffn_up.scale", np.array([0.25], np.float32))
+
+    wanted = write_model(tmp_path / "tiny.gguf", model, add, kind=Kind.Q8_0)
+    weights = opened(tmp_path / "tiny.gguf").weights
+    assert torch.equal(weights[name], 0.25 * wanted[name]) and weights.packed(name) is None
+    other = name.replace("up_proj", "gate_proj")
+    assert torch.equal(weights[other], wanted[other]) and weights.packed(other) is not None
+
+
 def test_an_older_file_of_qwen_2_moe_says_less(tmp_path: Path) -> None:
     """Neither widths of experts, nor that the gate of the shared one is a matrix."""
     model = tiny_model("qwen2_moe", intermediate_size=128, shared_expert_intermediate_size=128)

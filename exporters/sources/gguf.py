@@ -97,14 +97,21 @@ class GGUFWeights:
                 "use a file of another quantization"
             ) from None
         values = np.asarray(values, np.float32).reshape(self._stored_shape(part))
+        if (scale := self._scale(tensor)) is not None:
+            values = values * scale.reshape(-1, *[1] * (values.ndim - 1))
         values = self._layout.values(name, values)
         # What was not computed is still the file itself, mapped read-only.
         return torch.from_numpy(values if values.flags.writeable else np.array(values))
 
+    def _scale(self, tensor: Any) -> np.ndarray | None:
+        """What a whole tensor is multiplied by, or each expert's part of it; few files have it."""
+        found = self._tensors.get(f"{tensor.name.removesuffix('.weight')}.scale")
+        return None if found is None else np.array(found.data, np.float32)
+
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
         tensor = None if self._requantize else self._find(name)
-        if tensor is None:
+        if tensor is None or self._scale(tensor) is not None:
             return None
         quantized = unpack(np.asarray(tensor.data), tensor.tensor_type)
         return quantized and readable(name, lambda: self._layout.packed(name, quantized))

@@ -18,8 +18,9 @@ from dash_onnx.exporters.sources.gguf_metadata import Metadata
 from dash_onnx.exporters.sources.gguf_rope import proportional, rope_parameters
 
 _SAME = (
-    *("apertus", "arcee", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma2", "glm4", "granite"),
-    *("lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3", "smollm3", "stablelm"),
+    *("apertus", "arcee", "bitnet", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma2", "glm4"),
+    *("granite", "lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3", "smollm3"),
+    "stablelm",
 )
 MODEL_TYPES = {
     **{name: name for name in _SAME},
@@ -155,6 +156,8 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             share = common["hidden_size"] // common["num_attention_heads"]
             common["query_pre_attn_scalar"] = share
     match meta.architecture:
+        case "bitnet":
+            return {"hidden_act": "silu"}  # the architecture has no other
         case "cohere2":
             return {
                 "layer_types": _layer_types(meta, layers, 4),

@@ -26,8 +26,10 @@ _EXPERTS = {
     "down_proj_bias": ("down_proj.bias",),
 }
 _ELSEWHERE = {
+    "attn_sub_norm.weight": "inner_attn_ln.weight",
     "dt_bias": "dt_proj.bias",
     "expert_bias": "expert_bias.bias",
+    "ffn_sub_norm.weight": "ffn_layernorm.weight",
     "layer_scalar": "layer_scalar.weight",
     "sinks": "sinks.weight",
 }
@@ -50,7 +52,8 @@ class Layout:
         prefix, _, last = name.rpartition(".")
         if prefix.endswith(".experts") and last in _EXPERTS:
             return tuple(f"{prefix}.{part}" for part in _EXPERTS[last])
-        return (f"{prefix}.{_ELSEWHERE[last]}",) if last in _ELSEWHERE else (name,)
+        ending = next((one for one in _ELSEWHERE if name.endswith(f".{one}")), None)
+        return (name if ending is None else name.removesuffix(ending) + _ELSEWHERE[ending],)
 
     def joined(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
         """A weight, of what is stored of it; of tensors without data it has the shape alone."""
