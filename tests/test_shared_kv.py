@@ -15,9 +15,11 @@ from families import CASES, PROMPT, WINDOW, Pair, config_of, random_ids, save_ra
 from safetensors.torch import load_file, save_file
 from test_environment import case_of
 
+import dash_onnx
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH
 from dash_onnx.core.errors import BundleError, UnsupportedError
+from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.export.graph_writer import GraphWriter
@@ -271,19 +273,49 @@ def test_a_manifest_whose_layers_read_k_and_v_that_nobody_writes_is_refused(
             Bundle(tmp_path / "out")
 
 
-def test_the_table_for_layers_stays_in_the_file(pair: Pair, tmp_path: Path) -> None:
+def test_without_full_precision_the_table_for_layers_is_int8(pair: Pair, tmp_path: Path) -> None:
+    options = ExportOptions(
+        variants=("int8", "int4"),
+        wide=False,
+        calibration=(pair.bundle.parent / "text.txt",),
+        accuracy_level=0,
+    )
+    source, out = str(pair.bundle.parent / "source"), tmp_path / "out"
+    manifest = export(source, out, options)
+    count = TINY["vocab_size"] * len(SOURCES) * manifest.block.per_layer_width
+    sizes = [(folder / TABLE_PATH).stat().st_size for folder in (pair.bundle, out)]
+    assert sizes == [2 * count, count + 4 * count // manifest.target.block_size]
+    ids, read = random_ids(60), []
+    for folder in (pair.bundle, out):
+        session = create_session(folder / EMBED_PATH, "cpu")
+        read.append(session.run(["per_layer"], {"input_ids": ids[None]})[0])
+    assert 1e-4 < relative(read[1], read[0]) < 0.01
+    with dash_onnx.load(out) as model:
+        ours, theirs, exact = (
+            log_softmax(one.logits(ids, policy=policy))
+            for one, policy in ((model, "int8"), (pair.model, "int8"), (pair.model, "full"))
+        )
+    cost = kl_divergence(theirs, ours).mean()
+    assert 0 < cost < min(5e-4, kl_divergence(exact, theirs).mean())
+    beside = case_of(out, 0).env.model.beside(torch.from_numpy(ids)[None]).per_layer
+    assert beside is not None
+    np.testing.assert_allclose(beside.numpy(force=True), read[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["fp16", "int8"])
+def test_the_table_for_layers_stays_in_the_file(rounded: bool, pair: Pair, tmp_path: Path) -> None:
     source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
     family = architecture_of(source.config)
     spec = family.describe("", source.config, None)
     table, per_layer = (part(source.weights, spec) for part in (family.embedding, family.per_layer))
     assert per_layer is not None
     large = replace(per_layer, table=torch.ones(1 << 18, per_layer.table.shape[1]))
-    build_embed(tmp_path, table, spec, pair.model.manifest.target, large)
+    build_embed(tmp_path, table, spec, pair.model.manifest.target, large, rounded)
     del large
     before = resident_bytes()
     session = create_session(tmp_path / EMBED_PATH, "cpu")
     session.run(["per_layer"], {"input_ids": np.array([[3, 300]])})
-    assert (tmp_path / TABLE_PATH).stat().st_size > 50 << 20
+    assert (tmp_path / TABLE_PATH).stat().st_size > (25 if rounded else 50) << 20
     assert resident_bytes() - before < 20 << 20
 
 

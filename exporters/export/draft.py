@@ -59,7 +59,7 @@ def write_draft(
     if not has_device(target.device) or target.device == "cpu":
         target = Target("cpu", "float32", target.block_size, 4)  # INT8 activations: the fastest
     table = architecture.embedding(source.weights, spec)
-    build_embed(folder, table, spec, target, architecture.per_layer(source.weights, spec))
+    build_embed(folder, table, spec, target, architecture.per_layer(source.weights, spec), True)
     count = spec.facts.num_layers
     for index in Loop("INT8 draft", range(count)):
         layer = architecture.layer(source.weights, index, spec)

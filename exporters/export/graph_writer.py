@@ -69,7 +69,8 @@ class GraphWriter:
         """Writes the token embedding, and the calibration tokens' hidden states after it."""
         table = self.architecture.embedding(self.source.weights, self.spec)
         per_layer = self.architecture.per_layer(self.source.weights, self.spec)
-        self.fp32_kept += build_embed(folder, table, self.spec, self.target, per_layer)
+        rounded = "full" not in self.options.variants
+        self.fp32_kept += build_embed(folder, table, self.spec, self.target, per_layer, rounded)
         out.write(len(ids), [self.runner.embed(folder / EMBED_PATH, ids)])
 
     def layer(

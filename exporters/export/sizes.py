@@ -146,8 +146,10 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     ends = _ENDS * embedding // 2
     if (per_layer := architecture.per_layer(weights, spec)) is not None:
         projection = rule.stored("full", per_layer.projection, per_layer.norm)
-        embedding += 2 * per_layer.table.numel() + projection
-        ends += _TABLE * per_layer.table.numel()
+        count = per_layer.table.numel()
+        scales = 4 * count // (resolved.block_size or 1)
+        embedding += projection + (2 * count if "full" in variants else count + scales)
+        ends += _TABLE * count
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
     attending = [index for index in range(facts.num_layers) if spec.mixer_of(index) == "attention"]

@@ -40,24 +40,30 @@ def build_embed(
     spec: ModelSpec,
     target: Target,
     per_layer: PerLayer | None = None,
+    rounded: bool = False,
 ) -> list[str]:
     """Writes `embed.onnx` from `[V, D]`; returns `Graph.fp32_kept`.
 
     It holds FP16 rows, or INT8 rows where those give exactly the same values. ONNX Runtime maps the
     files, and reads the rows of the tokens that come.
+
+    Args:
+        folder: of the bundle.
+        table: the token embedding.
+        spec: of the model.
+        target: of the bundle.
+        per_layer: embeddings of the tokens for each layer.
+        rounded: whether their table is INT8, for bundles without `full`.
     """
     graph = Graph("embed", embed_ports(spec.dims(target)), target, spec.block)
     ids = graph.inputs["input_ids"]
     exact = _exact_rows(table, target.block_size)
     if exact is not None:
-        rows = graph.ms.GatherBlockQuantized(
+        rows = _gathered(
+            graph,
             graph.tensor("embedding.values", exact.values.reshape(exact.shape)),
-            ids,
             graph.tensor("embedding.scales", exact.scales.astype(np.float16)),
-            block_size=target.block_size,
-            bits=8,
-            gather_axis=0,
-            quantize_axis=1,
+            ids,
         )
     else:
         array = graph.stored_half("embedding", table)
@@ -70,25 +76,50 @@ def build_embed(
         hidden = graph.norm(hidden, "embedding_norm", Norm(torch.ones(table.shape[1])))
     if per_layer is None:
         return graph.save(folder, EMBED_PATH, hidden=hidden)
-    stored = _write_table(folder, per_layer.table)
+    block_size = target.block_size if rounded else None
+    stored = _write_table(folder / TABLE_PATH, per_layer.table, block_size)
     read = _per_layer(graph, ids, hidden, per_layer, stored)
     kept = graph.save(folder, EMBED_PATH, hidden=hidden, per_layer=read)
-    _replace(folder / EMBED_PATH, [stored])
-    return kept if stored.data_type == onnx.TensorProto.FLOAT16 else [*kept, _ROWS]
+    _replace(folder / EMBED_PATH, stored)
+    return [*kept, _ROWS] if stored[0].data_type == onnx.TensorProto.FLOAT else kept
 
 
-def _write_table(folder: Path, table: torch.Tensor) -> onnx.TensorProto:
-    """Writes it as FP16, or as FP32 where FP16 cannot hold it; returns what names the file."""
+def _write_table(path: Path, table: torch.Tensor, block_size: int | None) -> list[onnx.TensorProto]:
+    """Writes it as FP16, or as FP32 where FP16 cannot hold it; returns what names the file.
+
+    With a block size, it is INT8 values with a FP32 scale for each block of a row.
+    """
+    if block_size is not None:
+        scales = []
+        with path.open("wb") as file:
+            for part in row_groups(table):
+                rows = quantize(part, 8, block_size)
+                file.write(np.ascontiguousarray(rows.values).data)
+                scales.append(rows.scales.astype(np.float32))
+            file.write(np.concatenate(scales).data)
+        blocks = (table.shape[0], table.shape[1] // block_size)
+        return [
+            _mapped(path, f"{_ROWS}.values", table.shape, onnx.TensorProto.UINT8),
+            _mapped(path, f"{_ROWS}.scales", blocks, onnx.TensorProto.FLOAT, table.numel()),
+        ]
     dtype, kind = torch.float16, onnx.TensorProto.FLOAT16
     if not all(fits_half(part) for part in row_groups(table)):
         dtype, kind = torch.float32, onnx.TensorProto.FLOAT
-    with (folder / TABLE_PATH).open("wb") as file:
+    with path.open("wb") as file:
         for part in row_groups(table):
             file.write(part.to(dtype).contiguous().numpy().data)
-    stored = onnx.TensorProto(name=_ROWS, dims=table.shape, data_type=kind)
-    stored.data_location = onnx.TensorProto.EXTERNAL
-    stored.external_data.add(key="location", value=TABLE_PATH)
-    return stored
+    return [_mapped(path, _ROWS, table.shape, kind)]
+
+
+def _mapped(
+    path: Path, name: str, shape: Sequence[int], kind: int, offset: int = 0
+) -> onnx.TensorProto:
+    """A tensor in a file, from a byte on."""
+    tensor = onnx.TensorProto(name=name, dims=shape, data_type=kind)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", path.name), ("offset", str(offset))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
 
 
 def _replace(path: Path, tensors: Sequence[onnx.TensorProto]) -> None:
@@ -101,14 +132,34 @@ def _replace(path: Path, tensors: Sequence[onnx.TensorProto]) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def _gathered(graph: Graph, values: ir.Value, scales: ir.Value, ids: ir.Value) -> ir.Value:
+    """Rows of a table that is INT8, of the type of its scales."""
+    return graph.ms.GatherBlockQuantized(
+        values,
+        ids,
+        scales,
+        block_size=graph.target.block_size,
+        bits=8,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
 def _per_layer(
-    graph: Graph, ids: ir.Value, hidden: ir.Value, part: PerLayer, stored: onnx.TensorProto
+    graph: Graph,
+    ids: ir.Value,
+    hidden: ir.Value,
+    part: PerLayer,
+    stored: Sequence[onnx.TensorProto],
 ) -> ir.Value:
     """What each layer reads of the tokens, `[batch, seq, L, P]`."""
     op, size, width = graph.op, part.norm.weight.shape[0], part.projection.in_features
     by_layer = graph.int64(0, 0, -1, size)
-    row = np.zeros((1, stored.dims[1]), helper.tensor_dtype_to_np_dtype(stored.data_type))
-    rows = op.Gather(graph.tensor(_ROWS, row), ids)  # until the graph is saved
+    tables = []
+    for one in stored:  # of one row, until the graph is saved
+        row = np.zeros((1, one.dims[1]), helper.tensor_dtype_to_np_dtype(one.data_type))
+        tables.append(graph.tensor(one.name, row))
+    rows = _gathered(graph, *tables, ids) if len(tables) == 2 else op.Gather(*tables, ids)
     rows = op.Cast(rows, to=graph.dtype)
     rows = op.Mul(rows, graph.activation_tensor("per_layer.scale", torch.tensor(part.scale)))
     projected = op.Reshape(graph.linear(hidden, part.projection, "full"), by_layer)
@@ -204,8 +255,6 @@ def _previewed(graph: Graph, normed: ir.Value, linear: Linear, precision: Form) 
     # Placeholders, until the file is known.
     nothing: list[np.ndarray] = [np.zeros(1, np.uint8), np.zeros(1, np.float32)]
     values, scales = map(graph.tensor, _EXACT_ROWS, nothing)
-    weights = graph.ms.GatherBlockQuantized(
-        values, likeliest, scales, block_size=block, bits=8, gather_axis=0, quantize_axis=1
-    )  # [batch, seq, tokens, D]
+    weights = _gathered(graph, values, scales, likeliest)  # [batch, seq, tokens, D]
     exact = op.MatMul(weights, op.Unsqueeze(normed, graph.int64(-1)))
     return op.ScatterElements(logits, likeliest, op.Squeeze(exact, graph.int64(-1)), axis=-1)

@@ -20,7 +20,7 @@ from dash_onnx.exporters.train.stored import dequantized, norm_of
 
 Tensor = torch.Tensor
 
-_STORED = ("values", "scales")  # of an embedding's rows in INT8
+_STORED = ("values", "scales")  # of rows in INT8
 
 
 @dataclass
@@ -53,13 +53,7 @@ class Embedding:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
-        found, tokens = self._found, ids.flatten().numpy(force=True)
-        if "embedding" in found:
-            rows = torch.as_tensor(found["embedding"][tokens]).float()
-        else:  # only these rows: all of a large vocabulary are half a gigabyte
-            stored = {f"embedding.{part}": found[f"embedding.{part}"][tokens] for part in _STORED}
-            block_size = self._manifest.target.block_size
-            rows = dequantized(stored, "embedding", block_size, torch.float32)
+        found, rows = self._found, self._rows("embedding", ids)
         x = rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
         if "embedding_norm" in found:
             x = norm_of(found, "embedding_norm")(x, self._manifest.block)
@@ -72,10 +66,17 @@ class Embedding:
         reads = self._manifest.block.per_layer_width > 0
         return Beside(rotary, self._per_layer(ids) if reads else None)
 
+    def _rows(self, name: str, ids: Tensor) -> Tensor:
+        """Rows `[B * T, n]` of a table, float32; the others, gigabytes of some, are not read."""
+        found, tokens = self._found, ids.flatten().numpy(force=True)
+        if name in found:
+            return torch.as_tensor(found[name][tokens]).float()
+        stored = {f"{name}.{part}": found[f"{name}.{part}"][tokens] for part in _STORED}
+        return dequantized(stored, name, self._manifest.target.block_size, torch.float32)
+
     def _per_layer(self, ids: Tensor) -> Tensor:
         found, block, x = self._found, self._manifest.block, self(ids)
-        rows = torch.as_tensor(found["per_layer.rows"][ids.flatten().numpy(force=True)])
-        rows = rows.float().view(*ids.shape, -1, block.per_layer_width)
+        rows = self._rows("per_layer.rows", ids).view(*ids.shape, -1, block.per_layer_width)
         projected = x @ torch.tensor(found["per_layer_projection.weight"]).float()
         epsilon = block.norm_epsilon * x.shape[-1]  # as in the graph
         norm = norm_of(found, "per_layer.norm")
