@@ -147,6 +147,16 @@ _QWEN3_MOE = {
     "use_sliding_window": True,
     "sliding_window": WINDOW,
 }
+_MELLUM = {
+    **_MOE,
+    **_WINDOWS,
+    "head_dim": 32,
+    "rope_parameters": _TWO_ROPES,
+    "mlp_layer_types": ["sparse", "dense", "sparse"],
+}
+_LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_MIXTRAL = {**_LOCAL, "sliding_window": WINDOW}
+_FLEX_OLMO = {"num_experts": 6, "num_experts_per_tok": 3}
 _OLMOE = {**_OLMO, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False}
 _LFM2_MOE = {
     **_LFM2,
@@ -263,6 +273,10 @@ CASES: dict[str, Case] = {
     "qwen2_moe": Case("qwen2_moe", "as Qwen 2; experts and a shared one", _QWEN2_MOE),
     "olmoe": Case("olmoe", "Q/K norm of all heads; experts", _OLMOE),
     "lfm2_moe": Case("lfm2_moe", "as LFM 2; experts, scored one by one", _LFM2_MOE),
+    "mixtral": Case("mixtral", "windows; experts", _MIXTRAL),
+    "mellum": Case("mellum", "as Qwen 3, a RoPE for each kind of layer; experts", _MELLUM),
+    "granitemoe": Case("granitemoe", "as Granite; experts", {**_GRANITE, **_LOCAL}),
+    "flex_olmo": Case("flex_olmo", "as OLMo 2; experts", _FLEX_OLMO),
     "gemma4": Case("gemma4_text", "as Gemma 3; V norm, embeddings for layers, shared K/V", _GEMMA4),
     "gemma4 large": Case("gemma4_text", "values from keys, heads by kind of layer", _GEMMA4_LARGE),
     "gpt_oss": Case("gpt_oss", "windows, sinks, biases; experts with a bounded gate", _GPT_OSS),

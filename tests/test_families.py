@@ -335,7 +335,7 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
 # Refusals
 
 
-MIXTURES = ("mixtral", "phimoe", "granitemoe", "glm4_moe")
+MIXTURES = ("phimoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe")
 HYBRIDS = ("jamba", "mamba", "mamba2", "zamba2", "bamba", "nemotron_h", "qwen3_next")
 IMAGES = ("clip", "dinov2", "siglip", "vit")
 SOUNDS = ("musicgen", "qwen2_audio", "voxtral", "wav2vec2", "whisper")

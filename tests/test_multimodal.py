@@ -143,10 +143,10 @@ def test_a_config_without_a_text_config_of_its_own_is_read(tmp_path: Path) -> No
 
 
 def test_a_language_model_of_another_family_is_refused(tmp_path: Path) -> None:
-    inside = {"model_type": "mixtral"}
+    inside = {"model_type": "phimoe"}
     config = {"model_type": "llava", "text_config": inside, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="architecture 'mixtral' is not supported"):
+    with pytest.raises(UnsupportedError, match="architecture 'phimoe' is not supported"):
         open_source(str(tmp_path), REGISTRY)
 
 

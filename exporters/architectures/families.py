@@ -14,14 +14,24 @@ from dash_onnx.exporters.architectures.base import Linear, ModelSpec, Scales
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.architectures.gemma4 import GEMMA4
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35
-from dash_onnx.exporters.architectures.names import GEMMA, GEMMA3, HEAD_NORMS, Names
+from dash_onnx.exporters.architectures.names import (
+    GEMMA,
+    GEMMA3,
+    HEAD_NORMS,
+    NORMS_BEHIND,
+    Names,
+)
 from dash_onnx.exporters.architectures.rope import rope_of
 from dash_onnx.exporters.architectures.sparse import (
+    FLEX_OLMO,
     GPT_OSS,
     LFM2_MOE,
+    MELLUM,
+    MIXTRAL,
     OLMOE,
     QWEN2_MOE,
     QWEN3_MOE,
+    Sparse,
 )
 from dash_onnx.exporters.sources.source import check_supported
 
@@ -94,6 +104,10 @@ class GraniteHybrid(Granite):
         return super().layer_type(config, layer)
 
 
+class GraniteMoe(Sparse, Granite):
+    """Granite 3 with experts."""
+
+
 class GraniteSWA(Granite):
     """Granite with windows and sinks; each layer may have a rotary embedding of its own."""
 
@@ -164,7 +178,6 @@ class SmolLM3(Decoder):
         return Attention(rope=0 if config.no_rope_layers[layer] else None, window=window)
 
 
-_NORMS_BEHIND = replace(GEMMA3, input_norm=None, post_norm=None)
 _NO_GATE = Names(gate_up=("mlp.up_proj",))
 _GLM = Names(gate_up=("mlp.gate_up_proj",))
 _ONE_NORM = Names(post_norm=None)
@@ -197,7 +210,8 @@ REGISTRY: dict[str, Decoder] = {
     "cwm": Decoder(windows="listed"),
     "ernie4_5": Decoder(pairs="neighbours"),
     "exaone": Decoder(),
-    "exaone4": Decoder(_NORMS_BEHIND, windows="listed", rotates="windows if any"),
+    "exaone4": Decoder(NORMS_BEHIND, windows="listed", rotates="windows if any"),
+    "flex_olmo": FLEX_OLMO,
     "gemma": Gemma(norm_offset=1.0),
     "gemma2": Gemma(GEMMA, windows="listed", norm_offset=1.0),
     "gemma3_text": Gemma(GEMMA3, windows="listed", norm_offset=1.0),
@@ -224,6 +238,12 @@ REGISTRY: dict[str, Decoder] = {
     "gpt_oss": GPT_OSS,
     "granite": Granite(),
     "granite_swa": GraniteSWA(Names(sinks="self_attn.sinks"), windows="listed"),
+    "granitemoe": GraniteMoe(
+        mixture="block_sparse_moe",
+        router="router",
+        expert_count="num_local_experts",
+        expert_width="intermediate_size",
+    ),
     "granitemoehybrid": GraniteHybrid(
         Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear"),
         windows="listed",
@@ -244,9 +264,11 @@ REGISTRY: dict[str, Decoder] = {
     "lfm2": LFM2,
     "lfm2_moe": LFM2_MOE,
     "llama": Decoder(),
+    "mellum": MELLUM,
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),
     "mistral": Decoder(windows="all"),
+    "mixtral": MIXTRAL,
     "nanochat": NanoChat(
         replace(HEAD_NORMS, gate_up=("mlp.fc1",), down="mlp.fc2"),
         pairs="swapped",
@@ -256,8 +278,8 @@ REGISTRY: dict[str, Decoder] = {
     ),
     "nemotron": Decoder(_NO_GATE, norm="layer", norm_offset=1.0, gated=False),
     "olmo": Decoder(norm="layer", norm_weights=False, norm_epsilon=1e-5, refused=("clip_qkv",)),
-    "olmo2": Decoder(_NORMS_BEHIND, heads_together=True),
-    "olmo3": Decoder(_NORMS_BEHIND, windows="listed", heads_together=True),
+    "olmo2": Decoder(NORMS_BEHIND, heads_together=True),
+    "olmo3": Decoder(NORMS_BEHIND, windows="listed", heads_together=True),
     "olmoe": OLMOE,
     "persimmon": HeadByHead(
         Names(

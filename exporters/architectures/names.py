@@ -49,3 +49,6 @@ GEMMA = Names(
 
 GEMMA3 = replace(GEMMA, q_norm=HEAD_NORMS.q_norm, k_norm=HEAD_NORMS.k_norm)
 """With both."""
+
+NORMS_BEHIND = replace(GEMMA3, input_norm=None, post_norm=None)
+"""With norms behind attention and MLP alone, and norms of queries and keys."""

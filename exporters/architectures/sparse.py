@@ -13,7 +13,7 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.architectures.base import Layer, Linear, Mixture, ModelSpec, take
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.architectures.hybrid import LFM2, Lfm2
-from dash_onnx.exporters.architectures.names import HEAD_NORMS, Names
+from dash_onnx.exporters.architectures.names import HEAD_NORMS, NORMS_BEHIND, Names
 from dash_onnx.exporters.sources import Weights
 
 
@@ -161,6 +161,9 @@ LFM2_MOE = Lfm2Moe(
     mixture="feed_forward",
 )
 
+FLEX_OLMO = Sparse(NORMS_BEHIND, heads_together=True, expert_width="intermediate_size")
+MELLUM = Sparse(HEAD_NORMS, windows="listed")
+MIXTRAL = Sparse(windows="all", expert_count="num_local_experts", expert_width="intermediate_size")
 OLMOE = Sparse(
     HEAD_NORMS,
     heads_together=True,

@@ -28,6 +28,12 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^transformer\.h\.(\d+)\.mlp\.c_fc_1\.", r"model.layers.\1.mlp.up_proj."),
         (r"^transformer\.h\.(\d+)\.mlp\.c_proj\.", r"model.layers.\1.mlp.down_proj."),
     ),
+    "granitemoe": (
+        (r"^(.+)\.input_linear\.weight$", r"\1.experts.gate_up_proj"),
+        (r"^(.+)\.output_linear\.weight$", r"\1.experts.down_proj"),
+        (r"^(.+)\.router\.layer\.weight$", r"\1.router.weight"),
+    ),
+    "mixtral": ((r"^(.+)\.block_sparse_moe\.", r"\1.mlp."),),
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
 }
 """By `model_type`: pattern and replacement, of which the first that fits counts."""
