@@ -28,6 +28,7 @@ ARCHITECTURES = {
 }
 RENAMED = {
     "attn_sub_norm.weight": "inner_attn_ln.weight",
+    "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
     "dt_bias": "dt_proj.bias",
     "expert_bias": "expert_bias.bias",
     "ffn_sub_norm.weight": "ffn_layernorm.weight",
@@ -45,7 +46,8 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
 def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
     """A weight as the converter stores it."""
     heads = config.num_attention_heads
-    if config.model_type in ("arcee", "granite", "llama", "ministral3", "mistral", "smollm3"):
+    interleaved_in = ("arcee", "granite", "granitemoe", "llama", "ministral3", "mistral", "smollm3")
+    if config.model_type in interleaved_in:
         if ".q_proj." in name:
             return interleaved(value, heads)
         if ".k_proj." in name:
@@ -120,10 +122,9 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_shortconv_l_cache(config.conv_L_cache)
     elif kind != "gpt_neox":
         writer.add_head_count_kv(config.num_key_value_heads)
-    if kind in ("gpt_oss", "lfm2_moe", "olmoe", "qwen2_moe", "qwen3_moe"):
-        writer.add_expert_count(
-            config.num_local_experts if kind == "gpt_oss" else config.num_experts
-        )
+    if kind in ("gpt_oss", "granitemoe", "lfm2_moe", "olmoe", "qwen2_moe", "qwen3_moe"):
+        local = kind in ("gpt_oss", "granitemoe")
+        writer.add_expert_count(config.num_local_experts if local else config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     if kind in ("lfm2_moe", "qwen2_moe", "qwen3_moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
@@ -188,7 +189,7 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     if kind == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if kind == "granite":
+    if kind in ("granite", "granitemoe"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
@@ -329,7 +330,7 @@ def write_model(
 
 def experts_of(name: str, value: torch.Tensor, config: Any) -> dict[str, np.ndarray]:
     """A weight or bias of all experts as the converter stores it: gate and up apart."""
-    prefix, _, last = name.rpartition(".")
+    prefix, _, last = name.replace(".block_sparse_moe.", ".mlp.").rpartition(".")
     kind = "bias" if last.endswith("_bias") else "weight"
     transposed = config.model_type == "gpt_oss" and kind == "weight"
     value = value.transpose(1, 2) if transposed else value

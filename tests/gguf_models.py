@@ -98,6 +98,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
     },
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 3.0,
+        "tie_word_embeddings": True,
+    },
     "hunyuan_v1_dense": {"head_dim": 32, "tie_word_embeddings": True},
     "granite": {
         "attention_multiplier": 0.2,

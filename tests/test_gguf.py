@@ -340,8 +340,9 @@ FACTORS = np.linspace(1.0, 2.0, 8, dtype=np.float32)
         ("llama", lambda w: w.add_tensor("rope_freqs.weight", FACTORS[:5]), "are not 8"),
         ("linear", lambda w: w.add_tensor("rope_freqs.weight", FACTORS), "at once"),
         ("granite", lambda w: w.add_rope_scaling_finetuned(False), "no position embedding"),
+        ("granitemoe", lambda w: w.add_expert_shared_feed_forward_length(96), "a shared expert"),
     ],
-    ids=["experts", "scaling", "longrope", "factors", "two scalings", "granite"],
+    ids=["experts", "scaling", "longrope", "factors", "two scalings", "granite", "shared"],
 )
 def test_what_the_file_asks_for_and_nobody_has_is_refused(
     family: str, add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path

@@ -19,8 +19,8 @@ from dash_onnx.exporters.sources.gguf_rope import proportional, rope_parameters
 
 _SAME = (
     *("apertus", "arcee", "bitnet", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma2", "glm4"),
-    *("granite", "lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3", "smollm3"),
-    "stablelm",
+    *("granite", "granitemoe", "lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3"),
+    *("smollm3", "stablelm"),
 )
 MODEL_TYPES = {
     **{name: name for name in _SAME},
@@ -43,7 +43,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"  # in transformers' `lay
 # llama.cpp knows them by their number of layers.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
-_MIXTURES = ("gpt-oss", "lfm2moe", "olmoe", "qwen2moe", "qwen3moe")
+_MIXTURES = ("gpt-oss", "granitemoe", "lfm2moe", "olmoe", "qwen2moe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
 _UNDECLARED = {  # what transformers takes, but does not declare
     "gemma4": ("global_head_dim", "num_global_key_value_heads"),
@@ -199,17 +199,19 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             mixture = _mixture(meta)
             return {
                 **mixture,
-                "num_local_experts": mixture["num_experts"],
                 "intermediate_size": mixture["moe_intermediate_size"],
                 "sliding_window": int(meta["attention.sliding_window"]),
                 "layer_types": _layer_types(meta, layers, 2),
             }
-        case "granite":
+        case "granite" | "granitemoe":
             if meta.get("rope.scaling.finetuned") is False:
                 raise UnsupportedError(
                     "this granite model has no position embedding: not supported"
                 )
+            if meta.get("expert_shared_feed_forward_length"):
+                raise UnsupportedError("granite with a shared expert is not supported")
             return {
+                **({} if meta.architecture == "granite" else _mixture(meta)),
                 "attention_multiplier": float(meta.get("attention.scale") or head_dim**-0.5),
                 "embedding_multiplier": float(meta.get("embedding_scale") or 1.0),
                 "residual_multiplier": float(meta.get("residual_scale") or 1.0),
@@ -323,11 +325,12 @@ def _gemma4(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) 
 
 def _mixture(meta: Metadata) -> dict[str, Any]:
     used, whole = int(meta["expert_used_count"]), int(meta["feed_forward_length"])
-    # OLMoE has one width for all; older files of Qwen 2 MoE leave the share of an expert out.
-    usual = {"olmoe": whole, "qwen2moe": whole // max(used, 1)}.get(meta.architecture)
+    # Some have one width for all; older files of Qwen 2 MoE leave the share of an expert out.
+    widths = {"granitemoe": whole, "olmoe": whole, "qwen2moe": whole // max(used, 1)}
+    usual = widths.get(meta.architecture)
     width = meta.get("expert_feed_forward_length", usual)
     return {
-        "num_experts": int(meta["expert_count"]),
+        **dict.fromkeys(("num_experts", "num_local_experts"), int(meta["expert_count"])),
         "num_experts_per_tok": used,
         "moe_intermediate_size": int(width or meta["expert_feed_forward_length"]),
     }

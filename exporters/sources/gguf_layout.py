@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from dash_onnx.exporters.quantize.blockwise import Quantized
 
 # llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
-_INTERLEAVED_ROPE = ("arcee", "granite", "llama", "mistral3", "smollm3")
+_INTERLEAVED_ROPE = ("arcee", "granite", "granitemoe", "llama", "mistral3", "smollm3")
 _NORMS_PLUS_ONE = ("gemma2", "gemma3", "qwen35")  # stored as what they multiply by
 _CONVOLUTIONS = (".conv.conv.weight", ".conv1d.weight")  # stored `[D, kernel]`
 # Tensors `[E, N, K]` or `[E, N]` of all experts of a layer, which transformers stacks further.
@@ -27,6 +27,7 @@ _EXPERTS = {
 }
 _ELSEWHERE = {
     "attn_sub_norm.weight": "inner_attn_ln.weight",
+    "block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight",
     "dt_bias": "dt_proj.bias",
     "expert_bias": "expert_bias.bias",
     "ffn_sub_norm.weight": "ffn_layernorm.weight",
@@ -51,6 +52,7 @@ class Layout:
         """Names, as the gguf package maps them, of the tensors that a weight is stored in."""
         prefix, _, last = name.rpartition(".")
         if prefix.endswith(".experts") and last in _EXPERTS:
+            prefix = prefix.replace(".block_sparse_moe.", ".mlp.")
             return tuple(f"{prefix}.{part}" for part in _EXPERTS[last])
         ending = next((one for one in _ELSEWHERE if name.endswith(f".{one}")), None)
         return (name if ending is None else name.removesuffix(ending) + _ELSEWHERE[ending],)
