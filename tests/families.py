@@ -185,13 +185,9 @@ _GEMMA4 = {
     "num_kv_shared_layers": 1,
     "use_double_wide_mlp": True,
 }
-_GEMMA4_LARGE = {
-    **_GEMMA4,
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-    "num_global_key_value_heads": 1,
-    "attention_k_eq_v": True,
-}
+_LARGE = {"num_kv_shared_layers": 0, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+_GEMMA4_LARGE = {**_GEMMA4, **_LARGE, "hidden_size_per_layer_input": 0}
+_GEMMA4_UNIFIED = {k: v for k, v in {**_GEMMA4, **_LARGE}.items() if "per_layer" not in k}
 _PARALLEL, _IN_TURN = {"use_parallel_residual": True}, {"use_parallel_residual": False}
 
 
@@ -279,6 +275,7 @@ CASES: dict[str, Case] = {
     "flex_olmo": Case("flex_olmo", "as OLMo 2; experts", _FLEX_OLMO),
     "gemma4": Case("gemma4_text", "as Gemma 3; V norm, embeddings for layers, shared K/V", _GEMMA4),
     "gemma4 large": Case("gemma4_text", "values from keys, heads by kind of layer", _GEMMA4_LARGE),
+    "gemma4 unified": Case("gemma4_unified_text", "as Gemma 4's large models", _GEMMA4_UNIFIED),
     "gpt_oss": Case("gpt_oss", "windows, sinks, biases; experts with a bounded gate", _GPT_OSS),
 }
 
@@ -305,9 +302,9 @@ def save_random(folder: Path, case: Case) -> Path:
         elif name.endswith(".bias"):
             values *= 0.3
         else:  # Gemma before 4 adds 1 to the weights of its norms
-            added = "gemma" in case.family and case.family != "gemma4_text"
+            added = "gemma" in case.family and not case.family.startswith("gemma4")
             values = 0.3 * values + (0.0 if added else 1.0)
-            if case.family == "gemma4_text" and "q_norm" in name:  # it has no other scale
+            if case.family.startswith("gemma4") and "q_norm" in name:  # it has no other scale
                 values *= 0.25
         parameter.data = values.half().float()
     for name, buffer in model.named_buffers():

@@ -57,8 +57,16 @@ def tower(kind: str, **change: Any) -> dict[str, Any]:
 
 # By `model_type`: text config, image config.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "exaone4_5": (
+        text("exaone4"),
+        {**_QWEN_TOWER, "out_hidden_size": 64, "num_key_value_heads": 1},
+    ),
     "gemma3": (text("gemma3"), tower("siglip_vision_model")),
     "gemma4": (text("gemma4", pad_token_id=0), _GEMMA4_TOWER),
+    "gemma4_unified": (
+        text("gemma4 unified", pad_token_id=0),
+        {"model_type": "gemma4_unified_vision", "mm_embed_dim": 64, "mm_posemb_size": 16},
+    ),
     "idefics3": (text("llama"), tower("idefics3_vision")),
     "internvl": (text("qwen3"), tower("internvl_vision")),
     "lfm2_vl": (text("lfm2"), tower("siglip2_vision_model")),
@@ -66,6 +74,10 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llava": (text("llama"), tower("clip_vision_model")),
     "llava_next": (text("mistral"), tower("clip_vision_model")),
     "llava_onevision": (text("qwen2"), tower("siglip_vision_model")),
+    "minicpmv4_6": (
+        text("qwen3_5"),
+        tower("minicpmv4_6_vision"),
+    ),
     "mistral3": (text("ministral3"), tower("pixtral", head_dim=16)),
     "qwen2_5_vl": (
         plain("qwen2_5_vl_text", rope_parameters=_SECTIONS),

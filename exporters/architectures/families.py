@@ -216,6 +216,7 @@ REGISTRY: dict[str, Decoder] = {
     "gemma2": Gemma(GEMMA, windows="listed", norm_offset=1.0),
     "gemma3_text": Gemma(GEMMA3, windows="listed", norm_offset=1.0),
     "gemma4_text": GEMMA4,
+    "gemma4_unified_text": GEMMA4,
     "glm": Decoder(_GLM, pairs="neighbours"),
     "glm4": Decoder(
         replace(_GLM, output_norm="post_self_attn_layernorm", down_norm="post_mlp_layernorm"),

@@ -46,7 +46,7 @@ class Gemma4(Decoder):
         """See `Decoder`."""
         if config.use_bidirectional_attention == "all":
             raise UnsupportedError("use_bidirectional_attention is 'all': not a causal model")
-        width = config.hidden_size_per_layer_input or 0
+        width = getattr(config, "hidden_size_per_layer_input", None) or 0
         if width and config.vocab_size_per_layer_input < config.vocab_size:
             raise UnsupportedError(
                 f"vocab_size_per_layer_input {config.vocab_size_per_layer_input} is less than "

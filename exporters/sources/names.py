@@ -46,8 +46,10 @@ _TEXT = (
 """The same of language models in multimodal checkpoints, whose other tensors go."""
 
 MULTIMODAL: dict[str, str | None] = {
+    "exaone4_5": None,
     "gemma3": None,
     "gemma4": None,
+    "gemma4_unified": None,
     "idefics3": None,
     "internvl": None,
     "lfm2_vl": None,
@@ -55,6 +57,7 @@ MULTIMODAL: dict[str, str | None] = {
     "llava": None,
     "llava_next": None,
     "llava_onevision": None,
+    "minicpmv4_6": None,
     "mistral3": None,
     "qwen2_5_vl": "qwen2",
     "qwen2_vl": "qwen2",
