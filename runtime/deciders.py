@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -115,6 +116,7 @@ class ScoredDecider:
         head: Action,
         multiplier: float,
         controller: Controller | None = None,
+        used: Sequence[AbstractSet[Action]] = (),
     ):
         """Binds nothing yet: the first pass does, which holds the device.
 
@@ -123,6 +125,7 @@ class ScoredDecider:
             head: precision of the LM head.
             multiplier: nats per `Costs.unit_ms`.
             controller: moves the multiplier from token to token; None leaves it as it is.
+            used: by layer, the actions that it may take, whatever the multiplier; empty: all.
 
         Raises:
             PolicyError: the bundle has no scorer.
@@ -138,6 +141,7 @@ class ScoredDecider:
         for number, (start, _) in enumerate(self._segments[1:]):
             self._points[start - 1] = number
         self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
+        self._barred = np.array([[a not in own for a in self.actions] for own in used], bool)
         self._path: list[Action] = [self.actions[0]] * sequence.num_layers
         self._multiplier: float | None = None
         self._runs: list[AsyncRun] = []  # by decision point, like what they write
@@ -215,6 +219,8 @@ class ScoredDecider:
         penalty = np.float32(multiplier) * self._costs
         if SKIP in self.actions:
             penalty[0, self.actions.index(SKIP)] = _NEVER
+        if len(self._barred):
+            penalty[self._barred] = _NEVER
         self._penalty.write(penalty)
         self._decide(0, (self._first + penalty[: len(self._first)]).argmin(1))
 
@@ -222,7 +228,8 @@ class ScoredDecider:
 def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
     """What chooses the actions of one generation under a policy."""
     if isinstance(policy, ScoredPolicy):
-        return ScoredDecider(sequence, policy.head, policy.multiplier, policy.controller())
+        used = policy.used(sequence.num_layers, sequence.sessions.manifest.actions)
+        return ScoredDecider(sequence, policy.head, policy.multiplier, policy.controller(), used)
     assert isinstance(policy, PathPolicy)
     if policy.uniform is not None:
         return FixedPath(policy.uniform, policy.head)

@@ -49,6 +49,7 @@ class CurrentPolicy:
 
         Raises:
             PolicyError: the policy takes no budget, or the bundle cannot meet this one.
+            DeviceError: memory has no room for what it would load; the budget stays.
         """
         self.policy = self.at(budget)
 

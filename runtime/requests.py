@@ -116,7 +116,14 @@ class Requests:
         Raises:
             PolicyError: an option is not one that the model or the bundle can do.
         """
-        at = functools.partial(self.policy, options.policy)
+
+        def at(budget: Budget) -> Policy:
+            policy = self.policy(options.policy, budget)
+            self._sessions.check_memory(
+                policy, prefill_plan(self._sessions, policy, options.prefill)
+            )
+            return policy
+
         current = CurrentPolicy(self.policy_of(options), at)
         learn, expected = self._guessing(options)
         return Request(

@@ -93,7 +93,8 @@ class ScoredToken:
         logits: for the next token, `[V]`; overwritten by the next result.
         path: the action of each layer.
         predicted_kl: predicted KL of each action of each layer, `[L, A]` nats, for the actions of
-            `manifest.scorer`; None if not requested, or if no scorer decides.
+            `manifest.scorer`, 0 of those that the budget rules out; None if not requested, or if no
+            scorer decides.
     """
 
     logits: Logits

@@ -168,6 +168,14 @@ class Sessions:
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
 
+    def check_memory(self, policy: Policy, prompt: PromptPlan) -> None:
+        """Refuses a policy that memory has no room for, beside what is loaded.
+
+        Raises:
+            DeviceError: it would load more than fits.
+        """
+        self._check_memory(*self._used(policy, prompt))
+
     def _load(self, layers: range, form: Form) -> None:
         if self.joined(layers, form) is None:
             for layer in layers:

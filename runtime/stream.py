@@ -68,6 +68,7 @@ class Stream(Iterator[Chunk]):
 
         Raises:
             PolicyError: the generation's policy has no budget, or not this one.
+            DeviceError: memory has no room for what it would load; the budget stays.
         """
         self._current.set_budget(budget)
 

@@ -17,7 +17,7 @@ import dash_onnx
 from dash_onnx.core.actions import Action, segments_of
 from dash_onnx.core.budget import PRESETS, reference_ms, with_costs
 from dash_onnx.core.bundle import Bundle, replace_manifest
-from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.errors import DeviceError, PolicyError
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import frontier, margin_of, plan_below, preset_plans
@@ -258,6 +258,51 @@ def test_the_plan_may_change_in_the_middle_of_an_answer(scored_folder: Path) -> 
         later = [chunk.path for chunk in stream]
     assert paths[1:] == [INT4, INT4]
     assert len(later) == 5 and any(path != INT4 for path in later)
+
+
+def test_a_plan_that_memory_has_no_room_for_is_refused_in_the_middle_of_an_answer(
+    scored_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with dash_onnx.load(scored_folder, policy="dash", memory="low") as model:
+        model.preload(model.policy())
+        stream = model.stream(PROMPT, budget="fast", max_new_tokens=8, ignore_eos=True)
+        next(stream)
+        before = model.loaded_bytes
+        monkeypatch.setattr(sessions, "available_bytes", lambda: 0)
+        stream.set_budget("quality")  # needs nothing else
+        assert len([*stream]) == 7 and model.loaded_bytes == before
+    manifest = tables(Bundle(scored_folder).manifest, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.3: 0.2})
+    folder = scored_folder.parent / "full"
+    shutil.copytree(scored_folder, folder, dirs_exist_ok=True)
+    replace_manifest(folder, manifest)
+    with dash_onnx.load(folder, budget="fast", memory="low") as model:
+        model.preload(model.policy())
+        before = model.loaded_bytes
+        stream = model.stream(PROMPT, max_new_tokens=8, ignore_eos=True)
+        next(stream)
+        with pytest.raises(DeviceError, match=r"need 0\.0 GB, and 0\.0 GB of memory are free"):
+            stream.set_budget("quality")
+        assert [chunk.path for chunk in stream] == [INT4] * 7
+        assert model.loaded_bytes == before
+
+
+def test_the_controller_takes_no_action_that_was_not_counted(scored_folder: Path) -> None:
+    """However much more the multiplier would allow, only what the table's rows take is loaded."""
+    manifest = Bundle(scored_folder).manifest
+    assert manifest.scorer is not None
+    points = tuple(
+        replace(point, multiplier=1e-6, shares={"int4": 0.7, "skip": 0.3})
+        for point in manifest.scorer.points
+    )
+    folder = scored_folder.parent / "counted"
+    shutil.copytree(scored_folder, folder, dirs_exist_ok=True)
+    replace_manifest(folder, replace(manifest, scorer=replace(manifest.scorer, points=points)))
+    with dash_onnx.load(folder, policy="dash", memory="low") as model:
+        model.preload(model.policy())
+        before = model.loaded_bytes
+        chunks = [*model.stream(PROMPT, max_new_tokens=12, ignore_eos=True)]
+        assert model.loaded_bytes == before
+    assert {action for chunk in chunks for action in chunk.path} == {"int4"}
 
 
 def test_one_graph_takes_less_time_in_the_costs(scored: Manifest) -> None:

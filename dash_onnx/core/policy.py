@@ -114,7 +114,7 @@ class ScoredPolicy(Policy):
         return f"dash {self.budget:g}"
 
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
-        """See `Policy`; those of the table, and the controller seldom leaves it."""
+        """See `Policy`; those of the table: the controller takes no others."""
         return [set(self.uses)] * layers
 
     def controller(self) -> Controller:
