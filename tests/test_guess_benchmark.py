@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_the_mean_is_over_the_kinds_of_the_file_alone(
     product = found["qa", "on"]["ratio"] * found["rag", "on"]["ratio"]
     assert told["means"][1]["ratio"] == pytest.approx(product ** (1 / len(kinds)))
     assert "Spec-Bench, geometric mean on " in speculate.table(told["rows"], told["means"])
+
+
+def test_llama_cpp_that_is_not_installed_is_one_line(
+    speculate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.delitem(sys.modules, "dash_onnx_peers.llama_cpp", raising=False)
+    with pytest.raises(SystemExit, match="no llama-cpp-python: run `make"):
+        [*speculate.peers_of(Namespace(genai=None, llama_cpp=Path("q4_0.gguf")))]
 
 
 def test_a_server_without_guesses_takes_turns_with_the_one_that_makes_them(
