@@ -111,6 +111,7 @@ def rope_tensors(config: Any) -> dict[str, np.ndarray]:
 def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     """The model's keys."""
     kind = config.model_type
+    first = config.per_layer_config[0] if kind == "gemma4_text" else config
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -121,7 +122,7 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_head_count_kv([config.num_key_value_heads * one for one in attends])
         writer.add_shortconv_l_cache(config.conv_L_cache)
     elif kind != "gpt_neox":
-        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_head_count_kv(first.num_key_value_heads)
     if kind in ("gpt_oss", "granitemoe", "lfm2_moe", "olmoe", "qwen2_moe", "qwen3_moe"):
         local = kind in ("gpt_oss", "granitemoe")
         writer.add_expert_count(config.num_local_experts if local else config.num_experts)
@@ -152,8 +153,8 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
     else:
         epsilon = config.norm_eps if kind.startswith("lfm2") else config.rms_norm_eps
         writer.add_layer_norm_rms_eps(epsilon)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if getattr(config, "head_dim", None):
+    head_dim = getattr(first, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(first, "head_dim", None):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     rope = config.rope_parameters
@@ -202,21 +203,23 @@ def add_config(writer: gguf.GGUFWriter, config: Any) -> None:
 def _add_gemma4(writer: gguf.GGUFWriter, config: Any) -> None:
     """Of Gemma 4: sizes of layers that differ, in place of those of all layers."""
     layers, kinds = config.num_hidden_layers, config.layer_types
-    full = config.per_layer_config[kinds.index("full_attention")]
+    full, sliding = (
+        config.per_layer_config[kinds.index(f"{kind}_attention")] for kind in ("full", "sliding")
+    )
     writer.add_shared_kv_layers(config.num_kv_shared_layers)
     writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for side in ("key", "value"):
         getattr(writer, f"add_{side}_length")(full.head_dim)
-        getattr(writer, f"add_{side}_length_swa")(config.head_dim)
+        getattr(writer, f"add_{side}_length_swa")(sliding.head_dim)
     if config.use_double_wide_mlp:
         first, inner = layers - config.num_kv_shared_layers, config.intermediate_size
         writer.add_feed_forward_length([inner * (1 + (i >= first)) for i in range(layers)])
-    heads = {"sliding_attention": config.num_key_value_heads}
-    writer.add_head_count_kv([heads.get(kind, full.num_key_value_heads) for kind in kinds])
+    heads = {"sliding_attention": sliding, "full_attention": full}
+    writer.add_head_count_kv([heads[kind].num_key_value_heads for kind in kinds])
     writer.add_rope_dimension_count(full.head_dim)
-    writer.add_rope_dimension_count_swa(config.head_dim)
+    writer.add_rope_dimension_count_swa(sliding.head_dim)
     writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
 
 

@@ -21,6 +21,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.export import ExportOptions
+from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.sources.gguf_config import config_of
 from dash_onnx.exporters.sources.gguf_metadata import Metadata
@@ -361,18 +363,26 @@ def test_what_the_file_asks_for_and_nobody_has_is_refused(
         (lambda w: w.add_feed_forward_length([96, 96, 96, 192]), "feed_forward_length"),
         (lambda w: w.add_feed_forward_length([96, 96]), "has 2 values for 4 layers"),
         (lambda w: w.add_head_count_kv([2, 2, 1, 2]), "does not go by windows"),
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), "at once"),
+        (lambda w: w.add_rope_scaling_factor(2.0), "at once"),
     ],
 )
 def test_sizes_of_gemma_4_that_its_config_does_not_have_are_refused(
     add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path
 ) -> None:
-    def both(writer: gguf.GGUFWriter) -> None:
-        writer.add_rope_scaling_factor(2.0)
-        add(writer)
-
-    write_model(tmp_path / "tiny.gguf", tiny_model("gemma4_text"), both)
+    write_model(tmp_path / "tiny.gguf", tiny_model("gemma4_text"), add)
     assert said in refusal(tmp_path / "tiny.gguf")
+
+
+def test_a_table_is_dequantized_as_a_whole_before_it_is_written(tmp_path: Path) -> None:
+    model = tiny_model("gemma4_text", vocab_size_per_layer_input=1 << 17)
+    model.save_pretrained(tmp_path / "folder")
+    tiny_tokenizer().save_pretrained(tmp_path / "folder")
+    write_model(tmp_path / "tiny.gguf", model, kind=Kind.Q8_0)
+    gguf_bytes, folder_bytes = (
+        sizes_of(opened(tmp_path / name), ExportOptions()).export
+        for name in ("tiny.gguf", "folder")
+    )
+    assert gguf_bytes - folder_bytes == 2 * (1 << 17) * 4 * 32
 
 
 def test_gemma_4_stops_dimensions_by_no_other_factors() -> None:

@@ -159,7 +159,8 @@ def _per_layer(
     for one in stored:  # of one row, until the graph is saved
         row = np.zeros((1, one.dims[1]), helper.tensor_dtype_to_np_dtype(one.data_type))
         tables.append(graph.tensor(one.name, row))
-    rows = _gathered(graph, *tables, ids) if len(tables) == 2 else op.Gather(*tables, ids)
+    values, *scales = tables
+    rows = _gathered(graph, values, scales[0], ids) if scales else op.Gather(values, ids)
     rows = op.Cast(rows, to=graph.dtype)
     rows = op.Mul(rows, graph.activation_tensor("per_layer.scale", torch.tensor(part.scale)))
     projected = op.Reshape(graph.linear(hidden, part.projection, "full"), by_layer)

@@ -46,7 +46,7 @@ class Metadata:
         values = found if isinstance(found, list) else [self[key]] * count
         if len(values) != count:
             raise SourceError(
-                f"the GGUF file has {len(values)} values in {self.architecture}.{key}"
+                f"{self.architecture}.{key} has {len(values)} values for {count} layers"
             )
         return values
 
