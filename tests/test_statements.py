@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,23 @@ import pytest
 from dash_onnx.cli import bench, eval, export, fuse, info, profile, report, serve, train
 from dash_onnx.cli import run as run_tool
 from dash_onnx.core.budget import PRESETS
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import ModelFacts
+from dash_onnx.exporters.calibration.records import ANSWERED, ASKED
+from dash_onnx.exporters.calibration.tokens import LENGTH, SEQUENCES
 from dash_onnx.exporters.export import ExportOptions
+from dash_onnx.exporters.fused.clients import CLIENTS
+from dash_onnx.exporters.graphs.ends import EXACT_TOKENS
+from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
+from dash_onnx.exporters.sources.gguf_tokenizer import PRE_TOKENIZERS
+from dash_onnx.exporters.train.options import PLANS, plan_of
+from dash_onnx.exporters.train.tables import ROWS
+from dash_onnx.runtime.guesses import MOST, MOST_ROWS
+from dash_onnx.runtime.kv import CAPACITY
+from dash_onnx.runtime.profile_passes import CONTEXTS, HEAD_ROWS
+from dash_onnx.runtime.sequence import PREFILL_CHUNK
+from dash_onnx.runtime.states import POINTS
+from dash_onnx.serve.limits import Limits
 from dash_onnx.serve.schema import REFUSED, ChatRequest, CompletionRequest
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +41,13 @@ TOOLS = {
 }
 FIGURE = re.compile(r"(?<![\w.-])\d+\.\d+(?!\w|\.\d)|\d+(?= tokens/s)|\d+(?= GB/s)")
 NO_FIGURES = re.compile(
-    r"^```.*?^```|\]\([^)]*\)|`[^`]*`|arXiv [\d.]+|Python [\d.]+|Apache [\d.]+", re.M | re.S
+    r"^```.*?^```|^\| [\d.]+ B\b[^\n]*|\]\([^)]*\)|`[^`]*`|"  # and rows of estimates
+    r"(?:arXiv|Python|Apache|Qwen|onnxruntime) [\d.]+",
+    re.M | re.S,
 )
+MEASURED = ["README.md", "docs/concepts/method.md"] + [
+    f"docs/guide/{page}.md" for page in ("choose", "cluster", "fused", "serve", "speculate")
+]
 
 
 def text_of(page: str) -> str:
@@ -135,6 +157,102 @@ def names_of(cell: str) -> list[str]:
     return re.findall(r"`([\w-]+)`", cell)
 
 
+def test_the_guide_to_serving_states_the_limits_that_are_no_options() -> None:
+    rows = re.findall(r"^\| \| (.*) \| ([\d,]+)(?: MB)? \|$", text_of("docs/guide/serve.md"), re.M)
+    said = {what.split()[0]: int(limit) for what, limit in rows}
+    (most,) = (m.le for m in ChatRequest.model_fields["n"].metadata if hasattr(m, "le"))
+    assert said == {"size": Limits().body_bytes >> 20, "strings": 16, "choices": most}
+    for count, refused in ((16, False), (17, True)):
+        request = CompletionRequest(prompt="a", stop=["b" * 1000] * count)
+        with pytest.raises(PolicyError, match="16 strings of 1,000") if refused else nullcontext():
+            request.options(9)
+
+
+def test_the_guide_to_clusters_lists_the_arguments_of_ray() -> None:
+    (sentence,) = re.findall(r"Arguments are\s([^;]*);", text_of("docs/guide/cluster.md"))
+    module = ast.parse(text_of("dash_onnx/serve/ray.py"))  # Ray need not be installed
+    (found,) = (node for node in module.body if getattr(node, "name", "") == "Arguments")
+    fields = [ast.unparse(line.target) for line in found.body if isinstance(line, ast.AnnAssign)]
+    assert sorted(names_of(sentence)) == sorted(fields)
+
+
+def test_the_guide_to_fused_graphs_says_how_its_clients_differ() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (.*) \| (.*) \|$",
+        text_of("docs/guide/fused.md").partition("| `--for` |")[2].partition("\n\n")[0],
+        re.M,
+    )
+    assert {name for name, *_ in rows} == {*CLIENTS}
+    for name, budget, cache in rows:
+        client = CLIENTS[name]
+        assert (budget == "an input that must be fed") == client.feeds_budget, name
+        assert ("adapter" in budget) == client.genai_files, name
+        assert cache == ("one buffer for past and present" if client.shares_kv else "grows"), name
+
+
+def test_the_guide_to_training_counts_the_tokens_of_each_effort() -> None:
+    text = " ".join(text_of("docs/guide/train.md").split())
+    rows = re.findall(r"\| `(\w+)`[^|]*\| ([\d,]+) \|", text)
+    assert {effort for effort, _ in rows} == {*PLANS}
+    few = re.findall(r"`quick` uses ([\d,]+) tokens", text)
+    plans = [
+        *((PLANS[effort], said) for effort, said in rows),
+        (plan_of("quick", facts_of(3)), few[0]),
+    ]
+    for plan, said in plans:
+        tokens = (plan.sequences + plan.held_out) * plan.length
+        assert int(said.replace(",", "")) == tokens // 1000 * 1000 + (tokens % 1000 > 900) * 1000
+    assert f"at least {PLANS['quick'].least_tokens:,} tokens" in text
+
+
+def test_the_pages_state_the_sizes_that_the_code_has() -> None:
+    guesses, texts, trouble = (
+        " ".join(text_of(f"docs/{page}.md").split())
+        for page in ("guide/speculate", "reference/texts", "guide/troubleshooting")
+    )
+    runtime, quantization, budget = (
+        " ".join(text_of(f"docs/concepts/{page}.md").split())
+        for page in ("runtime", "quantization", "budget")
+    )
+    assert f"logits for {MOST + 1} tokens" in guesses
+    assert f"{MOST + 2} to {MOST_ROWS} tokens in a pass" in guesses
+    assert f"up to {MOST} guessed ones" in runtime
+    assert f"room for {CAPACITY} tokens and grows in steps of {CAPACITY}" in runtime
+    assert f"in chunks of {PREFILL_CHUNK} tokens" in runtime
+    assert POINTS == 4 and "up to four *points*" in runtime
+    assert (
+        "{}, {:,} and {:,} tokens, LM heads with {}, {} and {} rows".format(*CONTEXTS, *HEAD_ROWS)
+        in runtime
+    )
+    assert f"recomputes the {EXACT_TOKENS['int4']} largest" in quantization
+    assert f"Its second stage recomputes {EXACT_TOKENS['int2']} tokens" in quantization
+    assert f"writes {SEQUENCES} sequences of {LENGTH} tokens itself" in quantization
+    assert f"or {SEQUENCES // 2} with more than 500 million" in quantization
+    assert f"sequences of {LENGTH} tokens" in texts
+    assert f"needs {2 * LENGTH}." in trouble
+    assert ROWS == 12 and "at about twelve multipliers" in budget
+
+
+def test_the_reference_of_texts_lists_the_keys_of_a_prompt_and_a_response() -> None:
+    (cell,) = re.findall(r"^\| (`prompt`.*) \| a prompt", text_of("docs/reference/texts.md"), re.M)
+    assert names_of(cell) == [*ASKED, *ANSWERED]
+
+
+def test_the_reference_of_models_lists_what_is_read_of_gguf_files() -> None:
+    section = text_of("docs/reference/models.md").partition("\n## GGUF")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?`) \|", section, re.M)
+    assert sorted(name for cell in cells for name in names_of(cell)) == sorted({*MODEL_TYPES})
+    (listed,) = re.findall(r"with a known pre-tokenizer:\s+(.*?)\. A file", section, re.S)
+    assert {*re.split(r",\s+", listed)} == {*PRE_TOKENIZERS} - {"default"}
+
+
+def test_every_example_says_what_was_compiled() -> None:
+    for folder in (ROOT / "examples").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            said = (folder / "README.md").read_text("utf-8")
+            assert re.search(r"^\*\*(Compiled|Tested|Not compiled)\b", said, re.M), folder.name
+
+
 def test_the_guide_to_running_says_what_the_presets_lose() -> None:
     text = " ".join(text_of("docs/guide/run.md").split())
     quality, balanced, fast = (PRESETS[name] for name in ("quality", "balanced", "fast"))
@@ -170,7 +288,11 @@ def test_every_page_counts_the_families_of_the_table() -> None:
 
 
 def test_the_page_of_the_runtime_says_how_long_its_files_are() -> None:
-    way = text_of("docs/concepts/runtime.md").partition("## A token's way")[2].partition("\n## ")[0]
+    way = (
+        text_of("docs/concepts/runtime.md")
+        .partition("## How a token runs")[2]
+        .partition("\n## ")[0]
+    )
     said = dict(re.findall(r"`(\w+\.py)`\s+\((\d+)\s+lines\)", way))
     assert {*said} == {*re.findall(r"`(\w+\.py)`", way)} and "buffers.py" in said
     for name, lines in said.items():
@@ -189,12 +311,13 @@ def figures(text: str) -> Iterator[str]:
     yield from FIGURE.findall(NO_FIGURES.sub(" ", text))
 
 
-def test_every_figure_of_the_readme_has_its_row_in_the_results() -> None:
+@pytest.mark.parametrize("page", MEASURED)
+def test_every_figure_of_a_page_has_its_row_in_the_results(page: str) -> None:
     results = "".join(text_of(str(page)) for page in (ROOT / "docs").glob("results*.md"))
     rows = [line for line in results.splitlines() if line.startswith("|") or "GB/s" in line]
     found = [float(number) for row in rows for number in re.findall(r"\d+(?:\.\d+)?", row)]
-    told = list(figures(text_of("README.md")))
-    assert len(told) > 15
+    told = list(figures(text_of(page)))
+    assert len(told) > (15 if page == "README.md" else 2)
     for figure in told:
         digits = len(figure.partition(".")[2])
         assert any(f"{number:.{digits}f}" == figure for number in found), figure

@@ -36,8 +36,8 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-info",
         "Show what a model contains, what its export would write and need, and how fast it would "
-        "run on this machine; or what a bundle contains. Reads hardly any weights; of a hub "
-        "id, downloads only GGUF files.",
+        "run on this machine; or what a bundle contains. Reads hardly any weights; for a hub "
+        "id, downloads none except those of GGUF files.",
         _EXAMPLES,
     )
     parser.add_argument(

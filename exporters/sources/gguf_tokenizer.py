@@ -87,7 +87,7 @@ _HUNYUAN = _Pre(
 )
 _TEKKEN = _Pre(split=_CASED.format(digits="", contraction=""), whole_words=True, starts=True)
 
-_PRE = {
+PRE_TOKENIZERS = {
     "default": _GPT2,  # as the files that name none
     **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "exaone4"), _GPT2),
     **dict.fromkeys(("mpt", "olmo"), _NEOX),
@@ -106,6 +106,7 @@ _PRE = {
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
     "tekken": _TEKKEN,
 }
+"""How text is split first, by `tokenizer.ggml.pre`."""
 
 # Tokens that end an answer; a file names only one or two of those that a model has.
 _ENDS = {
@@ -158,12 +159,15 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
     kind = vocabulary.get("model")
     if kind == "gpt2":
         name = vocabulary.get("pre", "default")
-        if name not in _PRE:
+        if name not in PRE_TOKENIZERS:
             raise UnsupportedError(
                 f"the GGUF file's pre-tokenizer {name!r} is not known, its text would be split "
                 "wrongly; export the safetensors release of the model instead"
             )
-        tokenizer, starts = _byte_level(vocabulary, _PRE[name]), _PRE[name].starts
+        tokenizer, starts = (
+            _byte_level(vocabulary, PRE_TOKENIZERS[name]),
+            PRE_TOKENIZERS[name].starts,
+        )
         default = {}
     elif kind == "llama":
         tokenizer, starts = _sentencepiece(vocabulary, _merges_of_scores(vocabulary)), True
