@@ -1,7 +1,7 @@
 # Two commands need nothing but Python 3.11+ and a package index:
 #   make demo   sets up, exports the demo model, answers a question, trains and answers again
 #   make test   sets up and runs the default test suite
-# The same as the demo for a model of yours, a hub id, a folder or a GGUF file, and a report:
+# The same for your own model, a hub id, folder or GGUF file, and a report:
 #   make demo-0.5b MODEL=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
 # For developers (CONTRIBUTING.md):
 #   make check, make docs, make test-slow, make bench, make results, make gpu-check, make release
@@ -84,7 +84,7 @@ results: .venv/.llama-cpp build/peers/.built build/fused/.built
 		$(PROMPTS:%=--prompts %) $(OTHER:%=--other %) $(EFFORT:%=--effort %)
 	$(BIN)/python benchmarks/results.py $(if $(QUICK),build/quick)
 
-# What the JavaScript examples and their tests need beside Node itself.
+# What the JavaScript examples and their tests need in addition to Node.
 node: examples/node/node_modules/.package-lock.json examples/web/node_modules/.package-lock.json
 
 examples/%/node_modules/.package-lock.json: examples/%/package.json
@@ -147,7 +147,7 @@ $(BUNDLE)/.exported: .venv/.export $(if $(filter $(DEMO),$(MODEL)),$(DEMO),$(wil
 		$(if $(filter $(DEMO),$(MODEL)),--requantize)
 	touch "$@"
 
-# What was interrupted goes on at the next call.
+# An interrupted training continues at the next call.
 $(BUNDLE)/.trained: $(BUNDLE)/.exported
 	$(BIN)/dash-run "$(BUNDLE)" "$(QUESTION)"
 	$(BIN)/dash-train "$(BUNDLE)"

@@ -4,7 +4,7 @@
     python examples/ray_batch.py out/ prompts.jsonl answers/ --budget balanced
 
 `prompts.jsonl` has an `id` and a `prompt` on each line. Answers are written as they come, a file
-for each part. Stopped and started again, it goes on with what has no answer yet.
+for each part. After an interruption, run it again to answer the remaining prompts.
 """
 
 from __future__ import annotations

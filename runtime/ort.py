@@ -115,8 +115,8 @@ def use_threads(threads: int | None, *, share: bool = True) -> None:
     global _pool_threads
     if threads is not None and threads > _usable_cores():
         _LOG.warning(
-            "threads=%d are more than the %d cores that this process may use: they wait for each "
-            "other, and all get slower",
+            "threads=%d exceeds the %d cores that this process may use: threads will wait for "
+            "each other, which is slower",
             threads,
             _usable_cores(),
         )

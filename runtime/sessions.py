@@ -236,8 +236,8 @@ class Sessions:
             others = self._bytes(heads, [run for run in runs if run[1] not in _FROM_FILES])
             if others <= available:
                 _LOG.warning(
-                    "the layers need %.1f GB, and %.1f GB of memory are free: they run from their "
-                    "files, tens of times slower, --policy int8 less so than int4",
+                    "the layers need %.1f GB, and %.1f GB of memory are free: they are read from "
+                    "their files, tens of times slower; --policy int8 slows less than int4",
                     (needed - others) / 1e9,
                     (available - others) / 1e9,
                 )

@@ -291,7 +291,7 @@ def test_a_picture_replaces_only_a_regular_file(
 def test_the_table_shows_what_follows_a_context_and_a_dash_without_it() -> None:
     row = Result("dash full", (1.0,), (1.0,), 1.0, 1)
     head, bare = _table([row]).splitlines()
-    assert all(name in head for name in ("pp512", "behind 1,000", "behind 3,500"))
+    assert all(name in head for name in ("pp512", "after 1,000", "after 3,500"))
     behind = {n: Behind(n, (2.0 * n,), (n / 100,)) for n in (512, 1000)}
     full = _table([replace(row, behind=behind)]).splitlines()[1]
     assert bare.split("ms")[1].split()[:3] == ["-", "-", "-"]

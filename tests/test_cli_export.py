@@ -349,7 +349,7 @@ def test_an_interrupt_tells_how_to_go_on(
     words = (tiny_folder, out, "--calibration", night, "--log-level", "warning")
     hints = {
         (): "nothing is kept; with --resume, finished layers are",
-        ("--resume",): f"{partial} keeps what is finished; the same command goes on from there",
+        ("--resume",): f"{partial} keeps what is finished; the same command continues from there",
     }
     for options, hint in hints.items():
         if options:

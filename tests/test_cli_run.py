@@ -439,14 +439,14 @@ def test_a_bundle_may_be_pinned(tiny_bundle: Path) -> None:
 
 
 def test_a_bundle_must_have_a_name(capsys: Capture) -> None:
-    assert "no bundle is named" in refused(capsys, "", PROMPT)
+    assert "no bundle given" in refused(capsys, "", PROMPT)
 
 
 def test_more_threads_than_cores_are_told_in_one_line(tiny_bundle: Path) -> None:
     words = [sys.executable, "-c", RUN, str(tiny_bundle), PROMPT, *RAW, "--threads", "64"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     told = done.stderr.splitlines()
-    assert told[0].startswith("dash-run: warning: threads=64 are more than the ")
+    assert told[0].startswith("dash-run: warning: threads=64 exceeds the ")
     assert (done.returncode, len(told)) == (0, 2)
 
 

@@ -507,7 +507,7 @@ def test_a_recording_that_the_driver_refuses_is_one_line(
     driver.refuses = name
     with pytest.raises(
         DeviceError,
-        match=f"recorded .*{name} failed with error 719.*; load .* without CUDA graphs$",
+        match=f"captured .*{name} failed with error 719.*; load .* without CUDA graphs$",
     ):
         third()
     assert "graph" not in driver.alive.values()

@@ -228,7 +228,7 @@ def test_a_mixture_that_memory_cannot_hold_runs_from_its_files(
             model.preload("full")
         assert not caplog.records
         model.preload("")
-        assert "they run from their files, tens of times slower" in caplog.text
+        assert "they are read from their files, tens of times slower" in caplog.text
         assert model.loaded_bytes < free and model.bytes_to_load() == 0
         got = model.logits(ids)
         for path in model.loaded - {"embed.onnx", *(f"head/{form}.onnx" for form in VARIANTS)}:

@@ -254,7 +254,7 @@ def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, 
         "| dash-serve | 8 | 180 | 2.58 | 41, 77 |",
         "| dash-serve | 3, long prompts |  |  | 45, 68 |",
         *(
-            f"{layers} layers. The graphs, calibrated on 2,000 tokens in place of the usual 8,000, "
+            f"{layers} layers. The graphs, calibrated on 2,000 tokens instead of the usual 8,000, "
             "were written in 2 min and 2.0 GB of memory."
             for layers in (16, 24)
         ),

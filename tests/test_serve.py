@@ -858,10 +858,10 @@ def test_a_prompt_may_be_limited(tiny_model: Model) -> None:
     try:
         client = running.client()
         assert client.completions.create(model="tiny", prompt="the keeper", max_tokens=1)
-        with pytest.raises(openai.BadRequestError, match="this server takes 20") as error:
+        with pytest.raises(openai.BadRequestError, match="this server accepts 20") as error:
             client.completions.create(model="tiny", prompt="x " * 30, max_tokens=1)
         assert error.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="this server takes 20"):
+        with pytest.raises(openai.BadRequestError, match="this server accepts 20"):
             client.chat.completions.create(model="tiny", messages=MESSAGES * 9, max_tokens=1)
     finally:
         running.stop()

@@ -224,8 +224,8 @@ def test_an_interrupted_export_goes_on_with_k_and_v_of_layers_that_are_done(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_cache": "int8"}, "K/V that several layers read are not quantized"),
-        ({"device": "cuda"}, "shared_attention have been written for the CPU alone"),
+        ({"kv_cache": "int8"}, "K/V shared by several layers cannot be quantized"),
+        ({"device": "cuda"}, "shared_attention run only on the CPU"),
         ({"block_size": 48}, "block_size 48 does not divide"),
     ],
 )
@@ -239,7 +239,7 @@ def test_options_that_such_layers_do_not_have_are_refused(
 
 def test_fused_graphs_are_refused(pair: Pair, tmp_path: Path) -> None:
     options = FuseOptions("genai", "static:int8,skip,skip,int8")
-    with pytest.raises(UnsupportedError, match="fused graphs of gemma4_text do not exist"):
+    with pytest.raises(UnsupportedError, match="gemma4_text cannot be fused"):
         fuse(Bundle(pair.bundle), tmp_path / "fused", options, overwrite=False)
     assert not [*tmp_path.iterdir()]
 
@@ -250,7 +250,7 @@ def test_fused_graphs_are_refused(pair: Pair, tmp_path: Path) -> None:
         ({"enable_moe_block": True}, "gemma4_text with enable_moe_block True is not supported"),
         ({"use_bidirectional_attention": "all"}, "not a causal model"),
         ({"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input 100 is less than"),
-        ({"num_kv_shared_layers": 4}, "no layer attends"),
+        ({"num_kv_shared_layers": 4}, "no layer has attention"),
     ],
 )
 def test_configs_that_the_graphs_do_not_have_are_refused(

@@ -58,7 +58,7 @@ def _parser() -> Parser:
         default=[],
         metavar="POLICY[@BUDGET][+guesses]",
         help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+guesses "
-        "guesses tokens as dash-run --policy int8 does; may be repeated (default: each uniform "
+        "guesses tokens as dash-run --policy int8 does; can be repeated (default: each uniform "
         "precision, and the presets)",
     )
     parser.add_argument(
@@ -118,7 +118,7 @@ def _parser() -> Parser:
         action="append",
         choices=("quality", "contexts"),
         default=[],
-        help="leave out the KL, or the prefill of 512 tokens and decoding behind 1,000 and 3,500 "
+        help="leave out the KL, or the prefill of 512 tokens and decoding after 1,000 and 3,500 "
         "tokens; can be repeated",
     )
     parser.add_argument(
@@ -219,7 +219,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
         )
         if contexts:
-            print("pp512: tokens/s of a 512-token prompt; behind N: tokens/s after N tokens")
+            print("pp512: tokens/s of a 512-token prompt; after N: tokens/s after N tokens")
         for preset, other in dominated(results):
             print(f"{preset.name} is dominated: {other.name} is faster and loses less")
         if any("+" in variant for variant in variants):
@@ -308,7 +308,7 @@ def _table(results: list[Result]) -> str:
     from dash_onnx.bench.measure import ratio
 
     head = ["", "tokens/s", "(rounds)", "of the first", "first token", f"pp{_PREFILL}"]
-    head += [*(f"behind {depth:,}" for depth in _DEPTHS), "KL", "load", "peak RSS", "GB/s"]
+    head += [*(f"after {depth:,}" for depth in _DEPTHS), "KL", "load", "peak RSS", "GB/s"]
     rows = [head]
     for result in results:
         speeds = [1e3 / ms for ms in result.decode_ms]

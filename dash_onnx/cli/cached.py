@@ -123,7 +123,7 @@ def remove(name: str) -> list[Entry]:
         if source == entry.source or path in (entry.folder, Path(entry.folder.name))
     ]
     if not found:
-        raise SourceError(f"{name} is not in the cache: `dash-info` lists what is")
+        raise SourceError(f"{name} is not in the cache: `dash-info` lists its models")
     for entry in found:
         _remove(entry)
     return found
@@ -212,7 +212,7 @@ def _make_room(newest: Path, limit: float) -> None:
         except BundleError:  # another process is at it
             continue
         total -= size
-        _LOG.info("removed %s from the cache: DASH_CACHE_GB is its limit", entry.source)
+        _LOG.info("removed %s from the cache, which DASH_CACHE_GB limits", entry.source)
 
 
 def _limit_bytes() -> float:

@@ -174,7 +174,7 @@ def seed(text: str) -> int:
 def folder(text: str) -> Path:
     """An argparse type: a bundle's folder; an empty name is not the current one."""
     if not text:
-        raise argparse.ArgumentTypeError("no bundle is named")
+        raise argparse.ArgumentTypeError("no bundle given")
     return Path(text)
 
 
@@ -238,7 +238,7 @@ def add_policy_options(parser: Options) -> None:
     parser.add_argument(
         "--budget",
         metavar="X",
-        help="quality, balanced (default), fast, or a share: 0.8",
+        help="quality, balanced (default), fast, or a fraction",
     )
 
 

@@ -78,7 +78,7 @@ def _parser() -> Parser:
         "--speculate",
         type=int,
         metavar="N",
-        help="of --task: most guesses a pass where a text is generated, as in dash-run; 0: none",
+        help="with --task: most guessed tokens per pass of generated text (default: what pays; 0: none)",
     )
     return parser
 

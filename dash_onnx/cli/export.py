@@ -219,8 +219,8 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
         goes_on = f"{out} can answer; `{command}`, with the same options, trains its policy"
         return goes_on if _untrained(out) else ""
     if (partial := workspace_of(out, PARTIAL)).exists():
-        again = "the same command" if resume else "with --resume the command"
-        return f"{partial} keeps what is finished; {again} goes on from there"
+        again = "the same command" if resume else "the same command with --resume"
+        return f"{partial} keeps what is finished; {again} continues from there"
     return (
         "nothing is finished" if resume else "nothing is kept; with --resume, finished layers are"
     )

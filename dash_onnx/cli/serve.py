@@ -1,4 +1,4 @@
-"""dash-serve: bundles behind OpenAI's API, and a page to chat on."""
+"""dash-serve: bundles behind OpenAI's API, and a chat page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-serve",
         "Serve bundles through OpenAI's API (chat and text completions, streamed or complete), "
-        "with the additional fields `budget`, `policy` and `speculate`, and a page to chat on at "
+        "with the additional fields `budget`, `policy` and `speculate`, and a chat page at "
         "/. Needs the extra [serve].",
         _EXAMPLES,
     )
@@ -57,7 +57,11 @@ def _parser() -> Parser:
         help="file with the key that clients must send; required beyond this machine",
     )
     parser.add_argument(
-        "--cors", action="append", default=[], metavar="ORIGIN", help="web origin that may call it"
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web origin that may call the server",
     )
     parser.add_argument(
         "--policy",

@@ -47,7 +47,7 @@ class Bundle:
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
         if not str(folder):
-            raise BundleError("no bundle is named: give the folder that `dash-export` wrote")
+            raise BundleError("no bundle given: name the folder that `dash-export` wrote")
         try:
             there = path.is_file()
         except (OSError, ValueError) as error:  # such as a name that is too long
@@ -55,7 +55,7 @@ class Bundle:
         if manifest is None and not there:
             raise BundleError(f"no bundle at {folder}: {_remedy(self.folder)}")
         if sha256 is not None and file_facts(path).sha256 != sha256.lower():
-            raise BundleError(f"{path} is not the one that was asked for: its SHA-256 differs")
+            raise BundleError(f"{path} is not the pinned one: its SHA-256 differs")
         self.manifest = manifest or self._read(path)
         self._verified: set[str] = set()
         for name, facts in self.manifest.files.items():
@@ -92,7 +92,9 @@ class Bundle:
         parts = PurePosixPath(name)
         outside = parts.is_absolute() or ".." in parts.parts or any(c in name for c in "\\:\0")
         if outside or not (self.folder / name).resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{MANIFEST_NAME} names {name!r}, which leaves the bundle; refused")
+            raise BundleError(
+                f"{MANIFEST_NAME} names {name!r}, which is outside the bundle; refused"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self.manifest.files

@@ -92,7 +92,7 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         return from_json(hint, data, where)  # type: ignore[arg-type]
     number = hint in (int, float) and type(data) in (int, float)
     if number and not (-_LARGEST < data < _LARGEST):  # nor NaN
-        raise RecordError(f"{where!r} is too large, or no number")
+        raise RecordError(f"{where!r} is too large, or not a number")
     if hint is float and type(data) is int:
         return float(data)
     if type(data) is not hint:

@@ -247,7 +247,9 @@ class _Server:
         except ClientDisconnect:
             raise APIError.gone() from None
         except TimeoutError:
-            raise APIError(408, f"the body took {limits.seconds:g} s", "timeout") from None
+            raise APIError(
+                408, f"the request body did not arrive within {limits.seconds:g} s", "timeout"
+            ) from None
         try:
             return kind.model_validate(json.loads(content))
         except ValidationError as error:
@@ -290,7 +292,7 @@ class _Server:
         most = self.service.limits.most_prompt_tokens
         if most is not None and len(prompt) > most:
             raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, this server takes {most}; shorten it"
+                f"the prompt has {len(prompt)} tokens, this server accepts {most}; shorten it"
             )
 
     def _check_caller(self, request: Request) -> None:

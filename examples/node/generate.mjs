@@ -1,4 +1,4 @@
-// The fused graph in Node, which knows nothing of layer skipping but the budget it passes on.
+// The fused graph in Node, which knows nothing of layer skipping: it only passes the budget on.
 //
 //   dash-fuse out/ out/fused --for node && npm install --prefix examples/node
 //   node examples/node/generate.mjs out/fused "What is the capital of France?" --budget fast

@@ -129,9 +129,7 @@ class Decoder:
                 raise UnsupportedError(f"{config.model_type} with {key} {value} is not supported")
         length, mixers = context_length(config, max_length), self.mixers(config)
         if "attention" not in (mixers or ("attention",)):
-            raise UnsupportedError(
-                "no layer attends: only models with some attention are supported"
-            )
+            raise UnsupportedError("no layer has attention: models without any are not supported")
         hybrid, recurrent = (bool({*mixers} - {*kinds}) for kinds in (ATTENTIONS[:1], ATTENTIONS))
         heads, head = config.num_attention_heads, _head_dim(config)
         ropes = tuple(widened(rope, head) for rope in self.ropes(config, length))

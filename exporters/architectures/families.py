@@ -98,8 +98,8 @@ class GraniteHybrid(Granite):
         """See `Decoder`; transformers calls what the files call `mamba` otherwise."""
         if config.layer_types[layer] == "linear_attention":
             raise UnsupportedError(
-                f"layer {layer} is Mamba 2; of {config.model_type} only models all of whose layers "
-                "attend are supported"
+                f"layer {layer} is Mamba 2; of {config.model_type} only models with attention "
+                "in every layer are supported"
             )
         return super().layer_type(config, layer)
 

@@ -115,11 +115,13 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     kinds = ", ".join(sorted({*spec.mixers} - {"attention"}))
     if (kinds or spec.block.per_layer_width) and options.device != "cpu":
         raise UnsupportedError(
-            f"layers of kind {kinds or 'with embeddings of their own'} have been written for the "
-            "CPU alone: export with --device cpu"
+            f"layers {'of kind ' + kinds if kinds else 'with embeddings of their own'} run only on "
+            "the CPU: export with --device cpu"
         )
     if "shared_attention" in spec.mixers and options.kv_cache != "float":
-        raise UnsupportedError("K/V that several layers read are not quantized: no --kv-cache here")
+        raise UnsupportedError(
+            "K/V shared by several layers cannot be quantized: leave --kv-cache out"
+        )
     facts = spec.facts
     head = architecture.head(weights, spec)
     own = spec.block.per_layer_width

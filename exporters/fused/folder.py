@@ -60,19 +60,19 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
         )
     if manifest.target.kv_cache != "float":
         raise UnsupportedError(
-            f"this bundle has an {manifest.target.kv_cache} K/V cache, and fused graphs have none: "
+            f"this bundle has an {manifest.target.kv_cache} KV cache, which fused graphs lack: "
             "export again without --kv-cache"
         )
     others = any((a.source, a.kv_heads, a.head_dim) != (None,) * 3 for a in manifest.attention)
     if others or manifest.block.per_layer_width:
         raise UnsupportedError(
-            f"fused graphs of {manifest.model.architecture} do not exist: they have one size of "
-            "heads, and K/V of each layer's own; run the bundle itself"
+            f"{manifest.model.architecture} cannot be fused: a fused graph needs heads of one "
+            "size, and K/V in every layer; run the bundle itself"
         )
     if manifest.mixers and options.client != "genai":
         kinds = ", ".join(sorted({*manifest.mixers} - {"attention"}))
         raise UnsupportedError(
-            f"{options.client} does not carry the states of layers of kind {kinds}: fuse --for "
+            f"{options.client} does not support the states of {kinds} layers: fuse --for "
             "genai, or run the bundle itself"
         )
     trained = manifest.scorer is not None and options.budget is None

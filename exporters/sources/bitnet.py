@@ -31,7 +31,9 @@ class BitLinearWeights(Wrapped):
             UnsupportedError: the layers compute something else.
         """
         if quantization.get("use_rms_norm"):
-            raise UnsupportedError("bitnet with use_rms_norm: norms in linear layers are not read")
+            raise UnsupportedError(
+                "bitnet with use_rms_norm is not supported: it adds norms to linear layers"
+            )
         super().__init__(weights)
         self._online = quantization.get("quantization_mode") == "online"
         self._divided = quantization.get("linear_class", "bitlinear") == "bitlinear"

@@ -157,7 +157,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     if (values.get("split.count") or 1) != len(parts):
         raise SourceError(
             f"{path} is one of {values.get('split.count', 1)} parts by its content, but one of "
-            f"{len(parts)} by its name: give the parts the names that they had"
+            f"{len(parts)} by its name: give the parts their original names"
         )
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     # Before lists of that length are made.

@@ -63,8 +63,8 @@ def config_of(
     meta = Metadata(architecture, values)
     if meta.get("expert_count") and architecture not in _MIXTURES:
         raise UnsupportedError(
-            f"{architecture}.expert_count is {meta['expert_count']}: mixtures of experts are read "
-            f"of {', '.join(_MIXTURES)} alone"
+            f"{architecture}.expert_count is {meta['expert_count']}: mixtures of experts "
+            f"are supported only for {', '.join(_MIXTURES)}"
         )
     if "token_embd.weight" not in tensors:
         raise SourceError("the GGUF file has no tensor token_embd.weight")
@@ -220,7 +220,7 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
         case "lfm2" | "lfm2moe":
             attending = meta.layers("attention.head_count_kv")
             if not isinstance(attending, list):
-                raise SourceError("the GGUF file does not say which layers attend")
+                raise SourceError("the GGUF file does not say which layers have attention")
             return {
                 "layer_types": [_FULL if count else "conv" for count in attending],
                 "conv_L_cache": int(meta["shortconv.l_cache"]),

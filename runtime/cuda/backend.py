@@ -48,7 +48,7 @@ class CudaBuffer(Buffer):
         except Exception as error:  # ORT raises types of its C extension, without a common base
             raise DeviceError(
                 f"no {zeros.nbytes / 1e6:.0f} MB of free memory on the GPU ({first_line(error)}); "
-                "end what else runs there, or take a shorter context"
+                "stop other programs there, or choose a shorter context"
             ) from None
         self.pointer = int(self._value.data_ptr())
 
@@ -68,7 +68,7 @@ class CudaBuffer(Buffer):
 
     def part(self, start: int, stop: int) -> Buffer:
         """See `Buffer`; ORT's values cannot be cut."""
-        raise DeviceError("several sequences of different lengths run together on the CPU alone")
+        raise DeviceError("sequences of different lengths run together only on the CPU")
 
 
 class CudaBackend(Backend):

@@ -79,7 +79,7 @@ class _RecordedRun:
             call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
         except Exception as error:  # ORT raises types of its C extension, without a common base
             raise DeviceError(
-                f"what a layer runs cannot be recorded as a CUDA graph ({first_line(error)}); load "
+                f"a layer cannot be captured as a CUDA graph ({first_line(error)}); load "
                 "the bundle without CUDA graphs"
             ) from None
         finally:
