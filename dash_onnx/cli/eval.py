@@ -78,7 +78,7 @@ def _parser() -> Parser:
         "--speculate",
         type=int,
         metavar="N",
-        help="with --task: most guessed tokens per pass of generated text (default: what pays; 0: none)",
+        help="with --task: most guessed tokens per pass of a text (default: what pays; 0: none)",
     )
     return parser
 

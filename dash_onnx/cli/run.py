@@ -132,7 +132,7 @@ def _add_advanced(advanced: Options) -> None:
         "--speculate",
         type=int,
         metavar="N",
-        help="most guessed tokens per pass; 0: none (default: what pays)",
+        help="most guesses per pass; 0: none (default: what pays)",
     )
     advanced.add_argument(
         "--expected", type=Path, metavar="FILE", help="text that the answer is likely to contain"
