@@ -54,16 +54,15 @@ class Decider(Protocol):
 class FixedPath:
     """The same path in every pass."""
 
-    def __init__(self, path: ActionPath, head: Action, *, joined: bool = True):
+    def __init__(self, path: ActionPath, head: Action, segments: tuple[Segment, ...] = ()):
         """Takes the action of each layer, and the precision of the LM head.
 
         Args:
             path: action of each layer.
             head: precision of the LM head.
-            joined: whether layers may run as one graph.
+            segments: the layers that run as one graph; empty takes the longest runs.
         """
-        self.path, self.head = path, head
-        self.segments = segments_of(path) if joined else each_alone(len(path))
+        self.path, self.head, self.segments = path, head, segments or segments_of(path)
 
     def begin(self) -> None:
         """See `Decider`."""
@@ -117,6 +116,7 @@ class ScoredDecider:
         multiplier: float,
         controller: Controller | None = None,
         used: Sequence[AbstractSet[Action]] = (),
+        segments: tuple[Segment, ...] = (),
     ):
         """Binds nothing yet: the first pass does, which holds the device.
 
@@ -126,6 +126,7 @@ class ScoredDecider:
             multiplier: nats per `Costs.unit_ms`.
             controller: moves the multiplier from token to token; None leaves it as it is.
             used: by layer, the actions that it may take, whatever the multiplier; empty: all.
+            segments: runs of layers that may take one and the same; empty: each layer is alone.
 
         Raises:
             PolicyError: the bundle has no scorer.
@@ -134,7 +135,7 @@ class ScoredDecider:
         facts = scorer_facts(manifest)
         self.head, self.actions = head, facts.actions
         self._sequence, self._controller, self._given = sequence, controller, multiplier
-        self.segments = each_alone(sequence.num_layers)
+        self.segments = segments or each_alone(sequence.num_layers)
         self._segments = facts.segments(sequence.num_layers)
         # By layer, the number of the decision point after it: its input is what the scorer reads.
         self._points: list[int | None] = [None] * sequence.num_layers
@@ -142,7 +143,8 @@ class ScoredDecider:
             self._points[start - 1] = number
         self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
         self._barred = np.array([[a not in own for a in self.actions] for own in used], bool)
-        self._path: list[Action] = [self.actions[0]] * sequence.num_layers
+        every = used or [{*self.actions}] * sequence.num_layers
+        self._path = [next(a for a in self.actions if a in own) for own in every]
         self._multiplier: float | None = None
         self._runs: list[AsyncRun] = []  # by decision point, like what they write
         self._totals: list[Buffer] = []
@@ -229,7 +231,14 @@ def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
     """What chooses the actions of one generation under a policy."""
     if isinstance(policy, ScoredPolicy):
         used = policy.used(sequence.num_layers, sequence.sessions.manifest.actions)
-        return ScoredDecider(sequence, policy.head, policy.multiplier, policy.controller(), used)
+        return ScoredDecider(
+            sequence,
+            policy.head,
+            policy.multiplier,
+            policy.controller(),
+            used,
+            policy.segments(sequence.num_layers),
+        )
     assert isinstance(policy, PathPolicy)
     if policy.uniform is not None:
         return FixedPath(policy.uniform, policy.head)

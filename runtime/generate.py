@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, ActionPath, path_letters
+from dash_onnx.core.actions import SKIP, Action, ActionPath, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
@@ -289,26 +289,29 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = 
     Args:
         sessions: of the bundle.
         policy: of the tokens after it.
-        precision: None takes the highest that the policy takes in each layer, and the wide form
-            where that is good enough and memory allows it.
+        precision: None takes the highest of the policy, in each layer where it has one path, and
+            the wide form where that is good enough and memory allows it.
 
     Raises:
         PolicyError: the precision was not exported.
     """
     manifest = sessions.manifest
+    layers = manifest.model.num_layers
+    segments = policy.segments(layers)
     if precision is None:
-        used = policy.used(manifest.model.num_layers, manifest.actions)
+        used = policy.used(layers, manifest.actions)
         highest = next(action for action in manifest.variants if any(action in u for u in used))
-        path = tuple(next((a for a in manifest.variants if a in u), highest) for u in used)
+        path = policy.uniform or (highest,) * layers
+        path = tuple(highest if action == SKIP else action for action in path)
         widened = sessions.widened and widened_in_prompts(manifest, policy)
-        return PromptPlan(path, policy.head, widened, policy.uniform is not None)
+        return PromptPlan(path, policy.head, widened, segments)
     if precision not in manifest.variants:
         raise PolicyError(
             f"prefill precision {precision!r} is not in this bundle; "
             f"it has {', '.join(manifest.variants)}"
         )
-    path, head = (precision,) * manifest.model.num_layers, manifest.heads[precision]
-    return PromptPlan(path, head, joined=policy.uniform is not None)
+    path, head = (precision,) * layers, manifest.heads[precision]
+    return PromptPlan(path, head, frozenset(), segments)
 
 
 def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:

@@ -23,7 +23,7 @@ from dash_onnx.runtime.guesses import MOST, MOST_ROWS, Learned, best_length, bes
 from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
-from dash_onnx.runtime.sessions import PromptPlan, Sessions
+from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.slot import Slot
 
 _LOG = logging.getLogger(__name__)
@@ -208,12 +208,12 @@ class Scheduler:
         assert slot.plan is not None and slot.going is not None
         if slot.going.count:
             slot.started = time.perf_counter()
-        path, head, widened, joined = plan = slot.plan
+        path, head, widened, segments = plan = slot.plan
         part = slot.rest[: PREFILL_CHUNK if alone else self._chunk]
         logits, started = None, time.perf_counter()
         if len(part) < len(slot.rest):
             with slot.state.widening(widened):
-                slot.state.layers(part, FixedPath(path, head, joined=joined))
+                slot.state.layers(part, FixedPath(path, head, segments))
         else:
             logits = slot.state.prefill(part, *plan)
         if not alone and len(part) == self._chunk:
@@ -308,7 +308,7 @@ class Scheduler:
         (slot,) = prompt
         assert slot.request is not None and slot.plan is not None
         policy, widened = slot.request.current.policy, slot.state.sessions.widened
-        if slot.plan != PromptPlan(policy.uniform or (), policy.head, widened):
+        if slot.plan[:3] != (policy.uniform, policy.head, widened):
             return 0
         context, answers = _context(together), len(decoding)
         part = min(len(slot.rest), self._chunk)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dash_onnx.core.actions import Action, ActionPath, Form
+from dash_onnx.core.actions import Action, ActionPath, Form, Segment
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import head_form_of
@@ -129,7 +129,7 @@ class SequenceState:
         path: ActionPath,
         head: Action,
         widened: frozenset[Action] = frozenset(),
-        joined: bool = True,
+        segments: tuple[Segment, ...] = (),
         *,
         every: bool = False,
         chunk: int = PREFILL_CHUNK,
@@ -141,7 +141,7 @@ class SequenceState:
             path: action of each layer.
             head: precision of the LM head.
             widened: actions that may run in the wide form, where it is faster.
-            joined: whether layers may run as one graph.
+            segments: the layers that run as one graph; empty takes the longest runs.
             every: logits after every token, not after the last one alone.
             chunk: tokens that run at once.
 
@@ -153,7 +153,7 @@ class SequenceState:
         """
         if every and head == "int2":
             chunk = min(chunk, _PREVIEWED)
-        decider, rows = FixedPath(path, head, joined=joined), []
+        decider, rows = FixedPath(path, head, segments), []
         self._check_room(self.length + ids.shape[-1])
         self.reserve(self.length + ids.shape[-1])  # at once, not in steps as its chunks run
         with self._lock, self.widening(widened):

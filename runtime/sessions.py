@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, segments_of
+from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, Segment
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import (
@@ -50,13 +50,13 @@ class PromptPlan(NamedTuple):
         path: action of each layer.
         head: precision of the LM head.
         widened: actions whose passes of many rows may run wide.
-        joined: whether its layers may run as one graph; not where a scorer chooses between them.
+        segments: its layers, in the runs of those that are the same for all tokens after it.
     """
 
     path: ActionPath
     head: Action
-    widened: frozenset[Action] = frozenset()
-    joined: bool = True
+    widened: frozenset[Action]
+    segments: tuple[Segment, ...]
 
 
 _FROM_FILES = frozenset[Form](("int8", "int4"))  # of layers; `full` is cast to FP32, in memory
@@ -192,20 +192,22 @@ class Sessions:
         manifest = self.manifest
         every = range(manifest.model.num_layers)
         heads: set[Form] = {*manifest.exported_heads}
-        forms: list[set[Form]] = [{*manifest.actions} for _ in every]
-        runs, head_wide, wide = set[Run](), bool(self.widened), [bool(self.widened)] * len(every)
+        runs: set[Run]
+        runs = {(range(layer, layer + 1), form) for layer in every for form in manifest.actions}
+        head_wide, wide = bool(self.widened), [bool(self.widened)] * len(every)
         if policy is not None and prompt is not None:
             heads = {policy.head, prompt.head}
             later = policy.used(len(every), manifest.actions)
             both = [*zip(prompt.path, later, strict=True)]
-            forms = [{first, *rest} for first, rest in both]
-            for path in (prompt.path, policy.uniform or ()) if prompt.joined else ():
-                runs |= {(range(*segment), path[segment.start]) for segment in segments_of(path)}
+            runs = {(range(*one), prompt.path[one.start]) for one in prompt.segments}
+            runs |= {
+                (range(*one), form)
+                for one in policy.segments(len(every))
+                for form in later[one.start]
+            }
             # Several tokens of a batch, or guesses, may run wide, whatever its prompts do.
             head_wide = head_widens(manifest.costs.passes, policy.head, self.widened)
             wide = [p in prompt.widened or bool(rest & self.widened) for p, rest in both]
-        if not runs:
-            runs = {(range(layer, layer + 1), form) for layer in every for form in forms[layer]}
         heads |= {WIDE} if head_wide else set()
         runs |= {(range(layer, layer + 1), WIDE) for layer in every if wide[layer]}
         return heads, sorted(runs, key=lambda run: (-len(run[0]), run[0].start))

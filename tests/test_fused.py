@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.fuse import main
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
@@ -151,6 +153,41 @@ def test_a_budget_that_skips_most_layers_decides_as_the_runtime(
         np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
         seen |= set(path)
     assert SKIP in seen and len(seen) > 1
+
+
+def test_layers_that_a_budget_fixes_are_fixed_in_the_graph(
+    tiny_bundle: Path, client_name: str, tmp_path: Path
+) -> None:
+    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")), (2,))
+    manifest = Bundle(folder).manifest
+    assert manifest.scorer is not None
+    fixed: list[tuple[Action | None, ...]] = [
+        ("int8", "int4", None, SKIP),
+        ("int8", None, None, SKIP),
+        ("full", None, None, "int4"),
+    ]
+    points = [replace(p, fixed=f) for p, f in zip(manifest.scorer.points, fixed, strict=True)]
+    scorer = replace(manifest.scorer, points=tuple(points))
+    replace_manifest(folder, replace(manifest, scorer=scorer))
+    assert TOOL.run(folder, tmp_path / "graph", "--for", client_name) == 0
+    with dash_onnx.load(folder) as model:
+        client, sequence = Client(tmp_path / "graph", model.manifest), model.new_sequence()
+        sequence.prefill(np.array(PROMPT), *PLAN)
+        client(PROMPT)
+        free = set[str]()
+        for token in range(100, 130):
+            budget = (0.3, 0.5, 0.7)[token % 3]
+            policy = model.policy("dash", budget)
+            assert isinstance(policy, ScoredPolicy)
+            used = policy.used(LAYERS, model.manifest.actions)
+            decider = ScoredDecider(sequence, "int8", policy.multiplier, None, used)
+            ours, decided = sequence.forward(token, decider)
+            theirs, path = client([token], **{BUDGET: np.array([budget], np.float32)})
+            assert path == list(decided)
+            np.testing.assert_allclose(theirs[-1], ours, atol=2e-4)
+            assert budget == 0.7 or (path[0], path[3]) == ("int8", SKIP)
+            free.add(path[2])
+        assert len(free) > 1
 
 
 def test_what_has_no_branch_is_not_decided(fused: Path, model: Model) -> None:

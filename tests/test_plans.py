@@ -14,7 +14,7 @@ import pytest
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.core.actions import Action, segments_of
+from dash_onnx.core.actions import Action, each_alone, segments_of
 from dash_onnx.core.budget import PRESETS, reference_ms, with_costs
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DeviceError, PolicyError
@@ -148,19 +148,19 @@ def test_joined_layers_compute_what_they_compute_one_by_one(
     scored_folder: Path, path: tuple[Action, ...]
 ) -> None:
     found = []
-    for joined in (True, False):
+    for segments in (segments_of(path), each_alone(LAYERS)):
         with dash_onnx.load(scored_folder, memory="low") as model:
-            sequence, decider = model.new_sequence(), FixedPath(path, "int8", joined=joined)
+            sequence, decider = model.new_sequence(), FixedPath(path, "int8", segments)
             ids = model.text.encode(PROMPT)
-            rows = [sequence.prefill(ids, path, "int8", joined=joined).copy()]
+            rows = [sequence.prefill(ids, path, "int8", segments=segments).copy()]
             for token in (5, 9, 300, 7):  # past the first size of the cache, too
                 rows.append(sequence.forward(token, decider)[0].copy())
                 sequence.reserve(sequence.kv.capacity + 1)
             found.append((np.stack(rows), model._sessions.loaded_bytes, len(decider.segments)))
-    (one, some_bytes, segments), (other, all_bytes, alone) = found
+    (one, some_bytes, graphs), (other, all_bytes, alone) = found
     np.testing.assert_array_equal(one, other)
     assert some_bytes == all_bytes
-    assert segments == len(segments_of(path)) < alone == LAYERS
+    assert graphs == len(segments_of(path)) < alone == LAYERS
 
 
 def test_no_layer_is_loaded_twice_by_one_policy(scored_folder: Path) -> None:

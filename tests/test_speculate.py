@@ -128,7 +128,7 @@ def drawn(
         current=current,
         options=options,
         sampling=sampling,
-        plan=PromptPlan((), "int8"),
+        plan=PromptPlan((), "int8", frozenset(), ()),
         eos=eos,
         write=lambda token: token,
         deliver=lambda piece: None,

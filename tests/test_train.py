@@ -673,6 +673,28 @@ def test_rows_of_the_table_lose_less_than_every_mixture_of_others() -> None:
     assert found == [rows[0], rows[2], rows[5], rows[7]]
 
 
+def test_a_row_of_the_table_is_measured_with_its_fixed_layers(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every layer takes its commonest action, the row loses what that path does."""
+    trainer = learned(untrained)
+    (scorer, rounding), manifest = exported_scorer(trainer), Bundle(untrained).manifest
+    for point in tables(trainer, scorer, manifest, rounding)[0]:
+        assert point.fixed[0] is not None  # the scorer sees nothing before it
+        for action in {*point.fixed} - {None}:
+            assert point.shares[action] >= 0.99 * point.fixed.count(action) / LAYERS  # type: ignore[index]
+    monkeypatch.setattr("dash_onnx.exporters.train.tables.FIXED", 0.0)
+    points, _ = tables(trainer, scorer, manifest, rounding)
+    env, ids = trainer.env, trainer.held_out
+    for point in points:
+        path = [ACTIONS.index(action) for action in point.fixed if action is not None]
+        final = env.run_path(ids, [max(index - 1, 0) for index in path])
+        ((kl,),) = env.mean_kl(env.reference(ids), [final], [point.head])
+        kl += rounding * (1 - path.count(0) / LAYERS)
+        assert point.kl == pytest.approx(kl, abs=1e-5)
+        assert point.shares == {a: path.count(i) / LAYERS for i, a in enumerate(ACTIONS)}
+
+
 def test_training_in_half_precision_ends_with_a_finite_scorer(untrained: Path) -> None:
     for name, value in learned(untrained, with_plan(dtype="bfloat16")).scorer.state_dict().items():
         assert value.dtype == torch.float32, name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise, starmap
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -53,9 +53,19 @@ class Segment(NamedTuple):
     stop: int
 
 
-def segments_of(path: ActionPath) -> tuple[Segment, ...]:
-    """The longest runs of layers that take the same action."""
-    edges = [0, *(i for i in range(1, len(path)) if path[i] != path[i - 1]), len(path)]
+def segments_of(path: Sequence[Action | None], alone: Collection[int] = ()) -> tuple[Segment, ...]:
+    """The longest runs of layers that take the same action.
+
+    Args:
+        path: action of each layer; None where it differs between tokens: such layers are alone.
+        alone: further layers that are.
+    """
+
+    def apart(layer: int) -> bool:
+        before, own = path[layer - 1], path[layer]
+        return own is None or own != before or layer in alone or layer - 1 in alone
+
+    edges = [0, *filter(apart, range(1, len(path))), len(path)]
     return tuple(starmap(Segment, pairwise(edges)))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, ActionPath
+from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, ActionPath, Segment, segments_of
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint
 from dash_onnx.core.manifest import Manifest
@@ -127,6 +128,25 @@ def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action
     return tuple(action for action in ACTIONS if any(row.shares.get(action, 0) > 0 for row in rows))
 
 
+def fixed_at(budget: float, manifest: Manifest) -> tuple[Action | None, ...]:
+    """By layer, the action that all tokens take at a budget inside the table; None: decided."""
+    a, b = _neighbours(budget, scorer_facts(manifest).points)
+    same = (x if x == y else None for x, y in zip(a.fixed, b.fixed, strict=False))
+    return tuple(same) or (None,) * manifest.model.num_layers
+
+
+def decided_segments(
+    fixed: tuple[Action | None, ...], decision_points: Sequence[int]
+) -> tuple[Segment, ...]:
+    """The layers in runs that are fixed alike; one whose input the scorer reads is alone."""
+    return segments_of(fixed, {point - 1 for point in decision_points})
+
+
+def decided_joins(fixed: tuple[Action | None, ...], decision_points: Sequence[int]) -> int:
+    """How many layers less are dispatched, see `Costs.join_ms`."""
+    return len(fixed) - len(decided_segments(fixed, decision_points)) if fixed else 0
+
+
 def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetPoint, BudgetPoint]:
     """The rows of the table on both sides of a budget."""
     right = bisect_left([point.budget for point in points], budget)
@@ -165,12 +185,14 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     moved = replace(moved, static=_static_costs(moved, manifest.static))
     if scorer is None:
         return moved
+    decision_points = scorer.decision_points
 
     def mix_ms(point: BudgetPoint, under: Costs) -> float:
         layers = sum(
             share * sum(layer[action] for layer in under.layers_ms)
             for action, share in point.shares.items()
         )
+        layers -= decided_joins(point.fixed, decision_points) * under.join_ms
         return under.embed_ms + under.scorer_ms + under.heads_ms[point.head] + layers
 
     full_ms = reference_ms(moved)
@@ -213,12 +235,20 @@ class Controller:
         multiplier: nats per `Costs.unit_ms`, for the next token.
     """
 
-    def __init__(self, manifest: Manifest, budget: float, multiplier: float, head: Action):
-        """Starts at the table's multiplier."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        budget: float,
+        multiplier: float,
+        head: Action,
+        joins: int = 0,
+    ):
+        """Starts at the table's multiplier; of `joins` see `decided_joins`."""
         self.multiplier = self._first = multiplier
         self._costs = manifest.costs
         self._head = head
         self._target_ms = budget * reference_ms(manifest)
+        self._saved_ms = joins * manifest.costs.join_ms
         points = scorer_facts(manifest).points
         multipliers = [math.log(point.multiplier) for point in points]
         # Where the cost hardly answers to the multiplier, the multiplier has to move further.
@@ -233,7 +263,7 @@ class Controller:
 
     def spent(self, path: ActionPath) -> None:
         """Notes what a token cost."""
-        ms = self._costs.token_ms(path, self._head, scored=True)
+        ms = self._costs.token_ms(path, self._head, scored=True) - self._saved_ms
         owed = self._owed + ms / self._target_ms - 1
         # Critically damped: the offset follows four times as slowly as the multiplier answers.
         offset = self._offset + self._gain * owed / (4 * _SETTLING)

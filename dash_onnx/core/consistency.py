@@ -249,6 +249,10 @@ def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:
     for row in scorer.points:
         if not set(row.shares) <= actions or not any(row.shares.get(a, 0) > 0 for a in PRECISIONS):
             yield "every row of scorer.points needs the share of a precision"
+        if row.fixed and (len(row.fixed) != layers or not {*row.fixed} <= {*actions, None}):
+            yield "scorer.points fixes actions that do not fit the layers"
+        if SKIP in row.fixed[:1]:
+            yield "scorer.points skips the first layer"
         if row.kl < -_NOISE or not all(0 <= share <= 1 + _NOISE for share in row.shares.values()):
             yield "scorer.points has a KL below 0, or a share outside 0..1"
     if not 1 <= scorer.margin <= 1e6:

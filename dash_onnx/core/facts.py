@@ -221,11 +221,9 @@ class Costs:
         scorer_ms: all decisions of one token.
         heads_ms: the LM head, by precision.
         layers_ms: by layer and action.
-        spread: how much longer than these figures a typical run took, as a fraction of them; large
-            if other work ran on the machine.
+        spread: how much longer a typical run took, as a fraction; large if other work ran beside.
         passes: times by rows and contexts; None if there is nothing to choose from.
-        join_ms: what one layer less to dispatch saves: layers that always take the same action run
-            as one graph.
+        join_ms: what one layer less to dispatch saves: fixed layers run as one graph.
     """
 
     machine: str
@@ -282,6 +280,7 @@ class BudgetPoint:
         head: precision of the LM head.
         kl: mean KL(reference || policy) in nats.
         shares: of each action among the decisions.
+        fixed: the action of each layer that takes one for all tokens, else None; empty: no layer.
     """
 
     budget: float
@@ -289,6 +288,7 @@ class BudgetPoint:
     head: Action
     kl: float
     shares: dict[Action, float]
+    fixed: tuple[Action | None, ...] = ()
 
 
 @dataclass(frozen=True)

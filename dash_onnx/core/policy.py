@@ -13,13 +13,26 @@ from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
 
-from dash_onnx.core.actions import PRECISIONS, SKIP, Action, ActionPath, check_action, path_letters
+from dash_onnx.core.actions import (
+    PRECISIONS,
+    SKIP,
+    Action,
+    ActionPath,
+    Segment,
+    check_action,
+    each_alone,
+    path_letters,
+    segments_of,
+)
 from dash_onnx.core.budget import (
     DEFAULT_PRESET,
     Budget,
     Controller,
     base_precision,
     below_every_skip,
+    decided_joins,
+    decided_segments,
+    fixed_at,
     kl_at,
     multiplier_of,
     reference_ms,
@@ -73,6 +86,10 @@ class Policy(ABC):
             return [{action} for action in self.uniform]
         return [set(actions)] * layers
 
+    def segments(self, layers: int) -> tuple[Segment, ...]:
+        """The layers, in runs whose actions are always the same."""
+        return each_alone(layers) if self.uniform is None else segments_of(self.uniform)
+
 
 class PathPolicy(Policy):
     """Knows its paths without looking at the token."""
@@ -89,6 +106,7 @@ class ScoredPolicy(Policy):
         budget: see `Policy`; there is always one.
         multiplier: nats per `Costs.unit_ms` that the table gives for it.
         uses: actions that it takes at this budget, highest precision first.
+        fixed: by layer, the action that all tokens take; None where the scorer decides.
     """
 
     scored = True
@@ -100,11 +118,13 @@ class ScoredPolicy(Policy):
         Raises:
             PolicyError: the bundle has no scorer, or the budget is outside its table.
         """
-        points = scorer_facts(manifest).points
+        facts = scorer_facts(manifest)
+        points, self._decision_points = facts.points, facts.decision_points
         self.name = "dash" if budget is None else f"dash:{budget}"
         self.budget = resolve(budget, manifest)
         self.multiplier, self.head = multiplier_of(self.budget, points)
         self.uses = used_actions(self.budget, points)
+        self.fixed = fixed_at(self.budget, manifest)
         self.kl = kl_at(self.budget, points)
         self._manifest = manifest
 
@@ -115,11 +135,21 @@ class ScoredPolicy(Policy):
 
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
         """See `Policy`; those of the table: the controller takes no others."""
-        return [set(self.uses)] * layers
+        return [set(self.uses) if action is None else {action} for action in self.fixed]
+
+    def segments(self, layers: int) -> tuple[Segment, ...]:
+        """See `Policy`."""
+        return decided_segments(self.fixed, self._decision_points)
+
+    def cost_ms(self, path: Path, costs: Costs) -> float:
+        """See `Policy`."""
+        joins = decided_joins(self.fixed, self._decision_points)
+        return super().cost_ms(path, costs) - joins * costs.join_ms
 
     def controller(self) -> Controller:
         """What holds the budget during one generation."""
-        return Controller(self._manifest, self.budget, self.multiplier, self.head)
+        joins = decided_joins(self.fixed, self._decision_points)
+        return Controller(self._manifest, self.budget, self.multiplier, self.head, joins)
 
 
 class StaticPolicy(PathPolicy):

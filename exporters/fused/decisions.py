@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import multiplier_of, scorer_facts
+from dash_onnx.core.budget import fixed_at, multiplier_of, scorer_facts
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.facts import BUDGET, PATH
@@ -86,6 +86,7 @@ class Decisions:
         f.constant("last_row", np.array(-1, np.int64))
         values, (multiplier, _) = self._first_values(), multiplier_of(self._default, self._points)
         penalty = np.float32(multiplier) * self._costs
+        penalty += self._barred(fixed_at(self._default, self._manifest))
         decided = (values + penalty).argmin(1)
         common = decided == self._actions.index(self.branches[-1])
         known = {
@@ -134,7 +135,15 @@ class Decisions:
         f.node("MatMul", ["passed", f.constant("steps", np.diff(logs)[:, None])], ["climb"])
         f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_multiplier"])
         f.node("Exp", ["log_multiplier"], ["multiplier"])
-        f.node("Mul", ["multiplier", f.constant("costs", self._costs)], ["penalty"])
+        f.node("Mul", ["multiplier", f.constant("costs", self._costs)], ["weighed"])
+        # What all tokens take is the same between two rows.
+        middles = [*((budgets[:-1] + budgets[1:]) / 2)] or [*budgets]
+        barred = np.stack([self._barred(fixed_at(float(x), self._manifest)) for x in middles])
+        f.node("Greater", [BUDGET, f.constant("borders", budgets[1:-1])], ["beyond"])
+        f.node("Cast", ["beyond"], ["intervals"], to=TensorProto.INT64)
+        f.node("ReduceSum", ["intervals"], ["interval"], keepdims=0)
+        f.node("Gather", [f.constant("barred", barred), "interval"], ["barred.now"])
+        f.node("Add", ["weighed", "barred.now"], ["penalty"])
 
     def _layer_costs(self) -> np.ndarray:
         """Costs of the actions of every layer `[L, A]`, in units."""
@@ -143,6 +152,16 @@ class Decisions:
         if SKIP in self._actions:
             rows[0, self._actions.index(SKIP)] = _NEVER
         return rows
+
+    def _barred(self, fixed: tuple[Action | None, ...]) -> np.ndarray:
+        """Costs `[L, A]` that leave a layer the action that it takes for all tokens."""
+        barred = np.zeros_like(self._costs)
+        for layer, action in enumerate(fixed):
+            if action is not None:
+                index = max(map(self._actions.index, (action, self._dearest)))
+                barred[layer] = _NEVER
+                barred[layer, index] = 0
+        return barred
 
     def decide_after(self, layer: int) -> None:
         """Decides for the segment that begins after a layer, from that layer's input."""

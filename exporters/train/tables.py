@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.budget import decided_joins, reference_ms
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Loop
@@ -22,6 +22,9 @@ from dash_onnx.exporters.train.scorer import BundleScorer, cheapest
 from dash_onnx.exporters.train.static import LIMIT, Downgrade
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import sampled_values
+
+FIXED = 0.995
+"""Share of a layer's decisions from which on its commonest action is what all tokens take."""
 
 ROWS = 12
 """Of the policy table where multipliers decide between the cheaper actions."""
@@ -46,17 +49,20 @@ def tables(
         assignments by ascending cost, searched on training text.
     """
     env, ids, heads = trainer.env, trainer.held_out, list(trainer.env.model.heads)
-    multipliers, finals, counts = _multipliers(trainer), [], []
+    multipliers, finals, counts, fixed = _multipliers(trainer), [], [], []
     for multiplier in Loop("policy table", multipliers):
-        final, chosen = _run(trainer, scorer, manifest, multiplier)
+        final, shares = _run(trainer, scorer, manifest, multiplier)
+        fixed.append(fixed_in(shares, scorer.actions))
+        if any(action and own.max() < 1 for action, own in zip(fixed[-1], shares, strict=True)):
+            final, shares = _run(trainer, scorer, manifest, multiplier, fixed[-1])
         finals.append(final)
-        counts.append(chosen)
+        counts.append(shares)
     assignments = _static_paths(trainer)
     for indices in Loop("static table", assignments):
         finals.append(env.run_path(ids, indices).to(trainer.dtype))
     reference = env.reference(ids)
     losses = env.mean_kl(reference, finals, heads, "table losses")
-    runs = zip(multipliers, counts, losses, strict=False)
+    runs = zip(multipliers, counts, fixed, losses, strict=False)
     points = [point for run in runs for point in _points(scorer, manifest, rounding, heads, *run)]
     policy = efficient(points)
     lossy = sum(point.kl > LIMIT for point in policy)  # the cheapest; the last of them is kept
@@ -70,14 +76,28 @@ def tables(
     return policy[max(lossy - 1, 0) :], tuple(static)
 
 
+def fixed_in(shares: Tensor, actions: Sequence[Action]) -> tuple[Action | None, ...]:
+    """By layer, the action that practically all tokens take, of shares `[L, A]`; else None."""
+    top, commonest = shares.max(-1)
+    pairs = zip(top.tolist(), commonest.tolist(), strict=True)
+    return tuple(actions[index] if share >= FIXED else None for share, index in pairs)
+
+
 @torch.no_grad()
 def _run(
-    trainer: Trainer, scorer: BundleScorer, manifest: Manifest, multiplier: float
+    trainer: Trainer,
+    scorer: BundleScorer,
+    manifest: Manifest,
+    multiplier: float,
+    fixed: Sequence[Action | None] = (),
 ) -> tuple[Tensor, Tensor]:
     """Input of the LM head `[B, T, D]`, and how often each layer takes each action `[L, A]`."""
     env = trainer.env
     penalty = multiplier * torch.tensor(manifest.costs.in_units(scorer.actions))
     penalty[0, scorer.actions.index(SKIP)] = math.inf
+    for layer, action in enumerate(fixed):
+        if action is not None:
+            penalty[layer, [other != action for other in scorer.actions]] = math.inf
     chosen, finals = [], []
 
     def decide(state: State) -> Tensor:
@@ -101,11 +121,13 @@ def _points(
     heads: Sequence[Action],
     multiplier: float,
     counts: Tensor,
+    fixed: tuple[Action | None, ...],
     losses: Sequence[float],
 ) -> Iterator[BudgetPoint]:
     """Rows of the policy at one multiplier, one for each LM head."""
     costs, full_ms = manifest.costs, reference_ms(manifest)
     layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
+    layers_ms -= decided_joins(fixed, scorer.scorer.decision_points) * costs.join_ms
     shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
     lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
     for head, loss in zip(heads, losses, strict=True):
@@ -116,6 +138,7 @@ def _points(
             head=head,
             kl=round(loss + lost, 6),
             shares={action: round(share, 4) for action, share in shares.items()},
+            fixed=fixed,
         )
 
 
