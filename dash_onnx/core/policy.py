@@ -141,7 +141,7 @@ class ScoredPolicy(Policy):
         """See `Policy`."""
         return decided_segments(self.fixed, self._decision_points)
 
-    def cost_ms(self, path: Path, costs: Costs) -> float:
+    def cost_ms(self, path: ActionPath, costs: Costs) -> float:
         """See `Policy`."""
         joins = decided_joins(self.fixed, self._decision_points)
         return super().cost_ms(path, costs) - joins * costs.join_ms
