@@ -178,7 +178,7 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 
 def forms(a: argparse.Namespace, size: Size) -> list[Command]:
-    """What the larger model's prompts lose by their form, after `other`. 1 minute a text."""
+    """What the larger model's prompts lose by their form, after `other`. 4 minutes a text."""
     command: Command = ["python", "benchmarks/wide.py", BUILD / "other", "--reference", OTHER_FULL]
     texts = [word for text in a.text for word in ("--text", text)]
     return [[*command, *texts, "--windows", str(size.windows), "--json"]]
