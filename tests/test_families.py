@@ -239,7 +239,7 @@ def test_calibration_reads_the_model_that_is_exported(pair: Pair) -> None:
     source, ids = open_source(str(pair.bundle.parent / "source"), REGISTRY), random_ids(50)
     with torch.inference_mode():
         logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
-    np.testing.assert_allclose(logits, pair.wanted(ids), atol=1e-5)
+    np.testing.assert_allclose(logits, pair.wanted(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:

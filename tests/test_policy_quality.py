@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import runpy
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,12 +51,15 @@ def text(model: Model) -> str:
     return "\n\n".join(parts)
 
 
-def quality(
-    model: Model, text: str, policy: str | Policy, budget: float | None = None
-) -> Evaluation:
-    policies = [model.policy(policy, budget)]
-    sizes = {"window": 256, "prompt_tokens": 64, "max_windows": 5}
-    return evaluate_policies(model, text, policies, **sizes)[0]
+def quality(model: Model, text: str, policies: Sequence[Policy]) -> list[Evaluation]:
+    """Of each policy, beside one reference for all."""
+    return evaluate_policies(
+        model, text, policies, window=256, prompt_tokens=64, max_windows=5, timed=False
+    )
+
+
+def at_budgets(model: Model, text: str, budgets: Sequence[float]) -> list[Evaluation]:
+    return quality(model, text, [model.policy("dash", budget) for budget in budgets])
 
 
 def skipping_budget(model: Model) -> float:
@@ -77,26 +81,26 @@ def test_the_policy_beats_static_random_and_even_skipping_at_the_same_cost(
     model: Model, text: str
 ) -> None:
     budget = skipping_budget(model)
-    ours = quality(model, text, "dash", budget)
+    policies = [model.policy(name, budget) for name in ("dash", "static", "random")]
+    policies += [skipping(model.manifest, order, budget) for order in ("even", "cosine")]
+    ours, *others = quality(model, text, policies)
     assert ours.actions["skip"] > 0.05, ours
-    others = {name: quality(model, text, name, budget) for name in ("static", "random")}
-    for order in ("even", "cosine"):
-        others[order] = quality(model, text, skipping(model.manifest, order, budget))
-    for name, other in others.items():
-        assert ours.kl < other.kl, (name, ours, other)
-        assert ours.cost_ms <= 1.05 * other.cost_ms, (name, ours, other)
+    for other in others:
+        assert ours.kl < other.kl, (ours, other)
+        assert ours.cost_ms <= 1.05 * other.cost_ms, (ours, other)
 
 
 def test_the_controller_holds_the_budget(model: Model, text: str) -> None:
     full_ms = reference_ms(model.manifest)
     assert model.manifest.scorer is not None
-    for budget in model.manifest.scorer.presets.values():
-        spent = quality(model, text, "dash", budget).cost_ms / full_ms
+    budgets = [*model.manifest.scorer.presets.values()]
+    for budget, found in zip(budgets, at_budgets(model, text, budgets), strict=True):
+        spent = found.cost_ms / full_ms
         assert abs(spent / budget - 1) <= 0.05, (budget, spent)
 
 
 def test_more_budget_never_makes_it_much_worse(model: Model, text: str) -> None:
     assert model.manifest.scorer is not None
     budgets = sorted(model.manifest.scorer.presets.values())
-    losses = [quality(model, text, "dash", budget).kl for budget in budgets]
+    losses = [found.kl for found in at_budgets(model, text, budgets)]
     assert all(after <= 1.1 * before for before, after in itertools.pairwise(losses))
