@@ -251,41 +251,6 @@ def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int
     return count
 
 
-def best_split(
-    gains: Sequence[Sequence[float]], rows: Sequence[int], learned: Learned, context: int
-) -> tuple[list[int], int]:
-    """Which of some answers have guesses, in a pass without the others, and how many for each.
-
-    In one pass of all, what only a few can guess would pad the others.
-
-    Args:
-        gains: see `best_length`.
-        rows: of the answers in their cache, ascending; a pass runs over those between them, too.
-        learned: of their target.
-        context: of the longest.
-
-    Returns:
-        Indices, ascending: of all answers where one pass brings as many tokens per time.
-    """
-
-    def cost(some: Sequence[int], n: int) -> float:
-        return learned.cost((rows[some[-1]] - rows[some[0]] + 1) * (n + 1), context)
-
-    chosen, count = [*range(len(gains))], best_length(gains, learned, context)
-    together = sum(known[min(count, len(known) - 1)] for known in gains)
-    best = _MARGIN * together / cost(chosen, count)
-    for n in range(1, max(map(len, gains))):
-        able = sorted(((known[n], i) for i, known in enumerate(gains) if len(known) > n))
-        for size in range(1, min(len(able), len(gains) - 1, MOST_ROWS // (n + 1)) + 1):
-            own = sorted(i for _, i in able[-size:])
-            others = [i for i in range(len(gains)) if i not in own]
-            tokens = sum(gains[i][n] for i in own) + len(others)
-            rate = tokens / (cost(own, n) + cost(others, 0))
-            if rate > best:
-                best, chosen, count = rate, own, n
-    return chosen, count
-
-
 class Guesser:
     """Guesses for one answer."""
 

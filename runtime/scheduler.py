@@ -19,7 +19,7 @@ import numpy as np
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Generation, Piece, Request, Step, prefill_plan
-from dash_onnx.runtime.guesses import MOST, MOST_ROWS, Learned, best_length, best_split
+from dash_onnx.runtime.guesses import MOST, MOST_ROWS, Learned, best_length
 from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
@@ -120,22 +120,17 @@ class Scheduler:
             self._guarded(slot, lambda: self._prompt(slot, alone=not decoding))  # noqa: B023
         if decoding:
             together = sorted(decoding + first * bool(shared), key=lambda slot: slot.number)
-            for slots, guesses in self._passes(together, shared):
-                self._together(slots, guesses)
+            try:
+                self._decode(together, shared)
+            except Exception as error:
+                for slot in together:
+                    slot.state.truncate(len(slot.tokens))
+                if len(together) == 1:
+                    self._fail(together[0], error)
+                else:  # of one of them: those that run alone go on
+                    for slot in together:
+                        self._guarded(slot, lambda: self._decode([slot]))  # noqa: B023
         return bool(busy)
-
-    def _together(self, slots: list[Slot], guesses: int) -> None:
-        """A pass of some slots, or of each by itself where that of all goes wrong."""
-        try:
-            self._decode(slots, guesses)
-        except Exception as error:
-            for slot in slots:
-                slot.state.truncate(len(slot.tokens))
-            if len(slots) == 1:
-                self._fail(slots[0], error)
-            else:  # of one of them: those that run alone go on
-                for slot in slots:
-                    self._guarded(slot, lambda: self._decode([slot], guesses))  # noqa: B023
 
     def _admit(self) -> None:
         free = [slot for slot in self._slots if slot.request is None]
@@ -236,16 +231,17 @@ class Scheduler:
         elif passes < _WAIT / 1.5:
             self._chunk = min(self._chunk * 2, PREFILL_CHUNK)
 
-    def _decode(self, slots: list[Slot], ahead: int) -> None:
-        """A pass of answers: their last tokens, guesses, and a prompt's part that joins it.
+    def _decode(self, slots: list[Slot], seq: int = 1) -> None:
+        """A pass of every answer: its last token, guesses, and a prompt's part that joins it.
 
         Args:
             slots: by their number.
-            ahead: tokens that the pass has of each slot beside one, at most.
+            seq: tokens that the pass has of each slot at least.
         """
         started = time.perf_counter()
         going = [slot.going for slot in slots if slot.going is not None]
         deciders = [one.decider for one in going]
+        ahead = max(self._ahead(slots), seq - 1)
         tokens = [
             slot.rest[: ahead + 1].tolist() or one.next_tokens(ahead)
             for slot, one in zip(slots, going, strict=True)
@@ -279,21 +275,20 @@ class Scheduler:
             slot.plan = prefill_plan(slot.state.sessions, current, options.prefill)
         self._tell(slot, step)
 
-    def _passes(self, slots: list[Slot], shared: int) -> list[tuple[list[Slot], int]]:
-        """The passes of all slots, and how many tokens of each they have beside one, at most.
-
-        There is one of `shared` tokens at least, where a prompt joins it.
-        """
+    def _ahead(self, slots: list[Slot]) -> int:
+        """How many guesses for each answer the next pass checks; a prompt's tokens are sure."""
         learned = self._learned(slots)
         if learned is None:
-            return [(slots, 0)]
-        gains, context, room = [slot.gains() for slot in slots], _context(slots), _room(slots)
-        if shared:
-            return [(slots, max(min(best_length(gains, learned, context), room), shared - 1))]
-        own, count = best_split(gains, [slot.number for slot in slots], learned, context)
-        guessing = [slot for index, slot in enumerate(slots) if index in own]
-        others = [slot for slot in slots if slot not in guessing]
-        return [(guessing, min(count, room)), *([(others, 0)] if others else [])]
+            return 0
+        gains = []
+        for slot in slots:
+            if len(slot.rest):
+                gains.append([1.0 + n for n in range(min(len(slot.rest), MOST + 1))])
+            elif slot.going is not None and slot.going.learned is not None:
+                gains.append(slot.going.look_ahead(slot.going.learned))
+            else:
+                gains.append([1.0])
+        return min(best_length(gains, learned, _context(slots)), _room(slots))
 
     def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
         """Tokens of each slot in a pass of the answers that a prompt's next part joins.

@@ -9,7 +9,6 @@ import numpy as np
 
 from dash_onnx.core.arrays import Ids, common_length
 from dash_onnx.runtime.generate import Generation, Request
-from dash_onnx.runtime.guesses import MOST
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import PromptPlan
 
@@ -66,14 +65,6 @@ class Slot:
         self.state, other.state = other.state, self.state
         if self.going is not None:
             self.going.move(self.state)
-
-    def gains(self) -> list[float]:
-        """The tokens expected of a pass with 0, 1, 2, ... guesses; those of a prompt are sure."""
-        if len(self.rest):
-            return [1.0 + n for n in range(min(len(self.rest), MOST + 1))]
-        if self.going is None or self.going.learned is None:
-            return [1.0]
-        return self.going.look_ahead(self.going.learned)
 
     @property
     def lasting(self) -> list[int]:

@@ -223,42 +223,6 @@ def test_guesses_answers_and_a_prompt_share_a_pass(
     assert all(made == 1 for _, made in passes)
 
 
-@pytest.mark.parametrize("given", [{}, {"temperature": 0.8, "seed": 5}], ids=str)
-def test_a_likely_chain_runs_in_a_pass_without_the_others(
-    given: dict[str, Any], tiny_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its guesses would pad the others, where rows cost something."""
-    monkeypatch.setattr(Learned, "cost", lambda _, rows, context: 1 + 0.11 * (rows - 1))
-    prompts = ["in the night", "the keeper of the lighthouse", "the ships"]
-    chosen = options(policy="full", max_new_tokens=90, speculate=False, **given)
-    wanted = [tiny_model.generate(prompt, options=chosen) for prompt in prompts]
-    told: list[list[Any]] = [[] for _ in prompts]
-    scheduler, passes, forward = tiny_model.new_scheduler(3), list[Any](), Rows.forward
-
-    def noted(rows: Rows, numbers: Any, tokens: Any, *rest: Any) -> Any:
-        passes.append({number: len(ids) for number, ids in zip(numbers, tokens, strict=True)})
-        return forward(rows, numbers, tokens, *rest)
-
-    monkeypatch.setattr(Rows, "forward", noted)
-    each = [chosen, replace(chosen, speculate=None), chosen]
-    requests = [
-        tiny_model.request(prompt, pieces.append, own)
-        for prompt, pieces, own in zip(prompts, told, each, strict=True)
-    ]
-    alone = tiny_model.generate_step(requests[1].ids, options=chosen)
-    requests[1].expected = [step.token for step in alone]
-    del passes[:]
-    for request in requests:
-        scheduler.submit(request)
-    while scheduler.step():
-        pass
-    assert ["".join(chunk.text for chunk in pieces) for pieces in told] == wanted
-    split = [n for n, one in enumerate(passes[1:], 1) if one == {0: 1, 2: 1}]
-    assert split and all(passes[n - 1].keys() == {1} for n in split)
-    assert max(passes[n - 1][1] for n in split) > 9
-    assert not any(len(one) == 3 and max(one.values()) > 9 for one in passes)
-
-
 @pytest.mark.usefixtures("cheap_rows")
 def test_each_answer_has_no_more_guesses_in_a_pass_than_it_asks_for(tiny_model: Model) -> None:
     chosen = options(policy="full", max_new_tokens=60)

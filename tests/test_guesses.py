@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_onnx.core.facts import PassCosts
-from dash_onnx.runtime.guesses import MOST, Guesser, Learned, Lookup, best_length, best_split
+from dash_onnx.runtime.guesses import MOST, Guesser, Learned, Lookup, best_length
 
 # What passes of 1 to 9 tokens take, as a multiple of one: measured on two cores.
 TIMES = {
@@ -148,30 +148,6 @@ def test_what_is_found_followed_the_longest_match(text: list[int], begin: int) -
     if found:
         ends = [end for end in range(size, len(text)) if text[end - size : end] == text[-size:]]
         assert found.tokens == text[ends[-1] :][:MOST]
-
-
-NONE, SURE = [1.0], [1 + 0.97 * n for n in range(MOST + 1)]
-
-
-@pytest.mark.parametrize(
-    ("gains", "rows", "own", "count"),
-    [
-        ([SURE, NONE, NONE, NONE], range(4), [0], 15),
-        ([SURE, SURE, *[NONE] * 6], range(8), [0, 1], 15),
-        ([SURE, *[NONE] * 6, SURE], range(8), [7], 15),  # a pass of both runs over all eight
-        ([SURE[:3], NONE], range(2), [0, 1], 2),  # there are too few for a second pass
-        ([SURE] * 4, range(4), [0, 1, 2, 3], 7),
-        ([NONE] * 4, range(4), [0, 1, 2, 3], 0),
-        ([SURE], [5], [0], 15),
-    ],
-)
-def test_a_few_answers_have_their_guesses_in_a_pass_without_the_others(
-    gains: list[list[float]], rows: Sequence[int], own: list[int], count: int
-) -> None:
-    """Where nine rows take twice as long as one, four answers 1.33 times, 32 rows 4.4 times."""
-    known = learned([1 + 0.11 * n for n in range(32)])
-    assert best_split(gains, rows, known, 0) == (own, count)
-    assert best_split(gains, rows, learned(range(1, 65)), 0) == ([*range(len(gains))], 0)
 
 
 def test_an_unlikely_guess_takes_no_row_beside_another_answer(
