@@ -60,9 +60,9 @@ def main() -> None:
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     rows = []
+    kinds = ["experts", "dense", *(["mapped"] if arguments.mapped else [])]
     for shape in arguments.shapes:
         for form in FORMS:
-            kinds = ["experts", "dense", *(["mapped"] if arguments.mapped else [])]
             found = measured(*SHAPES[shape], form, kinds, arguments.rows, arguments.rounds)
             for count, medians in found.items():
                 times = {f"{kind}_ms": ms for kind, ms in zip(kinds, medians, strict=True)}
@@ -90,9 +90,7 @@ def measured(
             name: build(Path(folder), name, width, experts, form) for name in ("experts", "dense")
         }
         sessions = [
-            create_session(graphs[kind], "cpu")
-            if kind in graphs
-            else create_session(graphs["experts"], "cpu", packed=False)
+            create_session(graphs.get(kind, graphs["experts"]), "cpu", packed=kind != "mapped")
             for kind in kinds
         ]
         rng = np.random.default_rng(0)

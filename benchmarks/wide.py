@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ import dash_onnx
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import log_softmax
-from dash_onnx.core.text import json_lines, read_text
+from dash_onnx.core.text import Message, json_lines, read_text
+from dash_onnx.exporters.calibration.records import record_text
 from dash_onnx.runtime.model import Model
 
 FORMS = "wide", "int8", "int4"
@@ -56,8 +58,11 @@ def _text(path: Path) -> str:
     """A text as it is, or prompts and their responses one after the other."""
     if path.suffix != ".jsonl":
         return read_text(path)
-    records = [record for _, record in json_lines(path) if isinstance(record, dict)]
-    return "\n".join(f"{one.get('prompt', '')}{one.get('response', '')}" for one in records)
+    return "\n".join(record_text(record, where, _whole) for where, record in json_lines(path))
+
+
+def _whole(messages: Sequence[Message]) -> str:
+    return "".join(str(message["content"]) for message in messages)
 
 
 def measured(

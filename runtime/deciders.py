@@ -142,8 +142,9 @@ class ScoredDecider:
         for number, (start, _) in enumerate(self._segments[1:]):
             self._points[start - 1] = number
         self._costs = np.array(manifest.costs.in_units(self.actions), np.float32)
-        self._barred = np.array([[a not in own for a in self.actions] for own in used], bool)
         every = used or [{*self.actions}] * sequence.num_layers
+        self._barred = np.array([[a not in own for a in self.actions] for own in every])
+        self._barred[0] |= [a == SKIP for a in self.actions]
         self._path = [next(a for a in self.actions if a in own) for own in every]
         self._multiplier: float | None = None
         self._runs: list[AsyncRun] = []  # by decision point, like what they write
@@ -219,10 +220,7 @@ class ScoredDecider:
             return
         self._multiplier = multiplier
         penalty = np.float32(multiplier) * self._costs
-        if SKIP in self.actions:
-            penalty[0, self.actions.index(SKIP)] = _NEVER
-        if len(self._barred):
-            penalty[self._barred] = _NEVER
+        penalty[self._barred] = _NEVER
         self._penalty.write(penalty)
         self._decide(0, (self._first + penalty[: len(self._first)]).argmin(1))
 

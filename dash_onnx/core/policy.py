@@ -30,7 +30,6 @@ from dash_onnx.core.budget import (
     Controller,
     base_precision,
     below_every_skip,
-    decided_joins,
     decided_segments,
     fixed_at,
     kl_at,
@@ -119,12 +118,14 @@ class ScoredPolicy(Policy):
             PolicyError: the bundle has no scorer, or the budget is outside its table.
         """
         facts = scorer_facts(manifest)
-        points, self._decision_points = facts.points, facts.decision_points
+        points = facts.points
         self.name = "dash" if budget is None else f"dash:{budget}"
         self.budget = resolve(budget, manifest)
         self.multiplier, self.head = multiplier_of(self.budget, points)
         self.uses = used_actions(self.budget, points)
         self.fixed = fixed_at(self.budget, manifest)
+        self._segments = decided_segments(self.fixed, facts.decision_points)
+        self._joins = len(self.fixed) - len(self._segments)
         self.kl = kl_at(self.budget, points)
         self._manifest = manifest
 
@@ -139,17 +140,15 @@ class ScoredPolicy(Policy):
 
     def segments(self, layers: int) -> tuple[Segment, ...]:
         """See `Policy`."""
-        return decided_segments(self.fixed, self._decision_points)
+        return self._segments
 
     def cost_ms(self, path: ActionPath, costs: Costs) -> float:
         """See `Policy`."""
-        joins = decided_joins(self.fixed, self._decision_points)
-        return super().cost_ms(path, costs) - joins * costs.join_ms
+        return super().cost_ms(path, costs) - self._joins * costs.join_ms
 
     def controller(self) -> Controller:
         """What holds the budget during one generation."""
-        joins = decided_joins(self.fixed, self._decision_points)
-        return Controller(self._manifest, self.budget, self.multiplier, self.head, joins)
+        return Controller(self._manifest, self.budget, self.multiplier, self.head, self._joins)
 
 
 class StaticPolicy(PathPolicy):

@@ -164,10 +164,8 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
                 f"the GGUF file's pre-tokenizer {name!r} is not known, its text would be split "
                 "wrongly; export the safetensors release of the model instead"
             )
-        tokenizer, starts = (
-            _byte_level(vocabulary, PRE_TOKENIZERS[name]),
-            PRE_TOKENIZERS[name].starts,
-        )
+        pre = PRE_TOKENIZERS[name]
+        tokenizer, starts = _byte_level(vocabulary, pre), pre.starts
         default = {}
     elif kind == "llama":
         tokenizer, starts = _sentencepiece(vocabulary, _merges_of_scores(vocabulary)), True
