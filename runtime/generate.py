@@ -124,7 +124,7 @@ class Generation:
     Attributes:
         text: ids of the prompt and of what was drawn.
         count: tokens that were told.
-        forced: tokens that the grammar lets follow the text alone; they run as a prompt does.
+        forced: tokens that the grammar lets follow the text alone; they are not drawn.
         uniform: whether all tokens of its policy take one path.
         decider: what chooses the actions of the next pass.
         learned: what its guesses go by; None where it makes none.
@@ -182,32 +182,36 @@ class Generation:
             self._guesser = Guesser(prompt, expected, self._ends)
         asked = self._options.speculate
         most = MOST if asked is None or asked is True else asked
-        self._found, gains = self._guesser.find(learned, self.text, min(self.spare, most))
+        hint = self._constraint.hint() if self._constraint is not None and self._formed else []
+        self._found, gains = self._guesser.find(learned, self.text, min(self.spare, most), hint)
         return gains
 
-    def next_tokens(self, guesses: int) -> list[int]:
-        """What runs next: the last token, and up to some guesses of those that were found."""
-        found, self._guesses = self._found, []
-        if found is not None:
-            self._guesses = found.tokens[: max(min(guesses, self.spare), 0)]
-        return [self.text[-1], *self._guesses]
+    def guess(self, most: int) -> list[int]:
+        """The guesses for the next pass: so many at most of those that were found."""
+        found = self._found.tokens if self._found is not None else []
+        self._guesses = found[: max(min(most, self.spare), 0)]
+        return self._guesses
 
     def take(self, logits: Logits, path: ActionPath) -> Step:
-        """Draws from what `next_tokens` led to.
+        """Draws from a pass that ran all of the text, and guesses.
 
         Args:
-            logits: after each of them, `[S, V]`.
+            logits: after the text and after each of `guess`, `[S, V]`.
             path: that they took.
+
+        Returns:
+            What was not told yet: forced tokens, and those that are drawn.
         """
-        new, guesses = list[int](), self._guesses
+        untold = self.text[len(self._request.ids) + self.count :]
+        new, guesses, self._guesses = list[int](), self._guesses, []
         for row, guess in zip(logits, [*guesses, None], strict=True):
             new.append(self.draw(row))
             if new[-1] != guess or new[-1] in self._ends or self.forced:
                 break
         if not guesses or self._found is None:
-            return Step(new, path)
+            return Step(untold + new, path)
         right = sum(a == b for a, b in zip(new, guesses, strict=False))
-        return Step(new, path, Guess(self._found.source, len(guesses), right))
+        return Step(untold + new, path, Guess(self._found.source, len(guesses), right))
 
     def take_forced(self) -> list[int]:
         """The forced tokens, which are in the text from now on."""
@@ -220,12 +224,15 @@ class Generation:
 
     def _forced(self) -> list[int]:
         asked = self._options.logprobs is not None or self._options.logits_processor is not None
-        thoughts = self._thoughts
-        if self._constraint is None or asked:
-            return []  # these need every token's logits
-        if thoughts.open or thoughts.due or thoughts.opening is not None:
-            return []  # the grammar has not begun
+        if self._constraint is None or asked or not self._formed:
+            return []  # what is asked needs every token's logits
         return self._constraint.forced()[: self.spare] if self.spare > 0 else []
+
+    @property
+    def _formed(self) -> bool:
+        """Whether the next token is one of the grammar, if there is one."""
+        thoughts = self._thoughts
+        return not (thoughts.open or thoughts.due) and thoughts.opening is None
 
     def draw(self, logits: Logits) -> int:
         """Draws the next token from logits `[V]`."""

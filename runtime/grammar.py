@@ -84,7 +84,7 @@ class Constraint:
         matcher = _llguidance().LLMatcher
         if told := matcher.validate_grammar(grammar.source, tokenizer):
             raise PolicyError(f"the grammar is refused: {told}")
-        self._matcher = matcher(tokenizer, grammar.source)
+        self._matcher, self._tokenizer = matcher(tokenizer, grammar.source), tokenizer
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
 
     def masked(
@@ -115,6 +115,14 @@ class Constraint:
         """The next tokens, where the grammar leaves one text, as the tokenizer cuts it."""
         forced: list[int] = self._matcher.compute_ff_tokens()
         return forced
+
+    def hint(self) -> list[int]:
+        """Likely next tokens, of the one text that the grammar leaves.
+
+        They are not forced: the end of that text may be the beginning of a longer token.
+        """
+        hint: list[int] = self._tokenizer.tokenize_bytes(self._matcher.compute_ff_bytes())
+        return hint
 
 
 def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:

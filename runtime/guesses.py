@@ -24,7 +24,7 @@ MOST = 15
 MOST_ROWS = 32
 """Rows of a pass that checks guesses of several answers, at most."""
 
-Source = Literal["text", "expected"]
+Source = Literal["text", "expected", "grammar"]
 
 _LONGEST = 16  # tokens of a match that are compared
 _TRIED = 16  # latest places of the same two tokens that are compared
@@ -33,6 +33,7 @@ _STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + M
 _MARGIN = 1.03  # tokens per plain pass from which guessing pays
 _COUNTED = 256  # outcomes of a kind that count, later ones for more
 _PRIOR = 8  # outcomes that a belief is worth
+_BELIEVED = {"text": 0.15, "expected": 0.35, "grammar": 0.65}
 _LEAST_LIKELY = 0.02  # a guess after which no more are made
 _EXTRA = 0.25  # what a further row of a pass takes where nothing was profiled
 _CONTEXT = 256  # tokens of context that a table of costs holds for
@@ -42,7 +43,7 @@ class Guess(NamedTuple):
     """What came of the guesses for one pass.
 
     Attributes:
-        source: prompt and answer, or the expected text.
+        source: prompt and answer, the expected text, or what a grammar leaves.
         tokens: how many were guessed.
         right: how many of them the target drew, too.
     """
@@ -169,7 +170,7 @@ def _kinds(found: Found, agrees: list[bool]) -> list[_Kind]:
 
 def _believed(kind: _Kind) -> float:
     source, step, agrees, _ = kind
-    return 0.15 + 0.09 * step + 0.15 * agrees + 0.2 * (source == "expected")
+    return _BELIEVED[source] + 0.09 * step + 0.15 * agrees
 
 
 class Learned:
@@ -272,7 +273,7 @@ class Guesser:
         self._open: list[tuple[Found, list[_Kind], int]] = []  # guesses not yet compared, and where
 
     def find(
-        self, learned: Learned, text: Sequence[int], most: int
+        self, learned: Learned, text: Sequence[int], most: int, hint: Sequence[int] = ()
     ) -> tuple[Found | None, list[float]]:
         """What may be checked in the next pass, and what it would bring.
 
@@ -280,6 +281,7 @@ class Guesser:
             learned: of the target.
             text: prompt and answer so far.
             most: tokens.
+            hint: what a grammar makes likely; nothing else is looked for then.
 
         Returns:
             The guesses, but no unlikely ones, and the tokens expected of a pass with the first 0,
@@ -288,7 +290,8 @@ class Guesser:
         for token in text[len(self._lookup.tokens) :]:
             self._compare(learned, token)
             self._lookup.add(token)
-        found, gains = self._lookup.find(), [1.0]
+        found = Found("grammar", 0, [*hint[:MOST]]) if hint else self._lookup.find()
+        gains = [1.0]
         if found is None:
             return None, gains
         kinds = _kinds(found, self._lookup.agrees(found))

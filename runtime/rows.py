@@ -109,8 +109,11 @@ class Rows:
     def _alone(
         self, row: int, ids: Sequence[int], decider: Decider, wanted: int
     ) -> tuple[Logits, ActionPath]:
-        one = ids[0] if len(ids) == 1 else np.array(ids, np.int64)
-        logits, path = self.states[row].forward(one, decider, every=wanted > 1)
+        one, state = ids[0] if len(ids) == 1 else np.array(ids, np.int64), self.states[row]
+        if 1 < wanted < len(ids):
+            path = state.layers(one, decider)
+            return state.head_of(state.output[0, -wanted:], decider.head), path
+        logits, path = state.forward(one, decider, every=wanted > 1)
         logits = logits.reshape(-1, logits.shape[-1])
         return logits[len(logits) - wanted :], path
 

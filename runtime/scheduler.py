@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dash_onnx.core.actions import ActionPath
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Generation, Piece, Request, Step, prefill_plan
@@ -108,11 +109,9 @@ class Scheduler:
         for slot in busy:
             if slot.going is not None:
                 slot.going.follow()
-        decoding = [slot for slot in busy if not len(slot.rest)]
-        prompts = sorted((slot for slot in busy if len(slot.rest)), key=lambda slot: slot.used)
-        # What a grammar forces is a short prompt of an answer that already runs.
-        forced = [slot for slot in prompts if slot.going is not None and slot.going.count]
-        first = [slot for slot in prompts if slot not in forced][:1]
+        prompts = [slot for slot in busy if not slot.answers]
+        first = sorted(prompts, key=lambda slot: slot.used)[:1]
+        decoding, forced = self._decoding([slot for slot in busy if slot.answers])
         if not self._gather(decoding):
             self._gather(decoding + first)
         shared = self._shared(first, decoding)
@@ -210,19 +209,10 @@ class Scheduler:
             with slot.state.widening(widened):
                 slot.state.layers(part, FixedPath(path, head, segments))
         else:
-            logits = slot.state.prefill(part, *plan)
+            logits = slot.state.prefill(part, *plan)[None]
         if not alone and len(part) == self._chunk:
             self._adapt((time.perf_counter() - started) / max(self._pass_s, 1e-9))
-        self._ran(slot, len(part), logits)
-
-    def _ran(self, slot: Slot, count: int, logits: Any) -> None:
-        """Notes that tokens of a prompt have run; draws once all have."""
-        assert slot.request is not None and slot.going is not None and slot.plan is not None
-        slot.tokens += slot.rest[:count].tolist()
-        slot.rest = slot.rest[count:]
-        if not len(slot.rest):
-            forced = slot.going.text[len(slot.request.ids) + slot.going.count :]
-            self._tell(slot, Step([*forced, slot.going.draw(logits)], slot.plan.path))
+        self._take(slot, part.tolist(), logits, path)
 
     def _adapt(self, passes: float) -> None:
         """Changes how much of a prompt runs at once, by the passes that could have run instead."""
@@ -242,35 +232,34 @@ class Scheduler:
         going = [slot.going for slot in slots if slot.going is not None]
         deciders = [one.decider for one in going]
         ahead = max(self._ahead(slots), seq - 1)
-        tokens = [
-            slot.rest[: ahead + 1].tolist() or one.next_tokens(ahead)
-            for slot, one in zip(slots, going, strict=True)
-        ]
+        tokens = [slot.next_tokens(ahead) for slot in slots]
+        # After the last certain token, and after each guess.
         wanted = [
-            len(ids) if not len(slot.rest) else int(len(ids) == len(slot.rest))
+            max(len(ids) - max(len(slot.rest), 1) + 1, 0)
             for slot, ids in zip(slots, tokens, strict=True)
         ]
         numbers = [slot.number for slot in slots]
         logits, paths = self._rows.forward(numbers, tokens, deciders, wanted)
         self._pass_s = time.perf_counter() - started
         for slot, ids, own, path in zip(slots, tokens, logits, paths, strict=True):
-            if len(slot.rest):
-                last = own[0] if len(own) else None
-                self._guarded(slot, lambda: self._ran(slot, len(ids), last))  # noqa: B023
-            else:
+            if slot.answers:
                 slot.started = started
-                self._guarded(slot, lambda: self._take(slot, ids, own, path))  # noqa: B023
+            self._guarded(slot, lambda: self._take(slot, ids, own, path))  # noqa: B023
 
-    def _take(self, slot: Slot, ids: list[int], logits: Any, path: Any) -> None:
+    def _take(self, slot: Slot, ids: list[int], logits: Any, path: ActionPath) -> None:
+        """Notes that tokens have run; draws once all that are certain have."""
         assert slot.going is not None and slot.request is not None
+        slot.rest = slot.rest[len(ids) :]
+        if len(slot.rest):
+            slot.tokens += ids
+            return
         step = slot.going.take(logits, path)
-        slot.tokens += ids[: len(step.tokens)]
+        slot.tokens += slot.going.text[len(slot.tokens) : -1]
         held = slot.state.truncate(len(slot.tokens))
         if held < len(slot.tokens):  # states cannot forget the wrong guesses alone
             slot.state.layers(np.array(slot.tokens[held:], np.int64), slot.going.decider)
         if slot.going.forced:
-            forced = [step.tokens[-1], *slot.going.take_forced()]
-            slot.rest = np.array(forced, np.int64)
+            slot.rest = np.array([step.tokens[-1], *slot.going.take_forced()], np.int64)
             current, options = slot.request.current.policy, slot.request.options
             slot.plan = prefill_plan(slot.state.sessions, current, options.prefill)
         self._tell(slot, step)
@@ -282,12 +271,10 @@ class Scheduler:
             return 0
         gains = []
         for slot in slots:
-            if len(slot.rest):
-                gains.append([1.0 + n for n in range(min(len(slot.rest), MOST + 1))])
-            elif slot.going is not None and slot.going.learned is not None:
-                gains.append(slot.going.look_ahead(slot.going.learned))
-            else:
-                gains.append([1.0])
+            found, certain = [1.0], min(max(len(slot.rest) - 1, 0), MOST)
+            if slot.answers and slot.going is not None and slot.going.learned is not None:
+                found = slot.going.look_ahead(slot.going.learned)
+            gains.append([1.0 + n for n in range(certain)] + [certain + gain for gain in found])
         return min(best_length(gains, learned, _context(slots)), _room(slots))
 
     def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
@@ -313,6 +300,16 @@ class Scheduler:
         apart = learned.cost(answers, context) + learned.cost(part, context)
         rate = (answers + seq) / learned.cost(len(together) * seq, context)
         return seq if rate > (answers + part) / apart else 0
+
+    def _decoding(self, answers: list[Slot]) -> tuple[list[Slot], list[Slot]]:
+        """Answers that run in the next pass, and those that first run forced tokens by themselves.
+
+        A few such tokens join the pass, before guesses, where it may have several of each answer.
+        """
+        alone = [slot for slot in answers if len(slot.rest)]
+        if alone and self._learned(answers) is not None:
+            alone = [slot for slot in alone if len(slot.rest) > MOST]
+        return [slot for slot in answers if slot not in alone], alone
 
     def _learned(self, slots: list[Slot]) -> Learned | None:
         """What guesses go by in a pass of some answers; None where it has a token of each.

@@ -67,6 +67,22 @@ class Slot:
             self.going.move(self.state)
 
     @property
+    def answers(self) -> bool:
+        """Whether its prompt has run; what is in `rest` then, a grammar has forced."""
+        return self.going is not None and self.going.count > 0
+
+    def next_tokens(self, ahead: int) -> list[int]:
+        """What a pass runs: what is left of `rest`, or the last token, and guesses after it.
+
+        Args:
+            ahead: how many tokens at most, besides one.
+        """
+        assert self.going is not None
+        certain = self.rest[: ahead + 1].tolist() or self.going.text[-1:]
+        more = ahead + 1 - len(certain) if len(certain) >= len(self.rest) else 0
+        return certain + self.going.guess(more)
+
+    @property
     def lasting(self) -> list[int]:
         """The tokens whose K/V serve later requests: none that another budget wrote."""
         request = self.request

@@ -20,7 +20,6 @@ from dash_onnx.core.errors import ContextLengthError, PolicyError
 from dash_onnx.core.policy import RandomPolicy
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Request
-from dash_onnx.runtime.guesses import Learned
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
@@ -162,12 +161,6 @@ def test_rows_with_several_tokens_each_have_the_logits_of_each_alone(
                 kept = together.states[row].length - int(rng.integers(0, len(ids)))
                 together.states[row].truncate(kept)
                 alone[row].truncate(kept)
-
-
-@pytest.fixture
-def cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows cost next to nothing, as on a machine whose products of many rows are fast."""
-    monkeypatch.setattr(Learned, "cost", lambda learned, rows, context: 1 + 0.01 * (rows - 1))
 
 
 @pytest.mark.usefixtures("cheap_rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -26,7 +27,9 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.part import Part
 from dash_onnx.runtime.results import GeneratedToken
+from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sampling import Sampling
+from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import PromptPlan
 
 # Repeats itself, so that the text's own end is found in it.
@@ -137,7 +140,7 @@ def drawn(
     chain.length, guesses = len(begin) - 1, []
     while going.count < count and not eos & {*going.text[len(begin) :]}:
         context, count_of = chain.length, best_length([going.look_ahead(learned)], learned, 0)
-        step = going.take(chain.run(going.next_tokens(count_of)), ())
+        step = going.take(chain.run([going.text[-1], *going.guess(count_of)]), ())
         chain.length = context + len(step.tokens)
         guesses.append(step.guess)
         assert [told.token for told in going.told(step, 1.0)] == step.tokens
@@ -342,6 +345,63 @@ def test_what_a_grammar_forces_runs_in_one_pass(tiny_model: Model) -> None:
     given = tiny_model.text.encode(text, add_special_tokens=False).tolist()
     assert [step.token for step in found[: len(given) - 1]] == given[:-1]
     assert found[0].ms > 0 and {step.ms for step in found[1 : len(given) - 2]} == {0.0}
+
+
+RECORD = {
+    "type": "object",
+    "properties": {name: {"type": "string", "maxLength": 3} for name in ("keeper", "of the ships")},
+    "required": ["keeper", "of the ships"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.usefixtures("cheap_rows")
+def test_what_a_grammar_leaves_is_guessed_where_a_longer_token_may_come(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After "the", "ship" must follow; the answer may write "ships" in one token."""
+    ids, layers, passes = tiny_model.text.encode(PROMPT), SequenceState.layers, list[int]()
+
+    def counted(state: SequenceState, tokens: Any, decider: Any) -> Any:
+        passes.append(1 if isinstance(tokens, int) else len(tokens))
+        return layers(state, tokens, decider)
+
+    monkeypatch.setattr(SequenceState, "layers", counted)
+    grammar = Grammar.lark('start: item{20}\nitem: "the ship" ("s" | "") ", "')
+    given: dict[str, Any] = {"grammar": grammar, "policy": "full", "temperature": 1.0, "seed": 1}
+    found, needed = {}, {}
+    for speculate in (False, True):
+        del passes[:]
+        found[speculate] = [*tiny_model.generate_step(ids, speculate=speculate, **given)]
+        needed[speculate] = len(passes)
+    assert [step.token for step in found[True]] == [step.token for step in found[False]]
+    guesses = [step.guess for step in found[True] if step.guess]
+    right = sum(guess.right for guess in guesses if guess.source == "grammar")
+    assert right > 5 and needed[True] <= needed[False] - right
+
+
+@pytest.mark.usefixtures("cheap_rows")
+def test_forced_tokens_join_the_pass_of_other_answers(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, passes = Rows.forward, list[list[int]]()
+
+    def noted(rows: Rows, numbers: Any, tokens: Any, *rest: Any) -> Any:
+        if told[1]:  # the prompts have run
+            passes.append([len(ids) for ids in tokens])
+        return forward(rows, numbers, tokens, *rest)
+
+    monkeypatch.setattr(Rows, "forward", noted)
+    scheduler, told = tiny_model.new_scheduler(2), [list[Any](), list[Any]()]
+    given = GenerationOptions(policy="full", max_new_tokens=40)
+    form = dataclasses.replace(given, grammar=Grammar.json_schema(RECORD), speculate=1)
+    for options, pieces in zip((given, form), told, strict=True):
+        scheduler.submit(tiny_model.request("no ship passes", pieces.append, options))
+    while scheduler.step():
+        pass
+    wanted = [tiny_model.generate("no ship passes", options=options) for options in (given, form)]
+    assert ["".join(chunk.text for chunk in pieces) for pieces in told] == wanted
+    assert any(len(sizes) == 2 and sizes[1] > 2 for sizes in passes)
 
 
 @pytest.mark.parametrize("policy", ["full", "dash", "random:1"])
