@@ -47,10 +47,6 @@ _WORKER, _WORKERS = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in 
 if _WORKER and PINS and len(CORES) >= int(_WORKERS):
     os.sched_setaffinity(0, CORES[int(_WORKER.removeprefix("gw")) :: int(_WORKERS)])
 
-# An export collects garbage after each layer: most of its time, where layers are this small and the
-# objects of torch, transformers and onnx this many.
-gc.freeze()
-
 DEMO = Path(__file__).parent.parent / "build/demo"
 DEMO_GGUF = DEMO / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TRAINED = DEMO / "bundle"
@@ -148,6 +144,16 @@ def layer_inputs(
             rows.append(sequence.hidden[layer % 2].array[0, 0].copy())
             sequence.run(layer, action)
     return np.stack(rows).reshape(len(ids) - prompt_tokens, layers, -1)
+
+
+def pytest_collection_finish() -> None:
+    """Lets no collection of garbage look at what stays until the end: modules and tests.
+
+    An export collects after each layer, which takes most of its time where layers are this small
+    and the objects of torch, transformers, onnx and pytest this many.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
