@@ -62,6 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "1b": _llama(16, 2048, 8192, 32),
     "3b": _llama(28, 3072, 8192, 24),
     "8b": _llama(32, 4096, 14336, 32),
+    "qwen3-1.7b": _llama(28, 2048, 6144, 16) | {"model_type": "qwen3", "vocab_size": 151936},
     "lfm2-1.2b": _lfm2("lfm2", 16, (2, 5, 8, 10, 12, 14), **_DENSE),
     "lfm2-8b-a1b": _lfm2("lfm2_moe", 24, (2, 6, 10, 14, 18, 21), **_EXPERTS),
     "qwen3.5-0.8b": {
@@ -89,18 +90,25 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="3b")
     parser.add_argument("--layers", type=int, help="fewer or more than the shape has")
+    parser.add_argument("--ternary", action="store_true", help="weights of layers are -s, 0 or s")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the same for llama.cpp, in Q4_0")
     arguments = parser.parse_args()
     folder, config = arguments.folder, shaped(arguments.shape, arguments.layers)
-    weight_map = write(folder, config)
+    weight_map = write(folder, config, ternary=arguments.ternary)
     if arguments.gguf:
         from big_gguf import save_gguf
 
         save_gguf(arguments.gguf, config, tokenizer(), stored(folder, weight_map))
 
 
-def write(folder: Path, config: PreTrainedConfig) -> dict[str, str]:
-    """Writes a random model; returns the file of each weight."""
+def write(folder: Path, config: PreTrainedConfig, *, ternary: bool = False) -> dict[str, str]:
+    """Writes a random model; returns the file of each weight.
+
+    Args:
+        folder: to write.
+        config: the shape.
+        ternary: whether weights of layers have three values, as BitNet's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -115,7 +123,10 @@ def write(folder: Path, config: PreTrainedConfig) -> dict[str, str]:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards.values(), 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: weight(shapes[name], generator) for name in names}
+        tensors = {
+            name: weight(shapes[name], generator, ternary=ternary and ".layers." in name)
+            for name in names
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     total = sum(shape.numel() for shape in shapes.values())
@@ -148,11 +159,12 @@ def stored(folder: Path, weight_map: dict[str, str]) -> Iterator[tuple[str, torc
         yield from load_file(folder / file).items()
 
 
-def weight(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Norms of ones, and matrices as a model begins its training."""
+def weight(shape: torch.Size, generator: torch.Generator, *, ternary: bool = False) -> torch.Tensor:
+    """Norms of ones, and matrices as a model begins its training, or of their signs and zeros."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+    found = torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+    return found.sign() * (found.abs() > 0.01) * 0.02 if ternary else found
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.quantize.ternary import ternary
 from dash_onnx.exporters.sources import open_source
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -48,3 +49,15 @@ def test_a_shape_is_one_model_for_the_export_and_for_llama_cpp(
         other = open_source(str(file), REGISTRY)
         name = "model.layers.2.self_attn.v_proj.weight"
         torch.testing.assert_close(other.weights[name], source.weights[name].float())
+
+
+def test_a_ternary_checkpoint_is_found_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import big
+
+    config = big.shaped("qwen3-1.7b", 2, **SMALL, head_dim=32, num_key_value_heads=1)
+    big.write(tmp_path, config, ternary=True)
+    weight = open_source(str(tmp_path), REGISTRY).weights["model.layers.1.mlp.down_proj.weight"]
+    assert len(weight.unique()) == 3 and ternary(weight.float(), 2, 32) is not None
