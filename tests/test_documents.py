@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny
 from scored_bundle import with_scorer
 
 import dash_onnx
@@ -82,10 +83,8 @@ def test_the_program_of_the_bundle_format_gives_the_tokens_of_the_runtime(folder
 
 
 @pytest.mark.slow
-def test_the_python_reference_exports_trains_and_fuses(
-    tiny_folder: Path, night: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_folder, tmp_path / "model")
+def test_the_python_reference_exports_trains_and_fuses(night: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=64)
     (tmp_path / "notes.txt").write_text(night.read_text() * 4)
     printed = run(ROOT / "docs/reference/python.md", tmp_path, seconds=600)
     assert printed[0] == "new/fused" and len(printed) > 1

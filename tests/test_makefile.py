@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny
 
 ROOT = Path(__file__).parent.parent
 BIN = os.path.relpath(Path(sys.executable).parent, ROOT)  # above ROOT may be a folder with a blank
@@ -67,9 +68,10 @@ def test_a_name_that_make_cannot_take_is_one_line(given: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_answers_trains_and_answers_again(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_demo_answers_trains_and_answers_again(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    demo = ("demo", f"MODEL={tiny_folder}", f"BUNDLE={bundle}")
+    model = save_tiny(tmp_path / "m", num_hidden_layers=2, max_position_embeddings=128)
+    demo = ("demo", f"MODEL={model}", f"BUNDLE={bundle}")
     assert commands(make(*demo)) == ["dash-export", "dash-run", "dash-train", "dash-run"]
     assert commands(make(*demo)) == ["dash-run"]
     (bundle / ".trained").unlink()  # as an interrupted training leaves it
