@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 
 import dash_onnx
 from dash_onnx.cli import common, fuse
+from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.errors import DeviceError
 from dash_onnx.exporters.export import pipeline
 from dash_onnx.exporters.fused import CLIENTS
@@ -322,3 +324,14 @@ def test_the_tools_offer_what_the_exporters_know() -> None:
     """They repeat the names, since `--help` must not load torch."""
     assert set(fuse._CLIENTS) == set(CLIENTS)
     assert common.EFFORTS == tuple(PLANS)
+
+
+def test_collections_of_garbage_leave_out_what_an_export_imports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: len(frozen))
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    for _ in range(2):
+        prepare_export()
+    assert frozen == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -11,15 +12,27 @@ _LOG = logging.getLogger(__name__)
 
 
 def prepare_export() -> None:
-    """Checks that the tools of the export are installed; they are quiet unless we are verbose.
+    """Checks that the tools of the export are installed, and imports them.
+
+    They are quiet unless we are verbose. No collection of garbage looks at what they import, half
+    a million objects that stay: an export collects after each layer.
 
     Raises:
         DashError: some are missing.
     """
     require()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import transformers
 
+        import dash_onnx.exporters.pipeline  # noqa: F401
+    finally:
+        if collects:
+            gc.enable()
+    if not gc.get_freeze_count():
+        gc.freeze()
     if _LOG.isEnabledFor(logging.DEBUG):
         transformers.logging.set_verbosity_warning()
         return
