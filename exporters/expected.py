@@ -22,6 +22,9 @@ from dash_onnx.exporters.train.regress import EPOCHS
 from dash_onnx.exporters.train.tables import ROWS
 from dash_onnx.exporters.train.trainer import fast_dtype
 
+PROBE_S = 0.5
+"""Seconds that a measurement of this machine's speed takes."""
+
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
 _FIT = 6e-8  # seconds that fitting the scorer takes for an input of a token, in an epoch
@@ -40,10 +43,10 @@ class Speed:
     fast: float
 
     @classmethod
-    def measured(cls, seconds: float = 0.5) -> Speed:
-        """Of this machine as busy as it is now; takes the seconds given."""
-        single, fast = _speed(torch.float32, seconds / 2), fast_dtype()
-        return cls(single, single if fast is torch.float32 else _speed(fast, seconds / 2))
+    def measured(cls) -> Speed:
+        """Of this machine as busy as it is now."""
+        single, fast = _speed(torch.float32, PROBE_S / 2), fast_dtype()
+        return cls(single, single if fast is torch.float32 else _speed(fast, PROBE_S / 2))
 
 
 def _speed(dtype: torch.dtype, seconds: float) -> float:

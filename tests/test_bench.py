@@ -299,10 +299,14 @@ def test_the_table_shows_what_follows_a_context_and_a_dash_without_it() -> None:
 
 
 def test_the_prefill_is_measured_where_the_context_holds_it(
-    export_tiny: Callable[..., Path], clients: Path, tmp_path: Path, capsys: Capture
+    export_tiny: Callable[..., Path],
+    clients: Path,
+    night: Path,
+    tmp_path: Path,
+    capsys: Capture,
 ) -> None:
     folder = save_tiny(tmp_path / "longer", max_position_embeddings=600)
-    bundle = export_tiny(folder)
+    bundle = export_tiny(folder, calibration=(night,))
     capsys.readouterr()  # what the export prints
     words = (bundle, "--policy", "int4", "--peer", f"flat:{clients}", *FEW)
     for row in TOOL.json_of(capsys, *words)["contenders"]:

@@ -302,10 +302,10 @@ def test_the_bytes_of_tokens_make_up_the_text(client: openai.OpenAI) -> None:  #
     "choice", ["required", {"type": "function", "function": {"name": "count"}}]
 )
 def test_a_call_that_is_asked_for_is_made(
-    export_tiny: Callable[..., Path], tmp_path: Path, choice: Any
+    export_tiny: Callable[..., Path], night: Path, tmp_path: Path, choice: Any
 ) -> None:
-    long = export_tiny(save_tiny(tmp_path / "long", max_position_embeddings=2048))
-    with dash_onnx.load(long) as model:
+    source = save_tiny(tmp_path / "long", max_position_embeddings=2048)
+    with dash_onnx.load(export_tiny(source, calibration=(night,))) as model:
         server = Server({"long": model})
         try:
             _calls(server.client(), choice)

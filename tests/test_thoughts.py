@@ -51,8 +51,11 @@ def save_thinking(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, export_tiny: Callable[..., Path]) -> Path:
-    return export_tiny(save_thinking(tmp_path_factory.mktemp("thinking") / "tiny"))
+def bundle(
+    tmp_path_factory: pytest.TempPathFactory, night: Path, export_tiny: Callable[..., Path]
+) -> Path:
+    source = save_thinking(tmp_path_factory.mktemp("thinking") / "tiny")
+    return export_tiny(source, calibration=(night,))
 
 
 @pytest.fixture(scope="module")
