@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ class Requests:
         """
 
         def at(budget: Budget) -> Policy:
-            policy = self.policy(options.policy, budget)
+            policy = self.policy_of(dataclasses.replace(options, budget=budget))
             self._sessions.check_memory(
                 policy, prefill_plan(self._sessions, policy, options.prefill)
             )

@@ -25,8 +25,10 @@ from dash_onnx.cli import chat
 from dash_onnx.cli.run import main
 from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.errors import BundleError, DeviceError
+from dash_onnx.runtime import sessions
 from dash_onnx.runtime.generate import CurrentPolicy
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.stream import Stream
@@ -976,6 +978,31 @@ def test_the_budget_of_a_chat_may_change(
     told = [line for line in err.splitlines() if line.startswith("dash-run: ")]
     assert told[:2] == ["dash-run: policy dash", "dash-run: policy dash:fast"]
     assert told[2].startswith("dash-run: error: budget 7 is outside")
+
+
+@pytest.mark.parametrize(
+    ("own", "speculate", "wanted", "error"),
+    [
+        ("fast", None, "quality", "the graphs to load need 0.0 GB"),
+        ("quality", True, "fast", "guesses are checked on one path for every token"),
+    ],
+)
+def test_a_budget_whose_plan_is_refused_leaves_the_chat_at_its_own(
+    own: str,
+    speculate: bool | None,
+    wanted: str,
+    error: str,
+    scored_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.setattr(sessions, "available_bytes", lambda: 0)
+    give_stdin(monkeypatch, f"/budget {wanted}\n/budget\n")
+    with dash_onnx.load(scored_bundle) as model:
+        name = model.policy(budget=own).name
+        chat.Chat(model, GenerationOptions(budget=own, speculate=speculate)).run()
+    refusal, told = capsys.readouterr().err.splitlines()
+    assert refusal.startswith(f"dash-run: error: {error}") and told == f"dash-run: policy {name}"
 
 
 def test_help_lists_the_commands(

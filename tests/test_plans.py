@@ -246,12 +246,18 @@ def test_several_tokens_of_plans_with_other_segments_have_the_logits_of_each_alo
             np.testing.assert_allclose(own, wanted, atol=2e-4)
 
 
-def test_the_plan_may_change_in_the_middle_of_an_answer(scored_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def changing(scored_folder: Path) -> Path:
+    """`fast` runs INT4, `quality` is decided per token."""
     manifest = tables(Bundle(scored_folder).manifest, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.3: 0.2})
     folder = scored_folder.parent / "changing"
-    shutil.copytree(scored_folder, folder, dirs_exist_ok=True)
+    shutil.copytree(scored_folder, folder)
     replace_manifest(folder, manifest)
-    with dash_onnx.load(folder) as model:
+    return folder
+
+
+def test_the_plan_may_change_in_the_middle_of_an_answer(changing: Path) -> None:
+    with dash_onnx.load(changing) as model:
         stream = model.stream(PROMPT, budget="fast", max_new_tokens=8, ignore_eos=True)
         paths = [next(stream).path for _ in range(3)]
         stream.set_budget("quality")
@@ -260,8 +266,34 @@ def test_the_plan_may_change_in_the_middle_of_an_answer(scored_folder: Path) -> 
     assert len(later) == 5 and any(path != INT4 for path in later)
 
 
+def test_a_plan_that_cannot_guess_is_refused_where_guesses_are_asked_for(changing: Path) -> None:
+    with dash_onnx.load(changing) as model:
+        stream = model.stream(
+            PROMPT, budget="fast", speculate=True, max_new_tokens=8, ignore_eos=True
+        )
+        next(stream)
+        with pytest.raises(PolicyError, match="one path for every token") as error:
+            stream.set_budget("quality")
+        assert "\n" not in str(error.value)
+        assert [chunk.path for chunk in stream] == [INT4] * 7
+
+
+def test_a_layer_is_in_memory_at_most_once_alone_and_once_joined(scored_folder: Path) -> None:
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        model.preload()
+        every = model.loaded_bytes
+    policies = ("static:int8,int4*2,skip", "int4", "static:int8*3,int4", "int8", "dash", "int4")
+    with dash_onnx.load(scored_folder, memory="low") as model:
+        for policy in policies:
+            held, more = model.loaded_bytes, model.bytes_to_load(model.policy(policy))
+            model.preload(policy)
+            assert model.loaded_bytes == held + more
+        model.preload()
+        assert every < model.loaded_bytes <= 2 * every
+
+
 def test_a_plan_that_memory_has_no_room_for_is_refused_in_the_middle_of_an_answer(
-    scored_folder: Path, monkeypatch: pytest.MonkeyPatch
+    scored_folder: Path, changing: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with dash_onnx.load(scored_folder, policy="dash", memory="low") as model:
         model.preload(model.policy())
@@ -272,11 +304,7 @@ def test_a_plan_that_memory_has_no_room_for_is_refused_in_the_middle_of_an_answe
             full.setattr(sessions, "available_bytes", lambda: 0)
             stream.set_budget("quality")  # needs nothing else
         assert len([*stream]) == 7 and model.loaded_bytes == before
-    manifest = tables(Bundle(scored_folder).manifest, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.3: 0.2})
-    folder = scored_folder.parent / "full"
-    shutil.copytree(scored_folder, folder, dirs_exist_ok=True)
-    replace_manifest(folder, manifest)
-    with dash_onnx.load(folder, budget="fast", memory="low") as model:
+    with dash_onnx.load(changing, budget="fast", memory="low") as model:
         model.preload(model.policy())
         before = model.loaded_bytes
         stream = model.stream(PROMPT, max_new_tokens=8, ignore_eos=True)

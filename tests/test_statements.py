@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -259,6 +260,17 @@ def test_the_guide_to_running_says_what_the_presets_lose() -> None:
     assert f"at most {quality}, {balanced} and {fast} nats" in text
     for name, loss in PRESETS.items():
         assert re.search(rf"^\| `{name}` \| {loss} nats", text_of("docs/concepts/budget.md"), re.M)
+
+
+@pytest.mark.parametrize("page", ["concepts/budget", "decisions/0099-presets-with-a-margin"])
+def test_the_pages_say_what_presets_lose_on_texts_of_people(page: str) -> None:
+    said = " ".join(text_of(f"docs/{page}.md").split())
+    part = json.loads(text_of("benchmarks/results/quality.json"))
+    for name, text in (("WikiText-2", "valid.txt"), ("fiction", "sherlock_1661.txt")):
+        (rows,) = (c["found"]["rows"] for c in part["commands"] if c["found"]["text"] == text)
+        kl = {row["name"]: f"{row['kl']:.3f}" for row in rows if row["policy"] == "dash"}
+        quality, balanced, fast = (kl[preset] for preset in PRESETS)
+        assert re.search(rf"{quality}, {balanced} and {fast}(?: nats)? on {name}", said)
 
 
 def test_the_concepts_state_the_block_size_and_the_rank() -> None:

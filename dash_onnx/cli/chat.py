@@ -154,11 +154,12 @@ class Chat:
         self._say(f"{len(self._messages)} messages from {session}")
 
     def _budget(self, text: str) -> None:
+        options = dataclasses.replace(self._options, budget=text or self._options.budget)
+        policy = self._model.policy_of(options)
         if text:
-            policy = self._model.policy(self._options.policy, text)
             self._model.preload(policy)
-            self._options = dataclasses.replace(self._options, budget=text)
-        self._say(f"policy {self._model.policy_of(self._options).name}")
+        self._options = options
+        self._say(f"policy {policy.name}")
 
     def _system(self, text: str) -> None:
         kept = [message for message in self._messages if message["role"] != "system"]
