@@ -206,9 +206,19 @@ def test_a_preset_is_shown_with_the_kl_of_its_plan(model: Model, report: Report)
     for preset in found.presets:
         assert preset.kl == pytest.approx(PRESETS[preset.name], rel=0.002)
         assert preset.plan == "decided per token"
-    page = Page(render(replace(report, curve=found)))
+    html = render(replace(report, curve=found))
     for kl in PRESETS.values():
-        assert f"KL {kl:g} ·" in page.text
+        assert f"KL {kl:g} ·" in Page(html).text
+    assert html.count(">decided per token</td>") == 3
+
+
+def test_what_takes_longer_than_the_reference_stands_apart_in_the_picture(report: Report) -> None:
+    row, costs = report.curve.dash[-1], (0.5, 1.0, 1.02, 1.05)
+    found = replace(report.curve, dash=tuple(replace(row, cost=cost, kl=0.5) for cost in costs))
+    page = Page(render(replace(report, curve=found)))
+    circles = [attrs for name, attrs in page.tags if name == "circle"]
+    places = [attrs["cx"] for attrs in circles if attrs["class"] == "s-dash"]
+    assert len({*places[: len(costs)]}) == len(costs)
 
 
 # The sample
