@@ -247,6 +247,10 @@ def test_static_assignments_are_costed_and_a_mild_one_is_nearly_lossless(trained
         assert point.budget == pytest.approx(ms / FULL_MS, abs=1e-4)
         assert point.path[0] != "skip"
     assert min(point.kl for point in points) < max(point.kl for point in points) / 4
+    for action in ("int8", "int4"):
+        assert any(set(point.path) == {action} for point in points)
+    (full,) = (point for point in points if set(point.path) == {"full"})  # the reference itself
+    assert (full.budget, full.kl) == (1.0, 0.0)
 
 
 def test_the_kl_of_a_static_assignment_is_that_of_the_runtime(trained: Path, model: Model) -> None:

@@ -72,6 +72,8 @@ def tables(
         for lm_head, kl in zip(heads, kls, strict=True):
             share = round(manifest.costs.token_ms(path, lm_head) / full_ms, 5)
             static.append(StaticPoint(share, lm_head, round(kl + rounding, 6), path))
+    for best in scorer.actions[: scorer.extra]:  # the reference itself, which training leaves out
+        static.append(StaticPoint(1.0, manifest.heads[best], 0.0, (best,) * scorer.layers))
     static.sort(key=lambda point: point.budget)
     return policy[max(lossy - 1, 0) :], tuple(static)
 
