@@ -42,6 +42,7 @@ PACKAGES = (
 ).split()
 Command = list[str | Path]
 COUNT: Command = ["sh", "-c", f"seq -s, 500 > {NUMBERS}"]
+PROMPT_FORMS: Command = ["python", "benchmarks/prompt_forms.py", "--reference", OTHER_FULL]
 PROFILE: Command = ["dash-profile", BUILD / "other"]  # guesses go by what passes take here and now
 
 
@@ -166,7 +167,7 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
     commands: list[Command] = [
         ["dash-export", a.other, out, *options, "--effort", a.effort, "--overwrite", "--json"],
         *fuse,
-        ["python", "benchmarks/first_token.py", out, OTHER_FULL, "--prompts", a.prompts, "--json"],
+        [*PROMPT_FORMS, out, "--prompts", a.prompts, "--json"],
         [*bench, "--json"],
     ]
     if a.text:
@@ -179,9 +180,8 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 def forms(a: argparse.Namespace, size: Size) -> list[Command]:
     """What the larger model's prompts lose by their form, after `other`. 4 minutes a text."""
-    command: Command = ["python", "benchmarks/wide.py", BUILD / "other", "--reference", OTHER_FULL]
     texts = [word for text in a.text for word in ("--text", text)]
-    return [[*command, *texts, "--windows", str(size.windows), "--json"]]
+    return [[*PROMPT_FORMS, BUILD / "other", *texts, "--windows", str(size.windows), "--json"]]
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:

@@ -200,7 +200,7 @@ def larger(part: Part) -> list[dict[str, Any]]:
             continue
         if command["command"].startswith("dash-export"):
             exports.append({**command, "benches": [], "texts": []})
-        elif "first_token" in command["command"]:
+        elif isinstance(result, list):
             exports[-1]["first_tokens"] = result
         elif "policies" in command["command"]:
             exports[-1]["texts"].append(result)

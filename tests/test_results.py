@@ -129,7 +129,7 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         ("dash-export m.gguf full", None),
         ("dash-export m.gguf out --json", {"export": {"seconds": 100.0, "peak_rss_bytes": 2e9}}),
         (
-            "python benchmarks/first_token.py out full",
+            "python benchmarks/prompt_forms.py --reference full out",
             [
                 {**FIRST, "other_first_token": 1},
                 {**FIRST, "other_first_token": 3, "precision": "default"},

@@ -87,12 +87,12 @@ def test_the_first_token_is_measured_as_a_prompt_runs_by_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import first_token
+    import prompt_forms
 
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\nthe ships {PROMPT}\n")
-    words = [wide_bundle, wide_bundle, "--prompts", tmp_path / "prompts.txt", "--json"]
-    monkeypatch.setattr(sys, "argv", ["first_token.py", *map(str, words)])
-    first_token.main()
+    words = [wide_bundle, "--reference", wide_bundle, "--prompts", tmp_path / "prompts.txt"]
+    monkeypatch.setattr(sys, "argv", ["prompt_forms.py", *map(str, words), "--json"])
+    prompt_forms.main()
     rows = json.loads(capsys.readouterr().out)
     kl = {row["precision"]: row["kl"] for row in rows}
     assert [*kl] == ["full", "int8", "int4", "default"]
