@@ -560,7 +560,7 @@ def test_what_the_first_tokens_overspent_or_saved_is_made_up_for(
 def test_a_budget_that_no_multiplier_reaches_is_not_made_up_for_later(simulated: Manifest) -> None:
     assert simulated.scorer is not None
     points = simulated.scorer.points
-    controller = Controller(simulated, 0.3, points[3].multiplier, "int8")
+    controller = Controller(simulated, 0.3, points[3].multiplier, "int8", LAYERS)
     highest = 0.0
     for _ in range(1000):  # far too dear, whatever the multiplier
         controller.spent(("full",) * LAYERS)
@@ -593,7 +593,8 @@ def test_the_multiplier_moves_further_where_the_cost_hardly_answers(plain: Manif
     multipliers = []
     for dearer in (0.6, 0.306):
         points = (point(0.3, 0.1), point(dearer, 0.02))
-        controller = Controller(replace(plain, scorer=scorer_of(points)), 0.303, 0.06, "int8")
+        manifest = replace(plain, scorer=scorer_of(points))
+        controller = Controller(manifest, 0.303, 0.06, "int8", LAYERS)
         for _ in range(3):
             controller.spent(("int8",) * LAYERS)
         multipliers.append(controller.multiplier)
@@ -608,7 +609,7 @@ def test_the_multiplier_stays_bounded_whatever_happens(
 ) -> None:
     assert simulated.scorer is not None
     points = simulated.scorer.points
-    controller = Controller(simulated, 0.3, points[3].multiplier, "int8")
+    controller = Controller(simulated, 0.3, points[3].multiplier, "int8", LAYERS)
     for _ in range(tokens):
         controller.spent((action,) * LAYERS)
     low, high = points[-1].multiplier, points[0].multiplier

@@ -337,12 +337,12 @@ def test_the_controller_takes_no_action_that_was_not_counted(scored_folder: Path
 
 def test_one_graph_takes_less_time_in_the_costs(scored: Manifest) -> None:
     costs = replace(scored.costs, join_ms=0.02)
-    alone = costs.token_ms(INT4, "int4", joined=False)
+    alone = costs.token_ms(INT4, "int4", graphs=len(INT4))
     assert costs.token_ms(INT4, "int4") == pytest.approx(alone - 3 * 0.02)
     assert costs.token_ms(MIXED, "int4") == pytest.approx(
-        costs.token_ms(MIXED, "int4", joined=False) - 0.02
+        costs.token_ms(MIXED, "int4", graphs=len(MIXED)) - 0.02
     )
-    assert costs.token_ms(INT4, "int4", scored=True) > alone
+    assert costs.token_ms(INT4, "int4", scored=True, graphs=len(INT4)) > alone
     cheaper = replace(scored, costs=costs)
     assert reference_ms(cheaper) < reference_ms(scored)
 

@@ -234,7 +234,8 @@ def test_a_run_tells_what_teacher_forcing_tells(
     for at, token in enumerate(scored):
         rows.append(token.logits.copy())
         assert found.paths[at] == path_letters(token.path)
-        spent = costs.token_ms(token.path, policy.head, scored=True) / full
+        alone = len(token.path)
+        spent = costs.token_ms(token.path, policy.head, scored=True, graphs=alone) / full
         assert found.cost[at] == pytest.approx(spent, abs=1e-4)
         assert token.predicted_kl is not None
         predicted = sum(token.predicted_kl[i, actions.index(a)] for i, a in enumerate(token.path))

@@ -142,11 +142,6 @@ def decided_segments(
     return segments_of(fixed, {point - 1 for point in decision_points})
 
 
-def decided_joins(fixed: tuple[Action | None, ...], decision_points: Sequence[int]) -> int:
-    """How many layers less are dispatched, see `Costs.join_ms`."""
-    return len(fixed) - len(decided_segments(fixed, decision_points)) if fixed else 0
-
-
 def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetPoint, BudgetPoint]:
     """The rows of the table on both sides of a budget."""
     right = bisect_left([point.budget for point in points], budget)
@@ -185,15 +180,15 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
     moved = replace(moved, static=_static_costs(moved, manifest.static))
     if scorer is None:
         return moved
-    decision_points = scorer.decision_points
+    decision_points, none_fixed = scorer.decision_points, (None,) * manifest.model.num_layers
 
     def mix_ms(point: BudgetPoint, under: Costs) -> float:
-        layers = sum(
+        layers_ms = sum(
             share * sum(layer[action] for layer in under.layers_ms)
             for action, share in point.shares.items()
         )
-        layers -= decided_joins(point.fixed, decision_points) * under.join_ms
-        return under.embed_ms + under.scorer_ms + under.heads_ms[point.head] + layers
+        graphs = len(decided_segments(point.fixed or none_fixed, decision_points))
+        return under.mixed_ms(layers_ms, point.head, True, graphs)
 
     full_ms = reference_ms(moved)
     before = reference_ms(manifest)
@@ -241,14 +236,13 @@ class Controller:
         budget: float,
         multiplier: float,
         head: Action,
-        joins: int = 0,
+        graphs: int,
     ):
-        """Starts at the table's multiplier; of `joins` see `decided_joins`."""
+        """Starts at the table's multiplier; of head and graphs see `Costs.mixed_ms`."""
         self.multiplier = self._first = multiplier
         self._costs = manifest.costs
-        self._head = head
+        self._head, self._graphs = head, graphs
         self._target_ms = budget * reference_ms(manifest)
-        self._saved_ms = joins * manifest.costs.join_ms
         points = scorer_facts(manifest).points
         multipliers = [math.log(point.multiplier) for point in points]
         # Where the cost hardly answers to the multiplier, the multiplier has to move further.
@@ -263,7 +257,7 @@ class Controller:
 
     def spent(self, path: ActionPath) -> None:
         """Notes what a token cost."""
-        ms = self._costs.token_ms(path, self._head, scored=True) - self._saved_ms
+        ms = self._costs.token_ms(path, self._head, scored=True, graphs=self._graphs)
         owed = self._owed + ms / self._target_ms - 1
         # Critically damped: the offset follows four times as slowly as the multiplier answers.
         offset = self._offset + self._gain * owed / (4 * _SETTLING)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
-
-import numpy as np
 
 from dash_onnx.core.actions import PRECISIONS, Action, ActionPath, Form, segments_of
 from dash_onnx.core.block import Attention, AttentionForms
@@ -205,7 +204,7 @@ def _linear(x: float, known: Sequence[int], values: Sequence[float]) -> float:
     """A function at x, from its values at some points."""
     if len(known) == 1:
         return values[0]
-    right = min(max(int(np.searchsorted(known, x)), 1), len(known) - 1)
+    right = min(max(bisect_left(known, x), 1), len(known) - 1)
     (a, b), (low, high) = known[right - 1 : right + 1], values[right - 1 : right + 1]
     return low + (high - low) * (x - a) / (b - a)
 
@@ -252,22 +251,23 @@ class Costs:
         unit = self.unit_ms
         return [[layer[action] / unit for action in actions] for layer in self.layers_ms]
 
-    def token_ms(
-        self, path: ActionPath, head: Action, scored: bool = False, *, joined: bool = True
-    ) -> float:
-        """What one token costs on a path.
+    def mixed_ms(self, layers_ms: float, head: Action, scored: bool, graphs: int) -> float:
+        """What one token costs whose layers take `layers_ms` when each is dispatched alone.
 
         Args:
-            path: action of each layer.
             head: precision of the LM head.
             scored: whether the scorer decided.
-            joined: whether all tokens take the path, and its layers are joined; not if scored.
+            graphs: that the layers run as; those that are fixed alike share one.
         """
-        layers = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
-        whole = self.embed_ms + self.heads_ms[head] + layers
-        if scored:
-            return whole + self.scorer_ms
-        return whole - (len(path) - len(segments_of(path))) * self.join_ms * joined
+        joined_ms = (len(self.layers_ms) - graphs) * self.join_ms
+        return self.embed_ms + self.heads_ms[head] + layers_ms + self.scorer_ms * scored - joined_ms
+
+    def token_ms(
+        self, path: ActionPath, head: Action, scored: bool = False, *, graphs: int | None = None
+    ) -> float:
+        """The same of a token on a path; without `graphs`, as if every token took this path."""
+        layers_ms = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
+        return self.mixed_ms(layers_ms, head, scored, graphs or len(segments_of(path)))
 
 
 @dataclass(frozen=True)

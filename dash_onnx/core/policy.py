@@ -66,8 +66,8 @@ class Policy(ABC):
 
     def cost_ms(self, path: ActionPath, costs: Costs) -> float:
         """Profiled milliseconds of a token on a path that this policy chose."""
-        joined = self.uniform is not None
-        return costs.token_ms(path, self.head, self.scored, joined=joined)
+        graphs = len(self.segments(len(path)))
+        return costs.token_ms(path, self.head, self.scored, graphs=graphs)
 
     @property
     def uniform(self) -> ActionPath | None:
@@ -125,7 +125,6 @@ class ScoredPolicy(Policy):
         self.uses = used_actions(self.budget, points)
         self.fixed = fixed_at(self.budget, manifest)
         self._segments = decided_segments(self.fixed, facts.decision_points)
-        self._joins = len(self.fixed) - len(self._segments)
         self.kl = kl_at(self.budget, points)
         self._manifest = manifest
 
@@ -142,13 +141,10 @@ class ScoredPolicy(Policy):
         """See `Policy`."""
         return self._segments
 
-    def cost_ms(self, path: ActionPath, costs: Costs) -> float:
-        """See `Policy`."""
-        return super().cost_ms(path, costs) - self._joins * costs.join_ms
-
     def controller(self) -> Controller:
         """What holds the budget during one generation."""
-        return Controller(self._manifest, self.budget, self.multiplier, self.head, self._joins)
+        graphs = len(self._segments)
+        return Controller(self._manifest, self.budget, self.multiplier, self.head, graphs)
 
 
 class StaticPolicy(PathPolicy):
@@ -220,7 +216,7 @@ class RandomPolicy(PathPolicy):
         if budget is not None:
             base = base_precision(manifest, budget)
             costs = manifest.costs
-            run = costs.token_ms((base,) * self._layers, self.head, joined=False)
+            run = costs.token_ms((base,) * self._layers, self.head, graphs=self._layers)
             inner = costs.layers_ms[1:-1]
             saved = sum(layer[base] - layer[SKIP] for layer in inner)
             excess = run - budget * reference_ms(manifest)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import decided_joins, reference_ms
+from dash_onnx.core.budget import decided_segments, reference_ms
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Loop
@@ -129,13 +129,12 @@ def _points(
     """Rows of the policy at one multiplier, one for each LM head."""
     costs, full_ms = manifest.costs, reference_ms(manifest)
     layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
-    layers_ms -= decided_joins(fixed, scorer.scorer.decision_points) * costs.join_ms
+    graphs = len(decided_segments(fixed, scorer.scorer.decision_points))
     shares = dict(zip(scorer.actions, counts.mean(0).tolist(), strict=True))
     lost = rounding * (1.0 - shares[scorer.actions[0]] if scorer.extra else 1.0)
     for head, loss in zip(heads, losses, strict=True):
-        ms = costs.embed_ms + costs.scorer_ms + costs.heads_ms[head] + layers_ms
         yield BudgetPoint(
-            budget=round(ms / full_ms, 5),
+            budget=round(costs.mixed_ms(layers_ms, head, True, graphs) / full_ms, 5),
             multiplier=multiplier,
             head=head,
             kl=round(loss + lost, 6),
