@@ -24,10 +24,10 @@ from pathlib import Path
 import dash_onnx
 from dash_onnx.cli.common import add_reference_option, load_reference
 from dash_onnx.core.actions import SKIP
-from dash_onnx.core.budget import base_precision, below_every_skip, reference_ms
+from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import StaticPolicy
+from dash_onnx.core.policy import StaticPolicy, base_precision, below_every_skip
 from dash_onnx.core.progress import Phase
 from dash_onnx.core.text import read_text
 from dash_onnx.eval.text import evaluate_policies

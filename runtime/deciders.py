@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dash_onnx.core.actions import SKIP, Action, ActionPath, Segment, each_alone, segments_of
-from dash_onnx.core.budget import Controller, scorer_facts
+from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.controller import Controller
 from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
 from dash_onnx.runtime.backend import AsyncRun
 from dash_onnx.runtime.buffers import Buffer, bound_run

@@ -20,20 +20,25 @@ import dash_onnx
 from dash_onnx.core.actions import SKIP, Action, ActionPath
 from dash_onnx.core.budget import (
     PRESETS,
-    Controller,
-    base_precision,
     kl_at,
     multiplier_of,
     presets,
     reference_ms,
     resolve,
-    with_costs,
 )
 from dash_onnx.core.bundle import Bundle, replace_manifest
+from dash_onnx.core.controller import Controller
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint, Training
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import PathPolicy, RandomPolicy, ScoredPolicy, make_policy
+from dash_onnx.core.policy import (
+    PathPolicy,
+    RandomPolicy,
+    ScoredPolicy,
+    base_precision,
+    make_policy,
+)
+from dash_onnx.core.recost import with_costs
 
 # Baselines of the benchmark: `(manifest, order, budget)`.
 skipping = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/policies.py"))["skipping"]

@@ -15,13 +15,14 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.actions import Action, each_alone, segments_of
-from dash_onnx.core.budget import PRESETS, reference_ms, with_costs
+from dash_onnx.core.budget import PRESETS, reference_ms
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DeviceError, PolicyError
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import frontier, margin_of, plan_below, preset_plans
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
+from dash_onnx.core.recost import with_costs
 from dash_onnx.runtime import machine, sessions
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.model import Model

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import dash_onnx
-from dash_onnx.core.budget import reference_ms, with_costs
+from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.recost import with_costs
 from dash_onnx.eval.text import Evaluation, evaluate_policies
 from dash_onnx.runtime.model import Model
 

@@ -22,13 +22,13 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.report import main
 from dash_onnx.core.actions import Action, path_letters
-from dash_onnx.core.budget import PRESETS, presets, reference_ms, scorer_facts
+from dash_onnx.core.budget import PRESETS, pareto, presets, reference_ms, scorer_facts
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.train import tables
 from dash_onnx.report.analysis import reliability
-from dash_onnx.report.curve import curve, pareto
+from dash_onnx.report.curve import curve
 from dash_onnx.report.page import number, render
 from dash_onnx.report.report import Report, build
 from dash_onnx.report.sample import SampleText, given_text

@@ -48,11 +48,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _profile(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.core.budget import reference_ms, with_costs
+    from dash_onnx.core.budget import reference_ms
     from dash_onnx.core.bundle import Bundle, replace_manifest
     from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.core.errors import DashError
     from dash_onnx.core.records import to_json
+    from dash_onnx.core.recost import with_costs
     from dash_onnx.runtime.profile import checked
 
     # Checks that the device is here, and sets the threads.

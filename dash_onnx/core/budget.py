@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, TypeVar
 
-from dash_onnx.core.actions import ACTIONS, LOSSY, SKIP, Action, ActionPath, Segment, segments_of
+from dash_onnx.core.actions import ACTIONS, Action, Segment, segments_of
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts, StaticPoint
+from dash_onnx.core.facts import BudgetPoint, ScorerFacts, StaticPoint
 from dash_onnx.core.manifest import Manifest
 
+Point = TypeVar("Point", BudgetPoint, StaticPoint)
 Budget: TypeAlias = float | str
 """A fraction of the reference's time per token, or the name of a preset."""
 
@@ -25,11 +25,6 @@ OTHER_TEXT = 1.5
 DEFAULT_PRESET = "balanced"
 
 _LEAST_KL = 1e-4  # nats; what is less has no logarithm worth interpolating
-
-_SETTLING = 33  # tokens in which the controller makes up for two thirds of a wrong multiplier
-_GAINS = (0.2, 1.0)  # of the log multiplier, per token and unit of relative overspending
-_STEP = 0.1  # of the log multiplier: each new multiplier takes the runtime new penalties
-_REACH = 1.5  # how far beyond the table the controller may push the log multiplier
 
 
 def reference_ms(manifest: Manifest) -> float:
@@ -93,7 +88,7 @@ def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float
             f"budget {budget:g} is outside what this bundle can do: {low:.3f} to {high:.3f} of the "
             "time at the highest exported precision"
         )
-    a, b = _neighbours(budget, points)
+    a, b = neighbours(budget, points)
     if a is b:
         return a.multiplier, a.head
     share = (budget - a.budget) / (b.budget - a.budget)
@@ -111,7 +106,7 @@ def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:
     nearest row.
     """
     budget = min(max(budget, points[0].budget), points[-1].budget)
-    a, b = _neighbours(budget, points)
+    a, b = neighbours(budget, points)
     if budget in (a.budget, b.budget):  # of a row itself the KL may be 0
         return a.kl if budget == a.budget else b.kl
     share = (budget - a.budget) / (b.budget - a.budget)
@@ -124,13 +119,13 @@ def _log_kl(point: BudgetPoint) -> float:
 
 def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action, ...]:
     """Actions that the policy takes at a budget inside the table, highest precision first."""
-    rows = _neighbours(budget, points)
+    rows = neighbours(budget, points)
     return tuple(action for action in ACTIONS if any(row.shares.get(action, 0) > 0 for row in rows))
 
 
 def fixed_at(budget: float, manifest: Manifest) -> tuple[Action | None, ...]:
     """By layer, the action that all tokens take at a budget inside the table; None: decided."""
-    a, b = _neighbours(budget, scorer_facts(manifest).points)
+    a, b = neighbours(budget, scorer_facts(manifest).points)
     same = (x if x == y else None for x, y in zip(a.fixed, b.fixed, strict=False))
     return tuple(same) or (None,) * manifest.model.num_layers
 
@@ -142,11 +137,23 @@ def decided_segments(
     return segments_of(fixed, {point - 1 for point in decision_points})
 
 
-def _neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetPoint, BudgetPoint]:
+def neighbours(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[BudgetPoint, BudgetPoint]:
     """The rows of the table on both sides of a budget."""
     right = bisect_left([point.budget for point in points], budget)
     right = min(max(right, 1), len(points) - 1)
     return points[max(right - 1, 0)], points[right]
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """The points that no other beats in both cost and KL, by ascending cost.
+
+    Each path is listed once per LM head; the better head for a cost is what remains.
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.budget, point.kl)):
+        if not front or point.kl < front[-1].kl:
+            front.append(point)
+    return front
 
 
 def presets(points: tuple[BudgetPoint, ...], margin: float) -> dict[str, float]:
@@ -166,120 +173,3 @@ def cheapest_within(limit: float, points: tuple[BudgetPoint, ...]) -> float:
         share = (math.log(limit) - _log_kl(best)) / (_log_kl(worse) - _log_kl(best))
         budget += share * (worse.budget - best.budget)
     return min(max(round(budget, 4), points[0].budget), points[-1].budget)
-
-
-def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
-    """A manifest for another machine's costs: budgets and presets follow them.
-
-    Multipliers are in units of a layer, so decisions change only where the ratios of costs do. The
-    budget of each row of the policy table scales as its mix of actions does, its KL stays; a row
-    goes that costs more there than one that loses less.
-    """
-    scorer = manifest.scorer
-    moved = replace(manifest, costs=costs)
-    moved = replace(moved, static=_static_costs(moved, manifest.static))
-    if scorer is None:
-        return moved
-    decision_points, none_fixed = scorer.decision_points, (None,) * manifest.model.num_layers
-
-    def mix_ms(point: BudgetPoint, under: Costs) -> float:
-        layers_ms = sum(
-            share * sum(layer[action] for layer in under.layers_ms)
-            for action, share in point.shares.items()
-        )
-        graphs = len(decided_segments(point.fixed or none_fixed, decision_points))
-        return under.mixed_ms(layers_ms, point.head, True, graphs)
-
-    full_ms = reference_ms(moved)
-    before = reference_ms(manifest)
-    points = []
-    for point in scorer.points:
-        ms = point.budget * before * mix_ms(point, costs) / mix_ms(point, manifest.costs)
-        points.append(replace(point, budget=round(ms / full_ms, 5)))
-    kept: list[BudgetPoint] = []
-    for point in sorted(points, key=lambda point: (point.budget, point.kl)):
-        if not kept or point.kl < kept[-1].kl:
-            kept.append(point)
-    return replace(
-        moved,
-        scorer=replace(
-            scorer,
-            points=tuple(kept),
-            presets=presets(tuple(kept), scorer.margin),
-            static=_static_costs(moved, scorer.static),
-        ),
-    )
-
-
-def _static_costs(manifest: Manifest, points: tuple[StaticPoint, ...]) -> tuple[StaticPoint, ...]:
-    """Static assignments with the budgets that the manifest's costs give them."""
-    full_ms, costs = reference_ms(manifest), manifest.costs
-    moved = [
-        replace(point, budget=round(costs.token_ms(point.path, point.head) / full_ms, 5))
-        for point in points
-    ]
-    return tuple(sorted(moved, key=lambda point: point.budget))
-
-
-class Controller:
-    """Keeps the mean cost of one generation at its budget by steering the multiplier.
-
-    Works on profiled milliseconds, so a generation does not depend on how busy the machine is.
-
-    Attributes:
-        multiplier: nats per `Costs.unit_ms`, for the next token.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        budget: float,
-        multiplier: float,
-        head: Action,
-        graphs: int,
-    ):
-        """Starts at the table's multiplier; of head and graphs see `Costs.mixed_ms`."""
-        self.multiplier = self._first = multiplier
-        self._costs = manifest.costs
-        self._head, self._graphs = head, graphs
-        self._target_ms = budget * reference_ms(manifest)
-        points = scorer_facts(manifest).points
-        multipliers = [math.log(point.multiplier) for point in points]
-        # Where the cost hardly answers to the multiplier, the multiplier has to move further.
-        a, b = _neighbours(budget, points)
-        answer = math.log(b.budget / a.budget)
-        wanted = math.log(a.multiplier / b.multiplier) / (_SETTLING * answer) if answer > 0 else 0.0
-        self._gain = min(max(wanted, _GAINS[0]), _GAINS[1])
-        self._owed = 0.0  # relative overspending of all tokens; what is saved is spent later
-        self._offset = 0.0  # of the log multiplier: what this text asks for lastingly
-        self._low = min(multipliers) - _REACH - math.log(multiplier)
-        self._high = max(multipliers) + _REACH - math.log(multiplier)
-
-    def spent(self, path: ActionPath) -> None:
-        """Notes what a token cost."""
-        ms = self._costs.token_ms(path, self._head, scored=True, graphs=self._graphs)
-        owed = self._owed + ms / self._target_ms - 1
-        # Critically damped: the offset follows four times as slowly as the multiplier answers.
-        offset = self._offset + self._gain * owed / (4 * _SETTLING)
-        moved = self._gain * owed + offset
-        if (
-            not self._low <= moved <= self._high
-        ):  # no multiplier can do it: the debt must not pile up
-            return
-        self._owed, self._offset = owed, offset
-        self.multiplier = self._first * math.exp(_STEP * round(moved / _STEP))
-
-
-def below_every_skip(budget: float) -> PolicyError:
-    """What a budget is answered with that no skipping meets."""
-    return PolicyError(f"budget {budget:g} is less than skipping every inner layer costs")
-
-
-def base_precision(manifest: Manifest, budget: float) -> Action:
-    """The cheapest precision, of those that lose little, whose uniform path costs the budget."""
-    limit = budget * reference_ms(manifest)
-    for precision in (p for p in reversed(manifest.variants) if p not in LOSSY):
-        path = (precision,) * manifest.model.num_layers
-        if manifest.costs.token_ms(path, manifest.heads[SKIP]) >= limit:
-            return precision
-    return manifest.variants[0]

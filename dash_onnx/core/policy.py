@@ -14,6 +14,7 @@ from itertools import repeat
 from pathlib import Path
 
 from dash_onnx.core.actions import (
+    LOSSY,
     PRECISIONS,
     SKIP,
     Action,
@@ -27,9 +28,6 @@ from dash_onnx.core.actions import (
 from dash_onnx.core.budget import (
     DEFAULT_PRESET,
     Budget,
-    Controller,
-    base_precision,
-    below_every_skip,
     decided_segments,
     fixed_at,
     kl_at,
@@ -39,6 +37,7 @@ from dash_onnx.core.budget import (
     scorer_facts,
     used_actions,
 )
+from dash_onnx.core.controller import Controller
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
@@ -237,6 +236,21 @@ class RandomPolicy(PathPolicy):
                 else rng.choices(self._actions, self._weights)[0]
                 for layer in range(self._layers)
             )
+
+
+def below_every_skip(budget: float) -> PolicyError:
+    """What a budget is answered with that no skipping meets."""
+    return PolicyError(f"budget {budget:g} is less than skipping every inner layer costs")
+
+
+def base_precision(manifest: Manifest, budget: float) -> Action:
+    """The cheapest precision, of those that lose little, whose uniform path costs the budget."""
+    limit = budget * reference_ms(manifest)
+    for precision in (p for p in reversed(manifest.variants) if p not in LOSSY):
+        path = (precision,) * manifest.model.num_layers
+        if manifest.costs.token_ms(path, manifest.heads[SKIP]) >= limit:
+            return precision
+    return manifest.variants[0]
 
 
 def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None = None) -> Policy:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dash_onnx.core.actions import PRECISIONS, Action, path_letters
-from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.budget import pareto, scorer_facts
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import alternatives, preset_plans
@@ -115,15 +114,3 @@ def verdict(manifest: Manifest) -> str:
             )
             told.append(f"{name} runs one path for all tokens{lost}")
     return ". ".join(told).capitalize() + "."
-
-
-def pareto(points: Iterable[StaticPoint]) -> list[StaticPoint]:
-    """The points that no other beats in both cost and KL, by ascending cost.
-
-    Each path is listed once per LM head; the better head for a cost is what remains.
-    """
-    front: list[StaticPoint] = []
-    for point in sorted(points, key=lambda point: (point.budget, point.kl)):
-        if not front or point.kl < front[-1].kl:
-            front.append(point)
-    return front
