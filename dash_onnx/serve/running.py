@@ -7,11 +7,9 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from dash_onnx.core.errors import DashError
-from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.scheduler import Scheduler
@@ -22,19 +20,6 @@ Deliver = Callable[[Chunk | Exception], None]
 """Takes the chunks of a generation, and what ended it before its time."""
 
 _IDLE_S = 0.5  # a thread that has nothing to do looks up
-
-
-@dataclass(frozen=True)
-class Running:
-    """A generation that runs in another thread.
-
-    Attributes:
-        policy: that decides for it.
-        close: ends it, at the latest after the token in progress.
-    """
-
-    policy: Policy
-    close: Callable[[], None]
 
 
 async def until_done(*tasks: asyncio.Future[Any]) -> None:
@@ -54,7 +39,9 @@ class BatchThread:
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
 
-    async def run(self, request: Callable[[Deliver], Request[Chunk]], put: Deliver) -> Running:
+    async def run(
+        self, request: Callable[[Deliver], Request[Chunk]], put: Deliver
+    ) -> Request[Chunk]:
         """Adds a generation.
 
         Args:
@@ -72,7 +59,7 @@ class BatchThread:
 
         made = await asyncio.to_thread(request, deliver)
         self._scheduler.submit(made)
-        return Running(made.current.policy, made.cancelled.set)
+        return made
 
     def _run(self) -> None:
         while not self._closed:

@@ -21,10 +21,11 @@ from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import TextCodec
+from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.limits import BusyError, Limits
-from dash_onnx.serve.running import Deliver, Running, until_done
+from dash_onnx.serve.running import Deliver, until_done
 from dash_onnx.serve.shelf import ServedModel, Shelf, Source
 
 _PATHS = 1 << 10  # of which something is remembered, as most tokens take one of a few
@@ -195,7 +196,7 @@ class Service:
             return policy.cost_ms(path, manifest.costs) / whole
 
         queue = asyncio.Queue[tuple[int, Chunk] | Exception]()
-        runs: dict[int, Running] = {}
+        runs: dict[int, Request[Chunk]] = {}
         begun, ended = asyncio.Event(), [asyncio.Event() for _ in job.tallies]
 
         def put(index: int, piece: Chunk | Exception) -> None:
@@ -216,7 +217,7 @@ class Service:
                         await needed.enter_async_context(self.slot(further=True))
                     served = await needed.enter_async_context(self.shelf.using(job.name))
                     runs[index] = await self._begun(served, job, index, partial(put, index))
-                    needed.callback(runs[index].close)
+                    needed.callback(runs[index].cancelled.set)
                     await ended[index].wait()
 
         async def guarded(work: Coroutine[Any, Any, None]) -> None:
@@ -238,7 +239,7 @@ class Service:
                     raise piece
                 index, chunk = piece
                 tally = job.tallies[index]
-                tally.last = cost(runs[index].policy, chunk.path)
+                tally.last = cost(runs[index].first, chunk.path)
                 self._count(tally, chunk)
                 running -= chunk.finish_reason is not None
                 yield piece
@@ -247,7 +248,9 @@ class Service:
                 task.cancel()
             await until_done(*tasks)
 
-    async def _begun(self, served: ServedModel, job: Job, index: int, put: Deliver) -> Running:
+    async def _begun(
+        self, served: ServedModel, job: Job, index: int, put: Deliver
+    ) -> Request[Chunk]:
         """A choice among the others of its bundle."""
         model, batch, options = served.model, served.batch, job.options
         assert batch is not None

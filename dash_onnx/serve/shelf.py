@@ -235,18 +235,18 @@ class Shelf:
             served.users -= 1
             served.used = time.monotonic()
 
-    async def prepare(self, served: ServedModel, policy: Policy | None) -> None:
+    async def prepare(self, served: ServedModel, policy: Policy) -> None:
         """Loads what a request needs before it runs: no answer in progress waits for it.
 
         Args:
             served: its bundle, in use.
-            policy: of the request; None loads nothing.
+            policy: of the request.
 
         Raises:
             BusyError: its memory is in use by other bundles.
             DashError: it cannot be loaded.
         """
-        if policy is None or not served.model.bytes_to_load(policy):
+        if not served.model.bytes_to_load(policy):
             return
         async with self._lock:
             needed = served.model.bytes_to_load(policy)
