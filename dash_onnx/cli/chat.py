@@ -20,7 +20,6 @@ from dash_onnx.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
-    from dash_onnx.runtime.results import Chunk
 
 _MESSAGES = "messages"  # of the facts in a session's file
 _PASTED_S = 0.05  # within which the next line of a pasted text is there
@@ -125,11 +124,10 @@ class Chat:
         sampling = self._options.sampling(self._model.sampling)
         record = Record(self._model.policy_of(self._options), sampling)
         view = path_view(self._model, self._options, self._show_path)
-        told: list[Chunk] = []
         chunks = self._model.stream(asked, options=self._options, cache=self._cache)
         with _typing_waits(), chunks:
             try:
-                show(record.watch(chunks, self._trace), view, told)
+                show(record.watch(chunks, self._trace), view)
             except Terminated:
                 raise
             except KeyboardInterrupt:  # stops this answer, not the chat
@@ -137,8 +135,8 @@ class Chat:
                 self._say("stopped")
             else:
                 print(record.line(), file=sys.stderr)
-        answer = {"role": "assistant", "content": "".join(chunk.text for chunk in told)}
-        if reasoning := "".join(chunk.reasoning for chunk in told):
+        answer = {"role": "assistant", "content": "".join(chunk.text for chunk in record.chunks)}
+        if reasoning := "".join(chunk.reasoning for chunk in record.chunks):
             answer["reasoning_content"] = reasoning
         self._messages = [*asked, answer]
         if self._session is not None and self._cache.tokens:

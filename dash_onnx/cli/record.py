@@ -6,7 +6,6 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.sampling import Sampling
+from dash_onnx.runtime.stream import Completion
 
 if TYPE_CHECKING:
     from dash_onnx.report.terminal import PathView
-    from dash_onnx.runtime.guesses import Guess
     from dash_onnx.runtime.model import Model
     from dash_onnx.runtime.results import Chunk
 
@@ -29,20 +28,12 @@ class Record:
     policy: Policy
     sampling: Sampling
     load_ms: float | None = None  # of the model, where this is its first generation
-    times: list[float] = field(default_factory=list)
-    actions: Counter[str] = field(default_factory=Counter)
-    guesses: list[Guess] = field(default_factory=list)
-    last: Chunk | None = None
+    chunks: list[Chunk] = field(default_factory=list)  # also of what is interrupted
 
     def watch(self, chunks: Iterable[Chunk], trace: TextIO | None) -> Iterator[Chunk]:
-        """Passes chunks on, noting times and actions."""
+        """Passes chunks on, and keeps them."""
         for chunk in chunks:
-            if self.last is not None:  # the first token comes from the prefill
-                self.actions.update(chunk.path)
-            if chunk.guess is not None:
-                self.guesses.append(chunk.guess)
-            self.times.append(chunk.ms)
-            self.last = chunk
+            self.chunks.append(chunk)
             if trace is not None:
                 facts = {
                     "token": chunk.token,
@@ -60,24 +51,23 @@ class Record:
 
     def figures(self) -> dict[str, Any]:
         """The figures of `--json`."""
-        assert self.last is not None
-        decode = self.times[1:]
+        done = Completion.of(self.chunks)
+        first, *decode = done.ms
         spent = sum(decode)  # none where all tokens are forced by a grammar
-        total = sum(self.actions.values())
         return {
             "load_ms": None if self.load_ms is None else round(self.load_ms, 3),
-            "finish_reason": self.last.finish_reason,
-            "prompt_tokens": self.last.prompt_tokens,
-            "generated_tokens": len(self.times),
-            "time_to_first_token_ms": round(self.times[0], 3),
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": done.prompt_tokens,
+            "generated_tokens": done.generated_tokens,
+            "time_to_first_token_ms": round(first, 3),
             "ms_per_token": round(statistics.median(decode), 3) if spent else None,
-            "guessed_tokens": sum(guess.tokens for guess in self.guesses),
-            "right_guesses": sum(guess.right for guess in self.guesses),
+            "guessed_tokens": done.guessed_tokens,
+            "right_guesses": done.right_guesses,
             "tokens_per_second": round(1e3 * len(decode) / spent, 2) if spent else None,
             "policy": self.policy.name,
             "budget": self.policy.budget,
             "sampling": dataclasses.asdict(self.sampling),
-            "actions": {a: round(n / total, 4) for a, n in sorted(self.actions.items())},
+            "actions": {action: round(share, 4) for action, share in done.actions.items()},
         }
 
     def line(self) -> str:
@@ -111,21 +101,18 @@ class Record:
         return ", ".join([*(["greedy"] if self.sampling.temperature == 0 else []), *changed])
 
 
-def show(chunks: Iterable[Chunk], view: PathView | None, told: list[Chunk] | None = None) -> None:
+def show(chunks: Iterable[Chunk], view: PathView | None) -> None:
     """Prints an answer as it comes; on a terminal its thoughts, too, dimmed unless coloured.
 
     Args:
         chunks: of the answer.
         view: colours each token by its cost.
-        told: takes each of them, also of an answer that is interrupted.
     """
     from dash_onnx.report.terminal import wants_colour
 
     dimmed = "\x1b[2m{}\x1b[0m" if wants_colour(sys.stdout) else "{}"
     thoughts = False  # were printed last
     for chunk in chunks:
-        if told is not None:
-            told.append(chunk)
         text = view.show(chunk) if view else chunk.text
         if chunk.reasoning:
             if sys.stdout.isatty() and not view:
