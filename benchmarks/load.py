@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -201,7 +202,9 @@ async def _tool(http: httpx.AsyncClient, rng: random.Random) -> str:
     return _told(await _post(http, _body(rng, tools=[_TOOL], tool_choice=choice, max_tokens=64)))
 
 
-async def _stream(http: httpx.AsyncClient, rng: random.Random, *, slow: bool, whole: bool) -> str:
+async def _stream(
+    http: httpx.AsyncClient, rng: random.Random, slow: bool = False, leaves: bool = False
+) -> str:
     body = _body(rng, stream=True, max_tokens=32)
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
@@ -212,21 +215,9 @@ async def _stream(http: httpx.AsyncClient, rng: random.Random, *, slow: bool, wh
             last = line or last
             if slow:
                 await asyncio.sleep(0.1)
-            if not whole and count > rng.randrange(1, 8):
+            if leaves and count > rng.randrange(1, 8):
                 return "left"
     return "answered" if last == "data: [DONE]" else "lost"
-
-
-async def _reads(http: httpx.AsyncClient, rng: random.Random) -> str:
-    return await _stream(http, rng, slow=False, whole=True)
-
-
-async def _slow(http: httpx.AsyncClient, rng: random.Random) -> str:
-    return await _stream(http, rng, slow=True, whole=True)
-
-
-async def _leaves(http: httpx.AsyncClient, rng: random.Random) -> str:
-    return await _stream(http, rng, slow=False, whole=False)
 
 
 async def _broken(http: httpx.AsyncClient, rng: random.Random) -> str:
@@ -259,13 +250,13 @@ def _told(response: httpx.Response) -> str:
 
 KINDS: dict[str, tuple[Any, float]] = {
     "chat": (_chat, 6),
-    "streamed": (_reads, 6),
+    "streamed": (_stream, 6),
     "long prompt": (_long, 1),
     "too long": (_too_long, 0.2),
     "schema": (_schema, 2),
     "tool": (_tool, 1),
-    "slow reader": (_slow, 0.5),
-    "goes away": (_leaves, 3),
+    "slow reader": (partial(_stream, slow=True), 0.5),
+    "goes away": (partial(_stream, leaves=True), 3),
     "broken body": (_broken, 3),
     "hangs up": (_hangs_up, 1),
 }

@@ -259,9 +259,9 @@ class SequenceState:
         """
         self._now.run(layer, stop or layer + 1, self._now.form_of(action, self._widened))
 
-    def run_form(self, layer: int, form: Form, stop: int | None = None) -> None:
-        """Likewise in a form."""
-        self._now.run(layer, stop or layer + 1, form)
+    def run_form(self, layer: int, form: Form) -> None:
+        """Runs one layer in a form."""
+        self._now.run(layer, layer + 1, form)
 
     def head(self, precision: Action, *, every: bool = False, form: Form | None = None) -> Logits:
         """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`.

@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.options import GREEDY
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dash_onnx.core.policy import Policy
     from dash_onnx.runtime.model import Model
     from dash_onnx.runtime.sessions import Memory
-
-Logits = npt.NDArray[np.float32]
 
 _GUESSES = "+guesses"  # ends a variant that makes them
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from dash_onnx.bench.contenders import Logits
 from dash_onnx.bench.worker import Worker
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.budget import PRESETS
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error

@@ -10,7 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from dash_onnx.bench.contenders import Logits, load
+from dash_onnx.bench.contenders import load
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.machine import peak_rss_bytes
 

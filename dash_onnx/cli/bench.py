@@ -178,7 +178,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     for variant, policy in zip(variants, policies, strict=True):
         if guesses(variant) and policy.uniform is None:
             raise PolicyError(f"{variant}: guesses are checked on one path, such as int8")
-    prompts = [_encoded(model, text) for text in texts[: arguments.limit]]
+    prompts = [model.text.encode_message(text).tolist() for text in texts[: arguments.limit]]
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if "quality" not in arguments.skip:
         quality = partial(divergence, texts=_reference(reference, prompts, arguments.max_tokens))
@@ -259,12 +259,6 @@ def _starts(
         name = f"{kind} {'/'.join(Path(path).parts[-2:])}"
         starts.append(partial(Worker, name, kind, path, threads))
     return starts
-
-
-def _encoded(model: Model, text: str) -> list[int]:
-    if model.text.chat_template is None:
-        return model.text.encode(text).tolist()
-    return model.text.encode_chat([{"role": "user", "content": text}]).tolist()
 
 
 def _default_runs(model: Model) -> list[str]:

@@ -69,13 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fuse(arguments: argparse.Namespace) -> None:
     prepare_export()
-    from dash_onnx.core.bundle import Bundle
-    from dash_onnx.core.contract import FUSED_FOLDER
-    from dash_onnx.exporters.fused import DATA, MODEL, FuseOptions, fuse
+    from dash_onnx.exporters.api import fuse
+    from dash_onnx.exporters.fused import DATA, MODEL
 
-    out = arguments.out or arguments.bundle / FUSED_FOLDER
-    options = FuseOptions(arguments.client, arguments.policy, arguments.budget, arguments.prefill)
-    fuse(Bundle(arguments.bundle), out, options, overwrite=arguments.overwrite)
+    names = ("client", "policy", "budget", "prefill", "overwrite")
+    options = {name: getattr(arguments, name) for name in names}
+    out = fuse(arguments.bundle, arguments.out, **options)
     size = sum((out / name).stat().st_size for name in (MODEL, DATA))
     if arguments.json:
         print(json.dumps({"folder": str(out), "bytes": size}))

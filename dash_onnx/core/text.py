@@ -139,6 +139,12 @@ class TextCodec:
         text = self.render_chat(messages, tools=tools, variables=variables)
         return self.encode(text, add_special_tokens=False)
 
+    def encode_message(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids `[S]` of one message of the user's; raw text if there is no chat template."""
+        if self.chat_template is None:
+            return self.encode(text)
+        return self.encode_chat([{"role": "user", "content": text}])
+
     def thoughts(self, prompt: npt.NDArray[np.int64], most: int | None = None) -> Thoughts:
         """Where the answer to a prompt begins: in its thoughts, if the prompt opened them.
 

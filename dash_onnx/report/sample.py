@@ -104,11 +104,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
     Raises:
         PolicyError: the context has no room for an answer.
     """
-    codec = model.text
-    if codec.chat_template is None:
-        prompt = codec.encode(_PROMPT)
-    else:
-        prompt = codec.encode_chat([{"role": "user", "content": _PROMPT}])
+    prompt = model.text.encode_message(_PROMPT)
     room = model.manifest.model.max_length - len(prompt)
     if room < _LEAST:
         raise PolicyError("the context has no room for a generated sample; give --text FILE")
@@ -126,7 +122,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
     ids = prompt.tolist()
     for count, step in enumerate(steps, 1):
         ids.append(step.token)
-        if step.token in codec.eos_token_ids and count >= _LEAST:
+        if step.token in model.text.eos_token_ids and count >= _LEAST:
             break
     return SampleText("self-generated", np.asarray(ids, np.int64), len(prompt))
 

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 import numpy as np
-import numpy.typing as npt
 
+from dash_onnx.core.arrays import Ids
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
 from dash_onnx.exporters.calibration.records import Render
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
-
-Ids = npt.NDArray[np.int64]
 
 _CHARACTERS = 16  # read for each token that is wanted: far more than one takes in any language
 _SPLIT = 1.1  # tokens per character; a character that the tokenizer knows takes one at most

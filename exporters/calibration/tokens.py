@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
-from dash_onnx.exporters.calibration.draw import Ids, draw
+from dash_onnx.exporters.calibration.draw import draw
 from dash_onnx.exporters.calibration.openings import openings
 from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.self_written import sample_text

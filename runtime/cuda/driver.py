@@ -26,12 +26,11 @@ def open_driver(library: str = LIBRARY) -> Any:
 class Driver:
     """The driver in the primary context of a device, which ORT uses as well."""
 
-    def __init__(self, library: Any, device: int = 0):
-        """Retains the context for as long as the process lives.
+    def __init__(self, library: Any):
+        """Retains the context of the first device for as long as the process lives.
 
         Args:
             library: the CUDA driver, or what stands for it in a test.
-            device: its number.
 
         Raises:
             DeviceError: the driver refuses.
@@ -39,7 +38,7 @@ class Driver:
         self._library = library
         self._context = ctypes.c_void_p()
         self.call("cuInit", 0)
-        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), 0)
         self.enter()
 
     def call(self, name: str, *arguments: Any) -> None:
