@@ -29,7 +29,6 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import StaticPolicy, base_precision, below_every_skip
 from dash_onnx.core.progress import Phase
-from dash_onnx.core.text import read_text
 from dash_onnx.eval.text import evaluate_policies
 
 SKIPPING = ("even", "cosine")
@@ -37,9 +36,11 @@ SKIPPING = ("even", "cosine")
 
 def main() -> None:
     """Prints a table, or JSON."""
+    from prompt_forms import text_of
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="BUNDLE")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="or .jsonl")
     add_reference_option(parser)
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument("--skips", type=int, nargs="+", metavar="N", help="layers per token")
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="(default: 8)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    model, text = dash_onnx.load(arguments.bundle), read_text(arguments.text)
+    model, text = dash_onnx.load(arguments.bundle), text_of(arguments.text)
     reference = load_reference(arguments.reference, model, None)
     full_ms = reference_ms(model.manifest)
     names, policies = [], []

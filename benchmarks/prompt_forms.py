@@ -62,7 +62,7 @@ def main() -> None:
         print(json.dumps(rows) if a.json else "\n".join(map(json.dumps, rows)))
         return
     found = {
-        path.name: losses(model, reference, _text(path), a.window, a.windows) for path in a.text
+        path.name: losses(model, reference, text_of(path), a.window, a.windows) for path in a.text
     }
     if a.json:
         print(json.dumps(found))
@@ -117,7 +117,7 @@ def _first(
     return log_softmax(seen[0])
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """A text as it is, or prompts and their responses one after the other."""
     if path.suffix != ".jsonl":
         return read_text(path)
