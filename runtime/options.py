@@ -72,9 +72,9 @@ class GenerationOptions:
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         speculate: guess tokens from what the text holds already, and check several in one pass,
-            where that pays: the same text sooner, up to how kernels round several tokens. It goes
-            with a policy of one path for every token; None does so where it can, on the CPU. A
-            number is that of guesses in one pass at most, 0 to 15.
+            where that pays: the same text sooner, up to rounding. It requires a policy that uses
+            one path for every token; None guesses where that holds, on the CPU. A number is the
+            most guesses in one pass, 0 to 15.
         expected: text that the answer is likely to contain, as an edited file is before the edit:
             what follows in it is guessed, too.
         stop: strings that end the text; they are not part of it. They do not end thoughts.

@@ -22,7 +22,6 @@ from dash_onnx.cli.cached import bundle_of, entries, listing, model_name, remove
 from dash_onnx.core.atomic import TRAINING, locked, waiting_lock
 from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
-from dash_onnx.exporters import export as export_package
 from dash_onnx.exporters import pipeline
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.partial import exporting
@@ -44,12 +43,12 @@ def exports(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """What is exported; a copy of the tiny bundle comes of it."""
     made: list[str] = []
 
-    def export(model: str, out: Path, options: object) -> None:
+    def export(model: str, out: Path, options: object, **_: object) -> None:
         made.append(model)
         time.sleep(0.3)
         shutil.copytree(tiny_bundle, out)
 
-    monkeypatch.setattr(export_package, "export", export)
+    monkeypatch.setattr(pipeline, "export", export)
     yield made
 
 
@@ -110,10 +109,10 @@ def test_the_cache_keeps_its_limit_and_drops_what_was_not_used_for_longest(
 def test_what_fails_leaves_no_bundle(
     model: Path, cache: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **_more: object) -> None:
         raise SourceError("no such weights")
 
-    monkeypatch.setattr(export_package, "export", fail)
+    monkeypatch.setattr(pipeline, "export", fail)
     with pytest.raises(SourceError, match="no such weights"):
         bundle_of(model)
     assert not entries() and not [path for path in cache.iterdir() if path.is_dir()]
@@ -192,7 +191,7 @@ def tools(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> To
     """Stands for the export, with the partial folder of a true one."""
     state = Tools()
 
-    def export(model: str, out: Path, options: ExportOptions) -> None:
+    def export(model: str, out: Path, options: ExportOptions, **_: object) -> None:
         key = {"tools": state.version}
         with exporting(out, key, overwrite=False, resume=options.resume) as partial:
             (partial.bundle.parent / "calibration.json").write_text("{}")
@@ -201,7 +200,7 @@ def tools(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> To
                 raise KeyboardInterrupt
             shutil.copytree(tiny_bundle, partial.bundle, dirs_exist_ok=True)
 
-    monkeypatch.setattr(export_package, "export", export)
+    monkeypatch.setattr(pipeline, "export", export)
     return state
 
 
@@ -353,13 +352,13 @@ def test_a_note_that_is_lost_or_damaged_is_made_whole(
 def test_a_bundle_is_noted_before_it_is_there(
     model: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = export_package.export
+    make = pipeline.export
 
-    def killed(*arguments: Any) -> None:
-        make(*arguments)
+    def killed(*arguments: Any, **more: Any) -> None:
+        make(*arguments, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_package, "export", killed)
+    monkeypatch.setattr(pipeline, "export", killed)
     with suppress(KeyboardInterrupt):
         bundle_of(model)
     assert [entry.source for entry in entries() if entry.finished] == [str(model)]

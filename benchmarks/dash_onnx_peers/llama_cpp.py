@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from collections.abc import Sequence
 from typing import cast
@@ -23,6 +24,7 @@ class LlamaCpp:
 
     def __init__(self, target: str, threads: int):
         """Loads the model."""
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # else it prints every tensor
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(
             target.encode(), llama_cpp.llama_model_default_params()

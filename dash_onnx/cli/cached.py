@@ -182,17 +182,18 @@ def _make(source: str, folder: Path) -> None:
         from dash_onnx.cli.prepare import prepare_export
 
         prepare_export()
-        from dash_onnx.exporters.export import ExportOptions, export
+        from dash_onnx.exporters.export import ExportOptions
+        from dash_onnx.exporters.pipeline import build
 
         _used(source, folder)  # what an interrupt leaves has a name then
         shutil.rmtree(folder, ignore_errors=True)  # of a removal that was interrupted
         options = ExportOptions(resume=True)
         try:
-            export(source, folder, options)
+            build(source, folder, options, check="none")
         except ResumeError as error:
             _LOG.warning("%s: discarding it and exporting from the start", error.reason)
             discard(folder, PARTIAL)
-            export(source, folder, options)
+            build(source, folder, options, check="none")
         for entry in _entries():  # made from what the source was before
             if entry.source == source and entry.folder != folder:
                 with suppress(BundleError):  # another process is at it

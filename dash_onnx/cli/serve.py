@@ -66,7 +66,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--policy",
         default="",
-        help="policy of requests that name none (default: the trained policy)",
+        help="policy of requests that name none (default: by budget)",
     )
     parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
     add_memory_option(parser)

@@ -70,6 +70,7 @@ def summary(manifest: Manifest, out: Path) -> str:
     facts = manifest.export
     size = sum(file.bytes for file in manifest.files.values())
     lines += [
+        "scale, cosine: of a layer's output relative to its input; err: its relative error",
         "",
         f"{manifest.model.name} -> {out}: {size / 1e6:.0f} MB in {facts.seconds:.0f} s, "
         f"peak memory {facts.peak_rss_bytes / 1e9:.2f} GB",

@@ -130,12 +130,16 @@ class Bundle:
 def _remedy(folder: Path) -> str:
     """What to do where there is no bundle: perhaps it is a model."""
     name = str(folder)
+    if name.endswith(".gguf") and not folder.exists():
+        return "there is no such file"
     model = name.endswith(".gguf") or (folder / "config.json").is_file()
     if model or (name.count("/") == 1 and not folder.parent.exists()):
         out = folder.name.removesuffix(".gguf").lower() + "-onnx"
         what = "it is a model" if model else "a hub id is a model"
         return f"{what}, export it first with `dash-export {shlex.quote(name)} {shlex.quote(out)}`"
-    return f"{MANIFEST_NAME} is missing; make one with `dash-export MODEL {shlex.quote(name)}`"
+    taken = folder.is_dir() and any(folder.iterdir())
+    out = "BUNDLE" if taken else shlex.quote(name)
+    return f"{MANIFEST_NAME} is missing; make one with `dash-export MODEL {out}`"
 
 
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
