@@ -43,7 +43,7 @@ def text(model: Model) -> str:
     """Text that the model writes at its best, with a seed that training did not use."""
     rng = np.random.default_rng(99)
     parts = []
-    for _ in range(6):
+    for _ in range(5):
         start = [int(rng.integers(100, 40000))]
         steps = model.generate_step(
             start, policy="int8", max_new_tokens=290, ignore_eos=True, temperature=1.0, seed=5
@@ -59,8 +59,13 @@ def quality(model: Model, text: str, policies: Sequence[Policy]) -> list[Evaluat
     )
 
 
-def at_budgets(model: Model, text: str, budgets: Sequence[float]) -> list[Evaluation]:
-    return quality(model, text, [model.policy("dash", budget) for budget in budgets])
+@pytest.fixture(scope="module")
+def at_presets(model: Model, text: str) -> dict[float, Evaluation]:
+    """By budget, in ascending order."""
+    assert model.manifest.scorer is not None
+    budgets = sorted(model.manifest.scorer.presets.values())
+    found = quality(model, text, [model.policy("dash", budget) for budget in budgets])
+    return dict(zip(budgets, found, strict=True))
 
 
 def skipping_budget(model: Model) -> float:
@@ -91,17 +96,13 @@ def test_the_policy_beats_static_random_and_even_skipping_at_the_same_cost(
         assert ours.cost_ms <= 1.05 * other.cost_ms, (ours, other)
 
 
-def test_the_controller_holds_the_budget(model: Model, text: str) -> None:
+def test_the_controller_holds_the_budget(model: Model, at_presets: dict[float, Evaluation]) -> None:
     full_ms = reference_ms(model.manifest)
-    assert model.manifest.scorer is not None
-    budgets = [*model.manifest.scorer.presets.values()]
-    for budget, found in zip(budgets, at_budgets(model, text, budgets), strict=True):
+    for budget, found in at_presets.items():
         spent = found.cost_ms / full_ms
         assert abs(spent / budget - 1) <= 0.05, (budget, spent)
 
 
-def test_more_budget_never_makes_it_much_worse(model: Model, text: str) -> None:
-    assert model.manifest.scorer is not None
-    budgets = sorted(model.manifest.scorer.presets.values())
-    losses = [found.kl for found in at_budgets(model, text, budgets)]
+def test_more_budget_never_makes_it_much_worse(at_presets: dict[float, Evaluation]) -> None:
+    losses = [found.kl for found in at_presets.values()]
     assert all(after <= 1.1 * before for before, after in itertools.pairwise(losses))
