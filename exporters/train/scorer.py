@@ -19,6 +19,7 @@ from dash_onnx.exporters.train.environment import State
 _DROPOUT = 0.7  # of the inputs, while the scorer is fitted
 _CLAMP = 8.0  # standard deviations; massive activations must not drown the rest
 _OPSET = 21  # none of its operators is newer
+_WIDTH = 64  # of the hidden layer
 _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale of its input
 
 
@@ -56,7 +57,6 @@ class Scorer(nn.Module):
         hidden_size: int,
         actions: int,
         decision_points: tuple[int, ...],
-        width: int = 64,
     ):
         """Starts with the same increments for every token.
 
@@ -65,15 +65,14 @@ class Scorer(nn.Module):
             hidden_size: D.
             actions: A.
             decision_points: see the class.
-            width: of the hidden layer.
         """
         super().__init__()
         self.decision_points = decision_points
         self.normalise = nn.LayerNorm(hidden_size, eps=_EPSILON, bias=False)
         self.normalise.weight.requires_grad_(False)  # 1 / standard deviation
-        self.reduce = nn.Linear(hidden_size, width)
+        self.reduce = nn.Linear(hidden_size, _WIDTH)
         nn.init.zeros_(self.reduce.bias)
-        self.expand = nn.Parameter(torch.randn(layers, actions - 1, width) / math.sqrt(width))
+        self.expand = nn.Parameter(torch.randn(layers, actions - 1, _WIDTH) / math.sqrt(_WIDTH))
         self.bias = nn.Parameter(torch.zeros(layers, actions - 1))
         self.eval()
 
