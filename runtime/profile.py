@@ -1,6 +1,7 @@
 """Profiles every action of every layer through the real dispatch, as decoding meets them.
 
-Never more of the model is loaded than fits a window: some consecutive layers, or one LM head.
+Parts are timed window by window, some consecutive layers or one LM head, as memory may not hold
+the model; where it does, tokens are timed as a whole, too, see `profile_whole`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -29,6 +30,7 @@ from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.ort import Device, thread_count
 from dash_onnx.runtime.profile_passes import pass_costs
+from dash_onnx.runtime.profile_whole import whole_ratios
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
@@ -134,7 +136,8 @@ def measure(bundle: Bundle, device: Device) -> Costs:
 
 
 def _measure(bundle: Bundle, device: Device) -> Costs:
-    sessions, manifest = Sessions(bundle, open_backend(device)), bundle.manifest
+    backend, manifest = open_backend(device), bundle.manifest
+    sessions = Sessions(bundle, backend)
     best, *others = manifest.variants
     cheap = (*(others or [best]), SKIP)
     rng = random.Random(0)
@@ -165,7 +168,7 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
     )
     # It is a difference of two times: where other work disturbs them, more than is possible.
     most_saved = min(ms for costs in layers_ms for ms in costs.values()) / 2
-    return Costs(
+    costs = Costs(
         machine=machine_name(),
         threads=thread_count(),
         embed_ms=_typical(times.embeds),
@@ -176,6 +179,7 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
         passes=pass_costs(sessions),
         join_ms=min(_join_ms(sessions), most_saved),
     )
+    return replace(costs, whole=whole_ratios(bundle, costs, backend))
 
 
 def _join_ms(sessions: Sessions) -> float:

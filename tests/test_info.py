@@ -207,7 +207,8 @@ def test_the_measured_plans_are_shown_with_the_presets_that_run_them(
     lines = capsys.readouterr().out.splitlines()
     for name, plan in chosen.items():
         (row,) = [line for line in lines if name in line.split("  ")[0].split(", ")]
-        cells = [f"{plan.budget:.3f}", f"{plan.kl:.4f}", plan.head, *plan.text.split()]
+        shares = [f"{share:.3f}" for share in (plan.time, plan.budget)]
+        cells = [*shares, f"{plan.kl:.4f}", plan.head, *plan.text.split()]
         assert row.split()[-len(cells) :] == cells
     assert ("decided per token" in "\n".join(lines)) == trained
 
@@ -221,7 +222,7 @@ def test_of_plans_that_lose_more_than_presets_may_the_slowest_is_shown(tiny_bund
         calibration=dataclasses.replace(manifest.calibration, source="night.txt"),
     )
     lines = plans_table(manifest)
-    assert [line.split()[:-4] for line in lines[1:4]] == [[], ["balanced,", "fast"], ["quality"]]
+    assert [line.split()[:-5] for line in lines[1:4]] == [[], ["balanced,", "fast"], ["quality"]]
     assert [line.split()[-4] for line in lines[1:4]] == ["0.600", "0.700", "1.000"]
     assert "within its loss (quality 0.02, balanced 0.1, fast 0.25 nats)" in lines[5]
     assert lines[6:] == ["quality: no plan loses so little, so it runs the one that loses least"]

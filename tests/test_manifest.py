@@ -120,6 +120,11 @@ def test_a_wrong_number_of_layers_is_refused(
         (lambda data: data["costs"]["layers_ms"][0].update(int4=1e18), "costs must lie"),
         (lambda data: data["costs"]["layers_ms"][0].update(int4=1e-300), "costs must lie"),
         (lambda data: data["costs"].update(embed_ms=1e18), "costs must be"),
+        (lambda data: data["costs"]["whole"].update(int4=0.0), "costs.whole must lie"),
+        *(
+            (lambda data, key=key: data["costs"]["whole"].update({key: 1.0}), "costs.whole names")
+            for key in ("skip", "844 int4", "8442 skip", "decided int4 int8", "")
+        ),
         (lambda data: data["ropes"][0].update(inv_freq=[-1e18]), "ropes has a number"),
         (lambda data: data.update(ropes=data["ropes"] * 7), "more than the layers can use"),
     ],
@@ -199,10 +204,11 @@ def test_dims_follow_from_model_rope_and_target(text: str) -> None:
 def test_a_manifest_of_the_format_before_is_read(text: str) -> None:
     """Format 3 had no wide form, one attention, and timed no passes of several rows."""
     manifest = Manifest.from_text(text)
-    now = replace(manifest, wide=None, costs=replace(manifest.costs, passes=None))
+    now = replace(manifest, wide=None, costs=replace(manifest.costs, passes=None, whole={}))
 
     def age(data: dict[str, Any]) -> None:
         data["format_version"] = 3
         del data["wide"], data["costs"]["passes"], data["target"]["attention"]
+        del data["costs"]["whole"]
 
     assert Manifest.from_text(edited(now.to_text(), age)) == now

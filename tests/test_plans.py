@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +20,14 @@ from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DeviceError, PolicyError
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import frontier, margin_of, plan_below, preset_plans
+from dash_onnx.core.plans import Plan, frontier, margin_of, plan_below, preset_plans
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.core.recost import with_costs
-from dash_onnx.runtime import machine, sessions
+from dash_onnx.runtime import profile_whole, sessions
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.profile_whole import plan_times
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.rows import Rows
 
@@ -75,6 +76,61 @@ def test_a_preset_takes_the_faster_way_and_of_equal_ones_the_simpler(
     assert plan.budget == pytest.approx(0.5 if decides else fixed, abs=1e-3)
     policy = make_policy("", manifest)
     assert isinstance(policy, ScoredPolicy if decides else StaticPolicy)
+
+
+@pytest.mark.parametrize(
+    ("whole", "decides"),
+    [
+        ({}, True),
+        ({"int4": 0.97}, True),
+        ({"int4": 0.9}, False),
+        ({"int4": 0.9, "decided": 0.85}, True),
+        ({"decided": 1.1}, False),
+        ({"decided": 1.1, "decided int8": 1.0}, True),
+    ],
+)
+def test_presets_follow_the_time_of_whole_tokens(
+    scored: Manifest, whole: dict[str, float], decides: bool
+) -> None:
+    manifest = tables(scored, {0.2: 1.0, 0.5: 0.1, 0.9: 0.01}, {0.54: 0.09})
+    moved = replace(manifest, costs=replace(manifest.costs, whole=whole))
+    plan = preset_plans(moved)["balanced"]
+    assert (plan.path is None) == decides
+    names = ["decided int8", "decided"] if decides else ["int4"]
+    ratio = next((whole[name] for name in names if name in whole), 1.0)
+    assert plan.time == pytest.approx(plan.budget * ratio)
+
+
+def test_plans_are_timed_until_those_that_presets_run_have_been(
+    scored: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The LM head in INT8 is said to be the faster one, and is not."""
+    seen: list[Plan] = []
+
+    class Timed:
+        def __init__(self, *_: object):
+            pass
+
+        def ratio(self, plan: Plan, multiplier: float) -> float:
+            seen.append(plan)
+            assert (multiplier > 0) == (plan.path is None)
+            return 1.3 if plan.path == INT4 else 1.0
+
+    monkeypatch.setattr(profile_whole, "_Timed", Timed)
+    manifest = tables(scored, {0.2: 1.0, 0.7: 0.1, 0.9: 0.01}, {0.5: 0.09})
+    assert manifest.scorer is not None
+    points = (StaticPoint(0.45, "int8", 0.09, INT4), *manifest.scorer.static)
+    manifest = replace(manifest, scorer=replace(manifest.scorer, static=points))
+    bundle: Any = SimpleNamespace(manifest=manifest)
+    assert plan_times(bundle, "cpu") == manifest.costs and not seen  # no whole tokens at all
+    whole = {"full": 1.0, "int4": 1.0, "decided": 1.0}
+    bundle.manifest = replace(manifest, costs=replace(manifest.costs, whole=whole))
+    assert preset_plans(bundle.manifest)["balanced"].head == "int8"
+    moved = replace(manifest, costs=plan_times(bundle, "cpu"))
+    assert moved.costs.whole == {**whole, "4444 int8": 1.3, "decided int8": 1.0}
+    assert preset_plans(moved)["balanced"].head == "int4"
+    assert len(seen) == 2
+    assert Manifest.from_text(moved.to_text()) == moved
 
 
 def test_presets_keep_their_promise_with_the_margin_or_lose_least(scored: Manifest) -> None:
@@ -346,47 +402,3 @@ def test_one_graph_takes_less_time_in_the_costs(scored: Manifest) -> None:
     assert costs.token_ms(INT4, "int4", scored=True, graphs=len(INT4)) > alone
     cheaper = replace(scored, costs=costs)
     assert reference_ms(cheaper) < reference_ms(scored)
-
-
-# Huge pages
-
-
-def test_huge_pages_are_asked_for_large_blocks_that_are_in_memory() -> None:
-    def block(start: int, mb: int, resident: float, rest: str = "rw-p 00000000 00:00 0") -> str:
-        size = mb << 10
-        head = f"{start:x}-{start + (mb << 20):x} {rest}"
-        return f"{head} \nSize: {size} kB\nRss: {int(size * resident)} kB\nVmFlags: rd wr\n"
-
-    large = 1 << 40
-    smaps = (
-        block(large, 64, 1.0)
-        + block(2 * large, 64, 0.5)  # would grow
-        + block(3 * large, 2, 1.0)  # small
-        + block(4 * large, 64, 1.0, "r--p 00000000 08:01 77 /weights.data")
-        + block(5 * large, 64, 1.0, "rw-p 00000000 08:01 77 /weights.data")
-        + block(6 * large, 8, 0.95, "rw-p 00000000 00:00 0 [heap]")
-    )
-    found = list(machine._full_blocks(smaps))
-    assert found == [(large, large + (64 << 20)), (6 * large, 6 * large + (8 << 20))]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has them")
-def test_weights_move_to_huge_pages_once_and_not_where_it_is_turned_off(
-    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path
-) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(sessions, "use_huge_pages", lambda: moved.append(1))
-    monkeypatch.setattr(sessions, "_MANY_BYTES", 1)
-    with dash_onnx.load(tiny_bundle, policy="int4") as model:
-        for policy, times in (("int4", 1), ("int4", 1), ("int8", 2), ("int8", 2)):
-            model.generate("the ships", policy=policy, max_new_tokens=2)
-            for thread in threading.enumerate():
-                if thread.name == "huge pages":
-                    thread.join()
-            assert len(moved) == times
-    monkeypatch.setenv("DASH_HUGE_PAGES", "0")
-    assert machine.use_huge_pages() == 0
-    monkeypatch.delenv("DASH_HUGE_PAGES")
-    block = np.ones(16 << 20, np.uint8)
-    assert machine.use_huge_pages() >= 12 << 20
-    assert block.all()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_tool import Capture, Tool
+from scored_bundle import with_scorer
 
 from dash_onnx.cli.profile import main
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.runtime import profile_whole
+from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.profile import Times, spread_of, taken_share
+from dash_onnx.runtime.profile_whole import whole_ratios
+from dash_onnx.runtime.sequence import SequenceState
 
 TOOL = Tool("dash-profile", main)
 
@@ -40,6 +48,40 @@ def test_the_costs_are_measured_again_and_nothing_else_changes(
     assert after.files == before.files and after.layers == before.layers
     files["dash.json"] = after.to_text().encode()
     assert files_of(bundle) == files
+
+
+def test_tokens_are_timed_as_a_whole_beside_the_sum_of_their_parts(
+    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = SequenceState.forward
+
+    def slow(self: SequenceState, tokens: Any, decider: Any, **options: Any) -> Any:
+        if set(decider.end()) == {"int4"}:  # which no part takes
+            time.sleep(0.005)
+        return forward(self, tokens, decider, **options)
+
+    monkeypatch.setattr(SequenceState, "forward", slow)
+    limits = {"LEAST_MS": 0.0, "STEADY": math.inf, "_TURNS": (2, 2)}
+    for name, limit in limits.items():
+        monkeypatch.setattr(profile_whole, name, limit)
+    found = TOOL.json_of(capsys, bundle, "--force")["whole"]
+    assert {*found} == {"full", "int8", "int4"} and found["int4"] > 2 * found["int8"]
+    assert found["full"] == 1.0
+    assert Bundle(bundle).manifest.costs.whole == found
+
+    def ratios() -> dict[str, float]:
+        opened = Bundle(with_scorer(bundle))
+        return whole_ratios(opened, opened.manifest.costs, open_backend("cpu"))
+
+    assert {*ratios()} == {"full", "int8", "int4", "decided"}
+    for name, limit, left in (
+        ("LEAST_MS", math.inf, {}),
+        ("STEADY", -1.0, {"full": 1.0}),  # other work disturbed it
+        ("available_bytes", lambda: 0, {"full": 1.0}),
+    ):
+        with monkeypatch.context() as limited:
+            limited.setattr(profile_whole, name, limit)
+            assert ratios() == left
 
 
 def test_a_dry_run_prints_and_leaves_the_bundle(bundle: Path, capsys: Capture) -> None:

@@ -331,7 +331,13 @@ def plans_table(manifest: Manifest) -> list[str]:
     limits = {name: kl / margin for name, kl in PRESETS.items()}
     worse = [plan for plan, names in plans if not names and plan.kl > max(limits.values())]
     rows = [
-        [", ".join(names), f"{plan.budget:.3f}", f"{plan.kl:.4f}", plan.head, plan.text]
+        [
+            ", ".join(names),
+            *(f"{share:.3f}" for share in (plan.time, plan.budget)),
+            f"{plan.kl:.4f}",
+            plan.head,
+            plan.text,
+        ]
         for plan, names in plans
         if plan not in worse[:-1]
     ]
@@ -339,8 +345,9 @@ def plans_table(manifest: Manifest) -> list[str]:
     promised = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
     decided = "; decisions per token if they save more" if manifest.scorer is not None else ""
     return [
-        *aligned([["preset", "budget", "KL", "head", "layers"], *rows], left=1),
-        f"budget: of the time at {manifest.variants[0]}; KL: nats on held-out text{other}",
+        *aligned([["preset", "time", "budget", "KL", "head", "layers"], *rows], left=1),
+        f"time: of a whole token's at {manifest.variants[0]}; budget: of its parts'; KL: nats on "
+        f"held-out text{other}",
         f"a preset runs the fastest plan within its loss ({promised} nats); of paths that take up "
         f"to {100 * TIE:g} % longer, the one that loses least{decided}",
         *(

@@ -7,6 +7,7 @@ import json
 import shlex
 import statistics
 import sys
+from dataclasses import replace
 
 from dash_onnx.cli.common import (
     Parser,
@@ -55,12 +56,15 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.records import to_json
     from dash_onnx.core.recost import with_costs
     from dash_onnx.runtime.profile import checked
+    from dash_onnx.runtime.profile_whole import plan_times
 
     # Checks that the device is here, and sets the threads.
     dash_onnx.load(arguments.bundle, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
     costs, disturbed = checked(bundle, bundle.manifest.target.device)
     manifest = with_costs(bundle.manifest, costs)
+    costs = plan_times(Bundle(bundle.folder, manifest), manifest.target.device)
+    manifest = replace(manifest, costs=costs)
     if not arguments.dry_run:
         if disturbed and not arguments.force:
             raise DashError(

@@ -37,6 +37,9 @@ ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "int2": "2", "skip": "."}
 """One character per action, so that a path fits a line."""
 
+DECIDED = "decided"
+"""In `Costs.whole`, beside precisions: tokens whose actions the scorer decides."""
+
 LOSSY: tuple[Action, ...] = ("int2", SKIP)
 """Actions whose losses neither are small nor simply add up, so that they must be measured."""
 

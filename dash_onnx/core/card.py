@@ -61,7 +61,7 @@ def card(manifest: Manifest) -> str:
     if plans := preset_plans(manifest):
         lines += ["", "| preset | tokens/s | KL, nats | layers |", "|---|--:|--:|---|"]
         for name, plan in plans.items():
-            speed = 1000 / (plan.budget * full_ms)
+            speed = 1000 / (plan.time * full_ms)
             lines.append(f"| `{name}` | {speed:.0f} | {plan.kl:.4f} | {plan.text} |")
         lines += [
             "",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dash_onnx.core.actions import PRECISIONS, SKIP, WIDE, Form
+from dash_onnx.core.actions import DECIDED, LETTERS, PRECISIONS, SKIP, WIDE, Form
 from dash_onnx.core.block import ATTENTIONS
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
@@ -22,6 +22,7 @@ _MOST_STATE = 1 << 20  # of a size of states
 _SCORER = re.compile(r"scorer-\w+\.onnx")
 _NOISE = 0.01  # of a KL that was measured in FP32, and of rounded shares
 _MOST_WEIGHTS = 4  # in a byte: INT2
+_MOST_RATIO = 100  # of two times of a token
 
 
 def first_problem(manifest: Manifest) -> str | None:
@@ -190,10 +191,23 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
     cheapest = min(layer[action] for layer in costs.layers_ms for action in manifest.variants)
     if not 0 <= costs.join_ms < cheapest:
         yield "costs.join_ms must be less than a layer takes, and none less than 0"
+    if not all(_names_plan(key, len(manifest.layers)) for key in costs.whole):
+        yield "costs.whole names what is no plan of the layers"
+    if not _all_in(1 / _MOST_RATIO, _MOST_RATIO, costs.whole.values()):
+        yield f"costs.whole must lie between 1/{_MOST_RATIO} and {_MOST_RATIO}"
     yield from _pass_problems(manifest)
     others = (costs.embed_ms, costs.scorer_ms)
     if not all(0 <= ms < _MOST_MS for ms in others) or costs.threads < 1:
         yield "costs must be those of at least one thread, and none less than 0"
+
+
+def _names_plan(key: str, layers: int) -> bool:
+    """Whether `Costs.whole` may have a key, see `plans.whole_key`."""
+    kind, *heads = key.split(" ")
+    if not heads:
+        return kind in (*PRECISIONS, DECIDED)
+    letters = len(kind) == layers and {*kind} <= {*LETTERS.values()}
+    return (kind == DECIDED or letters) and len(heads) == 1 and heads[0] in PRECISIONS
 
 
 def _pass_problems(manifest: Manifest) -> Iterator[str]:

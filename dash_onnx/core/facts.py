@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 from dash_onnx.core.actions import PRECISIONS, Action, ActionPath, Form, segments_of
 from dash_onnx.core.block import Attention, AttentionForms
+from dash_onnx.core.statistics import linear
 
 _LARGE = 200_000_000  # weights of the layers
 
@@ -177,8 +177,8 @@ class PassCosts:
 
     def layer_ms(self, form: Form, rows: int, context: int) -> float:
         """Of a layer; between the measured rows and contexts, and beyond them, it is linear."""
-        each = [_linear(rows, self.rows, ms) for ms in self.layers_ms[form]]
-        return _linear(context, self.contexts, each)
+        each = [linear(rows, self.rows, ms) for ms in self.layers_ms[form]]
+        return linear(context, self.contexts, each)
 
     def attends_plainly(self, rows: int, context: int, capacity: int) -> bool:
         """Whether attention from plain operators is the faster one for rows of one sequence.
@@ -190,23 +190,14 @@ class PassCosts:
         """
         if not self.plain_rows or rows > self.plain_rows[-1]:
             return False
-        each = [_linear(rows, self.plain_rows, ms) for ms in self.plain_ms]
+        each = [linear(rows, self.plain_rows, ms) for ms in self.plain_ms]
         form = next(iter(self.layers_ms))
         unused = self.layer_ms(form, rows, capacity) - self.layer_ms(form, rows, context)
-        return _linear(capacity, self.contexts, each) + unused < 0
+        return linear(capacity, self.contexts, each) + unused < 0
 
     def head_ms(self, form: Form, rows: int) -> float:
         """Of the LM head on all rows; likewise."""
-        return _linear(rows, self.head_rows, self.heads_ms[form])
-
-
-def _linear(x: float, known: Sequence[int], values: Sequence[float]) -> float:
-    """A function at x, from its values at some points."""
-    if len(known) == 1:
-        return values[0]
-    right = min(max(bisect_left(known, x), 1), len(known) - 1)
-    (a, b), (low, high) = known[right - 1 : right + 1], values[right - 1 : right + 1]
-    return low + (high - low) * (x - a) / (b - a)
+        return linear(rows, self.head_rows, self.heads_ms[form])
 
 
 @dataclass(frozen=True)
@@ -223,6 +214,9 @@ class Costs:
         spread: how much longer a typical run took, as a fraction; large if other work ran beside.
         passes: times by rows and contexts; None if there is nothing to choose from.
         join_ms: what one layer less to dispatch saves: fixed layers run as one graph.
+        whole: by what factor a token takes longer than the sum of its parts, relative to the
+            reference's token: with all layers in a precision, `decided` by the scorer, and on the
+            plans that presets chose between, by `plans.whole_key`.
     """
 
     machine: str
@@ -234,6 +228,7 @@ class Costs:
     spread: float = 0.0
     passes: PassCosts | None = None
     join_ms: float = 0.0
+    whole: dict[str, float] = field(default_factory=dict)
 
     @property
     def unit_ms(self) -> float:

@@ -7,10 +7,10 @@ the machine and the budget: both were measured on the same held-out text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from dash_onnx.core.actions import Action, ActionPath
+from dash_onnx.core.actions import DECIDED, Action, ActionPath, path_letters
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
 from dash_onnx.core.manifest import Manifest
 
@@ -29,15 +29,17 @@ class Plan:
     """A way to run every token.
 
     Attributes:
-        budget: time of a token as a fraction of the reference's.
+        budget: profiled time of a token, the sum of its parts, as a fraction of the reference's.
         kl: mean KL(reference || plan) in nats on held-out tokens.
         head: precision of the LM head.
+        time: likewise as the budget, of the token as a whole; plans are compared by it.
         path: action of each layer; None where the scorer decides.
     """
 
     budget: float
     kl: float
     head: Action
+    time: float
     path: ActionPath | None = None
 
     @property
@@ -60,12 +62,12 @@ def frontier(manifest: Manifest) -> tuple[Plan, ...]:
     """The plans that no other beats in both time and KL, by ascending time."""
     plans = [*_fixed(manifest)]
     if manifest.scorer is not None:
-        plans += [Plan(p.budget, p.kl, p.head) for p in manifest.scorer.points]
+        plans += [_decided(p.budget, p.kl, p.head, manifest) for p in manifest.scorer.points]
     kept: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (_rank(plan), plan.kl)):
         if not kept or plan.kl < kept[-1].kl:
             kept.append(plan)
-    return tuple(sorted(kept, key=lambda plan: plan.budget))
+    return tuple(sorted(kept, key=lambda plan: plan.time))
 
 
 def preset_plans(manifest: Manifest) -> dict[str, Plan]:
@@ -84,17 +86,17 @@ def candidates(manifest: Manifest) -> list[tuple[Plan, list[str]]]:
     plans = {*frontier(manifest), *chosen.values()}
     return [
         (plan, [name for name, own in chosen.items() if own == plan])
-        for plan in sorted(plans, key=lambda plan: (plan.budget, plan.kl))
+        for plan in sorted(plans, key=lambda plan: (plan.time, plan.kl))
     ]
 
 
 def _within(limit: float, manifest: Manifest) -> Plan:
     """The fastest plan that loses at most some nats; of paths as fast, the one that loses least."""
     decisions, path = alternatives(limit, manifest)
-    if path is None or (decisions is not None and _rank(decisions) < path.budget):
+    if path is None or (decisions is not None and _rank(decisions) < path.time):
         return decisions or min(frontier(manifest), key=lambda plan: plan.kl)
-    as_fast = [plan for plan in _fixed(manifest) if plan.budget <= path.budget * (1 + TIE)]
-    return min(as_fast, key=lambda plan: (plan.kl, plan.budget))
+    as_fast = [plan for plan in _fixed(manifest) if plan.time <= path.time * (1 + TIE)]
+    return min(as_fast, key=lambda plan: (plan.kl, plan.time))
 
 
 def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | None]:
@@ -112,7 +114,7 @@ def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | 
         plan = decided(cheapest_within(limit, scorer.points), manifest)
         found = plan if plan.kl <= limit * _ROUNDED else None
     fixed = [plan for plan in _fixed(manifest) if plan.kl <= limit]
-    return found, min(fixed, key=lambda plan: plan.budget, default=None)
+    return found, min(fixed, key=lambda plan: plan.time, default=None)
 
 
 def plan_below(budget: float, manifest: Manifest) -> Plan | None:
@@ -128,14 +130,48 @@ def decided(budget: float, manifest: Manifest) -> Plan:
     assert manifest.scorer is not None
     points = manifest.scorer.points
     _, head = multiplier_of(budget, points)
-    return Plan(budget, kl_at(budget, points), head)
+    return _decided(budget, kl_at(budget, points), head, manifest)
+
+
+def _decided(budget: float, kl: float, head: Action, manifest: Manifest) -> Plan:
+    return _timed(Plan(budget, kl, head, budget), manifest)
 
 
 def _fixed(manifest: Manifest) -> list[Plan]:
     points = manifest.static if manifest.scorer is None else manifest.scorer.static
-    return [Plan(point.budget, point.kl, point.head, point.path) for point in points]
+    return [_timed(Plan(p.budget, p.kl, p.head, p.budget, p.path), manifest) for p in points]
+
+
+def _timed(plan: Plan, manifest: Manifest) -> Plan:
+    return replace(plan, time=plan.budget * whole_ratio(plan, manifest))
+
+
+def whole_key(plan: Plan, manifest: Manifest) -> str:
+    """The name of a plan in `Costs.whole`."""
+    if plan.path is None:
+        return f"{DECIDED} {plan.head}"
+    (first, *_), kinds = plan.path, {*plan.path}
+    usual = len(kinds) == 1 and plan.head == manifest.heads[first]
+    return first if usual else f"{path_letters(plan.path)} {plan.head}"
+
+
+def whole_ratio(plan: Plan, manifest: Manifest) -> float:
+    """By what factor a plan's tokens take longer than their parts, relative to the reference's.
+
+    Of a plan that was not timed, it is what decisions take that were, or the mean over its layers,
+    by their time.
+    """
+    costs = manifest.costs
+    whole = costs.whole
+    if not whole or (key := whole_key(plan, manifest)) in whole:
+        return whole[key] if whole else 1.0
+    if plan.path is None:
+        return whole.get(DECIDED, 1.0)
+    layers = [ms[action] for ms, action in zip(costs.layers_ms, plan.path, strict=True)]
+    ratios = (whole.get(action, 1.0) for action in plan.path)
+    return sum(ms * ratio for ms, ratio in zip(layers, ratios, strict=True)) / sum(layers)
 
 
 def _rank(plan: Plan) -> float:
     """The time that a plan is compared by."""
-    return plan.budget if plan.path is not None else plan.budget * (1 + TIE)
+    return plan.time if plan.path is not None else plan.time * (1 + TIE)

@@ -1,7 +1,8 @@
-"""Log-probabilities, their divergence, and the standard error of a mean."""
+"""Log-probabilities, their divergence, the standard error of a mean, and functions at points."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,3 +26,12 @@ def kl_divergence(p: npt.NDArray, q: npt.NDArray) -> npt.NDArray[np.float64]:
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean of independent values; 0 for a single one."""
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def linear(x: float, known: Sequence[int], values: Sequence[float]) -> float:
+    """A function at x, from its values at some points; linear between and beyond them."""
+    if len(known) == 1:
+        return values[0]
+    right = min(max(bisect_left(known, x), 1), len(known) - 1)
+    (a, b), (low, high) = known[right - 1 : right + 1], values[right - 1 : right + 1]
+    return low + (high - low) * (x - a) / (b - a)

@@ -104,11 +104,11 @@ def verdict(manifest: Manifest) -> str:
     for name, plan in preset_plans(manifest).items():
         decided, fixed = alternatives(plan.kl, manifest)
         if plan.path is None:
-            gain = f", {fixed.budget / plan.budget:.2f} times as fast as one path" if fixed else ""
+            gain = f", {fixed.time / plan.time:.2f} times as fast as one path" if fixed else ""
             told.append(f"{name} decides per token{gain}")
         else:
             lost = (
-                f"; decisions per token would be {plan.budget / decided.budget:.2f} times as fast"
+                f"; decisions per token would be {plan.time / decided.time:.2f} times as fast"
                 if decided
                 else ""
             )

@@ -26,6 +26,7 @@ from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import release_memory
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import Device
+from dash_onnx.runtime.profile_whole import plan_times
 
 Profile: TypeAlias = Callable[[Bundle, Device], Costs]
 """Measures the costs of a bundle on a device."""
@@ -65,7 +66,8 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
         training=_training(trainer, manifest),
         margin=margin,
     )
-    return replace(manifest, scorer=facts)
+    manifest = replace(manifest, scorer=facts)
+    return replace(manifest, costs=plan_times(Bundle(folder, manifest), device))
 
 
 def exported_scorer(trainer: Trainer) -> tuple[BundleScorer, float]:

@@ -1,0 +1,218 @@
+"""Times tokens as a whole, as they decode, beside the sum of their parts.
+
+Parts are timed among random paths, where weights are colder than on one path for all tokens, and
+LM heads alone; a plan is fast or slow as a whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dash_onnx.core.actions import DECIDED, SKIP, ActionPath
+from dash_onnx.core.budget import PRESETS, multiplier_of, reference_ms, scorer_facts
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.contract import head_path, layer_path
+from dash_onnx.core.facts import Costs
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.plans import Plan, alternatives, margin_of, preset_plans, whole_key, whole_ratio
+from dash_onnx.runtime.backend import Backend
+from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider
+from dash_onnx.runtime.devices import open_backend
+from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_pages
+from dash_onnx.runtime.ort import Device
+from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.sessions import Sessions
+
+STEADY = 0.02
+"""Standard error of a ratio that is of use: plans are told apart from 3 % on."""
+
+LEAST_MS = 1.0
+"""Of a token at the reference: of smaller models there is nothing to choose."""
+
+MULTIPLIER = 0.02  # nats a unit, of decisions before a policy has a table: about `balanced`
+
+_BLOCK = 8  # tokens that one way runs before the other takes its turn
+_SETTLING = 2  # of them, until its weights are back in the caches
+_TURNS = (6, 40)  # of each way, at least and at most
+_SECONDS = 8.0  # of both, about
+_PRECISE = 0.01  # standard error that ends them before
+_MOST_PLANS = 16
+
+
+@dataclass
+class _Way:
+    """A way to decode tokens, in sessions of its own: its layers join as they do alone."""
+
+    sequence: SequenceState
+    decider: Decider
+    costs: Costs
+    token: int = 0
+
+    def run(self) -> float:
+        """Decodes a block of tokens greedily.
+
+        Returns:
+            How long they take, as a multiple of the sum of their parts: the lower quartile.
+        """
+        sequence, limit = self.sequence, self.sequence.sessions.manifest.model.max_length
+        if sequence.length + _BLOCK > limit:
+            sequence.truncate(0)
+        ratios = []
+        for _ in range(_BLOCK):
+            started = time.perf_counter()
+            logits, path = sequence.forward(self.token, self.decider)
+            ms = (time.perf_counter() - started) * 1e3
+            self.token = int(logits.argmax())
+            ratios.append(ms / self.parts_ms(path))
+        return float(np.quantile(ratios[_SETTLING:], 0.25))
+
+    def parts_ms(self, path: ActionPath) -> float:
+        """The sum."""
+        scored = isinstance(self.decider, ScoredDecider)
+        graphs = len(self.decider.segments)
+        return self.costs.token_ms(path, self.decider.head, scored, graphs=graphs)
+
+
+def whole_ratios(bundle: Bundle, costs: Costs, backend: Backend) -> dict[str, float]:
+    """`Costs.whole` of all layers in each precision, and of the scorer's decisions.
+
+    They are timed by turns with the reference's tokens: no more is loaded than both.
+
+    Args:
+        bundle: whose tokens are timed.
+        costs: of the parts.
+        backend: where they run.
+
+    Returns:
+        Without what memory has no room for, or what other work disturbed; empty on other devices
+        than CPUs, and for tiny models.
+    """
+    manifest = replace(bundle.manifest, costs=costs)
+    if backend.device != "cpu" or reference_ms(manifest) < LEAST_MS:
+        return {}
+    (best, *others), layers = manifest.variants, manifest.model.num_layers
+    paths = [Plan(1.0, 0.0, manifest.heads[a], 1.0, (a,) * layers) for a in others]
+    scored = [] if manifest.scorer is None else [Plan(1.0, 0.0, manifest.heads[SKIP], 1.0)]
+    timed = _Timed(bundle, costs, backend)
+    found: dict[str, float] = {best: 1.0}
+    for plan in paths + scored:
+        name = DECIDED if plan.path is None else plan.path[0]
+        if (ratio := timed.ratio(plan, MULTIPLIER)) is not None:
+            found[name] = ratio
+    return found
+
+
+def plan_times(bundle: Bundle, device: Device) -> Costs:
+    """The costs of a bundle, with the times of the plans that presets run or pass over for others.
+
+    Whatever plan a preset would run is timed, until those that they run have been.
+
+    Args:
+        bundle: with plans. Where its profile has no whole tokens, there are none of plans.
+        device: where they run.
+    """
+    manifest = bundle.manifest
+    if not manifest.costs.whole:
+        return manifest.costs
+    timed = _Timed(bundle, manifest.costs, open_backend(device))
+    for _ in range(_MOST_PLANS):
+        whole = manifest.costs.whole
+        left = [plan for plan in _rivals(manifest) if whole_key(plan, manifest) not in whole]
+        if not left:
+            break
+        plan = left[0]
+        multiplier = 0.0
+        if plan.path is None:
+            multiplier, _ = multiplier_of(plan.budget, scorer_facts(manifest).points)
+        ratio = timed.ratio(plan, multiplier)
+        whole = {**whole, whole_key(plan, manifest): ratio or whole_ratio(plan, manifest)}
+        manifest = replace(manifest, costs=replace(manifest.costs, whole=whole))
+    return manifest.costs
+
+
+def _rivals(manifest: Manifest) -> Iterator[Plan]:
+    """What presets run, and the fastest plans of either kind that keep their promises."""
+    yield from preset_plans(manifest).values()
+    for limit in PRESETS.values():
+        yield from filter(None, alternatives(limit / margin_of(manifest), manifest))
+
+
+class _Timed:
+    """Times plans beside the reference, which stays loaded."""
+
+    def __init__(self, bundle: Bundle, costs: Costs, backend: Backend):
+        """Loads nothing yet."""
+        self._bundle, self._costs, self._backend = bundle, costs, backend
+        manifest = bundle.manifest
+        best = manifest.variants[0]
+        path = (best,) * manifest.model.num_layers
+        self._reference = self._way(Plan(1.0, 0.0, manifest.heads[best], 1.0, path))
+
+    def ratio(self, plan: Plan, multiplier: float) -> float | None:
+        """How much longer a plan's tokens take than their parts, relative to the reference's.
+
+        Args:
+            plan: what is timed.
+            multiplier: of its decisions.
+
+        Returns:
+            None where memory has no room for it, or other work disturbed it.
+        """
+        if not _fits(self._bundle.manifest, plan):
+            return None
+        found = _compared(self._reference, self._way(plan, multiplier))
+        release_memory()
+        return found
+
+    def _way(self, plan: Plan, multiplier: float = 0.0) -> _Way:
+        sequence = SequenceState(Sessions(self._bundle, self._backend))
+        decider: Decider
+        if plan.path is None:
+            decider = ScoredDecider(sequence, plan.head, multiplier)
+        else:
+            decider = FixedPath(plan.path, plan.head)
+        return _Way(sequence, decider, self._costs)
+
+
+def _compared(first: _Way, other: _Way) -> float | None:
+    """How much longer one takes than the first; None where other work disturbed it."""
+    first.run()  # loads
+    other.run()
+    use_huge_pages()
+    (least, most), started, ratios = _TURNS, time.perf_counter(), list[float]()
+    for turn in range(-1, most):  # the first touches the pages that have moved
+        if turn >= least:
+            spent = time.perf_counter() - started
+            if error_of(ratios) <= _PRECISE or spent > _SECONDS:
+                break
+        if turn % 2:
+            theirs = first.run()
+            ours = other.run()
+        else:
+            ours = other.run()
+            theirs = first.run()
+        if turn >= 0:
+            ratios.append(ours / theirs)
+    return round(float(np.median(ratios)), 4) if error_of(ratios) <= STEADY else None
+
+
+def error_of(values: Sequence[float]) -> float:
+    """Standard error of the median, of values that are mostly normal."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    return float(0.93 * (high - low) / np.sqrt(len(values)))
+
+
+def _fits(manifest: Manifest, plan: Plan) -> bool:
+    """Whether memory has room for a plan beside the reference."""
+    room, reference = available_bytes(), manifest.variants[0]
+    layers = range(manifest.model.num_layers)
+    needed = manifest.weight_bytes((reference,) * len(layers), manifest.heads[reference])
+    needed += manifest.graph_bytes(head_path(plan.head), plan.head)
+    for layer in layers:
+        for action in [plan.path[layer]] if plan.path else manifest.actions:
+            needed += manifest.graph_bytes(layer_path(layer, action), action)
+    return room is None or needed < room
