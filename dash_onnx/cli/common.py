@@ -343,10 +343,12 @@ def plans_table(manifest: Manifest) -> list[str]:
     ]
     other = f"; allowing for {margin:g} times that on other text" if margin > 1 else ""
     promised = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
+    best = manifest.variants[0]
+    reference = "full precision" if manifest.scorer is None else best
     decided = "; decisions per token if they save more" if manifest.scorer is not None else ""
     return [
         *aligned([["preset", "time", "budget", "KL", "head", "layers"], *rows], left=1),
-        f"time: of a whole token's at {manifest.variants[0]}; budget: of its parts'; KL: nats on "
+        f"time: of a whole token's at {best}; budget: of its parts'; KL: to {reference}, nats on "
         f"held-out text{other}",
         f"a preset runs the fastest plan within its loss ({promised} nats); of paths that take up "
         f"to {100 * TIE:g} % longer, the one that loses least{decided}",
