@@ -66,6 +66,7 @@ def test_where_no_bundle_is_the_command_that_makes_one_is_told(tmp_path: Path, k
 @pytest.mark.parametrize("name", ["my model.gguf", "folder"])
 def test_where_a_model_is_the_command_that_exports_it_is_told(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
+    path.touch()
     if name == "folder":
         path = tmp_path / "my model"
         path.mkdir()
@@ -73,6 +74,17 @@ def test_where_a_model_is_the_command_that_exports_it_is_told(tmp_path: Path, na
     with pytest.raises(BundleError) as told:
         Bundle(path)
     assert f"`dash-export '{path}' 'my model-onnx'`" in str(told.value)
+
+
+def test_a_gguf_file_that_is_not_there_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="there is no such file"):
+        Bundle(tmp_path / "model.gguf")
+
+
+def test_no_folder_that_holds_files_is_proposed_for_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(BundleError, match="`dash-export MODEL BUNDLE`"):
+        Bundle(tmp_path)
 
 
 def test_a_manifest_that_is_not_text_is_refused(bundle: Path) -> None:

@@ -43,7 +43,7 @@ TOOLS = {
 FIGURE = re.compile(r"(?<![\w.-])\d+\.\d+(?!\w|\.\d)|\d+(?= tokens/s)|\d+(?= GB/s)")
 NO_FIGURES = re.compile(
     r"^```.*?^```|^\| [\d.]+ B\b[^\n]*|\]\([^)]*\)|`[^`]*`|"  # and rows of estimates
-    r"(?:arXiv|Python|Apache|Qwen|onnxruntime) [\d.]+",
+    r"(?:arXiv|Python|Apache|Qwen|onnxruntime|ONNX Runtime) [\d.]+",
     re.M | re.S,
 )
 MEASURED = ["README.md", "docs/concepts/method.md"] + [
