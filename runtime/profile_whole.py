@@ -30,6 +30,9 @@ from dash_onnx.runtime.sessions import Sessions
 STEADY = 0.02
 """Standard error of a ratio that is of use: plans are told apart from 3 % on."""
 
+MOST_APART = 0.1
+"""From the sum of its parts a whole token differs by less, unless other work disturbed it."""
+
 LEAST_MS = 1.0
 """Of a token at the reference: of smaller models there is nothing to choose."""
 
@@ -88,8 +91,8 @@ def whole_ratios(bundle: Bundle, costs: Costs, backend: Backend) -> dict[str, fl
         backend: where they run.
 
     Returns:
-        Without what memory has no room for, or what other work disturbed; empty on other devices
-        than CPUs, and for tiny models.
+        Empty where not every precision was timed: memory has no room for it, other work disturbed
+        it, the device is no CPU, or the model is tiny. Without decisions where they were not.
     """
     manifest = replace(bundle.manifest, costs=costs)
     if backend.device != "cpu" or reference_ms(manifest) < LEAST_MS:
@@ -101,8 +104,11 @@ def whole_ratios(bundle: Bundle, costs: Costs, backend: Backend) -> dict[str, fl
     found: dict[str, float] = {best: 1.0}
     for plan in paths + scored:
         name = DECIDED if plan.path is None else plan.path[0]
-        if (ratio := timed.ratio(plan, MULTIPLIER)) is not None:
+        ratio = timed.ratio(plan, MULTIPLIER)
+        if ratio is not None:
             found[name] = ratio
+        elif plan.path is not None:  # what was timed cannot be compared with what was not
+            return {}
     return found
 
 
@@ -197,7 +203,9 @@ def _compared(first: _Way, other: _Way) -> float | None:
             theirs = first.run()
         if turn >= 0:
             ratios.append(ours / theirs)
-    return round(float(np.median(ratios)), 4) if error_of(ratios) <= STEADY else None
+    ratio = float(np.median(ratios))
+    steady = error_of(ratios) <= STEADY and abs(ratio - 1) <= MOST_APART
+    return round(ratio, 4) if steady else None
 
 
 def error_of(values: Sequence[float]) -> float:
