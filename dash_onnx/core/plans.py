@@ -163,8 +163,10 @@ def whole_ratio(plan: Plan, manifest: Manifest) -> float:
     """
     costs = manifest.costs
     whole = costs.whole
-    if not whole or (key := whole_key(plan, manifest)) in whole:
-        return whole[key] if whole else 1.0
+    if not whole:
+        return 1.0
+    if (key := whole_key(plan, manifest)) in whole:
+        return whole[key]
     if plan.path is None:
         return whole.get(DECIDED, 1.0)
     layers = [ms[action] for ms, action in zip(costs.layers_ms, plan.path, strict=True)]
