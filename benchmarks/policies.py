@@ -25,6 +25,7 @@ import dash_onnx
 from dash_onnx.cli.common import add_reference_option, load_reference
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.budget import reference_ms
+from dash_onnx.core.documents import read_document
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import StaticPolicy, base_precision, below_every_skip
@@ -36,8 +37,6 @@ SKIPPING = ("even", "cosine")
 
 def main() -> None:
     """Prints a table, or JSON."""
-    from prompt_forms import text_of
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", metavar="BUNDLE")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="or .jsonl")
@@ -48,7 +47,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="(default: 8)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    model, text = dash_onnx.load(arguments.bundle), text_of(arguments.text)
+    model = dash_onnx.load(arguments.bundle)
+    text = read_document(arguments.text, model.text)
     reference = load_reference(arguments.reference, model, None)
     full_ms = reference_ms(model.manifest)
     names, policies = [], []

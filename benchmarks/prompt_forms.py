@@ -28,10 +28,9 @@ from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.actions import Action
 from dash_onnx.core.arrays import Ids, Logits
+from dash_onnx.core.documents import read_document
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
-from dash_onnx.core.text import Message, json_lines, read_text
-from dash_onnx.exporters.calibration.records import record_text
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 
@@ -62,7 +61,8 @@ def main() -> None:
         print(json.dumps(rows) if a.json else "\n".join(map(json.dumps, rows)))
         return
     found = {
-        path.name: losses(model, reference, text_of(path), a.window, a.windows) for path in a.text
+        path.name: losses(model, reference, read_document(path, model.text), a.window, a.windows)
+        for path in a.text
     }
     if a.json:
         print(json.dumps(found))
@@ -115,17 +115,6 @@ def _first(
     )
     list(model.generate_step(ids, options=options))
     return log_softmax(seen[0])
-
-
-def text_of(path: Path) -> str:
-    """A text as it is, or prompts and their responses one after the other."""
-    if path.suffix != ".jsonl":
-        return read_text(path)
-    return "\n".join(record_text(record, where, _whole) for where, record in json_lines(path))
-
-
-def _whole(messages: Sequence[Message]) -> str:
-    return "".join(str(message["content"]) for message in messages)
 
 
 def losses(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,22 @@ def test_json_has_the_figures_of_the_policy(tiny_bundle: Path, text: Path, capsy
 
 
 @pytest.mark.parametrize("policy", [(), ("--policy", "full"), ("--policy", "static:full*4")])
+def test_records_are_read_as_their_texts(
+    tiny_bundle: Path, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    records = tmp_path / "night.jsonl"
+    lines = text.read_text().rstrip("\n").split("\n")
+    records.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    same = ("kl", "perplexity", "tokens", "top1")
+    plain, read = (
+        json_of(capsys, tiny_bundle, "--text", file, *SIZES, "--policy", "int4", "--limit", 2)
+        for file in (text, records)
+    )
+    assert [read[key] for key in same] == [plain[key] for key in same]
+    records.write_text('{"nothing": 1}\n')
+    assert "night.jsonl:1 needs" in refused(capsys, tiny_bundle, "--text", records)
+
+
 def test_the_highest_precision_does_not_differ_from_the_reference(
     policy: tuple[str, ...], tiny_bundle: Path, text: Path, capsys: Capture
 ) -> None:

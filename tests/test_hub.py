@@ -218,7 +218,7 @@ def offline(home: Path, spelling: str) -> subprocess.CompletedProcess[str]:
     """Reads a source in another process, since the libraries read the environment once."""
     code = (
         "import sys; from dash_onnx.exporters.calibration.texts import text_sources\n"
-        "from dash_onnx.exporters.calibration.records import plain\n"
+        "from dash_onnx.core.documents import plain\n"
         "(source,) = text_sources(sys.argv[1:])\n"
         "print(source.content.excerpt(plain, 1000, 100).text)"
     )

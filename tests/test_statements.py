@@ -16,9 +16,9 @@ import pytest
 from dash_onnx.cli import bench, eval, export, fuse, info, profile, report, serve, train
 from dash_onnx.cli import run as run_tool
 from dash_onnx.core.budget import PRESETS
+from dash_onnx.core.documents import ANSWERED, ASKED
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import ModelFacts
-from dash_onnx.exporters.calibration.records import ANSWERED, ASKED
 from dash_onnx.exporters.calibration.tokens import LENGTH, SEQUENCES
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.fused.clients import CLIENTS

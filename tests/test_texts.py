@@ -19,11 +19,11 @@ from conftest import tiny_tokenizer
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.documents import plain
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.calibration.draw import draw
-from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.texts import TextLike, text_sources
 from dash_onnx.exporters.calibration.tokens import calibration_ids
 from dash_onnx.exporters.export import ExportOptions

@@ -54,7 +54,12 @@ def _parser() -> Parser:
     add_policy_options(parser)
     add_threads_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text")
+    what.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text; of .jsonl, records as of --calibration",
+    )
     what.add_argument(
         "--task",
         metavar="FILE.jsonl|NAME",
@@ -103,11 +108,11 @@ def _load(arguments: argparse.Namespace) -> Model:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from dash_onnx.core.text import read_text
+    from dash_onnx.core.documents import read_document
     from dash_onnx.eval.text import evaluate_policies
 
-    text = read_text(arguments.text)
     model = _load(arguments)
+    text = read_document(arguments.text, model.text)
     window = arguments.window or _WINDOW
     with Phase("windows", total=arguments.limit) as phase:
         (result,) = evaluate_policies(

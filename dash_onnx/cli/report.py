@@ -30,7 +30,8 @@ def _parser() -> Parser:
         "--text",
         type=Path,
         metavar="FILE",
-        help="UTF-8 text whose beginning is the sample (default: the model writes a sample)",
+        help="UTF-8 text, or .jsonl records; its beginning is the sample (default: the model "
+        "writes one)",
     )
     parser.add_argument(
         "--html",
@@ -62,15 +63,15 @@ def main(argv: list[str] | None = None) -> int:
 def _report(arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.core.atomic import check_file, write_text
+    from dash_onnx.core.documents import read_document
     from dash_onnx.core.errors import PolicyError
     from dash_onnx.core.records import to_json
-    from dash_onnx.core.text import read_text
     from dash_onnx.report.page import render
     from dash_onnx.report.report import build
     from dash_onnx.report.sample import generated_text, given_text
 
-    given = read_text(arguments.text) if arguments.text else None
     model = dash_onnx.load(arguments.bundle)
+    given = read_document(arguments.text, model.text) if arguments.text else None
     scorer = model.manifest.scorer
     if scorer is None and (given is not None or arguments.budget):
         raise PolicyError(

@@ -9,9 +9,9 @@ from weakref import WeakSet
 import numpy as np
 
 from dash_onnx.core.arrays import Ids
+from dash_onnx.core.documents import Render
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
-from dash_onnx.exporters.calibration.records import Render
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
 
 _CHARACTERS = 16  # read for each token that is wanted: far more than one takes in any language

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dash_onnx.core.documents import ANSWERED, ASKED, Render, record_text
 from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
-from dash_onnx.exporters.calibration.records import ANSWERED, ASKED, Render, record_text
 
 PREFIX = "hub:"
 FORM = "hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from dash_onnx.core.documents import Render, file_texts, record_text
 from dash_onnx.core.errors import SourceError, printable
-from dash_onnx.core.text import json_lines, json_records, read_text
+from dash_onnx.core.text import json_records, read_text
 from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
 from dash_onnx.exporters.calibration.hub import PREFIX, HubDataset
-from dash_onnx.exporters.calibration.records import Render, record_text
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 """Of the files that are read in a folder."""
@@ -60,7 +60,7 @@ class Files:
 
     def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
         """See `Content`."""
-        text = BETWEEN.join(text for path in self._paths() for text in _texts(path, render))
+        text = BETWEEN.join(text for path in self._paths() for text in file_texts(path, render))
         return Excerpt(excerpt(text, characters, passage), len(text))
 
     def sha256(self) -> str:
@@ -209,14 +209,6 @@ def _weight(spelling: str) -> tuple[str, float | None]:
             f"the weight of {spelling} must lie in {_LEAST:g}..{_MOST:g}, as in {before}@0.5"
         )
     return before, weight
-
-
-def _texts(path: Path, render: Render) -> Iterator[str]:
-    if path.suffix != ".jsonl":
-        yield read_text(path)
-        return
-    for where, record in json_lines(path):
-        yield record_text(record, where, render)
 
 
 def _is_object(line: str) -> bool:

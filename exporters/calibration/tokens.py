@@ -9,11 +9,11 @@ import numpy as np
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.documents import plain
 from dash_onnx.core.facts import Calibration, ModelFacts
 from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.draw import draw
 from dash_onnx.exporters.calibration.openings import openings
-from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.self_written import sample_text
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
 from dash_onnx.exporters.sources import Source

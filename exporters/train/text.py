@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.text import Message, TextCodec
+from dash_onnx.core.documents import renderer
+from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.calibration.draw import draw
-from dash_onnx.exporters.calibration.records import plain
 from dash_onnx.exporters.calibration.self_written import self_written
 from dash_onnx.exporters.calibration.texts import TextSource
 from dash_onnx.exporters.train.dequantized import Tensor
@@ -43,14 +43,9 @@ def training_ids(
 
     length = min(length, bundle.manifest.model.max_length)
 
-    def render(messages: Sequence[Message]) -> str:
-        if codec.chat_template is None:
-            return plain(messages)
-        return codec.render_chat(messages, answer_next=False)
-
     rows = draw(
         texts,
-        render,
+        renderer(codec),
         codec.encode,
         sequences=sequences,
         length=length,

@@ -1,18 +1,52 @@
-"""A record of JSON lines or of a dataset, as text."""
+"""Text files, and records of JSON lines or of a dataset, as text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.text import Message
+from dash_onnx.core.text import Message, TextCodec, json_lines, read_text
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
 """A whole conversation as text."""
 
 ASKED = ("prompt", "instruction", "question", "input")
 ANSWERED = ("response", "output", "answer", "completion")
+
+
+def read_document(path: Path, codec: TextCodec) -> str:
+    """The text of a file; of one with the suffix `.jsonl`, of its records, one after the other.
+
+    Args:
+        path: of the file.
+        codec: whose chat template turns conversations into text.
+
+    Raises:
+        SourceError: missing, empty, not text, or a record is not of `record_text`'s form.
+    """
+    return "\n".join(file_texts(path, renderer(codec)))
+
+
+def file_texts(path: Path, render: Render) -> Iterator[str]:
+    """The text of a file, or those of its records.
+
+    Raises:
+        SourceError: as of `read_document`.
+    """
+    if path.suffix != ".jsonl":
+        yield read_text(path)
+        return
+    for where, record in json_lines(path):
+        yield record_text(record, where, render)
+
+
+def renderer(codec: TextCodec) -> Render:
+    """What turns conversations into text: a model's chat template, if it has one."""
+    if codec.chat_template is None:
+        return plain
+    return lambda messages: codec.render_chat(messages, answer_next=False)
 
 
 def record_text(record: Any, where: str, render: Render) -> str:
