@@ -62,7 +62,6 @@ def test_json_has_the_figures_of_the_policy(tiny_bundle: Path, text: Path, capsy
     assert facts["actions"] == {"int4": 1.0}
 
 
-@pytest.mark.parametrize("policy", [(), ("--policy", "full"), ("--policy", "static:full*4")])
 def test_records_are_read_as_their_texts(
     tiny_bundle: Path, text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -79,6 +78,7 @@ def test_records_are_read_as_their_texts(
     assert "night.jsonl:1 needs" in refused(capsys, tiny_bundle, "--text", records)
 
 
+@pytest.mark.parametrize("policy", [(), ("--policy", "full"), ("--policy", "static:full*4")])
 def test_the_highest_precision_does_not_differ_from_the_reference(
     policy: tuple[str, ...], tiny_bundle: Path, text: Path, capsys: Capture
 ) -> None:

@@ -181,8 +181,16 @@ def test_another_machine_changes_the_plan(scored: Manifest) -> None:
 def test_a_bundle_without_a_policy_has_plans(tiny_bundle: Path) -> None:
     manifest = Bundle(tiny_bundle).manifest
     assert manifest.scorer is None
-    measured = {point.path[0]: point for point in manifest.static}
-    assert list(measured) and set(measured) == set(manifest.variants)
+    heads = manifest.exported_heads
+    wanted = {
+        (precision, head)
+        for precision in manifest.variants
+        for head in heads[heads.index(manifest.heads[precision]) :]
+    }
+    found = {(point.path[0], point.head): point for point in manifest.static}
+    assert set(found) == wanted and ("full", "int8") in found
+    assert found["full", "int8"].kl > found["full", "full"].kl  # the head alone rounds
+    measured = {a: found[a, manifest.heads[a]] for a in manifest.variants}
     assert measured["full"].kl < 1e-3 <= 10 * measured["int4"].kl
     assert measured["full"].budget == pytest.approx(1.0)
     model = dash_onnx.load(tiny_bundle)

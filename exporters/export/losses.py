@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dash_onnx.core.actions import WIDE, Action
+from dash_onnx.core.actions import WIDE
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, layer_path
 from dash_onnx.core.facts import StaticPoint, WideFacts
+from dash_onnx.core.policy import Policy, StaticPolicy
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.architectures.base import Head, ModelSpec
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
@@ -54,18 +55,22 @@ class Losses:
         return WideFacts(round(kl, 5), self._ids.size)
 
     def static(self, bundle: Bundle) -> tuple[StaticPoint, ...]:
-        """Runs each precision alone as the runtime does; nothing where its device is not here."""
+        """Runs each precision as the runtime does, with its own LM head and with lower ones.
+
+        Nothing where its device is not here.
+        """
         manifest, found = bundle.manifest, []
-        device = manifest.target.device
+        device, heads = manifest.target.device, manifest.exported_heads
         if not has_device(device):
             return ()
         for precision in Loop("losses", manifest.variants):
-            model = Model(bundle, open_backend(device), policy=precision)
-            kl = self._kl(row for ids in self._ids for row in _predicted(model, ids, precision))
             path = (precision,) * manifest.model.num_layers
-            head = manifest.heads[precision]
-            budget = manifest.costs.token_ms(path, head) / reference_ms(manifest)
-            found.append(StaticPoint(round(budget, 5), head, round(max(kl, 0.0), 6), path))
+            model = Model(bundle, open_backend(device), policy=precision)
+            for head in heads[heads.index(manifest.heads[precision]) :]:
+                policy = StaticPolicy(path, manifest, head=head)
+                kl = self._kl(row for ids in self._ids for row in _predicted(model, ids, policy))
+                budget = manifest.costs.token_ms(path, head) / reference_ms(manifest)
+                found.append(StaticPoint(round(budget, 5), head, round(max(kl, 0.0), 6), path))
             model.close()
         return tuple(sorted(found, key=lambda point: point.budget))
 
@@ -91,6 +96,6 @@ def _rows(states: np.ndarray) -> Iterable[torch.Tensor]:
     return (rows for one in torch.from_numpy(states) for rows in one.split(_ROWS))
 
 
-def _predicted(model: Model, ids: np.ndarray, precision: Action) -> Iterable[torch.Tensor]:
-    logits = torch.from_numpy(model.logits(ids, policy=precision))
+def _predicted(model: Model, ids: np.ndarray, policy: Policy) -> Iterable[torch.Tensor]:
+    logits = torch.from_numpy(model.logits(ids, policy=policy))
     return (rows.log_softmax(-1) for rows in logits.split(_ROWS))
