@@ -217,7 +217,7 @@ def test_the_pages_state_the_sizes_that_the_code_has() -> None:
     )
     assert f"logits for {MOST + 1} tokens" in guesses
     assert f"{MOST + 2} to {MOST_ROWS} tokens in a pass" in guesses
-    assert f"up to {MOST} guessed ones" in runtime
+    assert f"up to {MOST} draft tokens" in runtime
     assert f"room for {CAPACITY} tokens and grows in steps of {CAPACITY}" in runtime
     assert f"in chunks of {PREFILL_CHUNK} tokens" in runtime
     assert POINTS == 4 and "up to four *points*" in runtime
