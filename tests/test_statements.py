@@ -47,7 +47,7 @@ NO_FIGURES = re.compile(
     re.M | re.S,
 )
 MEASURED = ["README.md", "docs/concepts/method.md"] + [
-    f"docs/guide/{page}.md" for page in ("choose", "cluster", "fused", "serve", "speculate")
+    f"docs/guide/{page}.md" for page in ("choose", "fused", "serve", "speculate")
 ]
 
 
