@@ -60,25 +60,27 @@ class GenerationOptions:
     decoding is greedy.
 
     Attributes:
-        policy: which action each layer takes; see `dash_onnx.core.policy.make_policy`. Empty uses
+        policy: how each layer runs; see `dash_onnx.core.policy.make_policy`. Empty uses
             the policy that the model was loaded with.
         budget: fraction of a token's time at the highest exported precision, or a preset; None uses
             the budget that the model was loaded with.
-        prefill: precision of the prompt; None: see `memory` of `dash_onnx.load`.
+        prefill: precision of the prompt; None: the highest that the policy uses at its budget, or
+            the wide form, see `memory` of `dash_onnx.load`.
         max_new_tokens: most tokens to generate, thoughts included.
-        max_thinking_tokens: most tokens of thoughts, which end then. 0 turns them off, any other
-            number on, where the chat template can (its variable `enable_thinking`); None leaves
-            that to the template. Without effect on raw text, and on a model that has no tags.
+        max_thinking_tokens: most tokens of thoughts, after which the answer begins. 0 turns them
+            off, any other number on, if the chat template can (its variable `enable_thinking`);
+            None leaves that to the template. Without effect on raw text, and on a model without
+            tags for thoughts.
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
-        speculate: guess tokens from what the text holds already, and check several in one pass,
-            where that pays: the same text sooner, up to rounding. It requires a policy that uses
-            one path for every token; None guesses where that holds, on the CPU. A number is the
-            most guesses in one pass, 0 to 15.
-        expected: text that the answer is likely to contain, as an edited file is before the edit:
-            what follows in it is guessed, too.
+        speculate: speculative decoding: draft tokens from n-grams of the text are verified in one
+            pass, where that is faster. The text is the same, up to rounding. It requires a policy
+            that uses one path for every token; None turns it on where that holds, on the CPU. A
+            number is the most draft tokens in one pass, 0 to 15.
+        expected: text that the answer is likely to contain, such as a file before its edit; its
+            n-grams are drafted, too.
         stop: strings that end the text; they are not part of it. They do not end thoughts.
-        grammar: constrains the text, behind its thoughts.
+        grammar: constrains the text after the thoughts.
         logprobs: return each token's log probability, and those of this many most likely tokens.
         logits_processor: changes the logits before the next token is drawn; see `LogitsProcessor`.
     """

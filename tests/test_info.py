@@ -168,7 +168,7 @@ def test_a_policy_is_shown_with_its_text_and_margin(
     assert TOOL.run(folder) == 0
     shown = capsys.readouterr().out
     assert f"training on {told.training.tokens} tokens ({told.training.source})" in shown
-    assert "allowing for 1.5 times that on other text" in shown
+    assert "about 1.5 times as high on other text" in shown
 
 
 def test_a_bundle_shows_its_figures(tiny_bundle: Path, capsys: Capture) -> None:
@@ -224,8 +224,9 @@ def test_of_plans_that_lose_more_than_presets_may_the_slowest_is_shown(tiny_bund
     lines = plans_table(manifest)
     assert [line.split()[:-5] for line in lines[1:4]] == [[], ["balanced,", "fast"], ["quality"]]
     assert [line.split()[-4] for line in lines[1:4]] == ["0.600", "0.700", "1.000"]
-    assert "within its loss (quality 0.02, balanced 0.1, fast 0.25 nats)" in lines[5]
-    assert lines[6:] == ["quality: no plan loses so little, so it runs the one that loses least"]
+    assert "within its KL limit (quality 0.02, balanced 0.1, fast 0.25 nats)" in lines[5]
+    told = "quality: no plan is within its limit, so it runs the one with the lowest KL"
+    assert lines[6:] == [told]
 
 
 def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, capsys: Capture) -> None:

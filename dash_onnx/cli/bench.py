@@ -58,8 +58,8 @@ def _parser() -> Parser:
         default=[],
         metavar="POLICY[@BUDGET][+guesses]",
         help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+guesses "
-        "guesses tokens as dash-run --policy int8 does; can be repeated (default: each uniform "
-        "precision, and the presets)",
+        "uses speculative decoding, as dash-run --policy int8 does; can be repeated (default: "
+        "each precision for all layers, and the presets)",
     )
     parser.add_argument(
         "--peer",
@@ -221,7 +221,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         if contexts:
             print("pp512: tokens/s of a 512-token prompt; after N: tokens/s after N tokens")
         for preset, other in dominated(results):
-            print(f"{preset.name} is dominated: {other.name} is faster and loses less")
+            print(f"{preset.name} is dominated: {other.name} is faster, and its KL lower")
         if any("+" in variant for variant in variants):
             print("runs that guess: mean over the tokens of an answer, not the median")
     for picture in arguments.picture:  # last: what fails here takes no figures with it

@@ -283,7 +283,7 @@ def add_memory_option(parser: Options) -> None:
         "--memory",
         choices=("high", "low"),
         default="high",
-        help="low: without the wide form (default: high)",
+        help="low: less memory, slower prompts (default: high)",
     )
 
 
@@ -320,7 +320,7 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
 def plans_table(manifest: Manifest) -> list[str]:
     """The measured plans and which of them each preset runs, as lines; none without any plan.
 
-    Of those that lose more than every preset may, only the slowest is shown.
+    Of those above the KL limits of all presets, only the slowest is shown.
     """
     from dash_onnx.core.budget import PRESETS
     from dash_onnx.core.plans import TIE, alternatives, candidates, margin_of
@@ -341,19 +341,19 @@ def plans_table(manifest: Manifest) -> list[str]:
         for plan, names in plans
         if plan not in worse[:-1]
     ]
-    other = f"; allowing for {margin:g} times that on other text" if margin > 1 else ""
+    other = f"; about {margin:g} times as high on other text" if margin > 1 else ""
     promised = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
     best = manifest.variants[0]
     reference = "full precision" if manifest.scorer is None else best
-    decided = "; decisions per token if they save more" if manifest.scorer is not None else ""
+    decided = "; decisions per token only if they save more" if manifest.scorer else ""
     return [
         *aligned([["preset", "time", "budget", "KL", "head", "layers"], *rows], left=1),
-        f"time: of a whole token's at {best}; budget: of its parts'; KL: to {reference}, nats on "
-        f"held-out text{other}",
-        f"a preset runs the fastest plan within its loss ({promised} nats); of paths that take up "
-        f"to {100 * TIE:g} % longer, the one that loses least{decided}",
+        f"time: of a token, as a fraction of that at {best}; budget: the same from the sum of its "
+        f"parts; KL: to {reference}, in nats on held-out text{other}",
+        f"a preset runs the fastest plan within its KL limit ({promised} nats); of paths that take "
+        f"up to {100 * TIE:g} % longer, the one with the lowest KL{decided}",
         *(
-            f"{name}: no plan loses so little, so it runs the one that loses least"
+            f"{name}: no plan is within its limit, so it runs the one with the lowest KL"
             for name, limit in limits.items()
             if alternatives(limit, manifest) == (None, None)
         ),

@@ -58,7 +58,7 @@ def _parser() -> Parser:
         "--text",
         type=Path,
         metavar="FILE",
-        help="UTF-8 text; of .jsonl, records as of --calibration",
+        help="UTF-8 text, or .jsonl with records as for --calibration of dash-train",
     )
     what.add_argument(
         "--task",
@@ -83,7 +83,7 @@ def _parser() -> Parser:
         "--speculate",
         type=int,
         metavar="N",
-        help="with --task: most guessed tokens per pass of a text (default: what pays; 0: none)",
+        help="with --task: most draft tokens per pass of an answer; 0: none (default: 15)",
     )
     return parser
 

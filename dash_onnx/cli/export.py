@@ -43,8 +43,8 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-export",
-        "Export each layer of a causal LM as INT8, INT4 and skip ONNX graphs; --variants adds full "
-        "precision and INT2.",
+        "Export a causal LM as a bundle, a folder with ONNX graphs of each layer in INT8, in INT4 "
+        "and as a skip, and train its policy. --variants adds full precision and INT2.",
         _EXAMPLES,
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, local folder or .gguf file")
@@ -52,9 +52,9 @@ def _parser() -> Parser:
     graphs = parser.add_argument_group("graphs")
     graphs.add_argument(
         "--variants",
-        help="forms of each layer: full, int8, int4, int2, and wide, an INT8 form for passes of "
-        "many rows, in which prompts and batches of int4 and int2 run on a CPU (default: int2 "
-        f"where it is exact, for ternary weights, else {DEFAULT_FORMS})",
+        help="precisions of each layer: full, int8, int4, int2; and wide, an INT8 copy that runs "
+        "the prompts and batches of int4 and int2 faster on a CPU (default: int2 for ternary "
+        f"weights, which it represents exactly, else {DEFAULT_FORMS})",
     )
     graphs.add_argument(
         "--device",

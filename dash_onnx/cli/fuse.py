@@ -40,9 +40,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--policy",
         default="",
-        help="dash, or a policy with one path for every token, as in dash-run (default: with "
-        "--budget the best plan measured for it, as in dash-run; without it dash if a policy "
-        "was trained, else the plan of balanced)",
+        help="dash, or a policy that runs every token alike, such as int4 or static:... (default: "
+        "with --budget what dash-run runs at that budget; without it dash if a policy was "
+        "trained, else what balanced runs)",
     )
     parser.add_argument(
         "--budget",
@@ -52,9 +52,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--prefill",
         choices=(*PRECISIONS, WIDE),
-        help="precision of prompts if the scorer decides (default: the highest that it can "
-        "choose), or wide for the prompts of a policy with one path, such as int4; a precision "
-        "that the policy does not use adds a branch to the file",
+        help="for dash, the precision of prompts (default: the highest that the policy uses); for "
+        "int4 and the like, wide is the only choice, which runs prompts faster, in INT8; a "
+        "precision that the policy does not use makes the file larger",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     add_json_option(parser)

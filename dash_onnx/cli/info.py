@@ -49,7 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--remove", metavar="MODEL", help="remove a model's bundle from the cache")
     parser.add_argument(
         "--variants",
-        help=f"forms to export (default: int2 where it is exact, else {DEFAULT_FORMS})",
+        help=f"as in dash-export (default: int2 for ternary weights, else {DEFAULT_FORMS})",
     )
     parser.add_argument("--requantize", action="store_true", help="as in dash-export")
     add_json_option(parser)

@@ -26,16 +26,16 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-profile",
-        "Time every action of every layer on this machine, under the conditions of decoding, and "
-        "write the costs into the bundle; budgets and presets follow. A profile disturbed by other "
-        "work is refused.",
+        "Time every layer in each precision, and its skip, on this machine, and write the times "
+        "into the bundle; budgets and presets are based on them. A profile that other work "
+        "disturbed is refused.",
         _EXAMPLES,
     )
     add_bundle_argument(parser)
     add_threads_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="do not change the bundle")
     parser.add_argument(
-        "--force", action="store_true", help="write the costs even if other work disturbed them"
+        "--force", action="store_true", help="write the times even if other work disturbed them"
     )
     add_json_option(parser)
     return parser

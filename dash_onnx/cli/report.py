@@ -21,8 +21,8 @@ def _parser() -> Parser:
     parser = Parser(
         "dash-report",
         "Show speed against quality of a bundle, and what its trained policy does: the decisions "
-        "for each token of a sample text, training, reliability. Writes one self-contained HTML "
-        "file.",
+        "for each token of a sample text, the training, and predicted against measured KL. Writes "
+        "one self-contained HTML file.",
         _EXAMPLES,
     )
     add_bundle_argument(parser)

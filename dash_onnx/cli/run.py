@@ -72,7 +72,7 @@ def _add_basic(basic: Options) -> None:
         "--max-thinking-tokens",
         type=int,
         metavar="N",
-        help="tokens of thoughts; 0: none (default: the model's)",
+        help="most thinking tokens; 0: none (default: no limit)",
     )
     basic.add_argument("--raw", action="store_true", help="PROMPT is text to continue")
     basic.add_argument("--system", metavar="TEXT", help="system message of the chat")
@@ -125,14 +125,14 @@ def _add_advanced(advanced: Options) -> None:
         "--prefill",
         choices=PRECISIONS,
         metavar="P",
-        help="precision of the prompt (default: see --memory)",
+        help="precision of the prompt (default: by policy)",
     )
     add_memory_option(advanced)
     advanced.add_argument(
         "--speculate",
         type=int,
         metavar="N",
-        help="most guesses per pass; 0: none (default: what pays)",
+        help="most draft tokens per pass; 0: none (default: 15)",
     )
     advanced.add_argument(
         "--expected", type=Path, metavar="FILE", help="text that the answer is likely to contain"

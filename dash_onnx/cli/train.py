@@ -44,11 +44,14 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = Parser(
         "dash-train",
-        "Train the scorer that decides per token and layer. The bundle keeps its policy until the "
-        "new one is complete. Run the same command again to continue an interrupted training.",
+        "Train the policy of a bundle, which chooses for each token how each layer runs. The "
+        "bundle keeps its policy until the new one is complete. Run the same command again to "
+        "continue an interrupted training.",
         _EXAMPLES,
     )
-    add_bundle_argument(parser, "a bundle, or a model (hub id, folder, GGUF file), exported once")
+    add_bundle_argument(
+        parser, "a bundle; or a model (hub id, folder, GGUF file), first exported into a cache"
+    )
     add_training_options(parser, EFFORTS)
     parser.add_argument(
         "--from",
