@@ -40,12 +40,12 @@ _CONTEXT = 256  # tokens of context that a table of costs holds for
 
 
 class Guess(NamedTuple):
-    """What came of the guesses for one pass.
+    """The draft tokens of one pass, and how many were accepted.
 
     Attributes:
         source: prompt and answer, the expected text, or what a grammar leaves.
-        tokens: how many were guessed.
-        right: how many of them the target drew, too.
+        tokens: how many were verified.
+        right: how many of them the target sampled, too.
     """
 
     source: Source

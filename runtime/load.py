@@ -48,10 +48,10 @@ def load(
         policy: default of all generations; see `dash_onnx.core.policy.make_policy`.
         budget: default of all generations: a fraction of a token's time at the highest exported
             precision, or a preset.
-        memory: `high` runs passes of many rows (prompts, batches) in the wide form where it is
-            accurate enough: faster, at about one more byte per weight. `low` loads only the
-            policy's own graphs; where `preload` finds that a mixture of experts does not fit, its
-            INT8 and INT4 layers stay in their files, and run tens of times slower.
+        memory: `high` also loads the wide form, an INT8 copy of the layers with about one byte per
+            weight, which runs prompts and batches faster where it is accurate enough. `low` loads
+            only the policy's own graphs; if `preload` finds that a mixture of experts does not fit,
+            its INT8 and INT4 layers stay in their files, and run tens of times slower.
         cuda_graphs: captures each layer and action as a CUDA graph and replays it. Generations on
             several threads then take turns, and other CUDA work of the process must not use the
             default stream.

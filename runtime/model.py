@@ -154,7 +154,7 @@ class Model:
         """The policy of a generation.
 
         Raises:
-            PolicyError: the bundle cannot do it, or not with guesses, and they are asked for.
+            PolicyError: the bundle cannot do it, or cannot speculate with it as requested.
         """
         return self._requests.policy_of(options)
 

@@ -47,8 +47,8 @@ class GeneratedToken:
         path: the action of each layer in the pass that produced it.
         ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
         finish_reason: set on the last token.
-        guess: what came of the guesses for the pass that this token is the first of; its
-            milliseconds are shared by all tokens of the pass.
+        guess: on the first token of a pass with draft tokens, how many there were and how many were
+            accepted; the time of the pass is divided among its tokens.
         logprobs: where they were asked for.
         thinking: whether it belongs to the thoughts before the answer; their tags do, too.
     """

@@ -100,8 +100,8 @@ class Completion(str):
         finish_reason: why it ended.
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated.
-        guessed_tokens: how many were guessed before passes that checked them.
-        right_guesses: how many of these were right.
+        guessed_tokens: how many draft tokens were verified.
+        right_guesses: how many of these were accepted.
         ms: wall time of each of them in milliseconds; the first includes the prompt.
         actions: share of each action in the layers of all tokens except the first, which comes from
             the prefill.

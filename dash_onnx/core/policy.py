@@ -264,8 +264,9 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
             `static:LIST`: one path for all tokens, such as `static:int8,int4*28,int8`;
             `static:@FILE`: the same list read from a file;
             `random` or `random:SEED`: a random path per token, within the budget if one is given;
-            the empty string: the best plan that was measured for the budget, see `plans`, which may
-            be decided per token or one path; the highest exported precision where none was.
+            the empty string: what was measured to be best for the budget, the scorer's decisions
+            or one path for all tokens, see `plans`; the highest exported precision if nothing was
+            measured.
         manifest: of the bundle it will run on.
         budget: fraction of the reference's time per token, or the name of a preset.
 

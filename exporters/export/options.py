@@ -41,8 +41,8 @@ class ExportOptions:
         accuracy_level: compute type of MatMulNBits: 0 (automatic), 1 (FP32), 2 (FP16), 3 (BF16) or
             4 (INT8 activations). None uses 4 on the CPU, 0 on CUDA.
         kv_cache: element type of the KV cache.
-        attention: in which forms the layers have it; None takes both where the choice, some eight
-            microseconds a layer, is a small part of the layer's time.
+        attention: its implementations in each layer; None has both if choosing one, which takes
+            some eight microseconds, is a small part of the layer's time.
         requantize: quantize weights again that the source has as integers.
         overwrite: replace an existing bundle.
         resume: continue an interrupted export, and keep the finished layers if this one is

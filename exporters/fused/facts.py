@@ -32,9 +32,9 @@ class FuseOptions:
         client: key of `CLIENTS`.
         policy: see `make_policy`; it must be `dash` or have one path for every token.
         budget: the default of the graph's own, as given.
-        prefill: precision of a prompt where the scorer decides; None takes the highest of those
-            that it decides between. A fixed policy runs its prompts on its path, or in the wide
-            form where it takes few bits.
+        prefill: with `dash`, the precision of prompts; None is the highest that it decides
+            between. A fixed policy runs prompts on its path; `wide` runs them in the wide form,
+            if the path has INT4 or INT2 layers.
     """
 
     client: str = "genai"
