@@ -374,12 +374,15 @@ def test_weights_beyond_half_are_refused_for_cuda_and_nothing_is_left(
 # The MODEL argument
 
 
-@pytest.mark.parametrize("model", ["nowhere", "/no/such/folder", "./nowhere", "a/b/c", "~/x", ""])
+@pytest.mark.parametrize(
+    "model", ["nowhere", "/no/such/folder", "./nowhere", "nowhere/", "a/b/c", "~/x"]
+)
 def test_a_path_that_leads_nowhere_is_refused(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert refusal(SourceError, model)
+    assert f"no model at {model}:" in refusal(SourceError, model)
+    assert refusal(SourceError, "")
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:

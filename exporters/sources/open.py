@@ -65,7 +65,7 @@ def _opened(
         return open_gguf(path, supported, requantize)
     if path.exists():
         raise SourceError(f"{model} is neither a folder nor a .gguf file")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
         raise SourceError(f"no model at {model}: not a folder, a .gguf file or a hub id (org/name)")
     name, _, quantization = model.partition(":")
     if not quantization:
