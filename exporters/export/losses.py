@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,21 +65,30 @@ class Losses:
             return ()
         for precision in Loop("losses", manifest.variants):
             path = (precision,) * manifest.model.num_layers
+            own = heads[heads.index(manifest.heads[precision]) :]
             model = Model(bundle, open_backend(device), policy=precision)
-            for head in heads[heads.index(manifest.heads[precision]) :]:
-                policy = StaticPolicy(path, manifest, head=head)
-                kl = self._kl(row for ids in self._ids for row in _predicted(model, ids, policy))
+            policies = [StaticPolicy(path, manifest, head=head) for head in own]
+            for head, kl in zip(own, self._static(model, policies), strict=True):
                 budget = manifest.costs.token_ms(path, head) / reference_ms(manifest)
                 found.append(StaticPoint(round(budget, 5), head, round(max(kl, 0.0), 6), path))
             model.close()
         return tuple(sorted(found, key=lambda point: point.budget))
 
+    def _static(self, model: Model, policies: Sequence[Policy]) -> list[float]:
+        """Mean KL(full || policy) in nats of each; what full precision says is computed once."""
+        totals = [0.0] * len(policies)
+        for ids, states in zip(self._ids, self._full, strict=True):
+            reference = self._log_probabilities(torch.from_numpy(states))
+            for at, policy in enumerate(policies):
+                logits = torch.from_numpy(model.logits(ids, policy=policy))
+                totals[at] += _divergence(reference, logits.log_softmax(-1))
+        return [total / self._ids.size for total in totals]
+
     def _kl(self, ours: Iterable[torch.Tensor]) -> float:
         """Mean KL(full || ours) in nats; ours are log probabilities `[rows, V]`, in order."""
         total = 0.0
         for theirs, own in zip(_rows(self._full), ours, strict=True):
-            reference = self._log_probabilities(theirs)
-            total += float((reference.exp() * (reference - own)).sum())
+            total += _divergence(self._log_probabilities(theirs), own)
         return total / self._ids.size
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -96,6 +105,6 @@ def _rows(states: np.ndarray) -> Iterable[torch.Tensor]:
     return (rows for one in torch.from_numpy(states) for rows in one.split(_ROWS))
 
 
-def _predicted(model: Model, ids: np.ndarray, policy: Policy) -> Iterable[torch.Tensor]:
-    logits = torch.from_numpy(model.logits(ids, policy=policy))
-    return (rows.log_softmax(-1) for rows in logits.split(_ROWS))
+def _divergence(reference: torch.Tensor, ours: torch.Tensor) -> float:
+    """Sum of KL(reference || ours) in nats, of log probabilities `[rows, V]`."""
+    return float((reference.exp() * (reference - ours)).sum())
