@@ -221,13 +221,14 @@ def test_hessians_are_those_of_what_the_linear_layers_of_transformers_read(
     spec = family.describe("", source.config, pair.case.max_length)
     runner = Runner(spec, "cpu")
     hidden = [HiddenStateFile(tmp_path / f"{layer}.npy") for layer in range(LAYERS + 1)]
-    hidden[0].write(1, [runner.embed(pair.bundle / "embed.onnx", ids[None])])
+    sequences = np.stack([ids[::-1], ids])  # the first is held out
+    hidden[0].write(2, [runner.embed(pair.bundle / "embed.onnx", sequences)])
     for index in range(LAYERS):
         inputs = captured_inputs(family.layer(source.weights, index, spec), spec, 32, ("int4",))
         path = pair.bundle / layer_path(index, "full")
         states = hidden[index : index + 2]
         sinks = dict.fromkeys(inputs, 0.25)
-        hessians = runner.layer_with_hessians(index, path, *states, inputs, sinks)
+        hessians = runner.layer_with_hessians(index, path, *states, inputs, sinks, held_out=1)
         for name, found in hessians.items():
             x = read.pop((index, name)).clone()
             x[:SINK_TOKENS] *= 0.5

@@ -41,7 +41,7 @@ class HiddenStateFile:
         """How many sequences there are."""
         return int(np.load(self.path, mmap_mode="r").shape[0])
 
-    def batches(self) -> Iterator[HiddenStates]:
-        """A few sequences after the other."""
-        for start in range(0, len(self), BATCH):
+    def batches(self, first: int = 0) -> Iterator[HiddenStates]:
+        """A few sequences after the other, from the first that is wanted."""
+        for start in range(first, len(self), BATCH):
             yield self[start : start + BATCH]

@@ -89,6 +89,7 @@ class Runner:
         out: HiddenStateFile,
         inputs: Mapping[str, str],
         sink_weights: Mapping[str, float],
+        held_out: int = 0,
     ) -> dict[str, torch.Tensor]:
         """Writes the output of a layer graph, and sums x x^T of the inputs of its linear layers.
 
@@ -99,6 +100,7 @@ class Runner:
             out: where its output goes.
             inputs: see `captured_inputs`.
             sink_weights: by linear layer, of the first tokens of each sequence in the sums.
+            held_out: how many sequences at the beginning the sums leave out.
 
         Returns:
             By linear layer, `[K, K]` float32.
@@ -129,7 +131,8 @@ class Runner:
                     x[:, :SINK_TOKENS] *= weights[name] ** 0.5
                     if name not in sums:
                         sums[name] = torch.zeros(x.shape[-1], x.shape[-1])
-                    _add_upper(sums[name], x.flatten(0, 1))
+                    unseen = max(held_out - rows.start, 0)
+                    _add_upper(sums[name], x[unseen:].flatten(0, 1))
                 yield np.concatenate([run[-1] for run in runs])
 
         out.write(len(hidden), outputs())

@@ -90,10 +90,19 @@ def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return basis @ inside
 
 
-def gram_of(hidden: HiddenStateFile, norm: Norm | None, block: Block) -> torch.Tensor:
-    """Sum of x x^T, `[D, D]`, of what a linear layer behind a norm reads."""
+def gram_of(
+    hidden: HiddenStateFile, norm: Norm | None, block: Block, held_out: int = 0
+) -> torch.Tensor:
+    """Sum of x x^T, `[D, D]`, of what a linear layer behind a norm reads.
+
+    Args:
+        hidden: of all sequences.
+        norm: before the layer.
+        block: of the model.
+        held_out: how many sequences at the beginning are left out.
+    """
     total = torch.zeros(())
-    for part in hidden.batches():
+    for part in hidden.batches(held_out):
         inputs = normed(part, norm, block)
         total = total + inputs.T @ inputs
     return total

@@ -21,7 +21,7 @@ from dash_onnx.exporters.calibration.statistics import (
 )
 from dash_onnx.exporters.calibration.tokens import Ids
 from dash_onnx.exporters.device import torch_device
-from dash_onnx.exporters.export.losses import Losses
+from dash_onnx.exporters.export.losses import Losses, held_out
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs import (
     build_embed,
@@ -91,7 +91,7 @@ class GraphWriter:
         sinks = _sink_weights(layer)
         with self.torch_device:
             hessians = self.runner.layer_with_hessians(
-                index, folder / paths["full"], hidden, out, inputs, sinks
+                index, folder / paths["full"], hidden, out, inputs, sinks, held_out(len(hidden))
             )
         scales, states = None, hidden[:_FIGURE_SEQUENCES]
         if target != exact and spec.mixer_of(index) == "attention":
@@ -131,7 +131,7 @@ class GraphWriter:
         head = self.architecture.head(self.source.weights, self.spec)
         precisions = self.options.head_precisions(self.spec.facts, head.linear.bias is not None)
         wide: tuple[Form, ...] = (WIDE,) if self.options.wide else ()
-        gram = gram_of(hidden, head.norm, self.spec.block)
+        gram = gram_of(hidden, head.norm, self.spec.block, held_out(len(hidden)))
         hessians = {head.linear.name: gram}
         for form in (*precisions, *wide):
             self.fp32_kept += build_head(folder, head, self.spec, self.target, form, hessians)

@@ -24,9 +24,20 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import has_device
 
 SEQUENCES = 4
-"""Of the calibration text that run."""
+"""The first ones of the calibration text run."""
+
+_OTHERS = 7
+"""For each of them, so many others are needed; else they are not held out."""
 
 _ROWS = 256  # of the logits of a large vocabulary at a time
+
+
+def held_out(sequences: int) -> int:
+    """How many sequences at the beginning of a calibration text GPTQ does not see.
+
+    Losses are measured on them: GPTQ fits weights to its text, most of all an INT2 head.
+    """
+    return SEQUENCES if sequences >= (1 + _OTHERS) * SEQUENCES else 0
 
 
 class Losses:
