@@ -21,8 +21,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
-from dash_onnx.exporters.export import ExportOptions
-from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.sources.gguf_config import config_of
 from dash_onnx.exporters.sources.gguf_metadata import Metadata
@@ -371,18 +369,6 @@ def test_sizes_of_gemma_4_that_its_config_does_not_have_are_refused(
 ) -> None:
     write_model(tmp_path / "tiny.gguf", tiny_model("gemma4_text"), add)
     assert said in refusal(tmp_path / "tiny.gguf")
-
-
-def test_a_table_is_dequantized_as_a_whole_before_it_is_written(tmp_path: Path) -> None:
-    model = tiny_model("gemma4_text", vocab_size_per_layer_input=1 << 17)
-    model.save_pretrained(tmp_path / "folder")
-    tiny_tokenizer().save_pretrained(tmp_path / "folder")
-    write_model(tmp_path / "tiny.gguf", model, kind=Kind.Q8_0)
-    gguf_bytes, folder_bytes = (
-        sizes_of(opened(tmp_path / name), ExportOptions()).export
-        for name in ("tiny.gguf", "folder")
-    )
-    assert gguf_bytes - folder_bytes == 2 * (1 << 17) * 4 * 32
 
 
 def test_gemma_4_stops_dimensions_by_no_other_factors() -> None:

@@ -13,7 +13,7 @@ from dash_onnx.core.block import ATTENTIONS, Attention, Block, Mixer, Recurrence
 from dash_onnx.core.contract import Dims, Ports, layer_ports
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.facts import ModelFacts, Rope, Target
-from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, concatenate
+from dash_onnx.exporters.quantize.blockwise import Bits, Matrix, Quantized, concatenate
 from dash_onnx.exporters.quantize.ternary import ternary
 from dash_onnx.exporters.sources import Weights
 
@@ -261,13 +261,13 @@ class PerLayer:
     """Embeddings of the tokens for each layer, of width P.
 
     Attributes:
-        table: `[V, L * P]`, which stays on disk.
+        table: `[V, L * P]`, which stays on disk; few rows are read at a time.
         scale: on its rows.
         projection: of the token embedding that the first layer reads, `[L * P, D]`, added to them.
         norm: `[P]`, of what that gives for each layer.
     """
 
-    table: torch.Tensor
+    table: Matrix
     scale: float
     projection: Linear
     norm: Norm
@@ -366,9 +366,18 @@ def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
         SourceError: missing, of another shape than the config says, or damaged.
     """
     tensor = weights[name]
-    if tuple(tensor.shape) != shape:
+    check_shape(name, tuple(tensor.shape), shape)
+    return tensor
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Refuses a weight of another shape than the config says.
+
+    Raises:
+        SourceError: it has one.
+    """
+    if found != wanted:
         raise SourceError(
-            f"{name} has shape {tuple(tensor.shape)}, the config asks for {shape}: "
+            f"{name} has shape {found}, the config asks for {wanted}: "
             "config.json and weights do not belong together"
         )
-    return tensor

@@ -19,12 +19,13 @@ from dash_onnx.exporters.architectures.base import (
     Norm,
     PerLayer,
     Scales,
+    check_shape,
     take,
 )
 from dash_onnx.exporters.architectures.decoder import Decoder, linear_at
 from dash_onnx.exporters.architectures.names import GEMMA3, Names
 from dash_onnx.exporters.architectures.rope import LAYER_TYPES, rope_of
-from dash_onnx.exporters.sources import Weights
+from dash_onnx.exporters.sources import Table, Weights
 
 _TABLE = "model.embed_tokens_per_layer.weight"
 _PROJECTION, _PROJECTION_NORM = (
@@ -128,7 +129,8 @@ class Gemma4(Decoder):
         if not size:
             return None
         every = facts.num_layers * size
-        table = take(weights, _TABLE, weights.shape(_TABLE)[0], every)
+        table = Table(weights, _TABLE)
+        check_shape(_TABLE, table.shape, (table.shape[0], every))
         projection = take(weights, _PROJECTION, every, facts.hidden_size)
         norm = Norm(take(weights, _PROJECTION_NORM, size)).scaled(_SHARE)
         scale = _SHARE * size**0.5

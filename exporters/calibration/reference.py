@@ -9,13 +9,15 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dash_onnx.exporters.sources import Source
+from dash_onnx.exporters.sources import Source, Table
 
 _KEEP_BYTES = 1 << 30  # layers stay loaded when all of them fit into this in FP32
 
 
 def streamed_model(source: Source) -> PreTrainedModel:
     """Builds the transformers model in FP32, each decoder layer loaded only while it runs.
+
+    Of embeddings for layers, only the rows of the tokens that come are loaded.
 
     Source: the hooks follow the idea of accelerate's disk offloading; here the weights come
     from any `Weights`, GGUF included.
@@ -35,6 +37,10 @@ def streamed_model(source: Source) -> PreTrainedModel:
         for index, layer in layers.items()
         for name, _ in layer.named_parameters()
     }
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings():
+            _stream_rows(module, Table(source.weights, f"{name}.weight"))
+            inside.add(f"{name}.weight")
     outside = {
         name: source.weights[name].float()
         for name, _ in model.named_parameters()
@@ -48,6 +54,17 @@ def streamed_model(source: Source) -> PreTrainedModel:
     for index, layer in layers.items():
         _stream(layer, source, f"{prefix}.{index}.", keep)
     return model
+
+
+def _stream_rows(embedding: torch.nn.Embedding, table: Table) -> None:
+    def load(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        ids, places = arguments[0].unique(return_inverse=True)
+        rows = torch.cat([table[index : index + 1] for index in ids.tolist()])
+        module.weight = torch.nn.Parameter(rows.float(), requires_grad=False)
+        return (places,)
+
+    embedding.padding_idx = None  # it would be a row of these
+    embedding.register_forward_pre_hook(load)
 
 
 def _stream(layer: torch.nn.Module, source: Source, prefix: str, keep: bool) -> None:

@@ -36,7 +36,6 @@ _PREVIEW_BYTES = 3700  # of those of a head that looks twice
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
 _TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
 _ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
-_TABLE = {"gguf": 5}  # likewise for each weight of a table that layers read; 3 of other sources
 _RUNTIME_BYTES = 120 << 20  # Python with ONNX Runtime
 _LOADED_TOKEN_BYTES = 1000  # of its tokenizer, for each token of its vocabulary
 
@@ -148,10 +147,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     ends = _ENDS * embedding // 2
     if (per_layer := architecture.per_layer(weights, spec)) is not None:
         projection = rule.stored("full", per_layer.projection, per_layer.norm)
-        count = per_layer.table.numel()
+        count = math.prod(per_layer.table.shape)
         scales = 4 * count // (resolved.block_size or 1)
         embedding += projection + (2 * count if "full" in variants else count + scales)
-        ends += _TABLE.get(source.kind, 3) * count
     tokens = sequences_of(facts) * LENGTH
     states = 4 * tokens * facts.hidden_size
     attending = [index for index in range(facts.num_layers) if spec.mixer_of(index) == "attention"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from dash_onnx.core.facts import Target
 from dash_onnx.exporters.architectures.base import Head, Linear, ModelSpec, Norm, PerLayer
 from dash_onnx.exporters.graphs.graph import Graph, fits_half
 from dash_onnx.exporters.quantize.blockwise import (
+    Matrix,
     Quantized,
     concatenate,
     dequantize,
@@ -84,31 +86,41 @@ def build_embed(
     return [*kept, _ROWS] if stored[0].data_type == onnx.TensorProto.FLOAT else kept
 
 
-def _write_table(path: Path, table: torch.Tensor, block_size: int | None) -> list[onnx.TensorProto]:
+def _write_table(path: Path, table: Matrix, block_size: int | None) -> list[onnx.TensorProto]:
     """Writes it as FP16, or as FP32 where FP16 cannot hold it; returns what names the file.
 
     With a block size, it is INT8 values with a FP32 scale for each block of a row.
     """
     if block_size is not None:
-        scales = []
+        place, place_of_scales = 0, math.prod(table.shape)
+        blocks = (table.shape[0], table.shape[1] // block_size)
+        stored = [
+            _mapped(path, f"{_ROWS}.values", table.shape, onnx.TensorProto.UINT8),
+            _mapped(path, f"{_ROWS}.scales", blocks, onnx.TensorProto.FLOAT, place_of_scales),
+        ]
         with path.open("wb") as file:
             for part in row_groups(table):
                 rows = quantize(part, 8, block_size)
-                file.write(np.ascontiguousarray(rows.values).data)
-                scales.append(rows.scales.astype(np.float32))
-            file.write(np.concatenate(scales).data)
-        blocks = (table.shape[0], table.shape[1] // block_size)
-        return [
-            _mapped(path, f"{_ROWS}.values", table.shape, onnx.TensorProto.UINT8),
-            _mapped(path, f"{_ROWS}.scales", blocks, onnx.TensorProto.FLOAT, table.numel()),
-        ]
-    dtype, kind = torch.float16, onnx.TensorProto.FLOAT16
-    if not all(fits_half(part) for part in row_groups(table)):
-        dtype, kind = torch.float32, onnx.TensorProto.FLOAT
+                file.seek(place)
+                place += file.write(np.ascontiguousarray(rows.values).data)
+                file.seek(place_of_scales)
+                place_of_scales += file.write(rows.scales.astype(np.float32).data)
+        return stored
+    kind = onnx.TensorProto.FLOAT16
+    if not _write_rows(path, table, torch.float16):
+        kind = onnx.TensorProto.FLOAT
+        _write_rows(path, table, torch.float32)
+    return [_mapped(path, _ROWS, table.shape, kind)]
+
+
+def _write_rows(path: Path, table: Matrix, dtype: torch.dtype) -> bool:
+    """Writes them one after the other; returns whether FP16, if that is the type, holds all."""
     with path.open("wb") as file:
         for part in row_groups(table):
+            if dtype == torch.float16 and not fits_half(part):
+                return False
             file.write(part.to(dtype).contiguous().numpy().data)
-    return [_mapped(path, _ROWS, table.shape, kind)]
+    return True
 
 
 def _mapped(

@@ -5,10 +5,11 @@ Source: the operator's specification, onnxruntime docs/ContribOperators.md (com.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,17 @@ import torch
 Bits = Literal[2, 4, 8]
 
 _GROUP = 1 << 24  # weights that are FP32 at a time, of a head for a large vocabulary
+
+
+class Matrix(Protocol):
+    """A weight `[N, ...]` that a slice gives rows of: a tensor, or one that stays in its file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of all rows."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,11 @@ def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
     return concatenate(parts, len(weight))
 
 
-def row_groups(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def row_groups(weight: Matrix) -> Iterator[torch.Tensor]:
     """Groups of rows of a weight `[N, ...]`, each small enough to be copied as FP32."""
-    return weight.split(max(_GROUP // max(weight[:1].numel(), 1), 1))
+    each = max(_GROUP // max(math.prod(weight.shape[1:]), 1), 1)
+    for start in range(0, max(weight.shape[0], 1), each):
+        yield weight[start : start + each]
 
 
 def _rounded(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:

@@ -6,6 +6,6 @@ for: both must stay so. What `gguf_*` states are facts of llama.cpp.
 """
 
 from dash_onnx.exporters.sources.open import open_source
-from dash_onnx.exporters.sources.source import Shapes, Source, Weights, readable
+from dash_onnx.exporters.sources.source import Shapes, Source, Table, Weights, readable
 
-__all__ = ["Shapes", "Source", "Weights", "open_source", "readable"]
+__all__ = ["Shapes", "Source", "Table", "Weights", "open_source", "readable"]

@@ -77,12 +77,20 @@ class SafetensorsWeights(Shapes):
                 raise SourceError(f"{path} is not a valid safetensors file ({error})") from None
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See `Weights`."""
+        return self._read(name, slice(start, stop))
+
+    def _read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         if name not in self._places:
             raise SourceError(f"the weights have no tensor {name!r}")
         path, stored = self._places[name]
         # A file that stayed open would keep every page that was ever read in this process's memory.
         with safe_open(path, framework="pt") as file:
-            return finite(name, file.get_tensor(stored))
+            weight = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
+            return finite(name, weight)
 
 
 def open_folder(

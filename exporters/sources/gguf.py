@@ -73,11 +73,15 @@ class GGUFWeights:
         return tuple(readable(name, lambda: self._layout.joined(name, parts)).shape)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._told:
-            return finite(name, self._told[name])
+        return finite(name, self._told[name]) if name in self._told else self._read(name)
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See `Weights`."""
+        return self._read(name, slice(start, stop))
+
+    def _read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         def read() -> torch.Tensor:
-            parts = [self._part(name, part) for part in self._layout.parts(name)]
+            parts = [self._part(name, part, rows) for part in self._layout.parts(name)]
             return self._layout.joined(name, parts)
 
         return finite(name, readable(name, read))
@@ -85,18 +89,24 @@ class GGUFWeights:
     def _stored_shape(self, name: str) -> list[int]:
         return list(reversed(self._find(name).shape.tolist()))
 
-    def _part(self, name: str, part: str) -> torch.Tensor:
+    def _part(self, name: str, part: str, rows: slice | None) -> torch.Tensor:
         tensor = self._find(part)
         if tensor is None:
             raise SourceError(f"the GGUF file has no tensor for {part!r}")
+        data, shape = tensor.data, self._stored_shape(part)
+        if rows is not None:
+            # Through the mapping of the whole file, they would stay in this process's memory.
+            shape[0] = rows.stop - rows.start
+            place = tensor.data_offset + rows.start * data.strides[0]
+            data = np.memmap(data.filename, data.dtype, "r", place, (shape[0], *data.shape[1:]))
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(data, tensor.tensor_type)
         except NotImplementedError:
             raise UnsupportedError(
                 f"GGUF tensor type {tensor.tensor_type.name} of {name} cannot be dequantized; "
                 "use a file of another quantization"
             ) from None
-        values = np.asarray(values, np.float32).reshape(self._stored_shape(part))
+        values = np.asarray(values, np.float32).reshape(shape)
         if (scale := self._scale(tensor)) is not None:
             values = values * scale.reshape(-1, *[1] * (values.ndim - 1))
         values = self._layout.values(name, values)

@@ -36,9 +36,30 @@ class Weights(Protocol):
         """
         ...
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Reads some rows of an embedding, and nothing else of it; otherwise like a look-up."""
+        ...
+
     def packed(self, name: str) -> Quantized | None:
         """The weight as integers, where the source stores them in a form that graphs can hold."""
         ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding `[N, K]` that stays in its file: a slice reads its rows."""
+
+    weights: Weights
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all rows."""
+        return self.weights.shape(self.name)
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.weights.rows(self.name, start, stop)
 
 
 class Shapes:
@@ -62,6 +83,10 @@ class Shapes:
     def __getitem__(self, name: str) -> torch.Tensor:
         raise SourceError(f"{name} was not downloaded")
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See `Weights`."""
+        return self[name][start:stop]
+
     def packed(self, name: str) -> None:
         """See `Weights`: none has integers."""
 
@@ -82,6 +107,10 @@ class Wrapped:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.stored[name]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """See `Weights`: embeddings are read as they are."""
+        return self.stored.rows(name, start, stop)
 
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
