@@ -12,6 +12,7 @@ from conftest import TINY, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_model
 from gguf_models import tiny_model
+from safetensors.torch import load_file, save_file
 from test_shared_kv import resident_bytes
 
 from dash_onnx.core.contract import EMBED_PATH, TABLE_PATH
@@ -149,6 +150,21 @@ def test_the_memory_of_an_export_does_not_grow_with_the_table(
     small, large = sizes(tmp_path / file), sizes(models / file.replace("tiny", "f16"))
     assert large.embedding - small.embedding == 2 * COLUMNS * (ROWS - TINY["vocab_size"])
     assert large.export == small.export
+
+
+def test_a_table_that_is_missing_is_named(tmp_path: Path) -> None:
+    model = tiny_model("gemma4_text")
+    model.save_pretrained(tmp_path / "folder")
+    tiny_tokenizer().save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "model.safetensors"
+    save_file({name: one for name, one in load_file(file).items() if name != NAME}, file)
+    write_model(tmp_path / "tiny.gguf", model)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content.replace(b"per_layer_token_embd", b"x" * 20))
+    for name in ("folder", "tiny.gguf"):
+        source = opened(tmp_path / name)
+        with pytest.raises(SourceError, match=f"no tensor .*{NAME}"):
+            parts_of(source, source.weights)
 
 
 def test_a_table_of_another_width_is_refused(models: Path) -> None:

@@ -87,12 +87,15 @@ class GGUFWeights:
         return finite(name, readable(name, read))
 
     def _stored_shape(self, name: str) -> list[int]:
-        return list(reversed(self._find(name).shape.tolist()))
+        return list(reversed(self._stored(name).shape.tolist()))
+
+    def _stored(self, part: str) -> Any:
+        if (tensor := self._find(part)) is None:
+            raise SourceError(f"the GGUF file has no tensor for {part!r}")
+        return tensor
 
     def _part(self, name: str, part: str, rows: slice | None) -> torch.Tensor:
-        tensor = self._find(part)
-        if tensor is None:
-            raise SourceError(f"the GGUF file has no tensor for {part!r}")
+        tensor = self._stored(part)
         data, shape = tensor.data, self._stored_shape(part)
         if rows is not None:
             # Through the mapping of the whole file, they would stay in this process's memory.

@@ -25,7 +25,11 @@ class Weights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is there."""
+        """Of a tensor.
+
+        Raises:
+            SourceError: it is not there.
+        """
         ...
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -78,6 +82,8 @@ class Shapes:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Weights`."""
+        if name not in self.shapes:
+            raise SourceError(f"the weights have no tensor {name!r}")
         return self.shapes[name]
 
     def __getitem__(self, name: str) -> torch.Tensor:
