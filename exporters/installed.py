@@ -20,6 +20,6 @@ def require() -> None:
     ]
     if missing:
         raise DashError(
-            f"exporting needs {', '.join(missing)}: in a clone of dash-onnx, "
+            f"reading a model needs {', '.join(missing)}: in a clone of dash-onnx, "
             "`pip install '.[cpu,export]'`"
         )

@@ -18,7 +18,8 @@ import pytest
 from cli_tool import Tool
 
 from dash_onnx.cli import cached, info, run, train
-from dash_onnx.cli.cached import bundle_of, entries, listing, model_name, remove
+from dash_onnx.cli import profile as profile_command
+from dash_onnx.cli.cached import bundle_of, entries, known_bundle, listing, model_name, remove
 from dash_onnx.core.atomic import TRAINING, locked, waiting_lock
 from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
@@ -78,6 +79,18 @@ def test_a_model_is_exported_once_and_again_where_it_changed(
     assert [entry.folder for entry in entries()] == [second]  # the first is of use to no one
     assert not first.exists()
     assert model_name(model) == "my model" and model_name("org/name") == "name"
+
+
+def test_commands_that_read_a_bundle_take_a_model_that_is_in_the_cache(
+    model: Path, exports: list[str], capsys: Capture
+) -> None:
+    profile = Tool("dash-profile", profile_command.main)
+    assert "it is a model, export it first" in profile.refused(capsys, model)
+    folder = bundle_of(model)
+    os.utime(cached._note(folder), (1, 1))
+    assert known_bundle(model) == folder and len(exports) == 1
+    assert entries()[0].used > 1  # the least recently used goes first
+    assert profile.json_of(capsys, model, "--dry-run")["layers_ms"]
 
 
 def test_two_at_once_make_one(

@@ -126,7 +126,7 @@ def test_the_steps_of_the_export_import_pytorch_when_they_are_called() -> None:
     _, roots = report(BLOCK + "from dash_onnx import export, fuse, train\nresult = []\n")
     assert not roots & {*EXPORT_ONLY, "onnxruntime"}
     done = python(BLOCK + "import dash_onnx\ndash_onnx.export('model', 'out')\n")
-    assert "DashError: exporting needs torch" in done.stderr
+    assert "DashError: reading a model needs torch" in done.stderr
 
 
 def test_every_exported_name_exists() -> None:

@@ -224,7 +224,7 @@ def test_of_plans_that_lose_more_than_presets_may_the_slowest_is_shown(tiny_bund
     lines = plans_table(manifest)
     assert [line.split()[:-5] for line in lines[1:4]] == [[], ["balanced,", "fast"], ["quality"]]
     assert [line.split()[-4] for line in lines[1:4]] == ["0.600", "0.700", "1.000"]
-    assert "within its KL limit (quality 0.02, balanced 0.1, fast 0.25 nats)" in lines[5]
+    assert "within its KL limit (quality 0.02, balanced 0.1, fast 0.25 nats); " in lines[5]
     told = "quality: no plan is within its limit, so it runs the one with the lowest KL"
     assert lines[6:] == [told]
 

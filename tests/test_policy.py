@@ -131,6 +131,8 @@ def test_an_action_that_was_not_exported_is_refused(int4_only: Manifest, text: s
     [
         ("full*3", "the path has 3 actions, the model has 4 layers"),
         ("full*5", "the path has 5 actions"),
+        ("int8,full*28,int8", "the path has 30 actions"),
+        ("full*99999999999", "the path has 999999999 actions"),
         (",", "the path has 0 actions"),
         ("full*4,int8*0,int4", "the path has 5 actions"),
         ("full*3,int3", "action 'int3' is not in this bundle"),

@@ -194,7 +194,9 @@ def test_the_verdict_says_what_each_preset_runs_and_what_the_other_way_would_tak
     ).verdict
     first, second, third = told.split(". ")
     assert first.startswith("Quality decides per token, ") and "times as fast as one path" in first
-    assert second.startswith("balanced runs one path for all tokens; decisions per token would be ")
+    assert second.startswith(
+        f"balanced runs int4*{LAYERS} for all tokens; decisions per token would be "
+    )
     assert third.startswith("fast decides per token")
 
 
@@ -394,7 +396,7 @@ def test_a_bundle_without_a_scorer_shows_its_paths(
     html = tmp_path / "r.html"
     assert run(tiny_bundle, "--html", html) == 0
     page = Page(html.read_text("utf-8"))
-    assert "Speed against quality" in page.text and "runs one path for all tokens" in page.text
+    assert "Speed against quality" in page.text and "for all tokens" in page.text
     for absent in ("Training", "token by token", "dash: decided", "trained"):
         assert absent not in page.text
     circles = [attrs["class"] for name, attrs in page.tags if name == "circle"]

@@ -96,6 +96,19 @@ def bundle_of(name: str | Path) -> str | Path:
     return folder
 
 
+def known_bundle(name: str | Path) -> str | Path:
+    """Like `bundle_of`, but nothing is exported: a model that is not in the cache stays a name."""
+    source = _source(str(name))
+    if source is None:
+        return name
+    folder = cache_folder() / _entry_name(source)
+    if not (folder / MANIFEST_NAME).is_file():
+        return name
+    with suppress(DashError, OSError):  # a cache that cannot be written can be read
+        _used(source, folder)
+    return folder
+
+
 def model_name(name: str | Path) -> str:
     """What a server calls the bundle that an argument names."""
     return stem_of(Path(name).resolve().name)

@@ -211,9 +211,18 @@ def log_level(arguments: argparse.Namespace) -> int:
     return logging.getLevelNamesMapping()[arguments.log_level.upper()]
 
 
-def add_bundle_argument(parser: Options, told: str = "the bundle that dash-export wrote") -> None:
-    """The bundle that a tool reads; `told` is its help."""
-    parser.add_argument("bundle", metavar="BUNDLE", type=folder, help=told)
+def add_bundle_argument(parser: Options, told: str | None = None) -> None:
+    """The bundle that a tool reads; `told` is the help of one that exports a model first."""
+    usual = "the bundle that dash-export wrote, or a model that is in the cache"
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=folder if told else _known, help=told or usual
+    )
+
+
+def _known(text: str) -> Path:
+    from dash_onnx.cli.cached import known_bundle
+
+    return Path(known_bundle(folder(text)))
 
 
 def add_json_option(parser: Options) -> None:
@@ -342,16 +351,18 @@ def plans_table(manifest: Manifest) -> list[str]:
         if plan not in worse[:-1]
     ]
     other = f"; about {margin:g} times as high on other text" if margin > 1 else ""
-    promised = ", ".join(f"{name} {limit:.3g}" for name, limit in limits.items())
+    spared = f", divided by {margin:g} for other text" if margin > 1 else ""
+    promised = ", ".join(f"{name} {limit:g}" for name, limit in PRESETS.items())
     best = manifest.variants[0]
     reference = "full precision" if manifest.scorer is None else best
     decided = "; decisions per token only if they save more" if manifest.scorer else ""
     return [
         *aligned([["preset", "time", "budget", "KL", "head", "layers"], *rows], left=1),
         f"time: of a token, as a fraction of that at {best}; budget: the same from the sum of its "
-        f"parts; KL: to {reference}, in nats on held-out text{other}",
-        f"a preset runs the fastest plan within its KL limit ({promised} nats); of paths that take "
-        f"up to {100 * TIE:g} % longer, the one with the lowest KL{decided}",
+        f"parts; KL: to {reference}, in nats on held-out text{other}; head: precision of the LM "
+        "head",
+        f"a preset runs the fastest plan within its KL limit ({promised} nats{spared}); of paths "
+        f"that take up to {100 * TIE:g} % longer, the one with the lowest KL{decided}",
         *(
             f"{name}: no plan is within its limit, so it runs the one with the lowest KL"
             for name, limit in limits.items()

@@ -30,6 +30,7 @@ _EXAMPLES = """\
   dash-info --remove model.gguf"""
 
 _EXACT = "int2 is exact: the weights of the layers are ternary"
+_WIDE = "what runs INT4 has an INT8 copy of the layers for prompts: `--memory low` leaves it out"
 
 
 def _parser() -> Parser:
@@ -139,6 +140,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "are free here",
         f"memory to run with a policy (every graph loaded) {sizes.run['policy'] / 1e6:.1f} MB; "
         f"KV cache {sizes.kv_per_token / 1e6:.3f} MB per token",
+        *([_WIDE] if options.wide else []),
         f"memory to export about {sizes.export / 1e9:.1f} GB"
         + ("" if free is None else f"; {free / 1e9:.1f} GB are free here"),
         f"time to export about {about(here.export_s)}, then to train a policy about "

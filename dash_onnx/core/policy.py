@@ -353,6 +353,7 @@ def _parse_path(text: str, manifest: Manifest) -> ActionPath:
         text = content
     limit = manifest.model.num_layers
     path: list[Action] = []
+    length = 0
     for item in text.replace("\n", ",").split(","):
         if not item.strip():
             continue
@@ -360,6 +361,9 @@ def _parse_path(text: str, manifest: Manifest) -> ActionPath:
         if star and not count.isdecimal():
             raise PolicyError(f"{item.strip()!r}: expected ACTION*COUNT, such as int4*3")
         action = check_action(name.strip(), manifest.actions)
-        times = int(count) if star and len(count) < 9 else limit + 1  # int() has a limit of its own
-        path += [action] * (min(times, limit + 1) if star else 1)
+        times = int(count[:9]) if star else 1  # more digits are too many anyway
+        length += times
+        path += [action] * min(times, limit)
+    if length != limit:
+        raise PolicyError(f"the path has {length} actions, the model has {limit} layers")
     return tuple(path)

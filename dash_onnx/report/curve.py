@@ -112,5 +112,5 @@ def verdict(manifest: Manifest) -> str:
                 if decided
                 else ""
             )
-            told.append(f"{name} runs one path for all tokens{lost}")
+            told.append(f"{name} runs {plan.text} for all tokens{lost}")
     return ". ".join(told).capitalize() + "."

@@ -69,7 +69,7 @@ function budget() {
 function tell() {
   const value = moved ? budget() : chosen().dash.budget;
   $("budget").disabled = range() === null;
-  $("told").textContent = value === null ? chosen().dash.policy : `${Math.round(value * 100)} % of the time`;
+  $("told").textContent = value === null ? chosen().dash.policy : `${Math.round(value * 100)} % of the time at ${chosen().dash.actions[0]}`;
 }
 function start() { // at the server's own budget until the slider is moved
   const ends = range(), usual = chosen().dash.budget ?? chosen().dash.presets.balanced;
