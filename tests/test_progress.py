@@ -223,4 +223,4 @@ with progress.Phase("layers", total=10) as phase:
     _, text = on_terminal([sys.executable, "-c", code])
     moments = [line for line in text.split("\r") if "0/10 [00:0" in line]
     assert any("[00:02<" in line for line in moments)
-    assert any("about 88 s to go, then 60 s of other phases" in line for line in moments)
+    assert any("about 88 s to go, 60 s after it" in line for line in moments)

@@ -224,7 +224,7 @@ class Phase:
         if own and self._done == self._first:  # from then on the bar shows it
             parts.append(f"about {about(own)} to go")
         if later:
-            parts.append(f"then {about(later)} of other phases")
+            parts.append(f"{about(later)} after it")
         self._bar.set_postfix_str(", ".join(filter(None, parts)), refresh=False)
 
     def _repeat(self) -> None:
@@ -237,7 +237,7 @@ class Phase:
             if own:
                 text += f", about {about(own)} to go"
             if later:
-                text += f", then {about(later)} of other phases"
+                text += f", {about(later)} after it"
             self._say(text)
 
     def _elapsed(self) -> float:
