@@ -131,6 +131,15 @@ def test_what_fails_leaves_no_bundle(
     assert not entries() and not [path for path in cache.iterdir() if path.is_dir()]
 
 
+def test_a_missing_extra_is_told_before_anything_is_written(
+    model: Path, cache: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DashError, match="reading a model needs torch"):
+        bundle_of(model)
+    assert not exports and not cache.exists()
+
+
 def test_a_cache_that_cannot_be_written_is_told(
     model: Path, tmp_path: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,9 @@ def _make(source: str, folder: Path) -> None:
 
     What an interrupted export left is gone on with, or discarded where that cannot be.
     """
+    from dash_onnx.exporters.installed import require
+
+    require()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
