@@ -50,8 +50,17 @@ def test_a_whole_bundle_opens_and_every_file_is_verified(tiny_bundle: Path) -> N
         assert bundle.verified(name) == tiny_bundle / name
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty folder", "file"])
-def test_where_no_bundle_is_the_command_that_makes_one_is_told(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("missing", "there is no such folder"),
+        ("empty folder", "dash.json is missing"),
+        ("file", "it is a file"),
+    ],
+)
+def test_where_no_bundle_is_the_command_that_makes_one_is_told(
+    tmp_path: Path, kind: str, why: str
+) -> None:
     path = tmp_path / "my $out"
     if kind == "empty folder":
         path.mkdir()
@@ -59,8 +68,9 @@ def test_where_no_bundle_is_the_command_that_makes_one_is_told(tmp_path: Path, k
         path.write_text("x")
     with pytest.raises(BundleError) as told:
         Bundle(path)
-    assert f"no bundle at {path}: " in str(told.value)
-    assert f"`dash-export MODEL '{path}'`" in str(told.value)
+    assert f"no bundle at {path}: {why}" in str(told.value)
+    out = "BUNDLE" if kind == "file" else f"'{path}'"  # a file is not written over
+    assert f"`dash-export MODEL {out}`" in str(told.value)
 
 
 @pytest.mark.parametrize("name", ["my model.gguf", "folder"])

@@ -18,8 +18,8 @@ from cli_tool import Capture, Tool
 from conftest import save_tiny
 from scored_bundle import with_scorer
 
-from dash_onnx.cli.common import plans_table
 from dash_onnx.cli.info import main
+from dash_onnx.cli.plans import plans_table
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path
 from dash_onnx.core.facts import StaticPoint

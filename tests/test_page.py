@@ -72,7 +72,7 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     found = json.loads(result.stdout)
     assert found["problems"] == []
     assert not found["wide"]
-    assert found["told"] == "60 % of the time"  # as the server was started
+    assert found["told"] == "60 % of the time at full"  # as the server was started
     presets = httpx.get(f"{url}/v1/models").json()["data"][0]["dash"]["presets"]
     first, second = found["asked"]
     assert "budget" not in first and second["budget"] == min(presets.values())  # slider moved

@@ -94,5 +94,5 @@ def test_the_page_fits_a_phone_and_goes_on_with_a_conversation(address: str) -> 
 
 
 def test_a_conversation_beyond_the_context_is_told(address: str) -> None:
-    found = shown(address, QUESTION, "the keeper counts ships " * 20)
+    found = shown(address, QUESTION, "the keeper counts ships " * 80)  # alone too long
     assert "exceed the context, 256" in found["note"]

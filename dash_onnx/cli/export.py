@@ -17,10 +17,10 @@ from dash_onnx.cli.common import (
     add_log_options,
     add_training_options,
     log_level,
-    plans_table,
     positive,
     run,
 )
+from dash_onnx.cli.plans import plans_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.cli.tables import check_lines, summary
 from dash_onnx.core.actions import DEFAULT_FORMS, parse_variants

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.cli.cached import listing, remove
-from dash_onnx.cli.common import Parser, add_json_option, aligned, plans_table, run
+from dash_onnx.cli.common import Parser, add_json_option, aligned, run
 from dash_onnx.cli.forecast import forecast
+from dash_onnx.cli.plans import plans_table
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import SourceError, printable

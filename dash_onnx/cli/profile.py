@@ -14,9 +14,9 @@ from dash_onnx.cli.common import (
     add_bundle_argument,
     add_json_option,
     add_threads_option,
-    plans_table,
     run,
 )
+from dash_onnx.cli.plans import plans_table
 
 _EXAMPLES = """\
   dash-profile out/

@@ -17,9 +17,9 @@ from dash_onnx.cli.common import (
     add_training_options,
     aligned,
     log_level,
-    plans_table,
     run,
 )
+from dash_onnx.cli.plans import plans_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.errors import DashError

@@ -137,12 +137,12 @@ def _remedy(folder: Path) -> str:
         out = folder.name.removesuffix(".gguf").lower() + "-onnx"
         what = "it is a model" if model else "a hub id is a model"
         return f"{what}, export it first with `dash-export {shlex.quote(name)} {shlex.quote(out)}`"
+    missing, out = "there is no such folder", shlex.quote(name)
     if folder.is_file():
-        return "it is a file; a bundle is a folder, and the file of a model ends in .gguf"
-    taken = folder.is_dir() and any(folder.iterdir())
-    out = "BUNDLE" if taken else shlex.quote(name)
-    missing = f"{MANIFEST_NAME} is missing" if folder.is_dir() else "there is no such folder"
-    return f"{missing}; make one with `dash-export MODEL {out}`"
+        missing, out = "it is a file, which is a model only if its name ends in .gguf", "BUNDLE"
+    elif folder.is_dir():
+        missing, out = f"{MANIFEST_NAME} is missing", "BUNDLE" if any(folder.iterdir()) else out
+    return f"{missing}; make a bundle with `dash-export MODEL {out}`"
 
 
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
