@@ -98,15 +98,14 @@ def bundle_of(name: str | Path) -> str | Path:
 
 def known_bundle(name: str | Path) -> str | Path:
     """Like `bundle_of`, but nothing is exported: a model that is not in the cache stays a name."""
-    source = _source(str(name))
-    if source is None:
-        return name
-    folder = cache_folder() / _entry_name(source)
-    if not (folder / MANIFEST_NAME).is_file():
-        return name
-    with suppress(DashError, OSError):  # a cache that cannot be written can be read
-        _used(source, folder)
-    return folder
+    with suppress(DashError, OSError, ValueError):  # such as a name that no file can have
+        source = _source(str(name))
+        folder = cache_folder() / _entry_name(source or "")
+        if source is not None and (folder / MANIFEST_NAME).is_file():
+            with suppress(DashError, OSError):  # a cache that cannot be written can be read
+                _used(source, folder)
+            return folder
+    return name
 
 
 def model_name(name: str | Path) -> str:
