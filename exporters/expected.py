@@ -98,8 +98,7 @@ def export_phases(
         phases.append(("wide form", 1.0, work))
     phases.append(("costs", 15.0, 2000 * parameters))
     work = 6 * SEQUENCES * LENGTH * parameters
-    count = len(options.variants)
-    phases.append(("losses", 2.0, count * (count + 1) // 2 * work))  # each with lower heads
+    phases.append(("losses", 2.0, 2 * len(options.variants) * work))  # with two LM heads each
     if check:
         phases.append(("check", 2.0, 2 * _CHECKED * parameters + 400 * parameters))
     return [Expected(name, fixed + work / speed.float32) for name, fixed, work in phases]

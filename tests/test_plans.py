@@ -185,7 +185,7 @@ def test_a_bundle_without_a_policy_has_plans(tiny_bundle: Path) -> None:
     wanted = {
         (precision, head)
         for precision in manifest.variants
-        for head in heads[heads.index(manifest.heads[precision]) :]
+        for head in heads[heads.index(manifest.heads[precision]) :][:2]
     }
     found = {(point.path[0], point.head): point for point in manifest.static}
     assert set(found) == wanted and ("full", "int8") in found

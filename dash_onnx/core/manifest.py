@@ -70,8 +70,8 @@ class Manifest:
         export: facts about the export.
         files: every file of the bundle except the manifest, by relative path.
         wide: the loss of the wide form; None if the bundle has no wide form.
-        static: the loss of each precision alone, with its own LM head and with lower ones, by
-            ascending budget, measured by the export; a trained scorer has a table of its own.
+        static: the loss of each precision alone, with its own LM head and the next lower one,
+            by ascending budget, measured by the export; a trained scorer has a table of its own.
         mixers: of each layer; empty where all of them attend. What `attention` says of another
             layer means nothing.
         recurrence: sizes of the layers that do not attend; None if there are none.

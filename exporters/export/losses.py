@@ -66,7 +66,7 @@ class Losses:
         return WideFacts(round(kl, 5), self._ids.size)
 
     def static(self, bundle: Bundle) -> tuple[StaticPoint, ...]:
-        """Runs each precision as the runtime does, with its own LM head and with lower ones.
+        """Runs each precision as the runtime does, with its own LM head and the next lower one.
 
         Nothing where its device is not here.
         """
@@ -76,7 +76,8 @@ class Losses:
             return ()
         for precision in Loop("losses", manifest.variants):
             path = (precision,) * manifest.model.num_layers
-            own = heads[heads.index(manifest.heads[precision]) :]
+            first = heads.index(manifest.heads[precision])
+            own = heads[first : first + 2]  # an INT2 head loses too much beside INT8 layers
             model = Model(bundle, open_backend(device), policy=precision)
             policies = [StaticPolicy(path, manifest, head=head) for head in own]
             for head, kl in zip(own, self._static(model, policies), strict=True):
