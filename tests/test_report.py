@@ -26,6 +26,7 @@ from dash_onnx.core.budget import PRESETS, pareto, presets, reference_ms, scorer
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.train import tables
 from dash_onnx.report.analysis import reliability
 from dash_onnx.report.curve import curve
@@ -396,7 +397,9 @@ def test_a_bundle_without_a_scorer_shows_its_paths(
     html = tmp_path / "r.html"
     assert run(tiny_bundle, "--html", html) == 0
     page = Page(html.read_text("utf-8"))
-    assert "Speed against quality" in page.text and "for all tokens" in page.text
+    plan = preset_plans(Bundle(tiny_bundle).manifest)["balanced"]
+    assert "Speed against quality" in page.text
+    assert f"balanced runs {plan.text} for all tokens" in page.text
     for absent in ("Training", "token by token", "dash: decided", "trained"):
         assert absent not in page.text
     circles = [attrs["class"] for name, attrs in page.tags if name == "circle"]

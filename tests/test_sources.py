@@ -382,6 +382,10 @@ def test_a_path_that_leads_nowhere_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert f"no model at {model}:" in refusal(SourceError, model)
+
+
+def test_an_empty_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert refusal(SourceError, "")
 
 

@@ -86,10 +86,10 @@ def bundle_of(name: str | Path) -> str | Path:
     Raises:
         DashError: the model cannot be exported. What was finished is kept for the next time.
     """
-    source = _source(str(name))
-    if source is None:
+    found = _place(name)
+    if found is None:
         return name
-    folder = cache_folder() / _entry_name(source)
+    source, folder = found
     if not (folder / MANIFEST_NAME).is_file():
         _make(source, folder)
     _used(source, folder)
@@ -98,14 +98,15 @@ def bundle_of(name: str | Path) -> str | Path:
 
 def known_bundle(name: str | Path) -> str | Path:
     """Like `bundle_of`, but nothing is exported: a model that is not in the cache stays a name."""
-    with suppress(DashError, OSError, ValueError):  # such as a name that no file can have
-        source = _source(str(name))
-        folder = cache_folder() / _entry_name(source or "")
-        if source is not None and (folder / MANIFEST_NAME).is_file():
-            with suppress(DashError, OSError):  # a cache that cannot be written can be read
-                _used(source, folder)
-            return folder
-    return name
+    try:
+        found = _place(name)
+    except (OSError, ValueError):  # a name that no file can have
+        return name
+    if found is None or not (found[1] / MANIFEST_NAME).is_file():
+        return name
+    with suppress(DashError, OSError):  # a cache that cannot be written can be read
+        _used(*found)
+    return found[1]
 
 
 def model_name(name: str | Path) -> str:
@@ -139,6 +140,12 @@ def remove(name: str) -> list[Entry]:
     for entry in found:
         _remove(entry)
     return found
+
+
+def _place(name: str | Path) -> tuple[str, Path] | None:
+    """What a model is called in the cache, and the folder of its bundle; None for no model."""
+    source = _source(str(name))
+    return None if source is None else (source, cache_folder() / _entry_name(source))
 
 
 def _source(name: str) -> str | None:

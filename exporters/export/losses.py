@@ -26,8 +26,7 @@ from dash_onnx.runtime.ort import has_device
 SEQUENCES = 4
 """The first ones of the calibration text run."""
 
-_OTHERS = 7
-"""For each of them, so many others are needed; else they are not held out."""
+_LEAST = 8 * SEQUENCES  # of a text of fewer, none is held out
 
 _ROWS = 256  # of the logits of a large vocabulary at a time
 
@@ -37,7 +36,7 @@ def held_out(sequences: int) -> int:
 
     Losses are measured on them: GPTQ fits weights to its text, most of all an INT2 head.
     """
-    return SEQUENCES if sequences >= (1 + _OTHERS) * SEQUENCES else 0
+    return SEQUENCES if sequences >= _LEAST else 0
 
 
 class Losses:
