@@ -78,7 +78,8 @@ def test_a_model_is_exported_once_and_again_where_it_changed(
     assert second != first and exports == [str(model)] * 2
     assert [entry.folder for entry in entries()] == [second]  # the first is of use to no one
     assert not first.exists()
-    assert model_name(model) == "my model" and model_name("org/name") == "name"
+    assert model_name(model) == model_name(second) == "my model"
+    assert model_name("org/name") == "name" and model_name(second / "x") == "x"
 
 
 def test_commands_that_read_a_bundle_take_a_model_that_is_in_the_cache(

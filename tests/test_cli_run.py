@@ -583,6 +583,18 @@ def test_misuse_of_the_arguments_is_one_line_that_leads_to_the_help(
     assert "dash-run --help" in refused(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [("--polcy=int4", "--policy"), ("--max-new-tokens", "--max-tokens"), ("--qqqqqq", None)],
+)
+def test_an_option_that_is_nearly_another_is_answered_with_it(
+    option: str, known: str | None, capsys: Capture
+) -> None:
+    message = refused(capsys, "out", "prompt", option)
+    assert ("did you mean" in message) == (known is not None)
+    assert f"mean {known}?" in message or known is None
+
+
 def test_help_has_examples(capsys: Capture) -> None:
     assert run("--help") == 0
     examples = capsys.readouterr().out.partition("examples:")[2]

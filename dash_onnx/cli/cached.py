@@ -110,8 +110,10 @@ def known_bundle(name: str | Path) -> str | Path:
 
 
 def model_name(name: str | Path) -> str:
-    """What a server calls the bundle that an argument names."""
-    return stem_of(Path(name).resolve().name)
+    """What a server calls the bundle that an argument names; in the cache, after its source."""
+    path = Path(name).resolve()
+    source = _noted(_note(path)) if path.parent == cache_folder().resolve() else None
+    return stem_of(Path(source or path).name)
 
 
 def entries() -> list[Entry]:
