@@ -136,6 +136,20 @@ def test_the_curve_keeps_only_static_points_that_nothing_beats(model: Model) -> 
     assert [point.cost for point in found.dash] == [0.2, 0.5, 0.99]
 
 
+def test_the_curve_has_the_times_that_plans_are_compared_by(model: Model) -> None:
+    whole = {"full": 1.0, "int8": 0.9, "int4": 0.8, "decided": 1.2}
+    manifest = replace(model.manifest, costs=replace(model.manifest.costs, whole=whole))
+    parts, found = curve(model.manifest), curve(manifest)
+    assert found.uniform["int4"].cost == pytest.approx(0.8 * parts.uniform["int4"].cost)
+    assert [point.cost for point in found.dash] == pytest.approx([0.24, 0.6, 1.188])
+    plans = preset_plans(manifest)
+    assert {preset.name: preset.cost for preset in found.presets} == {
+        name: plan.time for name, plan in plans.items()
+    }
+    costs = [point.cost for point in found.static]
+    assert costs == sorted(costs)
+
+
 def test_uniform_precisions_come_with_the_head_that_their_policy_uses(model: Model) -> None:
     uniform = curve(model.manifest).uniform
     assert [point.path for point in uniform.values()] == ["8888", "4444"]

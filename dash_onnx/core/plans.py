@@ -12,6 +12,7 @@ from itertools import groupby
 
 from dash_onnx.core.actions import DECIDED, Action, ActionPath, path_letters
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
+from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 
 TIE = 0.03
@@ -139,7 +140,12 @@ def _decided(budget: float, kl: float, head: Action, manifest: Manifest) -> Plan
 
 def _fixed(manifest: Manifest) -> list[Plan]:
     points = manifest.static if manifest.scorer is None else manifest.scorer.static
-    return [_timed(Plan(p.budget, p.kl, p.head, p.budget, p.path), manifest) for p in points]
+    return [fixed_plan(point, manifest) for point in points]
+
+
+def fixed_plan(point: StaticPoint, manifest: Manifest) -> Plan:
+    """A static assignment as a plan."""
+    return _timed(Plan(point.budget, point.kl, point.head, point.budget, point.path), manifest)
 
 
 def _timed(plan: Plan, manifest: Manifest) -> Plan:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dash_onnx.core.actions import PRECISIONS, Action, path_letters
 from dash_onnx.core.budget import pareto, scorer_facts
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import alternatives, preset_plans
+from dash_onnx.core.plans import alternatives, decided, fixed_plan, preset_plans
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ def curve(manifest: Manifest) -> Curve:
     if not preset_plans(manifest):
         scorer_facts(manifest)  # refuses: there is none
     facts = manifest.scorer
-    points, static = (facts.points, facts.static) if facts else ((), manifest.static)
+    # As `dash-info` compares them: by tokens timed as a whole, where they were.
+    points, paths = (facts.points, facts.static) if facts else ((), manifest.static)
+    points = tuple(replace(p, budget=decided(p.budget, manifest).time) for p in points)
+    static = [replace(p, budget=fixed_plan(p, manifest).time) for p in paths]
 
     def fixed(point: StaticPoint) -> CurvePoint:
         shares = {a: round(point.path.count(a) / len(point.path), 4) for a in manifest.actions}
@@ -88,7 +91,7 @@ def curve(manifest: Manifest) -> Curve:
         usual = [point for point in same if point.head == manifest.heads[action]]
         if same:
             uniform[action] = fixed(min(usual or same, key=lambda point: point.kl))
-    presets = (Preset(name, p.budget, p.kl, p.text) for name, p in preset_plans(manifest).items())
+    presets = (Preset(name, p.time, p.kl, p.text) for name, p in preset_plans(manifest).items())
     return Curve(
         dash=tuple(CurvePoint(p.budget, p.kl, p.head, p.shares, "") for p in points),
         static=tuple(map(fixed, pareto(static))),
