@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,6 @@ SEQUENCES = 4
 """The first ones of the calibration text run."""
 
 _LEAST = 8 * SEQUENCES  # of a text of fewer, none is held out
-
-_ROWS = 256  # of the logits of a large vocabulary at a time
 
 
 def held_out(sequences: int) -> int:
@@ -61,7 +60,7 @@ class Losses:
         states = runner.embed(folder / EMBED_PATH, self._ids)
         for index in Loop("wide form", range(self._spec.facts.num_layers)):
             states = runner.layer(index, folder / layer_path(index, WIDE), states)
-        kl = self._kl(self._log_probabilities(row) for row in _rows(states))
+        (kl,) = self._kl(lambda n: self._log_probabilities(states[n]))
         return WideFacts(round(kl, 5), self._ids.size)
 
     def static(self, bundle: Bundle) -> tuple[StaticPoint, ...]:
@@ -78,42 +77,37 @@ class Losses:
             first = heads.index(manifest.heads[precision])
             own = heads[first : first + 2]  # an INT2 head loses too much beside INT8 layers
             model = Model(bundle, open_backend(device), policy=precision)
-            policies = [StaticPolicy(path, manifest, head=head) for head in own]
-            for head, kl in zip(own, self._static(model, policies), strict=True):
+            policies = (StaticPolicy(path, manifest, head=head) for head in own)
+            losses = self._kl(*(partial(self._run, model, policy) for policy in policies))
+            for head, kl in zip(own, losses, strict=True):
                 budget = manifest.costs.token_ms(path, head) / reference_ms(manifest)
                 found.append(StaticPoint(round(budget, 5), head, round(max(kl, 0.0), 6), path))
             model.close()
         return tuple(sorted(found, key=lambda point: point.budget))
 
-    def _static(self, model: Model, policies: Sequence[Policy]) -> list[float]:
-        """Mean KL(full || policy) in nats of each; what full precision says is computed once."""
-        totals = [0.0] * len(policies)
-        for ids, states in zip(self._ids, self._full, strict=True):
-            reference = self._log_probabilities(torch.from_numpy(states))
-            for at, policy in enumerate(policies):
-                logits = torch.from_numpy(model.logits(ids, policy=policy))
-                totals[at] += _divergence(reference, logits.log_softmax(-1))
+    def _run(self, model: Model, policy: Policy, sequence: int) -> torch.Tensor:
+        """Log probabilities `[length, V]` of a sequence."""
+        logits = model.logits(self._ids[sequence], policy=policy)
+        return torch.from_numpy(logits).log_softmax(-1)
+
+    def _kl(self, *ours: Callable[[int], torch.Tensor]) -> list[float]:
+        """Mean KL(full || ours) in nats of each; they give log probabilities of a sequence."""
+        totals = [0.0] * len(ours)
+        for sequence, states in enumerate(self._full):
+            reference = self._log_probabilities(states)
+            for at, own in enumerate(ours):  # what full precision says is computed once
+                totals[at] += _divergence(reference, own(sequence))
         return [total / self._ids.size for total in totals]
 
-    def _kl(self, ours: Iterable[torch.Tensor]) -> float:
-        """Mean KL(full || ours) in nats; ours are log probabilities `[rows, V]`, in order."""
-        total = 0.0
-        for theirs, own in zip(_rows(self._full), ours, strict=True):
-            total += _divergence(self._log_probabilities(theirs), own)
-        return total / self._ids.size
-
-    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _log_probabilities(self, states: np.ndarray) -> torch.Tensor:
+        """`[length, V]` of hidden states `[length, D]`, by the head in full precision."""
+        hidden = torch.from_numpy(states)
         logits = self._head.norm(hidden, self._spec.block) @ self._weight.T
         if self._head.linear.bias is not None:
             logits += self._head.linear.bias.float()
         if (cap := self._spec.block.logit_softcap) is not None:  # the norm has divided by it
             logits = logits.tanh() * cap
         return logits.log_softmax(-1)
-
-
-def _rows(states: np.ndarray) -> Iterable[torch.Tensor]:
-    """Hidden states `[sequences, length, D]`, in rows of one sequence."""
-    return (rows for one in torch.from_numpy(states) for rows in one.split(_ROWS))
 
 
 def _divergence(reference: torch.Tensor, ours: torch.Tensor) -> float:
