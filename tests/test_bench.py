@@ -129,7 +129,7 @@ def test_all_take_turns_on_each_context_after_the_rounds_of_each_process() -> No
     closed, rounds = ["short closed", "a closed"], ["a1", "short1"] * 2
     assert log == [*rounds, *turns, *closed] * 2
     assert a.decode_ms == (1.0,) * 2
-    seen = {4: Behind(4, (100.0,) * 4, (4.0,) * 4), 8: Behind(8, (100.0,) * 2, (8.0,) * 2)}
+    seen = {4: Behind(4, (100.0,) * 4, (4.0,) * 4, 7), 8: Behind(8, (100.0,) * 2, (8.0,) * 2, 7)}
     assert a.behind == seen
     assert [*short.behind] == [4]
     assert a.behind[8].prefill_tokens_per_s == pytest.approx(80)
@@ -291,11 +291,12 @@ def test_a_picture_replaces_only_a_regular_file(
 def test_the_table_shows_what_follows_a_context_and_a_dash_without_it() -> None:
     row = Result("dash full", (1.0,), (1.0,), 1.0, 1)
     head, bare = _table([row]).splitlines()
-    assert all(name in head for name in ("pp512", "after 1,000", "after 3,500"))
-    behind = {n: Behind(n, (2.0 * n,), (n / 100,)) for n in (512, 1000)}
+    assert all(name in head for name in ("pp512", "after 1,000", "after 3,500", "with 3,500"))
+    behind = {n: Behind(n, (2.0 * n,), (n / 100,), n * 10**6) for n in (512, 1000)}
     full = _table([replace(row, behind=behind)]).splitlines()[1]
     assert bare.split("ms")[1].split()[:3] == ["-", "-", "-"]
     assert full.split("ms")[1].split()[:3] == ["500", "100.0", "-"]
+    assert full.split()[-4:] == ["1000", "MB", "-", "-"]
 
 
 def test_the_prefill_is_measured_where_the_context_holds_it(

@@ -26,11 +26,13 @@ class Behind:
         tokens: of the context.
         prefill_ms: milliseconds to the first token, by run.
         decode_ms: median milliseconds of a later token, by run.
+        peak_rss_bytes: highest resident memory of its process so far, shorter contexts included.
     """
 
     tokens: int
     prefill_ms: tuple[float, ...]
     decode_ms: tuple[float, ...]
+    peak_rss_bytes: int
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -215,7 +217,8 @@ def _behind(
     turns = [(ids, index) for ids in contexts for index in range(len(workers))]
     for ids, index in Loop("contexts", turns):
         if times := workers[index].decode(ids, new_tokens):
-            run = Behind(len(ids), (times[0],), (statistics.median(times[1:]),))
+            later = statistics.median(times[1:])
+            run = Behind(len(ids), (times[0],), (later,), workers[index].peak_rss_bytes())
             found[index][len(ids)] = _joined([*filter(None, [found[index].get(len(ids))]), run])
     return found
 
@@ -225,6 +228,7 @@ def _joined(runs: Sequence[Behind]) -> Behind:
         runs[0].tokens,
         sum((run.prefill_ms for run in runs), ()),
         sum((run.decode_ms for run in runs), ()),
+        max(run.peak_rss_bytes for run in runs),
     )
 
 

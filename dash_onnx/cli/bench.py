@@ -219,7 +219,10 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"{arguments.processes} x {arguments.rounds} rounds; memory reads {ceiling:.1f} GB/s"
         )
         if contexts:
-            print("pp512: tokens/s of a 512-token prompt; after N: tokens/s after N tokens")
+            print(
+                "pp512: tokens/s of a 512-token prompt; after N: tokens/s after N tokens; with N: "
+                "peak RSS with them"
+            )
         for preset, other in dominated(results):
             print(f"{preset.name} is dominated: {other.name} is faster, and its KL lower")
         if any("+" in variant for variant in variants):
@@ -302,7 +305,8 @@ def _table(results: list[Result]) -> str:
     from dash_onnx.bench.measure import ratio
 
     head = ["", "tokens/s", "(rounds)", "of the first", "first token", f"pp{_PREFILL}"]
-    head += [*(f"after {depth:,}" for depth in _DEPTHS), "KL", "load", "peak RSS", "GB/s"]
+    head += [*(f"after {depth:,}" for depth in _DEPTHS), "KL", "load", "peak RSS"]
+    head += [*(f"with {depth:,}" for depth in _DEPTHS), "GB/s"]
     rows = [head]
     for result in results:
         speeds = [1e3 / ms for ms in result.decode_ms]
@@ -324,6 +328,7 @@ def _table(results: list[Result]) -> str:
                 kl,
                 f"{result.load_s:.1f} s",
                 f"{result.peak_rss_bytes / 1e6:.0f} MB",
+                *(f"{depth.peak_rss_bytes / 1e6:.0f} MB" if depth else "-" for depth in depths),
                 "-" if rate is None else f"{rate:.1f}",
             ]
         )
