@@ -11,12 +11,8 @@ the machine, the versions and the seconds it took. `--quick` writes to build/qui
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -28,18 +24,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dash_onnx.bench.memory import read_gigabytes_per_s
-from dash_onnx.runtime.machine import machine_name
+from circumstances import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
 OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BUILD / "lines.txt"
 REFERENCE, OUT, QUICK_OUT = BUILD / "full", "benchmarks/results", "build/quick"
 NUMBERS = BUILD / "numbers.txt"  # 2,000 tokens: calibrate what is in full, or timed alone
-PACKAGES = (
-    "dash-onnx onnxruntime numpy torch transformers onnxruntime-genai openvino-genai "
-    "llama-cpp-python lm-eval"
-).split()
 Command = list[str | Path]
 COUNT: Command = ["sh", "-c", f"seq -s, 500 > {NUMBERS}"]
 PROMPT_FORMS: Command = ["python", "benchmarks/prompt_forms.py", "--reference", OTHER_FULL]
@@ -97,6 +88,15 @@ def context(a: argparse.Namespace, size: Size) -> list[Command]:
         ["sh", "-c", f"seq -s, {size.count_to} > {prompt}"],
         [*bench, "--prompts", prompt, "--skip", "quality", "--skip", "contexts", *amount, "--json"],
     ]
+
+
+def other_memory(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Memory of the larger model by context, in full and with `--memory low`. 8 minutes."""
+    ours: Command = ["dash-bench", BUILD / "other", "--policy", "int4", "--policy", "@balanced"]
+    ours += ["--skip", "quality", *_amount(replace(size, processes=1))]
+    peers = [f"genai:{peer}" for peer in (OTHER_PEERS / "int4", BUILD / "fused/int4")]
+    peers += [f"llama.cpp:{OTHER_PEERS / 'q4_0.gguf'}"] if a.other.suffix == ".gguf" else []
+    return [[*ours, *_peers(peers), "--json"], [*ours, "--memory", "low", "--json"]]
 
 
 def quality(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -276,6 +276,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "tasks": (tasks, "bundle task"),
     "answers": (answers, "bundle prompts"),
     "other": (other, "other prompts"),
+    "other_memory": (other_memory, "other"),
     "other_tasks": (other_tasks, "other task"),
     "kept": (kept, "other prompts"),
     "forms": (forms, "other text"),
@@ -290,7 +291,7 @@ PARTS: dict[str, tuple[Part, str]] = {
 
 def main() -> None:
     """Measures the parts that are asked for."""
-    told = "\n".join(f"  {name:11} {part.__doc__}" for name, (part, _) in PARTS.items())
+    told = "\n".join(f"  {name:12} {part.__doc__}" for name, (part, _) in PARTS.items())
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=f"parts, with their time on 2 cores:\n{told}",
@@ -320,7 +321,9 @@ def main() -> None:
                 parser.error(f"{name} needs --{lacking[0]}")
             print(f"{name}: left out, it needs --{lacking[0]}", file=sys.stderr)
             continue
-        found = _circumstances(arguments, needs.split())
+        files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts])]
+        files += [arguments.other] if "other" in needs and arguments.other.is_file() else []
+        found = circumstances(ROOT, files, arguments.bundle if "bundle" in needs else None)
         commands = part(arguments, QUICK if arguments.quick else Size())
         found["commands"] = [_run(words) for words in commands]
         (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
@@ -360,40 +363,6 @@ def _shown(word: str | Path) -> str:
     if not word.is_absolute():
         return str(word)
     return str(word.relative_to(ROOT) if word.is_relative_to(ROOT) else word.name)
-
-
-def _circumstances(arguments: argparse.Namespace, needs: list[str]) -> dict[str, Any]:
-    """Where, when and on what: results.py refuses parts of one bundle that differ in it."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
-    written = (":!docs", ":!README.md", ":!benchmarks/results")  # by results.py
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *written]).returncode
-    models = [arguments.other] if "other" in needs and arguments.other.is_file() else []
-    files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts]), *models]
-    manifest = [arguments.bundle / "dash.json"] if "bundle" in needs else []
-    return {
-        "commit": commit + ("+changes" if changed else ""),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{machine_name()}, {os.cpu_count()} cores",
-        "read_gb_per_s": round(read_gigabytes_per_s(os.cpu_count() or 1), 1),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "bundle": "".join(_sha256(path) for path in manifest),
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-        },
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -116,10 +116,10 @@ def _span(c: dict[str, Any]) -> str:
     return f"{c['tokens_per_s']:.0f} ({min(rates):.0f}-{max(rates):.0f})"
 
 
-def _behind(c: dict[str, Any], tokens: int, rate: str = "tokens_per_s") -> str:
-    """Speed with a context of so many tokens."""
-    found = c.get("behind", {}).get(str(tokens))
-    return f"{found[rate]:.0f}" if found else "-"
+def _behind(c: dict[str, Any], tokens: int, fact: str = "tokens_per_s", unit: float = 1.0) -> str:
+    """Speed, or another fact, with a context of so many tokens."""
+    found = c.get("behind", {}).get(str(tokens), {})
+    return f"{found[fact] / unit:.0f}" if fact in found else "-"
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -132,6 +132,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "after 3,500": lambda c: _behind(c, 3500),
     "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
     "peak memory, MB": lambda c: f"{c['peak_rss_bytes'] / 1e6:.0f}",
+    "with 1,000": lambda c: _behind(c, 1000, "peak_rss_bytes", 1e6),
+    "with 3,500": lambda c: _behind(c, 3500, "peak_rss_bytes", 1e6),
     "load, s": lambda c: f"{c['load_s']:.1f}",
 }
 

@@ -26,6 +26,7 @@ SPEED = {
     "behind": {
         "512": {"prefill_tokens_per_s": 1024.0, "tokens_per_s": 190.0},
         "1000": BEHIND,
+        "3500": {**BEHIND, "peak_rss_bytes": 7.89e8},
     },
 }  # fmt: skip
 SCORES = {"arc": {"acc,none": 0.5, "acc_stderr,none": 0.02, "sample_len": 100}}
@@ -57,6 +58,10 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         )
     ],
     "memory": [("dash-bench out --memory low --json", BENCH)],
+    "other_memory": [
+        ("dash-bench out --json", BENCH),
+        ("dash-bench out --memory low --json", {"contenders": [{**SPEED, "name": "dash int8"}]}),
+    ],
     "quality": [
         (
             "python benchmarks/policies.py out --text a.txt",
@@ -243,9 +248,10 @@ def test_each_table_says_which_preset_is_dominated(results: Any, parts: dict[str
 def test_each_table_has_its_figures_and_commands(results: Any, parts: dict[str, Any]) -> None:
     page = results.page(parts)
     for row in (
-        "| policy at `fast` | 200 (167-250) | 1.00 | 40 | 1024 | 170 | 0.0123 ± 0.0010 | 500 "
-        "| 1.0 |",
-        "| ORT GenAI, INT4 | 200 (167-250) | 1.00 | 40 | - | 170 | - | 500 | 1.0 |",
+        "| policy at `fast` | 200 (167-250) | 1.00 | 40 | 1024 | 170 | 170 | 0.0123 ± 0.0010 "
+        "| 500 | 789 | 1.0 |",
+        "| ORT GenAI, INT4 | 200 (167-250) | 1.00 | 40 | - | 170 | - | - | 500 | - | 1.0 |",
+        "| every layer INT8 | 200 (167-250) | 1024 | 170 | 170 | 500 | 789 |",
         "| a.txt | policy at `fast` | 0.300 | 0.1234 ± 0.0100 | 80.0% | 0.4321 at 0.300 |  |  |  |",
         "| arc | acc | 100 | 50.0% ± 2.0% | 50.0% ± 2.0% |",
         "| policy at `fast` | 80.0 ± 2.0 | 30% | 10.0% ± 2.0% |",
