@@ -321,9 +321,9 @@ def main() -> None:
                 parser.error(f"{name} needs --{lacking[0]}")
             print(f"{name}: left out, it needs --{lacking[0]}", file=sys.stderr)
             continue
-        files = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts])]
-        files += [arguments.other] if "other" in needs and arguments.other.is_file() else []
-        found = circumstances(ROOT, files, arguments.bundle if "bundle" in needs else None)
+        inputs = [*arguments.text, *arguments.task, *filter(None, [arguments.prompts])]
+        inputs += [arguments.other] if "other" in needs and arguments.other.is_file() else []
+        found = circumstances(ROOT, inputs, arguments.bundle if "bundle" in needs else None)
         commands = part(arguments, QUICK if arguments.quick else Size())
         found["commands"] = [_run(words) for words in commands]
         (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -77,7 +77,7 @@ def export_phases(
     """
     width, wide, layers = facts.hidden_size, facts.intermediate_size, facts.num_layers
     vocab, parameters = facts.vocab_size, _parameters(facts)
-    tokens = sequences_of(facts) * min(LENGTH, facts.max_length)
+    tokens = sequences_of(facts, options.exact) * min(LENGTH, facts.max_length)
     layer = 2 * tokens * facts.layer_parameters  # in full precision, for all its figures
     head = 0
     if options.calibrates:  # GPTQ: sums of x x^T, their inverses, the rounding

@@ -21,6 +21,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import dash_onnx
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.architectures import REGISTRY, architecture_of
+from dash_onnx.exporters.calibration.tokens import sequences_of
+from dash_onnx.exporters.export.options import ExportOptions
+from dash_onnx.exporters.export.suited import suited
 from dash_onnx.exporters.sources import Source, open_source
 from dash_onnx.exporters.sources.gguf_config import config_of
 from dash_onnx.exporters.sources.gguf_metadata import Metadata
@@ -485,6 +489,29 @@ def test_the_integers_of_the_file_are_the_weights_in_their_rows(
     full, int4 = (bundle.logits(IDS, policy=policy) for policy in ("full", "int4"))
     assert np.abs(full).max() > 1.0
     np.testing.assert_allclose(int4, full, atol=1e-2)  # `full` rounds to FP16
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sequences"),
+    [
+        (Kind.Q4_0, {}, 32),
+        (Kind.Q4_1, {}, 32),
+        (Kind.Q4_0, {"requantize": True}, 64),
+        (Kind.Q4_0, {"variants": ("int4", "int2")}, 64),
+        (Kind.Q8_0, {}, 64),
+        (Kind.F16, {}, 64),
+    ],
+)
+def test_half_the_calibration_text_does_where_gptq_rounds_no_layer(
+    kind: Kind, options: dict[str, Any], sequences: int, tmp_path: Path
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    write_model(tmp_path / "tiny.gguf", model, kind=kind)
+    source = open_source(str(tmp_path / "tiny.gguf"), REGISTRY, options.get("requantize", False))
+    architecture = architecture_of(source.config)
+    spec = architecture.describe("tiny", source.config, None)
+    found = suited(ExportOptions(**options), source, architecture, spec)
+    assert sequences_of(spec.facts, found.exact) == sequences
 
 
 def test_int8_of_the_file_is_int8_of_the_bundle_bit_for_bit(

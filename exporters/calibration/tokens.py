@@ -26,9 +26,15 @@ LENGTH = 256
 _FEWER_ABOVE = 500_000_000  # weights of the layers
 
 
-def sequences_of(facts: ModelFacts) -> int:
-    """How many sequences a model is calibrated on: a large one takes long for each."""
-    return SEQUENCES // 2 if facts.num_layers * facts.layer_parameters > _FEWER_ABOVE else SEQUENCES
+def sequences_of(facts: ModelFacts, exact: bool) -> int:
+    """How many sequences a model is calibrated on.
+
+    Args:
+        facts: of the model; a large one takes long for each.
+        exact: whether its layers keep the integers that they have, so that GPTQ rounds none.
+    """
+    large = facts.num_layers * facts.layer_parameters > _FEWER_ABOVE
+    return SEQUENCES // 2 if large or exact else SEQUENCES
 
 
 def calibration_ids(

@@ -50,6 +50,7 @@ class ExportOptions:
         seed: for all random choices.
         revision: of a hub id.
         ternary: whether INT2 holds the weights exactly, see `suited`.
+        exact: whether no layer's weights are rounded by GPTQ, see `suited`.
     """
 
     variants: tuple[Action, ...] = ()
@@ -70,6 +71,7 @@ class ExportOptions:
     seed: int = 0
     revision: str | None = None
     ternary: bool = False
+    exact: bool = False
 
     def resolved(
         self,

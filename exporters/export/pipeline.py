@@ -78,7 +78,7 @@ def export(
                 options.seed,
                 draft,
                 options.least_tokens,
-                sequences_of(spec.facts),
+                sequences_of(spec.facts, options.exact),
             )
         )
         folder, known = partial.bundle, partial.progress()

@@ -150,7 +150,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         count = math.prod(per_layer.table.shape)
         scales = 4 * count // (resolved.block_size or 1)
         embedding += projection + (2 * count if "full" in variants else count + scales)
-    tokens = sequences_of(facts) * LENGTH
+    tokens = sequences_of(facts, resolved.exact) * LENGTH
     states = 4 * tokens * facts.hidden_size
     attending = [index for index in range(facts.num_layers) if spec.mixer_of(index) == "attention"]
     kv = 2 * sum(math.prod(spec.heads_of(index)) for index in attending)
