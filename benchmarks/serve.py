@@ -4,6 +4,7 @@
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
     python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # of `serve run`, or of others
     python benchmarks/serve.py out/ --without-guesses --clients 1,16 --long 0
+    python benchmarks/serve.py out/ --prompts spec_bench.jsonl --category summarization
 
 Each server runs in a process of its own, and clients stream answers from it over HTTP; servers take
 turns, as machines are faster at one time than at another. Two questions: how many tokens a second
@@ -37,6 +38,7 @@ import httpx
 import numpy as np
 
 import dash_onnx
+from dash_onnx.core.text import json_lines
 from dash_onnx.runtime.options import GenerationOptions
 
 PROMPTS = (
@@ -129,6 +131,8 @@ def main() -> None:
     parser.add_argument("--url", help="of a server that runs already, measured too")
     parser.add_argument("--model", help="how that server calls it")
     parser.add_argument("--clients", default="1,4,8", help="(default: 1,4,8)")
+    parser.add_argument("--prompts", type=Path, help="JSON lines as of speculate.py")
+    parser.add_argument("--category", help="of those prompts, no others")
     parser.add_argument("--budget", help="or --policy, of all requests")
     parser.add_argument("--policy")
     parser.add_argument("--max-tokens", type=int, default=96, help="(default: 96)")
@@ -137,6 +141,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default: 2)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.category and not arguments.prompts:
+        parser.error("--category needs --prompts")
     clients = [int(count) for count in arguments.clients.split(",")]
     threads = str(arguments.threads)
     command = [sys.executable, "-m", "dash_onnx", "serve", str(arguments.bundle), "--threads"]
@@ -180,7 +186,7 @@ def _batch_rates(
 ) -> dict[str, float]:
     """Tokens a second of such prompts without a server, by how many run at once."""
     options = GenerationOptions(max_new_tokens=arguments.max_tokens, temperature=0, **extra)
-    prompts, found = map(_prompt, itertools.count()), {}
+    prompts, found = _prompts(arguments), {}
     with dash_onnx.load(arguments.bundle, threads=arguments.threads) as model:
         model.batch([_messages(PROMPTS[0])], options=options)
         for count in clients:
@@ -221,7 +227,7 @@ async def _measured(
     """Facts by server. They take turns: a machine is faster at one time than at another."""
     for server in servers.values():
         await server.ask(PROMPTS[0], arguments.max_tokens)
-    prompts = map(_prompt, itertools.count())  # none twice: a server holds those of before
+    prompts = _prompts(arguments)
     found: dict[str, Any] = {name: defaultdict(dict) for name in servers}
     for count in clients:
         answers: dict[str, list[Answer]] = {name: [] for name in servers}
@@ -293,8 +299,16 @@ def _rounds(count: int, arguments: argparse.Namespace) -> int:
     return max(arguments.rounds, -(-_LEAST_ANSWERS // count))
 
 
-def _prompt(number: int) -> str:
-    return f"Letter {number}. {PROMPTS[number % len(PROMPTS)]}"
+def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
+    """Without end, and none twice: a server holds those of before."""
+    texts = [*PROMPTS]
+    if arguments.prompts:
+        records = (record for _, record in json_lines(arguments.prompts))
+        chosen = [one for one in records if arguments.category in (None, one.get("category"))]
+        texts = [one.get("prompt") or one["turns"][0] for one in chosen]
+    if not texts:
+        raise SystemExit(f"{arguments.prompts} has no prompt of {arguments.category}")
+    return (f"Letter {number}. {text}" for number, text in enumerate(itertools.cycle(texts)))
 
 
 def _messages(prompt: str) -> list[dict[str, str]]:
