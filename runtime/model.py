@@ -97,6 +97,8 @@ class Model:
         policy: str | Policy | None = None,
         budget: Budget | None = None,
         prefill: Action | None = None,
+        *,
+        batches: bool = True,
     ) -> None:
         """Loads graphs now instead of on first use.
 
@@ -105,12 +107,11 @@ class Model:
                 bundle, but none of the wide form with `memory="low"`.
             budget: likewise.
             prefill: precision of the prompts, as in `stream`.
+            batches: also the wide LM head, which otherwise loads with the first batch or draft.
         """
-        if policy is None:
-            self._sessions.preload()
-            return
-        chosen = self.policy(policy, budget)
-        self._sessions.preload(chosen, prefill_plan(self._sessions, chosen, prefill))
+        chosen = None if policy is None else self.policy(policy, budget)
+        plan = None if chosen is None else prefill_plan(self._sessions, chosen, prefill)
+        self._sessions.preload(chosen, plan, batches=batches)
 
     @property
     def loaded_bytes(self) -> int:

@@ -145,12 +145,19 @@ class Sessions:
         file = scorer_facts(self.manifest).file
         return self._get(file, self.scorer_ports, "train again (dash-train)", scorer=True)
 
-    def preload(self, policy: Policy | None = None, prompt: PromptPlan | None = None) -> None:
+    def preload(
+        self,
+        policy: Policy | None = None,
+        prompt: PromptPlan | None = None,
+        *,
+        batches: bool = True,
+    ) -> None:
         """Loads every graph of the bundle, or those that a policy and its prompts use.
 
         Args:
             policy: None loads every graph; the wide ones only where memory is not low.
             prompt: how its prompts run.
+            batches: without, the wide LM head stays out until passes with many rows use it.
 
         Raises:
             BundleError: a graph is damaged.
@@ -159,7 +166,7 @@ class Sessions:
         heads, runs = self._used(policy, prompt)
         self._check_memory(heads, runs)
         loads: list[Callable[[], Any]] = [
-            *(partial(self.head, precision) for precision in heads),
+            *(partial(self.head, form) for form in heads if batches or form != WIDE),
             *(partial(self._load, *run) for run in runs),
             self.embed,
         ]

@@ -40,6 +40,18 @@ def test_a_batch_loads_nothing_more_once_its_policy_is_preloaded(
         assert model.loaded == loaded
 
 
+def test_the_wide_head_may_wait_for_the_first_batch(wide_bundle: Path) -> None:  # noqa: F811
+    options = dash_onnx.GenerationOptions(policy="int4", max_new_tokens=9, speculate=False)
+    with dash_onnx.load(wide_bundle, policy="int4") as model:
+        model.preload("int4", batches=False)
+        loaded = model.loaded
+        assert head_path(WIDE) not in loaded and wide_layers(model) == LAYERS
+        model.generate("the ship", options=options)
+        assert model.loaded == loaded and model.bytes_to_load() > 0  # it is counted beforehand
+        model.batch(BATCH, parallel=9, options=options)
+        assert model.loaded == {*loaded, head_path(WIDE)} and model.bytes_to_load() == 0
+
+
 @pytest.mark.parametrize(
     ("policy", "memory"), [("int4", "low"), ("int8", "high"), ("full", "high"), (None, "low")]
 )

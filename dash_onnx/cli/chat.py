@@ -155,7 +155,7 @@ class Chat:
         options = dataclasses.replace(self._options, budget=text or self._options.budget)
         policy = self._model.policy_of(options)
         if text:
-            self._model.preload(policy)
+            self._model.preload(policy, batches=False)
         self._options = options
         self._say(f"policy {policy.name}")
 

@@ -201,8 +201,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     # Before anything is written, or asked.
     policy = model.policy_of(options)
-    # No token waits for a graph to load.
-    model.preload(policy, prefill=arguments.prefill)
+    # No token waits for a graph to load, but the first draft.
+    model.preload(policy, prefill=arguments.prefill, batches=lines is not None)
     load_ms = (time.perf_counter() - started) * 1e3
     if lines is not None:
         run_batch(
