@@ -86,6 +86,8 @@ class Constraint:
             raise PolicyError(f"the grammar is refused: {told}")
         self._matcher, self._tokenizer = matcher(tokenizer, grammar.source), tokenizer
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
+        self._cuts: dict[bytes, list[int]] = {}  # how the model has cut such text
+        self._hinted, self._came = b"", list[int]()  # text of a hint, and the tokens since
 
     def masked(
         self, logits: npt.NDArray[np.floating], also: int | None = None
@@ -110,6 +112,14 @@ class Constraint:
     def took(self, *tokens: int) -> None:
         """Goes on from tokens that the answer now has."""
         self._matcher.consume_tokens([*tokens])
+        for token in tokens if self._hinted else ():
+            self._came.append(token)
+            made = self._tokenizer.decode_bytes(self._came)
+            if made == self._hinted:
+                self._cuts[made] = self._came
+            if len(made) >= len(self._hinted):
+                self._hinted, self._came = b"", []
+                break
 
     def forced(self) -> list[int]:
         """The next tokens, where the grammar leaves one text, as the tokenizer cuts it."""
@@ -119,9 +129,13 @@ class Constraint:
     def hint(self) -> list[int]:
         """Likely next tokens, of the one text that the grammar leaves.
 
-        They are not forced: the end of that text may be the beginning of a longer token.
+        They are not forced: the end of that text may be the beginning of a longer token. Such text
+        is cut as the model cut it before in this answer, else as the tokenizer does.
         """
-        hint: list[int] = self._tokenizer.tokenize_bytes(self._matcher.compute_ff_bytes())
+        text: bytes = self._matcher.compute_ff_bytes()
+        if not self._hinted:
+            self._hinted, self._came = text, []
+        hint: list[int] = self._cuts.get(text) or self._tokenizer.tokenize_bytes(text)
         return hint
 
 

@@ -21,7 +21,7 @@ from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import PathPolicy
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import CurrentPolicy, Generation, Request
-from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
 from dash_onnx.runtime.guesses import MOST, Guess, Learned, best_length
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
@@ -378,6 +378,28 @@ def test_what_a_grammar_leaves_is_guessed_where_a_longer_token_may_come(
     guesses = [step.guess for step in found[True] if step.guess]
     right = sum(guess.right for guess in guesses if guess.source == "grammar")
     assert right > 5 and needed[True] <= needed[False] - right
+
+
+def test_what_a_grammar_leaves_is_cut_as_the_answer_cut_it_before(tiny_model: Model) -> None:
+    tokenizer = guidance_tokenizer(tiny_model.text, tiny_model.manifest.model.vocab_size)
+    grammar = Grammar.lark('start: item{4}\nitem: "the ship" ("s" | "") ", "')
+    constraint = Constraint(grammar, tokenizer)
+    usual, between = constraint.hint(), tokenizer.tokenize_bytes(b", ")
+    text = tokenizer.decode_bytes(usual)
+    letters = [
+        token for n in range(len(text)) for token in tokenizer.tokenize_bytes(text[n : n + 1])
+    ]
+    assert text.startswith(b"the ship") and letters != usual
+    constraint.took(*letters)
+    for token in tokenizer.tokenize_bytes(b"the ship, "[len(text) :]):
+        constraint.took(token)
+    assert constraint.hint() == letters
+    constraint.took(*usual)  # the latest way holds
+    constraint.took(*between)
+    assert constraint.hint() == usual
+    constraint.took(*tokenizer.tokenize_bytes(b"the ships"))  # another text: nothing is learned
+    constraint.took(*between)
+    assert constraint.hint() == usual
 
 
 @pytest.mark.usefixtures("cheap_rows")
