@@ -50,7 +50,7 @@ class ExportOptions:
         seed: for all random choices.
         revision: of a hub id.
         ternary: whether INT2 holds the weights exactly, see `suited`.
-        exact: whether no layer's weights are rounded by GPTQ, see `suited`.
+        exact: whether the first layer keeps its integers, so that GPTQ rounds none; see `suited`.
     """
 
     variants: tuple[Action, ...] = ()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
-from dash_onnx.exporters.architectures.base import ModelSpec
+from dash_onnx.exporters.architectures.base import Layer, ModelSpec
 from dash_onnx.exporters.architectures.decoder import Decoder
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs.graph import block_size_of
 from dash_onnx.exporters.quantize.blockwise import Bits
-from dash_onnx.exporters.quantize.ternary import ternary
 from dash_onnx.exporters.sources import Source
 
 
@@ -35,46 +35,25 @@ def suited(
         DashError: a weight cannot be read, or the options do not suit the model.
     """
     facts, experts, width = spec.facts, spec.block.experts, spec.block.per_layer_width
-    if experts is None:
-        exact = replace(options, ternary=True).resolved(source.kind, facts, None, width)
-        if _is_ternary(source, architecture, spec, exact, layers):
-            return replace(exact, exact=True)
-    usual = options.resolved(source.kind, facts, experts, width)
-    if experts is not None or "int2" in usual.variants:
-        return usual
-    return replace(usual, exact=_stored(4, source, architecture, spec, usual, 1))
+    if experts is not None:
+        return options.resolved(source.kind, facts, experts, width)
+    exact = replace(options, ternary=True).resolved(source.kind, facts, None, width)
+    first = architecture.layer(source.weights, 0, spec)
+    others = (
+        architecture.layer(source.weights, index, spec)
+        for index in range(1, layers or facts.num_layers)
+    )
+    if all(_stored(layer, 2, exact) for layer in chain([first], others)):
+        return replace(exact, exact=True)
+    usual = options.resolved(source.kind, facts, None, width)
+    return replace(usual, exact="int2" not in usual.variants and _stored(first, 4, usual))
 
 
-def _is_ternary(
-    source: Source,
-    architecture: Decoder,
-    spec: ModelSpec,
-    options: ExportOptions,
-    layers: int | None,
-) -> bool:
-    names = architecture.names
-    if spec.mixer_of(0) != "attention" and architecture.recurrent_names is not None:
-        names = architecture.recurrent_names
-    first = source.weights[f"{names.layers}.0.{names.output}.weight"]
-    assert options.block_size is not None
-    if ternary(first, 2, block_size_of(2, options.block_size, first.shape[1])) is None:
-        return False
-    return _stored(2, source, architecture, spec, options, layers)
-
-
-def _stored(
-    bits: Bits,
-    source: Source,
-    architecture: Decoder,
-    spec: ModelSpec,
-    options: ExportOptions,
-    layers: int | None,
-) -> bool:
-    """Whether the first layers, or all, are stored in some bits as they are."""
+def _stored(layer: Layer, bits: Bits, options: ExportOptions) -> bool:
+    """Whether a layer is stored in some bits as it is."""
     block = options.block_size
     assert block is not None
     return all(
         linear.stored(bits, block_size_of(bits, block, linear.in_features)) is not None
-        for index in range(layers or spec.facts.num_layers)
-        for linear in architecture.layer(source.weights, index, spec).linears
+        for linear in layer.linears
     )
