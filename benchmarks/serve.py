@@ -38,10 +38,10 @@ import httpx
 import numpy as np
 
 import dash_onnx
-from dash_onnx.core.text import json_lines
+from dash_onnx.bench.prompts import read_prompts
 from dash_onnx.runtime.options import GenerationOptions
 
-PROMPTS = (
+PROMPTS: tuple[str, ...] = (
     "Write a letter from a lighthouse keeper to the captain of a ship that passed at night.",
     "Explain to a child, at length, why the sky is blue and why sunsets are red.",
     "Tell the story of a man who planted trees for thirty years in an empty valley.",
@@ -301,13 +301,9 @@ def _rounds(count: int, arguments: argparse.Namespace) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
     """Without end, and none twice: a server holds those of before."""
-    texts = [*PROMPTS]
+    texts = PROMPTS
     if arguments.prompts:
-        records = (record for _, record in json_lines(arguments.prompts))
-        chosen = [one for one in records if arguments.category in (None, one.get("category"))]
-        texts = [one.get("prompt") or one["turns"][0] for one in chosen]
-    if not texts:
-        raise SystemExit(f"{arguments.prompts} has no prompt of {arguments.category}")
+        texts = tuple(read_prompts(arguments.prompts, arguments.category))
     return (f"Letter {number}. {text}" for number, text in enumerate(itertools.cycle(texts)))
 
 

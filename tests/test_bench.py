@@ -318,6 +318,14 @@ def test_the_prefill_is_measured_where_the_context_holds_it(
     assert [row["behind"] for row in found["contenders"]] == [{}, {}]
 
 
+def test_prompts_of_one_category_are_read_apart(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "category": "qa"}\n{"turns": ["b"], "category": "rag"}\n')
+    assert read_prompts(path) == ["a", "b"] and read_prompts(path, "rag") == ["b"]
+    with pytest.raises(SourceError, match="holds no prompt"):
+        read_prompts(path, "none")
+
+
 def test_no_error_is_told_where_there_is_none() -> None:
     row = Result("dash full", (1.0,), (1.0,), 1.0, 1, kl=0.0, kl_stderr=0.0)
     assert "0.0000" in _table([row]) and "+-" not in _table([row])

@@ -20,14 +20,22 @@ PROMPTS = (
 )
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, category: str | None = None) -> list[str]:
     """One prompt per line; of `.jsonl`, `prompt` or the first of `turns` (as Spec-Bench has).
+
+    Args:
+        path: the file.
+        category: of records in `.jsonl`; None takes all.
 
     Raises:
         SourceError: missing, not text, without a prompt, or a line of another form.
     """
     if path.suffix == ".jsonl":
-        prompts = [_prompt(record, where) for where, record in json_lines(path)]
+        prompts = [
+            _prompt(record, where)
+            for where, record in json_lines(path)
+            if category in (None, record.get("category") if isinstance(record, dict) else None)
+        ]
     else:
         prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
