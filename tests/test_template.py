@@ -8,9 +8,11 @@ import time
 
 import pytest
 from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dash_onnx.core.template import render
 
+LONG = "{% set s = 'x' * 9999999 %}"
 ENDLESS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro m() %}{% for a in range(9999) %}{{ m() }}{% endfor %}{% endmacro %}{{ m() }}",
@@ -20,6 +22,8 @@ ENDLESS = (
     "{% for a in range(99999) %}{% set c = -1 in range(99999) | list %}{% endfor %}",
     "{% for a in range(99999) %}{% set c = range(99999) | select | list %}{% endfor %}",
     "{% for a in range(99999) %}{% set c = range(99999) | select('none') | first %}{% endfor %}",
+    LONG + "{{ [" + "'xy' in s, " * 999 + "] | length }}",
+    LONG + "{{ [" + "'xy' is in s, " * 999 + "] | length }}",
 )
 NESTED = "{% set n = namespace(x=['x']) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}"
 DOUBLING = "{% set n = namespace(x='x' * 999) %}{% for i in range(99) %}"
@@ -58,6 +62,9 @@ LARGE = (
     "{{ [1] | batch(10**9, 0) | list | length }}",
     "{{ ([[1] * 10**6] * 1000) | sum(start=[]) | length }}",
     "{% set l = ['x' * 10**6] * 10**6 %}{{ 'y' in l }}",
+    LONG + "{{ [" + "s[1:], " * 999 + "] | length }}",
+    LONG + "{{ s" + " ~ s" * 99 + " }}",
+    "{{ [" + "1, " * 99999 + "] | length }}",
     "{% set n = namespace(x=[1]) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
     *(
         NESTED + "{% endfor %}{{ " + shown + " }}"
@@ -113,6 +120,28 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
         "{{ '{}'.format(c) }}{{ 7 * 1000000 % 13 }}"
         "{% endfor %}"
     )
-    before = sys.gettrace()
     assert len(render(template, {"messages": messages})) > 300 * 3 * len(content)
-    assert sys.gettrace() is before
+
+
+def test_a_debugger_sees_a_template_run() -> None:
+    seen = []
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: seen.append(frame.f_code.co_filename))
+    try:
+        render("{% for n in range(2) %}{{ n }}{% endfor %}", {})
+    finally:
+        sys.settrace(before)
+    assert "<template>" in seen
+
+
+def test_what_is_counted_changes_no_text() -> None:
+    template = (
+        "{% macro m(x, y=2) %}{{ x ~ y }}{% endmacro %}{{ m('a') ~ none ~ 1.5 ~ m(3, 4) }}"
+        "{% for a in [3, 1, 2] if a != 1 %}{{ loop.index }}{{ a > 2 }}{{ loop.last }}"
+        "{% else %}none{% endfor %}{% for a in [] %}{% else %}none{% endfor %}"
+        "{{ [1, 2, 3][1:] }}{{ 'abc'[::-1] }}{{ {'a': 1}['a'] }}{{ 1 < 2 < 3 }}"
+        "{{ x is defined }}{{ 7 is divisibleby 7 }}{{ 1 if 2 is not odd }}{{ 7 // 2 - 1 }}"
+        "{% for a in [[1, [2]]] recursive %}{{ a if a is number else loop(a) }}{% endfor %}"
+    )
+    plain = ImmutableSandboxedEnvironment().from_string(template).render()
+    assert render(template, {}) == plain

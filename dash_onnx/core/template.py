@@ -10,13 +10,11 @@ import functools
 import json
 import math
 import re
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from types import FrameType
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -24,7 +22,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
+_MOST_SOURCE = 100_000  # characters of a template, which take a second to compile
 _MOST_SECONDS = 2.0  # of the thread's own time
 _MOST_CHARACTERS = 10**7  # that one operation may make, and of the result
 _MOST_BITS = 100_000  # of an integer
@@ -68,10 +68,10 @@ def render(source: str, values: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> Template:
-    template = _Environment().from_string(source)
-    # `a ~ b` compiles to a call of this one.
-    template.root_render_func.__globals__["str_join"] = _joined
-    return template
+    if len(source) > _MOST_SOURCE:
+        raise TemplateError(f"it has more than {_MOST_SOURCE} characters")
+    environment = _Environment()
+    return environment.from_string(_Counted().visit(environment.parse(source)))
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -120,6 +120,50 @@ class _Environment(ImmutableSandboxedEnvironment):
             _spend(_length(owner))
         return super().call(context, function, *args, **kwargs)
 
+    @staticmethod
+    def made(value: Any = "") -> Any:
+        """Measures what jinja2 has made without a call."""
+        _spend(_length(value))
+        return value
+
+    @staticmethod
+    def joined(*parts: Any) -> str:
+        """Measures what `a ~ b` would make before it is made."""
+        _spend(sum(map(_size, parts)))
+        return str_join(parts)
+
+
+class _Counted(NodeTransformer):
+    """Lets a template call `_Environment.made` wherever it computes without a call."""
+
+    def visit_For(self, node: nodes.For | nodes.Macro) -> nodes.Node:
+        """In every turn of a loop, and where a macro begins."""
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("made")))
+        return node
+
+    visit_Macro = visit_For
+
+    def visit_Compare(self, node: nodes.Expr) -> nodes.Node:
+        """Behind each comparison and each test."""
+        return _call("made", self.generic_visit(node))
+
+    visit_Test = visit_Compare
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        """Behind each slice, which is a copy."""
+        sliced = isinstance(node.arg, nodes.Slice)
+        return self.visit_Compare(node) if sliced else self.generic_visit(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        """`joined` in place of jinja2's own function."""
+        self.generic_visit(node)
+        return _call("joined", *node.nodes)
+
+
+def _call(name: str, *args: nodes.Node) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), [*args], [], None, None)
+
 
 class _Generation(Extension):
     """`{% generation %}` marks the answer for training; here it is only its content."""
@@ -147,22 +191,11 @@ _SPENT = _Spent()
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    """Ends a template that runs too long; a trace function is its thread's alone."""
-
-    def step(frame: FrameType, event: str, argument: Any) -> Any:
-        _check_time()
-        return step
-
-    def enter(frame: FrameType, event: str, argument: Any) -> Any:
-        return step if frame.f_code.co_filename == "<template>" else None
-
-    before = sys.gettrace()
+    """Counts from here."""
     _SPENT.characters, _SPENT.deadline = 0.0, time.thread_time() + _MOST_SECONDS
-    sys.settrace(enter)
     try:
         yield
     finally:
-        sys.settrace(before)
         _SPENT.deadline = math.inf
 
 
@@ -221,12 +254,6 @@ def _formatted(text: str, args: tuple[Any, ...]) -> float:
     fields = 1 + text.count("{") + text.count("%")
     flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
     return len(text) + widths + fields * _product(tuple(flat))
-
-
-def _joined(parts: Iterable[Any]) -> str:
-    parts = [*parts]
-    _spend(sum(map(_size, parts)))
-    return str_join(parts)
 
 
 def _written(value: Any) -> Any:
