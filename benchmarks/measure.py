@@ -49,10 +49,11 @@ class Size:
     items: int = 500
     answers: int = 100
     per_kind: int = 4
+    many_per_kind: int = 10  # all that most kinds of Spec-Bench have
     count_to: int = 900  # in the long prompt, about four tokens a number
 
 
-QUICK = Size(1, 1, 1, 4, 1, 2, 1, 1, 50)
+QUICK = Size(1, 1, 1, 4, 1, 2, 1, 1, 1, 50)
 
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
@@ -185,12 +186,21 @@ def forms(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guesses with the larger model beside those of peers, after `other`. 40 minutes."""
+    """Guesses with the larger model, after `other`. 40 minutes."""
+    kinds = ["--tasks", str(size.per_kind), "--target", "int4", "--target", "int8"]
+    return [PROFILE, [*_speculate(a, size.many_per_kind), *kinds, *_short(size), "--json"]]
+
+
+def guessing_peers(a: argparse.Namespace, size: Size) -> list[Command]:
+    """The same beside those of peers, with fewer prompts. 40 minutes."""
     command = _speculate(a, size.per_kind)
     command += ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
     command += ["--llama-cpp", OTHER_PEERS / "q4_0.gguf"] if a.other.suffix == ".gguf" else []
-    command += ["--max-tokens", str(size.new_tokens)] if size == QUICK else []
-    return [PROFILE, [*command, "--json"]]
+    return [PROFILE, [*command, *_short(size), "--json"]]
+
+
+def _short(size: Size) -> Command:
+    return ["--max-tokens", str(size.new_tokens)] if size == QUICK else []
 
 
 def drawn(a: argparse.Namespace, size: Size) -> list[Command]:
@@ -281,6 +291,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "kept": (kept, "other prompts"),
     "forms": (forms, "other text"),
     "guesses": (guesses, "other prompts"),
+    "guessing_peers": (guessing_peers, "other prompts"),
     "drawn": (drawn, "other prompts"),
     "server": (server, "other"),
     "scale": (scale, ""),

@@ -81,6 +81,7 @@ def main() -> None:
         "--target", action="append", help="a policy; may be repeated (default: int8)"
     )
     parser.add_argument("--per-kind", type=int, default=14, help="prompts (default: 14)")
+    parser.add_argument("--tasks", type=int, help="of its own kinds (default: likewise)")
     parser.add_argument(
         "--max-tokens",
         type=int,
@@ -94,7 +95,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    own, prompts = tasks(arguments.per_kind), defaultdict[str, list[Task]](list)
+    own = tasks(arguments.tasks or arguments.per_kind)
+    prompts = defaultdict[str, list[Task]](list)
     for _, record in json_lines(arguments.prompts) if arguments.prompts else ():
         given = prompts[record.get("category", "prompt")]
         if len(given) < arguments.per_kind:

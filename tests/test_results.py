@@ -212,6 +212,9 @@ def test_llama_cpp_stands_beside_genai_where_it_was_measured(
     page = results.page(parts)
     assert "| editing | 50 | 62 | 100 | 125 | 81 | 81 | 1.30 |" in page.splitlines()
     assert "llama.cpp runs Q4_0" in page and "llama.cpp runs Q4_0" not in without
+    parts["guessing_peers"] = parts["guesses"]  # where they were measured apart
+    apart = results.page(parts)
+    assert apart.count(command["command"]) == page.count(command["command"]) + 1
 
 
 def test_no_preset_is_dominated_but_for_known_exceptions(results: Any) -> None:
