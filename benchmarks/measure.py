@@ -26,6 +26,9 @@ from typing import Any
 
 from circumstances import circumstances
 
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.plans import Plan, preset_plans
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
 OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BUILD / "lines.txt"
@@ -34,6 +37,7 @@ NUMBERS = BUILD / "numbers.txt"  # 2,000 tokens: calibrate what is in full, or t
 Command = list[str | Path]
 COUNT: Command = ["sh", "-c", f"seq -s, 500 > {NUMBERS}"]
 PROMPT_FORMS: Command = ["python", "benchmarks/prompt_forms.py", "--reference", OTHER_FULL]
+MATH = BUILD / "math_reasoning.jsonl"
 PROFILE: Command = ["dash-profile", BUILD / "other"]  # guesses go by what passes take here and now
 
 
@@ -47,13 +51,14 @@ class Size:
     new_tokens: int = 64
     windows: int = 8
     items: int = 500
+    other_items: int = 200
     answers: int = 100
     per_kind: int = 4
     many_per_kind: int = 10  # all that most kinds of Spec-Bench have
     count_to: int = 900  # in the long prompt, about four tokens a number
 
 
-QUICK = Size(1, 1, 1, 4, 1, 2, 1, 1, 1, 50)
+QUICK = Size(1, 1, 1, 4, 1, 2, 2, 1, 1, 1, 50)
 
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
@@ -115,21 +120,34 @@ def skips(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
     """Accuracy on each task. 8 minutes a task."""
-    return _tasks(a, size, REFERENCE, a.bundle)
+    return _tasks(a.task, size.items, REFERENCE, a.bundle)
 
 
 def other_tasks(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same of the larger model, after `other`. 25 minutes a task."""
-    return _tasks(a, size, OTHER_FULL, BUILD / "other")
+    """The same of the larger model, after `other`, and math in PROMPTS. 15 minutes a task."""
+    commands = _tasks(a.task, size.other_items, OTHER_FULL, BUILD / "other")
+    if a.prompts and '"math_reasoning"' in a.prompts.read_text("utf-8"):
+        math: Command = ["sh", "-c", f'grep \'"math_reasoning"\' "$0" > {MATH}', a.prompts]
+        free = [Path("benchmarks/math_reasoning.yaml")]
+        commands += [math, *_tasks(free, size.other_items, OTHER_FULL, BUILD / "other")]
+    return commands
 
 
-def _tasks(a: argparse.Namespace, size: Size, reference: Path, bundle: Path) -> list[Command]:
+def _apart(bundle: Path) -> list[str]:
+    """Presets, but of those that run the same plan the first one alone."""
+    plans: dict[Plan, str] = {}
+    for name, plan in preset_plans(Bundle(ROOT / bundle).manifest).items():
+        plans.setdefault(plan, name)
+    return [*plans.values()]
+
+
+def _tasks(tasks: list[Path], items: int, reference: Path, bundle: Path) -> list[Command]:
     runs: list[Command] = [[reference, "--policy", "full"]]
     runs += [[bundle, "--policy", precision] for precision in ("int8", "int4")]
-    runs += [[bundle, "--budget", preset] for preset in ("quality", "balanced", "fast")]
+    runs += [[bundle, "--budget", preset] for preset in _apart(bundle)]
     return [
-        ["dash-eval", *chosen, "--task", task, "--limit", str(size.items), "--json"]
-        for task in a.task
+        ["dash-eval", *chosen, "--task", task, "--limit", str(items), "--json"]
+        for task in tasks
         for chosen in runs
     ]
 

@@ -159,6 +159,8 @@ def tasks(part: Part) -> str:
     """Accuracy by task and policy."""
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for command in part["commands"]:
+        if command["found"] is None:
+            continue
         ((option, policy),) = re.findall(r"--(policy|budget) (\S+)", command["command"])
         name = label(f"dash @{policy}" if option == "budget" else f"dash {policy}")
         for task, scores in command["found"]["results"].items():

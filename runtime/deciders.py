@@ -14,7 +14,8 @@ from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.controller import Controller
 from dash_onnx.core.policy import PathPolicy, Policy, ScoredPolicy
 from dash_onnx.runtime.backend import AsyncRun
-from dash_onnx.runtime.buffers import Buffer, bound_run
+from dash_onnx.runtime.buffers import Buffer
+from dash_onnx.runtime.passes import bound_run
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.sequence import SequenceState

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dash_onnx.core.actions import Action, Form
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.block import ATTENTIONS
+from dash_onnx.core.contract import Ports
+from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.core.forms import form_of
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.buffers import Buffer, Run, bound_run
+from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.kv import CAPACITY, KVCache, mask_of
 from dash_onnx.runtime.sessions import LoadedGraph, Sessions
 
@@ -222,3 +225,36 @@ class Pass:
         backend = self._sessions.backend
         run = bound_run(graph.session, graph.ports, inputs, outputs, backend.run_options)
         return run if self.seq > 1 else backend.repeated(run)
+
+
+def bound_run(
+    session: Any,
+    ports: Ports,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    run_options: Any = None,
+) -> Run:
+    """Binds every port of a graph to a buffer, once; returns what runs it, again and again.
+
+    A port whose sizes are all known takes as much of its buffer, in its own shape. What runs raises
+    a DeviceError where ORT fails, such as for a device without free memory.
+    """
+    binding = session.io_binding()
+    for bind_port, side, buffers in (
+        (binding.bind_input, ports.inputs, inputs),
+        (binding.bind_output, ports.outputs, outputs),
+    ):
+        for port, buffer in zip(side, buffers, strict=True):
+            known = tuple(size for size in port.shape if isinstance(size, int))
+            shape = known if len(known) == len(port.shape) else buffer.shape
+            bind_port(port.name, buffer.device, 0, buffer.dtype.type, shape, buffer.pointer)
+
+    def run() -> None:
+        try:
+            session.run_with_iobinding(binding, run_options)
+        except Exception as error:  # ORT raises types of its C extension, without a common base
+            raise DeviceError(f"ONNX Runtime cannot run a graph: {first_line(error)}") from None
+
+    # The binding holds raw addresses: the function must keep the buffers alive.
+    run.buffers = (inputs, outputs)  # type: ignore[attr-defined]
+    return run

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from dash_onnx.core.actions import ActionPath
-from dash_onnx.core.errors import PolicyError
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Generation, Piece, Request, Step, prefill_plan
 from dash_onnx.runtime.guesses import MOST, MOST_ROWS, Learned, best_length
+from dash_onnx.runtime.options import check_count
 from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 
 SLOTS = 8
 """Generations that run together unless told otherwise."""
+
+MOST_SLOTS = 256
 
 _CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them,
 _LEAST_CHUNK = 8  # as many as take about twice the time of such a pass
@@ -74,8 +76,7 @@ class Scheduler:
         Raises:
             PolicyError: not as many.
         """
-        if not 1 <= slots <= 256:
-            raise PolicyError(f"slots={slots} must be in 1..256")
+        check_count("slots", slots, MOST_SLOTS)
         return cls(Rows.new(sessions, slots), store)
 
     def submit(self, request: Request[Any]) -> None:
@@ -105,10 +106,10 @@ class Scheduler:
             if slot.request is not None and slot.request.cancelled.is_set():
                 self.free(slot)
         self._admit()
-        busy = [slot for slot in self._slots if slot.request is not None]
-        for slot in busy:
+        for slot in self._slots:
             if slot.going is not None:
-                slot.going.follow()
+                self._guarded(slot, slot.going.follow)
+        busy = [slot for slot in self._slots if slot.request is not None]
         prompts = [slot for slot in busy if not slot.answers]
         first = sorted(prompts, key=lambda slot: slot.used)[:1]
         decoding, forced = self._decoding([slot for slot in busy if slot.answers])

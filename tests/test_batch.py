@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.core.errors import ContextLengthError, PolicyError
+from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
 from dash_onnx.core.policy import RandomPolicy
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Request
@@ -548,6 +548,25 @@ def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
     assert np.mean(dear[60:]) < np.mean(dear[1:20])
 
 
+def test_a_budget_that_cannot_be_followed_ends_its_answer_alone(scored: Model) -> None:
+    batch, told, others = scored.new_scheduler(2), list[Chunk | Exception](), list[Any]()
+    failing = scored.request(PROMPTS[0], told.append, options(policy="dash", budget=0.9))
+    batch.submit(failing)
+    batch.submit(scored.request(PROMPTS[1], others.append, options(policy="int8")))
+    while len(told) < 4:
+        batch.step()
+    (slot,) = (slot for slot in batch._slots if slot.request is failing)
+    assert slot.going is not None
+
+    def follow() -> None:
+        raise DeviceError("no memory for the scorer")
+
+    slot.going.follow = follow  # type: ignore[method-assign]
+    while batch.step():
+        pass
+    assert isinstance(told[-1], DeviceError) and others[-1].finish_reason == "length"
+
+
 def test_what_an_app_gives_a_batch_may_fail_and_says_so(tiny_model: Model) -> None:
     """Neither the error of a logits processor nor that of what takes an answer is swallowed."""
     calls = iter(range(2))
@@ -573,6 +592,8 @@ def test_what_an_app_gives_a_batch_may_fail_and_says_so(tiny_model: Model) -> No
 def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
     with pytest.raises(PolicyError, match="slots=0"):
         tiny_model.new_scheduler(0)
+    with pytest.raises(PolicyError, match=r"parallel=300 must be an integer in 1\.\.256"):
+        tiny_model.batch(["the keeper"], parallel=300)
     with pytest.raises(ContextLengthError):
         tiny_model.batch(["the keeper", "a b c " * 300])
     with pytest.raises(PolicyError, match="no message"):

@@ -951,6 +951,7 @@ def test_the_page_and_unknown_paths(server: Server) -> None:
         (("nowhere",), "no bundle"),
         (("out", "--host", "0.0.0.0"), "--api-key-file"),
         (("out", "--port", "70000"), "70000 is not in 0..65535"),
+        (("out", "--parallel", "300"), "--parallel 300 is not in 1..256"),
         (("out", "else/out"), "two bundles are called"),
         (("out", "--api-key-file", "none.txt"), "none.txt"),
         (("out", "--sha256", "ab", "--sha256", "cd"), "a checksum for each bundle"),

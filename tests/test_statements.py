@@ -306,7 +306,7 @@ def test_the_page_of_the_runtime_says_how_long_its_files_are() -> None:
         .partition("\n## ")[0]
     )
     said = dict(re.findall(r"`(\w+\.py)`\s+\((\d+)\s+lines\)", way))
-    assert {*said} == {*re.findall(r"`(\w+\.py)`", way)} and "buffers.py" in said
+    assert {*said} == {*re.findall(r"`(\w+\.py)`", way)} and "passes.py" in said
     for name, lines in said.items():
         assert len(text_of(f"runtime/{name}").splitlines()) == pytest.approx(int(lines), rel=0.2)
 

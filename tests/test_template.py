@@ -25,7 +25,10 @@ ENDLESS = (
     LONG + "{{ [" + "'xy' in s, " * 999 + "] | length }}",
     LONG + "{{ [" + "'xy' is in s, " * 999 + "] | length }}",
 )
-NESTED = "{% set n = namespace(x=['x']) %}{% for i in range(40) %}{% set n.x = [n.x, n.x] %}"
+NESTED = (
+    "{% set n = namespace(x=('x',), y=('x',)) %}{% for i in range(40) %}"
+    "{% set n.x = (n.x, n.x) %}{% set n.y = (n.y, n.y) %}"
+)
 DOUBLING = "{% set n = namespace(x='x' * 999) %}{% for i in range(99) %}"
 LARGE = (
     "{{ 2 ** 5000000 }}",
@@ -80,6 +83,16 @@ LARGE = (
             "n.x | join",
             "'x'.join(n.x)",
             "{'a': n.x}",
+            "{n.x: 1} | length",
+            "{'a': 1}[n.x]",
+            "{'a': 1}.get(n.x)",
+            "n.x == n.y",
+            "1 if n.x is eq n.y",
+            "n.x in [n.y]",
+            "[n.x].count(n.y)",
+            "[n.x] | unique | list | length",
+            "[n.x, n.y] | sort | length",
+            "[n.x] | select('eq', n.y) | list | length",
         )
     ),
 )

@@ -51,71 +51,75 @@ def _parser() -> Parser:
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument(
-        "--api-key-file",
-        type=Path,
-        metavar="FILE",
-        help="file with the key that clients must send; required beyond this machine",
-    )
-    parser.add_argument(
-        "--cors",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web origin that may call the server",
-    )
-    parser.add_argument(
         "--policy",
         default="",
         help="policy of requests that name none (default: by budget)",
     )
     parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
-    add_memory_option(parser)
-    add_parallel_option(parser, "slots: answers that run at once, as one batch")
-    parser.add_argument(
+    answers = parser.add_argument_group("answers")
+    add_parallel_option(answers, "slots: answers that run at once, as one batch")
+    answers.add_argument(
         "--waiting",
         type=positive,
         default=32,
         metavar="N",
         help="queued requests; further ones are refused with status 429 (default: 32)",
     )
-    add_max_tokens_option(parser, 4096, "maximum tokens of an answer")
-    parser.add_argument(
+    add_max_tokens_option(answers, 4096, "maximum tokens of an answer")
+    answers.add_argument(
         "--timeout",
         type=positive,
         default=600,
         metavar="S",
         help="maximum seconds of a request (default: 600)",
     )
-    parser.add_argument(
+    memory = parser.add_argument_group("memory and cores")
+    add_memory_option(memory)
+    memory.add_argument(
         "--prefix-cache",
         type=Path,
         metavar="DIR",
         help="keep the KV cache of prompts and conversations in DIR for the next start (needs the "
         "package safetensors)",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--prefix-mb",
         type=int,
         default=256,
         metavar="N",
         help="KV cache kept for evicted conversations, in MB (default: %(default)s; 0: none)",
     )
-    parser.add_argument(
+    memory.add_argument(
         "--max-weights-mb",
         type=positive,
         metavar="N",
         help="load bundles when a request names them, with at most N MB of weights in total; the "
         "least recently used bundle is unloaded (default: load all at the start)",
     )
-    add_threads_option(parser)
-    add_log_options(parser)
-    parser.add_argument(
+    add_threads_option(memory)
+    access = parser.add_argument_group("access")
+    access.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the key that clients must send; required beyond this machine",
+    )
+    access.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web origin that may call the server",
+    )
+    access.add_argument(
         "--sha256",
         action="append",
         metavar="HEX",
         help="refuse a BUNDLE whose dash.json has a different SHA-256; once per BUNDLE, in order",
     )
-    parser.add_argument("--log-json", action="store_true", help="log one JSON object per line")
+    logs = parser.add_argument_group("logs")
+    add_log_options(logs)
+    logs.add_argument("--log-json", action="store_true", help="log one JSON object per line")
     return parser
 
 
@@ -127,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from dash_onnx.runtime.scheduler import MOST_SLOTS
     from dash_onnx.serve.limits import Limits, is_local
 
     key = None
@@ -136,6 +141,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise DashError(f"--host {arguments.host} is open to other machines: pass --api-key-file")
     if not 0 <= arguments.port < 1 << 16:
         raise DashError(f"--port {arguments.port} is not in 0..65535")
+    if arguments.parallel > MOST_SLOTS:
+        raise DashError(f"--parallel {arguments.parallel} is not in 1..{MOST_SLOTS}")
     try:
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.server import Server

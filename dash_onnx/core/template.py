@@ -113,10 +113,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         name = getattr(method, "__name__", "")
+        given = (*args, *(kwargs[key] for key in kwargs if key not in _OF_JINJA))
         if isinstance(owner, (str, bytes)) and name in _MAKING:
-            named = [kwargs[key] for key in kwargs if key not in _OF_JINJA]
-            _spend(_made(name, owner, (*args, *named)))
+            _spend(_made(name, owner, given))
         elif isinstance(owner, (list, tuple, dict)):
+            _bound(owner, *given)
             _spend(_length(owner))
         return super().call(context, function, *args, **kwargs)
 
@@ -127,6 +128,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
     @staticmethod
+    def read(value: Any) -> Any:
+        """Measures what jinja2 compares, or looks up, without a call."""
+        _bound(value)
+        _check_time()
+        return value
+
+    @staticmethod
     def joined(*parts: Any) -> str:
         """Measures what `a ~ b` would make before it is made."""
         _spend(sum(map(_size, parts)))
@@ -134,7 +142,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Counted(NodeTransformer):
-    """Lets a template call `_Environment.made` wherever it computes without a call."""
+    """Lets a template call the environment wherever it computes without a call."""
 
     def visit_For(self, node: nodes.For | nodes.Macro) -> nodes.Node:
         """In every turn of a loop, and where a macro begins."""
@@ -144,16 +152,35 @@ class _Counted(NodeTransformer):
 
     visit_Macro = visit_For
 
-    def visit_Compare(self, node: nodes.Expr) -> nodes.Node:
-        """Behind each comparison and each test."""
-        return _call("made", self.generic_visit(node))
+    def visit_Compare(self, node: nodes.Compare | nodes.Operand) -> nodes.Node:
+        """On both sides of each comparison."""
+        self.generic_visit(node)
+        node.expr = _call("read", node.expr)
+        return node
 
-    visit_Test = visit_Compare
+    visit_Operand = visit_Compare
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Node:
+        """Likewise in each test."""
+        self.generic_visit(node)
+        node.node = _call("read", node.node)
+        node.args = [_call("read", arg) for arg in node.args]
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        """Before a key is hashed."""
+        self.generic_visit(node)
+        node.key = _call("read", node.key)
+        return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """Behind each slice, which is a copy."""
-        sliced = isinstance(node.arg, nodes.Slice)
-        return self.visit_Compare(node) if sliced else self.generic_visit(node)
+        """Likewise; and behind each slice, which is a copy."""
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            return _call("made", node)
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _call("read", node.arg)
+        return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         """`joined` in place of jinja2's own function."""
@@ -221,6 +248,7 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # The first may be an environment or a context, of length 1.
         given = (*args, *kwargs.values())
         owner = next((i for i, x in enumerate(given) if not isinstance(x, _JINJA)), 0)
+        _bound(*given[owner:])
         _spend(_made(name, given[owner], given[owner + 1 :]))
         return function(*args, **kwargs)
 
@@ -285,6 +313,12 @@ def _size(value: Any) -> float:
             total += _size(item) if isinstance(item, str) else _NESTED + _size(item)
             _refuse_above(total)
     return total
+
+
+def _bound(*values: Any) -> None:
+    """Refuses what would take too long to compare or to hash: lists in lists may be shared."""
+    for value in values:
+        _refuse_above(_size(value))
 
 
 def _refuse_above(count: float) -> None:
