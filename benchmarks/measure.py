@@ -124,13 +124,15 @@ def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def other_tasks(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same of the larger model, after `other`, and math in PROMPTS. 15 minutes a task."""
-    commands = _tasks(a.task, size.other_items, OTHER_FULL, BUILD / "other")
-    if a.prompts and '"math_reasoning"' in a.prompts.read_text("utf-8"):
-        math: Command = ["sh", "-c", f'grep \'"math_reasoning"\' "$0" > {MATH}', a.prompts]
-        free = [Path("benchmarks/math_reasoning.yaml")]
-        commands += [math, *_tasks(free, size.other_items, OTHER_FULL, BUILD / "other")]
-    return commands
+    """The same of the larger model, after `other`. 15 minutes a task."""
+    return _tasks(a.task, size.other_items, OTHER_FULL, BUILD / "other")
+
+
+def other_free(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Math among PROMPTS, answered freely by the larger model, after `other`. 45 minutes."""
+    math: Command = ["sh", "-c", f'grep \'"math_reasoning"\' "$0" > {MATH}', a.prompts]
+    task = Path("benchmarks/math_reasoning.yaml")
+    return [math, *_tasks([task], size.other_items, OTHER_FULL, BUILD / "other")]
 
 
 def _apart(bundle: Path) -> list[str]:
@@ -306,6 +308,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "other": (other, "other prompts"),
     "other_memory": (other_memory, "other"),
     "other_tasks": (other_tasks, "other task"),
+    "other_free": (other_free, "other prompts"),
     "kept": (kept, "other prompts"),
     "forms": (forms, "other text"),
     "guesses": (guesses, "other prompts"),
