@@ -27,7 +27,7 @@ from typing import Any
 from circumstances import circumstances
 
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.plans import Plan, preset_plans
+from dash_onnx.core.plans import preset_plans
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
@@ -137,10 +137,8 @@ def other_free(a: argparse.Namespace, size: Size) -> list[Command]:
 
 def _apart(bundle: Path) -> list[str]:
     """Presets, but of those that run the same plan the first one alone."""
-    plans: dict[Plan, str] = {}
-    for name, plan in preset_plans(Bundle(ROOT / bundle).manifest).items():
-        plans.setdefault(plan, name)
-    return [*plans.values()]
+    plans = preset_plans(Bundle(ROOT / bundle).manifest)
+    return [n for i, n in enumerate(plans) if plans[n] not in [*plans.values()][:i]]
 
 
 def _tasks(tasks: list[Path], items: int, reference: Path, bundle: Path) -> list[Command]:

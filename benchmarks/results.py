@@ -36,6 +36,7 @@ ORIGINS = {
     "4cd0f6876d07a413": "the validation part of WikiText-2",
     "2a0ce5568625a304": "a novel, number 1661 of Project Gutenberg",
     "411bfbe5b9054346": "LAMBADA as EleutherAI publishes it",
+    "1591d2431c45b171": "the validation part of ARC Easy",
     "4b6d33e79484f984": "the questions of Spec-Bench",
     "8d2def6bcae09679": "questions and answers of Dolly and HH-RLHF, from llm-foundry",
     "1d9614638d18024d": "Qwen2.5-Coder-0.5B-Instruct in Q4_K_M",

@@ -103,6 +103,7 @@ def test_the_model_card_has_what_a_hub_reads_and_the_figures(
     assert front["license"] == "apache-2.0" and front["pipeline_tag"] == "text-generation"
     assert "[source/LICENSE.txt](source/LICENSE.txt)" in text
     assert "| `balanced` |" in text and manifest.costs.machine in text
+    assert manifest.scorer is None and "KL: against full precision, on" in text
     assert "pip install '.[cpu]'    # in a clone" in text  # the package is not on PyPI
 
 

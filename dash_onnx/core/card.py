@@ -59,6 +59,7 @@ def card(manifest: Manifest) -> str:
         "```",
     ]
     if plans := preset_plans(manifest):
+        against = "full precision" if manifest.scorer is None else f"`{manifest.variants[0]}`"
         lines += ["", "| preset | tokens/s | KL, nats | layers |", "|---|--:|--:|---|"]
         for name, plan in plans.items():
             speed = 1000 / (plan.time * full_ms)
@@ -66,7 +67,7 @@ def card(manifest: Manifest) -> str:
         lines += [
             "",
             f"Speed: one answer, profiled on {costs.machine} with {costs.threads} threads. KL: "
-            f"against `{manifest.variants[0]}`, on held-out text. Calibrated on "
+            f"against {against}, on held-out text. Calibrated on "
             f"{manifest.calibration.tokens:,} tokens ({manifest.calibration.source}).",
         ]
     return "\n".join(lines) + "\n"
