@@ -113,6 +113,7 @@ def main() -> None:
         print(json.dumps(rows) if arguments.json else at_once_table(rows))
         return
     for target in arguments.target or ["int8"]:
+        model.preload(target)
         asked = Asked(target, arguments.max_tokens, arguments.temperature, peers)
         by_kind = answered(model, asked_for, asked)
         by_kind["all"] = [one for found in by_kind.values() for one in found]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -183,6 +183,7 @@ class Learned:
         head: Action,
         widened: Set[Action],
         reruns: bool = False,
+        wide_head: Callable[[], bool] = lambda: True,
     ):
         """Knows the profile.
 
@@ -192,16 +193,17 @@ class Learned:
             head: precision of its LM head.
             widened: actions that passes of several rows may run wide.
             reruns: whether the right tokens of a pass run again if one of its guesses is wrong.
+            wide_head: whether the wide LM head is loaded, which guesses do not wait for.
         """
         self.reruns = reruns
         self._passes, self._layers, self._head = passes, Counter(path), head
-        self._widened = frozenset(widened)
-        self._costs: dict[tuple[int, int], float] = {}
+        self._widened, self._wide_head = frozenset(widened), wide_head
+        self._costs: dict[tuple[int, int, bool], float] = {}
         self.outcomes: dict[_Kind, _Outcomes] = defaultdict(_Outcomes)
 
     def cost(self, rows: int, context: int) -> float:
         """What a pass of some rows takes, as a multiple of one row's."""
-        key = rows, context // _CONTEXT
+        key = rows, context // _CONTEXT, self._wide_head()
         found = self._costs.get(key)
         if found is None:
             found = self._costs[key] = self._cost(rows, context)
@@ -221,7 +223,8 @@ class Learned:
                 for action, count in self._layers.items()
                 if action != SKIP
             )
-            return layers + passes.head_ms(head_form_of(passes, self._head, rows, widened), rows)
+            wide = widened if self._wide_head() or rows > MOST + 1 else frozenset[Action]()
+            return layers + passes.head_ms(head_form_of(passes, self._head, rows, wide), rows)
 
         return max(ms(rows) / ms(1), 1.0)
 

@@ -107,7 +107,7 @@ class Model:
                 bundle, but none of the wide form with `memory="low"`.
             budget: likewise.
             prefill: precision of the prompts, as in `stream`.
-            batches: also the wide LM head, which otherwise loads with the first batch or draft.
+            batches: also the wide LM head, which otherwise loads with the first batch.
         """
         chosen = None if policy is None else self.policy(policy, budget)
         plan = None if chosen is None else prefill_plan(self._sessions, chosen, prefill)

@@ -279,7 +279,9 @@ class SequenceState:
             now.hidden[self.num_layers % 2].write(final.array[:, -1:])
             final, seq = now.hidden[self.num_layers % 2], 1
         rows, passes = self.batch * seq, sessions.manifest.costs.passes
-        form = form or head_form_of(passes, precision, rows, self._widened)
+        drafts = self.batch == 1 and rows <= MOST + 1  # for these alone nothing more is loaded
+        widened = frozenset() if drafts and not sessions.has_wide_head() else self._widened
+        form = form or head_form_of(passes, precision, rows, widened)
         run = now.heads.get(form)
         if run is None:
             now.logits = now.logits or self._logits(seq)

@@ -140,6 +140,10 @@ class Sessions:
         """Final norm and LM head."""
         return self._get(head_path(form), self.head_ports)
 
+    def has_wide_head(self) -> bool:
+        """Whether the wide LM head is loaded."""
+        return head_path(WIDE) in self._loaded
+
     def scorer(self) -> LoadedGraph:
         """What decides; see `ScorerFacts`."""
         file = scorer_facts(self.manifest).file
@@ -157,7 +161,7 @@ class Sessions:
         Args:
             policy: None loads every graph; the wide ones only where memory is not low.
             prompt: how its prompts run.
-            batches: without, the wide LM head stays out until passes with many rows use it.
+            batches: without, the wide LM head waits for a batch, and drafts do without it.
 
         Raises:
             BundleError: a graph is damaged.

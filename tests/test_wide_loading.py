@@ -7,10 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_wide import LAYERS, PROMPT, wide_bundle, wide_layers, with_passes  # noqa: F401
 
 import dash_onnx
+from dash_onnx.cli import run
 from dash_onnx.core.actions import WIDE, Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import head_path
@@ -18,6 +20,7 @@ from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.sources import open_source
+from dash_onnx.runtime.model import Model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BATCH = ["the", "a", "ship"] * 3
@@ -50,6 +53,36 @@ def test_the_wide_head_may_wait_for_the_first_batch(wide_bundle: Path) -> None: 
         assert model.loaded == loaded and model.bytes_to_load() > 0  # it is counted beforehand
         model.batch(BATCH, parallel=9, options=options)
         assert model.loaded == {*loaded, head_path(WIDE)} and model.bytes_to_load() == 0
+
+
+def test_the_drafts_of_one_answer_do_without_a_wide_head_that_is_not_loaded(
+    wide_bundle: Path,  # noqa: F811
+) -> None:
+    with dash_onnx.load(wide_bundle, policy="int4") as model:
+        model.preload("int4", batches=False)
+        loaded, own, forms = model.loaded, model.manifest.heads["int4"], []
+        for wide in (False, True):
+            drafts = model.new_sequence()
+            drafts.advance(12)
+            drafts.embed(np.zeros(12, np.int64))
+            drafts.head(own, every=True)
+            forms += drafts._passes[12].heads
+            assert wide or model.loaded == loaded
+            model.preload("int4")
+        assert forms == [own, WIDE]
+
+
+def test_a_question_whose_answer_may_repeat_it_loads_the_wide_head(
+    wide_bundle: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(Model, "preload", lambda *_, batches, **__: seen.append(batches))
+    (tmp_path / "old.txt").write_text("the ship")
+    for words in (["hi"], ["hi " * 400], ["hi", "--expected", str(tmp_path / "old.txt")]):
+        run.main([str(wide_bundle), *words, "--policy", "int4", "--max-tokens", "1"])
+    assert seen == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Dash:
             bundle, threads=threads, memory=memory, cuda_graphs=cuda_graphs
         )
         self._policy, self._speculate = policy_of(self._model, variant), guesses(variant)
-        self._model.preload(self._policy, batches=False)
+        self._model.preload(self._policy, batches=bool(self._speculate))
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""

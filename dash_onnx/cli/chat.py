@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dash_onnx.cli.common import Terminated
+from dash_onnx.cli.common import Terminated, may_repeat
 from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.atomic import write_text
 from dash_onnx.core.errors import ContextLengthError, DashError, PolicyError, SourceError
@@ -122,7 +122,10 @@ class Chat:
 
     def _answer(self, asked: list[dict[str, Any]]) -> None:
         sampling = self._options.sampling(self._model.sampling)
-        record = Record(self._model.policy_of(self._options), sampling)
+        policy = self._model.policy_of(self._options)
+        if may_repeat(asked[-1]["content"]):
+            self._model.preload(policy)
+        record = Record(policy, sampling)
         view = path_view(self._model, self._options, self._show_path)
         chunks = self._model.stream(asked, options=self._options, cache=self._cache)
         with _typing_waits(), chunks:

@@ -27,6 +27,7 @@ from dash_onnx.cli.common import (
     add_parallel_option,
     add_policy_options,
     add_threads_option,
+    may_repeat,
     run,
     seed,
 )
@@ -201,8 +202,9 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     # Before anything is written, or asked.
     policy = model.policy_of(options)
-    # No token waits for a graph to load, but the first draft.
-    model.preload(policy, prefill=arguments.prefill, batches=lines is not None)
+    # No token waits for a graph to load.
+    wide = lines is not None or bool(options.expected) or may_repeat(prompt or "")
+    model.preload(policy, prefill=arguments.prefill, batches=wide)
     load_ms = (time.perf_counter() - started) * 1e3
     if lines is not None:
         run_batch(
