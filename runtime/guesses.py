@@ -223,10 +223,18 @@ class Learned:
                 for action, count in self._layers.items()
                 if action != SKIP
             )
-            wide = widened if self._wide_head() or rows > MOST + 1 else frozenset[Action]()
+            wide = head_widened(widened, rows, self._wide_head())
             return layers + passes.head_ms(head_form_of(passes, self._head, rows, wide), rows)
 
         return max(ms(rows) / ms(1), 1.0)
+
+
+def head_widened(widened: Set[Action], rows: int, loaded: bool) -> frozenset[Action]:
+    """Actions whose LM head may run wide in a pass with the drafts of one answer.
+
+    These do not wait for the wide head to load; passes with more rows, which are of batches, do.
+    """
+    return frozenset(widened if loaded or rows > MOST + 1 else ())
 
 
 def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int) -> int:

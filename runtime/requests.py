@@ -188,9 +188,8 @@ class Requests:
 
     def _learn(self, path: ActionPath, head: Action) -> Learned:
         costs, reruns = self._manifest.costs.passes, self._manifest.recurrence is not None
-        sessions = self._sessions
-        wide_head = sessions.has_wide_head
-        return Learned(costs, path, head, sessions.widened, reruns, wide_head)
+        widened, wide_head = self._sessions.widened, self._sessions.has_wide_head
+        return Learned(costs, path, head, widened, reruns, wide_head)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
         if options.grammar is None:

@@ -33,6 +33,7 @@ SLOTS = 8
 """Generations that run together unless told otherwise."""
 
 MOST_SLOTS = 256
+"""Each takes a part of the K/V cache."""
 
 _CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them,
 _LEAST_CHUNK = 8  # as many as take about twice the time of such a pass

@@ -14,7 +14,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import head_form_of
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.guesses import MOST, MOST_ROWS
+from dash_onnx.runtime.guesses import MOST, MOST_ROWS, head_widened
 from dash_onnx.runtime.kv import CAPACITY, KVCache
 from dash_onnx.runtime.passes import Lengths, Pass
 from dash_onnx.runtime.sessions import Sessions
@@ -279,8 +279,9 @@ class SequenceState:
             now.hidden[self.num_layers % 2].write(final.array[:, -1:])
             final, seq = now.hidden[self.num_layers % 2], 1
         rows, passes = self.batch * seq, sessions.manifest.costs.passes
-        drafts = self.batch == 1 and rows <= MOST + 1  # for these alone nothing more is loaded
-        widened = frozenset() if drafts and not sessions.has_wide_head() else self._widened
+        widened = self._widened
+        if self.batch == 1 and rows > 1:
+            widened = head_widened(widened, rows, sessions.has_wide_head())
         form = form or head_form_of(passes, precision, rows, widened)
         run = now.heads.get(form)
         if run is None:

@@ -124,7 +124,7 @@ class Chat:
         sampling = self._options.sampling(self._model.sampling)
         policy = self._model.policy_of(self._options)
         if may_repeat(asked[-1]["content"]):
-            self._model.preload(policy)
+            self._model.preload(policy, prefill=self._options.prefill)
         record = Record(policy, sampling)
         view = path_view(self._model, self._options, self._show_path)
         chunks = self._model.stream(asked, options=self._options, cache=self._cache)
@@ -158,7 +158,7 @@ class Chat:
         options = dataclasses.replace(self._options, budget=text or self._options.budget)
         policy = self._model.policy_of(options)
         if text:
-            self._model.preload(policy, batches=False)
+            self._model.preload(policy, prefill=self._options.prefill, batches=False)
         self._options = options
         self._say(f"policy {policy.name}")
 

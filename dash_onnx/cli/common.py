@@ -192,15 +192,12 @@ def positive(text: str) -> int:
 
 def may_repeat(text: str) -> bool:
     """Whether much of an answer to it may be drafted: then the wide LM head is worth its memory."""
-    return len(text) > _LONG
+    return len(text) > 1000  # characters
 
 
 def decisions(text: str) -> int:
     """An argparse type: how often the scorer runs for a token."""
     return sys.maxsize if text == "every" else positive(text)
-
-
-_LONG = 1000  # characters
 
 
 Options: TypeAlias = argparse._ActionsContainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.budget import PRESETS
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import TIE, alternatives, candidates, margin_of
+from dash_onnx.core.plans import TIE, alternatives, candidates, kl_reference, margin_of
 
 
 def plans_table(manifest: Manifest) -> list[str]:
@@ -33,7 +33,7 @@ def plans_table(manifest: Manifest) -> list[str]:
     spared = f", divided by {margin:g} for other text" if margin > 1 else ""
     promised = ", ".join(f"{name} {limit:g}" for name, limit in PRESETS.items())
     best = manifest.variants[0]
-    reference = "full precision" if manifest.scorer is None else best
+    reference = kl_reference(manifest)
     decided = "; decisions per token only if they save more" if manifest.scorer else ""
     return [
         *aligned([["preset", "time", "budget", "KL", "head", "layers"], *rows], left=1),

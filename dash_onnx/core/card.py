@@ -10,7 +10,7 @@ from dash_onnx.core.atomic import write_text
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.contract import CARD_NAME, SOURCE_FOLDER
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import preset_plans
+from dash_onnx.core.plans import kl_reference, preset_plans
 
 _HUB = re.compile(r"\w+:([\w.-]+/[\w.-]+)(?:/[^@]*)?@\w+")
 
@@ -59,7 +59,6 @@ def card(manifest: Manifest) -> str:
         "```",
     ]
     if plans := preset_plans(manifest):
-        against = "full precision" if manifest.scorer is None else f"`{manifest.variants[0]}`"
         lines += ["", "| preset | tokens/s | KL, nats | layers |", "|---|--:|--:|---|"]
         for name, plan in plans.items():
             speed = 1000 / (plan.time * full_ms)
@@ -67,7 +66,7 @@ def card(manifest: Manifest) -> str:
         lines += [
             "",
             f"Speed: one answer, profiled on {costs.machine} with {costs.threads} threads. KL: "
-            f"against {against}, on held-out text. Calibrated on "
+            f"against {kl_reference(manifest)}, on held-out text. Calibrated on "
             f"{manifest.calibration.tokens:,} tokens ({manifest.calibration.source}).",
         ]
     return "\n".join(lines) + "\n"

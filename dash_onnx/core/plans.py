@@ -71,6 +71,11 @@ def frontier(manifest: Manifest) -> tuple[Plan, ...]:
     return tuple(sorted(kept, key=lambda plan: plan.time))
 
 
+def kl_reference(manifest: Manifest) -> str:
+    """What the KL of plans is to."""
+    return "full precision" if manifest.scorer is None else manifest.variants[0]
+
+
 def preset_plans(manifest: Manifest) -> dict[str, Plan]:
     """By preset, the fastest plan that keeps its promise; else the one that loses least.
 

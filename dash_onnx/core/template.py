@@ -248,7 +248,6 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # The first may be an environment or a context, of length 1.
         given = (*args, *kwargs.values())
         owner = next((i for i, x in enumerate(given) if not isinstance(x, _JINJA)), 0)
-        _bound(*given[owner:])
         _spend(_made(name, given[owner], given[owner + 1 :]))
         return function(*args, **kwargs)
 
@@ -268,6 +267,7 @@ def _made(name: str, owner: Any, args: tuple[Any, ...]) -> float:
     if name in ("d", "default", "trim", "truncate"):
         return _length(owner) + sum(map(_length, args))
     if name in _REFERRING:
+        _bound(owner, *args)
         weight = _ITEM if name in _PIECES and isinstance(owner, str) else 1
         return weight * _product((owner, *args), _length)
     if name in _PIECES:
