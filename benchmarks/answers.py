@@ -1,8 +1,8 @@
-"""Length and repetition of greedy answers at each preset, beside the highest precision's.
+"""Length and repetition of greedy answers at each preset, compared to the highest precision.
 
     python benchmarks/answers.py out/ --prompts chats.jsonl --limit 100
 
-Repeated 4-grams: the share of an answer's runs of four tokens that it has had before.
+Repeated 4-grams: the share of an answer's 4-grams that occurred in it before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dash_onnx.runtime.options import GREEDY
 
 
 def repeated(tokens: list[int], size: int = 4) -> float:
-    """Share of the n-grams of an answer that are not new; 0 where it is too short."""
+    """Share of repeated n-grams in an answer; 0 if it is too short."""
     grams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -44,7 +44,7 @@ def main() -> None:
     policies: list[tuple[str, str | None]] = [(model.manifest.variants[0], None)]
     budgets = sorted(scorer.presets, key=lambda preset: -scorer.presets[preset])
     policies += [("dash", preset) for preset in budgets]
-    # Every so many, so that all groups of a file that is sorted by group have their share.
+    # Evenly spaced, so that every group is represented in a file sorted by group.
     texts = read_prompts(arguments.prompts)
     texts = texts[:: max(1, len(texts) // arguments.limit)][: arguments.limit]
     rows = []

@@ -4,8 +4,8 @@
     dash-export FOLDER BUNDLE --effort none
     dash-bench BUNDLE --peer llama.cpp:FILE --skip quality
 
-Speed and memory do not depend on the values of weights, so the last command compares what real
-models of this shape would take. `--gguf` needs llama-cpp-python.
+Speed and memory do not depend on the values of weights, so the last command shows what real models
+of this shape would take. `--gguf` needs llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 262144,
     },
 }
-"""Of Llama 3, LFM 2 and Qwen 3.5, in transformers' terms."""
+"""Shapes of Llama 3, LFM 2 and Qwen 3.5, in transformers' terms."""
 
 
 def main() -> None:
-    """Writes the folder; a shard for each layer and one for the rest."""
+    """Writes the folder, with one shard per layer and one for the rest."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,9 +105,9 @@ def write(folder: Path, config: PreTrainedConfig, *, ternary: bool = False) -> d
     """Writes a random model; returns the file of each weight.
 
     Args:
-        folder: to write.
+        folder: folder to write.
         config: the shape.
-        ternary: whether weights of layers have three values, as BitNet's.
+        ternary: whether weights of layers have three values, as in BitNet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -137,12 +137,12 @@ def write(folder: Path, config: PreTrainedConfig, *, ternary: bool = False) -> d
 
 
 def shaped(shape: str, layers: int | None = None, **own: Any) -> PreTrainedConfig:
-    """A shape's configuration, with as many layers of its pattern as are asked for.
+    """A shape's configuration, with the requested number of layers.
 
     Args:
         shape: its name.
         layers: None takes all.
-        own: sizes in place of the shape's.
+        own: sizes that replace those of the shape.
     """
     sizes = {**SHAPES[shape], **own}
     if layers:
@@ -160,7 +160,7 @@ def stored(folder: Path, weight_map: dict[str, str]) -> Iterator[tuple[str, torc
 
 
 def weight(shape: torch.Size, generator: torch.Generator, *, ternary: bool = False) -> torch.Tensor:
-    """Norms of ones, and matrices as a model begins its training, or of their signs and zeros."""
+    """Norms of ones, and matrices as initialized for training, or only their signs and zeros."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     found = torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
@@ -168,7 +168,7 @@ def weight(shape: torch.Size, generator: torch.Generator, *, ternary: bool = Fal
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and one of two, since llama.cpp expects a merge."""
+    """One token per byte, and one of two bytes, since llama.cpp expects a merge."""
     alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġt"]
     ids = {token: index for index, token in enumerate(alphabet)}
     found = Tokenizer(models.BPE(ids, [("Ġ", "t")]))

@@ -1,7 +1,7 @@
-"""The random checkpoints of big.py as GGUF files, for llama.cpp beside the same shape here.
+"""The random checkpoints of big.py as GGUF files, to compare with llama.cpp at the same shape.
 
-Keys and names are those that llama.cpp's converter writes. Values that it would compute, such as
-the decay of Gated DeltaNet, are left as they are: the file is made for its speed.
+Keys and names are those that llama.cpp's converter writes. Values that it would convert, such as
+the decay of Gated DeltaNet, are left unchanged: the file only serves to measure speed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def save_gguf(
     weights: Iterable[tuple[str, torch.Tensor]],
     kind: str = "Q4_0",
 ) -> None:
-    """Writes a model, by way of a file in FP16.
+    """Writes a model, via a file in FP16.
 
     Args:
         path: the file.
-        config: of a Llama, an LFM 2 or a Qwen 3.5.
-        tokenizer: BPE of bytes.
+        config: config of a Llama, an LFM 2 or a Qwen 3.5.
+        tokenizer: byte-level BPE.
         weights: by Hugging Face name.
-        kind: of matrices, as llama-quantize calls it; F16 keeps them.
+        kind: type of matrices, as named by llama-quantize; F16 keeps them.
     """
     architecture = _ARCHITECTURES[config.model_type]
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -105,7 +105,7 @@ def _add_keys(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def _add_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, size: int) -> None:
-    """The tokens, padded to a model's number of rows."""
+    """Adds the tokens, padded to the model's vocabulary size."""
     known = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     padding = [f"[PAD{index}]" for index in range(len(known), size)]
     types = [gguf.TokenType.NORMAL] * len(known) + [gguf.TokenType.UNUSED] * len(padding)

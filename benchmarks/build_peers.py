@@ -2,7 +2,7 @@
 
 python benchmarks/build_peers.py MODEL build/peers
 
-Of a GGUF file also those of llama.cpp and OpenVINO, which need the extra llama-cpp.
+For a GGUF file also those of llama.cpp and OpenVINO, which need the extra llama-cpp.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import Sizes, sizes_of
 from dash_onnx.exporters.sources import Shapes, Source
 
-SPEED = 40e9  # bytes of memory that a machine reads in a second
-SHAPES = {  # layers, width, width inside the MLP, heads, heads of K/V, tokens
+SPEED = 40e9  # bytes per second that a machine reads from memory
+SHAPES = {  # layers, width, width inside the MLP, heads, K/V heads, tokens
     "0.1 B, such as SmolLM2-135M": (30, 576, 1536, 9, 3, 49152),
     "0.5 B, such as Qwen2.5-0.5B": (24, 896, 4864, 14, 2, 151936),
     "1 B, such as Llama-3.2-1B": (16, 2048, 8192, 32, 8, 128256),
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def needs(shape: tuple[int, ...], *, wide: bool) -> Sizes:
-    """What a bundle of INT8 and INT4 takes, with the wide form or without."""
+    """Sizes of a bundle with INT8 and INT4, with or without the wide form."""
     layers, width, inner, heads, kv_heads, tokens = shape
     config = LlamaConfig(
         num_hidden_layers=layers,

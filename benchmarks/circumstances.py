@@ -1,4 +1,4 @@
-"""Where, when and with what a part of the results was measured."""
+"""Where, when and with which versions a part of the results was measured."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PACKAGES = (
 
 
 def circumstances(root: Path, files: Sequence[Path], bundle: Path | None) -> dict[str, Any]:
-    """What results.py compares: it refuses parts of one bundle that differ in it.
+    """Facts that results.py compares: it refuses parts of one bundle that differ in them.
 
     Args:
-        root: of the repository.
-        files: that are read.
-        bundle: that is measured, where it is one that others measure, too.
+        root: root of the repository.
+        files: files that the measurement reads.
+        bundle: the measured bundle, if other parts measure it too.
     """
     git = ["git", "-C", str(root)]
     commit = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True).strip()
-    written = (":!docs", ":!README.md", ":!benchmarks/results")  # by results.py
+    written = (":!docs", ":!README.md", ":!benchmarks/results")  # written by results.py
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *written]).returncode
     return {
         "commit": commit + ("+changes" if changed else ""),

@@ -1,13 +1,13 @@
-"""What the experts of a layer cost, beside a dense MLP of as many active weights.
+"""Cost of the experts of a layer, compared to a dense MLP with as many active weights.
 
     python benchmarks/experts.py
     python benchmarks/experts.py --shapes lfm2_moe olmoe --rows 1 64 --json
     python benchmarks/experts.py --shapes lfm2_moe --rows 1 --mapped
 
-`--mapped` also times the experts from their file, as `--memory low` runs those that do not fit.
+`--mapped` also times experts mapped from their file, as `--memory low` runs those that do not fit.
 
 Weights are random: times do not depend on them. The shapes are those of one layer of
-LFM2-8B-A1B, OLMoE-1B-7B and Qwen3-30B-A3B. Both take turns, with other experts in each round.
+LFM2-8B-A1B, OLMoE-1B-7B and Qwen3-30B-A3B. Both take turns, with different experts in each round.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def measured(
         rng = np.random.default_rng(0)
         for count in counts:
             times: list[list[float]] = [[] for _ in kinds]
-            for _ in range(rounds):  # the median passes over the first ones
+            for _ in range(rounds):  # the median ignores the first ones
                 hidden = {"hidden": rng.standard_normal((1, count, width), np.float32)}
                 for session, some in zip(sessions, times, strict=True):
                     started = time.perf_counter()
@@ -107,7 +107,7 @@ def measured(
 
 
 def build(folder: Path, name: str, width: int, experts: Experts, form: Action) -> Path:
-    """A graph of random experts, or of a dense MLP as wide as those of a token together."""
+    """A graph of random experts, or of a dense MLP as wide as all experts of a token together."""
     block = architecture_of(config := LlamaConfig()).block(config)
     port = [Port(x, "float32", (1, "seq", width)) for x in ("hidden", "hidden_out")]
     target = Target("cpu", "float32", 128, 4)
@@ -134,7 +134,7 @@ def dense(graph: Graph, x: ir.Value, width: int, inner: int, form: Action) -> ir
 
 
 def random(name: str, rows: int, columns: int) -> Linear:
-    """A product `[N, K]`; a router's scores vary by 1, since experts of weight 0 do not run."""
+    """A random product `[N, K]`; router scores vary by 1, since experts of weight 0 do not run."""
     return Linear(name, torch.randn(rows, columns, dtype=torch.float16) / columns**0.5)
 
 

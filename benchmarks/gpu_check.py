@@ -3,9 +3,10 @@
     make gpu-check WHEELS=folder                              # on a machine with a GPU
     python benchmarks/gpu_check.py --device cpu --layers 2    # a rehearsal on any other
 
-What torch, transformers, onnx and onnxscript leave to be installed is taken from the wheels in
-FOLDER: onnxruntime-gpu first of all. Every part is a process of its own with a limit in time, and
-what fails in one hides no other; the summary comes last, and as JSON in build/gpu/summary.json.
+torch, transformers, onnx and onnxscript must be installed; everything else is taken from the wheels
+in FOLDER, above all onnxruntime-gpu. Every part runs in its own process with a time limit, so that
+a failure in one does not hide others; the summary is printed last, and as JSON in
+build/gpu/summary.json.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
-BUDGET_S = 530.0  # of all parts; what is left of it limits each
-REHEARSAL = 6  # times as long may a part take on the CPU
-TEXT = ROOT / "README.md"  # weights that are random need no more
+BUDGET_S = 530.0  # for all parts; the remainder limits each part
+REHEARSAL = 6  # factor on the time limit of a part on the CPU
+TEXT = ROOT / "README.md"  # enough for random weights
 
 
 @dataclass
 class Part:
-    """What is run, and what came of it.
+    """A part of the check, and its result.
 
     Attributes:
-        name: in the summary.
-        command: of the process.
-        limit_s: after which it is stopped.
+        name: name in the summary.
+        command: command of the process.
+        limit_s: seconds after which it is stopped.
         needs: file without which it cannot run.
-        seconds: that it took.
-        failed: why there is no result, in a line; "" if there is one.
+        seconds: time it took.
+        failed: why there is no result, in one line; "" if there is one.
         result: its output: the JSON that it printed, else its last lines.
     """
 
@@ -51,7 +52,7 @@ class Part:
     result: Any = None
 
     def run(self, most_s: float, environment: dict[str, str]) -> None:
-        """Runs it, for so long at most; its messages go to stderr as they come."""
+        """Runs the part with a time limit; its messages go to stderr as they arrive."""
         if self.needs is not None and not self.needs.exists():
             self.failed = f"there is no {self.needs}: an earlier part failed"
             return
@@ -81,7 +82,7 @@ class Part:
 
 
 def main() -> int:
-    """Runs the parts; exit code 1 where one fails."""
+    """Runs the parts; exit code 1 if one fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +124,7 @@ def main() -> int:
 
 
 def ready(wheels: Path | None) -> str:
-    """Where the packages lie that this Python lacks: those of the wheels, and this project."""
+    """Folder with the packages that this Python lacks: those of the wheels, and this project."""
     site = WORK / "site"
     if wheels is not None:
         files = sorted(map(str, wheels.glob("*.whl")))
@@ -141,7 +142,7 @@ def ready(wheels: Path | None) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What must be there: the GPU, as the driver, torch and ONNX Runtime see it."""
+    """The GPU as seen by the driver, torch and ONNX Runtime, all of which is required."""
     import onnxruntime
     import torch
 
@@ -159,7 +160,7 @@ def machine() -> dict[str, Any]:
 
 
 def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
-    """In the order in which a defect shows first."""
+    """The parts, in the order in which a defect would show first."""
     python, here, device = sys.executable, str(ROOT / "benchmarks"), arguments.device
     model, out = WORK / "model", WORK / device
     tool = [python, "-m", "dash_onnx"]
@@ -193,7 +194,7 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
 
 
 def line_of(part: Part) -> str:
-    """Name, seconds, and what was found."""
+    """Name, seconds and findings."""
     found = f"FAILED: {part.failed}" if part.failed else ""
     result = part.result
     if isinstance(result, dict) and "contenders" in result:

@@ -1,15 +1,15 @@
-"""What a token costs at the LM head, by precision and size of the vocabulary.
+"""Cost of a token at the LM head, by precision and vocabulary size.
 
     python benchmarks/heads.py
     python benchmarks/heads.py --vocabularies 32000 128256 --hidden-size 2048 --json
     python benchmarks/heads.py --bundle out/ --text book.txt
 
-Weights are random: times do not depend on them. What a head loses does, see `dash-info` and
+Weights are random: times do not depend on them. The loss of a head does, see `dash-info` and
 docs/decisions/0085 and 0095. The default shapes are those of SmolLM2-135M, Qwen2.5-0.5B and
 Gemma-3-270M. The precisions take turns, so that no head finds its weights in the caches.
 
-With a bundle and a text: for how many tokens each head takes another one for the likeliest than
-the INT8 head's weights give without rounding what they are multiplied with.
+With a bundle and a text: for how many tokens the top-1 token of each head differs from that of the
+INT8 head's weights with unrounded inputs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.ort import create_session, use_threads
 
 SHAPES = {49_152: 576, 151_936: 896, 262_144: 640}
-WINDOW, LANES = 512, 32  # tokens of a context, and how many contexts run side by side
+WINDOW, LANES = 512, 32  # tokens of a context, and number of contexts in a batch
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def measured(vocabulary: int, width: int, rounds: int) -> dict[Action, float]:
             build_head(Path(folder), head, spec, target, precision, {})
             sessions[precision] = create_session(Path(folder) / head_path(precision), "cpu")
         hidden = {"hidden": np.random.default_rng(0).standard_normal((1, 1, width), np.float32)}
-        for _ in range(rounds):  # the median passes over the first ones
+        for _ in range(rounds):  # the median ignores the first ones
             for precision, session in sessions.items():
                 started = time.perf_counter()
                 session.run(None, hidden)
@@ -110,7 +110,7 @@ def measured(vocabulary: int, width: int, rounds: int) -> dict[Action, float]:
 
 
 def missed(bundle: str, text: str, most: int) -> dict[str, int]:
-    """Tokens, and of them by precision those whose likeliest one is another than the exact."""
+    """Number of tokens, and by precision how many have a top-1 token that is not the exact one."""
     found: dict[Action, list[np.ndarray]] = {}
     hidden = []
     with dash_onnx.load(bundle) as model:

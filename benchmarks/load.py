@@ -1,14 +1,14 @@
-"""Keeps a server under mixed load and looks for what leaks: memory, sequences, requests.
+"""Keeps a server under mixed load and looks for leaks: memory, sequences, requests.
 
     python benchmarks/load.py out/ --requests 10000
     python benchmarks/load.py out/ --minutes 120 --json
 
-Clients chat, send long prompts and some that are too long, ask for schemas and tools, go away in
-the middle, read slowly, send bodies that are no JSON or ask for what cannot be. Every well-formed
+Clients chat, send long prompts and some that are too long, ask for schemas and tools, disconnect
+midway, read slowly, send bodies that are not JSON or request the impossible. Every well-formed
 request must be answered or refused with a reason, and at the end no sequence may run and no request
-may wait. Memory is that of the server's process, after each tenth of the requests: in the second
-half it may grow by 2 % at most. Then the server is killed while it answers, and another one must
-find the prompts that it kept.
+may wait. Memory is that of the server process, after each tenth of the requests: in the second half
+it may grow by at most 2 %. Then the server is killed while it answers, and another one must find
+the prompts that it saved.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BROKEN = (
 
 
 def main() -> None:
-    """Prints what came of the requests, and fails where something is lost."""
+    """Prints the outcome of the requests, and fails if something leaked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +123,7 @@ async def _loaded(
     started, sent = time.monotonic(), 0
 
     def left() -> float:
-        """Share of what is to do."""
+        """Share of the work that remains."""
         if arguments.minutes:
             return 1 - (time.monotonic() - started) / (60 * arguments.minutes)
         return 1 - sent / arguments.requests
@@ -230,7 +230,7 @@ async def _broken(http: httpx.AsyncClient, rng: random.Random) -> str:
 
 
 async def _hangs_up(http: httpx.AsyncClient, rng: random.Random) -> str:
-    """Closes the connection before its request is whole."""
+    """Closes the connection before the request is complete."""
     url = http.base_url
     _, writer = await asyncio.open_connection(url.host, url.port)
     whole = (
@@ -263,7 +263,7 @@ KINDS: dict[str, tuple[Any, float]] = {
 
 
 def _resident(pid: int) -> int:
-    """Bytes of a process in memory."""
+    """Resident memory of a process in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024

@@ -1,11 +1,11 @@
-"""Runs what docs/results.md shows, part by part, and keeps what each command printed as JSON.
+"""Measures what docs/results.md shows, part by part, and saves each command's output as JSON.
 
     python benchmarks/measure.py --bundle build/demo/bundle --text wikitext2-valid.txt
     python benchmarks/measure.py speed memory --bundle out/ --quick
 
 `make results` calls it with the demo bundle and its peers, and then results.py, which writes the
-page. A part is a list of commands; one that ends in `--json` has its output kept, with the commit,
-the machine, the versions and the seconds it took. `--quick` writes to build/quick/ instead.
+page. A part is a list of commands; the output of those that end in `--json` is saved, with the
+commit, the machine, the versions and the seconds taken. `--quick` writes to build/quick/ instead.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/results")
 OTHER_FULL, OTHER_PEERS, LINES = BUILD / "other-full", BUILD / "other-peers", BUILD / "lines.txt"
 REFERENCE, OUT, QUICK_OUT = BUILD / "full", "benchmarks/results", "build/quick"
-NUMBERS = BUILD / "numbers.txt"  # 2,000 tokens: calibrate what is in full, or timed alone
+NUMBERS = BUILD / "numbers.txt"  # 2,000 tokens: for bundles in full, or only timed
 Command = list[str | Path]
 COUNT: Command = ["sh", "-c", f"seq -s, 500 > {NUMBERS}"]
 PROMPT_FORMS: Command = ["python", "benchmarks/prompt_forms.py", "--reference", OTHER_FULL]
 MATH = BUILD / "math_reasoning.jsonl"
-PROFILE: Command = ["dash-profile", BUILD / "other"]  # guesses go by what passes take here and now
+PROFILE: Command = ["dash-profile", BUILD / "other"]  # guessing needs current times of passes
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Size:
     other_items: int = 200
     answers: int = 100
     per_kind: int = 4
-    many_per_kind: int = 10  # all that most kinds of Spec-Bench have
-    count_to: int = 900  # in the long prompt, about four tokens a number
+    many_per_kind: int = 10  # the number in most kinds of Spec-Bench
+    count_to: int = 900  # in the long prompt; about four tokens per number
 
 
 QUICK = Size(1, 1, 1, 4, 1, 2, 2, 1, 1, 1, 50)
 
 
 def bundle(a: argparse.Namespace, _: Size) -> list[Command]:
-    """What an action costs, and the export, as the manifest has it; the reference. 1 minute."""
+    """Costs of actions, and the export, from the manifest; the reference. 1 minute."""
     return [COUNT, _reference(a.model, REFERENCE), ["dash-info", a.bundle, "--json"]]
 
 
@@ -72,7 +72,7 @@ def _reference(model: Path, out: Path) -> Command:
 
 
 def speed(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Speed, memory and quality beside the peers. 10 minutes."""
+    """Speed, memory and quality, compared to the peers. 10 minutes."""
     bench: Command = ["dash-bench", a.bundle, "--reference", REFERENCE, *_peers(a.peer)]
     return [[*bench, *_amount(size), "--json"]]
 
@@ -85,7 +85,7 @@ def memory(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def context(a: argparse.Namespace, size: Size) -> list[Command]:
-    """A token and the prompt after some 3,500 tokens. 3 minutes."""
+    """Decoding and prompt speed at about 3,500 tokens. 3 minutes."""
     prompt = BUILD / "long.txt"
     bench: Command = ["dash-bench", a.bundle, "--policy", "int4", "--policy", "dash@balanced"]
     bench += _peers([peer for peer in a.peer if re.match("genai:.*int4", peer)])
@@ -106,12 +106,12 @@ def other_memory(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def quality(a: argparse.Namespace, size: Size) -> list[Command]:
-    """KL of precisions, presets and baselines on each text. 4 minutes a text."""
+    """KL of precisions, presets and baselines on each text. 4 minutes per text."""
     return [_policies(a.bundle, text, size) for text in a.text]
 
 
 def skips(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same between INT8 and skip, in a bundle of its own. 20 minutes, and 6 a text."""
+    """The same between INT8 and skip, in a separate bundle. 20 minutes, and 6 per text."""
     out = BUILD / "int8"
     export: Command = ["dash-export", a.model, out, "--variants", "int8", "--requantize"]
     export += ["--effort", a.effort, "--overwrite", "--json"]
@@ -119,24 +119,24 @@ def skips(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def tasks(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Accuracy on each task. 8 minutes a task."""
+    """Accuracy on each task. 8 minutes per task."""
     return _tasks(a.task, size.items, REFERENCE, a.bundle)
 
 
 def other_tasks(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same of the larger model, after `other`. 15 minutes a task."""
+    """The same for the larger model, after `other`. 15 minutes per task."""
     return _tasks(a.task, size.other_items, OTHER_FULL, BUILD / "other")
 
 
 def other_free(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Math among PROMPTS, answered freely by the larger model, after `other`. 45 minutes."""
+    """Math from PROMPTS, answered freely by the larger model, after `other`. 45 minutes."""
     math: Command = ["sh", "-c", f'grep \'"math_reasoning"\' "$0" > {MATH}', a.prompts]
     task = Path("benchmarks/math_reasoning.yaml")
     return [math, *_tasks([task], size.other_items, OTHER_FULL, BUILD / "other")]
 
 
 def _apart(bundle: Path) -> list[str]:
-    """Presets, but of those that run the same plan the first one alone."""
+    """Presets, but only the first of those that run the same plan."""
     plans = preset_plans(Bundle(ROOT / bundle).manifest)
     return [n for i, n in enumerate(plans) if plans[n] not in [*plans.values()][:i]]
 
@@ -159,7 +159,7 @@ def answers(a: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def other(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 7 a text."""
+    """Export, speed and quality of a larger model. 20 minutes for 0.5 billion, and 7 per text."""
     build: Command = ["python", "benchmarks/build_peers.py", a.other, OTHER_PEERS]
     gguf = a.other.suffix == ".gguf"
     more = ["q4_0", "openvino-int4"] if gguf else []
@@ -198,19 +198,19 @@ def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) ->
 
 
 def forms(a: argparse.Namespace, size: Size) -> list[Command]:
-    """What the larger model's prompts lose by their form, after `other`. 4 minutes a text."""
+    """Loss of the larger model's prompts by their form, after `other`. 4 minutes per text."""
     texts = [word for text in a.text for word in ("--text", text)]
     return [[*PROMPT_FORMS, BUILD / "other", *texts, "--windows", str(size.windows), "--json"]]
 
 
 def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guesses with the larger model, after `other`. 40 minutes."""
+    """Guessing with the larger model, after `other`. 40 minutes."""
     kinds = ["--tasks", str(size.per_kind), "--target", "int4", "--target", "int8"]
     return [PROFILE, [*_speculate(a, size.many_per_kind), *kinds, *_short(size), "--json"]]
 
 
 def guessing_peers(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same beside those of peers, with fewer prompts. 40 minutes."""
+    """The same compared to that of peers, with fewer prompts. 40 minutes."""
     command = _speculate(a, size.per_kind)
     command += ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
     command += ["--llama-cpp", OTHER_PEERS / "q4_0.gguf"] if a.other.suffix == ".gguf" else []
@@ -222,7 +222,7 @@ def _short(size: Size) -> Command:
 
 
 def drawn(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same where tokens are drawn, and four answers at once. 20 minutes."""
+    """The same with sampled tokens, and with four answers at once. 20 minutes."""
     few, short = min(size.per_kind, 2), ["--max-tokens", str(size.new_tokens), "--json"]
     return [
         PROFILE,
@@ -237,7 +237,7 @@ def _speculate(a: argparse.Namespace, per_kind: int) -> Command:
 
 
 def server(a: argparse.Namespace, size: Size) -> list[Command]:
-    """A server with a larger model, beside a `llama-server` on PATH, after `other`. 15 minutes."""
+    """A server with the larger model, and a `llama-server` on PATH, after `other`. 15 minutes."""
     bench: Command = ["python", "benchmarks/serve.py", BUILD / "other", "--batch"]
     if a.other.suffix == ".gguf" and shutil.which("llama-server"):
         bench += ["--peer", OTHER_PEERS / "q4_0.gguf"]
@@ -253,7 +253,7 @@ def scale(_: argparse.Namespace, size: Size) -> list[Command]:
 
 
 def shapes(_: argparse.Namespace, size: Size) -> list[Command]:
-    """Random models in other families' shapes, beside peers. 40 minutes and 10 GB of disk."""
+    """Random models in other families' shapes, and peers. 40 minutes and 10 GB of disk."""
     commands = [COUNT]
     for shape, layers in {"lfm2-1.2b": 16, "qwen3.5-0.8b": 24, "lfm2-8b-a1b": 6}.items():
         # GenAI 0.18 builds Qwen 3.5 from its multimodal checkpoints only.
@@ -316,11 +316,11 @@ PARTS: dict[str, tuple[Part, str]] = {
     "scale": (scale, ""),
     "shapes": (shapes, ""),
 }
-"""By name the commands, and the options that they need."""
+"""The commands of each part, and the options that they need."""
 
 
 def main() -> None:
-    """Measures the parts that are asked for."""
+    """Measures the requested parts."""
     told = "\n".join(f"  {name:12} {part.__doc__}" for name, (part, _) in PARTS.items())
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -364,7 +364,7 @@ def _path(text: str) -> Path:
 
 
 def _run(command: Command) -> dict[str, Any]:
-    """Runs a command in the root of the repository, as it will be shown."""
+    """Runs a command in the root of the repository, as results.md will show it."""
     shown = shlex.join(_shown(word) for word in command)
     print(f"$ {shown}", file=sys.stderr)
     (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
@@ -386,8 +386,8 @@ def _run(command: Command) -> dict[str, Any]:
 
 
 def _shown(word: str | Path) -> str:
-    """A file outside the repository by its name: where it lies says nothing to others."""
-    if isinstance(word, str):  # of a peer the kind stands before its path
+    """A file outside the repository by its name: its folder means nothing to others."""
+    if isinstance(word, str):  # a peer has its kind before the path
         kind, colon, path = word.partition(":/")
         return f"{kind}:{_shown(Path('/', path))}" if colon else word
     if not word.is_absolute():

@@ -1,10 +1,10 @@
-"""What deciding costs a token: the scorer beside the layers, between them, and not at all.
+"""Cost of deciding per token: with the scorer beside the layers, between them, and without it.
 
     python benchmarks/overlap.py BUNDLE
 
-BUNDLE has a trained policy. The same text runs in turns: as the runtime does it; on a GPU
-also with a scorer that runs between two layers while the host waits; and on the recorded paths,
-without a scorer. `hidden` is the share of the scorer's time that the overlap saves.
+BUNDLE has a trained policy. Three runs of the same text alternate: as in the runtime;
+on a GPU also with a scorer that runs between two layers while the host waits; and on the recorded
+paths, without a scorer. `hidden` is the share of the scorer's time that the overlap saves.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PROMPT, TOKENS, ROUNDS = 16, 128, 7
 
 
 Make = Callable[[SequenceState], Decider]
-"""Makes what decides for a sequence."""
+"""Creates the decider of a sequence."""
 
 
 def main() -> None:
-    """Prints the table, or one JSON object."""
+    """Prints a table, or one JSON object."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def scored(multiplier: float, head: str) -> Make:
-    """The trained scorer at a fixed multiplier: it decides the same each time."""
+    """The trained scorer at a fixed multiplier, so that it always decides the same."""
     return lambda sequence: ScoredDecider(sequence, head, multiplier)  # type: ignore[arg-type]
 
 
@@ -85,7 +85,7 @@ def recorded(paths: list[ActionPath], head: str) -> Make:
 
 
 def decoded(model: Model, ids: np.ndarray, head: str, make: Make) -> tuple[float, list[ActionPath]]:
-    """Median milliseconds of a token, and the path of each."""
+    """Median milliseconds per token, and the path of each token."""
     sequence = model.new_sequence()
     best = model.manifest.variants[0]
     sequence.prefill(ids[:PROMPT], (best,) * sequence.num_layers, model.manifest.heads[best])

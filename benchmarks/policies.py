@@ -4,12 +4,12 @@
     python benchmarks/policies.py out/ --text book.txt --skips 2 4 6 8
     python benchmarks/policies.py out/ --text book.txt --losses 0.05 0.1 0.2 0.4
 
-The precisions, and for each budget `dash` and the best static assignment within it, and where
-layers must be skipped `even`, `cosine` and `random`: one precision, and layers skipped that are
-evenly spaced, that change their input least (ShortGPT), or drawn for each token. Budgets are the
-presets, or what the best static assignments cost that skip some layers. With `--losses` they are
-what those cost that lose at most so much on the text of the tables, and `dash` is compared with
-them alone.
+Measures the precisions, and for each budget `dash` and the best static assignment within it; where
+layers must be skipped also `even`, `cosine` and `random`: one precision, with skipped layers that
+are evenly spaced, that change their input least (ShortGPT), or that are drawn for each token.
+Budgets are the presets, or the costs of the best static assignments with given numbers of skipped
+layers. With `--losses` they are the costs of static assignments that lose at most that much on the
+text of the tables, and `dash` is compared only with those.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
             made = skipping(model.manifest, policy, budget or 1) if policy in SKIPPING else policy
             policies.append(model.policy(made, budget if made is policy else None))
             names.append((name, policy))
-        except PolicyError as error:  # such as a budget below what a baseline can do
+        except PolicyError as error:  # such as a budget too low for a baseline
             print(f"{name}, {policy}: {error}", file=sys.stderr)
     windows = arguments.limit
     with Phase("windows", total=windows * len(names)) as phase:
@@ -116,11 +116,11 @@ def runs(
 
 
 def skipping(manifest: Manifest, order: str, budget: float) -> StaticPolicy:
-    """Every layer at `base_precision`, except as many inner ones as the budget makes skip.
+    """Every layer at `base_precision`, except that as many inner ones as needed are skipped.
 
     Args:
-        manifest: of the bundle.
-        order: `even`, or `cosine`: by the similarity of a layer's input and output.
+        manifest: manifest of the bundle.
+        order: `even`, or `cosine` for the similarity of a layer's input and output.
         budget: a fraction of the reference's time.
 
     Raises:

@@ -1,14 +1,14 @@
-"""What a prompt loses by the form that it runs in: the precisions, and wide where that is faster.
+"""Loss of a prompt by the form that it runs in: the precisions, and wide where that is faster.
 
     dash-export MODEL out/
     dash-export MODEL reference/ --variants full --effort none
     python benchmarks/prompt_forms.py out/ --reference reference/ --prompts chats.jsonl
     python benchmarks/prompt_forms.py out/ --reference reference/ --text book.txt --text chats.txt
 
-With prompts: the KL of an answer's first token in nats, the mean over chats with its standard error
-and the largest, and how many first tokens are another one. `default` is a prompt under `int4`
-without `--prefill`. With texts, of each: the KL of every prediction inside the prompt, and of
-`int4` after it. The reference has its own prompt, in full precision.
+With prompts: the KL of an answer's first token in nats, as the mean over chats with its standard
+error and the maximum, and how many first tokens differ. `default` is a prompt under `int4` without
+`--prefill`. With texts, for each: the KL of every prediction inside the prompt, and of `int4` after
+it. The reference has its own prompt, in full precision.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 
 FORMS: dict[str, Action | None] = {"wide": None, "int8": "int8", "int4": "int4"}
-"""Of the prompts of texts, before `int4`, and what `prefill` asks for."""
+"""Forms of the prompts of texts, before `int4`, and the value of `prefill`."""
 
-_FIRST = 16  # predictions that are left out: what comes cannot be known
+_FIRST = 16  # predictions left out: there is no context for them yet
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, each from one part of what measure.py kept."""
+"""The tables of docs/results.md, each from one part saved by measure.py."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PEERS = {
 
 
 def table(rows: list[list[str]], left: int = 1) -> str:
-    """Markdown; the head first, and `left` columns of words."""
+    """A Markdown table; header first, and `left` columns of words."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * left + "|--:" * (len(rows[0]) - left) + "|")
     return "\n".join(lines)
 
 
 def found(part: Part) -> list[Any]:
-    """What the commands printed, of those that printed JSON."""
+    """Outputs of the commands that printed JSON."""
     return [command["found"] for command in part["commands"] if command["found"] is not None]
 
 
@@ -43,7 +43,7 @@ def results(bench: Any) -> list[Result]:
 
 
 def label(name: str) -> str:
-    """A contender in plain words; dash-bench joins its kind, folder and file."""
+    """Plain words for a contender, whose kind, folder and file dash-bench joins."""
     kind, _, target = name.partition(" ")
     if kind in ("dash", "dash-low"):
         policy, _, budget = target.partition("@")
@@ -56,7 +56,7 @@ def label(name: str) -> str:
 
 
 def ours(name: str) -> str:
-    """A policy of the bundle, by its preset, precision or path."""
+    """Plain words for a policy of the bundle, by its preset, precision or path."""
     if name in PRECISIONS:
         return f"every layer {name if name == 'full' else name.upper()}"
     if name.endswith("skips"):
@@ -76,14 +76,14 @@ def plus_minus(value: float | None, error: float | None, digits: int = 4) -> str
 
 
 def percent(value: float, error: float | None) -> str:
-    """A share likewise."""
+    """A percentage with its standard error."""
     return f"{value:.1%} ± {error:.1%}" if error else f"{value:.1%}"
 
 
 def contenders(bench: Any, *columns: str, kinds: str = "", sort: bool = False) -> str:
-    """What dash-bench found; `kinds`: of those alone; `sort`: from fast to slow.
+    """Results of dash-bench; `kinds` selects contenders, `sort` orders them from fast to slow.
 
-    A column that was not measured is left out.
+    Columns that were not measured are left out.
     """
     rows = [c for c in bench["contenders"] if re.match(kinds, c["name"])]
     peer = next((c for c in rows if c["name"].startswith("genai")), None)
@@ -98,7 +98,7 @@ def contenders(bench: Any, *columns: str, kinds: str = "", sort: bool = False) -
 
 
 def dominance(bench: Any) -> str:
-    """Which presets of a run another row dominates; empty where no preset's KL was measured."""
+    """Which presets of a run another row dominates; empty if no preset's KL was measured."""
     rows = results(bench)
     if not any(is_preset(row) and row.kl is not None for row in rows):
         return ""
@@ -117,7 +117,7 @@ def _span(c: dict[str, Any]) -> str:
 
 
 def _behind(c: dict[str, Any], tokens: int, fact: str = "tokens_per_s", unit: float = 1.0) -> str:
-    """Speed, or another fact, with a context of so many tokens."""
+    """Speed, or another figure, with a context of the given length."""
     found = c.get("behind", {}).get(str(tokens), {})
     return f"{found[fact] / unit:.0f}" if fact in found else "-"
 
@@ -139,7 +139,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def policies(texts: list[Any], *baselines: str) -> str:
-    """The policy beside what may stand in its place, by text."""
+    """The policy and its alternatives, by text."""
     others = ("static", *baselines)
     rows = [["text", "", "cost", "KL, nats", "top-1", "best static", *baselines]]
     for text in texts:
@@ -189,14 +189,14 @@ def answers(part: Part) -> str:
 
 
 def read_speed(part: Part) -> float:
-    """GB/s that the machine read at best, as other work only slows it; 0: not known."""
+    """Best read bandwidth of the machine in GB/s, as other work only slows it; 0 if unknown."""
     found = (command["found"] for command in part["commands"])
     told = (one.get("read_gb_per_s", 0.0) for one in found if isinstance(one, dict))
     return max([part.get("read_gb_per_s", 0.0), *told])
 
 
 def larger(part: Part) -> list[dict[str, Any]]:
-    """By export of the larger model: its command, and what each benchmark of it gave."""
+    """By export of the larger model: its command, and the result of each benchmark of it."""
     exports: list[dict[str, Any]] = []
     for command in part["commands"]:
         result = command["found"]
@@ -234,7 +234,7 @@ def forms(part: Part) -> str:
 
 
 def guessed(part: Part) -> str:
-    """What guessing tokens brings, by target and kind of prompt."""
+    """Gain from guessing tokens, by target and kind of prompt."""
     head = ["target", "prompts", "ms per token", "speed", "with the expected text", "accepted"]
     rows = [[*head, "same text", "largest gap"]]
     for target, kinds in _by_target(found(part)[0]).items():
@@ -272,9 +272,9 @@ _GUESSING = {
 
 
 def beside_peers(part: Part) -> str:
-    """Tokens per second with guesses, ours and those of peers, by kind of prompt."""
+    """Tokens per second with guessing, ours and peers', by kind of prompt."""
     targets = _by_target(found(part)[0])
-    theirs = next(iter(targets.values()))  # they are measured beside the first one alone
+    theirs = next(iter(targets.values()))  # they are measured only with the first target
     names = {name: told for name, told in _GUESSING.items() if name in next(iter(theirs.values()))}
     rows = [["prompts", *names.values()]]
     for target in targets:
@@ -299,7 +299,7 @@ def _mean_of_kinds(ratios: Sequence[float]) -> str:
 
 
 def drawn(part: Part) -> str:
-    """What drawn texts lose by their target, and how fast they came, by who guesses."""
+    """Loss of sampled texts by their target, and their speed, by who guesses."""
     rows = [["guesses", "nats per token", "speed"]]
     for kinds in _by_target(found(part)[0]).values():
         for name, row in kinds["all"].items():
@@ -309,7 +309,7 @@ def drawn(part: Part) -> str:
 
 
 def at_once(part: Part) -> str:
-    """Tokens per second of several answers at once, with and without guesses."""
+    """Tokens per second of several answers at once, with and without guessing."""
     rows = [["prompts", "without guesses", "with guesses", "ratio"]]
     for row in found(part)[1]:
         speeds = [f"{row[name]:.0f}" for name in ("off", "on")]
@@ -318,7 +318,7 @@ def at_once(part: Part) -> str:
 
 
 def _by_target(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By target, kind of prompt and who guesses: what was measured."""
+    """Measurements by target, kind of prompt and who guesses."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
         kinds = runs.setdefault(row["target"], {})
@@ -372,7 +372,7 @@ def shapes(part: Part) -> list[dict[str, Any]]:
 
 
 def bundle(part: Part) -> str:
-    """What an action costs."""
+    """Costs of actions."""
     facts = found(part)[0]
     costs, layers = facts["costs"], facts["layers"]
     actions, heads = [*facts["variants"], "skip"], costs["heads_ms"]

@@ -1,13 +1,13 @@
-"""Writes docs/results.md and its picture from what measure.py kept, and README.md's table.
+"""Writes docs/results.md, its picture and README.md's table from what measure.py saved.
 
     python benchmarks/results.py                # of benchmarks/results/ and its folders
     python benchmarks/results.py --check        # fails where they differ from the JSON
     python benchmarks/results.py build/quick    # writes build/quick/results.md only
 
-All parts of a page must come from one kind of machine and the same versions of what they both
-used; those that time the demo bundle from one commit, and those that judge its texts, too. A part
-takes minutes to hours, so the others may be measured apart. A folder beside the parts, written by
-`measure.py --out`, holds what another kind of machine measured, and has a page of its own.
+All parts of a page must come from one kind of machine and the same versions of packages they share;
+those that time the demo bundle must come from one commit, and so must those that judge its texts. A
+part takes minutes to hours, so the others may be measured separately. A folder next to the parts,
+written by `measure.py --out`, holds the results of another kind of machine, and gets its own page.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ ORIGINS = {
     "8d2def6bcae09679": "questions and answers of Dolly and HH-RLHF, from llm-foundry",
     "1d9614638d18024d": "Qwen2.5-Coder-0.5B-Instruct in Q4_K_M",
 }
-"""What files are, by the beginning of their SHA-256."""
+"""Descriptions of files, by the first digits of their SHA-256."""
 
 
 def read(folder: Path) -> dict[str, tables.Part]:
     """The parts by name.
 
     Raises:
-        SystemExit: they do not belong together.
+        SystemExit: the parts do not belong together.
     """
     parts = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
     groups = [(SAME_BUNDLE, [name for name in group if name in parts]) for group in (TIMED, JUDGED)]
@@ -118,17 +118,17 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
 
 
 def origin(sha256: str) -> str:
-    """What a file is, where that is known."""
+    """Description of a file, if known."""
     return f", {ORIGINS[sha256]}" if sha256 in ORIGINS else ""
 
 
 def seconds(value: float) -> str:
-    """A duration that is easy to read."""
+    """A readable duration."""
     return f"{value:.0f} s" if value < 90 else f"{value / 60:.0f} min"
 
 
 def shown(command: dict[str, Any]) -> str:
-    """A command in lines that fit a page, and the time it took."""
+    """A command wrapped to the page width, and the time it took."""
     joined = re.sub(r" (?!-)", "\0", command["command"])  # an option stays with its value
     lines = textwrap.wrap(joined, 94, break_long_words=False, break_on_hyphens=False)
     text = " \\\n  ".join(lines).replace("\0", " ")
@@ -136,12 +136,12 @@ def shown(command: dict[str, Any]) -> str:
 
 
 def plain(name: str) -> str:
-    """What a contender is called where nothing is set as code."""
+    """Name of a contender without code formatting."""
     return tables.label(name).replace("`", "")
 
 
 def main() -> None:
-    """Writes or checks."""
+    """Writes or checks the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="(default: benchmarks/results)")
     parser.add_argument("--check", action="store_true", help="write nothing")

@@ -1,10 +1,10 @@
-"""What models of any size take: measured with few layers, extrapolated to all of them.
+"""Time and memory of models of any size: measured with few layers, extrapolated to all of them.
 
     python benchmarks/scale.py FOLDER --shapes 1b 3b 8b
 
 Each shape of a Llama 3 (see big.py) is exported with its own text, with few and with twice as many
-layers of random weights, and one pass of the training runs on each. A line through both gives what
-all layers take. FOLDER needs room for such a model and its bundle: 10 GB for `8b`.
+layers of random weights, and one pass of the training runs on each. A line through both gives the
+figures for all layers. FOLDER needs room for such a model and its bundle: 10 GB for `8b`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from big import SHAPES
 
-FEW = {"1b": 4, "3b": 2, "8b": 2}  # layers, as many as make the model a large one
+FEW = {"1b": 4, "3b": 2, "8b": 2}  # enough layers to make the model a large one
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         found: dict[str, object] = {"shape": shape, "layers": layers, "measured": [few, more]}
         for name in few:
             slope = (more[name] - few[name]) / least
-            # Nothing shrinks with more layers; a peak that other parts cause may seem to.
+            # Nothing shrinks with more layers, but a peak caused by other parts may seem to.
             found[name] = round(max(few[name] + slope * (layers - least), few[name], more[name]), 2)
         rows.append(found)
         if not arguments.json:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def measured(folder: Path, shape: str, layers: int) -> dict[str, float]:
-    """Seconds and peak memory of an export, and of a pass of the training on what it gave."""
+    """Seconds and peak memory of an export, and of a training pass on its bundle."""
     here, model, out = Path(__file__).parent, folder / "model", folder / "out"
     subprocess.run(
         [sys.executable, here / "big.py", model, "--shape", shape, "--layers", str(layers)],
@@ -90,7 +90,7 @@ def timed(command: list[str | Path]) -> tuple[float, int, bytes]:
 
 
 def a_pass(bundle: Path) -> None:
-    """Runs the two passes that take most memory, each once; prints the seconds of the first."""
+    """Runs the two passes that need the most memory, once each; prints the seconds of the first."""
     import torch
 
     from dash_onnx.core.bundle import Bundle

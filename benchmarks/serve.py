@@ -1,17 +1,17 @@
-"""What a server does for several clients at once, and what arrives while others wait.
+"""Throughput of a server for several clients, and stalls while long prompts arrive.
 
     python benchmarks/serve.py out/
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
-    python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # of `serve run`, or of others
+    python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # `serve run`, or another server
     python benchmarks/serve.py out/ --without-guesses --clients 1,16 --long 0
     python benchmarks/serve.py out/ --prompts spec_bench.jsonl --category summarization
 
-Each server runs in a process of its own, and clients stream answers from it over HTTP; servers take
-turns, as machines are faster at one time than at another. Two questions: how many tokens a second
-all clients get together, and how long running answers stall while long prompts arrive. The peer is
-llama.cpp's `llama-server`, or what answers at `--url` already. Compile it for the machine, as an
-unpacked llama-cpp-python does with `cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_SERVER=ON` in
-`vendor/llama.cpp`.
+Each server runs in its own process, and clients stream answers from it over HTTP; servers take
+turns, since the speed of a machine varies over time. Two figures are measured: how many tokens per
+second all clients get together, and how long running answers stall while long prompts arrive. The
+peer is llama.cpp's `llama-server`, or a server already running at `--url`. Compile llama-server for
+the machine: in an unpacked llama-cpp-python, run
+`cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_SERVER=ON` in `vendor/llama.cpp`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PROMPTS: tuple[str, ...] = (
 )
 _LONG = "The keeper counts the ships that pass in the night, and writes their names down. "
 _MOST_LONG = 4
-_LEAST_ANSWERS = 8  # of each number of clients: how well one can be guessed varies
+_LEAST_ANSWERS = 8  # per number of clients: how well an answer can be guessed varies
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Answer:
     """What one client saw.
 
     Attributes:
-        sent: when it asked, by `time.perf_counter`.
-        times: when each piece of text came, likewise.
-        tokens: of the answer, as the server counts them.
-        status: of HTTP.
+        sent: time of the request, by `time.perf_counter`.
+        times: arrival times of the pieces of text, by `time.perf_counter`.
+        tokens: tokens of the answer, as counted by the server.
+        status: HTTP status.
     """
 
     sent: float
@@ -71,11 +71,11 @@ class Answer:
 
 @dataclass
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
         url: its address.
-        extra: what every request has, too.
+        extra: additional fields of every request.
     """
 
     url: str
@@ -184,7 +184,7 @@ def main() -> None:
 def _batch_rates(
     clients: list[int], arguments: argparse.Namespace, extra: dict[str, Any]
 ) -> dict[str, float]:
-    """Tokens a second of such prompts without a server, by how many run at once."""
+    """Tokens per second for such prompts without a server, by how many run at once."""
     options = GenerationOptions(max_new_tokens=arguments.max_tokens, temperature=0, **extra)
     prompts, found = _prompts(arguments), {}
     with dash_onnx.load(arguments.bundle, threads=arguments.threads) as model:
@@ -201,7 +201,7 @@ def _batch_rates(
 
 @contextlib.contextmanager
 def running(argv: list[str]) -> Iterator[str]:
-    """A server's address, once it answers."""
+    """Yields a server's address once it responds."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     argv = [str(port) if part == "PORT" else part for part in argv]
@@ -224,7 +224,7 @@ def running(argv: list[str]) -> Iterator[str]:
 async def _measured(
     servers: dict[str, Server], clients: list[int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Facts by server. They take turns: a machine is faster at one time than at another."""
+    """Figures by server. Servers take turns, since the speed of a machine varies over time."""
     for server in servers.values():
         await server.ask(PROMPTS[0], arguments.max_tokens)
     prompts = _prompts(arguments)
@@ -254,13 +254,13 @@ async def _measured(
 async def _stalled(
     server: Server, prompts: list[str], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Answers run, and long prompts come, one after the other."""
+    """Measures stalls: answers run while long prompts arrive one after the other."""
     running = [
         asyncio.create_task(server.ask(prompt, 2 * arguments.max_tokens)) for prompt in prompts
     ]
     firsts: list[float] = []
     while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:
-        text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held already
+        text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held
         answer = await server.ask(text, 1)
         firsts.append(1e3 * (answer.times[0] - answer.sent))
     answers = await asyncio.gather(*running)
@@ -273,8 +273,8 @@ async def _stalled(
 class _Reply(asyncio.Protocol):
     """What a server sends, and when.
 
-    It is read once all has come: a client of httpx takes 190 to 440 microseconds a token of the
-    cores that the server runs on, this one 30 to 70.
+    It is parsed once everything has arrived: an httpx client takes 190 to 440 microseconds per
+    token on the cores that the server runs on, this one 30 to 70.
     """
 
     def __init__(self) -> None:
@@ -288,7 +288,7 @@ class _Reply(asyncio.Protocol):
         self.ended.set_result(None)
 
     def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """Each server-sent event, and when its line was complete; each is in one chunk of HTTP."""
+        """Each server-sent event, and when it was complete; each is in a single HTTP chunk."""
         held = b""
         for at, data in self.reads:
             *lines, held = (held + data).split(b"\n")
@@ -300,7 +300,7 @@ def _rounds(count: int, arguments: argparse.Namespace) -> int:
 
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[str]:
-    """Without end, and none twice: a server holds those of before."""
+    """Yields prompts endlessly without repetition, since a server holds earlier ones."""
     texts = PROMPTS
     if arguments.prompts:
         texts = tuple(read_prompts(arguments.prompts, arguments.category))

@@ -1,4 +1,4 @@
-"""What guessing tokens saves, by kind of prompt, and whether the text stays the same.
+"""Time saved by guessing tokens, by kind of prompt, and whether the text stays the same.
 
     python benchmarks/speculate.py out/
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target int4
@@ -7,17 +7,17 @@
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --temperature 1
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --parallel 4
 
-PROMPTS has one JSON object a line, with `category` and `turns` or `prompt`; its categories are the
-kinds, whose speeds a geometric mean sums up. The tasks that are there without it: questions; to
-return a source file of 60 lines with a name changed, and one of 150 with one line changed, whole,
-also with the file as expected text; and JSON with a schema of ten fields, beside the same without
-forced tokens. Each prompt is answered with and without guesses, which of them first by turns. The
-greedy texts are compared token by token; where one first differs, the gap between the two best
-logits there shows whether that is rounding. With `--genai` a model of ORT GenAI's builder answers
-the same prompts, alone and with its own n-grams; with `--llama-cpp` a GGUF file in llama.cpp, alone
-and with llama-cpp-python's lookup in the text. With `--temperature` texts are drawn; they cannot be
-the same, but must be as likely to the target. With `--parallel` as many answers of a kind run at
-once, and the table has the tokens a second of all of them, their prompts included.
+PROMPTS has one JSON object per line, with `category` and `turns` or `prompt`; its categories are
+the kinds, whose speeds are summarized by a geometric mean. The built-in tasks: questions; returning
+a whole source file of 60 lines with a name changed, and one of 150 with one line changed, also with
+the file as expected text; and JSON with a schema of ten fields, also without forced tokens. Each
+prompt is answered with and without guessing, in alternating order. The greedy texts are compared
+token by token; where they first differ, the gap between the two best logits shows whether the cause
+is rounding. With `--genai` a model of ORT GenAI's builder answers the same prompts, alone and with
+its own n-grams; with `--llama-cpp` a GGUF file in llama.cpp, alone and with llama-cpp-python's
+prompt lookup. With `--temperature` texts are sampled; they cannot be the same, but must be as
+likely under the target. With `--parallel` that many answers of a kind run at once, and the table
+has their total tokens per second, prompts included.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ from dash_onnx.runtime.options import GREEDY
 from dash_onnx.runtime.ort import thread_count
 
 OURS = ("off", "on", "expected")
-TITLES = {"spec_bench": "Spec-Bench"}  # of files of prompts
+TITLES = {"spec_bench": "Spec-Bench"}  # titles of prompt files
 
 Answer = dict[str, Any]
-"""To a prompt: `tokens`, how many are `timed` and their `ms` (those of the prompt's pass are not),
-`guessed`, `right`, and where it `differs`, or the `nats` per token that a drawn text loses by the
-target."""
+"""Answer to a prompt: `tokens`, how many are `timed` and their `ms` (without the prompt's pass),
+`guessed`, `right`, and where it `differs`, or the `nats` that each token of a sampled text loses
+under the target."""
 
 Peer = Callable[[list[int], int], tuple[list[int], float]]
-"""Ids of a prompt, tokens at most: its tokens, and `ms` without the first."""
+"""Maps prompt ids and the most tokens to the answer's tokens, and `ms` without the first token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What is measured of each prompt."""
+    """What is measured for each prompt."""
 
     target: str
     new_tokens: int
@@ -124,7 +124,7 @@ def main() -> None:
             name = TITLES.get(arguments.prompts.stem, arguments.prompts.stem)
             means += mean_of_kinds([row for row in here if row["kind"] in prompts], name)
         rows += here
-        peers = []  # once: they have no target
+        peers = []  # only once: they have no target
     if arguments.json:
         told = {"temperature": arguments.temperature, "rows": rows, "means": means}
         print(json.dumps({"model": model.manifest.model.name, **told}))
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def peers_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
-    """Those that are asked for, without their own guesses and with them."""
+    """The requested peers, with and without their own guessing."""
     if arguments.genai:
         from dash_onnx_peers.genai import GenAI
 
@@ -153,7 +153,7 @@ def peers_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
 def at_once(
     model: Model, prompts: Sequence[Task], asked: Asked, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens a second of answers that share their passes, without and with guesses, in turns."""
+    """Tokens per second of answers that share passes, without and with guessing, alternating."""
     found: dict[str, list[float]] = {"off": [], "on": []}
     model.preload(asked.target)
     for turn in range(3):
@@ -187,7 +187,7 @@ def at_once_table(rows: Sequence[dict[str, Any]]) -> str:
 def answered(
     model: Model, prompts: dict[str, list[Task]], asked: Asked
 ) -> dict[str, list[dict[str, Answer]]]:
-    """By kind of prompt, and by who guesses."""
+    """Answers by kind of prompt, and by who guesses."""
     model.preload(asked.target)
     found: dict[str, list[dict[str, Answer]]] = {}
     with Phase(asked.target, total=sum(map(len, prompts.values()))) as phase:
@@ -207,14 +207,14 @@ def answered(
 
 
 def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Answer]:
-    """One prompt, by who guesses."""
+    """Answers to one prompt, by who guesses."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
     ids = ids[-(model.manifest.model.max_length - asked.new_tokens) :]
     before, found = ids.tolist(), dict[str, Answer]()
     kinds: dict[str, dict[str, Any]] = {"off": {"speculate": False}, "on": {"speculate": True}}
     if asked.expected:
         kinds["expected"] = {"speculate": True, "expected": asked.expected}
-    if asked.grammar:  # where something else may change what is drawn, nothing is forced
+    if asked.grammar:  # a logits processor turns forced tokens off
         kinds["off"]["logits_processor"] = lambda _, logits: logits
     for name, given in [*kinds.items()][:: -1 if seed % 2 else 1]:
         chosen = dataclasses.replace(
@@ -232,7 +232,7 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
         steps = [*model.generate_step(ids, options=chosen)]
         guesses = [step.guess for step in steps if step.guess]
         rest = steps[1:]
-        while rest and rest[0].ms == 0:  # the prompt's pass has made what is forced at the start
+        while rest and rest[0].ms == 0:  # tokens forced at the start came with the prompt's pass
             rest = rest[1:]
         found[name] = {
             "tokens": [step.token for step in steps],
@@ -256,7 +256,7 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
 
 
 def nats(model: Model, ids: list[int], target: str, tokens: Sequence[int]) -> list[float]:
-    """What each drawn token but the first loses by the target."""
+    """Negative log-likelihood under the target of each sampled token but the first."""
     scored = model.score([*ids, *tokens[:-1]], prompt_tokens=len(ids), policy=target)
     lost = []
     for one, token in zip(scored, tokens[1:], strict=True):
@@ -268,7 +268,7 @@ def nats(model: Model, ids: list[int], target: str, tokens: Sequence[int]) -> li
 def difference(
     model: Model, ids: list[int], target: str, alone: Sequence[int], other: Sequence[int]
 ) -> dict[str, Any] | None:
-    """Where a text first differs, and how near its two tokens are to each other there."""
+    """Where a text first differs, and how close the two best logits are there."""
     places = (n for n, (a, b) in enumerate(zip(alone, other, strict=False)) if a != b)
     if (place := next(places, None)) is None:
         return None
@@ -284,7 +284,7 @@ def difference(
 
 
 def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
-    """Of some prompts: what was guessed, the speed beside no guesses, and what differs."""
+    """Summary over prompts: guesses, speed relative to no guessing, and differences."""
     ms, alone_ms = (
         sum(one[name]["ms"] for one in found) / sum(one[name]["timed"] for one in found)
         for name in (who, "off")
@@ -310,7 +310,7 @@ def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
 
 
 def mean_of_kinds(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Of one target's rows, by who guesses: the geometric mean of their speeds."""
+    """Geometric mean of the speedups in one target's rows, by who guesses."""
     ratios = defaultdict[str, list[float]](list)
     for row in rows:
         ratios[row["speculate"]].append(row["ratio"])

@@ -1,4 +1,4 @@
-"""What speculate.py asks beside the prompts of a file."""
+"""The built-in prompts of speculate.py."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Task:
     """A prompt.
 
     Attributes:
-        prompt: of a chat.
-        expected: text that the app can give with it: the file before its edit.
-        schema: of the answer, in JSON.
+        prompt: user message of a chat.
+        expected: text that an app can send along: the file before the edit.
+        schema: JSON schema of the answer.
     """
 
     prompt: str
@@ -43,7 +43,7 @@ class Task:
 
 
 def tasks(count: int) -> dict[str, list[Task]]:
-    """By kind, so many at most."""
+    """Tasks by kind, up to a given number each."""
     return {
         "questions": [Task(prompt) for prompt in PROMPTS[:count]],
         "editing": _renamed(count),
@@ -53,14 +53,14 @@ def tasks(count: int) -> dict[str, list[Task]]:
 
 
 def _renamed(count: int) -> list[Task]:
-    """A name in a file of 60 lines, wherever it stands there."""
+    """Renames a name everywhere in a file of 60 lines."""
     names = [*dict.fromkeys(re.findall(r"\b[A-Za-z_]{6,}\b", _SOURCE))]
     names = names[:: max(len(names) // count, 1)][:count]
     return [_edit(f"Rename `{name}` to `new_{name}` in this file", _SOURCE) for name in names]
 
 
 def _changed(count: int) -> list[Task]:
-    """One line in a file of 150."""
+    """Changes one line in a file of 150 lines."""
     text = long_source()
     lines = re.findall(r"class (\w+):\n.*\n\n    (\w+): float = ([\d.]+)", text)
     ask = "Change the default of `{}` in the class `{}` from {} to {} in this file"
@@ -75,7 +75,7 @@ def _edit(what: str, source: str) -> Task:
 
 
 def long_source() -> str:
-    """A file of 150 lines: classes of one form, whose names and numbers differ."""
+    """A file of 150 lines: similar classes with different names and numbers."""
     rng = random.Random(0)
     lines = ['"""What a forwarder knows of its trade."""', "", "from __future__ import annotations"]
     lines += ["", "import math", "from dataclasses import dataclass"]

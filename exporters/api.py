@@ -1,4 +1,4 @@
-"""`dash_onnx.export`, `train` and `fuse`: one step of the pipeline each, for Python.
+"""`dash_onnx.export`, `train` and `fuse`: the Python API, one function per pipeline step.
 
 Importing this module loads neither PyTorch nor transformers; calling a function does.
 """
@@ -26,7 +26,7 @@ def export(model: str | Path, out: str | Path, **options: Any) -> Manifest:
         What the bundle contains.
 
     Raises:
-        DashError: the model cannot be exported, or `out` must not be written; `out` is unchanged.
+        DashError: the model cannot be exported, or `out` may not be replaced; `out` is unchanged.
     """
     require()
     from dash_onnx.exporters.export import ExportOptions
@@ -70,7 +70,7 @@ def fuse(
         The folder.
 
     Raises:
-        DashError: the policy cannot be fused, or the folder must not be written.
+        DashError: the policy cannot be fused, or the folder may not be replaced.
     """
     require()
     from dash_onnx.core.bundle import Bundle

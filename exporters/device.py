@@ -1,4 +1,4 @@
-"""Where torch computes: the sums of a calibration, GPTQ, and training."""
+"""The device that torch uses: for calibration sums, GPTQ and training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TrainDevice = Literal["cpu", "cuda", "auto"]
 
 
 def torch_device(choice: TrainDevice) -> torch.device:
-    """The device of a choice; as a context, it is where new tensors go.
+    """The chosen device; used as a context manager, new tensors are created on it.
 
     Raises:
         DeviceError: torch finds no GPU.

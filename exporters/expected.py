@@ -1,8 +1,8 @@
 """How long the phases of an export and a training will take on this machine.
 
-Counted in floating-point operations and divided by the speed of a matrix product that is measured
-now. What moves memory instead counts as the operations that take as long. Both are good to a factor
-of two; what the first phases take then corrects the rest (`core/progress.py`).
+Floating-point operations are counted and divided by the speed of a matrix product, measured now.
+Work bound by memory counts as the operations that would take as long. Estimates are good to a
+factor of two; the time of the first phases then corrects the rest (`core/progress.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_S = 0.5
 
 _SIZE = 1024  # rows and columns of the matrix product
 _CHECKED = 64  # tokens
-_FIT = 6e-8  # seconds that fitting the scorer takes for an input of a token, in an epoch
+_FIT = 6e-8  # seconds to fit the scorer, per input feature, token and epoch
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Speed:
     """Floating-point operations per second of a matrix product.
 
     Attributes:
-        float32: as the export computes.
-        fast: as training does, in BF16 where the processor has it.
+        float32: in FP32, as the export computes.
+        fast: as training computes, in BF16 where the processor has it.
     """
 
     float32: float
@@ -44,7 +44,7 @@ class Speed:
 
     @classmethod
     def measured(cls) -> Speed:
-        """Of this machine as busy as it is now."""
+        """Measures this machine under its present load."""
         single, fast = _speed(torch.float32, PROBE_S / 2), fast_dtype()
         return cls(single, single if fast is torch.float32 else _speed(fast, PROBE_S / 2))
 
@@ -60,7 +60,7 @@ def _speed(dtype: torch.dtype, seconds: float) -> float:
 
 
 def _parameters(facts: ModelFacts) -> int:
-    """Of all that multiplies: layers and LM head."""
+    """Number of parameters in matrix products: layers and LM head."""
     return facts.num_layers * facts.layer_parameters + facts.vocab_size * facts.hidden_size
 
 
@@ -71,14 +71,14 @@ def export_phases(
 
     Args:
         facts: shape of the model.
-        options: of the export.
-        speed: of this machine.
+        options: options of the export.
+        speed: speed of this machine.
         check: whether the bundle is compared with transformers.
     """
     width, wide, layers = facts.hidden_size, facts.intermediate_size, facts.num_layers
     vocab, parameters = facts.vocab_size, _parameters(facts)
     tokens = sequences_of(facts, options.exact) * min(LENGTH, facts.max_length)
-    layer = 2 * tokens * facts.layer_parameters  # in full precision, for all its figures
+    layer = 2 * tokens * facts.layer_parameters  # in full precision, for all figures of the layer
     head = 0
     if options.calibrates:  # GPTQ: sums of x x^T, their inverses, the rounding
         layer += tokens * (3 * width**2 + wide**2) + 3 * width**3 + wide**3
@@ -90,15 +90,15 @@ def export_phases(
         phases.append(("INT8 draft", 1.0, 2000 * parameters))
         phases.append(("calibration text", 1.0, 2 * tokens * parameters))
     phases += [
-        ("layers", 0.5 * layers, 1.7 * layers * layer),  # products of odd shapes are slower
+        ("layers", 0.5 * layers, 1.7 * layers * layer),  # products of uncommon shapes are slower
         ("LM head", 1.0, head + 200 * vocab * width),
     ]
-    if options.wide:  # a few sequences, and twice their logits
+    if options.wide:  # a few sequences, and their logits twice
         work = 4 * SEQUENCES * LENGTH * parameters + 500 * parameters
         phases.append(("wide form", 1.0, work))
     phases.append(("costs", 15.0, 2000 * parameters))
     work = 6 * SEQUENCES * LENGTH * parameters
-    phases.append(("losses", 2.0, 2 * len(options.variants) * work))  # with two LM heads each
+    phases.append(("losses", 2.0, 2 * len(options.variants) * work))  # each with two LM heads
     if check:
         phases.append(("check", 2.0, 2 * _CHECKED * parameters + 400 * parameters))
     return [Expected(name, fixed + work / speed.float32) for name, fixed, work in phases]
@@ -111,26 +111,26 @@ def training_phases(
 
     Args:
         facts: shape of the model.
-        plan: of the training.
-        speed: of this machine.
+        plan: plan of the training.
+        speed: speed of this machine.
         generated: whether the model writes the text itself.
     """
     length = min(plan.length, facts.max_length)
-    forward = 2 * length * _parameters(facts)  # of a sequence, on one path
+    forward = 2 * length * _parameters(facts)  # for one sequence on one path
     batch, tokens = plan.batch * forward, plan.held_out * length
     layers = 2 * tokens * facts.num_layers * facts.layer_parameters
     heads = 4 * tokens * facts.vocab_size * facts.hidden_size  # INT8 and INT4
     paths = 6 + facts.num_layers // 2
-    measured = facts.num_layers * plan.candidates // 2  # paths of a search
+    measured = facts.num_layers * plan.candidates // 2  # paths measured in a search
     search = measured * plan.batch * forward
     text = (plan.sequences + plan.held_out) * forward / speed.float32  # the runtime writes it
     trained = plan.regression_batches * plan.batch * length
-    values = 5 * batch  # forward, back, every action
+    values = 5 * batch  # forward, backward, every action
     phases = [
         ("values", 1.0, plan.regression_batches * values),
         ("static search", 0.0, search),
         ("scorer", _FIT * EPOCHS * trained * facts.hidden_size, 0.0),
-        ("policy", 1.0, 8 * plan.improvement_steps * batch),  # likewise, and back twice
+        ("policy", 1.0, 8 * plan.improvement_steps * batch),  # the same, and backward twice
         ("costs", 12.0, 1000 * _parameters(facts)),
         ("policy table", 0.0, ROWS * layers),
         ("static search", 0.0, plan.candidates * search),

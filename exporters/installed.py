@@ -1,4 +1,4 @@
-"""Whether the packages of the extra `export` are installed; loads none of them."""
+"""Checks whether the packages of the extra `export` are installed, without loading them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dash_onnx.core.errors import DashError
 
 
 def require() -> None:
-    """Checks that everything that an export imports is installed.
+    """Checks that everything an export imports is installed.
 
     Raises:
         DashError: some packages are missing.

@@ -1,4 +1,4 @@
-"""From a model to a bundle that answers: export, check, train, fuse."""
+"""From a model to a working bundle: export, check, train, fuse."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """What a pipeline made.
+    """The result of a pipeline.
 
     Attributes:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         checked: the comparison with transformers; None if there was none.
     """
 
@@ -52,17 +52,17 @@ def build(
     Args:
         model: hub id, folder or GGUF file.
         out: folder of the new bundle.
-        options: of the export.
-        check: how much of the bundle is compared; what exceeds a limit is in the result.
-        training: of the policy; None trains none. It is left out, with a warning, where the
-            machine lacks the bundle's device.
-        fused: of the graph in `out`/fused; None writes none.
+        options: options of the export.
+        check: how much of the bundle is compared; exceeded limits are in the result.
+        training: options of the training; None trains no policy. It is skipped, with a warning, if
+            the machine lacks the bundle's device.
+        fused: options of the graph in `out`/fused; None writes none.
 
     Raises:
-        DashError: a step refuses; the steps before it have left a bundle that runs.
+        DashError: a step failed; the steps before it leave a bundle that runs.
     """
     asked, training = training, training if has_device(options.device) else None
-    typed = shlex.quote(str(out))  # as a command has it in a shell
+    typed = shlex.quote(str(out))  # as in a shell command
     manifest = export(
         model,
         out,
@@ -86,7 +86,7 @@ def build(
 
 
 def announce_training(model: ModelFacts, training: TrainOptions) -> None:
-    """Says how long a training will take, where somebody listens."""
+    """Logs how long a training will take, if logging is enabled."""
     if _LOG.isEnabledFor(logging.INFO):
         announce(_training(model, training, Speed.measured()))
 
@@ -94,7 +94,7 @@ def announce_training(model: ModelFacts, training: TrainOptions) -> None:
 def _announce(
     model: ModelFacts, options: ExportOptions, training: TrainOptions | None, check: bool
 ) -> None:
-    """Says what is coming, where somebody listens: it takes half a second to tell how long."""
+    """Logs the phases to come, if logging is enabled: the estimate takes half a second."""
     if not _LOG.isEnabledFor(logging.INFO):
         return
     speed = Speed.measured()

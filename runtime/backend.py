@@ -1,4 +1,4 @@
-"""What differs between devices. This is the CPU's; `dash_onnx.runtime.cuda` has the other one."""
+"""What differs between devices: here the CPU backend; `dash_onnx.runtime.cuda` is the other one."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ class Backend:
 
     Attributes:
         device: its name.
-        run_options: of every run, or None.
+        run_options: ORT's options for every run, or None.
         joins: whether layers that always take the same action run as one graph.
-        cuts: whether a tensor's memory can be used in parts.
-        lock: held while a graph is loaded or a token runs, by devices where that must not happen
-            beside others.
+        cuts: whether parts of a tensor's memory can be used as tensors.
+        lock: held while a graph is loaded or a token runs, on devices where these must not overlap.
     """
 
     device: Device = "cpu"
@@ -59,15 +58,15 @@ class Backend:
         return create_session(graph, self.device)
 
     def mapped(self, graph: Path) -> Any:
-        """Loads a graph whose weights stay in its file, and only pass through memory; likewise."""
+        """Loads a graph whose weights stay in its file, which is memory-mapped; see `session`."""
         return create_session(graph, self.device, packed=False)
 
     def joined(self, graph: bytes, weights: Path) -> Any:
-        """Loads a graph of several layers, whose weights lie in a bundle's folder; likewise."""
+        """Loads a graph of several layers, with weights in a bundle's folder; see `session`."""
         return create_session(graph, self.device, weights=weights)
 
     def repeated(self, run: Run) -> Run:
-        """A run that will come again and again, with the same shapes and addresses."""
+        """A run that will be repeated with the same shapes and addresses."""
         return run
 
     def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
@@ -75,14 +74,14 @@ class Backend:
         return AsyncRun(run, output)
 
     def longest(self, total: int, seq: int, capacity: int) -> int:
-        """What graphs are told on the host of the longest sequence's length.
+        """The length of the longest sequence that graphs read on the host.
 
         Args:
             total: its tokens after the pass.
             seq: tokens of the pass.
-            capacity: of the K/V cache.
+            capacity: capacity of the K/V cache.
         """
         return total
 
     def synchronize(self) -> None:
-        """Waits until everything that was called has run."""
+        """Waits until everything that was started has run."""

@@ -12,7 +12,7 @@ import numpy as np
 from dash_onnx.runtime.ort import Device
 
 Run = Callable[[], Any]
-"""Runs a graph on what it is bound to."""
+"""Runs a graph on the buffers that it is bound to."""
 
 
 class Buffer:
@@ -21,7 +21,7 @@ class Buffer:
     Attributes:
         shape: its dimensions.
         dtype: its element type.
-        device: where it lies.
+        device: where its memory is.
         pointer: address of its first element on that device.
     """
 
@@ -40,7 +40,7 @@ class Buffer:
         return self._array
 
     def write(self, content: Any, where: Any = ...) -> None:
-        """Replaces the content, or the part of it that NumPy's index names."""
+        """Replaces the content, or the part of it that a NumPy index selects."""
         self._array[where] = content
 
     def part(self, start: int, stop: int) -> Buffer:
@@ -52,7 +52,7 @@ class Buffer:
         return part
 
     def reshaped(self, shape: tuple[int, ...]) -> Buffer:
-        """The first elements in another shape, in the same memory; of the CPU's alone."""
+        """The first elements in another shape, in the same memory; only on the CPU."""
         part = copy(self)
         part._array = self._array.reshape(-1)[: math.prod(shape)].reshape(shape)
         part.shape = shape

@@ -35,15 +35,15 @@ class Cache:
         return tuple(self._slot.tokens)
 
     def save(self, path: Path, facts: Mapping[str, str] | None = None) -> None:
-        """Writes it to a file of safetensors' form, all or nothing.
+        """Writes it to a safetensors file, all or nothing.
 
         Args:
-            path: of the file.
-            facts: further text to keep in it.
+            path: the file.
+            facts: more text to store in it, by name.
 
         Raises:
             DashError: it is empty, in use, or the package safetensors is missing.
-            BundleError: no file can lie there.
+            BundleError: no file can be written there.
         """
         with self.taken() as slot:
             if not slot.tokens:
@@ -52,7 +52,7 @@ class Cache:
             saved.write(path, slot.state.sessions.manifest, facts)
 
     def load(self, path: Path) -> dict[str, str]:
-        """Takes what a file holds in place of its own; returns the facts in it.
+        """Replaces its content with that of a file; returns the facts stored there.
 
         Raises:
             SourceError: the file is missing, damaged, or of another bundle.

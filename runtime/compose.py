@@ -1,4 +1,4 @@
-"""Several layers as one graph: what dispatching them one by one takes is saved."""
+"""Several layers as one graph, which saves the overhead of dispatching them one by one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def compose(bundle: Bundle, layers: range, form: Form) -> bytes:
 
 
 def rename(graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
-    """Renames every value: by `names`, the others with a prefix."""
+    """Renames every value: as in `names`, or with a prefix."""
 
     def renamed(name: str) -> str:
         return name and names.get(name, prefix + name)

@@ -1,4 +1,4 @@
-"""What the decode loop asks: the action of each layer, for one pass after the other."""
+"""What the decode loop asks for the action of each layer, pass after pass."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Decider(Protocol):
 
     Attributes:
         head: precision of the LM head.
-        segments: the layers, in runs that always take the same action, whatever it is.
+        segments: the layers, in runs that always share an action, whichever it is.
     """
 
     head: Action
@@ -38,19 +38,19 @@ class Decider(Protocol):
         """Before the first layer of a pass."""
 
     def before(self, layer: int) -> None:
-        """Before the segment of a layer runs, once its input has been asked for."""
+        """Before the segment that begins with a layer runs, once its input has been queued."""
 
     def action(self, layer: int) -> Action:
         """What the segment that begins with a layer does."""
 
     def after(self, layer: int) -> None:
-        """Once that has been called."""
+        """Once that segment has been started."""
 
     def end(self) -> ActionPath:
         """After the last layer; returns the path that was taken."""
 
     def move(self, sequence: SequenceState) -> None:
-        """Between two passes: the next ones are of another sequence, with the same tokens."""
+        """Between two passes: the next ones run another sequence, which holds the same tokens."""
 
 
 class FixedPath:
@@ -88,10 +88,10 @@ class FixedPath:
 
 
 class PathSequence(FixedPath):
-    """The next path of a sequence in each pass."""
+    """The next path of a series in each pass."""
 
     def __init__(self, paths: Iterator[ActionPath], layers: int, head: Action):
-        """Takes an endless sequence of paths of some layers, and the precision of the LM head."""
+        """Takes an endless series of paths, their length, and the precision of the LM head."""
         super().__init__((), head)
         self._paths, self.segments = paths, each_alone(layers)
 
@@ -108,7 +108,7 @@ class ScoredDecider:
 
     Attributes:
         head: precision of the LM head.
-        actions: that are decided between, most expensive first.
+        actions: those it decides between, most expensive first.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ScoredDecider:
         used: Sequence[AbstractSet[Action]] = (),
         segments: tuple[Segment, ...] = (),
     ):
-        """Binds nothing yet: the first pass does, which holds the device.
+        """Binds nothing yet: the first pass does, while it holds the device's lock.
 
         Args:
             sequence: whose tokens it decides for, one at a time.
@@ -128,7 +128,7 @@ class ScoredDecider:
             multiplier: nats per `Costs.unit_ms`.
             controller: moves the multiplier from token to token; None leaves it as it is.
             used: by layer, the actions that it may take, whatever the multiplier; empty: all.
-            segments: runs of layers that may take one and the same; empty: each layer is alone.
+            segments: runs of layers that always share an action; empty: each layer is alone.
 
         Raises:
             PolicyError: the bundle has no scorer.
@@ -139,7 +139,7 @@ class ScoredDecider:
         self._sequence, self._controller, self._given = sequence, controller, multiplier
         self.segments = segments or each_alone(sequence.num_layers)
         self._segments = facts.segments(sequence.num_layers)
-        # By layer, the number of the decision point after it: its input is what the scorer reads.
+        # By layer, the number of the decision point after it: the scorer reads this layer's input.
         self._points: list[int | None] = [None] * sequence.num_layers
         for number, (start, _) in enumerate(self._segments[1:]):
             self._points[start - 1] = number
@@ -164,7 +164,7 @@ class ScoredDecider:
             run = bound_run(*scorer, inputs, outputs, backend.run_options)
             self._totals.append(total)
             self._runs.append(backend.asynchronous(run, decided))
-        # The first segment's values are the same for every token: what is left without a penalty.
+        # The first segment's values are the same for every token: the totals without a penalty.
         self._runs[0].start()
         self._runs[0].result()
         self._first = self._totals[0].array[: self._segments[0][1]].copy()
@@ -205,7 +205,7 @@ class ScoredDecider:
 
     @property
     def predicted_kl(self) -> npt.NDArray[np.float32]:
-        """What each action of each layer was predicted to cost the last token, `[L, A]` nats."""
+        """The predicted KL of each action of each layer for the last token, `[L, A]` nats."""
         penalty = self._penalty.array
         later = [
             (total.array - penalty)[start:stop]
@@ -217,7 +217,7 @@ class ScoredDecider:
         self._path[start : start + len(indices)] = map(self.actions.__getitem__, indices.tolist())
 
     def _set(self, multiplier: float) -> None:
-        """Weighs the costs, and decides for the layers before the first decision point."""
+        """Weights the costs, and decides for the layers before the first decision point."""
         if multiplier == self._multiplier:
             return
         self._multiplier = multiplier
@@ -228,7 +228,7 @@ class ScoredDecider:
 
 
 def decider_of(policy: Policy, sequence: SequenceState) -> Decider:
-    """What chooses the actions of one generation under a policy."""
+    """The decider of one generation under a policy."""
     if isinstance(policy, ScoredPolicy):
         used = policy.used(sequence.num_layers, sequence.sessions.manifest.actions)
         return ScoredDecider(

@@ -12,11 +12,11 @@ def device_of(bundle: Bundle, device: Device | None = None) -> Device:
     """The device that a bundle was exported for.
 
     Args:
-        bundle: to be loaded.
-        device: that it must be; None takes any that this ONNX Runtime has.
+        bundle: the bundle to load.
+        device: what it must be; None accepts any that this ONNX Runtime has.
 
     Raises:
-        DeviceError: it is another one, or not available.
+        DeviceError: the bundle is for another one, or it is not available.
     """
     built_for = bundle.manifest.target.device
     if device is not None:
@@ -39,11 +39,11 @@ def open_backend(device: str, *, cuda_graphs: bool = False) -> Backend:
 
     Args:
         device: `cpu` or `cuda`.
-        cuda_graphs: records what a token runs as CUDA graphs.
+        cuda_graphs: captures what a token runs as CUDA graphs.
 
     Raises:
-        DeviceError: this ONNX Runtime or this machine lacks the device, or CUDA graphs are wanted
-            on another one.
+        DeviceError: this ONNX Runtime or this machine lacks the device, or CUDA graphs are
+            requested on another one.
     """
     check_device(device)
     if device == "cuda":

@@ -34,15 +34,15 @@ class CurrentPolicy:
     """The policy of a generation, which may change between its tokens.
 
     Attributes:
-        policy: of the next token.
-        at: that of another budget.
+        policy: policy of the next token.
+        at: returns the policy at another budget.
     """
 
     policy: Policy
     at: Callable[[Budget], Policy]
 
     def set_budget(self, budget: Budget) -> None:
-        """Spends another budget from the next token on; any thread may call it.
+        """Changes the budget from the next token on; any thread may call it.
 
         Args:
             budget: a fraction of the time at the highest exported precision, or a preset.
@@ -55,31 +55,31 @@ class CurrentPolicy:
 
 
 Learn = Callable[[Policy], Learned | None]
-"""What was learned of guesses for a policy; None where nothing is guessed."""
+"""Returns what was learned about guesses for a policy; None if nothing is guessed."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Request(Generic[Piece]):
-    """A generation that is asked for.
+    """A requested generation.
 
     Attributes:
         ids: the prompt `[S]`.
-        current: its policy, which may change between tokens; that of the options is not looked at.
+        current: its policy, which may change between tokens; that of the options is ignored.
         options: what else the user chose.
-        sampling: resolved likewise.
+        sampling: the resolved sampling options.
         plan: how the prompt runs.
         eos: ids that end the text.
-        constraint: of `options.grammar`.
+        constraint: from `options.grammar`.
         thoughts: where the answer begins.
         learn: see `Learn`.
         expected: ids of `options.expected`.
-        write: makes a piece of a token.
-        deliver: takes the pieces, and what ended the generation before its time; called by the
+        write: turns a token into a piece.
+        deliver: takes the pieces, and the error that ends the generation early; called by the
             thread that runs the scheduler.
-        cancelled: set from any thread: it ends before its next token.
+        cancelled: may be set by any thread: the generation ends before its next token.
         first: the policy that it began with.
-        quality: how its prompt runs, and its answer, as that may be a part of the next prompt.
-            Where two are equal, one may use the other's K/V.
+        quality: how its prompt runs, and its answer, which may be a part of the next prompt. If two
+            are equal, one may use the other's K/V.
     """
 
     ids: Ids
@@ -105,12 +105,12 @@ class Request(Generic[Piece]):
 
 
 class Step(NamedTuple):
-    """What a pass brought.
+    """The result of a pass.
 
     Attributes:
-        tokens: new ones of the answer; the last one was not run yet.
-        path: that they took.
-        guess: what came of guesses.
+        tokens: new tokens of the answer; the last one has not run yet.
+        path: the path that they took.
+        guess: the outcome of the guesses.
     """
 
     tokens: list[int]
@@ -123,11 +123,11 @@ class Generation:
 
     Attributes:
         text: ids of the prompt and of what was drawn.
-        count: tokens that were told.
-        forced: tokens that the grammar lets follow the text alone; they are not drawn.
+        count: tokens reported so far.
+        forced: the only tokens that the grammar lets follow the text; they are not drawn.
         uniform: whether all tokens of its policy take one path.
-        decider: what chooses the actions of the next pass.
-        learned: what its guesses go by; None where it makes none.
+        decider: chooses the actions of the next pass.
+        learned: what its guesses are based on; None if it makes none.
     """
 
     uniform: bool
@@ -143,17 +143,17 @@ class Generation:
         self._thoughts = request.thoughts
         self._sampler = Sampler(request.sampling)
         self._ends = frozenset[int]() if request.options.ignore_eos else request.eos
-        # Of tokens that are not told yet; whether they are thoughts.
+        # Of tokens that are not reported yet; whether they are thoughts.
         self._notes: deque[tuple[Logprobs | None, bool]] = deque()
         self._policy: Policy | None = None
         self.follow()
         self._guesser: Guesser | None = None
-        self._found: Found | None = None  # that may be checked in the next pass
-        self._guesses: list[int] = []  # that are
+        self._found: Found | None = None  # guesses that the next pass may verify
+        self._guesses: list[int] = []  # those that it verifies
         self.forced = self._forced()
 
     def follow(self) -> None:
-        """Takes the policy that holds now: for the next pass, whatever is set meanwhile."""
+        """Adopts the current policy for the next pass, whatever is set meanwhile."""
         policy = self._request.current.policy
         if policy is not self._policy:
             self._policy, self.uniform = policy, policy.uniform is not None
@@ -161,7 +161,7 @@ class Generation:
             self.learned = self._request.learn(policy)
 
     def move(self, sequence: SequenceState) -> None:
-        """Goes on in another sequence, which holds the same tokens."""
+        """Continues in another sequence, which holds the same tokens."""
         self._sequence = sequence
         self.decider.move(sequence)
 
@@ -171,12 +171,12 @@ class Generation:
 
     @property
     def spare(self) -> int:
-        """How many tokens may run after the last one, with one more to be drawn."""
+        """How many tokens may run after the last one, leaving one more to be drawn."""
         drawn = len(self.text) - len(self._request.ids)
         return min(self._options.max_new_tokens - drawn - 1, self._limit - len(self.text))
 
     def look_ahead(self, learned: Learned) -> list[float]:
-        """Finds what may follow; the tokens expected of a pass with 0, 1, 2, ... such guesses."""
+        """Finds guesses; returns the tokens expected from a pass with 0, 1, 2, ... of them."""
         if self._guesser is None:
             prompt, expected = self._request.ids.tolist(), self._request.expected
             self._guesser = Guesser(prompt, expected, self._ends)
@@ -187,7 +187,7 @@ class Generation:
         return gains
 
     def guess(self, most: int) -> list[int]:
-        """The guesses for the next pass: so many at most of those that were found."""
+        """The guesses for the next pass: at most so many of those that were found."""
         found = self._found.tokens if self._found is not None else []
         self._guesses = found[: max(min(most, self.spare), 0)]
         return self._guesses
@@ -197,10 +197,10 @@ class Generation:
 
         Args:
             logits: after the text and after each of `guess`, `[S, V]`.
-            path: that they took.
+            path: the path that they took.
 
         Returns:
-            What was not told yet: forced tokens, and those that are drawn.
+            What was not reported yet: forced tokens, and those drawn now.
         """
         untold = self.text[len(self._request.ids) + self.count :]
         new, guesses, self._guesses = list[int](), self._guesses, []
@@ -214,7 +214,7 @@ class Generation:
         return Step(untold + new, path, Guess(self._found.source, len(guesses), right))
 
     def take_forced(self) -> list[int]:
-        """The forced tokens, which are in the text from now on."""
+        """Adds the forced tokens to the text, and returns them."""
         forced, self.forced = self.forced, []
         if self._constraint is not None and forced:
             self._constraint.took(*forced)
@@ -225,12 +225,12 @@ class Generation:
     def _forced(self) -> list[int]:
         asked = self._options.logprobs is not None or self._options.logits_processor is not None
         if self._constraint is None or asked or not self._formed:
-            return []  # what is asked needs every token's logits
+            return []  # these options need every token's logits
         return self._constraint.forced()[: self.spare] if self.spare > 0 else []
 
     @property
     def _formed(self) -> bool:
-        """Whether the next token is one of the grammar, if there is one."""
+        """Whether the grammar, if there is one, applies to the next token."""
         thoughts = self._thoughts
         return not (thoughts.open or thoughts.due) and thoughts.opening is None
 
@@ -255,7 +255,7 @@ class Generation:
         return token
 
     def _masked(self, logits: Logits) -> Logits:
-        """What the grammar allows. It is the answer's: its thoughts are free, but must end."""
+        """What the grammar allows. It applies to the answer: thoughts are free, but must end."""
         if self._constraint is None:
             return logits
         if not self._thoughts.open:
@@ -265,9 +265,9 @@ class Generation:
         return masked
 
     def told(self, step: Step, ms: float) -> Iterator[GeneratedToken]:
-        """What is told of the tokens of a pass, which share its milliseconds.
+        """The results for the tokens of a pass, which share its milliseconds.
 
-        The prompt's are those of the first token, whatever is forced to follow it.
+        The prompt's milliseconds count for the first token, whatever is forced to follow it.
         """
         count, guess = len(step.tokens), step.guess
         shares = [ms / count] * count if self.count else [ms, *[0.0] * (count - 1)]
@@ -278,7 +278,7 @@ class Generation:
     def _told(
         self, token: int, path: ActionPath, ms: float, ahead: int, guess: Guess | None
     ) -> GeneratedToken:
-        """Likewise of one, with tokens after it that the sequence has run already."""
+        """The result for one token, with `ahead` tokens of the same pass after it."""
         self.count += 1
         reason: FinishReason | None = None
         if token in self._ends:
@@ -294,10 +294,10 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = 
     """How a prompt runs.
 
     Args:
-        sessions: of the bundle.
-        policy: of the tokens after it.
-        precision: None takes the highest of the policy, in each layer where it has one path, and
-            the wide form where that is good enough and memory allows it.
+        sessions: sessions of the bundle.
+        policy: policy of the tokens after it.
+        precision: None takes the policy's path if that is the same for all tokens, else its highest
+            precision, and the wide form where that is good enough and memory allows it.
 
     Raises:
         PolicyError: the precision was not exported.

@@ -1,4 +1,4 @@
-"""Answers of a given form, through llguidance: tokens that a grammar forbids are never drawn."""
+"""Constrained answers, through llguidance: tokens that a grammar forbids are never drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Grammar:
     """Constrains an answer; created by one of its class methods.
 
     Attributes:
-        source: of llguidance.
+        source: the grammar as llguidance writes it.
     """
 
     source: str
@@ -33,7 +33,7 @@ class Grammar:
         """JSON that matches a schema, without unlimited white space; True allows any JSON.
 
         Raises:
-            PolicyError: llguidance is missing, or the schema is not one.
+            PolicyError: llguidance is missing, or the schema is not valid.
         """
         if not isinstance(schema, Mapping | bool):
             raise PolicyError(f"a JSON schema must be an object, not {type(schema).__name__}")
@@ -75,18 +75,18 @@ class Constraint:
         """Begins an answer.
 
         Args:
-            grammar: of the answer.
+            grammar: grammar of the answer.
             tokenizer: from `guidance_tokenizer`.
 
         Raises:
-            PolicyError: the grammar is none, or too large.
+            PolicyError: the grammar is invalid, or too large.
         """
         matcher = _llguidance().LLMatcher
         if told := matcher.validate_grammar(grammar.source, tokenizer):
             raise PolicyError(f"the grammar is refused: {told}")
         self._matcher, self._tokenizer = matcher(tokenizer, grammar.source), tokenizer
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
-        self._cuts: dict[bytes, list[int]] = {}  # how the model has cut such text
+        self._cuts: dict[bytes, list[int]] = {}  # how the model has split such text
         self._hinted, self._came = b"", list[int]()  # text of a hint, and the tokens since
 
     def masked(
@@ -95,7 +95,7 @@ class Constraint:
         """Logits `[V]` with those of forbidden tokens at minus infinity.
 
         Args:
-            logits: of all tokens.
+            logits: logits of all tokens.
             also: a token that is allowed, whatever the grammar says.
 
         Raises:
@@ -110,7 +110,7 @@ class Constraint:
         return np.where(allowed, logits, np.array(-np.inf, logits.dtype))
 
     def took(self, *tokens: int) -> None:
-        """Goes on from tokens that the answer now has."""
+        """Advances past tokens that the answer now has."""
         self._matcher.consume_tokens([*tokens])
         for token in tokens if self._hinted else ():
             self._came.append(token)
@@ -122,15 +122,15 @@ class Constraint:
                 break
 
     def forced(self) -> list[int]:
-        """The next tokens, where the grammar leaves one text, as the tokenizer cuts it."""
+        """The next tokens, if the grammar allows only one text, as the tokenizer splits it."""
         forced: list[int] = self._matcher.compute_ff_tokens()
         return forced
 
     def hint(self) -> list[int]:
-        """Likely next tokens, of the one text that the grammar leaves.
+        """Likely next tokens, of the only text that the grammar allows.
 
         They are not forced: the end of that text may be the beginning of a longer token. Such text
-        is cut as the model cut it before in this answer, else as the tokenizer does.
+        is split as the model split it earlier in this answer, else as the tokenizer does.
         """
         text: bytes = self._matcher.compute_ff_bytes()
         if not self._hinted:
@@ -140,7 +140,7 @@ class Constraint:
 
 
 def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:
-    """A tokenizer as llguidance reads it; takes some tenths of a second.
+    """A tokenizer as llguidance reads it; takes a few tenths of a second.
 
     Raises:
         PolicyError: llguidance is missing, or the model has no end token: no answer could end.

@@ -1,8 +1,8 @@
-"""Guesses of the next tokens, which one pass checks together: where from, and how many.
+"""Guesses of the next tokens, which one pass verifies together: their source and number.
 
-What followed the same words before, in prompt, answer or expected text, may follow again. A chain
-of guesses is as long as brings most tokens per time: by how often such guesses were right so far,
-and by what passes of several rows take.
+What followed the same tokens earlier, in prompt, answer or expected text, may follow again. A chain
+of guesses has the length that yields the most tokens per unit of time, given how often such guesses
+were right so far and how long passes of several rows take.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.forms import form_of, head_form_of
 
 MOST = 15
-"""Tokens that are guessed for one answer in one pass, at most."""
+"""Most tokens that are guessed for one answer in one pass."""
 
 MOST_ROWS = 32
-"""Rows of a pass that checks guesses of several answers, at most."""
+"""Most rows of a pass that verifies guesses of several answers."""
 
 Source = Literal["text", "expected", "grammar"]
 
 _LONGEST = 16  # tokens of a match that are compared
-_TRIED = 16  # latest places of the same two tokens that are compared
-_STARTS = (2, 3, 4, 6, 9, 13)  # lengths of matches from which rates are counted apart
+_TRIED = 16  # latest occurrences of the same two tokens that are compared
+_STARTS = (2, 3, 4, 6, 9, 13)  # match lengths from which rates are counted separately
 _STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + MOST)]
 _MARGIN = 1.03  # tokens per plain pass from which guessing pays
-_COUNTED = 256  # outcomes of a kind that count, later ones for more
-_PRIOR = 8  # outcomes that a belief is worth
+_COUNTED = 256  # outcomes of a kind that count; later ones count for more
+_PRIOR = 8  # outcomes that a prior belief is worth
 _BELIEVED = {"text": 0.15, "expected": 0.35, "grammar": 0.65}
-_LEAST_LIKELY = 0.02  # a guess after which no more are made
-_EXTRA = 0.25  # what a further row of a pass takes where nothing was profiled
-_CONTEXT = 256  # tokens of context that a table of costs holds for
+_LEAST_LIKELY = 0.02  # probability of a chain below which it ends
+_EXTRA = 0.25  # cost of one more row in a pass, where nothing was profiled
+_CONTEXT = 256  # tokens of context that one cost holds for
 
 
 class Guess(NamedTuple):
@@ -58,7 +58,7 @@ class Found(NamedTuple):
 
     Attributes:
         source: where it was found.
-        match: tokens at the text's end that precede it there, too.
+        match: number of tokens at the text's end that also precede it there.
         tokens: up to `MOST`.
     """
 
@@ -75,11 +75,11 @@ class Lookup:
 
         Args:
             prompt: ids.
-            expected: ids that the answer is likely to contain, in their order.
+            expected: ids that the answer is likely to contain, in order.
         """
         self.tokens: list[int] = []
-        self._last: dict[tuple[int, int], int] = {}  # by two tokens, the place after them
-        self._before: list[int] = []  # by such a place, the one before it; 0 is none
+        self._last: dict[tuple[int, int], int] = {}  # by two tokens, the position after them
+        self._before: list[int] = []  # by such a position, the one before it; 0 is none
         self._after: dict[int, int] = {}  # what last followed a token
         for token in prompt:
             self._index(token)
@@ -97,7 +97,7 @@ class Lookup:
             self._at += 1
             self._run += 1
             return
-        self._run = 0  # it differs: on from the next place that ends like the answer
+        self._run = 0  # it differs: continue at the next position that ends like the answer
         places = self._places.get((self.tokens[-2], token))
         if places:
             self._at = places[min(bisect_left(places, self._at), len(places) - 1)]
@@ -116,7 +116,7 @@ class Lookup:
         tokens.append(token)
 
     def find(self) -> Found | None:
-        """What followed the longest match; the latest of equals, the expected text before all."""
+        """What followed the longest match: the latest of equals, preferring the expected text."""
         tokens, best, end = self.tokens, 0, 0
         at = self._last.get((tokens[-2], tokens[-1]), 0) if len(tokens) > 1 else 0
         for _ in range(_TRIED):
@@ -129,7 +129,7 @@ class Lookup:
                 best, end = size, at
             at = self._before[at]
         run = min(self._run, _LONGEST)
-        begins = not best and not self._at  # perhaps the answer does with it
+        begins = not best and not self._at  # perhaps the answer begins with it
         if self._at < len(self._expected) and (run >= max(best, 1) or begins):
             return Found("expected", run, self._expected[self._at : self._at + MOST])
         return Found("text", best, tokens[end : end + MOST]) if best else None
@@ -162,7 +162,7 @@ class _Outcomes:
 
 
 def _kinds(found: Found, agrees: list[bool]) -> list[_Kind]:
-    """Of each token; the match grows with those before it."""
+    """The kind of each token; the match grows with the tokens before it."""
     return [
         (found.source, _STEPS[found.match + n], agree, n == 0) for n, agree in enumerate(agrees)
     ]
@@ -174,7 +174,7 @@ def _believed(kind: _Kind) -> float:
 
 
 class Learned:
-    """What all generations of one target have shown; any thread may use it."""
+    """What all generations of one target have shown about guesses; any thread may use it."""
 
     def __init__(
         self,
@@ -185,11 +185,11 @@ class Learned:
         reruns: bool = False,
         wide_head: Callable[[], bool] = lambda: True,
     ):
-        """Knows the profile.
+        """Takes the profile.
 
         Args:
-            passes: of the bundle.
-            path: of the target.
+            passes: the bundle's costs of passes.
+            path: path of the target.
             head: precision of its LM head.
             widened: actions that passes of several rows may run wide.
             reruns: whether the right tokens of a pass run again if one of its guesses is wrong.
@@ -202,7 +202,7 @@ class Learned:
         self.outcomes: dict[_Kind, _Outcomes] = defaultdict(_Outcomes)
 
     def cost(self, rows: int, context: int) -> float:
-        """What a pass of some rows takes, as a multiple of one row's."""
+        """The time of a pass of some rows, as a multiple of that of one row."""
         key = rows, context // _CONTEXT, self._wide_head()
         found = self._costs.get(key)
         if found is None:
@@ -238,12 +238,12 @@ def head_widened(widened: Set[Action], rows: int, loaded: bool) -> frozenset[Act
 
 
 def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int) -> int:
-    """How many guesses for each of some answers bring most tokens per time, in one pass of all.
+    """How many guesses per answer yield the most tokens per unit of time, in one pass of all.
 
     Args:
-        gains: for each answer, the tokens expected of a pass with 0, 1, 2, ... guesses.
-        learned: of their target.
-        context: of the longest.
+        gains: for each answer, the tokens expected from a pass with 0, 1, 2, ... guesses.
+        learned: what was learned about their target.
+        context: tokens of the longest.
 
     Returns:
         The same number for all of them: a pass pads those that have fewer.
@@ -254,7 +254,7 @@ def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int
     for n in range(1, longest):
         expected = sum(known[min(n, len(known) - 1)] for known in gains)
         if learned.reruns:  # of n tokens, where this guess is the first wrong one
-            (known,) = gains  # states know no padding: such an answer has its guesses alone
+            (known,) = gains  # states cannot be padded: such an answer runs its guesses alone
             before = known[n - 1] - known[n - 2] if n > 1 else 1.0
             again += (before - (known[n] - known[n - 1])) * learned.cost(n, context)
         rate = expected / (learned.cost(answers * (n + 1), context) + again)
@@ -277,7 +277,7 @@ class Guesser:
         Args:
             prompt: ids.
             expected: see `Lookup`.
-            eos: ids after which nothing comes.
+            eos: ids that end the answer.
         """
         self._eos = eos
         self._lookup = Lookup(prompt, expected)
@@ -286,17 +286,17 @@ class Guesser:
     def find(
         self, learned: Learned, text: Sequence[int], most: int, hint: Sequence[int] = ()
     ) -> tuple[Found | None, list[float]]:
-        """What may be checked in the next pass, and what it would bring.
+        """The guesses that the next pass may verify, and what it would yield.
 
         Args:
-            learned: of the target.
+            learned: what was learned about the target.
             text: prompt and answer so far.
-            most: tokens.
-            hint: what a grammar makes likely; nothing else is looked for then.
+            most: most guesses.
+            hint: tokens that a grammar makes likely; if given, nothing else is looked up.
 
         Returns:
-            The guesses, but no unlikely ones, and the tokens expected of a pass with the first 0,
-            1, 2, ... of them.
+            The guesses, without unlikely ones, and the tokens expected from a pass with the first
+            0, 1, 2, ... of them.
         """
         for token in text[len(self._lookup.tokens) :]:
             self._compare(learned, token)
@@ -316,7 +316,7 @@ class Guesser:
         return found._replace(tokens=found.tokens[: len(gains) - 1]), gains
 
     def _compare(self, learned: Learned, token: int) -> None:
-        """Compares what could have been guessed, made or not, with the token that came."""
+        """Compares what could have been guessed, whether it was or not, with the actual token."""
         place, still = len(self._lookup.tokens), []
         for found, kinds, start in self._open:
             n = place - start

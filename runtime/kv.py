@@ -13,24 +13,24 @@ from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.states import States, exchange
 
 CAPACITY = 256
-"""Tokens there is room for at first, and the step that it grows by: attention from plain operators
+"""Initial capacity in tokens, and the step that it grows by: attention from plain operators
 computes over all of it."""
 
 _SETTLED = 64
-"""Tokens that a choice of the attention holds for: it takes as long as a small operator."""
+"""Tokens that a choice of attention holds for: choosing takes as long as a small operator."""
 
 
 class KVCache:
-    """Keys and values of every layer that has its own, and the states of those that have some.
+    """Keys and values of every layer that has its own, and the states of layers that keep some.
 
     Attributes:
-        batch: sequences B, equally long.
+        batch: number of sequences B, of equal length.
         length: valid tokens of each.
         capacity: tokens there is room for.
-        moves: how often the buffers have moved; whoever is bound to them must follow.
+        moves: how often the buffers have moved; bindings to them must then be renewed.
         keys: by layer, a buffer `[B, H_kv, capacity, d]`, see `Dims.cache_shape`.
-        values: likewise.
-        states: of layers without K/V; None if there are none.
+        values: by layer, as `keys`.
+        states: states of layers without K/V; None if there are none.
         rotary: cosine and sine `[capacity, rotary_dim / 2]` of each rotary embedding.
         masks: by window, `[B, 1, 1, 1, capacity]` float32 for a pass of one token each: zero for
             tokens that it sees, minus infinity for others.
@@ -57,12 +57,12 @@ class KVCache:
         self.reserve(min(capacity, manifest.model.max_length))
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` in all; the buffers may move for it."""
+        """Makes room for `tokens` in total; the buffers may move."""
         if tokens <= self.capacity:
             return
         steps = -(-tokens // CAPACITY) * CAPACITY if self.capacity else tokens
         capacity = min(steps, self._manifest.model.max_length)
-        # All of them before the first is taken: there may be no memory for the last.
+        # Allocates all before replacing any: memory may run out at the last.
         keys, values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
         masks = {window: self._mask(window, capacity) for window in self._windows}
@@ -71,7 +71,7 @@ class KVCache:
         self.moves += 1
 
     def _mask(self, window: int | None, capacity: int) -> Buffer:
-        mask = Buffer((self.batch, 1, 1, 1, capacity), "float32")  # which no other device reads
+        mask = Buffer((self.batch, 1, 1, 1, capacity), "float32")  # no other device reads it
         if self.capacity:
             mask.write(-np.inf)
             mask.write(self.masks[window].array, (..., slice(self.capacity)))
@@ -119,19 +119,19 @@ class KVCache:
             mask.write(-np.inf, (..., slice(total, None)))
 
     def begin(self, count: int) -> None:
-        """Counts the tokens of a pass that runs next."""
+        """Counts the tokens of the next pass."""
         if self.states is not None:
             self.states.begin(self.length, count)
         self.length += count
 
     def rest(self) -> None:
-        """Lets a pass run over the sequences: what it writes means nothing."""
+        """Lets a pass run over the sequences; what it writes is ignored."""
         if self.states is not None:
             self.states.begin(self.length)
 
     def exchange(self, other: KVCache) -> None:
-        """Trades what it holds with a cache of as many sequences and tokens."""
-        self.reserve(0)  # follows a whole that has grown
+        """Swaps contents with a cache of as many sequences and the same capacity."""
+        self.reserve(0)  # follows the whole cache if it has grown
         other.reserve(0)
         held = np.s_[:, :, : max(self.length, other.length)]
         for own, others in ((self.keys, other.keys), (self.values, other.values)):
@@ -142,7 +142,7 @@ class KVCache:
         self.length, other.length = other.length, self.length
 
     def place(self, length: int) -> int:
-        """The longest beginning, of at most `length` tokens, that it can go back to."""
+        """The longest prefix, of at most `length` tokens, that it can roll back to."""
         return length if self.states is None else self.states.place(length, self.length)
 
     def truncate(self, length: int) -> int:
@@ -163,14 +163,14 @@ class KVCache:
 def mask_of(
     positions: npt.NDArray[np.int64], capacity: int, window: int | None
 ) -> npt.NDArray[np.float32]:
-    """What tokens at positions `[...]` see of a cache, `[..., capacity]`: 0, or -inf elsewhere."""
+    """Mask of tokens at positions `[...]` over a cache, `[..., capacity]`: 0 if seen, else -inf."""
     rows, columns = positions[..., None], np.arange(capacity)
     seen = (columns <= rows) & (columns > rows - (window or capacity))
     return np.where(seen, np.float32(0), np.float32(-np.inf))
 
 
 class KVPart(KVCache):
-    """Some sequences of a cache, as long as they are themselves; what is in it stays in there."""
+    """Some sequences of a cache, in its memory, with their own length."""
 
     def __init__(self, whole: KVCache, start: int, stop: int):
         """Takes the sequences `start` to `stop`."""
@@ -197,7 +197,7 @@ class KVPart(KVCache):
         self._follow()
 
     def settle(self, length: int) -> None:
-        """See `KVCache`: what holds for the whole cache."""
+        """See `KVCache`; it holds for the whole cache."""
         self._whole.settle(length)
 
     def _follow(self) -> None:

@@ -34,8 +34,9 @@ def load(
     """Opens a bundle; graphs load on first use.
 
     All sessions share ORT's global thread pool. While it exists, ORT refuses sessions with their
-    own threads, so `InferenceSession` is made to give the app's later sessions the pool, too. With
-    `threads=1` there is no pool, and with `share_pool=False` the app's sessions are not changed.
+    own threads, so `InferenceSession` is patched to give the app's later sessions the pool, too.
+    With `threads=1` there is no pool, and with `share_pool=False` the app's sessions are not
+    changed.
 
     Args:
         folder: what `dash-export` wrote.
@@ -55,10 +56,11 @@ def load(
         cuda_graphs: captures each layer and action as a CUDA graph and replays it. Generations on
             several threads then take turns, and other CUDA work of the process must not use the
             default stream.
-        sha256: required checksum of `dash.json`, which has the checksums of all other files.
+        sha256: required checksum of `dash.json`, which contains the checksums of all other files.
 
     Raises:
-        PolicyError: an option is out of range, or the bundle cannot do the policy or the budget.
+        PolicyError: an option is out of range, or the bundle does not support the policy or the
+            budget.
         BundleError: the bundle is missing, damaged or of another format version.
         DeviceError: ORT or the device is not available, or the bundle is for another one.
     """

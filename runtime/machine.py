@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_HUGE_PAGE = 2 << 20  # bytes, of x86 and of ARM with pages of 4 kB
+_HUGE_PAGE = 2 << 20  # bytes, on x86 and on ARM with 4 kB pages
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _LEAST_BLOCK, _FULL = 2 * _HUGE_PAGE, 0.9  # bytes, and the share of them that is in memory
 
 
 def machine_name() -> str:
-    """Processor and architecture, as far as the system says."""
+    """Processor and architecture, as far as the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         name = next(
@@ -29,9 +29,9 @@ def machine_name() -> str:
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far; 0 where the system does not tell."""
+    """Highest resident memory of this process so far; 0 if the system does not report it."""
     status = Path("/proc/self/status")
-    if status.exists():  # `getrusage` starts from what the parent process had, on Linux
+    if status.exists():  # on Linux, `getrusage` starts from the parent process's peak
         line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     try:
@@ -43,7 +43,7 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that could still be taken: of the machine, and of the container; None: not known."""
+    """Memory that is still available, on the machine and in the container; None if unknown."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
@@ -58,14 +58,14 @@ def available_bytes() -> int | None:
 
 
 def use_huge_pages() -> int:
-    """Moves large blocks of this process's memory, such as weights, to huge pages; Linux alone.
+    """Moves large blocks of this process's memory, such as weights, to huge pages; Linux only.
 
-    A token reads all weights once: fewer, larger pages make that faster (decision 0111). Blocks
-    that are partly untouched stay, as they would grow. The environment variable DASH_HUGE_PAGES=0
+    A token reads all weights once: fewer, larger pages make that faster (decision 0111). Partly
+    untouched blocks are left alone, as they would grow. The environment variable DASH_HUGE_PAGES=0
     turns it off.
 
     Returns:
-        Bytes that were asked for.
+        Bytes for which huge pages were requested.
     """
     if sys.platform != "linux" or os.environ.get("DASH_HUGE_PAGES") == "0":
         return 0
@@ -98,10 +98,10 @@ def _full_blocks(smaps: str) -> Iterator[tuple[int, int]]:
 
 
 def release_memory() -> None:
-    """Gives memory that is no longer used back to the system.
+    """Returns unused memory to the system.
 
-    What the C library keeps for later allocations adds up where large blocks of many sizes come
-    and go, as layers do in an export.
+    What the C library keeps for later allocations adds up when large blocks of many sizes come and
+    go, as layers do in an export.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":

@@ -1,4 +1,4 @@
-"""A loaded bundle: the Python face of the runtime."""
+"""A loaded bundle: the Python interface of the runtime."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ class Model:
 
         Args:
             policy: the policy whose graphs to load, as in `policy`; None loads every graph of the
-                bundle, but none of the wide form with `memory="low"`.
-            budget: likewise.
+                bundle, except the wide form with `memory="low"`.
+            budget: see `policy`.
             prefill: precision of the prompts, as in `stream`.
-            batches: also the wide LM head, which otherwise loads with the first batch.
+            batches: also load the wide LM head, which otherwise loads with the first batch.
         """
         chosen = None if policy is None else self.policy(policy, budget)
         plan = None if chosen is None else prefill_plan(self._sessions, chosen, prefill)
@@ -122,7 +122,7 @@ class Model:
         """Bytes of weights that a policy needs and that are not loaded yet.
 
         Args:
-            policy: None takes the model's own.
+            policy: None uses the model's own.
         """
         chosen = policy or self.policy()
         return self._sessions.bytes_to_load(chosen, prefill_plan(self._sessions, chosen))
@@ -146,8 +146,8 @@ class Model:
 
         Args:
             policy: a name or a `Policy`; None or empty uses the policy that the model was loaded
-                with.
-            budget: fraction of the reference's time per token or a preset; likewise.
+                with, and its budget unless one is given.
+            budget: fraction of the reference's time per token, or a preset.
         """
         return self._requests.policy(policy, budget)
 
@@ -155,7 +155,7 @@ class Model:
         """The policy of a generation.
 
         Raises:
-            PolicyError: the bundle cannot do it, or cannot speculate with it as requested.
+            PolicyError: the bundle does not support it, or cannot speculate with it as requested.
         """
         return self._requests.policy_of(options)
 
@@ -171,13 +171,13 @@ class Model:
         """Teacher-forced logits of a text.
 
         A policy whose paths differ between tokens runs token by token; at least the first token is
-        a prompt.
+        prefilled.
 
         Args:
             ids: token ids `[S]`.
             prompt_tokens: how many are prefilled, as in `score`.
             policy: see `policy`.
-            budget: likewise.
+            budget: see `policy`.
             prefill: precision of the prefilled part; None: see `memory` of `load`.
 
         Returns:
@@ -218,7 +218,7 @@ class Model:
             ids: token ids `[S]`.
             prompt_tokens: how many are prefilled.
             policy: see `policy`.
-            budget: likewise.
+            budget: see `policy`.
             prefill: precision of the prefilled part; None: see `memory` of `load`.
             cache: keeps the KV cache of the prefilled part for the next call.
             predictions: return the scorer's predictions, if a scorer decides.
@@ -228,7 +228,7 @@ class Model:
         """
         ids = self._requests.checked(ids)
         chosen = self.policy(policy, budget)
-        cache = self.new_cache() if cache is None else cache  # an empty one is false
+        cache = self.new_cache() if cache is None else cache  # an empty one is falsy
         with cache.taken() as slot:
             sequence, rest = slot.state, slot.reuse(ids[:prompt_tokens])
             if len(rest):
@@ -252,13 +252,13 @@ class Model:
 
         Args:
             ids: the prompt, `[S]`.
-            options: what `given` does not name.
+            options: base options, which `given` overrides.
             cache: from `new_cache`; the prefix that it shares with the prompt is not computed
                 again.
             given: see `Options`.
 
         Raises:
-            PolicyError: an option is out of range, or not one that the bundle can do.
+            PolicyError: an option is out of range, or the bundle does not support it.
             ContextLengthError: the prompt does not fit the context.
         """
         chosen = GenerationOptions.of(options, **given)
@@ -278,13 +278,13 @@ class Model:
 
         Args:
             prompt: raw text, chat messages, which the chat template turns into text, or ids.
-            options: what `given` does not name.
+            options: base options, which `given` overrides.
             cache: from `new_cache`; the prefix that it shares with the prompt is not computed
                 again.
             given: see `Options`.
 
         Raises:
-            PolicyError: an option or a message is not one that the model or the bundle can do.
+            PolicyError: the model or the bundle does not support an option or a message.
             ContextLengthError: the prompt does not fit the context.
         """
         chosen = GenerationOptions.of(options, **given)
@@ -292,7 +292,7 @@ class Model:
         return Stream(begun(self._run(request, cache)), request.current)
 
     def _run(self, request: Request[Piece], cache: Cache | None) -> Generator[Piece]:
-        cache = self.new_cache() if cache is None else cache  # an empty one is false
+        cache = self.new_cache() if cache is None else cache  # an empty one is falsy
         if not isinstance(cache, Cache):
             raise PolicyError(f"cache={cache!r} must be from Model.new_cache()")
         return _lent(request, cache)
@@ -307,19 +307,19 @@ class Model:
         stream,
         _as_messages,
     )
-    """Generates the assistant's answer to messages, or to one message of the user."""
+    """Generates the assistant's answer to messages, or to one user message."""
 
     astream = asynchronous(
         "astream", "Generates text piece by piece for `async for`; threads do the work.", stream
     )
-    """Generates text piece by piece for `async for`, each token in a thread; likewise."""
+    """Generates text piece by piece for `async for`, in threads; takes what `stream` takes."""
 
     def new_scheduler(self, slots: int = SLOTS, store: PrefixStore | None = None) -> Scheduler:
         """Runs several generations together; see `request`.
 
         Args:
-            slots: how many; each has a KV cache as long as the longest.
-            store: keeps what slots hold that are given to another text.
+            slots: how many run at once; all their KV caches are as long as the longest.
+            store: keeps the K/V of slots that are given to another text.
         """
         return Scheduler.new(self._sessions, slots, store)
 
@@ -335,12 +335,12 @@ class Model:
 
         Args:
             prompt: raw text, chat messages or ids.
-            deliver: takes its chunks.
-            options: of the generation.
-            raw: whether ids are of raw text: no thoughts are looked for.
+            deliver: called with each chunk, or with an error.
+            options: options of the generation.
+            raw: treat ids as raw text, in which no thoughts are looked for.
 
         Raises:
-            PolicyError: an option or a message is not one that the model or the bundle can do.
+            PolicyError: the model or the bundle does not support an option or a message.
             ContextLengthError: the prompt does not fit the context.
         """
         return self._requests.of_text(prompt, GenerationOptions.of(options), deliver, raw)
@@ -357,15 +357,15 @@ class Model:
 
         Args:
             prompts: raw texts or chats.
-            options: of all of them.
+            options: options of all of them.
             parallel: how many run at once.
             on_done: called with the index and the text of each as it ends.
 
         Returns:
-            A text for each prompt, in their order.
+            The text for each prompt, in their order.
 
         Raises:
-            PolicyError: an option or a message is not one that the model or the bundle can do.
+            PolicyError: the model or the bundle does not support an option or a message.
             ContextLengthError: a prompt does not fit the context.
         """
         if isinstance(prompts, str):

@@ -1,4 +1,4 @@
-"""The options of a generation, and their defaults: the Python API and the tools take them here."""
+"""The options of a generation, and their defaults, for the Python API and the tools."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dash_onnx.runtime.sampling import Sampling
 LogitsProcessor = Callable[[Sequence[int], Logits], Logits]
 """Takes the ids of prompt and answer so far and the next token's logits `[V]`; returns logits.
 
-It must not write to what it is given. It runs before grammar, penalty and temperature, and is
-called once for each token in the text's order, also where several are checked in one pass."""
+It must not modify its arguments. It runs before grammar, penalty and temperature, and is called
+once for each token in the text's order, even if several are verified in one pass."""
 
 
 class Options(TypedDict, total=False):
-    """What the generating methods take by name: the fields of `GenerationOptions`.
+    """What the generating methods take by keyword: the fields of `GenerationOptions`.
 
-    None is as if it were left out.
+    None is the same as leaving an option out.
     """
 
     policy: str | Policy | None
@@ -68,9 +68,9 @@ class GenerationOptions:
             the wide form, see `memory` of `dash_onnx.load`.
         max_new_tokens: most tokens to generate, thoughts included.
         max_thinking_tokens: most tokens of thoughts, after which the answer begins. 0 turns them
-            off, any other number on, if the chat template can (its variable `enable_thinking`);
-            None leaves that to the template. Without effect on raw text, and on a model without
-            tags for thoughts.
+            off and any other number on, if the chat template supports it (its variable
+            `enable_thinking`); None leaves that to the template. It has no effect on raw text, or
+            on a model without tags for thoughts.
         chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
         ignore_eos: go on after an end-of-sequence token (benchmarks).
         speculate: speculative decoding: draft tokens from n-grams of the text are verified in one
@@ -127,7 +127,7 @@ class GenerationOptions:
         """How tokens are drawn.
 
         Args:
-            own: the model's choice of what is None here.
+            own: the model's values for options that are None here.
         """
         names = [one.name for one in dataclasses.fields(Sampling)]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -135,7 +135,7 @@ class GenerationOptions:
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template is given beside the messages."""
+        """The variables that the chat template gets in addition to the messages."""
         most = self.max_thinking_tokens
         thinking = {} if most is None else {"enable_thinking": most > 0}
         return {**thinking, **self.chat_template_kwargs}
@@ -178,7 +178,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def check_type(name: str, value: Any) -> None:
-    """Refuses what no caller can mean; NumPy's numbers are numbers."""
+    """Refuses a value of the wrong type; NumPy's numbers are numbers."""
     kinds, what = _KINDS[name]
     plain = value.item() if hasattr(value, "item") else value
     wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
@@ -191,14 +191,14 @@ def check_type(name: str, value: Any) -> None:
 
 
 GREEDY = GenerationOptions(temperature=0.0, repetition_penalty=1.0, speculate=False)
-"""The most likely token, whatever the model's authors want, one a pass: for those who compare."""
+"""The most likely token, one per pass, whatever generation_config.json says: for comparisons."""
 
 
 def check_count(name: str, value: Any, most: int = 2**31 - 1) -> None:
-    """Refuses what is no number of things.
+    """Refuses what is not a count.
 
     Raises:
-        PolicyError: no integer, less than 1 or more than `most`.
+        PolicyError: not an integer, less than 1, or more than `most`.
     """
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 1 <= value <= most:

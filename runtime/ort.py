@@ -1,4 +1,4 @@
-"""The way to ONNX Runtime: found, new enough, one of its two packages, one global thread pool."""
+"""Access to ONNX Runtime: one of its two packages, recent enough, with one global thread pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dash_onnx.core.errors import BundleError, DeviceError, first_line
 Device = Literal["cpu", "cuda"]
 
 MINIMUM: dict[Device, tuple[int, int]] = {"cpu": (1, 32), "cuda": (1, 28)}
-"""Of ORT, by device: 1.32 is the first whose attention takes `query_seqlens` on the CPU."""
+"""Oldest ORT by device: 1.32 is the first whose attention takes `query_seqlens` on the CPU."""
 
 _CPU, _GPU = "onnxruntime", "onnxruntime-gpu"
 _WEIGHTS = "session.model_external_initializers_file_folder_path"
@@ -34,7 +34,7 @@ def onnxruntime() -> ModuleType:
     """Imports ONNX Runtime.
 
     Raises:
-        DeviceError: missing, both packages installed, or too old; says the remedy.
+        DeviceError: missing, both packages installed, or too old; names the remedy.
     """
     installed = [name for name in (_CPU, _GPU) if _version(name)]
     if len(installed) == 2:
@@ -72,7 +72,7 @@ def check_device(device: str) -> None:
     """Refuses a device that this ONNX Runtime does not have, or is too old for.
 
     Raises:
-        DeviceError: with the devices there are, or the release that the device needs.
+        DeviceError: names the devices there are, or the release that the device needs.
     """
     known_device(device)
     if not has_device(device):
@@ -86,10 +86,10 @@ def check_device(device: str) -> None:
 
 
 def known_device(device: str) -> None:
-    """Refuses what is no device of ours.
+    """Refuses an unknown device.
 
     Raises:
-        DeviceError: with those there are.
+        DeviceError: names those there are.
     """
     if not isinstance(device, str) or device not in _PROVIDERS:
         raise DeviceError(f"unknown device {device!r}; choose from {', '.join(_PROVIDERS)}")
@@ -101,7 +101,7 @@ def has_device(device: str) -> bool:
 
 
 def use_threads(threads: int | None, *, share: bool = True) -> None:
-    """Decides on the threads of all sessions of the process, once.
+    """Sets the threads of all sessions of the process, once.
 
     They share ORT's global pool, and so do the other sessions of an app. A pool per session, ORT's
     default, would leave the threads of one layer spinning on the cores that the next layer needs:
@@ -110,7 +110,7 @@ def use_threads(threads: int | None, *, share: bool = True) -> None:
 
     Args:
         threads: intra-op threads; None takes all cores this process may use.
-        share: tell the app's later sessions to use the pool; the first call with a pool decides.
+        share: make the app's later sessions use the pool; the first call with a pool decides.
     """
     global _pool_threads
     if threads is not None and threads > _usable_cores():
@@ -134,7 +134,7 @@ def use_threads(threads: int | None, *, share: bool = True) -> None:
 
 
 def _set_pool(threads: int) -> bool:
-    """Whether the global pool was ours to set: an app may have set it before."""
+    """Sets the global pool; returns False if an app has set it before."""
     try:
         onnxruntime().set_global_thread_pool_sizes(threads, 1)
     except Exception as error:  # ORT raises types of its C extension, without a common base
@@ -147,8 +147,8 @@ def _set_pool(threads: int) -> bool:
 def _share_pool() -> None:
     """Gives the pool to the app's own sessions, too: ORT refuses those that want one of their own.
 
-    An app creates them without a thought of ours, so their options are others while they are
-    created, and then as they were.
+    An app does not know of the pool, so the options of its sessions are changed while they are
+    created, and then restored.
     """
     session, new_options = onnxruntime().InferenceSession, onnxruntime().SessionOptions
     create, lock = session.__init__, threading.Lock()
@@ -158,13 +158,13 @@ def _share_pool() -> None:
         self: Any, path_or_bytes: Any, sess_options: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         options = sess_options or new_options()
-        with lock:  # the options may be those of several sessions
+        with lock:  # several sessions may share the options
             before = options.use_per_session_threads, options.intra_op_num_threads
             options.use_per_session_threads = False
             options.intra_op_num_threads = 0  # ORT would warn that it is ignored
             try:
                 create(self, path_or_bytes, options, *args, **kwargs)
-                # What `set_providers` creates the session again with.
+                # `set_providers` creates the session again with these.
                 self._sess_options_initial = self.get_session_options()
             finally:
                 options.use_per_session_threads, options.intra_op_num_threads = before
@@ -207,8 +207,8 @@ def create_session(
         device: where it runs.
         stream: address of the CUDA stream that it runs on; None takes one of ORT's own.
         weights: folder of the external data of a serialized graph.
-        packed: let ORT repack the weights, into a copy in memory; else they stay in their file,
-            which it maps, and products are slow.
+        packed: let ORT prepack the weights, into a copy in memory; else they stay in their file,
+            which it maps, and matrix products are slow.
 
     Raises:
         BundleError: ORT refuses the graph.
@@ -220,7 +220,7 @@ def create_session(
     options.use_per_session_threads = _pool_threads == 1
     if options.use_per_session_threads:
         options.intra_op_num_threads = 1
-    # An arena per session keeps every session's intermediate tensors in other, cold memory; the
+    # An arena per session keeps every session's intermediate tensors in separate, cold memory; the
     # process heap hands the same hot blocks from layer to layer: 6 % faster INT4 decoding.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
@@ -232,7 +232,7 @@ def create_session(
         options.add_session_config_entry(_UNPACKED, "1")
     provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
     session = object.__new__(ort.InferenceSession)
-    # Ours load side by side, those of an app one by one: see `_share_pool`.
+    # Our sessions load in parallel, those of an app one by one: see `_share_pool`.
     create = getattr(ort.InferenceSession.__init__, "__wrapped__", ort.InferenceSession.__init__)
     try:
         create(session, model, options, providers=[provider])

@@ -1,4 +1,4 @@
-"""Some sequences of a batch, with a length of their own, and their part in its passes."""
+"""Some sequences of a batch, with their own length, and their part in its passes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dash_onnx.runtime.sequence import SequenceState
 
 
 class Part(SequenceState):
-    """Sequences of a batch, in its memory.
+    """Sequences of a batch, in the batch's memory.
 
-    A row of it may run alone, as any sequence does. In a pass of several rows each says where its
-    tokens are (`join`, or `rest`), and what covers them all `agree`s and runs.
+    A row may run alone, like any sequence. In a pass of several rows, each row sets the positions
+    of its tokens (`join` or `rest`); the part that covers all of them then calls `agree` and runs.
     """
 
     def __init__(self, whole: SequenceState, start: int, stop: int):
         """Takes the sequences `start` to `stop`.
 
         Raises:
-            DeviceError: the device cannot cut its memory.
+            DeviceError: the device cannot slice its memory.
         """
         self.__dict__.update(vars(whole))  # sessions, what passes share, how they run
         self.batch, self._whole, self._range = stop - start, whole, (start, stop)
@@ -42,8 +42,8 @@ class Part(SequenceState):
         """Takes part in a pass of the batch.
 
         Args:
-            count: tokens of this sequence; makes room for them as `advance` does.
-            seq: tokens of each sequence in the pass, which pads those that have fewer.
+            count: tokens of this sequence; room is made for them as in `advance`.
+            seq: tokens per sequence in the pass; sequences that have fewer are padded.
 
         Raises:
             ContextLengthError: they do not fit the context.
@@ -58,9 +58,9 @@ class Part(SequenceState):
         self._join(first, count, seq)
 
     def rest(self, seq: int) -> None:
-        """Lets a pass of `seq` tokens run over this part: what that writes is nothing.
+        """Lets a pass of `seq` tokens run over this part; what it writes here is ignored.
 
-        Its positions are the first ones after the valid ones, which stay as they are.
+        It writes to the positions after the valid tokens, which stay as they are.
         """
         self.reserve(self.length + seq)
         self.kv.rest()
@@ -83,14 +83,14 @@ class Part(SequenceState):
         return found
 
     def agree(self, longest: int, seq: int) -> None:
-        """Takes positions that the rows have set, for a pass of `seq` tokens of each.
+        """Prepares a pass of `seq` tokens per row at the positions that the rows have set.
 
         Args:
             longest: tokens of the longest sequence.
             seq: tokens of each sequence in the pass.
         """
         self.reserve(longest)
-        self._whole.reserve(longest)  # its passes follow a cache that has moved
+        self._whole.reserve(longest)  # its passes rebind if the cache has moved
         self._lengths.total.write(longest)
         if seq == 1:
             self.kv.settle(longest)
@@ -100,7 +100,7 @@ class Part(SequenceState):
         self.follow(seq)
 
     def follow(self, seq: int) -> None:
-        """Takes the pass of `seq` tokens that a larger part of the batch has agreed on."""
+        """Uses the pass of `seq` tokens that a larger part of the batch has prepared."""
         self._now = self._pass_of(seq)
         if seq > 1:
             self._now.see_as(self._whole._passes[seq], *self._range)

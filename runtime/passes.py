@@ -24,7 +24,7 @@ class Lengths:
 
     Attributes:
         seqlens: tokens of each sequence after the pass, minus one, `[B]` int32.
-        counts: valid ones of the pass, `[B]` int32; the CPU's graphs alone read it.
+        counts: valid tokens of the pass, `[B]` int32; only the CPU's graphs read it.
         start: tokens before the pass, `[B]` int64.
         total: tokens of the longest sequence after the pass, int32 scalar on the CPU.
     """
@@ -36,21 +36,21 @@ class Lengths:
 
     @classmethod
     def new(cls, backend: Backend, batch: int) -> Lengths:
-        """Of B sequences."""
+        """Those of B sequences."""
         counts, total = Buffer((batch,), "int32"), Buffer((), "int32")
         return cls(
             backend.buffer((batch,), "int32"), counts, backend.buffer((batch,), "int64"), total
         )
 
     def part(self, start: int, stop: int) -> Lengths:
-        """Of the sequences `start` to `stop`, in the same memory."""
+        """Those of the sequences `start` to `stop`, in the same memory."""
         seqlens, counts, starts = (
             buffer.part(start, stop) for buffer in (self.seqlens, self.counts, self.start)
         )
         return Lengths(seqlens, counts, starts, self.total)
 
     def write(self, first: int, count: int) -> None:
-        """Sets that all sequences have `count` tokens behind `first`."""
+        """Sets that all sequences have `count` tokens from position `first` on."""
         self.seqlens.write(first + count - 1)
         self.start.write(first)
         self.counts.write(count)
@@ -62,12 +62,12 @@ class Pass:
     Attributes:
         seq: S.
         tokens: ids, `[B, S]` int64.
-        positions: of the tokens, `[B, S]` int64.
+        positions: positions of the tokens, `[B, S]` int64.
         hidden: input of the even and of the odd layers, `[B, S, D]`.
-        per_layer: what each layer reads of the tokens, `[B, S, L, P]`; None where none does.
+        per_layer: what each layer reads from the tokens, `[B, S, L, P]`; None where none does.
         plain: whether the tokens attend by plain operators, bool scalar; None: see `see`. Passes of
             one token read that of the K/V cache.
-        masks: by window, what the tokens see; likewise.
+        masks: by window, what the tokens see; set like `plain`.
         logits: `[B, S, V]`, once the LM head has run.
         heads: the LM head in each form, bound.
     """
@@ -83,12 +83,12 @@ class Pass:
         """Allocates buffers.
 
         Args:
-            sessions: of the bundle.
-            kv: of the sequences.
-            lengths: likewise.
+            sessions: sessions of the bundle.
+            kv: K/V cache of the sequences.
+            lengths: lengths of the sequences.
             seq: S.
-            tensors: tokens, positions, both hidden states, and what layers read of the tokens,
-                where another pass has them.
+            tensors: tokens, positions, both hidden states, and what layers read from the tokens, if
+                another pass has them.
         """
         backend, dims = sessions.backend, sessions.manifest.dims
         per_layer = [] if dims.per_layer is None else [(kv.batch, seq, *dims.per_layer)]
@@ -129,7 +129,7 @@ class Pass:
 
         Args:
             longest: tokens of the longest sequence.
-            plain: whether by plain operators; None chooses, until the K/V cache moves.
+            plain: whether by plain operators; None chooses the faster, until the K/V cache moves.
         """
         capacity = self._kv.capacity
         if self.plain is None:
@@ -144,7 +144,7 @@ class Pass:
                 mask.write(mask_of(self.positions.array, capacity, window)[:, None, None])
 
     def see_as(self, whole: Pass, start: int, stop: int) -> None:
-        """Lets them see what the sequences `start` to `stop` of a larger pass do."""
+        """Lets the tokens see what those of sequences `start` to `stop` of a larger pass see."""
         if self.plain is None:
             self.plain = whole.plain
             self.masks = {window: mask.part(start, stop) for window, mask in whole.masks.items()}
@@ -172,7 +172,7 @@ class Pass:
             run()
 
     def _bind_layers(self, start: int, stop: int, form: Form, turn: int) -> tuple[Run, ...]:
-        """Binds them; the memories of states take turns."""
+        """Binds the layers; `turn` is that of their states."""
         layers, sessions = range(start, stop), self._sessions
         graph = sessions.joined(layers, form)
         if graph is not None:
@@ -185,7 +185,7 @@ class Pass:
         return self._layers.setdefault((start, stop, form, turn), runs)
 
     def _bind(self, layers: range, graph: LoadedGraph, names: Sequence[dict[str, str]]) -> Run:
-        """Binds a graph of some layers, whose ports have other names where it has several."""
+        """Binds a graph of some layers; `names` are those of the ports where it has several."""
         manifest, kv, lengths = self._sessions.manifest, self._kv, self._lengths
         buffers = {
             "hidden_in": self.hidden[layers.start % 2],
@@ -234,10 +234,10 @@ def bound_run(
     outputs: Sequence[Buffer],
     run_options: Any = None,
 ) -> Run:
-    """Binds every port of a graph to a buffer, once; returns what runs it, again and again.
+    """Binds every port of a graph to a buffer, once; returns a function that runs it repeatedly.
 
-    A port whose sizes are all known takes as much of its buffer, in its own shape. What runs raises
-    a DeviceError where ORT fails, such as for a device without free memory.
+    A port whose sizes are all known takes as much of its buffer, in its own shape. The function
+    raises a DeviceError if ORT fails, for example on a device without free memory.
     """
     binding = session.io_binding()
     for bind_port, side, buffers in (

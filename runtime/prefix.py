@@ -1,6 +1,6 @@
-"""K/V that outlive their sequence: of a prompt's beginning in memory, or of a conversation on disk.
+"""K/V that outlive their sequence: of a prompt's prefix in memory, or of a conversation on disk.
 
-Files are of safetensors' form, and read only by the bundle whose layers wrote them.
+Files are in safetensors format, and only a bundle with the layers that wrote them reads them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from dash_onnx.runtime.states import Arrays
 _LOG = logging.getLogger(__name__)
 
 LEAST = 8
-"""Tokens: to run fewer of them again costs no more than to copy K/V and states."""
+"""Least tokens to copy: running fewer of them again costs no more than copying K/V and states."""
 
-_LEAST_KEPT = 32  # tokens of a text that is worth a place in the store
+_LEAST_KEPT = 32  # least tokens of a text that is worth storing
 
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
 def identity_of(manifest: Manifest) -> str:
-    """What two bundles share whose layers write the same K/V: a trained policy changes nothing."""
+    """A digest that bundles share if their layers write the same K/V, whatever their policies."""
     files = {
         name: file.sha256
         for name, file in sorted(manifest.files.items())
@@ -55,7 +55,8 @@ class Saved:
         tokens: ids `[S]`.
         arrays: by name, keys and values `[H_kv, S, d]` of each layer.
         places: states of layers without K/V, by tokens that they have seen; see `States.saved`.
-        quality: of requests that it serves, see `Request.quality`; a conversation's is empty.
+        quality: quality of the requests that it serves, see `Request.quality`; a conversation's is
+            empty.
     """
 
     tokens: Ids
@@ -72,11 +73,11 @@ class Saved:
         return cls(ids, arrays, quality, _places(state, length))
 
     def restore(self, state: SequenceState, length: int) -> None:
-        """Writes the first tokens into an empty sequence, as many as `place` says."""
+        """Writes the first tokens into an empty sequence, as many as `place` returned."""
         _fill(state, self.arrays, self.places, length)
 
     def place(self, length: int) -> int:
-        """The longest beginning, of at most `length` tokens, that a sequence can go on from."""
+        """The longest prefix, of at most `length` tokens, that a sequence can continue from."""
         if not self.places:
             return length
         return max((place for place in self.places if place <= length), default=0)
@@ -91,13 +92,13 @@ class Saved:
         """Writes a file, all or nothing.
 
         Args:
-            path: of the file.
-            manifest: of the bundle.
-            facts: further text to keep in it.
+            path: the file.
+            manifest: manifest of the bundle.
+            facts: more text to store in it, by name.
 
         Raises:
             DashError: safetensors is missing.
-            BundleError: there is no such folder, or no file can lie there.
+            BundleError: there is no such folder, or no file can be written there.
         """
         told = {**(facts or {}), "bundle": identity_of(manifest), "quality": self.quality}
         with new_file(path) as temporary:
@@ -146,7 +147,7 @@ class Saved:
 
 
 def copy_prefix(held: SequenceState, state: SequenceState, length: int) -> None:
-    """Writes what another sequence keeps of its first tokens, up to a place, into an empty one."""
+    """Copies the first tokens of another sequence, up to one of its places, into an empty one."""
     state.reserve(length)
     held.reserve(0)  # it follows a cache that has moved
     arrays = {name: buffer.array[0] for name, buffer in _buffers(held)}
@@ -154,24 +155,24 @@ def copy_prefix(held: SequenceState, state: SequenceState, length: int) -> None:
 
 
 class PrefixStore:
-    """K/V of texts that lost their row, up to a number of bytes; the oldest go first.
+    """K/V of texts that lost their slot, up to a number of bytes; the least recently used go first.
 
-    Files are written in a thread of their own: who puts a text there goes on at once.
+    Files are written in a separate thread, so that `put` does not wait for them.
     """
 
     def __init__(self, manifest: Manifest, limit: int, folder: Path | None = None):
         """Starts with what a folder holds.
 
         Args:
-            manifest: of the bundle.
-            limit: bytes.
-            folder: keeps them for the next process; a subfolder of it for each bundle.
+            manifest: manifest of the bundle.
+            limit: most bytes.
+            folder: keeps them for the next process, in a subfolder for each bundle.
 
         Raises:
-            BundleError: the folder cannot be made or read.
+            BundleError: the folder cannot be created or read.
         """
         self._manifest, self._limit = manifest, limit
-        self._entries: dict[str, Saved] = {}  # the last used last
+        self._entries: dict[str, Saved] = {}  # most recently used last
         self._folder = None
         if folder is not None:
             self._folder = folder / identity_of(manifest)[:16]
@@ -209,16 +210,16 @@ class PrefixStore:
             self._writer.submit(lambda: None).result()
 
     def restore(self, state: SequenceState, ids: Ids, held: int, quality: str) -> int:
-        """Writes the longest beginning of a prompt that it holds into a sequence.
+        """Writes the longest stored prefix of a prompt into a sequence.
 
         Args:
-            state: of the sequence.
+            state: the sequence.
             ids: the prompt `[S]`, of which the last token runs in any case.
-            held: tokens that the sequence has itself.
-            quality: of its request; what another one left does not serve it.
+            held: tokens that the sequence already has.
+            quality: quality of its request; texts of another quality are not used.
 
         Returns:
-            How many tokens the sequence holds of the prompt now.
+            How many tokens of the prompt the sequence holds now.
         """
         common, name = self._longest(ids[:-1], quality)
         if common < held + LEAST:
@@ -260,7 +261,7 @@ class PrefixStore:
             return
         try:
             saved.write(path, self._manifest)
-        except Exception as error:  # a full disk has names of its own in safetensors
+        except Exception as error:  # safetensors has its own errors, such as for a full disk
             _LOG.warning("cannot write %s: %s", path, error)
 
 
@@ -298,7 +299,7 @@ def _places(state: SequenceState, length: int) -> dict[int, Arrays]:
 def _states_of(
     arrays: dict[str, npt.NDArray[Any]], manifest: Manifest, length: int
 ) -> dict[int, Arrays]:
-    """Takes the states out of what a file holds; only places that are whole."""
+    """Takes the states out of a file's arrays; returns only complete places."""
     dims, found = manifest.dims, dict[int, Arrays]()
     shapes = {
         f"{name}.{layer}": (1, *shape)

@@ -1,7 +1,7 @@
-"""Profiles every action of every layer through the real dispatch, as decoding meets them.
+"""Profiles every action of every layer through the real dispatch, as in decoding.
 
-Parts are timed window by window, some consecutive layers or one LM head, as memory may not hold
-the model; where it does, tokens are timed as a whole, too, see `profile_whole`.
+Parts are timed window by window, some consecutive layers or one LM head, as memory may not hold the
+model; if it does, whole tokens are timed, too, see `profile_whole`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
 BUSY = 0.1
-"""Spread of a profile that other work disturbed: 0.03 to 0.04 alone on two cores, 0.14 beside one
-busy process, 0.24 beside two, when all times are a third too long."""
+"""Spread above which other work disturbed a profile: 0.03 to 0.04 alone on two cores, 0.14 beside
+one busy process, 0.24 beside two, when all times are a third too long."""
 
 TAKEN = 0.2
-"""Share of the cores' time that steady work takes, which makes every run longer alike: a third
-beside one process that is busy on two cores, half beside two."""
+"""Share of the cores' time above which steady work, which slows every run alike, disturbed a
+profile: it takes a third beside one process that is busy on two cores, half beside two."""
 
 PROBE_S = 0.3
 """Seconds that `taken_share` keeps the cores busy, before a profile and after it."""
 
 LayerAction = tuple[int, Action]
-"""A layer and what it does."""
+"""A layer and its action."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ _TOKENS = 96
 _WARM_UP = 16  # tokens until every graph has run and memory has settled
 _PROMPT = 64  # tokens of context; attention is a small part of a layer at this length
 _WINDOW_BYTES = 128 << 20  # of weights at a time; a model this small is profiled whole
-_OTHERS_BYTES = 64 << 20  # read in place of what is not loaded: twice a usual last-level cache
+_OTHERS_BYTES = 64 << 20  # read in place of what is not loaded: twice a typical last-level cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Window:
 
 @dataclass
 class Times:
-    """Milliseconds seen."""
+    """Measured milliseconds."""
 
     layers: list[dict[Action, list[float]]]
     heads: dict[Action, list[float]]
@@ -82,7 +82,7 @@ class Times:
 
 
 def profile(bundle: Bundle, device: Device) -> Costs:
-    """`measure`, with a warning where other work disturbed it."""
+    """`measure`, with a warning if other work disturbed it."""
     costs, disturbed = checked(bundle, device)
     if disturbed:
         _LOG.warning("%s; run dash-profile when the machine is idle", disturbed)
@@ -94,7 +94,7 @@ def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
     before = taken_share(thread_count(), PROBE_S)
     costs = measure(bundle, device)
     after = taken_share(thread_count(), PROBE_S)
-    taken = min(before, after)  # what was steady: `spread` has the rest
+    taken = min(before, after)  # the steady part: `spread` has the rest
     why = ""
     if costs.spread > BUSY:
         why = f"a typical run took {costs.spread:.0%} longer than the fastest quarter"
@@ -104,13 +104,13 @@ def checked(bundle: Bundle, device: Device) -> tuple[Costs, str]:
 
 
 def taken_share(threads: int, seconds: float) -> float:
-    """Share of the time of busy threads that they did not run, as other work had their cores."""
+    """Share of the time that busy threads did not run, because other work had their cores."""
     text = bytes(1 << 18)
 
     def busy(_: int) -> float:
         started, ran = time.perf_counter(), time.thread_time()
         while time.perf_counter() - started < seconds:
-            hashlib.sha256(text)  # which leaves the interpreter to the other threads
+            hashlib.sha256(text)  # releases the GIL
         return (time.thread_time() - ran) / (time.perf_counter() - started)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -120,12 +120,12 @@ def taken_share(threads: int, seconds: float) -> float:
 def measure(bundle: Bundle, device: Device) -> Costs:
     """Decodes random paths and takes the lower quartile of each part's time.
 
-    The quartile, because other work on the machine only makes times longer: it is what a part takes
-    undisturbed, as long as a quarter of its runs were.
+    The quartile, because other work on the machine only makes times longer: it is the undisturbed
+    time of a part, as long as a quarter of its runs were undisturbed.
 
-    Random paths, because a policy mixes actions and then finds their weights as cold in memory
-    as it finds them here. The highest precision takes turns of its own: mixed paths that use it
-    are rare, and its weights would push all others out of the caches.
+    Random paths, because a policy mixes actions and then finds their weights as cold in memory as
+    here. The highest precision is timed separately: mixed paths that use it are rare, and its
+    weights would evict all others from the caches.
 
     Args:
         bundle: whose graphs run.
@@ -152,8 +152,8 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
         _time(sessions, window, lambda _: best, _TOKENS // 4, times, rng)
     for window in _windows(manifest, cheap, heads):
         _time(sessions, window, mixed, _TOKENS, times, rng)
-    # Neighbouring layers have the same shape: the quartile over all of them is the steadier
-    # figure where one layer was rarely seen, but a layer's own keeps what differs.
+    # Layers mostly have the same shape: the quartile over all of them stands in where one layer
+    # never took an action; elsewhere, a layer's own keeps what differs.
     shared = {
         action: _typical([ms for seen in times.layers for ms in seen.get(action, [])])
         for action in manifest.actions
@@ -166,7 +166,7 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
         }
         for seen in times.layers
     )
-    # It is a difference of two times: where other work disturbs them, more than is possible.
+    # It is a difference of two times: if other work disturbs them, it may exceed what is possible.
     most_saved = min(ms for costs in layers_ms for ms in costs.values()) / 2
     costs = Costs(
         machine=machine_name(),
@@ -183,9 +183,9 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
 
 
 def _join_ms(sessions: Sessions) -> float:
-    """What it saves to run layers as one graph, for each layer but the first.
+    """The time saved by running layers as one graph, for each layer but the first.
 
-    Both ways take turns, as the difference is smaller than what other work makes of either.
+    Both ways take turns, as their difference is smaller than the noise of either.
     """
     manifest = sessions.manifest
     cheapest = manifest.variants[-1]
@@ -217,7 +217,7 @@ def _join_ms(sessions: Sessions) -> float:
 def _windows(
     manifest: Manifest, actions: Sequence[Action], heads: tuple[Action, ...]
 ) -> list[_Window]:
-    """Cuts what is to be timed into windows."""
+    """Splits what is to be timed into windows."""
     layers = tuple(range(manifest.model.num_layers))
     in_layers = sum(
         manifest.graph_bytes(layer_path(layer, action), action)
@@ -250,15 +250,15 @@ def _time(
     prompt = min(_PROMPT, longest - 1)
     sequence.advance(prompt)  # counted, not run: timing does not depend on what the cache holds
     others = _others(window)
-    # What comes first after `others` would pay for waking threads and for cold instructions. In a
-    # decoding token the embedding comes after the head, and all layers but the first after a layer.
+    # What runs first after `others` would pay for waking threads and for cold instructions. In
+    # decoding, the embedding runs after the head, and all layers but the first after a layer.
     last = manifest.model.num_layers - 1
     before: list[LayerAction] = [] if window.whole else [(last, SKIP)]
     lead: list[LayerAction] = []
     if 0 not in window.layers:
         lead = [(window.layers[0] - 1 if window.layers else last, SKIP)]
     for count in range(_WARM_UP + tokens):
-        if sequence.length == longest:  # a short context: again from the prompt
+        if sequence.length == longest:  # a short context: restart from the prompt
             sequence.truncate(prompt)
         parts = [(layer, choose(layer)) for layer in window.layers]
         head = rng.choice(window.heads) if window.heads else None
@@ -284,7 +284,7 @@ def _time_token(
     before: Sequence[LayerAction],
     lead: Sequence[LayerAction],
 ) -> list[float]:
-    """Runs a token as `SequenceState.forward` does, but for what is left out.
+    """Runs a token as `SequenceState.forward` does, except for what is left out.
 
     Args:
         sequence: whose next token it is.
@@ -310,7 +310,7 @@ def _time_token(
     sequence.sessions.backend.synchronize()
     times = [timed(lambda: sequence.embed(token))]
     if lead:
-        # The first layer that is timed may read either: neither may add up over the tokens.
+        # The first timed layer may read either: neither may accumulate over the tokens.
         even, odd = sequence.hidden
         odd.write(even.array)
         for layer, action in lead:
@@ -323,7 +323,7 @@ def _time_token(
 
 
 def _scorer_ms(sessions: Sessions) -> float:
-    """All decisions of one token, each made between two layers, as in decoding."""
+    """Milliseconds of all decisions of one token, each made between two layers, as in decoding."""
     manifest = sessions.manifest
     cheapest = manifest.variants[-1]
     read = {layer - 1 for layer in scorer_facts(manifest).decision_points}
@@ -360,15 +360,15 @@ def _scorer_ms(sessions: Sessions) -> float:
 
 
 def _others(window: _Window) -> npt.NDArray[np.uint64]:
-    """What is read before each token in place of the weights that a window leaves out.
+    """Data to read before each token in place of the weights that a window leaves out.
 
-    Else the caches would still hold weights of this window from the token before.
+    Otherwise the caches would still hold this window's weights from the previous token.
     """
     return np.ones(0 if window.whole else _OTHERS_BYTES // 8, np.uint64)
 
 
 def spread_of(times: Times) -> float:
-    """By what share the median run of a part is longer than its lower quartile, of most parts."""
+    """By what share the median run of a typical part is longer than its lower quartile."""
     parts = [*(ms for layer in times.layers for ms in layer.values()), *times.heads.values()]
     shares = [float(np.median(ms)) / max(_typical(ms), 1e-6) - 1 for ms in parts]
     return round(float(np.median(shares)), 4)

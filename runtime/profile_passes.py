@@ -1,4 +1,4 @@
-"""Profiles what a layer and the LM head take by the rows of a pass, by form and context."""
+"""Profiles the time of a layer and of the LM head, by rows of a pass, form and context."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
     """Times each form of some layers in the middle, both attentions, and each LM head.
 
     Returns:
-        None where the bundle leaves nothing to choose.
+        None if the bundle leaves nothing to choose.
     """
     manifest = sessions.manifest
     limit = manifest.model.max_length
@@ -72,16 +72,16 @@ def pass_costs(sessions: Sessions) -> PassCosts | None:
 
 
 def _mean(tables: Sequence[tuple[Table, float]]) -> tuple[tuple[float, ...], ...]:
-    """Of layers of several kinds, by the share of each."""
+    """The mean over layers of several kinds, weighted by the share of each."""
     total = np.asarray(sum(share * table for table, share in tables))
     return tuple(tuple(round(float(ms), 5) for ms in row) for row in total)
 
 
 class _Times:
-    """Times parts of passes, their weights as cold as in decoding."""
+    """Times parts of passes, with weights as cold as in decoding."""
 
     def __init__(self, sessions: Sessions, kind: Sequence[int]):
-        """Of some of the layers of a kind."""
+        """Takes some of the layers of a kind."""
         manifest, first = sessions.manifest, max(len(kind) // 2 - 1, 0)
         self._sessions, self._layers = sessions, kind[first : first + _LAYERS]
         weights = sum(
@@ -94,11 +94,11 @@ class _Times:
     def layers(
         self, forms: Sequence[Form], rows: tuple[int, ...], contexts: tuple[int, ...]
     ) -> dict[Form, Table]:
-        """Of a layer with grouped attention.
+        """Times a layer with grouped attention.
 
-        All forms take turns at the start of a context. What a longer one adds is attention's, which
-        is the same in each of them: it is timed in the first one. Timed in each, one after the
-        other, the noise of a machine decided which form was the fastest.
+        All forms take turns at the start of a context. What a longer one adds comes from attention,
+        which is the same in each form, so it is timed only in the first. If each form were timed
+        there, one after another, noise would decide which is the fastest.
         """
 
         def measured(chosen: Sequence[Form], sequence: SequenceState, count: int) -> list[float]:
@@ -111,7 +111,7 @@ class _Times:
         return {form: start[0, :, index] + more for index, form in enumerate(forms)}
 
     def plain(self, form: Form, rows: tuple[int, ...], contexts: tuple[int, ...]) -> Table:
-        """What attention from plain operators adds to a layer, by turns with the other one."""
+        """What attention from plain operators adds to a layer, alternating with the other one."""
 
         def measured(sequence: SequenceState, count: int) -> list[float]:
             flag = sequence.attend(plain=True)
@@ -131,7 +131,7 @@ class _Times:
         rows: tuple[int, ...],
         contexts: tuple[int, ...],
     ) -> npt.NDArray[np.float64]:
-        """Milliseconds of a layer `[contexts, rows, n]`, for each of n that are measured."""
+        """Milliseconds of a layer `[contexts, rows, n]`, for n measured variants."""
         result = []
         for context in contexts:
             sequence, times = SequenceState(self._sessions, context + rows[-1]), []
@@ -152,7 +152,7 @@ class _Times:
             sequence.run_form(layer, form)
 
     def head(self, form: Form, rows: tuple[int, ...]) -> tuple[float, ...]:
-        """Of an LM head, for each number of rows."""
+        """Milliseconds of an LM head, for each number of rows."""
         sequence, asked = SequenceState(self._sessions), self._sessions.manifest.exported_heads[0]
         result = []
         for count in rows:
@@ -165,7 +165,7 @@ class _Times:
         return tuple(result)
 
     def _typical_ms(self, runs: Sequence[Callable[[], object]], rows: int) -> list[float]:
-        """The lower quartile of each; they take turns."""
+        """The lower quartile of each run; they take turns."""
         for run in runs:
             run()
         times: list[list[float]] = [[] for _ in runs]

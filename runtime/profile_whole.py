@@ -1,7 +1,7 @@
-"""Times tokens as a whole, as they decode, beside the sum of their parts.
+"""Times whole tokens as they decode, against the sum of their parts.
 
-Parts are timed among random paths, where weights are colder than on one path for all tokens, and
-LM heads alone; a plan is fast or slow as a whole.
+Parts are timed on random paths, where weights are colder than on one path for all tokens, and LM
+heads are timed alone; what counts for a plan is the time of a whole token.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
 STEADY = 0.02
-"""Standard error of a ratio that is of use: plans are told apart from 3 % on."""
+"""Largest standard error of a useful ratio: plans are told apart if they differ by 3 % or more."""
 
 MOST_APART = 0.1
-"""From the sum of its parts a whole token differs by less, unless other work disturbed it."""
+"""A whole token differs from the sum of its parts by less, unless other work disturbed it."""
 
 LEAST_MS = 1.0
-"""Of a token at the reference: of smaller models there is nothing to choose."""
+"""Least time of a token at the reference: for smaller models there is nothing to choose."""
 
-MULTIPLIER = 0.02  # nats a unit, of decisions before a policy has a table: about `balanced`
+MULTIPLIER = 0.02  # nats per unit, for decisions before a policy has a table: roughly `balanced`
 
 _BLOCK = 8  # tokens that one way runs before the other takes its turn
 _SETTLING = 2  # of them, until its weights are back in the caches
 _TURNS = (6, 40)  # of each way, at least and at most
-_SECONDS = 8.0  # of both, about
-_PRECISE = 0.01  # standard error that ends them before
+_SECONDS = 8.0  # for both, roughly
+_PRECISE = 0.01  # standard error at which they end earlier
 _MOST_PLANS = 16
 
 
 @dataclass
 class _Way:
-    """A way to decode tokens, in sessions of its own: its layers join as they do alone."""
+    """A way to decode tokens, with its own sessions, so that its layers join as if it ran alone."""
 
     sequence: SequenceState
     decider: Decider
@@ -74,7 +74,7 @@ class _Way:
         return float(np.quantile(ratios[_SETTLING:], 0.25))
 
     def parts_ms(self, path: ActionPath) -> float:
-        """The sum."""
+        """The sum of a token's profiled parts."""
         scored = isinstance(self.decider, ScoredDecider)
         graphs = len(self.decider.segments)
         return self.costs.token_ms(path, self.decider.head, scored, graphs=graphs)
@@ -83,16 +83,16 @@ class _Way:
 def whole_ratios(bundle: Bundle, costs: Costs, backend: Backend) -> dict[str, float]:
     """`Costs.whole` of all layers in each precision, and of the scorer's decisions.
 
-    They are timed by turns with the reference's tokens: no more is loaded than both.
+    They are timed alternately with the reference's tokens: only these two are loaded at a time.
 
     Args:
         bundle: whose tokens are timed.
-        costs: of the parts.
+        costs: costs of the parts.
         backend: where they run.
 
     Returns:
-        Empty where not every precision was timed: memory has no room for it, other work disturbed
-        it, the device is no CPU, or the model is tiny. Without decisions where they were not.
+        Empty if not every precision was timed: it does not fit in memory, other work disturbed it,
+        the device is not a CPU, or the model is tiny. Without decisions if those were not timed.
     """
     manifest = replace(bundle.manifest, costs=costs)
     if backend.device != "cpu" or reference_ms(manifest) < LEAST_MS:
@@ -113,12 +113,12 @@ def whole_ratios(bundle: Bundle, costs: Costs, backend: Backend) -> dict[str, fl
 
 
 def plan_times(bundle: Bundle, device: Device) -> Costs:
-    """The costs of a bundle, with the times of the plans that presets run or pass over for others.
+    """The costs of a bundle, with the times of the plans that presets choose between.
 
-    Whatever plan a preset would run is timed, until those that they run have been.
+    Times the plans that presets would run, until every plan that they run has been timed.
 
     Args:
-        bundle: with plans. Where its profile has no whole tokens, there are none of plans.
+        bundle: with plans. If its profile has no times of whole tokens, no plans are timed.
         device: where they run.
     """
     manifest = bundle.manifest
@@ -141,7 +141,7 @@ def plan_times(bundle: Bundle, device: Device) -> Costs:
 
 
 def _rivals(manifest: Manifest) -> Iterator[Plan]:
-    """What presets run, and the fastest plans of either kind that keep their promises."""
+    """The plans that presets run, and the fastest plan of each kind that keeps their promises."""
     yield from preset_plans(manifest).values()
     for limit in PRESETS.values():
         yield from filter(None, alternatives(limit / margin_of(manifest), manifest))
@@ -163,10 +163,10 @@ class _Timed:
 
         Args:
             plan: what is timed.
-            multiplier: of its decisions.
+            multiplier: multiplier of its decisions.
 
         Returns:
-            None where memory has no room for it, or other work disturbed it.
+            None if it does not fit in memory, or other work disturbed it.
         """
         if not _fits(self._bundle.manifest, plan):
             return None
@@ -209,7 +209,7 @@ def _compared(first: _Way, other: _Way) -> float | None:
 
 
 def error_of(values: Sequence[float]) -> float:
-    """Standard error of the median, of values that are mostly normal."""
+    """Standard error of the median of roughly normal values."""
     low, high = np.quantile(values, (0.25, 0.75))
     return float(0.93 * (high - low) / np.sqrt(len(values)))
 

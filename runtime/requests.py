@@ -26,7 +26,7 @@ from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.writer import TextWriter
 
-_TARGETS = 16  # whose guesses are remembered
+_TARGETS = 16  # whose guess statistics are kept
 
 Prompt = str | Sequence[Message] | Sequence[int] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
@@ -83,12 +83,12 @@ class Requests:
         Args:
             prompt: raw text, which is continued as it is, chat messages, which the chat template
                 turns into text, or ids of such a text.
-            options: of the generation.
+            options: options of the generation.
             deliver: see `Request`.
-            raw: whether ids are of raw text: no thoughts are looked for, as in a `str`.
+            raw: treat ids as raw text, in which no thoughts are looked for, as in a `str`.
 
         Raises:
-            PolicyError: an option or a message is not one that the model or the bundle can do.
+            PolicyError: the model or the bundle does not support an option or a message.
             ContextLengthError: the prompt does not fit the context.
         """
         raw = raw or isinstance(prompt, str)
@@ -105,17 +105,17 @@ class Requests:
         *,
         raw: bool = False,
     ) -> Request[Piece]:
-        """A request.
+        """Makes a request.
 
         Args:
             ids: the prompt `[S]`, checked.
-            options: of the generation.
+            options: options of the generation.
             write: see `Request`.
-            deliver: likewise.
-            raw: no thoughts are looked for.
+            deliver: see `Request`.
+            raw: whether no thoughts are looked for.
 
         Raises:
-            PolicyError: an option is not one that the model or the bundle can do.
+            PolicyError: the model or the bundle does not support an option.
         """
 
         def at(budget: Budget) -> Policy:
@@ -156,12 +156,12 @@ class Requests:
         """Ids as an array `[S]` int64.
 
         Raises:
-            PolicyError: they are no ids of this model.
+            PolicyError: they are not valid ids of this model.
             ContextLengthError: they do not fit the context.
         """
         try:
             array = np.asarray(ids)
-        except ValueError:  # lists in the list
+        except ValueError:  # nested lists
             raise PolicyError("token ids must be a flat list of integers") from None
         if array.size and array.dtype.kind not in "iu":
             raise PolicyError(f"token ids must be integers, not {array.dtype}")
@@ -172,7 +172,7 @@ class Requests:
     def _guessing(
         self, options: GenerationOptions
     ) -> tuple[Callable[[Policy], Learned | None], Sequence[int]]:
-        """What a generation guesses by, and the ids of the expected text."""
+        """The source of a generation's guess statistics, and the ids of the expected text."""
         wanted = options.speculate
         if wanted is None:
             wanted = self._sessions.backend.device == "cpu"

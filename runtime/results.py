@@ -1,4 +1,4 @@
-"""What a generation yields: tokens, pieces of text, and what is told of them."""
+"""What a generation yields: tokens, pieces of text, and facts about them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Logprobs(NamedTuple):
     """Log probabilities at one token, in nats, before temperature, filters and grammar.
 
     Attributes:
-        token: of the one that was drawn.
-        top: ids of the likeliest, with theirs.
+        token: log probability of the token that was drawn.
+        top: ids of the most likely tokens, each with its log probability.
     """
 
     token: float
@@ -49,7 +49,7 @@ class GeneratedToken:
         finish_reason: set on the last token.
         guess: on the first token of a pass with draft tokens, how many there were and how many were
             accepted; the time of the pass is divided among its tokens.
-        logprobs: where they were asked for.
+        logprobs: if they were requested.
         thinking: whether it belongs to the thoughts before the answer; their tags do, too.
     """
 
@@ -67,7 +67,7 @@ class Chunk(GeneratedToken):
     """A piece of generated text, with the token that completed it: see `GeneratedToken`.
 
     Attributes:
-        text: of the answer; may be empty while a character or a stop string is incomplete.
+        text: text of the answer; may be empty while a character or a stop string is incomplete.
         reasoning: text of the thoughts, without their tags.
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated so far.
@@ -93,8 +93,8 @@ class ScoredToken:
         logits: for the next token, `[V]`; overwritten by the next result.
         path: the action of each layer.
         predicted_kl: predicted KL of each action of each layer, `[L, A]` nats, for the actions of
-            `manifest.scorer`, 0 of those that the budget rules out; None if not requested, or if no
-            scorer decides.
+            `manifest.scorer`, 0 for those that the budget rules out; None if not requested, or if
+            no scorer decides.
     """
 
     logits: Logits

@@ -23,8 +23,8 @@ class Rows:
 
     Attributes:
         states: the sequences; each may run alone, as for its prompt.
-        together: whether a pass of some rows runs over those between them, too.
-        ragged: whether a pass may have several tokens of each, in different numbers.
+        together: whether a pass of some rows also runs over the rows between them.
+        ragged: whether a pass may have several tokens per row, and different numbers of them.
     """
 
     def __init__(self, states: Sequence[SequenceState], whole: SequenceState | None = None):
@@ -32,14 +32,14 @@ class Rows:
 
         Args:
             states: the sequences.
-            whole: the batch that they are the parts of; None runs each by itself.
+            whole: the batch that they are parts of; None runs each by itself.
         """
         self.states, self._whole = states, whole
         self._parts = {
             (row, row + 1): part for row, part in enumerate(states) if isinstance(part, Part)
         }
         manifest = states[0].sessions.manifest
-        # A state would take padding for tokens; attention over shared K/V does not know of any.
+        # A state would absorb padding as tokens; attention over shared K/V does not support any.
         plain = not manifest.recurrence and "shared_attention" not in manifest.mixers
         self.together = whole is not None
         self.ragged = self.together and manifest.target.ragged and plain
@@ -51,10 +51,10 @@ class Rows:
 
     @classmethod
     def new(cls, sessions: Sessions, rows: int, capacity: int = CAPACITY) -> Rows:
-        """Empty sequences, in one K/V cache where the device can cut it.
+        """Empty sequences, in one K/V cache where the device can slice it.
 
         Args:
-            sessions: of the bundle.
+            sessions: sessions of the bundle.
             rows: how many.
             capacity: tokens that each has room for at first; it grows in steps when one is full.
         """
@@ -73,10 +73,10 @@ class Rows:
         """Runs tokens of some rows.
 
         Args:
-            rows: numbers, ascending.
+            rows: row numbers, ascending.
             tokens: ids for each; several only if `ragged`, or if one row runs alone.
-            deciders: of each; several tokens of a row take the same path.
-            wanted: of how many last tokens of each the logits are wanted; empty takes all.
+            deciders: one for each; several tokens of a row take the same path.
+            wanted: for how many of the last tokens of each logits are returned; empty: for all.
 
         Returns:
             Logits `[S, V]` of each row (the next call overwrites them), and paths.
@@ -118,7 +118,7 @@ class Rows:
         return logits[len(logits) - wanted :], path
 
     def _place(self, rows: Sequence[int], tokens: Sequence[Sequence[int]], seq: int) -> Part:
-        """Sets the positions of a pass, and embeds its tokens; returns what runs it."""
+        """Sets the positions of a pass, and embeds its tokens; returns the part that runs it."""
         for row, ids in zip(rows, tokens, strict=True):
             self._part(row, row + 1).join(len(ids), seq)
         first, stop = rows[0], rows[-1] + 1
@@ -137,10 +137,10 @@ class Rows:
     def _layers(
         self, together: Part, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
     ) -> list[ActionPath]:
-        """Runs the layers, in each the rows of the same action together.
+        """Runs the layers; in each, rows with the same action run together.
 
-        Where plans differ in their segments, layers run one by one. If some would be loaded again
-        for that, the rows of each plan run by themselves.
+        Where plans differ in their segments, layers run one by one. If that would load some of them
+        again, the rows of each plan run separately.
         """
         for decider in deciders:
             decider.begin()
@@ -169,7 +169,7 @@ class Rows:
         deciders: Sequence[Decider],
         seq: int,
     ) -> None:
-        """Runs the layers of rows that have no others between them."""
+        """Runs the layers for rows that follow each other in the pass."""
         for layer, end in segments:
             for decider in deciders:
                 decider.before(layer)
@@ -201,7 +201,7 @@ class Rows:
         if part is None:
             assert self._whole is not None
             part = self._parts[start, stop] = Part(self._whole, start, stop)
-        part.reserve(0)  # follows the cache where it has moved
+        part.reserve(0)  # follows the cache if it has moved
         return part
 
 
@@ -211,14 +211,15 @@ def calls(
 ) -> list[tuple[int, int, Action]]:
     """Ranges of rows that run together, in order, so that each row's own action comes last.
 
-    The action of most rows runs on all from their first to their last one: others between them are
-    run again, which costs less than another call. A skipped row runs alone: it costs little, and
-    its graph rotates the keys of all rows by the position of the first.
+    The most common action runs on all rows from its first to its last: rows of other actions in
+    between run again with their own, which costs less than another call. A skipped row runs alone:
+    it costs little, and its graph rotates the keys of all rows by the position of the first.
 
     Args:
-        rows: numbers, ascending.
-        actions: of each.
-        again: whether rows may run again: a segment of several layers overwrites its own input.
+        rows: row numbers, ascending.
+        actions: one for each.
+        again: whether rows may run again; not in a segment of several layers, which overwrites its
+            own input.
     """
     pairs = [*zip(rows, actions, strict=True)]
     counts, ranges, most = Counter(action for action in actions if action != SKIP), [], SKIP

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dash_onnx.core.errors import PolicyError
 
-_LARGEST = 1e30  # of a temperature: finite in FP32
+_LARGEST = 1e30  # highest temperature: finite in FP32
 _LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 
@@ -59,9 +59,9 @@ class Sampler:
         """Draws one token.
 
         Args:
-            logits: `[V]`; left as it is.
-            seen: ids of the prompt and of the answer so far, for the repetition penalty; at each
-                call those of the call before and what came since.
+            logits: `[V]`; not modified.
+            seen: ids of the prompt and of the answer so far, for the repetition penalty; each call
+                must extend the ids of the previous one.
         """
         options = self._sampling
         if options.repetition_penalty != 1.0:
@@ -101,9 +101,9 @@ class Sampler:
 
 
 def _nucleus(weights: npt.NDArray[np.floating], share: float) -> npt.NDArray[np.intp]:
-    """Places of the largest weights that together reach a share; the one that crosses it stays."""
+    """Indices of the largest weights that together reach a share, with the one that crosses it."""
     total = weights.sum(dtype=np.float64)
-    # All that are smaller have less than the rest of the share together, so only a few are sorted.
+    # All smaller weights together are less than the remaining share, so only a few are sorted.
     large = np.flatnonzero(weights >= (1 - share) * total / len(weights))
     order = large[np.argsort(-weights[large], kind="stable")]
     reached = np.searchsorted(np.cumsum(weights[order], dtype=np.float64) / total, share)

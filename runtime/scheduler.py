@@ -1,8 +1,8 @@
 """Continuous batching: generations that share their passes, and join and leave at every token.
 
 Each has a slot: a sequence of one K/V cache. In each layer the slots that take the same action run
-together, which costs little more than one of them alone: the weights are read once. A generation by
-itself is the same with one slot.
+together, which costs little more than one of them alone: the weights are read once. A single
+generation is the same with one slot.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from dash_onnx.runtime.slot import Slot
 _LOG = logging.getLogger(__name__)
 
 SLOTS = 8
-"""Generations that run together unless told otherwise."""
+"""Default number of generations that run together."""
 
 MOST_SLOTS = 256
-"""Each takes a part of the K/V cache."""
+"""Most slots: each takes a part of the K/V cache."""
 
-_CHUNK = 32  # tokens of a prompt between two passes of running answers, which wait for them,
-_LEAST_CHUNK = 8  # as many as take about twice the time of such a pass
-_WAIT = 2.0
+_CHUNK = 32  # tokens of a prompt between two passes of running answers, at first
+_LEAST_CHUNK = 8
+_WAIT = 2.0  # passes that such a chunk should take as long as
 
 
 class Scheduler:
     """Runs requests together. Any thread may submit; one thread at a time runs steps.
 
     Attributes:
-        reused: tokens of prompts so far that did not run, because a slot or the store held them.
+        reused: prompt tokens so far that did not run, because a slot or the store held them.
     """
 
     def __init__(self, rows: Rows, store: PrefixStore | None = None, slot: Slot | None = None):
@@ -52,13 +52,13 @@ class Scheduler:
 
         Args:
             rows: the sequences.
-            store: keeps what slots hold that are given to another text.
+            store: keeps the K/V of slots that are given to another text.
             slot: the only one; None makes one for each sequence.
         """
         self._rows, self._store = rows, store
         self._slots = [slot] if slot else [Slot(n, state) for n, state in enumerate(rows.states)]
         self._waiting: deque[Request[Any]] = deque()
-        self._given = 0  # slots, so far
+        self._given = 0  # slots assigned so far
         self.reused = 0
         self._wake = threading.Event()
         self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
@@ -67,15 +67,15 @@ class Scheduler:
     def new(
         cls, sessions: Sessions, slots: int = SLOTS, store: PrefixStore | None = None
     ) -> Scheduler:
-        """Allocates slots; each has a KV cache as long as the longest.
+        """Allocates slots; all their KV caches are as long as the longest.
 
         Args:
-            sessions: of the bundle.
+            sessions: sessions of the bundle.
             slots: generations at once.
-            store: keeps what slots hold that are given to another text.
+            store: keeps the K/V of slots that are given to another text.
 
         Raises:
-            PolicyError: not as many.
+            PolicyError: `slots` is out of range.
         """
         check_count("slots", slots, MOST_SLOTS)
         return cls(Rows.new(sessions, slots), store)
@@ -97,7 +97,7 @@ class Scheduler:
         self._wake.wait(seconds)
 
     def step(self) -> bool:
-        """A part of one prompt, and a token or more of every running answer.
+        """Runs a part of one prompt, and one or more tokens of every running answer.
 
         Returns:
             Whether there was anything to do.
@@ -128,7 +128,7 @@ class Scheduler:
                     slot.state.truncate(len(slot.tokens))
                 if len(together) == 1:
                     self._fail(together[0], error)
-                else:  # of one of them: those that run alone go on
+                else:  # one of them caused it: each runs alone, and the others go on
                     for slot in together:
                         self._guarded(slot, lambda: self._decode([slot]))  # noqa: B023
         return bool(busy)
@@ -139,7 +139,7 @@ class Scheduler:
             request = self._waiting.popleft()
             if request.cancelled.is_set():
                 continue
-            # The slot that holds most of the prompt, else the one that was not used for longest.
+            # The slot that holds most of the prompt; among equals, the least recently used.
             slot = max(free, key=lambda slot: (slot.common(request), -slot.used))
             free.remove(slot)
             self._given += 1
@@ -147,7 +147,7 @@ class Scheduler:
             self._guarded(slot, lambda: self._begin(slot, request))  # noqa: B023
 
     def _gather(self, slots: list[Slot]) -> bool:
-        """Moves one of some slots to a free row between them: their pass runs over that, too.
+        """Moves the last of some slots to a free row between them, which their pass covers anyway.
 
         Returns:
             Whether it has.
@@ -180,12 +180,12 @@ class Scheduler:
         self.reused += common
 
     def _restored(self, slot: Slot, request: Request[Any], common: int, held: list[int]) -> int:
-        """Copies a longer beginning of the prompt from another slot or the store, if one has it.
+        """Copies a longer prefix of the prompt from another slot or the store, if one has it.
 
         Returns:
             Tokens of the prompt that the slot holds now.
         """
-        other = max(self._slots, key=lambda other: other.common(request))  # one that runs, too
+        other = max(self._slots, key=lambda other: other.common(request))  # including running ones
         shared = other.common(request)
         shared = shared if shared >= common + LEAST else 0
         if self._store is not None:
@@ -200,7 +200,7 @@ class Scheduler:
         return shared or common
 
     def _prompt(self, slot: Slot, *, alone: bool) -> None:
-        """Runs a part of a prompt: a short one where answers wait for it."""
+        """Runs a part of a prompt: a short one if answers wait for it."""
         assert slot.plan is not None and slot.going is not None
         if slot.going.count:
             slot.started = time.perf_counter()
@@ -217,18 +217,18 @@ class Scheduler:
         self._take(slot, part.tolist(), logits, path)
 
     def _adapt(self, passes: float) -> None:
-        """Changes how much of a prompt runs at once, by the passes that could have run instead."""
+        """Adapts how much of a prompt runs at once to the number of passes that it delays."""
         if passes > _WAIT * 1.5:
             self._chunk = max(self._chunk // 2, _LEAST_CHUNK)
         elif passes < _WAIT / 1.5:
             self._chunk = min(self._chunk * 2, PREFILL_CHUNK)
 
     def _decode(self, slots: list[Slot], seq: int = 1) -> None:
-        """A pass of every answer: its last token, guesses, and a prompt's part that joins it.
+        """Runs a pass of every answer: its last token, guesses, and a prompt's part that joins it.
 
         Args:
-            slots: by their number.
-            seq: tokens that the pass has of each slot at least.
+            slots: in the order of their numbers.
+            seq: least tokens of each slot in the pass.
         """
         started = time.perf_counter()
         going = [slot.going for slot in slots if slot.going is not None]
@@ -249,7 +249,7 @@ class Scheduler:
             self._guarded(slot, lambda: self._take(slot, ids, own, path))  # noqa: B023
 
     def _take(self, slot: Slot, ids: list[int], logits: Any, path: ActionPath) -> None:
-        """Notes that tokens have run; draws once all that are certain have."""
+        """Records that tokens have run; draws once all certain ones have."""
         assert slot.going is not None and slot.request is not None
         slot.rest = slot.rest[len(ids) :]
         if len(slot.rest):
@@ -258,7 +258,7 @@ class Scheduler:
         step = slot.going.take(logits, path)
         slot.tokens += slot.going.text[len(slot.tokens) : -1]
         held = slot.state.truncate(len(slot.tokens))
-        if held < len(slot.tokens):  # states cannot forget the wrong guesses alone
+        if held < len(slot.tokens):  # states cannot forget only the wrong guesses
             slot.state.layers(np.array(slot.tokens[held:], np.int64), slot.going.decider)
         if slot.going.forced:
             slot.rest = np.array([step.tokens[-1], *slot.going.take_forced()], np.int64)
@@ -267,7 +267,7 @@ class Scheduler:
         self._tell(slot, step)
 
     def _ahead(self, slots: list[Slot]) -> int:
-        """How many guesses for each answer the next pass checks; a prompt's tokens are sure."""
+        """How many guesses per answer the next pass verifies; a prompt's tokens are certain."""
         learned = self._learned(slots)
         if learned is None:
             return 0
@@ -282,8 +282,8 @@ class Scheduler:
     def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
         """Tokens of each slot in a pass of the answers that a prompt's next part joins.
 
-        Only where it runs as they do, in their precision, and where that brings more tokens per
-        time than a pass of its own; else 0.
+        Only if it runs as they do, in their precision, and if that yields more tokens per unit of
+        time than a separate pass; else 0.
         """
         together = [*decoding, *prompt]
         learned = self._learned(together) if prompt and decoding else None
@@ -306,7 +306,7 @@ class Scheduler:
     def _decoding(self, answers: list[Slot]) -> tuple[list[Slot], list[Slot]]:
         """Answers that run in the next pass, and those that first run forced tokens by themselves.
 
-        A few such tokens join the pass, before guesses, where it may have several of each answer.
+        A few such tokens join the pass, before guesses, if it may have several per answer.
         """
         alone = [slot for slot in answers if len(slot.rest)]
         if alone and self._learned(answers) is not None:
@@ -314,9 +314,9 @@ class Scheduler:
         return [slot for slot in answers if slot not in alone], alone
 
     def _learned(self, slots: list[Slot]) -> Learned | None:
-        """What guesses go by in a pass of some answers; None where it has a token of each.
+        """What guesses are based on in a pass of some answers; None if it has one token of each.
 
-        Several tokens take one path: those whose actions are chosen for each token run alone.
+        Several tokens take one path: if actions are chosen for each token, each runs alone.
         """
         going = [slot.going for slot in slots if slot.going is not None]
         if (len(going) > 1 and not self._rows.ragged) or any(not one.uniform for one in going):
@@ -336,7 +336,7 @@ class Scheduler:
                 return
 
     def _guarded(self, slot: Slot, work: Callable[[], None]) -> None:
-        """Does something for a slot; what goes wrong ends its request, and no other."""
+        """Runs `work` for a slot; an error ends its request, and no other."""
         try:
             work()
         except Exception as error:
@@ -357,7 +357,7 @@ class Scheduler:
         slot.rest = slot.rest[:0]
         length = min(slot.state.length, len(slot.tokens))
         if len(self._slots) > 1:
-            # Passes of others may run over it, see `SequenceState.rest`.
+            # Passes of others may run over it, see `Part.rest`.
             limit = slot.state.sessions.manifest.model.max_length
             length = min(length, max(limit - MOST - 1, 0))
         del slot.tokens[slot.state.truncate(length) :]
@@ -368,7 +368,7 @@ def _context(slots: list[Slot]) -> int:
 
 
 def _room(slots: list[Slot]) -> int:
-    """Tokens of each that fit the context, beside one."""
+    """Tokens of each that fit the context, in addition to one."""
     return max(slots[0].state.sessions.manifest.model.max_length - _context(slots) - 1, 0)
 
 

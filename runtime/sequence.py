@@ -23,7 +23,7 @@ from dash_onnx.runtime.states import LONG
 PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
 
-_KEPT = 16  # tokens: bindings for longer passes go when their prompt has run
+_KEPT = 16  # tokens: bindings for longer passes are dropped once their prompt has run
 _SHARED_LOGITS = (MOST + 1, MOST_ROWS)  # rows of buffers for the logits of passes with guesses
 _PREVIEWED = 32  # tokens: for each an INT2 head gathers 256 rows of the INT8 head
 
@@ -42,9 +42,9 @@ class SequenceState:
         """Allocates an empty cache; sequences share nothing but the sessions.
 
         Args:
-            sessions: of the bundle.
+            sessions: sessions of the bundle.
             capacity: tokens that its K/V cache has room for at first; it grows in steps.
-            batch: sequences.
+            batch: number of sequences.
         """
         backend = sessions.backend
         self.sessions, self._lock = sessions, backend.lock
@@ -56,7 +56,7 @@ class SequenceState:
         self._passes: dict[int, Pass] = {}
         self._logits_of: dict[int, Buffer] = {}  # by rows, shared by passes with guesses
         self._widened = sessions.widened  # actions that passes of several rows may run wide
-        self._plain: bool | None = None  # how passes attend; None: as is faster
+        self._plain: bool | None = None  # whether passes attend by plain operators; None: if faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to
         with self._lock:
             self._now = self._pass(1)
@@ -99,7 +99,7 @@ class SequenceState:
         Args:
             tokens: an id, ids `[S]` with S up to `PREFILL_CHUNK`, or `[B, S]`.
             decider: chooses each layer's action.
-            every: logits after every token, not after the last one alone.
+            every: return logits after every token, not only after the last one.
 
         Returns:
             Logits `[V]`, or `[S, V]` with `every` (the next call overwrites them), and the path.
@@ -112,7 +112,7 @@ class SequenceState:
             return self.head(decider.head, every=every), path
 
     def layers(self, tokens: int | Ids, decider: Decider) -> ActionPath:
-        """Does what `forward` does but for the LM head."""
+        """Does what `forward` does, except for the LM head."""
         with self._lock:
             self.advance(1 if isinstance(tokens, int) else tokens.shape[-1])
             self.embed(tokens)
@@ -142,7 +142,7 @@ class SequenceState:
             head: precision of the LM head.
             widened: actions that may run in the wide form, where it is faster.
             segments: the layers that run as one graph; empty takes the longest runs.
-            every: logits after every token, not after the last one alone.
+            every: return logits after every token, not only after the last one.
             chunk: tokens that run at once.
 
         Returns:
@@ -168,9 +168,9 @@ class SequenceState:
         return logits
 
     def _cuts(self, count: int, chunk: int) -> list[int]:
-        """Where the parts of a prompt begin that run at once, and where the last one ends.
+        """Where the chunks of a prompt begin, and where the last one ends.
 
-        States are kept before its last token, which runs again for who asks once more.
+        States are kept before its last token, which runs again if the same prompt comes again.
         """
         cuts = {*range(0, count, chunk), count}
         if self.kv.states is not None and count > LONG:
@@ -236,10 +236,11 @@ class SequenceState:
         kv.show(total)
 
     def attend(self, plain: bool) -> Buffer:
-        """Attends by plain operators, or not, until the K/V cache moves: for those who time it.
+        """Makes all later passes attend by plain operators, or not: for timing both.
 
         Returns:
-            The switch of the pass that runs now. Where it was true here, it may change.
+            The switch of the current pass, until the K/V cache moves; if it was true here, it may
+            be changed.
         """
         self._plain = plain
         self.kv.plain.write(plain)
@@ -249,7 +250,7 @@ class SequenceState:
         return self._now.plain or self.kv.plain
 
     def embed(self, tokens: int | Ids) -> None:
-        """Runs the token embedding on an id, or on as many ids as were advanced by."""
+        """Runs the token embedding on an id, or on as many ids as `advance` counted."""
         self._now.embed(tokens)
 
     def run(self, layer: int, action: Action, stop: int | None = None) -> None:
@@ -267,8 +268,8 @@ class SequenceState:
         """Runs the LM head on the last token, or on every one; logits `[V]` or `[S, V]`.
 
         Args:
-            precision: that is asked for.
-            every: of all tokens of the pass.
+            precision: the requested one.
+            every: return logits of all tokens of the pass.
             form: None takes the fastest that is good enough.
         """
         now, sessions = self._now, self.sessions
@@ -298,7 +299,7 @@ class SequenceState:
 
         Args:
             hidden: `[S, D]`, outputs of the last layer.
-            precision: that is asked for.
+            precision: the requested one.
 
         Returns:
             Logits `[S, V]`; the next pass of as many rows overwrites them.
@@ -309,7 +310,7 @@ class SequenceState:
         return self.head(precision, every=True)
 
     def _bound(self) -> Iterable[Pass]:
-        """The passes that there are."""
+        """All passes so far."""
         return self._passes.values()
 
     def _pass(self, seq: int) -> Pass:

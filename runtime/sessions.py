@@ -32,12 +32,13 @@ from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_
 from dash_onnx.runtime.ort import thread_count
 
 Memory = Literal["high", "low"]
-"""`high` loads what makes passes of many rows fast, about a byte more for each weight. `low` leaves
-a mixture of experts that memory cannot hold in its files, from which it runs slowly."""
+"""`high` also loads the wide form, which makes passes of many rows fast and takes about one more
+byte per weight. With `low`, a mixture of experts that does not fit in memory runs from its files,
+slowly."""
 
 
 class LoadedGraph(NamedTuple):
-    """A session, and those inputs and outputs of its kind that it has."""
+    """A session, and the inputs and outputs that its graph has, of those of its kind."""
 
     session: Any
     ports: Ports
@@ -49,8 +50,8 @@ class PromptPlan(NamedTuple):
     Attributes:
         path: action of each layer.
         head: precision of the LM head.
-        widened: actions whose passes of many rows may run wide.
-        segments: its layers, in the runs of those that are the same for all tokens after it.
+        widened: actions that may run wide in passes of many rows.
+        segments: the layers, in runs that share an action for all tokens after the prompt.
     """
 
     path: ActionPath
@@ -72,7 +73,7 @@ def _paths(layers: range, form: Form) -> set[str]:
 
 
 class Sessions:
-    """One ORT session per graph. ORT prepacks a copy of the weights for each, so never two."""
+    """One ORT session per graph, never two: ORT prepacks a copy of the weights for each session."""
 
     def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
         """Loads nothing yet."""
@@ -106,9 +107,10 @@ class Sessions:
     def joined(self, layers: range, form: Form) -> LoadedGraph | None:
         """Consecutive layers as one graph; None where they have to run one by one.
 
-        They do where some of them are loaded alone or in another graph, as their weights would be
-        in memory twice; in the wide form, whose passes have rows enough to hide the dispatch; where
-        their weights stay in files; and on devices where joining them has not been measured.
+        They run one by one where some of them are loaded alone or in another graph, as their
+        weights would be in memory twice; in the wide form, whose passes have enough rows to hide
+        the dispatch overhead; where their weights stay in files; and on devices where joining has
+        not been measured.
         """
         with self._joining:
             loaded = self._joined.get((layers, form))
@@ -117,7 +119,7 @@ class Sessions:
             return loaded
 
     def loads_again(self, layers: range, form: Form) -> bool:
-        """Whether these layers are loaded as one graph, and some of them not alone as well."""
+        """Whether these layers are loaded as one graph, and some of them not also on their own."""
         return (layers, form) in self._joined and not _paths(layers, form) <= self._loaded.keys()
 
     def _joins(self, layers: range, form: Form) -> bool:
@@ -145,7 +147,7 @@ class Sessions:
         return head_path(WIDE) in self._loaded
 
     def scorer(self) -> LoadedGraph:
-        """What decides; see `ScorerFacts`."""
+        """The scorer; see `ScorerFacts`."""
         file = scorer_facts(self.manifest).file
         return self._get(file, self.scorer_ports, "train again (dash-train)", scorer=True)
 
@@ -159,13 +161,13 @@ class Sessions:
         """Loads every graph of the bundle, or those that a policy and its prompts use.
 
         Args:
-            policy: None loads every graph; the wide ones only where memory is not low.
+            policy: None loads every graph; the wide ones only with `memory="high"`.
             prompt: how its prompts run.
-            batches: without, the wide LM head waits for a batch, and drafts do without it.
+            batches: if False, the wide LM head loads with the first batch; drafts run without it.
 
         Raises:
             BundleError: a graph is damaged.
-            DeviceError: they do not fit the memory.
+            DeviceError: they do not fit in memory.
         """
         heads, runs = self._used(policy, prompt)
         self._check_memory(heads, runs)
@@ -180,7 +182,7 @@ class Sessions:
             list(pool.map(lambda load: load(), loads))
 
     def check_memory(self, policy: Policy, prompt: PromptPlan) -> None:
-        """Refuses a policy that memory has no room for, beside what is loaded.
+        """Refuses a policy that does not fit in memory on top of what is loaded.
 
         Raises:
             DeviceError: it would load more than fits.
@@ -193,7 +195,7 @@ class Sessions:
                 self.layer(layer, form)
 
     def bytes_to_load(self, policy: Policy, prompt: PromptPlan) -> int:
-        """Bytes of weights that `preload` would load: layers, LM heads."""
+        """Bytes of weights that `preload` would load: layers and LM heads."""
         return self._bytes(*self._used(policy, prompt))
 
     def _used(
@@ -241,7 +243,7 @@ class Sessions:
         return 0 if mapped else self.manifest.graph_bytes(path, form)
 
     def _check_memory(self, heads: Iterable[Form], runs: Iterable[Run]) -> None:
-        """Refuses what does not fit, unless it is experts that may stay in their files."""
+        """Refuses what does not fit, unless it is experts that can stay in their files."""
         if self.backend.device != "cpu" or (available := available_bytes()) is None:
             return
         needed, experts = self._bytes(heads, runs), self.manifest.block.experts is not None
@@ -284,13 +286,13 @@ class Sessions:
         release_memory()
 
     def close(self) -> None:
-        """Forgets every session, for good; what is bound to one keeps it alive."""
+        """Forgets every session, for good; bindings to a session keep it alive."""
         with self.backend.lock:
             self._closed = True
             self._clear()
 
     def settle(self) -> None:
-        """Moves what was loaded to huge pages, in a thread of its own: it takes up to a second."""
+        """Moves what was loaded to huge pages in a separate thread: this takes up to a second."""
         with self._joining:
             loaded = self.loaded
             new = not loaded <= self._settled and self.loaded_bytes >= _MANY_BYTES
@@ -338,7 +340,7 @@ _TYPES: dict[DType, str] = {"float32": "float", "float16": "float16"}  # ORT's n
 
 
 def _ports_of(path: str, session: Any, ports: Ports, remedy: str) -> Ports:
-    """The ports that a graph has; refuses those that the manifest's sizes do not ask for."""
+    """The ports that a graph has; refuses those that do not match the manifest's sizes."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     names = {port.name for port in inputs}
     present = Ports(tuple(port for port in ports.inputs if port.name in names), ports.outputs)

@@ -1,4 +1,4 @@
-"""A sequence that requests have one after the other, and what is left in it."""
+"""A sequence that requests use one after another, and what they leave in it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dash_onnx.runtime.sessions import PromptPlan
 
 @dataclass(eq=False)
 class Slot:
-    """A sequence, what its K/V cache holds, and who has it.
+    """A sequence, what its K/V cache holds, and the request that uses it.
 
     Attributes:
         number: its row of a batch.
         state: the sequence.
-        tokens: that the K/V cache holds.
-        quality: of the request that it holds, see `Request.quality`; None serves any request, as
-            the cache of one conversation does.
-        used: when it was last given away.
-        request: whose it is.
+        tokens: tokens that the K/V cache holds.
+        quality: quality of the request that it holds, see `Request.quality`; None serves any
+            request, as the cache of one conversation does.
+        used: when it was last assigned, as a running number.
+        request: the request that uses it.
         going: its generation.
-        rest: what has to run before the next token is drawn.
-        plan: how that runs.
+        rest: tokens that must run before the next one is drawn.
+        plan: how they run.
         started: when its pass began, in seconds.
     """
 
@@ -43,7 +43,7 @@ class Slot:
     started: float = 0.0
 
     def common(self, request: Request[Any]) -> int:
-        """How many tokens of a prompt it holds; the last one runs again: it gives the logits."""
+        """How many tokens of a prompt it holds, without the last, which must run for the logits."""
         if self.quality not in (None, request.quality):
             return 0
         return self._held(request.ids)
@@ -53,13 +53,13 @@ class Slot:
         return self.state.kv.place(common)
 
     def reuse(self, ids: Ids) -> Ids:
-        """Keeps what it holds of a prompt; returns what has to run still."""
+        """Keeps what it holds of a prompt; returns what still has to run."""
         common = self.state.truncate(self._held(ids))
         del self.tokens[common:]
         return ids[common:]
 
     def exchange(self, other: Slot) -> None:
-        """Trades rows with a slot that has no request; each keeps what its K/V cache holds."""
+        """Swaps rows with a slot that has no request; each keeps what its K/V cache holds."""
         self.state.kv.exchange(other.state.kv)
         self.number, other.number = other.number, self.number
         self.state, other.state = other.state, self.state
@@ -68,14 +68,14 @@ class Slot:
 
     @property
     def answers(self) -> bool:
-        """Whether its prompt has run; what is in `rest` then, a grammar has forced."""
+        """Whether its prompt has run; from then on, `rest` holds tokens that a grammar forced."""
         return self.going is not None and self.going.count > 0
 
     def next_tokens(self, ahead: int) -> list[int]:
         """What a pass runs: what is left of `rest`, or the last token, and guesses after it.
 
         Args:
-            ahead: how many tokens at most, besides one.
+            ahead: most tokens after the first one.
         """
         assert self.going is not None
         certain = self.rest[: ahead + 1].tolist() or self.going.text[-1:]
@@ -84,7 +84,7 @@ class Slot:
 
     @property
     def lasting(self) -> list[int]:
-        """The tokens whose K/V serve later requests: none that another budget wrote."""
+        """The tokens whose K/V can serve later requests: none that another budget wrote."""
         request = self.request
         if self.quality is None or request is None or request.current.policy is request.first:
             return self.tokens

@@ -1,4 +1,4 @@
-"""A generation under way, the text of one that has ended, and methods that give these."""
+"""A running generation, the text of a finished one, and methods that return them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Stream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         with self._running:
             chunk = None if self._closed else next(self._chunks, None)
-            if self._closed:  # perhaps meanwhile
+            if self._closed:  # perhaps closed meanwhile
                 self._chunks.close()
                 chunk = None
         if chunk is None:
@@ -57,7 +57,7 @@ class Stream(Iterator[Chunk]):
 
     @property
     def policy(self) -> Policy:
-        """What decides the next token."""
+        """The policy of the next token."""
         return self._current.policy
 
     def set_budget(self, budget: Budget) -> None:
@@ -80,7 +80,7 @@ class Stream(Iterator[Chunk]):
 
 
 def begun(chunks: Generator[Chunk]) -> Generator[Chunk]:
-    """The same chunks, of which the first has been made: errors surface now, not at first use."""
+    """The same chunks, the first one already computed: errors surface now, not at first use."""
     return _continued(next(chunks), chunks)
 
 
@@ -102,10 +102,10 @@ class Completion(str):
         generated_tokens: how many tokens were generated.
         guessed_tokens: how many draft tokens were verified.
         right_guesses: how many of these were accepted.
-        ms: wall time of each of them in milliseconds; the first includes the prompt.
+        ms: wall time of each generated token in milliseconds; the first includes the prompt.
         actions: share of each action in the layers of all tokens except the first, which comes from
             the prefill.
-        logprobs: of each token, if requested.
+        logprobs: those of each token, if requested.
     """
 
     reasoning: str
@@ -146,10 +146,10 @@ def joined(
     """A method that takes what `stream` takes and returns the text of all chunks.
 
     Args:
-        name: of the method.
+        name: name of the method.
         told: first line of its docstring; the rest is that of `stream`.
         stream: yields the chunks.
-        prepare: what is done to the prompt.
+        prepare: applied to the prompt.
     """
     signature = inspect.signature(stream)
 
@@ -183,7 +183,7 @@ def asynchronous(
 def _named(
     method: Callable[..., Any], name: str, told: str, returns: str, what: str
 ) -> Callable[..., Any]:
-    """With the parameters of the method that it wraps, and their description."""
+    """Gives a method the parameters of the one that it wraps, and their description."""
     signature = inspect.signature(method).replace(return_annotation=returns)
     method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
     _, _, rest = (method.__doc__ or "").partition("\n\n")

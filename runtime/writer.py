@@ -1,4 +1,4 @@
-"""From generated tokens to text: chunks, each with what was told of its token."""
+"""From generated tokens to text: chunks, each with the facts about its token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextWriter:
         if step.thinking and step.token in self._tags:
             held += self._detokenizer.finish()
             self._detokenizer = Detokenizer(self._codec)
-        elif reason != "stop":  # the EOS token itself is no text
+        elif reason != "stop":  # the EOS token itself is not text
             held += self._detokenizer.add(step.token)
         if reason is not None:
             held += self._detokenizer.finish()
@@ -54,7 +54,7 @@ class TextWriter:
         )
 
     def _answer(self, held: str, reason: FinishReason | None) -> tuple[str, FinishReason | None]:
-        """What of the text cannot become a stop string, and whether one ends it."""
+        """The text that cannot become a stop string, and the finish reason if one ends it."""
         cut = min((at for at in (held.find(word) for word in self._stop) if at >= 0), default=-1)
         if cut >= 0:
             text, held, reason = held[:cut], "", "stop"
@@ -68,7 +68,7 @@ class TextWriter:
 
 
 def begins(text: str, word: str) -> int:
-    """Where a word begins in a text, perhaps cut by its end; without it, the text's length."""
+    """Where a word begins in a text, perhaps cut off by its end; if nowhere, the text's length."""
     if (at := text.find(word)) >= 0:
         return at
     sizes = range(min(len(word) - 1, len(text)), 0, -1)

@@ -1,4 +1,4 @@
-"""Tiny random models and bundles, made offline; the demo model where it has been fetched."""
+"""Tiny random models and bundles, made offline; the demo model if it has been fetched."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from dash_onnx.runtime import profile
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.results import ScoredToken
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and their children too.
+# Started in the background by a shell, the tests and their children would ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A profile looks for other work first and last, and finds the other tests here; how long an export
-# takes is of no interest.
+# A profile probes for other work before and after, and here would find the other tests; the
+# expected time of an export does not matter.
 profile.PROBE_S = expected.PROBE_S = 0.01
 
-# Torch's threads and ORT's would fight for two cores over models this small.
+# With models this small, torch's and ORT's threads would compete for two cores.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # in the commands that tests run, too: the workers are two
+os.environ["OMP_NUM_THREADS"] = "1"  # also in commands that tests run: there are two workers
 
 PINS = hasattr(os, "sched_setaffinity")
 CORES = sorted(os.sched_getaffinity(0)) if PINS else []
-"""That the tests may use."""
+"""Cores that the tests may use."""
 
-# ORT's threads spin while they wait: a worker, with what it runs, keeps to cores of its own.
+# ORT's threads spin while they wait: a worker and its commands stay on their own cores.
 _WORKER, _WORKERS = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
 if _WORKER and PINS and len(CORES) >= int(_WORKERS):
     os.sched_setaffinity(0, CORES[int(_WORKER.removeprefix("gw")) :: int(_WORKERS)])
@@ -103,7 +103,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, seed: int = 0, **overrides: object) -> Path:
-    """Writes a random Llama as a Hugging Face folder, its weights rounded to FP16."""
+    """Writes a random Llama as a Hugging Face folder, with weights rounded to FP16."""
     torch.manual_seed(seed)
     config = LlamaConfig(**{**TINY, "bos_token_id": 0, "eos_token_id": 1, **overrides})
     model = LlamaForCausalLM(config)
@@ -115,27 +115,27 @@ def save_tiny(folder: Path, seed: int = 0, **overrides: object) -> Path:
 
 
 def save_biased(folder: Path) -> Path:
-    """Like `save_tiny`, with a bias at every linear layer."""
+    """Like `save_tiny`, with a bias in every linear layer."""
     save_tiny(folder, attention_bias=True, mlp_bias=True)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(7)
     changed = [p for name, p in model.named_parameters() if name.endswith(".bias")]
     assert len(changed) == 4 * 7
-    for bias in changed:  # transformers leaves them at zero
+    for bias in changed:  # transformers initializes them to zero
         bias.data = torch.randn_like(bias).mul(0.2).half().float()
     model.save_pretrained(folder)
     return folder
 
 
 def logits_of(scored: Iterable[ScoredToken]) -> np.ndarray:
-    """Logits `[S, V]` of what `Model.score` yields, which overwrites them."""
+    """Logits `[S, V]` copied from the results of `Model.score`, which overwrites them."""
     return np.stack([token.logits.copy() for token in scored])
 
 
 def layer_inputs(
     model: Model, ids: np.ndarray, paths: Sequence[ActionPath], prompt_tokens: int
 ) -> np.ndarray:
-    """Input of each layer for each decoded token, `[S - prompt, L, D]`, on a path for each."""
+    """Input of each layer for each decoded token, `[S - prompt, L, D]`, with one path per token."""
     sequence, rows = model.new_sequence(), []
     best, layers = model.manifest.variants[0], model.manifest.model.num_layers
     sequence.prefill(ids[:prompt_tokens], (best,) * layers, model.manifest.heads[best])
@@ -149,10 +149,10 @@ def layer_inputs(
 
 
 def pytest_collection_finish() -> None:
-    """Lets no collection of garbage look at what stays until the end: modules and tests.
+    """Excludes what stays until the end, modules and tests, from garbage collection.
 
-    An export collects after each layer, which takes most of its time where layers are this small
-    and the objects of torch, transformers, onnx and pytest this many.
+    An export collects after each layer. With layers this small, and the many objects of torch,
+    transformers, onnx and pytest, that would take most of its time.
     """
     gc.collect()
     gc.freeze()
@@ -160,7 +160,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def every_core() -> Iterator[None]:
-    """Lets the commands of a test use the cores of the other workers, too."""
+    """Lets the commands of a test also use the cores of the other workers."""
     if not PINS:
         yield
         return
@@ -172,9 +172,9 @@ def every_core() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run two at a time and disturb each other's profiles: no warning tells of it in a test.
+    """Silences the warning about a busy machine: two tests run at once and disturb profiles.
 
-    Fixtures of a session and commands in a process of their own still print it.
+    Session fixtures and commands in their own process still print it.
     """
     monkeypatch.setattr("dash_onnx.runtime.profile.BUSY", math.inf)
     monkeypatch.setattr("dash_onnx.runtime.profile.TAKEN", math.inf)
@@ -182,7 +182,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def night(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration text: much faster than text that the model generates itself."""
+    """A calibration text: much faster than text generated by the model."""
     path = tmp_path_factory.mktemp("text") / "night.txt"
     lines = (f"the keeper counts {n} ships that pass in the night {n * n}\n" for n in range(120))
     path.write_text("".join(lines))
@@ -197,7 +197,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def export_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports a model folder, every precision and exact products (level 0) unless told."""
+    """Exports a model folder, by default in every precision with exact products (level 0)."""
 
     def run(source: Path, **options: object) -> Path:
         out = tmp_path_factory.mktemp("bundles") / "out"
@@ -218,7 +218,7 @@ def tiny_bundle(tiny_folder: Path, export_tiny: Callable[..., Path]) -> Path:
 def tiny_with(
     tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]
 ) -> Callable[..., Path]:
-    """The tiny model exported with some options, once for each. Read-only, like `tiny_bundle`."""
+    """The tiny model exported with given options, cached. Read-only, like `tiny_bundle`."""
 
     @functools.cache
     def run(**options: object) -> Path:
@@ -234,12 +234,12 @@ def tiny_model(tiny_bundle: Path) -> Model:
 
 
 def missing(what: str) -> NoReturn:
-    """Skips the test; in CI it fails, so that no claim goes untested in silence."""
+    """Skips the test, or fails it in CI, so that no claim goes untested silently."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
 
 
 def needed(package: str) -> ModuleType:
-    """A package of a peer."""
+    """Imports a package of a peer."""
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -265,7 +265,7 @@ def trained_bundle() -> Path:
 
 @pytest.fixture
 def cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows cost next to nothing, as on a machine whose products of many rows are fast."""
+    """Makes rows nearly free, as on a machine with fast products of many rows."""
     monkeypatch.setattr(
         "dash_onnx.runtime.guesses.Learned.cost",
         lambda learned, rows, context: 1 + 0.01 * (rows - 1),

@@ -1,4 +1,4 @@
-"""One tiny random model per family, and what its bundle computes against transformers.
+"""One tiny random model per family, and its bundle compared with transformers.
 
 `python tests/families.py` prints the table of docs/reference/models.md from the same figures.
 """
@@ -31,7 +31,7 @@ LAYERS = 3
 FULL = ("full",) * LAYERS
 WINDOW = 40
 LENGTHS = (1, 2, 37, WINDOW + 5)
-DECODED = 8  # tokens after each prompt
+DECODED = 8  # tokens decoded after each prompt
 PROMPT = 5  # tokens before mixed paths
 
 _SIZES = {
@@ -198,9 +198,9 @@ class Case:
     Attributes:
         family: its `model_type`.
         special: what differs from Llama, for the table.
-        config: beside the sizes.
-        max_length: of the export.
-        lengths: of prompts.
+        config: config entries other than the sizes.
+        max_length: context length of the export.
+        lengths: lengths of prompts.
     """
 
     family: str
@@ -289,7 +289,7 @@ def config_of(family: str, change: dict[str, Any]) -> PretrainedConfig:
 
 
 def save_random(folder: Path, case: Case) -> Path:
-    """Writes the model: every bias and every norm matters, weights are exact in FP16."""
+    """Writes the model: every bias and norm has an effect, weights are exact in FP16."""
     config = config_of(case.family, case.config)
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -299,14 +299,14 @@ def save_random(folder: Path, case: Case) -> Path:
             values *= 0.15
         elif parameter.dim() == 3:  # convolutions
             values *= 0.4
-        elif name.endswith("A_log"):  # a memory of some 20 tokens
+        elif name.endswith("A_log"):  # a memory of about 20 tokens
             values = 0.3 * values - 3.0
         elif name.endswith(".bias"):
             values *= 0.3
         else:  # Gemma before 4 adds 1 to the weights of its norms
             added = "gemma" in case.family and not case.family.startswith("gemma4")
             values = 0.3 * values + (0.0 if added else 1.0)
-            if case.family.startswith("gemma4") and "q_norm" in name:  # it has no other scale
+            if case.family.startswith("gemma4") and "q_norm" in name:  # the only scale on attention
                 values *= 0.25
         parameter.data = values.half().float()
     for name, buffer in model.named_buffers():
@@ -342,7 +342,7 @@ class Pair:
 
     @classmethod
     def build(cls, case: Case, folder: Path, text: Path) -> Pair:
-        """Saves and exports; MatMulNBits computes exactly (accuracy level 0)."""
+        """Saves and exports the model; MatMulNBits computes exactly (accuracy level 0)."""
         source, out = save_random(folder / "source", case), folder / "out"
         options = ExportOptions(
             variants=VARIANTS,
@@ -371,7 +371,7 @@ class Pair:
         return logits_of(self.model.score(ids, prompt_tokens=prompt, policy=policy))
 
     def runs(self, policy: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Logits of transformers and runtime: of every prompt, and of what follows it."""
+        """Logits of transformers and the runtime, for every prompt and its continuation."""
         for length in self.case.lengths:
             ids = random_ids(length + DECODED)
             wanted = self.wanted(ids)
@@ -379,13 +379,13 @@ class Pair:
             yield wanted[length:], self.decode(ids, length, policy)
 
     def full_difference(self) -> float:
-        """Largest difference of the logits where all layers are `full`."""
+        """Largest difference of the logits with all layers in `full`."""
         return max(float(np.abs(wanted - got).max()) for wanted, got in self.runs("full"))
 
     def returned_difference(self) -> float:
-        """Likewise of tokens after a sequence has forgotten others.
+        """Largest difference of the logits after a sequence was truncated.
 
-        It forgets a pass of wrong tokens, and then all that follows the first half of the prompt.
+        It drops a pass of wrong tokens, and then everything after the first half of the prompt.
         """
         path, differences = FixedPath(FULL, "full"), []
         for length in self.case.lengths:
@@ -400,14 +400,14 @@ class Pair:
         return max(differences)
 
     def batch_difference(self, model: Model) -> float:
-        """Likewise of a batch whose rows have different lengths, by a model of this bundle."""
+        """Largest difference in a batch of rows of different lengths, on a model of this bundle."""
         lengths, differences = (50, 3, 44), []
         ids = random_ids(max(max(lengths) + DECODED, self.case.lengths[0]))
         wanted, batch = self.wanted(ids), Rows.new(model._sessions, len(lengths))
         for row, length in zip(batch.states, lengths, strict=True):
             row.prefill(ids[:length], FULL, "full")
         for step in range(DECODED):
-            rows = [0, 2] if step % 2 else [0, 1, 2]  # one rests in between
+            rows = [0, 2] if step % 2 else [0, 1, 2]  # one row pauses in between
             at = [batch.states[row].length for row in rows]
             deciders = [FixedPath(FULL, "full")] * len(rows)
             logits, _ = batch.forward(rows, [[int(ids[i])] for i in at], deciders)
@@ -418,8 +418,8 @@ class Pair:
     def int8_error(self) -> float:
         """Largest ||int8 - wanted|| / ||wanted|| of the logits of a run.
 
-        Of mixtures of experts the median of all tokens: rounding sends a token whose scores are
-        close to a tie to another expert, which no bound of rounding holds for.
+        For mixtures of experts, the median over tokens: rounding sends a token whose scores are
+        nearly tied to another expert, and then no bound on rounding applies.
         """
         runs = list(self.runs("int8"))
         if self.model.manifest.block.experts is not None:
@@ -431,13 +431,13 @@ class Pair:
         )
 
     def kv_errors(self) -> tuple[float, float]:
-        """What random paths leave in the K/V cache, against transformers on the same inputs.
+        """Errors of the K/V cache after random paths, against transformers on the same inputs.
 
-        States have seen all tokens: theirs are those of texts in `full` and skipped alone.
+        States depend on all tokens, so they are compared after texts all `full` or all skipped.
 
         Returns:
-            ||ours - wanted|| / ||wanted||, the largest of all layers, of tokens that ran a layer
-            in `full`, and of those that skipped it.
+            ||ours - wanted|| / ||wanted||, the largest over all layers, for tokens that ran a
+            layer in `full`, and for those that skipped it.
         """
         rng, length = np.random.default_rng(5), max(30, self.case.lengths[0])
         ids = random_ids(length)
@@ -476,7 +476,7 @@ class Pair:
         return max(errors["full"]), max(errors["skip"])
 
     def _ran(self, ids: np.ndarray, paths: np.ndarray) -> tuple[SequenceState, list[Any]]:
-        """A sequence after tokens on paths, and the cache of transformers from the same inputs."""
+        """A sequence after running tokens on paths, and transformers' cache for the same inputs."""
         sequence = self.model.new_sequence()
         inputs = np.zeros((LAYERS, len(ids), _SIZES["hidden_size"]), np.float32)
         for position, token in enumerate(ids):
@@ -488,7 +488,7 @@ class Pair:
         return sequence, self._cache_of(ids, inputs)
 
     def _cache_of(self, ids: np.ndarray, inputs: np.ndarray) -> list[Any]:
-        """The cache of each of transformers' layers, from given inputs."""
+        """The cache of each layer in transformers, from given inputs."""
         family = REGISTRY[self.case.family]
         stream = family.scales(self.reference.config).stream
 
@@ -507,7 +507,7 @@ class Pair:
 
 
 def attending_plainly(bundle: Path, copy: Path) -> Model:
-    """The runtime with plain operators in all passes, as the profile of a copy says."""
+    """The runtime with plain operators in all passes, by the profile of a copy."""
     manifest = Bundle(shutil.copytree(bundle, copy)).manifest
     passes = manifest.costs.passes
     assert passes is not None
@@ -518,7 +518,7 @@ def attending_plainly(bundle: Path, copy: Path) -> Model:
 
 
 def random_ids(count: int) -> np.ndarray:
-    """Token ids that are none of the special ones."""
+    """Random token ids without special tokens."""
     return np.random.default_rng(count).integers(2, _SIZES["vocab_size"], count)
 
 

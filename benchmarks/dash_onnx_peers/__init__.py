@@ -1,8 +1,9 @@
 """Clients of other runtimes for `dash-bench --peer KIND:PATH`, one file each.
 
-Each is a `Contender` of `dash_onnx.bench.contenders`, made from the path and the number of CPU
-threads, and runs with its own defaults otherwise. A new one is a file here, an entry point and an
-extra in ../pyproject.toml. dash-bench loads it in a process of its own; nothing imports dash_onnx.
+Each is a `Contender` of `dash_onnx.bench.contenders`, created from the path and the number
+of CPU threads, and otherwise runs with its own defaults. A new one is a file here, an entry point
+and an extra in ../pyproject.toml. dash-bench loads it in its own process; nothing here imports
+dash_onnx.
 """
 
 from __future__ import annotations

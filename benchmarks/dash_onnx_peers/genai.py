@@ -24,7 +24,7 @@ class GenAI:
 
     def _generator(self, total: int) -> og.Generator:
         params = og.GeneratorParams(self._model)
-        # Of `min_length` tokens none is EOS.
+        # None of the first `min_length` tokens is EOS.
         params.set_search_options(do_sample=False, min_length=total, max_length=total)
         return og.Generator(self._model, params)
 
@@ -39,10 +39,10 @@ class GenAI:
         return timed(first, 1) + timed(generator.generate_next_token, new - 1)
 
     def answer(self, ids: list[int], new: int, guesses: bool) -> tuple[list[int], float]:
-        """Decodes greedily until EOS, with GenAI's own n-grams or without.
+        """Decodes greedily until EOS, with or without GenAI's own n-grams.
 
         Returns:
-            Tokens, with EOS as -1, and milliseconds of all but the first.
+            Tokens, with EOS as -1, and milliseconds of all tokens but the first.
         """
         params = og.GeneratorParams(self._model)
         params.set_search_options(
@@ -58,10 +58,10 @@ class GenAI:
             generator.generate_next_token()
         ms = (time.perf_counter() - started) * 1e3
         tokens = generator.get_sequence(0).tolist()[len(ids) :]
-        return tokens + [-1] * (len(tokens) < new), ms  # it took a pass, and is not kept
+        return tokens + [-1] * (len(tokens) < new), ms  # it took a pass, but is not kept
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32]:
-        """Appends one token after the other."""
+        """Appends the tokens one by one."""
         generator = self._generator(len(ids) + 1)
         generator.append_tokens(np.array(ids[:prompt_tokens], np.int32))
         rows = []

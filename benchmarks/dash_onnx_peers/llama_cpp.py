@@ -15,12 +15,12 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 from dash_onnx_peers import timed
 
-_CONTEXT = 4096  # tokens, for which the K/V cache is allocated
-_GUESSES = 2  # in a pass: what llama-cpp-python advises for CPUs
+_CONTEXT = 4096  # tokens for which the K/V cache is allocated
+_GUESSES = 2  # drafted tokens per pass, as llama-cpp-python advises for CPUs
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp's library, with its defaults for a context."""
+    """A GGUF file in the llama.cpp library, with its default context parameters."""
 
     def __init__(self, target: str, threads: int):
         """Loads the model."""
@@ -45,7 +45,7 @@ class LlamaCpp:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
     def _next(self, ids: Sequence[int], rows: int = 1) -> npt.NDArray[np.float32]:
-        """Logits after the last `rows` of further tokens, 1 or all: `[rows, V]`, until the next."""
+        """Logits after the last `rows` tokens, 1 or all: `[rows, V]`, valid until the next call."""
         tokens = (llama_cpp.llama_token * len(ids))(*ids)
         batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
         if rows > 1:
@@ -72,16 +72,16 @@ class LlamaCpp:
         return timed(step, new)
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32]:
-        """One token of the text after the other."""
+        """Feeds the text token by token."""
         self._clear()
         self._next(ids[:prompt_tokens])
         return np.concatenate([self._next([token]).copy() for token in ids[prompt_tokens:]])
 
     def answer(self, ids: list[int], new: int, guesses: bool) -> tuple[list[int], float]:
-        """Decodes greedily until the end, with llama-cpp-python's lookup in the text or without.
+        """Decodes greedily until the end, with or without llama-cpp-python's prompt lookup.
 
         Returns:
-            Tokens, the one that ends the text included, and milliseconds of all but the first.
+            Tokens, including the one that ends the text, and milliseconds of all but the first.
         """
         assert len(ids) + new <= self._room, f"llama.cpp has a context of {self._room} tokens here"
         self._clear()

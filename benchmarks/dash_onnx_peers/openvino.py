@@ -20,8 +20,8 @@ class OpenVINO:
         self._properties = {"INFERENCE_NUM_THREADS": threads, **properties}
         self._model = Path(target) / "openvino_model.xml"
         scheduler = openvino_genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = False  # else a prompt that comes again costs nothing
-        scheduler.max_num_batched_tokens = sys.maxsize  # a prompt at once, as without a scheduler
+        scheduler.enable_prefix_caching = False  # else a repeated prompt costs nothing
+        scheduler.max_num_batched_tokens = sys.maxsize  # a whole prompt, as without a scheduler
         self._pipe = openvino_genai.LLMPipeline(
             target, "CPU", scheduler_config=scheduler, **self._properties
         )
@@ -36,9 +36,9 @@ class OpenVINO:
         return [float(raw.m_times_to_first_token[0]) / 1e3, *times[-(new - 1) :]]
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32] | None:
-        """One token of the text after the other, of a folder.
+        """Feeds the text token by token; only for a folder.
 
-        The pipeline does not show its logits, so that this compiles its model once more.
+        The pipeline does not expose its logits, so this compiles its model once more.
         """
         if not self._model.is_file():
             return None

@@ -1,7 +1,7 @@
-"""The contenders: each loads a model its own way and answers the same two questions.
+"""The contenders: each loads a model in its own way and takes the same two measurements.
 
-Every peer runs with its own defaults but for the number of threads. Imports are local: a
-contender lives in a process of its own, and only the peers that are asked for need be installed.
+Every peer runs with its own defaults except the number of threads. Imports are local: a contender
+runs in its own process, and only the requested peers need to be installed.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
     from dash_onnx.runtime.sessions import Memory
 
-_GUESSES = "+guesses"  # ends a variant that makes them
+_GUESSES = "+guesses"  # suffix of a variant that makes guesses
 
 
 class Contender(Protocol):
-    """What can be measured. A peer's is made by `client(path, threads)`."""
+    """Something that can be measured. For a peer it is created by `client(path, threads)`."""
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """Decodes greedily, past EOS.
 
         Returns:
-            Milliseconds of each of `new` tokens; the first includes the prompt. Empty where its
-            context does not hold them.
+            Milliseconds of each of `new` tokens; the first includes the prompt. Empty if they do
+            not fit in its context.
         """
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits | None:
         """Teacher-forced logits.
 
         Returns:
-            `[S - prompt_tokens, V]`: those after each token but the prompt's; V may be padded.
-            None where the runtime shows none.
+            `[S - prompt_tokens, V]`: one row after each token that is not in the prompt; V may be
+            padded. None if the runtime does not expose logits.
         """
 
 
 class Dash:
-    """Our runtime; `variant` is a policy or `policy@budget`, and `+guesses` guesses."""
+    """Our runtime; `variant` is a policy or `policy@budget`, and `+guesses` adds guessing."""
 
     def __init__(self, bundle: str, threads: int, variant: str, memory: Memory, cuda_graphs: bool):
         """Loads every graph that the policy uses."""
@@ -67,12 +67,12 @@ class Dash:
             speculate=self._speculate,
         )
         first, *times = [token.ms for token in tokens]
-        if self._speculate:  # a pass brings one token or several: what counts is the mean
+        if self._speculate:  # a pass yields one or more tokens: the mean counts
             times = [sum(times) / len(times)] * len(times)
         return [first, *times]
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits:
-        """Decoded token by token, as the policy decides."""
+        """Decodes token by token, on the paths that the policy decides."""
         scored = self._model.score(ids, prompt_tokens=prompt_tokens, policy=self._policy)
         return np.stack([token.logits.astype(np.float32) for token in scored])
 
@@ -84,7 +84,7 @@ def policy_of(model: Model, variant: str) -> Policy:
         PolicyError: the bundle has no such policy.
     """
     variant = variant.removesuffix(_GUESSES)
-    if variant.startswith("static:"):  # whose `@` names a file
+    if variant.startswith("static:"):  # here `@` is part of a file name
         return model.policy(variant)
     policy, _, budget = variant.partition("@")
     return model.policy(policy, budget or None)
@@ -96,7 +96,7 @@ def guesses(variant: str) -> bool:
 
 
 def peers() -> dict[str, EntryPoint]:
-    """The installed clients of other runtimes, by the kind that `--peer` names."""
+    """The installed clients of other runtimes, by the kind given to `--peer`."""
     return {found.name: found for found in entry_points(group="dash_onnx.peers")}
 
 
@@ -113,13 +113,13 @@ def load(
     Args:
         kind: `dash`, or one of `peers()`.
         target: path of the bundle, or of the peer's model.
-        threads: on the CPU.
+        threads: threads on the CPU.
         variant: policy of the bundle.
         memory: as in `dash_onnx.load`.
-        cuda_graphs: likewise.
+        cuda_graphs: as in `dash_onnx.load`.
 
     Raises:
-        DashError: a package is not installed, or the bundle cannot do it.
+        DashError: a package is not installed, or the bundle does not support the request.
     """
     if kind == "dash":
         return Dash(target, threads, variant, memory, cuda_graphs)

@@ -1,4 +1,4 @@
-"""The benchmark: alternating rounds over the same prompts, and the quality on the same texts."""
+"""The benchmark: alternating rounds over the same prompts, and quality on the same texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Behind:
     """Speed with a context of some length.
 
     Attributes:
-        tokens: of the context.
+        tokens: length of the context.
         prefill_ms: milliseconds to the first token, by run.
         decode_ms: median milliseconds of a later token, by run.
         peak_rss_bytes: highest resident memory of its process so far, shorter contexts included.
@@ -36,29 +36,29 @@ class Behind:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Tokens of the context by the median time to the first token."""
+        """Length of the context divided by the median time to the first token."""
         return 1e3 * self.tokens / statistics.median(self.prefill_ms)
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoded behind it, median over the runs."""
+        """Speed of decoding after it, median over the runs."""
         return 1e3 / statistics.median(self.decode_ms)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one contender did.
+    """The measurements of one contender.
 
     Attributes:
-        name: of the contender.
+        name: name of the contender.
         decode_ms: per round, the median over prompts of the median milliseconds of a token.
         ttft_ms: per round, the median over prompts of the milliseconds to the first token.
-        load_s: seconds to load, packages included.
+        load_s: seconds to load, including package imports.
         peak_rss_bytes: highest resident memory of its process, after the rounds.
-        weight_bytes: what a token reads of the weights; None where it is not known.
-        kl: mean KL(reference || contender) in nats; None where it shows no logits.
+        weight_bytes: bytes of weights read per token; None if unknown.
+        kl: mean KL(reference || contender) in nats; None if it does not expose logits.
         kl_stderr: standard error over the texts.
-        behind: by the length of a context, the speed there; without those that it cannot hold.
+        behind: speed by length of the context; without contexts that do not fit.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference makes of a text.
+    """The reference's predictions for a text.
 
     Attributes:
-        ids: of the text, `[S]`.
-        prompt_tokens: how many of them are the prompt.
+        ids: token ids of the text, `[S]`.
+        prompt_tokens: length of the prompt at its start.
         logits: `[S - prompt_tokens, V]`, after each later token.
     """
 
@@ -100,21 +100,21 @@ class Reference:
 
 
 def ratio(of: Result, to: Result) -> tuple[float, float, float]:
-    """Speed of one contender in units of another's, within each round: median, least, most."""
+    """Speed of one contender relative to another, per round: median, minimum, maximum."""
     ratios = [b / a for a, b in zip(of.decode_ms, to.decode_ms, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def is_preset(result: Result) -> bool:
-    """Whether a contender is a preset of ours."""
+    """Whether a contender is one of our presets."""
     kind, _, variant = result.name.partition(" ")
     return kind.startswith("dash") and variant.removeprefix("dash") in _PRESETS
 
 
 def dominated(results: Sequence[Result]) -> list[tuple[Result, Result]]:
-    """Our presets that another contender beats in both: each with the fastest that does.
+    """Our presets that another contender beats in both speed and KL, with the fastest such one.
 
-    A preset is dominated where it is slower by more than 3 % within the rounds and loses more by
+    A preset is dominated if it is more than 3 % slower within the rounds and its KL is higher by
     more than a standard error.
     """
     found = []
@@ -145,21 +145,21 @@ def measure(
     contexts: Sequence[list[int]] = (),
     quality: Callable[[Worker], tuple[float, float] | None] | None = None,
 ) -> list[Result]:
-    """Contenders take turns round by round: a machine that drifts drifts for all of them.
+    """Measures contenders in alternating rounds, so that drift of the machine affects all equally.
 
     Args:
-        starts: load each contender.
-        prompts: token ids.
-        new_tokens: decoded after each prompt, at least 2.
-        rounds: over all prompts, after one with a single prompt that warms up.
-        processes: how often all restart, each time for all rounds. A process keeps an
-            advantage of up to 8 % for as long as it lives, by where its memory lies.
-        contexts: token ids of longer prompts, which all take turns on after the rounds of each
-            process; one that is there twice is measured twice in it.
-        quality: KL and its standard error, or None; asked once for each contender.
+        starts: functions that load each contender.
+        prompts: token ids of the prompts.
+        new_tokens: tokens decoded after each prompt, at least 2.
+        rounds: rounds over all prompts, after a warm-up round with a single prompt.
+        processes: how often all contenders restart, each time for all rounds. A process keeps an
+            advantage of up to 8 % for its whole life, depending on where its memory lies.
+        contexts: token ids of longer prompts, on which all take turns after the rounds of each
+            process; a repeated one is measured repeatedly.
+        quality: returns KL and its standard error, or None; called once per contender.
 
     Returns:
-        One for each contender, over all of its processes.
+        One result per contender, over all of its processes.
     """
     generations: list[list[Result]] = []
     for _ in range(processes):
@@ -212,7 +212,7 @@ def _rounds(
 def _behind(
     workers: Sequence[Worker], contexts: Sequence[list[int]], new_tokens: int
 ) -> list[dict[int, Behind]]:
-    """After the rounds, whose memory does not include it."""
+    """Measures long contexts after the rounds, so that the memory of the rounds excludes them."""
     found: list[dict[int, Behind]] = [{} for _ in workers]
     turns = [(ids, index) for ids in contexts for index in range(len(workers))]
     for ids, index in Loop("contexts", turns):
@@ -239,7 +239,7 @@ def divergence(worker: Worker, texts: Sequence[Reference]) -> tuple[float, float
         ours = worker.logits(text.ids, text.prompt_tokens)
         if ours is None:
             return None
-        vocab = min(ours.shape[1], text.logits.shape[1])  # some pad their head
+        vocab = min(ours.shape[1], text.logits.shape[1])  # some pad their LM head
         p, q = log_softmax(text.logits[:, :vocab]), log_softmax(ours[:, :vocab])
         means.append(float(kl_divergence(p, q).mean()))
     return float(np.mean(means)), standard_error(means)

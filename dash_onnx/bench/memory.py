@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-_BYTES = 512 << 20  # far beyond any cache
+_BYTES = 512 << 20  # far larger than any cache
 _REPEATS = 5
 
 
 def read_gigabytes_per_s(threads: int) -> float:
-    """Best of a few sums over a large array, which NumPy does without the GIL."""
+    """Best of a few sums over a large array, which NumPy computes without the GIL."""
     parts = np.array_split(np.ones(_BYTES // 8, np.int64), threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:

@@ -15,7 +15,7 @@ from dash_onnx.core.errors import DashError
 
 _FLOOR = 1e-5  # nats; the reference itself has none, and the axis is logarithmic
 _PLACES = np.array([(0, 11), (0, -11), (11, 0), (-11, 0), (9, 9), (-9, 9), (9, -9), (-9, -9)])
-"""Of a number around its point, in points of print, best first."""
+"""Offsets of a number from its point, in typographic points, best first."""
 
 
 def figure_class() -> Any:
@@ -37,10 +37,10 @@ def draw(
     """Writes the picture; its format follows the name (`.png`, `.svg`).
 
     Args:
-        results: a point each.
-        path: of the picture.
-        title: above it.
-        named: what the picture calls a contender.
+        results: one point each.
+        path: file to write.
+        title: title above the picture.
+        named: maps a contender's name to its label.
     """
     figure = figure_class()(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
@@ -69,7 +69,7 @@ def draw(
 
 
 def _mark(name: str) -> tuple[str, str]:
-    """Color and marker: our models have one color, in our runtime and in another one."""
+    """Color and marker: our models share one color, in our runtime and in others."""
     if name.startswith("dash"):
         return "#1f6f8b", "o"
     fused = FUSED_FOLDER in name.rpartition(" ")[2].split("/")  # as dash-fuse names its folder
@@ -77,8 +77,8 @@ def _mark(name: str) -> tuple[str, str]:
 
 
 def _number(figure: Any, axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    """Writes a number beside each point, where neighbours and their numbers leave most room."""
-    figure.draw_without_rendering()  # which settles the layout
+    """Writes a number next to each point, where neighbours and numbers leave the most room."""
+    figure.draw_without_rendering()  # this finalizes the layout
     taken = [axes.transData.transform(point) * 72 / figure.dpi for point in points]
     for number, point in enumerate(points, 1):
         places = taken[number - 1] + _PLACES

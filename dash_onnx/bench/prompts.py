@@ -1,4 +1,4 @@
-"""Prompts for the benchmark: six of its own, or a file's; and longer ones, made of them."""
+"""Prompts for the benchmark: six built-in ones, or those of a file; and longer ones from them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PROMPTS = (
 
 
 def read_prompts(path: Path, category: str | None = None) -> list[str]:
-    """One prompt per line; of `.jsonl`, `prompt` or the first of `turns` (as Spec-Bench has).
+    """One prompt per line; in `.jsonl`, `prompt` or the first of `turns` (as in Spec-Bench).
 
     Args:
         path: the file.
-        category: of records in `.jsonl`; None takes all.
+        category: category of records in `.jsonl`; None takes all.
 
     Raises:
-        SourceError: missing, not text, without a prompt, or a line of another form.
+        SourceError: the file is missing, not text or without prompts, or a line has another form.
     """
     if path.suffix == ".jsonl":
         prompts = [
@@ -44,9 +44,9 @@ def read_prompts(path: Path, category: str | None = None) -> list[str]:
 
 
 def context(prompts: Sequence[list[int]], tokens: int) -> list[int]:
-    """A prompt of exactly so many tokens: others over and over, and one that wants an answer.
+    """A prompt of exactly the given length: other prompts repeated, then one that asks a question.
 
-    What follows is no repetition, then, which would be cheaper than a text.
+    So the answer is not a repetition, which would be cheaper than ordinary text.
     """
     *others, last = prompts
     if len(last) >= tokens:

@@ -20,19 +20,19 @@ class Worker:
     """A running contender.
 
     Attributes:
-        name: in tables.
-        load_s: seconds that loading the model took, the import of its packages included.
+        name: name in tables.
+        load_s: seconds to load the model, including the import of its packages.
     """
 
     def __init__(self, name: str, *contender: Any):
         """Starts it and waits until its model is loaded.
 
         Args:
-            name: in tables.
+            name: name in tables.
             contender: the arguments of `contenders.load`.
 
         Raises:
-            DashError: it cannot load.
+            DashError: the model cannot be loaded.
         """
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="dash-bench-")
@@ -72,7 +72,7 @@ class Worker:
         try:
             self._pipe.send(question)
         except BrokenPipeError:
-            pass  # it died; what it said is told below
+            pass  # it died; its message is reported below
         return self._answer()
 
     def _answer(self) -> Any:
@@ -88,7 +88,7 @@ class Worker:
 
 def _serve(pipe: Connection, log: Path, contender: tuple[Any, ...]) -> None:
     """The process: loads, then answers until the pipe is closed."""
-    # What the peer's libraries print would garble the table.
+    # Output of the peer's libraries would garble the table.
     os.dup2(os.open(log, os.O_WRONLY), 2)
     os.dup2(2, 1)
     started = time.perf_counter()

@@ -10,12 +10,12 @@ from typing import NoReturn
 
 _SCRIPT = PurePath(sys.argv[0] if sys.argv else "")
 _TOOL = _SCRIPT.stem if _SCRIPT.stem.startswith("dash-") else "dash-onnx"
-# A process of a tool's own: its console script, or `python -m dash_onnx`.
+# A process started for a tool: its console script, or `python -m dash_onnx`.
 _OURS = _TOOL == _SCRIPT.stem or _SCRIPT.parts[-2:] == ("dash_onnx", "__main__.py")
 
 
 def leave(*_: object) -> NoReturn:
-    """Ctrl-C while a tool still imports what it needs: one line, and no traceback."""
+    """Handles Ctrl-C while a tool is still importing: one line, and no traceback."""
     os.write(2, f"\n{_TOOL}: interrupted\n".encode())
     os._exit(130)
 

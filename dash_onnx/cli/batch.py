@@ -1,4 +1,4 @@
-"""dash-run --batch: answers to the prompts of a file, several at once."""
+"""dash-run --batch: answers the prompts in a file, several at once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def read_batch(path: Path) -> list[tuple[Any, str | list[Any]]]:
-    """The id of each line, its number unless it has one, and its prompt or its messages.
+    """The id of each line (by default its number), and its prompt or messages.
 
     Raises:
-        SourceError: missing, not JSON lines, empty, or a line without a prompt.
+        SourceError: the file is missing, empty or not JSON lines, or a line has no prompt.
     """
     found: list[tuple[Any, str | list[Any]]] = []
     for where, record in json_lines(path):
@@ -45,18 +45,18 @@ def run_batch(
     raw: bool,
     system: str | None,
 ) -> None:
-    """Prints one JSON object a line for each prompt, as it is answered.
+    """Prints one JSON object per line for each prompt, as it is answered.
 
     Args:
-        model: loaded.
-        lines: what `read_batch` found.
-        options: of all of them.
-        parallel: how many run at once.
-        raw: prompts are text to continue, not messages.
-        system: message before each chat.
+        model: the loaded model.
+        lines: result of `read_batch`.
+        options: options of all generations.
+        parallel: number of prompts that run at once.
+        raw: whether prompts are text to continue, not messages.
+        system: system message before each chat.
 
     Raises:
-        DashError: a line cannot be answered; none is then.
+        DashError: a line cannot be answered; then no line is.
     """
     began = [{"role": "system", "content": system}] if system else []
     chat = not raw and (model.text.chat_template is not None or bool(system))

@@ -1,4 +1,4 @@
-"""dash-bench: speed, memory and quality of a bundle beside its peers."""
+"""dash-bench: speed, memory and quality of a bundle compared to its peers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
 
 _PREFILL, *_DEPTHS = _CONTEXTS = (512, 1000, 3500)
-_PREFILLS = 2  # runs of the first, in each process: it is short, and its first run allocates
+_PREFILLS = 2  # runs of the first one in each process: it is short, and its first run allocates
 
 _EXAMPLES = """\
   dash-bench out/
@@ -165,7 +165,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from dash_onnx.runtime.machine import machine_name
     from dash_onnx.runtime.ort import thread_count
 
-    # Whatever can be wrong is told before the rounds.
+    # Report every possible mistake before the rounds.
     texts = list(PROMPTS) if arguments.prompts is None else read_prompts(arguments.prompts)
     _check_peers(arguments.peer)
     if arguments.picture:
@@ -198,7 +198,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         quality=quality,
     )
     for index, policy in enumerate(policies):  # ours come first
-        if policy.uniform is not None:  # else every token reads what it chooses
+        if policy.uniform is not None:  # else each token reads what it chooses
             read = model.manifest.weight_bytes(policy.uniform, policy.head)
             results[index] = dataclasses.replace(results[index], weight_bytes=read)
     machine = f"{machine_name()}, {threads} threads"
@@ -227,7 +227,7 @@ def _bench(arguments: argparse.Namespace) -> None:
             print(f"{preset.name} is dominated: {other.name} is faster, and its KL lower")
         if any("+" in variant for variant in variants):
             print("runs that guess: mean over the tokens of an answer, not the median")
-    for picture in arguments.picture:  # last: what fails here takes no figures with it
+    for picture in arguments.picture:  # last, so that a failure here loses no figures
         draw(results, picture, machine)
 
 
@@ -271,7 +271,7 @@ def _default_runs(model: Model) -> list[str]:
 
 
 def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[Reference]:
-    """What the highest precision answers, and its logits there."""
+    """The answer of the highest precision, and its logits."""
     from dash_onnx.bench.measure import Reference
     from dash_onnx.runtime.options import GREEDY
 
@@ -288,7 +288,7 @@ def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[
 
 
 def _row(result: Result) -> dict[str, Any]:
-    """A contender of the JSON."""
+    """One contender in the JSON output."""
     rates = {"tokens_per_s": result.tokens_per_s, "gb_per_s": result.gigabytes_per_s}
     behind = {
         length: {

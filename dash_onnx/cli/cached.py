@@ -1,4 +1,4 @@
-"""Bundles in a cache: a model that is named where a bundle is expected is exported there, once."""
+"""A cache of bundles: a model named where a bundle is expected is exported into it once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 _LIMIT_GB = 50.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _WORKSPACES = (PARTIAL, WRITING, TRAINING)
-_WEIGHTS = ("config.json", "tokenizer*", "*.safetensors", "*.jinja")  # of a model's folder
+_WEIGHTS = ("config.json", "tokenizer*", "*.safetensors", "*.jinja")  # files that define a model
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Entry:
     """A bundle in the cache, or what an interrupted export of it left.
 
     Attributes:
-        folder: of the bundle.
-        source: the model that it is made from, as it was named; a path is absolute. The name of
-            the folder where that is not known.
-        used: when it was last used, in seconds since 1970.
+        folder: folder of the bundle.
+        source: the model that it is made from, as the user named it; a path is made absolute. If
+            unknown, the name of the folder.
+        used: time of last use, in seconds since 1970.
     """
 
     folder: Path
@@ -54,17 +54,17 @@ class Entry:
 
     @property
     def finished(self) -> bool:
-        """Whether the bundle is there."""
+        """Whether the bundle is complete."""
         return (self.folder / MANIFEST_NAME).is_file()
 
     @property
     def bytes(self) -> int:
-        """Its size on disk, with what an export or a training keeps beside it."""
+        """Its size on disk, including files that an export or training keeps next to it."""
         total = 0
         for place in (self.folder, *(workspace_of(self.folder, name) for name in _WORKSPACES)):
             for parent, _, files in os.walk(place):
                 for file in files:
-                    with suppress(OSError):  # another process is at it
+                    with suppress(OSError):  # another process is working on it
                         total += os.stat(os.path.join(parent, file)).st_size
         return total
 
@@ -77,14 +77,14 @@ def cache_folder() -> Path:
 
 
 def bundle_of(name: str | Path) -> str | Path:
-    """The bundle that an argument names: itself, or the one in the cache that is made from it.
+    """The bundle that an argument names: a bundle itself, or the one in the cache for a model.
 
     Args:
         name: a bundle's folder; or a model as `dash-export` takes it, which is exported first
             unless it is in the cache, without training.
 
     Raises:
-        DashError: the model cannot be exported. What was finished is kept for the next time.
+        DashError: the model cannot be exported. Finished work is kept for the next attempt.
     """
     found = _place(name)
     if found is None:
@@ -97,38 +97,38 @@ def bundle_of(name: str | Path) -> str | Path:
 
 
 def known_bundle(name: str | Path) -> str | Path:
-    """Like `bundle_of`, but nothing is exported: a model that is not in the cache stays a name."""
+    """Like `bundle_of` without an export: for a model not in the cache, the name is returned."""
     try:
         found = _place(name)
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # not a possible file name
         return name
     if found is None or not (found[1] / MANIFEST_NAME).is_file():
         return name
-    with suppress(DashError, OSError):  # a cache that cannot be written can be read
+    with suppress(DashError, OSError):  # a read-only cache can still be used
         _used(*found)
     return found[1]
 
 
 def model_name(name: str | Path) -> str:
-    """What a server calls the bundle that an argument names; in the cache, after its source."""
+    """The name under which a server offers a bundle; for one in the cache, after its source."""
     path = Path(name).resolve()
     source = _noted(_note(path)) if path.parent == cache_folder().resolve() else None
     return stem_of(Path(source or path).name)
 
 
 def entries() -> list[Entry]:
-    """What is in the cache, the most recently used first."""
+    """Entries of the cache, most recently used first."""
     return sorted(_entries(), key=lambda entry: -entry.used)
 
 
 def remove(name: str) -> list[Entry]:
-    """Removes the bundles of a model from the cache, and what interrupted exports of it left.
+    """Removes the bundles of a model from the cache, including interrupted exports.
 
     Args:
-        name: its source as listed, or the bundle's folder or its name.
+        name: its source as listed, or the folder of the bundle or its name.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is no such bundle.
         BundleError: another process is exporting or training it.
     """
     source, path = _source(name) or name, Path(name)
@@ -145,13 +145,13 @@ def remove(name: str) -> list[Entry]:
 
 
 def _place(name: str | Path) -> tuple[str, Path] | None:
-    """What a model is called in the cache, and the folder of its bundle; None for no model."""
+    """Name of a model in the cache, and the folder of its bundle; None if it is not a model."""
     source = _source(str(name))
     return None if source is None else (source, cache_folder() / _entry_name(source))
 
 
 def _source(name: str) -> str | None:
-    """What a model is called in the cache; None for what is no model."""
+    """Name of a model in the cache; None if it is not a model."""
     path = Path(name)
     if (path / MANIFEST_NAME).is_file():
         return None
@@ -165,7 +165,7 @@ def _source(name: str) -> str | None:
 
 
 def _entry_name(source: str) -> str:
-    """Of the folder: it changes with the content of the source, and the form of bundles."""
+    """Name of the folder: it changes with the content of the source and with the bundle format."""
     path = Path(source)
     files = [path.with_name(part) for part in parts_of(path.name)] if path.is_file() else []
     if path.is_dir():
@@ -181,9 +181,9 @@ def _entry_name(source: str) -> str:
 
 
 def _make(source: str, folder: Path) -> None:
-    """Exports a model into the cache; another process that does so is waited for.
+    """Exports a model into the cache, waiting for another process that is doing so.
 
-    What an interrupted export left is gone on with, or discarded where that cannot be.
+    An interrupted export is resumed, or discarded if that is not possible.
     """
     from dash_onnx.exporters.installed import require
 
@@ -209,8 +209,8 @@ def _make(source: str, folder: Path) -> None:
         from dash_onnx.exporters.export import ExportOptions
         from dash_onnx.exporters.pipeline import build
 
-        _used(source, folder)  # what an interrupt leaves has a name then
-        shutil.rmtree(folder, ignore_errors=True)  # of a removal that was interrupted
+        _used(source, folder)  # names what an interrupted export leaves
+        shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted removal
         options = ExportOptions(resume=True)
         try:
             build(source, folder, options, check="none")
@@ -218,15 +218,15 @@ def _make(source: str, folder: Path) -> None:
             _LOG.warning("%s: discarding it and exporting from the start", error.reason)
             discard(folder, PARTIAL)
             build(source, folder, options, check="none")
-        for entry in _entries():  # made from what the source was before
+        for entry in _entries():  # made from an earlier state of the source
             if entry.source == source and entry.folder != folder:
-                with suppress(BundleError):  # another process is at it
+                with suppress(BundleError):  # another process is working on it
                     _remove(entry)
         _make_room(folder, limit)
 
 
 def _make_room(newest: Path, limit: float) -> None:
-    """Removes what was not used for longest until the cache keeps its limit."""
+    """Removes least recently used entries until the cache is within its limit."""
     found = [(entry, entry.bytes) for entry in entries()]
     total = sum(size for _, size in found)
     others = [(entry, size) for entry, size in found if entry.folder != newest]
@@ -234,7 +234,7 @@ def _make_room(newest: Path, limit: float) -> None:
         entry, size = others.pop()
         try:
             _remove(entry)
-        except BundleError:  # another process is at it
+        except BundleError:  # another process is working on it
             continue
         total -= size
         _LOG.info("removed %s from the cache, which DASH_CACHE_GB limits", entry.source)
@@ -252,7 +252,7 @@ def _limit_bytes() -> float:
 
 
 def _entries() -> Iterator[Entry]:
-    """Of every name with a note or a lock: other folders are the user's own."""
+    """One per name with a note or a lock: other folders belong to the user."""
     cache = cache_folder()
     names = {note.stem for note in cache.glob("*.json") if _noted(note) is not None}
     names |= {lock.name[1 : -len(".lock")] for lock in cache.glob(".?*.lock")}
@@ -269,7 +269,7 @@ def _entries() -> Iterator[Entry]:
 
 
 def _remove(entry: Entry) -> None:
-    """Removes all that belongs to an entry.
+    """Removes everything that belongs to an entry.
 
     Raises:
         BundleError: another process is exporting or training it.
@@ -281,13 +281,13 @@ def _remove(entry: Entry) -> None:
     with waiting_lock(_lock(entry.folder), refuse):
         for name in _WORKSPACES:
             discard(entry.folder, name)
-        (entry.folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half a bundle is none
+        (entry.folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: without it, no bundle
         shutil.rmtree(entry.folder, ignore_errors=True)
         _note(entry.folder).unlink(missing_ok=True)
 
 
 def _used(source: str, folder: Path) -> None:
-    """Notes that a bundle is used now, and what it is made from where that is not noted."""
+    """Records that a bundle is in use, and its source if that is not yet recorded."""
     note = _note(folder)
     if _noted(note) == source:
         note.touch()
@@ -296,7 +296,7 @@ def _used(source: str, folder: Path) -> None:
 
 
 def _noted(note: Path) -> str | None:
-    """The source that a note names; None where it is missing or damaged."""
+    """The source recorded in a note; None if the note is missing or damaged."""
     try:
         source = json.loads(note.read_text("utf-8"))["source"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -305,24 +305,24 @@ def _noted(note: Path) -> str | None:
 
 
 def _note(folder: Path) -> Path:
-    """The file that says what a bundle is made from, and when it was last used."""
+    """The file that records the source of a bundle, and when it was last used."""
     return folder.with_name(f"{folder.name}.json")
 
 
 def _lock(folder: Path) -> Path:
-    """The file that a process locks while it exports into a folder; it stays."""
+    """The file that a process locks while it exports into a folder; it is never removed."""
     return folder.with_name(f".{folder.name}.lock")
 
 
 def listing() -> tuple[list[dict[str, object]], list[str]]:
-    """The cache for programs, and as lines for people."""
+    """The cache as data for programs, and as lines for people."""
     told = [_told(entry) for entry in entries()]
     lines = [line for _, lines in told for line in lines]
     return [facts for facts, _ in told], [*lines, f"{len(told)} in {cache_folder()}"]
 
 
 def _told(entry: Entry) -> tuple[dict[str, object], list[str]]:
-    """An entry for programs, and as lines for people: what it is, then how to go on with it."""
+    """An entry as data for programs, and as lines for people: what it is, and how to use it."""
     trained, origin, error = False, None, None
     if entry.finished:
         try:

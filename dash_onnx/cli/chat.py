@@ -21,8 +21,8 @@ from dash_onnx.runtime.options import GenerationOptions
 if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
 
-_MESSAGES = "messages"  # of the facts in a session's file
-_PASTED_S = 0.05  # within which the next line of a pasted text is there
+_MESSAGES = "messages"  # key of the facts in a session file
+_PASTED_S = 0.05  # seconds within which the next line of pasted text arrives
 HELP = """\
 /budget X     sets the budget: quality, balanced, fast or a fraction; without X: shows it
 /system TEXT  sets the system message; without TEXT: removes it
@@ -36,7 +36,7 @@ with a slash, put a space before it."""
 
 
 class Chat:
-    """A conversation; the K/V of its beginning is kept from answer to answer."""
+    """A conversation; the K/V of its beginning is reused from answer to answer."""
 
     def __init__(
         self,
@@ -48,25 +48,25 @@ class Chat:
         trace: TextIO | None = None,
         show_path: bool = False,
     ):
-        """Starts with no message but the system's, or goes on with a session.
+        """Starts with only the system message, or continues a session.
 
         Args:
-            model: loaded.
-            options: of all answers.
-            system: message.
-            session: file that keeps the conversation and its K/V; written after each answer.
-            trace: takes each token.
-            show_path: colours each token by its cost.
+            model: the loaded model.
+            options: options of all answers.
+            system: system message.
+            session: file for the conversation and its K/V; written after each answer.
+            trace: stream to which each token is written.
+            show_path: whether to colour each token by its cost.
 
         Raises:
-            SourceError: the session is damaged, or of another bundle.
+            SourceError: the session is damaged, or belongs to another bundle.
         """
         self._model, self._trace, self._show_path = model, trace, show_path
         self._cache = model.new_cache()
         self._options = options
         self._messages: list[dict[str, Any]] = []
         self._session = session
-        self._saved: Path | None = None  # ours to overwrite
+        self._saved: Path | None = None  # our own file, safe to overwrite
         if session is not None and session.exists():
             self._resume(session)
         if system:
@@ -95,7 +95,7 @@ class Chat:
                 break
             except Terminated:
                 raise
-            except KeyboardInterrupt:  # drops what was typed, not the conversation
+            except KeyboardInterrupt:  # discards the typed line, not the conversation
                 if not terminal:
                     raise
                 print("\n/exit or Ctrl-D leaves", file=sys.stderr)
@@ -151,7 +151,7 @@ class Chat:
             self._messages = json.loads(facts[_MESSAGES])
         except (KeyError, ValueError, RecursionError):
             raise SourceError(f"{session} holds no conversation") from None
-        self._model.text.render_chat(self._messages)  # refuses what is none
+        self._model.text.render_chat(self._messages)  # raises if invalid
         self._say(f"{len(self._messages)} messages from {session}")
 
     def _budget(self, text: str) -> None:
@@ -183,7 +183,7 @@ class Chat:
     def _load(self, name: str) -> None:
         path = _path(name)
         messages = read_json(path)
-        self._model.text.render_chat(messages)  # refuses what is no conversation
+        self._model.text.render_chat(messages)  # raises if it is not a conversation
         self._messages, self._saved = messages, path
         self._say(f"{len(messages)} messages from {path}")
 
@@ -193,9 +193,9 @@ class Chat:
 
 
 def _read() -> str:
-    """What is typed up to Enter; of a text that is pasted, all lines."""
+    """Reads up to Enter, or all lines of pasted text."""
     lines = [input("> ")]
-    # On Windows select() takes sockets alone; the end of the input is met again at the next line.
+    # On Windows select() takes only sockets; the end of input is seen again at the next line.
     with contextlib.suppress(OSError, ValueError, EOFError):
         while not lines[-1].startswith("/") and select.select([sys.stdin], [], [], _PASTED_S)[0]:
             lines.append(input())
@@ -210,7 +210,7 @@ def _path(name: str) -> Path:
 
 @contextlib.contextmanager
 def _typing_waits() -> Iterator[None]:
-    """What is typed during an answer does not appear in it; the next line begins with it."""
+    """Hides what is typed during an answer; it becomes the beginning of the next line."""
     try:
         import termios
     except ImportError:  # Windows
@@ -218,7 +218,7 @@ def _typing_waits() -> Iterator[None]:
         return
     try:
         before = termios.tcgetattr(sys.stdin)
-    except (termios.error, OSError, ValueError):  # no terminal
+    except (termios.error, OSError, ValueError):  # not a terminal
         yield
         return
     silent = [*before]

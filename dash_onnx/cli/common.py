@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"dash-onnx {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        """Prints the misuse and where to look; exit code 2."""
+        """Prints the error and where to find help; exit code 2."""
         for word in message.split():
             known = get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
             if message.startswith("unrecognized") and word.startswith("--") and known:
@@ -58,24 +58,24 @@ def run(
     """Runs a tool's body.
 
     Args:
-        tool: its name.
-        body: what it does.
-        level: of the log on stderr, see `log_level`.
-        formatter: of its lines; None: for people.
+        tool: name of the tool.
+        body: function that does the work.
+        level: level of the log on stderr, see `log_level`.
+        formatter: formatter of log lines; None formats for people.
 
     Returns:
-        The exit code: 0; 2 for an error the user can mend, told in one line; 130 when
-        interrupted. Anything else is a defect and keeps its traceback.
+        The exit code: 0; 2 for an error that the user can fix, reported in one line; 130 when
+        interrupted. Anything else is a bug and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
     own_process = signal.getsignal(signal.SIGINT) is leave
     if own_process:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the tool
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
-        # Some terminals and pipes hold no emoji; in tests the streams are others.
+        # Some terminals and pipes cannot encode emoji; in tests the streams are of other types.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -90,7 +90,7 @@ def run(
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"\n{tool}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader of our output is gone, as with `head`
         _discard_stdout()
         return 0
     except UnicodeDecodeError as error:
@@ -103,13 +103,13 @@ def run(
         print(f"{tool}: error: cannot read or write{place}: {reason}", file=sys.stderr)
         return 2
     finally:
-        if own_process:  # nor the end of the interpreter
+        if own_process:  # nor the shutdown of the interpreter
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0
 
 
 class _Line(logging.Formatter):
-    """As the tools write: their name, a word where it is more than information, the message."""
+    """Format of the tools' log: tool name, level from warnings up, and message."""
 
     def __init__(self, tool: str):
         super().__init__()
@@ -121,7 +121,7 @@ class _Line(logging.Formatter):
 
 
 class JsonLine(logging.Formatter):
-    """One JSON object a line, for programs that collect logs; `facts` of a record are its own."""
+    """One JSON object per line for log collectors; `facts` of a record become its fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -147,14 +147,14 @@ def _logging(level: int, formatter: logging.Formatter) -> Iterator[None]:
     logger.setLevel(level)
     try:
         yield
-    finally:  # before an error is told: it is the last line
+    finally:  # before an error is reported: that is the last line
         logger.removeHandler(handler)
         logger.setLevel(before)
         announce(())
 
 
 class Terminated(KeyboardInterrupt):
-    """`kill` ends a tool as Ctrl-C does, so that temporary folders are removed."""
+    """Raised on SIGTERM: `kill` ends a tool like Ctrl-C, so that temporary folders are removed."""
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -162,13 +162,13 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _discard_stdout() -> None:
-    """What is still buffered cannot be written: the interpreter must not try at its end."""
+    """Drops output that can no longer be written, so that the interpreter does not try at exit."""
     with suppress(io.UnsupportedOperation):  # not a file, as in a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def seed(text: str) -> int:
-    """An argparse type: a seed that every generator takes."""
+    """An argparse type: a seed that every generator accepts."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not in 0..2**63-1")
@@ -176,7 +176,7 @@ def seed(text: str) -> int:
 
 
 def folder(text: str) -> Path:
-    """An argparse type: a bundle's folder; an empty name is not the current one."""
+    """An argparse type: a bundle's folder; an empty name does not mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("no bundle given")
     return Path(text)
@@ -191,21 +191,21 @@ def positive(text: str) -> int:
 
 
 def may_repeat(text: str) -> bool:
-    """Whether much of an answer to it may be drafted: then the wide LM head is worth its memory."""
+    """Whether much of the answer may be drafted from a text, which justifies the wide LM head."""
     return len(text) > 1000  # characters
 
 
 def decisions(text: str) -> int:
-    """An argparse type: how often the scorer runs for a token."""
+    """An argparse type: how often the scorer runs per token."""
     return sys.maxsize if text == "every" else positive(text)
 
 
 Options: TypeAlias = argparse._ActionsContainer
-"""What options are added to: a parser, or a group of its help."""
+"""Where options are added: a parser, or a group in its help."""
 
 
 def add_log_options(parser: Options) -> None:
-    """Options of the tools that take long."""
+    """Adds the options of long-running tools."""
     parser.add_argument(
         "--log-level",
         choices=("debug", "info", "warning"),
@@ -216,12 +216,12 @@ def add_log_options(parser: Options) -> None:
 
 
 def log_level(arguments: argparse.Namespace) -> int:
-    """What `--log-level` asks for."""
+    """The level given by `--log-level`."""
     return logging.getLevelNamesMapping()[arguments.log_level.upper()]
 
 
 def add_bundle_argument(parser: Options, told: str | None = None) -> None:
-    """The bundle that a tool reads; `told` is the help of one that exports a model first."""
+    """Adds the bundle that a tool reads; `told` is the help of a tool that exports models first."""
     usual = "the bundle that dash-export wrote, or a model that is in the cache"
     parser.add_argument(
         "bundle", metavar="BUNDLE", type=folder if told else _known, help=told or usual
@@ -235,19 +235,19 @@ def _known(text: str) -> Path:
 
 
 def add_json_option(parser: Options) -> None:
-    """Option of the tools whose result programs read."""
+    """Adds the option of tools whose output programs can read."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
 
 def add_threads_option(parser: Options) -> None:
-    """Option of the tools that run a bundle."""
+    """Adds the option of tools that run a bundle."""
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
     )
 
 
 def add_policy_options(parser: Options) -> None:
-    """How a bundle computes a token."""
+    """Adds the options for how a bundle computes a token."""
     parser.add_argument(
         "--policy",
         default="",
@@ -261,14 +261,14 @@ def add_policy_options(parser: Options) -> None:
 
 
 def add_parallel_option(parser: Options, what: str) -> None:
-    """How many sequences one batch holds."""
+    """Adds the option for the number of sequences in a batch."""
     parser.add_argument(
         "--parallel", type=positive, default=8, metavar="N", help=f"{what} (default: %(default)s)"
     )
 
 
 def add_max_tokens_option(parser: Options, default: int, what: str) -> None:
-    """How many tokens are generated, or sampled."""
+    """Adds the option for the number of tokens to generate."""
     parser.add_argument(
         "--max-tokens",
         type=positive,
@@ -279,11 +279,11 @@ def add_max_tokens_option(parser: Options, default: int, what: str) -> None:
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
-    """Lines of a table, its columns as wide as they must be and aligned right.
+    """Lines of a table, with right-aligned columns of minimum width.
 
     Args:
-        rows: cells, the head first.
-        left: how many of the first columns are aligned left.
+        rows: cells, header first.
+        left: number of leading columns that are left-aligned.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
@@ -296,7 +296,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
 
 
 def add_memory_option(parser: Options) -> None:
-    """Option of the tools that generate."""
+    """Adds the option of tools that generate."""
     parser.add_argument(
         "--memory",
         choices=("high", "low"),
@@ -306,7 +306,7 @@ def add_memory_option(parser: Options) -> None:
 
 
 def add_reference_option(parser: Options) -> None:
-    """Option of the tools that tell a KL."""
+    """Adds the option of tools that report a KL."""
     parser.add_argument(
         "--reference",
         type=Path,
@@ -320,7 +320,7 @@ def load_reference(path: Path | None, model: Model, threads: int | None) -> Mode
     """The bundle that `--reference` names, or the model itself.
 
     Raises:
-        DashError: it cannot be loaded, or it is another model.
+        DashError: it cannot be loaded, or is of a different model.
     """
     if path is None:
         return model
@@ -339,7 +339,7 @@ EFFORTS = ("quick", "normal", "thorough")
 
 
 def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
-    """Options of the tools that train a policy."""
+    """Adds the options of tools that train a policy."""
     parser.add_argument(
         "--effort",
         choices=efforts,

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    of_task = arguments.task is not None  # and be it an empty name
+    of_task = arguments.task is not None  # even an empty name
     other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("speculate",))
     for name in foreign:
         if getattr(arguments, name) is not None:
@@ -167,7 +167,7 @@ def _task(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """The harness prints, and shows progress whether anyone looks or not."""
+    """Silences the harness, which prints and shows progress even without a terminal."""
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere:

@@ -131,13 +131,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> list[str]:
-    """Runs the pipeline and prints what it made; returns the limits that the check exceeded."""
+    """Runs the pipeline and prints the result; returns the limits that the check found exceeded."""
     variants, wide = parse_variants(arguments.variants)
     if arguments.fused and arguments.device != "cpu":
         raise DashError("--fused graphs are built for the CPU: leave --device out")
     if arguments.fused and arguments.kv_cache != "float":
         raise DashError("--fused graphs have a float KV cache: leave --kv-cache out")
-    _check_out(arguments.out, arguments.overwrite)  # before seconds of imports
+    _check_out(arguments.out, arguments.overwrite)  # before imports that take seconds
     _LOG.info("opening %s", arguments.model)
     prepare_export()
     from dash_onnx.exporters.calibration.texts import text_sources
@@ -193,7 +193,7 @@ def _export(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuses what must not be replaced; a bundle without a policy may only want its training."""
+    """Refuses to replace existing files; a bundle without a policy may only need training."""
     try:
         check_destination(out, overwrite)
     except BundleError as error:
@@ -211,8 +211,8 @@ def _untrained(out: Path) -> bool:
 
 
 def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
-    """What is left of an interrupted export, and how to go on."""
-    if overwrite:  # what is there may have been there before
+    """What remains of an interrupted export, and how to continue."""
+    if overwrite:  # it may have existed before
         return ""
     if (out / MANIFEST_NAME).is_file():
         command = f"dash-train {shlex.quote(str(out))}"

@@ -1,4 +1,4 @@
-"""What this machine would do with a model: before it is exported."""
+"""Forecasts how a model would run on this machine, before it is exported."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from dash_onnx.exporters.export.sizes import Sizes
 
 REACHED: dict[Action, float] = {"full": 0.8, "int8": 0.6, "int4": 0.45, "int2": 0.4}
-"""Share of the speed of memory at which decoding reads weights, by precision. INT8 and INT4: within
-a tenth of models of 135 and 494 million parameters (`gb_per_s` in benchmarks/results); FP32: less
-than ONNX Runtime GenAI reaches with the smaller one; INT2: by the time of one layer."""
+"""Share of memory bandwidth at which decoding reads weights, by precision. INT8 and INT4: within
+10 % for models of 135 and 494 million parameters (`gb_per_s` in benchmarks/results); FP32: less
+than ONNX Runtime GenAI reaches with the smaller one; INT2: from the time of one layer."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Forecast:
     """Estimates, good to a factor of two.
 
     Attributes:
-        read_gb_per_s: at which this machine reads memory, as busy as it is now.
-        tokens_per_s: of one answer behind a short prompt, with all layers in a precision.
-        export_s: seconds until the bundle can answer.
-        training_s: of the policy's training after that, with the default effort.
-        free_disk_bytes: in the current folder.
-        free_memory_bytes: None where the system does not say.
+        read_gb_per_s: memory bandwidth of this machine under its present load.
+        tokens_per_s: speed of one answer after a short prompt, by precision of all layers.
+        export_s: seconds until the bundle is ready to use.
+        training_s: seconds to train the policy after that, with the default effort.
+        free_disk_bytes: free space in the current folder.
+        free_memory_bytes: free memory; None if the system does not report it.
     """
 
     read_gb_per_s: float
@@ -42,11 +42,11 @@ class Forecast:
 
 
 def forecast(model: ModelFacts, options: ExportOptions, sizes: Sizes) -> Forecast:
-    """Measures the speed of memory and of a matrix product, which takes a second or two.
+    """Measures memory bandwidth and the speed of a matrix product in a second or two.
 
     Args:
         model: shape of the model.
-        options: of the export, resolved.
+        options: resolved options of the export.
         sizes: what the export would write.
     """
     from dash_onnx.bench.memory import read_gigabytes_per_s
@@ -72,6 +72,6 @@ def forecast(model: ModelFacts, options: ExportOptions, sizes: Sizes) -> Forecas
 
 
 def bytes_read(action: Action, sizes: Sizes) -> int:
-    """Bytes that a token reads."""
+    """Bytes of weights read per token."""
     head = sizes.heads.get(action) or max(sizes.heads.values())
     return (sizes.layers[action] + head) * (2 if action == "full" else 1)  # FP32 in memory

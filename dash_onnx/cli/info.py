@@ -1,4 +1,4 @@
-"""dash-info: what a model or a bundle contains, before time is spent on it."""
+"""dash-info: what a model or a bundle contains, before you spend time on it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     )
     architecture = architecture_of(source.config)
     spec = architecture.describe(source.name, source.config, None)
-    with suppress(SourceError):  # of a hub id the weights may not be here, else the sizes tell
+    with suppress(SourceError):  # the weights of a hub id may not be downloaded
         options = suited(options, source, architecture, spec, layers=1)
     sizes = sizes_of(source, options)
     here = forecast(spec.facts, options.resolved(source.kind, spec.facts), sizes)
@@ -159,7 +159,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
     manifest = Bundle(arguments.path).manifest
     text = (Path(arguments.path) / MANIFEST_NAME).read_text("utf-8")
-    written = json.loads(text)["format_version"]  # the manifest was read as the present one
+    written = json.loads(text)["format_version"]  # the manifest was read as the current format
     facts = to_json(manifest)
     del facts["files"], facts["ropes"], facts["attention"]
     size = sum(file.bytes for file in manifest.files.values())
@@ -222,7 +222,7 @@ def _license(name: str | None, documents: bool = False) -> str:
 
 
 def _columns(layers: Collection[Form], heads: Collection[Form]) -> list[Form]:
-    """The forms of layers, and those that only an LM head has, highest precision first."""
+    """The forms of layers, and those of LM heads only, highest precision first."""
     order: tuple[Form, ...] = (*PRECISIONS, SKIP, WIDE)
     return [form for form in order if form in layers or form in heads]
 

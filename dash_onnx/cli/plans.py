@@ -9,9 +9,9 @@ from dash_onnx.core.plans import TIE, alternatives, candidates, kl_reference, ma
 
 
 def plans_table(manifest: Manifest) -> list[str]:
-    """The measured plans and which of them each preset runs, as lines; none without any plan.
+    """The measured plans and which of them each preset runs, as lines; empty without a plan.
 
-    Of those above the KL limits of all presets, only the slowest is shown.
+    Of the plans above the KL limits of all presets, only the slowest is shown.
     """
     plans, margin = candidates(manifest), margin_of(manifest)
     if not plans:

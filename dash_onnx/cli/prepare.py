@@ -12,10 +12,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def prepare_export() -> None:
-    """Checks that the tools of the export are installed, and imports them.
+    """Checks that the packages an export needs are installed, and imports them.
 
-    They are quiet unless we are verbose. No collection of garbage looks at what they import, half
-    a million objects that stay: an export collects after each layer.
+    They are silent unless the log is verbose. Garbage collection skips what they import, half a
+    million permanent objects: an export collects after each layer.
 
     Raises:
         DashError: some are missing.

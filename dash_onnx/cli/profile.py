@@ -58,7 +58,7 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.runtime.profile import checked
     from dash_onnx.runtime.profile_whole import plan_times
 
-    # Checks that the device is here, and sets the threads.
+    # Checks that the device is available, and sets the threads.
     dash_onnx.load(arguments.bundle, threads=arguments.threads)
     bundle = Bundle(arguments.bundle)
     costs, disturbed = checked(bundle, bundle.manifest.target.device)

@@ -27,11 +27,11 @@ class Record:
 
     policy: Policy
     sampling: Sampling
-    load_ms: float | None = None  # of the model, where this is its first generation
-    chunks: list[Chunk] = field(default_factory=list)  # also of what is interrupted
+    load_ms: float | None = None  # to load the model, if this is its first generation
+    chunks: list[Chunk] = field(default_factory=list)  # even if interrupted
 
     def watch(self, chunks: Iterable[Chunk], trace: TextIO | None) -> Iterator[Chunk]:
-        """Passes chunks on, and keeps them."""
+        """Passes chunks on, and records them."""
         for chunk in chunks:
             self.chunks.append(chunk)
             if trace is not None:
@@ -45,7 +45,7 @@ class Record:
                     facts["reasoning"] = chunk.reasoning
                 if chunk.guess is not None:
                     facts["guess"] = chunk.guess._asdict()
-                # A terminal may not hold every character.
+                # A terminal may not support every character.
                 print(json.dumps(facts, ensure_ascii=trace is sys.stdout), file=trace)
             yield chunk
 
@@ -53,7 +53,7 @@ class Record:
         """The figures of `--json`."""
         done = Completion.of(self.chunks)
         first, *decode = done.ms
-        spent = sum(decode)  # none where all tokens are forced by a grammar
+        spent = sum(decode)  # empty if a grammar forces all tokens
         return {
             "load_ms": None if self.load_ms is None else round(self.load_ms, 3),
             "finish_reason": done.finish_reason,
@@ -88,7 +88,7 @@ class Record:
         )
 
     def _drawn(self) -> str:
-        """How tokens are drawn, as far as it is not the usual."""
+        """How tokens are sampled, as far as it differs from the default."""
         usual = Sampling()
         if self.sampling.temperature == 0:
             usual = dataclasses.replace(self.sampling, repetition_penalty=1.0)
@@ -102,16 +102,16 @@ class Record:
 
 
 def show(chunks: Iterable[Chunk], view: PathView | None) -> None:
-    """Prints an answer as it comes; on a terminal its thoughts, too, dimmed unless coloured.
+    """Prints an answer as it arrives; on a terminal also its reasoning, dimmed unless coloured.
 
     Args:
-        chunks: of the answer.
+        chunks: chunks of the answer.
         view: colours each token by its cost.
     """
     from dash_onnx.report.terminal import wants_colour
 
     dimmed = "\x1b[2m{}\x1b[0m" if wants_colour(sys.stdout) else "{}"
-    thoughts = False  # were printed last
+    thoughts = False  # whether reasoning was printed last
     for chunk in chunks:
         text = view.show(chunk) if view else chunk.text
         if chunk.reasoning:
@@ -127,7 +127,7 @@ def show(chunks: Iterable[Chunk], view: PathView | None) -> None:
 
 
 def path_view(model: Model, options: GenerationOptions, wanted: bool) -> PathView | None:
-    """What `--show-path` asks for."""
+    """The view requested by `--show-path`."""
     if not wanted:
         return None
     from dash_onnx.report.terminal import PathView

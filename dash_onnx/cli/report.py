@@ -81,7 +81,7 @@ def _report(arguments: argparse.Namespace) -> None:
     presets = scorer.presets if scorer else {}
     budgets = arguments.budget or sorted(presets, key=presets.__getitem__)
     for budget in budgets:
-        model.policy("dash", budget)  # a wrong one is refused before anything runs
+        model.policy("dash", budget)  # an invalid one is refused before anything runs
     target = arguments.html or arguments.bundle / REPORT_NAME
     if not arguments.json:
         check_file(target)

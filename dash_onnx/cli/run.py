@@ -1,4 +1,4 @@
-"""dash-run: text from a bundle, streamed; without a prompt an interactive chat."""
+"""dash-run: streams text from a bundle; without a prompt, an interactive chat."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.stream import Completion
 
-_MOST_CHARACTERS = 4_000_000  # of stdin: a million tokens
-_PATIENCE_S = 2.0  # before a pipe that brings nothing is told
+_MOST_CHARACTERS = 4_000_000  # limit for stdin: a million tokens
+_PATIENCE_S = 2.0  # seconds before an idle pipe is reported
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
   dash-run out/ "Tell me a story" --budget fast --show-path
@@ -200,9 +200,9 @@ def _run(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         memory=arguments.memory,
     )
-    # Before anything is written, or asked.
+    # Before anything is written or asked.
     policy = model.policy_of(options)
-    # No token waits for a graph to load.
+    # So that no token waits for a graph to load.
     wide = lines is not None or bool(options.expected) or may_repeat(prompt or "")
     model.preload(policy, prefill=arguments.prefill, batches=wide)
     load_ms = (time.perf_counter() - started) * 1e3
@@ -258,15 +258,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _lines(arguments: argparse.Namespace) -> bool:
-    """Whether the trace goes to stdout, in place of the text."""
+    """Whether the trace goes to stdout instead of the text."""
     return str(arguments.trace) == "-"
 
 
 def _text(prompt: str) -> str:
-    """The prompt, and below it what is piped into the tool.
+    """The prompt, followed by piped input.
 
     Raises:
-        PolicyError: it is empty, or longer than any context.
+        PolicyError: the text is empty, or longer than any context.
     """
     parts = ["", _piped(wanted=True)] if prompt == "-" else [prompt, _piped()]
     text = "\n\n".join(part for part in parts if part.strip())
@@ -276,14 +276,14 @@ def _text(prompt: str) -> str:
 
 
 def _piped(wanted: bool = False) -> str:
-    """What stdin holds, where it is a pipe or a file."""
+    """The content of stdin, if it is a pipe or a file."""
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):
         kind = 0
     if not (wanted or stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
         return ""
-    with contextlib.suppress(OSError):  # Windows cannot tell of a pipe
+    with contextlib.suppress(OSError):  # Windows cannot tell for a pipe
         if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
             print("dash-run: waiting for text on stdin", file=sys.stderr)
     text = sys.stdin.read(_MOST_CHARACTERS + 1)

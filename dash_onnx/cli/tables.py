@@ -1,4 +1,4 @@
-"""What dash-export prints at its end: the layers of a bundle, and how they compare."""
+"""The final output of dash-export: the layers of a bundle, and how they compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_lines(result: CheckResult) -> list[str]:
-    """What a check found: a table of relative errors where it ran every graph or failed."""
+    """The result of a check: a table of relative errors if it ran every graph or failed."""
     if not result.rows:
         return ["not compared with transformers: its RoPE differs for a context of this length"]
     *rows, whole = result.rows

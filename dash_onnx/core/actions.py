@@ -18,16 +18,16 @@ Form: TypeAlias = Literal["skip", "int2", "int4", "int8", "full", "wide"]
 SKIP: Action = "skip"
 WIDE: Form = "wide"
 """INT8 with one scale for each output feature of a weight and each row of activations: the fastest
-product of many rows. It stands in for a precision where a pass has enough rows."""
+matrix product for many rows. It stands in for a precision where a pass has enough rows."""
 
 PRECISIONS: tuple[Action, ...] = ("full", "int8", "int4", "int2")
 """Actions that run the layer, highest precision first."""
 
 DEFAULT_VARIANTS: tuple[Action, ...] = ("int8", "int4")
-"""What is exported unless told: `full` takes four times INT8's memory and gains hardly anything."""
+"""What is exported by default: `full` takes four times INT8's memory and gains hardly anything."""
 
 DEFAULT_FORMS = ",".join((*DEFAULT_VARIANTS, WIDE))
-"""Likewise, as `parse_variants` takes it."""
+"""The forms exported by default, as `parse_variants` takes them."""
 
 WIDENED: tuple[Action, ...] = ("int4", "int2")
 """Precisions that lose more than the wide form does."""
@@ -35,13 +35,13 @@ WIDENED: tuple[Action, ...] = ("int4", "int2")
 ACTIONS: tuple[Action, ...] = (*PRECISIONS, SKIP)
 
 LETTERS: dict[Action, str] = {"full": "F", "int8": "8", "int4": "4", "int2": "2", "skip": "."}
-"""One character per action, so that a path fits a line."""
+"""One character per action, so that a path fits on a line."""
 
 DECIDED = "decided"
-"""In `Costs.whole`, beside precisions: tokens whose actions the scorer decides."""
+"""Key of `Costs.whole`, beside precisions: tokens whose actions the scorer decides."""
 
 LOSSY: tuple[Action, ...] = ("int2", SKIP)
-"""Actions whose losses neither are small nor simply add up, so that they must be measured."""
+"""Actions whose losses are neither small nor additive, so that they must be measured."""
 
 
 class Segment(NamedTuple):
@@ -61,7 +61,7 @@ def segments_of(path: Sequence[Action | None], alone: Collection[int] = ()) -> t
 
     Args:
         path: action of each layer; None where it differs between tokens: such layers are alone.
-        alone: further layers that are.
+        alone: more layers that are alone.
     """
 
     def apart(layer: int) -> bool:
@@ -80,7 +80,7 @@ def each_alone(layers: int) -> tuple[Segment, ...]:
 def parse_variants(text: str | None) -> tuple[tuple[Action, ...], bool]:
     """Parses `int8,int4,wide`: precisions, highest first, each once, and whether `wide` is there.
 
-    None stands for what suits the model: no precision, and `wide`.
+    None leaves the choice to the model: no precision, and `wide`.
 
     Raises:
         PolicyError: a name is neither, or there is no precision.

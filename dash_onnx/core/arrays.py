@@ -1,4 +1,4 @@
-"""The arrays that cross the package's borders."""
+"""The arrays that cross the package's boundaries."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 Ids: TypeAlias = npt.NDArray[np.int64]
-"""Token ids, `[S]` unless said otherwise."""
+"""Token ids, `[S]` unless stated differently."""
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 """Logits of the next token, `[V]`, or one row for each token, `[S, V]`."""
 
 
 def common_length(a: Ids, b: Ids) -> int:
-    """Length of the beginning that two texts `[S]` share."""
+    """Length of the prefix that two texts `[S]` share."""
     shortest = min(len(a), len(b))
     differs = np.flatnonzero(a[:shortest] != b[:shortest])
     return int(differs[0]) if len(differs) else shortest

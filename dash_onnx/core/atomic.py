@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, wherever the process that writes them dies.
+"""Files and folders that appear whole or not at all, even if the process that writes them dies.
 
-The lock on a folder in the making is one that the system releases with the process.
+The system releases the lock on a folder that is being written when its process ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_file(path: Path) -> None:
     """Refuses a file that must not be written, before any expensive work.
 
     Raises:
-        BundleError: it exists and is no regular file, or its folder does not exist.
+        BundleError: it exists and is not a regular file, or its folder does not exist.
     """
     if path.is_dir():
         raise BundleError(f"cannot write {path}: it is a folder")
@@ -40,9 +40,9 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`; what the block writes there takes its place at the end.
+    """Yields a path beside `path`; what the block writes there replaces `path` at the end.
 
-    On any error or interrupt `path` is as it was.
+    On any error or interrupt, `path` stays as it was.
 
     Raises:
         BundleError: see `check_file`.
@@ -100,8 +100,8 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
 def writing(folder: Path, *, overwrite: bool, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """Yields an empty folder that becomes `folder` when the block succeeds.
 
-    On any error or interrupt it is removed and `folder` is as it was. What a process that was
-    killed left is removed, too.
+    On any error or interrupt, it is removed and `folder` stays as it was. What a killed process
+    left is removed, too.
 
     Raises:
         BundleError: see `workspace`.
@@ -133,13 +133,13 @@ def workspace(
 
     Args:
         folder: the destination.
-        name: of the workspace, for each kind of writer another.
+        name: name of the workspace, a different one for each kind of writer.
         overwrite: see `check_destination`.
-        marker: likewise.
+        marker: see `check_destination`.
         keep: whether the workspace is to be kept after an error or interrupt.
 
     Raises:
-        BundleError: see `check_destination`; or another process is at it.
+        BundleError: see `check_destination`; or another process is using it.
     """
     check_destination(folder, overwrite, marker)
     folder = folder.resolve()
@@ -161,14 +161,14 @@ def workspace(
 
 
 def discard(folder: Path, name: str) -> None:
-    """Removes the workspace that a dead process left, if it left one.
+    """Removes the workspace that a dead process left, if there is one.
 
     Args:
         folder: the destination.
         name: see `workspace`.
 
     Raises:
-        BundleError: a living process is at it.
+        BundleError: a running process is using it.
     """
     if workspace_of(folder, name).is_dir():
         with locked(folder, name) as space:
@@ -176,7 +176,7 @@ def discard(folder: Path, name: str) -> None:
 
 
 def clear(space: Path) -> None:
-    """Removes everything in a workspace but its lock, as far as that is possible."""
+    """Removes everything in a workspace except its lock, as far as that is possible."""
     for path in space.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -198,16 +198,16 @@ def _move(space: Path, folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[Path]:
-    """Yields the workspace of a folder, locked; an empty one is gone afterwards.
+    """Yields the workspace of a folder, locked; an empty one is removed afterwards.
 
     The lock ends with the process.
 
     Args:
-        folder: that the workspace is beside.
+        folder: the folder that the workspace is beside.
         name: see `workspace`.
 
     Raises:
-        BundleError: another process has it, or it cannot be made.
+        BundleError: another process has it, or it cannot be created.
     """
     space = workspace_of(folder, name)
     path = space / _LOCK
@@ -239,10 +239,10 @@ def locked(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def waiting_lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock on a file, which ends with the process; waits for one that has it.
+    """Holds the lock on a file, which ends with the process; waits while another process has it.
 
     Args:
-        path: of the file, which is made and stays.
+        path: the file, which is created and stays.
         waits: called once before it waits.
     """
     with path.open("w") as lock:

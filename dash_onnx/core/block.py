@@ -1,4 +1,4 @@
-"""What the decoder layers of a model compute, beside their sizes and weights."""
+"""What the decoder layers of a model compute, apart from their sizes and weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ AttentionForms = Literal["grouped", "both"]
 """GroupQueryAttention alone, or also plain operators, between which the runtime chooses."""
 
 Mixer = Literal["attention", "shared_attention", "short_conv", "gated_delta"]
-"""What lets the tokens of a layer see each other: attention, whose K/V grow with the text, or over
-the K/V of an earlier layer; or what keeps a state of fixed size: a short convolution, or Gated
-DeltaNet."""
+"""How a layer mixes tokens: by attention, whose K/V grow with the text; by attention over the K/V
+of an earlier layer; or with a state of fixed size, by a short convolution or Gated DeltaNet."""
 
 ATTENTIONS: tuple[Mixer, ...] = ("attention", "shared_attention")
-"""Those that attend."""
+"""The mixers that attend."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,10 @@ class Recurrence:
 
     Attributes:
         kernel: tokens that their convolution sees, the new one included.
-        channels: of the convolution.
-        key_heads: of queries and keys of Gated DeltaNet; 0 without it, like those that follow.
-        value_heads: of its values, each with a state `[key_dim, value_dim]`.
+        channels: channels of the convolution.
+        key_heads: heads of queries and keys of Gated DeltaNet; 0 without it, like those that
+            follow.
+        value_heads: heads of its values, each with a state `[key_dim, value_dim]`.
         key_dim: width of a head of queries or keys.
         value_dim: width of a head of values.
     """
@@ -41,12 +41,12 @@ class Recurrence:
 
     @property
     def key_width(self) -> int:
-        """Of all queries of a token, and of all its keys."""
+        """Width of all queries of a token, and of all its keys."""
         return self.key_heads * self.key_dim
 
     @property
     def value_width(self) -> int:
-        """Of all values of a token."""
+        """Width of all values of a token."""
         return self.value_heads * self.value_dim
 
 
@@ -55,8 +55,8 @@ class QueryScale:
     """Factor on the queries at position p: `1 + beta * ln(1 + floor(p / length))`.
 
     Attributes:
-        beta: 0 would leave them as they are.
-        length: tokens, below which the factor is 1.
+        beta: strength of the scaling; 0 would leave the queries as they are.
+        length: tokens below which the factor is 1.
     """
 
     beta: float
@@ -69,16 +69,16 @@ class Experts:
 
     Attributes:
         count: experts of a layer.
-        per_token: experts that compute for a token: those with the highest scores of the router.
-        width: inside an expert.
-        shared_width: inside the MLP that computes for every token beside them, or 0.
-        normalized: whether the weights of a token's experts sum to 1; else each stays as it is
+        per_token: experts that compute for a token: those with the router's highest scores.
+        width: width inside an expert.
+        shared_width: width inside the MLP that computes for every token beside them, or 0.
+        normalized: whether the weights of a token's experts sum to 1; if not, each keeps its value
             among those of all experts.
-        scoring: what makes weights of the router's scores.
-        factor: on what all experts of a token add.
-        gate_slope: a of the experts' activation `gate * sigmoid(a * gate) * (up + b)`.
+        scoring: what turns the router's scores into weights.
+        factor: factor on the sum of a token's experts.
+        gate_slope: a in the experts' activation `gate * sigmoid(a * gate) * (up + b)`.
         up_offset: b.
-        limit: up to which the activation takes gates, and of ups the absolute value; or None.
+        limit: upper bound of gates, and of the absolute value of ups, in the activation; or None.
     """
 
     count: int
@@ -99,21 +99,22 @@ class Block:
 
     Attributes:
         norm: RMSNorm, or LayerNorm, which subtracts the mean.
-        norm_epsilon: of every norm.
-        activation: of the MLP; `gelu_tanh` is GELU in its tanh approximation, `relu2` the square of
-            ReLU, `xielu` xIELU, whose parameters are weights of the layer.
-        gated: the MLP multiplies the activation of one projection with another.
-        parallel: the MLP reads the layer's input, like attention, instead of attention's result.
+        norm_epsilon: epsilon of every norm.
+        activation: that of the MLP; `gelu_tanh` is GELU in its tanh approximation, `relu2` the
+            square of ReLU, `xielu` xIELU, whose parameters are weights of the layer.
+        gated: whether the MLP multiplies the activation of one projection by another.
+        parallel: whether the MLP reads the layer's input, like attention, instead of attention's
+            result.
         attention_scale: factor on the product of query and key.
         attention_softcap: c of `c * tanh(score / c)`; None leaves scores as they are.
-        logit_softcap: likewise for the logits.
-        heads_normed: whether the norms of queries and keys, where there are some, come before their
-            rotation or after it.
+        logit_softcap: the same for the logits.
+        heads_normed: whether the norms of queries and keys, if there are any, come before or after
+            their rotation.
         query_scale: factor on the queries that grows with the position, or None.
-        heads_gated: whether the sigmoid of a gate multiplies what the heads return.
-        experts: of the layers that have some, or None.
-        per_layer_width: of what each layer reads of the tokens themselves, an embedding of its
-            own; 0 without.
+        heads_gated: whether the sigmoid of a gate multiplies the output of the heads.
+        experts: the mixture of experts of the layers that have one, or None.
+        per_layer_width: width of what each layer reads from the tokens themselves, an embedding of
+            its own; 0 without it.
     """
 
     norm: Literal["rms", "layer"]
@@ -132,7 +133,7 @@ class Block:
 
     @property
     def reads_positions(self) -> bool:
-        """Whether layers use positions otherwise than to rotate."""
+        """Whether layers use positions for more than rotation."""
         return self.heads_normed == "after" or self.query_scale is not None
 
 
@@ -144,7 +145,7 @@ class Attention:
         rope: index of its rotary table; None if queries and keys are not rotated.
         window: number of tokens it sees, including its own; None for all.
         kv_heads: key/value heads of this layer; None takes those of the model.
-        head_dim: width of its heads, likewise.
+        head_dim: width of its heads; None takes that of the model.
         source: the layer whose K/V a `shared_attention` reads.
     """
 

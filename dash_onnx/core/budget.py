@@ -17,10 +17,10 @@ Budget: TypeAlias = float | str
 """A fraction of the reference's time per token, or the name of a preset."""
 
 PRESETS = {"quality": 0.02, "balanced": 0.1, "fast": 0.25}
-"""Named budgets: the cheapest whose KL on people's text is at most this many nats."""
+"""Named budgets: the cheapest whose KL on human-written text is at most this many nats."""
 
 OTHER_TEXT = 1.5
-"""How much more of it is lost on people's text than on the model's own: decision 0099."""
+"""Ratio of the KL on human-written text to that on the model's own text: decision 0099."""
 
 DEFAULT_PRESET = "balanced"
 
@@ -49,7 +49,7 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
 
     Args:
         budget: a number, a preset's name, or None for the default preset.
-        manifest: of a bundle; presets need a trained scorer.
+        manifest: manifest of a bundle; presets need a trained scorer.
 
     Raises:
         PolicyError: neither a number nor a preset, or outside what the bundle can do.
@@ -107,7 +107,7 @@ def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:
     """
     budget = min(max(budget, points[0].budget), points[-1].budget)
     a, b = neighbours(budget, points)
-    if budget in (a.budget, b.budget):  # of a row itself the KL may be 0
+    if budget in (a.budget, b.budget):  # the KL of a row itself may be 0
         return a.kl if budget == a.budget else b.kl
     share = (budget - a.budget) / (b.budget - a.budget)
     return math.exp((1 - share) * _log_kl(a) + share * _log_kl(b))
@@ -133,7 +133,7 @@ def fixed_at(budget: float, manifest: Manifest) -> tuple[Action | None, ...]:
 def decided_segments(
     fixed: tuple[Action | None, ...], decision_points: Sequence[int]
 ) -> tuple[Segment, ...]:
-    """The layers in runs that are fixed alike; one whose input the scorer reads is alone."""
+    """The layers in runs fixed to the same action; one whose input the scorer reads is alone."""
     return segments_of(fixed, {point - 1 for point in decision_points})
 
 
@@ -162,7 +162,7 @@ def presets(points: tuple[BudgetPoint, ...], margin: float) -> dict[str, float]:
 
 
 def cheapest_within(limit: float, points: tuple[BudgetPoint, ...]) -> float:
-    """The least budget of the table at which `kl_at` is at most a KL in nats; else the largest."""
+    """The least budget of the table at which `kl_at` is at most `limit` nats; else the largest."""
     below = [point for point in points if point.kl <= limit]
     if not below:
         return points[-1].budget

@@ -24,7 +24,7 @@ def file_facts(path: Path) -> FileFacts:
 class Bundle:
     """An opened bundle: a manifest, and files that are verified when they are first used.
 
-    Opening checks that every file is there in its full size; contents are checked against
+    Opening checks that every file exists in its full size; contents are checked against
     their SHA-256 by `verified`, once per file, so that a lazy load reads only what it runs.
     """
 
@@ -38,11 +38,12 @@ class Bundle:
 
         Args:
             folder: the folder that `dash-export` wrote.
-            manifest: instead of the one in the folder, while a new one is in the making.
-            sha256: that `dash.json` must have, in hexadecimal; it has those of all other files.
+            manifest: replaces the one in the folder, while a new one is being made.
+            sha256: checksum that `dash.json` must have, in hexadecimal; it contains those of all
+                other files.
 
         Raises:
-            BundleError: missing, of another format version, incomplete, or a path leaves it.
+            BundleError: missing, of another format version, incomplete, or a path leads outside.
         """
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
@@ -67,7 +68,7 @@ class Bundle:
                 OSError,
                 ValueError,
                 RuntimeError,
-            ) as error:  # such as links in a ring
+            ) as error:  # such as circular links
                 raise BundleError(f"{file} cannot be read ({error}); export again") from None
             if size is None:
                 raise BundleError(f"{file} is missing from the bundle; export again")
@@ -151,7 +152,7 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def list_files(folder: Path) -> dict[str, FileFacts]:
-    """Facts of every file below `folder` but the manifest, by POSIX path relative to it."""
+    """Facts of every file below `folder` except the manifest, by POSIX path relative to it."""
     return {
         path.relative_to(folder).as_posix(): file_facts(path)
         for path in sorted(folder.rglob("*"))

@@ -16,7 +16,7 @@ _HUB = re.compile(r"\w+:([\w.-]+/[\w.-]+)(?:/[^@]*)?@\w+")
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
-    """Writes a bundle's README.md; it is no part of the bundle."""
+    """Writes a bundle's README.md; it is not part of the bundle."""
     write_text(folder / CARD_NAME, card(manifest))
 
 

@@ -64,7 +64,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 
 def model_problems(model: ModelFacts) -> Iterator[str]:
-    """What cannot be in the sizes of a model."""
+    """What is impossible in the sizes of a model."""
     for name, value in vars(model).items():
         if name not in ("name", "architecture") and not (type(value) is int and 0 < value <= _MOST):
             yield f"{name} is {value!r}, not in 1..{_MOST}"
@@ -164,7 +164,7 @@ def _factors(rope: Rope) -> tuple[float, ...]:
 
 
 def _claim_problems(manifest: Manifest) -> Iterator[str]:
-    """Sizes that the files cannot hold: whoever believed them would run out of memory."""
+    """Sizes that the files cannot hold: a reader that trusted them would run out of memory."""
     model = manifest.model
     held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
     rows = model.vocab_size + 2 * model.num_layers * model.intermediate_size

@@ -23,10 +23,10 @@ DType = Literal["float32", "float16", "int8", "uint8", "int32", "int64", "bool"]
 EMBED_PATH = "embed.onnx"
 
 TABLE_PATH = "embed.onnx.table"
-"""What layers read of the tokens, by token: large, and never read as a whole."""
+"""What layers read from the tokens, by token: large, and never read as a whole."""
 
 FUSED_FOLDER, REPORT_NAME, CARD_NAME = "fused", "report.html", "README.md"
-"""What dash-fuse, dash-report and dash-export write into a bundle's folder: no part of it."""
+"""What dash-fuse, dash-report and dash-export add to a bundle's folder: not part of the bundle."""
 
 SOURCE_FOLDER = "source"
 """Folder in the bundle for the license and the model card of the source model."""
@@ -82,7 +82,7 @@ class Ports:
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes that the ports of a model's graphs depend on, or of one layer.
+    """The sizes that the ports of a model's graphs depend on, or those of one layer.
 
     Attributes:
         hidden_size: width D of the residual stream.
@@ -91,9 +91,9 @@ class Dims:
         rotary_dim: how many of the d dimensions are rotated.
         vocab_size: number V of logits.
         dtype: element type of hidden states and logits.
-        kv_cache: of K/V.
-        recurrence: of layers without K/V, or None.
-        per_layer: layers, and the width of what each of them reads of the tokens; or None.
+        kv_cache: element type of K/V.
+        recurrence: sizes of the layers without K/V, or None.
+        per_layer: number of layers, and width of what each reads from the tokens; or None.
     """
 
     hidden_size: int
@@ -139,15 +139,15 @@ class Dims:
         return stored.get(self.kv_cache, self.dtype)
 
     def cache_shape(self, batch: Size, capacity: Size) -> tuple[int | Size, ...]:
-        """Of the keys of a layer, or of its values; two INT4 numbers share a byte."""
+        """Shape of the keys of a layer, or of its values; two INT4 numbers share a byte."""
         width = self.head_dim // 2 if self.kv_cache == "int4" else self.head_dim
         return batch, self.num_kv_heads, capacity, width
 
     def state_shapes(self, mixer: Mixer) -> dict[str, tuple[int, ...]]:
         """By name, the states of one sequence that a layer keeps in place of K/V, in `dtype`.
 
-        `conv` are the inputs of the convolution of the last tokens, `recurrent` the matrices of
-        Gated DeltaNet.
+        `conv` holds the convolution's inputs for the last tokens, `recurrent` the matrices of Gated
+        DeltaNet.
         """
         sizes = self.recurrence
         if mixer in ATTENTIONS or sizes is None:
@@ -161,7 +161,7 @@ class Dims:
 def embed_ports(dims: Dims) -> Ports:
     """Token embedding: ids `[batch, seq]` -> hidden `[batch, seq, D]`.
 
-    And `per_layer` `[batch, seq, L, P]`, where layers read something of the tokens themselves.
+    And `per_layer` `[batch, seq, L, P]`, if layers read something from the tokens themselves.
     """
     return Ports(
         inputs=(Port("input_ids", "int64", ("batch", "seq")),),
@@ -181,21 +181,20 @@ def _per_layer_ports(dims: Dims) -> tuple[Port, ...]:
 def layer_ports(dims: Dims, mixer: Mixer = "attention") -> Ports:
     """Decoder layer, whatever its action.
 
-    One without attention reads `past_conv`, and `past_recurrent` if it is a Gated DeltaNet, and
+    A layer without attention reads `past_conv`, and `past_recurrent` if it is a Gated DeltaNet, and
     writes `present_conv` and `present_recurrent`, see `Dims.state_shapes`. One with shared
     attention has the inputs of attention, with K/V of another layer as `past_key` and `past_value`,
-    which hold the new tokens already; it writes none. `per_layer` is what the token embedding gives
-    for all layers.
+    which hold the new tokens already; it writes none. `per_layer` is what the token embedding
+    returns for all layers.
 
-    Of one with attention
-    `past_key`/`present_key` and `past_value`/`present_value` are bound to the same buffers
-    and updated in place; `capacity` is their length in tokens. `seqlens_k` is the number of
-    valid tokens after this run minus one (GroupQueryAttention's convention), `start` the number
-    before it: where new K/V are written; of `seq` new tokens, `query_seqlens` are valid, the rest
-    pads a sequence that has fewer than others. `positions` are those of the new tokens, and `mask`
-    is added to their scores: zero where a token sees another one, minus infinity elsewhere. `plain`
-    chooses between two attentions, from plain operators or by GroupQueryAttention; the first reads
-    the mask and writes at `start`, the second reads neither.
+    In a layer with attention, `past_key`/`present_key` and `past_value`/`present_value` are bound
+    to the same buffers and updated in place; `capacity` is their length in tokens. `seqlens_k` is
+    the number of valid tokens after this run minus one (GroupQueryAttention's convention), `start`
+    the number before it: where new K/V are written; of `seq` new tokens, `query_seqlens` are valid,
+    the rest pads a sequence that has fewer than others. `positions` are those of the new tokens,
+    and `mask` is added to their scores: zero where a token sees another one, minus infinity
+    elsewhere. `plain` chooses between two implementations of attention: plain operators, which read
+    the mask and write at `start`, and GroupQueryAttention, which reads neither.
     """
     hidden = ("batch", "seq", dims.hidden_size)
     if mixer not in ATTENTIONS:
@@ -244,14 +243,14 @@ _KEPT = "key", "value", "conv", "recurrent"
 def joined_names(layer: int, attention: Attention, layers: range) -> dict[str, str]:
     """What the ports of a layer are called in a graph of several layers.
 
-    Each has a cache or states of its own, or reads what another one has written; those of one
-    window share a mask, those of one rotary embedding its tables. The other ports are shared by
-    all.
+    Each layer has its own cache or states, or reads what another one has written; layers with the
+    same window share a mask, and those with the same rotary embedding its tables. The other ports
+    are shared by all.
 
     Args:
         layer: its index.
-        attention: of the layer.
-        layers: of the graph.
+        attention: attention of the layer.
+        layers: those of the graph.
     """
     kept = [f"{side}_{name}" for side in ("past", "present") for name in _KEPT]
     names = {name: f"{name}.{layer}" for name in kept}
@@ -300,7 +299,7 @@ def scorer_ports(dims: Dims, layers: int, actions: int) -> Ports:
     `hidden` is the input of the layer before the segment, `penalty` what each action costs in nats
     (multiplier times cost). `total` is `penalty` plus the predicted KL of each action in nats,
     `action` the index of the least. Both have a row for every layer; those of the first segment
-    depend on the penalty alone, those of other segments than the input's mean nothing.
+    depend on the penalty alone, and those of any other segment than the input's are meaningless.
     """
     rows = (layers, actions)
     return Ports(

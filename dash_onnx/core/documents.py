@@ -17,10 +17,10 @@ ANSWERED = ("response", "output", "answer", "completion")
 
 
 def read_document(path: Path, codec: TextCodec) -> str:
-    """The text of a file; of one with the suffix `.jsonl`, of its records, one after the other.
+    """The text of a file; for one with the suffix `.jsonl`, that of its records, one after another.
 
     Args:
-        path: of the file.
+        path: the file.
         codec: whose chat template turns conversations into text.
 
     Raises:
@@ -30,10 +30,10 @@ def read_document(path: Path, codec: TextCodec) -> str:
 
 
 def file_texts(path: Path, render: Render) -> Iterator[str]:
-    """The text of a file, or those of its records.
+    """The text of a file, or the texts of its records.
 
     Raises:
-        SourceError: as of `read_document`.
+        SourceError: see `read_document`.
     """
     if path.suffix != ".jsonl":
         yield read_text(path)

@@ -10,8 +10,7 @@ _LONGEST = 800  # characters of a message
 class DashError(Exception):
     """Base of every error that the user can fix.
 
-    What a message quotes from a file or a template is shown escaped where it is not printable, and
-    cut where it is long.
+    Messages quote files and templates: unprintable characters are escaped, and long messages cut.
     """
 
     def __init__(self, message: str):
@@ -20,12 +19,12 @@ class DashError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What another library says, which may go on for many lines, or say nothing."""
+    """The first line of another library's message, or the type of an error without one."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def printable(text: str) -> str:
-    """Text that moves no cursor and hides nothing: what is not printable is escaped."""
+    """Text that cannot move the cursor or hide anything: unprintable characters are escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -37,11 +36,11 @@ def _cut(text: str) -> str:
 
 
 class BundleError(DashError):
-    """A bundle is missing, damaged, from another version, or would be overwritten."""
+    """A bundle is missing, damaged, of another version, or would be overwritten."""
 
 
 class ResumeError(BundleError):
-    """An interrupted export cannot be gone on with.
+    """An interrupted export cannot be resumed.
 
     Attributes:
         reason: the message without its remedy.
@@ -70,4 +69,4 @@ class ContextLengthError(DashError):
 
 
 class DeviceError(DashError):
-    """ONNX Runtime is missing, too old, or lacks the wanted device."""
+    """ONNX Runtime is missing or too old, or the device is missing, fails or lacks memory."""

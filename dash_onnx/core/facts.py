@@ -22,13 +22,13 @@ class ModelFacts:
     """Shape of the source model.
 
     Attributes:
-        name: of the folder, file or hub id.
+        name: its folder, file or hub id.
         architecture: its `model_type`.
         num_layers: L.
         hidden_size: D, the width of the residual stream.
         intermediate_size: width inside the MLP.
-        num_heads: of queries.
-        num_kv_heads: of keys and values.
+        num_heads: number of query heads.
+        num_kv_heads: number of key/value heads.
         head_dim: d, the width of one head.
         vocab_size: V, the number of logits.
         max_length: tokens of context that prompt and answer share.
@@ -51,13 +51,13 @@ class ModelFacts:
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of the products of a layer with a gated MLP."""
+        """Number of weights in the matrix products of a layer with a gated MLP."""
         attention = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
         return self.hidden_size * (attention + 3 * self.intermediate_size)
 
     @property
     def large(self) -> bool:
-        """Whether it is trained on fewer tokens, and rounded in larger blocks."""
+        """Whether it is trained on fewer tokens, and quantized in larger blocks."""
         return self.num_layers * self.layer_parameters > _LARGE
 
 
@@ -85,9 +85,9 @@ class Target:
         accuracy_level: MatMulNBits' accuracy_level (4: activations as INT8; 0: unset).
         kv_cache: element type of the KV cache.
         attention: which attention implementations the layers have.
-        ragged: whether they run several tokens of each of several sequences, in different numbers.
-        ternary: whether the source's weights of all layers are -s, 0 and s in each block. INT2
-            then holds them exactly, those of attention, too.
+        ragged: whether they run several tokens per sequence, and different numbers of them.
+        ternary: whether the source's weights of all layers are -s, 0 and s in each block. INT2 then
+            holds them exactly, including those of attention.
     """
 
     device: Literal["cpu", "cuda"]
@@ -163,8 +163,8 @@ class PassCosts:
         plain_rows: rows that attention from plain operators was timed for, ascending: the first of
             `rows`, as its memory grows with them.
         plain_ms: what it adds to a layer's time, by context and rows; negative if it is faster.
-        head_rows: rows that the LM head is asked for, ascending.
-        heads_ms: by form, for each of them.
+        head_rows: rows that the LM head was timed for, ascending.
+        heads_ms: by form, for each of `head_rows`.
     """
 
     rows: tuple[int, ...]
@@ -176,17 +176,17 @@ class PassCosts:
     heads_ms: dict[Form, tuple[float, ...]]
 
     def layer_ms(self, form: Form, rows: int, context: int) -> float:
-        """Of a layer; between the measured rows and contexts, and beyond them, it is linear."""
+        """Time of a layer; linear between and beyond the measured rows and contexts."""
         each = [linear(rows, self.rows, ms) for ms in self.layers_ms[form]]
         return linear(context, self.contexts, each)
 
     def attends_plainly(self, rows: int, context: int, capacity: int) -> bool:
-        """Whether attention from plain operators is the faster one for rows of one sequence.
+        """Whether attention from plain operators is faster for rows of one sequence.
 
         Args:
-            rows: of the pass.
+            rows: rows of the pass.
             context: tokens in the K/V cache, which the other attention reads.
-            capacity: of the cache, all of which this one reads.
+            capacity: tokens of the whole cache, which attention from plain operators reads.
         """
         if not self.plain_rows or rows > self.plain_rows[-1]:
             return False
@@ -196,7 +196,7 @@ class PassCosts:
         return linear(capacity, self.contexts, each) + unused < 0
 
     def head_ms(self, form: Form, rows: int) -> float:
-        """Of the LM head on all rows; likewise."""
+        """Time of the LM head on all rows; linear like `layer_ms`."""
         return linear(rows, self.head_rows, self.heads_ms[form])
 
 
@@ -211,9 +211,9 @@ class Costs:
         scorer_ms: all decisions of one token.
         heads_ms: the LM head, by precision.
         layers_ms: by layer and action.
-        spread: how much longer a typical run took, as a fraction; large if other work ran beside.
+        spread: how much longer a typical run took, as a fraction; large if other work disturbed it.
         passes: times by rows and contexts; None if there is nothing to choose from.
-        join_ms: what one layer less to dispatch saves: fixed layers run as one graph.
+        join_ms: time that dispatching one layer less saves: fixed layers run as one graph.
         whole: by what factor a token takes longer than the sum of its parts, relative to the
             reference's token: with all layers in a precision, `decided` by the scorer, and on the
             plans that presets chose between, by `plans.whole_key`.
@@ -232,7 +232,7 @@ class Costs:
 
     @property
     def unit_ms(self) -> float:
-        """Mean milliseconds of a layer in INT4, or in the cheapest precision without it.
+        """Mean milliseconds of a layer in INT4, or in the cheapest precision if there is no INT4.
 
         Multipliers are nats per this, so that a policy table holds on another machine, as far as
         the ratios of costs do.
@@ -247,12 +247,12 @@ class Costs:
         return [[layer[action] / unit for action in actions] for layer in self.layers_ms]
 
     def mixed_ms(self, layers_ms: float, head: Action, scored: bool, graphs: int) -> float:
-        """What one token costs whose layers take `layers_ms` when each is dispatched alone.
+        """The cost of a token whose layers take `layers_ms` when each is dispatched alone.
 
         Args:
             head: precision of the LM head.
             scored: whether the scorer decided.
-            graphs: that the layers run as; those that are fixed alike share one.
+            graphs: number of graphs that the layers run as; those fixed alike share one.
         """
         joined_ms = (len(self.layers_ms) - graphs) * self.join_ms
         return self.embed_ms + self.heads_ms[head] + layers_ms + self.scorer_ms * scored - joined_ms
@@ -260,7 +260,7 @@ class Costs:
     def token_ms(
         self, path: ActionPath, head: Action, scored: bool = False, *, graphs: int | None = None
     ) -> float:
-        """The same of a token on a path; without `graphs`, as if every token took this path."""
+        """The same for a token on a path; without `graphs`, as if every token took this path."""
         layers_ms = sum(costs[action] for costs, action in zip(self.layers_ms, path, strict=True))
         return self.mixed_ms(layers_ms, head, scored, graphs or len(segments_of(path)))
 
@@ -274,8 +274,8 @@ class BudgetPoint:
         multiplier: Lagrange multiplier of the cost that leads to it, in nats per `Costs.unit_ms`.
         head: precision of the LM head.
         kl: mean KL(reference || policy) in nats.
-        shares: of each action among the decisions.
-        fixed: the action of each layer that takes one for all tokens, else None; empty: no layer.
+        shares: share of each action among the decisions.
+        fixed: by layer, the action that it takes for all tokens, or None; empty: none is fixed.
     """
 
     budget: float
@@ -293,7 +293,7 @@ class StaticPoint:
     Attributes:
         budget: its cost as a fraction of the reference's.
         head: precision of the LM head.
-        kl: on the same held-out tokens as the policy table.
+        kl: mean KL in nats, on the same held-out tokens as the policy table.
         path: the action of each layer.
     """
 
@@ -309,14 +309,14 @@ class Training:
 
     Attributes:
         effort: quick, normal or thorough.
-        source: of the training text, likewise.
-        tokens: of training text.
-        held_out_tokens: of the tables.
-        seed: of everything random.
+        source: source of the training text, as in `calibration.source`.
+        tokens: tokens of training text.
+        held_out_tokens: tokens that the tables were measured on.
+        seed: seed of everything random.
         seconds: wall time.
         loss: training loss after each tenth of the steps.
-        kl: mean KL of the training decisions likewise.
-        cost: their mean cost likewise, as a fraction of the reference's.
+        kl: mean KL of the training decisions, at the same steps.
+        cost: their mean cost at the same steps, as a fraction of the reference's.
     """
 
     effort: str
@@ -367,7 +367,7 @@ class FileFacts:
 
     Attributes:
         bytes: its size.
-        sha256: of its content.
+        sha256: checksum of its content.
     """
 
     bytes: int
@@ -384,7 +384,7 @@ class ExportFacts:
         seconds: wall time until all graphs were written, before they were timed.
         peak_rss_bytes: highest resident memory of the exporting process until then.
         fp32_kept: weights whose values do not fit FP16 and were stored as FP32.
-        license: of the source model, as its metadata name it; None if they name none.
+        license: license of the source model, as its metadata state it; None if they state none.
     """
 
     source: str

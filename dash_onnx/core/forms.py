@@ -9,8 +9,8 @@ from dash_onnx.core.plans import margin_of
 from dash_onnx.core.policy import Policy
 
 PROMISE = 10.0
-"""Times the wide form's KL that a policy must lose before its prompts may run wide: what the form
-adds is then lost in what the policy loses."""
+"""How many times the wide form's KL a policy must lose before its prompts may run wide: what the
+form adds is then negligible beside that."""
 
 
 def form_of(
@@ -19,12 +19,13 @@ def form_of(
     """The form of a layer in a pass.
 
     Args:
-        passes: what each form costs; None where there is one alone.
-        action: that the policy takes.
-        rows: tokens of all sequences. One row runs as the policy says: so its losses were measured.
-        context: tokens in the K/V cache before the pass. Behind the last measured one the forms
-            compare as there: they attend alike, so a context changes nothing but both times, and
-            the slopes differ by noise alone.
+        passes: what each form costs; None if there is only one.
+        action: the one that the policy takes.
+        rows: tokens of all sequences. One row runs as the policy says, because its losses were
+            measured that way.
+        context: tokens in the K/V cache before the pass. Beyond the last measured one the forms
+            compare as there: their attention is the same, so more context adds as much to both
+            times, and the slopes differ only by noise.
         widened: actions that the wide form is good enough for.
     """
     if passes is None or rows == 1 or action not in widened:
@@ -37,7 +38,7 @@ def form_of(
 def head_form_of(
     passes: PassCosts | None, head: Action, rows: int, widened: frozenset[Action]
 ) -> Form:
-    """The form of the LM head on all rows of a pass; likewise."""
+    """The form of the LM head on all rows of a pass; see `form_of`."""
     if passes is None or rows == 1 or head not in widened:
         return head
     forms: tuple[Form, Form] = (head, WIDE)
@@ -45,10 +46,10 @@ def head_form_of(
 
 
 def head_widens(passes: PassCosts | None, head: Action, widened: frozenset[Action]) -> bool:
-    """Whether the LM head runs wide in passes of some number of rows; likewise."""
+    """Whether the LM head runs wide in passes of some number of rows; see `form_of`."""
     if passes is None:
         return False
-    # Between these the times are lines: a form that is the faster one somewhere is so at one.
+    # Times are linear between these: a form that is faster anywhere is faster at one of them.
     rows = (2, *passes.head_rows, passes.rows[-1])
     return any(head_form_of(passes, head, count, widened) == WIDE for count in rows)
 
@@ -61,8 +62,9 @@ def widened_by(manifest: Manifest) -> frozenset[Action]:
 def widened_in_prompts(manifest: Manifest, policy: Policy) -> frozenset[Action]:
     """Actions that the wide form is good enough for while a prompt of this policy runs.
 
-    A policy with one of few bits loses so much later that its whole prompt may run wide, unless the
-    scorer promises less than `PROMISE` times what that loses, or one path loses less than it.
+    A policy that uses an action of few bits loses so much later that its whole prompt may run wide,
+    unless the scorer promises less than `PROMISE` times what the wide form loses, or one path loses
+    less than that form.
     """
     few = widened_by(manifest)
     layers = policy.used(manifest.model.num_layers, manifest.actions)

@@ -16,5 +16,5 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def stem_of(name: str) -> str:
-    """A file's name without its ending and its part."""
+    """A file's name without its suffix and its part number."""
     return _PART.sub("", name).removesuffix(".gguf")

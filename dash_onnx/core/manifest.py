@@ -56,7 +56,7 @@ class Manifest:
         model: sizes of the source model.
         block: the computation that all layers have in common.
         ropes: the distinct rotary embeddings of the layers.
-        attention: of each layer.
+        attention: the attention of each layer.
         target: what the graphs were built for.
         variants: the precisions exported for each layer, highest first; `skip` always exists.
         heads: per kind of path (a precision, or `skip` for mixed paths), the precision of its LM
@@ -72,8 +72,8 @@ class Manifest:
         wide: the loss of the wide form; None if the bundle has no wide form.
         static: the loss of each precision alone, with its own LM head and the next lower one,
             by ascending budget, measured by the export; a trained scorer has a table of its own.
-        mixers: of each layer; empty where all of them attend. What `attention` says of another
-            layer means nothing.
+        mixers: the mixer of each layer; empty if all of them attend. What `attention` says about a
+            layer that does not is meaningless.
         recurrence: sizes of the layers that do not attend; None if there are none.
     """
 
@@ -103,7 +103,7 @@ class Manifest:
         return self.dims_of(None)
 
     def dims_of(self, layer: int | None) -> Dims:
-        """The same of a layer, whose heads may be others than those of most."""
+        """The same for a layer, whose heads may differ from those of most."""
         attention = None if layer is None else self.attention[layer]
         width = self.block.per_layer_width
         return Dims.of(self.model, self.ropes, self.target, self.recurrence, width, attention)
@@ -113,7 +113,7 @@ class Manifest:
         return layer_ports(self.dims_of(layer), self.mixer_of(layer))
 
     def mixer_of(self, layer: int) -> Mixer:
-        """What lets the tokens of a layer see each other."""
+        """How a layer mixes tokens."""
         return self.mixers[layer] if self.mixers else "attention"
 
     @property
@@ -135,7 +135,7 @@ class Manifest:
         return [joined_names(layer, self.attention[layer], layers) for layer in layers]
 
     def ports_joined(self, layers: range) -> Ports:
-        """The ports of such a graph."""
+        """The ports of a graph of several layers."""
         return joined_ports([*map(self.layer_ports, layers)], self.names_joined(layers))
 
     def weight_bytes(self, path: Sequence[Action], head: Action) -> int:
@@ -157,7 +157,7 @@ class Manifest:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the states of a sequence that do not grow, for all layers."""
+        """Bytes of the fixed-size states of a sequence, for all layers."""
         dims, size = self.dims, np.dtype(self.dims.dtype).itemsize
         shapes = [dims.state_shapes(mixer).values() for mixer in self.mixers]
         return size * sum(math.prod(shape) for own in shapes for shape in own)

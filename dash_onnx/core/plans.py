@@ -16,13 +16,13 @@ from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 
 TIE = 0.03
-"""Share of the time that paired runs do not tell apart. Decisions per token have to be faster by
-more, as they are the less simple plan; of paths that are as fast, the one that loses least is
-taken."""
+"""Relative difference in time that paired runs do not resolve. Decisions per token have to be
+faster by more, as they are the more complex plan; among paths that are as fast, the one that loses
+least is taken."""
 
 
 _LEAST_KL = 1e-4  # nats
-_ROUNDED = 1.005  # times: budgets have four digits
+_ROUNDED = 1.005  # factor: budgets have four digits
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Plan:
         budget: profiled time of a token, the sum of its parts, as a fraction of the reference's.
         kl: mean KL(reference || plan) in nats on held-out tokens.
         head: precision of the LM head.
-        time: likewise as the budget, of the token as a whole; plans are compared by it.
+        time: time of the token as a whole, as a fraction like `budget`; plans are compared by it.
         path: action of each layer; None where the scorer decides.
     """
 
@@ -72,7 +72,7 @@ def frontier(manifest: Manifest) -> tuple[Plan, ...]:
 
 
 def kl_reference(manifest: Manifest) -> str:
-    """What the KL of plans is to."""
+    """The reference of the plans' KL."""
     return "full precision" if manifest.scorer is None else manifest.variants[0]
 
 
@@ -87,7 +87,7 @@ def preset_plans(manifest: Manifest) -> dict[str, Plan]:
 
 
 def candidates(manifest: Manifest) -> list[tuple[Plan, list[str]]]:
-    """The frontier and what presets run, by ascending time, each with the presets that run it."""
+    """The frontier and the presets' plans, by ascending time, each with the presets that run it."""
     chosen = preset_plans(manifest)
     plans = {*frontier(manifest), *chosen.values()}
     return [
@@ -109,7 +109,7 @@ def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | 
     """The fastest plan that is decided per token, and the fastest path for all tokens.
 
     Args:
-        limit: what they lose at most, in nats.
+        limit: the most that they may lose, in nats.
 
     Returns:
         None where there is none.
@@ -132,7 +132,7 @@ def plan_below(budget: float, manifest: Manifest) -> Plan | None:
 
 
 def decided(budget: float, manifest: Manifest) -> Plan:
-    """What the scorer's decisions lose at a budget within its table."""
+    """The plan of the scorer's decisions at a budget within its table."""
     assert manifest.scorer is not None
     points = manifest.scorer.points
     _, head = multiplier_of(budget, points)
@@ -169,8 +169,8 @@ def whole_key(plan: Plan, manifest: Manifest) -> str:
 def whole_ratio(plan: Plan, manifest: Manifest) -> float:
     """By what factor a plan's tokens take longer than their parts, relative to the reference's.
 
-    Of a plan that was not timed, it is what decisions take that were, or the mean over its layers,
-    by their time.
+    For a plan that was not timed, it is the ratio of decisions that were, or the mean over its
+    layers, weighted by their time.
     """
     costs = manifest.costs
     whole = costs.whole

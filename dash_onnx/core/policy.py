@@ -75,7 +75,7 @@ class Policy(ABC):
 
     @property
     def quality(self) -> str:
-        """What two policies share whose tokens have K/V of the same quality."""
+        """What policies share if their tokens have K/V of the same quality."""
         return self.name if self.uniform is None else path_letters(self.uniform)
 
     def used(self, layers: int, actions: tuple[Action, ...]) -> list[set[Action]]:
@@ -111,7 +111,7 @@ class ScoredPolicy(Policy):
     budget: float
 
     def __init__(self, manifest: Manifest, budget: Budget | None = None):
-        """Looks the budget up.
+        """Looks up the budget.
 
         Raises:
             PolicyError: the bundle has no scorer, or the budget is outside its table.
@@ -141,7 +141,7 @@ class ScoredPolicy(Policy):
         return self._segments
 
     def controller(self) -> Controller:
-        """What holds the budget during one generation."""
+        """The controller that keeps one generation at the budget."""
         graphs = len(self._segments)
         return Controller(self._manifest, self.budget, self.multiplier, self.head, graphs)
 
@@ -196,11 +196,11 @@ class RandomPolicy(PathPolicy):
         return f"{self.name} {self.budget}"
 
     def __init__(self, manifest: Manifest, seed: int = 0, budget: float | None = None):
-        """Draws from every action alike, or skips as often as a budget asks for.
+        """Draws from all actions with equal probability, or skips as often as a budget requires.
 
         Args:
-            manifest: of the bundle.
-            seed: of the draws.
+            manifest: manifest of the bundle.
+            seed: seed of the draws.
             budget: a fraction: layers run at one precision or are skipped.
 
         Raises:
@@ -239,12 +239,12 @@ class RandomPolicy(PathPolicy):
 
 
 def below_every_skip(budget: float) -> PolicyError:
-    """What a budget is answered with that no skipping meets."""
+    """The error for a budget that no amount of skipping meets."""
     return PolicyError(f"budget {budget:g} is less than skipping every inner layer costs")
 
 
 def base_precision(manifest: Manifest, budget: float) -> Action:
-    """The cheapest precision, of those that lose little, whose uniform path costs the budget."""
+    """The cheapest precision, of those that lose little, whose path costs at least the budget."""
     limit = budget * reference_ms(manifest)
     for precision in (p for p in reversed(manifest.variants) if p not in LOSSY):
         path = (precision,) * manifest.model.num_layers
@@ -267,7 +267,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
             the empty string: what was measured to be best for the budget, the scorer's decisions
             or one path for all tokens, see `plans`; the highest exported precision if nothing was
             measured.
-        manifest: of the bundle it will run on.
+        manifest: manifest of the bundle it will run on.
         budget: fraction of the reference's time per token, or the name of a preset.
 
     Raises:
@@ -304,7 +304,7 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
 
 
 def _planned(manifest: Manifest, budget: Budget | None) -> Policy:
-    """What was measured to be best for a budget."""
+    """The policy that was measured to be best for a budget."""
     plans = preset_plans(manifest)
     if not plans:
         return make_policy(manifest.variants[0] if budget is None else "dash", manifest, budget)

@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, lines in a log, nothing where no one listens.
 
 Everything goes through `logging`, at INFO. A terminal gets a `BarHandler`: where the package's
-logger has one, phases are bars, else they are a line at their start, every half minute and at their
+logger has one, phases are bars; otherwise each is a line at its start, every half minute and at its
 end. A program that configures no logging sees nothing.
 """
 
@@ -20,11 +20,11 @@ from typing import Generic, Self, TypeVar
 T = TypeVar("T")
 
 PACKAGE = "dash_onnx"
-"""Name of the logger above all of the package's."""
+"""Name of the package's top-level logger."""
 
 _LOG = logging.getLogger(__name__)
 _MARK = {"phase": True}  # of records that a bar stands for
-_BAR_S = 1.0  # from one look of a bar to the next, between steps
+_BAR_S = 1.0  # from one refresh of a bar to the next, between steps
 _LINE_S = 30.0  # from line to line of a log
 
 
@@ -32,7 +32,7 @@ class BarHandler(logging.StreamHandler):
     """Writes records to a terminal, above the bars that stand for those of phases."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """In lines that break between words."""
+        """Breaks lines between words."""
         width = shutil.get_terminal_size().columns - 1
         lines = super().format(record).split("\n")
         broken = (textwrap.wrap(line, width, break_long_words=False) or [""] for line in lines)
@@ -53,11 +53,11 @@ def _bars() -> bool:
 
 @dataclass(frozen=True)
 class Expected:
-    """A phase to come.
+    """A phase that will run.
 
     Attributes:
-        name: of the `Phase`.
-        seconds: that it is expected to take.
+        name: name of the `Phase`.
+        seconds: time that it is expected to take.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Expected:
 
 
 class Schedule:
-    """The phases that a command will run, in order; what they took corrects what is left."""
+    """The phases that a command will run, in order; the time taken corrects what is left."""
 
     def __init__(self, phases: Sequence[Expected]):
         """Says nothing until the first phase starts: those before it are done already."""
@@ -74,10 +74,10 @@ class Schedule:
         self._announced = self._took = 0.0  # seconds, of those that ended
 
     def start(self, name: str, left: float) -> float | None:
-        """The next phase of a name starts.
+        """Starts the next phase with a name.
 
         Args:
-            name: of the phase.
+            name: name of the phase.
             left: fraction of it that an earlier run did not finish.
 
         Returns:
@@ -93,11 +93,11 @@ class Schedule:
         return self._phases[at].seconds * left
 
     def end(self, announced: float, took: float) -> None:
-        """A phase ended: seconds that were announced for it, and those that it took."""
+        """Ends a phase, with the seconds that were announced for it and those that it took."""
         self._announced, self._took = self._announced + announced, self._took + took
 
     def correction(self, announced: float = 0.0, took: float = 0.0) -> float:
-        """By how much longer phases take than announced.
+        """By what factor phases take longer than announced.
 
         Args:
             announced: seconds, for the phase that runs.
@@ -129,13 +129,13 @@ _schedule = Schedule(())
 
 
 def announce(phases: Sequence[Expected]) -> None:
-    """Sets the phases of what this process does next; none forgets them."""
+    """Sets the phases that this process runs next; an empty list clears them."""
     global _schedule
     _schedule = Schedule(phases)
 
 
 class Phase:
-    """A part of long work, as a context.
+    """A part of long work, as a context manager.
 
     >>> with Phase("text", total=255, unit="tokens") as phase:
     ...     phase.update(1)
@@ -148,14 +148,14 @@ class Phase:
             name: as in the schedule, where there is one.
             total: steps, None if it is not known. A single one is done when the context ends.
             done: steps of an earlier run.
-            unit: of the steps, in the plural.
+            unit: unit of the steps, in the plural.
         """
         self._name, self._total, self._first, self._done = name, total, done, done
         self._single = total == 1
         self._unit = f" {unit}" if unit else ""
         self._ended = threading.Event()
         self._announced: float | None = None  # seconds
-        self._expected: float | None = None  # seconds, after what phases before it took
+        self._expected: float | None = None  # seconds, corrected by what earlier phases took
         self._figures = ""
 
     def __enter__(self) -> Self:
@@ -177,7 +177,7 @@ class Phase:
         )
         self._say(self._start())
         self._thread = threading.Thread(target=self._repeat, daemon=True)
-        if shown:  # steps may be long: lines come, and bars move, from beside them
+        if shown:  # steps may be long: a thread writes lines and moves bars meanwhile
             self._thread.start()
         return self
 
@@ -204,19 +204,19 @@ class Phase:
         self._say(text)
 
     def update(self, steps: int = 1) -> None:
-        """Some steps are done."""
+        """Counts steps that are done."""
         self._done += steps
         self._annotate()
         self._bar.update(steps)
         self._say(self._state(), logging.DEBUG)
 
     def set_postfix(self, **figures: str) -> None:
-        """Figures of the last step, for a bar and for DEBUG."""
+        """Shows figures of the last step, on a bar and at DEBUG."""
         self._figures = ", ".join(f"{name}={text}" for name, text in figures.items())
         self._say(self._figures, logging.DEBUG)
 
     def _annotate(self) -> None:
-        """Logs what the bar does not show."""
+        """Adds to the bar what it does not show by itself."""
         if self._bar.disable:
             return
         own, later = self._rest()
@@ -244,7 +244,7 @@ class Phase:
         return time.monotonic() - self._started
 
     def _rest(self) -> tuple[float | None, float]:
-        """Seconds left, of this phase if that can be told, and of those after it."""
+        """Seconds left in this phase, if that is known, and in those after it."""
         elapsed, own = self._elapsed(), None
         if self._total and self._done > self._first:
             own = elapsed / (self._done - self._first) * max(self._total - self._done, 0)
@@ -286,8 +286,8 @@ class Loop(Phase, Generic[T]):
 
         Args:
             name: see `Phase`.
-            items: to go over; those that an earlier run has done are not among them.
-            done: how many these are.
+            items: the items, without those that an earlier run has done.
+            done: how many an earlier run has done.
         """
         total = done + len(items) if isinstance(items, Sized) else None
         super().__init__(name, total=total, done=done)

@@ -1,4 +1,4 @@
-"""The budgets of a bundle on a machine whose costs are others."""
+"""The budgets of a bundle on a machine with other costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def with_costs(manifest: Manifest, costs: Costs) -> Manifest:
 
     Multipliers are in units of a layer, so decisions change only where the ratios of costs do. The
     budget of each row of the policy table scales as its mix of actions does, its KL stays; a row
-    goes that costs more there than one that loses less.
+    that costs more there than one that loses less is dropped.
     """
     scorer = manifest.scorer
     moved = replace(manifest, costs=costs)

@@ -1,7 +1,7 @@
 """Chat templates: code that comes with a model, run in jinja2's sandbox within limits.
 
-The sandbox keeps a template from what it must not touch. The limits keep it from running for ever,
-and from filling the memory: jinja2 itself bounds only the length of a range.
+The sandbox keeps a template from what it must not touch. The limits keep it from running forever,
+and from exhausting memory: jinja2 itself bounds only the length of a range.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jinja2.visitor import NodeTransformer
 
 _MOST_SOURCE = 100_000  # characters of a template, which take a second to compile
 _MOST_SECONDS = 2.0  # of the thread's own time
-_MOST_CHARACTERS = 10**7  # that one operation may make, and of the result
+_MOST_CHARACTERS = 10**7  # that one operation may produce, and of the result
 _MOST_BITS = 100_000  # of an integer
-_MOST_IN_ALL = 10**8  # that all operations may make
+_MOST_IN_ALL = 10**8  # that all operations together may produce
 _ITEM = 8  # bytes of a list's item; a character is one or more
-_NESTED = 50  # for the time that a list in a list takes to be measured, and an object its memory
+_NESTED = 50  # charged per nested item: for the time to measure a list, or the memory of an object
 _NUMBER = re.compile(r"\d+")  # of a format: a width, perhaps
 
 # Filters that keep references to what is in a list; all others may write it out.
@@ -48,14 +48,14 @@ _MAKING = frozenset(
 
 
 def render(source: str, values: Mapping[str, Any]) -> str:
-    """The text that a template makes.
+    """The text that a template produces.
 
     Args:
-        source: of the template.
-        values: of its variables.
+        source: source of the template.
+        values: values of its variables.
 
     Raises:
-        Exception: whatever the template raises, which is code; `TemplateError` beyond the limits.
+        Exception: whatever the template, which is code, raises; `TemplateError` beyond the limits.
     """
     length, parts = 0, []
     with _limits():
@@ -93,7 +93,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Measures what `a * b` and the like would make before they make it."""
+        """Measures what `a * b` and the like would produce before they do."""
         if operator == "+":
             _refuse_above(_size(left) + _size(right))
             _spend(_length(left) + _length(right))
@@ -109,7 +109,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Likewise `"a".replace(b, c)` and other methods of texts."""
+        """Measures `"a".replace(b, c)` and other methods of texts, as `call_binop` does."""
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         name = getattr(method, "__name__", "")
@@ -145,7 +145,7 @@ class _Counted(NodeTransformer):
     """Lets a template call the environment wherever it computes without a call."""
 
     def visit_For(self, node: nodes.For | nodes.Macro) -> nodes.Node:
-        """In every turn of a loop, and where a macro begins."""
+        """In every iteration of a loop, and where a macro begins."""
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_call("made")))
         return node
@@ -161,7 +161,7 @@ class _Counted(NodeTransformer):
     visit_Operand = visit_Compare
 
     def visit_Test(self, node: nodes.Test) -> nodes.Node:
-        """Likewise in each test."""
+        """Before each test."""
         self.generic_visit(node)
         node.node = _call("read", node.node)
         node.args = [_call("read", arg) for arg in node.args]
@@ -174,7 +174,7 @@ class _Counted(NodeTransformer):
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        """Likewise; and behind each slice, which is a copy."""
+        """Before an item is looked up; and after each slice, which is a copy."""
         self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             return _call("made", node)
@@ -207,7 +207,7 @@ def _raise(message: str) -> None:
 
 
 class _Spent(threading.local):
-    """What the rendering of this thread has used up; outside of one nothing is counted."""
+    """What this thread's rendering has used up; outside a rendering there is no deadline."""
 
     characters = 0.0
     deadline = math.inf
@@ -218,7 +218,7 @@ _SPENT = _Spent()
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    """Counts from here."""
+    """Counts from zero inside the context."""
     _SPENT.characters, _SPENT.deadline = 0.0, time.thread_time() + _MOST_SECONDS
     try:
         yield
@@ -232,7 +232,7 @@ def _check_time() -> None:
 
 
 def _spend(characters: float) -> None:
-    """Before an operation makes as many."""
+    """Counts characters before an operation produces them."""
     _refuse_above(characters)
     _SPENT.characters += characters
     if _SPENT.characters > _MOST_IN_ALL:
@@ -241,7 +241,7 @@ def _spend(characters: float) -> None:
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that measures what it would make."""
+    """A filter that measures what it would produce."""
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -258,7 +258,7 @@ _JINJA = (ImmutableSandboxedEnvironment, Context, nodes.EvalContext)
 
 
 def _made(name: str, owner: Any, args: tuple[Any, ...]) -> float:
-    """At most how many characters a filter or a method makes of its first value and the others."""
+    """The most characters that a filter or a method makes from its first value and the others."""
     if name in ("format", "format_map"):
         return _formatted(str(owner), args)
     if name == "replace" and len(args) >= 2 and isinstance(args[0], str):
@@ -277,7 +277,7 @@ def _made(name: str, owner: Any, args: tuple[Any, ...]) -> float:
 
 
 def _formatted(text: str, args: tuple[Any, ...]) -> float:
-    """Likewise of a format: its text, the widths in it, and each value in each of its fields."""
+    """The same for a format: its text, the widths in it, and each value in each of its fields."""
     widths = sum(float(number[:300]) for number in _NUMBER.findall(text))
     fields = 1 + text.count("{") + text.count("%")
     flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
@@ -291,7 +291,7 @@ def _written(value: Any) -> Any:
 
 
 def _product(values: tuple[Any, ...], size: Callable[[Any], float] | None = None) -> float:
-    """What could become as large as the product of what it is made from."""
+    """A bound for what may become as large as the product of its inputs."""
     sizes = (abs(v) if isinstance(v, int) else (size or _size)(v) for v in values)
     return math.prod(max(one, 1) for one in sizes)
 
@@ -304,7 +304,7 @@ def _length(value: Any) -> int:
 
 
 def _size(value: Any) -> float:
-    """Likewise, with all that is in a list: lists in lists may be few, and long when written."""
+    """The length with all that is in a list: nested lists may be few, but long when written."""
     total = float(_length(value))
     if isinstance(value, dict):
         value = [*value, *value.values()]

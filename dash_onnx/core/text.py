@@ -21,9 +21,9 @@ from dash_onnx.core.thoughts import Tags, Thoughts
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
-_NEAR = 8  # tokens of white space between a prompt's last tag and its end, at most
+_NEAR = 8  # most tokens of white space between a prompt's last tag and its end
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
-_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # what transformers takes
+_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults
 # How byte-level vocabularies write bytes: what is printable as itself, the others from 256 on.
 _PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
@@ -35,13 +35,13 @@ class TextCodec:
     """Tokenizer and chat template of a bundle.
 
     Attributes:
-        tokenizer: of the `tokenizers` library.
-        start_token_id: of `bos_token`, where there is one.
-        end_token_id: likewise of `eos_token`.
-        eos_token_ids: that end an answer.
-        sampling: what generation_config.json says of temperature, top-k and the like.
-        chat_template: its source, where there is one.
-        tags: of thoughts, where the vocabulary has them.
+        tokenizer: the tokenizer, of the `tokenizers` library.
+        start_token_id: id of `bos_token`, if there is one.
+        end_token_id: id of `eos_token`, if there is one.
+        eos_token_ids: ids that end an answer.
+        sampling: what generation_config.json says about temperature, top-k and the like.
+        chat_template: its source, if there is one.
+        tags: those of thoughts, if the vocabulary has them.
     """
 
     def __init__(self, bundle: Bundle):
@@ -79,7 +79,7 @@ class TextCodec:
             add_special_tokens: as the tokenizer adds them to raw text.
 
         Raises:
-            PolicyError: the text holds lone surrogates, as undecodable input does, or is none.
+            PolicyError: the text holds lone surrogates, as undecodable input does, or is not text.
         """
         if not isinstance(text, str):
             raise PolicyError(f"a prompt must be text or messages, not {type(text).__name__}")
@@ -105,13 +105,15 @@ class TextCodec:
 
         Args:
             messages: in order.
-            answer_next: whether the assistant is to answer; otherwise the text just ends.
-            tools: that the assistant may call, in OpenAI's form; a template may ignore them.
-            variables: of the template, such as `enable_thinking`; it may ignore them, too.
+            answer_next: whether the assistant answers next; if not, the text just ends.
+            tools: tools that the assistant may call, in OpenAI's format; a template may ignore
+                them.
+            variables: variables of the template, such as `enable_thinking`; it may ignore them,
+                too.
 
         Raises:
-            PolicyError: no template, it refuses the messages, or they are none; or a variable is
-                one of those that this sets.
+            PolicyError: there is no template, it refuses the messages, or they are not valid; or a
+                variable is one that this method sets.
         """
         messages = checked_messages(messages)
         if self.chat_template is None:
@@ -140,7 +142,7 @@ class TextCodec:
         return self.encode(text, add_special_tokens=False)
 
     def encode_message(self, text: str) -> npt.NDArray[np.int64]:
-        """Token ids `[S]` of one message of the user's; raw text if there is no chat template."""
+        """Token ids `[S]` of one user message; raw text if there is no chat template."""
         if self.chat_template is None:
             return self.encode(text)
         return self.encode_chat([{"role": "user", "content": text}])
@@ -150,7 +152,7 @@ class TextCodec:
 
         Args:
             prompt: ids `[S]`.
-            most: tokens of thoughts.
+            most: most tokens of thoughts.
         """
         end = prompt[-_NEAR:].tolist()
         at = max((n for n, token in enumerate(end) if token in (self.tags or ())[:2]), default=None)
@@ -174,7 +176,7 @@ class TextCodec:
         return self.tokenizer.decode([int(token)], skip_special_tokens=False)
 
     def piece_bytes(self, token: int) -> bytes:
-        """What one token stands for in UTF-8, also where it is a part of a character."""
+        """The UTF-8 bytes that one token stands for, even if they are part of a character."""
         text, entry = self.piece(token), self.token(token)
         if "\ufffd" in text:
             if entry.startswith("<0x") and len(entry) == 6:  # as SentencePiece writes a byte
@@ -185,10 +187,11 @@ class TextCodec:
 
 
 def checked_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages with their content as text: of a list of parts, as OpenAI's API has, their texts.
+    """Messages with their content as text; a list of parts, as in OpenAI's API, is joined.
 
     Raises:
-        PolicyError: none, not of this form, a part is no text, or the user's last one is empty.
+        PolicyError: there are none, one has another form, a part is not text, or the last one is an
+            empty user message.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise PolicyError(f"messages must be a list, not {type(messages).__name__}")
@@ -230,7 +233,7 @@ class Detokenizer:
         held = [*self._pending, int(token)]
         try:
             text = self._stream.step(self._tokenizer, held[-1])
-        except Exception:  # tokenizers' own: bytes that are no character changed what came before
+        except Exception:  # tokenizers' own: bytes that form no character changed what came before
             self._restart()
             text = "".join(self._stream.step(self._tokenizer, one) or "" for one in held)
         self._pending = [] if text else held
@@ -247,7 +250,7 @@ def read_text(path: Path, *, empty: bool = False) -> str:
     """Reads a UTF-8 text file.
 
     Args:
-        path: of the file.
+        path: the file.
         empty: whether it may be empty.
 
     Raises:
@@ -332,7 +335,7 @@ def _special_tokens(bundle: Bundle) -> dict[str, str]:
 
 
 def _sampling(bundle: Bundle) -> dict[str, float]:
-    """How the model's authors want tokens drawn: fields of `runtime.sampling.Sampling`."""
+    """The sampling that the model recommends: fields of `runtime.sampling.Sampling`."""
     name = "generation_config.json"
     config = _json(bundle, name)
     found = dict(_DRAWN) if config.get("do_sample") is True else {}

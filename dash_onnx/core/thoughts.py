@@ -41,11 +41,11 @@ class Tags(NamedTuple):
 
 
 class Thoughts:
-    """How far one answer is: before its thoughts, in them or behind them.
+    """Where one answer is: before its thoughts, inside or after them.
 
     Attributes:
-        open: whether they go on.
-        opening: id of the token that may begin them now; None where none may.
+        open: whether the next token is inside them.
+        opening: id of the token that may begin them now; None if none may.
         due: ids that must come next, because they have reached their limit.
     """
 
@@ -53,9 +53,9 @@ class Thoughts:
         """Begins an answer.
 
         Args:
-            tags: of the model; None: it has no thoughts.
-            last: the tag that the prompt ends with, if it does with one.
-            most: tokens between the tags; None is no limit.
+            tags: those of the model; None: it has no thoughts.
+            last: the tag that the prompt ends with, if any.
+            most: most tokens between the tags; None: no limit.
         """
         self._tags, self._most, self._count = tags, most, 0
         self.open = tags is not None and last == tags.open
@@ -64,7 +64,7 @@ class Thoughts:
         self._limit()
 
     def took(self, token: int) -> bool:
-        """Goes on from a token of the answer; returns whether it belongs to its thoughts.
+        """Advances past a token of the answer; returns whether it belongs to its thoughts.
 
         Their tags do, and the white space that follows them when they reach their limit.
         """

@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 FORMAT_VERSION = 4
-"""Version of the bundle format; a reader takes the one before it, and refuses any other."""
+"""Version of the bundle format; a reader accepts the one before it, too, and refuses any other."""

@@ -1,4 +1,4 @@
-"""A bundle as a model of lm-evaluation-harness, by the name `dash`."""
+"""A bundle as a model of lm-evaluation-harness, under the name `dash`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 class DashLM(TemplateLM):
     """Scores and generates token by token under a policy.
 
-    A context but its last token is prefilled; that one and what is scored are decoded. The choices
-    of a question share the K/V cache of its context.
+    Every context token but the last is prefilled; the last one and the scored tokens are decoded.
+    The choices of a question share the K/V cache of its context.
 
     Attributes:
         model: the loaded bundle.
-        policy: what chooses the paths.
+        policy: the policy that chooses each token's path.
         max_length: tokens of the context; a longer request loses its beginning.
-        truncated: how many requests were cut so.
+        truncated: number of requests that were truncated this way.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class DashLM(TemplateLM):
         Args:
             bundle: its folder, or a loaded one.
             policy: see `dash_onnx.core.policy.make_policy`.
-            budget: likewise.
+            budget: see `dash_onnx.core.policy.make_policy`.
             threads: see `dash_onnx.load`.
             max_gen_toks: most tokens to generate for tasks that set no limit.
-            speculate: of texts that are generated; see `GenerationOptions`.
-            batch_size: not used, the harness gives it to every model; sequences run one by one.
-            max_batch_size: likewise.
-            device: likewise.
+            speculate: used for generated texts; see `GenerationOptions`.
+            batch_size: ignored; the harness passes it to every model. Sequences run one by one.
+            max_batch_size: ignored, like `batch_size`.
+            device: ignored, like `batch_size`.
         """
         super().__init__()
-        # The harness forks to find standard errors: beside ONNX Runtime's threads that can hang.
+        # The harness forks to compute standard errors: with ONNX Runtime's threads that can hang.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         if not isinstance(bundle, Model):
             bundle = dash_onnx.load(bundle, threads=threads)
@@ -82,7 +82,7 @@ class DashLM(TemplateLM):
         self._costs: list[float] = []
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness adds to its results: the mean profiled cost of a decoded token, too."""
+        """Entries added to the harness's results, such as the mean profiled cost per token."""
         cost_ms = float(np.mean(self._costs)) if self._costs else None
         return {"policy": self.policy.name, "cost_ms": cost_ms, "truncated": self.truncated}
 
@@ -94,17 +94,17 @@ class DashLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         start = self.model.text.start_token_id
         return self.eot_token_id if start is None else start
 
     @property
     def tokenizer_name(self) -> str:
-        """Distinguishes the requests that the harness caches."""
+        """Key that separates requests in the harness's cache."""
         return self.model.manifest.model.name
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The bundle's own."""
+        """The bundle's own chat template."""
         return self.model.text.chat_template
 
     def apply_chat_template(
@@ -118,7 +118,7 @@ class DashLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        """Token ids; None adds special tokens unless the text, as of a chat, begins with them."""
+        """Token ids; None adds special tokens unless the text begins with them, as chats do."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.model.text.token(self.prefix_token_id))
         return self.model.text.encode(string, add_special_tokens=add_special_tokens).tolist()
@@ -151,7 +151,7 @@ class DashLM(TemplateLM):
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """Log-likelihood of a continuation in nats, and whether it is the most likely one."""
-        if not continuation:  # its characters became part of the context's last token
+        if not continuation:  # its characters were merged into the context's last token
             return 0.0, True
         ids = self._fitting((context + continuation)[:-1], self.max_length)
         targets = continuation[-len(ids) :]
@@ -191,7 +191,7 @@ class DashLM(TemplateLM):
             max_new_tokens=options["max_gen_toks"],
             **{name: options[name] for name in _SAMPLING if name in options},
         ):
-            if tokens:  # the first comes from the prompt's run
+            if tokens:  # the first token comes from the prompt's pass
                 self._costs.append(self.policy.cost_ms(step.path, self.model.manifest.costs))
             if step.finish_reason == "stop":
                 break
@@ -208,5 +208,5 @@ class DashLM(TemplateLM):
 
 
 def _shown(requests: Sequence[T], silent: bool) -> Iterable[T]:
-    """Requests in turn, with their progress: questions take minutes."""
+    """Yields requests in order and shows progress, since tasks take minutes."""
     return requests if silent else Loop("requests", requests)

@@ -16,8 +16,8 @@ from lm_eval.tasks.hellaswag.utils import preprocess
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import json_lines
 
-_FEWSHOT_SEED = 1234  # the harness's own
-_BOOTSTRAP_ITERS = 1000  # for the standard error of what is no mean
+_FEWSHOT_SEED = 1234  # the harness's own tasks
+_BOOTSTRAP_ITERS = 1000  # for the standard error of metrics that are not means
 
 
 def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[str, Any]:
@@ -27,14 +27,14 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
         model: a `DashLM`, or any other model of the harness.
         name: a file of JSON lines (see `json_lines_task`), a YAML file that describes a task, or
             the name of one of the harness's tasks.
-        max_items: the first so many of each task; None takes all.
+        max_items: number of leading items of each task; None takes all.
 
     Returns:
-        What the harness's own `evaluate` returns: the figures of each task in `results`.
+        The result of the harness's own `evaluate`: the figures of each task are in `results`.
 
     Raises:
         SourceError: there is no such task or file, its data cannot be read or fetched, or it needs
-            what does not run here.
+            something that is not supported here.
     """
     path = Path(name)
     if path.suffix in (".json", ".jsonl") or (path.suffix != ".yaml" and path.is_file()):
@@ -42,7 +42,7 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
     else:
         try:
             loaded = TaskManager(include_defaults=path.suffix != ".yaml").load([name])
-        except Exception as error:  # a task has code and data of its own
+        except Exception as error:  # tasks bring their own code and data
             reason = str(error.args[0] if error.args else error).partition("\n")[0]
             raise SourceError(f"cannot load task {name!r}: {reason}") from None
     for task in loaded["tasks"].values():
@@ -57,16 +57,16 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
 
 
 def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTask:
-    """Makes a task of a file, with the prompts of the harness's task of that form.
+    """Makes a task from a file, with the prompts of the harness's task of that form.
 
     Args:
         path: JSON lines of LAMBADA (`context`, `continuation`, or `text`), HellaSwag (`ctx`,
             `endings`, `label`), ARC (`question`, `choices`, `answerKey`), or free generation with
             exact match (`prompt`, `answer`).
-        max_items: the first so many; None takes all.
+        max_items: number of leading items; None takes all.
 
     Raises:
-        SourceError: a line is not JSON, of none of these forms, or of another than the first.
+        SourceError: a line is not JSON, has none of these forms, or not that of the first line.
     """
     documents: list[dict[str, Any]] = []
     kinds: set[str] = set()
@@ -101,7 +101,7 @@ def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTas
 
 
 def _document(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What the harness is to do with an item, and the item as `context`, `choices`, `answer`."""
+    """The kind of request for an item, and the item as `context`, `choices`, `answer`."""
     document: dict[str, Any]
     if "endings" in record:
         kind, context = "multiple_choice", record["ctx"]

@@ -25,18 +25,19 @@ Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a policy, over the tokens that were decoded under it.
+    """Measurements of a policy, over the tokens that were decoded under it.
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood of the text.
         kl: mean KL(reference || policy) of the next-token distribution, in nats.
         kl_stderr: its standard error over windows (0 for a single one).
-        top1: share of tokens where policy and reference find the same token most likely.
-        ms_per_token: median wall time of one decoded token in milliseconds; None: not timed.
+        top1: share of tokens where policy and reference have the same most likely token.
+        ms_per_token: median wall time of one decoded token in milliseconds; None if not timed.
         cost_ms: mean cost of one decoded token by the bundle's profile, in milliseconds.
         tokens: number of predictions.
         actions: share of each action among all decisions.
-        reference_perplexity: of the reference, every layer at the highest exported precision.
+        reference_perplexity: perplexity of the reference, every layer at the highest exported
+            precision.
     """
 
     perplexity: float
@@ -65,16 +66,16 @@ def evaluate_policies(
 ) -> list[Evaluation]:
     """Runs policies over consecutive windows of a text.
 
-    Of each window the first `prompt_tokens` are prefilled and the rest is decoded token by token
+    In each window the first `prompt_tokens` are prefilled, and the rest is decoded token by token
     under each policy.
 
     Args:
         max_windows: None takes every whole window.
-        prefill: precision of the prompt; None takes what the policy loads.
-        reference: another bundle of the same model; its highest precision is what the policies are
-            compared with, and None takes that of `model`.
-        timed: whether every policy decodes token by token. Otherwise those that take the same path
-            for every token run several at once, which gives the same predictions sooner.
+        prefill: precision of the prompt; None takes one that the policy loads.
+        reference: another bundle of the same model, to whose highest precision the policies are
+            compared; None takes `model`.
+        timed: whether every policy decodes token by token. If False, policies that take the same
+            path for every token run several tokens at once: the same predictions, but faster.
         on_window: called after each window of each policy.
 
     Raises:
@@ -104,23 +105,23 @@ def evaluate_policies(
 
 
 class _Tally:
-    """What one policy has shown so far."""
+    """The results of one policy so far."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
-        self.paths: list[ActionPath] = []  # of each token
+        self.paths: list[ActionPath] = []  # per token
         self._ms: list[float] = []
-        self._nll: list[Floats] = []  # of each window, [window - prompt_tokens - 1]
+        self._nll: list[Floats] = []  # per window, [window - prompt_tokens - 1]
         self._reference_nll: list[Floats] = []
         self._kl: list[Floats] = []
         self._agree: list[Floats] = []
 
     def decoded(self, tokens: Iterator[ScoredToken]) -> Logits:
-        """The logits of all tokens, `[tokens, V]`, timed."""
+        """Collects the logits of all tokens, `[tokens, V]`, and times them."""
         rows, started = [], time.perf_counter()
         for token in tokens:
             self._ms.append((time.perf_counter() - started) * 1e3)
-            rows.append(token.logits.astype(np.float32))  # a copy: the next one overwrites it
+            rows.append(token.logits.astype(np.float32))  # copied: the next one overwrites it
             self.paths.append(token.path)
             started = time.perf_counter()
         return np.stack(rows)

@@ -1,4 +1,4 @@
-"""Figures drawn from a run of the scorer: shares per layer, kinds of tokens, reliability."""
+"""Figures of a run of the scorer: shares per layer, kinds of tokens, reliability."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class KindFacts:
     """How one kind of tokens fared.
 
     Attributes:
-        tokens: how many.
-        cost: mean, as a fraction of the reference's time.
+        tokens: number of tokens.
+        cost: mean cost, as a fraction of the reference's time.
         skipped: share of skips among the decisions.
-        kl: mean, in nats.
+        kl: mean KL, in nats.
     """
 
     kind: TokenKind
@@ -38,11 +38,11 @@ class Bin:
     """Tokens whose predicted KL is about the same.
 
     Attributes:
-        predicted: mean, in nats.
-        realised: mean, in nats.
+        predicted: mean predicted KL, in nats.
+        realised: mean realised KL, in nats.
         low: lower quartile of the realised KL.
-        high: upper quartile.
-        tokens: how many.
+        high: upper quartile of the realised KL.
+        tokens: number of tokens.
     """
 
     predicted: float
@@ -71,8 +71,8 @@ class Analysis:
 
     Attributes:
         layers: share of each action per layer.
-        kinds: those that occur in the sample.
-        reliability: of the predicted KL.
+        kinds: kinds of tokens that occur in the sample.
+        reliability: reliability of the predicted KL.
     """
 
     layers: tuple[dict[Action, float], ...]
@@ -81,12 +81,12 @@ class Analysis:
 
 
 def analyse(run: PolicyRun, tokens: Sequence[Token], actions: Sequence[Action]) -> Analysis:
-    """Draws the figures of one run.
+    """Computes the figures of one run.
 
     Args:
-        run: of the scorer.
-        tokens: that it decoded.
-        actions: of the bundle.
+        run: run of the scorer.
+        tokens: tokens that it decoded.
+        actions: actions of the bundle.
     """
     layers = tuple(
         {action: column.count(LETTERS[action]) / len(column) for action in actions}

@@ -1,4 +1,4 @@
-"""The speed/quality curve: from the manifest alone."""
+"""The speed/quality curve, from the manifest alone."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class CurvePoint:
         cost: mean cost of a token as a fraction of the reference's time.
         kl: mean KL(reference || policy) in nats on held-out tokens.
         head: precision of the LM head.
-        shares: of each action among the decisions.
-        path: one character per layer where every token takes the same path, else empty.
+        shares: share of each action among the decisions.
+        path: one character per layer if every token takes the same path, else empty.
     """
 
     cost: float
@@ -35,9 +35,9 @@ class Preset:
     """A named budget.
 
     Attributes:
-        name: of the preset.
-        cost: of its plan, as in `CurvePoint`.
-        kl: likewise.
+        name: name of the preset.
+        cost: cost of its plan, as in `CurvePoint`.
+        kl: KL of its plan, as in `CurvePoint`.
         plan: see `Plan.text`.
     """
 
@@ -49,7 +49,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class Curve:
-    """What `dash`, static and uniform policies reach.
+    """Results of the `dash`, static and uniform policies.
 
     Attributes:
         dash: the policy table, by ascending cost; empty without a scorer.
@@ -67,15 +67,15 @@ class Curve:
 
 
 def curve(manifest: Manifest) -> Curve:
-    """Reads the curve; without a scorer it has paths for all tokens alone.
+    """Reads the curve; without a scorer it has only paths shared by all tokens.
 
     Raises:
         PolicyError: no plan was measured.
     """
     if not preset_plans(manifest):
-        scorer_facts(manifest)  # refuses: there is none
+        scorer_facts(manifest)  # raises: there is none
     facts = manifest.scorer
-    # As `dash-info` compares them: by tokens timed as a whole, where they were.
+    # Compared as in `dash-info`: by the time of whole tokens, if measured.
     points, paths = (facts.points, facts.static) if facts else ((), manifest.static)
     points = tuple(replace(p, budget=decided(p.budget, manifest).time) for p in points)
     static = [replace(p, budget=fixed_plan(p, manifest).time) for p in paths]
@@ -87,7 +87,7 @@ def curve(manifest: Manifest) -> Curve:
     uniform = {}
     for action in PRECISIONS:
         same = [point for point in static if set(point.path) == {action}]
-        # With the LM head that `--policy int8` and the like use, where the search measured it.
+        # With the LM head that `--policy int8` and others use, if the search measured it.
         usual = [point for point in same if point.head == manifest.heads[action]]
         if same:
             uniform[action] = fixed(min(usual or same, key=lambda point: point.kl))
@@ -102,7 +102,7 @@ def curve(manifest: Manifest) -> Curve:
 
 
 def verdict(manifest: Manifest) -> str:
-    """What each preset runs, and what decisions per token gain or lose beside one path."""
+    """What each preset runs, and what per-token decisions gain or lose compared to one path."""
     told = []
     for name, plan in preset_plans(manifest).items():
         decided, fixed = alternatives(plan.kl, manifest)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dash_onnx.report.tokens import visible
 
 
 def render(report: Report) -> str:
-    """The page; its text is `report.html.jinja`, its charts are `charts.svg.jinja`."""
+    """Renders the page: its text from `report.html.jinja`, its charts from `charts.svg.jinja`."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -44,5 +44,5 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def _short(value: object) -> object:
-    """Coordinates in hundredths of a unit: more would only make the page larger."""
+    """Coordinates rounded to hundredths: more digits would only make the page larger."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value

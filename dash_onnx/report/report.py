@@ -24,15 +24,15 @@ class Report:
 
     Attributes:
         model: name of the source model.
-        actions: of the bundle, most expensive first.
+        actions: actions of the bundle, most expensive first.
         full_ms: profiled milliseconds of a token at the highest exported precision.
         curve: speed against quality, from the manifest.
         sample: a text run under the policy; None without a scorer.
         analyses: of `sample.runs`, in order.
-        training: how the scorer came about; None without one.
-        layers: what calibration measured.
+        training: how the scorer was trained; None without one.
+        layers: measurements of the calibration.
         costs: profiled milliseconds.
-        provenance: facts on origin by name.
+        provenance: facts about the origin, by name.
     """
 
     model: str
@@ -57,12 +57,12 @@ def build(
 
     Args:
         model: the bundle.
-        text: of the sample; None for a bundle without a scorer.
+        text: text of the sample; None for a bundle without a scorer.
         budgets: presets or fractions to run it at.
         on_run: called after each run.
 
     Raises:
-        PolicyError: no plan was measured, or a budget that the bundle cannot meet.
+        PolicyError: no plan was measured, or the bundle cannot meet a budget.
     """
     manifest = model.manifest
     training = manifest.scorer.training if manifest.scorer else None

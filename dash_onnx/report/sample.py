@@ -18,25 +18,25 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GREEDY
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
-_PREFILLED = 8  # tokens of a given text: the first ones, attention sinks, are not typical
-_LEAST = 8  # decoded tokens without which no figure means anything
+_PREFILLED = 8  # tokens of a given text: the first ones are attention sinks and not typical
+_LEAST = 8  # fewest decoded tokens for meaningful figures
 
 
 @dataclass(frozen=True)
 class PolicyRun:
-    """What one policy did to the sample; one entry per decoded token where it is a tuple.
+    """Run of one policy on the sample; tuples have one entry per decoded token.
 
     Attributes:
-        name: of the policy.
+        name: name of the policy.
         budget: the fraction asked for; 0 for policies without one.
         head: precision of the LM head.
-        paths: one character per layer.
-        cost: as a fraction of the reference's time.
+        paths: path, one character per layer.
+        cost: cost as a fraction of the reference's time.
         kl: KL(reference || policy) of the next token in nats.
-        predicted: sum of the scorer's predictions for the chosen actions, in nats; empty where no
+        predicted: sum of the scorer's predictions for the chosen actions, in nats; empty if no
             scorer decided.
-        top1: share of tokens whose most likely next token is the reference's, which it would
-            accept as a guess.
+        top1: share of tokens whose most likely next token is the reference's, so that the
+            reference would accept it as a guess.
     """
 
     name: str
@@ -56,7 +56,7 @@ class SampleText:
     Attributes:
         source: where it came from.
         ids: `[S]`, prompt part first.
-        prompt_tokens: how many are prefilled.
+        prompt_tokens: number of prefilled tokens.
     """
 
     source: str
@@ -66,14 +66,14 @@ class SampleText:
 
 @dataclass(frozen=True)
 class Sample:
-    """The sample and what each policy did to it.
+    """The sample and the run of each policy on it.
 
     Attributes:
         source: where the text came from.
-        prompt_tokens: prefilled before the first decoded token.
-        tokens: those decoded.
-        runs: of the scorer, one per budget.
-        baselines: without a scorer, on the same tokens.
+        prompt_tokens: number of tokens prefilled before the first decoded one.
+        tokens: the decoded tokens.
+        runs: runs of the scorer, one per budget.
+        baselines: runs without a scorer, on the same tokens.
     """
 
     source: str
@@ -87,7 +87,7 @@ def given_text(model: Model, text: str, tokens: int, source: str) -> SampleText:
     """The beginning of a text.
 
     Raises:
-        SourceError: it is too short.
+        SourceError: the text is too short.
     """
     limit = model.manifest.model.max_length
     ids = model.text.encode(text)[: min(tokens + _PREFILLED, limit)]
@@ -108,7 +108,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
     room = model.manifest.model.max_length - len(prompt)
     if room < _LEAST:
         raise PolicyError("the context has no room for a generated sample; give --text FILE")
-    # Drawn, because greedy answers of small models soon repeat themselves.
+    # Sampled, because greedy answers of small models soon repeat themselves.
     steps = model.generate_step(
         prompt,
         policy="dash",
@@ -130,7 +130,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
 def measure(
     model: Model, text: SampleText, budgets: Sequence[Budget], on_run: Callable[[], object]
 ) -> Sample:
-    """Runs the scorer at every budget, and what it has to beat.
+    """Runs the scorer at every budget, and the baselines.
 
     The baselines are the best static assignment within each budget, and every uniform precision
     but the highest.
@@ -140,7 +140,7 @@ def measure(
         on_run: called after each of the runs.
 
     Raises:
-        PolicyError: a budget that the bundle cannot meet, or no scorer.
+        PolicyError: the bundle cannot meet a budget, or has no scorer.
     """
     reference = model.logits(text.ids, policy=model.manifest.variants[0])[text.prompt_tokens :]
 
@@ -173,7 +173,7 @@ def _run(
     budget: float,
     reference: Logits,
 ) -> PolicyRun:
-    """One policy over the whole text; `reference` holds logits `[S - prompt, V]`."""
+    """Runs one policy over the whole text; `reference` holds logits `[S - prompt, V]`."""
     full_ms, actions = reference_ms(model.manifest), scorer_facts(model.manifest).actions
     paths, cost, kl, predicted, agree = [], [], [], [], []
     scored = model.score(

@@ -26,7 +26,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Position of a value, at most that of the scale's ends."""
+        """Position of a value, clamped to the ends of the scale."""
         low, high = self._inner(self.low), self._inner(self.high)
         share = (self._inner(value) - low) / ((high - low) or 1.0)
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
@@ -60,7 +60,7 @@ def decades(values: Iterable[float]) -> tuple[float, float]:
 
 
 def padded(values: Iterable[float]) -> tuple[float, float]:
-    """The range of values with some room at both ends; (-1, 1) where there are none."""
+    """The range of values with some margin at both ends; (-1, 1) without values."""
     found = list(values) or [0.0]
     low, high = min(found), max(found)
     room = 0.08 * ((high - low) or abs(high)) or 1.0

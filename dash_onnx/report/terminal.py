@@ -1,4 +1,4 @@
-"""Generated tokens with what each of them cost, in a terminal or as plain lines."""
+"""Generated tokens with the cost of each, in a terminal or as plain lines."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _RAMP = (114, 150, 186, 222, 216, 210, 203)
 """256-colour backgrounds from green over yellow to red, all light enough for black letters."""
 
 _BLACK = 16
-_REACH = 0.15  # of the budget: where the ramp of a scored policy ends, to either side
+_REACH = 0.15  # ends of the ramp for a scored policy, as a fraction of the budget to either side
 _WIDTH = 16  # of a token in the plain table
 
 
 class PathView:
     """Shows the tokens of one generation.
 
-    The first token has no cost of its own: the run of the prompt gave it.
+    The first token has no cost of its own: it comes from the prompt's pass.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class PathView:
         """Prepares one generation.
 
         Args:
-            codec: for the texts of single tokens.
-            manifest: with the profiled costs.
-            policy: of the generation.
-            colour: False keeps the text plain; None asks the terminal.
+            codec: decodes single tokens.
+            manifest: provides the profiled costs.
+            policy: policy of the generation.
+            colour: False keeps the text plain; None detects a terminal.
         """
         self.colour = wants_colour(sys.stdout) if colour is None else colour
         self._codec, self._costs, self._policy = codec, manifest.costs, policy
@@ -48,7 +48,7 @@ class PathView:
         self._count = 0
 
     def show(self, chunk: Chunk) -> str:
-        """What to print for a chunk. Text that was held back has its last token's colour."""
+        """The text to print for a chunk. Text that was held back takes its last token's colour."""
         self._count += 1
         if self._count == 1:
             return chunk.reasoning + chunk.text if self.colour else self._noted(chunk, "prompt")
@@ -86,9 +86,8 @@ class PathView:
 def _ends(manifest: Manifest, policy: Policy) -> tuple[float, float]:
     """Milliseconds at both ends of the ramp.
 
-    Around the budget for a scored policy, whose tokens differ by less than the actions could
-    make them differ; else everything between skipping all layers but the first and the
-    reference.
+    For a scored policy, a range around the budget, since tokens differ by less than the actions
+    allow; else everything from skipping all layers but the first up to the reference.
     """
     full = reference_ms(manifest)
     if isinstance(policy, ScoredPolicy):
@@ -101,11 +100,11 @@ def _ends(manifest: Manifest, policy: Policy) -> tuple[float, float]:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether a stream is a terminal and the user has nothing against colours."""
+    """Whether a stream is a terminal and the user has not disabled colours."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, shade: int) -> str:
-    """Text on a background; never across a line break, which would colour the whole line."""
+    """Text with a background colour; not across line breaks, which would colour the whole line."""
     start, end = f"\x1b[48;5;{shade};38;5;{_BLACK}m", "\x1b[0m"
     return "\n".join(f"{start}{line}{end}" if line else "" for line in text.split("\n"))

@@ -13,7 +13,7 @@ TokenKind: TypeAlias = Literal[
 ]
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
-_PART = "\ufffd"  # what a token decodes to that holds only some bytes of a character
+_PART = "\ufffd"  # decoded form of a token that holds only some bytes of a character
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Token:
     """One token of a text.
 
     Attributes:
-        text: what it stands for, its leading space included.
-        kind: the class that figures are grouped by.
+        text: its text, including a leading space.
+        kind: class by which figures are grouped.
     """
 
     text: str
@@ -43,7 +43,7 @@ def describe(codec: TextCodec, ids: Sequence[int]) -> tuple[Token, ...]:
 
 
 def visible(text: str, limit: int) -> str:
-    """A token's text where white space must be seen and room is scarce."""
+    """A short form of a token's text with visible white space."""
     shown = "".join(_MARKS.get(char, char if char.isprintable() else "·") for char in text)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 

@@ -1,5 +1,5 @@
 """The server: OpenAI's API over the runtime, and a chat page.
 
-`schema` is what requests may say and answers look like, `service` runs them on loaded bundles,
-`app` puts both behind HTTP, `errors` says what is refused. The runtime imports nothing of this.
+`schema` defines requests and answers, `service` runs them on loaded bundles, `app` exposes both
+over HTTP, `errors` defines refusals. The runtime imports nothing from here.
 """

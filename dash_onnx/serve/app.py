@@ -39,7 +39,7 @@ from dash_onnx.serve.shelf import Source
 from dash_onnx.serve.tools import with_tools
 
 _LOG = logging.getLogger(__name__)
-_FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a line of the log
+_FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a log line
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -54,12 +54,12 @@ def create_app(
     """The ASGI app.
 
     Args:
-        bundles: by the name that requests call them.
-        limits: what it takes on.
-        key: that clients must send as `Authorization: Bearer KEY`; None asks for none.
-        origins: of web pages that may call it.
-        only_here: refuse requests to any other name than localhost: a page whose name leads to this
-            machine would be taken for one of its own.
+        bundles: bundles by the name used in requests.
+        limits: limits on load and requests.
+        key: key that clients must send as `Authorization: Bearer KEY`; None requires none.
+        origins: origins of web pages that may call the server.
+        only_here: refuse requests to any host name but localhost, so that a web page whose name
+            resolves to this machine (DNS rebinding) is not taken for a local one.
     """
     service = Service(bundles, limits or Limits())
     server = _Server(service, key, only_here)
@@ -106,7 +106,7 @@ def create_app(
 
 
 class _Requests:
-    """Gives each request an id, in its answer and in the log, and counts what came of it."""
+    """Gives each request an id, in its answer and in the log, and counts its outcome."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self._app, self._service = app, service
@@ -231,7 +231,7 @@ class _Server:
         self._check_caller(request)
         if self.service.draining:
             raise APIError(503, "the server is shutting down", "shutting_down")
-        # A web page may send other types to a server that it could not ask otherwise.
+        # Web pages may send other content types across origins without the server's consent.
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if sent != "application/json":
             told = "send the body with the header Content-Type: application/json"
@@ -274,7 +274,7 @@ class _Server:
         tallies = [Tally(before=time.monotonic()), *(Tally() for _ in choices[1:])]
         job = Job(name, prompt, options, tallies, raw=not chat)
         chunks = self.service.generate(job, _left(request))
-        with refusing():  # what is refused before the first token has a status of its own
+        with refusing():  # a refusal before the first token has its own HTTP status
             if body.stream:
                 first = await anext(chunks)
                 usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -316,14 +316,14 @@ class _Server:
 
 
 async def _left(request: Request) -> None:
-    """Raises once the client is gone, whose body was read."""
+    """Raises once the client disconnects, after its body was read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     raise APIError.gone()
 
 
 def _host(request: Request) -> str:
-    """The name in the address that a client called."""
+    """The host name that a client called."""
     try:
         return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and which status a refusal has."""
+"""Errors in OpenAI's form, and the status of each refusal."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from starlette.responses import JSONResponse
 from dash_onnx.core.errors import BundleError, ContextLengthError, DashError, DeviceError
 from dash_onnx.serve.limits import BusyError
 
-_CLOSED = 499  # a client that went away, in logs and metrics
+_CLOSED = 499  # status of a client that disconnected, in logs and metrics
 _OUTCOMES = {200: "done", 429: "busy", 500: "error", 504: "timeout", _CLOSED: "closed", 0: "closed"}
-_RETRY_S = 2  # what a client that is refused for load is told to wait
+_RETRY_S = 2  # Retry-After for a client refused due to load
 
 
 class APIError(Exception):
     """An error as OpenAI's clients expect it.
 
     Attributes:
-        status: of HTTP.
-        message: for the user.
-        code: for programs.
-        param: the field of the body that is at fault, if it is one.
+        status: HTTP status.
+        message: message for the user.
+        code: error code for programs.
+        param: the field of the body at fault, if any.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class APIError(Exception):
         *,
         param: str | None = None,
     ):
-        """Takes the attributes, and headers of the answer."""
+        """Takes the attributes, and headers of the response."""
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self._headers = dict(headers or {})
@@ -44,38 +44,38 @@ class APIError(Exception):
 
     @classmethod
     def defect(cls, name: str) -> APIError:
-        """Of the server, in the request of a name."""
+        """An error for a bug in the server, during the named request."""
         return cls(500, f"an error of the server; see request {name} in its log", "internal_error")
 
     @classmethod
     def gone(cls) -> APIError:
-        """Of a client that went away."""
+        """An error for a client that disconnected."""
         return cls(_CLOSED, "the client went away", "closed")
 
     @property
     def outcome(self) -> str:
-        """As metrics count it."""
+        """The outcome counted in metrics."""
         return outcome_of(self.status)
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The HTTP response."""
         return JSONResponse(self.body(), self.status, self._headers)
 
 
 def outcome_of(status: int) -> str:
-    """What a request came to, as metrics count it, by its status of HTTP; 0: none was sent."""
+    """Outcome of a request as counted in metrics, by its HTTP status; 0 if none was sent."""
     return _OUTCOMES.get(status, "refused")
 
 
 @contextlib.contextmanager
 def refusing() -> Iterator[None]:
-    """Turns what is refused within it into an answer."""
+    """Context manager that turns refusals into `APIError`."""
     try:
         yield
     except (DashError, TimeoutError) as error:
@@ -83,12 +83,12 @@ def refusing() -> Iterator[None]:
 
 
 def refusal(error: DashError | TimeoutError) -> APIError:
-    """The answer to a request that is refused."""
+    """The error with which a request is refused."""
     if isinstance(error, TimeoutError):
         return APIError(504, str(error), "timeout")
     if isinstance(error, BusyError):
         return APIError(429, str(error), "busy")
-    if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could mend
+    if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could fix
         return APIError(503, str(error), "unavailable")
     too_long = isinstance(error, ContextLengthError)
     return APIError(400, str(error), "context_length_exceeded" if too_long else "invalid_value")

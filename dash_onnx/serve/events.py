@@ -21,16 +21,16 @@ from dash_onnx.serve.schema import Answer, Choice
 from dash_onnx.serve.service import Job
 
 _LOG = logging.getLogger(__name__)
-_GRACE_S = 1.0  # after its time a stream still says that it is over
+_GRACE_S = 1.0  # seconds to report a timeout after the deadline
 _END = "data: [DONE]\n\n"
 _JSON = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 _letters = lru_cache(1 << 10)(path_letters)
 
 
 class EventStream(Response):
-    """Events that the client must have read by a time: a slow reader keeps no place.
+    """Events that the client must read by a deadline, so a slow reader cannot hold a slot.
 
-    Each choice begins with its role and ends with its reason.
+    Each choice begins with its role and ends with its finish reason.
     """
 
     media_type = "text/event-stream"
@@ -46,16 +46,16 @@ class EventStream(Response):
         *,
         usage: bool,
     ):
-        """Sends nothing yet.
+        """Does not send anything yet.
 
         Args:
-            state: of the request; its `outcome` is set.
-            job: what is generated.
-            chunks: of all choices, but for the first.
-            first: which says that the request was not refused.
-            answer: makes the events.
+            state: state of the request; its `outcome` is set.
+            job: the generation.
+            chunks: chunks of all choices, except the first chunk.
+            first: the first chunk; its arrival means that the request was not refused.
+            answer: builds the events.
             choices: take the chunks.
-            usage: whether the last event counts the tokens.
+            usage: whether the last event has token counts.
         """
         super().__init__()
         del self.headers["content-length"]
@@ -64,13 +64,13 @@ class EventStream(Response):
         self._begun: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends all of them."""
-        self._state.outcome = "closed"  # unless it comes to its end
+        """Sends all events."""
+        self._state.outcome = "closed"  # unless it completes
         async with contextlib.aclosing(self._chunks):
             try:
                 async with asyncio.timeout_at(self._job.until + _GRACE_S):
                     await self._send(send)
-            except TimeoutError:  # nothing can be told to who reads nothing
+            except TimeoutError:  # a client that does not read cannot be told
                 self._state.outcome = "timeout"
 
     async def _send(self, send: Send) -> None:
@@ -78,7 +78,7 @@ class EventStream(Response):
             try:
                 body = text.encode()
                 await send({"type": "http.response.body", "body": body, "more_body": more})
-            except OSError:  # as some servers tell that the client is gone
+            except OSError:  # some servers report a disconnect like this
                 raise APIError.gone() from None
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

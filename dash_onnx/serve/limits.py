@@ -1,4 +1,4 @@
-"""What a server takes on, and how it says that this is too much."""
+"""The limits of a server, and the error when it is overloaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dash_onnx.core.errors import DashError
 
 
 class BusyError(DashError):
-    """So much is going on that another request is refused for now."""
+    """The server is too busy to accept another request for now."""
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches a server that listens there."""
+    """Whether a server that listens on this host is reachable only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -22,7 +22,7 @@ def is_local(host: str) -> bool:
 
 
 def is_trusted(name: str) -> bool:
-    """Whether a server was called by an address, or by a name that cannot be made to lead to it."""
+    """Whether a server was called by address, or by a name that DNS cannot redirect to it."""
     try:
         return bool(ipaddress.ip_address(name))
     except ValueError:
@@ -31,18 +31,18 @@ def is_trusted(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes on.
+    """The limits of a server.
 
     Attributes:
-        parallel: generations at once, which share their passes.
-        waiting: further requests that wait for one of them to end.
-        most_tokens: of an answer.
-        most_prompt_tokens: of a prompt; None: as many as the context holds.
-        seconds: of a request, from when it runs until its answer is sent.
-        body_bytes: of a request.
-        prefix_bytes: of K/V in memory that lost its place to another text.
-        prefix_folder: keeps it for the next process.
-        memory_bytes: of weights that may be loaded at once, where bundles load on demand.
+        parallel: generations that run at once and share their passes.
+        waiting: requests that may wait for one of them to end.
+        most_tokens: most tokens of an answer.
+        most_prompt_tokens: most tokens of a prompt; None allows as many as the context holds.
+        seconds: time limit of a request, from when it starts to run until its answer is sent.
+        body_bytes: most bytes of a request body.
+        prefix_bytes: memory for K/V evicted from its slot by another text.
+        prefix_folder: folder that keeps this K/V for the next process.
+        memory_bytes: most bytes of weights loaded at once, if bundles load on demand.
     """
 
     parallel: int = 8

@@ -1,4 +1,4 @@
-"""The page to chat on: one file that loads nothing else, and runs no script but its own."""
+"""The chat page: one file that loads nothing else and runs only its own scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dash_onnx.core.colors import DARK, LIGHT, css
 
 @functools.cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page, and the headers that keep scripts out which a model's answer might contain."""
+    """The page, and headers that block any scripts in a model's answer."""
     folder = files("dash_onnx.serve")
     html, style, *scripts = (
         folder.joinpath(name).read_text("utf-8")

@@ -18,21 +18,21 @@ _BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRoute
 
 
 class Arguments(BaseModel):
-    """Of `serve run`, or `args` in a file for `serve deploy`.
+    """Arguments of `serve run`, or `args` in a file for `serve deploy`.
 
     Attributes:
-        bundles: folders, separated by commas, each called by its own name.
-        policy: of requests that name none.
-        budget: likewise.
-        api_key_file: on every node; clients must send what it holds. None: no key is asked for.
-        parallel: answers at once in a replica.
-        waiting: further requests there before one is refused.
-        threads: of a replica, which asks the cluster for as many cores.
-        replicas: how many, or the least where `most_replicas` allows more.
-        most_replicas: Ray starts more as requests pile up, up to these.
-        sessions: requests with the same `x-session-id` header go to the same replica while it has
-            room, as it holds the K/V of their conversation; those without one to any, however full.
-            Needs Ray 2.60.
+        bundles: folders, separated by commas; each bundle is named after its folder.
+        policy: policy of requests that name none.
+        budget: budget of requests that name none.
+        api_key_file: file on every node with the key that clients must send; None requires none.
+        parallel: answers at once per replica.
+        waiting: requests that may wait in a replica before one is refused.
+        threads: threads per replica, which requests as many cores from the cluster.
+        replicas: number of replicas, or the minimum if `most_replicas` allows more.
+        most_replicas: maximum number; Ray starts more replicas as requests queue up.
+        sessions: route requests with the same `x-session-id` header to the same replica while it
+            has room, as it holds the K/V of their conversation; requests without the header go to
+            any replica, however full. Needs Ray 2.60.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,10 +50,10 @@ class Arguments(BaseModel):
 
 
 def app(given: Arguments | dict[str, Any]) -> serve.Application:
-    """What `serve run dash_onnx.serve.ray:app` deploys; `serve` gives what it was told as it is.
+    """What `serve run dash_onnx.serve.ray:app` deploys; `serve` passes its arguments unchanged.
 
     Raises:
-        ValidationError: an argument is unknown, or of another type.
+        ValidationError: an argument is unknown, or of the wrong type.
     """
     arguments = Arguments.model_validate(given)
 
@@ -83,7 +83,7 @@ def app(given: Arguments | dict[str, Any]) -> serve.Application:
 
 
 def _checked(ingress: Any) -> Any:
-    """The class of a replica, which Ray replaces once its app is no longer healthy."""
+    """The class of a replica; Ray replaces a replica once its app is unhealthy."""
 
     class Replica(ingress):
         def check_health(self) -> None:

@@ -1,4 +1,4 @@
-"""Generations that run together in another thread than the event loop."""
+"""Generations that run together in a thread separate from the event loop."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from dash_onnx.runtime.scheduler import Scheduler
 _LOG = logging.getLogger(__name__)
 
 Deliver = Callable[[Chunk | Exception], None]
-"""Takes the chunks of a generation, and what ended it before its time."""
+"""Takes the chunks of a generation, and the exception if one ended it early."""
 
-_IDLE_S = 0.5  # a thread that has nothing to do looks up
+_IDLE_S = 0.5  # seconds between checks of an idle thread
 
 
 async def until_done(*tasks: asyncio.Future[Any]) -> None:
-    """Waits for tasks, also when cancelled meanwhile: by a timeout, and by a client that leaves."""
+    """Waits for tasks even if cancelled meanwhile, by a timeout or a client that disconnects."""
     while not all(task.done() for task in tasks):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait(tasks)
 
 
 class BatchThread:
-    """Runs the steps of a scheduler, and wakes the event loop once a step."""
+    """Runs the steps of a scheduler, and wakes the event loop once per step."""
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler, self._closed = scheduler, False
-        self._pieces: list[tuple[Deliver, Chunk | Exception]] = []  # of the step in progress
+        self._pieces: list[tuple[Deliver, Chunk | Exception]] = []  # chunks of the step in progress
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self._thread.start()
@@ -45,8 +45,8 @@ class BatchThread:
         """Adds a generation.
 
         Args:
-            request: makes it, given what takes its chunks in the thread.
-            put: takes them in the event loop.
+            request: creates the generation, given a function that takes its chunks in the thread.
+            put: takes the chunks in the event loop.
         """
         self._loop = asyncio.get_running_loop()
 
@@ -55,7 +55,7 @@ class BatchThread:
                 _LOG.error("a generation failed", exc_info=piece)
             self._pieces.append((put, piece))
             if isinstance(piece, Chunk) and piece.generated_tokens == 1:
-                self._hand_over()  # a pass of the others may follow in the same step
+                self._hand_over()  # a pass of other generations may follow in the same step
 
         made = await asyncio.to_thread(request, deliver)
         self._scheduler.submit(made)
@@ -76,16 +76,16 @@ class BatchThread:
 
     @property
     def reused(self) -> int:
-        """Prompt tokens that a slot or a prefix held."""
+        """Number of prompt tokens reused from a slot or a prefix."""
         return self._scheduler.reused
 
     @property
     def alive(self) -> bool:
-        """Whether it runs: only a defect ends it before its time."""
+        """Whether the thread runs: only a bug ends it early."""
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Ends the thread after the current step, and saves what the batch keeps on disk."""
+        """Ends the thread after the current step, and saves the prefixes kept on disk."""
         self._closed = True
         self._thread.join()
         self._scheduler.save()

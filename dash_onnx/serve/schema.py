@@ -1,4 +1,4 @@
-"""Requests and answers of OpenAI's API, as far as they are served, and our fields in them."""
+"""Requests and answers of OpenAI's API, as far as supported, and our additional fields."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ REFUSED = (
     "functions logit_bias audio modalities echo suffix best_of grammar repeat_penalty "
     "frequency_penalty presence_penalty"
 ).split()
-"""Fields that would change the answer: better refused than ignored."""
+"""Unsupported fields that would change the answer: refused rather than ignored."""
 
 _OPTIONS = {one.name for one in dataclasses.fields(GenerationOptions)}
 _SEEDS = 2**63
-_STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all of them
+_STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all stop strings
 
 
 class _Object(BaseModel):
-    """A JSON object in which null stands for a field that is not there, as clients write it."""
+    """A JSON object in which null means that a field is absent, as clients write it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,7 +41,7 @@ class _Object(BaseModel):
 
 
 class StreamOptions(_Object):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
@@ -55,10 +55,10 @@ class ResponseFormat(_Object):
     lark: str = ""
 
     def form(self) -> Grammar | None:
-        """The grammar of it.
+        """The grammar of this format.
 
         Raises:
-            PolicyError: llguidance is missing, or refuses it.
+            PolicyError: llguidance is missing, or rejects the format.
         """
         if self.type == "json_schema":
             return Grammar.json_schema(self.json_schema.get("schema", {}))
@@ -84,14 +84,14 @@ class Prediction(_Object):
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
 
 class GenerationRequest(_Object):
-    """What both kinds of requests have; unknown fields are ignored, as OpenAI's server does not."""
+    """Fields of both kinds of requests; unlike in OpenAI's server, unknown fields are ignored."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -118,16 +118,16 @@ class GenerationRequest(_Object):
     repetition_penalty: float | None = None
 
     def options(self, most_tokens: int) -> GenerationOptions:
-        """What the runtime is asked for.
+        """The options of the generation.
 
         Args:
-            most_tokens: an answer has no more.
+            most_tokens: limit on the tokens of an answer.
 
         Raises:
-            PolicyError: a field asks for what is not served, or is out of range.
+            PolicyError: a field asks for something unsupported, or is out of range.
         """
         unserved = [name for name in REFUSED if getattr(self, name, None)]
-        if "@" in self.policy:  # a file, where the user of a command line names one
+        if "@" in self.policy:  # on the command line, this is a file
             raise PolicyError("a request cannot name a file: write out the policy's path")
         if unserved:
             raise PolicyError(f"{', '.join(unserved)}: not supported; leave it out")
@@ -149,12 +149,12 @@ class GenerationRequest(_Object):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each; None: no log probabilities."""
+        """Number of most likely tokens reported per token; None reports no log probabilities."""
         return None
 
 
 class ChatRequest(GenerationRequest):
-    """Of /v1/chat/completions."""
+    """A request to /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] = []
@@ -167,7 +167,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] = {}
 
     def options(self, most_tokens: int) -> GenerationOptions:
-        """As of any request; an effort of `none` turns thoughts off, others are the template's."""
+        """As for any request; an effort of `none` disables reasoning, others go to the template."""
         most, given = self.max_thinking_tokens, self.chat_template_kwargs
         if self.reasoning_effort == "none":
             most = 0
@@ -183,14 +183,14 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def with_call(self, options: GenerationOptions, codec: TextCodec) -> GenerationOptions:
-        """A call that is asked for is the form of the answer.
+        """Makes a requested call the grammar of the answer.
 
         Args:
-            options: of the request.
-            codec: of the model.
+            options: options of the request.
+            codec: codec of the model.
 
         Raises:
-            PolicyError: the answer has another form already, or no tool is called so.
+            PolicyError: the answer already has a response format, or there is no such tool.
         """
         call = forced_call(self.offered, self.tool_choice, codec)
         if call is not None and options.grammar is not None:
@@ -204,7 +204,7 @@ class ChatRequest(GenerationRequest):
         """Tools that may be called.
 
         Raises:
-            PolicyError: one is no function.
+            PolicyError: a tool is not a function.
         """
         return [] if self.tool_choice == "none" else checked_tools(self.tools)
 
@@ -212,7 +212,7 @@ class ChatRequest(GenerationRequest):
         """The messages, with roles that templates know.
 
         Raises:
-            PolicyError: a role is none of OpenAI's.
+            PolicyError: a role is not one of OpenAI's.
         """
         for message in self.messages:
             if message.get("role") not in _ROLES:
@@ -224,7 +224,7 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """Of /v1/completions: text to continue."""
+    """A request to /v1/completions: text to continue."""
 
     prompt: str
     logprobs: int | None = Field(default=None, ge=0, le=5)
@@ -239,11 +239,11 @@ class Choice:
     """One text of an answer, as it comes."""
 
     def __init__(self, codec: TextCodec, tools: list[dict[str, Any]]):
-        """Begins it.
+        """Starts an empty text.
 
         Args:
-            codec: of the model.
-            tools: whose calls are looked for.
+            codec: codec of the model.
+            tools: tools whose calls are detected.
         """
         self._codec, self._reader = codec, CallReader(tools)
         self.text, self.reasoning = "", ""
@@ -251,7 +251,7 @@ class Choice:
         self.tokens: list[dict[str, Any]] = []
 
     def add(self, chunk: Chunk) -> tuple[str, dict[str, Any] | None]:
-        """What is said for sure with a chunk, and its token's log probabilities."""
+        """Adds a chunk; returns the text that is now certain, and the token's log probabilities."""
         said = self._reader.add(chunk.text)
         if chunk.finish_reason is not None:
             rest, self.calls = self._reader.finish()
@@ -272,7 +272,7 @@ class Choice:
 
 
 class Answer:
-    """The JSON of one answer, whole or in pieces."""
+    """The JSON of one answer, whole or streamed in pieces."""
 
     def __init__(self, model: str, *, chat: bool):
         """Gives it an id."""
@@ -284,7 +284,7 @@ class Answer:
         self._kind = kind
 
     def whole(self, choices: list[Choice], reasons: list[str], **more: Any) -> dict[str, Any]:
-        """All choices."""
+        """The whole answer with all choices."""
         found = [
             {
                 "index": index,
@@ -309,13 +309,13 @@ class Answer:
         """A piece of a choice.
 
         Args:
-            index: of the choice.
-            text: None begins it.
-            reason: ends it.
+            index: index of the choice.
+            text: text of the piece; None begins the choice.
+            reason: finish reason; ends the choice.
             token: log probabilities of the piece.
-            calls: of tools.
-            reasoning: text of thoughts.
-            more: further fields of the answer.
+            calls: tool calls.
+            reasoning: reasoning text.
+            more: additional fields of the answer.
         """
         kind = "chat.completion.chunk" if self._chat else self._kind
         logprobs = self._logprobs([token] if token else [])

@@ -1,4 +1,4 @@
-"""The process of a server: uvicorn, which takes no more after SIGTERM and then ends what it has."""
+"""The server process: uvicorn, which on SIGTERM takes no new requests and finishes the others."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from starlette.applications import Starlette
 from dash_onnx.serve.service import Service
 
 _LOG = logging.getLogger(__name__)
-_HEADER_BYTES = 32 << 10  # of a request's line and headers
-_CLOSING_S = 5  # for connections to close, once their answers are sent
+_HEADER_BYTES = 32 << 10  # limit of a request's line and headers
+_CLOSING_S = 5  # seconds for connections to close after their answers are sent
 
 
 class Server(uvicorn.Server):
     """Serves an app from `create_app`."""
 
     def __init__(self, app: Starlette, host: str = "127.0.0.1", port: int = 0):
-        """Opens nothing yet: see `run`."""
+        """Does not open anything yet; see `run`."""
         self._service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
                 host=host,
                 port=port,
-                http="h11",  # the other one has no limit of headers
+                http="h11",  # the other implementation has no limit on headers
                 h11_max_incomplete_event_size=_HEADER_BYTES,
                 log_config=None,
-                access_log=False,  # the app's own has request ids
+                access_log=False,  # the app's own access log has request ids
                 timeout_graceful_shutdown=_CLOSING_S,
                 server_header=False,
             )
@@ -42,6 +42,6 @@ class Server(uvicorn.Server):
         self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end, asked ten times a second."""
+        """Whether to stop; called ten times a second."""
         drained = self._service.draining and not self._service.requests
         return await super().on_tick(counter) or drained

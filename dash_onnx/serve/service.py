@@ -1,4 +1,4 @@
-"""Runs requests on loaded bundles: who may run, at which budget, and what is counted."""
+"""Runs requests on loaded bundles: queueing, budgets and metrics."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.running import Deliver, until_done
 from dash_onnx.serve.shelf import ServedModel, Shelf, Source
 
-_PATHS = 1 << 10  # of which something is remembered, as most tokens take one of a few
+_PATHS = 1 << 10  # cached, as most tokens take one of a few
 
 
 class Metrics:
-    """What /metrics shows."""
+    """The metrics shown by /metrics."""
 
     def __init__(self) -> None:
         """Starts at zero."""
@@ -60,23 +60,23 @@ class Metrics:
 
 @dataclass
 class Tally:
-    """What one choice of an answer has cost so far."""
+    """Token counts and costs of one choice of an answer so far."""
 
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    thinking_tokens: int = 0  # of those
-    cost: float = 0.0  # the sum over tokens, as shares of the reference's time
-    last: float = 0.0  # of the last token likewise
-    before: float | None = None  # when it, or the request, came, by `time.monotonic`
+    thinking_tokens: int = 0  # part of `generated_tokens`
+    cost: float = 0.0  # sum over tokens, as fractions of the reference's time
+    last: float = 0.0  # the same for the last token
+    before: float | None = None  # time of the last token or the request, by `time.monotonic`
     budget: float | None = None
     policy: str = ""
     actions: Counter[str] = field(default_factory=Counter)
-    accepted: int = 0  # tokens that were guessed from what the request expects, and right
-    rejected: int = 0  # likewise, and wrong
+    accepted: int = 0  # right guesses from the request's prediction
+    rejected: int = 0  # wrong ones
 
     def facts(self) -> dict[str, Any]:
-        """Our field of an answer."""
+        """Our additional field in an answer."""
         total, decoded = self.actions.total(), self.generated_tokens - 1
         return {
             "policy": self.policy,
@@ -88,15 +88,15 @@ class Tally:
 
 @dataclass
 class Job:
-    """What a request has generated.
+    """The generation of a request.
 
     Attributes:
-        name: of the bundle.
-        prompt: its tokens `[S]`.
-        options: of the generation; each choice draws with a seed of its own.
-        tallies: for each choice, what it has cost.
-        until: when it must have ended, by the clock of the event loop.
-        raw: whether the prompt is text to continue: no thoughts are looked for.
+        name: name of the bundle.
+        prompt: token ids of the prompt, `[S]`.
+        options: options of the generation; each choice is sampled with its own seed.
+        tallies: counts and costs of each choice.
+        until: deadline, by the clock of the event loop.
+        raw: whether the prompt is text to continue: reasoning is not detected.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Job:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens, as OpenAI counts them."""
+        """Token counts, as in OpenAI's API."""
         prompt = self.tallies[0].prompt_tokens
         answered = sum(tally.generated_tokens for tally in self.tallies)
         usage: dict[str, Any] = {
@@ -132,14 +132,14 @@ class Service:
 
     Attributes:
         shelf: the bundles.
-        limits: what it takes on.
-        metrics: what it counts.
-        draining: whether it only ends what it has begun.
-        requests: in progress.
+        limits: limits on load and requests.
+        metrics: the metrics it updates.
+        draining: whether it only finishes requests in progress.
+        requests: requests in progress.
     """
 
     def __init__(self, bundles: Mapping[str, Source], limits: Limits):
-        """Takes bundles by name."""
+        """Takes the bundles by name."""
         self.shelf, self.limits, self.metrics = Shelf(bundles, limits), limits, Metrics()
         self.draining, self.requests = False, 0
         self._slots = asyncio.Semaphore(limits.parallel)
@@ -150,7 +150,7 @@ class Service:
         """The right to run one generation.
 
         Args:
-            further: it belongs to a request that runs, which has stood in the queue once.
+            further: whether it is for a request that already runs, and so does not queue again.
 
         Raises:
             BusyError: the queue is full.
@@ -176,17 +176,17 @@ class Service:
     async def generate(
         self, job: Job, left: Coroutine[Any, Any, None]
     ) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """The chunks of all choices of a request as they come, each with the choice's number.
+        """Yields the chunks of all choices of a request, each with the index of its choice.
 
-        The first one runs the prompt, whose K/V the others take.
+        The first choice runs the prompt; the others reuse its K/V.
 
         Args:
-            job: of the request.
-            left: raises once its client is gone.
+            job: the generation to run.
+            left: raises once the client disconnects.
 
         Raises:
             DashError: the prompt or an option is refused.
-            TimeoutError: it took longer than a request may.
+            TimeoutError: the request took longer than allowed.
         """
         manifest = self.shelf.manifest(job.name)
         whole = reference_ms(manifest)
@@ -251,7 +251,7 @@ class Service:
     async def _begun(
         self, served: ServedModel, job: Job, index: int, put: Deliver
     ) -> Request[Chunk]:
-        """A choice among the others of its bundle."""
+        """Starts a choice in the batch of its bundle."""
         model, batch, options = served.model, served.batch, job.options
         assert batch is not None
         policy = model.policy_of(options)
@@ -270,7 +270,7 @@ class Service:
             waited.observe(now - tally.before)
         if not tally.generated_tokens:
             tally.prompt_tokens = chunk.prompt_tokens
-            if tally.before is not None:  # of the first choice
+            if tally.before is not None:  # from the first choice
                 metrics.prompted.inc(chunk.prompt_tokens)
         else:  # the first token comes from the prompt
             tally.cost += tally.last
@@ -303,14 +303,14 @@ def _counts(path: ActionPath) -> list[tuple[Action, int]]:
 
 
 def check_words(text: TextCodec, given: list[dict[str, Any]]) -> None:
-    """Refuses text that would end a message and begin another one: it could take any role.
+    """Refuses text that could end a message and begin another one in any role.
 
     Args:
-        text: whose template takes it.
-        given: messages and tools; every text in them counts, however deep it stands.
+        text: codec of the model, whose template takes the text.
+        given: messages and tools; every string in them is checked, at any depth.
 
     Raises:
-        PolicyError: one of them holds a control token of the model.
+        PolicyError: one of them contains a control token of the model.
     """
     added = text.tokenizer.get_added_tokens_decoder().values()
     control = [token.content for token in added if token.special]

@@ -1,4 +1,4 @@
-"""Bundles by name, loaded at the start or when a request needs them, as far as memory allows."""
+"""Bundles by name, loaded at startup or when a request needs them, as far as memory allows."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Source:
     """Where a bundle comes from.
 
     Attributes:
-        manifest: of the bundle.
-        policy: of requests that name none.
+        manifest: manifest of the bundle.
+        policy: policy of requests that name none.
         text: reads its tokenizer and template.
-        open: gives the model.
-        loaded: the model is the app's, loaded already, and stays so.
+        open: loads the model.
+        loaded: whether the model belongs to the app, is already loaded and stays loaded.
     """
 
     manifest: Manifest
@@ -50,7 +50,7 @@ class Source:
 
     @classmethod
     def of_model(cls, model: Model) -> Source:
-        """A model of the app's."""
+        """A model that the app has already loaded."""
         return cls(model.manifest, model.policy(), lambda: model.text, lambda: model, loaded=True)
 
     @classmethod
@@ -67,9 +67,9 @@ class Source:
         """A bundle on disk; the options are those of `dash_onnx.load`.
 
         Raises:
-            BundleError: it is no bundle.
-            DeviceError: it is for another device.
-            PolicyError: it cannot do the policy or the budget.
+            BundleError: the folder is not a bundle.
+            DeviceError: the bundle is for another device.
+            PolicyError: the bundle does not support the policy or the budget.
         """
         bundle = Bundle(folder, sha256=sha256)
         device_of(bundle, device)
@@ -83,27 +83,27 @@ class ServedModel:
     """A bundle that the server offers, loaded or not.
 
     Attributes:
-        name: of the bundle.
-        source: likewise.
-        users: requests that need it now.
-        used: when the last one ended, by `time.monotonic`.
-        loading: loads it, or did.
-        batch: runs its generations together; None while nothing is loaded.
+        name: name of the bundle.
+        source: source of the bundle.
+        users: number of requests that need it now.
+        used: when the last of them ended, by `time.monotonic`.
+        loading: task that loads it, or did.
+        batch: runs its generations together; None while not loaded.
     """
 
     def __init__(self, name: str, source: Source):
-        """Nothing runs yet."""
+        """Does not load anything yet."""
         self.name, self.source = name, source
         self.users, self.used = 0, 0.0
         self.loading: asyncio.Task[None] | None = None
         self.batch: BatchThread | None = None
         self._model: Model | None = None
         self._text: TextCodec | None = None
-        self._reused = 0  # before it was last unloaded
+        self._reused = 0  # until it was last unloaded
 
     @property
     def reused(self) -> int:
-        """Prompt tokens that a slot or a prefix held."""
+        """Number of prompt tokens reused from a slot or a prefix."""
         return self._reused + (self.batch.reused if self.batch else 0)
 
     @property
@@ -114,22 +114,22 @@ class ServedModel:
 
     @property
     def loaded(self) -> bool:
-        """Whether it is."""
+        """Whether the bundle is loaded."""
         return self._model is not None
 
     @property
     def bytes(self) -> int:
-        """Of the weights that are loaded; requests may ask for more than the bundle's policy."""
+        """Bytes of loaded weights; requests may load more than the bundle's policy needs."""
         return 0 if self._model is None else self._model.loaded_bytes
 
     def text(self) -> TextCodec:
-        """Its tokenizer and template, which stay."""
+        """Its tokenizer and template, which stay loaded."""
         if self._text is None:
             self._text = self.source.text()
         return self._text
 
     def start(self, model: Model, limits: Limits) -> None:
-        """Loads what the model's policy uses, and begins to run."""
+        """Loads what the model's policy uses, and starts the batch."""
         try:
             model.preload(model.policy())
             store = None
@@ -142,7 +142,7 @@ class ServedModel:
         self._text, self._model = model.text, model
 
     def unload(self) -> Callable[[], None]:
-        """Lets go of the model at once; the result frees its memory, which takes a token."""
+        """Detaches the model; the returned function frees its memory, which takes one step."""
         batch, model = self.batch, self._model
         self._reused = self.reused
         self.batch, self._model = None, None
@@ -155,7 +155,7 @@ class ServedModel:
             finally:
                 if model is not None:
                     self._close(model)
-                batch = model = None  # they hold what is to be released
+                batch = model = None  # these hold the memory to release
                 release_memory()
 
         return free
@@ -169,14 +169,14 @@ class Shelf:
     """The bundles of a server."""
 
     def __init__(self, bundles: Mapping[str, Source], limits: Limits):
-        """Starts what is loaded, and loads the rest unless memory is limited.
+        """Starts the loaded models, and loads the others unless memory is limited.
 
         Raises:
             DashError: a bundle cannot be loaded.
         """
         self._served = {name: ServedModel(name, source) for name, source in bundles.items()}
         self._limits, self._closed = limits, False
-        self._lock = asyncio.Lock()  # of loading: each asks what the others take
+        self._lock = asyncio.Lock()  # for loading: each checks what the others take
         for name, source in bundles.items():
             if source.loaded or limits.memory_bytes is None:
                 model = source.open()
@@ -185,7 +185,7 @@ class Shelf:
 
     @property
     def names(self) -> list[str]:
-        """Of the bundles."""
+        """Names of the bundles."""
         return list(self._served)
 
     async def text(self, name: str) -> TextCodec:
@@ -193,35 +193,35 @@ class Shelf:
         return await asyncio.to_thread(self._served[name].text)
 
     def manifest(self, name: str) -> Manifest:
-        """Of a bundle, loaded or not."""
+        """Manifest of a bundle, loaded or not."""
         return self._served[name].source.manifest
 
     def policy(self, name: str) -> Policy:
-        """Of a bundle's requests that name none."""
+        """Policy of a bundle's requests that name none."""
         return self._served[name].source.policy
 
     @property
     def alive(self) -> bool:
-        """Whether all that is loaded runs."""
+        """Whether all loaded bundles are running."""
         return all(served.batch.alive for served in self._served.values() if served.batch)
 
     @property
     def loaded(self) -> int:
-        """How many are."""
+        """Number of loaded bundles."""
         return sum(served.loaded for served in self._served.values())
 
     @property
     def reused(self) -> int:
-        """Prompt tokens that a slot or a prefix held."""
+        """Number of prompt tokens reused from a slot or a prefix."""
         return sum(served.reused for served in self._served.values())
 
     @contextlib.asynccontextmanager
     async def using(self, name: str) -> AsyncIterator[ServedModel]:
-        """A bundle that is loaded and stays so meanwhile.
+        """Yields a bundle that stays loaded meanwhile.
 
         Raises:
-            BusyError: its memory is in use by other bundles.
-            DashError: it cannot be loaded.
+            BusyError: other bundles are using the memory it needs.
+            DashError: the bundle cannot be loaded.
         """
         served = self._served[name]
         served.users += 1
@@ -229,22 +229,22 @@ class Shelf:
             if not served.loaded:
                 if served.loading is None or served.loading.done():
                     served.loading = asyncio.create_task(self._load(name, served))
-                await asyncio.shield(served.loading)  # others may wait for it, too
+                await asyncio.shield(served.loading)  # others may be waiting for it
             yield served
         finally:
             served.users -= 1
             served.used = time.monotonic()
 
     async def prepare(self, served: ServedModel, policy: Policy) -> None:
-        """Loads what a request needs before it runs: no answer in progress waits for it.
+        """Loads what a request needs before it runs, so that no answer in progress waits for it.
 
         Args:
             served: its bundle, in use.
-            policy: of the request.
+            policy: policy of the request.
 
         Raises:
-            BusyError: its memory is in use by other bundles.
-            DashError: it cannot be loaded.
+            BusyError: other bundles are using the memory it needs.
+            DashError: the bundle cannot be loaded.
         """
         if not served.model.bytes_to_load(policy):
             return
@@ -264,7 +264,7 @@ class Shelf:
         _LOG.info("%s: %r in %.1f s", name, model, time.monotonic() - started)
 
     async def _make_room(self, name: str, needed: int, held: int = 0) -> None:
-        """Unloads others; `held` bytes are in memory for the same request."""
+        """Unloads other bundles; `held` bytes are already in memory for the same request."""
         most = self._limits.memory_bytes
         if most is None:
             return
@@ -286,7 +286,7 @@ class Shelf:
             await asyncio.to_thread(idle[oldest].unload())
 
     def close(self) -> None:
-        """Ends the threads; what runs ends after its next token."""
+        """Ends the threads; generations in progress end after their next token."""
         self._closed = True
         for name, served in self._served.items():
             try:
@@ -296,10 +296,10 @@ class Shelf:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuses two bundles of one name.
+    """Refuses two bundles with the same name.
 
     Raises:
-        SourceError: there are two.
+        SourceError: there are two such bundles.
     """
     for name in names:
         if names.count(name) > 1:
@@ -313,13 +313,13 @@ def open_bundles(
     sha256: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Source]:
-    """Bundles for a shelf, each called by its folder's name unless others are given.
+    """Bundles for a shelf, each named after its folder unless names are given.
 
     The options are those of `load`.
 
     Raises:
-        SourceError: two have the same name, or there are not as many checksums as folders.
-        DashError: a folder is no bundle, or not one for these options.
+        SourceError: two have the same name, or the numbers of checksums and folders differ.
+        DashError: a folder is not a bundle, or does not support these options.
     """
     names = names or [Path(folder).resolve().name for folder in folders]
     check_names(names)

@@ -1,8 +1,8 @@
-"""Tools: how a model is told of them, and how its calls are found in what it writes.
+"""Tools: how they are described to a model, and how its calls are found in its output.
 
-A call is `{"name": ..., "arguments": ...}`. Families write it alone or in a list, with tags of
-their own around it, see `_FORMS`, or without any, as Llama 3 does. A model whose chat template
-knows no tools is told of them in the system message.
+A call is `{"name": ..., "arguments": ...}`. Families write it alone or in a list, with their
+own tags around it, see `_FORMS`, or without any, as Llama 3 does. If a chat template does not
+support tools, they are described in the system message.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class _Form(NamedTuple):
     Attributes:
         marks: any of them in a chat template identifies the family.
         open: tag before the calls.
-        close: tag after them; one that the vocabulary lacks is not written.
-        listed: whether they stand in a list.
+        close: tag after them; not written if the vocabulary lacks it.
+        listed: whether they are in a list.
     """
 
     marks: tuple[str, ...]
@@ -41,10 +41,10 @@ _FORMS = (
     _Form(("<|tool_call|>", "<|tool|>"), "<|tool_call|>", "<|/tool_call|>"),  # Granite 3, Phi 4
 )
 _OPENS = tuple(form.open for form in (_HERMES, *_FORMS))
-# After a call that was found. Tags that are special tokens are no text: it may stand there bare.
+# What may follow a call. Tags that are special tokens do not appear in the text.
 _AFTER = re.compile(r"\s*[],]?\s*(?:</tool_call>|<\|/tool_call\|>)?\s*")
-_BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may be calls alone
-_IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system's message
+_BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
+_IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system message
 _ANSWER = "<tool_response>\n{}\n</tool_response>"
 _TOLD = """\
 You may call functions. Their signatures, as JSON, one a line:
@@ -61,7 +61,7 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     """The tools of a request.
 
     Raises:
-        PolicyError: one is no function with a name.
+        PolicyError: a tool is not a function with a name.
     """
     found = []
     for tool in tools:
@@ -75,7 +75,7 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
 def with_tools(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], template: str | None
 ) -> list[dict[str, Any]]:
-    """Messages as a template takes them: arguments as objects, and tools told where it cannot."""
+    """Messages for a template: arguments as objects, and tools described if it cannot do so."""
     messages = [_with_objects(dict(message)) for message in checked_messages(messages)]
     if tools and template is not None and _IN_MESSAGE in template:
         return _with_system(messages, "", tools=json.dumps([tool["function"] for tool in tools]))
@@ -88,7 +88,7 @@ def with_tools(
 
 
 def _with_system(messages: list[dict[str, Any]], told: str, **more: Any) -> list[dict[str, Any]]:
-    """Messages whose first one is the system's, and says something more."""
+    """Messages with text added to the system message at their start."""
     first, rest = {"role": "system", "content": ""}, messages
     if messages and messages[0]["role"] == "system":
         first, *rest = messages
@@ -97,15 +97,15 @@ def _with_system(messages: list[dict[str, Any]], told: str, **more: Any) -> list
 
 
 def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> Grammar | None:
-    """What an answer must be where the request asks for a call.
+    """The grammar of an answer if the request requires a call.
 
     Args:
-        tools: of the request.
+        tools: tools of the request.
         choice: its `tool_choice`.
-        codec: of the model: where it has tokens for the tags, those are meant.
+        codec: codec of the model: if it has tokens for the tags, the grammar uses those.
 
     Raises:
-        PolicyError: it names no tool, or a tool's parameters are no schema.
+        PolicyError: it does not name a tool, or a tool's parameters are not a schema.
     """
     if choice in (None, "auto", "none"):
         return None
@@ -151,15 +151,15 @@ def _form(template: str | None) -> _Form:
 
 
 class CallReader:
-    """Divides the text of an answer, as it comes, into what is said and what is called."""
+    """Splits the text of an answer, as it arrives, into content and calls."""
 
     def __init__(self, tools: list[dict[str, Any]]):
-        """Begins; without tools all is said."""
+        """Starts; without tools, all text is content."""
         self._names = {tool["function"]["name"] for tool in tools}
         self._held, self._spoke = "", False
 
     def add(self, text: str) -> str:
-        """What is said for sure; the rest may be a call."""
+        """Adds text; returns the part that is certainly content, as the rest may be a call."""
         if not self._names:
             return text
         self._held += text
@@ -171,7 +171,7 @@ class CallReader:
         return said
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """What else is said at the end, and the calls in OpenAI's form."""
+        """The remaining content at the end, and the calls in OpenAI's form."""
         said, calls, rest = "", [], self._held
         self._held = ""
         while rest:
@@ -188,7 +188,7 @@ class CallReader:
         return said, calls
 
     def _call(self, text: str, start: int) -> tuple[dict[str, Any] | None, int]:
-        """The call that begins there, if one does, and where it ends."""
+        """The call that begins at this position, if any, and where it ends."""
         try:
             call, end = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
@@ -199,14 +199,14 @@ class CallReader:
         arguments = call.get("arguments", call.get("parameters", {}))
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments)
-        whole = arguments.encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+        whole = arguments.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
         function = {"name": name, "arguments": whole}
-        number = uuid.uuid4().hex[:9]  # Mistral's templates take no other length
+        number = uuid.uuid4().hex[:9]  # the only length that Mistral's templates accept
         return {"id": number, "type": "function", "function": function}, end
 
 
 def _without_tag(text: str) -> str:
-    """What stands before a call, without what belongs to it."""
+    """The text before a call, without the tag or bracket that belongs to the call."""
     text = text.rstrip().removesuffix("[").rstrip()
     for tag in _OPENS:
         text = text.removesuffix(tag)
@@ -214,7 +214,7 @@ def _without_tag(text: str) -> str:
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls have objects as arguments, where OpenAI's have JSON."""
+    """A message with the arguments of calls as objects, which OpenAI's API has as JSON strings."""
     if not isinstance(message.get("tool_calls"), list):
         return message
     calls = []
@@ -233,7 +233,7 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in the words of `_TOLD`, for a template that knows neither calls nor results."""
+    """A message in the format of `_TOLD`, for a template without support for calls and results."""
     content = message.get("content") or ""
     if message["role"] == "tool":
         return {"role": "user", "content": _ANSWER.format(content)}

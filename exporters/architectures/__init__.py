@@ -1,8 +1,8 @@
 """Model families: which weights a layer has, and what it computes with them.
 
 `base` describes a layer so that graphs can be built without knowing its family; `decoder` maps the
-config and the weights of Llama to that; `families` says what the others have otherwise. A new
-family is an entry in its registry, and a subclass of `Decoder` where other names do not do.
+config and the weights of Llama to that; `families` says how the others differ. A new family is an
+entry in its registry, plus a subclass of `Decoder` where different names are not enough.
 """
 
 from dash_onnx.exporters.architectures.families import REGISTRY, architecture_of

@@ -28,7 +28,7 @@ class Linear:
         name: name for messages and initializers.
         weight: `[N, K]`, any float dtype.
         bias: `[N]` or None.
-        packed: the weight as its source stores it, where that is a form the graphs can hold.
+        packed: the weight as its source stores it, if the graphs can hold that form.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Linear:
     packed: Quantized | None = None
 
     def stored(self, bits: Bits, block_size: int) -> Quantized | None:
-        """The weight without rounding, if these bits and blocks can hold it.
+        """The weight without rounding, if this bit width and block size can hold it.
 
-        It is the source's own integers, or ternary.
+        It consists of the source's own integers, or is ternary.
         """
         packed = self.packed
         if packed and (packed.bits, packed.block_size) == (bits, block_size):
@@ -57,16 +57,16 @@ class Linear:
         return self.weight.shape[1]
 
     def rows(self, start: int, stop: int, name: str) -> Linear:
-        """A part of the outputs."""
+        """A slice of the outputs."""
         bias = None if self.bias is None else self.bias[start:stop]
         return Linear(name, self.weight[start:stop], bias)
 
     def columns(self, which: npt.NDArray[np.int64], name: str) -> Linear:
-        """The part of the outputs that some of the inputs make, without the bias."""
+        """The share of the outputs that comes from some of the inputs, without the bias."""
         return Linear(name, self.weight[:, torch.from_numpy(which)])
 
     def reordered(self, order: npt.NDArray[np.int64]) -> Linear:
-        """The same outputs in another order: indices of the present ones."""
+        """The same outputs in another order, given as indices into the current one."""
         bias = None if self.bias is None else self.bias[order]
         packed = self.packed and self.packed.map(lambda array: array[order])
         return Linear(self.name, self.weight[order], bias, packed)
@@ -84,7 +84,7 @@ def stack(name: str, *parts: Linear) -> Linear:
 
 
 def _same_form(parts: Sequence[Quantized | None]) -> Quantized | None:
-    """Stacked integers where every part has them in the same form."""
+    """The stacked integers, if every part has them in the same form."""
     known = [part for part in parts if part is not None]
     forms = {(part.bits, part.block_size, part.offsets is None) for part in known}
     if len(known) < len(parts) or len(forms) > 1:
@@ -100,12 +100,12 @@ class Norm:
     bias: torch.Tensor | None = None
 
     def scaled(self, factor: float) -> Norm:
-        """The same norm with its result multiplied."""
+        """The same norm with its result multiplied by a factor."""
         bias = None if self.bias is None else self.bias.float() * factor
         return Norm(self.weight.float() * factor, bias)
 
     def reordered(self, order: npt.NDArray[np.int64] | None) -> Norm:
-        """The same norm of features in another order: indices of the present ones, of each head."""
+        """The same norm for reordered features, given as indices into those of each head."""
         if order is None:
             return self
         parts = (self.weight, self.bias)
@@ -129,7 +129,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Conv:
-    """A causal convolution of each channel alone.
+    """A causal depthwise convolution.
 
     Attributes:
         weight: `[channels, kernel]`; the last column is that of the new token.
@@ -142,13 +142,13 @@ class Conv:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a Gated DeltaNet has beside projections and convolution; H are its value heads.
+    """Weights specific to a Gated DeltaNet, which has H value heads.
 
     Attributes:
         gates: stacked projections of decay and update rate, `[2 * H, D]`.
         decay: factor on the softplus of the decay, `[H]`, negative.
-        decay_bias: added in front of it, `[H]`.
-        norm: of each head's result, `[value_dim]`.
+        decay_bias: added before the softplus, `[H]`.
+        norm: norm of each head's result, `[value_dim]`.
     """
 
     gates: Linear
@@ -159,15 +159,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The experts of a layer; E are its experts, I is the width inside one.
+    """The experts of a layer; E is their number, I the width inside one.
 
     Attributes:
-        router: scores of the experts, `[E, D]`.
-        up: stacked gate and up projections of all experts, gates and ups in turn,
+        router: projection to the scores of the experts, `[E, D]`.
+        up: stacked gate and up projections of all experts, gate and up rows alternating,
             `[E * 2 * I, D]`.
         down: stacked, `[E * D, I]`.
         shared_gate: `[1, D]`; its sigmoid multiplies what the layer's own MLP adds.
-        choice_bias: `[E]`, added to the experts' weights for the choice alone.
+        choice_bias: `[E]`, added to the experts' weights only when choosing experts.
     """
 
     router: Linear
@@ -183,31 +183,31 @@ class Layer:
 
     Attributes:
         input_norm: `[D]`, before attention.
-        qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`. Of a short
-            convolution both factors of what it reads and the one on its result, `[3 * D, D]`. Of a
-            Gated DeltaNet what its convolution reads, and the gate of its result. Where attention
-            is gated, the gates of all heads come last.
-        q_norm, k_norm: of queries and keys before their rotation: `[d]` for each head alone, or
-            of all heads together.
-        output_sub_norm: `[H * d]`, of what `output` reads.
+        qkv: stacked query, key and value projections, `[(H + 2 * H_kv) * d, D]`. For a short
+            convolution: both factors of its input and the one on its result, `[3 * D, D]`. For a
+            Gated DeltaNet: the input of its convolution, and the gate of its result. Where
+            attention is gated, the gates of all heads come last.
+        q_norm, k_norm: norms of queries and keys: `[d]` for each head separately, or one over all
+            heads together. See `Block` for their place relative to the rotation.
+        output_sub_norm: `[H * d]`, of the input of `output`.
         output: attention output projection, `[D, H * d]`.
         output_norm: `[D]`, of what attention adds to the residual stream.
-        post_norm: `[D]`, before the MLP. A parallel MLP without one reads what attention reads.
-        gate_up: stacked gate and up projections, `[2 * I, D]`; `[I, D]` where nothing is gated.
-            None, like `down`, where the layer has experts alone.
-        down_sub_norm: `[I]`, of what `down` reads.
+        post_norm: `[D]`, before the MLP. A parallel MLP without one shares attention's input.
+        gate_up: stacked gate and up projections, `[2 * I, D]`; `[I, D]` without a gate.
+            None, like `down`, where the layer has only experts.
+        down_sub_norm: `[I]`, of the input of `down`.
         down: `[D, I]`.
         down_norm: `[D]`, of what the MLP adds to the residual stream.
-        sinks: `[H]`, a score of each head that takes part in the softmax and has no value.
-        conv: of a layer that does not attend.
-        delta: of a Gated DeltaNet.
-        mixture: of experts, which compute beside the MLP or in its place.
+        sinks: `[H]`, a score for each head that takes part in the softmax but has no value.
+        conv: convolution of a layer without attention.
+        delta: weights of a Gated DeltaNet.
+        mixture: the experts, which run alongside the MLP or replace it.
         xielu: `[3]`, where the activation is xIELU: f of `f_0 x + f_1 relu(x)^2 + f_2 elu(x)`.
         v_norm: `[d]`, of each head's values.
-        per_layer_gate: `[P, D]`, what of the layer's result lets its embedding of the tokens in.
-        per_layer_output: `[D, P]`, what that adds to the residual stream.
+        per_layer_gate: `[P, D]`, from the layer's result to the gate on its token embedding.
+        per_layer_output: `[D, P]`, projects the gated embedding to the residual stream.
         per_layer_norm: `[D]`, of what is added.
-        factor: `[1]`, on the whole result.
+        factor: `[1]`, multiplies the whole result.
     """
 
     input_norm: Norm | None
@@ -235,7 +235,7 @@ class Layer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """All matrix products that precisions differ in."""
+        """All matrix products whose precision varies between variants."""
         mixture = self.mixture
         experts = () if mixture is None else (mixture.up, mixture.down)
         ends = (self.per_layer_gate, self.per_layer_output)
@@ -244,7 +244,7 @@ class Layer:
 
     @property
     def small(self) -> tuple[Linear | Norm | torch.Tensor, ...]:
-        """What is never rounded of a Gated DeltaNet, beside norms and convolution."""
+        """What is never rounded in a Gated DeltaNet, apart from norms and convolution."""
         delta = self.delta
         return () if delta is None else (delta.gates, delta.decay, delta.decay_bias, delta.norm)
 
@@ -261,10 +261,10 @@ class PerLayer:
     """Embeddings of the tokens for each layer, of width P.
 
     Attributes:
-        table: `[V, L * P]`, which stays on disk; few rows are read at a time.
-        scale: on its rows.
+        table: `[V, L * P]`, which stays on disk; a few rows are read at a time.
+        scale: factor on its rows.
         projection: of the token embedding that the first layer reads, `[L * P, D]`, added to them.
-        norm: `[P]`, of what that gives for each layer.
+        norm: `[P]`, of the result of that projection for each layer.
     """
 
     table: Matrix
@@ -283,12 +283,12 @@ class Head:
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors that cost nothing: norms and the embedding take them in.
+    """Factors that cost nothing: they are folded into norms and the embedding.
 
     Attributes:
         embedding: on the token embedding.
-        stream: hidden states of transformers, as a multiple of those of the graphs.
-        residual: on what attention and MLP add to the residual stream, which their norms take in.
+        stream: hidden states in transformers, as a multiple of those in the graphs.
+        residual: on what attention and MLP add to the residual stream; folded into their norms.
         logit: on the logits, before their softcap.
     """
 
@@ -311,7 +311,7 @@ class ModelSpec:
         embedding_normed: whether the first layer reads token embeddings through a norm, which has
             no weights.
         mixers: see `Manifest`.
-        recurrence: likewise.
+        recurrence: see `Manifest`.
     """
 
     facts: ModelFacts
@@ -324,7 +324,7 @@ class ModelSpec:
     recurrence: Recurrence | None = None
 
     def dims(self, target: Target, layer: int | None = None) -> Dims:
-        """What the ports of the model's graphs depend on, or those of a layer."""
+        """Dimensions that the ports of the model's graphs, or of one layer's graphs, depend on."""
         attention = None if layer is None else self.attention[layer]
         width = self.block.per_layer_width
         return Dims.of(self.facts, self.ropes, target, self.recurrence, width, attention)
@@ -334,7 +334,7 @@ class ModelSpec:
         return layer_ports(self.dims(target, layer), self.mixer_of(layer))
 
     def attends(self, layer: int) -> bool:
-        """Whether it has attention, of either kind."""
+        """Whether the layer has attention, of either kind."""
         return self.mixer_of(layer) in ATTENTIONS
 
     def heads_of(self, layer: int) -> tuple[int, int]:
@@ -342,15 +342,15 @@ class ModelSpec:
         return self.facts.heads_of(self.attention[layer])
 
     def mixer_of(self, layer: int) -> Mixer:
-        """What lets the tokens of a layer see each other."""
+        """What mixes the tokens in a layer."""
         return self.mixers[layer] if self.mixers else "attention"
 
 
 def recurrent_sizes(spec: ModelSpec) -> tuple[int, tuple[int, ...]]:
-    """Sizes of a layer that does not attend.
+    """Sizes of a layer without attention.
 
     Returns:
-        Width of what its output projection reads, and rows of the parts of its input projection.
+        Input width of its output projection, and rows of the parts of its input projection.
     """
     sizes, width = spec.recurrence, spec.facts.hidden_size
     assert sizes is not None
@@ -363,7 +363,7 @@ def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
     """Reads a weight and checks it.
 
     Raises:
-        SourceError: missing, of another shape than the config says, or damaged.
+        SourceError: the weight is missing, damaged, or not of the shape that the config implies.
     """
     tensor = weights[name]
     check_shape(name, tuple(tensor.shape), shape)
@@ -371,10 +371,10 @@ def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Refuses a weight of another shape than the config says.
+    """Refuses a weight whose shape differs from the one that the config implies.
 
     Raises:
-        SourceError: it has one.
+        SourceError: the shapes differ.
     """
     if found != wanted:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""What the families have in common: from config and weights to the description in `base`."""
+"""The common part of all families: maps config and weights to the description in `base`."""
 
 from __future__ import annotations
 
@@ -65,27 +65,27 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 
 @dataclass(frozen=True)
 class Decoder:
-    """A dense decoder, as Llama is one unless told; a family that computes otherwise overrides.
+    """A dense decoder, with Llama's defaults; a family that computes differently overrides methods.
 
     Attributes:
-        names: of its weights.
-        recurrent_names: of those of its layers that do not attend.
-        windows: layers that see the last tokens only, as many as the config's `sliding_window`:
-            `listed` are those that its `layer_types` call so.
+        names: names of its weights.
+        recurrent_names: names of the weights of its layers without attention.
+        windows: layers that see only the last `sliding_window` (from the config) tokens; `listed`
+            means those that the config's `layer_types` marks so.
         rotates: layers that have a rotary embedding: all, those with a window, or those with a
             window in a model that has windows.
         pairs: dimensions of a head that rotate together.
         norm: see `Block`.
-        norm_epsilon: of norms, where the config has none.
+        norm_epsilon: epsilon of norms; None reads the config's.
         norm_offset: added to the weights of norms when they are read.
-        norm_weights: whether norms have some.
-        heads_together: the norm of queries, and that of keys, takes all heads as one.
+        norm_weights: whether norms have weights.
+        heads_together: whether the norms of queries and keys each span all heads.
         heads_normed: see `Block`.
-        inner: key of the config for the width inside the MLP.
+        inner: config key for the width inside the MLP.
         gated: see `Block`.
-        parallel: see `Block`; a string is a key of the config.
-        refused: keys of the config that ask for what the graphs do not have, where they are set.
-        needed: likewise, where they are not set.
+        parallel: see `Block`; a string is a config key.
+        refused: config keys that, when set, ask for something the graphs do not have.
+        needed: config keys that do so when not set.
         embedding_normed: see `ModelSpec`.
     """
 
@@ -113,7 +113,7 @@ class Decoder:
         Raises:
             UnsupportedError: the config asks for something that the graphs do not have.
             ContextLengthError: the model cannot have such a context.
-            SourceError: the config says what cannot be.
+            SourceError: the config has an impossible value.
         """
         what = f"the configuration of {name}"
         spec = readable(what, lambda: self._described(name, config, max_length))
@@ -183,7 +183,7 @@ class Decoder:
         )
 
     def experts(self, config: PretrainedConfig) -> Experts | None:
-        """Of layers with a mixture of experts; a family that has them overrides."""
+        """Sizes of the mixtures of experts; a family that has them overrides this."""
         for key in _EXPERTS:
             if (count := getattr(config, key, None) or 1) > 1:
                 what = f"mixtures of experts are not supported in {config.model_type}"
@@ -191,11 +191,11 @@ class Decoder:
         return None
 
     def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
-        """Of each layer, see `Manifest`; empty where all attend."""
+        """Mixer of each layer, see `Manifest`; empty where all layers have attention."""
         return ()
 
     def recurrence(self, config: PretrainedConfig) -> Recurrence | None:
-        """Sizes of the layers that do not attend."""
+        """Sizes of the layers without attention."""
         return None
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
@@ -207,7 +207,7 @@ class Decoder:
         return None
 
     def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
-        """Of one layer, in contexts of `length` tokens."""
+        """Attention of one layer, in contexts of `length` tokens."""
         kind, window = self.layer_type(config, layer), self.window(config, layer, length)
         if kind == "full_attention" and self.rotates != "all":
             if self.rotates == "windows" or config.sliding_window is not None:
@@ -216,7 +216,7 @@ class Decoder:
         return Attention(rope=LAYER_TYPES.index(kind) if several else 0, window=window)
 
     def window(self, config: PretrainedConfig, layer: int, length: int) -> int | None:
-        """Tokens that a layer sees, in contexts of `length` tokens; None where it sees all."""
+        """Number of tokens that a layer sees, in contexts of `length` tokens; None for all."""
         sliding = self.layer_type(config, layer) == "sliding_attention"
         window = config.sliding_window if sliding else None
         return None if window is None or window >= length else int(window)
@@ -241,7 +241,7 @@ class Decoder:
         return Scales()
 
     def per_layer(self, weights: Weights, spec: ModelSpec) -> PerLayer | None:
-        """What each layer reads of the tokens themselves."""
+        """The token embeddings that each layer reads directly."""
         return None
 
     def embedding(self, weights: Weights, spec: ModelSpec) -> torch.Tensor:
@@ -313,7 +313,7 @@ class Decoder:
     def inside(
         self, weights: Weights, names: Names, index: int, spec: ModelSpec
     ) -> tuple[Names, int]:
-        """Names of a layer's weights, and the width inside its MLP."""
+        """Names of a layer's weights, and the inner width of its MLP."""
         return names, spec.facts.intermediate_size
 
     def xielu(self, weights: Weights, prefix: str) -> torch.Tensor:
@@ -322,7 +322,7 @@ class Decoder:
             F.softplus(take(weights, f"{prefix}mlp.act_fn.{name}", 1).float())
             for name in ("alpha_p", "alpha_n")
         )
-        beta = f"{prefix}mlp.act_fn.beta"  # models of random weights store none
+        beta = f"{prefix}mlp.act_fn.beta"  # models with random weights store none
         linear = weights[beta].float().reshape(1) if beta in weights else square.new_full([1], 0.5)
         # For x < 0 it is `a (exp(x) - 1 - x) + beta x`, with a = softplus(alpha_n) + beta.
         return torch.cat([-expm1, square, linear + expm1])
@@ -334,7 +334,7 @@ class Decoder:
     def head(self, weights: Weights, spec: ModelSpec) -> Head:
         """Final norm and LM head; the head may be the embedding (tied)."""
         facts, names = spec.facts, self.names
-        # As transformers: a head that is stored counts, whatever the config says about it.
+        # As in transformers: a stored head is used, whatever the config says about it.
         name = names.head if f"{names.head}.weight" in weights else names.embedding
         linear = linear_at(weights, name, "lm_head", facts.vocab_size, facts.hidden_size)
         norm = self._norm(weights, names.final_norm, facts.hidden_size)
@@ -342,7 +342,7 @@ class Decoder:
         return Head(norm if scale == 1.0 else norm.scaled(scale), linear)
 
     def head_order(self, rope: Rope, head: int) -> npt.NDArray[np.int64] | None:
-        """Where the dimensions of heads come from; None where they stay."""
+        """Source index of each dimension of a head; None where the order stays."""
         return head_order(rope, head, self.pairs)
 
     def _norm(self, weights: Weights, name: str, size: int) -> Norm:
@@ -355,7 +355,7 @@ class Decoder:
 
 
 def _paired(qkv: Linear, count: int, order: npt.NDArray[np.int64] | None) -> Linear:
-    """Brings the dimensions of query and key heads into the order of the rotation."""
+    """Reorders the dimensions of query and key heads for the rotation."""
     if order is None:
         return qkv
     heads = np.arange(count) * len(order)
@@ -368,7 +368,7 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def linear_at(weights: Weights, name: str, short: str, rows: int, columns: int) -> Linear:
-    """The linear layer `[rows, columns]` below a name, with its bias and integers, if any."""
+    """The linear layer `[rows, columns]` under a name, with its bias and integers, if any."""
     weight, bias = f"{name}.weight", f"{name}.bias"
     return Linear(
         short,

@@ -1,4 +1,4 @@
-"""The model families: what each of them has otherwise than Llama, by its `model_type`."""
+"""The model families: how each differs from Llama, by its `model_type`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dash_onnx.exporters.sources.source import check_supported
 
 
 class Gemma(Decoder):
-    """Gemma: weights of norms are stored less 1, and embeddings multiplied."""
+    """Gemma: norm weights are stored minus 1, and embeddings are multiplied."""
 
     def block(self, config: PretrainedConfig) -> Block:
         """See `Decoder`."""
@@ -63,11 +63,11 @@ class HeadByHead(Decoder):
 
 
 class Granite(Decoder):
-    """Granite 3 and 4 (dense): Llama with multipliers, none of which costs anything.
+    """Granite 3 and 4 (dense): Llama with multipliers, none of which adds any cost.
 
     Layers add m times their result to the residual stream. The graphs keep the stream divided by
-    m: then layers add their result as it is, and norms, which take any factor out, only need their
-    epsilon divided by m^2.
+    m: then layers add their result as it is, and norms, which are invariant to scale, only need
+    their epsilon divided by m^2.
     """
 
     def block(self, config: PretrainedConfig) -> Block:
@@ -87,7 +87,7 @@ class Granite(Decoder):
 
 
 class GraniteHybrid(Granite):
-    """Granite 4 where all layers attend: its small models, some of which rotate nothing."""
+    """Granite 4 with attention in all layers: the small models, some without a rotary embedding."""
 
     def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
         """See `Decoder`."""
@@ -95,7 +95,7 @@ class GraniteHybrid(Granite):
         return Attention(rope=rope, window=self.window(config, layer, length))
 
     def layer_type(self, config: PretrainedConfig, layer: int) -> str:
-        """See `Decoder`; transformers calls what the files call `mamba` otherwise."""
+        """See `Decoder`; transformers has another name for what the files call `mamba`."""
         if config.layer_types[layer] == "linear_attention":
             raise UnsupportedError(
                 f"layer {layer} is Mamba 2; of {config.model_type} only models with attention "
@@ -112,7 +112,7 @@ class GraniteSWA(Granite):
     """Granite with windows and sinks; each layer may have a rotary embedding of its own."""
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
-        """See `Decoder`; at least one, though no layer may rotate anything."""
+        """See `Decoder`; at least one, even if no layer rotates anything."""
         bases = self._bases(config) or [config.rope_parameters["rope_theta"]]
         return tuple(rope_of(config, length, base=base) for base in bases)
 
@@ -127,7 +127,7 @@ class GraniteSWA(Granite):
 
 
 class HyperCLOVAX(Decoder):
-    """HyperCLOVA X: Granite's multipliers; the norms of what a layer adds take in their own."""
+    """HyperCLOVA X: Granite's multipliers; the residual one is folded into the output norms."""
 
     def block(self, config: PretrainedConfig) -> Block:
         """See `Decoder`."""
@@ -152,7 +152,7 @@ class Cohere(Decoder):
 
 
 class Ministral3(Decoder):
-    """Ministral 3: queries grow with their position."""
+    """Ministral 3: queries are scaled up with their position."""
 
     def query_scale(self, config: PretrainedConfig, length: int) -> QueryScale | None:
         """See `Decoder`."""
@@ -165,7 +165,7 @@ class NanoChat(Decoder):
     """nanochat: norms of queries and keys have no weights, so they may come before the rotation."""
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
-        """See `Decoder`; norms that come after the rotation take any factor of it out."""
+        """See `Decoder`; norms after the rotation cancel any factor on it."""
         return tuple(replace(rope, attention_scaling=1.0) for rope in super().ropes(config, length))
 
 
@@ -327,14 +327,14 @@ REGISTRY: dict[str, Decoder] = {
         Names(post_norm="pre_feedforward_layernorm"), windows="listed", norm_offset=1.0
     ),
 }
-"""What each family has otherwise than Llama."""
+"""How each family differs from Llama."""
 
 
 def architecture_of(config: PretrainedConfig) -> Decoder:
     """The family of a model.
 
     Raises:
-        UnsupportedError: none of ours.
+        UnsupportedError: no supported family.
     """
     check_supported(config.model_type, REGISTRY)
     return REGISTRY[config.model_type]

@@ -31,15 +31,15 @@ _TABLE = "model.embed_tokens_per_layer.weight"
 _PROJECTION, _PROJECTION_NORM = (
     f"model.per_layer_{name}.weight" for name in ("model_projection", "projection_norm")
 )
-_SHARE = 2.0**-0.5  # of the table's row and of the projection, in their sum
+_SHARE = 2.0**-0.5  # weight of the table's row and of the projection in their sum
 
 
 class Gemma4(Decoder):
-    """Gemma 4's dense language models; heads of layers with a window differ from the others."""
+    """Gemma 4's dense language models; layers with a window have heads of another size."""
 
     def _described(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
         by_layer = tuple(config.per_layer_config)
-        first = copy.copy(by_layer[0])  # whose sizes count as those of the model
+        first = copy.copy(by_layer[0])  # the layers whose sizes count as the model's
         first.by_layer = by_layer
         return super()._described(name, first, max_length)
 
@@ -65,7 +65,7 @@ class Gemma4(Decoder):
         return tuple("shared_attention" if mode == "reuse" else "attention" for mode in modes)
 
     def ropes(self, config: PretrainedConfig, length: int) -> tuple[Rope, ...]:
-        """See `Decoder`; of layers of each type. `proportional` pairs the halves of whole heads."""
+        """See `Decoder`; one per layer type. `proportional` pairs the halves of whole heads."""
         found = []
         for kind in (kind for kind in LAYER_TYPES if kind in config.layer_types):
             own = config.by_layer[config.layer_types.index(kind)]
@@ -77,7 +77,7 @@ class Gemma4(Decoder):
         return tuple(found)
 
     def head_order(self, rope: Rope, head: int) -> None:
-        """See `Decoder`: what does not turn stays between what does."""
+        """See `Decoder`: dimensions that are not rotated stay between those that are."""
 
     def attention(self, config: PretrainedConfig, layer: int, length: int) -> Attention:
         """See `Decoder`."""
@@ -99,7 +99,7 @@ class Gemma4(Decoder):
         query, key, value = names.qkv
         prefix = f"{names.layers}.{index}."
         inner = weights.shape(f"{prefix}{names.gate_up[0]}.weight")[0]  # use_double_wide_mlp
-        if spec.mixer_of(index) == "shared_attention":  # files may hold K/V weights all the same
+        if spec.mixer_of(index) == "shared_attention":  # files may hold K/V weights anyway
             return replace(names, qkv=(query,), k_norm=None), inner
         if f"{prefix}{value}.weight" not in weights:  # attention_k_eq_v
             value = key

@@ -1,4 +1,4 @@
-"""Families some of whose layers keep a state of fixed size in place of K/V."""
+"""Families in which some layers keep a state of fixed size instead of K/V."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from dash_onnx.exporters.sources import Weights
 
 @dataclass(frozen=True)
 class Hybrid(Decoder):
-    """Decoders that attend in some layers and not in others.
+    """Decoders with attention in some layers only.
 
     Attributes:
-        conv: name of the convolution of a layer that does not attend.
+        conv: name of the convolution of a layer without attention.
     """
 
     conv: str = ""
@@ -48,11 +48,11 @@ class Hybrid(Decoder):
         )
 
     def recurrent_input(self, stacked: Linear) -> Linear:
-        """Puts rows of the input projection into the order of the graphs, see `Layer`."""
+        """Reorders the rows of the input projection for the graphs, see `Layer`."""
         return stacked
 
     def delta(self, weights: Weights, prefix: str, spec: ModelSpec) -> Delta | None:
-        """What a Gated DeltaNet has beside projections and convolution."""
+        """The weights specific to a Gated DeltaNet."""
         return None
 
     def _conv(self, weights: Weights, name: str, sizes: Recurrence | None) -> Conv:
@@ -91,7 +91,7 @@ class Lfm2(Hybrid):
 
 
 class Qwen35(Hybrid):
-    """Qwen 3.5: Gated DeltaNet in three layers of four, gated attention in the others."""
+    """Qwen 3.5: Gated DeltaNet in three of four layers, gated attention in the others."""
 
     def mixers(self, config: PretrainedConfig) -> tuple[Mixer, ...]:
         """See `Decoder`."""
@@ -113,7 +113,7 @@ class Qwen35(Hybrid):
         return replace(super().block(config), heads_gated=True)
 
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
-        """See `Decoder`: each head's gate is behind its query; all gates come last."""
+        """See `Decoder`: stored with each head's gate after its query; here all gates come last."""
         heads, size = spec.facts.num_heads, spec.facts.head_dim
         rows = np.arange(stacked.out_features)
         queries, gates = rows[: 2 * heads * size].reshape(heads, 2, size).swapaxes(0, 1)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Names:
-    """Weight names of a family, those of a layer below `layers.N.`; None: there is none.
+    """Weight names of a family, those of a layer relative to `layers.N.`; None: no such weight.
 
     Attributes:
-        qkv: of the query, key and value projection; one name where the model has them stacked.
-        gate_up: of the gate and the up projection; one name where the model has them stacked, or
-            where nothing is gated.
+        qkv: query, key and value projections; one name where the model stores them stacked.
+        gate_up: gate and up projections; one name where the model stores them stacked, or has no
+            gate.
     """
 
     embedding: str = "model.embed_tokens"
@@ -35,10 +35,10 @@ class Names:
 
 
 LLAMA = Names()
-"""Those that most families have."""
+"""The names in most families."""
 
 HEAD_NORMS = Names(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-"""With norms of queries and keys, as most later ones have."""
+"""With norms of queries and keys, as in most later families."""
 
 GEMMA = Names(
     output_norm="post_attention_layernorm",
@@ -51,4 +51,4 @@ GEMMA3 = replace(GEMMA, q_norm=HEAD_NORMS.q_norm, k_norm=HEAD_NORMS.k_norm)
 """With both."""
 
 NORMS_BEHIND = replace(GEMMA3, input_norm=None, post_norm=None)
-"""With norms behind attention and MLP alone, and norms of queries and keys."""
+"""With norms only after attention and MLP, and norms of queries and keys."""

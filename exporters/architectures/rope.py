@@ -1,12 +1,13 @@
 """Rotary position embeddings of every kind, as inverse frequencies and one factor.
 
-`dynamic` and `longrope` change their frequencies when a context outgrows what the model was
-trained on first. K/V that are cached cannot follow, so the export decides: contexts of at most
-that length take the original frequencies, longer ones those for `max_length` tokens.
+`dynamic` and `longrope` change their frequencies when a context outgrows the model's original
+training length. Cached K/V cannot follow, so the export decides: contexts of at most that length
+use the original frequencies, longer ones those for `max_length` tokens.
 
 ONNX Runtime's attention rotates multiples of 16 dimensions. Where a model rotates another number,
-all of a head are rotated, most by nothing, and `head_order` brings the pairs where they belong.
-So it does where a model pairs other dimensions than the two halves of what it rotates.
+all dimensions of a head are rotated, most of them by zero, and `head_order` moves the pairs to
+their places. It also does so where a model pairs other dimensions than the two halves of the
+rotated part.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from dash_onnx.core.errors import ContextLengthError, SourceError, UnsupportedEr
 from dash_onnx.core.facts import Rope
 
 Pairs = Literal["halves", "swapped", "neighbours"]
-"""The dimensions of a head that rotate together: j of the first and of the second half of what is
-rotated, the same but in the other direction, or 2 j and 2 j + 1."""
+"""The dimensions of a head that rotate together: j of the first and of the second half of the
+rotated part, the same in the opposite direction, or 2 j and 2 j + 1."""
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Types of layers, in the order of their rotary embeddings where these differ."""
+"""Layer types, in the order of their rotary embeddings where these differ."""
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def context_length(config: PretrainedConfig, asked: int | None) -> int:
-    """Tokens of context: what was asked for, or what the model needs no other frequencies for.
+    """Context length in tokens: as requested, or the longest that needs no change of frequencies.
 
     Raises:
-        ContextLengthError: more than the model can do.
+        ContextLengthError: the request exceeds what the model supports.
     """
     usual = longest = int(config.max_position_embeddings)
     parameters: dict[str, Any] = config.rope_parameters or {}
@@ -69,14 +70,14 @@ def rope_of(
     """The rotary embedding for contexts of at most `length` tokens.
 
     Args:
-        config: of the model.
-        length: of the context.
+        config: config of the model.
+        length: length of the context.
         layer_type: which of the config's embeddings, where layers have different ones.
-        base: of the frequencies, instead of the config's.
+        base: base of the frequencies, instead of the config's.
 
     Raises:
-        UnsupportedError: of another kind.
-        SourceError: its base is none.
+        UnsupportedError: the kind of embedding is not supported.
+        SourceError: its base is not valid.
     """
     parameters: dict[str, Any] = config.rope_parameters or {}
     if layer_type is not None:
@@ -106,10 +107,10 @@ def rope_of(
 
 
 def widened(rope: Rope, head: int) -> Rope:
-    """The rotation of heads of `head` dimensions, in `head_order`, as ONNX Runtime can do it.
+    """The rotation of heads of `head` dimensions, in `head_order`, as ONNX Runtime supports it.
 
     Raises:
-        UnsupportedError: it cannot.
+        UnsupportedError: it does not.
     """
     pairs = len(rope.inv_freq)
     if pairs % 8 == 0 and head % 8 == 0:
@@ -123,10 +124,10 @@ def widened(rope: Rope, head: int) -> Rope:
 
 
 def head_order(rope: Rope, head: int, pairs: Pairs = "halves") -> npt.NDArray[np.int64] | None:
-    """Where the dimensions of a head come from; None where they stay.
+    """Source index of each dimension of a head; None where the order stays.
 
-    The graphs rotate dimension j with j + r / 2, of r that they rotate: the pairs that turn come
-    first in both halves, in front of what the model does not rotate.
+    The graphs rotate dimension j with j + r / 2, r being the number they rotate: the pairs that
+    rotate come first in both halves, before the dimensions that the model does not rotate.
     """
     count, half = int(np.count_nonzero(rope.inv_freq)), len(rope.inv_freq)
     turned, still = np.arange(2 * count), np.arange(2 * count, head)

@@ -1,4 +1,4 @@
-"""Families some of whose layers have a mixture of experts in place of their MLP, or beside it."""
+"""Families in which some layers have a mixture of experts instead of, or alongside, the MLP."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Sparse(Decoder):
     """Decoders with experts in the layers that have a router.
 
     Attributes:
-        mixture: name of all that a layer has for its experts: their weights, stacked as in
-            transformers, and the router's.
-        router: name of the router in it.
-        expert_count: key of the config for the experts of a layer.
-        expert_width: key of the config for the width inside an expert.
-        shared: names in a layer whose MLP computes beside the experts.
+        mixture: prefix of the expert weights of a layer, which are stacked as in transformers, and
+            of the router's.
+        router: name of the router under it.
+        expert_count: config key for the number of experts in a layer.
+        expert_width: config key for the width inside an expert.
+        shared: names in a layer whose MLP runs alongside the experts.
     """
 
     mixture: str = "mlp"
@@ -106,7 +106,7 @@ class Sparse(Decoder):
 
 @dataclass(frozen=True)
 class Lfm2Moe(Sparse, Lfm2):
-    """LFM 2 with experts behind its first layers: the router's scores are independent."""
+    """LFM 2 with experts after its first layers: the router's scores are independent."""
 
     def inner_size(self, config: PretrainedConfig) -> int:
         """See `Decoder`."""

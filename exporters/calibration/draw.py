@@ -1,4 +1,4 @@
-"""Draws token sequences from the user's texts: spread over each, in the shares of their weights."""
+"""Draws token sequences from the user's texts: spread over each, in proportion to the weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
 from dash_onnx.exporters.calibration.texts import TextSource, names_of
 
-_CHARACTERS = 16  # read for each token that is wanted: far more than one takes in any language
-_SPLIT = 1.1  # tokens per character; a character that the tokenizer knows takes one at most
-_SAMPLE = 65536  # characters that this is measured on
+_CHARACTERS = 16  # read for each requested token: far more than a token takes in any language
+_SPLIT = 1.1  # tokens per character; a character known to the tokenizer takes at most one
+_SAMPLE = 65536  # characters on which this is measured
 
 _log = logging.getLogger(__name__)
 _warned: WeakSet[TextSource] = WeakSet()  # export and training both read a source: once is enough
@@ -34,19 +34,19 @@ def draw(
 ) -> Ids:
     """Token ids `[B, length]`, int64, in the order of the sources.
 
-    Without weights the sources are one text after the other, so that each counts by its size.
+    Without weights the sources are concatenated, so that each counts by its size.
 
     Args:
-        sources: one at least; all have weights or none has.
+        sources: at least one; either all have weights or none has.
         render: turns a conversation into text.
-        encode: tokenizes, to `[S]`.
-        sequences: that are wanted: B, or less where the texts hold less.
-        length: tokens of a sequence.
-        least: tokens that the texts must hold.
-        purpose: of the tokens, for messages.
+        encode: tokenizes to `[S]`.
+        sequences: requested number of sequences; B is lower where the texts are too short.
+        length: tokens per sequence.
+        least: minimum number of tokens that the texts must hold.
+        purpose: what the tokens are for, in messages.
 
     Raises:
-        SourceError: a source cannot be read, or they hold too little.
+        SourceError: a source cannot be read, or the texts are too short.
     """
     passage = _CHARACTERS * length
     characters = sequences * passage
@@ -59,7 +59,7 @@ def draw(
     else:
         texts, weights = [encode(_joined(parts, characters, passage))], [1.0]
     shares = [weight / sum(weights) for weight in weights]
-    # The shares hold even where one text is short: then there are fewer tokens in all.
+    # The shares are kept even where one text is short: then there are fewer tokens in total.
     allowed = [int(len(ids) / share) for ids, share in zip(texts, shares, strict=True)]
     if (most := min(allowed)) < least:
         found = f"{names_of(sources)} has {most} tokens"
@@ -81,7 +81,7 @@ def draw(
 
 
 def _joined(parts: Sequence[Excerpt], characters: int, passage: int) -> str:
-    """All of them as one text; of each as much as its size deserves where that is too much."""
+    """All parts as one text; if that is too long, each part is cut in proportion to its size."""
     total = sum(part.size for part in parts)
     if total <= characters:
         return BETWEEN.join(part.text for part in parts)
@@ -91,7 +91,7 @@ def _joined(parts: Sequence[Excerpt], characters: int, passage: int) -> str:
 
 
 def _counts(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
-    """Sequences of each text, by largest remainders; `total` in all if the limits allow it."""
+    """Number of sequences per text, by largest remainder; sums to `total` if the limits allow."""
     wanted = [total * share for share in shares]
     counts = [min(int(number), limit) for number, limit in zip(wanted, limits, strict=True)]
     for _ in range(total - sum(counts)):

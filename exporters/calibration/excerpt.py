@@ -1,4 +1,4 @@
-"""An excerpt of a text: passages from all over it, for a text may be larger than is needed."""
+"""An excerpt of a text: passages from all over it, since a text may be larger than needed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Excerpt:
     """Part of what a source holds.
 
     Attributes:
-        text: of all of its parts.
-        size: characters of the whole source, estimated where it is not read to its end.
+        text: its parts, joined.
+        size: characters in the whole source, estimated where it is not read to its end.
     """
 
     text: str
@@ -22,12 +22,12 @@ class Excerpt:
 
 
 def excerpt(text: str, characters: int, passage: int) -> str:
-    """A text of about `characters` characters at most: whole, or passages at equal distances.
+    """The whole text, or evenly spaced passages, about `characters` characters at most.
 
     Args:
-        text: to take it from.
-        characters: that are wanted.
-        passage: characters of each passage.
+        text: the text to take it from.
+        characters: requested length.
+        passage: characters per passage.
     """
     if len(text) <= characters:
         return text

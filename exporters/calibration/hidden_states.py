@@ -1,4 +1,4 @@
-"""Hidden states of the calibration tokens, on disk: they outlive the process and fill no memory."""
+"""Hidden states of the calibration tokens, on disk: they outlive the process and take no memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class HiddenStateFile:
 
     def __getitem__(self, sequences: slice) -> HiddenStates:
         """Reads some sequences."""
-        # A copy, whose file is mapped no longer than it takes.
+        # A copy, so that the file is mapped only while it is read.
         return np.array(np.load(self.path, mmap_mode="r")[sequences])
 
     def __len__(self) -> int:
@@ -42,6 +42,6 @@ class HiddenStateFile:
         return int(np.load(self.path, mmap_mode="r").shape[0])
 
     def batches(self, first: int = 0) -> Iterator[HiddenStates]:
-        """A few sequences after the other, from the first that is wanted."""
+        """Batches of a few sequences, in order, starting at a given one."""
         for start in range(first, len(self), BATCH):
             yield self[start : start + BATCH]

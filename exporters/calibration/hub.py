@@ -22,22 +22,22 @@ _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class HubDataset:
-    """The rows of one split; they are read when text is asked for.
+    """The rows of one split; they are read when text is requested.
 
     Attributes:
-        name: the spelling, without the path of a local folder: bundles are given away.
+        name: the spelling, without the path of a local folder, since bundles are shared.
     """
 
     def __init__(self, spelling: str):
-        """Takes the spelling apart.
+        """Parses the spelling.
 
         Args:
             spelling: `FORM`. DATASET is a hub id (`org/name`) or a local folder. An empty SPLIT
-                is `train`, or the only one; without COLUMN the columns are named as the keys of
-                JSON lines.
+                is `train`, or the only one; without COLUMN the columns are found by the
+                names that the keys of JSON lines have.
 
         Raises:
-            SourceError: it is not of this form.
+            SourceError: the spelling does not have this form.
         """
         parts = spelling.removeprefix(PREFIX).split(":")
         dataset, _, self._config = parts[0].partition(",")
@@ -79,12 +79,12 @@ class HubDataset:
         return Excerpt(BETWEEN.join(parts), size * total // read)
 
     def sha256(self) -> str:
-        """Of the dataset's fingerprint, which identifies its revision, configuration and split."""
+        """Hash of the dataset's fingerprint: it identifies revision, configuration and split."""
         content = f"{self._rows._fingerprint} {self._column}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _text(self, row: dict[str, Any], index: int, render: Render) -> str:
-        """Of one row; empty where its columns are, as in many a dataset."""
+        """Text of one row; empty if its columns are, as happens in many datasets."""
         where = f"{self._spelling}, row {index},"
         record = row
         if self._column:
@@ -99,7 +99,7 @@ class HubDataset:
 
     @cached_property
     def _rows(self) -> Any:
-        """The split, with no columns but those of the text."""
+        """The split, with only the text columns."""
         splits = self._load()
         split = self._split or (next(iter(splits)) if len(splits) == 1 else "train")
         if split not in splits:
@@ -112,7 +112,7 @@ class HubDataset:
         return rows.select_columns(names)
 
     def _columns(self, names: list[str]) -> list[str]:
-        """Those that hold the text, of all."""
+        """The columns that hold the text."""
         known = [("text",), ("messages",)] + ([(*ASKED, *ANSWERED)] if _pair(names) else [])
         wanted = [(self._column,)] if self._column else known
         for choice in wanted:
@@ -136,7 +136,7 @@ class HubDataset:
                 f"{self._spelling}: {self._dataset} is neither a folder nor the id of a dataset "
                 "(org/name)"
             )
-        for name in ("datasets", "huggingface_hub"):  # a line for each of many attempts
+        for name in ("datasets", "huggingface_hub"):  # they log a line for each of many attempts
             logging.getLogger(name).setLevel(logging.CRITICAL)
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
@@ -153,13 +153,13 @@ class HubDataset:
                 f"{self._spelling}: the hub has no dataset {self._dataset}, or it is gated or "
                 "private: check the name, or run `hf auth login`"
             ) from None
-        except Exception as error:  # of others' files, so of any kind
+        except Exception as error:  # third-party files can raise anything
             reason = _line(error.__cause__ or error)
             remedy = f"; choose one, {FORM}" if "onfig" in reason else ""
             raise SourceError(f"{self._spelling} cannot be opened: {reason}{remedy}") from None
 
     def _downloaded(self) -> str:
-        """The folder that `hf download` left, which the library overlooks without a network."""
+        """The folder that `hf download` left, which the library overlooks when offline."""
         from huggingface_hub import constants, snapshot_download
 
         try:

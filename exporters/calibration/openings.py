@@ -1,7 +1,7 @@
 """How the documents that a model writes itself begin.
 
-A model that goes on from nothing writes what a sampler falls into: rows of one word, lists without
-an end. From a few words of an ordinary sentence it writes ordinary text.
+A model that starts from nothing degenerates: it repeats one word, or writes endless lists. From a
+few words of an ordinary sentence it writes ordinary text.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def openings(
     """First tokens of documents of many kinds and some languages.
 
     Args:
-        encode: text -> token ids, with what the model's tokenizer puts before a text.
-        count: of documents; each opening comes once before any comes again.
-        length: tokens of a document, at least half of which the model writes.
-        generator: of their order.
+        encode: text -> token ids, including what the model's tokenizer puts before a text.
+        count: number of documents; every opening is used once before any is reused.
+        length: tokens per document, at least half of which the model writes.
+        generator: determines their order.
     """
     order = np.concatenate(
         [generator.permutation(len(OPENINGS)) for _ in range(-(-count // len(OPENINGS)))]
     )
     most = max(length // 2, 1)
     found = [encode(OPENINGS[number])[:most].tolist() for number in order[:count]]
-    return [tuple(ids) or (0,) for ids in found]  # a vocabulary may know none of the words
+    return [tuple(ids) or (0,) for ids in found]  # a vocabulary may have none of the words

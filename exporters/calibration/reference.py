@@ -1,4 +1,4 @@
-"""The source model in transformers with its weights streamed: only a few layers in memory."""
+"""The source model in transformers with streamed weights: only a few layers in memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dash_onnx.exporters.sources import Source, Table
 
-_KEEP_BYTES = 1 << 30  # layers stay loaded when all of them fit into this in FP32
+_KEEP_BYTES = 1 << 30  # layers stay loaded if all of them in FP32 fit in this
 
 
 def streamed_model(source: Source) -> PreTrainedModel:
     """Builds the transformers model in FP32, each decoder layer loaded only while it runs.
 
-    Of embeddings for layers, only the rows of the tokens that come are loaded.
+    Only the rows of per-layer embeddings that the tokens use are loaded.
 
     Source: the hooks follow the idea of accelerate's disk offloading; here the weights come
     from any `Weights`, GGUF included.

@@ -1,4 +1,4 @@
-"""Runs freshly written graphs over the calibration tokens: the load test and the figures."""
+"""Runs freshly written graphs over the calibration tokens, as a load test and for the figures."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from dash_onnx.exporters.graphs import HIDDEN, KVScales
 from dash_onnx.runtime.ort import Device, create_session, has_device
 
 _RANGES: dict[int, tuple[float, ...]] = {8: (1.5,), 4: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)}
-"""Of what a channel of K or V shows, by bits: INT8 has room for what other text shows."""
+"""Candidate ranges as multiples of the largest K or V value of a channel, by bits: INT8 leaves
+headroom for other text."""
 
-_GRAM_PARTS = 6  # of the columns of x^T x: of 6 x 6 squares only 21 are computed
+_GRAM_PARTS = 6  # parts of the columns of x^T x: only 21 of 6 x 6 blocks are computed
 
 
 _KV = ["present_key", "present_value"]
@@ -32,7 +33,7 @@ _KV = ["present_key", "present_value"]
 class Runner:
     """Runs graphs of a model outside the runtime, each sequence from an empty K/V cache.
 
-    It keeps what later layers read beside their input: the tokens, and K/V that layers share.
+    It keeps what later layers read in addition to their input: the tokens, and shared K/V.
     """
 
     spec: ModelSpec
@@ -44,7 +45,7 @@ class Runner:
 
     @classmethod
     def on(cls, device: Device, spec: ModelSpec) -> Runner:
-        """Without a GPU the CPU runs graphs built for CUDA, slowly: enough to calibrate."""
+        """Without a GPU, runs graphs built for CUDA on the CPU: slow, but enough to calibrate."""
         return cls(spec, device if has_device(device) else "cpu")
 
     def embed(self, path: Path, ids: Ids) -> HiddenStates:
@@ -54,7 +55,7 @@ class Runner:
         return np.concatenate([session.run(["hidden"], {"input_ids": row[None]})[0] for row in ids])
 
     def reads(self, path: Path, ids: Ids) -> None:
-        """Says which tokens `[sequences, length]` layers run on, and the graph that embeds them."""
+        """Sets the tokens `[sequences, length]` of later runs, and the graph that embeds them."""
         self._tokens = path, ids
 
     def layer(
@@ -63,10 +64,10 @@ class Runner:
         """Output of a graph of one layer.
 
         Args:
-            index: of the layer.
+            index: layer index.
             path: the graph.
-            hidden: its input; where there is more of it than tokens, these come again.
-            keep: let later layers read its K/V, where they do.
+            hidden: its input; if it has more sequences than there are tokens, the tokens repeat.
+            keep: keep its K/V if later layers read them.
         """
         session, keep = create_session(path, self.device), keep and index in self._sources
         names = ["hidden_out", *(_KV if keep else [])]
@@ -94,16 +95,16 @@ class Runner:
         """Writes the output of a layer graph, and sums x x^T of the inputs of its linear layers.
 
         Args:
-            index: of the layer.
+            index: layer index.
             path: its graph in full precision.
             hidden: its input.
-            out: where its output goes.
+            out: where its output is written.
             inputs: see `captured_inputs`.
-            sink_weights: by linear layer, of the first tokens of each sequence in the sums.
-            held_out: how many sequences at the beginning the sums leave out.
+            sink_weights: by linear layer, weights of the first tokens of each sequence in the sums.
+            held_out: number of leading sequences that the sums leave out.
 
         Returns:
-            By linear layer, `[K, K]` float32.
+            The sums by linear layer, `[K, K]` float32.
         """
         names = list(dict.fromkeys(inputs.values()))
         weights = {inputs[name]: sink_weights[name] for name in reversed(tuple(inputs))}
@@ -114,7 +115,7 @@ class Runner:
         sums: dict[str, torch.Tensor] = {}
 
         def outputs() -> Iterator[HiddenStates]:
-            # In batches: ORT's threads spin for a while after each run, on cores that torch needs.
+            # In batches: ORT's threads keep spinning after each run, on cores that torch needs.
             for number, batch in enumerate(hidden.batches()):
                 rows = range(number * BATCH, number * BATCH + len(batch))
                 runs = [
@@ -141,12 +142,12 @@ class Runner:
         return {linear: sums[name] for linear, name in inputs.items()}
 
     def _capturing_session(self, path: Path, captured: Sequence[str]) -> Any:
-        """A session whose graph has values of its inside as further outputs."""
+        """A session whose graph has some internal values as additional outputs."""
         if not captured:
             return create_session(path, self.device)
         model = onnx.load(path, load_external_data=False)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in captured)
-        beside = path.with_name(f"{path.stem}.capturing.onnx")  # the weights, which both share
+        beside = path.with_name(f"{path.stem}.capturing.onnx")  # shares the weights
         beside.write_bytes(model.SerializeToString())
         try:
             return create_session(beside, self.device)
@@ -159,10 +160,10 @@ class Runner:
         """Scales of a quantized K/V cache with the least squared error.
 
         Args:
-            index: of the layer.
+            index: layer index.
             path: its graph in full precision, whose cache is not quantized.
             hidden: its input, `[sequences, length, D]`.
-            bits: of the cache.
+            bits: bits per value of the cache.
         """
         session = create_session(path, self.device)
         feeds = self._feeds_of(session, index)
@@ -178,7 +179,7 @@ class Runner:
             raise FloatingPointError(f"{path} gives logits that are not finite")
 
     def _keep(self, index: int, hidden: HiddenStateFile, rows: range, kv: HiddenStates) -> None:
-        """Writes K/V of some sequences beside the hidden states, where a later process looks."""
+        """Writes K/V of some sequences next to the hidden states, for a later process to find."""
         path = _kv_path(hidden.path, index)
         if not rows.start:
             shape = (len(hidden), *kv.shape[1:])
@@ -189,11 +190,11 @@ class Runner:
     def _feeds_of(
         self, session: Any, index: int, beside: Path | None = None
     ) -> Callable[[int, HiddenStates], dict[str, np.ndarray]]:
-        """From the number of a sequence and its input to all inputs of a graph of a layer.
+        """Maps the index of a sequence and its hidden states to all inputs of a layer's graph.
 
         Args:
-            session: of the graph.
-            index: of the layer.
+            session: session of the graph.
+            index: layer index.
             beside: a file in whose folder an earlier process may have kept K/V.
         """
         source, embed = self.spec.attention[index].source, None
@@ -249,12 +250,12 @@ class Runner:
 
 
 def _kv_path(states: Path, layer: int) -> Path:
-    """Where K/V of a layer lie that others read."""
+    """File of the K/V of a layer that other layers read."""
     return states.with_name(f"kv-{layer:02d}.npy")
 
 
 def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.float32]:
-    """One scale per channel of keys or values `[H_kv, tokens, d]`, `[H_kv, 1, d]`."""
+    """One scale per channel, `[H_kv, 1, d]`, for keys or values `[H_kv, tokens, d]`."""
     top = 2 ** (bits - 1)
     widest = np.maximum(np.abs(x).max(1, keepdims=True), 1e-6) / (top - 1)
     best, least = widest, np.full_like(widest, np.inf)
@@ -267,7 +268,7 @@ def _least_error_scales(x: npt.NDArray, bits: Literal[4, 8]) -> npt.NDArray[np.f
 
 
 def _add_upper(total: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds x^T x of `[tokens, K]` to the upper triangle of `[K, K]`, and to some of the lower."""
+    """Adds x^T x of `[tokens, K]` to the upper triangle of `[K, K]` and part of the lower."""
     width = -(-len(total) // _GRAM_PARTS)
     for start in range(0, len(total), width):
         total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])

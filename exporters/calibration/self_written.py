@@ -19,10 +19,10 @@ from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 
-_BATCH = 96  # sequences that are written side by side at most
-_BLOCK = 1024  # tokens of the vocabulary
+_BATCH = 96  # most sequences written in parallel
+_BLOCK = 1024  # vocabulary tokens
 KV_BYTES = 512 << 20
-"""Of all of them at most."""
+"""Upper bound on the K/V cache of a batch."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Turns:
     """What a chat template puts around the messages of a conversation, as token ids.
 
     Attributes:
-        first: before the user's first message.
-        answer: between a message of the user and the answer.
-        user: between an answer and the next message of the user.
+        first: tokens before the user's first message.
+        answer: tokens between a user message and the answer.
+        user: tokens between an answer and the next user message.
         ends: tokens that end a message.
     """
 
@@ -43,7 +43,7 @@ class Turns:
 
 
 def turns_of(codec: TextCodec) -> Turns | None:
-    """The turns of a model's chat template; None where it has none, or one of another kind."""
+    """The turns of a model's chat template; None if it has no template, or one of another kind."""
     marks = [f"({number})" for number in (333, 555, 777)]
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -58,7 +58,7 @@ def turns_of(codec: TextCodec) -> Turns | None:
     first, answer, user = parts
     if not (first and answer and user):
         return None
-    added = codec.tokenizer.get_added_tokens_decoder()  # any other is part of messages, too
+    added = codec.tokenizer.get_added_tokens_decoder()  # any other token also occurs in messages
     ends = {token for token in (answer[0], user[0]) if token in added}
     return Turns(first, answer, user, codec.eos_token_ids | ends)
 
@@ -73,18 +73,18 @@ def self_written(
     kinds and languages (LLM-QAT, arXiv 2305.17888).
 
     Args:
-        bundle: whose layers run.
+        bundle: the bundle whose layers run.
         codec: its tokenizer.
-        sequences: how many.
-        length: tokens of each; cut to the model's context.
-        seed: of what is drawn.
-        label: of the progress.
+        sequences: number of sequences.
+        length: tokens per sequence; capped at the model's context.
+        seed: seed for sampling.
+        label: progress label.
 
     Returns:
         Token ids `[sequences, length]`.
 
     Raises:
-        BundleError: the graphs take one sequence only.
+        BundleError: the graphs take only one sequence.
     """
     generator, model = np.random.default_rng(seed), bundle.manifest.model
     length = min(length, model.max_length)
@@ -106,21 +106,21 @@ def sample_text(
     label: str,
     turns: Turns | None = None,
 ) -> Ids:
-    """Lets a bundle write sequences, at INT8 where it has it.
+    """Samples sequences from a bundle, at INT8 if it has it.
 
     Args:
-        bundle: whose layers run.
+        bundle: the bundle whose layers run.
         openings: the first tokens of each sequence.
-        length: tokens of a sequence, its opening included.
-        generator: of what is drawn.
-        label: of the progress.
-        turns: in a sequence that opens as they do, the model writes the messages of both sides.
+        length: tokens per sequence, including its opening.
+        generator: source of randomness.
+        label: progress label.
+        turns: in sequences that open with `turns.first`, the model writes both sides' messages.
 
     Returns:
         Token ids `[n, length]`.
 
     Raises:
-        BundleError: the graphs take one sequence only.
+        BundleError: the graphs take only one sequence.
     """
     sessions = Sessions(bundle, open_backend(bundle.manifest.target.device))
     if sessions.embed().session.get_inputs()[0].shape[0] == 1:
@@ -148,10 +148,10 @@ def sample_text(
 
 
 class _Writer:
-    """What one sequence goes on with: a token that is given, or the one that was drawn."""
+    """Chooses the next token of one sequence: a prescribed one, or the one that was drawn."""
 
     def __init__(self, opening: tuple[int, ...], turns: Turns | None):
-        """`turns` hold where the sequence opens as they do."""
+        """`turns` applies only if the sequence opens with `turns.first`."""
         self.given = deque(opening)
         self._turns = turns if turns and opening == turns.first else None
         self._answers = False  # whose message is being written
@@ -164,7 +164,7 @@ class _Writer:
 
 
 def _draw(logits: npt.NDArray[np.floating], generator: np.random.Generator) -> int:
-    """A token by the inverse of the distribution function, of blocks and then inside of one."""
+    """Draws a token by inverting the cumulative distribution, over blocks and then within one."""
     weights = np.exp(logits - logits.max(), dtype=np.float32)
     sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64)
     heights = np.cumsum(sums)

@@ -1,4 +1,4 @@
-"""What the hidden states show of a layer: its figures, and the map that stands in for it."""
+"""What the hidden states reveal about a layer: its figures, and the map that replaces it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dash_onnx.exporters.architectures.base import Norm
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile, HiddenStates
 from dash_onnx.exporters.calibration.tokens import SINK_TOKENS
 
-_EXACT_WIDTH = 1024  # beyond it all eigenvectors of a matrix take too long
-_ITERATIONS = 8  # each weakens what is not leading
+_EXACT_WIDTH = 1024  # beyond this size, computing all eigenvectors takes too long
+_ITERATIONS = 8  # each one damps the directions that are not leading
 
-_RIDGE = 0.01  # of the mean diagonal: keeps directions that calibration hardly saw near zero
+_RIDGE = 0.01  # of the mean diagonal: keeps directions rarely seen in calibration near zero
 
 
 def scale_and_cosine(x: HiddenStates, y: HiddenStates) -> tuple[float, float]:
@@ -46,19 +46,19 @@ def _squared(x: HiddenStates, y: HiddenStates | None = None) -> float:
 def compensation(
     x: HiddenStateFile, y: HiddenStateFile, norm: Norm | None, block: Block, scale: float, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best map of a rank from the input of attention to `y - scale * x`, sink tokens left out.
+    """Best map of a given rank from attention's input to `y - scale * x`, sink tokens left out.
 
-    Reduced-rank regression: the least-squares map, projected onto the leading directions of what
-    it predicts. K and V read the same, so the skip graph has one product for all three; a norm
-    there bounds what the map can return, however large a hidden state grows.
+    Reduced-rank regression: the least-squares map, projected onto the leading directions of its
+    predictions. K and V read the same input, so the skip graph has one product for all three; the
+    norm before it bounds the output of the map, however large a hidden state grows.
 
     Args:
         x: input of the layer.
         y: its output.
-        norm: before its attention.
-        block: of the model.
+        norm: norm before its attention.
+        block: what all layers compute.
         scale: see `LayerFacts`.
-        rank: of the map.
+        rank: rank of the map.
 
     Returns:
         A `[rank, D]` and B `[D, rank]` of the map B A.
@@ -81,7 +81,7 @@ def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     size = len(matrix)
     if size <= _EXACT_WIDTH:
         return torch.linalg.eigh(matrix).eigenvectors[:, -rank:]
-    # Subspace iteration (Halko et al., arXiv 0909.4061): at 3072 in 1 % of the time of `eigh`.
+    # Subspace iteration (Halko et al., arXiv 0909.4061): 1 % of the time of `eigh` at 3072.
     generator = torch.Generator(matrix.device).manual_seed(0)
     basis = torch.randn(size, 2 * rank, generator=generator)
     for _ in range(_ITERATIONS):
@@ -93,13 +93,13 @@ def _leading(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 def gram_of(
     hidden: HiddenStateFile, norm: Norm | None, block: Block, held_out: int = 0
 ) -> torch.Tensor:
-    """Sum of x x^T, `[D, D]`, of what a linear layer behind a norm reads.
+    """Sum of x x^T, `[D, D]`, over the inputs of a linear layer after a norm.
 
     Args:
-        hidden: of all sequences.
-        norm: before the layer.
-        block: of the model.
-        held_out: how many sequences at the beginning are left out.
+        hidden: hidden states of all sequences.
+        norm: norm before the layer.
+        block: what all layers compute.
+        held_out: number of leading sequences to leave out.
     """
     total = torch.zeros(())
     for part in hidden.batches(held_out):
@@ -109,6 +109,6 @@ def gram_of(
 
 
 def normed(hidden: HiddenStates, norm: Norm | None, block: Block) -> torch.Tensor:
-    """What a linear layer behind a norm reads, `[tokens, D]` float32."""
+    """The inputs of a linear layer after a norm, `[tokens, D]` float32."""
     x = torch.as_tensor(hidden).float().flatten(0, 1)
     return x if norm is None else norm(x, block)

@@ -1,4 +1,4 @@
-"""Where the user's own text comes from: files, folders, standard input, datasets; and weights."""
+"""Sources of the user's own text: files, folders, standard input or datasets, with weights."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from dash_onnx.exporters.calibration.excerpt import BETWEEN, Excerpt, excerpt
 from dash_onnx.exporters.calibration.hub import PREFIX, HubDataset
 
 SUFFIXES = (".txt", ".md", ".jsonl")
-"""Of the files that are read in a folder."""
+"""Suffixes of the files that are read from a folder."""
 
-_LEAST, _MOST = 1e-6, 1e6  # weights
+_LEAST, _MOST = 1e-6, 1e6  # limits of weights
 
 
 class Content(Protocol):
-    """What can be read of a source."""
+    """The readable content of a source."""
 
     @property
     def name(self) -> str:
-        """As manifests and messages tell it."""
+        """The name in manifests and messages."""
 
     def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
-        """About `characters` characters of it at most, in passages from all over it.
+        """Passages from all over the content, about `characters` characters at most.
 
         Args:
             render: turns a conversation into text.
-            characters: that are wanted.
-            passage: characters of each passage.
+            characters: requested length.
+            passage: characters per passage.
 
         Raises:
             SourceError: it cannot be read, or holds no text.
         """
 
     def sha256(self) -> str:
-        """Of what it holds: another text has another one.
+        """Hash of the content: a different text has a different one.
 
         Raises:
-            SourceError: as of `excerpt`.
+            SourceError: as for `excerpt`.
         """
 
 
@@ -54,9 +54,9 @@ class Files:
     """A file, or all files of `SUFFIXES` below a folder, in the order of their paths."""
 
     def __init__(self, path: Path):
-        """Reads nothing yet."""
+        """Does not read anything yet."""
         self._path = path
-        self.name = printable(path.name or path.resolve().name)  # of a file, any bytes
+        self.name = printable(path.name or path.resolve().name)  # file names may hold any bytes
 
     def excerpt(self, render: Render, characters: int, passage: int) -> Excerpt:
         """See `Content`."""
@@ -84,7 +84,7 @@ class Files:
         return found
 
     def _is_text(self, path: Path) -> bool:
-        """Not what is hidden, such as the packages of a `.venv`."""
+        """Excludes hidden files, such as the packages of a `.venv`."""
         hidden = any(part.startswith(".") for part in path.relative_to(self._path).parts)
         return not hidden and path.suffix in SUFFIXES and path.is_file() and path.stat().st_size > 0
 
@@ -95,10 +95,10 @@ class Stream:
     name = "-"
 
     def __init__(self, pipe: Path | None = None):
-        """Reads nothing yet.
+        """Does not read anything yet.
 
         Args:
-            pipe: such as the shell's `<(zcat chats.gz)`; None is standard input.
+            pipe: a pipe, such as the shell's `<(zcat chats.gz)`; None is standard input.
         """
         self._pipe = pipe
         self._where = str(pipe or "standard input")
@@ -117,7 +117,7 @@ class Stream:
 
     @cached_property
     def _text(self) -> str:
-        """All of it; export and training share it, for it can be read once only."""
+        """All of the text; export and training share it, since it can be read only once."""
         content = self._pipe.read_bytes() if self._pipe else sys.stdin.buffer.read()
         try:
             text = content.decode("utf-8")
@@ -130,11 +130,11 @@ class Stream:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A source of text and its weight beside others.
+    """A source of text and its weight relative to others.
 
     Attributes:
-        content: what can be read.
-        weight: its share of the tokens, relative to the others'; None: by its size.
+        content: where its text is read from.
+        weight: its share of the tokens, relative to the others'; None weights by size.
     """
 
     content: Content
@@ -146,7 +146,7 @@ class TextSource:
         return self.content.name + ("" if self.weight is None else f"@{self.weight:g}")
 
     def sha256(self) -> str:
-        """Of the content and the weight."""
+        """Hash of the content and the weight."""
         return hashlib.sha256(f"{self.content.sha256()} {self.weight}".encode()).hexdigest()
 
 
@@ -155,11 +155,11 @@ TextLike: TypeAlias = TextSource | Path | str
 
 
 def text_sources(given: Sequence[TextLike]) -> tuple[TextSource, ...]:
-    """What spellings mean; nothing is read.
+    """Parses spellings; nothing is read.
 
     Args:
         given: each a file, a folder, `-` for standard input, or a dataset (`hub.FORM`). A weight
-            may follow, as in `chats.jsonl@0.5`. What exists under the whole spelling is a path.
+            may follow, as in `chats.jsonl@0.5`. A spelling that exists as a path is one.
 
     Raises:
         SourceError: a weight or a spelling is not valid, or only some sources have weights.
@@ -174,14 +174,14 @@ def text_sources(given: Sequence[TextLike]) -> tuple[TextSource, ...]:
 
 
 def names_of(sources: Sequence[TextSource]) -> str:
-    """All of them, as manifests and messages tell."""
+    """Their names, as shown in manifests and messages."""
     return ", ".join(source.name for source in sources)
 
 
 def _source(given: TextLike) -> TextSource:
     if isinstance(given, TextSource):
         return given
-    if given == "":  # which pathlib takes for the current folder
+    if given == "":  # pathlib takes it for the current folder
         raise SourceError("a text has an empty name: name a file, a folder, - or a dataset")
     path = Path(given)
     if path.is_fifo():

@@ -23,15 +23,15 @@ SINK_TOKENS = 4
 
 SEQUENCES = 64
 LENGTH = 256
-_FEWER_ABOVE = 500_000_000  # weights of the layers
+_FEWER_ABOVE = 500_000_000  # parameters in the layers
 
 
 def sequences_of(facts: ModelFacts, exact: bool) -> int:
-    """How many sequences a model is calibrated on.
+    """Number of sequences that a model is calibrated on.
 
     Args:
-        facts: of the model; a large one takes long for each.
-        exact: whether its layers keep the integers that they have, so that GPTQ rounds none.
+        facts: sizes of the model; a large one gets fewer, as each takes long.
+        exact: whether its layers keep their integers, so that GPTQ rounds nothing.
     """
     large = facts.num_layers * facts.layer_parameters > _FEWER_ABOVE
     return SEQUENCES // 2 if large or exact else SEQUENCES
@@ -48,11 +48,11 @@ def calibration_ids(
     """Returns token ids `[sequences, length]` and where they came from.
 
     Args:
-        texts: the user's own; none lets the model write the text itself.
-        seed: of the sampling.
-        draft: makes a bundle of the model, which writes.
-        least_tokens: that the texts must hold.
-        sequences: how many are wanted; texts may hold fewer.
+        texts: the user's own; if there are none, the model writes the text itself.
+        seed: seed for sampling.
+        draft: makes a bundle of the model to write the text.
+        least_tokens: minimum number of tokens that the texts must hold.
+        sequences: requested number; texts may hold fewer.
 
     Raises:
         SourceError: a text cannot be read, or all are too short.
@@ -93,7 +93,7 @@ def _from_text(
 
 
 def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequences: int) -> Ids:
-    """Documents: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
+    """Documents only: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
     generator, bundle = np.random.default_rng(seed), draft()
     length = min(LENGTH, bundle.manifest.model.max_length)
     encode = _encoder(source, add_special_tokens=True)

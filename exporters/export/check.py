@@ -1,4 +1,4 @@
-"""Compares a bundle with the model it came from, layer by layer, as transformers runs it."""
+"""Compares a bundle with its source model in transformers, layer by layer."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ def distance(speed, hours):
 """
 
 LIMITS: Mapping[Form, float] = {"full": 2e-3, "int8": 0.1, "int4": 0.5, "int2": 1.5, WIDE: 0.25}
-"""Relative error of a layer's output: FP16's rounding of weights is 5e-4 of each, and of a residual
-stream that a layer adds little to a fraction of that; INT8 rounds weights and inputs to 1 part in
-250 of the largest of a block, INT4 to 1 in 15. Random weights, the worst case, come within 60 % of
-these limits; a graph with a wrong or a missing part exceeds them."""
+"""Limits on the relative error of a layer's output. FP16 rounds each weight by up to 5e-4, of
+which a fraction remains in a residual stream that a layer adds little to; INT8 rounds weights and
+inputs to 1/250 of the largest in a block, INT4 to 1/15. Random weights, the worst case, reach 60 %
+of these limits; a graph with a wrong or missing part exceeds them."""
 
 CUDA_LIMIT = 1e-2
-"""Likewise of `full` for CUDA, which also computes in FP16."""
+"""The limit for `full` on CUDA, which also computes in FP16."""
 
 KL_LIMITS: Mapping[Form, float] = {"full": 1e-3, "int8": 0.25, "int4": 2.5, "int2": 12.0}
-"""Nats between the next-token distributions of transformers and of all layers and the head at one
-precision: ten times what the demo model has (INT8 0.02, INT4 0.2 on single sentences)."""
+"""Limits on the KL in nats between the next-token distributions of transformers and of the graphs,
+all layers and the head at one precision: ten times the demo model's values (INT8 0.02, INT4 0.2
+on single sentences)."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class CheckRow:
     """One layer, the embedding, or the whole path.
 
     Attributes:
-        name: of the layer.
-        errors: by action, the relative error of its output; of the whole path the KL in nats.
-        limits: by action, what it may be at most.
+        name: name of the layer.
+        errors: by action, the relative error of its output; for the whole path, the KL in nats.
+        limits: by action, the largest error allowed.
     """
 
     name: str
@@ -63,7 +64,7 @@ class CheckRow:
 
     @property
     def exceeded(self) -> list[Form]:
-        """Actions beyond their limit, or not a number."""
+        """Actions whose error exceeds its limit or is NaN."""
         return [a for a, limit in self.limits.items() if not self.errors[a] <= limit]
 
 
@@ -73,7 +74,7 @@ class CheckResult:
 
     Attributes:
         kind: what was checked.
-        tokens: of the text.
+        tokens: number of tokens in the text.
         rows: one for each layer, the embedding before them, the whole path after them.
     """
 
@@ -94,13 +95,13 @@ class CheckResult:
 def check(source: Source, bundle: Bundle, kind: CheckKind) -> CheckResult:
     """Runs one text through transformers and through the graphs, one layer in memory at a time.
 
-    Each graph gets transformers' own input of its layer, and a second time what the graphs
-    before it gave: the whole path, at the highest exported precision. `quick` runs that precision
-    and takes the other figures from the calibration; `full` runs every graph.
+    Each graph runs on transformers' own input of its layer. The graphs of the highest exported
+    precision also run on the output of the graphs before them: the whole path. `quick` runs only
+    that precision and takes the other figures from the calibration; `full` runs every graph.
 
     Returns:
-        A result without rows where the two cannot be compared on a short text: a bundle for
-        contexts beyond what the model was first trained on may rotate all tokens otherwise.
+        A result without rows if the two cannot be compared on a short text: a bundle for contexts
+        beyond the model's original training length may rotate all tokens differently.
     """
     manifest, architecture = bundle.manifest, architecture_of(source.config)
     length, device, best = manifest.model.max_length, manifest.target.device, manifest.variants[0]
@@ -115,18 +116,18 @@ def check(source: Source, bundle: Bundle, kind: CheckKind) -> CheckResult:
     wanted, layers = _reference(source, ids, spec.scales.stream)
     limits = {**LIMITS, "full": CUDA_LIMIT} if device == "cuda" else LIMITS
     loses: Action = best
-    if manifest.target.ternary and best in WIDENED:  # nothing of weights: no more than INT8
+    if manifest.target.ternary and best in WIDENED:  # exact weights: at most INT8's error
         loses, limits = "int8", {**limits, best: limits["int8"]}
     rows: list[CheckRow] = []
 
     def add(name: str, errors: dict[Form, float]) -> None:
-        """A row; a skip has no limit, as it is meant to differ."""
+        """Adds a row; a skip has no limit, as it is meant to differ."""
         rows.append(
             CheckRow(name, errors, {form: limits[form] for form in limits if form in errors})
         )
 
     runner = Runner.on(device, spec)
-    path = runner.embed(bundle.verified(EMBED_PATH), ids)  # what the graphs gave so far, [1, S, D]
+    path = runner.embed(bundle.verified(EMBED_PATH), ids)  # output of the graphs so far, [1, S, D]
     add("embedding", {best: relative_error(path, layers[0][0])})
     for index, (x, y) in enumerate(layers):
         errors = dict(manifest.layers[index].relative_error)

@@ -1,4 +1,4 @@
-"""A draft of a bundle: INT8 alone, which needs no calibration, to write the text for the others."""
+"""A draft bundle: INT8 alone, which needs no calibration, to write the text for the others."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def untrained_manifest(spec: ModelSpec, target: Target, **facts: Any) -> Manifes
     """The manifest of a bundle before its costs are profiled and a policy is trained.
 
     Args:
-        spec: of the model.
-        target: that it is for.
-        facts: what a `Manifest` has beside that.
+        spec: description of the model.
+        target: what it is built for.
+        facts: the other fields of `Manifest`.
     """
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -46,14 +46,14 @@ def untrained_manifest(spec: ModelSpec, target: Target, **facts: Any) -> Manifes
 def write_draft(
     folder: Path, source: Source, architecture: Decoder, spec: ModelSpec, target: Target
 ) -> Bundle:
-    """Writes a bundle of INT8 layers, for the CPU where its device is not there.
+    """Writes a bundle of INT8 layers, for the CPU if its own device is not available.
 
     Args:
         folder: an empty one.
-        source: of the weights.
-        architecture: of the model.
-        spec: of the model.
-        target: of the bundle in the making.
+        source: source of the weights.
+        architecture: family of the model.
+        spec: description of the model.
+        target: target of the bundle to be exported.
     """
     target = replace(target, kv_cache="float", attention="grouped")  # no scales, no costs yet
     if not has_device(target.device) or target.device == "cpu":

@@ -1,4 +1,4 @@
-"""Writes the graphs of a model, one layer in memory at a time, and measures each on the way."""
+"""Writes the graphs of a model, one layer in memory at a time, and measures each as it goes."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from dash_onnx.runtime.machine import release_memory
 _FIGURE_SEQUENCES = 8  # enough for the figures of a layer; GPTQ and the compensation see all
 
 _SINKS_READ = 30.0
-"""Weight of a sequence's first tokens in what GPTQ sees of Q, K and V: half of all attention goes
+"""Weight of a sequence's first tokens in GPTQ's Hessians of Q, K and V: half of all attention goes
 to them (docs/decisions/0087)."""
 
 _SINKS_WRITTEN = 0.003
-"""Likewise where no norm bounds them. They are up to 1,000 times as large as all others there: with
-all their weight they would decide how every other token is rounded."""
+"""Their weight where no norm bounds them. There they are up to 1,000 times as large as others; at
+full weight they would determine the rounding for all tokens."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class GraphWriter:
     """Writes a model's graphs.
 
     Attributes:
-        options: resolved.
+        options: resolved options.
         fp32_kept: names of weights stored as FP32, of the graphs written so far.
     """
 
@@ -82,7 +82,7 @@ class GraphWriter:
         shutil.rmtree((folder / paths[SKIP]).parent, ignore_errors=True)
         layer = self.architecture.layer(self.source.weights, index, spec)
 
-        # `full` is the reference of the figures even where it is not kept.
+        # `full` is the reference for the figures even if it is not kept.
         exact = replace(target, kv_cache="float")
         kept = build_layer(folder, index, layer, spec, exact, "full", {})
         inputs: dict[str, str] = {}
@@ -135,12 +135,12 @@ class GraphWriter:
         hessians = {head.linear.name: gram}
         for form in (*precisions, *wide):
             self.fp32_kept += build_head(folder, head, self.spec, self.target, form, hessians)
-        del head, gram, hessians  # a large vocabulary's, before the graphs hold its weights again
+        del head, gram, hessians  # large: free them before the graphs load the weights
         release_memory()
         for form in (*precisions, *wide):
             self.runner.head(folder / head_path(form), hidden)
-        # An INT4 head that looks twice loses all but nothing; another one loses more per
-        # millisecond than any layer does.
+        # An INT4 head that rescores top tokens in INT8 loses almost nothing; any other INT4 head
+        # loses more per millisecond saved than any layer does.
         mixed = "int8" if "int8" in precisions else precisions[0]
         if "int4" in precisions and looks_twice(folder / head_path("int4")):
             mixed = "int4"
@@ -150,13 +150,13 @@ class GraphWriter:
         return chosen | dict(zip(own, own, strict=True))
 
     def losses(self, ids: Ids, full: HiddenStateFile) -> Losses:
-        """What measures losses, on tokens whose states in full precision are given."""
+        """Makes the measurement of losses, on tokens whose full-precision states are given."""
         head = self.architecture.head(self.source.weights, self.spec)
         return Losses(self.spec, head, ids, full)
 
 
 def _sink_weights(layer: Layer) -> dict[str, float]:
-    """Weights of the first tokens, by linear layer."""
+    """Weights of the first tokens in the Hessians, by linear layer."""
     weights = dict.fromkeys((linear.name for linear in layer.linears), _SINKS_WRITTEN)
     if layer.input_norm is not None:
         weights[layer.qkv.name] = _SINKS_READ
@@ -170,5 +170,5 @@ def _sink_weights(layer: Layer) -> dict[str, float]:
 
 
 def _files_of(folder: Path, graph: str) -> list[Path]:
-    """A graph and its weights, which may lie inside it."""
+    """The files of a graph and its weights, which may be stored inside it."""
     return [part for part in (folder / graph, folder / data_name(graph)) if part.exists()]

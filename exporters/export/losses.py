@@ -1,4 +1,4 @@
-"""What the wide form of all layers loses, and each precision alone, on some calibration text."""
+"""KL loss of the wide form and of each precision, in all layers, on some calibration text."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import has_device
 
 SEQUENCES = 4
-"""The first ones of the calibration text run."""
+"""Number of leading calibration sequences that are run."""
 
-_LEAST = 8 * SEQUENCES  # of a text of fewer, none is held out
+_LEAST = 8 * SEQUENCES  # with fewer sequences, none is held out
 
 
 def held_out(sequences: int) -> int:
-    """How many sequences at the beginning of a calibration text GPTQ does not see.
+    """Number of leading sequences of a calibration text that are hidden from GPTQ.
 
-    Losses are measured on them: GPTQ fits weights to its text, most of all an INT2 head.
+    Losses are measured on them, since GPTQ fits weights to its text, an INT2 head most of all.
     """
     return SEQUENCES if sequences >= _LEAST else 0
 
@@ -42,10 +42,10 @@ class Losses:
     """Compares predictions with those in full precision."""
 
     def __init__(self, spec: ModelSpec, head: Head, ids: Ids, full: HiddenStateFile):
-        """Takes what full precision says.
+        """Takes the full-precision states as the reference.
 
         Args:
-            spec: of the model.
+            spec: description of the model.
             head: its LM head in full precision.
             ids: the calibration tokens `[sequences, length]`.
             full: their hidden states after the last layer in full precision.
@@ -56,7 +56,7 @@ class Losses:
         self._ids, self._full = ids[:SEQUENCES, :most], full[:SEQUENCES][:, :most]
 
     def wide(self, folder: Path, runner: Runner) -> WideFacts:
-        """Runs the wide graphs of a folder; the LM head is in full precision on both sides."""
+        """Measures the wide graphs of a folder; the LM head is in full precision on both sides."""
         states = runner.embed(folder / EMBED_PATH, self._ids)
         for index in Loop("wide form", range(self._spec.facts.num_layers)):
             states = runner.layer(index, folder / layer_path(index, WIDE), states)
@@ -64,9 +64,9 @@ class Losses:
         return WideFacts(round(kl, 5), self._ids.size)
 
     def static(self, bundle: Bundle) -> tuple[StaticPoint, ...]:
-        """Runs each precision as the runtime does, with its own LM head and the next lower one.
+        """Measures each precision in the runtime, with its own LM head and the next lower one.
 
-        Nothing where its device is not here.
+        Empty if its device is not available.
         """
         manifest, found = bundle.manifest, []
         device, heads = manifest.target.device, manifest.exported_heads
@@ -75,7 +75,7 @@ class Losses:
         for precision in Loop("losses", manifest.variants):
             path = (precision,) * manifest.model.num_layers
             first = heads.index(manifest.heads[precision])
-            own = heads[first : first + 2]  # an INT2 head loses too much beside INT8 layers
+            own = heads[first : first + 2]  # an INT2 head loses too much with INT8 layers
             model = Model(bundle, open_backend(device), policy=precision)
             policies = (StaticPolicy(path, manifest, head=head) for head in own)
             losses = self._kl(*(partial(self._run, model, policy) for policy in policies))
@@ -86,21 +86,21 @@ class Losses:
         return tuple(sorted(found, key=lambda point: point.budget))
 
     def _run(self, model: Model, policy: Policy, sequence: int) -> torch.Tensor:
-        """Log probabilities `[length, V]` of a sequence."""
+        """Log probabilities `[length, V]` for a sequence."""
         logits = model.logits(self._ids[sequence], policy=policy)
         return torch.from_numpy(logits).log_softmax(-1)
 
     def _kl(self, *ours: Callable[[int], torch.Tensor]) -> list[float]:
-        """Mean KL(full || ours) in nats of each; they give log probabilities of a sequence."""
+        """Mean KL(full || ours) in nats; each of `ours` maps a sequence to log probabilities."""
         totals = [0.0] * len(ours)
         for sequence, states in enumerate(self._full):
             reference = self._log_probabilities(states)
-            for at, own in enumerate(ours):  # what full precision says is computed once
+            for at, own in enumerate(ours):  # the reference is computed only once
                 totals[at] += _divergence(reference, own(sequence))
         return [total / self._ids.size for total in totals]
 
     def _log_probabilities(self, states: np.ndarray) -> torch.Tensor:
-        """`[length, V]` of hidden states `[length, D]`, by the head in full precision."""
+        """`[length, V]` from hidden states `[length, D]`, by the full-precision head."""
         hidden = torch.from_numpy(states)
         logits = self._head.norm(hidden, self._spec.block) @ self._weight.T
         if self._head.linear.bias is not None:
@@ -111,5 +111,5 @@ class Losses:
 
 
 def _divergence(reference: torch.Tensor, ours: torch.Tensor) -> float:
-    """Sum of KL(reference || ours) in nats, of log probabilities `[rows, V]`."""
+    """Sum of KL(reference || ours) in nats, from log probabilities `[rows, V]`."""
     return float((reference.exp() * (reference - ours)).sum())

@@ -1,4 +1,4 @@
-"""What the user of an export chooses."""
+"""The options of an export."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sou
 from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
 
-_LARGE_BLOCK, _BLOCK, _GGUF_BLOCK = 128, 64, 32  # the last is that of GGUF's types
-_LARGE_HEAD = 1 << 26  # weights; of 28 million an INT2 head takes longer than an INT4 one
+_LARGE_BLOCK, _BLOCK, _GGUF_BLOCK = 128, 64, 32  # the last is the block size of GGUF's types
+_LARGE_HEAD = 1 << 26  # weights; at 28 million an INT2 head takes longer than an INT4 one
 _RANK = 64  # see docs/decisions/0002
 _CHOICE_PAYS = 8_000_000  # weights of a layer, see docs/decisions/0108
 
@@ -25,32 +25,33 @@ class ExportOptions:
     """The options of an export.
 
     Attributes:
-        variants: precisions of each layer, highest first; none: INT2 alone where it holds the
-            weights exactly, on a CPU, else INT8 and INT4.
+        variants: precisions of each layer, highest first; if empty, INT2 alone where it holds the
+            weights exactly on a CPU, else INT8 and INT4.
         wide: also write the wide form for passes of many rows; only with INT4 or INT2 on a CPU.
         device: determines the operators and the dtype of activations.
         train_device: where PyTorch calibrates and quantizes.
         max_length: context in tokens; None uses the model's own.
         block_size: weights that share one quantization scale; None uses 32 for GGUF files whose
-            integers are kept, else 128 for a large model and 64 for others, or what divides its
-            sizes.
-        calibration: texts, see `text_sources`; if empty, the model writes the text.
+            integers are kept, else 128 for a large model and 64 for others, or a smaller one
+            that divides its sizes.
+        calibration: texts, see `text_sources`; if empty, the model writes the text itself.
         least_tokens: minimum length of the texts, as the training after the export requires.
-        compensation_rank: of what a skipped layer returns; see `Manifest`. None uses the first
+        compensation_rank: rank of a skipped layer's map; see `Manifest`. None uses the first
             multiple of the block size that is at least 64.
         accuracy_level: compute type of MatMulNBits: 0 (automatic), 1 (FP32), 2 (FP16), 3 (BF16) or
             4 (INT8 activations). None uses 4 on the CPU, 0 on CUDA.
         kv_cache: element type of the KV cache.
-        attention: its implementations in each layer; None has both if choosing one, which takes
-            some eight microseconds, is a small part of the layer's time.
-        requantize: quantize weights again that the source has as integers.
+        attention: implementations of attention in each layer; None includes both if choosing one,
+            which takes about eight microseconds, is a small part of the layer's time.
+        requantize: requantize weights that the source stores as integers.
         overwrite: replace an existing bundle.
         resume: continue an interrupted export, and keep the finished layers if this one is
             interrupted.
-        seed: for all random choices.
-        revision: of a hub id.
+        seed: seed for all random choices.
+        revision: branch, tag or commit of a hub id.
         ternary: whether INT2 holds the weights exactly, see `suited`.
-        exact: whether the first layer keeps its integers, so that GPTQ rounds none; see `suited`.
+        exact: whether the first layer keeps its integers, so that GPTQ rounds nothing; see
+            `suited`.
     """
 
     variants: tuple[Action, ...] = ()
@@ -80,16 +81,17 @@ class ExportOptions:
         experts: Experts | None = None,
         per_layer_width: int = 0,
     ) -> ExportOptions:
-        """With what suits a model and its kind of source, where the user chose nothing.
+        """Fills what the user left open with values that suit the model and its kind of source.
 
         Args:
-            kind: of the source.
-            facts: of the model.
+            kind: kind of the source.
+            facts: sizes of the model.
             experts: see `Block`.
-            per_layer_width: likewise.
+            per_layer_width: see `Block`.
 
         Raises:
-            UnsupportedError: the block size, the rank or a precision that the user chose does not.
+            UnsupportedError: the block size, rank or a precision chosen by the user does not suit
+                it.
         """
         usual: tuple[Action, ...] = DEFAULT_VARIANTS
         if self.ternary and self.device == "cpu":
@@ -105,7 +107,7 @@ class ExportOptions:
             "intermediate size": facts.intermediate_size,
             "attention width": facts.num_heads * facts.head_dim,
         }
-        if experts is not None:  # its products refuse blocks that do not divide the experts
+        if experts is not None:  # their products refuse blocks that do not divide the width
             sizes["width of experts"] = experts.width
             if experts.shared_width:
                 sizes["width of the shared expert"] = experts.shared_width
@@ -127,10 +129,10 @@ class ExportOptions:
         # INT8 activations: 50 times faster than level 0 for INT8 weights on x86.
         fast = 4 if self.device == "cpu" else 0
         level = fast if self.accuracy_level is None else self.accuracy_level
-        # Experts have no wide form: each of them sees few of the rows.
+        # Experts have no wide form: each of them sees only a few of the rows.
         wide = self.wide and experts is None
         wide = wide and self.device == "cpu" and not {*WIDENED}.isdisjoint(variants)
-        # It takes four times the memory of INT2, the smallest form of a model made for that.
+        # It takes four times the memory of INT2, and ternary models are made to be small.
         wide = wide and (bool(self.variants) or not self.ternary)
         attention = self.attention
         if attention is None:
@@ -149,7 +151,7 @@ class ExportOptions:
 
     @cached_property
     def texts(self) -> tuple[TextSource, ...]:
-        """What `calibration` means.
+        """The sources that `calibration` names.
 
         Raises:
             SourceError: a spelling is not valid.
@@ -163,14 +165,14 @@ class ExportOptions:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        """Of each layer, but `skip`, which always exists; of resolved options."""
+        """The forms of each layer except `skip`, which always exists; for resolved options."""
         return (*self.variants, WIDE) if self.wide else self.variants
 
     def head_precisions(self, facts: ModelFacts, biased: bool = False) -> tuple[Action, ...]:
-        """Of the LM heads; a large one in INT2 too, where it can look at the INT8 head's weights.
+        """Precisions of the LM heads; a large one in INT2 too, if it can rescore with INT8 weights.
 
         Args:
-            facts: of the model.
+            facts: sizes of the model.
             biased: whether its LM head has a bias.
         """
         alone: tuple[Action, ...] = ("int8", "int4") if self.ternary else ("int4",)
@@ -181,7 +183,7 @@ class ExportOptions:
 
     @property
     def target(self) -> Target:
-        """What the graphs are built for, of resolved options."""
+        """What the graphs are built for; for resolved options."""
         assert self.block_size is not None and self.accuracy_level is not None
         assert self.attention is not None
         dtype: Literal["float32", "float16"] = "float32" if self.device == "cpu" else "float16"

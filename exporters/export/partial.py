@@ -1,4 +1,4 @@
-"""An export in the making: a folder beside its destination, locked, and enough to go on from."""
+"""An unfinished export: a locked folder next to its destination, with all that resuming needs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Progress:
     """What is finished: the embedding, and some layers.
 
     Attributes:
-        layers: facts of those that are finished.
-        fp32_kept: see `ExportFacts`, of what is finished.
-        seconds: of all processes that took part.
-        peak_rss_bytes: the highest of theirs.
+        layers: facts of the finished layers.
+        fp32_kept: see `ExportFacts`, for the finished part.
+        seconds: total time of all processes that took part.
+        peak_rss_bytes: highest peak among them.
     """
 
     layers: tuple[LayerFacts, ...] = ()
@@ -43,11 +43,11 @@ class Partial:
     """The folder `.OUT.partial`.
 
     Attributes:
-        bundle: what becomes the destination.
+        bundle: the folder that becomes the destination.
     """
 
     def __init__(self, folder: Path):
-        """Reads nothing yet."""
+        """Does not read anything yet."""
         self._folder = folder
         self.bundle = folder / NEW
 
@@ -63,17 +63,17 @@ class Partial:
         return folder
 
     def progress(self) -> Progress | None:
-        """What an earlier process finished; None where not even the embedding is."""
+        """What an earlier process finished; None if not even the embedding is."""
         return self._read(Progress, "progress")
 
     def finish(self, progress: Progress) -> None:
-        """Notes what is finished; the input of its last layer is not needed any more."""
+        """Records what is finished, and removes the hidden states that are no longer needed."""
         self._write("progress", to_json(progress))
         for layer in range(len(progress.layers)):
             self.states(layer).path.unlink(missing_ok=True)
 
     def calibration(self, make: Callable[[], tuple[Ids, Calibration]]) -> tuple[Ids, Calibration]:
-        """The calibration tokens, made by the first of the processes."""
+        """The calibration tokens, made once by the first process."""
         path = self._folder / "ids.npy"
         known = self._read(Calibration, "calibration")
         if known is None:
@@ -87,10 +87,10 @@ class Partial:
             raise _damaged(path, error) from None
 
     def begin(self, key: Mapping[str, str], resume: bool) -> None:
-        """Clears the folder, or takes up what is there.
+        """Clears the folder, or resumes from its content.
 
         Raises:
-            ResumeError: that was another export, or it is damaged.
+            ResumeError: the folder holds a different export, or is damaged.
         """
         path = self._folder / "key.json"
         if resume and path.is_file() and self.bundle.is_dir():
@@ -127,7 +127,7 @@ def _damaged(path: Path, error: Exception) -> ResumeError:
 
 
 def unfinished_bytes(out: Path) -> int:
-    """Disk that an interrupted export of `out` takes, whose place the next one takes."""
+    """Bytes on disk of an interrupted export of `out`, which the next export reuses."""
     space = workspace_of(out, PARTIAL)
     return sum(path.stat().st_size for path in space.rglob("*") if path.is_file())
 
@@ -138,17 +138,17 @@ def exporting(
 ) -> Iterator[Partial]:
     """Yields the partial folder, whose bundle becomes `out` when the block succeeds.
 
-    On an error or interrupt, what is finished is kept where `resume` is set, else removed.
+    On an error or interrupt, what is finished is kept if `resume` is set, else removed.
 
     Args:
         out: the destination.
         key: what the export depends on, by name.
         overwrite: whether `out` may be replaced.
-        resume: go on with what a process that is dead has finished.
+        resume: continue from what an earlier process has finished.
 
     Raises:
-        BundleError: `out` must not be written, or another process is at it.
-        ResumeError: what is finished is of another export, or damaged.
+        BundleError: `out` may not be replaced, or another process is working on it.
+        ResumeError: what is finished belongs to a different export, or is damaged.
     """
 
     def keep(space: Path) -> bool:

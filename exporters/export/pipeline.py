@@ -49,11 +49,11 @@ def export(
     Args:
         model: hub id, local folder or `.gguf` file.
         out: the bundle's folder; written to a temporary sibling and renamed at the end.
-        options: what the user chose.
+        options: the user's options.
         opened: called once the model is open and before any phase, with the resolved options.
 
     Raises:
-        DashError: anything the user can fix; `out` is then unchanged.
+        DashError: for anything the user can fix; `out` is then unchanged.
     """
     started = time.monotonic()
     check_version(onnxruntime().__version__, options.device)
@@ -132,10 +132,10 @@ def export(
 
 
 def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
-    """Refuses an export that the disk or the memory cannot hold, before it takes hours.
+    """Refuses an export that exceeds the disk or memory, before it takes hours.
 
     Raises:
-        DashError: says what is needed.
+        DashError: there is too little space; the message states what is needed.
     """
     sizes = sizes_of(source, options)
     disk = sizes.bundle + sizes.work
@@ -154,7 +154,7 @@ def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
 
 
 def _key(source: Source, options: ExportOptions) -> dict[str, str]:
-    """What the files of a bundle depend on, by name: an export goes on only where all is equal."""
+    """What the files of a bundle depend on, by name: an export resumes only if all are equal."""
     files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in source.files}
     texts = [source.sha256() for source in options.texts]
     chosen = {

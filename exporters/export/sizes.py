@@ -1,4 +1,4 @@
-"""What an export would write and need, from the config alone: no weight is read."""
+"""Estimates what an export would write and need, from the config alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
 from dash_onnx.exporters.graphs.graph import BITS, block_size_of, weight_precision
 from dash_onnx.exporters.sources import Shapes, Source, Weights, readable
 
-_GRAPH_BYTES = 6000  # of the nodes of a layer graph
-_PREVIEW_BYTES = 3700  # of those of a head that looks twice
+_GRAPH_BYTES = 6000  # nodes of a layer graph
+_PREVIEW_BYTES = 3700  # nodes of a head that rescores
 _PROCESS_BYTES = 450 << 20  # Python with torch, transformers and ONNX Runtime
-_TOKEN_BYTES = 4000  # of a tokenizer in the making, for each token of its vocabulary
-_ENDS = 11  # bytes for each weight of the embedding or of the LM head while it is exported
+_TOKEN_BYTES = 4000  # per vocabulary entry, while a tokenizer is built
+_ENDS = 11  # bytes per weight of the embedding or the LM head while it is exported
 _RUNTIME_BYTES = 120 << 20  # Python with ONNX Runtime
-_LOADED_TOKEN_BYTES = 1000  # of its tokenizer, for each token of its vocabulary
+_LOADED_TOKEN_BYTES = 1000  # per vocabulary entry of its tokenizer
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Estimates in bytes, of weights that are requantized.
+    """Estimates in bytes, for requantized weights.
 
     Attributes:
-        parameters: of the model.
-        layers: all layer graphs of a form on disk.
-        heads: the LM head in a form on disk.
-        embedding: on disk, as FP16; INT8 rows of a GGUF file take half of it.
-        bundle: all files but the text files.
-        work: on disk beside it, until the export is done.
-        run: memory of a process that runs all layers in an action, at the start of a context;
-            `policy` loads every action. With the wide form of layers and LM head, for those that
-            use it, unless `memory="low"` leaves it out.
-        kv_per_token: of the K/V cache.
-        export: highest memory of the export.
+        parameters: number of parameters of the model.
+        layers: by form, all layer graphs on disk.
+        heads: by form, the LM head on disk.
+        embedding: on disk, as FP16; INT8 rows of a GGUF file take half of that.
+        bundle: all files except the text files.
+        work: additional disk space until the export is done.
+        run: by action, memory of a process that runs all layers in it, at the start of a context;
+            `policy` loads every action. Includes the wide form of layers and LM head for those
+            that use it, unless `memory="low"` leaves it out.
+        kv_per_token: K/V cache per token.
+        export: peak memory of the export.
     """
 
     parameters: int
@@ -73,7 +73,7 @@ class _Described(Shapes):
     """Weights of the right shapes, without content or memory."""
 
     def __init__(self, config: PretrainedConfig):
-        """Builds the model's modules, not their weights."""
+        """Builds the model's modules without weights."""
 
         def build() -> Any:
             with init_empty_weights():
@@ -84,10 +84,10 @@ class _Described(Shapes):
         super().__init__({name: tuple(p.shape) for name, p in model.named_parameters()})
 
     def check(self, weights: Weights) -> None:
-        """Compares with what the files hold.
+        """Compares the shapes with those in the files.
 
         Raises:
-            SourceError: a tensor is of another shape.
+            SourceError: the shape of a tensor differs.
         """
         for name, shape in self.shapes.items():
             if name in weights and weights.shape(name) != shape:
@@ -103,7 +103,7 @@ class _Described(Shapes):
 
 
 def sizes_of(source: Source, options: ExportOptions) -> Sizes:
-    """Sizes of the bundle that these options would give, and memory needs.
+    """Sizes and memory needs of the bundle that these options would give.
 
     Raises:
         DashError: the model or the options would be refused.
@@ -159,7 +159,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     states += 4 * tokens * read
     kept_kv = int(kv * {"float": rule.wide, "int8": 1, "int4": 0.5}[options.kv_cache])
     draft += embedding + rule.stored("int8", head.norm, head.linear)
-    wide = 2 if options.device == "cpu" else 1  # `full` is FP32 in a CPU's memory
+    wide = 2 if options.device == "cpu" else 1  # on a CPU, `full` is FP32 in memory
     loaded, loaded_heads = (
         {form: size * (wide if form == "full" else 1) for form, size in sizes.items()}
         for sizes in (kept, heads)
@@ -252,7 +252,7 @@ class _Rule:
         )
 
     def working(self, linears: Sequence[Linear]) -> int:
-        """Memory while a layer is exported: its weights in FP32 and FP16 and as read, Hessians."""
+        """Memory while a layer is exported: weights in FP32, in FP16 and as read, and Hessians."""
         weights = sum(linear.out_features * linear.in_features for linear in linears)
         squares = [linear.in_features**2 for linear in linears] if self.hessians else [0]
         return 14 * weights + 4 * sum(squares) + 4 * max(squares)

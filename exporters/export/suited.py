@@ -1,4 +1,4 @@
-"""Options that suit a model, by its weights: whether they are ternary, or four bits already."""
+"""Options that suit a model's weights: whether they are ternary, or quantized already."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def suited(
 ) -> ExportOptions:
     """Resolves options, with INT2 for a model whose layers it holds exactly.
 
-    Of other models it reads the first layer.
+    For other models only the first layer is read.
 
     Args:
-        options: what the user chose.
-        source: of the weights.
-        architecture: of the model.
-        spec: of the model.
-        layers: to look at; None looks at all of them.
+        options: the user's options.
+        source: source of the weights.
+        architecture: family of the model.
+        spec: description of the model.
+        layers: number of layers to inspect; None inspects all of them.
 
     Raises:
         DashError: a weight cannot be read, or the options do not suit the model.
@@ -50,7 +50,7 @@ def suited(
 
 
 def _stored(layer: Layer, bits: Bits, options: ExportOptions) -> bool:
-    """Whether a layer is stored in some bits as it is."""
+    """Whether a bit width stores a layer without rounding."""
     block = options.block_size
     assert block is not None
     return all(

@@ -1,7 +1,7 @@
 """The fused bundle: the policy as one ONNX graph, with an `If` per layer, for any ORT client.
 
-The graphs of the bundle become its branches, with the same weights; only the skip graph writes
-its K/V with GroupQueryAttention as the others do, so that clients may share past and present
+The graphs of the bundle become its branches, with the same weights. The skip graph is changed to
+write its K/V with GroupQueryAttention like the others, so that clients may share past and present
 buffers or not. Decoding decides per token; a prompt runs at one precision.
 """
 

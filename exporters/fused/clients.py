@@ -1,4 +1,4 @@
-"""What differs between the programs that run a fused folder; every fact was found by running them.
+"""Differences between the programs that run a fused folder; each fact was found by running them.
 
 No operator of the graph is missing in any of them (onnxruntime-web and onnxruntime-node 1.30,
 onnxruntime 1.32). But MatMulNBits has no fast kernel in onnxruntime-web: see `widen`.
@@ -14,13 +14,13 @@ class Client:
     """One kind of program.
 
     Attributes:
-        position_ids: declared as an input. It is not read: positions follow from the mask.
+        position_ids: lists it as an input. It is not read: positions follow from the mask.
         feeds_budget: lists every input and feeds it, so the budget has no default in the graph.
             The others list required inputs only, and take the default or an adapter's budget.
-        shares_kv: past and present are one buffer; otherwise they grow by concatenation.
+        shares_kv: past and present are one buffer; else they grow by concatenation.
         genai_files: reads GenAI's configuration, and adapters that set a budget.
-        data_in_branches: finds external data of tensors that lie inside an `If`'s branch.
-        multiplies_blocks: has a fast kernel of MatMulNBits; see `widen`.
+        data_in_branches: finds external data of tensors inside a branch of an `If`.
+        multiplies_blocks: has a fast kernel for MatMulNBits; see `widen`.
     """
 
     position_ids: bool = False

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from dash_onnx.exporters.fused.fusion import Fusion
 
 _NEVER = 1e30  # cost of an action that must not be chosen
-_TOGETHER = 5  # layers that are tested together for the commonest action, at most
-_SMALL = 8 << 20  # bytes of a layer; larger ones would hide what an `If` costs, and fill memory
+_TOGETHER = 5  # most layers tested together for the most common action
+_SMALL = 8 << 20  # bytes of a layer; larger ones hide the cost of an `If`, and would fill memory
 
 
 class Decisions:
     """The scorer inside the graph.
 
     Attributes:
-        branches: the actions that have a branch: those that are decided between, and the one of
-            prompts. The precision that the default budget takes most often is the last, whose
-            branch lies in the outermost `If`: each further one costs 7 microseconds.
-        groups: layers that are tested together for the commonest action.
+        branches: the actions that have a branch: those that are decided between, and that of
+            prompts. The precision that is most common at the default budget is the last, whose
+            branch is in the outermost `If`: each further level costs 7 microseconds.
+        groups: layers that are tested together for the most common action.
     """
 
     def __init__(self, fusion: Fusion, manifest: Manifest, facts: FusedFacts):
@@ -53,7 +53,7 @@ class Decisions:
         self.groups = self._groups()
 
     def _groups(self) -> list[range]:
-        """Cuts the layers; one whose input the scorer reads stands alone."""
+        """Splits the layers into groups; a layer whose input the scorer reads is its own group."""
         layers, common = self._layers, self.branches[-1]
         size = self._manifest.graph_bytes(layer_path(layers - 1, common), common)
         small = self._fusion.client.multiplies_blocks and size <= _SMALL
@@ -114,7 +114,7 @@ class Decisions:
         f.node("If", ["known"], list(known), then_branch=usual, else_branch=asked)
 
     def _ask(self, values: np.ndarray) -> None:
-        """From any budget to the multiplier, as the policy table has it, and on."""
+        """From any budget to its multiplier by the policy table, and on to the decisions."""
         f = self._fusion
         self._multiplier()
         f.node("Add", [f.constant("values.0", values), "penalty"], ["total.0"])
@@ -125,7 +125,7 @@ class Decisions:
         f, facts = self._fusion, scorer_facts(self._manifest)
         budgets = np.array([point.budget for point in facts.points], np.float32)
         logs = np.log(np.array([point.multiplier for point in facts.points], np.float32))
-        # Between rows the log multiplier is linear: the sum of what each interval adds.
+        # The log multiplier is linear between rows: the sum of the contributions of all intervals.
         width = np.maximum(np.diff(budgets), 1e-6)
         f.node("Sub", [BUDGET, f.constant("budgets", budgets[:-1])], ["above"])
         f.node("Div", ["above", f.constant("widths", width)], ["share"])
@@ -136,7 +136,7 @@ class Decisions:
         f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_multiplier"])
         f.node("Exp", ["log_multiplier"], ["multiplier"])
         f.node("Mul", ["multiplier", f.constant("costs", self._costs)], ["weighed"])
-        # What all tokens take is the same between two rows.
+        # The actions fixed for all tokens are constant between two rows.
         middles = [*((budgets[:-1] + budgets[1:]) / 2)] or [*budgets]
         barred = np.stack([self._barred(fixed_at(float(x), self._manifest)) for x in middles])
         f.node("Greater", [BUDGET, f.constant("borders", budgets[1:-1])], ["beyond"])
@@ -154,7 +154,7 @@ class Decisions:
         return rows
 
     def _barred(self, fixed: tuple[Action | None, ...]) -> np.ndarray:
-        """Costs `[L, A]` that leave a layer the action that it takes for all tokens."""
+        """Costs `[L, A]` that leave a layer only the action that is fixed for all tokens."""
         barred = np.zeros_like(self._costs)
         for layer, action in enumerate(fixed):
             if action is not None:
@@ -164,7 +164,7 @@ class Decisions:
         return barred
 
     def decide_after(self, layer: int) -> None:
-        """Decides for the segment that begins after a layer, from that layer's input."""
+        """Decides the segment that begins after a layer, from that layer's input."""
         starts = [start for start, _ in self._segments]
         if layer + 1 in starts:
             self._score(starts.index(layer + 1), f"hidden.{layer}")
@@ -173,7 +173,7 @@ class Decisions:
     def _first_values(self) -> np.ndarray:
         """The predicted KL of every action `[L, A]`, valid for the layers of the first segment.
 
-        The same for every token, so that no graph needs to compute it.
+        They are the same for every token, so the graph does not compute them.
         """
         sessions = Sessions(self._fusion.bundle, open_backend("cpu"))
         nothing = {
@@ -218,11 +218,11 @@ class Decisions:
         return [group for group in self.groups if start <= group.start < stop]
 
     def flag(self, group: range) -> str:
-        """Whether all layers of a group take the commonest action; read for every token."""
+        """Name of the flag for whether all layers of a group take the most common action."""
         return f"together.{group.start}.{group.stop}"
 
     def condition(self, layer: int, action: Action) -> tuple[list[onnx.NodeProto], str]:
-        """The flag that a layer takes an action, and the nodes that make it where it is read."""
+        """Nodes that compute, where it is read, whether a layer takes an action, and that flag."""
         flag = f"is_{action}.layer.{layer}"
         number = max(n for n, (start, _) in enumerate(self._segments) if start <= layer)
         nodes = [
@@ -232,7 +232,7 @@ class Decisions:
         return nodes, flag
 
     def report(self) -> None:
-        """The decisions as an output, each from the decision point of its segment."""
+        """Outputs the decisions, each taken from the decision point of its segment."""
         numbers = range(len(self._segments))
         self._fusion.node("Concat", [f"decided.{number}" for number in numbers], ["all"], axis=0)
         places = [

@@ -1,4 +1,4 @@
-"""What a fused folder holds, and what it says about itself to hosts that know of the budget."""
+"""The content of a fused folder, and its description for hosts that set the budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUDGET = "dash_budget"
 """Graph input, float `[1]`: fraction of the reference's time per token."""
 
 PATH = "dash_path"
-"""Graph output, int64 `[L]`: index of each layer's action in the actions of `dash_fused.json`."""
+"""Graph output, int64 `[L]`: index of each layer's action in `actions` of `dash_fused.json`."""
 
 
 def adapter(preset: str) -> str:
@@ -26,13 +26,13 @@ def adapter(preset: str) -> str:
 
 @dataclass(frozen=True)
 class FuseOptions:
-    """What the user chose.
+    """The options of a fused graph.
 
     Attributes:
         client: key of `CLIENTS`.
         policy: see `make_policy`; it must be `dash` or have one path for every token.
-        budget: the default of the graph's own, as given.
-        prefill: with `dash`, the precision of prompts; None is the highest that it decides
+        budget: the graph's default budget, as given.
+        prefill: with `dash`, the precision of prompts; None takes the highest that it decides
             between. A fixed policy runs prompts on its path; `wide` runs them in the wide form,
             if the path has INT4 or INT2 layers.
     """
@@ -48,10 +48,10 @@ class Budgets:
     """Budgets of a scorer-driven graph, as fractions of the reference's time per token.
 
     Attributes:
-        default: what the graph takes unless told.
-        least: the least that the policy table has; less is taken as this.
-        most: likewise.
-        presets: by name.
+        default: budget used when none is given.
+        least: lowest in the policy table; lower budgets are raised to it.
+        most: highest in the policy table; higher budgets are lowered to it.
+        presets: budgets by preset name.
     """
 
     default: float
@@ -65,15 +65,16 @@ class FusedFacts:
     """The content of `dash_fused.json`.
 
     Attributes:
-        options: how the folder was asked for.
+        options: the options it was made with.
         model: name of the source model.
-        context: most tokens of prompt and answer.
+        context: maximum number of tokens of prompt and answer.
         actions: what the indices in `dash_path` mean.
-        runs: those that the graph decides between, most expensive first. The highest precision is
-            left out where INT8 stands for it: it would double the file for the highest budgets.
-        prompt: precision of a prompt, where the scorer decides; `wide` or None where it does not.
-        path: of every token where the policy is fixed; such a graph has no `dash_path`.
-        budgets: where the scorer decides; None where the policy is fixed.
+        runs: the actions that the graph decides between, most expensive first. The highest
+            precision is left out if INT8 can replace it: it would double the file for the sake of
+            the highest budgets.
+        prompt: precision of a prompt if the scorer decides; `wide` or None if it does not.
+        path: path of every token if the policy is fixed; such a graph has no `dash_path`.
+        budgets: budgets if the scorer decides; None if the policy is fixed.
     """
 
     options: FuseOptions

@@ -1,4 +1,4 @@
-"""From a bundle to a fused folder, all or nothing."""
+"""Writes a bundle as a fused folder, all or nothing."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
     """Writes a folder that one kind of client can load.
 
     Args:
-        bundle: exported for the CPU.
-        out: written to a temporary sibling and renamed at the end.
+        bundle: a bundle exported for the CPU.
+        out: the folder, written to a temporary sibling and renamed at the end.
         options: the client, the policy and its budget.
         overwrite: replace an existing fused folder.
 
     Raises:
-        DashError: the policy cannot be fused, or `out` must not be written.
+        DashError: the policy cannot be fused, or `out` may not be replaced.
     """
     manifest, client = bundle.manifest, CLIENTS[options.client]
     if manifest.target.device != "cpu":
@@ -87,7 +87,7 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
         )
     head = policy.head
     if head == "int2" and (facts.budgets or not client.multiplies_blocks):
-        head = manifest.heads[SKIP]  # one for all budgets, also those that lose less
+        head = manifest.heads[SKIP]  # one for all budgets, even those that lose less
     with writing(out, overwrite=overwrite, marker=FACTS) as folder:
         with (folder / DATA).open("wb") as data:
             model = Fusion(bundle, data, client, head, facts).build()
@@ -108,12 +108,12 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
 
 
 def renew(bundle: Bundle, before: FuseOptions) -> None:
-    """Fuses a bundle's own folder again, as it was asked for."""
+    """Fuses a bundle's own folder again, with the same options."""
     fuse(bundle, bundle.folder / FUSED_FOLDER, before, overwrite=True)
 
 
 def options_of(folder: Path) -> FuseOptions | None:
-    """How a fused folder was asked for; None where there is none.
+    """The options that a fused folder was made with; None if there is no such folder.
 
     Raises:
         BundleError: its facts cannot be read.
@@ -129,7 +129,7 @@ def options_of(folder: Path) -> FuseOptions | None:
 
 
 def _write_adapter(path: Path, budget: float) -> None:
-    """GenAI feeds inputs that have a default from adapters only."""
+    """Writes the adapter: GenAI feeds inputs that have a default only from adapters."""
     ort = onnxruntime()
     value = ort.OrtValue.ortvalue_from_numpy(np.array([budget], np.float32))
     file = ort.AdapterFormat()

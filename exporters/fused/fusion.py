@@ -31,7 +31,7 @@ from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 from dash_onnx.runtime.compose import rename
 
 _OPSET = 23  # of RMSNormalization; TensorScatter, which needs 24, is not used
-_ALIGNMENT = 64  # bytes, of a tensor in the data file
+_ALIGNMENT = 64  # bytes; alignment of a tensor in the data file
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Fusion:
 
     Attributes:
         data: the file of large weights, written front to back.
-        client: what the graph is for.
+        client: the program that the graph is for.
         head: precision of the LM head.
-        facts: the path of every token, or the budgets of the scorer.
+        facts: holds the path of every token, or the budgets of the scorer.
     """
 
     bundle: Bundle
@@ -126,7 +126,7 @@ class Fusion:
         return inputs, outputs
 
     def apart(self, build: Callable[[], None]) -> list[onnx.NodeProto]:
-        """The nodes that a function adds: for a branch, not for the main graph."""
+        """Collects the nodes that a function adds, for a branch instead of the main graph."""
         before, self.nodes = self.nodes, []
         build()
         added, self.nodes = self.nodes, before
@@ -138,7 +138,7 @@ class Fusion:
         return name
 
     def _positions(self, manifest: Manifest) -> None:
-        """What every layer reads of the position; names as in the contract of layers."""
+        """Computes the positions that every layer reads; names as in the contract of layers."""
         length = manifest.model.max_length
         for index, rope in enumerate(manifest.ropes):
             tables = rotary_tables(rope, length, "float32")
@@ -162,11 +162,11 @@ class Fusion:
             self.node("Unsqueeze", ["positions.0", axis], ["positions"])
 
     def _made_by(self, layer: int) -> list[str]:
-        """Values that a layer makes: the hidden state, and what it keeps."""
+        """Values that a layer produces: the hidden state, and its K/V or states."""
         return [f"hidden.{layer + 1}", *(name for _, name in self._kept(layer, "present"))]
 
     def _kept(self, layer: int, side: str) -> list[tuple[str, str]]:
-        """What a layer reads (`past`) or writes (`present`) of K/V or states: port, and value."""
+        """The K/V or states that a layer reads (`past`) or writes (`present`): port and value."""
         if (mixer := self.bundle.manifest.mixer_of(layer)) == "attention":
             name = "past_key_values" if side == "past" else "present"
             return [(f"{side}_{part}", f"{name}.{layer}.{part}") for part in ("key", "value")]
@@ -176,7 +176,7 @@ class Fusion:
         return kept
 
     def _turned(self, side: str) -> None:
-        """Between GenAI's states of convolutions, `[1, channels, kernel - 1]`, and ours."""
+        """Transposes between GenAI's convolution states, `[1, channels, kernel - 1]`, and ours."""
         for layer, mixer in enumerate(self.bundle.manifest.mixers):
             if mixer != "attention":
                 names = [f"{side}.{layer}.conv", f"{side}_conv.{layer}"]
@@ -184,13 +184,13 @@ class Fusion:
                 self.node("Transpose", [theirs], [own], perm=[0, 2, 1])
 
     def _fixed(self, layer: int, action: Action) -> None:
-        """A layer whose action no token changes."""
+        """Adds a layer whose action is the same for every token."""
         branch = self._branch(layer, action, f"hidden.{layer}", self._made_by(layer))
         self.nodes += branch.node
         self.initializers += branch.initializer
 
     def _widened(self, layer: int, action: Action) -> None:
-        """A layer that runs in the wide form where a pass has several tokens."""
+        """Adds a layer that runs in the wide form if a pass has several tokens."""
         hidden, outputs = f"hidden.{layer}", self._made_by(layer)
         branches = {
             f"{side}_branch": self._branch(layer, form, hidden, [f"{o}.{side}" for o in outputs])
@@ -199,7 +199,7 @@ class Fusion:
         self.node("If", ["many"], outputs, **branches)
 
     def _decided(self, group: range, decisions: Decisions) -> None:
-        """The layers of a group: one branch for the commonest action in all, else an `If` each."""
+        """Adds a group: one branch if all layers take the most common action, else an `If` each."""
         actions, flag = decisions.branches, decisions.flag(group)
         if len(actions) == 1:
             for layer in group:
@@ -240,15 +240,15 @@ class Fusion:
         flag: str = "",
         actions: Sequence[Action] = (),
     ) -> list[onnx.NodeProto]:
-        """An `If` for the last action, whose other branch chooses among the rest.
+        """Nests an `If` per action: it tests the last one, and its else branch tests the rest.
 
         Args:
-            layer: its index.
+            layer: layer index.
             hidden: its input.
-            outputs: hidden state, keys and values.
-            decisions: what made them.
-            flag: whether the last action is taken, where that is known.
-            actions: none takes all that the layer may take.
+            outputs: hidden state, and K/V or states.
+            decisions: the decisions to test.
+            flag: flag for whether the last action is taken, if there is one already.
+            actions: actions to choose between; if empty, all that the layer may take.
         """
         *rest, tested = actions or [a for a in decisions.branches if layer or a != SKIP]
         if not rest:
@@ -297,7 +297,7 @@ class Fusion:
         return graph
 
     def _adopt(self, graph: onnx.GraphProto, prefix: str, names: dict[str, str]) -> None:
-        """Renames a graph's values and rewrites what the client is slow at."""
+        """Renames a graph's values and rewrites the products that are slow in the client."""
         rename(graph, prefix, names)
         if not self.client.multiplies_blocks:
             self._add(widen(graph))
@@ -321,7 +321,7 @@ class Fusion:
         self.initializers += [self._stored(one) for one in tensors if one.name not in known]
 
     def _load(self, path: str) -> onnx.ModelProto:
-        """A graph of the bundle, its large weights moved to the fused data file, once."""
+        """Loads a graph of the bundle and moves its large weights to the fused data file, once."""
         if (known := self._loaded.get(path)) is not None:
             return copy.deepcopy(known)
         file = self.bundle.verified(path)

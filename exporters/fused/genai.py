@@ -1,4 +1,4 @@
-"""The configuration that ONNX Runtime GenAI reads beside the graph."""
+"""The configuration that ONNX Runtime GenAI reads along with the graph."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.facts import MODEL
 
 _TYPES = {"lfm2": "lfm2", "qwen3_5_text": "qwen3_5_text"}
-"""GenAI's types of models whose layers keep states; the others are as a Llama to it."""
+"""GenAI's types of models whose layers keep states; it runs all others as a Llama."""
 
 _LAYERS = {"attention": "full_attention", "short_conv": "conv", "gated_delta": "linear_attention"}
 
 
 def genai_config(bundle: Bundle, client: Client) -> str:
-    """The configuration that ONNX Runtime GenAI reads beside the graph."""
+    """The configuration that ONNX Runtime GenAI reads along with the graph."""
     facts = bundle.manifest.model
     stored = json.loads(bundle.verified("generation_config.json").read_text("utf-8"))
     eos = stored.get("eos_token_id")

@@ -1,4 +1,4 @@
-"""What the graphs of the bundle need to become parts of a larger one."""
+"""Rewrites that let the graphs of the bundle become parts of a larger graph."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from onnx import TensorProto, helper
 from dash_onnx.core.manifest import Manifest
 
 _ROWS = 16
-"""Tokens of the longest pass whose every row is drawn from: a longer one is a prompt."""
+"""Longest pass, in tokens, in which every row may be sampled; a longer one is a prompt."""
 
 _STATE = ("past_key", "past_value", "seqlens_k", "total_sequence_length")
 
 
 def group_attention(graph: onnx.GraphProto) -> None:
-    """Leaves GroupQueryAttention alone where a graph may choose between two attentions.
+    """Keeps only GroupQueryAttention in a graph that can choose between two implementations.
 
-    The other one is made for a buffer of full length; GroupQueryAttention also grows one. All rows
-    of its pass are valid.
+    The other one needs a buffer of full length; GroupQueryAttention can also grow one. All rows of
+    a pass are valid.
     """
     for number, node in enumerate(graph.node):
         if node.op_type == "If" and "present_key" in node.output:
@@ -30,7 +30,7 @@ def group_attention(graph: onnx.GraphProto) -> None:
                 graph.node.insert(number + offset, inner)
             break
     for node in graph.node:
-        if "query_seqlens" in node.input:  # the last one; without it all tokens are valid
+        if "query_seqlens" in node.input:  # the last input; without it all tokens are valid
             kept = [*node.input[:-1]]
             while not kept[-1]:
                 kept.pop()
@@ -40,13 +40,13 @@ def group_attention(graph: onnx.GraphProto) -> None:
 def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     """Lets GroupQueryAttention write the K/V of a skip graph, as it does in the other graphs.
 
-    TensorScatter, which the skip graph has, needs a buffer of full length. Its output, the
-    attention of the keys to themselves, is not used.
+    TensorScatter in the skip graph needs a buffer of full length. The output of
+    GroupQueryAttention, the attention of the keys to themselves, is not used.
     """
     made = {name: node for node in graph.node for name in node.output}
 
     def written(present: str) -> str:
-        """What a buffer receives before it is put into the order of heads."""
+        """The value written to a buffer, before it is rearranged by heads."""
         name = made[present].input[1]
         for kind in ("Transpose", "Reshape"):
             if (node := made[name]).op_type == kind:
@@ -58,7 +58,7 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     if rotates:
         key = str(made[key].input[0])
     needed = [key, value, "hidden_out"]
-    for name in needed:  # grows
+    for name in needed:  # grows in the loop
         needed += [other for other in made[name].input if other in made and other not in needed]
     kept = [node for node in graph.node if any(name in needed for name in node.output)]
     heads = manifest.model.num_kv_heads
@@ -79,10 +79,10 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
 
 
 def look_at_the_last(graph: onnx.GraphProto) -> None:
-    """Lets an LM head that looks twice do so for the last row alone where a pass is a prompt.
+    """Lets an LM head that rescores do so only for the last row if a pass is a prompt.
 
-    Clients draw from no other row of it, and looking at every row takes a large part of the time
-    and most of the memory of a long prompt.
+    Clients sample from no other row of a prompt, and rescoring every row takes a large part of the
+    time and most of the memory of a long prompt.
     """
     nodes = [*graph.node]
     end = next((at for at, node in enumerate(nodes) if node.op_type == "ScatterElements"), None)

@@ -1,9 +1,9 @@
 """Products with quantized weights as FP32 products, for clients whose MatMulNBits is slow.
 
-Without a kernel of its own MatMulNBits widens every weight for every token. A DequantizeLinear of
-constants does the same once, when ONNX Runtime loads the graph, if the session has the option
-`session.disable_quant_qdq`: the file stays as small, the memory does not. It is one operator,
-as each further one would need the memory of all weights again.
+Without a dedicated kernel, MatMulNBits dequantizes every weight for every token. A DequantizeLinear
+of constants does so only once, when ONNX Runtime loads the graph, if the session has the option
+`session.disable_quant_qdq`: the file stays as small, the memory does not. It is a single operator,
+since each further one would need the memory of all weights again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 
 def widen(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
-    """Replaces every MatMulNBits by a DequantizeLinear and a product, beside each other.
+    """Replaces every MatMulNBits by a DequantizeLinear and a product, in the same branch.
 
-    In one branch, that is: ONNX Runtime packs no weights that come from the graph around it.
+    ONNX Runtime does not pack weights that come from the enclosing graph.
 
     Returns:
-        Constants that many products share, for the graph around it.
+        Constants that many products share, for the enclosing graph.
     """
     shared: list[onnx.TensorProto] = []
     nodes: list[onnx.NodeProto] = []
@@ -40,14 +40,14 @@ def widen(graph: onnx.GraphProto) -> list[onnx.TensorProto]:
 
 
 def _facts(node: onnx.NodeProto) -> tuple[int, int, int, int, int]:
-    """Rows N, columns K, blocks of a row, columns of a block, bits."""
+    """Rows N, columns K, blocks per row, columns per block, bits."""
     facts = {one.name: helper.get_attribute_value(one) for one in node.attribute}
     rows, columns, size, bits = (facts[name] for name in ("N", "K", "block_size", "bits"))
     return rows, columns, math.ceil(columns / size), size, bits
 
 
 def _can_widen(node: onnx.NodeProto) -> bool:
-    """Not where rows of four-bit zero points end within a byte, which DequantizeLinear has not."""
+    """False if rows of 4-bit zero points end within a byte, unsupported by DequantizeLinear."""
     _, _, blocks, _, bits = _facts(node)
     return len(node.input) == 3 or bits == 8 or blocks % 2 == 0
 
@@ -60,12 +60,12 @@ def _widened(
     x, values, scales, *zeros = node.input
     shared: list[onnx.TensorProto] = []
     tensors = [stored[name] for name in (values, scales, *zeros)]
-    if not zeros:  # half of the range in every place
+    if not zeros:  # half of the range everywhere
         name = f"wide.zeros.{bits}.{rows}.{blocks}"
         half = bytes([0x88 if bits == 4 else 0x80]) * math.ceil(rows * blocks * bits / 8)
         shared.append(helper.make_tensor(name, kind, (rows, blocks), half, raw=True))
         tensors.append(shared[0])
-    # The same bytes: MatMulNBits packs as the types of four bits do.
+    # The same bytes: MatMulNBits packs values like the 4-bit types.
     for tensor, width in zip(tensors, (blocks * size, blocks, blocks), strict=True):
         tensor.dims[:] = (rows, width)
         if tensor.data_type == TensorProto.UINT8:

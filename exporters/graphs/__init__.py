@@ -1,8 +1,8 @@
 """The ONNX graphs of a bundle, built with onnxscript on ORT's fused operators.
 
-`graph` is the common ground: ports of the contract, stored weights, linear layers, norms. `layer`,
-`skip` and `ends` build one kind each from a description of `architectures`. Names and bytes of the
-stored weights are read elsewhere (training, fused graphs): who renames one looks there.
+`graph` is shared by all: ports of the contract, stored weights, linear layers, norms. `layer`,
+`skip` and `ends` each build one kind of graph from a description of `architectures`. Training and
+fused graphs read the stored weights by name and layout: change both together.
 """
 
 from dash_onnx.exporters.graphs.attention import ATTENTION, KVScales

@@ -1,4 +1,4 @@
-"""Attention over the K/V cache, in which the new tokens are written, in the forms that ORT has."""
+"""Attention over the K/V cache, including writes of the new tokens, in the forms that ORT has."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dash_onnx.core.block import QueryScale
 from dash_onnx.exporters.graphs.graph import Graph
 
 KVScales = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
-"""Steps between two levels of a quantized K/V cache: of keys and of values, `[H_kv, 1, d]`."""
+"""Step sizes of a quantized K/V cache, for keys and for values, `[H_kv, 1, d]`."""
 
 ATTENTION = "attention"
-"""The value that the heads' outputs have."""
+"""Name of the value that holds the heads' outputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,12 @@ class Heads:
         keys: number of key/value heads H_kv.
         size: width of a head d.
         rotated: dimensions of a head that the rotary embedding rotates; 0 for none.
-        scale: of the scores.
-        softcap: of the scaled scores, or None.
-        window: tokens that a token sees at most, itself included, or None.
+        scale: factor on the scores.
+        softcap: softcap of the scaled scores, or None.
+        window: most tokens that a token sees, including itself, or None.
         query_scale: see `Block`.
         sinks: `[H]`, see `Layer`, a value of the graph; or None.
-        shared: whether they read K/V that another layer has written, the new tokens' included.
+        shared: whether they read K/V written by another layer, including those of new tokens.
     """
 
     queries: int
@@ -55,15 +55,15 @@ def attend(
     kv_scales: KVScales | None = None,
     name: str = ATTENTION,
 ) -> Sequence[ir.Value]:
-    """Attention in both forms where both can be had: the runtime knows which one is faster.
+    """Attention in both forms where both are possible: the runtime knows which one is faster.
 
     Args:
-        graph: with the ports of a layer.
-        projected: queries, keys and values `[batch, seq, ...]`, or all stacked and twice None;
-            queries alone where K/V are shared.
+        graph: graph with the ports of a layer.
+        projected: queries, keys and values `[batch, seq, ...]`; or all three stacked, then None
+            twice; or only queries where K/V are shared.
         heads: how they attend.
-        kv_scales: of a quantized cache.
-        name: of the heads' outputs.
+        kv_scales: scales of a quantized cache.
+        name: name of the heads' outputs.
 
     Returns:
         The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens, unless shared.
@@ -90,7 +90,7 @@ def attend_grouped(
     names: Sequence[str],
     kv_scales: KVScales | None = None,
 ) -> Sequence[ir.Value]:
-    """GroupQueryAttention, of which a call of many rows takes little memory; see `attend`."""
+    """GroupQueryAttention, which needs little memory for many rows; see `attend`."""
     inputs, cache = graph.inputs, graph.target.kv_cache
     extras: list[ir.Value | None] = []  # positions, bias, sinks, scales, norms, counts
     options: dict[str, str | int | float] = {}
@@ -106,11 +106,11 @@ def attend_grouped(
         options = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": bits}
     if heads.sinks is not None:
         extras = [None, None, heads.sinks, *extras[3:]]
-    if heads.shared:  # no new keys and values: the new tokens are the last ones of the cache
+    if heads.shared:  # no new keys and values: the new tokens are the last in the cache
         query, end = projected[0], graph.int64(0, heads.keys * heads.size)
         nothing = graph.op.Slice(query, graph.int64(0, 0), end, graph.int64(1, 2))
         projected = [query, nothing, nothing]
-    elif graph.target.ragged:  # which ONNX Runtime does not have without new ones
+    elif graph.target.ragged:  # unsupported by ONNX Runtime without new keys
         extras = [*extras, *[None] * (7 - len(extras)), inputs["query_seqlens"]]
     if heads.scale != heads.size**-0.5:
         options["scale"] = heads.scale
@@ -139,10 +139,10 @@ def attend_grouped(
 def attend_plainly(
     graph: Graph, projected: Sequence[ir.Value | None], heads: Heads
 ) -> Sequence[ir.Value]:
-    """The same from plain operators, over the cache's whole capacity: faster for few rows.
+    """The same with plain operators, over the cache's whole capacity: faster for few rows.
 
-    The queries of a key/value head are rows of one product with all its keys, which are read once
-    for all of them. The mask leaves out what a token does not see.
+    The queries of a key/value head are rows of one product with all its keys, so keys are read only
+    once. The mask hides what a token does not see.
     """
     op = graph.op
     query, key, value = (*projected, None, None)[:3]

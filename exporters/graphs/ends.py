@@ -29,9 +29,9 @@ from dash_onnx.exporters.quantize.blockwise import (
 )
 
 EXACT_TOKENS: dict[Form, int] = {"int4": 64, "int2": 256}
-"""Tokens of which such a head computes the logit from the INT8 head's weights."""
+"""Number of top tokens whose logits a head of this form recomputes from the INT8 head's weights."""
 
-_PREVIEW_BLOCKS = (128, 64)  # of the head that chooses them: large blocks are fast
+_PREVIEW_BLOCKS = (128, 64)  # of the head that selects these tokens: large blocks are fast
 _ROWS = "per_layer.rows"
 _EXACT_ROWS = ("exact_values", "exact_scales")
 
@@ -46,16 +46,16 @@ def build_embed(
 ) -> list[str]:
     """Writes `embed.onnx` from `[V, D]`; returns `Graph.fp32_kept`.
 
-    It holds FP16 rows, or INT8 rows where those give exactly the same values. ONNX Runtime maps the
-    files, and reads the rows of the tokens that come.
+    It holds FP16 rows, or INT8 rows if those give exactly the same values. ONNX Runtime maps the
+    files, and reads only the rows of the input tokens.
 
     Args:
-        folder: of the bundle.
+        folder: folder of the bundle.
         table: the token embedding.
-        spec: of the model.
-        target: of the bundle.
+        spec: description of the model.
+        target: target of the bundle.
         per_layer: embeddings of the tokens for each layer.
-        rounded: whether their table is INT8, for bundles without `full`.
+        rounded: whether the table of `per_layer` is INT8, for bundles without `full`.
     """
     graph = Graph("embed", embed_ports(spec.dims(target)), target, spec.block)
     ids = graph.inputs["input_ids"]
@@ -87,9 +87,9 @@ def build_embed(
 
 
 def _write_table(path: Path, table: Matrix, block_size: int | None) -> list[onnx.TensorProto]:
-    """Writes it as FP16, or as FP32 where FP16 cannot hold it; returns what names the file.
+    """Writes a table as FP16, or as FP32 if FP16 cannot hold it; returns references to the file.
 
-    With a block size, it is INT8 values with a FP32 scale for each block of a row.
+    With a block size, it is written as INT8 with an FP32 scale for each block of a row.
     """
     if block_size is not None:
         place, place_of_scales = 0, math.prod(table.shape)
@@ -114,7 +114,7 @@ def _write_table(path: Path, table: Matrix, block_size: int | None) -> list[onnx
 
 
 def _write_rows(path: Path, table: Matrix, dtype: torch.dtype) -> bool:
-    """Writes them one after the other; returns whether FP16, if that is the type, holds all."""
+    """Writes the rows in order; returns False if they do not fit in FP16 and that is `dtype`."""
     with path.open("wb") as file:
         for part in row_groups(table):
             if dtype == torch.float16 and not fits_half(part):
@@ -126,7 +126,7 @@ def _write_rows(path: Path, table: Matrix, dtype: torch.dtype) -> bool:
 def _mapped(
     path: Path, name: str, shape: Sequence[int], kind: int, offset: int = 0
 ) -> onnx.TensorProto:
-    """A tensor in a file, from a byte on."""
+    """A tensor stored in a file at a byte offset."""
     tensor = onnx.TensorProto(name=name, dims=shape, data_type=kind)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", path.name), ("offset", str(offset))):
@@ -135,7 +135,7 @@ def _mapped(
 
 
 def _replace(path: Path, tensors: Sequence[onnx.TensorProto]) -> None:
-    """Puts tensors of other files in the place of those of the same names in a graph."""
+    """Replaces the initializers of a graph by tensors of the same names in other files."""
     model = onnx.load(path, load_external_data=False)
     shared = {tensor.name: tensor for tensor in tensors}
     for tensor in model.graph.initializer:
@@ -145,7 +145,7 @@ def _replace(path: Path, tensors: Sequence[onnx.TensorProto]) -> None:
 
 
 def _gathered(graph: Graph, values: ir.Value, scales: ir.Value, ids: ir.Value) -> ir.Value:
-    """Rows of a table that is INT8, of the type of its scales."""
+    """Rows of an INT8 table, in the type of its scales."""
     return graph.ms.GatherBlockQuantized(
         values,
         ids,
@@ -164,11 +164,11 @@ def _per_layer(
     part: PerLayer,
     stored: Sequence[onnx.TensorProto],
 ) -> ir.Value:
-    """What each layer reads of the tokens, `[batch, seq, L, P]`."""
+    """The embeddings of the tokens for each layer, `[batch, seq, L, P]`."""
     op, size, width = graph.op, part.norm.weight.shape[0], part.projection.in_features
     by_layer = graph.int64(0, 0, -1, size)
     tables = []
-    for one in stored:  # of one row, until the graph is saved
+    for one in stored:  # a single row, until the graph is saved
         row = np.zeros((1, one.dims[1]), helper.tensor_dtype_to_np_dtype(one.data_type))
         tables.append(graph.tensor(one.name, row))
     values, *scales = tables
@@ -176,7 +176,7 @@ def _per_layer(
     rows = op.Cast(rows, to=graph.dtype)
     rows = op.Mul(rows, graph.activation_tensor("per_layer.scale", torch.tensor(part.scale)))
     projected = op.Reshape(graph.linear(hidden, part.projection, "full"), by_layer)
-    # A factor of width ** -0.5 in front of the norm.
+    # Stands for a factor of width ** -0.5 before the norm.
     epsilon = graph.block.norm_epsilon * width
     normed = graph.norm(projected, "per_layer.norm", part.norm, epsilon)
     return op.Add(op.Reshape(rows, by_layer), normed)
@@ -207,8 +207,8 @@ def build_head(
 ) -> list[str]:
     """Writes `head/{full,int8,int4,int2,wide}.onnx`; returns `Graph.fp32_kept`.
 
-    Where the folder holds the INT8 head, those of fewer bits take the logits of the likeliest
-    tokens from its weights, which all share: see docs/decisions/0085.
+    If the folder holds the INT8 head, heads of fewer bits recompute the logits of the top tokens
+    from its weights, which all share: see docs/decisions/0085.
     """
     ports = head_ports(spec.dims(target))
     graph = Graph(f"head_{form}", ports, target, spec.block, hessians)
@@ -228,18 +228,18 @@ def build_head(
 
 
 def preview_block(columns: int, block_size: int) -> int:
-    """Block size of a head that looks twice."""
+    """Block size of a head that looks twice, see `looks_twice`."""
     return next(size for size in (*_PREVIEW_BLOCKS, block_size) if columns % size == 0)
 
 
 def looks_twice(graph: Path) -> bool:
-    """Whether a head takes the likeliest logits from the weights of the INT8 head."""
+    """Whether a head rescores its top tokens with the weights of the INT8 head."""
     stored = onnx.load(graph, load_external_data=False).graph.initializer
     return any(tensor.name in _EXACT_ROWS for tensor in stored)
 
 
 def _exact_rows_of(folder: Path, head: Head, target: Target) -> list[onnx.TensorProto]:
-    """Values and scales of the INT8 head as rows, in its own file; none where they cannot serve."""
+    """Values and scales of the INT8 head by row, in its own file; none if they cannot be used."""
     file, (rows, columns) = folder / head_path("int8"), head.linear.weight.shape
     if not file.is_file() or target.device != "cpu" or head.linear.bias is not None:
         return []
@@ -256,7 +256,7 @@ def _exact_rows_of(folder: Path, head: Head, target: Target) -> list[onnx.Tensor
 
 
 def _previewed(graph: Graph, normed: ir.Value, linear: Linear, precision: Form) -> ir.Value:
-    """Logits of few bits, but those of the likeliest tokens from the rows of the INT8 head."""
+    """Low-bit logits, with those of the top tokens recomputed from the rows of the INT8 head."""
     op, (rows, columns), block = graph.op, linear.weight.shape, graph.target.block_size
     logits = graph.linear(normed, linear, precision, preview_block(columns, block))
     _, likeliest = op.TopK(

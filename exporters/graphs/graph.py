@@ -1,4 +1,4 @@
-"""The common ground of all graphs: declared ports, stored weights, linear layers, norms."""
+"""What all graphs share: declared ports, stored weights, linear layers, norms."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from dash_onnx.exporters.quantize.blockwise import (
 from dash_onnx.exporters.quantize.gptq import gptq
 
 OPSET = 24
-"""First with TensorScatter, which writes a skipped token's K/V in place."""
+"""First opset with TensorScatter, which writes a skipped token's K/V in place."""
 
 IR_VERSION = 11
-"""Lowest that allows the opset's types; clients refuse a newer one than they know."""
+"""Lowest version that allows the opset's types; clients refuse versions newer than they know."""
 
 INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
 INT2_BLOCK = 64
 OFFSETS = ".offsets"
-"""Ends the name of the second product of a weight that has offsets."""
+"""Suffix of the second product of a weight that has offsets."""
 
 BITS: dict[Form, Bits] = {"int8": 8, "int4": 4, "int2": 2}
 _ATTENTION = "qkv_proj", "in_proj", "o_proj"
@@ -55,8 +55,8 @@ class Graph:
         block: what the model's layers compute.
         hessians: per linear layer, `[K, K]` sum of x x^T of its calibration inputs.
         fp32_kept: names of weights stored as FP32 because FP16 cannot hold them.
-        folded: most weights of a product in full precision: ORT 1.32 casts more than 1 GB of FP32
-            again at every run.
+        folded: most weights in a full-precision product: above 1 GB of FP32, ORT 1.32 repeats the
+            cast at every run.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Graph:
         return ir.Value(name=name)
 
     def tensor(self, name: str, array: np.ndarray) -> ir.Value:
-        """A weight, stored as it is."""
+        """A weight, stored unchanged."""
         return self.builder.initializer(ir.tensor(np.ascontiguousarray(array), name=name))
 
     def activation_tensor(self, name: str, tensor: torch.Tensor) -> ir.Value:
@@ -109,7 +109,7 @@ class Graph:
     def linear(
         self, x: ir.Value, linear: Linear, form: Form, block_size: int | None = None
     ) -> ir.Value:
-        """X `[batch, seq, K]` -> `[batch, seq, N]` in a form, of usual blocks unless told."""
+        """X `[batch, seq, K]` -> `[batch, seq, N]` in a form; None: the target's block size."""
         precision = weight_precision(form, linear.name, self.target.ternary)
         if precision == WIDE:
             y = self.op.Mul(*wide_product(self, x, linear))
@@ -125,7 +125,7 @@ class Graph:
         return y
 
     def _quantized(self, linear: Linear, bits: Bits, block_size: int | None) -> Quantized:
-        """The source's own integers where it has them; else by GPTQ where it can."""
+        """The source's own integers if it has them, else GPTQ with a Hessian, else rounding."""
         block = block_size or block_size_of(bits, self.target.block_size, linear.in_features)
         if stored := linear.stored(bits, block):
             return stored
@@ -137,14 +137,14 @@ class Graph:
     def matmul_nbits(self, x: ir.Value, name: str, weight: Quantized) -> ir.Value:
         """Product with a quantized weight.
 
-        MatMulNBits has a fast kernel for integer zero points only. Offsets of blocks multiply the
-        sums of x over blocks, which further rows of the same product compute: ones in their block,
+        MatMulNBits has a fast kernel only for integer zero points. Block offsets multiply the sums
+        of x over blocks, which additional rows of the same product compute: ones in their block,
         zero elsewhere.
         """
         if weight.offsets is None:
             return self._product(x, name, weight)
         (rows, blocks), size = weight.offsets.shape, weight.block_size
-        sums = -(-blocks // size) * size  # kernels are slow at rows and columns of odd number
+        sums = -(-blocks // size) * size  # kernels are slow for unaligned sizes
         ones = np.kron(np.eye(sums, blocks, dtype=np.float32), np.ones(size, np.float32))
         summing = packed(torch.from_numpy(ones + 8), torch.ones(sums, blocks), None, 4, size)
         product = self._product(
@@ -156,7 +156,7 @@ class Graph:
             axis=-1,
             _outputs=[self.value(f"{name}.product"), self.value(f"{name}.sums")],
         )
-        # INT8 is exact enough: an offset is about as large as the step between two levels.
+        # INT8 is precise enough: an offset is about as large as the quantization step.
         padded = np.pad(weight.offsets, [(0, 0), (0, sums - blocks)])
         offsets = quantize(torch.from_numpy(padded), 8, size)
         return self.op.Add(y, self._product(x_sums, f"{name}{OFFSETS}", offsets))
@@ -180,7 +180,7 @@ class Graph:
         )
 
     def _full_weights(self, linear: Linear) -> list[ir.Value]:
-        """The weight `[K, N]`, cut along N into parts that ORT folds the cast of."""
+        """The weight `[K, N]`, split along N into parts small enough for ORT to fold the cast."""
         name, rows, columns = f"{linear.name}.weight", *linear.weight.shape
         most = rows if self.target.dtype == "float16" else max(self.folded // columns, 1)
         parts = linear.weight.split(most)
@@ -195,10 +195,10 @@ class Graph:
         return self.op.Cast(self.tensor(name, array), to=ir.DataType.FLOAT)
 
     def stored_half(self, name: str, weight: torch.Tensor) -> np.ndarray:
-        """A weight as FP16; as FP32, and noted, where FP16 cannot hold it and need not.
+        """A weight as FP16; or as FP32, recorded in `fp32_kept`, if FP16 cannot hold it.
 
         Raises:
-            UnsupportedError: FP16 cannot hold it and is what the device computes in.
+            UnsupportedError: FP16 cannot hold it, and the device computes in FP16.
         """
         if all(fits_half(rows) for rows in row_groups(weight)):
             return weight.half().numpy()
@@ -210,7 +210,7 @@ class Graph:
     def norm(
         self, x: ir.Value, name: str, norm: Norm | None, epsilon: float | None = None
     ) -> ir.Value:
-        """Norm over the last axis, with the usual epsilon unless told; x where there is none."""
+        """Norm over the last axis, by default with the block's epsilon; x if there is no norm."""
         if norm is None:
             return x
         rms = self.block.norm == "rms"
@@ -220,7 +220,7 @@ class Graph:
         return kernel(x, *weights, axis=-1, epsilon=epsilon, _outputs=outputs)
 
     def norm_heads(self, x: ir.Value, name: str, norm: Norm | None, width: int) -> ir.Value:
-        """Norm of queries or keys `[batch, seq, width]`: of each head, or of all heads together."""
+        """Norm of queries or keys `[batch, seq, width]`: per head, or over all heads together."""
         size = width if norm is None else norm.weight.shape[0]
         if size == width:
             return self.norm(x, name, norm)
@@ -254,13 +254,13 @@ class Graph:
         otherwise: Callable[[], Sequence[ir.Value]],
         names: Sequence[str],
     ) -> Any:
-        """The values that one of two functions makes, whose nodes become branches of an `If`.
+        """An `If` whose branches hold the nodes that two functions add; returns its values.
 
         Args:
             condition: a bool scalar.
-            then: makes values where it holds.
-            otherwise: makes values of the same types where it does not.
-            names: of the results.
+            then: makes the values if the condition holds.
+            otherwise: makes values of the same types if it does not.
+            names: names of the results.
         """
 
         def branch(build: Callable[[], Sequence[ir.Value]], name: str) -> ir.Graph:
@@ -294,13 +294,13 @@ class Graph:
     def save(self, folder: Path, path: str, **outputs: ir.Value) -> list[str]:
         """Adds the declared outputs, writes graph and weights, and checks them with onnx.
 
-        Inputs that nothing reads go.
+        Unused inputs are removed.
 
         Returns:
             `fp32_kept`.
         """
         for node in self.builder.graph.all_nodes():
-            # The builder prefixes the names it is given, and starts over in each branch.
+            # The builder adds a prefix to names, and restarts numbering in each branch.
             branch = "" if node.graph is self.builder.graph else f"{node.graph.name}."
             for value in node.outputs:
                 value.name = branch + (value.name or "").removeprefix("v_")
@@ -328,7 +328,7 @@ class Graph:
 def weight_precision(form: Form, name: str, ternary: bool) -> Form:
     """Form of a linear layer's weight: INT2 layers keep INT4 attention (decision 0106).
 
-    Those of ternary models need not.
+    Layers of ternary models do not need that.
     """
     return "int4" if form == "int2" and name in _ATTENTION and not ternary else form
 
@@ -341,7 +341,7 @@ def block_size_of(bits: Bits, block_size: int, columns: int) -> int:
 
 def fits_half(tensor: torch.Tensor) -> bool:
     """Whether every value stays finite in FP16."""
-    # A BF16 tensor would round the limit, to a value beyond it.
+    # In BF16 the limit would be rounded up to a value beyond it.
     return not tensor.numel() or float(tensor.abs().max()) <= torch.finfo(torch.float16).max
 
 

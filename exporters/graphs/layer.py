@@ -34,7 +34,7 @@ HIDDEN = "hidden_in"
 def captured_inputs(
     layer: Layer, spec: ModelSpec, block_size: int, forms: Sequence[Form]
 ) -> dict[str, str]:
-    """By linear layer whose input rounding looks at, the value inside the graph that is it."""
+    """Maps linear layers whose rounding depends on their input to that value in the graph."""
     attends = HIDDEN if layer.input_norm is None else "input_norm.out"
     if layer.post_norm is not None:
         reads = "post_norm.out"
@@ -53,7 +53,7 @@ def captured_inputs(
         linear.name: value
         for linear, value in inputs
         if linear is not None
-        # A skipped layer rounds its K and V together with its compensation, always.
+        # A skipped layer always rounds its K and V together with its compensation.
         and (
             linear is layer.qkv
             or (linear is layer.down and WIDE in forms)
@@ -155,9 +155,9 @@ def _attention(
 def _projected(
     graph: Graph, qkv: ir.Value, layer: Layer, heads: Heads
 ) -> tuple[ir.Value | None, ...]:
-    """Queries, keys and values, normed; all stacked and twice None where nothing is done to them.
+    """Normed queries, keys and values; stacked, then None twice, if nothing is done to them.
 
-    Where norms come after the rotation, both are rotated, too.
+    If norms come after the rotation, queries and keys are rotated too.
     """
     if layer.q_norm is None and layer.k_norm is None and heads.query_scale is None:
         return qkv, None, None
@@ -179,7 +179,7 @@ def _projected(
 
 
 def _per_layer(graph: Graph, x: ir.Value, layer: Layer, index: int, form: Form) -> ir.Value:
-    """X `[batch, seq, D]` and what it lets in of the layer's own embedding of the tokens."""
+    """X `[batch, seq, D]` plus its gated share of the layer's own token embedding."""
     op, gate, output = graph.op, layer.per_layer_gate, layer.per_layer_output
     assert gate is not None and output is not None
     number = op.Constant(value_int=index)
@@ -191,7 +191,7 @@ def _per_layer(graph: Graph, x: ir.Value, layer: Layer, index: int, form: Form) 
 
 
 def _feed_forward(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
-    """Experts, MLP or the sum of both: `[..., D]` -> `[..., D]`."""
+    """Experts, MLP, or the sum of both: `[..., D]` -> `[..., D]`."""
     if layer.mixture is None:
         return _mlp(graph, x, layer, form)
     experts = mix(graph, x, layer.mixture, form)
@@ -204,8 +204,8 @@ def _feed_forward(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Val
 
 
 def _mlp(graph: Graph, x: ir.Value, layer: Layer, form: Form) -> ir.Value:
-    """`[..., D]` -> `[..., D]`."""
-    if form == WIDE and layer.down_sub_norm is None:  # a norm reads all channels together
+    """The MLP: `[..., D]` -> `[..., D]`."""
+    if form == WIDE and layer.down_sub_norm is None:  # a norm needs all channels at once
         return _wide_mlp(graph, x, layer)
     assert layer.gate_up is not None and layer.down is not None
     op, gated = graph.op, graph.block.gated
@@ -231,7 +231,7 @@ def _wide_mlp(graph: Graph, x: ir.Value, layer: Layer) -> ir.Value:
     gate_up = gate_up.reordered(order)
     factor: ir.Value | None = None
     if graph.block.gated and gate_up.bias is None:
-        # Rows of `down` are divided by their largest value: a factor of `up` may wait until then.
+        # Inputs of `down` are divided by their largest value: the factor of `up` can wait.
         up, factor = wide_product(graph, x, gate_up)
     else:
         up = graph.linear(x, gate_up, WIDE)

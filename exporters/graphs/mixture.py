@@ -19,10 +19,10 @@ _NEVER = -1e30  # score of an expert that is not chosen
 
 
 def mix(graph: Graph, x: ir.Value, mixture: Mixture, form: Form) -> ir.Value:
-    """What the experts of each token add, weighted: `[batch, seq, D]` -> `[batch, seq, D]`.
+    """The weighted sum of each token's experts: `[batch, seq, D]` -> `[batch, seq, D]`.
 
-    The router is in full precision in all forms: another expert is a larger error than any rounding
-    of the same one.
+    The router is in full precision in all forms: choosing another expert is a larger error than any
+    rounding of the same one.
     """
     experts = graph.block.experts
     assert experts is not None
@@ -34,7 +34,7 @@ def mix(graph: Graph, x: ir.Value, mixture: Mixture, form: Form) -> ir.Value:
         "activation_type": "swiglu",
         "activation_alpha": experts.gate_slope,
         "activation_beta": experts.up_offset,
-        "swiglu_fusion": 1,  # gates and ups in turn
+        "swiglu_fusion": 1,  # gate and up rows alternate
         "normalize_routing_weights": int(experts.normalized),
     }
     if experts.limit is not None:
@@ -69,9 +69,9 @@ def mix(graph: Graph, x: ir.Value, mixture: Mixture, form: Form) -> ir.Value:
 def _choice(
     graph: Graph, scores: ir.Value, mixture: Mixture, experts: Experts
 ) -> tuple[ir.Value, ir.Value | None]:
-    """What QMoE chooses by, and what it weights by where that is another: `[tokens, E]`."""
+    """What QMoE selects by, and what it weights by if that differs, `[tokens, E]`."""
     if experts.scoring == "softmax":
-        # QMoE normalizes weights that it computes itself, whatever it is told.
+        # QMoE always normalizes weights that it computes itself.
         return scores, None if experts.normalized else graph.op.Softmax(scores, axis=-1)
     weights = graph.op.Sigmoid(scores)
     if mixture.choice_bias is None:
@@ -83,7 +83,7 @@ def _choice(
 def _logarithms(graph: Graph, scores: ir.Value, mixture: Mixture, experts: Experts) -> ir.Value:
     """Scores whose softmax is the normalized weights of the chosen experts, `[tokens, E]`.
 
-    MoE has no other way to take them.
+    MoE accepts the weights in no other way.
     """
     op, (by, weights) = graph.op, _choice(graph, scores, mixture, experts)
     _, chosen = op.TopK(by, graph.int64(experts.per_token), _outputs=2)
@@ -93,12 +93,12 @@ def _logarithms(graph: Graph, scores: ir.Value, mixture: Mixture, experts: Exper
 
 
 def _rounded(graph: Graph, linear: Linear, bits: Bits) -> Quantized:
-    """All experts see the Hessian of all tokens, so that rare ones are rounded like the others."""
+    """All experts share the Hessian of all tokens, so rare ones are rounded as well as others."""
     block = graph.target.block_size
     if bits == 8 or not graph.hessians:
         return quantize(linear.weight, bits, block)
     hessian = graph.hessians.get(linear.name)
-    if hessian is None:  # no input: to the nearest level, of the scale that errs least
+    if hessian is None:  # no input: nearest level, at the best scale
         hessian = torch.eye(linear.in_features)
     return gptq(linear.weight, hessian, block, bits)
 
@@ -128,7 +128,7 @@ def _bias(graph: Graph, linear: Linear, experts: Experts) -> ir.Value | None:
 
 
 def _exact(graph: Graph, linear: Linear, experts: Experts) -> ir.Value:
-    """`[E, N, K]` in float32; stored as FP16 unless ONNX Runtime would cast it at every run."""
+    """`[E, N, K]` in float32; stored as FP16 unless ORT would repeat the cast at every run."""
     name, weight = f"{linear.name}.weight", linear.weight
     small = weight.numel() <= graph.folded
     array = graph.stored_half(name, weight) if small else weight.float().numpy()

@@ -1,4 +1,4 @@
-"""Layers that keep a state of fixed size in place of K/V: what they compute, and what they keep."""
+"""Layers that keep a state of fixed size instead of K/V: what they compute and keep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dash_onnx.exporters.architectures.base import Conv, Layer, ModelSpec
 from dash_onnx.exporters.graphs.attention import ATTENTION
 from dash_onnx.exporters.graphs.graph import Graph
 
-_LEAST_LENGTH = 1e-6  # square of a length, added as in transformers
+_LEAST_LENGTH = 1e-6  # added to squared norms, as in transformers
 
 States = dict[str, ir.Value]
 """By port, what a layer keeps for later tokens."""
@@ -22,8 +22,8 @@ def short_conv(graph: Graph, projected: ir.Value, layer: Layer) -> tuple[ir.Valu
     """A short convolution between two factors.
 
     Args:
-        graph: with the ports of a layer.
-        projected: both factors of what it reads and the factor on its result, stacked,
+        graph: graph with the ports of a layer.
+        projected: both factors of its input and the factor on its result, stacked,
             `[batch, seq, 3 * D]`.
         layer: its weights.
 
@@ -42,11 +42,11 @@ def gated_delta(
     """A Gated DeltaNet (Yang et al., arXiv 2412.06464).
 
     Args:
-        graph: with the ports of a layer.
-        normed: what its projections read, `[batch, seq, D]`.
-        projected: what its convolution reads and the gate of its result, stacked.
+        graph: graph with the ports of a layer.
+        normed: input of its projections, `[batch, seq, D]`.
+        projected: input of its convolution and the gate of its result, stacked.
         layer: its weights.
-        spec: of the model.
+        spec: description of the model.
 
     Returns:
         Its result `[batch, seq, value_heads * value_dim]`, named `ATTENTION`, and the states.
@@ -65,14 +65,14 @@ def gated_delta(
 def keep(
     graph: Graph, normed: ir.Value, kept: Sequence[ir.Value], layer: Layer, spec: ModelSpec
 ) -> States:
-    """The states of a layer that returns nothing else.
+    """The states that a skipped layer keeps; nothing else is computed.
 
     Args:
-        graph: with the ports of a layer.
-        normed: what its projections read, `[batch, seq, D]`.
-        kept: parts of the input projection that states depend on, see `kept_rows`.
+        graph: graph with the ports of a layer.
+        normed: input of its projections, `[batch, seq, D]`.
+        kept: parts of the input projection that the states depend on, see `kept_rows`.
         layer: its weights.
-        spec: of the model.
+        spec: description of the model.
     """
     assert layer.conv is not None
     if layer.delta is not None:
@@ -82,7 +82,7 @@ def keep(
 
 
 def split(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequence[ir.Value]:
-    """X cut along its last axis."""
+    """Splits X along its last axis."""
     if len(sizes) == 1:
         return [x]
     outputs = [graph.value(f"{name}.{number}") for number in range(len(sizes))]
@@ -93,7 +93,7 @@ def split(graph: Graph, x: ir.Value, sizes: Sequence[int], name: str) -> Sequenc
 def _convolved(
     graph: Graph, x: ir.Value, conv: Conv, activation: str = "none"
 ) -> tuple[ir.Value, ir.Value]:
-    """The convolution of `[batch, seq, channels]` behind its state, and the new state."""
+    """The convolution over its state and `[batch, seq, channels]`, and the new state."""
     bias = None if conv.bias is None else graph.activation_tensor("conv.bias", conv.bias)
     outputs = [graph.value("conv.out"), graph.value("present_conv")]
     result, state = graph.ms.CausalConvWithState(
@@ -109,7 +109,7 @@ def _convolved(
 
 
 def _last(graph: Graph, x: ir.Value, conv: Conv) -> ir.Value:
-    """The state of the convolution behind `[batch, seq, channels]`: its last inputs."""
+    """The convolution's state after `[batch, seq, channels]`: its last inputs."""
     op, count = graph.op, conv.weight.shape[1] - 1
     both = op.Concat(graph.inputs["past_conv"], x, axis=1)
     end = graph.int64(2**31)
@@ -119,14 +119,14 @@ def _last(graph: Graph, x: ir.Value, conv: Conv) -> ir.Value:
 def _delta(
     graph: Graph, normed: ir.Value, x: ir.Value, layer: Layer, sizes: Recurrence
 ) -> tuple[ir.Value, States]:
-    """Heads' results `[batch, seq, value_heads * value_dim]` from what the convolution reads."""
+    """Head outputs `[batch, seq, value_heads * value_dim]` from the convolution's inputs."""
     op, conv, delta = graph.op, layer.conv, layer.delta
     assert conv is not None and delta is not None
     x, conv_state = _convolved(graph, x, conv, "silu")
     widths = [2 * sizes.key_width, sizes.value_width]
     both, value = split(graph, x, widths, "convolved")
     both = op.Reshape(both, graph.int64(0, 0, -1, sizes.key_dim))
-    # Queries and keys have length 1: an RMSNorm, but for a factor.
+    # Queries and keys are normalized to length 1: an RMSNorm up to a factor.
     factor = np.full(sizes.key_dim, sizes.key_dim**-0.5, np.float32)
     both = op.RMSNormalization(
         both, graph.tensor("unit", factor), axis=-1, epsilon=_LEAST_LENGTH / sizes.key_dim

@@ -1,4 +1,4 @@
-"""A skipped layer: its compensation, and the token's own K/V entry or change of the states."""
+"""A skipped layer: its compensation, and the token's own K/V entry or state update."""
 
 from __future__ import annotations
 
@@ -47,16 +47,15 @@ def build_skip(
     K and V are projected from the layer's input in INT4 (INT8 without Hessians), K is rotated,
     and both are scattered into the cache at the token's position, so that later tokens attend
     to a skipped token as to any other. A quantized cache is written by GroupQueryAttention, which
-    also rotates; that the keys attend to themselves is not used, and seen from one token it is
-    cheap. A layer without attention likewise keeps its states; one that reads K/V of another layer
-    keeps nothing.
+    also rotates; its attention output is not used, and is cheap for a single token. A layer without
+    attention updates its states instead; one that reads K/V of another layer keeps nothing.
 
     Args:
         scale: the layer's calibrated mean of ||y|| / ||x||.
-        correction: A `[r, D]` and B `[D, r]` of the map from the normed input to what `scale * x`
-            misses of the layer's output; None returns `scale * x`.
-        hessians: see `Graph`; the one of `layer.qkv`, whose input this graph shares.
-        kv_scales: of a quantized cache.
+        correction: A `[r, D]` and B `[D, r]` of the map from the normed input to the difference
+            between the layer's output and `scale * x`; None returns `scale * x`.
+        hessians: see `Graph`; uses that of `layer.qkv`, whose input this graph shares.
+        kv_scales: scales of a quantized cache.
     """
     mixer = spec.mixer_of(index)
     ports = spec.layer_ports(target, index)
@@ -66,7 +65,7 @@ def build_skip(
     first, sizes = kept_rows(spec, index)
     count = len(sizes)
     products = [layer.qkv.rows(first, first + sum(sizes), "kept")] if sizes else []
-    if correction is not None:  # reads what K and V read: one product for all three
+    if correction is not None:  # same input as K and V: one product for all three
         products.append(Linear("reduce", correction[0]))
         sizes = [*sizes, correction[0].shape[0]]
     parts: Sequence[ir.Value] = []
@@ -89,7 +88,7 @@ def build_skip(
 
 
 def kept_rows(spec: ModelSpec, index: int) -> tuple[int, list[int]]:
-    """First row of a layer's `qkv` that a skipped layer computes, and the sizes of its parts."""
+    """First row of `qkv` that a skipped layer computes, and the sizes of the parts from there."""
     if spec.mixer_of(index) == "shared_attention":
         return 0, []
     if spec.mixer_of(index) == "short_conv":
@@ -125,12 +124,12 @@ def _kv(
 
 
 def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Puts another map from the reduced input, `[D, r]`, into a skip graph.
+    """Replaces the map from the reduced input, `[D, r]`, in a skip graph.
 
     The bundle may not be read yet.
 
     Returns:
-        The map as the graph has it now, rounded to INT8, `[D, r]` float32.
+        The map as the graph now stores it, rounded to INT8, `[D, r]` float32.
     """
     path = folder / layer_path(index, SKIP)
     model = onnx.load(path)
@@ -142,7 +141,7 @@ def replace_expand(folder: Path, index: int, weight: torch.Tensor, block_size: i
             after = np.asarray(getattr(rounded, part)).astype(before.dtype)
             tensor.CopyFrom(numpy_helper.from_array(after.reshape(before.shape), tensor.name))
     data = folder / data_name(layer_path(index, SKIP))
-    data.unlink(missing_ok=True)  # saving would append to it
+    data.unlink(missing_ok=True)  # else saving appends to it
     onnx.save(
         model, path, save_as_external_data=True, location=data.name, size_threshold=INLINE_BYTES
     )

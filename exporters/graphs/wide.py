@@ -1,4 +1,4 @@
-"""Products of many rows: INT8 weights with a scale per output feature, INT8 rows likewise."""
+"""Products of many rows: INT8 weights with a scale per output feature, INT8 rows with one each."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
     from dash_onnx.exporters.graphs.graph import Graph
 
 LARGE_CHANNELS = 16
-"""One of so many inputs of the MLP's second product is rounded apart, as the largest ones: it costs
-a twentieth of that product's time and takes a third of what the wide form loses."""
+"""One in this many inputs of the MLP's second product, the largest ones, is rounded separately. It
+costs a twentieth of that product's time and removes a third of the wide form's loss."""
 
-_TINY = 1e-30  # of the largest value of a row: a row of zeros stays one
-_ZERO = 128  # unsigned level of a zero
-_PROBED = 4, 32, 16  # rows, inputs and outputs of a product large enough for every kernel
+_TINY = 1e-30  # floor of a row's largest value: a row of zeros stays zero
+_ZERO = 128  # unsigned level of zero
+_PROBED = 4, 32, 16  # rows, inputs, outputs: large enough to use every kernel
 
 
 def wide_product(graph: Graph, x: ir.Value, linear: Linear) -> tuple[ir.Value, ir.Value]:
-    """X `[batch, seq, K]` -> `[batch, seq, N]`, without the bias, and a factor of each row.
+    """X `[batch, seq, K]` -> `[batch, seq, N]`, without the bias, and a factor per row.
 
-    Each row is divided by its largest value, so that a row with outliers coarsens no other one,
-    and no row depends on those it shares the pass with. Then all rows have one scale. The largest
-    values, `[batch, seq, 1]`, are what the caller multiplies the product with.
+    Each row is divided by its largest value, so that outliers in one row do not coarsen the others,
+    and no row depends on the other rows of its pass. Then all rows share one scale. The caller
+    multiplies the product by the largest values, `[batch, seq, 1]`.
 
-    Weights are signed, as the fastest kernels want them, or unsigned on processors whose kernel for
-    signed ones adds two products in 16 bits and saturates. ONNX Runtime finds that out when it
-    loads the graph: the test, its branch and the other weights are constants that it folds.
+    Weights are signed, which suits the fastest kernels, or unsigned on processors whose kernel for
+    signed weights adds two products in 16 bits and saturates. ONNX Runtime finds out when it loads
+    the graph: the test, its branch and the unused weights are constants that it folds.
     """
     op, name = graph.op, linear.name
     levels, scales = quantize_columns(linear.weight)
@@ -49,7 +49,7 @@ def wide_product(graph: Graph, x: ir.Value, linear: Linear) -> tuple[ir.Value, i
         return [graph.ms.MatMulIntegerToFloat(rows, values, step, factors, zero)]
 
     def unsigned() -> Sequence[ir.Value]:
-        # Two's complement with the first bit turned over: the level plus 128.
+        # Two's complement with the top bit flipped: the level plus 128.
         turned = graph.op.BitwiseXor(graph.op.Cast(values, to=ir.DataType.UINT8), zero)
         zeros = graph.tensor(f"{name}.zeros", np.full(len(scales), _ZERO, np.uint8))
         return [graph.ms.MatMulIntegerToFloat(rows, turned, step, factors, zero, zeros)]
@@ -58,10 +58,10 @@ def wide_product(graph: Graph, x: ir.Value, linear: Linear) -> tuple[ir.Value, i
 
 
 def channel_groups(graph: Graph, linear: Linear) -> list[npt.NDArray[np.int64]]:
-    """Groups of the inputs of a product, which are rounded apart: the largest few, and the others.
+    """Groups of a product's inputs that are rounded separately: the largest few, and the others.
 
     Returns:
-        Their indices; one group where no calibration shows which ones are large.
+        Their indices; a single group without a calibration to show which ones are large.
     """
     hessian, count = graph.hessians.get(linear.name), linear.in_features
     few = count // LARGE_CHANNELS

@@ -1,6 +1,6 @@
 """INT8, INT4 and INT2 weights in the layout of ONNX Runtime's MatMulNBits.
 
 `blockwise` holds the layout and rounds each block to the nearest levels; `gptq` rounds to INT4 with
-error feedback. Tensors in, integers out: nothing here knows of models, files or graphs. The layout
-is the operator's own and stays; how the levels are chosen may change.
+error feedback. Tensors in, integers out: nothing here depends on models, files or graphs. The
+layout is defined by the operator and fixed; how the levels are chosen may change.
 """

@@ -17,15 +17,15 @@ import torch
 
 Bits = Literal[2, 4, 8]
 
-_GROUP = 1 << 24  # weights that are FP32 at a time, of a head for a large vocabulary
+_GROUP = 1 << 24  # weights converted to FP32 at a time, for heads of large vocabularies
 
 
 class Matrix(Protocol):
-    """A weight `[N, ...]` that a slice gives rows of: a tensor, or one that stays in its file."""
+    """A weight `[N, ...]` whose rows can be sliced: a tensor, or one that stays in its file."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Of all rows."""
+        """Shape with all rows."""
         ...
 
     def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
@@ -36,11 +36,11 @@ class Quantized:
     """A weight `[N, K]` as integers with one scale per block of K.
 
     Attributes:
-        values: uint8 `[N, blocks, block_size * bits / 8]`; several in a byte, from its low end on.
+        values: uint8 `[N, blocks, block_size * bits / 8]`; packed into bytes from the low bits.
         scales: float32 `[N, blocks]`.
         zero_points: uint8 `[N, blocks * bits / 8]` (rounded up), or None for 2**(bits - 1).
         offsets: float32 `[N, blocks]`, added to every weight of a block, or None.
-        shape: `(N, K)`; the last block of a row is padded when K is no multiple of it.
+        shape: `(N, K)`; the last block of a row is padded if K is not a multiple of the block size.
     """
 
     values: npt.NDArray[np.uint8]
@@ -52,7 +52,7 @@ class Quantized:
     offsets: npt.NDArray[np.float32] | None = None
 
     def map(self, change: Callable[[npt.NDArray], npt.NDArray]) -> Quantized:
-        """Applies a change of the order of rows to every array."""
+        """Applies a reordering of rows to every array."""
         return replace(
             self,
             values=change(self.values),
@@ -65,8 +65,8 @@ class Quantized:
 def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
     """Rounds to the nearest level: INT8 symmetric, others with an integer zero point per block.
 
-    INT8 uses levels -127..127, so that weights which were INT8 with the same blocks before
-    (GGUF Q8_0) come back exactly.
+    INT8 uses levels -127..127, so that weights that were INT8 with the same blocks before (GGUF
+    Q8_0) are restored exactly.
 
     Args:
         weight: `[N, K]`, any float dtype, finite.
@@ -78,7 +78,7 @@ def quantize(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized:
 
 
 def row_groups(weight: Matrix) -> Iterator[torch.Tensor]:
-    """Groups of rows of a weight `[N, ...]`, each small enough to be copied as FP32."""
+    """Groups of rows of a weight `[N, ...]`, each small enough to copy as FP32."""
     each = max(_GROUP // max(math.prod(weight.shape[1:]), 1), 1)
     for start in range(0, max(weight.shape[0], 1), each):
         yield weight[start : start + each]
@@ -113,7 +113,7 @@ def packed(
         levels: `[N, K]`.
         scales: `[N, blocks]`.
         zeros: `[N, blocks]`, levels of the zero points; None for `2**(bits - 1)`.
-        bits: of a level.
+        bits: bits per level.
         block_size: levels that share a scale.
     """
     return Quantized(
@@ -132,8 +132,8 @@ def concatenate(parts: Iterable[Quantized], rows: int) -> Quantized:
     """Stacks the rows of several weights of the same form.
 
     Args:
-        parts: one after the other, so that they need not exist at once.
-        rows: of all parts together.
+        parts: the weights, possibly lazy, so that they need not exist at once.
+        rows: total number of rows.
     """
     parts = iter(parts)
     first = next(parts)
@@ -154,7 +154,7 @@ def concatenate(parts: Iterable[Quantized], rows: int) -> Quantized:
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Returns the weight `[N, K]` that the integers stand for; few rows are FP32 at once."""
+    """Returns the weight `[N, K]` that the integers stand for, converting a few rows at a time."""
     rows, columns = quantized.shape
     each = max(_GROUP // max(columns, 1), 1)
     if rows <= each:
@@ -186,7 +186,7 @@ def _dequantized(whole: Quantized, rows: slice) -> torch.Tensor:
 
 
 def pack_levels(values: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
-    """Packs neighbours of the last axis into bytes, from the low end on; the last is filled up."""
+    """Packs neighbours on the last axis into bytes from the low bits; the last byte is padded."""
     each = 8 // bits
     if missing := -values.shape[-1] % each:
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
@@ -197,7 +197,7 @@ def pack_levels(values: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uin
 
 
 def unpack_levels(found: npt.NDArray[np.uint8], bits: Bits, count: int) -> npt.NDArray[np.uint8]:
-    """Undoes `pack_levels`; `count` is the length of the last axis before packing."""
+    """Inverse of `pack_levels`; `count` is the length of the last axis before packing."""
     values = np.stack([(found >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
     return values.reshape(*found.shape[:-1], -1)[..., :count]
 

@@ -1,4 +1,4 @@
-"""INT8 with one scale for each output feature, as ORT's integer products want it."""
+"""INT8 with one scale for each output feature, as ORT's integer products require."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from dash_onnx.exporters.quantize.blockwise import row_groups
 
 LEVELS = 127
-"""Largest level of a weight: -128 has no counterpart."""
+"""Largest level of a weight: -128 has no positive counterpart."""
 
 
 def quantize_columns(

@@ -1,9 +1,9 @@
 """INT4 and INT2 with error feedback: GPTQ (Frantar et al., arXiv 2210.17323), for MatMulNBits.
 
-Columns are rounded one after the other; the error of each is carried into those that are not
+Columns are rounded one after the other; the error of each is compensated in those that are not
 rounded yet, weighted by the inverse Hessian of the layer's input. The blocks with the largest
-inputs go first, and in each block the columns with the largest: blocks stay what they are, as
-MatMulNBits wants them (the order that GPTQModel calls group-aware).
+inputs come first, and within each block the columns with the largest inputs: blocks stay intact, as
+MatMulNBits requires (GPTQModel calls this order group-aware).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 
 from dash_onnx.exporters.quantize.blockwise import Bits, Quantized, concatenate, packed, row_groups
 
-_DAMPING = 0.01  # of the mean diagonal; the paper's value
-_LAZY = 128  # columns whose updates of the later ones are applied in one product
-_COLUMNS = 1024  # of a triangular matrix that are inverted at a time
-_SHRINK = {4: (1.0, 0.6, 9), 2: (1.0, 0.4, 13)}  # clipping of each block: from, to, how many
+_DAMPING = 0.01  # fraction of the mean diagonal; the paper's value
+_LAZY = 128  # columns whose updates to later columns are applied in one product
+_COLUMNS = 1024  # columns of a triangular matrix inverted at a time
+_SHRINK = {4: (1.0, 0.6, 9), 2: (1.0, 0.4, 13)}  # clipping factors tried per block: from, to, count
 
 
 def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int, bits: Bits = 4) -> Quantized:
@@ -23,14 +23,14 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, block_size: int, bits: Bit
 
     Args:
         weight: `[N, K]`, any float dtype.
-        hessian: `[K, K]` float32, sum of x x^T over calibration tokens; its device computes.
+        hessian: `[K, K]` float32, sum of x x^T over calibration tokens; runs on its device.
         block_size: divides K.
         bits: 4 or 2.
     """
     order = _order(hessian.diagonal(), block_size)
     hessian = hessian[order][:, order]
     importance, inverse = hessian.diagonal(), _inverse_cholesky(hessian)
-    # Rows do not depend on each other.
+    # Rows are independent of each other.
     shared = order, importance, inverse, block_size, bits
     parts = (_rounded(rows, *shared) for rows in row_groups(weight))
     return concatenate(parts, len(weight))
@@ -82,9 +82,9 @@ def _rounded(
 def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped Hessian.
 
-    With H = R R^T, R upper triangular, it is the inverse of R: half the work and the memory of
-    inverting H. R is the lower factor of H read backwards. The matrices of a wide MLP are what an
-    export needs most memory for, so each is freed as soon as the next exists.
+    With H = R R^T, R upper triangular, it is the inverse of R: half the work and memory of
+    inverting H. R is the lower factor of H read backwards. The matrices of a wide MLP determine the
+    peak memory of an export, so each is freed as soon as the next exists.
     """
     damped = hessian.flip(0, 1)
     diagonal = damped.diagonal()
@@ -99,7 +99,7 @@ def _inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _invert_lower(factor: torch.Tensor) -> None:
-    """Inverts a lower triangular matrix `[K, K]` in place, from the last block of columns on."""
+    """Inverts a lower triangular matrix `[K, K]` in place, from the last block of columns back."""
     size = len(factor)
     for start in reversed(range(0, size, _COLUMNS)):
         stop = min(start + _COLUMNS, size)
@@ -114,7 +114,7 @@ def _best_grid(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point `[N]` of a block `[block_size, N]` with the least weighted error.
 
-    Clipping the range a little costs the outliers and serves all other weights.
+    Clipping the range slightly is worse for outliers and better for all other weights.
     """
     low, high = block.amin(0).clamp(max=0), block.amax(0).clamp(min=0)
     best = torch.full_like(low, torch.inf)

@@ -1,4 +1,4 @@
-"""Weights of three values, -s, 0 and s, which every number of bits holds exactly."""
+"""Weights with the values -s, 0 and s, which any bit width holds exactly."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def ternary(weight: torch.Tensor, bits: Bits, block_size: int) -> Quantized | No
 
     Args:
         weight: `[N, K]`, any float dtype.
-        bits: of a level.
+        bits: bits per level.
         block_size: weights of a row that share s.
 
     Returns:
-        None where a block has a value other than its -s, 0 and s.
+        None if a block has a value other than its -s, 0 and s.
     """
     columns, middle, parts = weight.shape[1], 2 ** (bits - 1), []
-    # The first row comes first alone: weights that are not ternary are told by it.
+    # The first row is tested alone first: it identifies most weights that are not ternary.
     for rows in chain([weight[:1]], row_groups(weight)):
         blocks = blocks_of(rows.float(), block_size)
         scales, signs = blocks.abs().amax(-1), blocks.sign()

@@ -1,8 +1,8 @@
 """Where weights come from: a hub id, a local safetensors folder, or a GGUF file.
 
-`open` decides which and `source` is what all of them give: a config, a tokenizer, and weights by
-their Hugging Face names. Nothing of a model is executed, and no weight is read before it is asked
-for: both must stay so. What `gguf_*` states are facts of llama.cpp.
+`open` decides which one it is, and `source` defines what all of them provide: a config, a
+tokenizer, and weights by their Hugging Face names. Nothing in a model is executed, and no weight is
+read before it is requested: both must stay so. The facts in `gguf_*` come from llama.cpp.
 """
 
 from dash_onnx.exporters.sources.open import open_source

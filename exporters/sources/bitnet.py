@@ -1,7 +1,7 @@
-"""Weights of BitNet checkpoints: what BitLinear layers multiply with, -s, 0 and s.
+"""Weights of BitNet checkpoints as BitLinear layers use them: -s, 0 and s.
 
-Source: transformers' `integrations/bitnet.py`. The layers also round what they read to INT8, by
-tokens, which no weight says: that is left to the precision of the graphs.
+Source: transformers' `integrations/bitnet.py`. The layers also round their inputs to INT8 per
+token, which is not part of the weights: that is left to the precision of the graphs.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.quantize.blockwise import Quantized
 from dash_onnx.exporters.sources.source import Weights, Wrapped, finite
 
-_PACKED = 4  # rows in a byte
-_LEAST = 1e-5  # of the mean size of weights that are not ternary yet
+_PACKED = 4  # rows per byte
+_LEAST = 1e-5  # floor of the mean magnitude of weights that are not ternary yet
 _LAYER = re.compile(r"\w+\.layers\.\d+\..+\.weight")
 
 
 class BitLinearWeights(Wrapped):
-    """Weights of another source, those of linear layers as they multiply."""
+    """Weights of another source, with those of linear layers as they are applied."""
 
     def __init__(self, weights: Weights, quantization: dict[str, Any]):
         """Takes the weights, and the config's `quantization_config`.
 
         Raises:
-            SourceError: it is damaged.
+            SourceError: `quantization_config` is damaged.
             UnsupportedError: the layers compute something else.
         """
         if quantization.get("use_rms_norm"):
@@ -64,13 +64,13 @@ class BitLinearWeights(Wrapped):
         return f"{name}_scale"
 
     def _converted(self, name: str, weight: torch.Tensor) -> bool:
-        """Whether it is of a linear layer that rounds its weight when it runs."""
+        """Whether a weight belongs to a linear layer that rounds it when it runs."""
         linear = weight.dim() == 2 and _LAYER.fullmatch(name) is not None
         return linear and not any(f".{left}." in f".{name}" for left in self._left)
 
 
 def _unpacked(name: str, bytes_: torch.Tensor) -> torch.Tensor:
-    """-1, 0 and 1 `[N, K]` of uint8 `[N / 4, K]`, each with a row of every quarter."""
+    """-1, 0 and 1 `[N, K]` from uint8 `[N / 4, K]`; each byte holds one row of every quarter."""
     if bytes_.dtype != torch.uint8:
         raise SourceError(f"{name} has a scale and is not packed: {bytes_.dtype}, not uint8")
     levels = torch.cat([(bytes_ >> shift) & 3 for shift in range(0, 8, 2)])
@@ -80,7 +80,7 @@ def _unpacked(name: str, bytes_: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded(weight: torch.Tensor) -> torch.Tensor:
-    """To the nearest of -s, 0 and s, with s the mean size of the weights."""
+    """Rounds to the nearest of -s, 0 and s, with s the mean magnitude of the weights."""
     weight = weight.float()
     scale = 1.0 / weight.abs().mean().clamp_(min=_LEAST)
     return (weight * scale).round().clamp(-1, 1) / scale

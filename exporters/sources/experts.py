@@ -1,4 +1,4 @@
-"""Experts that have a tensor each in the files, stacked as in transformers."""
+"""Experts stored as one tensor each, stacked as in transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PARTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
     "down_proj": (("down_proj",), ("w2",)),
 }
-"""By name in transformers, what an expert's tensors may be called; rows of several are stacked."""
+"""By name in transformers, possible names of an expert's tensors; rows of several are stacked."""
 
 
 class StackedExperts(Wrapped):
@@ -34,7 +34,7 @@ class StackedExperts(Wrapped):
         return torch.stack([torch.cat([self.stored[one] for one in part]) for part in parts])
 
     def _parts(self, name: str) -> list[tuple[str, ...]]:
-        """Names of the tensors of each expert; empty where the name is of something else."""
+        """Names of the tensors of each expert; empty if the name is not that of stacked experts."""
         match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", name)
         if match is None:
             return []

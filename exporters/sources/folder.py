@@ -29,21 +29,21 @@ from dash_onnx.exporters.sources.source import (
 )
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# No code from a folder runs: asked for, transformers refuses it; not told, it asks the terminal.
+# No code from a folder runs: transformers refuses it; without this it would ask on the terminal.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class SafetensorsWeights(Shapes):
-    """Tensors of one or more safetensors files, memory-mapped for as long as each is in use."""
+    """Tensors of one or more safetensors files, each memory-mapped only while in use."""
 
     def __init__(self, folder: Path, renamed: Renaming):
-        """Opens the files that hold the weights, whose names become those of transformers.
+        """Opens the files that hold the weights; names are mapped to those of transformers.
 
         Raises:
             SourceError: a file is missing or damaged.
         """
         index = folder / _INDEX
-        if (folder / _SINGLE).is_file():  # as transformers: an index beside it is of older shards
+        if (folder / _SINGLE).is_file():  # as in transformers: an index here is of older shards
             shards = [_SINGLE]
         elif index.is_file():
             weight_map = _read_json(index).get("weight_map")
@@ -59,10 +59,10 @@ class SafetensorsWeights(Shapes):
             hint = " (pickled weights are never read: convert them first)" if pickled else ""
             raise SourceError(f"{folder} has no safetensors weights{hint}")
         super().__init__({})
-        self._places: dict[str, tuple[Path, str]] = {}  # file and name in it
+        self._places: dict[str, tuple[Path, str]] = {}  # file, and name in it
         for shard in shards:
             path = folder / shard
-            if Path(shard).name != shard:  # a link inside the folder is fine: the hub's cache
+            if Path(shard).name != shard:  # links in the folder are fine: the hub's cache has them
                 raise SourceError(f"{index} names {shard!r}, which leaves the folder; refused")
             if not path.is_file():
                 raise SourceError(f"{path} is missing; {_INDEX} lists it")
@@ -87,7 +87,7 @@ class SafetensorsWeights(Shapes):
         if name not in self._places:
             raise SourceError(f"the weights have no tensor {name!r}")
         path, stored = self._places[name]
-        # A file that stayed open would keep every page that was ever read in this process's memory.
+        # Kept open, a file would hold every page ever read in this process's memory.
         with safe_open(path, framework="pt") as file:
             weight = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
             return finite(name, weight)
@@ -106,11 +106,11 @@ def open_folder(
 
     Args:
         folder: the folder.
-        kind: how the model was named.
-        name: of the model.
+        kind: how the user named the model.
+        name: name of the model.
         supported: the model types that have an exporter.
         revision: commit of a hub id.
-        shapes: of the tensors in the files, where these are not in the folder.
+        shapes: shapes of the tensors, if their files are not in the folder.
 
     Raises:
         SourceError: a part is missing or damaged.
@@ -138,10 +138,10 @@ def open_folder(
     if method == "mxfp4":
         weights = Mxfp4Weights(weights)
     found = layers_in(files.shapes)
-    if "num_hidden_layers" in raw:  # before lists of that length are made
+    if "num_hidden_layers" in raw:  # before lists of that length are built
         check_layers(folder, raw["num_hidden_layers"], found)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
-    if quantization:  # what the model is without: its weights are what the layers multiply with
+    if quantization:  # no longer applies: the weights are already converted
         del config.quantization_config
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
@@ -174,7 +174,7 @@ def _tokenizer(folder: Path) -> Any:
 def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     path = folder / "generation_config.json"
     if path.is_file():
-        # It holds no code, and would keep an option that it does not know as one of the model's.
+        # It holds no code, and `trust_remote_code` would be kept as an option of the model.
         load = lambda: GenerationConfig.from_pretrained(folder, local_files_only=True)  # noqa: E731
         return readable(path, load)
     return GenerationConfig.from_model_config(config)

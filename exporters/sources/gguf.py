@@ -1,4 +1,4 @@
-"""A GGUF file: its tensors by Hugging Face name, and what its metadata says of the model."""
+"""A GGUF file: its tensors by Hugging Face name, and the model described by its metadata."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dash_onnx.exporters.sources.source import (
     readable,
 )
 
-_XIELU = {"alpha_n": (1,), "alpha_p": (1,), "beta": (), "eps": ()}  # shapes of a layer's
+_XIELU = {"alpha_n": (1,), "alpha_p": (1,), "beta": (), "eps": ()}  # shapes per layer
 
 
 class GGUFWeights:
@@ -43,12 +43,12 @@ class GGUFWeights:
         requantize: bool,
         told: Mapping[str, torch.Tensor],
     ):
-        """Maps names of `tensors`; reads none. Those of `told` are in the metadata."""
+        """Maps the names of `tensors`, reading none; `told` holds weights from the metadata."""
         self._told = told
         self._requantize = requantize
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         assert isinstance(arch, MODEL_ARCH)
-        # Heads that draft further tokens are layers too, behind the model's own.
+        # Heads that draft more tokens are stored as layers after the model's own.
         self._names = get_tensor_name_map(arch, layers_in(tensors))
         self._tensors = tensors
         self._layout = Layout(architecture, config)
@@ -98,7 +98,7 @@ class GGUFWeights:
         tensor = self._stored(part)
         data, shape = tensor.data, self._stored_shape(part)
         if rows is not None:
-            # Through the mapping of the whole file, they would stay in this process's memory.
+            # Read through the mapping of the whole file, they would stay in memory.
             shape[0] = rows.stop - rows.start
             place = tensor.data_offset + rows.start * data.strides[0]
             data = np.memmap(data.filename, data.dtype, "r", place, (shape[0], *data.shape[1:]))
@@ -113,11 +113,11 @@ class GGUFWeights:
         if (scale := self._scale(tensor)) is not None:
             values = values * scale.reshape(-1, *[1] * (values.ndim - 1))
         values = self._layout.values(name, values)
-        # What was not computed is still the file itself, mapped read-only.
+        # Values that needed no dequantization are still mapped read-only.
         return torch.from_numpy(values if values.flags.writeable else np.array(values))
 
     def _scale(self, tensor: Any) -> np.ndarray | None:
-        """What a whole tensor is multiplied by, or each expert's part of it; few files have it."""
+        """Factor on a whole tensor, or on each expert's part of it; few files have one."""
         found = self._tensors.get(f"{tensor.name.removesuffix('.weight')}.scale")
         return None if found is None else np.array(found.data, np.float32)
 
@@ -131,7 +131,7 @@ class GGUFWeights:
 
 
 def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:
-    """Weights that the metadata hold, by Hugging Face name: the parameters of xIELU."""
+    """Weights stored in the metadata, by Hugging Face name: the parameters of xIELU."""
     return {
         f"model.layers.{layer}.mlp.act_fn.{name}": torch.tensor(values[key][layer]).view(shape)
         for name, shape in _XIELU.items()
@@ -150,13 +150,13 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     """Opens a GGUF file.
 
     Args:
-        path: of the file, or of one of the parts of a model that is split.
+        path: path of the file, or of one part of a split model.
         supported: the model types that have an exporter.
-        requantize: never give the file's own integers.
+        requantize: never return the file's own integers.
 
     Raises:
         SourceError: the file is damaged or lacks something.
-        UnsupportedError: no exporter has the architecture or something it asks for.
+        UnsupportedError: no exporter supports the architecture or something it requires.
     """
     parts = [path.with_name(part) for part in parts_of(path.name)]
     readers = [_reader(part, len(parts)) for part in parts]
@@ -173,7 +173,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
             f"{len(parts)} by its name: give the parts their original names"
         )
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
-    # Before lists of that length are made.
+    # Before lists of that length are built.
     check_layers(path, values.get(f"{architecture}.block_count"), layers_in(tensors))
     config = readable(path, lambda: config_of(architecture, values, tensors))
     check_supported(config.model_type, supported)
@@ -184,7 +184,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     generation.eos_token_id = end_tokens(values)
     return Source(
         kind="gguf",
-        name=printable(stem_of(path.name)),  # of a file, any bytes
+        name=printable(stem_of(path.name)),  # file names may hold any bytes
         config=config,
         weights=weights,
         tokenizer=tokenizer,

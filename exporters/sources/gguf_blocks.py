@@ -22,11 +22,11 @@ def unpack(data: np.ndarray, kind: Type) -> Quantized | None:
 
     Args:
         data: uint8 `[N, bytes of a row]`.
-        kind: its type.
+        kind: its GGUF type.
 
     Returns:
         The weight: Q4_0 and Q8_0 are symmetric, Q4_1 and Q4_K have an offset per block. None for
-        a type that has more levels than its nearest form, or none at all.
+        types with more levels than the nearest form, and for types without integer levels.
     """
     read = _READERS.get(kind)
     return read(data) if read else None
@@ -72,12 +72,12 @@ def _blocks(data: np.ndarray, size: int) -> np.ndarray:
 
 
 def _float16(pairs: np.ndarray) -> np.ndarray:
-    """Two bytes each to float32, the last axis gone."""
+    """Pairs of bytes to float32, which removes the last axis."""
     return np.ascontiguousarray(pairs).view("<f2")[..., 0].astype(np.float32)
 
 
 def _halves(nibbles: np.ndarray) -> np.ndarray:
-    """First all low halves of a group of bytes, then all high ones."""
+    """The low half-bytes of a group of bytes, then the high ones."""
     return np.concatenate([nibbles & 15, nibbles >> 4], -1)
 
 

@@ -1,8 +1,8 @@
 """The transformers config of a GGUF file, built from its metadata and the tensors it has.
 
-Keys and what absent ones mean are those of llama.cpp (gguf-py/gguf/constants.py,
-conversion/*.py, src/models/*.cpp). transformers reads GGUF configs too, but only of some
-families, and of none RoPE scaling, windows' layers, softcaps or multipliers.
+Keys and the defaults of absent keys are those of llama.cpp (gguf-py/gguf/constants.py,
+conversion/*.py, src/models/*.cpp). transformers reads GGUF configs too, but only for some
+families, and for none of them RoPE scaling, layers with windows, softcaps or multipliers.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MODEL_TYPES = {
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"  # in transformers' `layer_types`
 
-# Their largest models scale attention by the embedding's share of a head instead of `head_dim`;
-# llama.cpp knows them by their number of layers.
+# Their largest models scale attention by hidden size / heads instead of `head_dim`; llama.cpp
+# recognizes them by their number of layers.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 _MIXTURES = ("gpt-oss", "granitemoe", "lfm2moe", "olmoe", "qwen2moe", "qwen3moe")
 _LAYER_NORMS = ("cohere2", "gptneox", "stablelm")
-_UNDECLARED = {  # what transformers takes, but does not declare
+_UNDECLARED = {  # accepted by transformers, but not declared
     "gemma4": ("global_head_dim", "num_global_key_value_heads"),
     "qwen3moe": ("head_dim",),
 }
@@ -54,11 +54,11 @@ _UNDECLARED = {  # what transformers takes, but does not declare
 def config_of(
     architecture: str, values: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """Builds the config from all metadata, by key, and readers of all tensors, by name.
+    """Builds the config from the metadata, by key, and the tensor readers, by name.
 
     Raises:
         SourceError: a value is missing.
-        UnsupportedError: the file asks for something no exporter has.
+        UnsupportedError: the file requires something that no exporter supports.
     """
     meta = Metadata(architecture, values)
     if meta.get("expert_count") and architecture not in _MIXTURES:
@@ -84,14 +84,14 @@ def config_of(
     common: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": _width(meta),
-        # The others draft further tokens.
+        # The others draft more tokens.
         "num_hidden_layers": int(meta["block_count"]) - int(meta.get("nextn_predict_layers", 0)),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(meta, heads),
         "head_dim": head_dim,
         "max_position_embeddings": length,
         "sliding_window": int(window) if window else None,
-        # The tensor, not the key: converters cut rows that no token has, or pad.
+        # From the tensor, not the key: converters drop unused rows, or pad.
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
         "rope_parameters": rope_parameters(meta, tensors, head_dim, length),
@@ -121,7 +121,7 @@ def config_of(
 
 
 def _width(meta: Metadata) -> int:
-    """Inside an MLP; that of the first layer where Gemma 4 has two."""
+    """Width inside an MLP; that of the first layer if Gemma 4 has two."""
     found = meta.layers("feed_forward_length")
     if meta.architecture == "gemma4" and isinstance(found, list):
         return found[0]
@@ -129,7 +129,7 @@ def _width(meta: Metadata) -> int:
 
 
 def _kv_heads(meta: Metadata, heads: int) -> int:
-    """Heads of K/V; layers of LFM 2 that do not attend have none, Gemma 4's windows have most."""
+    """K/V heads, the maximum: LFM 2 has layers without any, Gemma 4 has most in window layers."""
     found = meta.layers("attention.head_count_kv")
     if meta.architecture.startswith(("gemma4", "lfm2")) and isinstance(found, list):
         return max(found)
@@ -137,7 +137,7 @@ def _kv_heads(meta: Metadata, heads: int) -> int:
 
 
 def _layer_types(meta: Metadata, layers: int, period: int) -> list[str]:
-    """Every `period`-th layer sees all, unless the file says which do not."""
+    """Every `period`-th layer has full attention, unless the file lists which layers slide."""
     pattern = meta.layers("attention.sliding_window_pattern")
     if isinstance(pattern, list):
         slides = [bool(value) for value in pattern]
@@ -147,7 +147,7 @@ def _layer_types(meta: Metadata, layers: int, period: int) -> list[str]:
 
 
 def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config of an architecture has beside the common, or otherwise."""
+    """Config entries of an architecture that differ from the common ones, or add to them."""
     layers, head_dim = common["num_hidden_layers"], common["head_dim"]
     window, softcap = common["sliding_window"], meta.get("final_logit_softcapping")
     if meta.architecture in _GEMMA_27B_LAYERS:
@@ -157,7 +157,7 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
             common["query_pre_attn_scalar"] = share
     match meta.architecture:
         case "bitnet":
-            return {"hidden_act": "silu"}  # the architecture has no other
+            return {"hidden_act": "silu"}  # the architecture has only this one
         case "cohere2":
             return {
                 "layer_types": _layer_types(meta, layers, 4),
@@ -280,7 +280,7 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 "linear_value_head_dim": inner // heads,
             }
         case "stablelm":
-            # Of tensors, not of the key `use_parallel_residual`: converters write it anyway.
+            # From tensors, not the key `use_parallel_residual`: converters always write it.
             return {
                 "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
                 "use_qkv_bias": common["attention_bias"],
@@ -290,7 +290,7 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
 
 
 def _gemma4(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of layers with a window, of the others, and of the last ones, which share K/V."""
+    """Sizes of layers with a window, of layers without, and of the last ones, which share K/V."""
     layers, shared = common["num_hidden_layers"], int(meta.get("attention.shared_kv_layers", 0))
     types, head_dim = _layer_types(meta, layers, 6), int(meta["attention.key_length_swa"])
     inner, kv_heads = common["intermediate_size"], common["num_key_value_heads"]
@@ -325,7 +325,7 @@ def _gemma4(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) 
 
 def _mixture(meta: Metadata) -> dict[str, Any]:
     used, whole = int(meta["expert_used_count"]), int(meta["feed_forward_length"])
-    # Some have one width for all; older files of Qwen 2 MoE leave the share of an expert out.
+    # Some have a single width; older files of Qwen 2 MoE lack the width of an expert.
     widths = {"granitemoe": whole, "olmoe": whole, "qwen2moe": whole // max(used, 1)}
     usual = widths.get(meta.architecture)
     width = meta.get("expert_feed_forward_length", usual)

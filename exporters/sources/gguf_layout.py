@@ -1,4 +1,4 @@
-"""How llama.cpp's converter stores a model's tensors: names, order and values, undone.
+"""Undoes what llama.cpp's converter does to a model's tensors: names, order and values.
 
 Source: llama.cpp, conversion/{gemma,gpt_oss,gptneox,lfm2,llama,qwen}.py.
 """
@@ -14,11 +14,11 @@ from transformers import PretrainedConfig
 
 from dash_onnx.exporters.quantize.blockwise import Quantized
 
-# llama.cpp rotates neighbours in these, so their rows of Q and K are stored in that order.
+# llama.cpp rotates adjacent pairs in these, so their Q and K rows are stored in that order.
 _INTERLEAVED_ROPE = ("arcee", "granite", "granitemoe", "llama", "mistral3", "smollm3")
-_NORMS_PLUS_ONE = ("gemma2", "gemma3", "qwen35")  # stored as what they multiply by
+_NORMS_PLUS_ONE = ("gemma2", "gemma3", "qwen35")  # stored as the factor they multiply by
 _CONVOLUTIONS = (".conv.conv.weight", ".conv1d.weight")  # stored `[D, kernel]`
-# Tensors `[E, N, K]` or `[E, N]` of all experts of a layer, which transformers stacks further.
+# Tensors `[E, N, K]` or `[E, N]` of all experts of a layer; transformers also stacks these.
 _EXPERTS = {
     "gate_up_proj": ("gate_proj.weight", "up_proj.weight"),
     "gate_up_proj_bias": ("gate_proj.bias", "up_proj.bias"),
@@ -38,11 +38,11 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the tensors of one file.
+    """Layout of the tensors of one file.
 
     Attributes:
         architecture: `general.architecture`.
-        config: of the model.
+        config: config of the model.
     """
 
     architecture: str
@@ -58,13 +58,13 @@ class Layout:
         return (name if ending is None else name.removesuffix(ending) + _ELSEWHERE[ending],)
 
     def joined(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-        """A weight, of what is stored of it; of tensors without data it has the shape alone."""
+        """Joins the stored parts of a weight; without data, the result has only the right shape."""
         if name.endswith(_CONVOLUTIONS):
             return parts[0][:, None]
-        if name.endswith(".shared_expert_gate.weight"):  # its only row, `[D]` in older files
+        if name.endswith(".shared_expert_gate.weight"):  # a single row, `[D]` in older files
             return parts[0].view(1, -1)
         if self.architecture == "gpt-oss" and ".experts." in name:
-            # Rows of gate and up in turn, matrices transposed.
+            # Gate and up rows alternate, matrices are transposed.
             weight = torch.stack(parts, 2).flatten(1, 2)
             return weight.transpose(1, 2) if weight.dim() == 3 else weight
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -74,19 +74,19 @@ class Layout:
         if self.architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
             return values if ".linear_attn." in name else values - np.float32(1)
         if name.endswith(".A_log"):
-            with np.errstate(divide="ignore", invalid="ignore"):  # of damaged ones: not finite
+            with np.errstate(divide="ignore", invalid="ignore"):  # damaged ones: not finite
                 values = np.log(-values)
         return self._columns(values) if self._reorders(name) else self._rows(name, values)
 
     def packed(self, name: str, packed: Quantized) -> Quantized | None:
-        """Integers of a stored matrix in the order of the model; None where heads cut blocks."""
+        """Integers of a stored matrix in the order of the model; None if heads split blocks."""
         if not self._reorders(name):
             return packed.map(partial(self._rows, name))
         whole = self.config.linear_value_head_dim % packed.block_size == 0
         return packed.map(self._columns) if whole else None
 
     def _reorders(self, name: str) -> bool:
-        """Whether columns are in another order."""
+        """Whether the columns are stored in another order."""
         return self.architecture == "qwen35" and name.endswith(".linear_attn.out_proj.weight")
 
     def _columns(self, values: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ class Layout:
                 paired = values.reshape(count, shape[0] // count // 2, 2, *shape[1:])
                 return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(shape)
         if self.architecture == "gptneox" and ".query_key_value." in name:
-            # Stored: all queries, all keys, all values; the model has them head by head.
+            # Stored: all queries, all keys, all values; in the model: head by head.
             by_kind = values.reshape(3, heads, shape[0] // heads // 3, *shape[1:])
             return np.ascontiguousarray(by_kind.swapaxes(0, 1)).reshape(shape)
         if self.architecture == "qwen35" and ".linear_attn." in name:
@@ -118,7 +118,7 @@ class Layout:
         return values
 
     def _by_key_head(self, values: np.ndarray, start: int) -> np.ndarray:
-        """Value heads from row `start` on, stored in turn of key heads, by key head."""
+        """Groups value heads by key head from row `start` on; stored, they cycle over key heads."""
         keys, heads = self.config.linear_num_key_heads, self.config.linear_num_value_heads
         shape = values.shape
         size = (shape[0] - start) // heads

@@ -17,7 +17,7 @@ class Metadata:
         self._values = values
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A value, one number where a list says the same of every layer.
+        """A value; a list that repeats one number for every layer counts as that number.
 
         Raises:
             UnsupportedError: layers differ.
@@ -32,15 +32,15 @@ class Metadata:
         return value
 
     def layers(self, key: str) -> list[int] | int | None:
-        """A value that may be one for each layer."""
+        """A value that may be a list with one entry per layer."""
         value: list[int] | int | None = self._values.get(f"{self.architecture}.{key}")
         return value
 
     def by_layer(self, key: str, count: int) -> list[int]:
-        """A value of each of so many layers.
+        """One value for each of `count` layers.
 
         Raises:
-            SourceError: there is none, or of other layers.
+            SourceError: there is none, or the number of layers differs.
         """
         found = self.layers(key)
         values = found if isinstance(found, list) else [self[key]] * count

@@ -10,10 +10,10 @@ import numpy as np
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources.gguf_metadata import Metadata
 
-# transformers rotates a part of their heads unless told.
+# By default transformers rotates only a part of their heads.
 _PARTLY_ROTATED = ("glm4", "gptneox", "qwen35", "stablelm")
 
-_STOPS = 1e20  # the least factor that lets nothing turn
+_STOPS = 1e20  # smallest factor that stops the rotation
 
 
 def rope_parameters(
@@ -22,7 +22,8 @@ def rope_parameters(
     """The rotary embedding, of any kind that GGUF can hold, in transformers' terms.
 
     Raises:
-        UnsupportedError: of a kind that is not known, or two at once.
+        SourceError: its sizes are not valid.
+        UnsupportedError: its kind is not known, or there are two at once.
     """
     rotated = int(meta.get("rope.dimension_count", head_dim))
     if not 0 <= rotated <= head_dim:
@@ -52,7 +53,7 @@ def rope_parameters(
     if factors and kind in ("linear", "yarn") and factor != 1.0:
         raise UnsupportedError(f"the GGUF file has RoPE factors and {kind} scaling at once")
     if "rope_freqs" in factors:
-        # Llama 3's frequencies, already worked out. transformers has its formula, but only
+        # Llama 3's frequencies, already computed. transformers has the formula, but only
         # `longrope` takes numbers; with one list for all lengths and this factor it is the same.
         return {
             **parameters,
@@ -94,7 +95,7 @@ def rope_parameters(
 
 
 def proportional(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Gemma 4's rotary embedding, whose factors in the file stop all but the first dimensions.
+    """Gemma 4's rotary embedding: factors in the file stop all but the first dimensions.
 
     Args:
         rope: what `rope_parameters` makes of the factors.

@@ -1,7 +1,7 @@
 """The tokenizer, chat template and end tokens of a GGUF file, rebuilt from its metadata.
 
-A GGUF file keeps the vocabulary, the merges or scores, and the name of a pre-tokenizer. What they
-mean are facts of llama.cpp (src/llama-vocab.cpp) and of the models' own tokenizer.json files.
+A GGUF file holds the vocabulary, the merges or scores, and the name of a pre-tokenizer. Their
+meaning is defined by llama.cpp (src/llama-vocab.cpp) and the models' own tokenizer.json files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dash_onnx.core.errors import SourceError, UnsupportedError
 
 
 class _Type(IntEnum):
-    """Of a token (gguf.TokenType)."""
+    """Type of a token (gguf.TokenType)."""
 
     NORMAL = 1
     CONTROL = 3
@@ -35,7 +35,7 @@ class _Type(IntEnum):
 
 
 # Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
-# a piece and in what a word is.
+# a piece and in what counts as a word.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}{digits}"
     r"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -55,12 +55,12 @@ class _Pre:
     """How a byte-level BPE vocabulary was made.
 
     Attributes:
-        first: patterns whose matches are pieces before that, in this order.
-        split: pattern whose matches are merged each for itself; None: GPT-2's.
-        digits_apart: whether each digit is a piece before that.
-        compose: whether text is brought into Unicode's form NFC first.
-        whole_words: whether a piece that is a token needs no merges.
-        starts: whether texts begin with the start token where the file does not say.
+        first: patterns whose matches become pieces before `split`, in this order.
+        split: pattern whose matches are merged separately; None uses GPT-2's.
+        digits_apart: whether each digit becomes a piece before that.
+        compose: whether text is normalized to Unicode NFC first.
+        whole_words: whether a piece that is a token is taken without merges.
+        starts: whether texts begin with the start token if the file does not say.
     """
 
     first: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ _HUNYUAN = _Pre(
 _TEKKEN = _Pre(split=_CASED.format(digits="", contraction=""), whole_words=True, starts=True)
 
 PRE_TOKENIZERS = {
-    "default": _GPT2,  # as the files that name none
+    "default": _GPT2,  # also for files that name none
     **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "exaone4"), _GPT2),
     **dict.fromkeys(("mpt", "olmo"), _NEOX),
     **dict.fromkeys(
@@ -106,9 +106,9 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
     "tekken": _TEKKEN,
 }
-"""How text is split first, by `tokenizer.ggml.pre`."""
+"""Pre-tokenizers by `tokenizer.ggml.pre`."""
 
-# Tokens that end an answer; a file names only one or two of those that a model has.
+# Tokens that end an answer; a file names only one or two of them.
 _ENDS = {
     "<|eot_id|>",
     "<|eom_id|>",
@@ -153,7 +153,7 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
 
     Raises:
         SourceError: the file has none, or a damaged one.
-        UnsupportedError: it is of a kind that is not known.
+        UnsupportedError: its kind is not known.
     """
     vocabulary = _Vocabulary(values)
     kind = vocabulary.get("model")
@@ -188,7 +188,7 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
         )
     }
     _add_tokens(tokenizer, vocabulary, strip=architecture == "phi3" and kind == "llama")
-    # llama.cpp starts every text of Gemma 4, whatever its files say.
+    # llama.cpp adds the start token to every Gemma 4 text, whatever its files say.
     starts = kind == "gemma4" or vocabulary.get("add_bos_token", starts)
     before = special["bos_token"] if starts else None
     after = special["eos_token"] if vocabulary.get("add_eos_token", False) else None
@@ -201,7 +201,7 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
 
 
 def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
-    """Ids that end an answer: the end token first, then all that a chat may end with."""
+    """Ids that end an answer: the end token first, then the other tokens that end a chat turn."""
     vocabulary = _Vocabulary(values)
     named = [vocabulary.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
     if vocabulary.get("model") == "llama" and named[0] is None:
@@ -212,7 +212,7 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
         if kind == _Type.CONTROL
     }
     ends = _ENDS & control.keys()
-    if "<|return|>" in ends:  # gpt-oss: of its thoughts, and of what it says between them
+    if "<|return|>" in ends:  # gpt-oss: ends reasoning and text in between
         ends -= {"<|end|>"}
         named = [index for index in named if index != control.get("<|end|>")]
     known = sorted(control[token] for token in ends)
@@ -221,11 +221,11 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
 
 
 def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """Those that the file lists."""
+    """The merges that the file lists."""
     merges = vocabulary.get("merges")
     if merges is None:
         raise SourceError("the GGUF file's tokenizer has no merges")
-    # A token may hold a space of its own, but never in front.
+    # A token may contain a space, but never begins with one.
     cuts = [(merge, merge.find(" ", 1)) for merge in merges]
     return [(merge[:cut], merge[cut + 1 :]) for merge, cut in cuts]
 
@@ -251,12 +251,12 @@ def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
 def _sentencepiece(
     vocabulary: _Vocabulary, merges: list[tuple[str, str]], prefixed: bool = True
 ) -> Tokenizer:
-    """Merges characters, and takes bytes for those that are no tokens.
+    """Builds a tokenizer that merges characters, with a byte fallback for unknown ones.
 
     Args:
-        vocabulary: of the file.
-        merges: by rank.
-        prefixed: whether texts get a space in front where the file does not say.
+        vocabulary: vocabulary of the file.
+        merges: merges by rank.
+        prefixed: whether texts get a leading space if the file does not say.
     """
     tokenizer = Tokenizer(
         models.BPE(
@@ -280,7 +280,7 @@ def _sentencepiece(
 
 
 def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """SentencePiece joins whatever makes the token of the highest score; BPE wants a list."""
+    """SentencePiece merges the pair with the highest-scoring result; BPE needs a list of merges."""
     scores = vocabulary.get("scores")
     if scores is None or len(scores) != len(vocabulary.tokens):
         raise SourceError("the GGUF file's tokenizer has no scores")
@@ -298,10 +298,10 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, strip: bool) -> None:
-    """Tokens that are found in a text before anything else.
+    """Adds the tokens that are matched in a text before anything else.
 
     Args:
-        strip: whether they take the spaces behind them along (Phi 3; no key says so).
+        strip: whether they absorb the spaces after them (Phi 3; no key says so).
     """
     keep = ("<unk>", "<s>", "<|endoftext|>")
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):

@@ -1,4 +1,4 @@
-"""The license and the model card that come with a model: they go along into its bundle."""
+"""The license and the model card that come with a model: they are copied into its bundle."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 DOCUMENTS = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*", "README.md")
-"""Patterns of the names of their files."""
+"""Patterns of their file names."""
 
-_MOST_BYTES = 1 << 20  # of a document
+_MOST_BYTES = 1 << 20  # largest document
 
 
 def documents_in(folder: Path) -> tuple[Path, ...]:
-    """The license, the notices and the model card in a model's folder, those of up to 1 MiB."""
+    """The license, the notices and the model card in a model's folder, if no larger than 1 MiB."""
     patterns = [pattern.upper() for pattern in DOCUMENTS]
     return tuple(
         path
@@ -33,7 +33,7 @@ def license_of_card(documents: tuple[Path, ...]) -> str | None:
         if path.name.upper() == "README.MD":
             try:
                 return license_of(metadata_load(path) or {}, "license", "license_name")
-            except Exception:  # whatever a damaged card raises: the weights can do without it
+            except Exception:  # whatever a damaged card raises: the weights do not need it
                 return None
     return None
 
@@ -43,8 +43,8 @@ def license_of(values: Mapping[str, Any], key: str, other: str) -> str | None:
 
     Args:
         values: the metadata.
-        key: of the license's identifier.
-        other: of the license's name, where the identifier is `other`.
+        key: key of the license's identifier.
+        other: key of the license's name, used if the identifier is `other`.
     """
     found = values.get(key)
     if found == "other":

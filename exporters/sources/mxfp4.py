@@ -1,4 +1,4 @@
-"""Weights of experts in MXFP4, as gpt-oss is published: 4-bit floats, 32 with one scale."""
+"""Weights of experts in MXFP4, as in gpt-oss checkpoints: 4-bit floats, 32 per scale."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dash_onnx.core.errors import SourceError
 from dash_onnx.exporters.sources.source import Wrapped, finite
 
 _SIZE = 32  # values in a block
-_LARGEST = 127 + 125  # of the exponents: times 6, in float32
+_LARGEST = 127 + 125  # limit of the exponents: times 6, still finite in float32
 
 
 class Mxfp4Weights(Wrapped):
-    """Weights of another source; those stored in MXFP4 as BF16, which holds them exactly."""
+    """Weights of another source; those in MXFP4 become BF16, which holds them exactly."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored or self._is_packed(name)
@@ -31,7 +31,7 @@ class Mxfp4Weights(Wrapped):
     def __getitem__(self, name: str) -> torch.Tensor:
         if not self._is_packed(name):
             return self.stored[name]
-        # No public function there: if it moves, other models shall not miss it.
+        # Not a public function: if it moves, other models must still work.
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
         self.shape(name)  # refuses others

@@ -1,7 +1,7 @@
-"""Names of tensors in files where they are not those of transformers, and the text part of a model.
+"""Maps tensor names that differ from those of transformers, and selects the text part of a model.
 
 A multimodal checkpoint holds a language model among other networks, under a prefix. Its config has
-a `text_config`, from which the language model is exported as one of its own.
+a `text_config`, from which the language model is exported as a model of its own.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": ((r"^(.+)\.block_sparse_moe\.", r"\1.mlp."),),
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
 }
-"""By `model_type`: pattern and replacement, of which the first that fits counts."""
+"""Patterns and replacements by `model_type`; the first match applies."""
 
 _TEXT = (
     (r"^language_model\.(model|lm_head)\.", r"\1."),
     (r"^model\.(?:language_model|text_model)\.", "model."),
     (r"^(model\.(?:embed_tokens|layers|norm)|lm_head)\.", r"\1."),
 )
-"""The same of language models in multimodal checkpoints, whose other tensors go."""
+"""The same for language models in multimodal checkpoints; their other tensors are dropped."""
 
 MULTIMODAL: dict[str, str | None] = {
     "exaone4_5": None,
@@ -65,17 +65,17 @@ MULTIMODAL: dict[str, str | None] = {
     "qwen3_vl": "qwen3",
     "smolvlm": None,
 }
-"""Multimodal models by `model_type`: the family that their language model computes as, or None
-where `text_config` names it. Qwen's rotate by three positions, which are the same in text."""
+"""Multimodal models by `model_type`: the family that their language model belongs to, or None
+if `text_config` names it. Qwen's rotate by three positions, which are equal for text."""
 
-_SECTIONS = ("mrope_section", "mrope_interleaved")  # of frequencies, by position
+_SECTIONS = ("mrope_section", "mrope_interleaved")  # how frequencies are split among positions
 
 Renaming = Callable[[str], str | None]
-"""From a name in the files to that of transformers; None where the model has no such tensor."""
+"""Maps a name in the files to that in transformers; None if the model has no such tensor."""
 
 
 def renaming(model_type: str) -> Renaming:
-    """Of the tensors of a model."""
+    """The renaming for the tensors of a model."""
     multimodal = model_type in MULTIMODAL
     rules = _TEXT if multimodal else _RENAMED.get(model_type, ())
 
@@ -99,7 +99,7 @@ def text_type(raw: dict[str, Any]) -> str:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the language model in a multimodal one, as that of a model of its own."""
+    """The config of the language model in a multimodal one, as the config of a model of its own."""
     text = copy.deepcopy(config.get_text_config())
     text.tie_word_embeddings = config.tie_word_embeddings
     if (kind := MULTIMODAL[config.model_type]) is None:

@@ -39,11 +39,11 @@ def open_source(
         supported: the `model_type`s that have an exporter.
         requantize: requantize quantized weights instead of keeping their integers.
         revision: branch, tag or commit of a hub id; None takes its main branch.
-        weights: download a hub id's weights; without, names and shapes are all that is known of
-            those that are not here yet. A GGUF file is always downloaded.
+        weights: download a hub id's weights; if False, only names and shapes are known of those not
+            yet downloaded. A GGUF file is always downloaded.
 
     Raises:
-        SourceError: nothing readable is there, or a token that it names is not in its vocabulary.
+        SourceError: nothing readable is there, or it names a token that its vocabulary lacks.
         UnsupportedError: the model's architecture is not in `supported`.
     """
     source = _opened(model, supported, requantize, revision, weights)
@@ -70,7 +70,7 @@ def _opened(
     name, _, quantization = model.partition(":")
     if not quantization:
         folder = _download(name, revision, *_TEXT_FILES, *(_WEIGHTS if weights else ()))
-        commit = folder.name  # the hub's cache has a folder for each
+        commit = folder.name  # the hub's cache has a folder per commit
         here = any(folder.glob("*.safetensors"))
         shapes = {} if weights or here else _shapes(name, commit)
         if here or shapes or not _gguf_files(name, revision):
@@ -104,10 +104,10 @@ def _gguf_files(name: str, revision: str | None) -> list[str]:
 
 
 def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
-    """The one of a quantization; Q4_K_M, as in llama.cpp, or the first where none is named.
+    """The file of a quantization; if none is named, Q4_K_M as in llama.cpp, or the first one.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is no such file.
     """
     wanted = quantization or _USUAL
     fitting = [file for file in files if wanted.lower() in Path(file).name.lower()]
@@ -116,11 +116,11 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     if not fitting:
         have = ", ".join(Path(file).name for file in files) or "it has none at all"
         raise SourceError(f"{name} has no GGUF file of {quantization}: {have}")
-    return min(fitting, key=lambda file: (len(stem_of(file)), file))  # of a split one, the first
+    return min(fitting, key=lambda file: (len(stem_of(file)), file))  # part 1 of a split one
 
 
 def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a hub id, from the headers of its files alone."""
+    """Shapes of the tensors of a hub id, read from the headers of its files."""
     import huggingface_hub
 
     try:
@@ -139,7 +139,7 @@ def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
 
 
 def _download(model: str, revision: str | None, *patterns: str) -> Path:
-    """The folder of a hub id in the hub's cache, with some of its files.
+    """Downloads some files of a hub id; returns their folder in the hub's cache.
 
     Raises:
         SourceError: see `_asked`.
@@ -157,17 +157,17 @@ def _download(model: str, revision: str | None, *patterns: str) -> Path:
 
 
 def _asked(model: str, revision: str | None, ask: Callable[[], T]) -> T:
-    """What the hub answers.
+    """Calls the hub and returns its answer.
 
     Raises:
-        SourceError: nothing; tells what to do.
+        SourceError: the call failed; the message states a remedy.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return ask()
-    except Exception as error:  # of its HTTP client, too, which is another one in each release
+    except Exception as error:  # also from its HTTP client, which differs between releases
         reason, remedy = first_line(error), ""
         if constants.HF_HUB_OFFLINE and not isinstance(error, HFValidationError):
             reason, remedy = "HF_HUB_OFFLINE is set", _ONLINE

@@ -1,4 +1,4 @@
-"""What the exporter needs of a model, wherever it comes from."""
+"""What the exporter needs from a model, wherever it comes from."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Weights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor.
+        """Shape of a tensor.
 
         Raises:
-            SourceError: it is not there.
+            SourceError: there is no such tensor.
         """
         ...
 
@@ -36,16 +36,16 @@ class Weights(Protocol):
         """Reads a tensor.
 
         Raises:
-            SourceError: it is not there, or has values that are not finite.
+            SourceError: there is no such tensor, or it has values that are not finite.
         """
         ...
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Reads some rows of an embedding, and nothing else of it; otherwise like a look-up."""
+        """Reads only some rows of an embedding; apart from that, like a look-up."""
         ...
 
     def packed(self, name: str) -> Quantized | None:
-        """The weight as integers, where the source stores them in a form that graphs can hold."""
+        """The weight as integers, if the source stores it in a form that graphs can hold."""
         ...
 
 
@@ -58,7 +58,7 @@ class Table:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all rows."""
+        """Shape with all rows."""
         return self.weights.shape(self.name)
 
     def __getitem__(self, rows: slice, /) -> torch.Tensor:
@@ -67,14 +67,14 @@ class Table:
 
 
 class Shapes:
-    """Weights by their shapes alone; whoever has the tensors, too, adds how they are read.
+    """Weights known only by their shapes; a subclass that has the tensors adds reading.
 
     Attributes:
-        shapes: of each tensor, by its Hugging Face name.
+        shapes: shape of each tensor, by its Hugging Face name.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
-        """Takes them."""
+        """Takes the shapes."""
         self.shapes = dict(shapes)
 
     def __contains__(self, name: str) -> bool:
@@ -101,7 +101,7 @@ class Wrapped:
     """Weights of another source; a subclass reads some of them in another way."""
 
     def __init__(self, weights: Weights):
-        """Takes the other's."""
+        """Wraps the weights of another source."""
         self.stored = weights
 
     def __contains__(self, name: str) -> bool:
@@ -137,8 +137,8 @@ class Source:
         files: what all of this is read from.
         revision: commit of a hub id.
         repository: hub id that a GGUF file comes from.
-        license: as the model's metadata name it.
-        documents: license, notices and model card, which go along into the bundle.
+        license: as named in the model's metadata.
+        documents: license, notices and model card, which are copied into the bundle.
     """
 
     kind: Literal["hub", "folder", "gguf"]
@@ -161,7 +161,7 @@ class Source:
         return f"{self.kind}:{place}{self.name}{revision}"
 
     def save_text_files(self, folder: Path) -> None:
-        """Tokenizer, chat template, and both configurations, as transformers writes them.
+        """Writes tokenizer, chat template and both configurations, as transformers does.
 
         The documents are copied to a folder of their own.
         """
@@ -180,10 +180,10 @@ def layers_in(names: Iterable[str]) -> int:
 
 
 def readable(what: Path | str, load: Callable[[], T], problem: str = "cannot be read") -> T:
-    """Runs a loader; whatever a damaged file makes it raise becomes one line.
+    """Runs a loader; whatever a damaged file makes it raise becomes a one-line error.
 
     Raises:
-        SourceError: it raised something.
+        SourceError: the loader raised something.
     """
     try:
         return load()
@@ -194,7 +194,7 @@ def readable(what: Path | str, load: Callable[[], T], problem: str = "cannot be 
 
 
 def finite(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight as it was read.
+    """Returns a weight unchanged if all its values are finite.
 
     Raises:
         SourceError: it has values that are not finite.
@@ -208,7 +208,7 @@ def check_layers(path: Path, claimed: object, found: int) -> None:
     """Refuses a configuration that has more or fewer layers than the weights.
 
     Raises:
-        SourceError: it has.
+        SourceError: the numbers differ.
     """
     if claimed != found:
         raise SourceError(
@@ -218,10 +218,10 @@ def check_layers(path: Path, claimed: object, found: int) -> None:
 
 
 def check_token_ids(source: Source) -> None:
-    """Refuses a model that begins or ends with a token which it does not have.
+    """Refuses a model whose start or end token is not in its vocabulary.
 
     Raises:
-        SourceError: it does.
+        SourceError: a token is not in it.
     """
     vocabulary = getattr(source.config, "vocab_size", None)
     for key in ("bos_token_id", "eos_token_id"):
@@ -234,7 +234,7 @@ def check_token_ids(source: Source) -> None:
 
 
 def check_supported(model_type: str, supported: Collection[str]) -> None:
-    """Refuses an architecture without exporter, naming those that have one.
+    """Refuses an architecture without an exporter, naming those that have one.
 
     Raises:
         UnsupportedError: `model_type` is not in `supported`.

@@ -18,9 +18,9 @@ def attention(
     Args:
         q: queries.
         k: keys, repeated for the queries that share them.
-        v: values, likewise.
-        block: of the model.
-        window: tokens that a token sees at most, or None.
+        v: values, repeated like the keys.
+        block: what all layers compute.
+        window: most tokens that a token sees, or None.
         sinks: `[H]`, see `Layer`, or None.
     """
     scale, cap, length = block.attention_scale, block.attention_softcap, q.shape[2]
@@ -31,7 +31,7 @@ def attention(
         seen = seen.triu(1 - window)
     if cap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    # BF16 scores near the cap are off by a tenth.
+    # In BF16, scores near the cap would be off by a tenth.
     with torch.autocast(q.device.type, enabled=False):
         scores = q.float() @ k.float().transpose(-1, -2) * scale
         if cap is not None:

@@ -1,4 +1,4 @@
-"""Text augmentation: the model's own text in layouts that people's text has and its own has not."""
+"""Text augmentation: puts the model's own text into layouts that occur only in human text."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from tokenizers import Tokenizer
 from dash_onnx.exporters.train.dequantized import Tensor
 
 Layout: TypeAlias = Callable[[str, random.Random], str]
-"""Rewrites a text; what it varies it draws."""
+"""Rewrites a text, with any variation drawn from the random generator."""
 
-_WIDTHS = (45, 90)  # characters of a wrapped line
+_WIDTHS = (45, 90)  # characters per wrapped line
 
 
 def spaced(text: str, _: random.Random) -> str:
-    """Punctuation apart from words, as corpora are tokenized."""
+    """Separates punctuation from words, as in tokenized corpora."""
     return re.sub(r" +", " ", re.sub(r"(?<!\w)[^\w\s]|[^\w\s](?!\w)", r" \g<0> ", text))
 
 
 def wrapped(text: str, draw: random.Random) -> str:
-    """Lines of one width, as books and mails have them."""
+    """Wraps lines at one width, as in books and emails."""
     width = draw.randint(*_WIDTHS)
     lines = text.split("\n")
     return "\n".join(textwrap.fill(line, width, break_long_words=False) for line in lines)
 
 
 def lower(text: str, _: random.Random) -> str:
-    """Lower case, as hasty writers have it."""
+    """Converts to lower case, as in hasty writing."""
     return text.lower()
 
 
 SHARES: tuple[tuple[Layout, float], ...] = ((spaced, 0.4), (wrapped, 0.4), (lower, 0.15))
-"""Of the rows that get each layout; drawn one by one, so that a row may get several."""
+"""Share of the rows that get each layout; drawn independently, so a row may get several."""
 
 
 def augmented(
@@ -48,12 +48,12 @@ def augmented(
 ) -> Tensor:
     """The same text with some rows rewritten, `[B, T]`.
 
-    A scorer that saw one layout only takes the others for another kind of text.
+    A scorer trained on a single layout mistakes the others for a different kind of text.
 
     Args:
         ids: `[B, T]`, special tokens among them.
-        tokenizer: that reads them, and reads their text again.
-        seed: of what is drawn for each row.
+        tokenizer: decodes them, and encodes the rewritten text.
+        seed: seed of what is drawn for each row.
         shares: the layouts, each with its probability.
     """
     draw = random.Random(seed)
@@ -65,10 +65,10 @@ def augmented(
         if not layouts:
             continue
         text = tokenizer.decode(row.tolist(), skip_special_tokens=False)
-        parts = re.split(f"({special})", text)  # in turns: text, a special token, text, ...
+        parts = re.split(f"({special})", text)  # alternating: text, a special token, text, ...
         for layout in layouts:
             parts[::2] = [layout(part, draw) for part in parts[::2]]
         read = tokenizer.encode("".join(parts), add_special_tokens=False).ids[: len(row)]
-        # Other layouts mostly take more tokens. Where they do not, the row's own end follows.
+        # Most rewritten rows take more tokens. Shorter ones are filled up with the row's own end.
         rows[number] = torch.cat([row.new_tensor(read), row[len(read) :]])
     return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""The state of a training, so that an interrupted one goes on where it was last saved."""
+"""The state of a training, so that an interrupted training resumes where it was last saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _EVERY_S = 60  # in the middle of a phase
 
 
 class Checkpoint:
-    """A sibling folder of the bundle, there only while training runs or was interrupted.
+    """A sibling folder of the bundle, which exists while training runs or is interrupted.
 
     Attributes:
         state: what the phases saved, by name.
@@ -26,25 +26,25 @@ class Checkpoint:
     _saved = math.inf
 
     def __init__(self, bundle: Path, fingerprint: str):
-        """Reads what an interrupted run with the same fingerprint left.
+        """Reads the state that an interrupted run with the same fingerprint left.
 
         Args:
-            bundle: its folder.
-            fingerprint: of everything that decides how the training goes.
+            bundle: folder of the bundle.
+            fingerprint: hash of everything that determines the course of the training.
         """
         self._folder = workspace_of(bundle, TRAINING)
         self._fingerprint, self._saved = fingerprint, time.monotonic()
         self.state: dict[str, Any] = {}
         try:
             found = torch.load(self._folder / _NAME, torch.get_default_device(), weights_only=True)
-        except Exception:  # absent, or damaged in any of many ways: start over
+        except Exception:  # absent, or damaged in some way: start over
             return
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             self.state = found
 
     @property
     def due(self) -> bool:
-        """Whether a phase has gone on for so long that what it has should be saved."""
+        """Whether enough time has passed since the last save for a phase to save its progress."""
         return time.monotonic() - self._saved > _EVERY_S
 
     def save(self, **values: Any) -> None:
@@ -59,11 +59,11 @@ class Checkpoint:
         try:
             with new_file(path) as temporary:
                 torch.save(self.state, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # torch raises this if the disk is full
             raise DashError(f"cannot write {path}: {first_line(error)}") from None
         self._saved = time.monotonic()
 
     def remove(self) -> None:
-        """Training is done; who holds the folder's lock removes the folder."""
+        """Clears the folder after training; the holder of its lock removes it."""
         if self._folder.is_dir():
             clear(self._folder)

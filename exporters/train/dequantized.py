@@ -1,6 +1,6 @@
 """The bundle's layers in torch: what its graphs compute, differentiable, from the same weights.
 
-The weights are read from the bundle and dequantized, not taken from the source model: so the policy
+The weights are read from the bundle and dequantized, not taken from the source model, so the policy
 is trained on exactly the layers that it will choose between.
 """
 
@@ -34,11 +34,11 @@ Tensor: TypeAlias = torch.Tensor
 F = torch.nn.functional
 
 
-# The C library maps each block of over 32 MB again and the system clears its pages: a fifth of the
-# time of passes whose logits are larger. Of few tokens at once, the product is slow.
+# The C library maps each block of over 32 MB afresh and the system clears its pages, a fifth of the
+# time of passes with larger logits. With few tokens at once, the product is slow.
 _LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
-_KEEP_BYTES = 1 << 30  # of dequantized layers
+_KEEP_BYTES = 1 << 30  # most bytes of dequantized layers
 
 Projections: TypeAlias = dict[str, Linear]
 """The linear layers of a decoder layer under one action, by name."""
@@ -67,27 +67,28 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class DequantizedModel:
-    """The layers of a bundle under each action; nothing but the compensation is ever trained.
+    """The layers of a bundle under each action; only the compensation is ever trained.
 
     Shapes: B sequences, T tokens each, D hidden size, H heads, H_kv key/value heads, d head size,
-    V vocabulary. Tensors are float32 unless told.
+    V vocabulary. Tensors are float32 unless noted.
 
     Attributes:
-        manifest: of the bundle.
-        actions: those it holds weights for, most expensive first; the last is `skip`.
+        manifest: manifest of the bundle.
+        actions: actions it holds weights for, most expensive first; the last is `skip`.
         heads: precisions of the LM heads.
-        head: highest of them, which the reference has.
-        chunk: tokens whose logits should exist at once.
-        keeps_layers: whether the layers stay dequantized; of larger models only the one that runs.
+        head: highest of `heads`, used by the reference.
+        chunk: number of tokens whose logits should exist at once.
+        keeps_layers: whether all layers stay dequantized; for larger models only the one that runs
+            does.
     """
 
     def __init__(self, bundle: Bundle, actions: tuple[Action, ...], dtype: torch.dtype):
-        """Reads the norms; what else is needed is dequantized then.
+        """Reads the norms; everything else is dequantized when it is needed.
 
         Args:
-            bundle: to read from.
+            bundle: bundle to read from.
             actions: the precisions to hold.
-            dtype: of the stored matrices; norms and hidden states stay float32.
+            dtype: type of the stored matrices; norms and hidden states stay float32.
 
         Raises:
             BundleError: a file is missing or damaged.
@@ -115,7 +116,7 @@ class DequantizedModel:
             one.weight.nbytes for action in self.actions for one in self._layer(0, action).values()
         )
         self.keeps_layers = facts.num_layers * layer <= _KEEP_BYTES
-        # INT8 stands for `full` here as in the layers.
+        # INT8 replaces `full` here as in the layers.
         exported = self.manifest.exported_heads
         self.heads = tuple(a for a in exported if a != "full" or "int8" not in exported)
         self._lm_heads: dict[Action, Linear] = {}
@@ -145,13 +146,13 @@ class DequantizedModel:
         return projections_of(found, self.manifest.target, self._dtype, action)
 
     def _tensors(self, path: str, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """Tensors of a graph: those of a name, or all."""
+        """Tensors of a graph: those with the given names, or all."""
         file = self._bundle.verified(path)
         tensors = onnx.load(file, load_external_data=False).graph.initializer
         chosen = [t for t in tensors if not names or t.name.partition(".")[0] in names]
         try:
             return {t.name: numpy_helper.to_array(t, str(file.parent)) for t in chosen}
-        except onnx.checker.ValidationError as error:  # such as a hard link, which onnx refuses
+        except onnx.checker.ValidationError as error:  # such as for a hard link, which onnx refuses
             raise BundleError(f"cannot read {file}: {error}") from None
 
     @cached_property
@@ -163,11 +164,11 @@ class DequantizedModel:
         return self._embedding(ids)
 
     def beside(self, ids: Tensor) -> Beside:
-        """For a pass over token ids `[B, T]`."""
+        """What layers read in addition to their input, in a pass over token ids `[B, T]`."""
         return self._embedding.beside(ids)
 
     def normed(self, layer: int, x: Tensor) -> Tensor:
-        """What attention reads of a layer's input, `[..., D]` -> `[..., D]`."""
+        """The input of attention, from the input of a layer, `[..., D]` -> `[..., D]`."""
         return self._norm(layer, "input_norm", x)
 
     def _norm(self, layer: int, name: str, x: Tensor) -> Tensor:
@@ -175,14 +176,14 @@ class DequantizedModel:
         return x if norm is None else norm(x, self._block)
 
     def _project(self, layer: int, action: Action, name: str, x: Tensor) -> Tensor:
-        """`[..., K]` -> `[..., N]`; under autocast in its lower precision."""
+        """`[..., K]` -> `[..., N]`; in lower precision under autocast."""
         return _product(x, self._layer(layer, action)[name])
 
     def qkv(self, layer: int, action: Action, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Queries `[..., H * d]`; keys and values stacked, `[..., 2 * H_kv * d]`; not rotated.
 
-        Norms that come after the rotation are left to `attend`. Of a layer that does not attend:
-        what the token alone reads, and what later ones read, too.
+        Norms after the rotation are left to `attend`. For a layer without attention: what only the
+        token itself reads, and what later tokens read too.
         """
         if (sizes := self._recurrence(layer)) is not None:
             projected = self._project(layer, action, "in_proj", normed)
@@ -207,9 +208,9 @@ class DequantizedModel:
     def attend(self, layer: int, queries: Tensor, keys_values: Tensor, beside: Beside) -> Tensor:
         """Causal attention: `[B, T, H * d]`, `[B, T, 2 * H_kv * d]` -> `[B, T, H * d]`.
 
-        Arguments are as `qkv` gives them: with gates behind the queries where heads have some, and
-        of other contents where the layer does not attend. Behind the result comes what the layer
-        reads of the tokens themselves.
+        Arguments are as returned by `qkv`: with gates after the queries if heads are gated, and
+        with other contents if the layer has no attention. The layer's own token embedding, if any,
+        is appended to the result.
         """
         result = self._mixed(layer, queries, keys_values, beside)
         if beside.per_layer is not None:
@@ -222,7 +223,7 @@ class DequantizedModel:
             if sizes.value_heads:
                 result = self._norm(layer, "delta_norm", result) * F.silu(queries)
             return result
-        if layer in self._sources:  # the gradient may run this again: what came first counts
+        if layer in self._sources:  # the backward pass may run this again: the first value counts
             beside.shared.setdefault(layer, keys_values)
         if (source := self.manifest.attention[layer].source) is not None:
             keys_values = beside.shared[source]
@@ -245,7 +246,7 @@ class DequantizedModel:
         return result * gates.sigmoid() if self._block.heads_gated else result
 
     def complete(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
-        """Output of a layer from its input `[..., D]` and what `attend` gave."""
+        """Output of a layer from its input `[..., D]` and the result of `attend`."""
         width = attention.shape[-1] - self._block.per_layer_width
         attention, own = attention[..., :width], attention[..., width:]
         y = self.feed_forward(layer, action, x, self.attended(layer, action, x, attention))
@@ -293,7 +294,7 @@ class DequantizedModel:
         return x + self._norm(layer, "output_norm", projected)
 
     def mlp_input(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """What the MLP reads, `[..., D]`, given the layer's input and `attended`."""
+        """Input of the MLP, `[..., D]`, from the layer's input and `attended`."""
         if self._block.parallel:
             attended = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
         return self._norm(layer, "post_norm", attended)
@@ -313,7 +314,7 @@ class DequantizedModel:
         return y, self._key_normed(layer, keys_values)
 
     def _recurrence(self, layer: int) -> Recurrence | None:
-        """Sizes of a layer that does not attend."""
+        """Sizes of a layer without attention."""
         attends = self.manifest.mixer_of(layer) in ATTENTIONS
         return None if attends else self.manifest.recurrence
 
@@ -323,10 +324,10 @@ class DequantizedModel:
         return self._project(layer, action, "gates", normed)
 
     def compensation(self) -> list[Tensor]:
-        """Per layer the `[D, r]` map from the reduced input to what a skip adds, in float32.
+        """Per layer, the `[D, r]` map from the reduced input to what a skip adds, in float32.
 
-        From the first call on, `skip` uses these very tensors: changing one changes what it
-        computes. Empty where skipped layers are only scaled.
+        From the first call on, `skip` uses these same tensors: changing one changes its results.
+        Empty if skipped layers are only scaled.
         """
         if not self._compensation and self.manifest.compensation_rank:
             layers = range(self.manifest.model.num_layers)
@@ -350,7 +351,7 @@ class DequantizedModel:
 
     @cached_property
     def _exact_tokens(self) -> dict[Action, int]:
-        """By head that looks twice, the tokens that it looks at again."""
+        """For each head that looks twice, the number of tokens that it rescores."""
         return {
             head: count
             for head, count in EXACT_TOKENS.items()
@@ -358,7 +359,7 @@ class DequantizedModel:
         }
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:
-        """Logits `[..., V]` from what `final` gives, by the head of mixed paths unless given."""
+        """Logits `[..., V]` from the result of `final`; by default from the head of mixed paths."""
         head = head or self.head
         logits = _product(final, self.lm_head(head))
         if (count := self._exact_tokens.get(head)) is not None:
@@ -370,7 +371,7 @@ class DequantizedModel:
         return logits if cap is None else cap * torch.tanh(logits)
 
     def logits_slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the softcap at the logits it gave; 1 where there is none."""
+        """Derivative of the softcap, given its output logits; 1 if there is no softcap."""
         cap = self._block.logit_softcap
         return 1.0 if cap is None else cap - logits.square() / cap
 

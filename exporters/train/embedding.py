@@ -1,4 +1,4 @@
-"""What a pass begins with: the token embedding, and what layers read beside their input."""
+"""The start of a pass: the token embedding, and what layers read in addition to their input."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dash_onnx.exporters.train.stored import dequantized, norm_of
 
 Tensor = torch.Tensor
 
-_STORED = ("values", "scales")  # of rows in INT8
+_STORED = ("values", "scales")  # parts of a row in INT8
 
 
 @dataclass
 class Beside:
-    """What layers read beside their input, in one pass.
+    """What layers read in addition to their input, in one pass.
 
     Attributes:
         rotary: cosine and sine `[T, rotary_dim / 2]` of each of the model's rotary embeddings.
-        per_layer: what each layer reads of the tokens, `[B, T, L, P]`, or None.
-        shared: by layer, keys and values that later layers read, as `qkv` gives them.
+        per_layer: embeddings of the tokens for each layer, `[B, T, L, P]`, or None.
+        shared: by layer, keys and values that later layers read, as returned by `qkv`.
     """
 
     rotary: list[tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ class Beside:
 
 
 class Embedding:
-    """The token embedding of a bundle; only the rows of tokens that come are read."""
+    """The token embedding of a bundle; only the rows of input tokens are read."""
 
     def __init__(self, bundle: Bundle):
         """Maps its files.
@@ -60,7 +60,7 @@ class Embedding:
         return x
 
     def beside(self, ids: Tensor) -> Beside:
-        """What layers read beside their input, for token ids `[B, T]`."""
+        """What layers read in addition to their input, for token ids `[B, T]`."""
         tables = [rotary_tables(rope, ids.shape[1], "float32") for rope in self._manifest.ropes]
         rotary = [(torch.as_tensor(cos), torch.as_tensor(sin)) for cos, sin in tables]
         reads = self._manifest.block.per_layer_width > 0

@@ -1,12 +1,12 @@
-"""Teacher-forced decoding of a bundle's layers on any paths, vectorised over the tokens.
+"""Teacher-forced decoding with a bundle's layers on any paths, vectorised over tokens.
 
-As a decision process: the tokens are the episodes, the layers their steps. The state of a decision
-is the input of the layer before its segment (what the runtime knows while that layer runs), the
-action is what a layer does for the token, its cost the profiled milliseconds, and the reward at the
-end minus KL(reference || path) of the token.
+As a decision process: tokens are episodes, layers are steps. The state of a decision is the input
+of the layer before its segment (what the runtime knows while that layer runs), the action is what a
+layer does for the token, its cost is in profiled milliseconds, and the reward at the end is
+-KL(reference || path) of the token.
 
-One pass gives what decoding token after token gives: the keys and values of every token are those
-that its own actions wrote, so later tokens attend to what earlier decisions left.
+One pass equals decoding token by token: the keys and values of every token are those that its own
+actions wrote, so later tokens attend to the results of earlier decisions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.train.dequantized import Beside, DequantizedModel, Tensor
 
-_SEQUENCES = 4  # of passes without a gradient
+_SEQUENCES = 4  # sequences per pass without a gradient
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class State:
 
 
 Decide: TypeAlias = Callable[[State], Tensor]
-"""From the state of a segment to its decisions, `[B, T, n, A]`: one-hot over the actions."""
+"""Maps the state of a segment to its decisions, `[B, T, n, A]`: one-hot over the actions."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one pass over `[B, T]` tokens gave.
+    """The result of one pass over `[B, T]` tokens.
 
     Attributes:
         final: input of the LM head, `[B, T, D]`.
-        states: of each segment.
-        decisions: of each segment `[B, T, n, A]`, those of the prompt as executed.
+        states: state of each segment.
+        decisions: decisions of each segment `[B, T, n, A]`, those for the prompt as executed.
     """
 
     final: Tensor
@@ -64,14 +64,14 @@ class Rollout:
 
 
 class Environment:
-    """Runs sequences on the paths that are decided.
+    """Runs sequences on the decided paths.
 
     Attributes:
-        model: whose layers run.
-        actions: what the indices of decisions mean, most expensive first, `skip` last.
+        model: the model whose layers run.
+        actions: meaning of the indices of decisions, most expensive first, `skip` last.
         prompt_tokens: first tokens of each sequence; they run at the most expensive action.
-        layers: their number L.
-        segments: of layers that are decided at once.
+        layers: number of layers L.
+        segments: ranges of layers that are decided at once.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Environment:
         self.segments = [slice(*pair) for pair in pairwise((0, *decision_points, self.layers))]
 
     def run(self, ids: Tensor, decide: Decide, dense: bool = False) -> Rollout:
-        """One pass.
+        """Runs one pass.
 
         Args:
             ids: `[B, T]`.
             decide: called once per segment, in order.
-            dense: computes every action for every token, so that there is a gradient with respect
-                to the decisions; else each token runs its own action only.
+            dense: compute every action for every token, so that there is a gradient with respect to
+                the decisions; else each token runs only its own action.
         """
         beside = self.model.beside(ids)
         x = before = self.model.embed(ids)
@@ -113,14 +113,15 @@ class Environment:
         return Rollout(self.model.final(x), states, all_decisions)
 
     def parts(self, ids: Tensor) -> tuple[Tensor, ...]:
-        """Sequences that passes without a gradient run at once.
+        """Splits sequences into parts for passes without a gradient.
 
-        Few stay in the caches; where each pass dequantizes the layers, fewer passes are faster.
+        Small parts stay in the CPU's caches; if each pass dequantizes the layers, fewer passes are
+        faster.
         """
         return ids.split(_SEQUENCES if self.model.keeps_layers else 4 * _SEQUENCES)
 
     def run_path(self, ids: Tensor, path: Sequence[int]) -> Tensor:
-        """Input of the LM head `[B, T, D]` when all tokens take the same path, without gradient.
+        """Input of the LM head `[B, T, D]` if all tokens take the same path, without gradient.
 
         Args:
             ids: `[B, T]`.
@@ -172,17 +173,17 @@ class Environment:
     def outputs(self, layer: int, x: Tensor, decisions: Tensor, beside: Beside) -> list[Tensor]:
         """Output `[B, T, D]` of every action, over the K/V that the decisions select.
 
-        The first action carries the gradient of all precisions: their Jacobians differ by the
-        rounding of the weights only, so the others are added as constant differences.
+        The first action carries the gradient of all precisions: their Jacobians differ only
+        by the rounding of the weights, so the others are added as constant differences.
 
         Args:
-            layer: its index.
+            layer: layer index.
             x: its input, `[B, T, D]`.
             decisions: `[B, T, A]`.
-            beside: what layers read beside it.
+            beside: what layers read in addition to it.
         """
         model, (base, *others) = self.model, self.actions[:-1]
-        keys_values: list[Tensor] = []  # these are constants: the first run finds them
+        keys_values: list[Tensor] = []  # these are constants: the first run computes them
         differences: list[Tensor] = []
 
         def run(x: Tensor, decisions: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,7 +210,7 @@ class Environment:
 
         if model.keeps_layers or not torch.is_grad_enabled():
             y, skipped = run(x, decisions)
-        else:  # the gradient runs it again: neither weights nor activations are kept until then
+        else:  # the backward pass runs it again: no weights or activations are kept until then
             y, skipped = checkpoint(
                 run, x, decisions, use_reentrant=False, preserve_rng_state=False
             )
@@ -220,7 +221,7 @@ class Environment:
 
         Args:
             reference: input of the LM head, `[..., D]`.
-            final: likewise of the path.
+            final: input of the LM head on the path, `[..., D]`.
             head: the path's LM head; None takes the one of mixed paths, as the reference does.
         """
         result: Tensor = _HeadKL.apply(
@@ -236,13 +237,13 @@ class Environment:
         heads: Sequence[Action],
         label: str | None = None,
     ) -> list[list[float]]:
-        """Mean of `kl` over the decided tokens, of paths and in each of heads.
+        """Mean of `kl` over the decided tokens, for each path and LM head.
 
         Args:
             reference: input of the LM head, `[B, T, D]`.
-            finals: likewise of each path.
-            heads: the paths'.
-            label: of the progress, if it takes long enough to show any.
+            finals: input of the LM head on each path, `[B, T, D]`.
+            heads: precisions of the LM heads.
+            label: progress label, if it takes long enough to show progress.
         """
         totals = torch.zeros(len(finals), len(heads), dtype=torch.float64)
         theirs, *ours = (x[:, self.prompt_tokens :].flatten(0, 1) for x in (reference, *finals))

@@ -1,4 +1,4 @@
-"""A mixture of experts in torch, from the weights that its graph stores."""
+"""A mixture of experts in torch, from the weights stored in its graph."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def experts_of(
     sizes: Experts,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """What the experts of each token add, weighted.
+    """The weighted sum of each token's experts.
 
     Args:
         layers: the linear layers of a decoder layer, see `Mixture`.
-        choice_bias: likewise.
-        sizes: of the experts.
-        x: what the router and they read, `[..., D]`.
+        choice_bias: see `Mixture`.
+        sizes: sizes of the experts.
+        x: input of the router and the experts, `[..., D]`.
 
     Returns:
-        `[..., D]`; the gradient goes through the weights of the chosen experts, not their choice.
+        `[..., D]`; the gradient flows through the weights of the chosen experts, not their choice.
     """
     rows = x.flatten(0, -2)
-    # In float32 under autocast too: rounded scores would choose other experts.
+    # In float32 even under autocast: rounded scores could choose other experts.
     with torch.autocast(x.device.type, enabled=False):
         router = layers["router"]
         bias = None if router.bias is None else router.bias.float()

@@ -36,12 +36,12 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
     """Completes a copy of the bundle.
 
     Args:
-        trainer: after its improvement.
-        folder: the copy.
-        profile: measures its costs.
+        trainer: trainer after its improvement.
+        folder: folder of the copy.
+        profile: measures the costs of the copy.
 
     Returns:
-        Its manifest, which is not written.
+        The manifest of the copy, not yet written.
     """
     manifest, device = trainer.bundle.manifest, trainer.bundle.manifest.target.device
     scorer, rounding = exported_scorer(trainer)
@@ -71,7 +71,7 @@ def finish(trainer: Trainer, folder: Path, profile: Profile) -> Manifest:
 
 
 def exported_scorer(trainer: Trainer) -> tuple[BundleScorer, float]:
-    """The trained scorer with the extra action, and the KL in nats that this saves a token."""
+    """The trained scorer with the extra action, and the KL per token in nats that it saves."""
     rounding, gain = 0.0, torch.zeros(trainer.env.layers)
     if trainer.extra:
         rounding = _rounding_kl(trainer)
@@ -81,7 +81,7 @@ def exported_scorer(trainer: Trainer) -> tuple[BundleScorer, float]:
 
 
 def _rounding_kl(trainer: Trainer) -> float:
-    """KL(full || int8) in nats through the runtime, INT8 activations included."""
+    """KL(full || int8) in nats, measured in the runtime, including INT8 activations."""
     manifest, results = trainer.bundle.manifest, []
     backend = open_backend(manifest.target.device)
     model = Model(trainer.bundle, backend, policy=manifest.variants[0])
@@ -95,7 +95,7 @@ def _rounding_kl(trainer: Trainer) -> float:
 
 
 def _write_compensation(trainer: Trainer, folder: Path) -> dict[str, FileFacts]:
-    """Puts the trained maps into the skip graphs; training's model uses them as rounded there."""
+    """Puts the trained maps into the skip graphs; the trainer's model uses the rounded maps too."""
     block, files = trainer.bundle.manifest.target.block_size, {}
     for layer, weight in enumerate(trainer.compensation):
         with torch.no_grad():
@@ -108,7 +108,7 @@ def _write_compensation(trainer: Trainer, folder: Path) -> dict[str, FileFacts]:
 
 
 def _training(trainer: Trainer, manifest: Manifest) -> Training:
-    """What the manifest says of the training; curves as averages over at most ten parts."""
+    """What the manifest records about the training; curves are averages over up to ten parts."""
     options, costs = trainer.options, manifest.costs
     full_ms = reference_ms(manifest)
     parts = [part.mean(0) for part in np.array_split(np.array(trainer.history), 10) if len(part)]

@@ -1,7 +1,7 @@
-"""On-policy improvement: random decisions, and what each other one would have changed.
+"""On-policy improvement: random decisions, and what each alternative would have changed.
 
-The second phase. A pass runs a batch on decisions that the scorer draws, and credits every action
-of every layer with the KL that it would have added in place of the one drawn (counterfactual
+The second phase. A pass runs a batch on decisions drawn by the scorer, and credits every action of
+every layer with the KL that it would have added instead of the action drawn (counterfactual
 credit). With s and f `[A]` the gradients of the KL of all tokens, and of a Fisher sample
 (`values.py`), with respect to one decision, action a in place of c adds, to second order,
 
@@ -26,19 +26,19 @@ from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import MOST, fisher_sample
 
-_TEMPERATURE = (0.4, 0.2)  # of the decisions, from first to last step
-_REMEMBERED = 12  # passes that the scorer goes on learning from
-_UPDATES, _TOKENS = 8, 512  # of the scorer after each pass, and decided tokens in each
-_LEAST = 1e-8  # nats; a log of nothing
+_TEMPERATURE = (0.4, 0.2)  # temperature of the decisions, at the first and last step
+_REMEMBERED = 12  # past passes that the scorer keeps learning from
+_UPDATES, _TOKENS = 8, 512  # scorer updates after each pass, and decided tokens in each
+_LEAST = 1e-8  # nats; avoids log(0)
 _NEVER = -100.0  # logit of a forbidden action
 
 Experience: TypeAlias = dict[str, Tensor]
-"""What a pass over n decided tokens taught: `log_multiplier` `[n]`; for the decision point at
-layer K `hidden.K` `[n, D]`; `credit` `[n, L, A]`, nats that another action would add."""
+"""Data from a pass over n decided tokens: `log_multiplier` `[n]`; for the decision point at layer
+K, `hidden.K` `[n, D]`; `credit` `[n, L, A]`, nats that each other action would add."""
 
 
 def improve(trainer: Trainer) -> None:
-    """Goes on from the value regression, or from where an earlier run of this phase was saved."""
+    """Continues from the value regression, or from where an earlier run of this phase was saved."""
     plan, state, compensation = trainer.plan, trainer.checkpoint.state, trainer.compensation
     trainer.scorer.load_state_dict(state["scorer"])
     trainer.generator.set_state(state["generator"].cpu())
@@ -88,7 +88,7 @@ def _cosine(done: float) -> float:
 
 
 def clipped_step(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer's step with the norm of the gradient limited to 1."""
+    """An optimizer step with the gradient norm clipped to 1."""
     for group in optimizer.param_groups:
         torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
@@ -98,8 +98,8 @@ def drawing(trainer: Trainer, log_multipliers: Tensor, temperature: float) -> De
     """Decisions drawn with the scorer's probabilities.
 
     Args:
-        trainer: whose scorer and generator.
-        log_multipliers: of each sequence, `[B, 1]`.
+        trainer: provides the scorer and the generator.
+        log_multipliers: log multiplier of each sequence, `[B, 1]`.
         temperature: see `probabilities`.
     """
 
@@ -116,16 +116,16 @@ def drawing(trainer: Trainer, log_multipliers: Tensor, temperature: float) -> De
 def explore(
     trainer: Trainer, number: int, log_multipliers: Tensor, decide: Decide
 ) -> tuple[Experience, list[Tensor], tuple[float, float, float]]:
-    """Runs a batch and credits every action with what it would have changed.
+    """Runs a batch and credits every action with the change it would have made.
 
     Args:
-        trainer: whose environment runs, and whose generator draws the Fisher samples.
-        number: of the pass, which determines the batch.
-        log_multipliers: of each sequence, `[B, 1]`.
-        decide: what each token does.
+        trainer: provides the environment, and the generator for the Fisher samples.
+        number: number of the pass, which determines the batch.
+        log_multipliers: log multiplier of each sequence, `[B, 1]`.
+        decide: decides the action of each token and layer.
 
     Returns:
-        What it taught; the gradients of the compensation; the mean over decided tokens of
+        The experience; the gradients of the compensation; the mean over decided tokens of
         (KL + multiplier * cost) / sqrt(multiplier), of the KL in nats, and of the cost.
     """
     env, decided = trainer.env, slice(trainer.env.prompt_tokens, None)
@@ -142,7 +142,7 @@ def explore(
     credit = []
     for taken, slope, effect in zip(decisions, slopes, effects, strict=False):
         taken = taken.detach()
-        slope = slope * count / scale[..., None, None]  # of the KL of all tokens, in nats
+        slope = slope * count / scale[..., None, None]  # gradient of the KL of all tokens, in nats
         slope, effect = (x - (x * taken).sum(-1, keepdim=True) for x in (slope, effect))
         added = (slope + effect.square() / 2).clamp(-MOST, MOST)
         credit.append(added[:, decided].flatten(0, 1))
@@ -177,7 +177,7 @@ def _learn(
         totals = credit + log_multiplier.exp()[:, None, None] * costs
         loss = torch.zeros(())
         for layers in trainer.env.segments:
-            nothing = credit[:, :0, 0]  # the first segment sees no token
+            nothing = credit[:, :0, 0]  # the first segment does not depend on the token
             hidden = everything[f"hidden.{layers.start}"][rows].float() if layers.start else nothing
             state = State(layers, hidden)
             p = probabilities(trainer.scorer, trainer.costs, state, log_multiplier, temperature)
@@ -191,24 +191,24 @@ def _learn(
 def probabilities(
     scorer: Scorer, costs: Tensor, state: State, log_multiplier: Tensor, temperature: float
 ) -> Tensor:
-    """Probability of each action, `[..., n, A]`: the decision of the runtime, made smooth.
+    """Probability of each action, `[..., n, A]`: the runtime's decision, smoothed.
 
-    The argmin of value + multiplier * cost, taken from the cheap end: going one action cheaper is
-    worth the time it saves, times the multiplier, plus what going further would gain. The logit of
-    each such choice is the log of worth over increment, so that it acts on the scale of the values,
-    which differ by orders of magnitude between tokens.
+    The argmin of value + multiplier * cost, computed from the cheap end: the gain of going one
+    action cheaper is the time saved, times the multiplier, plus the gain of going further. The
+    logit of each such choice is the log of gain over increment, so that it adapts to the scale of
+    the values, which differ by orders of magnitude between tokens.
 
     Args:
-        scorer: in training.
+        scorer: the scorer in training.
         costs: `[L, A]`, in any unit, most expensive first, infinite where forbidden.
-        state: of the decisions for n layers.
+        state: state of the decisions for n layers.
         log_multiplier: log nats per unit of cost, broadcastable to the tokens.
-        temperature: scale of the logistic noise on log values that it stands for.
+        temperature: scale of the equivalent logistic noise on log values.
     """
     log_increments = scorer.log_increments(state)  # [..., n, A-1]
     saved = -costs[state.layers].diff(dim=-1) * log_multiplier.exp()[..., None, None]  # nats
     beyond = torch.zeros_like(log_increments[..., 0])
-    cheaper: list[Tensor] = []  # probability of going on from each action, from the cheap end
+    cheaper: list[Tensor] = []  # probability of continuing at each action, from the cheap end
     for step in reversed(range(log_increments.shape[-1])):
         worth = saved[..., step] + beyond
         logit = (worth.clamp(min=_LEAST).log() - log_increments[..., step]) / temperature

@@ -1,4 +1,4 @@
-"""What a training does: the user's choice, and the plan behind it."""
+"""The options of a training: the user's choices, and the plan behind them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ LEAST_SEQUENCES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """Every quantity of a training that may be varied; the defaults are what ships.
+    """Every quantity of a training that may be varied; the defaults are the values in use.
 
     Attributes:
-        sequences: of training text; the user's files may hold fewer.
-        held_out: further sequences, which only the tables are measured on; a quarter at most.
-        length: tokens of a sequence, or the model's context if that is shorter.
-        prompt_tokens: first tokens of a sequence, which run at the best precision as a prompt does;
-            half of the model's context at most.
-        augment: whether the model's own text is rewritten in part, see `augmentation.py`.
-        batch: sequences of one pass.
+        sequences: number of training sequences; the user's files may hold fewer.
+        held_out: additional sequences, used only to measure the tables; at most a quarter.
+        length: tokens per sequence, or the model's context if that is shorter.
+        prompt_tokens: first tokens of a sequence, which run at the highest trained precision like
+            a prompt; at most half of the model's context.
+        augment: whether the model's own text is partly rewritten, see `augmentation.py`.
+        batch: sequences per pass.
         regression_batches: passes of the value regression.
         improvement_steps: passes of the on-policy improvement.
-        learning_rate: of the improvement.
-        multipliers: nats per `Costs.unit_ms`; the improvement draws from between these two.
+        learning_rate: learning rate of the improvement.
+        multipliers: range of multipliers drawn by the improvement, in nats per `Costs.unit_ms`.
         decision_points: the layers before which the scorer runs, or how many: in a small model
             each costs two fifths of an INT4 layer.
-        train_compensation: whether the improvement trains the low-rank maps of skipped layers too.
-        candidates: paths that the search for static assignments measures per step at most.
-        dtype: of matrix products; None takes BF16 where the processor multiplies it natively.
-        save_every: improvement steps after which an interrupted training can go on.
+        train_compensation: whether the improvement also trains the low-rank maps of skipped layers.
+        candidates: most paths that the search for static assignments measures per step.
+        dtype: type of matrix products; None takes BF16 where the processor multiplies it natively.
+        save_every: improvement steps between saves, from which an interrupted training can resume.
     """
 
     sequences: int = 72
@@ -60,7 +60,7 @@ class TrainingPlan:
 
     @property
     def least_tokens(self) -> int:
-        """Tokens that the user's own text must have."""
+        """Minimum number of tokens in the user's own text."""
         return LEAST_SEQUENCES * self.length
 
 
@@ -76,7 +76,7 @@ PLANS: dict[EffortName, TrainingPlan] = {
 
 
 def plan_of(effort: EffortName, facts: ModelFacts) -> TrainingPlan:
-    """What an effort means for a model: `quick` takes fewer tokens of a large one."""
+    """The plan of an effort for a model: `quick` takes fewer tokens for a large one."""
     plan = PLANS[effort]
     if effort != "quick" or not facts.large:
         return plan
@@ -89,12 +89,12 @@ class TrainOptions:
 
     Attributes:
         effort: how long to train.
-        calibration: texts, see `text_sources`; if empty, the model writes the text.
-        seed: for all random choices.
+        calibration: texts, see `text_sources`; if empty, the model writes the text itself.
+        seed: seed for all random choices.
         device: where PyTorch computes.
         decisions: how often the scorer runs per token; None uses the plan's number.
-        start: a bundle whose scorer the training starts from, with its decision points, for a tenth
-            of the passes.
+        start: a bundle whose scorer, with its decision points, the training starts from; it then
+            takes a tenth of the passes.
         plan: replaces the plan of the effort.
     """
 
@@ -107,7 +107,7 @@ class TrainOptions:
     plan: TrainingPlan | None = None
 
     def plan_for(self, facts: ModelFacts) -> TrainingPlan:
-        """What is done for a model."""
+        """The plan for a model."""
         plan = self.plan or plan_of(self.effort, facts)
         if self.start is not None:
             points = scorer_to_start_from(Bundle(self.start)).decision_points
@@ -124,7 +124,7 @@ class TrainOptions:
 
     @cached_property
     def texts(self) -> tuple[TextSource, ...]:
-        """What `calibration` means.
+        """The sources that `calibration` names.
 
         Raises:
             SourceError: a spelling is not valid.

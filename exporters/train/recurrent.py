@@ -1,4 +1,4 @@
-"""Layers that do not attend, in torch: what a token gives, and how its layer mixes the tokens.
+"""Layers without attention, in torch: what each token contributes, and how tokens are mixed.
 
 Shapes: B sequences, T tokens each, D hidden size, H value heads. Tensors are float32.
 """
@@ -19,16 +19,17 @@ Tensor = torch.Tensor
 def own_and_kept(
     projected: Tensor, gates: Tensor | None, vectors: Mapping[str, Tensor], sizes: Recurrence
 ) -> tuple[Tensor, Tensor]:
-    """What the token alone reads, and what later ones read, too.
+    """What only the token itself reads, and what later tokens read too.
 
     Args:
         projected: its input projection, see `Layer`.
-        gates: of a Gated DeltaNet, `[..., 2 * H]`.
+        gates: gates of a Gated DeltaNet, `[..., 2 * H]`.
         vectors: its small weights.
-        sizes: of its states.
+        sizes: sizes of its states.
 
     Returns:
-        What multiplies the mixture of the tokens, `[..., D]` or of all value heads; and `[..., n]`.
+        The factor on the mixture of the tokens, `[..., D]` or over all value heads; and what later
+        tokens read, `[..., n]`.
     """
     if gates is None:
         before, x, own = projected.chunk(3, -1)
@@ -38,7 +39,7 @@ def own_and_kept(
 
 
 def kept_of(projected: Tensor, gates: Tensor | None, vectors: Mapping[str, Tensor]) -> Tensor:
-    """What later tokens read, from the rows of the input projection that a skip has."""
+    """What later tokens read, from the rows of the input projection that a skip computes."""
     if gates is None:
         before, x = projected.chunk(2, -1)
         return before * x
@@ -48,7 +49,7 @@ def kept_of(projected: Tensor, gates: Tensor | None, vectors: Mapping[str, Tenso
 
 
 def mixed(own: Tensor, kept: Tensor, vectors: Mapping[str, Tensor], sizes: Recurrence) -> Tensor:
-    """What the output projection reads, `[B, T, D]`; of a Gated DeltaNet before norm and gate."""
+    """Input of the output projection, `[B, T, D]`; for a Gated DeltaNet before norm and gate."""
     weight, bias = vectors["conv"], vectors.get("conv.bias")
     if not sizes.value_heads:
         return own * convolved(kept, weight, bias)

@@ -20,13 +20,13 @@ from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import regression_loss, sampled_values
 
-_RATE = 2e-3  # of the scorer's fit; it falls to 0
+_RATE = 2e-3  # learning rate of the scorer's fit; decays to 0
 EPOCHS = 20
-"""Of the scorer's fit."""
+"""Epochs of the scorer's fit."""
 
 
 def regress(trainer: Trainer) -> None:
-    """Fits the scorer, unless an earlier run did; the checkpoint keeps it and the static search."""
+    """Fits the scorer, unless an earlier run did; the checkpoint saves it and the static search."""
     state, batches = trainer.checkpoint.state, trainer.plan.regression_batches
     if "scorer" in state:
         trainer.downgrades = [static.Downgrade(**one) for one in state["downgrades"]]
@@ -52,11 +52,11 @@ def regress(trainer: Trainer) -> None:
 
 
 def collect(trainer: Trainer, batches: int) -> tuple[dict[int, Tensor], Tensor]:
-    """Runs batches of training text for the regression, from where an interrupted run was saved.
+    """Runs batches of training text for the regression, resuming from a saved state.
 
     Returns:
-        Hidden states `[n, D]` that each decision point sees, by its layer; samples `[n, L, A]` in
-        nats of the same tokens, and of most of the prompt.
+        Hidden states `[n, D]` seen by each decision point, by its layer; samples `[n, L, A]` in
+        nats for the same tokens, which include most of the prompt.
     """
     seen = slice(trainer.env.prompt_tokens // 8, None)
     hidden: dict[int, list[Tensor]] = {point: [] for point in trainer.scorer.decision_points}
@@ -89,17 +89,17 @@ def fit(
     samples: Tensor,
     generator: torch.Generator,
 ) -> None:
-    """Regresses samples on hidden states, by Gamma deviance.
+    """Regresses samples on hidden states, with Gamma deviance as the loss.
 
-    There are few and noisy samples for many inputs: without dropout the scorer learns them by
-    heart, and knows less of other text than a constant would.
+    Samples are few and noisy for so many inputs: without dropout the scorer overfits, and predicts
+    other text worse than a constant would.
 
     Args:
-        scorer: that learns.
-        segments: of layers; the first one's values depend on no hidden state.
-        hidden: `[n, D]` of each further segment.
+        scorer: the scorer to fit.
+        segments: segments of layers; values of the first one do not depend on a hidden state.
+        hidden: hidden states `[n, D]` for each later segment.
         samples: `[n, L, A]` nats.
-        generator: of the order, and of what drops out.
+        generator: source of randomness for order and dropout.
     """
     scorer.train()
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=_RATE, weight_decay=0.1)
@@ -121,16 +121,16 @@ def fit(
 
 
 def centre(scorer: Scorer, segments: list[slice], hidden: list[Tensor], values: Tensor) -> None:
-    """Gives each predicted increment the mean that the samples have.
+    """Shifts each predicted increment so that its mean equals that of the samples.
 
-    What a scorer knows about tokens stays. One from elsewhere needs no more: few samples would
-    teach it less than they make it forget.
+    The differences between tokens stay. A scorer from another bundle needs nothing more: it would
+    forget more than it learned from few samples.
 
     Args:
-        scorer: fitted, or of a sibling.
-        segments: of layers.
-        hidden: `[n, D]` of each segment but the first.
-        values: `[L, A]` nats, means of the samples.
+        scorer: a fitted scorer, or that of a sibling model.
+        segments: segments of layers.
+        hidden: hidden states `[n, D]` for each segment except the first.
+        values: means of the samples, `[L, A]` nats.
     """
     found = values.diff(dim=-1).clamp(min=1e-6)
     with torch.no_grad():
@@ -141,10 +141,10 @@ def centre(scorer: Scorer, segments: list[slice], hidden: list[Tensor], values: 
 
 
 def _correction(trainer: Trainer, values: Tensor) -> Tensor:
-    """What the log increments `[L, A-1]` of mean values `[L, A]` lack, by a static search.
+    """Correction by a static search to the log increments `[L, A-1]` of mean values `[L, A]`.
 
-    Samples of single deviations do not see that losses add up to more than their sum; the search
-    does. What the scorer learned about tokens stays: each is moved by its layer's correction.
+    Samples of single deviations do not show that combined losses exceed their sum; the search does.
+    Differences between tokens stay: each increment is shifted by its layer's correction.
     """
     ids, skip = trainer.ids[: trainer.plan.batch], trainer.actions.index(SKIP)
     with trainer.autocast():
@@ -153,5 +153,5 @@ def _correction(trainer: Trainer, values: Tensor) -> Tensor:
     if not trainer.downgrades:  # no action saves time on this machine
         return torch.zeros_like(found)
     costs = trainer.costs.clone()
-    costs[0, skip] = costs[0, skip - 1]  # not taken, so no matter
+    costs[0, skip] = costs[0, skip - 1]  # never taken, so any value will do
     return (static.increments_of(trainer.downgrades, costs, found) / found).log()

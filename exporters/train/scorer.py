@@ -16,17 +16,17 @@ from dash_onnx.core.contract import Dims, scorer_path, scorer_ports
 from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import State
 
-_DROPOUT = 0.7  # of the inputs, while the scorer is fitted
-_CLAMP = 8.0  # standard deviations; massive activations must not drown the rest
-_OPSET = 21  # none of its operators is newer
-_WIDTH = 64  # of the hidden layer
+_DROPOUT = 0.7  # dropout of the inputs while the scorer is fitted
+_CLAMP = 8.0  # standard deviations; massive activations must not drown out the rest
+_OPSET = 21  # sufficient for its operators
+_WIDTH = 64  # width of the hidden layer
 _EPSILON = 1e-6  # of the RMS normalisation; makes the scorer blind to the scale of its input
 
 
 def decision_points_of(layers: int, count: int) -> tuple[int, ...]:
     """Layers before which the scorer runs: the first after an eighth of them, then evenly.
 
-    The first layers tell how hard a token is; what is decided before them is no choice at all.
+    The first layers reveal how hard a token is; a decision before them cannot depend on the token.
     """
     first = max(layers // 8, 1)
     count = min(count, layers - first)
@@ -36,8 +36,8 @@ def decision_points_of(layers: int, count: int) -> tuple[int, ...]:
 class Scorer(nn.Module):
     """Values of the actions of every layer, from the hidden state at a few decision points.
 
-    The layers are cut into segments. The first one's values are the same for every token; those
-    of segment k follow from the input of the layer before it:
+    The layers are divided into segments. The values of the first are the same for every token;
+    those of segment k follow from the input of the layer before it:
 
     `increments[layer] = exp(W2[layer] relu(W1 z + b1) + b2[layer])`
 
@@ -45,10 +45,10 @@ class Scorer(nn.Module):
     normalised over its dimensions, divided by the standard deviation of each, and clamped. Actions
     are ordered most expensive first; increment k is the KL that action k costs more than action
     k-1, so values grow from 0 along that order. `scale * x` gives the same values as x: the
-    normalisation takes the scale away. In training mode z drops out in part.
+    normalisation removes the scale. In training mode, dropout applies to z.
 
     Attributes:
-        decision_points: first layer of each segment but the first one.
+        decision_points: first layer of each segment except the first one.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Scorer(nn.Module):
         actions: int,
         decision_points: tuple[int, ...],
     ):
-        """Starts with the same increments for every token.
+        """Starts with equal increments for every token.
 
         Args:
-            layers: number of layers.
+            layers: number of layers L.
             hidden_size: D.
-            actions: A.
+            actions: number of actions A.
             decision_points: see the class.
         """
         super().__init__()
@@ -77,7 +77,7 @@ class Scorer(nn.Module):
         self.eval()
 
     def log_increments(self, state: State) -> Tensor:
-        """Log of the predicted KL in nats between neighbouring actions, `[B, T, n, A-1]`."""
+        """Log of the predicted KL in nats between adjacent actions, `[B, T, n, A-1]`."""
         bias = self.bias[state.layers]
         if state.layers.start < self.decision_points[0]:
             return bias.expand(*state.hidden.shape[:-1], -1, -1)
@@ -101,8 +101,8 @@ class Scorer(nn.Module):
 def cheapest(values: Tensor, penalty: Tensor) -> Tensor:
     """The decision: index of the action with the least value + penalty, `[..., A]` -> `[...]`.
 
-    Training decides here alone. The runtime (NumPy, without torch) and the graphs (where the sum is
-    part of another operator) do the same in their own terms.
+    Training decides only here. The runtime (NumPy, without torch) and the graphs (where the sum is
+    part of another operator) have equivalent implementations.
     """
     return (values + penalty).argmin(-1)
 
@@ -110,14 +110,14 @@ def cheapest(values: Tensor, penalty: Tensor) -> Tensor:
 class BundleScorer(nn.Module):
     """What the scorer graph computes: the trained scorer, extended by the highest precision.
 
-    Training leaves `full` out where INT8 stands for it: the difference is the rounding of the
-    weights and activations, small and much the same for every token, so it is a constant increment
-    per layer, before the trained ones.
+    Training leaves `full` out if INT8 can replace it: the difference is the rounding of weights and
+    activations, small and about the same for every token, so it is a constant increment per layer,
+    before the trained ones.
 
     Attributes:
-        actions: what the columns of the outputs mean.
+        actions: actions of the output columns.
         extra: how many of them come before those of the trained scorer (0 or 1).
-        layers: L.
+        layers: number of layers L.
     """
 
     def __init__(
@@ -130,10 +130,10 @@ class BundleScorer(nn.Module):
         """Lays the weights out so that the graph has few operators.
 
         Args:
-            scorer: trained.
-            actions: of the trained scorer.
+            scorer: the trained scorer.
+            actions: its actions.
             extra: the highest precision, where training left it out.
-            gain: `[L]` nats that running a layer at it saves.
+            gain: nats saved by running a layer at `extra`, `[L]`.
         """
         super().__init__()
         self.scorer = scorer
@@ -152,7 +152,7 @@ class BundleScorer(nn.Module):
             self._sums = torch.ones(count - 1, count).triu(1)
 
     def values(self, state: State) -> Tensor:
-        """As `Scorer.values`, with the extra action in front."""
+        """Like `Scorer.values`, with the extra action first."""
         values = self.scorer.values(state)
         if not self.extra:
             return values
@@ -168,7 +168,7 @@ class BundleScorer(nn.Module):
 
 
 def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
-    """Writes the graph into a bundle, named by its content; returns the name."""
+    """Writes the graph to a bundle under a name derived from its content; returns the name."""
     ports = scorer_ports(dims, scorer.layers, len(scorer.actions))
     inputs = [
         torch.zeros([int(size) for size in port.shape], dtype=getattr(torch, port.dtype))
@@ -189,7 +189,7 @@ def export_scorer(scorer: BundleScorer, folder: Path, dims: Dims) -> str:
         )
     assert program is not None
     proto = program.model_proto
-    for node in proto.graph.node:  # stack traces, with the paths of this machine
+    for node in proto.graph.node:  # stack traces, which contain paths of this machine
         del node.metadata_props[:]
     content = proto.SerializeToString(deterministic=True)
     name = scorer_path(hashlib.sha256(content).hexdigest())

@@ -1,4 +1,4 @@
-"""The best static assignment for each cost: what the learned policy has to beat."""
+"""The best static assignment for each cost: the baseline for the learned policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dash_onnx.exporters.train.dequantized import Tensor
 
-LIMIT = 0.8  # nats; what loses more is of no use
+LIMIT = 0.8  # nats; higher losses are useless
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Downgrade:
     """One layer made cheaper.
 
     Attributes:
-        layer: that became cheaper.
+        layer: layer that became cheaper.
         action: index of its new action.
-        path: action indices of all layers from then on.
+        path: action indices of all layers after it.
         kl: mean KL of that path in nats.
         multiplier: nats lost per unit of cost saved.
     """
@@ -39,21 +39,21 @@ def search(
     lossy: int,
     start: tuple[int, ...] | None = None,
 ) -> Iterator[Downgrade]:
-    """Greedy search: one layer one action cheaper at a time, as far as assignments are useful.
+    """Greedy search: makes one layer cheaper at a time, as long as assignments are useful.
 
-    The next downgrade is the one that loses least KL per cost saved. One between precisions is
-    taken as predicted: such losses are small and add up. Where a lossy action is best, the
-    best ones are measured, until no other is predicted to be better or `candidates` are measured,
-    and the best is taken. What turned out worse than predicted is predicted worse from then on.
-    The first layer is never skipped, here as in the policy.
+    The next downgrade is the one that loses the least KL per cost saved. Downgrades between
+    precisions are taken as predicted: their losses are small and additive. If a lossy action ranks
+    first, the top ones are measured until no other is predicted to be better or `candidates` are
+    measured, and the best is taken. Measured losses replace the predictions from then on. The first
+    layer is never skipped, as in the policy.
 
     Args:
         costs: `[L, A]`, in any unit; actions, most expensive first, `skip` last.
         values: predicted KL of each action alone, `[L, A]` nats.
         measure: mean KL of a path in nats.
         lossy: index of the first action whose losses are measured.
-        candidates: downgrades that are measured per step at most, at least 1.
-        start: path to begin with, the most expensive one if none.
+        candidates: most downgrades measured per step, at least 1.
+        start: path to begin with; None starts with the most expensive one.
 
     Yields:
         The downgrades, most expensive first.
@@ -96,18 +96,18 @@ def _with(path: tuple[int, ...], layer: int, action: int) -> tuple[int, ...]:
 
 
 def increments_of(downgrades: Sequence[Downgrade], costs: Tensor, single: Tensor) -> Tensor:
-    """Increments of the KL that make the multiplier alone repeat a search: `[L, A-1]` nats.
+    """KL increments with which the multiplier alone reproduces a search: `[L, A-1]` nats.
 
-    A layer leaves an action when the multiplier reaches what that downgrade lost per unit of cost,
-    or what an earlier one lost, if that was more. Increments that the search never paid are worth
-    half as much again as its last one. Actions that a downgrade passed over are too expensive for
-    what they save: their part of its loss is that of `single`, where that is more than their part
-    of what it saved.
+    A layer leaves an action when the multiplier reaches the loss per unit of cost of that
+    downgrade, or of an earlier one if that was higher. Increments that the search never reached get
+    1.5 times the highest such rate. A downgrade that passed over intermediate actions distributes
+    its loss over them: in proportion to `single`, or to the cost saved, whichever is more in total
+    up to an action, so that those actions are not chosen.
 
     Args:
-        downgrades: of `search`, in order.
+        downgrades: result of `search`, in order.
         costs: `[L, A]`, in any unit.
-        single: `[L, A-1]`, increments that single deviations lose.
+        single: `[L, A-1]` nats, increments of single deviations.
     """
     saved = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6)
     increments = torch.empty_like(saved)

@@ -1,4 +1,4 @@
-"""Weights that the graphs of a bundle store, as tensors of torch."""
+"""Weights stored in the graphs of a bundle, as torch tensors."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def projections_of(
             parts = [array]
             while (more := found.get(f"{key}.{len(parts)}")) is not None:
                 parts.append(more)
-            if array.ndim == 3:  # of experts, `[E, N, K]`
+            if array.ndim == 3:  # experts, `[E, N, K]`
                 weight = torch.as_tensor(array.copy()).flatten(0, 1).float()
             else:
                 weight = torch.as_tensor(np.concatenate(parts, -1).T.copy()).float()
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
-            bits = BITS.get(weight_precision(action, name, target.ternary))  # not of a skip
+            bits = BITS.get(weight_precision(action, name, target.ternary))  # a skip has none
             weight = dequantized(found, name, block_size, torch.float32 if shifted else dtype, bits)
             if shifted:
                 offsets = dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
@@ -59,7 +59,7 @@ def dequantized(
     dtype: torch.dtype,
     bits: Bits | None = None,
 ) -> torch.Tensor:
-    """A quantized weight `[N, K]`; those of experts stacked, `[E * N, K]`."""
+    """A quantized weight `[N, K]`; experts stacked, `[E * N, K]`."""
     scales = found[f"{name}.scales"].astype(np.float32)
     scales = scales.reshape(-1, scales.shape[-1])  # [N, blocks]
     values = found[f"{name}.values"].reshape(*scales.shape, -1)  # [N, blocks, bytes]

@@ -1,4 +1,4 @@
-"""The tables of a policy: cost and KL of its multipliers and of static assignments.
+"""The tables of a policy: cost and KL for its multipliers and for static assignments.
 
 Measured on tokens held out of training.
 """
@@ -24,10 +24,10 @@ from dash_onnx.exporters.train.trainer import Trainer
 from dash_onnx.exporters.train.values import sampled_values
 
 FIXED = 0.995
-"""Share of a layer's decisions from which on its commonest action is what all tokens take."""
+"""Share of a layer's decisions above which its most common action is taken by all tokens."""
 
 ROWS = 12
-"""Of the policy table where multipliers decide between the cheaper actions."""
+"""Rows of the policy table, not counting those where INT8 is left for `full`."""
 
 
 def tables(
@@ -35,18 +35,18 @@ def tables(
 ) -> tuple[tuple[BudgetPoint, ...], tuple[StaticPoint, ...]]:
     """Runs the policy at every multiplier, and the best static assignments.
 
-    The layers of all of them first, and then the LM heads, which read the reference's logits once.
+    All layers run first, and then the LM heads, so that the reference's logits are computed once.
 
     Args:
-        trainer: after its improvement.
-        scorer: as exported.
-        manifest: of the trained bundle, with its costs.
-        rounding: KL in nats of training's reference against the bundle's; it is what a token loses
-            that leaves `full`.
+        trainer: trainer after its improvement.
+        scorer: the scorer as exported.
+        manifest: manifest of the trained bundle, with its costs.
+        rounding: KL in nats of training's reference against the bundle's: the loss of a token that
+            leaves `full`.
 
     Returns:
-        Rows of the policy by ascending budget, as far as they are useful: see `efficient`; static
-        assignments by ascending cost, searched on training text.
+        Useful rows of the policy by ascending budget, see `efficient`; static assignments by
+        ascending cost, searched on training text.
     """
     env, ids, heads = trainer.env, trainer.held_out, list(trainer.env.model.heads)
     multipliers, finals, counts, fixed = _multipliers(trainer), [], [], []
@@ -65,21 +65,21 @@ def tables(
     runs = zip(multipliers, counts, fixed, losses, strict=False)
     points = [point for run in runs for point in _points(scorer, manifest, rounding, heads, *run)]
     policy = efficient(points)
-    lossy = sum(point.kl > LIMIT for point in policy)  # the cheapest; the last of them is kept
+    lossy = sum(point.kl > LIMIT for point in policy)  # the cheapest rows; the last of them is kept
     full_ms, static = reference_ms(manifest), []
     for indices, kls in zip(assignments, losses[len(multipliers) :], strict=True):
         path = tuple(trainer.actions[index] for index in indices)
         for lm_head, kl in zip(heads, kls, strict=True):
             share = round(manifest.costs.token_ms(path, lm_head) / full_ms, 5)
             static.append(StaticPoint(share, lm_head, round(kl + rounding, 6), path))
-    for best in scorer.actions[: scorer.extra]:  # the reference itself, which training leaves out
+    for best in scorer.actions[: scorer.extra]:  # the reference itself, not part of training
         static.append(StaticPoint(1.0, manifest.heads[best], 0.0, (best,) * scorer.layers))
     static.sort(key=lambda point: point.budget)
     return policy[max(lossy - 1, 0) :], tuple(static)
 
 
 def fixed_in(shares: Tensor, actions: Sequence[Action]) -> tuple[Action | None, ...]:
-    """By layer, the action that practically all tokens take, of shares `[L, A]`; else None."""
+    """By layer, the action that nearly all tokens take according to shares `[L, A]`, or None."""
     top, commonest = shares.max(-1)
     pairs = zip(top.tolist(), commonest.tolist(), strict=True)
     return tuple(actions[index] if share >= FIXED else None for share, index in pairs)
@@ -104,7 +104,7 @@ def _run(
 
     def decide(state: State) -> Tensor:
         chosen.append(cheapest(scorer.values(state), penalty[state.layers]))
-        trained = (chosen[-1] - scorer.extra).clamp(min=0)  # INT8 stands for `full`
+        trained = (chosen[-1] - scorer.extra).clamp(min=0)  # INT8 replaces `full`
         return torch.nn.functional.one_hot(trained, len(env.actions)).float()
 
     total = torch.zeros(env.layers, len(scorer.actions))
@@ -126,7 +126,7 @@ def _points(
     fixed: tuple[Action | None, ...],
     losses: Sequence[float],
 ) -> Iterator[BudgetPoint]:
-    """Rows of the policy at one multiplier, one for each LM head."""
+    """Rows of the policy for one multiplier, one per LM head."""
     costs, full_ms = manifest.costs, reference_ms(manifest)
     layers_ms = float((counts * torch.tensor(costs.in_units(scorer.actions))).sum()) * costs.unit_ms
     graphs = len(decided_segments(fixed, scorer.scorer.decision_points))
@@ -144,11 +144,11 @@ def _points(
 
 
 def efficient(points: Sequence[BudgetPoint]) -> tuple[BudgetPoint, ...]:
-    """The rows that lose less than any mixture of two others of the same cost, by ascending budget.
+    """The rows that lose less than any mixture of two others of equal cost, by ascending budget.
 
-    These are the corners of the lower convex hull. Every multiplier comes with every LM head, and
-    the larger head is worth its time only from some multiplier on: a row that hardly loses less
-    than a much cheaper one would lead the budgets around it astray.
+    These are the corners of the lower convex hull. Every multiplier is paired with every LM head,
+    and the larger head is worth its time only for part of the multipliers: a row that loses only
+    slightly less than a much cheaper one would distort the budgets around it.
     """
     kept: list[BudgetPoint] = []
     for point in sorted(points, key=lambda point: (point.budget, point.kl)):
@@ -161,31 +161,31 @@ def efficient(points: Sequence[BudgetPoint]) -> tuple[BudgetPoint, ...]:
 
 
 def _slope(a: BudgetPoint, b: BudgetPoint) -> float:
-    """Nats per unit of budget from one row to a more expensive one, which is negative."""
+    """Nats per unit of budget from one row to a more expensive one; negative."""
     return (b.kl - a.kl) / (b.budget - a.budget)
 
 
 def _multipliers(trainer: Trainer) -> list[float]:
-    """Of the rows, ascending: some more than training draws, in both directions."""
+    """Multipliers of the rows, ascending; they exceed the range of training on both sides."""
     low, high = trainer.log_multiplier_range
     logs = np.linspace(low - 1.7, high + 1.2, ROWS).tolist()
-    if trainer.extra:  # still lower, INT8 is left for `full`, layer by layer
+    if trainer.extra:  # at even lower ones, layers change from INT8 to `full` one by one
         logs = [low - 7.0, low - 4.35, *logs]
     return [math.exp(log) for log in logs]
 
 
 def _static_paths(trainer: Trainer) -> list[tuple[int, ...]]:
-    """Each precision alone, and the best static assignments most expensive first, as indices."""
+    """Each uniform precision, and the best static assignments, most expensive first, as indices."""
     skip, layers = trainer.actions.index(SKIP), trainer.env.layers
     precise = [one for one in trainer.downgrades if skip not in one.path]
-    # Each skip is a large step; those between precisions are small and many.
+    # Each skip is a large step; steps between precisions are small and many.
     every = max(1, layers // 6)
     searched = [one.path for one in [*precise[::every], *_skipping(trainer, precise)]]
     return [*dict.fromkeys([*((index,) * layers for index in range(skip)), *searched])]
 
 
 def _skipping(trainer: Trainer, precise: list[Downgrade]) -> list[Downgrade]:
-    """The search from the last path without a skip, with the compensation as trained."""
+    """Continues the search from the last path without a skip, with the trained compensation."""
     plan, env = trainer.plan, trainer.env
     ids = trainer.ids[: plan.batch * plan.candidates]
     parts = [sampled_values(env, part, trainer.generator) for part in ids.split(plan.batch)]

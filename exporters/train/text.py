@@ -24,15 +24,15 @@ def training_ids(
     length: int,
     seed: int,
 ) -> Tensor:
-    """Token ids `[sequences, length]`, int64, in no order.
+    """Token ids `[sequences, length]`, int64, in random order.
 
     Args:
-        bundle: writes the text where there is none.
+        bundle: writes the text if there are no `texts`.
         codec: its tokenizer.
         texts: the user's own.
-        sequences: how many are wanted; texts may hold fewer, but at least `LEAST_SEQUENCES`.
-        length: tokens of each; cut to the model's context.
-        seed: of the sampling and the order.
+        sequences: requested number; texts may hold fewer, but at least `LEAST_SEQUENCES`.
+        length: tokens per sequence; capped at the model's context.
+        seed: seed for sampling and order.
 
     Raises:
         SourceError: a text cannot be read, or all are too short.

@@ -28,8 +28,8 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
     the next call with the same options continues the training.
 
     Args:
-        folder: of the bundle.
-        options: what the user chose.
+        folder: folder of the bundle.
+        options: the user's options.
         profile: measures the costs.
 
     Returns:
@@ -40,13 +40,13 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
             training the bundle.
     """
     bundle = Bundle(folder)
-    check_device(bundle.manifest.target.device)  # the costs are measured there
+    check_device(bundle.manifest.target.device)  # for measuring the costs
     check_destination(bundle.folder, overwrite=True)
     with locked(bundle.folder, TRAINING), torch_device(options.device):
         trainer = Trainer(bundle, options)
         learn(trainer)
         with writing(bundle.folder, overwrite=True) as trained:
-            # What shows the old policy must not outlive it.
+            # Files that show the old policy must not outlive it.
             old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
             shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
             manifest = finish(trainer, trained, profile)
@@ -57,7 +57,7 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
 
 
 def learn(trainer: Trainer) -> None:
-    """The phases that leave the bundle alone; each goes on from what the checkpoint holds."""
+    """The phases that do not change the bundle; each resumes from the checkpoint."""
     for phase in (Trainer.prepare_text, regress, improve):
         phase(trainer)
         release_memory()

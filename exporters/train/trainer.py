@@ -1,4 +1,4 @@
-"""A training in progress: the environment, the scorer that learns in it, and its text."""
+"""A training in progress: the environment, the scorer that learns in it, and the text."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from dash_onnx.exporters.train.transfer import load_scorer, scorer_to_start_from
 
 
 class Trainer:
-    """What the phases of a training share; its tensors are on torch's default device.
+    """State shared by the phases of a training; its tensors are on torch's default device.
 
     Attributes:
-        bundle: that is trained; it stays as it is.
-        options: what the user chose.
-        plan: what that means.
-        checkpoint: what an earlier run of the same training reached.
-        actions: that are trained, most expensive first.
+        bundle: the bundle to train; it is not changed.
+        options: the user's options.
+        plan: the plan that follows from the options.
+        checkpoint: state saved by an earlier run of the same training.
+        actions: trained actions, most expensive first.
         lossy: index of the first action whose losses the static search measures.
-        extra: more expensive actions that the exported scorer has beside them.
-        dtype: of matrix products.
+        extra: more expensive actions that the exported scorer has in addition.
+        dtype: type of matrix products.
         model: the bundle's layers.
-        env: in which they run.
+        env: the environment in which they run.
         costs: `[L, A]` in `Costs.unit_ms`, infinite where forbidden.
         compensation: the maps that are trained, see `DequantizedModel.compensation`.
-        scorer: that learns.
-        generator: of everything random but the text and the scorer's first weights.
+        scorer: the scorer in training.
+        generator: source of all randomness except the text and the scorer's initial weights.
         ids: training tokens `[B, T]`, once `prepare_text` has run.
-        held_out: tokens `[B, T]` that only the tables see, likewise.
-        downgrades: of the static search, once the values are regressed.
+        held_out: tokens `[B, T]` that only the tables use, once `prepare_text` has run.
+        downgrades: result of the static search, once the values are regressed.
         history: Lagrangian, KL in nats and cost in `Costs.unit_ms` of each improvement step.
-        started: when, of `time.monotonic`.
+        started: start time by `time.monotonic`.
     """
 
     ids: Tensor
@@ -67,9 +67,9 @@ class Trainer:
         """Opens the model; nothing is written.
 
         Args:
-            bundle: to train.
-            options: what the user chose.
-            checkpoint: opens the saved state, by the bundle's folder and a fingerprint.
+            bundle: bundle to train.
+            options: the user's options.
+            checkpoint: opens the saved state, given the bundle's folder and a fingerprint.
 
         Raises:
             DashError: the bundle, the calibration text or the scorer to start from cannot be used.
@@ -78,7 +78,7 @@ class Trainer:
         self.plan = plan = options.plan_for(bundle.manifest.model)
         manifest = bundle.manifest
         facts, variants = manifest.model, manifest.variants
-        # `full` costs far more than it gains over INT8: training does without it.
+        # `full` costs far more than it gains over INT8, so training leaves it out.
         self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
         self.lossy = min(self.actions.index(action) for action in LOSSY if action in self.actions)
@@ -105,7 +105,7 @@ class Trainer:
         self._references: dict[int, Tensor] = {}
 
     def _fingerprint(self) -> str:
-        """Of everything that decides how the training goes."""
+        """Hash of everything that determines the course of the training."""
         files = {name: facts.sha256 for name, facts in self.graphs().items()}
         shapes = {name: list(weight.shape) for name, weight in self.scorer.state_dict().items()}
         costs = self.bundle.manifest.costs.in_units(self.actions)
@@ -118,13 +118,13 @@ class Trainer:
         return digest.hexdigest()
 
     def graphs(self) -> dict[str, FileFacts]:
-        """Every file of the bundle but an earlier scorer."""
+        """Every file of the bundle except an earlier scorer."""
         manifest = self.bundle.manifest
         earlier = manifest.scorer.file if manifest.scorer else None
         return {name: facts for name, facts in manifest.files.items() if name != earlier}
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Matrix products in the lower precision where that is faster."""
+        """Context in which matrix products run in lower precision, if that is faster."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(torch.get_default_device().type, self.dtype)
@@ -139,7 +139,7 @@ class Trainer:
             self.checkpoint.save(ids=ids)
         held_out = min(plan.held_out, len(ids) // 4)
         self.held_out, self.ids = ids[:held_out], ids[held_out:]
-        if plan.augment and not texts:  # what is held out stays as the model writes it
+        if plan.augment and not texts:  # held-out text stays as the model wrote it
             self.ids = augmented(self.ids, codec.tokenizer, seed)
 
     def cost(self, decisions: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Trainer:
 
     @property
     def log_multiplier_range(self) -> tuple[float, float]:
-        """Log of nats per `Costs.unit_ms`."""
+        """Range of the log multiplier, the log of nats per `Costs.unit_ms`."""
         low, high = self.plan.multipliers
         return math.log(low), math.log(high)
 
@@ -158,24 +158,24 @@ class Trainer:
         return low + torch.rand(count, 1, generator=self.generator) * (high - low)
 
     def batch(self, number: int) -> Tensor:
-        """Training tokens `[B, T]` of a pass; they come round again."""
+        """Training tokens `[B, T]` of a pass; batches repeat after `batches` passes."""
         start = number % self.batches * self.plan.batch
         return self.ids[start : start + self.plan.batch]
 
     @property
     def batches(self) -> int:
-        """After how many passes the text comes round again."""
+        """Number of passes after which the text repeats."""
         return max(len(self.ids) // self.plan.batch, 1)
 
     def reference(self, number: int) -> Tensor:
-        """Input of the LM head on the reference path of a batch, kept for when it returns."""
+        """Input of the LM head on the reference path of a batch, cached for when it repeats."""
         key = number % self.batches
         if key not in self._references:
             self.keep_reference(number, self.env.reference(self.batch(number)))
         return self._references[key].float()
 
     def keep_reference(self, number: int, final: Tensor) -> None:
-        """Keeps what `reference` would compute."""
+        """Caches what `reference` would compute."""
         self._references[number % self.batches] = final.to(self.dtype)
 
     def static_search(

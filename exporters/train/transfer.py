@@ -1,4 +1,4 @@
-"""The scorer of another bundle as a start: that of a sibling model, or of the bundle itself."""
+"""The scorer of another bundle as a starting point: a sibling model, or the bundle itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def scorer_to_start_from(bundle: Bundle) -> ScorerFacts:
     """The facts of the scorer in a bundle.
 
     Raises:
-        DashError: it has none.
+        DashError: the bundle has no scorer.
     """
     facts = bundle.manifest.scorer
     if facts is None:
@@ -26,12 +26,12 @@ def scorer_to_start_from(bundle: Bundle) -> ScorerFacts:
 
 
 def load_scorer(scorer: Scorer, actions: tuple[Action, ...], bundle: Bundle) -> None:
-    """Gives a scorer the weights of the one in a bundle, which was trained for the same decisions.
+    """Loads the weights of the scorer in a bundle, which was trained for the same decisions.
 
     Args:
-        scorer: with the decision points of the other one.
-        actions: that it decides between, most expensive first.
-        bundle: of the other one.
+        scorer: scorer to fill, with the decision points of the other one.
+        actions: actions that it decides between, most expensive first.
+        bundle: bundle of the other one.
 
     Raises:
         DashError: the other one decides between other actions or for another number of layers, or

@@ -1,11 +1,11 @@
 """Fisher samples: what each action of each layer would cost each token in KL, without running it.
 
 To second order, replacing the output y `[D]` of one layer by y + d costs KL = d^T J^T F J d / 2,
-where J `[V, D]` leads from y to the logits and F = diag(p) - p p^T `[V, V]` is the Fisher matrix of
+where J `[V, D]` is the Jacobian of the logits and F = diag(p) - p p^T `[V, V]` the Fisher matrix of
 the predicted distribution p. For a random v `[V]` of covariance F, g = J^T v has covariance
 J^T F J, so (g . d)^2 / 2 is an unbiased sample of that KL: one backward pass gives it for every
-token, layer and action. A Gaussian v makes the samples that KL times chi-square of one degree of
-freedom; drawing labels instead gives much heavier tails.
+token, layer and action. With a Gaussian v the samples are that KL times a chi-square variable with
+one degree of freedom; drawing labels instead gives much heavier tails.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.scorer import Scorer
 
 MOST = 8.0
-"""Nats that a replaced output costs a token at most. The quadratic form knows no bound: on tokens
-with massive activations it says thousands, and a few of them would dominate a mean."""
+"""Upper limit in nats on a token's cost of a replaced output. The quadratic form is unbounded: on
+tokens with massive activations it gives thousands, and a few of them would dominate a mean."""
 
 
 def sampled_values(
@@ -29,8 +29,8 @@ def sampled_values(
     Args:
         env: its first action is the reference.
         ids: `[B, T]`.
-        generator: of the samples.
-        most: nats of a sample, of which more is cut.
+        generator: source of randomness.
+        most: nats at which samples are clipped.
 
     Returns:
         The state of each segment; samples `[B, T, L, A]` in nats (0 for the reference action);
@@ -61,13 +61,13 @@ def sampled_values(
 def fisher_sample(env: Environment, final: Tensor, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient is that of the sum over tokens of v . logits.
 
-    v `[V]` is Gaussian with the Fisher matrix as covariance. What would be `[tokens, V]` is not
-    kept for the backward pass.
+    v `[V]` is Gaussian with the Fisher matrix as covariance. Tensors of shape `[tokens, V]`
+    are not kept for the backward pass.
 
     Args:
-        env: whose model's LM head is used.
-        final: its input, `[B, T, D]`.
-        generator: of v.
+        env: environment whose LM head is used.
+        final: input of the LM head, `[B, T, D]`.
+        generator: source of randomness for v.
     """
     weight, gradients = env.model.lm_head(env.model.head).weight, []
     with torch.no_grad():
@@ -82,7 +82,7 @@ def fisher_sample(env: Environment, final: Tensor, generator: torch.Generator) -
 
 
 def gamma_deviance(log_values: Tensor, samples: Tensor) -> Tensor:
-    """Gamma deviance with log link, elementwise; its minimum is the mean of positive samples."""
+    """Gamma deviance with log link, elementwise; minimized by the mean of positive samples."""
     return samples * torch.exp(-log_values) + log_values
 
 
@@ -90,8 +90,8 @@ def regression_loss(scorer: Scorer, state: State, samples: Tensor) -> Tensor:
     """Mean Gamma deviance of all actions but the reference, summed over a segment's layers.
 
     Args:
-        scorer: in training.
-        state: of a segment of n layers.
+        scorer: the scorer in training.
+        state: state of a segment of n layers.
         samples: `[..., n, A]` nats.
     """
     predicted = scorer.values(state)[..., 1:].log()

@@ -1,8 +1,8 @@
-"""The CUDA backend, imported for `device="cuda"` alone: nothing of it is met on the CPU.
+"""The CUDA backend, imported only for `device="cuda"`: nothing of it is loaded on the CPU.
 
-`driver.py` calls the CUDA driver, by ctypes: seventeen functions of a stable C interface, where
+`driver.py` calls the CUDA driver through ctypes: 21 functions of a stable C interface, whereas
 NVIDIA's cuda-bindings would be one more compiled package that must match CUDA. `backend.py` orders
-layers, scorer and host on two streams; `graphs.py` records what a token runs, on request.
+layers, scorer and host on two streams; `graphs.py` captures what a token runs, on request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def open_cuda(*, graphs: bool = False) -> CudaBackend:
     """The backend of the first CUDA device.
 
     Args:
-        graphs: records what a token runs as CUDA graphs.
+        graphs: captures what a token runs as CUDA graphs.
 
     Raises:
         DeviceError: there is no CUDA driver, or it refuses.

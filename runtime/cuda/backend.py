@@ -4,12 +4,12 @@
     scorer                   E > scorer > copy | F
     host     calls all of the above, then waits for F and calls layer i as decided
 
-E says that the input of layer i-1 exists, F that the decisions for the layers from i on are in the
-host's memory. Layer i-1 runs meanwhile, so the queue of the layers does not drain.
+E signals that the input of layer i-1 exists, F that the decisions for the layers from i on are in
+host memory. Layer i-1 runs meanwhile, so the queue of the layers does not drain.
 
-Both streams wait for the default stream and it for them (the legacy one of CUDA), on which ORT
-copies tokens to the device and logits from it: a token's writes come before its layers, and its
-logits after them, without further events.
+Both streams synchronize with CUDA's legacy default stream, on which ORT copies tokens to the device
+and logits from it: a token's writes come before its layers, and its logits after them, without
+further events.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CudaBuffer(Buffer):
         """Allocates zeros.
 
         Raises:
-            DeviceError: the device has not as much free memory.
+            DeviceError: the device does not have enough free memory.
         """
         self.shape = shape
         self.dtype = np.dtype(dtype)
@@ -67,7 +67,7 @@ class CudaBuffer(Buffer):
         self._value.update_inplace(np.asarray(content, self.dtype).reshape(self.shape))
 
     def part(self, start: int, stop: int) -> Buffer:
-        """See `Buffer`; ORT's values cannot be cut."""
+        """See `Buffer`; ORT's values cannot be sliced."""
         raise DeviceError("sequences of different lengths run together only on the CPU")
 
 
@@ -75,16 +75,16 @@ class CudaBackend(Backend):
     """Two streams of one device."""
 
     device: Device = "cuda"
-    joins = False  # nothing has been measured there
-    cuts = False  # ORT's values cannot be
+    joins = False  # not measured on this device
+    cuts = False  # ORT's values cannot be sliced
 
     def __init__(self, driver: Driver, *, overlap: bool = True):
         """Creates the streams.
 
         Args:
-            driver: of the device.
-            overlap: lets the scorer run beside a layer; without, it runs between two layers and the
-                host waits for it, which shows what the overlap is worth.
+            driver: driver of the device.
+            overlap: lets the scorer run beside a layer; if False, it runs between two layers and
+                the host waits for it, which shows what the overlap is worth.
 
         Raises:
             DeviceError: the driver refuses.
@@ -125,7 +125,7 @@ class _CudaRun(AsyncRun):
         self._size = ctypes.c_size_t(int(np.prod(output.shape)) * output.dtype.itemsize)
         for event in (self._ready, self._fetched):
             driver.call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
-        # Only from page-locked memory is a copy beside running kernels possible.
+        # Only a copy to page-locked memory can overlap running kernels.
         driver.call("cuMemHostAlloc", ctypes.byref(host), self._size, 0)
         self._host = host
         memory: Any = (ctypes.c_char * self._size.value).from_address(host.value or 0)

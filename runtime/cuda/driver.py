@@ -1,4 +1,4 @@
-"""The CUDA driver: calls, and handles that go with their owner."""
+"""The CUDA driver: calls, and handles that are destroyed with their owner."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Driver:
         """Retains the context of the first device for as long as the process lives.
 
         Args:
-            library: the CUDA driver, or what stands for it in a test.
+            library: the CUDA driver, or a stand-in for it in a test.
 
         Raises:
             DeviceError: the driver refuses.
@@ -51,7 +51,7 @@ class Driver:
             raise DeviceError(f"CUDA driver: {name} failed with error {code}")
 
     def enter(self) -> None:
-        """Makes the context that of this thread."""
+        """Makes the context current on this thread."""
         self.call("cuCtxSetCurrent", self._context)
 
     def new_stream(self) -> ctypes.c_void_p:
@@ -61,7 +61,7 @@ class Driver:
         return handle
 
     def release_with(self, owner: object, *calls: tuple[str, ctypes.c_void_p]) -> None:
-        """Makes calls that destroy handles, as pairs of name and handle, when their owner goes."""
+        """Destroys handles with their owner, by calls given as pairs of name and handle."""
         weakref.finalize(owner, _release, self, calls).atexit = False
 
 

@@ -1,10 +1,10 @@
-"""What a token runs as CUDA graphs: one launch for each layer, not one for each kernel.
+"""What a token runs as CUDA graphs: one launch per layer, not one per kernel.
 
-Each (layer, action) is recorded for itself once it has run twice, and launched from then on, until
+Each (layer, action) is captured separately once it has run twice, and launched from then on, until
 the K/V cache moves. ORT's own capture frees nothing before its session ends.
 
-While the driver records, nothing else in the process may use the layers' or the default stream, so
-generations hold a lock for a token, a prompt, or to load a graph.
+During a capture, nothing else in the process may use the layers' or the default stream, so
+generations hold a lock while they run a token or a prompt, or load a graph.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allo
 _HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
 
 _WARM_UP = 2
-"""Runs before the recording, so that ORT has all memory that it takes: it may not allocate then."""
+"""Runs before the capture, so that ORT has allocated all its memory: it must not allocate then."""
 
-_lock = threading.RLock()  # of the process: while one stream is recorded, all must wait
+_lock = threading.RLock()  # of the process: while one stream is captured, all must wait
 
 
 class CudaGraphBackend(CudaBackend):
-    """Two streams of one device, and recordings of what runs on the first."""
+    """Two streams of one device, and captured graphs of what runs on the first."""
 
     def __init__(self, driver: Driver):
         """See `CudaBackend`."""
@@ -36,16 +36,16 @@ class CudaGraphBackend(CudaBackend):
         self.lock = _lock
 
     def longest(self, total: int, seq: int, capacity: int) -> int:
-        """See `Backend`; a recording keeps what it read: the bound that holds for its launches."""
+        """See `Backend`; a captured graph keeps what it read: a bound for all its launches."""
         return capacity if seq == 1 else total
 
     def repeated(self, run: Run) -> Run:
-        """See `Backend`; records it after a few times."""
+        """See `Backend`; captures it after a few runs."""
         return _RecordedRun(self, run)
 
 
 class _RecordedRun:
-    """A run that is recorded after a few times, and launched as a CUDA graph from then on."""
+    """A run that is captured after a few runs, and launched as a CUDA graph from then on."""
 
     def __init__(self, backend: CudaBackend, run: Run):
         self._driver, self._stream, self._run = backend.driver, backend.layers, run
@@ -88,10 +88,10 @@ class _RecordedRun:
         return executable
 
     def _check(self, graph: ctypes.c_void_p) -> None:
-        """Refuses a graph that holds nothing, or calls of the host.
+        """Refuses a graph that is empty, or that calls the host.
 
-        ORT before microsoft/onnxruntime#32121 frees memory of the host by such a call, which the
-        second launch of a recording reads.
+        ORT before microsoft/onnxruntime#32121 frees host memory in such a call, which the second
+        launch of the graph reads.
         """
         call, count, kind = self._driver.call, ctypes.c_size_t(), ctypes.c_int()
         call("cuGraphGetNodes", graph, None, ctypes.byref(count))
