@@ -38,7 +38,7 @@ Command = list[str | Path]
 COUNT: Command = ["sh", "-c", f"seq -s, 500 > {NUMBERS}"]
 PROMPT_FORMS: Command = ["python", "benchmarks/prompt_forms.py", "--reference", OTHER_FULL]
 MATH = BUILD / "math_reasoning.jsonl"
-PROFILE: Command = ["dash-profile", BUILD / "other"]  # guessing needs current times of passes
+PROFILE: Command = ["dash-profile", BUILD / "other"]  # drafting needs current times of passes
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,13 @@ def forms(a: argparse.Namespace, size: Size) -> list[Command]:
     return [[*PROMPT_FORMS, BUILD / "other", *texts, "--windows", str(size.windows), "--json"]]
 
 
-def guesses(a: argparse.Namespace, size: Size) -> list[Command]:
-    """Guessing with the larger model, after `other`. 40 minutes."""
+def drafts(a: argparse.Namespace, size: Size) -> list[Command]:
+    """Drafting with the larger model, after `other`. 40 minutes."""
     kinds = ["--tasks", str(size.per_kind), "--target", "int4", "--target", "int8"]
     return [PROFILE, [*_speculate(a, size.many_per_kind), *kinds, *_short(size), "--json"]]
 
 
-def guessing_peers(a: argparse.Namespace, size: Size) -> list[Command]:
+def draft_peers(a: argparse.Namespace, size: Size) -> list[Command]:
     """The same compared to that of peers, with fewer prompts. 40 minutes."""
     command = _speculate(a, size.per_kind)
     command += ["--target", "int4", "--target", "int8", "--genai", OTHER_PEERS / "int4"]
@@ -243,7 +243,7 @@ def server(a: argparse.Namespace, size: Size) -> list[Command]:
         bench += ["--peer", OTHER_PEERS / "q4_0.gguf"]
     quick = ["--clients", "1,2", "--rounds", "1", "--long", "100", "--max-tokens", "8"]
     some = quick if size == QUICK else ["--clients", "1,4,8,16,32"]
-    return [PROFILE, [*bench, "--policy", "int4", "--without-guesses", *some, "--json"]]
+    return [PROFILE, [*bench, "--policy", "int4", "--without-drafts", *some, "--json"]]
 
 
 def scale(_: argparse.Namespace, size: Size) -> list[Command]:
@@ -309,8 +309,8 @@ PARTS: dict[str, tuple[Part, str]] = {
     "other_free": (other_free, "other prompts"),
     "kept": (kept, "other prompts"),
     "forms": (forms, "other text"),
-    "guesses": (guesses, "other prompts"),
-    "guessing_peers": (guessing_peers, "other prompts"),
+    "drafts": (drafts, "other prompts"),
+    "draft_peers": (draft_peers, "other prompts"),
     "drawn": (drawn, "other prompts"),
     "server": (server, "other"),
     "scale": (scale, ""),

@@ -233,8 +233,8 @@ def forms(part: Part) -> str:
     return table(rows, left=2)
 
 
-def guessed(part: Part) -> str:
-    """Gain from guessing tokens, by target and kind of prompt."""
+def drafted(part: Part) -> str:
+    """Gain from drafting tokens, by target and kind of prompt."""
     head = ["target", "prompts", "ms per token", "speed", "with the expected text", "accepted"]
     rows = [[*head, "same text", "largest gap"]]
     for target, kinds in _by_target(found(part)[0]).items():
@@ -263,7 +263,7 @@ def guessed(part: Part) -> str:
     return table(rows, left=2)
 
 
-_GUESSING = {
+_DRAFTING = {
     "GenAI": "GenAI",
     "GenAI + ngram": "GenAI, speculative",
     "llama.cpp": "llama.cpp",
@@ -272,10 +272,10 @@ _GUESSING = {
 
 
 def beside_peers(part: Part) -> str:
-    """Tokens per second with guessing, ours and peers', by kind of prompt."""
+    """Tokens per second with drafting, ours and peers', by kind of prompt."""
     targets = _by_target(found(part)[0])
     theirs = next(iter(targets.values()))  # they are measured only with the first target
-    names = {name: told for name, told in _GUESSING.items() if name in next(iter(theirs.values()))}
+    names = {name: told for name, told in _DRAFTING.items() if name in next(iter(theirs.values()))}
     rows = [["prompts", *names.values()]]
     for target in targets:
         rows[0] += [f"`{target}`", f"`{target}`, speculative", "ratio"]
@@ -299,8 +299,8 @@ def _mean_of_kinds(ratios: Sequence[float]) -> str:
 
 
 def drawn(part: Part) -> str:
-    """Loss of sampled texts by their target, and their speed, by who guesses."""
-    rows = [["guesses", "nats per token", "speed"]]
+    """Loss of sampled texts by their target, and their speed, by who drafts."""
+    rows = [["drafts", "nats per token", "speed"]]
     for kinds in _by_target(found(part)[0]).values():
         for name, row in kinds["all"].items():
             nats = plus_minus(row["nats"], row["nats_error"], 3)
@@ -309,8 +309,8 @@ def drawn(part: Part) -> str:
 
 
 def at_once(part: Part) -> str:
-    """Tokens per second of several answers at once, with and without guessing."""
-    rows = [["prompts", "without guesses", "with guesses", "ratio"]]
+    """Tokens per second of several answers at once, with and without drafting."""
+    rows = [["prompts", "without drafts", "with drafts", "ratio"]]
     for row in found(part)[1]:
         speeds = [f"{row[name]:.0f}" for name in ("off", "on")]
         rows.append([row["kind"], *speeds, f"{row['ratio']:.2f}"])
@@ -318,7 +318,7 @@ def at_once(part: Part) -> str:
 
 
 def _by_target(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measurements by target, kind of prompt and who guesses."""
+    """Measurements by target, kind of prompt and who drafts."""
     runs: dict[str, dict[str, dict[str, Any]]] = {}
     for row in result["rows"]:
         kinds = runs.setdefault(row["target"], {})

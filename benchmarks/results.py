@@ -88,7 +88,7 @@ def page(parts: dict[str, tables.Part], machine: str = "", others: Sequence[str]
         tables.read_speed,
         tables.first_tokens,
         tables.forms,
-        tables.guessed,
+        tables.drafted,
         tables.beside_peers,
         tables.drawn,
         tables.at_once,

@@ -3,7 +3,7 @@
     python benchmarks/serve.py out/
     python benchmarks/serve.py out/ --peer model-q4_0.gguf --clients 1,8,16 --policy int4 --json
     python benchmarks/serve.py out/ --url http://127.0.0.1:8000   # `serve run`, or another server
-    python benchmarks/serve.py out/ --without-guesses --clients 1,16 --long 0
+    python benchmarks/serve.py out/ --without-drafts --clients 1,16 --long 0
     python benchmarks/serve.py out/ --prompts spec_bench.jsonl --category summarization
 
 Each server runs in its own process, and clients stream answers from it over HTTP; servers take
@@ -48,8 +48,8 @@ PROMPTS: tuple[str, ...] = (
     "Describe in detail how a bicycle is repaired after a long journey.",
 )
 _LONG = "The keeper counts the ships that pass in the night, and writes their names down. "
-_MOST_LONG = 4
-_LEAST_ANSWERS = 8  # per number of clients: how well an answer can be guessed varies
+_MAX_LONG = 4
+_MIN_ANSWERS = 8  # per number of clients: how well an answer can be drafted varies
 
 
 @dataclass
@@ -126,7 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", action="store_true", help="measures Model.batch, too")
     parser.add_argument(
-        "--without-guesses", action="store_true", help="measures a server that makes none, too"
+        "--without-drafts", action="store_true", help="measures a server that makes none, too"
     )
     parser.add_argument("--url", help="of a server that runs already, measured too")
     parser.add_argument("--model", help="how that server calls it")
@@ -150,8 +150,8 @@ def main() -> None:
     extra = {name: getattr(arguments, name) for name in ("budget", "policy")}
     extra = {name: value for name, value in extra.items() if value}
     extras, commands = {"dash-serve": extra}, {"dash-serve": command}
-    if arguments.without_guesses:
-        name = "dash-serve, no guesses"
+    if arguments.without_drafts:
+        name = "dash-serve, no drafts"
         extras[name], commands[name] = {**extra, "speculate": False}, command
     if arguments.peer:
         found_at = shutil.which(arguments.llama_server)
@@ -259,7 +259,7 @@ async def _stalled(
         asyncio.create_task(server.ask(prompt, 2 * arguments.max_tokens)) for prompt in prompts
     ]
     firsts: list[float] = []
-    while not all(task.done() for task in running) and len(firsts) < _MOST_LONG:
+    while not all(task.done() for task in running) and len(firsts) < _MAX_LONG:
         text = f"{time.time()} " + _LONG * (arguments.long // 18)  # no prefix that is held
         answer = await server.ask(text, 1)
         firsts.append(1e3 * (answer.times[0] - answer.sent))
@@ -296,7 +296,7 @@ class _Reply(asyncio.Protocol):
 
 
 def _rounds(count: int, arguments: argparse.Namespace) -> int:
-    return max(arguments.rounds, -(-_LEAST_ANSWERS // count))
+    return max(arguments.rounds, -(-_MIN_ANSWERS // count))
 
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[str]:

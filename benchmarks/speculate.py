@@ -1,4 +1,4 @@
-"""Time saved by guessing tokens, by kind of prompt, and whether the text stays the same.
+"""Time saved by drafting tokens, by kind of prompt, and whether the text stays the same.
 
     python benchmarks/speculate.py out/
     python benchmarks/speculate.py out/ --prompts spec_bench.jsonl --target int8 --target int4
@@ -11,7 +11,7 @@ PROMPTS has one JSON object per line, with `category` and `turns` or `prompt`; i
 the kinds, whose speeds are summarized by a geometric mean. The built-in tasks: questions; returning
 a whole source file of 60 lines with a name changed, and one of 150 with one line changed, also with
 the file as expected text; and JSON with a schema of ten fields, also without forced tokens. Each
-prompt is answered with and without guessing, in alternating order. The greedy texts are compared
+prompt is answered with and without drafting, in alternating order. The greedy texts are compared
 token by token; where they first differ, the gap between the two best logits shows whether the cause
 is rounding. With `--genai` a model of ORT GenAI's builder answers the same prompts, alone and with
 its own n-grams; with `--llama-cpp` a GGUF file in llama.cpp, alone and with llama-cpp-python's
@@ -51,7 +51,7 @@ TITLES = {"spec_bench": "Spec-Bench"}  # titles of prompt files
 
 Answer = dict[str, Any]
 """Answer to a prompt: `tokens`, how many are `timed` and their `ms` (without the prompt's pass),
-`guessed`, `right`, and where it `differs`, or the `nats` that each token of a sampled text loses
+`drafted`, `accepted`, and where it `differs`, or the `nats` that each token of a sampled text loses
 under the target."""
 
 Peer = Callable[[list[int], int], tuple[list[int], float]]
@@ -133,27 +133,27 @@ def main() -> None:
 
 
 def peers_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Peer]]:
-    """The requested peers, with and without their own guessing."""
+    """The requested peers, with and without their own drafting."""
     if arguments.genai:
         from dash_onnx_peers.genai import GenAI
 
         genai = GenAI(str(arguments.genai), thread_count()).answer
-        yield "GenAI", partial(genai, guesses=False)
-        yield "GenAI + ngram", partial(genai, guesses=True)
+        yield "GenAI", partial(genai, drafts=False)
+        yield "GenAI + ngram", partial(genai, drafts=True)
     if arguments.llama_cpp:
         try:
             from dash_onnx_peers.llama_cpp import LlamaCpp
         except ImportError:
             sys.exit("speculate.py: error: no llama-cpp-python: run `make .venv/.llama-cpp`")
         llama = LlamaCpp(str(arguments.llama_cpp), thread_count()).answer
-        yield "llama.cpp", partial(llama, guesses=False)
-        yield "llama.cpp + lookup", partial(llama, guesses=True)
+        yield "llama.cpp", partial(llama, drafts=False)
+        yield "llama.cpp + lookup", partial(llama, drafts=True)
 
 
 def at_once(
     model: Model, prompts: Sequence[Task], asked: Asked, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of answers that share passes, without and with guessing, alternating."""
+    """Tokens per second of answers that share passes, without and with drafting, alternating."""
     found: dict[str, list[float]] = {"off": [], "on": []}
     model.preload(asked.target)
     for turn in range(3):
@@ -181,13 +181,13 @@ def at_once_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{row['ratio']:5.2f} x"
         for row in rows
     ]
-    return "\n".join([*lines, "off, on: tokens/s of all answers, without and with guesses"])
+    return "\n".join([*lines, "off, on: tokens/s of all answers, without and with drafts"])
 
 
 def answered(
     model: Model, prompts: dict[str, list[Task]], asked: Asked
 ) -> dict[str, list[dict[str, Answer]]]:
-    """Answers by kind of prompt, and by who guesses."""
+    """Answers by kind of prompt, and by who drafts."""
     model.preload(asked.target)
     found: dict[str, list[dict[str, Answer]]] = {}
     with Phase(asked.target, total=sum(map(len, prompts.values()))) as phase:
@@ -207,7 +207,7 @@ def answered(
 
 
 def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Answer]:
-    """Answers to one prompt, by who guesses."""
+    """Answers to one prompt, by who drafts."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
     ids = ids[-(model.manifest.model.max_length - asked.new_tokens) :]
     before, found = ids.tolist(), dict[str, Answer]()
@@ -230,7 +230,7 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
             seed=seed,
         )
         steps = [*model.generate_step(ids, options=chosen)]
-        guesses = [step.guess for step in steps if step.guess]
+        drafts = [step.draft for step in steps if step.draft]
         rest = steps[1:]
         while rest and rest[0].ms == 0:  # tokens forced at the start came with the prompt's pass
             rest = rest[1:]
@@ -238,8 +238,8 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
             "tokens": [step.token for step in steps],
             "timed": len(rest),
             "ms": sum(step.ms for step in rest),
-            "guessed": sum(guess.tokens for guess in guesses),
-            "right": sum(guess.right for guess in guesses),
+            "drafted": sum(draft.tokens for draft in drafts),
+            "accepted": sum(draft.accepted for draft in drafts),
             "differs": None,
         }
     alone = found["off"]["tokens"]
@@ -251,7 +251,7 @@ def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Ans
     for name, answer in asked.peers:
         tokens, ms = answer(before, asked.new_tokens)
         found[name] = {"tokens": tokens, "timed": len(tokens) - 1, "ms": ms}
-        found[name] |= {"guessed": 0, "right": 0, "differs": None}
+        found[name] |= {"drafted": 0, "accepted": 0, "differs": None}
     return found
 
 
@@ -284,14 +284,14 @@ def difference(
 
 
 def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
-    """Summary over prompts: guesses, speed relative to no guessing, and differences."""
+    """Summary over prompts: drafts, speed relative to no drafting, and differences."""
     ms, alone_ms = (
         sum(one[name]["ms"] for one in found) / sum(one[name]["timed"] for one in found)
         for name in (who, "off")
     )
-    tokens, guessed, right = (
+    tokens, drafted, accepted = (
         sum(count(one[who]) for one in found)
-        for count in (lambda a: a["timed"], lambda a: a["guessed"], lambda a: a["right"])
+        for count in (lambda a: a["timed"], lambda a: a["drafted"], lambda a: a["accepted"])
     )
     texts = [np.mean(one[who]["nats"]) for one in found if one[who].get("nats")]
     spread = float(np.std(texts, ddof=1)) / math.sqrt(len(texts)) if len(texts) > 1 else None
@@ -301,8 +301,8 @@ def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
         "tokens": tokens,
         "ms_per_token": ms,
         "ratio": alone_ms / ms,
-        "accepted": right / guessed if guessed else None,
-        "drafted_per_pass": guessed / max(tokens - right, 1),
+        "accepted": accepted / drafted if drafted else None,
+        "drafted_per_pass": drafted / max(tokens - accepted, 1),
         "differs": [one[who]["differs"] for one in found if one[who]["differs"]],
         "nats": float(np.mean(texts)) if texts else None,
         "nats_error": spread,
@@ -310,7 +310,7 @@ def summary(found: Sequence[dict[str, Answer]], who: str) -> dict[str, Any]:
 
 
 def mean_of_kinds(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Geometric mean of the speedups in one target's rows, by who guesses."""
+    """Geometric mean of the speedups in one target's rows, by who drafts."""
     ratios = defaultdict[str, list[float]](list)
     for row in rows:
         ratios[row["speculate"]].append(row["ratio"])
@@ -326,9 +326,9 @@ def mean_of_kinds(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, A
 
 
 def table(rows: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]) -> str:
-    """One line for each target, kind of prompt, and who guesses; then where texts differ."""
+    """One line for each target, kind of prompt, and who drafts; then where texts differ."""
     lines = [
-        f"{'target':8} {'kind':26} {'guesses':18} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
+        f"{'target':8} {'kind':26} {'drafts':18} {'ms/token':>8} {'speed':>7} {'accepted':>9} "
         f"{'drafted/pass':>13} {'same text':>10} {'nats/token':>16}"
     ]
     for row in rows:

@@ -18,8 +18,8 @@ from dash_onnx.core.forms import widened_in_prompts
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.thoughts import Thoughts
 from dash_onnx.runtime.deciders import Decider, decider_of
+from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS, Draft, Drafter, DraftStats, Found
 from dash_onnx.runtime.grammar import Constraint
-from dash_onnx.runtime.guesses import MOST, Found, Guess, Guesser, Learned
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken, Logprobs
 from dash_onnx.runtime.sampling import Sampler, Sampling
@@ -54,8 +54,8 @@ class CurrentPolicy:
         self.policy = self.at(budget)
 
 
-Learn = Callable[[Policy], Learned | None]
-"""Returns what was learned about guesses for a policy; None if nothing is guessed."""
+StatsOf = Callable[[Policy], DraftStats | None]
+"""Returns the draft statistics of a policy; None if it cannot draft."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -71,7 +71,7 @@ class Request(Generic[Piece]):
         eos: ids that end the text.
         constraint: from `options.grammar`.
         thoughts: where the answer begins.
-        learn: see `Learn`.
+        stats_of: see `StatsOf`.
         expected: ids of `options.expected`.
         write: turns a token into a piece.
         deliver: takes the pieces, and the error that ends the generation early; called by the
@@ -90,7 +90,7 @@ class Request(Generic[Piece]):
     eos: frozenset[int]
     constraint: Constraint | None = None
     thoughts: Thoughts = field(default_factory=Thoughts)
-    learn: Learn = lambda policy: None
+    stats_of: StatsOf = lambda policy: None
     expected: Sequence[int] = ()
     write: Callable[[GeneratedToken], Piece]
     deliver: Callable[[Piece | Exception], None]
@@ -110,12 +110,12 @@ class Step(NamedTuple):
     Attributes:
         tokens: new tokens of the answer; the last one has not run yet.
         path: the path that they took.
-        guess: the outcome of the guesses.
+        draft: outcome of its draft tokens.
     """
 
     tokens: list[int]
     path: ActionPath
-    guess: Guess | None = None
+    draft: Draft | None = None
 
 
 class Generation:
@@ -127,12 +127,12 @@ class Generation:
         forced: the only tokens that the grammar lets follow the text; they are not drawn.
         uniform: whether all tokens of its policy take one path.
         decider: chooses the actions of the next pass.
-        learned: what its guesses are based on; None if it makes none.
+        stats: draft statistics of its policy; None if it does not draft.
     """
 
     uniform: bool
     decider: Decider
-    learned: Learned | None
+    stats: DraftStats | None
 
     def __init__(self, sequence: SequenceState, request: Request):
         """Begins with the prompt."""
@@ -147,9 +147,9 @@ class Generation:
         self._notes: deque[tuple[Logprobs | None, bool]] = deque()
         self._policy: Policy | None = None
         self.follow()
-        self._guesser: Guesser | None = None
-        self._found: Found | None = None  # guesses that the next pass may verify
-        self._guesses: list[int] = []  # those that it verifies
+        self._drafter: Drafter | None = None
+        self._found: Found | None = None  # what the next pass may verify
+        self._drafts: list[int] = []  # those that it verifies
         self.forced = self._forced()
 
     def follow(self) -> None:
@@ -158,7 +158,7 @@ class Generation:
         if policy is not self._policy:
             self._policy, self.uniform = policy, policy.uniform is not None
             self.decider = decider_of(policy, self._sequence)
-            self.learned = self._request.learn(policy)
+            self.stats = self._request.stats_of(policy)
 
     def move(self, sequence: SequenceState) -> None:
         """Continues in another sequence, which holds the same tokens."""
@@ -175,43 +175,43 @@ class Generation:
         drawn = len(self.text) - len(self._request.ids)
         return min(self._options.max_new_tokens - drawn - 1, self._limit - len(self.text))
 
-    def look_ahead(self, learned: Learned) -> list[float]:
-        """Finds guesses; returns the tokens expected from a pass with 0, 1, 2, ... of them."""
-        if self._guesser is None:
+    def look_ahead(self, stats: DraftStats) -> list[float]:
+        """Finds draft tokens; returns the tokens expected of a pass with 0, 1, 2, ... of them."""
+        if self._drafter is None:
             prompt, expected = self._request.ids.tolist(), self._request.expected
-            self._guesser = Guesser(prompt, expected, self._ends)
+            self._drafter = Drafter(prompt, expected, self._ends)
         asked = self._options.speculate
-        most = MOST if asked is None or asked is True else asked
+        most = MAX_DRAFT_TOKENS if asked is None or asked is True else asked
         hint = self._constraint.hint() if self._constraint is not None and self._formed else []
-        self._found, gains = self._guesser.find(learned, self.text, min(self.spare, most), hint)
+        self._found, gains = self._drafter.find(stats, self.text, min(self.spare, most), hint)
         return gains
 
-    def guess(self, most: int) -> list[int]:
-        """The guesses for the next pass: at most so many of those that were found."""
+    def draft(self, most: int) -> list[int]:
+        """The draft tokens of the next pass: at most `most` of those that were found."""
         found = self._found.tokens if self._found is not None else []
-        self._guesses = found[: max(min(most, self.spare), 0)]
-        return self._guesses
+        self._drafts = found[: max(min(most, self.spare), 0)]
+        return self._drafts
 
     def take(self, logits: Logits, path: ActionPath) -> Step:
-        """Draws from a pass that ran all of the text, and guesses.
+        """Samples from a pass that ran all of the text, and draft tokens.
 
         Args:
-            logits: after the text and after each of `guess`, `[S, V]`.
+            logits: after the text and after each of `draft`, `[S, V]`.
             path: the path that they took.
 
         Returns:
             What was not reported yet: forced tokens, and those drawn now.
         """
         untold = self.text[len(self._request.ids) + self.count :]
-        new, guesses, self._guesses = list[int](), self._guesses, []
-        for row, guess in zip(logits, [*guesses, None], strict=True):
+        new, drafts, self._drafts = list[int](), self._drafts, []
+        for row, draft in zip(logits, [*drafts, None], strict=True):
             new.append(self.draw(row))
-            if new[-1] != guess or new[-1] in self._ends or self.forced:
+            if new[-1] != draft or new[-1] in self._ends or self.forced:
                 break
-        if not guesses or self._found is None:
+        if not drafts or self._found is None:
             return Step(untold + new, path)
-        right = sum(a == b for a, b in zip(new, guesses, strict=False))
-        return Step(untold + new, path, Guess(self._found.source, len(guesses), right))
+        accepted = sum(a == b for a, b in zip(new, drafts, strict=False))
+        return Step(untold + new, path, Draft(self._found.source, len(drafts), accepted))
 
     def take_forced(self) -> list[int]:
         """Adds the forced tokens to the text, and returns them."""
@@ -269,14 +269,14 @@ class Generation:
 
         The prompt's milliseconds count for the first token, whatever is forced to follow it.
         """
-        count, guess = len(step.tokens), step.guess
+        count, draft = len(step.tokens), step.draft
         shares = [ms / count] * count if self.count else [ms, *[0.0] * (count - 1)]
         for n, (token, own) in enumerate(zip(step.tokens, shares, strict=True)):
-            yield self._told(token, step.path, own, count - 1 - n, guess)
-            guess = None
+            yield self._told(token, step.path, own, count - 1 - n, draft)
+            draft = None
 
     def _told(
-        self, token: int, path: ActionPath, ms: float, ahead: int, guess: Guess | None
+        self, token: int, path: ActionPath, ms: float, ahead: int, draft: Draft | None
     ) -> GeneratedToken:
         """The result for one token, with `ahead` tokens of the same pass after it."""
         self.count += 1
@@ -287,7 +287,7 @@ class Generation:
             reason = "context"
         elif self.count == self._options.max_new_tokens:
             reason = "length"
-        return GeneratedToken(token, path, ms, reason, guess, *self._notes.popleft())
+        return GeneratedToken(token, path, ms, reason, draft, *self._notes.popleft())
 
 
 def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = None) -> PromptPlan:

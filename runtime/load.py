@@ -16,7 +16,7 @@ from dash_onnx.runtime.options import check_count, check_type
 from dash_onnx.runtime.ort import Device, use_threads
 from dash_onnx.runtime.sessions import Memory
 
-_MOST_THREADS = 1024
+_MAX_THREADS = 1024
 
 
 def load(
@@ -67,7 +67,7 @@ def load(
     if memory not in get_args(Memory):
         raise PolicyError(f"memory={memory!r} must be one of {', '.join(get_args(Memory))}")
     if threads is not None:
-        check_count("threads", threads, _MOST_THREADS)
+        check_count("threads", threads, _MAX_THREADS)
     check_type("policy", policy)
     check_type("budget", budget)
     for name, value, other in (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 _HUGE_PAGE = 2 << 20  # bytes, on x86 and on ARM with 4 kB pages
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
-_LEAST_BLOCK, _FULL = 2 * _HUGE_PAGE, 0.9  # bytes, and the share of them that is in memory
+_MIN_BLOCK, _FULL = 2 * _HUGE_PAGE, 0.9  # bytes, and the share of them that is in memory
 
 
 def machine_name() -> str:
@@ -92,7 +92,7 @@ def _full_blocks(smaps: str) -> Iterator[tuple[int, int]]:
             start, stop = int(match[1], 16), int(match[2], 16)
         elif not line[0].isupper():
             start = stop = 0
-        elif line.startswith("Rss:") and stop - start >= _LEAST_BLOCK:
+        elif line.startswith("Rss:") and stop - start >= _MIN_BLOCK:
             if int(line.split()[1]) * 1024 >= _FULL * (stop - start):
                 yield start, stop
 

@@ -24,7 +24,7 @@ from dash_onnx.runtime.options import GenerationOptions, check_count
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.requests import Prompt, Requests
 from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
-from dash_onnx.runtime.scheduler import MOST_SLOTS, SLOTS, Scheduler, run
+from dash_onnx.runtime.scheduler import MAX_SLOTS, SLOTS, Scheduler, run
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
 from dash_onnx.runtime.stream import Completion, Stream, asynchronous, begun, joined
@@ -370,7 +370,7 @@ class Model:
         """
         if isinstance(prompts, str):
             raise PolicyError("prompts must be a list of prompts, not text")
-        check_count("parallel", parallel, MOST_SLOTS)
+        check_count("parallel", parallel, MAX_SLOTS)
         scheduler = self.new_scheduler(max(1, min(parallel, len(prompts))))
         chunks: list[list[Chunk]] = [[] for _ in prompts]
         pieces = deque[tuple[int, Chunk | Exception]]()

@@ -14,8 +14,8 @@ from dash_onnx.core.arrays import Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import Policy
+from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS
 from dash_onnx.runtime.grammar import Grammar
-from dash_onnx.runtime.guesses import MOST
 from dash_onnx.runtime.sampling import Sampling
 
 LogitsProcessor = Callable[[Sequence[int], Logits], Logits]
@@ -118,10 +118,10 @@ class GenerationOptions:
         most = self.max_thinking_tokens
         if most is not None and most < 0:
             raise PolicyError(f"max_thinking_tokens={most} must be at least 0")
-        if self.speculate is not None and not 0 <= self.speculate <= MOST:
-            raise PolicyError(f"speculate={self.speculate} must be in 0..{MOST}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= _MOST_LOGPROBS:
-            raise PolicyError(f"logprobs={self.logprobs} must be in 0..{_MOST_LOGPROBS}")
+        if self.speculate is not None and not 0 <= self.speculate <= MAX_DRAFT_TOKENS:
+            raise PolicyError(f"speculate={self.speculate} must be in 0..{MAX_DRAFT_TOKENS}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= _MAX_LOGPROBS:
+            raise PolicyError(f"logprobs={self.logprobs} must be in 0..{_MAX_LOGPROBS}")
 
     def sampling(self, own: Sampling) -> Sampling:
         """How tokens are drawn.
@@ -154,8 +154,8 @@ class GenerationOptions:
         return dataclasses.replace(options or cls(), **chosen)
 
 
-_MOST_BITS = 128  # of an integer
-_MOST_LOGPROBS = 20  # as in OpenAI's API
+_MAX_BITS = 128  # of an integer
+_MAX_LOGPROBS = 20  # as in OpenAI's API
 _NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(_NUMBERS, ((int, float, type(None)), "a number")),
@@ -171,7 +171,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "policy": ((str, Policy), "a name or a Policy"),
     "budget": ((int, float, str, type(None)), "a number or the name of a preset"),
     "prefill": ((str, type(None)), "the name of a precision"),
-    "speculate": ((bool, int, type(None)), f"True, False, None or in 0..{MOST}"),
+    "speculate": ((bool, int, type(None)), f"True, False, None or in 0..{MAX_DRAFT_TOKENS}"),
     "expected": ((str,), "text"),
     "stop": ((str, list, tuple), "text, or a list of texts"),
 }
@@ -182,7 +182,7 @@ def check_type(name: str, value: Any) -> None:
     kinds, what = _KINDS[name]
     plain = value.item() if hasattr(value, "item") else value
     wrong = not isinstance(plain, kinds) or (isinstance(plain, bool) and bool not in kinds)
-    if isinstance(plain, int) and plain.bit_length() > _MOST_BITS:
+    if isinstance(plain, int) and plain.bit_length() > _MAX_BITS:
         raise PolicyError(f"{name} is too large a number")
     if name == "stop" and not wrong:
         wrong = not all(isinstance(word, str) for word in value)

@@ -29,10 +29,10 @@ from dash_onnx.runtime.states import Arrays
 
 _LOG = logging.getLogger(__name__)
 
-LEAST = 8
+MIN_PREFIX = 8
 """Least tokens to copy: running fewer of them again costs no more than copying K/V and states."""
 
-_LEAST_KEPT = 32  # least tokens of a text that is worth storing
+_MIN_KEPT = 32  # least tokens of a text that is worth storing
 
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
@@ -191,7 +191,7 @@ class PrefixStore:
     def put(self, state: SequenceState, tokens: Sequence[int], quality: str) -> None:
         """Keeps what a sequence holds, unless it is short or held already."""
         ids = np.array(tokens[: state.length], np.int64)
-        if len(ids) < _LEAST_KEPT or self._longest(ids, quality)[0] == len(ids):
+        if len(ids) < _MIN_KEPT or self._longest(ids, quality)[0] == len(ids):
             return
         saved = Saved.of(state, tokens, quality)
         digest = hashlib.sha256(quality.encode() + ids.tobytes()).hexdigest()
@@ -222,7 +222,7 @@ class PrefixStore:
             How many tokens of the prompt the sequence holds now.
         """
         common, name = self._longest(ids[:-1], quality)
-        if common < held + LEAST:
+        if common < held + MIN_PREFIX:
             return held
         saved = self._entries.pop(name)
         self._entries[name] = saved

@@ -28,7 +28,7 @@ Table = npt.NDArray[np.float64]
 
 _LAYERS = 2  # in turn, so that neither finds its weights in the nearest caches
 _SMALL_BYTES = 64 << 20  # of weights: those of a smaller model stay in the caches anyway
-_RUNS, _LEAST_RUNS, _ROWS_TIMED = 12, 3, 96  # fewer runs where each has many rows
+_RUNS, _MIN_RUNS, _ROWS_TIMED = 12, 3, 96  # fewer runs where each has many rows
 
 
 def pass_costs(sessions: Sessions) -> PassCosts | None:
@@ -169,7 +169,7 @@ class _Times:
         for run in runs:
             run()
         times: list[list[float]] = [[] for _ in runs]
-        for _ in range(min(max(_ROWS_TIMED // rows, _LEAST_RUNS), _RUNS)):
+        for _ in range(min(max(_ROWS_TIMED // rows, _MIN_RUNS), _RUNS)):
             for run, seen in zip(runs, times, strict=True):
                 self._others.max(initial=0)
                 started = time.perf_counter()

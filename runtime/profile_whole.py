@@ -30,10 +30,10 @@ from dash_onnx.runtime.sessions import Sessions
 STEADY = 0.02
 """Largest standard error of a useful ratio: plans are told apart if they differ by 3 % or more."""
 
-MOST_APART = 0.1
+MAX_APART = 0.1
 """A whole token differs from the sum of its parts by less, unless other work disturbed it."""
 
-LEAST_MS = 1.0
+MIN_MS = 1.0
 """Least time of a token at the reference: for smaller models there is nothing to choose."""
 
 MULTIPLIER = 0.02  # nats per unit, for decisions before a policy has a table: roughly `balanced`
@@ -43,7 +43,7 @@ _SETTLING = 2  # of them, until its weights are back in the caches
 _TURNS = (6, 40)  # of each way, at least and at most
 _SECONDS = 8.0  # for both, roughly
 _PRECISE = 0.01  # standard error at which they end earlier
-_MOST_PLANS = 16
+_MAX_PLANS = 16
 
 
 @dataclass
@@ -95,7 +95,7 @@ def whole_ratios(bundle: Bundle, costs: Costs, backend: Backend) -> dict[str, fl
         the device is not a CPU, or the model is tiny. Without decisions if those were not timed.
     """
     manifest = replace(bundle.manifest, costs=costs)
-    if backend.device != "cpu" or reference_ms(manifest) < LEAST_MS:
+    if backend.device != "cpu" or reference_ms(manifest) < MIN_MS:
         return {}
     (best, *others), layers = manifest.variants, manifest.model.num_layers
     paths = [Plan(1.0, 0.0, manifest.heads[a], 1.0, (a,) * layers) for a in others]
@@ -125,7 +125,7 @@ def plan_times(bundle: Bundle, device: Device) -> Costs:
     if not manifest.costs.whole:
         return manifest.costs
     timed = _Timed(bundle, manifest.costs, open_backend(device))
-    for _ in range(_MOST_PLANS):
+    for _ in range(_MAX_PLANS):
         whole = manifest.costs.whole
         left = [plan for plan in _rivals(manifest) if whole_key(plan, manifest) not in whole]
         if not left:
@@ -204,7 +204,7 @@ def _compared(first: _Way, other: _Way) -> float | None:
         if turn >= 0:
             ratios.append(ours / theirs)
     ratio = float(np.median(ratios))
-    steady = error_of(ratios) <= STEADY and abs(ratio - 1) <= MOST_APART
+    steady = error_of(ratios) <= STEADY and abs(ratio - 1) <= MAX_APART
     return round(ratio, 4) if steady else None
 
 

@@ -1,4 +1,4 @@
-"""From a prompt and options to a request: policy, sampling, grammar and guesses resolved."""
+"""From a prompt and options to a request: policy, sampling, grammar and drafts resolved."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dash_onnx.core.errors import BundleError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import Message, TextCodec
 from dash_onnx.core.thoughts import Thoughts
+from dash_onnx.runtime.drafts import DraftStats
 from dash_onnx.runtime.generate import CurrentPolicy, Piece, Request, check_prompt, prefill_plan
 from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
-from dash_onnx.runtime.guesses import Learned
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk, GeneratedToken
 from dash_onnx.runtime.sampling import Sampling
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.writer import TextWriter
 
-_TARGETS = 16  # whose guess statistics are kept
+_TARGETS = 16  # whose draft statistics are kept
 
 Prompt = str | Sequence[Message] | Sequence[int] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
@@ -52,7 +52,7 @@ class Requests:
         self._sessions, self._manifest = sessions, sessions.manifest
         self._default = (policy, budget)
         self._guidance: Any = None
-        self._learned = functools.lru_cache(_TARGETS)(self._learn)
+        self._draft_stats = functools.lru_cache(_TARGETS)(self._new_stats)
 
     def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
         """See `Model.policy`."""
@@ -66,7 +66,7 @@ class Requests:
         policy = self.policy(options.policy, options.budget)
         if options.speculate and policy.uniform is None:
             raise PolicyError(
-                f"guesses are checked on one path for every token, such as int8; policy "
+                f"draft tokens are verified on one path for every token, such as int8; policy "
                 f"{policy.name!r} has none: leave speculate out"
             )
         return policy
@@ -126,7 +126,7 @@ class Requests:
             return policy
 
         current = CurrentPolicy(self.policy_of(options), at)
-        learn, expected = self._guessing(options)
+        stats_of, expected = self._drafting(options)
         return Request(
             ids=ids,
             current=current,
@@ -136,7 +136,7 @@ class Requests:
             eos=self.text.eos_token_ids,
             constraint=self._constraint(options),
             thoughts=Thoughts() if raw else self.text.thoughts(ids, options.max_thinking_tokens),
-            learn=learn,
+            stats_of=stats_of,
             expected=expected,
             write=write,
             deliver=deliver,
@@ -169,10 +169,10 @@ class Requests:
         check_prompt(array, self._manifest.model.max_length, self._manifest.model.vocab_size)
         return array
 
-    def _guessing(
+    def _drafting(
         self, options: GenerationOptions
-    ) -> tuple[Callable[[Policy], Learned | None], Sequence[int]]:
-        """The source of a generation's guess statistics, and the ids of the expected text."""
+    ) -> tuple[Callable[[Policy], DraftStats | None], Sequence[int]]:
+        """The source of a generation's draft statistics, and the ids of the expected text."""
         wanted = options.speculate
         if wanted is None:
             wanted = self._sessions.backend.device == "cpu"
@@ -180,16 +180,16 @@ class Requests:
             return lambda policy: None, ()
         text = options.expected
         expected = self.text.encode(text, add_special_tokens=False).tolist() if text else []
-        return self._learned_of, expected
+        return self._stats_of, expected
 
-    def _learned_of(self, policy: Policy) -> Learned | None:
+    def _stats_of(self, policy: Policy) -> DraftStats | None:
         path = policy.uniform
-        return None if path is None else self._learned(path, policy.head)
+        return None if path is None else self._draft_stats(path, policy.head)
 
-    def _learn(self, path: ActionPath, head: Action) -> Learned:
+    def _new_stats(self, path: ActionPath, head: Action) -> DraftStats:
         costs, reruns = self._manifest.costs.passes, self._manifest.recurrence is not None
         widened, wide_head = self._sessions.widened, self._sessions.has_wide_head
-        return Learned(costs, path, head, widened, reruns, wide_head)
+        return DraftStats(costs, path, head, widened, reruns, wide_head)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
         if options.grammar is None:

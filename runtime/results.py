@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dash_onnx.core.actions import ActionPath, path_letters
 from dash_onnx.core.arrays import Logits
 from dash_onnx.core.statistics import log_softmax
-from dash_onnx.runtime.guesses import Guess
+from dash_onnx.runtime.drafts import Draft
 
 FinishReason = Literal["stop", "length", "context"]
 """`stop`: EOS or a stop string; `length`: max_new_tokens; `context`: the context is full."""
@@ -47,7 +47,7 @@ class GeneratedToken:
         path: the action of each layer in the pass that produced it.
         ms: wall time of that pass and the sampling, in milliseconds (the first: the prefill).
         finish_reason: set on the last token.
-        guess: on the first token of a pass with draft tokens, how many there were and how many were
+        draft: on the first token of a pass with draft tokens, how many there were and how many were
             accepted; the time of the pass is divided among its tokens.
         logprobs: if they were requested.
         thinking: whether it belongs to the thoughts before the answer; their tags do, too.
@@ -57,7 +57,7 @@ class GeneratedToken:
     path: ActionPath
     ms: float
     finish_reason: FinishReason | None = None
-    guess: Guess | None = None
+    draft: Draft | None = None
     logprobs: Logprobs | None = None
     thinking: bool = False
 

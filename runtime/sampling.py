@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dash_onnx.core.errors import PolicyError
 
 _LARGEST = 1e30  # highest temperature: finite in FP32
-_LEAST_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
+_MIN_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Sampler:
             ids = np.argpartition(scaled, -options.top_k)[-options.top_k :]
             scaled = scaled[ids]
         with np.errstate(over="ignore"):  # a tiny temperature is nearly greedy
-            scaled /= np.float32(max(options.temperature, _LEAST_TEMPERATURE))
+            scaled /= np.float32(max(options.temperature, _MIN_TEMPERATURE))
         weights = np.exp(scaled)  # 1 for the most likely
         if options.top_p < 1:
             kept = _nucleus(weights, options.top_p)

@@ -18,10 +18,10 @@ import numpy as np
 
 from dash_onnx.core.actions import ActionPath
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.drafts import MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS, DraftStats, best_length
 from dash_onnx.runtime.generate import Generation, Piece, Request, Step, prefill_plan
-from dash_onnx.runtime.guesses import MOST, MOST_ROWS, Learned, best_length
 from dash_onnx.runtime.options import check_count
-from dash_onnx.runtime.prefix import LEAST, PrefixStore, copy_prefix
+from dash_onnx.runtime.prefix import MIN_PREFIX, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
 from dash_onnx.runtime.sessions import Sessions
@@ -32,11 +32,11 @@ _LOG = logging.getLogger(__name__)
 SLOTS = 8
 """Default number of generations that run together."""
 
-MOST_SLOTS = 256
+MAX_SLOTS = 256
 """Most slots: each takes a part of the K/V cache."""
 
 _CHUNK = 32  # tokens of a prompt between two passes of running answers, at first
-_LEAST_CHUNK = 8
+_MIN_CHUNK = 8
 _WAIT = 2.0  # passes that such a chunk should take as long as
 
 
@@ -77,7 +77,7 @@ class Scheduler:
         Raises:
             PolicyError: `slots` is out of range.
         """
-        check_count("slots", slots, MOST_SLOTS)
+        check_count("slots", slots, MAX_SLOTS)
         return cls(Rows.new(sessions, slots), store)
 
     def submit(self, request: Request[Any]) -> None:
@@ -187,7 +187,7 @@ class Scheduler:
         """
         other = max(self._slots, key=lambda other: other.common(request))  # including running ones
         shared = other.common(request)
-        shared = shared if shared >= common + LEAST else 0
+        shared = shared if shared >= common + MIN_PREFIX else 0
         if self._store is not None:
             if common < len(held):
                 self._store.put(slot.state, held, slot.quality or "")
@@ -219,12 +219,12 @@ class Scheduler:
     def _adapt(self, passes: float) -> None:
         """Adapts how much of a prompt runs at once to the number of passes that it delays."""
         if passes > _WAIT * 1.5:
-            self._chunk = max(self._chunk // 2, _LEAST_CHUNK)
+            self._chunk = max(self._chunk // 2, _MIN_CHUNK)
         elif passes < _WAIT / 1.5:
             self._chunk = min(self._chunk * 2, PREFILL_CHUNK)
 
     def _decode(self, slots: list[Slot], seq: int = 1) -> None:
-        """Runs a pass of every answer: its last token, guesses, and a prompt's part that joins it.
+        """Runs a pass of every answer: its last token, its draft, and the prompt part joining it.
 
         Args:
             slots: in the order of their numbers.
@@ -235,7 +235,7 @@ class Scheduler:
         deciders = [one.decider for one in going]
         ahead = max(self._ahead(slots), seq - 1)
         tokens = [slot.next_tokens(ahead) for slot in slots]
-        # After the last certain token, and after each guess.
+        # After the last certain token, and after each draft token.
         wanted = [
             max(len(ids) - max(len(slot.rest), 1) + 1, 0)
             for slot, ids in zip(slots, tokens, strict=True)
@@ -258,7 +258,7 @@ class Scheduler:
         step = slot.going.take(logits, path)
         slot.tokens += slot.going.text[len(slot.tokens) : -1]
         held = slot.state.truncate(len(slot.tokens))
-        if held < len(slot.tokens):  # states cannot forget only the wrong guesses
+        if held < len(slot.tokens):  # states cannot forget only the rejected tokens
             slot.state.layers(np.array(slot.tokens[held:], np.int64), slot.going.decider)
         if slot.going.forced:
             slot.rest = np.array([step.tokens[-1], *slot.going.take_forced()], np.int64)
@@ -267,17 +267,17 @@ class Scheduler:
         self._tell(slot, step)
 
     def _ahead(self, slots: list[Slot]) -> int:
-        """How many guesses per answer the next pass verifies; a prompt's tokens are certain."""
-        learned = self._learned(slots)
-        if learned is None:
+        """Draft tokens per answer that the next pass verifies; a prompt's tokens are certain."""
+        stats = self._draft_stats(slots)
+        if stats is None:
             return 0
         gains = []
         for slot in slots:
-            found, certain = [1.0], min(max(len(slot.rest) - 1, 0), MOST)
-            if slot.answers and slot.going is not None and slot.going.learned is not None:
-                found = slot.going.look_ahead(slot.going.learned)
+            found, certain = [1.0], min(max(len(slot.rest) - 1, 0), MAX_DRAFT_TOKENS)
+            if slot.answers and slot.going is not None and slot.going.stats is not None:
+                found = slot.going.look_ahead(slot.going.stats)
             gains.append([1.0 + n for n in range(certain)] + [certain + gain for gain in found])
-        return min(best_length(gains, learned, _context(slots)), _room(slots))
+        return min(best_length(gains, stats, _context(slots)), _room(slots))
 
     def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
         """Tokens of each slot in a pass of the answers that a prompt's next part joins.
@@ -286,8 +286,8 @@ class Scheduler:
         time than a separate pass; else 0.
         """
         together = [*decoding, *prompt]
-        learned = self._learned(together) if prompt and decoding else None
-        if learned is None:
+        stats = self._draft_stats(together) if prompt and decoding else None
+        if stats is None:
             return 0
         (slot,) = prompt
         assert slot.request is not None and slot.plan is not None
@@ -296,32 +296,32 @@ class Scheduler:
             return 0
         context, answers = _context(together), len(decoding)
         part = min(len(slot.rest), self._chunk)
-        seq = min(part, MOST_ROWS // len(together), _room(together) + 1)
+        seq = min(part, MAX_DRAFT_ROWS // len(together), _room(together) + 1)
         if seq < 1:
             return 0
-        apart = learned.cost(answers, context) + learned.cost(part, context)
-        rate = (answers + seq) / learned.cost(len(together) * seq, context)
+        apart = stats.cost(answers, context) + stats.cost(part, context)
+        rate = (answers + seq) / stats.cost(len(together) * seq, context)
         return seq if rate > (answers + part) / apart else 0
 
     def _decoding(self, answers: list[Slot]) -> tuple[list[Slot], list[Slot]]:
         """Answers that run in the next pass, and those that first run forced tokens by themselves.
 
-        A few such tokens join the pass, before guesses, if it may have several per answer.
+        A few such tokens join the pass, before draft tokens, if it may have several per answer.
         """
         alone = [slot for slot in answers if len(slot.rest)]
-        if alone and self._learned(answers) is not None:
-            alone = [slot for slot in alone if len(slot.rest) > MOST]
+        if alone and self._draft_stats(answers) is not None:
+            alone = [slot for slot in alone if len(slot.rest) > MAX_DRAFT_TOKENS]
         return [slot for slot in answers if slot not in alone], alone
 
-    def _learned(self, slots: list[Slot]) -> Learned | None:
-        """What guesses are based on in a pass of some answers; None if it has one token of each.
+    def _draft_stats(self, slots: list[Slot]) -> DraftStats | None:
+        """Draft statistics for a pass of some answers; None if it has one token of each.
 
         Several tokens take one path: if actions are chosen for each token, each runs alone.
         """
         going = [slot.going for slot in slots if slot.going is not None]
         if (len(going) > 1 and not self._rows.ragged) or any(not one.uniform for one in going):
             return None
-        return next((one.learned for one in going if one.learned is not None), None)
+        return next((one.stats for one in going if one.stats is not None), None)
 
     def _tell(self, slot: Slot, step: Step) -> None:
         request, going = slot.request, slot.going
@@ -359,7 +359,7 @@ class Scheduler:
         if len(self._slots) > 1:
             # Passes of others may run over it, see `Part.rest`.
             limit = slot.state.sessions.manifest.model.max_length
-            length = min(length, max(limit - MOST - 1, 0))
+            length = min(length, max(limit - MAX_DRAFT_TOKENS - 1, 0))
         del slot.tokens[slot.state.truncate(length) :]
 
 

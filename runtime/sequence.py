@@ -14,7 +14,7 @@ from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.forms import head_form_of
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.deciders import Decider, FixedPath
-from dash_onnx.runtime.guesses import MOST, MOST_ROWS, head_widened
+from dash_onnx.runtime.drafts import MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS, head_widened
 from dash_onnx.runtime.kv import CAPACITY, KVCache
 from dash_onnx.runtime.passes import Lengths, Pass
 from dash_onnx.runtime.sessions import Sessions
@@ -24,7 +24,7 @@ PREFILL_CHUNK = 512
 """Tokens of a prompt that run at once: bounds memory, long enough for full GEMM speed."""
 
 _KEPT = 16  # tokens: bindings for longer passes are dropped once their prompt has run
-_SHARED_LOGITS = (MOST + 1, MOST_ROWS)  # rows of buffers for the logits of passes with guesses
+_SHARED_LOGITS = (MAX_DRAFT_TOKENS + 1, MAX_DRAFT_ROWS)  # rows of logits of passes with drafts
 _PREVIEWED = 32  # tokens: for each an INT2 head gathers 256 rows of the INT8 head
 
 
@@ -54,7 +54,7 @@ class SequenceState:
             self.kv = KVCache(sessions.manifest, backend, capacity, batch)
             self._lengths = Lengths.new(backend, batch)
         self._passes: dict[int, Pass] = {}
-        self._logits_of: dict[int, Buffer] = {}  # by rows, shared by passes with guesses
+        self._logits_of: dict[int, Buffer] = {}  # by rows, shared by passes with drafts
         self._widened = sessions.widened  # actions that passes of several rows may run wide
         self._plain: bool | None = None  # whether passes attend by plain operators; None: if faster
         self._moves = self.kv.moves  # of the cache that the layers are bound to

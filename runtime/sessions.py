@@ -218,7 +218,7 @@ class Sessions:
                 for one in policy.segments(len(every))
                 for form in later[one.start]
             }
-            # Several tokens of a batch, or guesses, may run wide, whatever its prompts do.
+            # Several tokens of a batch, or draft tokens, may run wide, whatever its prompts do.
             head_wide = head_widens(manifest.costs.passes, policy.head, self.widened)
             wide = [p in prompt.widened or bool(rest & self.widened) for p, rest in both]
         heads |= {WIDE} if head_wide else set()

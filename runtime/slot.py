@@ -72,7 +72,7 @@ class Slot:
         return self.going is not None and self.going.count > 0
 
     def next_tokens(self, ahead: int) -> list[int]:
-        """What a pass runs: what is left of `rest`, or the last token, and guesses after it.
+        """What a pass runs: what is left of `rest`, or the last token, and draft tokens after it.
 
         Args:
             ahead: most tokens after the first one.
@@ -80,7 +80,7 @@ class Slot:
         assert self.going is not None
         certain = self.rest[: ahead + 1].tolist() or self.going.text[-1:]
         more = ahead + 1 - len(certain) if len(certain) >= len(self.rest) else 0
-        return certain + self.going.guess(more)
+        return certain + self.going.draft(more)
 
     @property
     def lasting(self) -> list[int]:

@@ -21,7 +21,7 @@ POINTS = 4
 """Most points that a sequence keeps."""
 
 LONG = 17
-"""Least tokens of a pass that leaves points at both ends: a prompt's pass, not one with guesses."""
+"""Minimum tokens of a pass that leaves points at both ends: a prompt, not one with drafts."""
 
 _SPACING = 512  # tokens after which a shorter pass leaves a point, too
 

@@ -100,8 +100,8 @@ class Completion(str):
         finish_reason: why it ended.
         prompt_tokens: length of the prompt.
         generated_tokens: how many tokens were generated.
-        guessed_tokens: how many draft tokens were verified.
-        right_guesses: how many of these were accepted.
+        draft_tokens: how many draft tokens were verified.
+        accepted_tokens: how many of these were accepted.
         ms: wall time of each generated token in milliseconds; the first includes the prompt.
         actions: share of each action in the layers of all tokens except the first, which comes from
             the prefill.
@@ -112,8 +112,8 @@ class Completion(str):
     finish_reason: FinishReason | None
     prompt_tokens: int
     generated_tokens: int
-    guessed_tokens: int
-    right_guesses: int
+    draft_tokens: int
+    accepted_tokens: int
     ms: tuple[float, ...]
     actions: dict[Action, float]
     logprobs: tuple[Logprobs, ...]
@@ -128,9 +128,9 @@ class Completion(str):
         completion.finish_reason = chunks[-1].finish_reason
         completion.prompt_tokens = chunks[-1].prompt_tokens
         completion.generated_tokens = chunks[-1].generated_tokens
-        guesses = [chunk.guess for chunk in chunks if chunk.guess is not None]
-        completion.guessed_tokens = sum(guess.tokens for guess in guesses)
-        completion.right_guesses = sum(guess.right for guess in guesses)
+        drafts = [chunk.draft for chunk in chunks if chunk.draft is not None]
+        completion.draft_tokens = sum(draft.tokens for draft in drafts)
+        completion.accepted_tokens = sum(draft.accepted for draft in drafts)
         completion.ms = tuple(chunk.ms for chunk in chunks)
         completion.actions = {action: n / counts.total() for action, n in sorted(counts.items())}
         completion.logprobs = tuple(chunk.logprobs for chunk in chunks if chunk.logprobs)

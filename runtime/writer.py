@@ -44,7 +44,7 @@ class TextWriter:
             self._held = held[len(reasoning) :]
         else:
             text, reason = self._answer(held, reason)
-        told = step.token, step.path, step.ms, reason, step.guess, step.logprobs, step.thinking
+        told = step.token, step.path, step.ms, reason, step.draft, step.logprobs, step.thinking
         return Chunk(
             *told,
             text=text,

@@ -267,6 +267,6 @@ def trained_bundle() -> Path:
 def cheap_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes rows nearly free, as on a machine with fast products of many rows."""
     monkeypatch.setattr(
-        "dash_onnx.runtime.guesses.Learned.cost",
-        lambda learned, rows, context: 1 + 0.01 * (rows - 1),
+        "dash_onnx.runtime.drafts.DraftStats.cost",
+        lambda stats, rows, context: 1 + 0.01 * (rows - 1),
     )

@@ -165,10 +165,10 @@ def test_rows_with_several_tokens_each_have_the_logits_of_each_alone(
 
 @pytest.mark.usefixtures("cheap_rows")
 @pytest.mark.parametrize("given", [{}, {"temperature": 0.8, "seed": 5}], ids=str)
-def test_guesses_answers_and_a_prompt_share_a_pass(
+def test_drafts_answers_and_a_prompt_share_a_pass(
     given: dict[str, Any], tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One call of each layer's graph for a prompt's part, guessed rows and a lone one."""
+    """One call of each layer's graph for a prompt's part, drafted rows and a lone one."""
     prompts = ["the keeper of the lighthouse", "in the night", "the ships"]
     chosen = options(policy="full", max_new_tokens=120, **given)
     wanted = [tiny_model.generate(prompt, options=chosen, speculate=False) for prompt in prompts]
@@ -211,13 +211,13 @@ def test_guesses_answers_and_a_prompt_share_a_pass(
     while scheduler.step():
         pass
     assert ["".join(chunk.text for chunk in pieces) for pieces in told] == wanted
-    assert sum(chunk.guess.right for chunk in told[0] if chunk.guess) > 10
-    assert not any(chunk.guess for chunk in told[1])
+    assert sum(chunk.draft.accepted for chunk in told[0] if chunk.draft) > 10
+    assert not any(chunk.draft for chunk in told[1])
     assert all(made == 1 for _, made in passes)
 
 
 @pytest.mark.usefixtures("cheap_rows")
-def test_each_answer_has_no_more_guesses_in_a_pass_than_it_asks_for(tiny_model: Model) -> None:
+def test_each_answer_has_no_more_drafts_in_a_pass_than_it_asks_for(tiny_model: Model) -> None:
     chosen = options(policy="full", max_new_tokens=60)
     own = tiny_model.generate("night", options=chosen, speculate=False)
     batch, told = tiny_model.new_scheduler(2), [list[Any](), list[Any]()]
@@ -227,7 +227,7 @@ def test_each_answer_has_no_more_guesses_in_a_pass_than_it_asks_for(tiny_model: 
     while batch.step():
         pass
     assert ["".join(chunk.text for chunk in pieces) for pieces in told] == [own, own]
-    most = [max(chunk.guess.tokens for chunk in pieces if chunk.guess) for pieces in told]
+    most = [max(chunk.draft.tokens for chunk in pieces if chunk.draft) for pieces in told]
     assert most[0] == 1 < most[1]
 
 

@@ -16,7 +16,7 @@ import pytest
 from cli_tool import Capture, Tool
 from conftest import needed, save_tiny
 
-from dash_onnx.bench.contenders import guesses, policy_of
+from dash_onnx.bench.contenders import drafts, policy_of
 from dash_onnx.bench.measure import Behind, Reference, Result, divergence, dominated, measure, ratio
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import context, read_prompts
@@ -75,9 +75,9 @@ def test_speed_and_bandwidth_follow_from_the_median() -> None:
 def test_the_name_of_a_path_file_may_hold_a_plus(tiny_model: Model, tmp_path: Path) -> None:
     file = tmp_path / "c++ @0.5.txt"
     file.write_text("int8*4")
-    for variant, guessing in ((f"static:@{file}", False), (f"static:@{file}+guesses", True)):
+    for variant, drafting in ((f"static:@{file}", False), (f"static:@{file}+drafts", True)):
         assert policy_of(tiny_model, variant).uniform == ("int8",) * 4
-        assert guesses(variant) == guessing
+        assert drafts(variant) == drafting
 
 
 class Fake(Worker):
@@ -228,12 +228,12 @@ def test_json_compares_policies_and_a_peer(
     assert xml.etree.ElementTree.parse(drawing).getroot().tag.endswith("svg")
 
 
-def test_a_run_may_guess(tiny_bundle: Path, capsys: Capture) -> None:
+def test_a_run_may_draft(tiny_bundle: Path, capsys: Capture) -> None:
     amount = ("--limit", 1, "--max-tokens", 8, "--rounds", 1, "--threads", 1, "--skip", "quality")
-    assert TOOL.run(tiny_bundle, "--policy", "int8", "--policy", "int8+guesses", *amount) == 0
+    assert TOOL.run(tiny_bundle, "--policy", "int8", "--policy", "int8+drafts", *amount) == 0
     out = capsys.readouterr().out
-    assert "dash int8+guesses" in out and "runs that guess: mean" in out
-    for wrong, told in (("int8+magic", "int8+magic"), ("random+guesses", "one path")):
+    assert "dash int8+drafts" in out and "with drafts: mean" in out
+    for wrong, told in (("int8+magic", "int8+magic"), ("random+drafts", "one path")):
         assert told in TOOL.refused(capsys, tiny_bundle, "--policy", wrong)
 
 

@@ -90,7 +90,7 @@ def test_a_batch_answers_every_line_of_a_file(
     for name, text in ((0, "hello"), ("b", "ships?"), (7, "hello")):
         assert found[name]["text"] == tiny_model.chat(text, **options)
         assert found[name]["generated_tokens"] == 6
-        assert 0 <= found[name]["right_guesses"] <= found[name]["guessed_tokens"]
+        assert 0 <= found[name]["accepted_tokens"] <= found[name]["draft_tokens"]
     assert "3 answers, 18 tokens" in err
     assert run(tiny_bundle, "--batch", file, "--raw", *QUICK) == 2  # a line is a chat
     assert "messages" in capsys.readouterr().err
@@ -160,8 +160,8 @@ def test_json_is_one_object_with_text_and_figures(
         "policy",
         "budget",
         "sampling",
-        "guessed_tokens",
-        "right_guesses",
+        "draft_tokens",
+        "accepted_tokens",
         "actions",
     }
     assert facts["text"] == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True)
@@ -181,12 +181,12 @@ def test_expected_text_comes_sooner_and_is_the_same(
 ) -> None:
     given = (tiny_bundle, PROMPT, "--policy", "full", "--max-tokens", "60", "--ignore-eos")
     alone = json_of(capsys, *given, "--speculate", 0)
-    assert alone["guessed_tokens"] == 0
+    assert alone["draft_tokens"] == 0
     file = tmp_path / "expected.txt"
     file.write_text(alone["text"])
     found = json_of(capsys, *given, "--expected", file)
     assert found["text"] == alone["text"]
-    assert 0 < found["right_guesses"] <= found["guessed_tokens"]
+    assert 0 < found["accepted_tokens"] <= found["draft_tokens"]
     file.write_text("")  # nothing is expected
     assert json_of(capsys, *given, "--expected", file)["text"] == alone["text"]
     missing = tmp_path / "missing.txt"
@@ -222,7 +222,7 @@ def test_a_trace_has_a_line_for_each_token_with_its_path(
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(lines) == facts["generated_tokens"] == 6
     for line in lines:
-        assert set(line) - {"guess"} == {"token", "text", "ms", "path"}
+        assert set(line) - {"draft"} == {"token", "text", "ms", "path"}
         assert 0 <= line["token"] < 384
         assert line["ms"] >= 0
         assert len(line["path"]) == LAYERS
@@ -996,7 +996,7 @@ def test_the_budget_of_a_chat_may_change(
     ("own", "speculate", "wanted", "error"),
     [
         ("fast", None, "quality", "the graphs to load need 0.0 GB"),
-        ("quality", True, "fast", "guesses are checked on one path for every token"),
+        ("quality", True, "fast", "draft tokens are verified on one path for every token"),
     ],
 )
 def test_a_budget_whose_plan_is_refused_leaves_the_chat_at_its_own(

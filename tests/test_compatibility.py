@@ -76,7 +76,8 @@ def test_any_other_format_is_refused_in_one_line(
     data = json.loads(manifest.read_text("utf-8"))
     manifest.write_text(json.dumps({**data, "format_version": version}), "utf-8")
     message = RUN.refused(capsys, tmp_path, "the keeper")
-    assert f"has format version {version}; this dash-onnx reads version {FORMAT_VERSION}" in message
+    versions = f"versions {FORMAT_VERSION - 1} and {FORMAT_VERSION}"
+    assert f"has format version {version}; this dash-onnx reads {versions}" in message
     assert "export again" in message
 
 

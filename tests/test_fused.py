@@ -243,7 +243,7 @@ def test_of_a_prompt_the_head_looks_twice_at_the_last_row(
     policy = model.policy("int4")
     assert policy.uniform is not None and policy.head == "int4"
     ids = list(range(20, 60))
-    for count in (len(ids), 5):  # a prompt, and a pass with guesses
+    for count in (len(ids), 5):  # a prompt, and a pass with drafts
         client, sequence = Client(tmp_path / "flat", model.manifest), model.new_sequence()
         errors = [
             np.abs(row - sequence.prefill(np.array([token]), policy.uniform, policy.head)).max()

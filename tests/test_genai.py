@@ -217,7 +217,7 @@ def test_the_example_in_cpp_answers_and_stops(demo: tuple[str, Path], tmp_path: 
 
 
 @pytest.mark.demo
-def test_genai_guesses_tokens_for_a_fused_graph(trained_bundle: Path, tmp_path: Path) -> None:
+def test_genai_drafts_tokens_for_a_fused_graph(trained_bundle: Path, tmp_path: Path) -> None:
     og = needed("onnxruntime_genai")
     fuse(Bundle(trained_bundle), tmp_path / "out", FuseOptions("genai", "int8"), overwrite=False)
     model = og.Model(str(tmp_path / "out"))
@@ -235,6 +235,6 @@ def test_genai_guesses_tokens_for_a_fused_graph(trained_bundle: Path, tmp_path: 
         return [int(token) for token in generator.get_sequence(0)], accepted
 
     plain, _ = answered()
-    guessed, accepted = answered(ngram_size=3)
-    assert guessed == plain  # a text without near-ties
+    drafted, accepted = answered(ngram_size=3)
+    assert drafted == plain  # a text without near-ties
     assert accepted > TOKENS // 2

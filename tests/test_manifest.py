@@ -60,7 +60,7 @@ def test_another_format_version_is_refused_and_both_are_named(text: str, version
     with pytest.raises(BundleError) as caught:
         Manifest.from_text(changed, "here/dash.json")
     assert str(caught.value).startswith(f"here/dash.json has format version {version};")
-    assert f"reads version {FORMAT_VERSION}:" in str(caught.value)
+    assert f"and {FORMAT_VERSION}:" in str(caught.value)
 
 
 def test_a_document_without_version_is_refused(text: str) -> None:

@@ -53,7 +53,7 @@ HTML = (
 def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("page") / "out")
     with dash_onnx.load(with_scorer(Path(folder)), policy="dash", budget=0.6) as model:
-        short = Limits(most_tokens=16)  # two answers fit the context, whatever the policy chooses
+        short = Limits(max_tokens=16)  # two answers fit the context, whatever the policy chooses
         server = Server({"out": model}, short)
         yield server.url
         server.stop()

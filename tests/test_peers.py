@@ -111,8 +111,8 @@ def test_llama_cpp_draws_the_same_tokens_with_its_lookup_in_fewer_passes(
 
     monkeypatch.setattr(peer, "_next", counted)
     ids = np.random.default_rng(3).integers(2, 300, 10).tolist() * 3
-    alone, _ = peer.answer(ids, 60, guesses=False)
+    alone, _ = peer.answer(ids, 60, drafts=False)
     assert passes == [1] * len(alone) and len(alone) > 20
     passes.clear()
-    assert peer.answer(ids, 60, guesses=True)[0] == alone
+    assert peer.answer(ids, 60, drafts=True)[0] == alone
     assert max(passes) == 3 and len(passes) < len(alone) < sum(passes)

@@ -331,7 +331,7 @@ def test_the_plan_may_change_in_the_middle_of_an_answer(changing: Path) -> None:
     assert len(later) == 5 and any(path != INT4 for path in later)
 
 
-def test_a_plan_that_cannot_guess_is_refused_where_guesses_are_asked_for(changing: Path) -> None:
+def test_a_plan_that_cannot_draft_is_refused_where_drafts_are_asked_for(changing: Path) -> None:
     with dash_onnx.load(changing) as model:
         stream = model.stream(
             PROMPT, budget="fast", speculate=True, max_new_tokens=8, ignore_eos=True

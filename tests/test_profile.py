@@ -61,7 +61,7 @@ def test_tokens_are_timed_as_a_whole_beside_the_sum_of_their_parts(
         return forward(self, tokens, decider, **options)
 
     monkeypatch.setattr(SequenceState, "forward", slow)
-    limits = {"LEAST_MS": 0.0, "STEADY": math.inf, "MOST_APART": math.inf, "_TURNS": (2, 2)}
+    limits = {"MIN_MS": 0.0, "STEADY": math.inf, "MAX_APART": math.inf, "_TURNS": (2, 2)}
     for name, limit in limits.items():
         monkeypatch.setattr(profile_whole, name, limit)
     found = TOOL.json_of(capsys, bundle, "--force")["whole"]
@@ -75,9 +75,9 @@ def test_tokens_are_timed_as_a_whole_beside_the_sum_of_their_parts(
 
     assert {*ratios()} == {"full", "int8", "int4", "decided"}
     for name, limit, left in (
-        ("LEAST_MS", math.inf, {}),
+        ("MIN_MS", math.inf, {}),
         ("STEADY", -1.0, {}),  # other work disturbed it
-        ("MOST_APART", 0.1, {}),
+        ("MAX_APART", 0.1, {}),
         ("available_bytes", lambda: 0, {}),
     ):
         with monkeypatch.context() as limited:

@@ -37,7 +37,7 @@ BENCH = {
         {**SPEED, "name": "genai peers/int4", "tokens_per_s": 100.0},
     ]
 }
-GUESSES = {
+DRAFTS = {
     "target": "int8", "kind": "editing", "ms_per_token": 12.34, "accepted": 0.6, "prompts": 6,
     "differs": [],
 }  # fmt: skip
@@ -80,16 +80,16 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
     "answers": [
         ("python benchmarks/answers.py", [{**ANSWERS, "repeated": 0.1, "repeated_stderr": 0.02}])
     ],
-    "guesses": [
+    "drafts": [
         (
             "python benchmarks/speculate.py out --json",
             {
                 "model": "m",
                 "rows": [
-                    {**GUESSES, "speculate": "off", "ratio": 1.0, "accepted": None},
-                    {**GUESSES, "speculate": "on", "ratio": 1.7, "differs": [{"gap": 0.031}]},
-                    {**GUESSES, "speculate": "GenAI", "ms_per_token": 20.0},
-                    {**GUESSES, "speculate": "GenAI + ngram", "ms_per_token": 16.0},
+                    {**DRAFTS, "speculate": "off", "ratio": 1.0, "accepted": None},
+                    {**DRAFTS, "speculate": "on", "ratio": 1.7, "differs": [{"gap": 0.031}]},
+                    {**DRAFTS, "speculate": "GenAI", "ms_per_token": 20.0},
+                    {**DRAFTS, "speculate": "GenAI + ngram", "ms_per_token": 16.0},
                 ],
                 "means": [
                     {**MEAN, "speculate": "off", "ratio": 1.0},
@@ -205,14 +205,14 @@ def test_llama_cpp_stands_beside_genai_where_it_was_measured(
     results: Any, parts: dict[str, Any]
 ) -> None:
     without, parts = results.page(parts), copy.deepcopy(parts)
-    command = parts["guesses"]["commands"][0]
+    command = parts["drafts"]["commands"][0]
     command["command"] += " --llama-cpp q4_0.gguf"
     for name, ms in (("llama.cpp", 10.0), ("llama.cpp + lookup", 8.0)):
-        command["found"]["rows"] += [{**GUESSES, "speculate": name, "ms_per_token": ms}]
+        command["found"]["rows"] += [{**DRAFTS, "speculate": name, "ms_per_token": ms}]
     page = results.page(parts)
     assert "| editing | 50 | 62 | 100 | 125 | 81 | 81 | 1.30 |" in page.splitlines()
     assert "llama.cpp runs Q4_0" in page and "llama.cpp runs Q4_0" not in without
-    parts["guessing_peers"] = parts["guesses"]  # where they were measured apart
+    parts["draft_peers"] = parts["drafts"]  # where they were measured apart
     apart = results.page(parts)
     assert apart.count(command["command"]) == page.count(command["command"]) + 1
 

@@ -94,7 +94,7 @@ def scored(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def server(scored: Model, tiny_model: Model) -> Iterator[Server]:
-    running = Server({"scored": scored, "tiny": tiny_model}, Limits(parallel=2, most_tokens=200))
+    running = Server({"scored": scored, "tiny": tiny_model}, Limits(parallel=2, max_tokens=200))
     yield running
     running.stop()
 
@@ -254,7 +254,7 @@ def test_a_choice_that_fails_ends_its_request(
         running.stop()
 
 
-def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
+def test_budgets_and_drafts_are_ours(client: openai.OpenAI) -> None:
     def told(**body: Any) -> dict[str, Any]:
         return client.chat.completions.create(
             model="scored", messages=MESSAGES, max_tokens=30, extra_body=body
@@ -268,7 +268,7 @@ def test_budgets_and_guesses_are_ours(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_a_prediction_is_guessed_from_and_counted(parts: bool, client: openai.OpenAI) -> None:
+def test_a_prediction_is_drafted_from_and_counted(parts: bool, client: openai.OpenAI) -> None:
     def told(prediction: Any) -> Any:
         return client.chat.completions.create(
             model="tiny",
@@ -854,7 +854,7 @@ def test_a_wrong_method_is_told_the_right_one(server: Server) -> None:
 
 
 def test_a_prompt_may_be_limited(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(most_prompt_tokens=20))
+    running = Server({"tiny": tiny_model}, Limits(max_prompt_tokens=20))
     try:
         client = running.client()
         assert client.completions.create(model="tiny", prompt="the keeper", max_tokens=1)

@@ -19,7 +19,7 @@ LENGTHS = (1, 7, 33, 120)
 SPECULATE = (False, True)  # in turns, for `full`: there the text is the same
 
 # Both programs take a bundle; a job is a policy, a length of prompt and one of the answer. Whether
-# tokens are guessed is none of it: the answer must not depend on that.
+# tokens are drafted is none of it: the answer must not depend on that.
 _JOBS = f"""
 import json, sys, dash_onnx
 from itertools import cycle, product

@@ -1,4 +1,4 @@
-"""Guesses: another speed, the same text."""
+"""Drafts: another speed, the same text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import dash_onnx
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.policy import PathPolicy
 from dash_onnx.runtime.deciders import FixedPath
+from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS, Draft, DraftStats, best_length
 from dash_onnx.runtime.generate import CurrentPolicy, Generation, Request
 from dash_onnx.runtime.grammar import Constraint, Grammar, guidance_tokenizer
-from dash_onnx.runtime.guesses import MOST, Guess, Learned, best_length
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.part import Part
@@ -59,14 +59,14 @@ def expectations(model: Model, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("policy", ["full", "int8", "static:int8,skip,int4,full"])
-def test_greedy_text_is_that_without_guesses(policy: str, tiny_model: Model) -> None:
-    alone, guessed = tokens(tiny_model, policy=policy, speculate=False), list[Guess]()
+def test_greedy_text_is_that_without_drafts(policy: str, tiny_model: Model) -> None:
+    alone, drafted = tokens(tiny_model, policy=policy, speculate=False), list[Draft]()
     for expected in expectations(tiny_model, policy=policy):
         found = steps(tiny_model, policy=policy, expected=expected)
         assert [step.token for step in found] == alone
-        guessed += [step.guess for step in found if step.guess]
-    assert all(0 <= guess.right <= guess.tokens <= MOST for guess in guessed)
-    assert {guess.source for guess in guessed} >= {"expected"}
+        drafted += [step.draft for step in found if step.draft]
+    assert all(0 <= draft.accepted <= draft.tokens <= MAX_DRAFT_TOKENS for draft in drafted)
+    assert {draft.source for draft in drafted} >= {"expected"}
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def drawn(
     *,
     begin: Sequence[int] = (0,),
     eos: frozenset[int] = frozenset(),
-) -> tuple[list[int], list[Guess]]:
-    """A text of a chain with `count` further tokens, or up to EOS; what came of its guesses."""
+) -> tuple[list[int], list[Draft]]:
+    """A text of a chain with `count` further tokens, or up to EOS; what came of its drafts."""
     chain: Any = Chain(logits)
     current = CurrentPolicy(Named(), lambda budget: Named())
-    learned = Learned(None, (), "int8", frozenset())
+    stats = DraftStats(None, (), "int8", frozenset())
     options = GenerationOptions(max_new_tokens=count)
     request: Request[Any] = Request(
         ids=np.array(begin),
@@ -137,15 +137,15 @@ def drawn(
         deliver=lambda piece: None,
     )
     going = Generation(chain, request)
-    chain.length, guesses = len(begin) - 1, []
+    chain.length, drafts = len(begin) - 1, []
     while going.count < count and not eos & {*going.text[len(begin) :]}:
-        context, count_of = chain.length, best_length([going.look_ahead(learned)], learned, 0)
-        step = going.take(chain.run([going.text[-1], *going.guess(count_of)]), ())
+        context, count_of = chain.length, best_length([going.look_ahead(stats)], stats, 0)
+        step = going.take(chain.run([going.text[-1], *going.draft(count_of)]), ())
         chain.length = context + len(step.tokens)
-        guesses.append(step.guess)
+        drafts.append(step.draft)
         assert [told.token for told in going.told(step, 1.0)] == step.tokens
         assert chain.length == len(going.text) - 1
-    return going.text, [guess for guess in guesses if guess]
+    return going.text, [draft for draft in drafts if draft]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_twenty_thousand_draws_have_the_target_s_distribution(
     rng = np.random.default_rng(0)
     target = rng.normal(0, 1.5, (8, 8)).astype(np.float32)
     chosen = Sampling(**{"temperature": 1.0, "seed": 1, **sampling})
-    text, guesses = drawn(chosen, target, 20_000)
-    assert 50 < sum(guess.right for guess in guesses) < sum(guess.tokens for guess in guesses)
+    text, drafts = drawn(chosen, target, 20_000)
+    assert 50 < sum(draft.accepted for draft in drafts) < sum(draft.tokens for draft in drafts)
     counts = np.zeros(target.shape)
     np.add.at(counts, (text[:-1], text[1:]), 1)
     wanted = counts.sum(1, keepdims=True) * np.stack([filtered(row, chosen) for row in target])
@@ -184,41 +184,41 @@ def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return (kept / kept.sum())[np.argsort(order)]
 
 
-def test_nothing_is_guessed_or_drawn_after_the_end() -> None:
+def test_nothing_is_drafted_or_drawn_after_the_end() -> None:
     """Token 3 ends the text, and 0 would follow it."""
     cycle = np.full((9, 9), -9.0, np.float32)
     cycle[range(9), [1, 2, 4, 0, 5, 6, 7, 8, 3]] = 9.0  # 0 1 2 4 5 6 7 8 3
     begin = [0, 1, 2, 4, 5, 6, 7, 8, 3, 0]
-    text, guesses = drawn(Sampling(), cycle, 30, begin=begin)
-    assert len(text) >= 40 and sum(guess.right for guess in guesses) > 10
-    text, guesses = drawn(Sampling(), cycle, 30, begin=begin, eos=frozenset({3}))
+    text, drafts = drawn(Sampling(), cycle, 30, begin=begin)
+    assert len(text) >= 40 and sum(draft.accepted for draft in drafts) > 10
+    text, drafts = drawn(Sampling(), cycle, 30, begin=begin, eos=frozenset({3}))
     assert text == [*begin, 1, 2, 4, 5, 6, 7, 8, 3]
-    assert sum(guess.tokens for guess in guesses) <= 6  # the first two passes are without
+    assert sum(draft.tokens for draft in drafts) <= 6  # the first two passes are without
 
 
-def test_right_guesses_save_passes(tiny_model: Model) -> None:
+def test_accepted_tokens_save_passes(tiny_model: Model) -> None:
     own = tiny_model.text.decode(tokens(tiny_model, policy="full", speculate=False))
     found = steps(tiny_model, policy="full", expected=own)
-    assert sum(step.guess.right for step in found if step.guess) > 5
+    assert sum(step.draft.accepted for step in found if step.draft) > 5
     options: dict[str, Any] = {"policy": "full", "ignore_eos": True, "max_new_tokens": 24}
     whole = tiny_model.generate(PROMPT, expected=own, **options)
-    assert 0 < whole.right_guesses <= whole.guessed_tokens
+    assert 0 < whole.accepted_tokens <= whole.draft_tokens
     alone = tiny_model.generate(PROMPT, speculate=False, **options)
-    assert (alone, alone.guessed_tokens, alone.right_guesses) == (whole, 0, 0)
+    assert (alone, alone.draft_tokens, alone.accepted_tokens) == (whole, 0, 0)
 
 
-def test_a_number_is_that_of_guesses_in_a_pass_at_most(
+def test_a_number_is_that_of_drafts_in_a_pass_at_most(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Learned, "cost", lambda _, rows, context: 1 + 0.01 * (rows - 1))
+    monkeypatch.setattr(DraftStats, "cost", lambda _, rows, context: 1 + 0.01 * (rows - 1))
     own = tiny_model.text.decode(tokens(tiny_model, policy="full", speculate=False))
     alone, most = tokens(tiny_model, policy="full", speculate=False), list[int]()
     for number in (True, 2, 1, 0):
         found = steps(tiny_model, policy="full", expected=own, speculate=number)
         assert [step.token for step in found] == alone
-        most.append(max((step.guess.tokens for step in found if step.guess), default=0))
+        most.append(max((step.draft.tokens for step in found if step.draft), default=0))
     assert most[0] > 2 and most[1:] == [2, 1, 0]
-    for number in (-1, MOST + 1):
+    for number in (-1, MAX_DRAFT_TOKENS + 1):
         with pytest.raises(PolicyError, match=rf"speculate={number} must be in 0\.\.15$"):
             steps(tiny_model, speculate=number)
 
@@ -244,8 +244,8 @@ def test_a_stop_text_ends_a_pass_in_its_middle(tiny_model: Model) -> None:
     assert cut.finish_reason == "stop"
 
 
-def test_a_cache_goes_on_after_guesses(tiny_model: Model) -> None:
-    """The K/V that it keeps are the target's: those of wrong guesses are gone."""
+def test_a_cache_goes_on_after_drafts(tiny_model: Model) -> None:
+    """The K/V that it keeps are the target's: those of wrong drafts are gone."""
     ids = tiny_model.text.encode(PROMPT)
     options: dict[str, Any] = {"policy": "full", "max_new_tokens": 20, "ignore_eos": True}
     for expected in expectations(tiny_model, **options):
@@ -258,12 +258,12 @@ def test_a_cache_goes_on_after_guesses(tiny_model: Model) -> None:
         assert [step.token for step in again] == [step.token for step in afresh]
 
 
-def test_a_policy_decided_per_token_guesses_only_if_it_must_and_then_refuses(
+def test_a_policy_decided_per_token_drafts_only_if_it_must_and_then_refuses(
     scored: Model,
 ) -> None:
     for given in ({"policy": "dash"}, {"budget": "fast"}, {"policy": "random:1"}):
         found = steps(scored, expected=PROMPT, **given)
-        assert not any(step.guess for step in found)
+        assert not any(step.draft for step in found)
         with pytest.raises(PolicyError, match="one path for every token") as error:
             steps(scored, speculate=True, **given)
         assert "\n" not in str(error.value)
@@ -271,7 +271,7 @@ def test_a_policy_decided_per_token_guesses_only_if_it_must_and_then_refuses(
         steps(scored, speculate="maybe")
 
 
-def test_guesses_end_and_begin_with_the_policy(scored: Model) -> None:
+def test_drafts_end_and_begin_with_the_policy(scored: Model) -> None:
     """A budget that is set while an answer runs may take another kind of policy."""
     options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "expected": "x"}
     stream, found = scored.stream(PROMPT, policy="full", **options), []
@@ -298,7 +298,7 @@ def test_passes_of_a_few_tokens_share_their_logits(tiny_model: Model) -> None:
     path = FixedPath(("full",) * 4, "full")
     for sequence in (Part(whole, 0, 1), Part(whole, 1, 2)):
         sequence.forward(np.array([1, 2, 3]), path)
-        for size in (2, 9, 5, MOST + 1):
+        for size in (2, 9, 5, MAX_DRAFT_TOKENS + 1):
             logits, _ = sequence.forward(np.arange(size), path, every=True)
             assert logits.shape[0] == size
             memory.add(logits.__array_interface__["data"][0])
@@ -309,7 +309,7 @@ def test_passes_of_a_few_tokens_share_their_logits(tiny_model: Model) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"temperature": 0.8, "seed": 5}], ids=str)
-def test_an_answer_that_runs_alone_in_a_batch_guesses(
+def test_an_answer_that_runs_alone_in_a_batch_drafts(
     given: dict[str, Any], tiny_model: Model
 ) -> None:
     options: dict[str, Any] = {"policy": "full", "max_new_tokens": 60, "ignore_eos": True, **given}
@@ -324,7 +324,7 @@ def test_an_answer_that_runs_alone_in_a_batch_guesses(
     while batch.step():
         pass
     assert "".join(chunk.text for chunk in told[0]) == alone
-    assert any(chunk.guess.right for chunk in told[0] if chunk.guess)
+    assert any(chunk.draft.accepted for chunk in told[0] if chunk.draft)
     assert "".join(chunk.text for chunk in told[1]) == tiny_model.generate("night", options=other)
 
 
@@ -356,7 +356,7 @@ RECORD = {
 
 
 @pytest.mark.usefixtures("cheap_rows")
-def test_what_a_grammar_leaves_is_guessed_where_a_longer_token_may_come(
+def test_what_a_grammar_leaves_is_drafted_where_a_longer_token_may_come(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After "the", "ship" must follow; the answer may write "ships" in one token."""
@@ -375,8 +375,8 @@ def test_what_a_grammar_leaves_is_guessed_where_a_longer_token_may_come(
         found[speculate] = [*tiny_model.generate_step(ids, speculate=speculate, **given)]
         needed[speculate] = len(passes)
     assert [step.token for step in found[True]] == [step.token for step in found[False]]
-    guesses = [step.guess for step in found[True] if step.guess]
-    right = sum(guess.right for guess in guesses if guess.source == "grammar")
+    drafts = [step.draft for step in found[True] if step.draft]
+    right = sum(draft.accepted for draft in drafts if draft.source == "grammar")
     assert right > 5 and needed[True] <= needed[False] - right
 
 
@@ -397,7 +397,7 @@ def test_what_a_grammar_leaves_is_cut_as_the_answer_cut_it_before(tiny_model: Mo
     constraint.took(*usual)  # the latest way holds
     constraint.took(*between)
     assert constraint.hint() == usual
-    constraint.took(*tokenizer.tokenize_bytes(b"the ships"))  # another text: nothing is learned
+    constraint.took(*tokenizer.tokenize_bytes(b"the ships"))  # another text: nothing is stats
     constraint.took(*between)
     assert constraint.hint() == usual
 

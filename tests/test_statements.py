@@ -27,7 +27,7 @@ from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
 from dash_onnx.exporters.sources.gguf_tokenizer import PRE_TOKENIZERS
 from dash_onnx.exporters.train.options import PLANS, plan_of
 from dash_onnx.exporters.train.tables import ROWS
-from dash_onnx.runtime.guesses import MOST, MOST_ROWS
+from dash_onnx.runtime.drafts import MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.profile_passes import CONTEXTS, HEAD_ROWS
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
@@ -203,11 +203,11 @@ def test_the_guide_to_training_counts_the_tokens_of_each_effort() -> None:
     for plan, said in plans:
         tokens = (plan.sequences + plan.held_out) * plan.length
         assert int(said.replace(",", "")) == tokens // 1000 * 1000 + (tokens % 1000 > 900) * 1000
-    assert f"at least {PLANS['quick'].least_tokens:,} tokens" in text
+    assert f"at least {PLANS['quick'].min_tokens:,} tokens" in text
 
 
 def test_the_pages_state_the_sizes_that_the_code_has() -> None:
-    guesses, texts, trouble = (
+    drafts, texts, trouble = (
         " ".join(text_of(f"docs/{page}.md").split())
         for page in ("guide/speculate", "reference/texts", "guide/troubleshooting")
     )
@@ -215,9 +215,9 @@ def test_the_pages_state_the_sizes_that_the_code_has() -> None:
         " ".join(text_of(f"docs/concepts/{page}.md").split())
         for page in ("runtime", "quantization", "budget")
     )
-    assert f"logits for {MOST + 1} tokens" in guesses
-    assert f"{MOST + 2} to {MOST_ROWS} tokens in a pass" in guesses
-    assert f"up to {MOST} draft tokens" in runtime
+    assert f"logits for {MAX_DRAFT_TOKENS + 1} tokens" in drafts
+    assert f"{MAX_DRAFT_TOKENS + 2} to {MAX_DRAFT_ROWS} tokens in a pass" in drafts
+    assert f"up to {MAX_DRAFT_TOKENS} draft tokens" in runtime
     assert f"room for {CAPACITY} tokens and grows in steps of {CAPACITY}" in runtime
     assert f"in chunks of {PREFILL_CHUNK} tokens" in runtime
     assert POINTS == 4 and "up to four *points*" in runtime
@@ -311,7 +311,7 @@ def test_the_page_of_the_runtime_says_how_long_its_files_are() -> None:
         assert len(text_of(f"runtime/{name}").splitlines()) == pytest.approx(int(lines), rel=0.2)
 
 
-def test_no_page_names_a_value_that_the_option_for_guesses_refuses() -> None:
+def test_no_page_names_a_value_that_the_option_for_drafts_refuses() -> None:
     pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "dash_onnx").rglob("*.jinja")]
     for page in pages:
         if "decisions" not in page.parts:

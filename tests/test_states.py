@@ -19,7 +19,7 @@ from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.runtime.deciders import FixedPath
-from dash_onnx.runtime.guesses import Learned
+from dash_onnx.runtime.drafts import DraftStats
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.prefix import PrefixStore, Saved, copy_prefix
@@ -126,8 +126,8 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(any_model: Model,
         twin.state.prefill(np.array(tokens), chosen, "full", chunk=int(rng.integers(5, 40)))
         twin.ran(tokens, chosen)
 
-    def guess(twin: Twin) -> None:
-        """As `Generation.step` does: of some guesses, some are right."""
+    def draft(twin: Twin) -> None:
+        """As `Generation.step` does: of some drafts, some are right."""
         tokens, chosen = ids(int(rng.integers(2, 9))), path()
         decider, before = FixedPath(chosen, "full"), twin.state.length
         twin.state.forward(np.array(tokens), decider, every=True)
@@ -187,7 +187,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(any_model: Model,
         one.paths, other.paths = other.paths, one.paths
 
     steps: list[Callable[[Twin], None]] = [
-        *(prompt, guess, decode, fail, back, save, restore, share, trade)
+        *(prompt, draft, decode, fail, back, save, restore, share, trade)
     ]
     for _ in range(25):
         twin = twins[rng.integers(len(twins))]
@@ -252,20 +252,20 @@ def test_a_saved_conversation_is_the_same(model: Model, tmp_path: Path) -> None:
     assert found == wanted
 
 
-def test_guesses_give_the_same_text_and_leave_the_same_states(model: Model) -> None:
+def test_drafts_give_the_same_text_and_leave_the_same_states(model: Model) -> None:
     ids, cache = random_ids(30), model.new_cache()
     options = GenerationOptions(policy="int8", max_new_tokens=24, ignore_eos=True)
     usual = [step.token for step in model.generate_step(ids, options=options, speculate=False)]
-    learned = Learned(None, ("int8",) * LAYERS, "int8", frozenset())
+    learned = DraftStats(None, ("int8",) * LAYERS, "int8", frozenset())
     request = model._requests.make(ids, options, lambda token: token, lambda piece: None)
-    request.learn = lambda _: learned
+    request.stats_of = lambda _: learned
     request.expected = [3 if n % 6 == 5 else token for n, token in enumerate(usual)]
-    guessed = model._run(request, cache)
-    steps = [*guessed]
+    drafted = model._run(request, cache)
+    steps = [*drafted]
     assert [step.token for step in steps] == usual
-    outcomes = [step.guess for step in steps if step.guess is not None]
-    assert any(0 < guess.right for guess in outcomes)
-    assert any(guess.right < guess.tokens for guess in outcomes)
+    outcomes = [step.draft for step in steps if step.draft is not None]
+    assert any(0 < draft.accepted for draft in outcomes)
+    assert any(draft.accepted < draft.tokens for draft in outcomes)
     longer = np.array([*cache.tokens, *random_ids(5)])
     found, wanted = (
         [step.token for step in model.generate_step(longer, max_new_tokens=8, cache=one)]

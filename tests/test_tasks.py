@@ -23,7 +23,7 @@ from dash_onnx.core.errors import ContextLengthError, SourceError
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.eval.model import DashLM
 from dash_onnx.eval.tasks import evaluate_task, json_lines_task
-from dash_onnx.runtime.guesses import Learned
+from dash_onnx.runtime.drafts import DraftStats
 from dash_onnx.runtime.model import Model
 
 TOOL = Tool("dash-eval", main)
@@ -221,20 +221,20 @@ def test_answers_are_those_of_the_harness_own_model(full: DashLM, theirs: HFLM) 
     assert found[0] == free and free.startswith(found[1]) and len(found[1]) <= 5
 
 
-def test_guessed_answers_are_the_same(full: DashLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafted_answers_are_the_same(full: DashLM, monkeypatch: pytest.MonkeyPatch) -> None:
     given = asked("generate_until", (CONTEXT, {"max_gen_toks": 150}))
-    guessing = DashLM(full.model, "full", speculate=True)
-    guesses, steps = [], Model.generate_step
+    drafting = DashLM(full.model, "full", speculate=True)
+    drafts, steps = [], Model.generate_step
 
     def noting(*arguments: Any, **options: Any) -> Any:
         for step in steps(*arguments, **options):
-            guesses.append(step.guess)
+            drafts.append(step.draft)
             yield step
 
     monkeypatch.setattr(Model, "generate_step", noting)
-    monkeypatch.setattr(Learned, "cost", lambda *_: 1.0)  # what guesses cost here is not asked
-    assert guessing.generate_until(given) == full.generate_until(given)
-    assert any(guesses)
+    monkeypatch.setattr(DraftStats, "cost", lambda *_: 1.0)  # what drafts cost here is not asked
+    assert drafting.generate_until(given) == full.generate_until(given)
+    assert any(drafts)
 
 
 def test_sampling_is_passed_on(full: DashLM) -> None:

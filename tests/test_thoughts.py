@@ -171,7 +171,7 @@ def test_a_limit_switches_the_template(model: Model) -> None:
         model.chat(ASKED, chat_template_kwargs=[1])  # type: ignore[arg-type]
 
 
-def test_limits_hold_with_guesses_and_in_batches(model: Model) -> None:
+def test_limits_hold_with_drafts_and_in_batches(model: Model) -> None:
     prompts = [
         [{"role": "user", "content": text}] for text in ("the ships", "night", "a b a b a b")
     ]
@@ -183,7 +183,7 @@ def test_limits_hold_with_guesses_and_in_batches(model: Model) -> None:
     for rows in (1, 3):
         batch, told = model.new_scheduler(rows), [list[Any]() for _ in prompts]
         for prompt, pieces, alone, most in zip(prompts, told, plain, (7, 20, 33), strict=True):
-            expected = alone.reasoning + str(alone)  # guesses run on where the limit ends thoughts
+            expected = alone.reasoning + str(alone)  # drafts run on where the limit ends thoughts
             options = GenerationOptions(
                 max_thinking_tokens=most, expected=expected, speculate=True, **given
             )
@@ -193,7 +193,7 @@ def test_limits_hold_with_guesses_and_in_batches(model: Model) -> None:
         found = [dash_onnx.Completion.of(pieces) for pieces in told]
         assert found == plain
         assert [one.reasoning for one in found] == [one.reasoning for one in plain]
-        assert any(chunk.guess.right for pieces in told for chunk in pieces if chunk.guess)
+        assert any(chunk.draft.accepted for pieces in told for chunk in pieces if chunk.draft)
 
 
 # A grammar

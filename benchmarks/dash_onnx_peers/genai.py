@@ -38,7 +38,7 @@ class GenAI:
 
         return timed(first, 1) + timed(generator.generate_next_token, new - 1)
 
-    def answer(self, ids: list[int], new: int, guesses: bool) -> tuple[list[int], float]:
+    def answer(self, ids: list[int], new: int, drafts: bool) -> tuple[list[int], float]:
         """Decodes greedily until EOS, with or without GenAI's own n-grams.
 
         Returns:
@@ -48,7 +48,7 @@ class GenAI:
         params.set_search_options(
             do_sample=False, repetition_penalty=1.0, max_length=len(ids) + new
         )
-        if guesses:
+        if drafts:
             params.set_speculative_options(ngram_size=3, max_draft_tokens=8, min_adaptive_k=2)
         generator = og.Generator(self._model, params)
         generator.append_tokens(np.array(ids, np.int32))

@@ -16,7 +16,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from dash_onnx_peers import timed
 
 _CONTEXT = 4096  # tokens for which the K/V cache is allocated
-_GUESSES = 2  # drafted tokens per pass, as llama-cpp-python advises for CPUs
+_DRAFTS = 2  # drafted tokens per pass, as llama-cpp-python advises for CPUs
 
 
 class LlamaCpp:
@@ -39,7 +39,7 @@ class LlamaCpp:
         self._context = context
         self._vocabulary = llama_cpp.llama_model_get_vocab(model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
-        self._lookup = LlamaPromptLookupDecoding(num_pred_tokens=_GUESSES)
+        self._lookup = LlamaPromptLookupDecoding(num_pred_tokens=_DRAFTS)
 
     def _clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
@@ -77,7 +77,7 @@ class LlamaCpp:
         self._next(ids[:prompt_tokens])
         return np.concatenate([self._next([token]).copy() for token in ids[prompt_tokens:]])
 
-    def answer(self, ids: list[int], new: int, guesses: bool) -> tuple[list[int], float]:
+    def answer(self, ids: list[int], new: int, drafts: bool) -> tuple[list[int], float]:
         """Decodes greedily until the end, with or without llama-cpp-python's prompt lookup.
 
         Returns:
@@ -94,11 +94,11 @@ class LlamaCpp:
                 ended = llama_cpp.llama_vocab_is_eog(self._vocabulary, token)
                 if ended or len(text) == len(ids) + new:
                     return text[len(ids) :], (time.perf_counter() - started) * 1e3
-            some = self._lookup(np.array(text, np.intc)).tolist() if guesses else []
+            some = self._lookup(np.array(text, np.intc)).tolist() if drafts else []
             some = some[: len(ids) + new - len(text) - 1]
             drawn = self._next([text[-1], *some], 1 + len(some)).argmax(1).tolist()
-            right = next((n for n, guess in enumerate(some) if guess != drawn[n]), len(some))
+            right = next((n for n, draft in enumerate(some) if draft != drawn[n]), len(some))
             drawn = drawn[: right + 1]
             if right < len(some):
                 forgets = llama_cpp.llama_memory_seq_rm(memory, 0, len(text) + right, -1)
-                assert forgets, "llama.cpp cannot forget wrong guesses of this model"
+                assert forgets, "llama.cpp cannot forget wrong drafts of this model"

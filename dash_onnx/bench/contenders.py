@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
     from dash_onnx.runtime.sessions import Memory
 
-_GUESSES = "+guesses"  # suffix of a variant that makes guesses
+_DRAFTS = "+drafts"  # suffix of a variant that makes drafts
 
 
 class Contender(Protocol):
@@ -44,7 +44,7 @@ class Contender(Protocol):
 
 
 class Dash:
-    """Our runtime; `variant` is a policy or `policy@budget`, and `+guesses` adds guessing."""
+    """Our runtime; `variant` is a policy or `policy@budget`, and `+drafts` adds drafting."""
 
     def __init__(self, bundle: str, threads: int, variant: str, memory: Memory, cuda_graphs: bool):
         """Loads every graph that the policy uses."""
@@ -53,7 +53,7 @@ class Dash:
         self._model = dash_onnx.load(
             bundle, threads=threads, memory=memory, cuda_graphs=cuda_graphs
         )
-        self._policy, self._speculate = policy_of(self._model, variant), guesses(variant)
+        self._policy, self._speculate = policy_of(self._model, variant), drafts(variant)
         self._model.preload(self._policy, batches=bool(self._speculate))
 
     def decode(self, ids: list[int], new: int) -> list[float]:
@@ -83,16 +83,16 @@ def policy_of(model: Model, variant: str) -> Policy:
     Raises:
         PolicyError: the bundle has no such policy.
     """
-    variant = variant.removesuffix(_GUESSES)
+    variant = variant.removesuffix(_DRAFTS)
     if variant.startswith("static:"):  # here `@` is part of a file name
         return model.policy(variant)
     policy, _, budget = variant.partition("@")
     return model.policy(policy, budget or None)
 
 
-def guesses(variant: str) -> bool:
-    """Whether a variant guesses."""
-    return variant.endswith(_GUESSES)
+def drafts(variant: str) -> bool:
+    """Whether a variant drafts."""
+    return variant.endswith(_DRAFTS)
 
 
 def peers() -> dict[str, EntryPoint]:

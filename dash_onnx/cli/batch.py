@@ -80,8 +80,8 @@ def run_batch(
             "finish_reason": completion.finish_reason,
             "prompt_tokens": completion.prompt_tokens,
             "generated_tokens": completion.generated_tokens,
-            "guessed_tokens": completion.guessed_tokens,
-            "right_guesses": completion.right_guesses,
+            "draft_tokens": completion.draft_tokens,
+            "accepted_tokens": completion.accepted_tokens,
             "actions": {action: round(share, 4) for action, share in completion.actions.items()},
         }
         print(json.dumps(facts), flush=True)

@@ -56,8 +56,8 @@ def _parser() -> Parser:
         "--policy",
         action="append",
         default=[],
-        metavar="POLICY[@BUDGET][+guesses]",
-        help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+guesses "
+        metavar="POLICY[@BUDGET][+drafts]",
+        help="a policy of the bundle, such as dash@fast, or a preset, such as @fast; int8+drafts "
         "uses speculative decoding, as dash-run --policy int8 does; can be repeated (default: "
         "each precision for all layers, and the presets)",
     )
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _bench(arguments: argparse.Namespace) -> None:
     import dash_onnx
-    from dash_onnx.bench.contenders import guesses, policy_of
+    from dash_onnx.bench.contenders import drafts, policy_of
     from dash_onnx.bench.measure import divergence, dominated, measure
     from dash_onnx.bench.memory import read_gigabytes_per_s
     from dash_onnx.bench.picture import draw, figure_class
@@ -176,8 +176,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     variants = arguments.policy or _default_runs(model)
     policies = [policy_of(model, variant) for variant in variants]
     for variant, policy in zip(variants, policies, strict=True):
-        if guesses(variant) and policy.uniform is None:
-            raise PolicyError(f"{variant}: guesses are checked on one path, such as int8")
+        if drafts(variant) and policy.uniform is None:
+            raise PolicyError(f"{variant}: draft tokens are verified on one path, such as int8")
     prompts = [model.text.encode_message(text).tolist() for text in texts[: arguments.limit]]
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if "quality" not in arguments.skip:
@@ -226,7 +226,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         for preset, other in dominated(results):
             print(f"{preset.name} is dominated: {other.name} is faster, and its KL lower")
         if any("+" in variant for variant in variants):
-            print("runs that guess: mean over the tokens of an answer, not the median")
+            print("with drafts: mean over the tokens of an answer, not the median")
     for picture in arguments.picture:  # last, so that a failure here loses no figures
         draw(results, picture, machine)
 

@@ -251,7 +251,7 @@ def add_policy_options(parser: Options) -> None:
     parser.add_argument(
         "--policy",
         default="",
-        help="int8, int4, dash, static:... (default: by budget)",
+        help="int8, int4, dash, static:... (default: by --budget)",
     )
     parser.add_argument(
         "--budget",

@@ -83,7 +83,7 @@ def _parser() -> Parser:
         "--speculate",
         type=int,
         metavar="N",
-        help="with --task: most draft tokens per pass of an answer; 0: none (default: 15)",
+        help="with --task: maximum draft tokens per pass of an answer; 0: none (default: 15)",
     )
     return parser
 

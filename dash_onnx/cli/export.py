@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 _EXAMPLES = """\
   dash-export HuggingFaceTB/SmolLM2-135M-Instruct out/
-  dash-export ./model-folder out/ --variants full,int8,int4 --max-length 2048
+  dash-export ./model-folder out/ --variants full,int8,int4,wide --max-length 2048
   dash-export model.gguf out/ --calibration my-domain.txt --overwrite
   dash-export model.gguf out/ --calibration chats/@0.7 hub:HuggingFaceH4/no_robots@0.3"""
 
@@ -60,7 +60,7 @@ def _parser() -> Parser:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cpu computes in FP32 from FP16-stored weights, cuda in FP16 (default: %(default)s)",
+        help="device of the bundle: cpu computes in FP32, cuda in FP16 (default: %(default)s)",
     )
     graphs.add_argument(
         "--max-length",
@@ -154,7 +154,7 @@ def _export(arguments: argparse.Namespace) -> list[str]:
         train_device=arguments.train_device,
         max_length=arguments.max_length,
         calibration=calibration,
-        least_tokens=PLANS[arguments.effort].least_tokens if trained else 0,
+        min_tokens=PLANS[arguments.effort].min_tokens if trained else 0,
         kv_cache=arguments.kv_cache,
         requantize=arguments.requantize,
         overwrite=arguments.overwrite,

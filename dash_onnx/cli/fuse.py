@@ -40,9 +40,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--policy",
         default="",
-        help="dash, or a policy that runs every token alike, such as int4 or static:... (default: "
-        "with --budget what dash-run runs at that budget; without it dash if a policy was "
-        "trained, else what balanced runs)",
+        help="dash, or a policy that runs all tokens the same way, such as int4 or static:... "
+        "(default: with --budget what dash-run runs at that budget; without it dash if a policy "
+        "was trained, else what balanced runs)",
     )
     parser.add_argument(
         "--budget",
@@ -53,7 +53,7 @@ def _parser() -> Parser:
         "--prefill",
         choices=(*PRECISIONS, WIDE),
         help="for dash, the precision of prompts (default: the highest that the policy uses); for "
-        "int4 and the like, wide is the only choice, which runs prompts faster, in INT8; a "
+        "a single precision such as int4, only wide: faster prompts, in INT8; a "
         "precision that the policy does not use makes the file larger",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing OUT")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
   dash-info ./model-folder
-  dash-info model.gguf --variants int8,int4 --json
+  dash-info model.gguf --variants int8,int4,wide --json
   dash-info out/
   dash-info                          # models that dash-run, dash-serve and dash-train exported
   dash-info --remove model.gguf"""

@@ -43,8 +43,8 @@ class Record:
                 }
                 if chunk.thinking:
                     facts["reasoning"] = chunk.reasoning
-                if chunk.guess is not None:
-                    facts["guess"] = chunk.guess._asdict()
+                if chunk.draft is not None:
+                    facts["draft"] = chunk.draft._asdict()
                 # A terminal may not support every character.
                 print(json.dumps(facts, ensure_ascii=trace is sys.stdout), file=trace)
             yield chunk
@@ -61,8 +61,8 @@ class Record:
             "generated_tokens": done.generated_tokens,
             "time_to_first_token_ms": round(first, 3),
             "ms_per_token": round(statistics.median(decode), 3) if spent else None,
-            "guessed_tokens": done.guessed_tokens,
-            "right_guesses": done.right_guesses,
+            "draft_tokens": done.draft_tokens,
+            "accepted_tokens": done.accepted_tokens,
             "tokens_per_second": round(1e3 * len(decode) / spent, 2) if spent else None,
             "policy": self.policy.name,
             "budget": self.policy.budget,
@@ -74,7 +74,7 @@ class Record:
         """The summary after the text."""
         facts = self.figures()
         speed = facts["tokens_per_second"]
-        right, guessed = facts["right_guesses"], facts["guessed_tokens"]
+        accepted, drafted = facts["accepted_tokens"], facts["draft_tokens"]
         shares = ", ".join(f"{a} {share:.0%}" for a, share in facts["actions"].items())
         return (
             "["
@@ -83,7 +83,7 @@ class Record:
             + (f", {speed:.1f} tokens/s" if speed else "")
             + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
             + (f" | {shares}" if shares else "")
-            + (f" | {right} of {guessed} guesses right" if guessed else "")
+            + (f" | {accepted} of {drafted} draft tokens accepted" if drafted else "")
             + f" | {self._drawn()} | {facts['finish_reason']}]"
         )
 

@@ -40,7 +40,7 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.stream import Completion
 
-_MOST_CHARACTERS = 4_000_000  # limit for stdin: a million tokens
+_MAX_CHARACTERS = 4_000_000  # limit for stdin: a million tokens
 _PATIENCE_S = 2.0  # seconds before an idle pipe is reported
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
@@ -68,12 +68,12 @@ def _parser() -> Parser:
 
 def _add_basic(basic: Options) -> None:
     add_policy_options(basic)
-    add_max_tokens_option(basic, _DEFAULTS.max_new_tokens, "tokens to generate at most")
+    add_max_tokens_option(basic, _DEFAULTS.max_new_tokens, "maximum tokens to generate")
     basic.add_argument(
         "--max-thinking-tokens",
         type=int,
         metavar="N",
-        help="most thinking tokens; 0: none (default: no limit)",
+        help="max. thinking tokens; 0: none (default: no limit)",
     )
     basic.add_argument("--raw", action="store_true", help="PROMPT is text to continue")
     basic.add_argument("--system", metavar="TEXT", help="system message of the chat")
@@ -114,7 +114,7 @@ def _add_sampling(sampling: Options) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="stop string; can be repeated"
     )
     sampling.add_argument(
-        "--json-schema", type=Path, metavar="FILE", help="answer with JSON of this schema"
+        "--json-schema", type=Path, metavar="FILE", help="answer in JSON that fits this schema"
     )
     sampling.add_argument("--ignore-eos", action="store_true", help=argparse.SUPPRESS)
 
@@ -133,7 +133,7 @@ def _add_advanced(advanced: Options) -> None:
         "--speculate",
         type=int,
         metavar="N",
-        help="most draft tokens per pass; 0: none (default: 15)",
+        help="max. draft tokens per pass; 0: none (default: 15)",
     )
     advanced.add_argument(
         "--expected", type=Path, metavar="FILE", help="text that the answer is likely to contain"
@@ -142,7 +142,7 @@ def _add_advanced(advanced: Options) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="a JSON line for each token; - prints only these",
+        help="one JSON line per token; - prints only these",
     )
 
 
@@ -286,7 +286,7 @@ def _piped(wanted: bool = False) -> str:
     with contextlib.suppress(OSError):  # Windows cannot tell for a pipe
         if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
             print("dash-run: waiting for text on stdin", file=sys.stderr)
-    text = sys.stdin.read(_MOST_CHARACTERS + 1)
-    if len(text) > _MOST_CHARACTERS:
-        raise PolicyError(f"stdin holds more than {_MOST_CHARACTERS} characters; shorten it")
+    text = sys.stdin.read(_MAX_CHARACTERS + 1)
+    if len(text) > _MAX_CHARACTERS:
+        raise PolicyError(f"stdin holds more than {_MAX_CHARACTERS} characters; shorten it")
     return text

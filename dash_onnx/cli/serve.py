@@ -53,7 +53,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--policy",
         default="",
-        help="policy of requests that name none (default: by budget)",
+        help="policy of requests that name none (default: by --budget)",
     )
     parser.add_argument("--budget", help="budget of requests that name none (default: balanced)")
     answers = parser.add_argument_group("answers")
@@ -102,7 +102,7 @@ def _parser() -> Parser:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="file with the key that clients must send; required beyond this machine",
+        help="file with the key that clients must send; required if other machines can connect",
     )
     access.add_argument(
         "--cors",
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from dash_onnx.runtime.scheduler import MOST_SLOTS
+    from dash_onnx.runtime.scheduler import MAX_SLOTS
     from dash_onnx.serve.limits import Limits, is_local
 
     key = None
@@ -141,8 +141,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise DashError(f"--host {arguments.host} is open to other machines: pass --api-key-file")
     if not 0 <= arguments.port < 1 << 16:
         raise DashError(f"--port {arguments.port} is not in 0..65535")
-    if arguments.parallel > MOST_SLOTS:
-        raise DashError(f"--parallel {arguments.parallel} is not in 1..{MOST_SLOTS}")
+    if arguments.parallel > MAX_SLOTS:
+        raise DashError(f"--parallel {arguments.parallel} is not in 1..{MAX_SLOTS}")
     try:
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.server import Server
@@ -164,7 +164,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     limits = Limits(
         parallel=arguments.parallel,
         waiting=arguments.waiting,
-        most_tokens=arguments.max_tokens,
+        max_tokens=arguments.max_tokens,
         seconds=arguments.timeout,
         prefix_bytes=max(0, arguments.prefix_mb) << 20,
         prefix_folder=arguments.prefix_cache,

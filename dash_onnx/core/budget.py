@@ -24,7 +24,7 @@ OTHER_TEXT = 1.5
 
 DEFAULT_PRESET = "balanced"
 
-_LEAST_KL = 1e-4  # nats; what is less has no logarithm worth interpolating
+_MIN_KL = 1e-4  # nats; what is less has no logarithm worth interpolating
 
 
 def reference_ms(manifest: Manifest) -> float:
@@ -114,7 +114,7 @@ def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:
 
 
 def _log_kl(point: BudgetPoint) -> float:
-    return math.log(max(point.kl, _LEAST_KL))
+    return math.log(max(point.kl, _MIN_KL))
 
 
 def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action, ...]:

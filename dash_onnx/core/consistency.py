@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from dash_onnx.core.facts import ModelFacts, Rope, ScorerFacts, StaticPoint
     from dash_onnx.core.manifest import Manifest
 
-_MOST = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
+_MAX = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
 _LARGE = 1e6  # of a frequency or factor of ropes
-_LEAST_MS, _MOST_MS = 1e-6, 1e9  # of a part of a token: times are rounded to 1e-5
-_MOST_STATE = 1 << 20  # of a size of states
+_MIN_MS, _MAX_MS = 1e-6, 1e9  # of a part of a token: times are rounded to 1e-5
+_MAX_STATE = 1 << 20  # of a size of states
 _SCORER = re.compile(r"scorer-\w+\.onnx")
 _NOISE = 0.01  # of a KL that was measured in FP32, and of rounded shares
-_MOST_WEIGHTS = 4  # in a byte: INT2
-_MOST_RATIO = 100  # of two times of a token
+_MAX_WEIGHTS = 4  # in a byte: INT2
+_MAX_RATIO = 100  # of two times of a token
 
 
 def first_problem(manifest: Manifest) -> str | None:
@@ -66,8 +66,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 def model_problems(model: ModelFacts) -> Iterator[str]:
     """What is impossible in the sizes of a model."""
     for name, value in vars(model).items():
-        if name not in ("name", "architecture") and not (type(value) is int and 0 < value <= _MOST):
-            yield f"{name} is {value!r}, not in 1..{_MOST}"
+        if name not in ("name", "architecture") and not (type(value) is int and 0 < value <= _MAX):
+            yield f"{name} is {value!r}, not in 1..{_MAX}"
     if model.num_heads % model.num_kv_heads:
         yield f"{model.num_heads} heads do not share {model.num_kv_heads} key/value heads"
 
@@ -80,16 +80,16 @@ def _size_problems(manifest: Manifest) -> Iterator[str]:
             yield f"{name} describes {len(described)} layers of {model.num_layers}"
     yield from _recurrence_problems(manifest)
     experts = manifest.block.experts
-    if experts is not None and not 1 <= experts.per_token <= experts.count <= _MOST:
+    if experts is not None and not 1 <= experts.per_token <= experts.count <= _MAX:
         yield f"{experts.per_token} of {experts.count} experts cannot compute for a token"
     if not 0 <= manifest.compensation_rank <= model.hidden_size:
         yield f"compensation_rank is {manifest.compensation_rank}"
-    if not 1 <= target.block_size <= _MOST or not 0 <= target.accuracy_level <= 4:
+    if not 1 <= target.block_size <= _MAX or not 0 <= target.accuracy_level <= 4:
         yield "target has a block size or an accuracy level that does not exist"
     if target.kv_cache == "int4" and model.head_dim % 2:
         yield f"target.kv_cache is int4, which needs an even head_dim, not {model.head_dim}"
     for attention in manifest.attention:
-        if attention.window is not None and not 1 <= attention.window <= _MOST:
+        if attention.window is not None and not 1 <= attention.window <= _MAX:
             yield f"an attention window is {attention.window}"
     for layer in manifest.layers:
         lacking = [a for a in manifest.actions if a not in layer.bytes]
@@ -112,7 +112,7 @@ def _recurrence_problems(manifest: Manifest) -> Iterator[str]:
     delta = "gated_delta" in mixers
     for name, value in vars(sizes).items():
         needed = delta or name in ("kernel", "channels")
-        if not (0 < value <= _MOST_STATE if needed else value == 0):
+        if not (0 < value <= _MAX_STATE if needed else value == 0):
             yield f"recurrence.{name} is {value}"
     if sizes.kernel < 2:
         yield f"recurrence.kernel is {sizes.kernel}"
@@ -121,14 +121,14 @@ def _recurrence_problems(manifest: Manifest) -> Iterator[str]:
             yield "the value heads of recurrence do not share its key heads"
         if sizes.channels != 2 * sizes.key_width + sizes.value_width:
             yield "recurrence.channels must be those of all queries, keys and values"
-    if manifest.state_bytes > _MOST_WEIGHTS * sum(f.bytes for f in manifest.files.values()):
+    if manifest.state_bytes > _MAX_WEIGHTS * sum(f.bytes for f in manifest.files.values()):
         yield f"the files are too small for states of {manifest.state_bytes} bytes"
 
 
 def _source_problems(manifest: Manifest, layer: int, attention: Attention) -> Iterator[str]:
     source, heads = attention.source, manifest.model.heads_of(attention)
     for value in heads:
-        if not 0 < value <= _MOST:
+        if not 0 < value <= _MAX:
             yield f"layer {layer} has heads of {value}"
     if manifest.model.num_heads % heads[0]:
         yield f"the heads of layer {layer} do not share its {heads[0]} key/value heads"
@@ -149,7 +149,7 @@ def _rope_problems(manifest: Manifest) -> Iterator[str]:
         yield f"ropes has a number beyond {_LARGE:.0e}"
     if len(manifest.ropes) > max(2, manifest.model.num_layers):
         yield f"ropes has {len(manifest.ropes)} entries, which is more than the layers can use"
-    if not 0 <= manifest.block.per_layer_width <= _MOST_STATE:
+    if not 0 <= manifest.block.per_layer_width <= _MAX_STATE:
         yield f"block.per_layer_width is {manifest.block.per_layer_width}"
     for layer in range(manifest.model.num_layers):
         if not 0 <= manifest.rope_of(layer) < len(manifest.ropes):
@@ -166,7 +166,7 @@ def _factors(rope: Rope) -> tuple[float, ...]:
 def _claim_problems(manifest: Manifest) -> Iterator[str]:
     """Sizes that the files cannot hold: a reader that trusted them would run out of memory."""
     model = manifest.model
-    held = _MOST_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
+    held = _MAX_WEIGHTS * sum(facts.bytes for facts in manifest.files.values())
     rows = model.vocab_size + 2 * model.num_layers * model.intermediate_size
     per_layer = model.vocab_size * model.num_layers * manifest.block.per_layer_width
     for attention in manifest.attention:
@@ -174,7 +174,7 @@ def _claim_problems(manifest: Manifest) -> Iterator[str]:
         heads = model.num_heads + (kv_heads if attention.source is None else 0)
         rows += 2 * head_dim * heads
     if rows * model.hidden_size + per_layer > held:
-        yield f"the files are too small for the sizes of model: {held / _MOST_WEIGHTS:.0f} bytes"
+        yield f"the files are too small for the sizes of model: {held / _MAX_WEIGHTS:.0f} bytes"
 
 
 def _cost_problems(manifest: Manifest) -> Iterator[str]:
@@ -186,18 +186,18 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
     if any(head not in costs.heads_ms for head in manifest.exported_heads):
         yield "costs must list every LM head"
     measured = (costs.heads_ms.values(), *(layer.values() for layer in costs.layers_ms))
-    if not _all_in(_LEAST_MS, _MOST_MS, (ms for part in measured for ms in part)):
-        yield f"costs must lie between {_LEAST_MS:.0e} and {_MOST_MS:.0e} ms"
+    if not _all_in(_MIN_MS, _MAX_MS, (ms for part in measured for ms in part)):
+        yield f"costs must lie between {_MIN_MS:.0e} and {_MAX_MS:.0e} ms"
     cheapest = min(layer[action] for layer in costs.layers_ms for action in manifest.variants)
     if not 0 <= costs.join_ms < cheapest:
         yield "costs.join_ms must be less than a layer takes, and none less than 0"
     if not all(_names_plan(key, len(manifest.layers)) for key in costs.whole):
         yield "costs.whole names what is no plan of the layers"
-    if not _all_in(1 / _MOST_RATIO, _MOST_RATIO, costs.whole.values()):
-        yield f"costs.whole must lie between 1/{_MOST_RATIO} and {_MOST_RATIO}"
+    if not _all_in(1 / _MAX_RATIO, _MAX_RATIO, costs.whole.values()):
+        yield f"costs.whole must lie between 1/{_MAX_RATIO} and {_MAX_RATIO}"
     yield from _pass_problems(manifest)
     others = (costs.embed_ms, costs.scorer_ms)
-    if not all(0 <= ms < _MOST_MS for ms in others) or costs.threads < 1:
+    if not all(0 <= ms < _MAX_MS for ms in others) or costs.threads < 1:
         yield "costs must be those of at least one thread, and none less than 0"
 
 
@@ -224,10 +224,10 @@ def _pass_problems(manifest: Manifest) -> Iterator[str]:
     plain = [len(ms) for ms in passes.plain_ms] if passes.plain_rows else []
     if passes.plain_rows and plain != [len(passes.plain_rows)] * len(passes.contexts):
         yield "costs.passes.plain_ms must have a time for each context and number of rows"
-    if not all(abs(ms) < _MOST_MS for each in passes.plain_ms for ms in each):
-        yield f"costs.passes.plain_ms must be less than {_MOST_MS:.0e} ms"
+    if not all(abs(ms) < _MAX_MS for each in passes.plain_ms for ms in each):
+        yield f"costs.passes.plain_ms must be less than {_MAX_MS:.0e} ms"
     for counts in (passes.rows, passes.contexts, passes.head_rows):
-        if not counts or list(counts) != sorted({*counts}) or not 0 <= counts[-1] <= _MOST:
+        if not counts or list(counts) != sorted({*counts}) or not 0 <= counts[-1] <= _MAX:
             yield "costs.passes must name rows and contexts, ascending"
     layers, heads = set(passes.layers_ms), set(passes.heads_ms)
     if not {*manifest.variants} <= layers or not {*manifest.exported_heads} <= heads:
@@ -240,8 +240,8 @@ def _pass_problems(manifest: Manifest) -> Iterator[str]:
     if any(len(ms) != len(passes.head_rows) for ms in passes.heads_ms.values()):
         yield "costs.passes must have a time of the LM head for each number of rows"
     rows += passes.heads_ms.values()
-    if not _all_in(_LEAST_MS, _MOST_MS, (ms for each in rows for ms in each)):
-        yield f"costs.passes must lie between {_LEAST_MS:.0e} and {_MOST_MS:.0e} ms"
+    if not _all_in(_MIN_MS, _MAX_MS, (ms for each in rows for ms in each)):
+        yield f"costs.passes must lie between {_MIN_MS:.0e} and {_MAX_MS:.0e} ms"
 
 
 def _scorer_problems(manifest: Manifest, scorer: ScorerFacts) -> Iterator[str]:

@@ -44,7 +44,7 @@ from dash_onnx.core.version import FORMAT_VERSION
 
 MANIFEST_NAME = "dash.json"
 
-_MOST_CHARACTERS = 16_000_000  # 60,000 describe 30 layers
+_MAX_CHARACTERS = 16_000_000  # 60,000 describe 30 layers
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Manifest:
         Raises:
             BundleError: not JSON, of another format version, not of this form, or contradictory.
         """
-        if len(text) > _MOST_CHARACTERS:
+        if len(text) > _MAX_CHARACTERS:
             raise BundleError(f"{name} is longer than that of any bundle; export again")
         try:
             data = json.loads(text)
@@ -194,8 +194,9 @@ class Manifest:
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{name} has format version {version}; this dash-onnx reads version "
-                f"{FORMAT_VERSION}: export again, or install the version that wrote it"
+                f"{name} has format version {version}; this dash-onnx reads versions "
+                f"{FORMAT_VERSION - 1} and {FORMAT_VERSION}: export again, or install the version "
+                "that wrote it"
             )
         files = data.get("files")
         for key in ("layers", "attention", "ropes"):  # each layer has files of its own

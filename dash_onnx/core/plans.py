@@ -21,7 +21,7 @@ faster by more, as they are the more complex plan; among paths that are as fast,
 least is taken."""
 
 
-_LEAST_KL = 1e-4  # nats
+_MIN_KL = 1e-4  # nats
 _ROUNDED = 1.005  # factor: budgets have four digits
 
 
@@ -114,7 +114,7 @@ def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | 
     Returns:
         None where there is none.
     """
-    limit = max(limit, _LEAST_KL)
+    limit = max(limit, _MIN_KL)
     scorer, found = manifest.scorer, None
     if scorer is not None:
         plan = decided(cheapest_within(limit, scorer.points), manifest)

@@ -43,7 +43,7 @@ from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import frontier, plan_below, preset_plans
 
-_MOST_CHARACTERS = 1 << 20  # of a path file
+_MAX_CHARACTERS = 1 << 20  # of a path file
 
 
 class Policy(ABC):
@@ -345,10 +345,10 @@ def _parse_path(text: str, manifest: Manifest) -> ActionPath:
     if text.startswith("@"):
         try:
             with Path(text[1:]).open(encoding="utf-8") as file:
-                content = file.read(_MOST_CHARACTERS + 1)
+                content = file.read(_MAX_CHARACTERS + 1)
         except (OSError, ValueError) as error:
             raise PolicyError(f"cannot read the path file {text[1:]}: {error}") from None
-        if len(content) > _MOST_CHARACTERS:
+        if len(content) > _MAX_CHARACTERS:
             raise PolicyError(f"{text[1:]} is not a path file: it is longer than any path")
         text = content
     limit = manifest.model.num_layers

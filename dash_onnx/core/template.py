@@ -24,11 +24,11 @@ from jinja2.runtime import Context, str_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-_MOST_SOURCE = 100_000  # characters of a template, which take a second to compile
-_MOST_SECONDS = 2.0  # of the thread's own time
-_MOST_CHARACTERS = 10**7  # that one operation may produce, and of the result
-_MOST_BITS = 100_000  # of an integer
-_MOST_IN_ALL = 10**8  # that all operations together may produce
+_MAX_SOURCE = 100_000  # characters of a template, which take a second to compile
+_MAX_SECONDS = 2.0  # of the thread's own time
+_MAX_CHARACTERS = 10**7  # that one operation may produce, and of the result
+_MAX_BITS = 100_000  # of an integer
+_MAX_IN_ALL = 10**8  # that all operations together may produce
 _ITEM = 8  # bytes of a list's item; a character is one or more
 _NESTED = 50  # charged per nested item: for the time to measure a list, or the memory of an object
 _NUMBER = re.compile(r"\d+")  # of a format: a width, perhaps
@@ -68,8 +68,8 @@ def render(source: str, values: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> Template:
-    if len(source) > _MOST_SOURCE:
-        raise TemplateError(f"it has more than {_MOST_SOURCE} characters")
+    if len(source) > _MAX_SOURCE:
+        raise TemplateError(f"it has more than {_MAX_SOURCE} characters")
     environment = _Environment()
     return environment.from_string(_Counted().visit(environment.parse(source)))
 
@@ -102,8 +102,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif isinstance(left, int) and isinstance(right, int):
             bits = abs(left).bit_length()
             digits = bits * abs(right) if operator == "**" else bits + abs(right).bit_length()
-            if digits > _MOST_BITS:
-                raise TemplateError(f"it computes a number of more than {_MOST_BITS} bits")
+            if digits > _MAX_BITS:
+                raise TemplateError(f"it computes a number of more than {_MAX_BITS} bits")
         elif operator == "*":
             _spend(_product((left, right)))
         return super().call_binop(context, operator, left, right)
@@ -219,7 +219,7 @@ _SPENT = _Spent()
 @contextmanager
 def _limits() -> Iterator[None]:
     """Counts from zero inside the context."""
-    _SPENT.characters, _SPENT.deadline = 0.0, time.thread_time() + _MOST_SECONDS
+    _SPENT.characters, _SPENT.deadline = 0.0, time.thread_time() + _MAX_SECONDS
     try:
         yield
     finally:
@@ -228,15 +228,15 @@ def _limits() -> Iterator[None]:
 
 def _check_time() -> None:
     if time.thread_time() > _SPENT.deadline:
-        raise TemplateError(f"it did not end after {_MOST_SECONDS:.0f} seconds")
+        raise TemplateError(f"it did not end after {_MAX_SECONDS:.0f} seconds")
 
 
 def _spend(characters: float) -> None:
     """Counts characters before an operation produces them."""
     _refuse_above(characters)
     _SPENT.characters += characters
-    if _SPENT.characters > _MOST_IN_ALL:
-        raise TemplateError(f"it produces more than {_MOST_IN_ALL} characters in total")
+    if _SPENT.characters > _MAX_IN_ALL:
+        raise TemplateError(f"it produces more than {_MAX_IN_ALL} characters in total")
     _check_time()
 
 
@@ -322,5 +322,5 @@ def _bound(*values: Any) -> None:
 
 
 def _refuse_above(count: float) -> None:
-    if count > _MOST_CHARACTERS:
-        raise TemplateError(f"it produces more than {_MOST_CHARACTERS} characters")
+    if count > _MAX_CHARACTERS:
+        raise TemplateError(f"it produces more than {_MAX_CHARACTERS} characters")

@@ -19,7 +19,7 @@ from dash_onnx.runtime.options import GREEDY
 
 _PROMPT = "Write a short story about a lighthouse keeper who counts 12 ships in the night of 1897."
 _PREFILLED = 8  # tokens of a given text: the first ones are attention sinks and not typical
-_LEAST = 8  # fewest decoded tokens for meaningful figures
+_MIN_TOKENS = 8  # fewest decoded tokens for meaningful figures
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PolicyRun:
         predicted: sum of the scorer's predictions for the chosen actions, in nats; empty if no
             scorer decided.
         top1: share of tokens whose most likely next token is the reference's, so that the
-            reference would accept it as a guess.
+            reference would accept it as a draft token.
     """
 
     name: str
@@ -91,9 +91,9 @@ def given_text(model: Model, text: str, tokens: int, source: str) -> SampleText:
     """
     limit = model.manifest.model.max_length
     ids = model.text.encode(text)[: min(tokens + _PREFILLED, limit)]
-    if len(ids) < _PREFILLED + _LEAST:
+    if len(ids) < _PREFILLED + _MIN_TOKENS:
         raise SourceError(
-            f"{source} has {len(ids)} tokens; a report needs at least {_PREFILLED + _LEAST}"
+            f"{source} has {len(ids)} tokens; a report needs at least {_PREFILLED + _MIN_TOKENS}"
         )
     return SampleText(source, ids, _PREFILLED)
 
@@ -106,7 +106,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
     """
     prompt = model.text.encode_message(_PROMPT)
     room = model.manifest.model.max_length - len(prompt)
-    if room < _LEAST:
+    if room < _MIN_TOKENS:
         raise PolicyError("the context has no room for a generated sample; give --text FILE")
     # Sampled, because greedy answers of small models soon repeat themselves.
     steps = model.generate_step(
@@ -122,7 +122,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
     ids = prompt.tolist()
     for count, step in enumerate(steps, 1):
         ids.append(step.token)
-        if step.token in model.text.eos_token_ids and count >= _LEAST:
+        if step.token in model.text.eos_token_ids and count >= _MIN_TOKENS:
             break
     return SampleText("self-generated", np.asarray(ids, np.int64), len(prompt))
 

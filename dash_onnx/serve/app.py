@@ -204,7 +204,7 @@ class _Server:
         name = self._named(body.model)
         with refusing():
             text = await self.service.shelf.text(name)
-            options, tools = body.options(self.service.limits.most_tokens), body.offered
+            options, tools = body.options(self.service.limits.max_tokens), body.offered
             options = body.with_call(options, text)
             messages = with_tools(body.prompt(), tools, text.chat_template)
             variables = options.template_variables
@@ -221,7 +221,7 @@ class _Server:
         name = self._named(body.model)
         with refusing():
             text = await self.service.shelf.text(name)
-            options = body.options(self.service.limits.most_tokens)
+            options = body.options(self.service.limits.max_tokens)
             prompt = await asyncio.to_thread(text.encode, body.prompt)
             self._check_length(prompt)
         choices = [Choice(text, []) for _ in range(body.n)]
@@ -289,7 +289,7 @@ class _Server:
         )
 
     def _check_length(self, prompt: Ids) -> None:
-        most = self.service.limits.most_prompt_tokens
+        most = self.service.limits.max_prompt_tokens
         if most is not None and len(prompt) > most:
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, this server accepts {most}; shorten it"

@@ -36,8 +36,8 @@ class Limits:
     Attributes:
         parallel: generations that run at once and share their passes.
         waiting: requests that may wait for one of them to end.
-        most_tokens: most tokens of an answer.
-        most_prompt_tokens: most tokens of a prompt; None allows as many as the context holds.
+        max_tokens: most tokens of an answer.
+        max_prompt_tokens: most tokens of a prompt; None allows as many as the context holds.
         seconds: time limit of a request, from when it starts to run until its answer is sent.
         body_bytes: most bytes of a request body.
         prefix_bytes: memory for K/V evicted from its slot by another text.
@@ -47,8 +47,8 @@ class Limits:
 
     parallel: int = 8
     waiting: int = 32
-    most_tokens: int = 4096
-    most_prompt_tokens: int | None = None
+    max_tokens: int = 4096
+    max_prompt_tokens: int | None = None
     seconds: float = 600.0
     body_bytes: int = 4 << 20
     prefix_bytes: int = 256 << 20

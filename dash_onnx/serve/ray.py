@@ -28,8 +28,8 @@ class Arguments(BaseModel):
         parallel: answers at once per replica.
         waiting: requests that may wait in a replica before one is refused.
         threads: threads per replica, which requests as many cores from the cluster.
-        replicas: number of replicas, or the minimum if `most_replicas` allows more.
-        most_replicas: maximum number; Ray starts more replicas as requests queue up.
+        replicas: number of replicas, or the minimum if `max_replicas` allows more.
+        max_replicas: maximum number; Ray starts more replicas as requests queue up.
         sessions: route requests with the same `x-session-id` header to the same replica while it
             has room, as it holds the K/V of their conversation; requests without the header go to
             any replica, however full. Needs Ray 2.60.
@@ -45,7 +45,7 @@ class Arguments(BaseModel):
     waiting: int = 32
     threads: int = 2
     replicas: int = 1
-    most_replicas: int | None = None
+    max_replicas: int | None = None
     sessions: bool = False
 
 
@@ -61,11 +61,11 @@ def app(given: Arguments | dict[str, Any]) -> serve.Application:
         return replica(arguments)
 
     options: dict[str, Any] = {"num_replicas": arguments.replicas}
-    if arguments.most_replicas is not None:
+    if arguments.max_replicas is not None:
         options = {
             "autoscaling_config": {
                 "min_replicas": arguments.replicas,
-                "max_replicas": arguments.most_replicas,
+                "max_replicas": arguments.max_replicas,
                 "target_ongoing_requests": arguments.parallel,
             }
         }

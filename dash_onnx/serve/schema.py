@@ -117,11 +117,11 @@ class GenerationRequest(_Object):
     min_p: float | None = None
     repetition_penalty: float | None = None
 
-    def options(self, most_tokens: int) -> GenerationOptions:
+    def options(self, limit: int) -> GenerationOptions:
         """The options of the generation.
 
         Args:
-            most_tokens: limit on the tokens of an answer.
+            limit: limit on the tokens of an answer.
 
         Raises:
             PolicyError: a field asks for something unsupported, or is out of range.
@@ -134,7 +134,7 @@ class GenerationRequest(_Object):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if len(stop) > _STOPS or any(len(word) > _STOP_LENGTH for word in stop):
             raise PolicyError(f"stop: at most {_STOPS} strings of {_STOP_LENGTH:,} characters")
-        wanted = self.max_completion_tokens or self.max_tokens or most_tokens
+        wanted = self.max_completion_tokens or self.max_tokens or limit
         same = GenerationRequest.model_fields.keys() & _OPTIONS
         given = {name: getattr(self, name) for name in same}
         if self.seed is not None:
@@ -142,7 +142,7 @@ class GenerationRequest(_Object):
         return GenerationOptions(
             **given,
             expected=self.prediction.text if self.prediction else "",
-            max_new_tokens=min(wanted, most_tokens),
+            max_new_tokens=min(wanted, limit),
             grammar=self.response_format.form(),
             logprobs=self.wanted_logprobs,
         )
@@ -166,7 +166,7 @@ class ChatRequest(GenerationRequest):
     max_thinking_tokens: int | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
-    def options(self, most_tokens: int) -> GenerationOptions:
+    def options(self, limit: int) -> GenerationOptions:
         """As for any request; an effort of `none` disables reasoning, others go to the template."""
         most, given = self.max_thinking_tokens, self.chat_template_kwargs
         if self.reasoning_effort == "none":
@@ -174,7 +174,7 @@ class ChatRequest(GenerationRequest):
         elif self.reasoning_effort:
             given = {"reasoning_effort": self.reasoning_effort, **given}
         return dataclasses.replace(
-            super().options(most_tokens), max_thinking_tokens=most, chat_template_kwargs=given
+            super().options(limit), max_thinking_tokens=most, chat_template_kwargs=given
         )
 
     @property

@@ -45,8 +45,8 @@ class Metrics:
         self.prompted, self.generated = tokens.labels("prompt"), tokens.labels("generated")
         actions = Metric("dash_actions", "decisions by action", ["action"], **given)
         self.by_action = {action: actions.labels(action) for action in ACTIONS}
-        self.guesses = Metric("dash_guesses", "of speculation", ["outcome"], **given)
-        self.reused = Gauge("dash_prompt_tokens_reused", "that a slot or a prefix held", **given)
+        self.drafts = Metric("dash_draft_tokens", "draft tokens, by outcome", ["outcome"], **given)
+        self.reused = Gauge("dash_prompt_tokens_reused", "from a slot or a prefix", **given)
         self.loaded = Gauge("dash_loaded_bundles", "in memory", **given)
         self.running = Gauge("dash_running", "generations", **given)
         self.waiting = Gauge("dash_waiting", "requests in the queue", **given)
@@ -72,7 +72,7 @@ class Tally:
     budget: float | None = None
     policy: str = ""
     actions: Counter[str] = field(default_factory=Counter)
-    accepted: int = 0  # right guesses from the request's prediction
+    accepted: int = 0  # draft tokens from the request's prediction
     rejected: int = 0  # wrong ones
 
     def facts(self) -> dict[str, Any]:
@@ -277,13 +277,13 @@ class Service:
             for action, count in _counts(chunk.path):
                 tally.actions[action] += count
                 metrics.by_action[action].inc(count)
-        if (guess := chunk.guess) is not None:
-            wrong = guess.tokens - guess.right
-            metrics.guesses.labels("right").inc(guess.right)
-            metrics.guesses.labels("wrong").inc(wrong)
-            if guess.source == "expected":
-                tally.accepted += guess.right
-                tally.rejected += wrong
+        if (draft := chunk.draft) is not None:
+            rejected = draft.tokens - draft.accepted
+            metrics.drafts.labels("accepted").inc(draft.accepted)
+            metrics.drafts.labels("rejected").inc(rejected)
+            if draft.source == "expected":
+                tally.accepted += draft.accepted
+                tally.rejected += rejected
         tally.generated_tokens += 1
         tally.thinking_tokens += chunk.thinking
         tally.before = now

@@ -20,7 +20,7 @@ from dash_onnx.exporters.calibration.hub import PREFIX, HubDataset
 SUFFIXES = (".txt", ".md", ".jsonl")
 """Suffixes of the files that are read from a folder."""
 
-_LEAST, _MOST = 1e-6, 1e6  # limits of weights
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6  # limits of weights
 
 
 class Content(Protocol):
@@ -204,9 +204,10 @@ def _weight(spelling: str) -> tuple[str, float | None]:
         return spelling, None
     if not before:
         return spelling, None
-    if not _LEAST <= weight <= _MOST:
+    if not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
         raise SourceError(
-            f"the weight of {spelling} must lie in {_LEAST:g}..{_MOST:g}, as in {before}@0.5"
+            f"the weight of {spelling} must lie in {_MIN_WEIGHT:g}..{_MAX_WEIGHT:g}, "
+            f"as in {before}@0.5"
         )
     return before, weight
 

@@ -42,7 +42,7 @@ def calibration_ids(
     texts: Sequence[TextSource],
     seed: int,
     draft: Callable[[], Bundle],
-    least_tokens: int = 0,
+    min_tokens: int = 0,
     sequences: int = SEQUENCES,
 ) -> tuple[Ids, Calibration]:
     """Returns token ids `[sequences, length]` and where they came from.
@@ -51,14 +51,14 @@ def calibration_ids(
         texts: the user's own; if there are none, the model writes the text itself.
         seed: seed for sampling.
         draft: makes a bundle of the model to write the text.
-        least_tokens: minimum number of tokens that the texts must hold.
+        min_tokens: minimum number of tokens that the texts must hold.
         sequences: requested number; texts may hold fewer.
 
     Raises:
         SourceError: a text cannot be read, or all are too short.
     """
     if texts:
-        ids = _from_text(source, texts, least_tokens, sequences)
+        ids = _from_text(source, texts, min_tokens, sequences)
     else:
         ids = _self_generated(source, seed, draft, sequences)
     return ids, Calibration(
@@ -71,16 +71,14 @@ def calibration_ids(
     )
 
 
-def _from_text(
-    source: Source, texts: Sequence[TextSource], least_tokens: int, sequences: int
-) -> Ids:
+def _from_text(source: Source, texts: Sequence[TextSource], min_tokens: int, sequences: int) -> Ids:
     def render(messages: Sequence[Message]) -> str:
         if source.tokenizer.chat_template is None:
             return plain(messages)
         return str(source.tokenizer.apply_chat_template(list(messages), tokenize=False))
 
     length = min(LENGTH, source.config.max_position_embeddings)
-    least = max(2 * length, least_tokens)
+    least = max(2 * length, min_tokens)
     return draw(
         texts,
         render,

@@ -27,7 +27,7 @@ from dash_onnx.runtime.ort import has_device
 SEQUENCES = 4
 """Number of leading calibration sequences that are run."""
 
-_LEAST = 8 * SEQUENCES  # with fewer sequences, none is held out
+_MIN_SEQUENCES = 8 * SEQUENCES  # with fewer sequences, none is held out
 
 
 def held_out(sequences: int) -> int:
@@ -35,7 +35,7 @@ def held_out(sequences: int) -> int:
 
     Losses are measured on them, since GPTQ fits weights to its text, an INT2 head most of all.
     """
-    return SEQUENCES if sequences >= _LEAST else 0
+    return SEQUENCES if sequences >= _MIN_SEQUENCES else 0
 
 
 class Losses:

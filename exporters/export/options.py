@@ -35,7 +35,7 @@ class ExportOptions:
             integers are kept, else 128 for a large model and 64 for others, or a smaller one
             that divides its sizes.
         calibration: texts, see `text_sources`; if empty, the model writes the text itself.
-        least_tokens: minimum length of the texts, as the training after the export requires.
+        min_tokens: minimum length of the texts, as the training after the export requires.
         compensation_rank: rank of a skipped layer's map; see `Manifest`. None uses the first
             multiple of the block size that is at least 64.
         accuracy_level: compute type of MatMulNBits: 0 (automatic), 1 (FP32), 2 (FP16), 3 (BF16) or
@@ -61,7 +61,7 @@ class ExportOptions:
     max_length: int | None = None
     block_size: int | None = None
     calibration: tuple[TextLike, ...] = ()
-    least_tokens: int = 0
+    min_tokens: int = 0
     accuracy_level: int | None = None
     compensation_rank: int | None = None
     kv_cache: KVCacheType = "float"

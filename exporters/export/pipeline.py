@@ -77,7 +77,7 @@ def export(
                 options.texts,
                 options.seed,
                 draft,
-                options.least_tokens,
+                options.min_tokens,
                 sequences_of(spec.facts, options.exact),
             )
         )
@@ -160,7 +160,7 @@ def _key(source: Source, options: ExportOptions) -> dict[str, str]:
     chosen = {
         field.name.replace("_", "-"): str(getattr(options, field.name))
         for field in dataclasses.fields(options)
-        if field.name not in ("calibration", "least_tokens", "overwrite", "resume")
+        if field.name not in ("calibration", "min_tokens", "overwrite", "resume")
     }
     config = json.dumps(source.config.to_dict(), sort_keys=True, default=str)
     content = json.dumps([source.kind, source.name, files, config])

@@ -12,7 +12,7 @@ from dash_onnx.exporters.architectures.base import Conv, Layer, ModelSpec
 from dash_onnx.exporters.graphs.attention import ATTENTION
 from dash_onnx.exporters.graphs.graph import Graph
 
-_LEAST_LENGTH = 1e-6  # added to squared norms, as in transformers
+_MIN_LENGTH = 1e-6  # added to squared norms, as in transformers
 
 States = dict[str, ir.Value]
 """By port, what a layer keeps for later tokens."""
@@ -129,7 +129,7 @@ def _delta(
     # Queries and keys are normalized to length 1: an RMSNorm up to a factor.
     factor = np.full(sizes.key_dim, sizes.key_dim**-0.5, np.float32)
     both = op.RMSNormalization(
-        both, graph.tensor("unit", factor), axis=-1, epsilon=_LEAST_LENGTH / sizes.key_dim
+        both, graph.tensor("unit", factor), axis=-1, epsilon=_MIN_LENGTH / sizes.key_dim
     )
     both = op.Reshape(both, graph.int64(0, 0, 2 * sizes.key_width))
     query, key = split(graph, both, [sizes.key_width] * 2, "unit")

@@ -16,7 +16,7 @@ from dash_onnx.exporters.quantize.blockwise import Quantized
 from dash_onnx.exporters.sources.source import Weights, Wrapped, finite
 
 _PACKED = 4  # rows per byte
-_LEAST = 1e-5  # floor of the mean magnitude of weights that are not ternary yet
+_MIN_SCALE = 1e-5  # floor of the mean magnitude of weights that are not ternary yet
 _LAYER = re.compile(r"\w+\.layers\.\d+\..+\.weight")
 
 
@@ -82,5 +82,5 @@ def _unpacked(name: str, bytes_: torch.Tensor) -> torch.Tensor:
 def _rounded(weight: torch.Tensor) -> torch.Tensor:
     """Rounds to the nearest of -s, 0 and s, with s the mean magnitude of the weights."""
     weight = weight.float()
-    scale = 1.0 / weight.abs().mean().clamp_(min=_LEAST)
+    scale = 1.0 / weight.abs().mean().clamp_(min=_MIN_SCALE)
     return (weight * scale).round().clamp(-1, 1) / scale

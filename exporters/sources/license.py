@@ -10,7 +10,7 @@ from typing import Any
 DOCUMENTS = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*", "README.md")
 """Patterns of their file names."""
 
-_MOST_BYTES = 1 << 20  # largest document
+_MAX_BYTES = 1 << 20  # largest document
 
 
 def documents_in(folder: Path) -> tuple[Path, ...]:
@@ -21,7 +21,7 @@ def documents_in(folder: Path) -> tuple[Path, ...]:
         for path in sorted(folder.iterdir())
         if any(fnmatch(path.name.upper(), pattern) for pattern in patterns)
         and path.is_file()
-        and path.stat().st_size <= _MOST_BYTES
+        and path.stat().st_size <= _MAX_BYTES
     )
 
 

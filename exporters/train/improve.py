@@ -24,12 +24,12 @@ from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.scorer import Scorer
 from dash_onnx.exporters.train.trainer import Trainer
-from dash_onnx.exporters.train.values import MOST, fisher_sample
+from dash_onnx.exporters.train.values import MAX_NATS, fisher_sample
 
 _TEMPERATURE = (0.4, 0.2)  # temperature of the decisions, at the first and last step
 _REMEMBERED = 12  # past passes that the scorer keeps learning from
 _UPDATES, _TOKENS = 8, 512  # scorer updates after each pass, and decided tokens in each
-_LEAST = 1e-8  # nats; avoids log(0)
+_MIN_NATS = 1e-8  # nats; avoids log(0)
 _NEVER = -100.0  # logit of a forbidden action
 
 Experience: TypeAlias = dict[str, Tensor]
@@ -144,7 +144,7 @@ def explore(
         taken = taken.detach()
         slope = slope * count / scale[..., None, None]  # gradient of the KL of all tokens, in nats
         slope, effect = (x - (x * taken).sum(-1, keepdim=True) for x in (slope, effect))
-        added = (slope + effect.square() / 2).clamp(-MOST, MOST)
+        added = (slope + effect.square() / 2).clamp(-MAX_NATS, MAX_NATS)
         credit.append(added[:, decided].flatten(0, 1))
     cost = trainer.cost(torch.cat(decisions, 2).detach())[:, decided]
     kl = kl.detach()
@@ -211,7 +211,7 @@ def probabilities(
     cheaper: list[Tensor] = []  # probability of continuing at each action, from the cheap end
     for step in reversed(range(log_increments.shape[-1])):
         worth = saved[..., step] + beyond
-        logit = (worth.clamp(min=_LEAST).log() - log_increments[..., step]) / temperature
+        logit = (worth.clamp(min=_MIN_NATS).log() - log_increments[..., step]) / temperature
         cheaper.append(torch.sigmoid(torch.where(saved[..., step].isfinite(), logit, _NEVER)))
         beyond = (worth - log_increments[..., step].exp()).clamp(min=0).detach()
     reached = torch.ones_like(beyond)

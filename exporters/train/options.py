@@ -15,7 +15,7 @@ from dash_onnx.exporters.train.transfer import scorer_to_start_from
 
 EffortName = Literal["quick", "normal", "thorough"]
 
-LEAST_SEQUENCES = 8
+MIN_SEQUENCES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,9 @@ class TrainingPlan:
     save_every: int = 20
 
     @property
-    def least_tokens(self) -> int:
+    def min_tokens(self) -> int:
         """Minimum number of tokens in the user's own text."""
-        return LEAST_SEQUENCES * self.length
+        return MIN_SEQUENCES * self.length
 
 
 PLANS: dict[EffortName, TrainingPlan] = {
@@ -113,7 +113,7 @@ class TrainOptions:
             points = scorer_to_start_from(Bundle(self.start)).decision_points
             return replace(
                 plan,
-                sequences=max(plan.sequences // 4, LEAST_SEQUENCES),
+                sequences=max(plan.sequences // 4, MIN_SEQUENCES),
                 regression_batches=max(plan.regression_batches // 10, 2),
                 improvement_steps=max(plan.improvement_steps // 10, 1),
                 decision_points=points,

@@ -13,7 +13,7 @@ from dash_onnx.exporters.calibration.draw import draw
 from dash_onnx.exporters.calibration.self_written import self_written
 from dash_onnx.exporters.calibration.texts import TextSource
 from dash_onnx.exporters.train.dequantized import Tensor
-from dash_onnx.exporters.train.options import LEAST_SEQUENCES
+from dash_onnx.exporters.train.options import MIN_SEQUENCES
 
 
 def training_ids(
@@ -30,7 +30,7 @@ def training_ids(
         bundle: writes the text if there are no `texts`.
         codec: its tokenizer.
         texts: the user's own.
-        sequences: requested number; texts may hold fewer, but at least `LEAST_SEQUENCES`.
+        sequences: requested number; texts may hold fewer, but at least `MIN_SEQUENCES`.
         length: tokens per sequence; capped at the model's context.
         seed: seed for sampling and order.
 
@@ -49,7 +49,7 @@ def training_ids(
         codec.encode,
         sequences=sequences,
         length=length,
-        least=LEAST_SEQUENCES * length,
+        least=MIN_SEQUENCES * length,
         purpose="training",
     )
     generator = torch.Generator().manual_seed(seed)

@@ -16,13 +16,13 @@ from dash_onnx.exporters.train.dequantized import Tensor
 from dash_onnx.exporters.train.environment import Environment, State
 from dash_onnx.exporters.train.scorer import Scorer
 
-MOST = 8.0
+MAX_NATS = 8.0
 """Upper limit in nats on a token's cost of a replaced output. The quadratic form is unbounded: on
 tokens with massive activations it gives thousands, and a few of them would dominate a mean."""
 
 
 def sampled_values(
-    env: Environment, ids: Tensor, generator: torch.Generator, most: float = MOST
+    env: Environment, ids: Tensor, generator: torch.Generator, most: float = MAX_NATS
 ) -> tuple[list[State], Tensor, Tensor]:
     """Samples of each action's KL along the reference path.
 

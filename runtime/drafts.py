@@ -1,8 +1,8 @@
-"""Guesses of the next tokens, which one pass verifies together: their source and number.
+"""Draft tokens, which one pass verifies together: their source and number.
 
-What followed the same tokens earlier, in prompt, answer or expected text, may follow again. A chain
-of guesses has the length that yields the most tokens per unit of time, given how often such guesses
-were right so far and how long passes of several rows take.
+What followed the same tokens earlier, in prompt, answer or expected text, may follow again. A
+draft has the length that yields the most tokens per unit of time, given how often such tokens were
+accepted so far and how long passes of several rows take.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from dash_onnx.core.actions import SKIP, Action, ActionPath
 from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.forms import form_of, head_form_of
 
-MOST = 15
-"""Most tokens that are guessed for one answer in one pass."""
+MAX_DRAFT_TOKENS = 15
+"""Maximum draft tokens of one answer in one pass."""
 
-MOST_ROWS = 32
-"""Most rows of a pass that verifies guesses of several answers."""
+MAX_DRAFT_ROWS = 32
+"""Maximum rows of a pass that verifies drafts of several answers."""
 
 Source = Literal["text", "expected", "grammar"]
 
 _LONGEST = 16  # tokens of a match that are compared
 _TRIED = 16  # latest occurrences of the same two tokens that are compared
 _STARTS = (2, 3, 4, 6, 9, 13)  # match lengths from which rates are counted separately
-_STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + MOST)]
-_MARGIN = 1.03  # tokens per plain pass from which guessing pays
+_STEPS = [sum(size >= start for start in _STARTS) for size in range(_LONGEST + MAX_DRAFT_TOKENS)]
+_MARGIN = 1.03  # tokens per plain pass from which drafting pays
 _COUNTED = 256  # outcomes of a kind that count; later ones count for more
 _PRIOR = 8  # outcomes that a prior belief is worth
 _BELIEVED = {"text": 0.15, "expected": 0.35, "grammar": 0.65}
-_LEAST_LIKELY = 0.02  # probability of a chain below which it ends
+_MIN_PROBABILITY = 0.02  # probability of a chain below which it ends
 _EXTRA = 0.25  # cost of one more row in a pass, where nothing was profiled
 _CONTEXT = 256  # tokens of context that one cost holds for
 
 
-class Guess(NamedTuple):
+class Draft(NamedTuple):
     """The draft tokens of one pass, and how many were accepted.
 
     Attributes:
         source: prompt and answer, the expected text, or what a grammar leaves.
         tokens: how many were verified.
-        right: how many of them the target sampled, too.
+        accepted: how many of them the target sampled, too.
     """
 
     source: Source
     tokens: int
-    right: int
+    accepted: int
 
 
 class Found(NamedTuple):
@@ -59,7 +59,7 @@ class Found(NamedTuple):
     Attributes:
         source: where it was found.
         match: number of tokens at the text's end that also precede it there.
-        tokens: up to `MOST`.
+        tokens: up to `MAX_DRAFT_TOKENS`.
     """
 
     source: Source
@@ -131,8 +131,8 @@ class Lookup:
         run = min(self._run, _LONGEST)
         begins = not best and not self._at  # perhaps the answer begins with it
         if self._at < len(self._expected) and (run >= max(best, 1) or begins):
-            return Found("expected", run, self._expected[self._at : self._at + MOST])
-        return Found("text", best, tokens[end : end + MOST]) if best else None
+            return Found("expected", run, self._expected[self._at : self._at + MAX_DRAFT_TOKENS])
+        return Found("text", best, tokens[end : end + MAX_DRAFT_TOKENS]) if best else None
 
     def agrees(self, found: Found) -> list[bool]:
         """For each token found, whether it is what last followed the one before it."""
@@ -141,24 +141,24 @@ class Lookup:
 
 
 _Kind = tuple[Source, int, bool, bool]
-"""Source, step of the match, whether the last successor agrees, whether it is the first guess."""
+"""Source, step of the match, whether the last successor agrees, whether it is the first."""
 
 
 @dataclass
 class _Outcomes:
-    """How often guesses of a kind were right."""
+    """How often draft tokens of a kind were accepted."""
 
-    right: float = 0.0
+    accepted: float = 0.0
     count: float = 0.0
 
-    def see(self, right: bool) -> None:
+    def see(self, accepted: bool) -> None:
         if self.count >= _COUNTED:
-            self.right, self.count = self.right / 2, self.count / 2
-        self.right += right
+            self.accepted, self.count = self.accepted / 2, self.count / 2
+        self.accepted += accepted
         self.count += 1
 
     def rate(self, believed: float) -> float:
-        return (self.right + believed * _PRIOR) / (self.count + _PRIOR)
+        return (self.accepted + believed * _PRIOR) / (self.count + _PRIOR)
 
 
 def _kinds(found: Found, agrees: list[bool]) -> list[_Kind]:
@@ -173,8 +173,8 @@ def _believed(kind: _Kind) -> float:
     return _BELIEVED[source] + 0.09 * step + 0.15 * agrees
 
 
-class Learned:
-    """What all generations of one target have shown about guesses; any thread may use it."""
+class DraftStats:
+    """Acceptance of draft tokens over all generations of one target; any thread may use it."""
 
     def __init__(
         self,
@@ -192,8 +192,8 @@ class Learned:
             path: path of the target.
             head: precision of its LM head.
             widened: actions that passes of several rows may run wide.
-            reruns: whether the right tokens of a pass run again if one of its guesses is wrong.
-            wide_head: whether the wide LM head is loaded, which guesses do not wait for.
+            reruns: whether the accepted tokens of a pass run again if another is rejected.
+            wide_head: whether the wide LM head is loaded, which draft tokens do not wait for.
         """
         self.reruns = reruns
         self._passes, self._layers, self._head = passes, Counter(path), head
@@ -234,37 +234,37 @@ def head_widened(widened: Set[Action], rows: int, loaded: bool) -> frozenset[Act
 
     These do not wait for the wide head to load; passes with more rows, which are of batches, do.
     """
-    return frozenset(widened if loaded or rows > MOST + 1 else ())
+    return frozenset(widened if loaded or rows > MAX_DRAFT_TOKENS + 1 else ())
 
 
-def best_length(gains: Sequence[Sequence[float]], learned: Learned, context: int) -> int:
-    """How many guesses per answer yield the most tokens per unit of time, in one pass of all.
+def best_length(gains: Sequence[Sequence[float]], stats: DraftStats, context: int) -> int:
+    """How many draft tokens per answer yield the most tokens per unit of time, in one pass of all.
 
     Args:
-        gains: for each answer, the tokens expected from a pass with 0, 1, 2, ... guesses.
-        learned: what was learned about their target.
+        gains: for each answer, the tokens expected from a pass with 0, 1, 2, ... draft tokens.
+        stats: draft statistics of their target.
         context: tokens of the longest.
 
     Returns:
         The same number for all of them: a pass pads those that have fewer.
     """
     answers = len(gains)
-    best, count, again = _MARGIN * answers / learned.cost(answers, context), 0, 0.0
-    longest = min(max(map(len, gains)), max(MOST_ROWS, MOST + 1) // answers)
+    best, count, again = _MARGIN * answers / stats.cost(answers, context), 0, 0.0
+    longest = min(max(map(len, gains)), max(MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS + 1) // answers)
     for n in range(1, longest):
         expected = sum(known[min(n, len(known) - 1)] for known in gains)
-        if learned.reruns:  # of n tokens, where this guess is the first wrong one
-            (known,) = gains  # states cannot be padded: such an answer runs its guesses alone
+        if stats.reruns:  # of n tokens, where this is the first rejected one
+            (known,) = gains  # states cannot be padded: such an answer runs alone
             before = known[n - 1] - known[n - 2] if n > 1 else 1.0
-            again += (before - (known[n] - known[n - 1])) * learned.cost(n, context)
-        rate = expected / (learned.cost(answers * (n + 1), context) + again)
+            again += (before - (known[n] - known[n - 1])) * stats.cost(n, context)
+        rate = expected / (stats.cost(answers * (n + 1), context) + again)
         if rate > best:
             best, count = rate, n
     return count
 
 
-class Guesser:
-    """Guesses for one answer."""
+class Drafter:
+    """Finds draft tokens for one answer."""
 
     def __init__(
         self,
@@ -281,27 +281,27 @@ class Guesser:
         """
         self._eos = eos
         self._lookup = Lookup(prompt, expected)
-        self._open: list[tuple[Found, list[_Kind], int]] = []  # guesses not yet compared, and where
+        self._open: list[tuple[Found, list[_Kind], int]] = []  # not yet compared, and where
 
     def find(
-        self, learned: Learned, text: Sequence[int], most: int, hint: Sequence[int] = ()
+        self, stats: DraftStats, text: Sequence[int], most: int, hint: Sequence[int] = ()
     ) -> tuple[Found | None, list[float]]:
-        """The guesses that the next pass may verify, and what it would yield.
+        """The draft tokens that the next pass may verify, and what it would yield.
 
         Args:
-            learned: what was learned about the target.
+            stats: draft statistics of the target.
             text: prompt and answer so far.
-            most: most guesses.
+            most: maximum number of draft tokens.
             hint: tokens that a grammar makes likely; if given, nothing else is looked up.
 
         Returns:
-            The guesses, without unlikely ones, and the tokens expected from a pass with the first
-            0, 1, 2, ... of them.
+            The draft tokens, without unlikely ones, and the tokens expected of a pass with the
+            first 0, 1, 2, ... of them.
         """
         for token in text[len(self._lookup.tokens) :]:
-            self._compare(learned, token)
+            self._compare(stats, token)
             self._lookup.add(token)
-        found = Found("grammar", 0, [*hint[:MOST]]) if hint else self._lookup.find()
+        found = Found("grammar", 0, [*hint[:MAX_DRAFT_TOKENS]]) if hint else self._lookup.find()
         gains = [1.0]
         if found is None:
             return None, gains
@@ -309,19 +309,19 @@ class Guesser:
         self._open.append((found, kinds, len(self._lookup.tokens)))
         reached = 1.0
         for token, kind in zip(found.tokens[:most], kinds, strict=False):
-            reached *= learned.outcomes[kind].rate(_believed(kind))
+            reached *= stats.outcomes[kind].rate(_believed(kind))
             gains.append(gains[-1] + reached)
-            if token in self._eos or reached < _LEAST_LIKELY:
+            if token in self._eos or reached < _MIN_PROBABILITY:
                 break
         return found._replace(tokens=found.tokens[: len(gains) - 1]), gains
 
-    def _compare(self, learned: Learned, token: int) -> None:
-        """Compares what could have been guessed, whether it was or not, with the actual token."""
+    def _compare(self, stats: DraftStats, token: int) -> None:
+        """Compares what could have been drafted, whether it was or not, with the actual token."""
         place, still = len(self._lookup.tokens), []
         for found, kinds, start in self._open:
             n = place - start
-            right = found.tokens[n] == token
-            learned.outcomes[kinds[n]].see(right)
-            if right and n + 1 < len(found.tokens):
+            accepted = found.tokens[n] == token
+            stats.outcomes[kinds[n]].see(accepted)
+            if accepted and n + 1 < len(found.tokens):
                 still.append((found, kinds, start))
         self._open = still

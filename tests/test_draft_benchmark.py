@@ -77,7 +77,7 @@ def test_llama_cpp_that_is_not_installed_is_one_line(
         [*speculate.peers_of(Namespace(genai=None, llama_cpp=Path("q4_0.gguf")))]
 
 
-def test_a_server_without_guesses_takes_turns_with_the_one_that_makes_them(
+def test_a_server_without_drafts_takes_turns_with_the_one_that_makes_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(FOLDER)
@@ -96,10 +96,10 @@ def test_a_server_without_guesses_takes_turns_with_the_one_that_makes_them(
     monkeypatch.setattr(serve, "running", running)
     monkeypatch.setattr(serve, "_measured", measured)
     words = ["serve.py", "bundle", "--policy", "int4", "--clients", "16"]
-    monkeypatch.setattr(sys, "argv", [*words, "--without-guesses"])
+    monkeypatch.setattr(sys, "argv", [*words, "--without-drafts"])
     serve.main()
     assert [(name, one.url, one.extra) for name, one in asked.items()] == [
         ("dash-serve", "http://server-1", {"policy": "int4"}),
-        ("dash-serve, no guesses", "http://server-2", {"policy": "int4", "speculate": False}),
+        ("dash-serve, no drafts", "http://server-2", {"policy": "int4", "speculate": False}),
     ]
     assert started[0] == started[1]

@@ -1,4 +1,4 @@
-"""What is guessed, and how much of it: with texts and times made up, so that no machine decides."""
+"""What is drafted, and how much of it: with texts and times made up, so that no machine decides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dash_onnx.core.facts import PassCosts
-from dash_onnx.runtime.guesses import MOST, Guesser, Learned, Lookup, best_length
+from dash_onnx.runtime.drafts import MAX_DRAFT_TOKENS, Drafter, DraftStats, Lookup, best_length
 
 # What passes of 1 to 9 tokens take, as a multiple of one: measured on two cores.
 TIMES = {
@@ -24,29 +24,29 @@ TIMES = {
 }
 
 
-def learned(times: Sequence[float], reruns: bool = False) -> Learned:
+def stats(times: Sequence[float], reruns: bool = False) -> DraftStats:
     rows = tuple(range(1, len(times) + 1))
     passes = PassCosts(rows, (0,), {"int8": (tuple(times),)}, (), (), (1,), {"int8": (0.0,)})
-    return Learned(passes, ("int8",), "int8", frozenset(), reruns)
+    return DraftStats(passes, ("int8",), "int8", frozenset(), reruns)
 
 
 def speed(
-    known: Learned,
+    known: DraftStats,
     prompt: Sequence[int],
     answer: Sequence[int],
     expected: Sequence[int] = (),
 ) -> float:
     """Tokens of an answer per plain pass."""
-    text, guesser, spent, end = [*prompt], Guesser(prompt, expected), 0.0, len(prompt) + len(answer)
+    text, drafter, spent, end = [*prompt], Drafter(prompt, expected), 0.0, len(prompt) + len(answer)
     text.append(answer[0])
     while len(text) < end:
-        found, gains = guesser.find(known, text, min(MOST, end - len(text) - 1))
-        guesses = found.tokens[: best_length([gains], known, 0)] if found else []
-        assert len(text) + len(guesses) < end
-        spent += known.cost(1 + len(guesses), 0)
+        found, gains = drafter.find(known, text, min(MAX_DRAFT_TOKENS, end - len(text) - 1))
+        drafts = found.tokens[: best_length([gains], known, 0)] if found else []
+        assert len(text) + len(drafts) < end
+        spent += known.cost(1 + len(drafts), 0)
         rest = answer[len(text) - len(prompt) :]
-        right = next((n for n, guess in enumerate(guesses) if guess != rest[n]), len(guesses))
-        if known.reruns and right < len(guesses):
+        right = next((n for n, draft in enumerate(drafts) if draft != rest[n]), len(drafts))
+        if known.reruns and right < len(drafts):
             spent += known.cost(1 + right, 0)
         text += rest[: right + 1]
     return (len(answer) - 1) / spent
@@ -60,10 +60,10 @@ def drawn(count: int, vocabulary: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("reruns", [False, True])
 @pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
 @pytest.mark.parametrize("vocabulary", [3, 30, 300, 30000])
-def test_text_that_cannot_be_guessed_costs_nothing(
+def test_text_that_cannot_be_drafted_costs_nothing(
     vocabulary: int, times: tuple[float, ...], reruns: bool
 ) -> None:
-    known, fast = learned(times, reruns), []
+    known, fast = stats(times, reruns), []
     for seed in range(6):
         fast.append(speed(known, drawn(200, vocabulary, seed), drawn(300, vocabulary, seed + 100)))
     assert fast[0] > (0.97 if reruns else 0.98)  # of a model that was just loaded
@@ -75,7 +75,7 @@ def test_text_that_cannot_be_guessed_costs_nothing(
 def test_the_more_of_an_answer_is_repeated_the_sooner_it_comes(name: str, reruns: bool) -> None:
     prompt, found = drawn(600, 5000), []
     for kept in (8, 20, 60):  # tokens between changes
-        known = learned(TIMES[name], reruns)
+        known = stats(TIMES[name], reruns)
         answer = [9999 if n % kept == 0 else token for n, token in enumerate(prompt)]
         found.append(speed(known, prompt, answer))
     assert found == sorted(found) and found[0] > 1.0
@@ -83,17 +83,17 @@ def test_the_more_of_an_answer_is_repeated_the_sooner_it_comes(name: str, reruns
     assert found[-1] > (0.65 if reruns else 0.75) * best
 
 
-def test_nothing_is_guessed_where_a_row_costs_a_pass() -> None:
-    assert speed(learned(TIMES["no gain"]), drawn(300, 9000), drawn(300, 9000)) == 1.0
+def test_nothing_is_drafted_where_a_row_costs_a_pass() -> None:
+    assert speed(stats(TIMES["no gain"]), drawn(300, 9000), drawn(300, 9000)) == 1.0
 
 
 def test_what_was_learned_holds_in_the_next_answer() -> None:
     """After three tokens comes any of nine, so that what followed them before is seldom right."""
-    rng, known, found = random.Random(1), learned(TIMES["135M int8"]), []
+    rng, known, found = random.Random(1), stats(TIMES["135M int8"]), []
     for _ in range(8):
         text = [token for _ in range(100) for token in (*drawn(3, 9**9, 5), rng.randrange(9))]
         found.append(speed(known, text[:200], text[200:]))
-    unlearned = speed(learned(TIMES["135M int8"]), text[:200], text[200:])
+    unlearned = speed(stats(TIMES["135M int8"]), text[:200], text[200:])
     assert found[-1] > unlearned
 
 
@@ -104,7 +104,7 @@ def lines(count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("change", ["line", "left out", "added", "word", "before"])
 def test_an_edit_costs_little_more_than_what_changes(change: str) -> None:
-    known, old, new = learned(TIMES["0.5B int8"]), lines(150), lines(150)
+    known, old, new = stats(TIMES["0.5B int8"]), lines(150), lines(150)
     if change == "line":
         new[70] = [1, 2, *drawn(8, 40, 999), 3, 4]
     elif change == "left out":
@@ -124,7 +124,7 @@ def test_an_edit_costs_little_more_than_what_changes(change: str) -> None:
 
 
 def test_an_expected_text_that_does_not_come_costs_little() -> None:
-    known = learned(TIMES["135M int4"])
+    known = stats(TIMES["135M int4"])
     assert speed(known, drawn(50, 300), drawn(300, 300, 1), drawn(600, 300, 2)) > 0.98
 
 
@@ -147,24 +147,24 @@ def test_what_is_found_followed_the_longest_match(text: list[int], begin: int) -
     assert (found.match if found else 0) == size
     if found:
         ends = [end for end in range(size, len(text)) if text[end - size : end] == text[-size:]]
-        assert found.tokens == text[ends[-1] :][:MOST]
+        assert found.tokens == text[ends[-1] :][:MAX_DRAFT_TOKENS]
 
 
-def test_an_unlikely_guess_takes_no_row_beside_another_answer(
+def test_an_unlikely_draft_takes_no_row_beside_another_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rate = "dash_onnx.runtime.guesses._Outcomes.rate"
+    rate = "dash_onnx.runtime.drafts._Outcomes.rate"
     monkeypatch.setattr(rate, lambda _, believed: 0.1)
     text = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
-    found, gains = Guesser(text).find(learned(TIMES["0.5B int8"]), text, MOST)
+    found, gains = Drafter(text).find(stats(TIMES["0.5B int8"]), text, MAX_DRAFT_TOKENS)
     assert found and found.tokens == [4, 5] and gains == pytest.approx([1.0, 1.1, 1.11])
 
 
-def test_nothing_is_guessed_after_the_end() -> None:
-    guesser = Guesser([1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], eos={6})
+def test_nothing_is_drafted_after_the_end() -> None:
+    drafter = Drafter([1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], eos={6})
     for _ in range(30):
-        found, gains = guesser.find(
-            learned(TIMES["0.5B int8"]), [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], 9
+        found, gains = drafter.find(
+            stats(TIMES["0.5B int8"]), [1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4], 9
         )
     assert len(gains) == 3  # of none, of 5, and of 5 and 6
     assert found and found.tokens == [5, 6]
