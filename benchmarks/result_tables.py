@@ -116,9 +116,11 @@ def _span(c: dict[str, Any]) -> str:
     return f"{c['tokens_per_s']:.0f} ({min(rates):.0f}-{max(rates):.0f})"
 
 
-def _behind(c: dict[str, Any], tokens: int, fact: str = "tokens_per_s", unit: float = 1.0) -> str:
+def _at_context(
+    c: dict[str, Any], tokens: int, fact: str = "tokens_per_s", unit: float = 1.0
+) -> str:
     """Speed, or another figure, with a context of the given length."""
-    found = c.get("behind", {}).get(str(tokens), {})
+    found = c.get("contexts", {}).get(str(tokens), {})
     return f"{found[fact] / unit:.0f}" if fact in found else "-"
 
 
@@ -127,13 +129,13 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tokens/s (rounds)": _span,
     "GenAI = 1": lambda c: f"{c['ratio']:.2f}" if "ratio" in c else "-",
     "first token, ms": lambda c: f"{statistics.median(c['ttft_ms']):.0f}",
-    "pp512": lambda c: _behind(c, 512, "prefill_tokens_per_s"),
-    "after 1,000": lambda c: _behind(c, 1000),
-    "after 3,500": lambda c: _behind(c, 3500),
+    "pp512": lambda c: _at_context(c, 512, "prefill_tokens_per_s"),
+    "after 1,000": lambda c: _at_context(c, 1000),
+    "after 3,500": lambda c: _at_context(c, 3500),
     "KL, nats": lambda c: plus_minus(c["kl"], c["kl_stderr"]),
     "peak memory, MB": lambda c: f"{c['peak_rss_bytes'] / 1e6:.0f}",
-    "with 1,000": lambda c: _behind(c, 1000, "peak_rss_bytes", 1e6),
-    "with 3,500": lambda c: _behind(c, 3500, "peak_rss_bytes", 1e6),
+    "with 1,000": lambda c: _at_context(c, 1000, "peak_rss_bytes", 1e6),
+    "with 3,500": lambda c: _at_context(c, 3500, "peak_rss_bytes", 1e6),
     "load, s": lambda c: f"{c['load_s']:.1f}",
 }
 

@@ -5,6 +5,7 @@ dash-fuse out/ && python examples/genai.py out/fused "What is the capital of Fra
 
 import json
 import sys
+from pathlib import Path
 
 import onnxruntime_genai as og
 
@@ -16,8 +17,13 @@ params = og.GeneratorParams(model)
 params.set_search_options(max_length=512)
 generator = og.Generator(model, params)
 if len(sys.argv) > 3:  # a preset instead of the budget that the graph has
+    adapter = Path(folder, f"{sys.argv[3]}.onnx_adapter")
+    if not adapter.is_file():
+        sys.exit(
+            f"{adapter} is missing: without a trained policy there is one path, and no presets"
+        )
     adapters = og.Adapters(model)
-    adapters.load(f"{folder}/{sys.argv[3]}.onnx_adapter", sys.argv[3])
+    adapters.load(str(adapter), sys.argv[3])
     generator.set_active_adapter(adapters, sys.argv[3])
 generator.append_tokens(tokenizer.encode(prompt))
 stream = tokenizer.create_stream()

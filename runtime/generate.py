@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, Action, ActionPath, path_letters
+from dash_onnx.core.actions import SKIP, ActionPath, Form, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
@@ -290,27 +290,32 @@ class Generation:
         return GeneratedToken(token, path, ms, reason, draft, *self._notes.popleft())
 
 
-def prefill_plan(sessions: Sessions, policy: Policy, precision: Action | None = None) -> PromptPlan:
+def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = None) -> PromptPlan:
     """How a prompt runs.
 
     Args:
         sessions: sessions of the bundle.
         policy: policy of the tokens after it.
         precision: None takes the policy's path if that is the same for all tokens, else its highest
-            precision, and the wide form where that is good enough and memory allows it.
+            precision, and the wide form where that is good enough and memory allows it; `wide`
+            takes the same path, and the wide form wherever it is faster.
 
     Raises:
-        PolicyError: the precision was not exported.
+        PolicyError: the precision was not exported, or the wide form is not loaded.
     """
     manifest = sessions.manifest
     layers = manifest.model.num_layers
     segments = policy.segments(layers)
-    if precision is None:
+    if precision == "wide" and not sessions.widened:
+        raise PolicyError("this bundle has no wide form, or memory='low' leaves it out")
+    if precision is None or precision == "wide":
         used = policy.used(layers, manifest.actions)
         highest = next(action for action in manifest.variants if any(action in u for u in used))
         path = policy.uniform or (highest,) * layers
         path = tuple(highest if action == SKIP else action for action in path)
         widened = sessions.widened and widened_in_prompts(manifest, policy)
+        if precision == "wide":
+            widened = frozenset(manifest.variants)
         return PromptPlan(path, policy.head, widened, segments)
     if precision not in manifest.variants:
         raise PolicyError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import Form
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
@@ -96,7 +96,7 @@ class Model:
         self,
         policy: str | Policy | None = None,
         budget: Budget | None = None,
-        prefill: Action | None = None,
+        prefill: Form | None = None,
         *,
         batches: bool = True,
     ) -> None:
@@ -166,7 +166,7 @@ class Model:
         prompt_tokens: int = 0,
         policy: str | Policy | None = None,
         budget: Budget | None = None,
-        prefill: Action | None = None,
+        prefill: Form | None = None,
     ) -> Logits:
         """Teacher-forced logits of a text.
 
@@ -208,7 +208,7 @@ class Model:
         prompt_tokens: int = 1,
         policy: str | Policy | None = None,
         budget: Budget | None = None,
-        prefill: Action | None = None,
+        prefill: Form | None = None,
         cache: Cache | None = None,
         predictions: bool = False,
     ) -> Iterator[ScoredToken]:

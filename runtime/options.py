@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from dash_onnx.core.actions import Action
+from dash_onnx.core.actions import Form
 from dash_onnx.core.arrays import Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import PolicyError
@@ -33,7 +33,7 @@ class Options(TypedDict, total=False):
 
     policy: str | Policy | None
     budget: Budget | None
-    prefill: Action | None
+    prefill: Form | None
     max_new_tokens: int | None
     max_thinking_tokens: int | None
     chat_template_kwargs: Mapping[str, Any] | None
@@ -65,7 +65,7 @@ class GenerationOptions:
         budget: fraction of a token's time at the highest exported precision, or a preset; None uses
             the budget that the model was loaded with.
         prefill: precision of the prompt; None: the highest that the policy uses at its budget, or
-            the wide form, see `memory` of `dash_onnx.load`.
+            the wide form, see `memory` of `dash_onnx.load`; `wide`: that form, whatever it loses.
         max_new_tokens: most tokens to generate, thoughts included.
         max_thinking_tokens: most tokens of thoughts, after which the answer begins. 0 turns them
             off and any other number on, if the chat template supports it (its variable
@@ -87,7 +87,7 @@ class GenerationOptions:
 
     policy: str | Policy = ""
     budget: Budget | None = None
-    prefill: Action | None = None
+    prefill: Form | None = None
     max_new_tokens: int = 512
     max_thinking_tokens: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -17,7 +17,15 @@ from cli_tool import Capture, Tool
 from conftest import needed, save_tiny
 
 from dash_onnx.bench.contenders import drafts, policy_of
-from dash_onnx.bench.measure import Behind, Reference, Result, divergence, dominated, measure, ratio
+from dash_onnx.bench.measure import (
+    AtContext,
+    Reference,
+    Result,
+    divergence,
+    dominated,
+    measure,
+    ratio,
+)
 from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import context, read_prompts
 from dash_onnx.bench.worker import Worker
@@ -129,11 +137,14 @@ def test_all_take_turns_on_each_context_after_the_rounds_of_each_process() -> No
     closed, rounds = ["short closed", "a closed"], ["a1", "short1"] * 2
     assert log == [*rounds, *turns, *closed] * 2
     assert a.decode_ms == (1.0,) * 2
-    seen = {4: Behind(4, (100.0,) * 4, (4.0,) * 4, 7), 8: Behind(8, (100.0,) * 2, (8.0,) * 2, 7)}
-    assert a.behind == seen
-    assert [*short.behind] == [4]
-    assert a.behind[8].prefill_tokens_per_s == pytest.approx(80)
-    assert a.behind[8].tokens_per_s == pytest.approx(125)
+    seen = {
+        4: AtContext(4, (100.0,) * 4, (4.0,) * 4, 7),
+        8: AtContext(8, (100.0,) * 2, (8.0,) * 2, 7),
+    }
+    assert a.contexts == seen
+    assert [*short.contexts] == [4]
+    assert a.contexts[8].prefill_tokens_per_s == pytest.approx(80)
+    assert a.contexts[8].tokens_per_s == pytest.approx(125)
 
 
 def test_a_context_has_its_length_and_ends_with_a_prompt() -> None:
@@ -292,8 +303,8 @@ def test_the_table_shows_what_follows_a_context_and_a_dash_without_it() -> None:
     row = Result("dash full", (1.0,), (1.0,), 1.0, 1)
     head, bare = _table([row]).splitlines()
     assert all(name in head for name in ("pp512", "after 1,000", "after 3,500", "with 3,500"))
-    behind = {n: Behind(n, (2.0 * n,), (n / 100,), n * 10**6) for n in (512, 1000)}
-    full = _table([replace(row, behind=behind)]).splitlines()[1]
+    contexts = {n: AtContext(n, (2.0 * n,), (n / 100,), n * 10**6) for n in (512, 1000)}
+    full = _table([replace(row, contexts=contexts)]).splitlines()[1]
     assert bare.split("ms")[1].split()[:3] == ["-", "-", "-"]
     assert full.split("ms")[1].split()[:3] == ["500", "100.0", "-"]
     assert full.split()[-4:] == ["1000", "MB", "-", "-"]
@@ -311,11 +322,11 @@ def test_the_prefill_is_measured_where_the_context_holds_it(
     capsys.readouterr()  # what the export prints
     words = (bundle, "--policy", "int4", "--peer", f"flat:{clients}", *FEW)
     for row in TOOL.json_of(capsys, *words)["contenders"]:
-        assert [*row["behind"]] == ["512"]
-        prefill = row["behind"]["512"]
+        assert [*row["contexts"]] == ["512"]
+        prefill = row["contexts"]["512"]
         assert len(prefill["prefill_ms"]) == 2 and prefill["prefill_tokens_per_s"] > 0
     found = TOOL.json_of(capsys, *words, "--skip", "contexts")
-    assert [row["behind"] for row in found["contenders"]] == [{}, {}]
+    assert [row["contexts"] for row in found["contenders"]] == [{}, {}]
 
 
 def test_prompts_of_one_category_are_read_apart(tmp_path: Path) -> None:

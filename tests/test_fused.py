@@ -224,7 +224,7 @@ def test_a_static_policy_is_a_flat_graph(bundle: Path, model: Model, tmp_path: P
     assert TOOL.run(bundle, tmp_path / "flat", "--policy", STATIC) == 0
     graph = onnx.load(tmp_path / "flat" / MODEL, load_external_data=False).graph
     chooses = [node.output[0] for node in graph.node if node.op_type == "If"]
-    assert chooses == ["logits"]  # see rewrite.look_at_the_last
+    assert chooses == ["logits"]  # see rewrite.rescore_last
     assert BUDGET not in {value.name for value in graph.input}
     client, sequence = Client(tmp_path / "flat", model.manifest), model.new_sequence()
     policy = model.policy(STATIC)
@@ -403,7 +403,7 @@ def test_an_existing_folder_needs_overwrite_and_survives_a_failure(
         (("--policy", "random"), "has no graph"),
         (("--policy", "int3"), "unknown policy"),
         (("--budget", "7"), "outside 0..1"),
-        (("--budget", "lots"), "neither a number nor a preset"),
+        (("--budget", "lots"), "nor a preset"),
         (("--policy", "int8", "--prefill", "full"), "takes no prefill"),
     ],
 )

@@ -17,11 +17,13 @@ import pytest
 from conftest import missing, needed
 from families import CASES, Pair
 from scored_bundle import with_scorer
+from tokenizers import Tokenizer
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused import FACTS, PATH, FuseOptions, adapter, fuse
+from dash_onnx.exporters.sources.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider, decider_of
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +170,23 @@ def test_the_demo_model_answers_as_in_our_runtime(
         total += len(tokens)
     # Sums in another order may turn a near-tie.
     assert equal >= 0.98 * total, (equal, total)
+
+
+@pytest.mark.demo
+def test_genai_splits_texts_as_every_kind_of_gguf_file_wants(
+    trained_bundle: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """The words of `pre_tokenizer` are regular expressions, of which GenAI's library reads some."""
+    og = needed("onnxruntime_genai")
+    folder = tmp_path / "fused"
+    fuse(Bundle(tiny_bundle), folder, FuseOptions(policy="int8"), overwrite=False)
+    text = "I'll test 12345 words: naïve café foo_bar(3.14);\n\n  你好世界 DON'T Stop\r\n\t end"
+    for name in {pre: name for name, pre in PRE_TOKENIZERS.items()}.values():
+        tokenizer = Tokenizer.from_file(str(trained_bundle / "tokenizer.json"))
+        tokenizer.pre_tokenizer = pre_tokenizer(PRE_TOKENIZERS[name])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        found = og.Tokenizer(og.Model(str(folder))).encode(text).tolist()
+        assert found == tokenizer.encode(text, add_special_tokens=False).ids, name
 
 
 @pytest.mark.demo

@@ -270,13 +270,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.parametrize("content", [b"", b"GG", b"GGUF", b"not a model" * 100, b"GGUF" * 100])
 def test_a_file_that_only_claims_to_be_gguf_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.gguf").write_bytes(content)
-    assert "not a readable GGUF file" in refusal(tmp_path / "model.gguf")
+    assert "is not a GGUF file, or incomplete" in refusal(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.05, 0.3, 0.9, 0.9999])
 def test_a_truncated_file_is_refused(whole: bytes, tmp_path: Path, share: float) -> None:
     (tmp_path / "model.gguf").write_bytes(whole[: int(len(whole) * share)])
-    assert "not a readable GGUF file" in refusal(tmp_path / "model.gguf")
+    assert "is not a GGUF file, or incomplete" in refusal(tmp_path / "model.gguf")
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.check import check
 from dash_onnx.exporters.fused import FuseOptions, fuse
-from dash_onnx.exporters.graphs import looks_twice
+from dash_onnx.exporters.graphs import rescores
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS
 from dash_onnx.exporters.quantize.blockwise import Quantized, dequantize
 from dash_onnx.exporters.sources import open_source
@@ -115,7 +115,7 @@ def test_without_an_int8_head_the_int4_head_looks_once(
     options: dict, tiny_with: Callable[..., Path]
 ) -> None:
     out = tiny_with(**options)
-    assert not looks_twice(out / "head/int4.onnx")
+    assert not rescores(out / "head/int4.onnx")
     model = dash_onnx.load(out)
     best = options["variants"][0]
     assert model.manifest.heads["skip"] == best

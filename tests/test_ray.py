@@ -71,12 +71,12 @@ def test_a_replica_whose_batch_has_died_is_unhealthy(tiny_bundle: Path) -> None:
     class Ingress:
         app = replica(Arguments(bundles=str(tiny_bundle), threads=1))
 
-    checked, shelf = _checked(Ingress)(), Ingress.app.state.service.shelf
+    checked, pool = _checked(Ingress)(), Ingress.app.state.service.pool
     checked.check_health()
-    next(iter(shelf._served.values())).batch.close()
+    next(iter(pool._served.values())).batch.close()
     with pytest.raises(RuntimeError, match="has died"):
         checked.check_health()
-    shelf.close()
+    pool.close()
 
 
 def test_what_the_command_line_tells_are_texts(tiny_bundle: Path) -> None:

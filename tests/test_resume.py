@@ -269,6 +269,18 @@ def test_a_bundle_that_was_to_be_replaced_comes_back_after_a_kill_between_two_re
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_resume_would_have_continued_is_discarded_with_a_word(
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
+) -> None:
+    stop_at(1)
+    main(arguments(deep, night, tmp_path / "out", "--resume"))
+    capsys.readouterr()
+    written = stop_at(1)
+    main(arguments(deep, night, tmp_path / "out"))
+    assert written == [0]
+    assert "discarding an interrupted export, which --resume would" in capsys.readouterr().err
+
+
 def test_a_damaged_record_of_progress_is_refused_in_one_line(
     deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
 ) -> None:

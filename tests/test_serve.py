@@ -37,10 +37,10 @@ from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.serve.app import create_app
 from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.pool import ModelPool, Source, open_bundles
 from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
 from dash_onnx.serve.service import Job, Service, Tally
-from dash_onnx.serve.shelf import Shelf, Source, open_bundles
 from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
@@ -346,22 +346,22 @@ def test_a_bundle_in_use_stays_loaded(
     folders = [shutil.copytree(tiny_bundle, tmp_path / name) for name in ("one", "other")]
     with dash_onnx.load(tiny_bundle, policy="int8") as model:
         needed = model.bytes_to_load()
-    caplog.set_level("INFO", "dash_onnx.serve.shelf")
+    caplog.set_level("INFO", "dash_onnx.serve.pool")
 
     async def used() -> None:
-        shelf = Shelf(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
-        async with shelf.using("one") as served:
+        pool = ModelPool(open_bundles(folders, policy="int8"), Limits(memory_bytes=needed * 3 // 2))
+        async with pool.using("one") as served:
             with pytest.raises(BusyError, match="in use"):
-                async with shelf.using("other"):
+                async with pool.using("other"):
                     pass
-            assert shelf.loaded == 1 and served.loaded
-        await asyncio.gather(*(hold(shelf, "other") for _ in range(4)))
-        assert shelf.loaded == 1 and not served.loaded
-        shelf.close()
-        assert shelf.loaded == 0
+            assert pool.loaded == 1 and served.loaded
+        await asyncio.gather(*(hold(pool, "other") for _ in range(4)))
+        assert pool.loaded == 1 and not served.loaded
+        pool.close()
+        assert pool.loaded == 0
 
-    async def hold(shelf: Shelf, name: str) -> None:
-        async with shelf.using(name) as served:
+    async def hold(pool: ModelPool, name: str) -> None:
+        async with pool.using(name) as served:
             await asyncio.sleep(0.01)
             assert served.model.bytes_to_load() == 0
 
@@ -514,7 +514,7 @@ def test_a_handler_that_is_cancelled_leaves_nothing_running(tiny_model: Model) -
             await task
         assert service.metrics.running._value.get() == 0
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        await asyncio.to_thread(service.shelf.close)
+        await asyncio.to_thread(service.pool.close)
 
     for speculate in (None, False):
         asyncio.run(cancelled(speculate))
@@ -924,7 +924,7 @@ def test_every_request_is_counted_once(server: Server, tiny_model: Model) -> Non
 def test_a_batch_that_has_died_is_no_health(tiny_model: Model) -> None:
     running = Server({"tiny": tiny_model})
     try:
-        (served,) = running.app.state.service.shelf._served.values()
+        (served,) = running.app.state.service.pool._served.values()
         served.batch.close()
         assert httpx.get(f"{running.url}/health").status_code == 503
     finally:

@@ -21,6 +21,7 @@ import dash_onnx
 from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import head_path, layer_path
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.forms import form_of, head_form_of, widened_in_prompts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
@@ -234,12 +235,19 @@ def test_a_policy_without_few_bits_runs_no_prompt_wide(model: Model, policy: str
     assert wide_layers(model) == 0
 
 
+def test_a_prompt_of_high_precision_runs_wide_where_that_is_asked_for(model: Model) -> None:
+    model.generate(PROMPT, policy="int8", prefill="wide", max_new_tokens=3, ignore_eos=True)
+    assert wide_layers(model) == LAYERS
+
+
 def test_little_memory_leaves_the_wide_form_out(wide_bundle: Path) -> None:
     with dash_onnx.load(wide_bundle, policy="int4", memory="low") as model:
         model.preload("")
         model.generate(PROMPT, max_new_tokens=3, ignore_eos=True)
         model.batch([PROMPT] * 10, parallel=10)
         assert wide_layers(model) == 0
+        with pytest.raises(PolicyError, match="leaves it out"):
+            model.generate(PROMPT, prefill="wide")
         low = model.loaded_bytes
     with dash_onnx.load(wide_bundle, policy="int4") as model:
         assert model.bytes_to_load() > low

@@ -19,7 +19,7 @@ _PRESETS = [f"@{name}" for name in PRESETS]
 
 
 @dataclass(frozen=True)
-class Behind:
+class AtContext:
     """Speed with a context of some length.
 
     Attributes:
@@ -58,7 +58,7 @@ class Result:
         weight_bytes: bytes of weights read per token; None if unknown.
         kl: mean KL(reference || contender) in nats; None if it does not expose logits.
         kl_stderr: standard error over the texts.
-        behind: speed by length of the context; without contexts that do not fit.
+        contexts: speed by length of the context; without contexts that do not fit.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Result:
     weight_bytes: float | None = None
     kl: float | None = None
     kl_stderr: float | None = None
-    behind: Mapping[int, Behind] = field(default_factory=dict)
+    contexts: Mapping[int, AtContext] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -169,8 +169,8 @@ def measure(
                 workers.append(start())
                 stack.callback(workers[-1].close)
             results = _rounds(workers, prompts, new_tokens, rounds)
-            for index, behind in enumerate(_behind(workers, contexts, new_tokens)):
-                results[index] = replace(results[index], behind=behind)
+            for index, speeds in enumerate(_in_contexts(workers, contexts, new_tokens)):
+                results[index] = replace(results[index], contexts=speeds)
             if quality and not generations:
                 for index, worker in enumerate(Loop("quality", workers)):
                     if kl := quality(worker):
@@ -183,8 +183,9 @@ def measure(
             ttft_ms=sum((one.ttft_ms for one in same), ()),
             load_s=statistics.median(one.load_s for one in same),
             peak_rss_bytes=max(one.peak_rss_bytes for one in same),
-            behind={
-                length: _joined([one.behind[length] for one in same]) for length in same[0].behind
+            contexts={
+                length: _joined([one.contexts[length] for one in same])
+                for length in same[0].contexts
             },
         )
         for same in zip(*generations, strict=True)
@@ -209,22 +210,22 @@ def _rounds(
     ]
 
 
-def _behind(
+def _in_contexts(
     workers: Sequence[Worker], contexts: Sequence[list[int]], new_tokens: int
-) -> list[dict[int, Behind]]:
+) -> list[dict[int, AtContext]]:
     """Measures long contexts after the rounds, so that the memory of the rounds excludes them."""
-    found: list[dict[int, Behind]] = [{} for _ in workers]
+    found: list[dict[int, AtContext]] = [{} for _ in workers]
     turns = [(ids, index) for ids in contexts for index in range(len(workers))]
     for ids, index in Loop("contexts", turns):
         if times := workers[index].decode(ids, new_tokens):
             later = statistics.median(times[1:])
-            run = Behind(len(ids), (times[0],), (later,), workers[index].peak_rss_bytes())
+            run = AtContext(len(ids), (times[0],), (later,), workers[index].peak_rss_bytes())
             found[index][len(ids)] = _joined([*filter(None, [found[index].get(len(ids))]), run])
     return found
 
 
-def _joined(runs: Sequence[Behind]) -> Behind:
-    return Behind(
+def _joined(runs: Sequence[AtContext]) -> AtContext:
+    return AtContext(
         runs[0].tokens,
         sum((run.prefill_ms for run in runs), ()),
         sum((run.decode_ms for run in runs), ()),

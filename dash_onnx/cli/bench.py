@@ -290,15 +290,15 @@ def _reference(model: Model, prompts: list[list[int]], new_tokens: int) -> list[
 def _row(result: Result) -> dict[str, Any]:
     """One contender in the JSON output."""
     rates = {"tokens_per_s": result.tokens_per_s, "gb_per_s": result.gigabytes_per_s}
-    behind = {
+    contexts = {
         length: {
             **dataclasses.asdict(one),
             "prefill_tokens_per_s": one.prefill_tokens_per_s,
             "tokens_per_s": one.tokens_per_s,
         }
-        for length, one in result.behind.items()
+        for length, one in result.contexts.items()
     }
-    return {**dataclasses.asdict(result), **rates, "behind": behind}
+    return {**dataclasses.asdict(result), **rates, "contexts": contexts}
 
 
 def _table(results: list[Result]) -> str:
@@ -313,7 +313,7 @@ def _table(results: list[Result]) -> str:
         middle, low, high = ratio(result, results[0])
         first = statistics.median(result.ttft_ms)
         rate = result.gigabytes_per_s
-        prefill, *depths = (result.behind.get(length) for length in _CONTEXTS)
+        prefill, *depths = (result.contexts.get(length) for length in _CONTEXTS)
         kl = "-" if result.kl is None else f"{result.kl:.4f}"
         kl += f" +- {result.kl_stderr:.4f}" if result.kl_stderr else ""
         rows.append(

@@ -222,5 +222,5 @@ def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
         again = "the same command" if resume else "the same command with --resume"
         return f"{partial} keeps what is finished; {again} continues from there"
     return (
-        "nothing is finished" if resume else "nothing is kept; with --resume, finished layers are"
+        "no layer is finished" if resume else "nothing is kept; with --resume, finished layers are"
     )

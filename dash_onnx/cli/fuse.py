@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 def _fuse(arguments: argparse.Namespace) -> None:
     prepare_export()
     from dash_onnx.exporters.api import fuse
-    from dash_onnx.exporters.fused import DATA, MODEL
+    from dash_onnx.exporters.fused import DATA, FACTS, MODEL
 
     names = ("client", "policy", "budget", "prefill", "overwrite")
     options = {name: getattr(arguments, name) for name in names}
@@ -79,4 +79,8 @@ def _fuse(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"folder": str(out), "bytes": size}))
     else:
-        print(f"{out}: {size / 1e6:.0f} MB")
+        budgets = json.loads((out / FACTS).read_text("utf-8"))["budgets"]
+        what = (
+            "a budget can be set" if budgets else "one path for all tokens, so it takes no budget"
+        )
+        print(f"{out}: {size / 1e6:.0f} MB, {what}")

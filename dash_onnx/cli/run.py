@@ -32,7 +32,7 @@ from dash_onnx.cli.common import (
     seed,
 )
 from dash_onnx.cli.record import Record, path_view, show
-from dash_onnx.core.actions import PRECISIONS
+from dash_onnx.core.actions import PRECISIONS, WIDE
 from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.text import read_json, read_text
@@ -124,9 +124,9 @@ def _add_advanced(advanced: Options) -> None:
     add_parallel_option(advanced, "answers of --batch that run at once")
     advanced.add_argument(
         "--prefill",
-        choices=PRECISIONS,
+        choices=(*PRECISIONS, WIDE),
         metavar="P",
-        help="precision of the prompt (default: by policy)",
+        help="precision of prompts, or wide (default: by policy)",
     )
     add_memory_option(advanced)
     advanced.add_argument(

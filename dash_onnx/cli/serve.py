@@ -145,8 +145,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise DashError(f"--parallel {arguments.parallel} is not in 1..{MAX_SLOTS}")
     try:
         from dash_onnx.serve.app import create_app
+        from dash_onnx.serve.pool import check_names, open_bundles
         from dash_onnx.serve.server import Server
-        from dash_onnx.serve.shelf import check_names, open_bundles
     except ImportError as error:
         remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None

@@ -63,7 +63,9 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
         value = float(budget)
     except (ValueError, TypeError, OverflowError):
         known = ", ".join(measured) or "none: no policy is trained yet"
-        raise PolicyError(f"budget {budget!r} is neither a number nor a preset ({known})") from None
+        raise PolicyError(
+            f"budget {budget!r} is neither a fraction, such as 0.8, nor a preset ({known})"
+        ) from None
     if not math.isfinite(value) or not 0 < value <= 1:
         raise PolicyError(f"budget {value:g} is outside 0..1 (a fraction of the reference's time)")
     return value

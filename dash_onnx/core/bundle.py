@@ -137,7 +137,9 @@ def _remedy(folder: Path) -> str:
     if model or (name.count("/") == 1 and not folder.parent.exists()):
         out = folder.name.removesuffix(".gguf").lower() + "-onnx"
         what = "it is a model" if model else "a hub id is a model"
-        return f"{what}, export it first with `dash-export {shlex.quote(name)} {shlex.quote(out)}`"
+        command = f"dash-export {shlex.quote(name)} {shlex.quote(out)}"
+        cached = "`dash-info` without arguments lists those that dash-run exported"
+        return f"{what}, export it first with `{command}`; {cached}"
     missing, out = "there is no such folder", shlex.quote(name)
     if folder.is_file():
         missing, out = "it is a file, which is a model only if its name ends in .gguf", "BUNDLE"

@@ -328,7 +328,10 @@ def _planned(manifest: Manifest, budget: Budget | None) -> Policy:
 
 def _no_budget(policy: str, budget: Budget | None) -> None:
     if budget is not None:
-        raise PolicyError(f"policy {policy!r} takes no budget; those that do: dash, static, random")
+        raise PolicyError(
+            f"policy {policy!r} takes no budget: leave one of them out; dash, static and random "
+            "take one"
+        )
 
 
 def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:

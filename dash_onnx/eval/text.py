@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import Action, ActionPath
+from dash_onnx.core.actions import ActionPath, Form
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
@@ -59,7 +59,7 @@ def evaluate_policies(
     window: int = 512,
     prompt_tokens: int = 128,
     max_windows: int | None = None,
-    prefill: Action | None = None,
+    prefill: Form | None = None,
     reference: Model | None = None,
     timed: bool = True,
     on_window: Callable[[], None] = lambda: None,

@@ -33,9 +33,9 @@ from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.events import EventStream
 from dash_onnx.serve.limits import Limits, is_trusted
 from dash_onnx.serve.page import page
+from dash_onnx.serve.pool import Source
 from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
-from dash_onnx.serve.shelf import Source
 from dash_onnx.serve.tools import with_tools
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         service.draining = True
-        await asyncio.to_thread(service.shelf.close)
+        await asyncio.to_thread(service.pool.close)
 
     app = Starlette(
         routes=routes,
@@ -159,11 +159,11 @@ class _Server:
         return HTMLResponse(html, headers=headers)
 
     async def health(self, _: Request) -> Response:
-        alive = self.service.shelf.alive
+        alive = self.service.pool.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def ready(self, _: Request) -> Response:
-        ready = not self.service.draining and self.service.shelf.alive
+        ready = not self.service.draining and self.service.pool.alive
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
@@ -174,7 +174,7 @@ class _Server:
     async def list_models(self, request: Request) -> Response:
         self._check_caller(request)
         return JSONResponse(
-            {"object": "list", "data": [*map(self._model, self.service.shelf.names)]}
+            {"object": "list", "data": [*map(self._model, self.service.pool.names)]}
         )
 
     async def show_model(self, request: Request) -> Response:
@@ -182,7 +182,7 @@ class _Server:
         return JSONResponse(self._model(self._named(request.path_params["name"])))
 
     def _model(self, name: str) -> dict[str, Any]:
-        manifest, policy = self.service.shelf.manifest(name), self.service.shelf.policy(name)
+        manifest, policy = self.service.pool.manifest(name), self.service.pool.policy(name)
         return {
             "id": name,
             "object": "model",
@@ -203,7 +203,7 @@ class _Server:
         assert isinstance(body, ChatRequest)
         name = self._named(body.model)
         with refusing():
-            text = await self.service.shelf.text(name)
+            text = await self.service.pool.text(name)
             options, tools = body.options(self.service.limits.max_tokens), body.offered
             options = body.with_call(options, text)
             messages = with_tools(body.prompt(), tools, text.chat_template)
@@ -220,7 +220,7 @@ class _Server:
         assert isinstance(body, CompletionRequest)
         name = self._named(body.model)
         with refusing():
-            text = await self.service.shelf.text(name)
+            text = await self.service.pool.text(name)
             options = body.options(self.service.limits.max_tokens)
             prompt = await asyncio.to_thread(text.encode, body.prompt)
             self._check_length(prompt)
@@ -306,7 +306,7 @@ class _Server:
             raise APIError(401, "this server needs its API key", "invalid_api_key")
 
     def _named(self, name: str) -> str:
-        names = self.service.shelf.names
+        names = self.service.pool.names
         if not name and len(names) == 1:
             return names[0]
         if name not in names:

@@ -87,7 +87,7 @@ def _checked(ingress: Any) -> Any:
 
     class Replica(ingress):
         def check_health(self) -> None:
-            if not self.app.state.service.shelf.alive:
+            if not self.app.state.service.pool.alive:
                 raise RuntimeError("the thread that runs a bundle has died")
 
     return Replica
@@ -98,7 +98,7 @@ def replica(arguments: Arguments) -> Starlette:
     from dash_onnx.core.text import read_text
     from dash_onnx.serve.app import create_app
     from dash_onnx.serve.limits import Limits
-    from dash_onnx.serve.shelf import open_bundles
+    from dash_onnx.serve.pool import open_bundles
 
     bundles = open_bundles(
         arguments.bundles.split(","),

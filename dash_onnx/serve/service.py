@@ -25,8 +25,8 @@ from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.limits import BusyError, Limits
+from dash_onnx.serve.pool import ModelPool, ServedModel, Source
 from dash_onnx.serve.running import Deliver, until_done
-from dash_onnx.serve.shelf import ServedModel, Shelf, Source
 
 _PATHS = 1 << 10  # cached, as most tokens take one of a few
 
@@ -131,7 +131,7 @@ class Service:
     """The queue before the bundles.
 
     Attributes:
-        shelf: the bundles.
+        pool: the bundles.
         limits: limits on load and requests.
         metrics: the metrics it updates.
         draining: whether it only finishes requests in progress.
@@ -140,7 +140,7 @@ class Service:
 
     def __init__(self, bundles: Mapping[str, Source], limits: Limits):
         """Takes the bundles by name."""
-        self.shelf, self.limits, self.metrics = Shelf(bundles, limits), limits, Metrics()
+        self.pool, self.limits, self.metrics = ModelPool(bundles, limits), limits, Metrics()
         self.draining, self.requests = False, 0
         self._slots = asyncio.Semaphore(limits.parallel)
         self._waiting = 0
@@ -188,7 +188,7 @@ class Service:
             DashError: the prompt or an option is refused.
             TimeoutError: the request took longer than allowed.
         """
-        manifest = self.shelf.manifest(job.name)
+        manifest = self.pool.manifest(job.name)
         whole = reference_ms(manifest)
 
         @lru_cache(_PATHS)
@@ -215,7 +215,7 @@ class Service:
                 async with asyncio.timeout_at(job.until):
                     if index:
                         await needed.enter_async_context(self.slot(further=True))
-                    served = await needed.enter_async_context(self.shelf.using(job.name))
+                    served = await needed.enter_async_context(self.pool.using(job.name))
                     runs[index] = await self._begun(served, job, index, partial(put, index))
                     needed.callback(runs[index].cancelled.set)
                     await ended[index].wait()
@@ -255,7 +255,7 @@ class Service:
         model, batch, options = served.model, served.batch, job.options
         assert batch is not None
         policy = model.policy_of(options)
-        await self.shelf.prepare(served, policy)
+        await self.pool.prepare(served, policy)
         job.tallies[index].policy, job.tallies[index].budget = policy.name, policy.budget
         if options.seed is not None:
             options = replace(options, seed=options.seed + index)
@@ -292,8 +292,8 @@ class Service:
             tally.finish_reason = "stop" if chunk.finish_reason == "stop" else "length"
 
     def _show(self) -> None:
-        self.metrics.reused.set(self.shelf.reused)
-        self.metrics.loaded.set(self.shelf.loaded)
+        self.metrics.reused.set(self.pool.reused)
+        self.metrics.loaded.set(self.pool.loaded)
         self.metrics.waiting.set(self._waiting)
 
 

@@ -29,7 +29,7 @@ from dash_onnx.exporters.graphs import (
     build_layer,
     build_skip,
     captured_inputs,
-    looks_twice,
+    rescores,
 )
 from dash_onnx.exporters.sources import Source
 from dash_onnx.runtime.machine import release_memory
@@ -142,7 +142,7 @@ class GraphWriter:
         # An INT4 head that rescores top tokens in INT8 loses almost nothing; any other INT4 head
         # loses more per millisecond saved than any layer does.
         mixed = "int8" if "int8" in precisions else precisions[0]
-        if "int4" in precisions and looks_twice(folder / head_path("int4")):
+        if "int4" in precisions and rescores(folder / head_path("int4")):
             mixed = "int4"
         exact: set[Action] = {"full", "int8"}
         own = [a for a in precisions if a in exact and a in self.options.variants]

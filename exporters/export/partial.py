@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.tokens import Ids
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Partial:
                     "repeat that one, or leave --resume out to start afresh",
                 )
             return
+        if (self._folder / "progress.json").is_file():
+            _LOG.warning("discarding an interrupted export, which --resume would have continued")
         clear(self._folder)
         self.bundle.mkdir()
         self._write("key", key)

@@ -25,7 +25,7 @@ from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
-from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, look_at_the_last
+from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, rescore_last
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 from dash_onnx.runtime.compose import rename
@@ -83,7 +83,7 @@ class Fusion:
         self._turned("present")
         final = f"hidden.{facts.num_layers}"
         head = self._load(head_path(self.head)).graph
-        look_at_the_last(head)
+        rescore_last(head)
         self._inline(head, "head", {"hidden": final, "logits": "logits"})
         ports = self._ports(decisions is not None)
         if decisions:

@@ -78,7 +78,7 @@ def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
     graph.node.extend(kept)
 
 
-def look_at_the_last(graph: onnx.GraphProto) -> None:
+def rescore_last(graph: onnx.GraphProto) -> None:
     """Lets an LM head that rescores do so only for the last row if a pass is a prompt.
 
     Clients sample from no other row of a prompt, and rescoring every row takes a large part of the

@@ -6,7 +6,7 @@ fused graphs read the stored weights by name and layout: change both together.
 """
 
 from dash_onnx.exporters.graphs.attention import ATTENTION, KVScales
-from dash_onnx.exporters.graphs.ends import build_embed, build_head, looks_twice
+from dash_onnx.exporters.graphs.ends import build_embed, build_head, rescores
 from dash_onnx.exporters.graphs.layer import HIDDEN, build_layer, captured_inputs
 from dash_onnx.exporters.graphs.skip import build_skip, kept_rows, replace_expand
 
@@ -20,6 +20,6 @@ __all__ = [
     "build_skip",
     "captured_inputs",
     "kept_rows",
-    "looks_twice",
     "replace_expand",
+    "rescores",
 ]

@@ -228,11 +228,11 @@ def build_head(
 
 
 def preview_block(columns: int, block_size: int) -> int:
-    """Block size of a head that looks twice, see `looks_twice`."""
+    """Block size of a head that looks twice, see `rescores`."""
     return next(size for size in (*_PREVIEW_BLOCKS, block_size) if columns % size == 0)
 
 
-def looks_twice(graph: Path) -> bool:
+def rescores(graph: Path) -> bool:
     """Whether a head rescores its top tokens with the weights of the INT8 head."""
     stored = onnx.load(graph, load_external_data=False).graph.initializer
     return any(tensor.name in _EXACT_ROWS for tensor in stored)

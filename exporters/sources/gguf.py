@@ -143,7 +143,7 @@ def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:
 def _reader(path: Path, parts: int) -> GGUFReader:
     if not path.is_file():
         raise SourceError(f"{path} is missing: the model is split into {parts} parts")
-    return readable(path, lambda: GGUFReader(path), "is not a readable GGUF file")
+    return readable(path, lambda: GGUFReader(path), "is not a GGUF file, or incomplete")
 
 
 def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) -> Source:
@@ -164,7 +164,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     def read() -> dict[str, Any]:
         return {key: field.contents() for key, field in readers[0].fields.items()}
 
-    values = readable(parts[0], read, "is not a readable GGUF file")
+    values = readable(parts[0], read, "is not a GGUF file, or incomplete")
     architecture = str(values.get("general.architecture"))
     check_supported(MODEL_TYPES.get(architecture, architecture), supported)
     if (values.get("split.count") or 1) != len(parts):

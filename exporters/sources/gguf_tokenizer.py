@@ -37,10 +37,11 @@ class _Type(IntEnum):
 # Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
 # a piece and in what counts as a word.
 _WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|\p{{N}}{digits}"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{word}+|\p{{N}}{digits}"
     r"| ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LETTERS, _MARKED = r"\p{L}", r"\p{L}\p{M}"
+_LETTERS = {"word": r"\p{L}", "letters": r"\p{L}"}  # GenAI cannot read `[\p{L}]+`
+_MARKED = {"word": r"[\p{L}\p{M}]", "letters": r"\p{L}\p{M}"}
 _CASED = (
     r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
     r"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{contraction}"
@@ -74,11 +75,11 @@ class _Pre:
 _GPT2 = _Pre()
 _NEOX = _Pre(compose=True)
 _DIGITS = _Pre(digits_apart=True)
-_CL100K = _Pre(split=_WORDS.format(digits="{1,3}", letters=_LETTERS))
+_CL100K = _Pre(split=_WORDS.format(digits="{1,3}", **_LETTERS))
 _LLAMA3 = replace(_CL100K, whole_words=True, starts=True)
-_ONE_DIGIT = _Pre(split=_WORDS.format(digits="", letters=_LETTERS))
+_ONE_DIGIT = _Pre(split=_WORDS.format(digits="", **_LETTERS))
 _QWEN2 = replace(_ONE_DIGIT, compose=True)
-_QWEN35 = _Pre(split=_WORDS.format(digits="", letters=_MARKED), compose=True)
+_QWEN35 = _Pre(split=_WORDS.format(digits="", **_MARKED), compose=True)
 _O200K = _Pre(split=_CASED.format(digits="{1,3}", contraction="(?i:'s|'t|'re|'ve|'m|'ll|'d)?"))
 _HUNYUAN = _Pre(
     first=(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"),
@@ -237,15 +238,20 @@ def _byte_level(vocabulary: _Vocabulary, pre: _Pre) -> Tokenizer:
     )
     if pre.compose:
         tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def pre_tokenizer(pre: _Pre) -> pre_tokenizers.PreTokenizer:
+    """What splits a text into pieces, in steps that GenAI's tokenizer can run, too."""
     steps: list[Any] = []
     if pre.digits_apart:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     patterns = [*pre.first, *([] if pre.split is None else [pre.split])]
     steps += [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return pre_tokenizers.Sequence(steps)
 
 
 def _sentencepiece(

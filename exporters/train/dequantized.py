@@ -23,7 +23,7 @@ from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures.base import Linear
-from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, looks_twice
+from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, rescores
 from dash_onnx.exporters.train.attention import attention, by_head, rotated
 from dash_onnx.exporters.train.embedding import Beside, Embedding
 from dash_onnx.exporters.train.experts import experts_of
@@ -355,7 +355,7 @@ class DequantizedModel:
         return {
             head: count
             for head, count in EXACT_TOKENS.items()
-            if head in self.heads and looks_twice(self._bundle.verified(head_path(head)))
+            if head in self.heads and rescores(self._bundle.verified(head_path(head)))
         }
 
     def logits(self, final: Tensor, head: Action | None = None) -> Tensor:

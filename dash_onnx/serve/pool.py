@@ -165,7 +165,7 @@ class ServedModel:
             model.close()
 
 
-class Shelf:
+class ModelPool:
     """The bundles of a server."""
 
     def __init__(self, bundles: Mapping[str, Source], limits: Limits):
@@ -313,7 +313,7 @@ def open_bundles(
     sha256: Sequence[str] | None = None,
     **options: Any,
 ) -> dict[str, Source]:
-    """Bundles for a shelf, each named after its folder unless names are given.
+    """Bundles for a pool, each named after its folder unless names are given.
 
     The options are those of `load`.
 
