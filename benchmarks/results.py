@@ -37,6 +37,7 @@ ORIGINS = {
     "2a0ce5568625a304": "a novel, number 1661 of Project Gutenberg",
     "411bfbe5b9054346": "LAMBADA as EleutherAI publishes it",
     "1591d2431c45b171": "the validation part of ARC Easy",
+    "5eacf9c47ba3aa42": "the first 2,000 items of HellaSwag's validation part",
     "4b6d33e79484f984": "the questions of Spec-Bench",
     "8d2def6bcae09679": "questions and answers of Dolly and HH-RLHF, from llm-foundry",
     "1d9614638d18024d": "Qwen2.5-Coder-0.5B-Instruct in Q4_K_M",
