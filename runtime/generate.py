@@ -10,7 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from dash_onnx.core.actions import SKIP, ActionPath, Form, path_letters
+from dash_onnx.core.actions import LETTERS, SKIP, ActionPath, Form, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.errors import ContextLengthError, PolicyError
@@ -100,8 +100,9 @@ class Request(Generic[Piece]):
         path, head, widened, _ = self.plan
         self.first = self.current.policy
         later = "" if self.first.uniform == path else self.first.quality
-        wide = "wide" if widened else ""
-        self.quality = " ".join(filter(None, (path_letters(path), head, wide, later)))
+        wide = "".join(sorted({LETTERS[action] for action in path if action in widened}))
+        parts = path_letters(path), head, wide and f"wide:{wide}", later
+        self.quality = " ".join(filter(None, parts))
 
 
 class Step(NamedTuple):
@@ -320,7 +321,7 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = No
     if precision not in manifest.variants:
         raise PolicyError(
             f"prefill precision {precision!r} is not in this bundle; "
-            f"it has {', '.join(manifest.variants)}"
+            f"it has {', '.join(manifest.variants)}{', and wide' if sessions.widened else ''}"
         )
     path, head = (precision,) * layers, manifest.heads[precision]
     return PromptPlan(path, head, frozenset(), segments)

@@ -170,7 +170,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "ignore_eos": ((bool,), "True or False"),
     "policy": ((str, Policy), "a name or a Policy"),
     "budget": ((int, float, str, type(None)), "a number or the name of a preset"),
-    "prefill": ((str, type(None)), "the name of a precision"),
+    "prefill": ((str, type(None)), "the name of a precision, or wide"),
     "speculate": ((bool, int, type(None)), f"True, False, None or in 0..{MAX_DRAFT_TOKENS}"),
     "expected": ((str,), "text"),
     "stop": ((str, list, tuple), "text, or a list of texts"),

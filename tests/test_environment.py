@@ -293,7 +293,7 @@ def test_the_kl_and_its_gradient_are_those_of_a_plain_computation(
     wanted = plain_kl(tiny.env, reference, final, head or tiny.env.model.head)
     assert ours.shape == shape
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
-    if head == "int4":  # which looks twice; no gradient goes through it
+    if head == "int4":  # which rescores; no gradient goes through it
         return
     (got,) = torch.autograd.grad((ours * weight).sum(), final)
     (exact,) = torch.autograd.grad((wanted * weight).sum(), final)

@@ -280,7 +280,7 @@ def test_graphs_do_not_depend_on_the_other_variants(bundle: Path, tiny_with: Exp
     [
         (("full",), "full"),
         (("int4",), "int4"),
-        (("int8", "int4"), "int4"),  # which looks twice
+        (("int8", "int4"), "int4"),  # which rescores
         (("full", "int4"), "full"),
     ],
 )

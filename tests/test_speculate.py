@@ -245,7 +245,7 @@ def test_a_stop_text_ends_a_pass_in_its_middle(tiny_model: Model) -> None:
 
 
 def test_a_cache_goes_on_after_drafts(tiny_model: Model) -> None:
-    """The K/V that it keeps are the target's: those of wrong drafts are gone."""
+    """The K/V that it keeps are the target's: those of rejected tokens are gone."""
     ids = tiny_model.text.encode(PROMPT)
     options: dict[str, Any] = {"policy": "full", "max_new_tokens": 20, "ignore_eos": True}
     for expected in expectations(tiny_model, **options):

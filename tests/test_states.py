@@ -127,7 +127,7 @@ def test_any_sequence_of_passes_and_returns_equals_a_fresh_run(any_model: Model,
         twin.ran(tokens, chosen)
 
     def draft(twin: Twin) -> None:
-        """As `Generation.step` does: of some drafts, some are right."""
+        """As `Generation.step` does: of some drafts, some are accepted."""
         tokens, chosen = ids(int(rng.integers(2, 9))), path()
         decider, before = FixedPath(chosen, "full"), twin.state.length
         twin.state.forward(np.array(tokens), decider, every=True)

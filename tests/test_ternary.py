@@ -112,7 +112,7 @@ def test_int2_holds_every_layer_bit_for_bit_and_is_all_that_is_written(
 ) -> None:
     manifest = Bundle(bundle).manifest
     assert manifest.variants == ("int2",) and manifest.wide is None
-    assert manifest.heads == {"int2": "int4", "skip": "int4"}  # it looks twice: into INT8
+    assert manifest.heads == {"int2": "int4", "skip": "int4"}  # it rescores in INT8
     assert {path.name for path in (bundle / "layers/01").glob("*.onnx")} == {
         "int2.onnx",
         "skip.onnx",

@@ -30,6 +30,7 @@ from dash_onnx.exporters.quantize.columns import quantize_columns
 from dash_onnx.runtime import passes as runtime_passes
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.ort import create_session
 
 LAYERS = 4
@@ -238,6 +239,23 @@ def test_a_policy_without_few_bits_runs_no_prompt_wide(model: Model, policy: str
 def test_a_prompt_of_high_precision_runs_wide_where_that_is_asked_for(model: Model) -> None:
     model.generate(PROMPT, policy="int8", prefill="wide", max_new_tokens=3, ignore_eos=True)
     assert wide_layers(model) == LAYERS
+
+
+@pytest.mark.parametrize("forms", [(None, "wide"), ("wide", None), ("int8", "wide")])
+def test_prompts_in_another_form_are_not_reused(
+    forms: tuple[Form | None, Form | None], model: Model
+) -> None:
+    batch, ids = model.new_scheduler(1), model.text.encode(PROMPT)
+    for form in forms:
+        options = GenerationOptions(policy="int8", prefill=form, max_new_tokens=3, ignore_eos=True)
+        batch.submit(model.request(ids, lambda piece: None, options))
+        while batch.step():
+            pass
+    assert batch.reused == 0
+    batch.submit(model.request(ids, lambda piece: None, options))
+    while batch.step():
+        pass
+    assert batch.reused > 0
 
 
 def test_little_memory_leaves_the_wide_form_out(wide_bundle: Path) -> None:

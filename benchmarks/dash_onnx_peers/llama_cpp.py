@@ -101,4 +101,4 @@ class LlamaCpp:
             drawn = drawn[: right + 1]
             if right < len(some):
                 forgets = llama_cpp.llama_memory_seq_rm(memory, 0, len(text) + right, -1)
-                assert forgets, "llama.cpp cannot forget wrong drafts of this model"
+                assert forgets, "llama.cpp cannot forget rejected tokens of this model"

@@ -16,7 +16,7 @@ from lm_eval.tasks.hellaswag.utils import preprocess
 from dash_onnx.core.errors import SourceError
 from dash_onnx.core.text import json_lines
 
-_FEWSHOT_SEED = 1234  # the harness's own tasks
+_FEWSHOT_SEED = 1234  # the harness's default few-shot seed
 _BOOTSTRAP_ITERS = 1000  # for the standard error of metrics that are not means
 
 

@@ -1,7 +1,7 @@
 const $ = (id) => document.getElementById(id);
 const NAMES = { F: "full", 8: "int8", 4: "int4", 2: "int2", ".": "skip" };
 const SETTINGS = ["system", "temperature", "top_p", "max_tokens"];
-const MOST_CHATS = 50; // that the browser keeps
+const MAX_CHATS = 50; // that the browser keeps
 let models = [], running = null, columns = [], moved = false;
 let chat = { id: Date.now(), messages: [] };
 
@@ -29,7 +29,7 @@ function store(name, value) {
 }
 function keepChat(chat) {
   const chats = [chat, ...stored("dash-chats", []).filter((one) => one.id !== chat.id)];
-  chats.length = Math.min(chats.length, MOST_CHATS);
+  chats.length = Math.min(chats.length, MAX_CHATS);
   while (!store("dash-chats", chats) && chats.length > 1) chats.pop(); // no room for the oldest
   listChats();
 }

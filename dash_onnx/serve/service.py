@@ -72,8 +72,8 @@ class Tally:
     budget: float | None = None
     policy: str = ""
     actions: Counter[str] = field(default_factory=Counter)
-    accepted: int = 0  # draft tokens from the request's prediction
-    rejected: int = 0  # wrong ones
+    accepted: int = 0  # draft tokens of the request's prediction
+    rejected: int = 0  # those that were rejected
 
     def facts(self) -> dict[str, Any]:
         """Our additional field in an answer."""

@@ -8,18 +8,21 @@ import onnxruntime_genai_objc
 /// - Parameters:
 ///   - folder: what `dash-fuse` wrote, in the app's bundle.
 ///   - prompt: in the model's chat format, as `chat_template.jinja` of the folder renders it.
-///   - budget: fraction of the reference's time per token; `dash_fused.json` has the presets.
-func answer(folder: String, prompt: String, budget: Float, onText: (String) -> Void) throws {
+///   - budget: fraction of the reference's time per token; `dash_fused.json` has the presets. nil
+///     is the default of `dash-fuse`, and needed if the graph has one path and takes no budget.
+func answer(folder: String, prompt: String, budget: Float?, onText: (String) -> Void) throws {
     let model = try OGAModel(path: folder)
     let tokenizer = try OGATokenizer(model: model)
     let options = try OGAGeneratorParams(model: model)
     try options.setSearchOption("max_length", doubleValue: 512)
-    let generator = try OGAGenerator(model: model, params: options)
 
-    var value = budget  // float32 [1]; the tensor does not copy it, so it must outlive the generator
+    var value = budget ?? 0  // float32 [1]; not copied, so the generator lives inside the closure
     try withUnsafeMutableBytes(of: &value) { bytes in
-        let tensor = try OGATensor(dataPointer: bytes.baseAddress!, shape: [1], type: .float32)
-        try generator.setModelInput("dash_budget", tensor: tensor)
+        let generator = try OGAGenerator(model: model, params: options)
+        if budget != nil {
+            let tensor = try OGATensor(dataPointer: bytes.baseAddress!, shape: [1], type: .float32)
+            try generator.setModelInput("dash_budget", tensor: tensor)
+        }
         try generator.appendTokenSequences(tokenizer.encode(prompt))
         let text = try OGATokenizerStream(tokenizer: tokenizer)
         while try !generator.isDone() {

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -108,11 +108,18 @@ class Partial:
                     "repeat that one, or leave --resume out to start afresh",
                 )
             return
-        if (self._folder / "progress.json").is_file():
+        if not resume and self._same(key):
             _LOG.warning("discarding an interrupted export, which --resume would have continued")
         clear(self._folder)
         self.bundle.mkdir()
         self._write("key", key)
+
+    def _same(self, key: Mapping[str, str]) -> bool:
+        """Whether an interrupted export of the same content has finished something."""
+        with suppress(OSError, ValueError):
+            text = (self._folder / "key.json").read_text("utf-8")
+            return json.loads(text) == dict(key) and (self._folder / "progress.json").is_file()
+        return False
 
     def _read(self, kind: type[T], name: str) -> T | None:
         path = self._folder / f"{name}.json"

@@ -90,10 +90,10 @@ def rescore_last(graph: onnx.GraphProto) -> None:
         return
     preview, result = nodes[end].input[0], nodes[end].output[0]
     start = next(at for at, node in enumerate(nodes) if preview in node.output) + 1
-    look, normed = nodes[start : end + 1], nodes[start - 1].input[0]
+    rescoring, normed = nodes[start : end + 1], nodes[start - 1].input[0]
 
     def copied(names: dict[str, str]) -> list[onnx.NodeProto]:
-        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in look]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in rescoring]
         for node in copies:
             node.input[:] = [names.get(name, name) for name in node.input]
             node.output[:] = [names.get(name, name) for name in node.output]
@@ -106,29 +106,29 @@ def rescore_last(graph: onnx.GraphProto) -> None:
         output = helper.make_tensor_value_info(inside[-1].output[0], TensorProto.FLOAT, None)
         return helper.make_graph(inside, name, [], [output])
 
-    own = {name: f"{name}.last" for node in look for name in node.output}
+    own = {name: f"{name}.last" for node in rescoring for name in node.output}
     own |= {name: f"{name}.last" for name in (preview, normed)}
-    ends = ["look.before", "look.end", "look.axis"]
+    ends = ["rescore.before", "rescore.end", "rescore.axis"]
     last = [
         *map(number, ends, (-1, 2**31 - 1, 1)),
         *(helper.make_node("Slice", [name, *ends], [own[name]]) for name in (preview, normed)),
         *copied(own),
-        helper.make_node("Add", ["look.count", "look.before"], ["look.row"]),
-        helper.make_node("Shape", [own[result]], ["look.shape"]),
-        helper.make_node("Expand", ["look.row", "look.shape"], ["look.rows"]),
+        helper.make_node("Add", ["rescore.count", "rescore.before"], ["rescore.row"]),
+        helper.make_node("Shape", [own[result]], ["rescore.shape"]),
+        helper.make_node("Expand", ["rescore.row", "rescore.shape"], ["rescore.rows"]),
         helper.make_node(
-            "ScatterElements", [preview, "look.rows", own[result]], [f"{result}.some"], axis=1
+            "ScatterElements", [preview, "rescore.rows", own[result]], [f"{result}.some"], axis=1
         ),
     ]
     branches = {
-        "then_branch": branch("look_at_the_last", last),
-        "else_branch": branch("look_at_all", copied({result: f"{result}.all"})),
+        "then_branch": branch("rescore_last", last),
+        "else_branch": branch("rescore_all", copied({result: f"{result}.all"})),
     }
     nodes[start : end + 1] = [
-        helper.make_node("Shape", [preview], ["look.count"], start=1, end=2),
-        number("look.most", _ROWS),
-        helper.make_node("Greater", ["look.count", "look.most"], ["look.many"]),
-        helper.make_node("If", ["look.many"], [result], **branches),
+        helper.make_node("Shape", [preview], ["rescore.count"], start=1, end=2),
+        number("rescore.most", _ROWS),
+        helper.make_node("Greater", ["rescore.count", "rescore.most"], ["rescore.many"]),
+        helper.make_node("If", ["rescore.many"], [result], **branches),
     ]
     del graph.node[:]
     graph.node.extend(nodes)

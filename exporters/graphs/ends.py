@@ -228,7 +228,7 @@ def build_head(
 
 
 def preview_block(columns: int, block_size: int) -> int:
-    """Block size of a head that looks twice, see `rescores`."""
+    """Block size of a head that rescores, see `rescores`."""
     return next(size for size in (*_PREVIEW_BLOCKS, block_size) if columns % size == 0)
 
 

@@ -351,7 +351,7 @@ class DequantizedModel:
 
     @cached_property
     def _exact_tokens(self) -> dict[Action, int]:
-        """For each head that looks twice, the number of tokens that it rescores."""
+        """For each head that rescores, the number of tokens that it does so for."""
         return {
             head: count
             for head, count in EXACT_TOKENS.items()
