@@ -439,7 +439,7 @@ def test_a_bundle_without_any_plan_has_no_report(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--budget", "swift"), "neither a number nor a preset"),
+        (("--budget", "swift"), "nor a preset"),
         (("--budget", "0.05"), "outside what this bundle can do"),
         (("--text", "missing.txt"), "cannot read"),
         (("--html", "no/such/folder/r.html"), "no folder"),
