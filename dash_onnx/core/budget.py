@@ -52,7 +52,7 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
         manifest: manifest of a bundle; presets need a trained scorer.
 
     Raises:
-        PolicyError: neither a number nor a preset, or outside what the bundle can do.
+        PolicyError: neither a fraction nor a preset, or outside what the bundle can do.
     """
     presets = manifest.scorer.presets if manifest.scorer else {}
     measured = presets or (PRESETS if manifest.static else {})
