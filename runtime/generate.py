@@ -314,9 +314,10 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = No
         highest = next(action for action in manifest.variants if any(action in u for u in used))
         path = policy.uniform or (highest,) * layers
         path = tuple(highest if action == SKIP else action for action in path)
-        widened = sessions.widened and widened_in_prompts(manifest, policy)
         if precision == "wide":
             widened = frozenset(manifest.variants)
+        else:
+            widened = sessions.widened and widened_in_prompts(manifest, policy)
         return PromptPlan(path, policy.head, widened, segments)
     if precision not in manifest.variants:
         raise PolicyError(

@@ -148,6 +148,15 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     return stopping
 
 
+@pytest.fixture
+def interrupted(deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture) -> Path:
+    """Destination of an export that broke off at its second layer, and may be resumed."""
+    stop_at(1)
+    main(arguments(deep, night, tmp_path / "out", "--resume"))
+    capsys.readouterr()
+    return tmp_path / "out"
+
+
 def test_a_resumed_export_writes_the_layers_that_are_left_and_equals_a_whole_one(
     deep: Path, night: Path, whole: tuple[Path, float], tmp_path: Path, stop_at: Any
 ) -> None:
@@ -200,16 +209,12 @@ def test_what_another_export_left_is_not_gone_on_with(
     named: str,
     deep: Path,
     night: Path,
-    tmp_path: Path,
-    stop_at: Any,
+    interrupted: Path,
     capsys: Capture,
 ) -> None:
-    stop_at(1)
-    main(arguments(deep, night, tmp_path / "out", "--resume"))
-    capsys.readouterr()
-    message = TOOL.refused(capsys, *arguments(deep, night, tmp_path / "out", "--resume", *more))
+    message = TOOL.refused(capsys, *arguments(deep, night, interrupted, "--resume", *more))
     assert named in message and "leave --resume out" in message
-    assert os.listdir(tmp_path) == [".out.partial"]  # and can be gone on with
+    assert os.listdir(interrupted.parent) == [".out.partial"]  # and can be gone on with
 
 
 def test_a_source_that_has_changed_is_not_gone_on_with(
@@ -225,13 +230,15 @@ def test_a_source_that_has_changed_is_not_gone_on_with(
 
 
 def test_without_resume_what_is_left_is_swept(
-    deep: Path, night: Path, tmp_path: Path, stop_at: Any
+    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
 ) -> None:
     out = tmp_path / "out"
     stop_at(2)
     main(arguments(deep, night, out, "--resume"))
+    capsys.readouterr()
     written = stop_at(None)
     assert main(arguments(deep, night, out)) == 0
+    assert "discarding an interrupted export, which --resume would" in capsys.readouterr().err
     assert written == [*range(LAYERS)]
     assert os.listdir(tmp_path) == ["out"]
 
@@ -269,24 +276,9 @@ def test_a_bundle_that_was_to_be_replaced_comes_back_after_a_kill_between_two_re
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_what_resume_would_have_continued_is_discarded_with_a_word(
-    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
-) -> None:
-    stop_at(1)
-    main(arguments(deep, night, tmp_path / "out", "--resume"))
-    capsys.readouterr()
-    written = stop_at(1)
-    main(arguments(deep, night, tmp_path / "out"))
-    assert written == [0]
-    assert "discarding an interrupted export, which --resume would" in capsys.readouterr().err
-
-
 def test_a_damaged_record_of_progress_is_refused_in_one_line(
-    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
+    deep: Path, night: Path, interrupted: Path, capsys: Capture
 ) -> None:
-    stop_at(1)
-    main(arguments(deep, night, tmp_path / "out", "--resume"))
-    capsys.readouterr()
-    (tmp_path / ".out.partial/progress.json").write_text("{")
-    message = TOOL.refused(capsys, *arguments(deep, night, tmp_path / "out", "--resume"))
+    (interrupted.parent / ".out.partial/progress.json").write_text("{")
+    message = TOOL.refused(capsys, *arguments(deep, night, interrupted, "--resume"))
     assert "progress.json is damaged" in message

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -96,30 +96,28 @@ class Partial:
             ResumeError: the folder holds a different export, or is damaged.
         """
         path = self._folder / "key.json"
-        if resume and path.is_file() and self.bundle.is_dir():
+        if path.is_file() and self.bundle.is_dir():
             try:
                 found = dict(json.loads(path.read_text("utf-8")))
-            except (ValueError, TypeError) as error:
-                raise _damaged(path, error) from None
+            except (OSError, ValueError, TypeError) as error:
+                if resume:
+                    raise _damaged(path, error) from None
+                found = {}
             changed = sorted(k for k in {*found, *key} if found.get(k) != key.get(k))
-            if changed:
+            if resume and changed:
                 raise ResumeError(
                     f"{self._folder} holds an export with another {', '.join(changed)}",
                     "repeat that one, or leave --resume out to start afresh",
                 )
-            return
-        if not resume and self._same(key):
-            _LOG.warning("discarding an interrupted export, which --resume would have continued")
+            if resume:
+                return
+            if not changed and (self._folder / "progress.json").is_file():
+                _LOG.warning(
+                    "discarding an interrupted export, which --resume would have continued"
+                )
         clear(self._folder)
         self.bundle.mkdir()
         self._write("key", key)
-
-    def _same(self, key: Mapping[str, str]) -> bool:
-        """Whether an interrupted export of the same content has finished something."""
-        with suppress(OSError, ValueError):
-            text = (self._folder / "key.json").read_text("utf-8")
-            return json.loads(text) == dict(key) and (self._folder / "progress.json").is_file()
-        return False
 
     def _read(self, kind: type[T], name: str) -> T | None:
         path = self._folder / f"{name}.json"
