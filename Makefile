@@ -127,7 +127,7 @@ clean:
 # llama.cpp has no wheel for every machine: compiled for this one, its library alone, in ten minutes.
 # The build tools come with it.
 .venv/.llama-cpp: .venv/.bench
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" SKBUILD_BUILD_TARGETS="llama" \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" SKBUILD_BUILD_TARGETS="llama;llama-common" \
 		$(BIN)/pip install --quiet --no-binary llama-cpp-python -e './benchmarks[llama-cpp]'
 	touch $@
 
