@@ -187,6 +187,7 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
         Part("export", [*export, *text, "--effort", "none", *quiet], 180, model),
         Part("bench", [*bench, *fixed, *peers], 120, manifest),
         *(Part("bench with CUDA graphs", [*bench, *fixed, *g], 90, manifest) for g in graphs),
+        Part("rows", [python, f"{here}/rows.py", str(out), "--json"], 60, manifest),
         Part("train", [*tool, "train", str(out), *text, *quiet, "--json"], 240, manifest),
         Part("bench of the policy", [*bench, *trained], 60, manifest),
         Part("overlap", [python, f"{here}/overlap.py", str(out), "--json"], 60, manifest),

@@ -32,14 +32,12 @@ class Backend:
         device: its name.
         run_options: ORT's options for every run, or None.
         joins: whether layers that always take the same action run as one graph.
-        cuts: whether parts of a tensor's memory can be used as tensors.
         lock: held while a graph is loaded or a token runs, on devices where these must not overlap.
     """
 
     device: Device = "cpu"
     run_options: Any = None
     joins = True
-    cuts = True
 
     def __init__(self) -> None:
         """The CPU needs nothing."""

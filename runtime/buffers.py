@@ -43,6 +43,10 @@ class Buffer:
         """Replaces the content, or the part of it that a NumPy index selects."""
         self._array[where] = content
 
+    def take(self, other: Buffer, tokens: int) -> None:
+        """Copies the first tokens of K/V `[B, H_kv, S, d]` from a cache of another capacity."""
+        self._array[:, :, :tokens] = other._array[:, :, :tokens]
+
     def part(self, start: int, stop: int) -> Buffer:
         """Rows of the first dimension, in the same memory."""
         part = copy(self)

@@ -92,8 +92,7 @@ class KVCache:
             shape = dims.cache_shape(self.batch, capacity)
             buffer = self._backend.buffer(shape, dims.cache_dtype)
             if self.length:
-                valid = (slice(None), slice(None), slice(self.length))
-                buffer.write(old[layer].array[valid], valid)
+                buffer.take(old[layer], self.length)
             new[layer] = buffer
         return new
 
@@ -136,7 +135,7 @@ class KVCache:
         held = np.s_[:, :, : max(self.length, other.length)]
         for own, others in ((self.keys, other.keys), (self.values, other.values)):
             for layer, buffer in own.items():
-                exchange(buffer.array[held], others[layer].array[held])
+                exchange(buffer, others[layer], held)
         if self.states is not None and other.states is not None:
             self.states.exchange(other.states)
         self.length, other.length = other.length, self.length

@@ -19,11 +19,7 @@ class Part(SequenceState):
     """
 
     def __init__(self, whole: SequenceState, start: int, stop: int):
-        """Takes the sequences `start` to `stop`.
-
-        Raises:
-            DeviceError: the device cannot slice its memory.
-        """
+        """Takes the sequences `start` to `stop`."""
         self.__dict__.update(vars(whole))  # sessions, what passes share, how they run
         self.batch, self._whole, self._range = stop - start, whole, (start, stop)
         self.kv = KVPart(whole.kv, start, stop)
@@ -91,7 +87,7 @@ class Part(SequenceState):
         """
         self.reserve(longest)
         self._whole.reserve(longest)  # its passes rebind if the cache has moved
-        self._lengths.total.write(longest)
+        self._lengths.total.write(self.sessions.backend.longest(longest, seq, self.kv.capacity))
         if seq == 1:
             self.kv.settle(longest)
         else:

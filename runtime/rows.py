@@ -51,15 +51,15 @@ class Rows:
 
     @classmethod
     def new(cls, sessions: Sessions, rows: int, capacity: int = CAPACITY) -> Rows:
-        """Empty sequences, in one K/V cache where the device can slice it.
+        """Empty sequences in one K/V cache.
 
         Args:
             sessions: sessions of the bundle.
             rows: how many.
             capacity: tokens that each has room for at first; it grows in steps when one is full.
         """
-        if rows == 1 or not sessions.backend.cuts:
-            return cls([SequenceState(sessions, capacity) for _ in range(rows)])
+        if rows == 1:
+            return cls.alone(SequenceState(sessions, capacity))
         whole = SequenceState(sessions, capacity, rows)
         return cls([Part(whole, row, row + 1) for row in range(rows)], whole)
 
@@ -85,12 +85,20 @@ class Rows:
             ContextLengthError: a row's context is full.
         """
         wanted = wanted or [len(ids) for ids in tokens]
-        if self._whole is None or len(rows) == 1:
-            found = [
-                self._alone(*each) for each in zip(rows, tokens, deciders, wanted, strict=True)
-            ]
-            logits = [found[0][0]] if len(rows) == 1 else [one.copy() for one, _ in found]
-            return logits, [path for _, path in found]
+        if len(rows) == 1:
+            logits, path = self._alone(rows[0], tokens[0], deciders[0], wanted[0])
+            return [logits], [path]
+        with self.states[0].sessions.backend.lock:
+            return self._joined(rows, tokens, deciders, wanted)
+
+    def _joined(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        deciders: Sequence[Decider],
+        wanted: Sequence[int],
+    ) -> tuple[list[Logits], list[ActionPath]]:
+        """Runs tokens of several rows; see `forward`."""
         seq, first, stop = max(map(len, tokens)), rows[0], rows[-1] + 1
         together = self._place(rows, tokens, seq)
         paths = self._layers(together, tuple(rows), deciders, seq)
@@ -213,7 +221,8 @@ def calls(
 
     The most common action runs on all rows from its first to its last: rows of other actions in
     between run again with their own, which costs less than another call. A skipped row runs alone:
-    it costs little, and its graph rotates the keys of all rows by the position of the first.
+    it costs little, and in bundles of format 3 its graph rotates the keys of all rows by the
+    position of the first.
 
     Args:
         rows: row numbers, ascending.

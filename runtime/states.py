@@ -122,7 +122,7 @@ class States:
         """Swaps contents with the states of as many sequences."""
         for own, others in ((self.past, other.past), (self.present, other.present)):
             for name, buffer in own.items():
-                exchange(buffer.array, others[name].array)
+                exchange(buffer, others[name])
         self.start, other.start = other.start, self.start
         self.points, other.points = other.points, self.points
 
@@ -142,8 +142,8 @@ class States:
         self.start = length
 
 
-def exchange(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> None:
-    """Swaps the contents of two arrays, in place."""
-    held = one.copy()
-    one[...] = other
-    other[...] = held
+def exchange(one: Buffer, other: Buffer, where: Any = ...) -> None:
+    """Swaps the contents of two buffers, or the parts of them that a NumPy index selects."""
+    held = one.array[where].copy()
+    one.write(other.array[where], where)
+    other.write(held, where)

@@ -510,15 +510,6 @@ def test_what_another_budget_wrote_serves_nobody(scored: Model) -> None:
     assert batch.reused == len(first)
 
 
-def test_a_device_that_cuts_no_tensors_runs_slots_one_by_one(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiny_model._sessions.backend, "cuts", False)
-    given = options(policy="static:full,int8,skip,int4")
-    alone = [tiny_model.generate(prompt, options=given) for prompt in PROMPTS]
-    assert tiny_model.batch(PROMPTS, options=given, parallel=3) == alone
-
-
 def test_a_full_context_ends_a_text_and_its_row_goes_on(tiny_model: Model) -> None:
     batch = tiny_model.new_scheduler(3)
     for _ in range(2):

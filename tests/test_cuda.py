@@ -22,10 +22,13 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DeviceError
 from dash_onnx.runtime.buffers import Buffer
 from dash_onnx.runtime.cuda import CudaBackend, CudaGraphBackend, Driver, open_driver
+from dash_onnx.runtime.cuda.backend import CudaBuffer
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.model import Model
-from dash_onnx.runtime.ort import create_session
+from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.ort import Device, create_session
+from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import SequenceState
 
 LAYERS = 4
@@ -163,6 +166,19 @@ class StandIn:
         places = target.value, source.value, size.value
         self.queues[stream.value].append(lambda: ctypes.memmove(*places))
 
+    def _copy(self, target: Any, source: Any, size: ctypes.c_size_t) -> None:
+        """On the legacy default stream, which waits for what both streams were given before."""
+        self.watch()
+        assert threading.get_ident() in self._entered
+        for queue in self.queues.values():
+            for run in queue:
+                run()
+            queue.clear()
+        self._events = {key: (stream, 0) for key, (stream, _) in self._events.items()}
+        ctypes.memmove(target.value, source.value, size.value)
+
+    _cuMemcpyDtoH_v2 = _cuMemcpyHtoD_v2 = _cuMemcpyDtoD_v2 = _copy
+
     def _cuEventSynchronize(self, event: ctypes.c_void_p) -> None:
         assert event.value is not None
         stream, count = self._events[event.value]
@@ -231,25 +247,20 @@ class Session:
             self._session.run_with_iobinding(binding)
 
 
-class WatchedBuffer(Buffer):
-    """A buffer of the device, in the host's memory."""
+class HostBuffer(CudaBuffer):
+    """A buffer of the device, in the host's memory: ORT binds it there."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, stand_in: StandIn):
-        super().__init__(shape, dtype)
-        self._stand_in = stand_in
-
-    def write(self, content: Any, where: Any = ...) -> None:
-        self._stand_in.watch()
-        super().write(content, where)
+    device: Device = "cpu"
 
 
 class OnHost:
     """What a CUDA backend does, on the CPU."""
 
     stand_in: StandIn
+    driver: Driver
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        return WatchedBuffer(shape, dtype, self.stand_in)
+        return HostBuffer(shape, dtype, self.driver)
 
     def session(self, graph: Path, *, scorer: bool = False) -> Session:
         self.stand_in.watch()
@@ -385,6 +396,45 @@ def test_what_was_recorded_runs_as_the_cpu_does(bundle: Path, driver: StandIn) -
     assert Counter(what for _, what in driver.log)["launched"] > len(TOKENS)
 
 
+@pytest.mark.parametrize("policy", ["int4", "static:int8,skip,int4,int8", "dash"])
+@pytest.mark.parametrize("kind", [Streams, Recorder])
+def test_a_batch_is_answered_as_on_the_cpu(
+    bundle: Path, driver: StandIn, kind: type[CudaBackend], policy: str
+) -> None:
+    """With more prompts than rows, so that rows begin, end and change places."""
+    options = GenerationOptions(
+        policy=policy, budget=0.8 if policy == "dash" else None, max_new_tokens=30
+    )
+    prompts = ["ab", "the tiny model", "xyz " * 9, "a", "long " * 20, "end"]
+    found, wanted = (
+        model.batch(prompts, parallel=3, options=options)
+        for model in (loaded(bundle, driver, kind), loaded(bundle, None))
+    )
+    assert found == wanted
+    assert not driver.disturbed
+
+
+def test_rows_of_a_bundle_for_cuda_have_the_logits_of_each_alone(
+    tiny_with: Callable[..., Path], driver: StandIn
+) -> None:
+    """In FP16, and without the port by which the CPU's graphs take several tokens per row."""
+    model = loaded(tiny_with(device="cuda"), driver)
+    rows = Rows.new(model._sessions, 3, capacity=16)
+    alone = [model.new_sequence() for _ in rows.states]
+    path = ("int8", "skip", "full", "int4")
+    for row, one in enumerate(alone):
+        for state in (rows.states[row], one):
+            state.prefill(PROMPT[: 3 + 4 * row], path, "full")
+    assert not rows.ragged
+    for token in TOKENS:
+        deciders = [FixedPath(path, "full")] * 3
+        logits, _ = rows.forward(range(3), [[token + row] for row in range(3)], deciders)
+        for row, one in enumerate(alone):
+            wanted, _ = one.forward(token + row, deciders[row])
+            np.testing.assert_allclose(logits[row][0], wanted, atol=0.05)
+    assert rows.states[0].kv.capacity > 16
+
+
 def test_a_layer_is_recorded_once_per_action_after_two_runs(bundle: Path, driver: StandIn) -> None:
     sequence = recording(bundle, driver).new_sequence()
     for _ in range(5):
@@ -470,6 +520,7 @@ def test_nothing_else_uses_the_device_while_one_generation_records(
         lambda _, sequence: sequence.advance(20),
         lambda model, _: model.preload(),
         lambda model, _: model.close(),
+        lambda model, _: Rows.new(model._sessions, 2),
     ],
 )
 def test_whatever_uses_the_device_waits_for_the_lock(

@@ -18,10 +18,12 @@ from transformers import LlamaForCausalLM
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import DeviceError
+from dash_onnx.core.policy import RandomPolicy
 from dash_onnx.runtime.backend import Backend
-from dash_onnx.runtime.deciders import ScoredDecider
+from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import Device
+from dash_onnx.runtime.rows import Rows
 
 MIXED = "static:full,int8,skip,int4"
 IDS = np.random.default_rng(5).integers(2, 384, 40)
@@ -124,6 +126,35 @@ def test_two_generations_at_once_equal_one_alone(model: Model) -> None:
     alone = [text(number) for number in range(6)]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(text, range(6))) == alone
+
+
+@pytest.mark.parametrize("graphs", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_rows_of_a_batch_have_the_logits_of_each_alone(
+    model: Model, bundle: Path, device: Device, graphs: bool
+) -> None:
+    """Of different lengths and paths, while the cache grows, and after two rows change places."""
+    if graphs and device == "cpu":
+        pytest.skip("only a GPU has graphs")
+    loaded = dash_onnx.load(bundle, cuda_graphs=True) if graphs else model
+    rows, alone = Rows.new(loaded._sessions, 3, capacity=32), [model.new_sequence() for _ in "abc"]
+    policy = model.policy("random:1")
+    assert isinstance(policy, RandomPolicy)
+    paths = policy.paths()
+    for row, one in enumerate(alone):
+        ids, path = IDS[: 5 + 9 * row], next(paths)
+        for state in (rows.states[row], one):
+            state.prefill(ids, path, "full")
+    for step, token in enumerate(IDS.tolist()):
+        running = [0, 2] if step % 3 == 0 else [0, 1, 2]
+        if step == 20:
+            rows.states[0].kv.exchange(rows.states[2].kv)
+            alone[0], alone[2] = alone[2], alone[0]
+        deciders = [FixedPath(next(paths), "full") for _ in running]
+        logits, _ = rows.forward(running, [[(token + row) % 384] for row in running], deciders)
+        for row, own, decider in zip(running, logits, deciders, strict=True):
+            wanted, _ = alone[row].forward((token + row) % 384, decider)
+            np.testing.assert_allclose(own[0], wanted, atol=TOLERANCE[device])
+    assert rows.states[2].kv.capacity > 32
 
 
 @pytest.mark.gpu

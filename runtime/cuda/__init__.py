@@ -1,6 +1,6 @@
 """The CUDA backend, imported only for `device="cuda"`: nothing of it is loaded on the CPU.
 
-`driver.py` calls the CUDA driver through ctypes: 21 functions of a stable C interface, whereas
+`driver.py` calls the CUDA driver through ctypes: 24 functions of a stable C interface, whereas
 NVIDIA's cuda-bindings would be one more compiled package that must match CUDA. `backend.py` orders
 layers, scorer and host on two streams; `graphs.py` captures what a token runs, on request.
 """

@@ -15,6 +15,8 @@ further events.
 from __future__ import annotations
 
 import ctypes
+import math
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,15 @@ _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 class CudaBuffer(Buffer):
-    """A tensor in the memory of the device."""
+    """A tensor in the memory of the device, which the host reads and writes by copies.
+
+    The copies run on CUDA's legacy default stream: after what both streams were given before, and
+    before what they are given next.
+    """
 
     device: Device = "cuda"
 
-    def __init__(self, shape: tuple[int, ...], dtype: str):
+    def __init__(self, shape: tuple[int, ...], dtype: str, driver: Driver):
         """Allocates zeros.
 
         Raises:
@@ -42,6 +48,7 @@ class CudaBuffer(Buffer):
         """
         self.shape = shape
         self.dtype = np.dtype(dtype)
+        self._driver = driver
         zeros = np.zeros(shape, self.dtype)
         try:
             self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
@@ -55,20 +62,37 @@ class CudaBuffer(Buffer):
     @property
     def array(self) -> np.ndarray:
         """A copy of the content."""
-        copy: np.ndarray = self._value.numpy()
-        return copy
+        content = np.empty(self.shape, self.dtype)
+        self._copy("cuMemcpyDtoH_v2", content.ctypes.data, self.pointer, content.nbytes)
+        return content
 
     def write(self, content: Any, where: Any = ...) -> None:
         """See `Buffer`."""
-        if where is not ...:
-            whole = self.array
-            whole[where] = content
-            content = whole
-        self._value.update_inplace(np.asarray(content, self.dtype).reshape(self.shape))
+        whole = np.empty(self.shape, self.dtype) if where is ... else self.array
+        whole[where] = content
+        self._copy("cuMemcpyHtoD_v2", self.pointer, whole.ctypes.data, whole.nbytes)
+
+    def take(self, other: Buffer, tokens: int) -> None:
+        """See `Buffer`."""
+        *heads, length, size = self.shape
+        token = size * self.dtype.itemsize
+        for head in range(math.prod(heads)):
+            target, source = (
+                buffer.pointer + head * capacity * token
+                for buffer, capacity in ((self, length), (other, other.shape[-2]))
+            )
+            self._copy("cuMemcpyDtoD_v2", target, source, tokens * token)
 
     def part(self, start: int, stop: int) -> Buffer:
-        """See `Buffer`; ORT's values cannot be sliced."""
-        raise DeviceError("sequences of different lengths run together only on the CPU")
+        """See `Buffer`."""
+        part = copy(self)
+        part.shape = (stop - start, *self.shape[1:])
+        part.pointer += start * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return part
+
+    def _copy(self, name: str, target: int, source: int, size: int) -> None:
+        self._driver.enter()
+        self._driver.call(name, *map(ctypes.c_uint64, (target, source)), ctypes.c_size_t(size))
 
 
 class CudaBackend(Backend):
@@ -76,7 +100,6 @@ class CudaBackend(Backend):
 
     device: Device = "cuda"
     joins = False  # not measured on this device
-    cuts = False  # ORT's values cannot be sliced
 
     def __init__(self, driver: Driver, *, overlap: bool = True):
         """Creates the streams.
@@ -97,7 +120,7 @@ class CudaBackend(Backend):
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Backend`."""
-        return CudaBuffer(shape, dtype)
+        return CudaBuffer(shape, dtype, self.driver)
 
     def session(self, graph: Path, *, scorer: bool = False) -> Any:
         """See `Backend`."""
