@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _HUGE_PAGE = 2 << 20  # bytes, on x86 and on ARM with 4 kB pages
@@ -16,16 +17,30 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _MIN_BLOCK, _FULL = 2 * _HUGE_PAGE, 0.9  # bytes, and the share of them that is in memory
 
 
+_INSTRUCTIONS = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "I8MM",
+    "asimddp": "DotProd",
+}
+"""Flags that Linux reports, and the instructions for products of INT8; the fastest first."""
+
+
 def machine_name() -> str:
-    """Processor and architecture, as far as the system reports them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        name = next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = platform.processor() or "unknown processor"
-    return f"{name}, {platform.machine()}"
+    """Processor, its instructions for INT8 and architecture, as far as the system reports them."""
+    name, flags = platform.processor() or "unknown processor", set[str]()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):  # on x86, on ARM
+                flags = {*value.split()}
+    known = next((told for flag, told in _INSTRUCTIONS.items() if flag in flags), "")
+    return f"{name}{known and f' ({known})'}, {platform.machine()}"
 
 
 def peak_rss_bytes() -> int:

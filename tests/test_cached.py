@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_tool import Tool
 
@@ -21,6 +22,7 @@ from dash_onnx.cli import cached, info, run, train
 from dash_onnx.cli import profile as profile_command
 from dash_onnx.cli.cached import bundle_of, entries, known_bundle, listing, model_name, remove
 from dash_onnx.core.atomic import TRAINING, locked, waiting_lock
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.exporters import pipeline
@@ -216,8 +218,8 @@ def tools(tiny_bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> To
 
     def export(model: str, out: Path, options: ExportOptions, **_: object) -> None:
         key = {"tools": state.version}
-        with exporting(out, key, overwrite=False, resume=options.resume) as partial:
-            (partial.bundle.parent / "calibration.json").write_text("{}")
+        with exporting(out, key, overwrite=options.overwrite) as partial:
+            partial.calibrate(np.zeros((1, 2), np.int64), Bundle(tiny_bundle).manifest.calibration)
             (partial.bundle / f"layer-0 of {state.version}").write_bytes(bytes(1000))
             if state.interrupt:
                 raise KeyboardInterrupt
@@ -245,7 +247,7 @@ def test_what_an_interrupted_export_left_is_gone_on_with(
 ) -> None:
     (interrupt(tools, model) / "bundle" / "layer-0 before").write_text("")
     assert layers(bundle_of(model)) == ["layer-0 before", "layer-0 of 1"]
-    assert "from the start" not in caplog.text
+    assert "discarding it" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -267,8 +269,8 @@ def test_what_an_interrupted_export_left_is_discarded_where_no_export_goes_on_wi
         (partial / "bundle" / "layer-0 before").write_text("")
     bundle = bundle_of(model)
     assert layers(bundle) == [f"layer-0 of {tools.version}"] and not partial.exists()
-    (line,) = [record.message for record in caplog.records if "from the start" in record.message]
-    assert told in line and "--resume" not in line
+    (line,) = [record.message for record in caplog.records if "discarding it" in record.message]
+    assert told in line and "--overwrite" not in line
 
 
 def test_an_unfinished_export_is_listed_and_removed(model: Path, tools: Tools, cache: Path) -> None:

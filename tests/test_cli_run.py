@@ -139,7 +139,14 @@ def test_text_goes_to_stdout_and_a_one_line_summary_to_stderr(
     captured = capsys.readouterr()
     assert captured.out == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True) + "\n"
     assert captured.err.count("\n") == 1
-    for part in ("loaded in", "6 tokens", "tokens/s", "first token after", "full 100%", "length"):
+    for part in (
+        "loaded in",
+        "6 tokens",
+        "tokens/s",
+        "first token after",
+        "full 100%, full head",
+        "length",
+    ):
         assert part in captured.err
 
 
@@ -163,6 +170,7 @@ def test_json_is_one_object_with_text_and_figures(
         "draft_tokens",
         "accepted_tokens",
         "actions",
+        "head",
     }
     assert facts["text"] == tiny_model.generate(PROMPT, max_new_tokens=6, ignore_eos=True)
     assert facts["finish_reason"] == "length"

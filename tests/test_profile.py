@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from dash_onnx.cli.profile import main
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.runtime import profile_whole
 from dash_onnx.runtime.devices import open_backend
+from dash_onnx.runtime.machine import machine_name
 from dash_onnx.runtime.profile import Times, spread_of, taken_share
 from dash_onnx.runtime.profile_whole import whole_ratios
 from dash_onnx.runtime.sequence import SequenceState
@@ -151,3 +153,20 @@ def test_a_fused_folder_is_said_to_keep_its_costs(bundle: Path, capsys: Capture)
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) -> None:
     assert "no bundle" in TOOL.refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model name\t: A\nflags\t\t: avx avx2", "A (AVX2)"),
+        ("model name\t: A\nflags\t\t: avx2 avx512f avx512_vnni", "A (AVX-512 VNNI)"),
+        ("model name\t: A\nflags\t\t: amx_int8 avx512_vnni avx2", "A (AMX)"),
+        ("model name\t: A\nflags\t\t: sse2", "A"),
+        ("model name\t: A\nFeatures\t: asimd asimddp", "A (DotProd)"),
+    ],
+)
+def test_a_machine_is_named_with_its_instructions(
+    text: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_: text)
+    assert machine_name() == f"{told}, {platform.machine()}"

@@ -93,7 +93,7 @@ def test_an_export_killed_at_random_moments_goes_on_to_the_same_bundle(
     command = [sys.executable, str(Path(__file__).with_name("fixed_costs.py"))]
     reference = tmp_path_factory.mktemp("reference") / "out"
     subprocess.run([*command, *arguments(deep, night, reference)], check=True, capture_output=True)
-    command += arguments(deep, night, out, "--resume")
+    command += arguments(deep, night, out)
     while killed < MOMENTS:
         before = finished(partial)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
@@ -150,9 +150,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def interrupted(deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture) -> Path:
-    """Destination of an export that broke off at its second layer, and may be resumed."""
+    """Destination of an export that broke off at its second layer."""
     stop_at(1)
-    main(arguments(deep, night, tmp_path / "out", "--resume"))
+    main(arguments(deep, night, tmp_path / "out"))
     capsys.readouterr()
     return tmp_path / "out"
 
@@ -162,12 +162,12 @@ def test_a_resumed_export_writes_the_layers_that_are_left_and_equals_a_whole_one
 ) -> None:
     out = tmp_path / "out"
     stop_at(5)
-    assert main(arguments(deep, night, out, "--resume")) == 130
+    assert main(arguments(deep, night, out)) == 130
     assert os.listdir(tmp_path) == [".out.partial"]
     states = [path.name for path in (tmp_path / ".out.partial").glob("hidden-*")]
     assert states == ["hidden-05.npy"]  # nothing that is not needed any more
     written = stop_at(None)
-    assert main(arguments(deep, night, out, "--resume")) == 0
+    assert main(arguments(deep, night, out)) == 0
     assert written == [5, 6, 7]
     assert os.listdir(tmp_path) == ["out"]
     assert content_of(out) == content_of(whole[0])
@@ -178,20 +178,23 @@ def test_a_resumed_export_counts_the_time_of_all_its_processes(
 ) -> None:
     out = tmp_path / "out"
     stop_at(3)
-    main(arguments(deep, night, out, "--resume"))
+    main(arguments(deep, night, out))
     path = tmp_path / ".out.partial/progress.json"
     progress = json.loads(path.read_text())
     path.write_text(json.dumps({**progress, "seconds": 5000.0, "peak_rss_bytes": 10**15}))
     stop_at(None)
-    assert main(arguments(deep, night, out, "--resume")) == 0
+    assert main(arguments(deep, night, out)) == 0
     facts = json.loads((out / "dash.json").read_text())["export"]
     assert 5000 < facts["seconds"] < 5600 and facts["peak_rss_bytes"] == 10**15
 
 
-def test_an_interrupt_without_resume_leaves_nothing(
-    deep: Path, night: Path, tmp_path: Path, stop_at: Any
+def test_an_interrupt_before_the_calibration_leaves_nothing(
+    deep: Path, night: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_at(1)
+    def struck(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "calibration_ids", struck)
     assert main(arguments(deep, night, tmp_path / "out")) == 130
     assert os.listdir(tmp_path) == []
 
@@ -212,8 +215,8 @@ def test_what_another_export_left_is_not_gone_on_with(
     interrupted: Path,
     capsys: Capture,
 ) -> None:
-    message = TOOL.refused(capsys, *arguments(deep, night, interrupted, "--resume", *more))
-    assert named in message and "leave --resume out" in message
+    message = TOOL.refused(capsys, *arguments(deep, night, interrupted, *more))
+    assert named in message and "or pass --overwrite to start again" in message
     assert os.listdir(interrupted.parent) == [".out.partial"]  # and can be gone on with
 
 
@@ -222,24 +225,51 @@ def test_a_source_that_has_changed_is_not_gone_on_with(
 ) -> None:
     source = Path(shutil.copytree(deep, tmp_path / "source"))
     stop_at(1)
-    main(arguments(source, night, tmp_path / "out", "--resume"))
+    main(arguments(source, night, tmp_path / "out"))
     capsys.readouterr()
     os.utime(source / "model.safetensors", ns=(1, 1))
-    message = TOOL.refused(capsys, *arguments(source, night, tmp_path / "out", "--resume"))
+    message = TOOL.refused(capsys, *arguments(source, night, tmp_path / "out"))
     assert "another model" in message
 
 
-def test_without_resume_what_is_left_is_swept(
-    deep: Path, night: Path, tmp_path: Path, stop_at: Any, capsys: Capture
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("key.json", "{}", "holds an interrupted export with another "),
+        ("progress.json", "{", "progress.json is damaged"),
+        ("ids.npy", "?", "ids.npy is damaged"),
+    ],
+)
+def test_overwrite_discards_what_no_export_can_continue(
+    file: str,
+    content: str,
+    told: str,
+    deep: Path,
+    night: Path,
+    interrupted: Path,
+    stop_at: Any,
+    capsys: Capture,
+) -> None:
+    (interrupted.parent / ".out.partial" / file).write_text(content)
+    message = TOOL.refused(capsys, *arguments(deep, night, interrupted))
+    assert told in message and "--overwrite" in message
+    written = stop_at(None)
+    assert main(arguments(deep, night, interrupted, "--overwrite")) == 0
+    assert f"{told}" in capsys.readouterr().err
+    assert written == [*range(LAYERS)]
+    assert os.listdir(interrupted.parent) == ["out"]
+
+
+def test_a_calibration_text_is_no_reason_to_refuse_another_export(
+    deep: Path, night: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    stop_at(2)
-    main(arguments(deep, night, out, "--resume"))
-    capsys.readouterr()
-    written = stop_at(None)
-    assert main(arguments(deep, night, out)) == 0
-    assert "discarding an interrupted export, which --resume would" in capsys.readouterr().err
-    assert written == [*range(LAYERS)]
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphWriter, "embed", GraphWriter.layer)  # fails
+        with pytest.raises(TypeError):
+            main(arguments(deep, night, out))
+    assert (tmp_path / ".out.partial/calibration.json").is_file()
+    assert main(arguments(deep, night, out, "--variants", "int8")) == 0
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -248,14 +278,13 @@ KEY = {"model": "a"}
 
 def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with exporting(out, KEY, overwrite=False, resume=False) as partial:
+    with exporting(out, KEY, overwrite=False) as partial:
         (partial.bundle / "dash.json").write_text("new")
-        for resume in (False, True):
-            with (
-                pytest.raises(BundleError, match="another process is writing"),
-                exporting(out, KEY, overwrite=False, resume=resume),
-            ):
-                pass
+        with (
+            pytest.raises(BundleError, match="another process is writing"),
+            exporting(out, KEY, overwrite=False),
+        ):
+            pass
         assert (partial.bundle / "dash.json").read_text() == "new"
     assert (out / "dash.json").read_text() == "new"
 
@@ -267,18 +296,10 @@ def test_a_bundle_that_was_to_be_replaced_comes_back_after_a_kill_between_two_re
     (folder / "replaced").mkdir(parents=True)
     (folder / "replaced" / "dash.json").write_text("old")
     with pytest.raises(BundleError, match="--overwrite"):
-        with exporting(out, KEY, overwrite=False, resume=False):
+        with exporting(out, KEY, overwrite=False):
             pass
     assert (out / "dash.json").read_text() == "old"
-    with exporting(out, KEY, overwrite=True, resume=True) as partial:
+    with exporting(out, KEY, overwrite=True) as partial:
         (partial.bundle / "dash.json").write_text("new")
     assert (out / "dash.json").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_damaged_record_of_progress_is_refused_in_one_line(
-    deep: Path, night: Path, interrupted: Path, capsys: Capture
-) -> None:
-    (interrupted.parent / ".out.partial/progress.json").write_text("{")
-    message = TOOL.refused(capsys, *arguments(deep, night, interrupted, "--resume"))
-    assert "progress.json is damaged" in message

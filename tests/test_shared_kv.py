@@ -205,7 +205,6 @@ def test_an_interrupted_export_goes_on_with_k_and_v_of_layers_that_are_done(
         attention="both",
         calibration=(pair.bundle.parent / "text.txt",),
         accuracy_level=0,
-        resume=True,
     )
     source, write = str(pair.bundle.parent / "source"), GraphWriter.layer
 

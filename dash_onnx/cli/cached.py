@@ -25,7 +25,7 @@ from dash_onnx.core.atomic import (
     write_text,
 )
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import BundleError, DashError, ResumeError, SourceError, first_line
+from dash_onnx.core.errors import BundleError, DashError, SourceError, first_line
 from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.version import FORMAT_VERSION
@@ -183,7 +183,7 @@ def _entry_name(source: str) -> str:
 def _make(source: str, folder: Path) -> None:
     """Exports a model into the cache, waiting for another process that is doing so.
 
-    An interrupted export is resumed, or discarded if that is not possible.
+    An interrupted export is continued, or discarded if that is not possible.
     """
     from dash_onnx.exporters.installed import require
 
@@ -211,13 +211,7 @@ def _make(source: str, folder: Path) -> None:
 
         _used(source, folder)  # names what an interrupted export leaves
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted removal
-        options = ExportOptions(resume=True)
-        try:
-            build(source, folder, options, check="none")
-        except ResumeError as error:
-            _LOG.warning("%s: discarding it and exporting from the start", error.reason)
-            discard(folder, PARTIAL)
-            build(source, folder, options, check="none")
+        build(source, folder, ExportOptions(overwrite=True), check="none")
         for entry in _entries():  # made from an earlier state of the source
             if entry.source == source and entry.folder != folder:
                 with suppress(BundleError):  # another process is working on it

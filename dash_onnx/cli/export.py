@@ -91,12 +91,11 @@ def _parser() -> Parser:
         action="store_true",
         help="also write OUT/fused, the policy as one graph for other programs (see dash-fuse)",
     )
-    work.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     work.add_argument(
-        "--resume",
+        "--overwrite",
         action="store_true",
-        help="continue an interrupted export of the same model and options; if this one is "
-        "interrupted, keep the finished layers in .OUT.partial beside OUT",
+        help="replace an existing bundle, or the finished layers of an interrupted export with "
+        "other options (with the same options, it continues after them)",
     )
     work.add_argument(
         "--check",
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             failures.extend(_export(arguments))
         except KeyboardInterrupt:
-            if hint := _after_interrupt(arguments.out, arguments.resume, arguments.overwrite):
+            if hint := _after_interrupt(arguments.out, arguments.overwrite):
                 print(f"\ndash-export: {hint}", file=sys.stderr, end="")
             raise
 
@@ -158,7 +157,6 @@ def _export(arguments: argparse.Namespace) -> list[str]:
         kv_cache=arguments.kv_cache,
         requantize=arguments.requantize,
         overwrite=arguments.overwrite,
-        resume=arguments.resume,
         revision=arguments.revision,
     )
     training = TrainOptions(
@@ -210,17 +208,12 @@ def _untrained(out: Path) -> bool:
     return False
 
 
-def _after_interrupt(out: Path, resume: bool, overwrite: bool) -> str:
-    """What remains of an interrupted export, and how to continue."""
-    if overwrite:  # it may have existed before
-        return ""
-    if (out / MANIFEST_NAME).is_file():
+def _after_interrupt(out: Path, overwrite: bool) -> str:
+    """What remains of an interrupted export, and how to continue; empty if nothing does."""
+    if (partial := workspace_of(out, PARTIAL)).exists():
+        return f"{partial} keeps what is finished; the same command continues from there"
+    if (out / MANIFEST_NAME).is_file() and not overwrite:  # else it may have existed before
         command = f"dash-train {shlex.quote(str(out))}"
         goes_on = f"{out} can answer; `{command}`, with the same options, trains its policy"
         return goes_on if _untrained(out) else ""
-    if (partial := workspace_of(out, PARTIAL)).exists():
-        again = "the same command" if resume else "the same command with --resume"
-        return f"{partial} keeps what is finished; {again} continues from there"
-    return (
-        "no layer is finished" if resume else "nothing is kept; with --resume, finished layers are"
-    )
+    return ""

@@ -68,6 +68,7 @@ class Record:
             "budget": self.policy.budget,
             "sampling": dataclasses.asdict(self.sampling),
             "actions": {action: round(share, 4) for action, share in done.actions.items()},
+            "head": self.policy.head,
         }
 
     def line(self) -> str:
@@ -82,7 +83,7 @@ class Record:
             + f"{facts['generated_tokens']} tokens"
             + (f", {speed:.1f} tokens/s" if speed else "")
             + f", first token after {facts['time_to_first_token_ms']:.0f} ms"
-            + (f" | {shares}" if shares else "")
+            + (f" | {shares}, {facts['head']} head" if shares else "")
             + (f" | {accepted} of {drafted} draft tokens accepted" if drafted else "")
             + f" | {self._drawn()} | {facts['finish_reason']}]"
         )

@@ -40,15 +40,15 @@ class BundleError(DashError):
 
 
 class ResumeError(BundleError):
-    """An interrupted export cannot be resumed.
+    """An interrupted export cannot be continued.
 
     Attributes:
         reason: the message without its remedy.
     """
 
-    def __init__(self, reason: str, remedy: str):
-        """Takes the two halves of the message."""
-        super().__init__(f"{reason}; {remedy}")
+    def __init__(self, reason: str):
+        """Takes the reason."""
+        super().__init__(f"{reason}; repeat that export, or pass --overwrite to start again")
         self.reason = reason
 
 

@@ -44,9 +44,7 @@ class ExportOptions:
         attention: implementations of attention in each layer; None includes both if choosing one,
             which takes about eight microseconds, is a small part of the layer's time.
         requantize: requantize weights that the source stores as integers.
-        overwrite: replace an existing bundle.
-        resume: continue an interrupted export, and keep the finished layers if this one is
-            interrupted.
+        overwrite: replace an existing bundle, or what an interrupted export of another one left.
         seed: seed for all random choices.
         revision: branch, tag or commit of a hub id.
         ternary: whether INT2 holds the weights exactly, see `suited`.
@@ -68,7 +66,6 @@ class ExportOptions:
     attention: AttentionForms | None = None
     requantize: bool = False
     overwrite: bool = False
-    resume: bool = False
     seed: int = 0
     revision: str | None = None
     ternary: bool = False

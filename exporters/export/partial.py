@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from dash_onnx.core.atomic import NEW, PARTIAL, clear, workspace, workspace_of, write_text
-from dash_onnx.core.errors import ResumeError
+from dash_onnx.core.errors import ResumeError, SourceError, UnsupportedError
 from dash_onnx.core.facts import Calibration, LayerFacts
 from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
@@ -75,49 +75,59 @@ class Partial:
         for layer in range(len(progress.layers)):
             self.states(layer).path.unlink(missing_ok=True)
 
-    def calibration(self, make: Callable[[], tuple[Ids, Calibration]]) -> tuple[Ids, Calibration]:
-        """The calibration tokens, made once by the first process."""
-        path = self._folder / "ids.npy"
-        known = self._read(Calibration, "calibration")
+    def calibration(self) -> tuple[Ids, Calibration] | None:
+        """The calibration tokens; None if there are none yet."""
+        known, path = self._read(Calibration, "calibration"), self._folder / "ids.npy"
         if known is None:
-            ids, known = make()
-            shutil.rmtree(self._folder / "draft", ignore_errors=True)
-            np.save(path, ids)
-            self._write("calibration", to_json(known))
+            return None
         try:
             return np.load(path), known
         except (OSError, ValueError, EOFError) as error:
             raise _damaged(path, error) from None
 
-    def begin(self, key: Mapping[str, str], resume: bool) -> None:
-        """Clears the folder, or resumes from its content.
+    def calibrate(self, ids: Ids, facts: Calibration) -> None:
+        """Keeps the calibration tokens."""
+        shutil.rmtree(self._folder / "draft", ignore_errors=True)
+        np.save(self._folder / "ids.npy", ids)
+        self._write("calibration", to_json(facts))
+
+    def begin(self, key: Mapping[str, str], overwrite: bool) -> None:
+        """Continues with what the folder holds of the same export, or clears it.
+
+        Args:
+            key: see `exporting`.
+            overwrite: discard what cannot be continued, even if layers are finished.
 
         Raises:
-            ResumeError: the folder holds a different export, or is damaged.
+            ResumeError: it holds finished layers of a different export, or is damaged.
         """
-        path = self._folder / "key.json"
-        if path.is_file() and self.bundle.is_dir():
+        if (self._folder / "calibration.json").is_file() and self.bundle.is_dir():
             try:
-                found = dict(json.loads(path.read_text("utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                if resume:
-                    raise _damaged(path, error) from None
-                found = {}
-            changed = sorted(k for k in {*found, *key} if found.get(k) != key.get(k))
-            if resume and changed:
-                raise ResumeError(
-                    f"{self._folder} holds an export with another {', '.join(changed)}",
-                    "repeat that one, or leave --resume out to start afresh",
-                )
-            if resume:
+                self._check(key)
+            except ResumeError as error:
+                if not overwrite and (self._folder / "progress.json").is_file():
+                    raise
+                _LOG.warning("%s: discarding it", error.reason)
+            else:
+                _LOG.info("continuing the interrupted export in %s", self._folder)
                 return
-            if not changed and (self._folder / "progress.json").is_file():
-                _LOG.warning(
-                    "discarding an interrupted export, which --resume would have continued"
-                )
         clear(self._folder)
         self.bundle.mkdir()
         self._write("key", key)
+
+    def _check(self, key: Mapping[str, str]) -> None:
+        """Raises a ResumeError unless an export with this key can continue from here."""
+        path = self._folder / "key.json"
+        try:
+            found = dict(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(path, error) from None
+        if changed := sorted(k for k in {*found, *key} if found.get(k) != key.get(k)):
+            raise ResumeError(
+                f"{self._folder} holds an interrupted export with another {', '.join(changed)}"
+            )
+        self.progress()
+        self.calibration()
 
     def _read(self, kind: type[T], name: str) -> T | None:
         path = self._folder / f"{name}.json"
@@ -133,7 +143,7 @@ class Partial:
 
 
 def _damaged(path: Path, error: Exception) -> ResumeError:
-    return ResumeError(f"{path} is damaged ({error})", "leave --resume out")
+    return ResumeError(f"{path} is damaged ({error})")
 
 
 def unfinished_bytes(out: Path) -> int:
@@ -143,28 +153,31 @@ def unfinished_bytes(out: Path) -> int:
 
 
 @contextmanager
-def exporting(
-    out: Path, key: Mapping[str, str], *, overwrite: bool, resume: bool
-) -> Iterator[Partial]:
+def exporting(out: Path, key: Mapping[str, str], *, overwrite: bool) -> Iterator[Partial]:
     """Yields the partial folder, whose bundle becomes `out` when the block succeeds.
 
-    On an error or interrupt, what is finished is kept if `resume` is set, else removed.
+    On an error or interrupt, what is finished is kept, and the next export continues from it; but
+    not if the model is at fault.
 
     Args:
         out: the destination.
         key: what the export depends on, by name.
-        overwrite: whether `out` may be replaced.
-        resume: continue from what an earlier process has finished.
+        overwrite: whether `out` may be replaced, and what is finished of a different export.
 
     Raises:
         BundleError: `out` may not be replaced, or another process is working on it.
-        ResumeError: what is finished belongs to a different export, or is damaged.
+        ResumeError: layers of a different export are finished, or what is finished is damaged.
     """
+    refused = False
 
     def keep(space: Path) -> bool:
-        return resume and (space / "calibration.json").exists()
+        return not refused and (space / "calibration.json").exists()
 
     with workspace(out, PARTIAL, overwrite=overwrite, keep=keep) as space:
         partial = Partial(space)
-        partial.begin(key, resume)
-        yield partial
+        partial.begin(key, overwrite)
+        try:
+            yield partial
+        except (SourceError, UnsupportedError):
+            refused = True
+            raise

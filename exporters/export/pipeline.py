@@ -66,13 +66,14 @@ def export(
     _check_space(source, out, options)
     writer = GraphWriter(source, architecture, spec, options)
     key = _key(source, options)
-    with exporting(out, key, overwrite=options.overwrite, resume=options.resume) as partial:
+    with exporting(out, key, overwrite=options.overwrite) as partial:
 
         def draft() -> Bundle:
             return write_draft(partial.draft(), source, architecture, spec, options.target)
 
-        ids, calibration = partial.calibration(
-            lambda: calibration_ids(
+        found = partial.calibration()
+        if found is None:
+            found = calibration_ids(
                 source,
                 options.texts,
                 options.seed,
@@ -80,7 +81,8 @@ def export(
                 options.min_tokens,
                 sequences_of(spec.facts, options.exact),
             )
-        )
+            partial.calibrate(*found)
+        ids, calibration = found
         folder, known = partial.bundle, partial.progress()
         before = known or Progress()
         layers, writer.fp32_kept = before.layers, list(before.fp32_kept)
@@ -160,7 +162,7 @@ def _key(source: Source, options: ExportOptions) -> dict[str, str]:
     chosen = {
         field.name.replace("_", "-"): str(getattr(options, field.name))
         for field in dataclasses.fields(options)
-        if field.name not in ("calibration", "min_tokens", "overwrite", "resume")
+        if field.name not in ("calibration", "min_tokens", "overwrite")
     }
     config = json.dumps(source.config.to_dict(), sort_keys=True, default=str)
     content = json.dumps([source.kind, source.name, files, config])
