@@ -1,7 +1,8 @@
 """Does a bundle for CUDA work on this machine, and how fast is it? In nine minutes, offline.
 
     make gpu-check WHEELS=folder                              # on a machine with a GPU
-    python benchmarks/gpu_check.py --device cpu --layers 2    # a rehearsal on any other
+    python benchmarks/gpu_check.py --shape 8b --layers 32 --limit 6    # a larger model
+    python benchmarks/gpu_check.py --device cpu --layers 2 --limit 6   # a rehearsal on any other
 
 torch, transformers, onnx and onnxscript must be installed; everything else is taken from the wheels
 in FOLDER, above all onnxruntime-gpu. Every part runs in its own process with a time limit, so that
@@ -25,7 +26,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
 BUDGET_S = 530.0  # for all parts; the remainder limits each part
-REHEARSAL = 6  # factor on the time limit of a part on the CPU
 TEXT = ROOT / "README.md"  # enough for random weights
 
 
@@ -88,12 +88,13 @@ def main() -> int:
     )
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="to install from")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--layers", type=int, default=16, help="of the random model (default: 16, as Llama 1B)"
-    )
+    parser.add_argument("--model", type=Path, help="instead of random weights; needs its --layers")
+    parser.add_argument("--shape", default="1b", help="of random weights (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=16, help="(default: 16, as Llama 1B)")
     parser.add_argument(
         "--genai", type=Path, nargs="*", default=[], help="models of GenAI's builder to run beside"
     )
+    parser.add_argument("--limit", type=float, default=1, help="times the usual time limits")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -101,25 +102,25 @@ def main() -> int:
         print(json.dumps(machine()))
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
-    path = [ready(arguments.wheels)]
+    path, libraries = [ready(arguments.wheels)], cuda_libraries()
     if "PYTHONPATH" in os.environ:
         path.append(os.environ["PYTHONPATH"])
     environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(libraries)
     started, parts = time.monotonic(), list_of_parts(arguments)
-    longer = REHEARSAL if arguments.device == "cpu" else 1
     for part in parts:
         if arguments.parts and part.name not in arguments.parts:
             continue
         print(f"gpu-check: {part.name}: {' '.join(part.command[1:])}", file=sys.stderr, flush=True)
-        left_s = longer * BUDGET_S - (time.monotonic() - started)
-        part.run(min(longer * part.limit_s, left_s), environment)
-        print(line_of(part), file=sys.stderr, flush=True)
+        left_s = arguments.limit * BUDGET_S - (time.monotonic() - started)
+        part.run(min(arguments.limit * part.limit_s, left_s), environment)
+        print(line_of(part, parts[0].result), file=sys.stderr, flush=True)
     done = [part for part in parts if part.seconds or part.failed]
     summary = {part.name: part.result if not part.failed else part.failed for part in done}
     (WORK / "summary.json").write_text(json.dumps(summary, indent=1))
     print(f"\ngpu-check: {time.monotonic() - started:.0f} s")
     for part in done:
-        print(line_of(part))
+        print(line_of(part, parts[0].result))
     return int(any(part.failed for part in done))
 
 
@@ -141,6 +142,12 @@ def ready(wheels: Path | None) -> str:
     return str(site)
 
 
+def cuda_libraries() -> list[str]:
+    """Folders of CUDA's libraries: PyTorch's packages are not where ONNX Runtime looks for them."""
+    found = [str(lib) for folder in sys.path for lib in Path(folder).glob("nvidia/*/lib")]
+    return [*found, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+
+
 def machine() -> dict[str, Any]:
     """The GPU as seen by the driver, torch and ONNX Runtime, all of which is required."""
     import onnxruntime
@@ -156,13 +163,28 @@ def machine() -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info()
         found["GPU"] = torch.cuda.get_device_name()
         found["free GB"] = f"{free / 1e9:.1f} of {total / 1e9:.1f}"
+        found["read GB/s"] = round(_read_gigabytes_per_s(), 1)
     return found
+
+
+def _read_gigabytes_per_s() -> float:
+    """The best of some sums over a gigabyte of the GPU's memory."""
+    import torch
+
+    numbers, best = torch.ones(1 << 28, device="cuda"), 0.0
+    for _ in range(10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        numbers.sum()
+        torch.cuda.synchronize()
+        best = max(best, numbers.nbytes / (time.perf_counter() - started) / 1e9)
+    return best
 
 
 def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
     """The parts, in the order in which a defect would show first."""
     python, here, device = sys.executable, str(ROOT / "benchmarks"), arguments.device
-    model, out = WORK / "model", WORK / device
+    model, out = (arguments.model or WORK / "model").resolve(), WORK / device
     tool = [python, "-m", "dash_onnx"]
     fours, rest = divmod(arguments.layers, 4)
     quarter = "static:" + ",".join(["int4*3,skip"] * fours + ["int4"] * rest)
@@ -177,13 +199,13 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
     text = ["--calibration", str(TEXT), "--train-device", device]
     quiet = ["--log-level", "warning"]
     graphs = [["--cuda-graphs"]] if device == "cuda" else []
-    big = [python, f"{here}/big.py", str(model), "--shape", "1b"]
+    big = [python, f"{here}/big.py", str(model), "--shape", arguments.shape]
     big += ["--layers", str(arguments.layers)]
     manifest = out / "dash.json"
     return [
         Part("machine", [python, f"{here}/gpu_check.py", "--machine"], 60),
         Part("tests", [python, "-m", "pytest", "-q", "-m", marked, "tests/test_devices.py"], 150),
-        Part("model", big, 60),
+        *([] if arguments.model else [Part("model", big, 60)]),
         Part("export", [*export, *text, "--effort", "none", *quiet], 180, model),
         Part("bench", [*bench, *fixed, *peers], 120, manifest),
         *(Part("bench with CUDA graphs", [*bench, *fixed, *g], 90, manifest) for g in graphs),
@@ -194,8 +216,9 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
     ]
 
 
-def line_of(part: Part) -> str:
-    """Name, seconds and findings."""
+def line_of(part: Part, machine: Any) -> str:
+    """Name, seconds and findings; weights read per second, as a share of what the GPU can read."""
+    limit = machine.get("read GB/s") if isinstance(machine, dict) else None
     found = f"FAILED: {part.failed}" if part.failed else ""
     result = part.result
     if isinstance(result, dict) and "contenders" in result:
@@ -204,6 +227,7 @@ def line_of(part: Part) -> str:
         found += ", ".join(
             f"{row['name']} {row['tokens_per_s']:.1f} tokens/s ({row['tokens_per_s'] / first:.2f})"
             + ("" if row["kl"] is None else f" KL {row['kl']:.4f}")
+            + _share(row["gb_per_s"], limit)
             for row in rows
         )
     elif isinstance(result, dict):
@@ -212,6 +236,10 @@ def line_of(part: Part) -> str:
     elif result:
         found += " " + " | ".join(result)
     return f"gpu-check: {part.name}: {part.seconds:.0f} s; {found}"
+
+
+def _share(read: float | None, limit: float | None) -> str:
+    return f" {read / limit:.0%} of {limit} GB/s" if read and limit else ""
 
 
 def _nested(value: object) -> bool:

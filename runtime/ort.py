@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
+import io
 import logging
 import os
 import re
@@ -24,6 +26,11 @@ _CPU, _GPU = "onnxruntime", "onnxruntime-gpu"
 _WEIGHTS = "session.model_external_initializers_file_folder_path"
 _UNPACKED = "session.disable_prepacking"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_OPTIONS: dict[Device, dict[str, str]] = {
+    "cpu": {},
+    # Weights are allocated without rounding up; the scorer needs FP32.
+    "cuda": {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"},
+}
 _LOG = logging.getLogger(__name__)
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None  # 1: no pool
@@ -212,6 +219,7 @@ def create_session(
 
     Raises:
         BundleError: ORT refuses the graph.
+        DeviceError: the libraries of CUDA are missing.
     """
     ort = onnxruntime()
     if _pool_threads is None:
@@ -230,17 +238,36 @@ def create_session(
         options.add_session_config_entry(_WEIGHTS, str(weights))
     if not packed:
         options.add_session_config_entry(_UNPACKED, "1")
-    provider = _PROVIDERS[device], {} if stream is None else {"user_compute_stream": str(stream)}
+    if device == "cuda":
+        prepare_cuda()
+    own = {} if stream is None else {"user_compute_stream": str(stream)}
+    provider = _PROVIDERS[device], {**_OPTIONS[device], **own}
     session = object.__new__(ort.InferenceSession)
     # Our sessions load in parallel, those of an app one by one: see `_share_pool`.
     create = getattr(ort.InferenceSession.__init__, "__wrapped__", ort.InferenceSession.__init__)
     try:
-        create(session, model, options, providers=[provider])
+        create(session, model, options, providers=[provider], enable_fallback=0)
     except Exception as error:  # ORT raises types of its C extension, without a common base
         reason = first_line(error)
         name = "a graph in memory" if isinstance(model, bytes) else str(model)
         raise BundleError(f"ONNX Runtime cannot load {name}: {reason}") from None
+    if _PROVIDERS[device] not in session.get_providers():  # it logs why, and takes the CPU
+        raise DeviceError(
+            "ONNX Runtime cannot load CUDA or cuDNN: install those that its package was built for, "
+            "such as `pip install 'onnxruntime-gpu[cuda,cudnn]'`"
+        )
     return session
+
+
+@functools.cache
+def prepare_cuda() -> None:
+    """Loads CUDA's libraries where they are Python packages; call it before ORT uses a GPU."""
+    # Attention by cuDNN would be planned again in each session for each length of a prompt.
+    os.environ.setdefault("ORT_ENABLE_CUDNN_FLASH_ATTENTION", "0")
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        onnxruntime().preload_dlls()
+    if told.getvalue():
+        _LOG.debug("%s", told.getvalue().strip())
 
 
 def _version(distribution: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,7 @@ class Pass:
         key = action, context // CAPACITY
         form = self._forms.get(key)
         if form is None:
-            passes, rows = self._sessions.manifest.costs.passes, self.tokens.array.size
+            passes, rows = self._sessions.manifest.costs.passes, math.prod(self.tokens.shape)
             form = self._forms[key] = form_of(passes, action, rows, key[1] * CAPACITY, widened)
         return form
 

@@ -305,9 +305,10 @@ class SequenceState:
             Logits `[S, V]`; the next pass of as many rows overwrites them.
         """
         rows = len(hidden)
-        self._now = self._passes.get(rows) or self._pass(rows)
-        self._now.hidden[self.num_layers % 2].write(hidden[None])
-        return self.head(precision, every=True)
+        with self._lock:
+            self._now = self._passes.get(rows) or self._pass(rows)
+            self._now.hidden[self.num_layers % 2].write(hidden[None])
+            return self.head(precision, every=True)
 
     def _bound(self) -> Iterable[Pass]:
         """All passes so far."""

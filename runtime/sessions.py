@@ -320,7 +320,7 @@ class Sessions:
     ) -> LoadedGraph:
         loaded = self._loaded.get(path)
         if loaded is None:
-            with self._locks.setdefault(path, threading.Lock()), self.backend.lock:
+            with self.backend.lock, self._locks.setdefault(path, threading.Lock()):
                 loaded = self._loaded.get(path)
                 self._check_open()
                 if loaded is None:

@@ -521,6 +521,7 @@ def test_nothing_else_uses_the_device_while_one_generation_records(
         lambda model, _: model.preload(),
         lambda model, _: model.close(),
         lambda model, _: Rows.new(model._sessions, 2),
+        lambda _, sequence: sequence.head_of(np.zeros((2, 64), np.float32), "int8"),
     ],
 )
 def test_whatever_uses_the_device_waits_for_the_lock(

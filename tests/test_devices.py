@@ -22,7 +22,7 @@ from dash_onnx.core.policy import RandomPolicy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.model import Model
-from dash_onnx.runtime.ort import Device
+from dash_onnx.runtime.ort import Device, create_session
 from dash_onnx.runtime.rows import Rows
 
 MIXED = "static:full,int8,skip,int4"
@@ -73,7 +73,8 @@ def test_every_graph_has_kernels_for_the_device(bundle: Path) -> None:
     missing = {}
     for graph in sorted(bundle.rglob("*.onnx")):
         try:
-            ort.InferenceSession(graph, options, providers=["CUDAExecutionProvider"])
+            given = {"providers": ["CUDAExecutionProvider"], "enable_fallback": 0}
+            ort.InferenceSession(graph, options, **given)
         except Exception as error:
             missing[graph.relative_to(bundle).as_posix()] = str(error).splitlines()[0]
     assert not missing
@@ -181,3 +182,15 @@ def test_a_device_that_is_full_is_one_line_and_the_process_goes_on(model: Model)
     assert "\n" not in str(caught.value)
     assert torch.cuda.mem_get_info()[0] > 0.8 * free
     assert len(list(model.generate_step(IDS, max_new_tokens=8, ignore_eos=True))) == 8
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in ort.get_available_providers(), reason="has CUDA")
+def test_a_session_that_would_run_on_the_cpu_is_refused_for_cuda(
+    tiny_bundle: Path,
+) -> None:
+    """ORT lists CUDA even where its libraries do not load, and then takes the CPU."""
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(DeviceError, match="cannot load CUDA or cuDNN: install those"),
+    ):
+        create_session(tiny_bundle / "embed.onnx", "cuda")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.backend import AsyncRun, Backend
 from dash_onnx.runtime.buffers import Buffer, Run
 from dash_onnx.runtime.cuda.driver import Driver
-from dash_onnx.runtime.ort import Device, create_session, onnxruntime
+from dash_onnx.runtime.ort import Device, create_session, onnxruntime, prepare_cuda
 
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+
+_lock = threading.RLock()
+"""Held while the process uses the device: sessions of one stream share its handles, and while a
+CUDA graph is captured, any copy on the default stream fails."""
 
 
 class CudaBuffer(Buffer):
@@ -49,12 +54,14 @@ class CudaBuffer(Buffer):
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self._driver = driver
-        zeros = np.zeros(shape, self.dtype)
         try:
-            self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+            zeros = np.zeros(shape, self.dtype)
+            with _lock:
+                self._value = onnxruntime().OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
         except Exception as error:  # ORT raises types of its C extension, without a common base
+            size = math.prod(shape) * self.dtype.itemsize
             raise DeviceError(
-                f"no {zeros.nbytes / 1e6:.0f} MB of free memory on the GPU ({first_line(error)}); "
+                f"no {size / 1e6:.0f} MB of free memory on the GPU ({first_line(error)}); "
                 "stop other programs there, or choose a shorter context"
             ) from None
         self.pointer = int(self._value.data_ptr())
@@ -91,8 +98,9 @@ class CudaBuffer(Buffer):
         return part
 
     def _copy(self, name: str, target: int, source: int, size: int) -> None:
-        self._driver.enter()
-        self._driver.call(name, *map(ctypes.c_uint64, (target, source)), ctypes.c_size_t(size))
+        with _lock:
+            self._driver.enter()
+            self._driver.call(name, *map(ctypes.c_uint64, (target, source)), ctypes.c_size_t(size))
 
 
 class CudaBackend(Backend):
@@ -113,6 +121,8 @@ class CudaBackend(Backend):
             DeviceError: the driver refuses.
         """
         super().__init__()
+        prepare_cuda()
+        self.lock = _lock
         self.driver, self.overlap = driver, overlap
         self.layers, self.scorer = driver.new_stream(), driver.new_stream()
         self.run_options = onnxruntime().RunOptions()

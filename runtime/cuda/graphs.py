@@ -3,20 +3,18 @@
 Each (layer, action) is captured separately once it has run twice, and launched from then on, until
 the K/V cache moves. ORT's own capture frees nothing before its session ends.
 
-During a capture, nothing else in the process may use the layers' or the default stream, so
-generations hold a lock while they run a token or a prompt, or load a graph.
+During a capture, nothing else in the process may use the layers' or the default stream: see the
+lock in `backend.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 
 from dash_onnx.core.errors import DeviceError, first_line
 from dash_onnx.runtime.buffers import Run
 from dash_onnx.runtime.cuda.backend import CudaBackend
-from dash_onnx.runtime.cuda.driver import Driver
 
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile
 _HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
@@ -24,16 +22,9 @@ _HOST = 3  # CU_GRAPH_NODE_TYPE_HOST
 _WARM_UP = 2
 """Runs before the capture, so that ORT has allocated all its memory: it must not allocate then."""
 
-_lock = threading.RLock()  # of the process: while one stream is captured, all must wait
-
 
 class CudaGraphBackend(CudaBackend):
     """Two streams of one device, and captured graphs of what runs on the first."""
-
-    def __init__(self, driver: Driver):
-        """See `CudaBackend`."""
-        super().__init__(driver)
-        self.lock = _lock
 
     def longest(self, total: int, seq: int, capacity: int) -> int:
         """See `Backend`; a captured graph keeps what it read: a bound for all its launches."""
