@@ -39,7 +39,7 @@ def machine_name() -> str:
                 name = value.strip()
             elif key.strip() in ("flags", "Features"):  # on x86, on ARM
                 flags = {*value.split()}
-    known = next((told for flag, told in _INSTRUCTIONS.items() if flag in flags), "")
+    known = next((one for flag, one in _INSTRUCTIONS.items() if flag in flags), "")
     return f"{name}{known and f' ({known})'}, {platform.machine()}"
 
 

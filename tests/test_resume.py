@@ -255,7 +255,7 @@ def test_overwrite_discards_what_no_export_can_continue(
     assert told in message and "--overwrite" in message
     written = stop_at(None)
     assert main(arguments(deep, night, interrupted, "--overwrite")) == 0
-    assert f"{told}" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
     assert written == [*range(LAYERS)]
     assert os.listdir(interrupted.parent) == ["out"]
 

@@ -83,12 +83,13 @@ def run(
             body()
         sys.stdout.flush()
     except DashError as error:
-        print(f"{tool}: error: {error}", file=sys.stderr)
+        _tell(tool, error, f"error: {error}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if own_process:  # another Ctrl-C must not interrupt this
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(f"\n{tool}: interrupted", file=sys.stderr)
+        print(file=sys.stderr)  # after the ^C of a terminal
+        _tell(tool, error, "interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output is gone, as with `head`
         _discard_stdout()
@@ -159,6 +160,12 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(*_: object) -> NoReturn:
     raise Terminated
+
+
+def _tell(tool: str, error: BaseException, line: str) -> None:
+    """Prints an error's notes, and a line after them."""
+    for told in (*getattr(error, "__notes__", ()), line):
+        print(f"{tool}: {told}", file=sys.stderr)
 
 
 def _discard_stdout() -> None:

@@ -24,10 +24,9 @@ from dash_onnx.cli.plans import plans_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.cli.tables import check_lines, summary
 from dash_onnx.core.actions import DEFAULT_FORMS, parse_variants
-from dash_onnx.core.atomic import PARTIAL, check_destination, workspace_of
+from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
-from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
 
@@ -94,8 +93,7 @@ def _parser() -> Parser:
     work.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an existing bundle, or the finished layers of an interrupted export with "
-        "other options (with the same options, it continues after them)",
+        help="replace an existing bundle, and discard an interrupted export with other options",
     )
     work.add_argument(
         "--check",
@@ -118,9 +116,13 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         try:
             failures.extend(_export(arguments))
-        except KeyboardInterrupt:
-            if hint := _after_interrupt(arguments.out, arguments.overwrite):
-                print(f"\ndash-export: {hint}", file=sys.stderr, end="")
+        except KeyboardInterrupt as error:
+            if not arguments.overwrite and _untrained(arguments.out):  # else it may be an older one
+                command = f"dash-train {shlex.quote(str(arguments.out))}"
+                error.add_note(
+                    f"{arguments.out} can answer; `{command}`, with the same options, trains its "
+                    "policy"
+                )
             raise
 
     code = run("dash-export", body, log_level(arguments))
@@ -206,14 +208,3 @@ def _untrained(out: Path) -> bool:
     with suppress(BundleError):
         return Bundle(out).manifest.scorer is None
     return False
-
-
-def _after_interrupt(out: Path, overwrite: bool) -> str:
-    """What remains of an interrupted export, and how to continue; empty if nothing does."""
-    if (partial := workspace_of(out, PARTIAL)).exists():
-        return f"{partial} keeps what is finished; the same command continues from there"
-    if (out / MANIFEST_NAME).is_file() and not overwrite:  # else it may have existed before
-        command = f"dash-train {shlex.quote(str(out))}"
-        goes_on = f"{out} can answer; `{command}`, with the same options, trains its policy"
-        return goes_on if _untrained(out) else ""
-    return ""

@@ -46,9 +46,9 @@ class ResumeError(BundleError):
         reason: the message without its remedy.
     """
 
-    def __init__(self, reason: str):
-        """Takes the reason."""
-        super().__init__(f"{reason}; repeat that export, or pass --overwrite to start again")
+    def __init__(self, reason: str, remedy: str):
+        """Takes the two halves of the message."""
+        super().__init__(f"{reason}; {remedy}")
         self.reason = reason
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from dash_onnx.core.atomic import NEW, PARTIAL, clear, workspace, workspace_of, write_text
-from dash_onnx.core.errors import ResumeError, SourceError, UnsupportedError
+from dash_onnx.core.errors import ResumeError, UnsupportedError
 from dash_onnx.core.facts import Calibration, LayerFacts
 from dash_onnx.core.records import RecordError, from_json, to_json
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
@@ -111,6 +111,8 @@ class Partial:
             else:
                 _LOG.info("continuing the interrupted export in %s", self._folder)
                 return
+        # First of all, so that nothing continues from a folder that is half cleared.
+        (self._folder / "calibration.json").unlink(missing_ok=True)
         clear(self._folder)
         self.bundle.mkdir()
         self._write("key", key)
@@ -124,7 +126,8 @@ class Partial:
             raise _damaged(path, error) from None
         if changed := sorted(k for k in {*found, *key} if found.get(k) != key.get(k)):
             raise ResumeError(
-                f"{self._folder} holds an interrupted export with another {', '.join(changed)}"
+                f"{self._folder} holds an interrupted export with another {', '.join(changed)}",
+                "repeat that export, or pass --overwrite to start again",
             )
         self.progress()
         self.calibration()
@@ -143,7 +146,7 @@ class Partial:
 
 
 def _damaged(path: Path, error: Exception) -> ResumeError:
-    return ResumeError(f"{path} is damaged ({error})")
+    return ResumeError(f"{path} is damaged ({error})", "pass --overwrite to start again")
 
 
 def unfinished_bytes(out: Path) -> int:
@@ -156,8 +159,8 @@ def unfinished_bytes(out: Path) -> int:
 def exporting(out: Path, key: Mapping[str, str], *, overwrite: bool) -> Iterator[Partial]:
     """Yields the partial folder, whose bundle becomes `out` when the block succeeds.
 
-    On an error or interrupt, what is finished is kept, and the next export continues from it; but
-    not if the model is at fault.
+    On an error or interrupt, what is finished is kept, and the next export continues from it; a
+    note of the exception says so. If the model is unsupported, nothing is kept.
 
     Args:
         out: the destination.
@@ -168,16 +171,21 @@ def exporting(out: Path, key: Mapping[str, str], *, overwrite: bool) -> Iterator
         BundleError: `out` may not be replaced, or another process is working on it.
         ResumeError: layers of a different export are finished, or what is finished is damaged.
     """
-    refused = False
 
     def keep(space: Path) -> bool:
-        return not refused and (space / "calibration.json").exists()
+        return (space / "calibration.json").exists()
 
     with workspace(out, PARTIAL, overwrite=overwrite, keep=keep) as space:
         partial = Partial(space)
         partial.begin(key, overwrite)
         try:
             yield partial
-        except (SourceError, UnsupportedError):
-            refused = True
+        except UnsupportedError:  # the command will fail again
+            clear(space)
+            raise
+        except BaseException as error:
+            if keep(space):
+                error.add_note(
+                    f"{space} keeps what is finished; the same command continues from there"
+                )
             raise
