@@ -72,8 +72,10 @@ bench: .venv/.llama-cpp build/peers/.built build/fused/.built
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(WHEELS:%=--wheels %) $(GENAI:%=--genai %)
 
-# Every figure of docs/results.md and of README.md. A first try, in minutes:
+# Every figure of docs/results.md. A first try, in minutes:
 #   make results QUICK=1 TEXT=book.txt
+# Another machine's have a page of their own; README.md has the table of the one called vnni:
+#   make results MACHINE=vnni PARTS="bundle speed memory"
 # All of it, in some four and a half hours on 2 cores:
 #   make results TEXT="wikitext2-valid.txt fiction.txt" TASKS="lambada.jsonl arc.jsonl" \
 #     PROMPTS=chats.jsonl OTHER=Qwen2.5-0.5B-Instruct-Q4_K_M.gguf
@@ -81,7 +83,7 @@ gpu-check:
 results: .venv/.llama-cpp build/peers/.built build/fused/.built
 	$(BIN)/python benchmarks/measure.py $(PARTS) $(if $(QUICK),--quick) --bundle "$(BUNDLE)" \
 		--model $(DEMO) $(PEERS:%=--peer %) $(TEXT:%=--text %) $(TASKS:%=--task %) \
-		$(PROMPTS:%=--prompts %) $(OTHER:%=--other %) $(EFFORT:%=--effort %)
+		$(PROMPTS:%=--prompts %) $(OTHER:%=--other %) $(EFFORT:%=--effort %) $(MACHINE:%=--out benchmarks/results/%)
 	$(BIN)/python benchmarks/results.py $(if $(QUICK),build/quick)
 
 # What the JavaScript examples and their tests need in addition to Node.

@@ -1,4 +1,4 @@
-"""Writes docs/results.md, its picture and README.md's table from what measure.py saved.
+"""Writes docs/results.md, its pictures and README.md's table from what measure.py saved.
 
     python benchmarks/results.py                # of benchmarks/results/ and its folders
     python benchmarks/results.py --check        # fails where they differ from the JSON
@@ -7,7 +7,8 @@
 All parts of a page must come from one kind of machine and the same versions of packages they share;
 those that time the demo bundle must come from one commit, and so must those that judge its texts. A
 part takes minutes to hours, so the others may be measured separately. A folder next to the parts,
-written by `measure.py --out`, holds the results of another kind of machine, and gets its own page.
+written by `measure.py --out`, holds the results of another kind of machine, and gets its own page;
+README.md has the table of `README_MACHINE`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dash_onnx.bench.picture import draw
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+README_MACHINE = "vnni"
 SAME = ("machine", "versions")
 SAME_BUNDLE = ("commit", "bundle")
 TIMED, JUDGED = ("bundle", "speed", "memory", "context"), ("quality", "tasks", "answers")
@@ -149,11 +151,14 @@ def main() -> None:
     arguments = parser.parse_args()
     results, docs = arguments.folder or HERE / "results", arguments.folder or ROOT / "docs"
     folders = sorted(filter(Path.is_dir, results.iterdir()))
-    parts = read(results)
-    texts = {docs / "results.md": page(parts, others=[folder.name for folder in folders])}
-    for folder in folders:
-        texts[docs / f"results-{folder.name}.md"] = page(read(folder), folder.name)
-    speed = tables.found(parts["speed"])[-1] if "speed" in parts else None
+    machines = {"": read(results), **{folder.name: read(folder) for folder in folders}}
+    texts, pictures = {}, {}
+    for name, parts in machines.items():
+        end, others = f"-{name}" if name else "", [] if name else [*machines][1:]
+        texts[docs / f"results{end}.md"] = page(parts, name, others)
+        if "speed" in parts:
+            pictures[docs / f"speed{end}.png"] = tables.found(parts["speed"])[-1]
+    speed = pictures.get(docs / f"speed-{README_MACHINE}.png")
     if speed and arguments.folder is None:
         readme = ROOT / "README.md"
         columns = ("tokens/s (rounds)", "pp512", "KL, nats", "peak memory, MB")
@@ -164,8 +169,7 @@ def main() -> None:
             path.write_text(text, "utf-8")
         elif not path.is_file() or path.read_text("utf-8") != text:
             sys.exit(f"results.py: error: {path} is not what the results give: run it again")
-    if speed and not arguments.check:
-        picture = docs / "speed.png"
+    for picture, speed in pictures.items() if not arguments.check else ():
         draw(tables.results(speed), picture, speed["machine"], plain)
 
 

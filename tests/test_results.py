@@ -171,7 +171,16 @@ DOMINATED = {
 """By part, number of its table and preset: the row that dominates it, each with the reason why that
 is accepted."""
 
-WITH_PRESETS = {"speed": 1, "memory": 1, "other": 2, "kept": 2, "amx/other": 1}
+WITH_PRESETS = {
+    "speed": 1,
+    "memory": 1,
+    "other": 2,
+    "kept": 2,
+    "amx/other": 1,
+    "vnni/speed": 1,
+    "vnni/memory": 1,
+    "vnni/other": 1,
+}
 """By part, how many of its tables have presets with their loss."""
 
 
