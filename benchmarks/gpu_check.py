@@ -1,6 +1,6 @@
 """Does a bundle for CUDA work on this machine, and how fast is it? In nine minutes, offline.
 
-    make gpu-check WHEELS=folder                              # on a machine with a GPU
+    make gpu-check WHEELS=folder                                       # on a machine with a GPU
     python benchmarks/gpu_check.py --shape 8b --layers 32 --limit 6    # a larger model
     python benchmarks/gpu_check.py --device cpu --layers 2 --limit 6   # a rehearsal on any other
 

@@ -32,7 +32,7 @@ class Rows:
 
         Args:
             states: the sequences.
-            whole: the batch that they are parts of; None runs each by itself.
+            whole: the batch that they are parts of; None for a single sequence.
         """
         self.states, self._whole = states, whole
         self._parts = {
