@@ -105,7 +105,9 @@ class Rows:
         if seq == 1:
             key, heads = tuple(rows), tuple([decider.head for decider in deciders])
             for low, high, head in calls(key, heads):
-                self._part(low, high).head(head)
+                part = self._part(low, high)
+                part.follow(seq)
+                part.head(head)
             return [self.states[row].logits[None] for row in rows], paths
         hidden = together.output.reshape(stop - first, seq, -1)
         each = [

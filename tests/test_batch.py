@@ -148,8 +148,9 @@ def test_rows_with_several_tokens_each_have_the_logits_of_each_alone(
             alone[row].prefill(ids, path, heads[row])
         for _ in range(25):
             rows = [row for row in range(4) if rng.random() < 0.8] or [0, 2]
-            tokens = [rng.integers(2, 300, rng.integers(1, 5)).tolist() for _ in rows]
-            wanted = [int(rng.integers(0, len(ids) + 1)) for ids in tokens]
+            most = int(rng.choice([1, 4]))
+            tokens = [rng.integers(2, 300, rng.integers(1, most + 1)).tolist() for _ in rows]
+            wanted = [int(rng.integers(most == 1, len(ids) + 1)) for ids in tokens]
             deciders = [FixedPath(next(paths), heads[row]) for row in rows]
             logits, _ = together.forward(rows, tokens, deciders, wanted)
             for row, ids, own, count, decider in zip(
@@ -161,6 +162,23 @@ def test_rows_with_several_tokens_each_have_the_logits_of_each_alone(
                 kept = together.states[row].length - int(rng.integers(0, len(ids)))
                 together.states[row].truncate(kept)
                 alone[row].truncate(kept)
+
+
+def test_some_rows_share_a_head_after_a_pass_of_several_tokens(tiny_model: Model) -> None:
+    """Two rows that verified drafts take one token each, beside a row with another LM head."""
+    together = Rows.new(tiny_model.new_sequence().sessions, 3, capacity=32)
+    alone = [tiny_model.new_sequence() for _ in range(3)]
+    path = ("int8",) * tiny_model.manifest.model.num_layers
+    deciders = [FixedPath(path, head) for head in ("full", "full", "int8")]
+    for row, decider in enumerate(deciders):
+        for state in (together.states[row], alone[row]):
+            state.prefill(np.arange(2, 7 + row), path, decider.head)
+    for tokens in ([[8, 9, 10, 11], [12, 13, 14, 15]], [[16], [17], [18]]):
+        rows = range(len(tokens))
+        logits, _ = together.forward(rows, tokens, deciders[: len(tokens)])
+        for row, ids, own in zip(rows, tokens, logits, strict=True):
+            wanted, _ = alone[row].forward(np.array(ids), deciders[row], every=True)
+            np.testing.assert_allclose(own, wanted, atol=2e-4)
 
 
 @pytest.mark.usefixtures("cheap_rows")
