@@ -106,6 +106,7 @@ class Scheduler:
         for slot in self._slots:
             if slot.request is not None and slot.request.cancelled.is_set():
                 self.free(slot)
+        active = bool(self._waiting) or any(slot.request is not None for slot in self._slots)
         self._admit()
         for slot in self._slots:
             if slot.going is not None:
@@ -131,7 +132,7 @@ class Scheduler:
                 else:  # one of them caused it: each runs alone, and the others go on
                     for slot in together:
                         self._guarded(slot, lambda: self._decode([slot]))  # noqa: B023
-        return bool(busy)
+        return active
 
     def _admit(self) -> None:
         free = [slot for slot in self._slots if slot.request is None]

@@ -324,6 +324,23 @@ def test_a_prompt_takes_nothing_that_another_budget_wrote(scored: Model) -> None
     assert batch.reused == len(first.ids)
 
 
+def test_an_error_before_the_first_token_is_raised(
+    scored: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room for the prompt")
+
+    monkeypatch.setattr(SequenceState, "reserve", fail)
+    for generate in (
+        lambda: scored.generate("the keeper"),
+        lambda: next(scored.stream("the keeper")),
+        lambda: next(scored.generate_step([3, 4, 5])),
+        lambda: scored.batch(["the keeper", "night"]),
+    ):
+        with pytest.raises(MemoryError, match="no room"):
+            generate()
+
+
 def test_a_cancelled_request_leaves_and_the_others_go_on(tiny_model: Model) -> None:
     batch = tiny_model.new_scheduler(2)
     told: list[Chunk | Exception] = []
