@@ -27,6 +27,7 @@ from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.writer import TextWriter
 
 _TARGETS = 16  # whose draft statistics are kept
+_BEFORE = 8  # ids of a text that decide how its continuation is decoded
 
 Prompt = str | Sequence[Message] | Sequence[int] | Ids
 """Raw text, the messages of a conversation, or token ids `[S]` in an array or a list."""
@@ -93,7 +94,8 @@ class Requests:
         """
         raw = raw or isinstance(prompt, str)
         ids = self._encoded(prompt, options)
-        writer = TextWriter(self.text, len(ids), tuple(options.stop))
+        before = ids[-_BEFORE:].tolist() if raw else ()
+        writer = TextWriter(self.text, len(ids), tuple(options.stop), before)
         return self.make(ids, options, writer.add, deliver, raw=raw)
 
     def make(

@@ -14,10 +14,23 @@ class TextWriter:
     The white space around thoughts belongs to neither.
     """
 
-    def __init__(self, codec: TextCodec, prompt_tokens: int, stop: Sequence[str]):
-        """Begins; holds back what may become one of the stop strings."""
+    def __init__(
+        self,
+        codec: TextCodec,
+        prompt_tokens: int,
+        stop: Sequence[str],
+        before: Sequence[int] = (),
+    ):
+        """Begins; holds back what may become one of the stop strings.
+
+        Args:
+            codec: the vocabulary.
+            prompt_tokens: tokens of the prompt, for the chunks.
+            stop: strings that end the text.
+            before: the last ids of the text that is continued, if it is not a new answer.
+        """
         self._codec, self._prompt_tokens = codec, prompt_tokens
-        self._detokenizer, self._tags = Detokenizer(codec), (codec.tags or ())[:2]
+        self._detokenizer, self._tags = Detokenizer(codec, before), (codec.tags or ())[:2]
         self._stop, self._held, self._count = stop, "", 0
         self._fresh = False  # white space that comes now is around thoughts
         self._thinking = False

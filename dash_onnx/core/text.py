@@ -219,11 +219,18 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
 class Detokenizer:
     """Turns a stream of ids into text, never splitting a multi-byte character."""
 
-    def __init__(self, codec: TextCodec):
-        """Starts at the beginning of an answer."""
+    def __init__(self, codec: TextCodec, before: Sequence[int] = ()):
+        """Starts at the beginning of an answer, or after the ids of a text that it continues.
+
+        Decoders of SentencePiece vocabularies leave out the space at the beginning of a text, not
+        one inside it.
+        """
         self._tokenizer = codec.tokenizer
         self._pending: list[int] = []
         self._restart()
+        for token in before:
+            self.add(token)
+        self._pending = []
 
     def _restart(self) -> None:
         self._stream = DecodeStream(skip_special_tokens=True)
