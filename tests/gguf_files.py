@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES
 
 ARCHITECTURES = {
-    **{kind: name for name, kind in MODEL_TYPES.items()},
+    **{kind: name for name, kind in reversed(MODEL_TYPES.items())},
     "mistral": "llama",
     "olmo3": "olmo2",
 }
@@ -56,7 +56,7 @@ def converted(name: str, value: np.ndarray, config: Any) -> np.ndarray:
         value = value[:, 0]
     if config.model_type == "qwen3_5_text":
         return _of_delta_net(name, value, config)
-    if config.model_type in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
+    if config.model_type in ("gemma", "gemma2", "gemma3_text") and name.endswith("norm.weight"):
         return value + np.float32(1)
     if config.model_type == "gpt_neox" and "query_key_value" in name:
         by_head = value.reshape(heads, 3, -1, *value.shape[1:])

@@ -57,6 +57,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     },
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
     "gemma2": {
         "head_dim": 32,
         "query_pre_attn_scalar": 32,

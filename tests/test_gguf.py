@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import LLAMA3_ROPE, tiny_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import write_model
+from gguf_files import ARCHITECTURES, write_model
 from gguf_models import FAMILIES, tiny_model
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -105,6 +105,40 @@ def test_a_gguf_has_the_weights_it_was_made_of(family: str, tmp_path: Path) -> N
         assert name in weights
         torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
     assert "model.layers.0.mlp.absent.weight" not in weights
+
+
+def with_sections(writer: gguf.GGUFWriter) -> None:
+    """How frequencies are split among the three positions of a part of an image."""
+    writer.add_rope_dimension_sections([4, 2, 2, 0])
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen2", "qwen2vl"), ("qwen3", "qwen3vl")])
+def test_the_text_part_of_a_model_for_images_is_that_of_its_family(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, family, name)
+    model = tiny_model(family)
+    wanted = write_model(tmp_path / "tiny.gguf", model, with_sections)
+    source = opened(tmp_path / "tiny.gguf")
+    assert source.config.model_type == family
+    assert source.config.rope_parameters == nearly(model.config.rope_parameters)
+    for tensor, value in wanted.items():
+        assert torch.equal(source.weights[tensor], value)
+
+
+def test_a_glm_for_images_is_refused(tmp_path: Path) -> None:
+    """llama.cpp's converter stores its rows of Q and K in another order."""
+    write_model(tmp_path / "tiny.gguf", tiny_model("glm4"), with_sections)
+    assert "GLM-4 model for images is not read from GGUF" in refusal(tmp_path / "tiny.gguf")
+
+
+def test_an_architecture_that_is_read_only_from_folders_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "llama", "seed_oss")
+    write_model(tmp_path / "tiny.gguf", tiny_model("llama"))
+    message = refusal(tmp_path / "tiny.gguf")
+    assert "architecture 'seed_oss' is not read from GGUF; those read are apertus, " in message
 
 
 @pytest.mark.parametrize("kind", KINDS)

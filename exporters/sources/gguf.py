@@ -166,7 +166,11 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
 
     values = readable(parts[0], read, "is not a GGUF file, or incomplete")
     architecture = str(values.get("general.architecture"))
-    check_supported(MODEL_TYPES.get(architecture, architecture), supported)
+    if architecture not in MODEL_TYPES:
+        raise UnsupportedError(
+            f"architecture {architecture!r} is not read from GGUF; those read are "
+            f"{', '.join(sorted(MODEL_TYPES))}"
+        )
     if (values.get("split.count") or 1) != len(parts):
         raise SourceError(
             f"{path} is one of {values.get('split.count', 1)} parts by its content, but one of "

@@ -18,8 +18,8 @@ from dash_onnx.exporters.sources.gguf_metadata import Metadata
 from dash_onnx.exporters.sources.gguf_rope import proportional, rope_parameters
 
 _SAME = (
-    *("apertus", "arcee", "bitnet", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma2", "glm4"),
-    *("granite", "granitemoe", "lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3"),
+    *("apertus", "arcee", "bitnet", "cohere2", "ernie4_5", "exaone", "exaone4", "gemma", "gemma2"),
+    *("glm4", "granite", "granitemoe", "lfm2", "llama", "olmo2", "olmoe", "phi3", "qwen2", "qwen3"),
     *("smollm3", "stablelm"),
 )
 MODEL_TYPES = {
@@ -32,8 +32,10 @@ MODEL_TYPES = {
     "lfm2moe": "lfm2_moe",
     "mistral3": "ministral3",
     "qwen2moe": "qwen2_moe",
+    "qwen2vl": "qwen2",
     "qwen35": "qwen3_5_text",
     "qwen3moe": "qwen3_moe",
+    "qwen3vl": "qwen3",
 }
 """transformers' model type by `general.architecture`."""
 
@@ -66,6 +68,8 @@ def config_of(
             f"{architecture}.expert_count is {meta['expert_count']}: mixtures of experts "
             f"are supported only for {', '.join(_MIXTURES)}"
         )
+    if "glm4.rope.dimension_sections" in values:
+        raise UnsupportedError("the text part of a GLM-4 model for images is not read from GGUF")
     if "token_embd.weight" not in tensors:
         raise SourceError("the GGUF file has no tensor token_embd.weight")
     heads, width = int(meta["attention.head_count"]), int(meta["embedding_length"])

@@ -16,7 +16,7 @@ from dash_onnx.exporters.quantize.blockwise import Quantized
 
 # llama.cpp rotates adjacent pairs in these, so their Q and K rows are stored in that order.
 _INTERLEAVED_ROPE = ("arcee", "granite", "granitemoe", "llama", "mistral3", "smollm3")
-_NORMS_PLUS_ONE = ("gemma2", "gemma3", "qwen35")  # stored as the factor they multiply by
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen35")  # stored as the factor they multiply by
 _CONVOLUTIONS = (".conv.conv.weight", ".conv1d.weight")  # stored `[D, kernel]`
 # Tensors `[E, N, K]` or `[E, N]` of all experts of a layer; transformers also stacks these.
 _EXPERTS = {

@@ -207,16 +207,16 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
     named = [vocabulary.get(f"{key}_token_id") for key in ("eos", "eot", "eom")]
     if vocabulary.get("model") == "llama" and named[0] is None:
         named[0] = 2
-    control = {
+    special = {
         token: index
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind == _Type.CONTROL
+        if kind in (_Type.CONTROL, _Type.USER_DEFINED)
     }
-    ends = _ENDS & control.keys()
+    ends = _ENDS & special.keys()
     if "<|return|>" in ends:  # gpt-oss: ends reasoning and text in between
         ends -= {"<|end|>"}
-        named = [index for index in named if index != control.get("<|end|>")]
-    known = sorted(control[token] for token in ends)
+        named = [index for index in named if index != special.get("<|end|>")]
+    known = sorted(special[token] for token in ends)
     ids = list(dict.fromkeys(index for index in (*named, *known) if index is not None))
     return (ids[0] if len(ids) == 1 else ids) if ids else None
 
