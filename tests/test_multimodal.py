@@ -11,7 +11,13 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 from families import CASES, config_of, random_ids, write_text
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 import dash_onnx
 from dash_onnx.core.errors import UnsupportedError
@@ -152,6 +158,24 @@ def test_a_config_without_a_text_config_of_its_own_is_read(tmp_path: Path) -> No
     with torch.inference_mode():
         logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
     np.testing.assert_allclose(logits, wanted_of(model, ids), atol=1e-4)
+
+
+def test_a_language_model_saved_without_its_images_keeps_its_prefix(tmp_path: Path) -> None:
+    """As transformers saves a model of text after fine-tuning."""
+    save_multimodal(tmp_path / "whole", "qwen3_5")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    source, ids = open_source(str(tmp_path), REGISTRY), random_ids(20)
+    assert any(name.startswith("model.language_model.") for name in saved_names(tmp_path))
+    with torch.inference_mode():
+        logits = streamed_model(source)(torch.from_numpy(ids)[None]).logits[0]
+    np.testing.assert_allclose(logits, wanted_of(model, ids), atol=1e-4)
+
+
+def saved_names(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return [*file.keys()]
 
 
 def test_a_language_model_of_another_family_is_refused(tmp_path: Path) -> None:

@@ -107,6 +107,23 @@ def test_a_token_that_is_not_in_the_vocabulary_is_refused(
     assert f"{key} " in refusal(SourceError, folder)
 
 
+@pytest.mark.parametrize(
+    ("named", "wanted"), [(None, 1), (7, [7, 1]), ([7, 9], [7, 9, 1]), ([1, 7], [1, 7]), (1, 1)]
+)
+def test_the_end_token_of_the_tokenizer_ends_an_answer(
+    folder: Path, named: object, wanted: object
+) -> None:
+    edit_json(folder / "generation_config.json", eos_token_id=named)
+    assert opened(folder).generation_config.eos_token_id == wanted
+
+
+def test_a_chat_template_may_have_a_json_file_of_its_own(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    assert opened(folder).tokenizer.chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert opened(folder).tokenizer.chat_template == "{{ messages }}"
+
+
 # Safetensors
 
 

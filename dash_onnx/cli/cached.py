@@ -34,7 +34,10 @@ _LOG = logging.getLogger(__name__)
 _LIMIT_GB = 50.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _WORKSPACES = (PARTIAL, WRITING, TRAINING)
-_WEIGHTS = ("config.json", "tokenizer*", "*.safetensors", "*.jinja")  # files that define a model
+_WEIGHTS = (  # files that define a model
+    *("config.json", "generation_config.json", "chat_template.json", "tokenizer*"),
+    *("*.safetensors", "*.jinja"),
+)
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,14 @@ def open_folder(
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
     check_layers(folder, getattr(config, "num_hidden_layers", None), found)
-    documents = documents_in(folder)
+    documents, tokenizer = documents_in(folder), _tokenizer(folder)
     return Source(
         kind=kind,
         name=name,
         config=config,
         weights=weights,
-        tokenizer=_tokenizer(folder),
-        generation_config=_generation_config(folder, config),
+        tokenizer=tokenizer,
+        generation_config=_generation_config(folder, config, tokenizer.eos_token_id),
         files=tuple(path for path in sorted(folder.iterdir()) if path.is_file()),
         revision=revision,
         license=license_of_card(documents),
@@ -168,16 +168,26 @@ def _tokenizer(folder: Path) -> Any:
     tokenizer = readable(folder / "tokenizer.json", load)
     if not tokenizer.is_fast:
         raise SourceError(f"{folder} has no tokenizer.json and none can be made from its files")
+    template = folder / "chat_template.json"  # of older models for images
+    if tokenizer.chat_template is None and template.is_file():
+        source = _read_json(template).get("chat_template")
+        tokenizer.chat_template = source if isinstance(source, str) else None
     return tokenizer
 
 
-def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+def _generation_config(folder: Path, config: PretrainedConfig, end: int | None) -> GenerationConfig:
+    """How the model generates; `end`, the tokenizer's end token, also ends an answer."""
     path = folder / "generation_config.json"
+    generation = GenerationConfig.from_model_config(config)
     if path.is_file():
         # It holds no code, and `trust_remote_code` would be kept as an option of the model.
         load = lambda: GenerationConfig.from_pretrained(folder, local_files_only=True)  # noqa: E731
-        return readable(path, load)
-    return GenerationConfig.from_model_config(config)
+        generation = readable(path, load)
+    ids = generation.eos_token_id
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if end is not None and end not in ids:
+        generation.eos_token_id = [*ids, end] if ids else end
+    return generation
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "mixtral": ((r"^(.+)\.block_sparse_moe\.", r"\1.mlp."),),
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
+    "qwen3_5_text": ((r"^model\.language_model\.", "model."),),
 }
 """Patterns and replacements by `model_type`; the first match applies."""
 
