@@ -286,6 +286,7 @@ def test_the_fused_graph_computes_what_the_graphs_of_the_bundle_compute(
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 
 
 @pytest.mark.parametrize("length", [None, 512])
@@ -305,13 +306,23 @@ def test_dynamic_rope_is_that_of_the_longest_context(
 
 
 @pytest.mark.parametrize(
-    ("name", "length", "longest"), [("llama", 1025, 1024), ("phi3", 257, 256), ("qwen2", 257, 256)]
+    ("name", "rope", "longest"),
+    [
+        ("llama", DYNAMIC, 1024),
+        ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, 512),
+        ("llama", {**YARN, "original_max_position_embeddings": 256}, 1024),
+        ("llama", {**YARN, "original_max_position_embeddings": 64}, 256),
+        ("phi3", None, 256),
+        ("qwen2", None, 256),
+    ],
 )
 def test_a_context_beyond_what_the_rope_allows_is_refused(
-    name: str, length: int, longest: int
+    name: str, rope: dict[str, object] | None, longest: int
 ) -> None:
-    change = {"rope_parameters": DYNAMIC} if name == "llama" else CASES[name].config
+    length = longest + 1
+    change = {"rope_parameters": rope} if rope else CASES[name].config
     config = config_of(name, change)
+    assert architecture_of(config).describe("m", config, longest).facts.max_length == longest
     with pytest.raises(ContextLengthError, match=f"--max-length {length} is outside 1..{longest},"):
         architecture_of(config).describe("m", config, length)
 

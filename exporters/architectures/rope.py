@@ -45,6 +45,9 @@ def context_length(config: PretrainedConfig, asked: int | None) -> int:
     kind = parameters.get("rope_type")
     if kind == "dynamic":
         longest = int(longest * parameters["factor"])
+    elif kind in ("linear", "yarn"):
+        original = parameters.get("original_max_position_embeddings", usual)
+        longest = max(longest, int(original * parameters["factor"]))
     elif kind == "longrope":
         usual = int(parameters["original_max_position_embeddings"])
     if asked is not None and not 1 <= asked <= longest:
