@@ -202,6 +202,7 @@ def test_a_conversation_is_encoded_as_transformers_does(
         "{% endfor %}\n",
         "{{ messages | tojson }}",
         "{{ messages[0] | tojson(indent=2) }}",
+        "{{ messages[0] | tojson(ensure_ascii=True, indent=4) }}{{ messages | tojson(True) }}",
         "{% if tools %}{{ tools }}{% endif %}{{ messages|length }}",
         "{{ strftime_now('%Y') }}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
@@ -217,6 +218,22 @@ def test_templates_mean_what_they_mean_in_transformers(
         messages, chat_template=template, add_generation_prompt=True, tokenize=False
     )
     assert chat.render_chat(messages) == wanted
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {% for part in m.content %}{% if part.type == 'text' "
+        "%}{{ part.text }}{% endif %}{% endfor %};{% endfor %}",  # SmolVLM's
+        "{% for m in messages %}{{ m.role }}: {{ m.content[0]['text'] }};{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_only_parts_gets_parts(chat: TextCodec, template: str) -> None:
+    chat.chat_template = template
+    for content in ("Hi <é>", [{"type": "text", "text": "Hi "}, {"type": "text", "text": "<é>"}]):
+        system = {"role": "system", "content": "Be brief."}
+        told = chat.render_chat([system, {"role": "user", "content": content}])
+        assert told == "system: Be brief.;user: Hi <é>;"
 
 
 def test_a_bundle_without_template_asks_for_plain_text(tiny_bundle: Path, tmp_path: Path) -> None:

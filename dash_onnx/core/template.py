@@ -86,7 +86,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[loopcontrols, _Generation],
             finalize=_written,
         )
-        self.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        self.filters["tojson"] = _to_json
         self.filters = {n: _limited(n, function) for n, function in self.filters.items()}
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -200,6 +200,19 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson`, with the parameters and defaults that it has in transformers."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -21,6 +22,7 @@ from dash_onnx.core.thoughts import Tags, Thoughts
 Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
+_ASKED = "What is the capital of France?"  # whether a template shows it
 _NEAR = 8  # most tokens of white space between a prompt's last tag and its end
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults
@@ -120,6 +122,8 @@ class TextCodec:
             raise PolicyError("this model has no chat template; give a plain text prompt")
         from dash_onnx.core.template import render  # jinja2 takes a while to import
 
+        if _takes_parts(self.chat_template, tuple(self._special.items())):
+            messages = [{**one, "content": _parts(one.get("content") or "")} for one in messages]
         values = {"messages": messages, "add_generation_prompt": answer_next, **self._special}
         if tools:
             values["tools"] = [*tools]
@@ -184,6 +188,26 @@ class TextCodec:
             if all(letter in _BYTES for letter in entry):
                 return bytes(_BYTES[letter] for letter in entry)
         return text.encode("utf-8", "replace")
+
+
+@functools.lru_cache
+def _takes_parts(template: str, special: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template leaves out text that is not in a list of parts, as for images."""
+    from dash_onnx.core.template import render
+
+    def shows(content: str | list[dict[str, str]]) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return _ASKED in render(template, {"messages": messages, **dict(special)})
+        except Exception:  # see `TextCodec.render_chat`
+            return False
+
+    return not shows(_ASKED) and shows(_parts(_ASKED))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """The content of a message as a list of parts."""
+    return [{"type": "text", "text": text}]
 
 
 def checked_messages(messages: Sequence[Message]) -> list[Message]:
