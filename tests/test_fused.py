@@ -19,10 +19,21 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.fuse import main
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.bundle import Bundle, replace_manifest
+from dash_onnx.core.bundle import Bundle, list_files, replace_manifest
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import ScoredPolicy
-from dash_onnx.exporters.fused import BUDGET, CLIENTS, DATA, FACTS, MODEL, PATH, adapter
+from dash_onnx.core.records import to_json
+from dash_onnx.exporters.fused import (
+    BUDGET,
+    CLIENTS,
+    DATA,
+    FACTS,
+    MODEL,
+    PATH,
+    FuseOptions,
+    adapter,
+    fuse,
+)
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.model import Model
@@ -361,6 +372,19 @@ def test_genai_is_told_the_names_of_the_graph(bundle: Path, tmp_path: Path) -> N
     decoder = config["model"]["decoder"]
     for name in (*decoder["inputs"].values(), *decoder["outputs"].values()):
         assert (name % 3 if "%d" in name else name) in declared
+
+
+def test_genai_is_told_no_token_that_the_model_has_not(bundle: Path, tmp_path: Path) -> None:
+    """It refuses a null."""
+    folder = Path(shutil.copytree(bundle, tmp_path / "out"))
+    stored = folder / "generation_config.json"
+    stored.write_text(json.dumps({"eos_token_id": 1}))
+    manifest = json.loads((folder / "dash.json").read_text())
+    manifest["files"] = to_json(list_files(folder))
+    (folder / "dash.json").write_text(json.dumps(manifest))
+    fuse(Bundle(folder), tmp_path / "graph", FuseOptions("genai", "int8"), overwrite=False)
+    model = json.loads((tmp_path / "graph" / "genai_config.json").read_text())["model"]
+    assert "bos_token_id" not in model and model["pad_token_id"] == model["eos_token_id"] == 1
 
 
 def test_weights_are_stored_once_each(fused: Path, bundle: Path) -> None:

@@ -43,7 +43,7 @@ def genai_config(bundle: Bundle, client: Client) -> str:
     }
     if bundle.manifest.mixers:
         _add_states(decoder, bundle.manifest)
-    model = {
+    model: dict[str, Any] = {
         "type": _TYPES.get(facts.architecture, "llama"),
         "bos_token_id": stored.get("bos_token_id"),
         "eos_token_id": eos,
@@ -63,6 +63,7 @@ def genai_config(bundle: Bundle, client: Client) -> str:
         "top_k": 50,
         "top_p": 1.0,
     }
+    model = {key: value for key, value in model.items() if value is not None}
     return json.dumps({"model": model, "search": search}, indent=2) + "\n"
 
 
