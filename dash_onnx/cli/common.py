@@ -351,7 +351,7 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         "--effort",
         choices=efforts,
         default="quick",
-        help="how long to train the policy (quick: 3 to 6 minutes for a 135M model on 2 cores, "
+        help="how long to train the policy (quick: 3 to 10 minutes for a 135M model on 2 cores, "
         "normal: 12 to 25, thorough: 30 to 70; "
         + ("none: no policy, dash-train trains one later; " if "none" in efforts else "")
         + "default: %(default)s)",

@@ -142,7 +142,7 @@ def _add_advanced(advanced: Options) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="one JSON line per token; - prints only these",
+        help="a JSON line per token; -: instead of the text",
     )
 
 
