@@ -32,7 +32,7 @@ help:
 	@sed -n '/^PYTHON/q; s/^# *//p' Makefile
 
 demo: $(BUNDLE)/.trained
-	$(BIN)/dash-run "$(BUNDLE)" "$(QUESTION)" --show-path
+	$(BIN)/dash-run "$(BUNDLE)" "$(QUESTION)" --policy dash --show-path
 
 demo-0.5b: OTHER = build/demo-0.5b/$(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
 demo-0.5b:
