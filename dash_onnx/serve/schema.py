@@ -6,23 +6,28 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.text import TextCodec
+from dash_onnx.core.text import Detokenizer, TextCodec
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
-from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
+from dash_onnx.serve.tools import CallReader, checked_tools, forced_call, open_tokens
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-REFUSED = (
-    "functions logit_bias audio modalities echo suffix best_of grammar repeat_penalty "
-    "frequency_penalty presence_penalty"
-).split()
-"""Unsupported fields that would change the answer: refused rather than ignored."""
+_INSTEAD = {
+    "": "logit_bias audio modalities echo suffix best_of",
+    "tools": "functions",
+    "repetition_penalty": "frequency_penalty presence_penalty repeat_penalty",
+    "response_format": "grammar json_schema guided_json guided_regex guided_grammar guided_choice "
+    "structured_outputs",
+}
+REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in names.split()}
+"""Unsupported fields that would change the answer, refused rather than ignored, with those to use
+instead."""
 
 _OPTIONS = {one.name for one in dataclasses.fields(GenerationOptions)}
 _SEEDS = 2**63
@@ -47,10 +52,11 @@ class StreamOptions(_Object):
 
 
 class ResponseFormat(_Object):
-    """What an answer must look like; `regex` and `lark` are ours."""
+    """What an answer must look like; `regex` and `lark` are ours, `schema` is llama.cpp's."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "lark"] = "text"
     json_schema: dict[str, Any] = {}
+    bare_schema: Any = Field(default=None, alias="schema")
     regex: str = ""
     lark: str = ""
 
@@ -58,12 +64,16 @@ class ResponseFormat(_Object):
         """The grammar of this format.
 
         Raises:
-            PolicyError: llguidance is missing, or rejects the format.
+            PolicyError: llguidance is missing, or rejects the format; or there is no schema.
         """
-        if self.type == "json_schema":
-            return Grammar.json_schema(self.json_schema.get("schema", {}))
-        if self.type == "json_object":
-            return Grammar.json_schema({"type": "object"})
+        if self.type in ("json_schema", "json_object"):
+            schema = self.json_schema.get("schema")
+            schema = self.bare_schema if schema is None else schema
+            if self.type == "json_object":
+                schema = schema or {"type": "object"}
+            elif schema is None:
+                raise PolicyError("a response_format of type json_schema needs json_schema.schema")
+            return Grammar.json_schema(schema)
         if self.type == "regex":
             return Grammar.regex(self.regex)
         return Grammar.lark(self.lark) if self.type == "lark" else None
@@ -126,7 +136,11 @@ class GenerationRequest(_Object):
         Raises:
             PolicyError: a field asks for something unsupported, or is out of range.
         """
-        unserved = [name for name in REFUSED if getattr(self, name, None)]
+        unserved = [
+            f"{name} (use {instead})" if instead else name
+            for name, instead in REFUSED.items()
+            if getattr(self, name, None)
+        ]
         if "@" in self.policy:  # on the command line, this is a file
             raise PolicyError("a request cannot name a file: write out the policy's path")
         if unserved:
@@ -209,18 +223,19 @@ class ChatRequest(GenerationRequest):
         return [] if self.tool_choice == "none" else checked_tools(self.tools)
 
     def prompt(self) -> list[dict[str, Any]]:
-        """The messages, with roles that templates know.
+        """The messages, with roles that templates know, and without fields that hold nothing.
 
         Raises:
             PolicyError: a role is not one of OpenAI's.
         """
+        found = []
         for message in self.messages:
-            if message.get("role") not in _ROLES:
+            role = message.get("role")
+            if role not in _ROLES:
                 raise PolicyError(f"the role of a message must be one of {', '.join(_ROLES)}")
-        return [
-            {**message, "role": "system" if message["role"] == "developer" else message["role"]}
-            for message in self.messages
-        ]
+            held = {k: v for k, v in message.items() if k == "content" or v not in (None, [])}
+            found.append({**held, "role": "system" if role == "developer" else role})
+        return found
 
 
 class CompletionRequest(GenerationRequest):
@@ -235,6 +250,18 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one token of an answer.
+
+    Attributes:
+        content: as an element of a chat answer's `logprobs.content`.
+        offset: where the token's text begins in the answer's.
+    """
+
+    content: dict[str, Any]
+    offset: int
+
+
 class Choice:
     """One text of an answer, as it comes."""
 
@@ -245,14 +272,16 @@ class Choice:
             codec: codec of the model.
             tools: tools whose calls are detected.
         """
-        self._codec, self._reader = codec, CallReader(tools)
+        self._codec, self._reader, self._opens = codec, CallReader(tools), open_tokens(codec)
+        self._detokenizer, self._offset = Detokenizer(codec), 0
         self.text, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []
-        self.tokens: list[dict[str, Any]] = []
+        self.tokens: list[TokenLogprobs] = []
 
-    def add(self, chunk: Chunk) -> tuple[str, dict[str, Any] | None]:
+    def add(self, chunk: Chunk) -> tuple[str, TokenLogprobs | None]:
         """Adds a chunk; returns the text that is now certain, and the token's log probabilities."""
-        said = self._reader.add(chunk.text)
+        opens = chunk.token in self._opens and not chunk.thinking
+        said = self._reader.add(chunk.text, opens=opens)
         if chunk.finish_reason is not None:
             rest, self.calls = self._reader.finish()
             said += rest
@@ -261,9 +290,11 @@ class Choice:
         token = None
         if chunk.logprobs is not None:
             own, top = chunk.logprobs
-            token = self._entry(chunk.token, own)
-            token["top_logprobs"] = [self._entry(*one) for one in top]
+            content = self._entry(chunk.token, own)
+            content["top_logprobs"] = [self._entry(*one) for one in top]
+            token = TokenLogprobs(content, self._offset)
             self.tokens.append(token)
+            self._offset += len(self._detokenizer.add(chunk.token))
         return said, token
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
@@ -301,7 +332,7 @@ class Answer:
         index: int,
         text: str | None,
         reason: str | None = None,
-        token: dict[str, Any] | None = None,
+        token: TokenLogprobs | None = None,
         calls: Sequence[dict[str, Any]] = (),
         reasoning: str = "",
         **more: Any,
@@ -333,18 +364,19 @@ class Answer:
                 choice["delta"]["tool_calls"] = numbered
         return {**self._head, "object": kind, "choices": [choice], **more}
 
-    def _logprobs(self, tokens: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
         if not tokens:
             return None
+        content = [token.content for token in tokens]
         if self._chat:
-            return {"content": tokens, "refusal": None}
+            return {"content": content, "refusal": None}
         return {
-            "tokens": [token["token"] for token in tokens],
-            "token_logprobs": [token["logprob"] for token in tokens],
+            "tokens": [token["token"] for token in content],
+            "token_logprobs": [token["logprob"] for token in content],
             "top_logprobs": [
-                {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in tokens
+                {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in content
             ],
-            "text_offset": [],
+            "text_offset": [token.offset for token in tokens],
         }
 
     def usage(self, counts: dict[str, Any]) -> dict[str, Any]:

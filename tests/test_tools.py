@@ -1,0 +1,288 @@
+"""Tools: calls in tags, tags that are special tokens, schemas with references."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.text import TextCodec
+from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
+from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.results import GeneratedToken
+from dash_onnx.runtime.writer import TextWriter
+from dash_onnx.serve.schema import Choice
+from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
+
+COUNT: dict[str, Any] = {"type": "function", "function": {"name": "count"}}
+CALL = '{"name": "count", "arguments": {"ships": 3}}'
+
+
+def tool(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def read(
+    text: str, tools: list[dict[str, Any]], size: int = 1
+) -> tuple[str, list[tuple[str, Any]]]:
+    """Content, and the name and arguments of each call, of text that comes in pieces."""
+    reader, said = CallReader(tools), ""
+    for start in range(0, len(text), size):
+        said += reader.add(text[start : start + size])
+    rest, calls = reader.finish()
+    functions = [call["function"] for call in calls]
+    return said + rest, [(one["name"], json.loads(one["arguments"])) for one in functions]
+
+
+# Qwen3-Coder's calls
+
+
+class Weather(enum.Enum):
+    FINE, FOUL = "fine", "7"
+
+
+class Rank(enum.IntEnum):
+    MATE, MASTER = 1, 2
+
+
+class Crew(BaseModel):
+    size: int
+
+
+class Voyage(BaseModel):
+    text: str
+    ships: int
+    depth: float
+    night: bool
+    ports: list[str]
+    crew: Crew
+    weather: Weather
+    rank: Rank
+    none: None
+    maybe: str | None
+    either: int | str
+    free: Any
+
+
+VOYAGE = tool("sail", Voyage.model_json_schema())
+
+
+def in_tags(name: str, **values: str) -> str:
+    lines = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
+    return f"<tool_call>\n<function={name}>\n{''.join(lines)}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "value"),
+    [
+        ("text", "three\nships\n", "three\nships\n"),
+        ("text", "7", "7"),
+        ("text", "null", "null"),
+        ("text", "", ""),
+        ("text", "if a < b: </parameter> {x}", "if a < b: </parameter> {x}"),
+        ("ships", "7", 7),
+        ("ships", "seven", "seven"),
+        ("depth", "2.5", 2.5),
+        ("depth", "NaN", "NaN"),
+        ("night", "true", True),
+        ("night", "True", True),
+        ("ports", '["a", "b"]', ["a", "b"]),
+        ("ports", "[" * 100_000, "[" * 100_000),
+        ("crew", '{"size": 3}', {"size": 3}),
+        ("weather", "7", "7"),
+        ("rank", "2", 2),
+        ("none", "null", None),
+        ("maybe", "null", None),
+        ("maybe", "7", "7"),
+        ("maybe", '"quoted"', '"quoted"'),
+        ("either", "7", 7),
+        ("either", "seven", "seven"),
+        ("free", '{"a": 1}', {"a": 1}),
+        ("free", "7", "7"),
+        ("unknown", "7", "7"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_parameter_has_the_type_of_its_schema(name: str, written: str, value: Any) -> None:
+    text = in_tags("sail", **{name: written})
+    assert read(text, [VOYAGE], 997) == ("", [("sail", {name: value})])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        None,
+        [],
+        {"properties": [1]},
+        {"properties": {"a": 5}},
+        {"properties": {"a": {"$ref": 5}}},
+        {"properties": {"a": {"$ref": "#/properties/a"}}},
+        {"properties": {"a": {"type": 5}}},
+        {"properties": {"a": {"anyOf": [[], {}, None]}}},
+        {"$ref": "#/nowhere"},
+    ],
+    ids=str,
+)
+def test_a_schema_without_a_type_leaves_text(schema: Any) -> None:
+    assert read(in_tags("sail", a="7"), [tool("sail", schema)]) == ("", [("sail", {"a": "7"})])
+
+
+def test_a_schema_may_consist_of_a_reference() -> None:
+    schema = {"$ref": "#/$defs/Crew", "$defs": {"Crew": Crew.model_json_schema()}}
+    found = read(in_tags("sail", size="7"), [tool("sail", schema)])
+    assert found == ("", [("sail", {"size": 7})])
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_calls_in_tags_follow_text_and_each_other(size: int) -> None:
+    text = "I count. " + in_tags("sail", ships="1", text="a") + "\n" + in_tags("count")
+    said, calls = read(text, [VOYAGE, COUNT], size)
+    assert said.strip() == "I count."
+    assert calls == [("sail", {"ships": 1, "text": "a"}), ("count", {})]
+    bare = text.replace("<tool_call>\n", "")  # as Qwen3-Coder sometimes writes them
+    said, found = read(bare, [VOYAGE, COUNT], size)
+    assert said.strip() == "I count." and found == calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        in_tags("unknown", ships="7"),
+        in_tags("sail", ships="7").partition("</parameter>")[0],  # cut off
+        in_tags("sail", ships="7").partition("</function>")[0],
+        "write <function=NAME>",
+        "<function=",
+    ],
+)
+def test_tags_that_are_no_call_are_said(text: str) -> None:
+    assert read(text, [VOYAGE]) == (text, [])
+
+
+# Tags that are special tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("I will look.[TOOL_CALLS][{}, {}]", "I will look."),
+        ("I will look.[TOOL_CALLS] [{}]", "I will look."),
+        ("[TOOL_CALLS][{}]", ""),
+        (
+            "I will look.\n<tool_call>\n{}\n</tool_call><tool_call>\n{}\n</tool_call>",
+            "I will look.",
+        ),
+        ("I look.[TOOL_CALLS]count[ARGS]{A}[TOOL_CALLS]count[ARGS]{A}", "I look."),
+        ("[TOOL_CALLS]count{A}", ""),
+        ("[TOOL_CALLS]count[CALL_ID]a1b2c3d4e[ARGS]{A}", ""),
+        ('[TOOL_CALLS]sail[ARGS]{"ships": 3}', 'sail{"ships": 3}'),  # no tool of this name
+        ("I use [TOOL_CALLS] for calls {no", "I use  for calls {no"),
+    ],
+)
+@pytest.mark.parametrize("stop", [(), ("look. No.",)], ids=["", "stop"])
+def test_a_call_after_text_is_found_if_its_tag_is_a_special_token(
+    text: str, said: str, stop: tuple[str, ...], tiny_bundle: Path
+) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    tags = ["[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>"]
+    codec.tokenizer.add_special_tokens(tags)
+    written = text.replace("{}", CALL).replace("{A}", '{"ships": 3}')
+    ids = [*codec.encode(written, add_special_tokens=False).tolist(), 1]
+    writer, choice = TextWriter(codec, 1, stop), Choice(codec, [COUNT])
+    for number, token in enumerate(ids, 1):
+        reason: Any = "stop" if number == len(ids) else None
+        choice.add(writer.add(GeneratedToken(token, ("full",), 0.0, reason)))
+    assert choice.text.strip() == said
+    functions = [call["function"] for call in choice.calls]
+    assert [one["name"] for one in functions] == ["count"] * (text.count("{}") + text.count("{A}"))
+    assert all(json.loads(one["arguments"]) == {"ships": 3} for one in functions)
+
+
+def test_a_tag_among_thoughts_or_without_tools_opens_no_call(tiny_bundle: Path) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    codec.tokenizer.add_special_tokens(["<tool_call>"])
+    tag = codec.tokenizer.token_to_id("<tool_call>")
+    (plain,) = codec.encode("a", add_special_tokens=False).tolist()
+    for tools, thinking, said in (([COUNT], True, "a"), ([], False, "a"), ([COUNT], False, "")):
+        writer, choice = TextWriter(codec, 1, ()), Choice(codec, tools)
+        choice.add(writer.add(GeneratedToken(tag, ("full",), 0.0, thinking=thinking)))
+        assert choice.add(writer.add(GeneratedToken(plain, ("full",), 0.0)))[0] == said
+
+
+# A call that is asked for
+
+
+def allows(tools: list[dict[str, Any]], call: dict[str, Any], codec: TextCodec) -> bool:
+    """Whether the grammar of a required call allows this one."""
+    grammar = forced_call(checked_tools(tools), "required", codec)
+    assert grammar is not None
+    constraint, logits = Constraint(grammar, guidance_tokenizer(codec, 384)), np.zeros(384)
+    text = f"<tool_call>\n{json.dumps(call, separators=(',', ':'))}\n</tool_call>"
+    for token in codec.encode(text, add_special_tokens=False).tolist():
+        if np.isinf(constraint.masked(logits)[token]):
+            return False
+        constraint.took(token)
+    return True
+
+
+COLOR: dict[str, Any] = {
+    "$defs": {"X": {"enum": ["red", "blue"]}},
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/X"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+TREE: dict[str, Any] = {
+    "$defs": {
+        "X": {
+            "type": "object",
+            "properties": {"v": {"type": "integer"}, "x": {"$ref": "#/$defs/X"}},
+            "required": ["v"],
+            "additionalProperties": False,
+        }
+    },
+    "type": "object",
+    "properties": {"x": {"$ref": "#/$defs/X"}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"$id": "https://a.example/schema"}, {"$schema": "http://json-schema.org/schema#"}]
+)
+def test_references_are_to_the_schema_of_their_own_tool(
+    more: dict[str, Any], tiny_model: Model
+) -> None:
+    tools = [tool("paint", {**COLOR, **more}), tool("grow", {**TREE, **more})]
+    for name, x, allowed in (
+        ("paint", "red", True),
+        ("paint", "green", False),
+        ("paint", {"v": 1}, False),
+        ("grow", {"v": 1}, True),
+        ("grow", {"v": 1, "x": {"v": 2, "x": {"v": 3}}}, True),
+        ("grow", {"v": 1, "x": {"v": "red"}}, False),
+        ("grow", "red", False),
+    ):
+        call = {"name": name, "arguments": {"x": x}}
+        assert allows(tools, call, tiny_model.text) == allowed, call
+
+
+def test_a_schema_of_an_older_draft_may_be_a_reference(tiny_model: Model) -> None:
+    schema = {"$ref": "#/definitions/Color", "definitions": {"Color": COLOR["$defs"]["X"]}}
+    schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+    for color, allowed in (("red", True), ("green", False)):
+        call = {"name": "paint", "arguments": color}
+        assert allows([tool("paint", schema)], call, tiny_model.text) == allowed
+
+
+@pytest.mark.parametrize("parameters", [5, "text", [1], True])
+def test_parameters_that_are_no_schema_are_refused(parameters: Any) -> None:
+    with pytest.raises(PolicyError, match="must be a JSON schema"):
+        checked_tools([tool("count", parameters)])
