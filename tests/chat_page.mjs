@@ -37,6 +37,7 @@ page.on("request", (request) => request.method() === "POST" && asked.push(reques
 await page.goto(url);
 await page.waitForFunction(() => document.querySelector("#model").options.length > 0);
 const told = await page.textContent("#told");
+const slides = await page.isEnabled("#budget"); // the slider
 if (values.system || values.tokens) {
   await page.click("#settings summary");
   await page.fill("#system", values.system ?? "");
@@ -45,7 +46,7 @@ if (values.system || values.tokens) {
   await page.click("#settings summary");
 }
 for (const [index, question] of questions.entries()) {
-  if (index) await page.fill("#budget", "0"); // the slider
+  if (index && slides) await page.fill("#budget", "0");
   await page.fill("#text", question);
   await page.keyboard.press("Enter");
   await page.waitForFunction((n) => document.querySelectorAll(".facts").length > n, index);
@@ -70,5 +71,5 @@ const after = await shown();
 const kept = { before, after, system: await page.inputValue("#system") };
 await page.click("#delete");
 const left = await page.$$eval("#chats option", (options) => options.map((one) => one.textContent));
-console.log(JSON.stringify({ problems, asked, told, colored, kept, left, ...found }));
+console.log(JSON.stringify({ problems, asked, told, slides, colored, kept, left, ...found }));
 await browser.close();

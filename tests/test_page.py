@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +19,7 @@ from test_serve import Server
 from test_web import chromium
 
 import dash_onnx
+from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.colors import DARK, LIGHT, css
 from dash_onnx.serve.limits import Limits
 
@@ -59,18 +63,24 @@ def url(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         server.stop()
 
 
-@pytest.mark.parametrize("look", [("--width", "1200"), ("--width", "390", "--dark")], ids=str)
-def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
+def chatted(url: str, *options: str) -> dict[str, Any]:
+    """What the page shows of two questions; before the second, the slider moves to its left."""
     example("web")  # has the browser's driver
     script = Path(__file__).parent / "chat_page.mjs"
-    command = ["node", str(script), url, "the keeper", "counts", *look]
-    command += ["--system", "be brief", "--tokens", "8", "--markdown", MARKDOWN]
+    command = ["node", str(script), url, "the keeper", "counts", *options]
     result = subprocess.run(
         [*command, "--chromium", chromium()], capture_output=True, encoding="utf-8"
     )
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout)
     assert found["problems"] == []
+    return found
+
+
+@pytest.mark.parametrize("look", [("--width", "1200"), ("--width", "390", "--dark")], ids=str)
+def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
+    options = ("--system", "be brief", "--tokens", "8", "--markdown", MARKDOWN)
+    found = chatted(url, *look, *options)
     assert not found["wide"]
     assert found["told"] == "60 % of the time at full"  # as the server was started
     presets = httpx.get(f"{url}/v1/models").json()["data"][0]["dash"]["presets"]
@@ -87,6 +97,48 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     assert found["kept"]["system"] == "be brief"
     assert found["left"] == ["(new chat)"]
     assert found["markdown"] == HTML
+
+
+def untrained(folder: Path, most: int | None = None) -> Path:
+    """A bundle whose presets take from some paths for all tokens; it has no scorer."""
+    manifest = Bundle(with_scorer(folder)).manifest
+    assert manifest.scorer is not None
+    static = tuple(replace(point, kl=point.kl / 2) for point in manifest.scorer.static)
+    replace_manifest(folder, replace(manifest, scorer=None, static=static[:most]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prepare", "policy", "sent"),
+    [
+        (untrained, "", ("budget",)),
+        (untrained, "int8", None),  # takes no budget
+        (with_scorer, "int8", ("budget", "policy")),
+        (partial(untrained, most=1), "", None),  # all presets run the same path
+    ],
+)
+def test_the_slider_sends_what_the_bundle_supports(
+    prepare: Callable[[Path], Path],
+    policy: str,
+    sent: tuple[str, ...] | None,
+    tiny_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    folder = prepare(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
+    with dash_onnx.load(folder, policy=policy) as model:
+        server = Server({"out": model}, Limits(max_tokens=16))
+        try:
+            found = chatted(server.url)
+            facts = httpx.get(f"{server.url}/v1/models").json()["data"][0]["dash"]
+        finally:
+            server.stop()
+    assert found["slides"] == (sent is not None)
+    first, second = found["asked"]
+    assert not {"budget", "policy"} & first.keys()
+    usual = {"budget": min(facts["presets"].values()), "policy": "dash"}
+    assert {name: second[name] for name in usual if name in second} == {
+        name: usual[name] for name in sent or ()
+    }
 
 
 def test_the_page_runs_no_script_but_its_own_and_has_the_colors_of_the_report(url: str) -> None:

@@ -40,7 +40,7 @@ from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.pool import ModelPool, Source, open_bundles
 from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
-from dash_onnx.serve.service import Job, Service, Tally
+from dash_onnx.serve.service import Job, Service, Tally, check_words
 from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
@@ -606,6 +606,24 @@ def test_control_tokens_in_a_message_are_refused(client: openai.OpenAI, scored: 
         )
 
 
+def test_messages_are_searched_while_other_requests_are_served(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, threads = Server({"tiny": tiny_model}), []
+
+    def watched(*given: Any) -> None:
+        threads.append(threading.current_thread())
+        check_words(*given)
+
+    monkeypatch.setattr("dash_onnx.serve.app.check_words", watched)
+    try:
+        body = {"messages": MESSAGES, "max_tokens": 1}
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=body).status_code == 200
+        assert threads and running._thread not in threads
+    finally:
+        running.stop()
+
+
 # Load
 
 
@@ -948,13 +966,13 @@ def test_the_page_and_unknown_paths(server: Server) -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (("nowhere",), "no bundle"),
+        (("nowhere", "--port", "0"), "no bundle"),
         (("out", "--host", "0.0.0.0"), "--api-key-file"),
         (("out", "--port", "70000"), "70000 is not in 0..65535"),
         (("out", "--parallel", "300"), "--parallel 300 is not in 1..256"),
         (("out", "else/out"), "two bundles are called"),
         (("out", "--api-key-file", "none.txt"), "none.txt"),
-        (("out", "--sha256", "ab", "--sha256", "cd"), "a checksum for each bundle"),
+        (("out", "--port", "0", "--sha256", "ab", "--sha256", "cd"), "a checksum for each bundle"),
     ],
 )
 def test_a_server_that_cannot_be_is_refused(
@@ -964,7 +982,8 @@ def test_a_server_that_cannot_be_is_refused(
 
 
 def test_a_bundle_of_another_checksum_is_refused(tiny_bundle: Path, capsys: Capture) -> None:
-    assert "SHA-256" in TOOL.refused(capsys, str(tiny_bundle), "--sha256", "0" * 64)
+    given = (str(tiny_bundle), "--port", "0", "--sha256", "0" * 64)
+    assert "SHA-256" in TOOL.refused(capsys, *given)
 
 
 @pytest.mark.parametrize("options", [(), ("--log-json",)], ids=["lines", "json"])

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from dash_onnx.cli.cached import bundle_of, model_name
@@ -23,6 +28,8 @@ from dash_onnx.core.errors import DashError
 from dash_onnx.core.text import read_text
 
 _LOG = logging.getLogger(__name__)
+# Errors of an address that this machine lacks, as that of localhost in IPv6 may be.
+_UNUSABLE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 _EXAMPLES = """\
   dash-serve out/
@@ -143,6 +150,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise DashError(f"--port {arguments.port} is not in 0..65535")
     if arguments.parallel > MAX_SLOTS:
         raise DashError(f"--parallel {arguments.parallel} is not in 1..{MAX_SLOTS}")
+    if arguments.prefix_cache is not None and arguments.prefix_mb <= 0:
+        told = f"keeps nothing with --prefix-mb {arguments.prefix_mb}"
+        raise DashError(f"--prefix-cache {told}: leave one of them out")
     try:
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.pool import check_names, open_bundles
@@ -151,28 +161,89 @@ def _serve(arguments: argparse.Namespace) -> None:
         remedy = "in a clone of dash-onnx, `pip install '.[serve]'`"
         raise DashError(f"the server's packages are missing ({error}): {remedy}") from None
     names = [model_name(bundle) for bundle in arguments.bundles]
-    check_names(names)  # before a model is exported
-    bundles = open_bundles(
-        [bundle_of(bundle) for bundle in arguments.bundles],
-        names=names,
-        threads=arguments.threads,
-        policy=arguments.policy,
-        budget=arguments.budget,
-        memory=arguments.memory,
-        sha256=arguments.sha256,
-    )
-    limits = Limits(
-        parallel=arguments.parallel,
-        waiting=arguments.waiting,
-        max_tokens=arguments.max_tokens,
-        seconds=arguments.timeout,
-        prefix_bytes=max(0, arguments.prefix_mb) << 20,
-        prefix_folder=arguments.prefix_cache,
-        memory_bytes=None if arguments.max_weights_mb is None else arguments.max_weights_mb * 10**6,
-    )
-    app = create_app(bundles, limits, key=key, origins=tuple(arguments.cors), only_here=key is None)
-    server = Server(app, arguments.host, arguments.port)
-    _LOG.info("http://%s:%d", arguments.host, arguments.port)
-    server.run()
+    check_names(names)
+    with contextlib.ExitStack() as opened:
+        with _listening(arguments):  # before a model is exported
+            sockets = _bound(arguments.host, arguments.port, opened)
+        bundles = open_bundles(
+            [bundle_of(bundle) for bundle in arguments.bundles],
+            names=names,
+            threads=arguments.threads,
+            policy=arguments.policy,
+            budget=arguments.budget,
+            memory=arguments.memory,
+            sha256=arguments.sha256,
+        )
+        most = arguments.max_weights_mb
+        limits = Limits(
+            parallel=arguments.parallel,
+            waiting=arguments.waiting,
+            max_tokens=arguments.max_tokens,
+            seconds=arguments.timeout,
+            prefix_bytes=max(0, arguments.prefix_mb) << 20,
+            prefix_folder=arguments.prefix_cache,
+            memory_bytes=None if most is None else most * 10**6,
+        )
+        origins = tuple(arguments.cors)
+        app = create_app(bundles, limits, key=key, origins=origins, only_here=key is None)
+        server = Server(app)
+        with _listening(arguments):  # only now: until then clients are refused, and do not wait
+            for sock in sockets:
+                sock.listen()
+        for sock in sockets:
+            _LOG.info("%s", _url(sock))
+        server.run(sockets)
     if server.force_exit:
         raise KeyboardInterrupt
+
+
+def _bound(host: str, port: int, opened: contextlib.ExitStack) -> list[socket.socket]:
+    """Sockets bound to the addresses of a host; they do not listen yet.
+
+    Args:
+        host: name or address; empty for all addresses of this machine.
+        port: 0 for any free port.
+        opened: closes the sockets.
+
+    Raises:
+        OSError: there is no such host, or an address is in use or not one of this machine.
+    """
+    sockets: list[socket.socket] = []
+    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+    refusal: OSError | None = None
+    for found in dict.fromkeys(socket.getaddrinfo(host or None, port, type=kind, flags=passive)):
+        family, _, protocol, _, (address, _, *scope) = found
+        try:
+            sock = opened.enter_context(socket.socket(family, kind, protocol))
+            if os.name == "posix":  # elsewhere it would share the port with another server
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # IPv4 has a socket of its own
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address, port, *scope))
+        except OSError as error:
+            if error.errno not in _UNUSABLE:
+                raise
+            refusal = error
+        else:
+            sockets.append(sock)
+            port = sock.getsockname()[1]
+    if refusal is not None and not sockets:
+        raise refusal
+    return sockets
+
+
+@contextlib.contextmanager
+def _listening(arguments: argparse.Namespace) -> Iterator[None]:
+    """Says which options to change if the server cannot listen."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:  # no host has such a name
+        raise DashError(
+            f"cannot listen on port {arguments.port} of {arguments.host}: "
+            f"{getattr(error, 'strerror', None) or error}; pass another --port or --host"
+        ) from None
+
+
+def _url(sock: socket.socket) -> str:
+    address, port, *_ = sock.getsockname()
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

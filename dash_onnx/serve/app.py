@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hmac
 import json
 import logging
@@ -195,6 +194,7 @@ class _Server:
                 "presets": {name: p.budget for name, p in preset_plans(manifest).items()},
                 "policy": policy.name,
                 "budget": policy.budget,
+                "scorer": manifest.scorer is not None,
             },
         }
 
@@ -208,9 +208,12 @@ class _Server:
             options = body.with_call(options, text)
             messages = with_tools(body.prompt(), tools, text.chat_template)
             variables = options.template_variables
-            check_words(text, [*messages, *tools, variables])
-            encode = functools.partial(text.encode_chat, tools=tools, variables=variables)
-            prompt = await asyncio.to_thread(encode, messages)
+
+            def encode() -> Ids:
+                check_words(text, [*messages, *tools, variables])
+                return text.encode_chat(messages, tools=tools, variables=variables)
+
+            prompt = await asyncio.to_thread(encode)
             self._check_length(prompt)
         choices = [Choice(text, tools) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)

@@ -64,11 +64,15 @@ function range() { // of budgets: from the cheapest preset to all
 }
 function budget() {
   const ends = range();
-  return ends && ends[0] + (ends[1] - ends[0]) * Number($("budget").value);
+  return ends && Math.min(ends[1], ends[0] + (ends[1] - ends[0]) * Number($("budget").value));
+}
+function slides() { // whether the slider changes anything, by the server's own policy or the scorer
+  const ends = range(), { budget: usual, scorer } = chosen().dash;
+  return ends !== null && ends[0] < ends[1] && (usual !== null || scorer);
 }
 function tell() {
   const value = moved ? budget() : chosen().dash.budget;
-  $("budget").disabled = range() === null;
+  $("budget").disabled = !slides();
   $("told").textContent = value === null ? chosen().dash.policy : `${Math.round(value * 100)} % of the time at ${chosen().dash.actions[0]}`;
 }
 function start() { // at the server's own budget until the slider is moved
@@ -132,7 +136,7 @@ function request() {
   }
   if (moved) {
     body.budget = budget();
-    body.policy = "dash"; // where the server's own takes no budget
+    if (chosen().dash.budget === null) body.policy = "dash"; // the server's own takes no budget
   }
   return body;
 }

@@ -18,14 +18,12 @@ _CLOSING_S = 5  # seconds for connections to close after their answers are sent
 class Server(uvicorn.Server):
     """Serves an app from `create_app`."""
 
-    def __init__(self, app: Starlette, host: str = "127.0.0.1", port: int = 0):
-        """Does not open anything yet; see `run`."""
+    def __init__(self, app: Starlette):
+        """Does not answer yet: `run` takes the sockets that it answers on."""
         self._service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
-                host=host,
-                port=port,
                 http="h11",  # the other implementation has no limit on headers
                 h11_max_incomplete_event_size=_HEADER_BYTES,
                 log_config=None,
