@@ -26,6 +26,7 @@ from dash_onnx.cli.run import main
 from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.errors import BundleError, DeviceError
 from dash_onnx.runtime import sessions
+from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.generate import CurrentPolicy
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
@@ -893,6 +894,47 @@ def test_an_interrupted_answer_does_not_end_the_chat(
     assert out.endswith(conversation(tiny_model, "ships?")[0] + "\n")
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "message", "ordinal"),
+    [
+        (SequenceState, "prefill", "hello", 1),
+        (Model, "preload", "ships " * 200, 2),  # the first call is at the start of the program
+        (Model, "preload", "/budget fast", 2),
+        (Cache, "save", "hello", 1),
+    ],
+)
+def test_an_interrupt_before_or_after_an_answer_does_not_end_the_chat(
+    owner: type,
+    name: str,
+    message: str,
+    ordinal: int,
+    scored_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    done, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        result = done(*given, **options)
+        if next(calls) == ordinal:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    path, session = tmp_path / "chat.json", tmp_path / "talk"
+    given = (scored_bundle, *QUICK, "--policy", "dash", "--session", session)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted)
+        lines = f"{message}\n/save {path}\n/reset\nships?\n"
+        out, err = chatted(patched, capsys, lines, *given)
+    answered = name == "save"
+    assert err.count("dash-run: stopped") == 1
+    assert len(json.loads(path.read_text("utf-8"))) == (2 if answered else 0)
+    session.unlink()
+    again, _ = chatted(monkeypatch, capsys, "ships?\n", *given)
+    assert out.endswith(again) and (out == again) != answered
+
+
 def test_an_interrupt_while_the_text_is_written_frees_the_conversation(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -981,13 +1023,58 @@ def test_system_sets_and_removes_the_system_message(
     assert second == first[1:]
 
 
-@pytest.mark.parametrize("line", ["/rest", "/budget 0.8", "/load nowhere.json", "/load", "/save"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("/rest", "/budget 0.8", "/load nowhere.json", "/load", "/save"),
+        *("/load ~nobody-here/x", "/save ~nobody-here/x", "/load a\0b", "/save a\0b"),
+        *(f"/save {'x' * 300}", "/save /proc/x"),
+    ],
+)
 def test_a_command_that_cannot_be_done_is_refused_and_the_chat_goes_on(
     line: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     out, err = chatted(monkeypatch, capsys, f"{line}\nhello\n", tiny_bundle, *QUICK)
     assert err.splitlines()[0].startswith("dash-run: error: ")
     assert len(out.splitlines()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([{"role": "assistant", "content": "hi"}], "no answer yet"),
+        ([{"role": "user"}, {"role": "assistant", "content": "hi"}], "message is empty"),
+    ],
+)
+def test_regen_of_a_loaded_conversation_may_lack_a_question(
+    messages: list[dict[str, str]],
+    told: str,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(messages))
+    out, err = chatted(monkeypatch, capsys, f"/load {path}\n/regen\nhello\n", tiny_bundle, *QUICK)
+    assert told in err.splitlines()[1] and len(out.splitlines()) >= 1
+
+
+def test_a_session_that_cannot_be_written_does_not_end_the_chat(
+    tiny_bundle: Path,
+    tiny_model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    def full(cache: Cache, path: Path, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Cache, "save", full)
+    given = (tiny_bundle, *QUICK, "--session", tmp_path / "talk")
+    out, err = chatted(monkeypatch, capsys, "hello\nships?\n", *given)
+    assert out.splitlines() == conversation(tiny_model, "hello", "ships?")
+    assert err.count("talk: No space left on device") == 2
 
 
 def test_the_budget_of_a_chat_may_change(

@@ -112,6 +112,11 @@ class Chat:
                     self._commands[command](argument.strip())
                 else:
                     raise PolicyError(f"no command {command!r}; /help lists them")
+            except Terminated:
+                raise
+            except KeyboardInterrupt:  # stops the command, not the chat
+                print(file=sys.stderr)  # after the ^C of a terminal
+                self._say("stopped")
             except ContextLengthError as error:
                 self._say(f"error: {error}; /reset starts over")
             except DashError as error:
@@ -123,17 +128,17 @@ class Chat:
     def _answer(self, asked: list[dict[str, Any]]) -> None:
         sampling = self._options.sampling(self._model.sampling)
         policy = self._model.policy_of(self._options)
-        if may_repeat(asked[-1]["content"]):
-            self._model.preload(policy, prefill=self._options.prefill)
         record = Record(policy, sampling)
         view = path_view(self._model, self._options, self._show_path)
-        chunks = self._model.stream(asked, options=self._options, cache=self._cache)
-        with _typing_waits(), chunks:
+        with _typing_waits():
             try:
-                show(record.watch(chunks, self._trace), view)
-            except Terminated:
-                raise
-            except KeyboardInterrupt:  # stops this answer, not the chat
+                if may_repeat(asked[-1].get("content") or ""):
+                    self._model.preload(policy, prefill=self._options.prefill)
+                with self._model.stream(asked, options=self._options, cache=self._cache) as chunks:
+                    show(record.watch(chunks, self._trace), view)
+            except KeyboardInterrupt as interrupt:
+                if isinstance(interrupt, Terminated) or not record.chunks:
+                    raise  # the conversation stays as it was
                 print()
                 self._say("stopped")
             else:
@@ -143,7 +148,8 @@ class Chat:
             answer["reasoning_content"] = reasoning
         self._messages = [*asked, answer]
         if self._session is not None and self._cache.tokens:
-            self._cache.save(self._session, {_MESSAGES: json.dumps(self._messages)})
+            with _told_of(self._session):
+                self._cache.save(self._session, {_MESSAGES: json.dumps(self._messages)})
 
     def _resume(self, session: Path) -> None:
         facts = self._cache.load(session)
@@ -167,22 +173,24 @@ class Chat:
         self._messages = [{"role": "system", "content": text}, *kept] if text else kept
 
     def _regen(self, _: str) -> None:
-        last = self._messages[-1:]
-        if not last or last[0]["role"] != "assistant":
+        roles = [message["role"] for message in self._messages]
+        if len(roles) < 2 or roles[-1] != "assistant":
             raise PolicyError("there is no answer yet")
         self._answer(self._messages[:-1])
 
     def _save(self, name: str) -> None:
-        path = _path(name)
-        if path.exists() and path != self._saved:
-            raise SourceError(f"{path} exists; choose another name")
-        write_text(path, json.dumps(self._messages, ensure_ascii=False, indent=1) + "\n")
+        with _told_of(name):
+            path = _path(name)
+            if path.exists() and path != self._saved:
+                raise SourceError(f"{path} exists; choose another name")
+            write_text(path, json.dumps(self._messages, ensure_ascii=False, indent=1) + "\n")
         self._saved = path
         self._say(f"{len(self._messages)} messages in {path}")
 
     def _load(self, name: str) -> None:
-        path = _path(name)
-        messages = read_json(path)
+        with _told_of(name):
+            path = _path(name)
+            messages = read_json(path)
         self._model.text.render_chat(messages)  # raises if it is not a conversation
         self._messages, self._saved = messages, path
         self._say(f"{len(messages)} messages from {path}")
@@ -206,6 +214,20 @@ def _path(name: str) -> Path:
     if not name:
         raise SourceError("give a file name")
     return Path(name).expanduser()
+
+
+@contextlib.contextmanager
+def _told_of(file: str | Path) -> Iterator[None]:
+    """Turns what is wrong with a file, or with its name, into an error that the chat reports.
+
+    Raises:
+        SourceError: it cannot be read or written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # also an unknown ~user, or a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(f"cannot read or write {file}: {reason}") from None
 
 
 @contextlib.contextmanager
