@@ -90,7 +90,7 @@ def measured(vocabulary: int, width: int, rounds: int) -> dict[Action, float]:
         vocab_size=vocabulary, hidden_size=width, num_attention_heads=width // 64, head_dim=64
     )
     spec = architecture_of(config).describe("random", config, None)
-    target = ExportOptions().resolved("folder", spec.facts).target
+    target = ExportOptions().resolved("folder", spec).target
     torch.manual_seed(0)
     weight = torch.randn(vocabulary, width, dtype=torch.float16)
     head = Head(Norm(torch.ones(width)), Linear("lm_head", weight))

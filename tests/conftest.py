@@ -23,7 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import dash_onnx
 from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.block import Block
+from dash_onnx.core.facts import ModelFacts
 from dash_onnx.exporters import expected
+from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.runtime import profile
 from dash_onnx.runtime.model import Model
@@ -82,6 +84,11 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def spec_of(facts: ModelFacts) -> ModelSpec:
+    """A Llama of these sizes."""
+    return ModelSpec(facts, LLAMA_BLOCK, (), ())
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -294,10 +294,9 @@ def test_blocks_divide_the_width_of_experts(tmp_path: Path) -> None:
     options = ExportOptions(variants=VARIANTS)
     for width, block in ((64, 64), (32, 32)):
         config = config_of("qwen3_moe", {**QWEN3.config, "moe_intermediate_size": width})
-        change = {"intermediate_size": 128}
         spec = architecture_of(config).describe("m", config, None)
-        facts = type(spec.facts)(**{**vars(spec.facts), **change})
-        resolved = options.resolved("folder", facts, spec.block.experts)
+        facts = replace(spec.facts, intermediate_size=128)
+        resolved = options.resolved("folder", replace(spec, facts=facts))
         assert resolved.block_size == block and not resolved.wide
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TINY, save_biased, save_tiny, tiny_tokenizer
+from conftest import TINY, save_biased, save_tiny, spec_of, tiny_tokenizer
 from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
@@ -327,7 +327,7 @@ def test_blocks_are_large_where_nothing_speaks_against_it(
     """Smaller ones for sizes that they do not divide, and for the integers of a GGUF file."""
     sizes = {"num_layers": layers, "intermediate_size": inner, "hidden_size": 128, "num_heads": 8}
     facts = ModelFacts(**{**vars(FACTS), **sizes})
-    assert ExportOptions(**options).resolved(kind, facts).block_size == size
+    assert ExportOptions(**options).resolved(kind, spec_of(facts)).block_size == size
 
 
 @pytest.mark.parametrize(
@@ -349,14 +349,14 @@ def test_sizes_that_do_not_fit_each_other_are_refused(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(dash_onnx.DashError, match=message):
-        ExportOptions(**options).resolved("folder", FACTS)
+        ExportOptions(**options).resolved("folder", spec_of(FACTS))
 
 
 @pytest.mark.parametrize(("device", "usual"), [("cpu", 4), ("cuda", 0)])
 def test_products_are_fast_unless_told_otherwise(device: Any, usual: int) -> None:
-    resolved = ExportOptions(device=device).resolved("folder", FACTS)
+    resolved = ExportOptions(device=device).resolved("folder", spec_of(FACTS))
     assert resolved.target.accuracy_level == usual
-    told = ExportOptions(device=device, accuracy_level=1).resolved("folder", FACTS)
+    told = ExportOptions(device=device, accuracy_level=1).resolved("folder", spec_of(FACTS))
     assert told.target.accuracy_level == 1
 
 
@@ -497,7 +497,7 @@ def test_only_large_layers_choose_between_two_attentions(
 ) -> None:
     sizes = {"hidden_size": 896, "intermediate_size": inner, "num_heads": 14, "head_dim": 64}
     facts = ModelFacts(**{**vars(FACTS), **sizes})
-    assert ExportOptions(**options).resolved("folder", facts).target.attention == forms
+    assert ExportOptions(**options).resolved("folder", spec_of(facts)).target.attention == forms
 
 
 @pytest.mark.parametrize(
@@ -513,6 +513,6 @@ def test_only_large_layers_choose_between_two_attentions(
 def test_the_wide_form_is_exported_where_something_may_run_in_it(
     options: dict[str, Any], wide: bool
 ) -> None:
-    resolved = ExportOptions(**options).resolved("folder", FACTS)
+    resolved = ExportOptions(**options).resolved("folder", spec_of(FACTS))
     assert resolved.wide == wide
     assert ("wide" in resolved.forms) == wide

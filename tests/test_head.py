@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from cli_tool import Capture
+from conftest import spec_of
 from onnx import numpy_helper
 
 import dash_onnx
@@ -145,7 +146,7 @@ def test_no_int2_head_without_both_others_and_on_cuda(options: dict[str, Any]) -
     facts = ModelFacts("m", "llama", 2, 1024, 4096, 8, 8, 128, 1 << 17, 4096)
 
     def heads(facts: ModelFacts, **options: Any) -> tuple[str, ...]:
-        return ExportOptions(**options).resolved("folder", facts).head_precisions(facts)
+        return ExportOptions(**options).resolved("folder", spec_of(facts)).head_precisions(facts)
 
     assert "int2" in heads(facts)
     assert "int2" not in heads(facts, **options)

@@ -115,6 +115,9 @@ def test_a_model_of_the_hub_is_shown_without_its_weights(
     wanted = INFO.json_of(capsys, tiny_folder)
     assert told["estimates"] == wanted["estimates"]
     assert told["source"] == "hub:org/tiny@c0ffee"
+    for variants, wide in (("int8,wide", False), ("int4,wide", True)):
+        assert INFO.run("org/tiny", "--variants", variants) == 0
+        assert ("INT8 copy" in capsys.readouterr().out) == wide
     sources.open_source("org/tiny", {"llama"})
     assert [*folder.glob("*.safetensors")]
 

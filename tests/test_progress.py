@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny
+from conftest import save_tiny, spec_of
 
 from dash_onnx.core import progress
 from dash_onnx.core.facts import ModelFacts
@@ -127,7 +127,7 @@ def test_larger_models_and_slower_machines_are_expected_to_take_longer() -> None
     large = ModelFacts("", "qwen2", 24, 896, 4864, 14, 2, 64, 151936, 2048)
 
     def seconds(facts: ModelFacts, speed: Speed) -> float:
-        options = ExportOptions().resolved("folder", facts)
+        options = ExportOptions().resolved("folder", spec_of(facts))
         phases = export_phases(facts, options, speed, check=True)
         phases += training_phases(facts, PLANS["quick"], speed, generated=True)
         return sum(phase.seconds for phase in phases)

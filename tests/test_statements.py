@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import spec_of
 
 from dash_onnx.cli import bench, eval, export, fuse, info, profile, report, serve, train
 from dash_onnx.cli import run as run_tool
@@ -276,7 +277,7 @@ def test_the_pages_say_what_presets_lose_on_texts_of_people(page: str) -> None:
 def test_the_concepts_state_the_block_size_and_the_rank() -> None:
     small, large = (facts_of(layers) for layers in (2, 3))
     assert (small.large, large.large) == (False, True)
-    one, other = (ExportOptions().resolved("folder", facts) for facts in (small, large))
+    one, other = (ExportOptions().resolved("folder", spec_of(facts)) for facts in (small, large))
     method, quantization = (
         " ".join(text_of(f"docs/concepts/{page}.md").split()) for page in ("method", "quantization")
     )

@@ -104,7 +104,8 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     with suppress(SourceError):  # the weights of a hub id may not be downloaded
         options = suited(options, source, architecture, spec, layers=1)
     sizes = sizes_of(source, options)
-    here = forecast(spec.facts, options.resolved(source.kind, spec.facts), sizes)
+    options = options.resolved(source.kind, spec)
+    here = forecast(spec.facts, options, sizes)
     facts = {
         "kind": "model",
         "source": source.origin,

@@ -168,4 +168,4 @@ def _reference(
 def token_kl(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL(wanted || found) of the tokens after the sinks, `[tokens]` nats."""
     p, q = (logits[SINK_TOKENS:].double().log_softmax(-1) for logits in (wanted, found))
-    return (p.exp() * (p - q)).sum(-1)
+    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)

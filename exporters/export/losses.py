@@ -24,6 +24,8 @@ from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.ort import has_device
 
+F = torch.nn.functional
+
 SEQUENCES = 4
 """Number of leading calibration sequences that are run."""
 
@@ -96,7 +98,8 @@ class Losses:
         for sequence, states in enumerate(self._full):
             reference = self._log_probabilities(states)
             for at, own in enumerate(ours):  # the reference is computed only once
-                totals[at] += _divergence(reference, own(sequence))
+                kl = F.kl_div(own(sequence), reference, reduction="sum", log_target=True)
+                totals[at] += float(kl)
         return [total / self._ids.size for total in totals]
 
     def _log_probabilities(self, states: np.ndarray) -> torch.Tensor:
@@ -108,8 +111,3 @@ class Losses:
         if (cap := self._spec.block.logit_softcap) is not None:  # the norm has divided by it
             logits = logits.tanh() * cap
         return logits.log_softmax(-1)
-
-
-def _divergence(reference: torch.Tensor, ours: torch.Tensor) -> float:
-    """Sum of KL(reference || ours) in nats, from log probabilities `[rows, V]`."""
-    return float((reference.exp() * (reference - ours)).sum())

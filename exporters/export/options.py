@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import Literal
 
 from dash_onnx.core.actions import DEFAULT_VARIANTS, WIDE, WIDENED, Action, Form
-from dash_onnx.core.block import AttentionForms, Experts
+from dash_onnx.core.block import AttentionForms
 from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import KVCacheType, ModelFacts, Target
+from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibration.texts import TextLike, TextSource, text_sources
 from dash_onnx.exporters.device import TrainDevice
 from dash_onnx.runtime.ort import Device
@@ -71,25 +72,18 @@ class ExportOptions:
     ternary: bool = False
     exact: bool = False
 
-    def resolved(
-        self,
-        kind: str,
-        facts: ModelFacts,
-        experts: Experts | None = None,
-        per_layer_width: int = 0,
-    ) -> ExportOptions:
+    def resolved(self, kind: str, spec: ModelSpec) -> ExportOptions:
         """Fills what the user left open with values that suit the model and its kind of source.
 
         Args:
             kind: kind of the source.
-            facts: sizes of the model.
-            experts: see `Block`.
-            per_layer_width: see `Block`.
+            spec: description of the model.
 
         Raises:
             UnsupportedError: the block size, rank or a precision chosen by the user does not suit
                 it.
         """
+        facts, experts = spec.facts, spec.block.experts
         usual: tuple[Action, ...] = DEFAULT_VARIANTS
         if self.ternary and self.device == "cpu":
             usual = ("int2",)
@@ -108,8 +102,8 @@ class ExportOptions:
             sizes["width of experts"] = experts.width
             if experts.shared_width:
                 sizes["width of the shared expert"] = experts.shared_width
-        if per_layer_width:
-            sizes["width of per-layer embeddings"] = per_layer_width
+        if spec.block.per_layer_width:
+            sizes["width of per-layer embeddings"] = spec.block.per_layer_width
         kept = kind == "gguf" and not self.requantize and not self.ternary
         large = (_LARGE_BLOCK,) if facts.large or self.ternary else ()
         fitting = (b for b in (*large, _BLOCK) if not any(size % b for size in sizes.values()))

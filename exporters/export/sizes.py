@@ -123,8 +123,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         )
     facts = spec.facts
     head = architecture.head(weights, spec)
-    own = spec.block.per_layer_width
-    resolved = options.resolved(source.kind, facts, spec.block.experts, own)
+    resolved = options.resolved(source.kind, spec)
     width = spec.recurrence.value_width if spec.recurrence else 0
     if resolved.block_size is not None and width % resolved.block_size:
         raise UnsupportedError(

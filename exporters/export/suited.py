@@ -34,18 +34,17 @@ def suited(
     Raises:
         DashError: a weight cannot be read, or the options do not suit the model.
     """
-    facts, experts, width = spec.facts, spec.block.experts, spec.block.per_layer_width
-    if experts is not None:
-        return options.resolved(source.kind, facts, experts, width)
-    exact = replace(options, ternary=True).resolved(source.kind, facts, None, width)
+    if spec.block.experts is not None:
+        return options.resolved(source.kind, spec)
+    exact = replace(options, ternary=True).resolved(source.kind, spec)
     first = architecture.layer(source.weights, 0, spec)
     others = (
         architecture.layer(source.weights, index, spec)
-        for index in range(1, layers or facts.num_layers)
+        for index in range(1, layers or spec.facts.num_layers)
     )
     if all(_stored(layer, 2, exact) for layer in chain([first], others)):
         return replace(exact, exact=True)
-    usual = options.resolved(source.kind, facts, None, width)
+    usual = options.resolved(source.kind, spec)
     return replace(usual, exact="int2" not in usual.variants and _stored(first, 4, usual))
 
 

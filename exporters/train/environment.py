@@ -216,17 +216,14 @@ class Environment:
             )
         return [y, *(difference + y for difference in differences), skipped]
 
-    def kl(self, reference: Tensor, final: Tensor, head: Action | None = None) -> Tensor:
-        """KL(reference || path) in nats of each token, `[...]`.
+    def kl(self, reference: Tensor, final: Tensor) -> Tensor:
+        """KL(reference || path) in nats of each token, `[...]`, with the LM head of mixed paths.
 
         Args:
             reference: input of the LM head, `[..., D]`.
             final: input of the LM head on the path, `[..., D]`.
-            head: the path's LM head; None takes the one of mixed paths, as the reference does.
         """
-        result: Tensor = _HeadKL.apply(
-            final.flatten(0, -2), reference.flatten(0, -2), self.model, head or self.model.head
-        )
+        result: Tensor = _HeadKL.apply(final.flatten(0, -2), reference.flatten(0, -2), self.model)
         return result.view(final.shape[:-1])
 
     @torch.no_grad()
@@ -237,7 +234,7 @@ class Environment:
         heads: Sequence[Action],
         label: str | None = None,
     ) -> list[list[float]]:
-        """Mean of `kl` over the decided tokens, for each path and LM head.
+        """Mean KL(reference || path) of the decided tokens in nats, for each path and LM head.
 
         Args:
             reference: input of the LM head, `[B, T, D]`.
@@ -264,21 +261,19 @@ class _HeadKL(torch.autograd.Function):
     """KL through the LM head without keeping logits `[tokens, V]` for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, final: Tensor, reference: Tensor, model: DequantizedModel, head: Action
-    ) -> Tensor:
+    def forward(ctx: Any, final: Tensor, reference: Tensor, model: DequantizedModel) -> Tensor:
         kl, gradients = [], []
         needs = ctx.needs_input_grad[0]
         parts = (x.split(model.chunk) for x in (final, reference))
         for ours, theirs in zip(*parts, strict=True):
             p = model.logits(theirs).float().log_softmax(-1)
-            logits = model.logits(ours, head).float()
+            logits = model.logits(ours).float()
             q = logits.log_softmax(-1)
             difference = p - q
             p.exp_()
             kl.append((p * difference).sum(-1))  # autocast would round a dot product to BF16
             if needs:  # of KL with respect to the logits: q - p
-                weight = model.lm_head(head).weight
+                weight = model.lm_head(model.head).weight
                 slope = (q.exp_() - p) * model.logits_slope(logits)
                 gradients.append(slope.to(weight.dtype) @ weight)
         if needs:
@@ -286,9 +281,9 @@ class _HeadKL(torch.autograd.Function):
         return torch.cat(kl)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None], None, None, None
+        return gradient * grads[0][:, None], None, None
 
 
 def _put(target: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dash_onnx.core.bundle import Bundle, file_facts
 from dash_onnx.core.contract import data_name, layer_path
 from dash_onnx.core.facts import Costs, FileFacts, ScorerFacts, Training
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.exporters.calibration.texts import names_of
 from dash_onnx.exporters.graphs import replace_expand
 from dash_onnx.exporters.train.scorer import BundleScorer, export_scorer
@@ -86,11 +87,8 @@ def _rounding_kl(trainer: Trainer) -> float:
     backend = open_backend(manifest.target.device)
     model = Model(trainer.bundle, backend, policy=manifest.variants[0])
     for row in trainer.held_out[:4].numpy(force=True):
-        p, q = (
-            torch.from_numpy(model.logits(row, policy=policy)).double().log_softmax(-1)
-            for policy in ("full", "int8")
-        )
-        results.append(float((p.exp() * (p - q)).sum(-1)[trainer.env.prompt_tokens :].mean()))
+        p, q = (log_softmax(model.logits(row, policy=policy)) for policy in ("full", "int8"))
+        results.append(kl_divergence(p, q)[trainer.env.prompt_tokens :].mean())
     return float(np.mean(results))
 
 
