@@ -100,12 +100,16 @@ class Saved:
             DashError: safetensors is missing.
             BundleError: there is no such folder, or no file can be written there.
         """
+        library = _safetensors()
         told = {**(facts or {}), "bundle": identity_of(manifest), "quality": self.quality}
         with new_file(path) as temporary:
             arrays = {**self.arrays, "tokens": self.tokens}
             for place, states in self.places.items():
                 arrays |= {f"{name}.{place}": array for name, array in states.items()}
-            _safetensors().numpy.save_file(arrays, str(temporary), metadata=told)
+            try:
+                library.numpy.save_file(arrays, str(temporary), metadata=told)
+            except library.SafetensorError as error:  # such as of a full disk
+                raise BundleError(f"cannot write {path}: {error}") from None
 
     @classmethod
     def read(cls, path: Path, manifest: Manifest) -> tuple[Saved, dict[str, str]]:
@@ -261,8 +265,8 @@ class PrefixStore:
             return
         try:
             saved.write(path, self._manifest)
-        except Exception as error:  # safetensors has its own errors, such as for a full disk
-            _LOG.warning("cannot write %s: %s", path, error)
+        except (DashError, OSError) as error:
+            _LOG.warning("%s", error)
 
 
 def _fill(

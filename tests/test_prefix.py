@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 from scored_bundle import with_scorer
 
 import dash_onnx
@@ -175,6 +176,24 @@ def test_a_file_is_of_the_layers_that_wrote_it(
         with pytest.raises(SourceError, match="another bundle"):
             Saved.read(file, model.manifest)
         assert answer(model, PrefixStore(model.manifest, 1 << 30), FIRST, SECOND, FIRST)
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_the_old_one(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    cache = tiny_model.new_cache()
+    tiny_model.generate(FIRST, options=OPTIONS, cache=cache)
+    cache.save(path)
+    before = path.read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(BundleError, match=f"cannot write {path}: I/O error: No space left"):
+        cache.save(path)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
