@@ -142,11 +142,16 @@ def test_gptq_rounds_a_block_alike_wherever_it_stands() -> None:
     torch.testing.assert_close(found, straight[:, moved], rtol=0, atol=1e-4)
 
 
-def test_gptq_survives_inputs_that_are_never_active() -> None:
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_rounds_the_weights_of_inputs_that_were_never_active(bits: Bits) -> None:
+    """Other text may activate them."""
+    weight = torch.randn(8, 64, generator=GENERATOR)
     inputs = torch.randn(64, 64, generator=GENERATOR)
     inputs[:, 10:20] = 0
-    result = dequantize(gptq(torch.randn(8, 64, generator=GENERATOR), inputs.T @ inputs, 32))
+    result = dequantize(gptq(weight, inputs.T @ inputs, 32, bits))
     assert torch.isfinite(result).all()
+    unseen = weight[:, 10:20]
+    assert (result[:, 10:20] - unseen).square().mean() < 0.25 * unseen.square().mean()
 
 
 # GGUF's integers reach the graphs without a second rounding

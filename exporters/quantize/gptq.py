@@ -54,7 +54,6 @@ def _rounded(
 ) -> Quantized:
     w = weight.to(inverse).T[order]  # [K, N]: a column of the weight is a row in memory
     columns, rows = w.shape
-    w[importance == 0] = 0  # inputs that are never active
     levels = torch.empty_like(w)
     scales = w.new_empty(columns // block_size, rows)
     zeros = torch.empty_like(scales)
