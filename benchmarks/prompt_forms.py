@@ -121,8 +121,10 @@ def losses(
     model: Model, reference: Model, text: str, window: int, windows: int
 ) -> dict[str, tuple[float, float]]:
     """By form of the prompt, KL inside it, and of `int4` after the first half of it."""
-    ids = model.text.encode(text[: window * windows * 12])
-    parts = [np.asarray(ids[at * window : (at + 1) * window], np.int64) for at in range(windows)]
+    begin = model.text.encode("")
+    ids = model.text.encode(text[: window * windows * 12], add_special_tokens=False)
+    own = window - len(begin)
+    parts = [np.concatenate([begin, ids[at * own : (at + 1) * own]]) for at in range(windows)]
     kl: dict[str, list[tuple[float, float]]] = {form: [] for form in FORMS}
     best, half = reference.manifest.variants[0], window // 2
     for part in Loop("windows", [part for part in parts if len(part) == window]):

@@ -4,14 +4,17 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cli_tool import Capture, Tool
 from conftest import logits_of
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
+import dash_onnx
 from dash_onnx.cli.eval import main
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.eval.text import evaluate_policies
@@ -147,6 +150,28 @@ def test_every_token_after_the_first_decoded_one_is_predicted(
     (found,) = evaluate_policies(tiny_model, text.read_text(), [tiny_model.policy("int8")], **sizes)
     count = min(6, len(windows(tiny_model, text, window)))
     assert found.tokens == count * (window - prompt - 1) > 0
+
+
+def test_every_window_begins_as_texts_do(
+    tiny_bundle: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With BOS, where the tokenizer puts one before a text."""
+    seen = list[list[int]]()
+    with dash_onnx.load(tiny_bundle) as model:
+        special = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        model.text.tokenizer.post_processor = special
+        ids = model.text.encode(text.read_text())
+        assert ids[0] == 0
+
+        def watched(ids: Any, **_: Any) -> Any:
+            seen.append([*ids])
+            return np.zeros((len(ids), 384))
+
+        monkeypatch.setattr(model, "logits", watched)
+        sizes = {"window": 32, "prompt_tokens": 8, "max_windows": 3, "timed": False}
+        evaluate_policies(model, text.read_text(), [model.policy("int8")], **sizes)
+    parts = [ids[at : at + 31].tolist() for at in range(1, 94, 31)]
+    assert [window for window in seen if len(window) == 32] == [[0, *part] for part in parts]
 
 
 def test_a_limit_takes_the_first_windows(

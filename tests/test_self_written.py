@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.text import TextCodec
@@ -63,6 +64,14 @@ def test_every_second_sequence_is_a_conversation(tiny_bundle: Path) -> None:
             given, answered = ends[0], answered + 1
     assert answered
     assert len({*ids[1::2, 0].tolist()}) > 3
+
+
+def test_documents_begin_with_bos_if_texts_do(tiny_bundle: Path) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    special = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    codec.tokenizer.post_processor = special
+    ids = self_written(Bundle(tiny_bundle), codec, 4, 8, 0, "text")
+    assert ids[1::2, 0].tolist() == [0, 0] and ids[1, 1] != ids[3, 1]
 
 
 @pytest.mark.parametrize(

@@ -342,7 +342,7 @@ def bytes_of(text: str) -> Ids:
     return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
 
-def drawn(*given: TextLike, sequences: int = 12, least: int = 8) -> list[str]:
+def drawn(*given: TextLike, sequences: int = 12, least: int = 8, begin: str = "") -> list[str]:
     """Sequences of 8 tokens, a byte each."""
     ids = draw(
         text_sources(given),
@@ -352,6 +352,7 @@ def drawn(*given: TextLike, sequences: int = 12, least: int = 8) -> list[str]:
         length=8,
         least=least,
         purpose="a test",
+        begin=bytes_of(begin),
     )
     assert ids.dtype == np.int64
     return [bytes(row.tolist()).decode() for row in ids]
@@ -390,6 +391,17 @@ def test_weights_are_shares_of_the_tokens(
     assert letters_of(drawn(f"{a}@{first}", f"{b}@{second}")) == [*"aaaaaaaaabbb"]
 
 
+def test_the_first_calibration_sequences_are_of_all_texts(
+    letters: Callable[[str, int], str], source: Source
+) -> None:
+    """They alone tell how good a plan is."""
+    texts = text_sources([letters("a", 9000), letters("b", 9000)])
+    ids, _ = calibration_ids(source, texts, 0, no_draft)
+    assert 0 < sum("a" in source.tokenizer.decode(row) for row in ids[:6]) < 6
+    again, _ = calibration_ids(source, texts, 0, no_draft)
+    assert np.array_equal(ids, again)
+
+
 def test_shares_hold_where_a_text_is_short(letters: Callable[[str, int], str]) -> None:
     short, long = letters("a", 16), letters("b", 5000)
     assert letters_of(drawn(f"{short}@1", f"{long}@2")) == [*"aabbbb"]
@@ -398,6 +410,13 @@ def test_shares_hold_where_a_text_is_short(letters: Callable[[str, int], str]) -
     assert str(caught.value) == (
         "a.txt@1 has 16 tokens, with which its weight allows 48 in all; a test needs at least 80"
     )
+
+
+def test_every_sequence_begins_as_texts_do(tmp_path: Path) -> None:
+    path = tmp_path / "letters.txt"
+    path.write_text("abcdefghijklmnopqrstuvwxyz")
+    assert drawn(path, begin="^") == ["^abcdefg", "^jklmnop", "^tuvwxyz"]
+    assert drawn(path) == ["abcdefgh", "jklmnopq", "stuvwxyz"]
 
 
 @pytest.mark.parametrize("count", [100, 1000, 100_000])
@@ -431,7 +450,8 @@ def test_a_text_that_is_split_into_bytes_is_taken_with_one_warning(
     codec = TextCodec(Bundle(tiny_bundle))
     with caplog.at_level(logging.WARNING, "dash_onnx"):
         ids, _ = calibration_ids(source, texts, 0, no_draft)
-        draw(texts, plain, codec.encode, sequences=8, length=64, least=8, purpose="training")
+        sizes = {"sequences": 8, "length": 64, "least": 8}
+        draw(texts, plain, codec.encode, **sizes, purpose="training", begin=codec.encode(""))
     assert len(ids) >= 2
     assert len(caplog.records) == warned
     for record in caplog.records:

@@ -150,14 +150,16 @@ class _Tally:
 
 
 def _windows(model: Model, text: str, window: int, prompt_tokens: int) -> list[Ids]:
-    """Consecutive whole windows of token ids, `[window]` each."""
+    """Consecutive whole windows of a text, `[window]` ids each, all beginning as texts do (BOS)."""
     limit = model.manifest.model.max_length
     if not 1 <= prompt_tokens <= window - 2 or window > limit:
         raise PolicyError(
             f"window {window} with {prompt_tokens} prompt tokens does not work: the prompt must "
             f"leave at least 2 tokens of the window, and the context is {limit}"
         )
-    ids = model.text.encode(text)
-    if len(ids) < window:
-        raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
-    return [ids[end - window : end] for end in range(window, len(ids) + 1, window)]
+    begin, ids = model.text.encode(""), model.text.encode(text, add_special_tokens=False)
+    own = window - len(begin)
+    if len(ids) < own:
+        raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {own}")
+    parts = (ids[end - own : end] for end in range(own, len(ids) + 1, own))
+    return [np.concatenate([begin, part]) for part in parts]

@@ -31,6 +31,7 @@ def draw(
     length: int,
     least: int,
     purpose: str,
+    begin: Ids,
 ) -> Ids:
     """Token ids `[B, length]`, int64, in the order of the sources.
 
@@ -39,11 +40,12 @@ def draw(
     Args:
         sources: at least one; either all have weights or none has.
         render: turns a conversation into text.
-        encode: tokenizes to `[S]`.
+        encode: tokenizes to `[S]`, without special tokens.
         sequences: requested number of sequences; B is lower where the texts are too short.
         length: tokens per sequence.
         least: minimum number of tokens that the texts must hold.
         purpose: what the tokens are for, in messages.
+        begin: ids that the model expects at the beginning of every text, such as BOS.
 
     Raises:
         SourceError: a source cannot be read, or the texts are too short.
@@ -72,10 +74,11 @@ def draw(
         raise SourceError(f"{found}; {purpose} needs at least {least}")
     limits = [len(ids) // length for ids in texts]
     counts = _counts(min(sequences, most // length), shares, limits)
+    own = length - len(begin)
     rows = [
-        ids[start : start + length]
+        np.concatenate([begin, ids[start : start + own]])
         for ids, count in zip(texts, counts, strict=True)
-        for start in np.linspace(0, len(ids) - length, count).astype(int)
+        for start in np.linspace(0, len(ids) - own, count).astype(int)
     ]
     return np.stack(rows)
 

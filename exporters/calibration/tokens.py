@@ -49,7 +49,7 @@ def calibration_ids(
 
     Args:
         texts: the user's own; if there are none, the model writes the text itself.
-        seed: seed for sampling.
+        seed: seed for sampling, and for the order of the sequences.
         draft: makes a bundle of the model to write the text.
         min_tokens: minimum number of tokens that the texts must hold.
         sequences: requested number; texts may hold fewer.
@@ -59,6 +59,7 @@ def calibration_ids(
     """
     if texts:
         ids = _from_text(source, texts, min_tokens, sequences)
+        ids = np.random.default_rng(seed).permutation(ids)  # the first ones stand for all
     else:
         ids = _self_generated(source, seed, draft, sequences)
     return ids, Calibration(
@@ -87,6 +88,7 @@ def _from_text(source: Source, texts: Sequence[TextSource], min_tokens: int, seq
         length=length,
         least=least,
         purpose="calibration",
+        begin=_encoder(source, add_special_tokens=True)(""),
     )
 
 

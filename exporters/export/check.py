@@ -111,7 +111,7 @@ def check(source: Source, bundle: Bundle, kind: CheckKind) -> CheckResult:
         or spec.ropes != architecture.describe(source.name, source.config, SINK_TOKENS).ropes
     ):
         return CheckResult(kind, 0, ())
-    tokens = source.tokenizer(_TEXT * 8, add_special_tokens=False)["input_ids"]
+    tokens = source.tokenizer(_TEXT * 8)["input_ids"]
     ids = np.asarray(tokens[: min(_LENGTHS[kind], length)], np.int64)[None]
     wanted, layers = _reference(source, ids, spec.scales.stream)
     limits = {**LIMITS, "full": CUDA_LIMIT} if device == "cuda" else LIMITS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -42,15 +43,15 @@ def training_ids(
         return torch.as_tensor(ids)
 
     length = min(length, bundle.manifest.model.max_length)
-
     rows = draw(
         texts,
         renderer(codec),
-        codec.encode,
+        partial(codec.encode, add_special_tokens=False),
         sequences=sequences,
         length=length,
         least=MIN_SEQUENCES * length,
         purpose="training",
+        begin=codec.encode(""),
     )
     generator = torch.Generator().manual_seed(seed)
     return torch.as_tensor(rows[torch.randperm(len(rows), generator=generator, device="cpu")])
