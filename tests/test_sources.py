@@ -388,6 +388,18 @@ def test_weights_beyond_half_are_refused_for_cuda_and_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_activations_beyond_half_are_refused_for_cuda(tmp_path: Path, night: Path) -> None:
+    def enlarge(model: LlamaForCausalLM) -> None:
+        for part in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+            part.weight *= 2.0**13
+
+    folder = save_as_bfloat16(tmp_path / "bf16", enlarge)
+    options = ExportOptions(device="cuda", calibration=(night,))
+    with pytest.raises(UnsupportedError, match=r"layer 1 gives .* export with --device cpu"):
+        export(str(folder), tmp_path / "out", options)
+    assert [*tmp_path.iterdir()] == [folder]
+
+
 # The MODEL argument
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
+from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.architectures.base import ModelSpec
 from dash_onnx.exporters.calibration.hidden_states import BATCH, HiddenStateFile, HiddenStates
@@ -105,6 +106,9 @@ class Runner:
 
         Returns:
             The sums by linear layer, `[K, K]` float32.
+
+        Raises:
+            UnsupportedError: the output is not finite.
         """
         names = list(dict.fromkeys(inputs.values()))
         weights = {inputs[name]: sink_weights[name] for name in reversed(tuple(inputs))}
@@ -134,7 +138,9 @@ class Runner:
                         sums[name] = torch.zeros(x.shape[-1], x.shape[-1])
                     unseen = max(held_out - rows.start, 0)
                     _add_upper(sums[name], x[unseen:].flatten(0, 1))
-                yield np.concatenate([run[-1] for run in runs])
+                found = np.concatenate([run[-1] for run in runs])
+                _check_finite(found, f"layer {index}")
+                yield found
 
         out.write(len(hidden), outputs())
         for total in sums.values():
@@ -172,11 +178,14 @@ class Runner:
         return _least_error_scales(keys, bits), _least_error_scales(values, bits)
 
     def head(self, path: Path, hidden: HiddenStateFile) -> None:
-        """Loads a head graph and runs it on the last token of the first sequence."""
+        """Loads a head graph and runs it on the last token of the first sequence.
+
+        Raises:
+            UnsupportedError: the logits are not finite.
+        """
         session = create_session(path, self.device)
         logits = session.run(["logits"], {"hidden": hidden[:1][:, -1:]})[0]
-        if not np.isfinite(logits).all():
-            raise FloatingPointError(f"{path} gives logits that are not finite")
+        _check_finite(logits, "the LM head")
 
     def _keep(self, index: int, hidden: HiddenStateFile, rows: range, kv: HiddenStates) -> None:
         """Writes K/V of some sequences next to the hidden states, for a later process to find."""
@@ -247,6 +256,14 @@ class Runner:
             "cos_cache": cos,
             "sin_cache": sin,
         }
+
+
+def _check_finite(values: npt.NDArray, where: str) -> None:
+    if not np.isfinite(values).all():
+        remedy = "; FP16 cannot hold them: export with --device cpu"
+        raise UnsupportedError(
+            f"{where} gives values that are not finite{remedy * (values.dtype == np.float16)}"
+        )
 
 
 def _kv_path(states: Path, layer: int) -> Path:
