@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from dash_onnx.core.atomic import check_destination, new_file, workspace, write_text, writing
+from dash_onnx.core.atomic import (
+    check_destination,
+    new_file,
+    waiting_lock,
+    workspace,
+    write_text,
+    writing,
+)
 from dash_onnx.core.errors import BundleError
 
 
@@ -45,6 +54,93 @@ def test_a_file_is_replaced_when_the_block_succeeds(
     assert path.read_text() == ("old" if error else "new")
     assert os.listdir(tmp_path) == ["report.html"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("umask", "before", "after"),
+    [
+        (0o022, None, 0o644),
+        (0o077, None, 0o600),
+        (0o002, None, 0o664),
+        (0o022, 0o600, 0o600),
+        (0o077, 0o644, 0o644),
+        (0o022, 0o444, 0o444),
+    ],
+)
+def test_a_file_keeps_its_permissions_and_a_new_one_has_those_of_the_umask(
+    tmp_path: Path, umask: int, before: int | None, after: int
+) -> None:
+    path = tmp_path / "talk"
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    usual = os.umask(umask)
+    try:
+        with new_file(path) as temporary:
+            assert temporary.stat().st_mode & ~after & 0o077 == 0  # nor is it open meanwhile
+            temporary.write_text("private")
+    finally:
+        os.umask(usual)
+    assert path.stat().st_mode & 0o777 == after
+
+
+# Locks
+
+
+class Windows:
+    """Stands for `msvcrt`: what it locks of each file, by the open file that did."""
+
+    LK_NBLCK = 2
+
+    def __init__(self) -> None:
+        self.locked: dict[int, range] = {}
+
+    def locking(self, file: int, mode: int, count: int) -> None:
+        assert mode == self.LK_NBLCK
+        start = os.lseek(file, 0, os.SEEK_CUR)
+        wanted = range(start, start + count)
+        for other in self.locked.values():
+            if wanted.start < other.stop and other.start < wanted.stop:
+                raise PermissionError(errno.EACCES, "Permission denied")
+        self.locked[file] = wanted
+
+
+class Busy(Exception):
+    """Another process has the lock."""
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_lock_is_shared_by_many_or_held_by_one(
+    windows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lock"
+
+    def busy() -> None:
+        raise Busy
+
+    if windows:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        monkeypatch.setitem(sys.modules, "msvcrt", Windows())
+    with waiting_lock(path, busy, shared=True), waiting_lock(path, busy, shared=True):
+        with pytest.raises(Busy), waiting_lock(path, busy):
+            pass
+    if windows:
+        monkeypatch.setitem(sys.modules, "msvcrt", Windows())  # their locks are gone
+    with waiting_lock(path, busy):
+        for shared in (True, False):
+            with pytest.raises(Busy), waiting_lock(path, busy, shared=shared):
+                pass
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(OSError, match="No locks available"), waiting_lock(tmp_path / "lock"):
+        pass
 
 
 @pytest.mark.parametrize(

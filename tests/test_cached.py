@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tool import Tool
+from scored_bundle import with_scorer
 
 from dash_onnx.cli import cached, info, run, train
 from dash_onnx.cli import profile as profile_command
-from dash_onnx.cli.cached import bundle_of, entries, known_bundle, listing, model_name, remove
-from dash_onnx.core.atomic import TRAINING, locked, waiting_lock
+from dash_onnx.cli.cached import entries, known_bundle, listing, model_name, remove
+from dash_onnx.core.atomic import TRAINING, locked, waiting_lock, workspace_of
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError, SourceError
 from dash_onnx.core.manifest import MANIFEST_NAME
@@ -34,11 +36,25 @@ INFO, RUN = Tool("dash-info", info.main), Tool("dash-run", run.main)
 TRAIN = Tool("dash-train", train.main)
 
 
+def end() -> None:
+    """What the end of a process does to the bundles that it uses."""
+    cached._IN_USE.close()
+
+
+def bundle_of(name: str | Path) -> str | Path:
+    """As a process of its own, which then ends."""
+    try:
+        return cached.bundle_of(name)
+    finally:
+        end()
+
+
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "cache"
     monkeypatch.setenv("DASH_CACHE", str(folder))
-    return folder
+    yield folder
+    end()
 
 
 @pytest.fixture
@@ -199,6 +215,100 @@ def test_a_training_counts_and_goes_with_its_bundle_but_not_while_it_runs(
         assert (folder / MANIFEST_NAME).is_file() and (state / "state.pt").is_file()
     remove(str(folder))
     assert not state.exists() and not folder.exists()
+
+
+# Bundles that are not removed
+
+
+@pytest.mark.parametrize("use", [cached.bundle_of, known_bundle])
+@pytest.mark.parametrize("named", ["model", "folder"])
+def test_a_bundle_in_use_stays(
+    use: Callable[[str | Path], str | Path],
+    named: str,
+    model: Path,
+    tiny_folder: Path,
+    exports: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    """Neither another model, nor another state of its own, nor the user removes it."""
+    folder = Path(bundle_of(model))
+    assert use(model if named == "model" else folder) == folder
+    os.utime(cached._note(folder), (1, 1))  # a server that was started long ago
+    monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    cached.bundle_of(other)
+    os.utime(model / "config.json", ns=(1, 1))
+    cached.bundle_of(model)
+    assert Bundle(folder).manifest and len(entries()) == 3
+    refusal = INFO.refused(capsys, "--remove", folder.name)
+    assert f"another process is using {model}" in refusal
+    assert Bundle(folder).manifest
+    end()
+    assert INFO.run("--remove", folder.name) == 0 and not folder.exists()
+
+
+def test_a_bundle_is_in_use_until_the_process_ends(
+    model: Path, exports: list[str], capsys: Capture
+) -> None:
+    folder = bundle_of(model)
+    code = (
+        "import sys; from dash_onnx.cli.cached import known_bundle;"
+        "print(known_bundle(sys.argv[1]), flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(model)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == f"{folder}\n"
+        assert "another process is using" in INFO.refused(capsys, "--remove", model)
+        user.kill()
+    assert INFO.run("--remove", model) == 0 and not entries()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_only_the_user_removes_what_was_trained(
+    finished: bool,
+    model: Path,
+    tiny_folder: Path,
+    exports: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(bundle_of(model))
+    if finished:
+        with_scorer(folder)
+    else:
+        with locked(folder, TRAINING) as state:
+            (state / "state.pt").write_bytes(bytes(1000))
+    os.utime(cached._note(folder), (1, 1))
+    monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
+    os.utime(model / "config.json", ns=(1, 1))
+    untrained = Path(bundle_of(model))
+    workspace_of(untrained, TRAINING).mkdir()
+    (workspace_of(untrained, TRAINING) / "lock").touch()  # of a training that was killed early
+    last = bundle_of(shutil.copytree(tiny_folder, tmp_path / "other"))
+    assert {entry.folder for entry in entries()} == {folder, last} and not untrained.exists()
+    assert INFO.run("--remove", folder.name) == 0 and not folder.exists()
+
+
+@pytest.mark.parametrize("use", [cached.bundle_of, known_bundle])
+def test_a_cache_that_can_only_be_read_is_used(
+    use: Callable[[str | Path], str | Path],
+    model: Path,
+    exports: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = bundle_of(model)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    assert use(model) == folder
 
 
 # Interrupted exports

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,10 @@ _WEIGHTS = (  # files that define a model
 )
 
 
+_IN_USE = ExitStack()
+"""Shared locks on the bundles that this process uses, until it ends."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A bundle in the cache, or what an interrupted export of it left.
@@ -59,6 +63,16 @@ class Entry:
     def finished(self) -> bool:
         """Whether the bundle is complete."""
         return (self.folder / MANIFEST_NAME).is_file()
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has a policy that this version can run, or an unfinished training."""
+        if any(workspace_of(self.folder, TRAINING).glob("*.*")):  # more than its lock
+            return True
+        try:
+            return Bundle(self.folder).manifest.scorer is not None
+        except (DashError, OSError):
+            return False
 
     @property
     def bytes(self) -> int:
@@ -82,6 +96,8 @@ def cache_folder() -> Path:
 def bundle_of(name: str | Path) -> str | Path:
     """The bundle that an argument names: a bundle itself, or the one in the cache for a model.
 
+    No process removes a bundle from the cache while this one, which uses it, runs.
+
     Args:
         name: a bundle's folder; or a model as `dash-export` takes it, which is exported first
             unless it is in the cache, without training.
@@ -92,11 +108,9 @@ def bundle_of(name: str | Path) -> str | Path:
     found = _place(name)
     if found is None:
         return name
-    source, folder = found
-    if not (folder / MANIFEST_NAME).is_file():
-        _make(source, folder)
-    _used(source, folder)
-    return folder
+    while not _claim(*found):
+        _make(*found)
+    return found[1]
 
 
 def known_bundle(name: str | Path) -> str | Path:
@@ -105,18 +119,13 @@ def known_bundle(name: str | Path) -> str | Path:
         found = _place(name)
     except (OSError, ValueError):  # not a possible file name
         return name
-    if found is None or not (found[1] / MANIFEST_NAME).is_file():
-        return name
-    with suppress(DashError, OSError):  # a read-only cache can still be used
-        _used(*found)
-    return found[1]
+    return name if found is None or not _claim(*found) else found[1]
 
 
 def model_name(name: str | Path) -> str:
     """The name under which a server offers a bundle; for one in the cache, after its source."""
     path = Path(name).resolve()
-    source = _noted(_note(path)) if path.parent == cache_folder().resolve() else None
-    return stem_of(Path(source or path).name)
+    return stem_of(Path(_origin(path) or path).name)
 
 
 def entries() -> list[Entry]:
@@ -132,7 +141,7 @@ def remove(name: str) -> list[Entry]:
 
     Raises:
         SourceError: there is no such bundle.
-        BundleError: another process is exporting or training it.
+        BundleError: another process is exporting, training or using it.
     """
     source, path = _source(name) or name, Path(name)
     found = [
@@ -148,7 +157,11 @@ def remove(name: str) -> list[Entry]:
 
 
 def _place(name: str | Path) -> tuple[str, Path] | None:
-    """Name of a model in the cache, and the folder of its bundle; None if it is not a model."""
+    """Name of a model in the cache, and the folder of its bundle; None for anything else."""
+    if (Path(name) / MANIFEST_NAME).is_file():
+        folder = Path(name).resolve()
+        source = _origin(folder)
+        return None if source is None else (source, folder)
     source = _source(str(name))
     return None if source is None else (source, cache_folder() / _entry_name(source))
 
@@ -215,23 +228,26 @@ def _make(source: str, folder: Path) -> None:
         _used(source, folder)  # names what an interrupted export leaves
         shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted removal
         build(source, folder, ExportOptions(overwrite=True), check="none")
+        _hold(folder)
         for entry in _entries():  # made from an earlier state of the source
-            if entry.source == source and entry.folder != folder:
-                with suppress(BundleError):  # another process is working on it
+            if entry.source == source and entry.folder != folder and not entry.trained:
+                with suppress(BundleError):  # in use
                     _remove(entry)
         _make_room(folder, limit)
 
 
 def _make_room(newest: Path, limit: float) -> None:
-    """Removes least recently used entries until the cache is within its limit."""
+    """Removes least recently used, untrained entries until the cache is within its limit."""
     found = [(entry, entry.bytes) for entry in entries()]
     total = sum(size for _, size in found)
     others = [(entry, size) for entry, size in found if entry.folder != newest]
     while others and total > limit:
         entry, size = others.pop()
+        if entry.trained:
+            continue
         try:
             _remove(entry)
-        except BundleError:  # another process is working on it
+        except BundleError:  # in use
             continue
         total -= size
         _LOG.info("removed %s from the cache, which DASH_CACHE_GB limits", entry.source)
@@ -269,18 +285,35 @@ def _remove(entry: Entry) -> None:
     """Removes everything that belongs to an entry.
 
     Raises:
-        BundleError: another process is exporting or training it.
+        BundleError: another process is exporting, training or using it.
     """
 
     def refuse() -> None:
-        raise BundleError(f"another process is exporting {entry.source}: wait for it, or stop it")
+        doing = "using" if entry.finished else "exporting"
+        raise BundleError(f"another process is {doing} {entry.source}: wait for it, or stop it")
 
-    with waiting_lock(_lock(entry.folder), refuse):
+    with waiting_lock(_lock(entry.folder), refuse), waiting_lock(_users(entry.folder), refuse):
         for name in _WORKSPACES:
             discard(entry.folder, name)
         (entry.folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: without it, no bundle
         shutil.rmtree(entry.folder, ignore_errors=True)
         _note(entry.folder).unlink(missing_ok=True)
+
+
+def _claim(source: str, folder: Path) -> bool:
+    """Whether the bundle is there; if so, it stays there while this process runs."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return False
+    _hold(folder)
+    with suppress(DashError, OSError):  # a read-only cache can still be used
+        _used(source, folder)
+    return (folder / MANIFEST_NAME).is_file()  # not removed before it was held
+
+
+def _hold(folder: Path) -> None:
+    """Keeps others from removing a bundle while this process runs."""
+    with suppress(OSError):  # nobody removes what is in a read-only cache
+        _IN_USE.enter_context(waiting_lock(_users(folder), shared=True))
 
 
 def _used(source: str, folder: Path) -> None:
@@ -301,6 +334,11 @@ def _noted(note: Path) -> str | None:
     return source if isinstance(source, str) else None
 
 
+def _origin(folder: Path) -> str | None:
+    """The source of a bundle in the cache; None for any other folder, or if the note is lost."""
+    return _noted(_note(folder)) if folder.parent == cache_folder().resolve() else None
+
+
 def _note(folder: Path) -> Path:
     """The file that records the source of a bundle, and when it was last used."""
     return folder.with_name(f"{folder.name}.json")
@@ -309,6 +347,11 @@ def _note(folder: Path) -> Path:
 def _lock(folder: Path) -> Path:
     """The file that a process locks while it exports into a folder; it is never removed."""
     return folder.with_name(f".{folder.name}.lock")
+
+
+def _users(folder: Path) -> Path:
+    """The file that the processes that use a bundle lock together; it is never removed."""
+    return folder.with_name(f".{folder.name}.used")
 
 
 def listing() -> tuple[list[dict[str, object]], list[str]]:

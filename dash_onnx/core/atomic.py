@@ -6,8 +6,10 @@ The system releases the lock on a folder that is being written when its process 
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import shutil
-import tempfile
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +24,12 @@ NEW, OLD, _LOCK = "bundle", "replaced", "lock"
 
 PARTIAL, WRITING, TRAINING = "partial", "new", "training"
 """Names of the workspaces of a bundle: of its export, of `writing`, and of its training."""
+
+_TAKEN = (BlockingIOError, PermissionError)
+"""Errors of a lock that another process has."""
+
+_BYTES = 1 << 30
+"""Bytes that a lock covers on Windows; the file need not have them."""
 
 
 def check_file(path: Path) -> None:
@@ -42,21 +50,29 @@ def check_file(path: Path) -> None:
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a path beside `path`; what the block writes there replaces `path` at the end.
 
-    On any error or interrupt, `path` stays as it was.
+    On any error or interrupt, `path` stays as it was. It keeps its permissions; a new file has
+    those that the umask grants.
 
     Raises:
         BundleError: see `check_file`.
     """
     check_file(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    kept = _mode(path) if path.exists() else None
+    # Never more open than the file that it replaces, and writable for the block.
+    wanted = 0o666 if kept is None else kept | 0o600
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, wanted))
     try:
+        mode = _mode(temporary) if kept is None else kept
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -222,11 +238,10 @@ def locked(folder: Path, name: str) -> Iterator[Path]:
         with lock:
             try:
                 _lock(lock)
-            except OSError:
-                doing = "training" if name == TRAINING else "writing"
-                raise BundleError(
-                    f"another process is {doing} {folder}: wait for it, or stop it"
-                ) from None
+            except _TAKEN:
+                training = f"training {folder} or profiling it"
+                doing = training if name == TRAINING else f"writing {folder}"
+                raise BundleError(f"another process is {doing}: wait for it, or stop it") from None
             if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 try:
                     yield space
@@ -238,20 +253,27 @@ def locked(folder: Path, name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def waiting_lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
+def waiting_lock(
+    path: Path, waits: Callable[[], None] = lambda: None, *, shared: bool = False
+) -> Iterator[None]:
     """Holds the lock on a file, which ends with the process; waits while another process has it.
 
     Args:
         path: the file, which is created and stays.
         waits: called once before it waits.
+        shared: whether others may share the lock, also processes that can only read the file.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
     """
-    with path.open("w") as lock:
+    flags = os.O_CREAT | (os.O_RDONLY if shared else os.O_RDWR)
+    with os.fdopen(os.open(path, flags, 0o666)) as lock:
         told = False
         while True:
             try:
-                _lock(lock)
+                _lock(lock, shared)
                 break
-            except OSError:
+            except _TAKEN:
                 if not told:
                     waits()
                 told = True
@@ -259,17 +281,24 @@ def waiting_lock(path: Path, waits: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str]) -> None:
-    """Locks a file for this process.
+def _lock(file: IO[str], shared: bool = False) -> None:
+    """Locks a file for this process; does nothing on a system that has no locks.
 
     Raises:
-        OSError: another process has it.
+        OSError: one of `_TAKEN` if another process has it.
     """
     try:
         import fcntl
     except ImportError:
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        pass
     else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return
+    try:
+        import msvcrt
+    except ImportError:
+        return
+    # Windows locks bytes, each for one process: those that share a lock have a byte each.
+    os.lseek(file.fileno(), random.randrange(_BYTES) if shared else 0, os.SEEK_SET)
+    count = 1 if shared else _BYTES
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, count)  # type: ignore[attr-defined]
