@@ -18,7 +18,10 @@ from cli_tool import Capture, Tool
 from scored_bundle import with_scorer
 
 from dash_onnx.cli.profile import main
+from dash_onnx.core.atomic import TRAINING, locked
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import BundleError
+from dash_onnx.core.facts import Costs
 from dash_onnx.runtime import profile_whole
 from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.machine import machine_name
@@ -121,6 +124,34 @@ def test_a_profile_that_other_work_disturbed_is_refused(
     else:
         assert TOOL.run(bundle) == 0
     assert (Bundle(bundle).manifest.costs == costs) == (not told)
+
+
+def test_a_bundle_in_training_is_not_profiled_but_for_a_dry_run(
+    bundle: Path, capsys: Capture
+) -> None:
+    before = (bundle / "dash.json").read_bytes()
+    with locked(bundle, TRAINING):
+        assert f"another process is training {bundle}" in TOOL.refused(capsys, bundle, "--force")
+        assert TOOL.run(bundle, "--dry-run") == 0
+    assert (bundle / "dash.json").read_bytes() == before
+
+
+def test_a_bundle_that_is_replaced_meanwhile_stays_as_it_is(
+    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = Bundle(bundle).manifest.costs
+
+    def measure(*_: object) -> Costs:
+        with_scorer(bundle)
+        with pytest.raises(BundleError, match="profiling it"), locked(bundle, TRAINING):
+            pass
+        return costs
+
+    monkeypatch.setattr("dash_onnx.runtime.profile.measure", measure)
+    assert "was replaced meanwhile" in TOOL.refused(capsys, bundle, "--force")
+    assert Bundle(bundle).manifest.scorer is not None
+    with locked(bundle, TRAINING):  # left by no one
+        pass
 
 
 def test_steady_work_on_every_core_is_noticed() -> None:

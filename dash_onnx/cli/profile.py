@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import statistics
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 from dash_onnx.cli.common import (
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _profile(arguments: argparse.Namespace) -> None:
     import dash_onnx
+    from dash_onnx.core.atomic import TRAINING, locked
     from dash_onnx.core.budget import reference_ms
     from dash_onnx.core.bundle import Bundle, replace_manifest
     from dash_onnx.core.contract import FUSED_FOLDER
@@ -60,25 +63,31 @@ def _profile(arguments: argparse.Namespace) -> None:
 
     # Checks that the device is available, and sets the threads.
     dash_onnx.load(arguments.bundle, threads=arguments.threads)
-    bundle = Bundle(arguments.bundle)
-    costs, disturbed = checked(bundle, bundle.manifest.target.device)
-    manifest = with_costs(bundle.manifest, costs)
-    costs = plan_times(Bundle(bundle.folder, manifest), manifest.target.device)
-    manifest = replace(manifest, costs=costs)
-    if not arguments.dry_run:
-        if disturbed and not arguments.force:
-            raise DashError(
-                f"{disturbed}; stop it and try again, set --threads if CPU time is limited, or "
-                "write the costs with --force"
-            )
-        replace_manifest(bundle.folder, manifest)
-        if (fused := bundle.folder / FUSED_FOLDER).is_dir():
-            out = shlex.quote(str(bundle.folder))
-            print(
-                f"dash-profile: {fused} still has the previous costs; update it with "
-                f"dash-fuse {out} --overwrite and the same options as before",
-                file=sys.stderr,
-            )
+    # A training needs a writable folder around the bundle.
+    trainable = os.access(arguments.bundle.resolve().parent, os.W_OK)
+    writes = trainable and not arguments.dry_run
+    with locked(arguments.bundle, TRAINING) if writes else nullcontext():
+        bundle = Bundle(arguments.bundle)
+        costs, disturbed = checked(bundle, bundle.manifest.target.device)
+        manifest = with_costs(bundle.manifest, costs)
+        costs = plan_times(Bundle(bundle.folder, manifest), manifest.target.device)
+        manifest = replace(manifest, costs=costs)
+        if not arguments.dry_run:
+            if disturbed and not arguments.force:
+                raise DashError(
+                    f"{disturbed}; stop it and try again, set --threads if CPU time is limited, or "
+                    "write the costs with --force"
+                )
+            if Bundle(bundle.folder).manifest != bundle.manifest:  # an export does not wait
+                raise DashError(f"{bundle.folder} was replaced meanwhile: profile it again")
+            replace_manifest(bundle.folder, manifest)
+    if not arguments.dry_run and (fused := bundle.folder / FUSED_FOLDER).is_dir():
+        out = shlex.quote(str(bundle.folder))
+        print(
+            f"dash-profile: {fused} still has the previous costs; update it with "
+            f"dash-fuse {out} --overwrite and the same options as before",
+            file=sys.stderr,
+        )
     if arguments.json:
         print(json.dumps(to_json(costs)))
         return
