@@ -236,6 +236,13 @@ def test_files_are_listed_by_posix_path_without_the_manifest(tmp_path: Path) -> 
     assert sorted(list_files(tmp_path)) == ["a/b/c.onnx", "d.json"]
 
 
+def test_the_card_is_not_listed_but_a_document_of_its_name_is(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("README.md", "source/README.md"):
+        (tmp_path / name).write_text(name)
+    assert [*list_files(tmp_path)] == ["source/README.md"]
+
+
 def test_a_pinned_bundle_opens_and_no_other(tiny_bundle: Path) -> None:
     digest = file_facts(tiny_bundle / "dash.json").sha256
     assert Bundle(tiny_bundle, sha256=digest.upper()).manifest

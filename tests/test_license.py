@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,16 @@ from cli_tool import Capture, Tool
 from gguf_files import write_model
 from gguf_models import tiny_model
 from huggingface_hub import metadata_load
+from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.cli.info import main
+from dash_onnx.cli.plans import plans_table
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.card import card
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures import REGISTRY
+from dash_onnx.exporters.export.losses import SEQUENCES, held_out
 from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.sources import open_source
 
@@ -105,6 +109,27 @@ def test_the_model_card_has_what_a_hub_reads_and_the_figures(
     assert "| `balanced` |" in text and manifest.costs.machine in text
     assert manifest.scorer is None and "KL: against full precision, on" in text
     assert "pip install '.[cpu]'    # in a clone" in text  # the package is not on PyPI
+
+
+@pytest.mark.parametrize(("sequences", "text"), [(31, "calibration"), (32, "held-out")])
+def test_the_text_that_losses_were_measured_on_is_named(
+    sequences: int, text: str, licensed: Path
+) -> None:
+    manifest = Bundle(licensed).manifest
+    calibration = replace(manifest.calibration, sequences=sequences)
+    assert held_out(sequences) == (SEQUENCES if text == "held-out" else 0)
+    manifest = replace(manifest, calibration=calibration)
+    assert f"KL: against full precision, on {text} text." in card(manifest)
+    assert f"in nats on {text} text" in "\n".join(plans_table(manifest))
+
+
+def test_a_training_holds_text_out_whatever_the_export_did(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
+    manifest = Bundle(folder).manifest
+    manifest = replace(manifest, calibration=replace(manifest.calibration, sequences=2))
+    assert ", on held-out text." in card(manifest)
 
 
 def test_the_model_card_names_the_model_on_the_hub(licensed: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from conftest import save_tiny
 from fixed_costs import fixed
 
 from dash_onnx.cli.export import main
+from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.contract import CARD_NAME
 from dash_onnx.core.errors import BundleError
+from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.records import to_json
 from dash_onnx.exporters.export import pipeline
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.partial import exporting
@@ -171,6 +175,34 @@ def test_a_resumed_export_writes_the_layers_that_are_left_and_equals_a_whole_one
     assert written == [5, 6, 7]
     assert os.listdir(tmp_path) == ["out"]
     assert content_of(out) == content_of(whole[0])
+
+
+def test_an_export_that_broke_off_behind_its_last_file_is_whole_when_resumed(
+    deep: Path,
+    night: Path,
+    whole: tuple[Path, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, write = tmp_path / "out", pipeline.write_card
+
+    def struck(folder: Path, manifest: Manifest) -> None:
+        write(folder, replace(manifest, model=replace(manifest.model, name="another")))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_card", struck)
+        assert main(arguments(deep, night, out)) == 130
+    assert main(arguments(deep, night, out)) == 0
+    for name, facts in json.loads((out / "dash.json").read_text())["files"].items():
+        assert to_json(file_facts(out / name)) == facts
+    assert content_of(out) == content_of(whole[0])
+
+
+def test_the_folders_above_a_destination_are_made(deep: Path, night: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new/sub/out"
+    assert main(arguments(deep, night, out)) == 0
+    assert (out / "dash.json").is_file() and os.listdir(out.parent) == ["out"]
 
 
 def test_a_resumed_export_counts_the_time_of_all_its_processes(

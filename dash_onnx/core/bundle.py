@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path, PurePosixPath
 
 from dash_onnx.core.atomic import write_text
-from dash_onnx.core.contract import SHARED_DATA, data_name
+from dash_onnx.core.contract import CARD_NAME, SHARED_DATA, data_name
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.facts import FileFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
@@ -154,9 +154,12 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def list_files(folder: Path) -> dict[str, FileFacts]:
-    """Facts of every file below `folder` except the manifest, by POSIX path relative to it."""
+    """Facts of every file of a bundle, by POSIX path relative to it.
+
+    The manifest and the card describe these files, and are not among them.
+    """
     return {
         path.relative_to(folder).as_posix(): file_facts(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
+        if path.is_file() and path.name != MANIFEST_NAME and path != folder / CARD_NAME
     }

@@ -141,7 +141,8 @@ def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
     """
     sizes = sizes_of(source, options)
     disk = sizes.bundle + sizes.work
-    free = shutil.disk_usage(out.resolve().parent).free + unfinished_bytes(out)
+    place = next(folder for folder in out.resolve().parents if folder.exists())
+    free = shutil.disk_usage(place).free + unfinished_bytes(out)
     if disk > free:
         raise DashError(
             f"the export needs {disk / 1e9:.1f} GB of disk beside {out}, and {free / 1e9:.1f} GB "
