@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import xml.etree.ElementTree
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from dash_onnx.bench.memory import read_gigabytes_per_s
 from dash_onnx.bench.prompts import context, read_prompts
 from dash_onnx.bench.worker import Worker
 from dash_onnx.cli.bench import _table, main
+from dash_onnx.core.block import Experts
+from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DashError, SourceError
 from dash_onnx.runtime.model import Model
 
@@ -147,6 +150,17 @@ def test_all_take_turns_on_each_context_after_the_rounds_of_each_process() -> No
     assert a.contexts[8].tokens_per_s == pytest.approx(125)
 
 
+@pytest.mark.parametrize("prompts", [[[1] * 8], [[1], [1] * 8]])
+def test_a_prompt_that_a_contender_has_no_room_for_is_told_with_both(
+    prompts: list[list[int]],
+) -> None:
+    log: list[str] = []
+    starts = [lambda name=name: Fake(name, log) for name in ("a", "short")]
+    with pytest.raises(DashError, match="short: a prompt of 8 tokens and an answer of 4 exceed"):
+        measure(starts, prompts, new_tokens=4, rounds=2, processes=1)
+    assert log[-2:] == ["short closed", "a closed"]
+
+
 def test_a_context_has_its_length_and_ends_with_a_prompt() -> None:
     assert context([[1, 2], [3], [4, 5]], 9) == [1, 2, 3, 1, 2, 3, 1, 4, 5]
     assert context([[1, 2]], 5) == [1, 2, 1, 1, 2]
@@ -246,6 +260,26 @@ def test_a_run_may_draft(tiny_bundle: Path, capsys: Capture) -> None:
     assert "dash int8+drafts" in out and "with drafts: mean" in out
     for wrong, told in (("int8+magic", "int8+magic"), ("random+drafts", "one path")):
         assert told in TOOL.refused(capsys, tiny_bundle, "--policy", wrong)
+
+
+@pytest.mark.parametrize("experts", [None, Experts(count=4, per_token=1, width=8)])
+def test_bandwidth_is_told_where_every_token_reads_all_weights(
+    experts: Experts | None,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "out"))
+    manifest = Bundle(folder).manifest
+    replace_manifest(folder, replace(manifest, block=replace(manifest.block, experts=experts)))
+    variants = ("int8", "int8+drafts", "random")
+    measured = [Result(f"dash {variant}", (1.0,), (1.0,), 1.0, 1) for variant in variants]
+    monkeypatch.setattr("dash_onnx.bench.measure.measure", lambda *_, **__: [*measured])
+    words = [word for variant in variants for word in ("--policy", variant)]
+    found = TOOL.json_of(capsys, folder, *words, "--skip", "quality", "--skip", "contexts")
+    told = [row["gb_per_s"] is not None for row in found["contenders"]]
+    assert told == [experts is None, False, False]
 
 
 def test_the_table_has_a_row_for_every_contender(tiny_bundle: Path, capsys: Capture) -> None:

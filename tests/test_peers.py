@@ -14,7 +14,9 @@ from gguf_models import FAMILIES, tiny_model
 
 import dash_onnx
 from dash_onnx.bench.worker import Worker
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.statistics import kl_divergence, log_softmax
+from dash_onnx.exporters.fused import FuseOptions, fuse
 
 pytestmark = pytest.mark.slow  # quick, but the peers are installed for the slow tests
 
@@ -45,6 +47,22 @@ def test_a_peer_reads_the_demo_model_as_we_do(peer: Worker, trained_bundle: Path
     # Both round activations to INT8.
     ours = model.logits(np.array(ids), policy="int8")[4:]
     assert kl_divergence(log_softmax(ours), log_softmax(theirs)).mean() < 0.02
+
+
+def test_genai_decodes_and_scores_up_to_its_context_and_nothing_beyond(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    needed("onnxruntime_genai")
+    bundle = Bundle(tiny_bundle)
+    fuse(bundle, tmp_path / "out", FuseOptions(policy="int8"), overwrite=False)
+    room = bundle.manifest.model.max_length
+    worker = Worker("genai", "genai", str(tmp_path / "out"), 1)
+    ids = np.random.default_rng(3).integers(2, 300, room).tolist()
+    assert len(worker.decode(ids[:-3], 3)) == 3
+    assert worker.decode(ids[:-3], 4) == worker.decode(ids, 4) == []
+    rows = worker.logits(ids, room - 3)
+    assert rows is not None and len(rows) == 3
+    worker.close()
 
 
 def test_transformers_agrees_on_the_tiny_model(tiny_folder: Path, tiny_bundle: Path) -> None:

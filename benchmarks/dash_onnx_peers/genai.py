@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ class GenAI:
 
     def __init__(self, target: str, threads: int):
         """Loads the model."""
+        facts = json.loads((Path(target) / "genai_config.json").read_text("utf-8"))
+        self._room: int = facts["model"]["context_length"]
         config = og.Config(target)
         options = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": options}}))
@@ -30,6 +33,8 @@ class GenAI:
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
+        if len(ids) + new > self._room:
+            return []
         generator = self._generator(len(ids) + new)
 
         def first() -> None:
@@ -62,7 +67,7 @@ class GenAI:
 
     def logits(self, ids: list[int], prompt_tokens: int) -> npt.NDArray[np.float32]:
         """Appends the tokens one by one."""
-        generator = self._generator(len(ids) + 1)
+        generator = self._generator(len(ids))
         generator.append_tokens(np.array(ids[:prompt_tokens], np.int32))
         rows = []
         for token in ids[prompt_tokens:]:

@@ -12,6 +12,7 @@ import numpy as np
 from dash_onnx.bench.worker import Worker
 from dash_onnx.core.arrays import Logits
 from dash_onnx.core.budget import PRESETS
+from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 
@@ -55,7 +56,7 @@ class Result:
         ttft_ms: per round, the median over prompts of the milliseconds to the first token.
         load_s: seconds to load, including package imports.
         peak_rss_bytes: highest resident memory of its process, after the rounds.
-        weight_bytes: bytes of weights read per token; None if unknown.
+        weight_bytes: bytes of weights read per token; None if unknown, or if it varies.
         kl: mean KL(reference || contender) in nats; None if it does not expose logits.
         kl_stderr: standard error over the texts.
         contexts: speed by length of the context; without contexts that do not fit.
@@ -160,6 +161,9 @@ def measure(
 
     Returns:
         One result per contender, over all of its processes.
+
+    Raises:
+        DashError: a prompt and its answer exceed the context of a contender.
     """
     generations: list[list[Result]] = []
     for _ in range(processes):
@@ -198,16 +202,25 @@ def _rounds(
     decode: list[list[float]] = [[] for _ in workers]
     first: list[list[float]] = [[] for _ in workers]
     for worker in workers:
-        worker.decode(prompts[0], new_tokens)
+        _decoded(worker, prompts[0], new_tokens)
     for turn in Loop("turns", range(count * len(workers))):
         index = turn % len(workers)
-        runs = [workers[index].decode(prompt, new_tokens) for prompt in prompts]
+        runs = [_decoded(workers[index], prompt, new_tokens) for prompt in prompts]
         decode[index].append(statistics.median(statistics.median(run[1:]) for run in runs))
         first[index].append(statistics.median(run[0] for run in runs))
     return [
         Result(w.name, tuple(decode[i]), tuple(first[i]), w.load_s, w.peak_rss_bytes())
         for i, w in enumerate(workers)
     ]
+
+
+def _decoded(worker: Worker, prompt: list[int], new_tokens: int) -> list[float]:
+    if times := worker.decode(prompt, new_tokens):
+        return times
+    raise DashError(
+        f"{worker.name}: a prompt of {len(prompt)} tokens and an answer of {new_tokens} exceed its "
+        "context; lower --max-tokens, or leave out the prompt or the peer"
+    )
 
 
 def _in_contexts(

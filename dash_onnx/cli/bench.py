@@ -197,8 +197,10 @@ def _bench(arguments: argparse.Namespace) -> None:
         contexts=[*contexts[:1] * (_PREFILLS - 1), *contexts],
         quality=quality,
     )
-    for index, policy in enumerate(policies):  # ours come first
-        if policy.uniform is not None:  # else each token reads what it chooses
+    dense = model.manifest.block.experts is None
+    for index, (variant, policy) in enumerate(zip(variants, policies, strict=True)):  # ours first
+        # A token reads what it and its experts choose; the tokens of a draft read together.
+        if policy.uniform is not None and dense and not drafts(variant):
             read = model.manifest.weight_bytes(policy.uniform, policy.head)
             results[index] = dataclasses.replace(results[index], weight_bytes=read)
     machine = f"{machine_name()}, {threads} threads"
