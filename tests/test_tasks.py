@@ -75,6 +75,7 @@ def figures(model: DashLM, path: Path) -> dict[str, Any]:
     [
         ({"context": "a b ", "continuation": "c d"}, [("a b", " c d")]),
         ({"text": "a b c"}, [("a b", " c")]),
+        ({"text": "a b c \n"}, [("a b", " c")]),
         ({"text": "one line\u2028still"}, [("one", " line\u2028still")]),
         (ARC, [("Question: What passes?\nAnswer:", x) for x in (" ships", " light")]),
         (HELLASWAG, [("Rowing: A man. sits. He", x) for x in (" rows on", " o ff")]),
@@ -139,6 +140,9 @@ def test_prompts_answers_and_figures_are_those_of_the_harness(
         '{"activity_label": "a", "ctx": "b", "endings": ["c"], "label": 1}',
         '{"activity_label": "a", "ctx": "b", "endings": ["c", ""], "label": 0}',
         '{"context": "", "continuation": "x"}',
+        '{"context": "a", "continuation": " \\n"}',
+        '{"text": "word "}',
+        '{"prompt": "a", "answer": " "}',
         '{"text": "a b"}\n{"prompt": "a", "answer": "b"}',
     ],
 )
@@ -373,6 +377,28 @@ def test_free_answers_are_compared_exactly(
     answers = ["4.", " 4", "42", "44 and 4", "no such answer"]
     monkeypatch.setattr(DashLM, "generate_until", lambda *_: answers)
     assert figures(DashLM(tiny_model), path)["exact_match,none"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("total", [-400.0, -800.0])
+def test_a_perplexity_that_is_no_finite_number_is_left_out(
+    total: float,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    path = written(tmp_path / "t.jsonl", *[LAMBADA] * 4)
+    scores = [(-2.0, True), (-4.0, False), (-2.0, True), (-4.0, True)]
+    monkeypatch.setattr(DashLM, "loglikelihood", lambda *_: scores)
+    found = TOOL.json_of(capsys, tiny_bundle, "--task", path)["results"]["t"]
+    assert found["perplexity,none"] == pytest.approx(np.exp(3))
+    assert found["perplexity_stderr,none"] > 0
+    scores[1:3] = [(total, False), (total * 3, True)]
+    found = TOOL.json_of(capsys, tiny_bundle, "--task", path)["results"]["t"]
+    assert found["acc,none"] == 0.75 and found["acc_stderr,none"] > 0
+    assert not {"perplexity,none", "perplexity_stderr,none"} & found.keys()
+    assert TOOL.run(tiny_bundle, "--task", path) == 0
+    assert "perplexity" not in capsys.readouterr().out
 
 
 # The command

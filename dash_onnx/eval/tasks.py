@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from dash_onnx.core.text import json_lines
 
 _FEWSHOT_SEED = 1234  # the harness's default few-shot seed
 _BOOTSTRAP_ITERS = 1000  # for the standard error of metrics that are not means
+_MOST_NATS = 300  # whose exponential, a perplexity, can be squared for that
 
 
 def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[str, Any]:
@@ -30,7 +34,8 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
         max_items: number of leading items of each task; None takes all.
 
     Returns:
-        The result of the harness's own `evaluate`: the figures of each task are in `results`.
+        The result of the harness's own `evaluate`: the figures of each task are in `results`,
+        without those that are not finite.
 
     Raises:
         SourceError: there is no such task or file, its data cannot be read or fetched, or it needs
@@ -51,9 +56,18 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
                 f"task {name!r} runs the model's code or needs images, which is not supported"
             )
         task.set_fewshot_seed(_FEWSHOT_SEED)
-    return evaluate(
+        if task.OUTPUT_TYPE == "loglikelihood":
+            task.process_results = partial(_bounded, task.process_results)
+    found: dict[str, Any] = evaluate(
         model, loaded, limit=max_items, bootstrap_iters=_BOOTSTRAP_ITERS, log_samples=False
     )
+    for name, figures in found["results"].items():
+        found["results"][name] = {
+            key: value
+            for key, value in figures.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+    return found
 
 
 def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTask:
@@ -121,12 +135,22 @@ def _document(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         kind, context = "generate_until", record["prompt"]
         document = {"answer": str(record["answer"])}
     else:
-        kind, (context, _, last) = "loglikelihood", record["text"].rpartition(" ")
+        kind, (context, _, last) = "loglikelihood", record["text"].rstrip().rpartition(" ")
         document = {"answer": " " + last}
     texts = [context, *document.get("choices", [str(document["answer"])])]
-    if not all(text.encode("utf-8") for text in texts):  # which refuses lone surrogates
+    if not all(text.strip().encode("utf-8") for text in texts):  # which refuses lone surrogates
         raise ValueError("nothing to score, or nothing before it")
     return kind, {"context": context, **document}
+
+
+def _bounded(
+    process: Callable[[Any, Any], dict[str, Any]], document: Any, results: Any
+) -> dict[str, Any]:
+    """A document's figures, where a perplexity that would overflow is infinite."""
+    found = process(document, results)
+    if found.get("perplexity", 0.0) < -_MOST_NATS:  # still a log-likelihood
+        found["perplexity"] = -math.inf
+    return found
 
 
 def _begins_with_the_answer(document: dict[str, Any], answers: list[str]) -> dict[str, float]:
