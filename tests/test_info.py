@@ -219,7 +219,7 @@ def test_of_plans_that_lose_more_than_presets_may_the_slowest_is_shown(tiny_bund
     manifest = dataclasses.replace(
         manifest,
         static=tuple(StaticPoint(b, "int4", kl, ("int4",) * 4) for b, kl in losses),
-        calibration=dataclasses.replace(manifest.calibration, source="night.txt"),
+        calibration=dataclasses.replace(manifest.calibration, source="night.txt", sequences=32),
     )
     lines = plans_table(manifest)
     assert [line.split()[:-5] for line in lines[1:4]] == [[], ["balanced,", "fast"], ["quality"]]

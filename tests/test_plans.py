@@ -15,7 +15,7 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.actions import Action, each_alone, segments_of
-from dash_onnx.core.budget import PRESETS, reference_ms
+from dash_onnx.core.budget import OTHER_TEXT, PRESETS, reference_ms
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DeviceError, PolicyError
 from dash_onnx.core.facts import BudgetPoint, StaticPoint
@@ -410,3 +410,12 @@ def test_one_graph_takes_less_time_in_the_costs(scored: Manifest) -> None:
     assert costs.token_ms(INT4, "int4", scored=True, graphs=len(INT4)) > alone
     cheaper = replace(scored, costs=costs)
     assert reference_ms(cheaper) < reference_ms(scored)
+
+
+@pytest.mark.parametrize(("sequences", "margin"), [(31, OTHER_TEXT), (32, 1.0)])
+def test_losses_on_text_that_gptq_has_seen_have_the_margin_of_other_text(
+    sequences: int, margin: float, tiny_bundle: Path
+) -> None:
+    manifest = Bundle(tiny_bundle).manifest
+    facts = replace(manifest.calibration, source="night.txt", sequences=sequences)
+    assert margin_of(replace(manifest, calibration=facts)) == margin

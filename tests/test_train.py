@@ -207,7 +207,8 @@ def test_the_manifest_says_how_the_scorer_came_about(untrained: Path, trained: P
     assert (training.effort, training.source, training.seed) == ("quick", "self-generated", 0)
     assert facts.margin == OTHER_TEXT > 1
     assert facts.presets == presets(facts.points, OTHER_TEXT)
-    assert training.held_out_tokens == 3 * PLAN.length  # a quarter of the 12 sequences
+    # A quarter of the 12 sequences; tokens of the prompt part are not measured.
+    assert training.held_out_tokens == 3 * (PLAN.length - PROMPT)
     assert training.tokens == 9 * PLAN.length
     assert len(training.loss) == len(training.kl) == len(training.cost) == PLAN.improvement_steps
     assert np.isfinite(training.loss).all()
@@ -451,6 +452,19 @@ def test_an_interrupted_training_goes_on_and_learns_the_same(
     assert resumed.history == trainer.history
 
 
+def test_a_resumed_training_counts_the_time_of_all_its_runs(bundle: Path) -> None:
+    Trainer(Bundle(bundle), OPTIONS).prepare_text()
+    path = bundle.parent / ".out.training" / "state.pt"
+    state = torch.load(path)
+    assert 0 < state["seconds"] < 600
+    torch.save({**state, "seconds": 5000.0}, path)
+    with pytest.raises(KeyboardInterrupt):
+        train(bundle, OPTIONS, profile=interrupted)
+    assert 5000 < torch.load(path)["seconds"] < 5600
+    train(bundle, OPTIONS, profile=fixed_costs)
+    assert 5000 < scorer_of(bundle).training.seconds < 5600
+
+
 class Due(Checkpoint):
     """Is interrupted when it has saved in the middle of the regression."""
 
@@ -559,6 +573,9 @@ def test_training_again_on_text_of_ones_own_replaces_the_scorer(
     assert [path.name for path in again.glob("scorer-*")] == [new.file]
     files = {path.relative_to(again).as_posix() for path in again.rglob("*") if path.is_file()}
     assert files == {"dash.json", CARD_NAME, *Bundle(again).manifest.files}  # and no report is left
+    seen = train(again, dataclasses.replace(OPTIONS, calibration=(night,)), profile=fixed_costs)
+    assert seen.scorer is not None and seen.calibration.source == "night.txt"
+    assert seen.scorer.margin == OTHER_TEXT  # INT4 was fitted to this text
 
 
 @pytest.mark.parametrize(

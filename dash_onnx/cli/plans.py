@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.budget import PRESETS
+from dash_onnx.core.held_out import measured_on
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import TIE, alternatives, candidates, kl_reference, margin_of
 
@@ -38,8 +39,8 @@ def plans_table(manifest: Manifest) -> list[str]:
     return [
         *aligned([["preset", "time", "budget", "KL", "head", "layers"], *rows], left=1),
         f"time: of a token, as a fraction of that at {best}; budget: the same from the sum of its "
-        f"parts; KL: to {reference}, in nats on held-out text{other}; head: precision of the LM "
-        "head",
+        f"parts; KL: to {reference}, in nats on {measured_on(manifest)}{other}; head: precision "
+        "of the LM head",
         f"a preset runs the fastest plan within its KL limit ({promised} nats{spared}); of paths "
         f"that take up to {100 * TIE:g} % longer, the one with the lowest KL{decided}",
         *(

@@ -9,6 +9,7 @@ from pathlib import Path
 from dash_onnx.core.atomic import write_text
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.contract import CARD_NAME, SOURCE_FOLDER
+from dash_onnx.core.held_out import measured_on
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import kl_reference, preset_plans
 
@@ -66,7 +67,7 @@ def card(manifest: Manifest) -> str:
         lines += [
             "",
             f"Speed: one answer, profiled on {costs.machine} with {costs.threads} threads. KL: "
-            f"against {kl_reference(manifest)}, on held-out text. Calibrated on "
+            f"against {kl_reference(manifest)}, on {measured_on(manifest)}. Calibrated on "
             f"{manifest.calibration.tokens:,} tokens ({manifest.calibration.source}).",
         ]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from itertools import groupby
 from dash_onnx.core.actions import DECIDED, Action, ActionPath, path_letters
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
 from dash_onnx.core.facts import StaticPoint
+from dash_onnx.core.held_out import holds_out
 from dash_onnx.core.manifest import Manifest
 
 TIE = 0.03
@@ -56,7 +57,9 @@ def margin_of(manifest: Manifest) -> float:
     """How much more other text may lose than the text that plans were measured on."""
     if manifest.scorer is not None:
         return manifest.scorer.margin
-    return OTHER_TEXT if manifest.calibration.source == "self-generated" else 1.0
+    calibration = manifest.calibration
+    promised = calibration.source != "self-generated" and holds_out(calibration.sequences)
+    return 1.0 if promised else OTHER_TEXT
 
 
 def frontier(manifest: Manifest) -> tuple[Plan, ...]:

@@ -14,6 +14,7 @@ from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, layer_path
 from dash_onnx.core.facts import StaticPoint, WideFacts
+from dash_onnx.core.held_out import holds_out
 from dash_onnx.core.policy import Policy, StaticPolicy
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.architectures.base import Head, ModelSpec
@@ -29,15 +30,13 @@ F = torch.nn.functional
 SEQUENCES = 4
 """Number of leading calibration sequences that are run."""
 
-_MIN_SEQUENCES = 8 * SEQUENCES  # with fewer sequences, none is held out
-
 
 def held_out(sequences: int) -> int:
     """Number of leading sequences of a calibration text that are hidden from GPTQ.
 
     Losses are measured on them, since GPTQ fits weights to its text, an INT2 head most of all.
     """
-    return SEQUENCES if sequences >= _MIN_SEQUENCES else 0
+    return SEQUENCES if holds_out(sequences) else 0
 
 
 class Losses:
