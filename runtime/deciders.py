@@ -96,8 +96,13 @@ class PathSequence(FixedPath):
         self._paths, self.segments = paths, each_alone(layers)
 
     def begin(self) -> None:
+        """See `Decider`; a pass that failed is repeated on its path."""
+        self.path = self.path or next(self._paths)
+
+    def end(self) -> ActionPath:
         """See `Decider`."""
-        self.path = next(self._paths)
+        path, self.path = self.path, ()
+        return path
 
 
 class ScoredDecider:

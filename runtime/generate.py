@@ -328,6 +328,20 @@ def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = No
     return PromptPlan(path, head, frozenset(), segments)
 
 
+def forced_plan(sessions: Sessions, policy: Policy, precision: Form | None = None) -> PromptPlan:
+    """How tokens run that a grammar forces, without draft tokens: as beside them, if they may be.
+
+    Args:
+        sessions: sessions of the bundle.
+        policy: policy of the answer.
+        precision: see `prefill_plan`, for a policy that decides for each token.
+    """
+    if policy.uniform is None:
+        return prefill_plan(sessions, policy, precision)
+    segments = policy.segments(sessions.manifest.model.num_layers)
+    return PromptPlan(policy.uniform, policy.head, sessions.widened, segments)
+
+
 def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
     """Refuses a prompt that cannot run.
 

@@ -60,8 +60,10 @@ class KVCache:
         """Makes room for `tokens` in total; the buffers may move."""
         if tokens <= self.capacity:
             return
+        limit = self._manifest.model.max_length
+        assert tokens <= limit
         steps = -(-tokens // CAPACITY) * CAPACITY if self.capacity else tokens
-        capacity = min(steps, self._manifest.model.max_length)
+        capacity = min(steps, limit)
         # Allocates all before replacing any: memory may run out at the last.
         keys, values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]
@@ -177,7 +179,7 @@ class KVPart(KVCache):
         self._whole, self._rows, self._length = whole, (start, stop), 0
         self.plain = whole.plain
         self.states = whole.states and whole.states.part(start, stop)
-        self.capacity = 0
+        self.moves = 0
         self._follow()
 
     @property
@@ -201,7 +203,7 @@ class KVPart(KVCache):
 
     def _follow(self) -> None:
         whole = self._whole
-        if self.capacity == whole.capacity:
+        if self.moves == whole.moves:
             return
         self.keys, self.values = (
             {layer: buffer.part(*self._rows) for layer, buffer in buffers.items()}

@@ -138,7 +138,7 @@ class Saved:
         }
         places = _states_of(arrays, manifest, length)
         fits = (
-            0 < length < facts_of_model.max_length
+            0 < length <= facts_of_model.max_length
             and tokens.dtype == np.int64
             and 0 <= int(tokens.min()) <= int(tokens.max()) < facts_of_model.vocab_size
             and {name: array.shape for name, array in arrays.items()} == wanted

@@ -101,20 +101,21 @@ class Rows:
         """Runs tokens of several rows; see `forward`."""
         seq, first, stop = max(map(len, tokens)), rows[0], rows[-1] + 1
         together = self._place(rows, tokens, seq)
-        paths = self._layers(together, tuple(rows), deciders, seq)
+        self._layers(together, tuple(rows), deciders, seq)
         if seq == 1:
             key, heads = tuple(rows), tuple([decider.head for decider in deciders])
             for low, high, head in calls(key, heads):
                 part = self._part(low, high)
                 part.follow(seq)
                 part.head(head)
-            return [self.states[row].logits[None] for row in rows], paths
+            logits = [self.states[row].logits[None] for row in rows]
+            return logits, [decider.end() for decider in deciders]
         hidden = together.output.reshape(stop - first, seq, -1)
         each = [
             hidden[row - first, len(ids) - count : len(ids)]
             for row, ids, count in zip(rows, tokens, wanted, strict=True)
         ]
-        return self._heads(each, deciders), paths
+        return self._heads(each, deciders), [decider.end() for decider in deciders]
 
     def _alone(
         self, row: int, ids: Sequence[int], decider: Decider, wanted: int
@@ -146,7 +147,7 @@ class Rows:
 
     def _layers(
         self, together: Part, rows: tuple[int, ...], deciders: Sequence[Decider], seq: int
-    ) -> list[ActionPath]:
+    ) -> None:
         """Runs the layers; in each, rows with the same action run together.
 
         Where plans differ in their segments, layers run one by one. If that would load some of them
@@ -160,7 +161,6 @@ class Rows:
         for segments, group in groupby(pairs, lambda pair: cut or pair[1].segments):
             own, chosen = zip(*group, strict=True)
             self._segments(segments, own, chosen, seq)
-        return [decider.end() for decider in deciders]
 
     def _again(self, deciders: Sequence[Decider]) -> bool:
         """Whether layers of one graph would be loaded again to run one by one."""

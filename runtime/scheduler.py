@@ -19,7 +19,7 @@ import numpy as np
 from dash_onnx.core.actions import ActionPath
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.drafts import MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS, DraftStats, best_length
-from dash_onnx.runtime.generate import Generation, Piece, Request, Step, prefill_plan
+from dash_onnx.runtime.generate import Generation, Piece, Request, Step, forced_plan
 from dash_onnx.runtime.options import check_count
 from dash_onnx.runtime.prefix import MIN_PREFIX, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
@@ -89,7 +89,7 @@ class Scheduler:
         """Puts what all slots hold into the store."""
         if self._store is not None:
             for slot in self._slots:
-                self._store.put(slot.state, slot.tokens, slot.quality or "")
+                self._store.put(slot.state, slot.lasting, slot.quality or "")
             self._store.flush()
 
     def wait(self, seconds: float) -> None:
@@ -234,7 +234,7 @@ class Scheduler:
         started = time.perf_counter()
         going = [slot.going for slot in slots if slot.going is not None]
         deciders = [one.decider for one in going]
-        ahead = max(self._ahead(slots), seq - 1)
+        ahead = min(max(self._ahead(slots), seq - 1), self._room(slots))
         tokens = [slot.next_tokens(ahead) for slot in slots]
         # After the last certain token, and after each draft token.
         wanted = [
@@ -264,7 +264,7 @@ class Scheduler:
         if slot.going.forced:
             slot.rest = np.array([step.tokens[-1], *slot.going.take_forced()], np.int64)
             current, options = slot.request.current.policy, slot.request.options
-            slot.plan = prefill_plan(slot.state.sessions, current, options.prefill)
+            slot.plan = forced_plan(slot.state.sessions, current, options.prefill)
         self._tell(slot, step)
 
     def _ahead(self, slots: list[Slot]) -> int:
@@ -278,7 +278,7 @@ class Scheduler:
             if slot.answers and slot.going is not None and slot.going.stats is not None:
                 found = slot.going.look_ahead(slot.going.stats)
             gains.append([1.0 + n for n in range(certain)] + [certain + gain for gain in found])
-        return min(best_length(gains, stats, _context(slots)), _room(slots))
+        return best_length(gains, stats, _context(slots))
 
     def _shared(self, prompt: list[Slot], decoding: list[Slot]) -> int:
         """Tokens of each slot in a pass of the answers that a prompt's next part joins.
@@ -297,12 +297,22 @@ class Scheduler:
             return 0
         context, answers = _context(together), len(decoding)
         part = min(len(slot.rest), self._chunk)
-        seq = min(part, MAX_DRAFT_ROWS // len(together), _room(together) + 1)
+        seq = min(part, MAX_DRAFT_ROWS // len(together), self._room(together) + 1)
         if seq < 1:
             return 0
         apart = stats.cost(answers, context) + stats.cost(part, context)
         rate = (answers + seq) / stats.cost(len(together) * seq, context)
         return seq if rate > (answers + part) / apart else 0
+
+    def _room(self, slots: list[Slot]) -> int:
+        """Tokens of each that fit the context, in addition to one.
+
+        Also of the slots between them, over whose rows their pass runs.
+        """
+        numbers = [slot.number for slot in slots]
+        covered = [slot for slot in self._slots if min(numbers) <= slot.number <= max(numbers)]
+        limit = slots[0].state.sessions.manifest.model.max_length
+        return max(limit - _context(covered) - 1, 0)
 
     def _decoding(self, answers: list[Slot]) -> tuple[list[Slot], list[Slot]]:
         """Answers that run in the next pass, and those that first run forced tokens by themselves.
@@ -366,11 +376,6 @@ class Scheduler:
 
 def _context(slots: list[Slot]) -> int:
     return max(slot.state.length for slot in slots)
-
-
-def _room(slots: list[Slot]) -> int:
-    """Tokens of each that fit the context, in addition to one."""
-    return max(slots[0].state.sessions.manifest.model.max_length - _context(slots) - 1, 0)
 
 
 def run(request: Request[Piece], slot: Slot) -> Iterator[Piece]:

@@ -22,6 +22,7 @@ from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.rows import Rows, calls
 from dash_onnx.runtime.scheduler import Scheduler
@@ -543,6 +544,82 @@ def test_what_another_budget_wrote_serves_nobody(scored: Model) -> None:
     while batch.step():
         pass
     assert batch.reused == len(first)
+
+
+def test_what_another_budget_wrote_is_not_saved(scored: Model) -> None:
+    store = PrefixStore(scored.manifest, 1 << 24)
+    batch, told = scored.new_scheduler(2, store), list[Any]()
+    request = scored.request("the ships that pass, " * 4, told.append, options(budget=0.9))
+    batch.submit(request)
+    while len(told) < 4:
+        batch.step()
+    request.current.set_budget(0.25)
+    while len(told) < 38:
+        batch.step()
+    batch.save()  # as a server does that ends while an answer runs
+    talk = np.append(request.ids, [piece.token for piece in told])
+    held = [len(saved.tokens) for saved in store._entries.values()]
+    assert all(length <= len(request.ids) + 4 for length in held)
+    again = scored.new_scheduler(2, store)
+    again.submit(scored.request(talk, told.append, options(budget=0.9)))
+    while again.step():
+        pass
+    assert again.reused <= len(request.ids) + 4
+
+
+@pytest.mark.usefixtures("cheap_rows")
+def test_drafts_leave_room_for_a_row_between_them_that_is_nearly_full(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes run over its row, too, beyond its last token."""
+    limit, rng = tiny_model.manifest.model.max_length, np.random.default_rng(1)
+    prompts: list[Any] = [tiny_model.text.encode(prompt) for prompt in PROMPTS[:3]]
+    prompts += [rng.integers(2, 300, limit - 6), *map(tiny_model.text.encode, PROMPTS[4:6])]
+    counts = [150, 4, 180, 3, 30, 60]
+    given = [options(policy="full", max_new_tokens=count) for count in counts]
+    pairs = [*zip(prompts, given, strict=True)]
+    alone = [
+        [step.token for step in tiny_model.generate_step(ids, options=one, speculate=False)]
+        for ids, one in pairs
+    ]
+    forward, refused = Rows._joined, list[Exception]()
+
+    def watched(*arguments: Any) -> Any:
+        try:
+            return forward(*arguments)
+        except Exception as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(Rows, "_joined", watched)
+    batch, told = tiny_model.new_scheduler(3), [list[Any]() for _ in prompts]
+    for (ids, one), pieces, text in zip(pairs, told, alone, strict=True):
+        request = tiny_model.request(ids, pieces.append, one)
+        request.expected = text
+        batch.submit(request)
+    while batch.step():
+        pass
+    assert [[piece.token for piece in pieces] for pieces in told] == alone
+    assert refused == []
+    assert any(piece.draft for pieces in told for piece in pieces)
+
+
+@pytest.mark.parametrize("policy", ["random:3", "int8"])
+def test_a_pass_that_fails_is_repeated_on_the_same_paths(
+    policy: str, scored: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, joined, passes = options(policy=policy), Rows._layers, [0]
+    alone = [scored.generate(prompt, options=given) for prompt in PROMPTS[:3]]
+
+    def failing(*arguments: Any) -> None:
+        joined(*arguments)
+        passes[0] += 1
+        if passes[0] == 10:
+            raise MemoryError
+
+    monkeypatch.setattr(Rows, "_layers", failing)
+    assert scored.batch(PROMPTS[:3], options=given, parallel=3) == alone
+    assert passes[0] > 10
 
 
 def test_a_full_context_ends_a_text_and_its_row_goes_on(tiny_model: Model) -> None:

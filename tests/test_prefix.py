@@ -196,6 +196,17 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_the_old_one(
     assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
+def test_a_full_context_is_taken_up_from_its_file(tiny_model: Model, tmp_path: Path) -> None:
+    cache, other, file = tiny_model.new_cache(), tiny_model.new_cache(), tmp_path / "talk"
+    *_, last = tiny_model.generate_step(
+        [3, 4, 5], max_new_tokens=1000, ignore_eos=True, cache=cache
+    )
+    assert last.finish_reason == "context" and len(cache) == tiny_model.manifest.model.max_length
+    cache.save(file)
+    other.load(file)
+    assert other.tokens == cache.tokens
+
+
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
 def test_a_damaged_file_is_refused_in_one_line(cut: int, tiny_model: Model, tmp_path: Path) -> None:
     cache, file = tiny_model.new_cache(), tmp_path / "talk"

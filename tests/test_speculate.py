@@ -426,6 +426,25 @@ def test_forced_tokens_join_the_pass_of_other_answers(
     assert any(len(sizes) == 2 and sizes[1] > 2 for sizes in passes)
 
 
+@pytest.mark.usefixtures("cheap_rows")
+@pytest.mark.parametrize(
+    ("policy", "prefill"), [("full", None), ("int4", "full"), ("static:full,int8,skip,int4", None)]
+)
+def test_forced_tokens_take_the_path_of_an_answer(
+    policy: str, prefill: str | None, tiny_model: Model
+) -> None:
+    """By themselves as well as beside draft tokens."""
+    names = ("keeper", "ship", "of the ships")
+    parts = {name: {"type": "string", "maxLength": 12} for name in names}
+    schema = {"type": "object", "properties": parts, "required": [*names]}
+    grammar = Grammar.json_schema({**schema, "additionalProperties": False})
+    given: dict[str, Any] = {"policy": policy, "prefill": prefill, "grammar": grammar}
+    for seed in range(4):
+        given |= {"seed": seed, "temperature": 1.0, "max_new_tokens": 100}
+        text = tiny_model.generate("the keeper", speculate=True, **given)
+        assert text == tiny_model.generate("the keeper", speculate=False, **given)
+
+
 @pytest.mark.parametrize("policy", ["full", "dash", "random:1"])
 def test_forced_tokens_are_the_same_alone_and_in_batches(policy: str, scored: Model) -> None:
     given: dict[str, Any] = {"policy": policy, "grammar": forced(9), "temperature": 3.0}
