@@ -172,6 +172,70 @@ _GPT_OSS = {
     "head_dim": 32,
     "swiglu_limit": 0.5,
 }
+_QWEN35_MOE = {
+    **_QWEN35,
+    **_WIDE,
+    **_MOE,
+    "shared_expert_intermediate_size": 96,
+    "linear_key_head_dim": 32,
+}
+_QWEN3_NEXT = {
+    **_QWEN35,
+    **_MOE,
+    "num_experts": 8,
+    "norm_topk_prob": True,
+    "shared_expert_intermediate_size": 96,
+}
+_SOLAR = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "head_dim": 32,
+    "partial_rotary_factor": 1.0,
+}
+_ROUTED = {k: v for k, v in _SOLAR.items() if "rotary" not in k} | {"first_k_dense_replace": 1}
+_GLM4_MOE = {**_ROUTED, "attention_bias": True, "rope_parameters": _HALF}
+_DOTS1 = {**_ROUTED, "sliding_window": WINDOW, "max_window_layers": 1}
+_SHARING = {**_MOE, "head_dim": 32, "num_shared_experts": 1}
+_LATER = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+_EXAONE_MOE = {
+    **_SHARING,
+    **_WINDOWS,
+    **_LATER,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+_HY_V3 = {**_SHARING, **_LATER, "router_scaling_factor": 1.5}
+_AFMOE = {
+    **_SHARING,
+    **_WINDOWS,
+    "num_dense_layers": 1,
+    "num_shared_experts": 2,
+    "route_scale": 1.5,
+    "mup_enabled": True,
+}
+_ERNIE_MOE = {
+    "moe_num_experts": 6,
+    "moe_k": 2,
+    "moe_intermediate_size": 64,
+    "moe_num_shared_experts": 2,
+    "head_dim": 32,
+}
+_HUNYUAN_MOE = {**_HUNYUAN, "num_experts": 6, "moe_topk": [2] * LAYERS}
+_MINIMAX = {**_LOCAL, "head_dim": 32, "rope_parameters": _HALF}
+_GRANITE_SHARED = {**_GRANITE, **_LOCAL, "shared_intermediate_size": 96}
+_GRANITE_MOE_SWA = {**_GRANITE_SWA, **_GRANITE_SHARED}
+_FLINT = {
+    **_MOE,
+    **_WINDOWS,
+    "head_dim": 32,
+    "norm_topk_prob": True,
+    "shared_expert_intermediate_size": 96,
+    "mlp_only_layers": [0],
+}
 _PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}
 _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
@@ -275,6 +339,43 @@ CASES: dict[str, Case] = {
     "mellum": Case("mellum", "as Qwen 3, a RoPE for each kind of layer; experts", _MELLUM),
     "granitemoe": Case("granitemoe", "as Granite; experts", {**_GRANITE, **_LOCAL}),
     "flex_olmo": Case("flex_olmo", "as OLMo 2; experts", _FLEX_OLMO),
+    "qwen3_5_moe": Case("qwen3_5_moe_text", "as Qwen 3.5; experts and a shared one", _QWEN35_MOE),
+    "qwen3_next": Case("qwen3_next", "as Qwen 3.5; experts and a shared one", _QWEN3_NEXT),
+    "glm4_moe": Case(
+        "glm4_moe",
+        "partial rotary, Q/K/V bias; experts, scored one by one, and shared ones",
+        _GLM4_MOE,
+    ),
+    "glm4_moe normed": Case(
+        "glm4_moe", "Q/K norm of each head", {**_GLM4_MOE, "use_qk_norm": True}
+    ),
+    "dots1": Case("dots1", "as Qwen 3; experts as in GLM 4.5", _DOTS1),
+    "solar_open": Case("solar_open", "experts as in GLM 4.5", _SOLAR),
+    "exaone_moe": Case(
+        "exaone_moe", "as Qwen 3, RoPE in layers with windows; experts as in GLM 4.5", _EXAONE_MOE
+    ),
+    "ernie4_5_moe": Case(
+        "ernie4_5_moe", "as ERNIE 4.5; experts, chosen with a bias, and shared ones", _ERNIE_MOE
+    ),
+    "afmoe": Case(
+        "afmoe", "four norms a layer, Q/K norm, gated attention; experts as in GLM 4.5", _AFMOE
+    ),
+    "minimax_m2": Case(
+        "minimax_m2", "Q/K norm of all heads, partial rotary; experts, scored one by one", _MINIMAX
+    ),
+    "hy_v3": Case("hy_v3", "as Qwen 3; experts as in GLM 4.5", _HY_V3),
+    "hunyuan_v1_moe": Case(
+        "hunyuan_v1_moe", "Q/K norm after RoPE; experts and a shared one", _HUNYUAN_MOE
+    ),
+    "granitemoeshared": Case(
+        "granitemoeshared", "as Granite; experts and a shared one", _GRANITE_SHARED
+    ),
+    "granitemoe_swa": Case(
+        "granitemoe_swa", "as Granite; windows, sinks; experts and a shared one", _GRANITE_MOE_SWA
+    ),
+    "flint": Case(
+        "flint", "as Qwen 3, windows, sinks; experts, scored one by one, and a shared one", _FLINT
+    ),
     "gemma4": Case("gemma4_text", "as Gemma 3; V norm, embeddings for layers, shared K/V", _GEMMA4),
     "gemma4 large": Case("gemma4_text", "values from keys, heads by kind of layer", _GEMMA4_LARGE),
     "gemma4 unified": Case("gemma4_unified_text", "as Gemma 4's large models", _GEMMA4_UNIFIED),
@@ -310,7 +411,7 @@ def save_random(folder: Path, case: Case) -> Path:
                 values *= 0.25
         parameter.data = values.half().float()
     for name, buffer in model.named_buffers():
-        if name.endswith("expert_bias"):
+        if name.endswith(("expert_bias", "correction_bias")):
             buffer.copy_(0.3 * torch.randn_like(buffer))
         elif name.endswith("layer_scalar"):
             buffer.copy_(0.7 + 0.3 * torch.rand_like(buffer))

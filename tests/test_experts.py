@@ -26,6 +26,7 @@ from families import (
 from safetensors.torch import load_file, save_file
 
 import dash_onnx
+from dash_onnx.cli.forecast import bytes_read
 from dash_onnx.core.actions import Action
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, layer_path
@@ -36,8 +37,9 @@ from dash_onnx.exporters.architectures.base import Linear
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.runner import Runner
 from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.export.sizes import sizes_of
 from dash_onnx.exporters.graphs import build_layer, captured_inputs
-from dash_onnx.exporters.sources import open_source
+from dash_onnx.exporters.sources import Shapes, Source, open_source
 from dash_onnx.exporters.train.dequantized import DequantizedModel
 from dash_onnx.runtime import sessions
 from dash_onnx.runtime.backend import Backend
@@ -75,6 +77,51 @@ def test_a_missing_expert_is_an_error(tmp_path: Path) -> None:
     save_file(stored, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(SourceError, match=r"experts.gate_up_proj has shape \(5, 128, 64\)"):
         export(str(source), tmp_path / "out", ExportOptions())
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "glm4_moe", "lfm2_moe", "minimax_m2"])
+def test_a_missing_bias_of_the_choice_is_an_error(family: str, tmp_path: Path) -> None:
+    source = save_random(tmp_path, CASES[family])
+    stored = load_file(source / "model.safetensors")
+    kept = {name: x for name, x in stored.items() if not name.endswith(("n_bias", "t_bias"))}
+    assert len(kept) < len(stored)
+    save_file(kept, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"no tensor '.+_bias'"):
+        export(str(source), tmp_path / "out", ExportOptions())
+
+
+def test_layers_that_predict_further_tokens_are_not_read(tmp_path: Path) -> None:
+    """GLM 4.5 stores one behind the others."""
+    source = save_random(tmp_path, CASES["glm4_moe"])
+    stored, path = load_file(source / "model.safetensors"), source / "config.json"
+    last = f"model.layers.{LAYERS - 1}."
+    more = {n.replace(last, f"model.layers.{LAYERS}."): x for n, x in stored.items() if last in n}
+    more = {name: x.clone() for name, x in more.items()}
+    save_file(stored | more, source / "model.safetensors", {"format": "pt"})
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    assert open_source(str(source), REGISTRY).config.num_hidden_layers == LAYERS
+    for drafts in (0, 2, None):
+        path.write_text(json.dumps({**config, "num_nextn_predict_layers": drafts}))
+        with pytest.raises(SourceError, match=f"has {LAYERS + 1} layers"):
+            open_source(str(source), REGISTRY)
+
+
+@pytest.mark.parametrize("bits", ["full", "int8", "int4"])
+def test_a_token_reads_the_weights_of_a_model_that_has_only_the_experts_it_takes(
+    bits: Action,
+) -> None:
+    few, many = (
+        sizes_of(
+            Source("folder", "a", config, Shapes({}), None, None, ()),
+            ExportOptions(variants=("full", "int8", "int4")),
+        )
+        for config in (config_of("qwen3_moe", {**QWEN3.config, "num_experts": n}) for n in (2, 16))
+    )
+    assert few.read == few.layers
+    assert many.layers[bits] > 3 * few.layers[bits]
+    assert many.read[bits] == pytest.approx(few.read[bits], rel=0.05)  # but for the router
+    assert bytes_read(bits, many) == pytest.approx(bytes_read(bits, few), rel=0.05)
 
 
 FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -307,6 +354,9 @@ def test_blocks_divide_the_width_of_experts(tmp_path: Path) -> None:
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 is not in 1..6"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("lfm2_moe", {"norm_topk_prob": False}, "lfm2_moe with norm_topk_prob False"),
+        ("lfm2_moe", {"use_expert_bias": False}, "lfm2_moe with use_expert_bias False"),
+        ("glm4_moe", {"n_group": 2}, "n_group is 2: experts chosen by group"),
+        ("hunyuan_v1_moe", {"moe_topk": [2, 1, 2]}, "num_experts_per_tok [2, 1, 2]: layers that"),
     ],
 )
 def test_experts_of_other_kinds_are_refused(

@@ -257,7 +257,7 @@ def test_the_gradient_of_the_kl_goes_through_the_softcap(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("gemma3", "smollm3", "olmo2", "gpt_neox", "hunyuan_v1_dense", "qwen2_moe"),
+        *("gemma3", "smollm3", "olmo2", "gpt_neox", "hunyuan_v1_dense", "qwen2_moe", "afmoe"),
         pytest.param("ministral3", marks=pytest.mark.slow),
     ],
 )
@@ -344,11 +344,20 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
     assert windows == [None, WINDOW]
 
 
+def test_blocks_divide_the_width_of_values() -> None:
+    config = config_of("qwen3_5_text", {**CASES["qwen3_5"].config, "intermediate_size": 128})
+    spec = architecture_of(config).describe("m", config, None)
+    assert spec.recurrence is not None and spec.recurrence.value_width == 96
+    assert ExportOptions().resolved("folder", spec).block_size == 32
+    with pytest.raises(UnsupportedError, match="64 does not divide the width of values 96"):
+        ExportOptions(block_size=64).resolved("folder", spec)
+
+
 # Refusals
 
 
-MIXTURES = ("phimoe", "granitemoeshared", "ernie4_5_moe", "glm4_moe")
-HYBRIDS = ("jamba", "mamba", "mamba2", "zamba2", "bamba", "nemotron_h", "qwen3_next")
+MIXTURES = ("phimoe", "dbrx", "jetmoe", "deepseek_v3")
+HYBRIDS = ("jamba", "mamba", "mamba2", "zamba2", "bamba", "nemotron_h", "kimi_linear")
 IMAGES = ("clip", "dinov2", "siglip", "vit")
 SOUNDS = ("musicgen", "qwen2_audio", "voxtral", "wav2vec2", "whisper")
 

@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_tokenizer
 from families import CASES, config_of, random_ids, write_text
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,6 +43,7 @@ _GEMMA4_TOWER = {
 }
 _QWEN_TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 _INTERLEAVED = {**_SECTIONS, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
 
 
@@ -97,8 +99,16 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         text("qwen3_5"),
         {**_QWEN_TOWER, "out_hidden_size": 64, "num_position_embeddings": 16},
     ),
+    "qwen3_5_moe": (
+        text("qwen3_5_moe"),
+        {**_QWEN_TOWER, "out_hidden_size": 64, "num_position_embeddings": 16},
+    ),
     "qwen3_vl": (
         plain("qwen3_vl_text", head_dim=32, rope_parameters=_INTERLEAVED),
+        {**_QWEN_TOWER, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_vl_moe": (
+        plain("qwen3_vl_moe_text", head_dim=32, rope_parameters=_INTERLEAVED, **_EXPERTS),
         {**_QWEN_TOWER, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
     ),
     "smolvlm": (text("llama"), tower("smolvlm_vision")),
@@ -173,6 +183,23 @@ def test_a_language_model_saved_without_its_images_keeps_its_prefix(tmp_path: Pa
     np.testing.assert_allclose(logits, wanted_of(model, ids), atol=1e-4)
 
 
+def test_stacked_experts_are_read_from_either_layout(tmp_path: Path) -> None:
+    """The files of Qwen 3 VL hold the transposes of what transformers computes with."""
+    model, path = save_multimodal(tmp_path, "qwen3_vl_moe"), tmp_path / "model.safetensors"
+    stored, first = load_file(path), "model.language_model.layers.0.mlp.experts.down_proj"
+    for shape in ((6, 64, 96), (6, 96, 64)):
+        assert tuple(stored[first].shape) == shape
+        source = open_source(str(tmp_path), REGISTRY)
+        for name, parameter in model.model.language_model.layers.named_parameters():
+            assert source.weights.shape(f"model.layers.{name}") == tuple(parameter.shape)
+            found = source.weights[f"model.layers.{name}"]
+            torch.testing.assert_close(found, parameter.data, rtol=0, atol=0)
+        for name in stored:
+            if ".mlp.experts." in name:
+                stored[name] = stored[name].transpose(1, 2).contiguous()
+        save_file(stored, path, {"format": "pt"})
+
+
 def saved_names(folder: Path) -> list[str]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         return [*file.keys()]
@@ -187,7 +214,7 @@ def test_a_language_model_of_another_family_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gemma3", "lfm2_vl", "qwen3_5", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe"])
 def test_a_bundle_of_the_language_model_gives_the_logits_of_the_whole(
     kind: str, tmp_path: Path
 ) -> None:

@@ -74,4 +74,4 @@ def forecast(model: ModelFacts, options: ExportOptions, sizes: Sizes) -> Forecas
 def bytes_read(action: Action, sizes: Sizes) -> int:
     """Bytes of weights read per token."""
     head = sizes.heads.get(action) or max(sizes.heads.values())
-    return (sizes.layers[action] + head) * (2 if action == "full" else 1)  # FP32 in memory
+    return (sizes.read[action] + head) * (2 if action == "full" else 1)  # FP32 in memory

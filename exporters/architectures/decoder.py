@@ -287,7 +287,10 @@ class Decoder:
 
         if attends:
             own = () if spec.mixer_of(index) == "shared_attention" else (keys, keys)
-            rows: tuple[int, ...] = (queries * (2 if spec.block.heads_gated else 1), *own)
+            gates = queries if spec.block.heads_gated else 0
+            rows: tuple[int, ...] = (queries + gates, *own)
+            if len(names.qkv) > len(own) + 1:
+                rows = queries, *own, gates
             qkv = self.qkv(stacked("qkv_proj", names.qkv, *rows), spec)
             qkv = _paired(qkv, (queries + keys) // head, order)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -18,21 +19,12 @@ from dash_onnx.exporters.architectures.names import (
     GEMMA,
     GEMMA3,
     HEAD_NORMS,
+    HUNYUAN,
     NORMS_BEHIND,
     Names,
 )
 from dash_onnx.exporters.architectures.rope import rope_of
-from dash_onnx.exporters.architectures.sparse import (
-    FLEX_OLMO,
-    GPT_OSS,
-    LFM2_MOE,
-    MELLUM,
-    MIXTRAL,
-    OLMOE,
-    QWEN2_MOE,
-    QWEN3_MOE,
-    Sparse,
-)
+from dash_onnx.exporters.architectures.sparse import SPARSE, Sparse
 from dash_onnx.exporters.sources.source import check_supported
 
 
@@ -126,6 +118,10 @@ class GraniteSWA(Granite):
         return sorted({base for base in config.layer_rope_theta if base})
 
 
+class GraniteMoeSWA(Sparse, GraniteSWA):
+    """Granite with windows, sinks and experts."""
+
+
 class HyperCLOVAX(Decoder):
     """HyperCLOVA X: Granite's multipliers; the residual one is folded into the output norms."""
 
@@ -181,8 +177,19 @@ class SmolLM3(Decoder):
 _NO_GATE = Names(gate_up=("mlp.up_proj",))
 _GLM = Names(gate_up=("mlp.gate_up_proj",))
 _ONE_NORM = Names(post_norm=None)
+_GRANITE_MLP = Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear")
+_GRANITE_SHARED: dict[str, Any] = {
+    "shared": _GRANITE_MLP,
+    "shared_width": "shared_intermediate_size",
+}
+_GRANITE_EXPERTS: dict[str, Any] = {
+    "mixture": "block_sparse_moe",
+    "router": "router",
+    "expert_count": "num_local_experts",
+    "expert_width": "intermediate_size",
+}
 
-REGISTRY: dict[str, Decoder] = {
+_OTHERS: dict[str, Decoder] = {
     "apertus": Decoder(
         replace(
             HEAD_NORMS,
@@ -211,7 +218,6 @@ REGISTRY: dict[str, Decoder] = {
     "ernie4_5": Decoder(pairs="neighbours"),
     "exaone": Decoder(),
     "exaone4": Decoder(NORMS_BEHIND, windows="listed", rotates="windows if any"),
-    "flex_olmo": FLEX_OLMO,
     "gemma": Gemma(norm_offset=1.0),
     "gemma2": Gemma(GEMMA, windows="listed", norm_offset=1.0),
     "gemma3_text": Gemma(GEMMA3, windows="listed", norm_offset=1.0),
@@ -236,26 +242,21 @@ REGISTRY: dict[str, Decoder] = {
         gated=False,
         parallel="use_parallel_residual",
     ),
-    "gpt_oss": GPT_OSS,
     "granite": Granite(),
     "granite_swa": GraniteSWA(Names(sinks="self_attn.sinks"), windows="listed"),
-    "granitemoe": GraniteMoe(
-        mixture="block_sparse_moe",
-        router="router",
-        expert_count="num_local_experts",
-        expert_width="intermediate_size",
+    "granitemoe": GraniteMoe(**_GRANITE_EXPERTS),
+    "granitemoe_swa": GraniteMoeSWA(
+        Names(sinks="self_attn.sinks"), windows="listed", **_GRANITE_EXPERTS, **_GRANITE_SHARED
     ),
     "granitemoehybrid": GraniteHybrid(
-        Names(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear"),
+        _GRANITE_MLP,
         windows="listed",
         inner="shared_intermediate_size",
         refused=("num_local_experts",),
     ),
+    "granitemoeshared": GraniteMoe(**_GRANITE_EXPERTS, **_GRANITE_SHARED),
     "helium": Decoder(pairs="neighbours"),
-    "hunyuan_v1_dense": Decoder(
-        Names(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm"),
-        heads_normed="after",
-    ),
+    "hunyuan_v1_dense": Decoder(HUNYUAN, heads_normed="after"),
     "hyperclovax": HyperCLOVAX(
         Names(output_norm="post_norm1", down_norm="post_norm2"), needed=("use_post_norm",)
     ),
@@ -263,13 +264,10 @@ REGISTRY: dict[str, Decoder] = {
     "iquestcoder": Decoder(),
     "jais2": Decoder(_NO_GATE, norm="layer", gated=False),
     "lfm2": LFM2,
-    "lfm2_moe": LFM2_MOE,
     "llama": Decoder(),
-    "mellum": MELLUM,
     "ministral": Decoder(windows="listed"),
     "ministral3": Ministral3(windows="all"),
     "mistral": Decoder(windows="all"),
-    "mixtral": MIXTRAL,
     "nanochat": NanoChat(
         replace(HEAD_NORMS, gate_up=("mlp.fc1",), down="mlp.fc2"),
         pairs="swapped",
@@ -281,7 +279,6 @@ REGISTRY: dict[str, Decoder] = {
     "olmo": Decoder(norm="layer", norm_weights=False, norm_epsilon=1e-5, refused=("clip_qkv",)),
     "olmo2": Decoder(NORMS_BEHIND, heads_together=True),
     "olmo3": Decoder(NORMS_BEHIND, windows="listed", heads_together=True),
-    "olmoe": OLMOE,
     "persimmon": HeadByHead(
         Names(
             final_norm="model.final_layernorm",
@@ -313,10 +310,8 @@ REGISTRY: dict[str, Decoder] = {
         Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)), windows="all"
     ),
     "qwen2": Decoder(windows="listed"),
-    "qwen2_moe": QWEN2_MOE,
     "qwen3": Decoder(HEAD_NORMS, windows="listed"),
     "qwen3_5_text": QWEN35,
-    "qwen3_moe": QWEN3_MOE,
     "seed_oss": Decoder(),
     "smollm3": SmolLM3(windows="listed"),
     "stablelm": Decoder(norm="layer", parallel="use_parallel_residual", refused=("qk_layernorm",)),
@@ -327,6 +322,8 @@ REGISTRY: dict[str, Decoder] = {
         Names(post_norm="pre_feedforward_layernorm"), windows="listed", norm_offset=1.0
     ),
 }
+
+REGISTRY: dict[str, Decoder] = dict(sorted((_OTHERS | SPARSE).items()))
 """How each family differs from Llama."""
 
 

@@ -42,12 +42,12 @@ class Hybrid(Decoder):
             return layer
         return replace(
             layer,
-            qkv=self.recurrent_input(layer.qkv),
+            qkv=self.recurrent_input(layer.qkv, spec),
             conv=self._conv(weights, prefix + self.conv, spec.recurrence),
             delta=self.delta(weights, prefix, spec),
         )
 
-    def recurrent_input(self, stacked: Linear) -> Linear:
+    def recurrent_input(self, stacked: Linear, spec: ModelSpec) -> Linear:
         """Reorders the rows of the input projection for the graphs, see `Layer`."""
         return stacked
 
@@ -84,7 +84,7 @@ class Lfm2(Hybrid):
                 size = step * -(-size // step)
         return size
 
-    def recurrent_input(self, stacked: Linear) -> Linear:
+    def recurrent_input(self, stacked: Linear, spec: ModelSpec) -> Linear:
         """See `Hybrid`: the factor on the convolution's result comes last."""
         before, behind, x = np.arange(stacked.out_features).reshape(3, -1)
         return stacked.reordered(np.concatenate([before, x, behind]))
@@ -109,7 +109,7 @@ class Qwen35(Hybrid):
     def block(self, config: PretrainedConfig) -> Block:
         """See `Decoder`."""
         if config.hidden_act != "silu":
-            raise UnsupportedError(f"qwen3_5_text with hidden_act {config.hidden_act!r}")
+            raise UnsupportedError(f"{config.model_type} with hidden_act {config.hidden_act!r}")
         return replace(super().block(config), heads_gated=True)
 
     def qkv(self, stacked: Linear, spec: ModelSpec) -> Linear:
@@ -122,19 +122,24 @@ class Qwen35(Hybrid):
 
     def delta(self, weights: Weights, prefix: str, spec: ModelSpec) -> Delta:
         """See `Hybrid`."""
-        sizes, width = spec.recurrence, spec.facts.hidden_size
+        sizes = spec.recurrence
         assert sizes is not None
         heads, prefix = sizes.value_heads, f"{prefix}linear_attn."
-        gates = [
-            Linear(name, take(weights, f"{prefix}in_proj_{name}.weight", heads, width))
-            for name in ("a", "b")
-        ]
         return Delta(
-            gates=stack("gates", *gates),
+            gates=self.gates(weights, prefix, heads, spec),
             decay=-take(weights, f"{prefix}A_log", heads).float().exp(),
             decay_bias=take(weights, f"{prefix}dt_bias", heads),
             norm=Norm(take(weights, f"{prefix}norm.weight", sizes.value_dim)),
         )
+
+    def gates(self, weights: Weights, prefix: str, heads: int, spec: ModelSpec) -> Linear:
+        """The projections of decay and update rate of all value heads, stacked."""
+        width = spec.facts.hidden_size
+        gates = (
+            Linear(name, take(weights, f"{prefix}in_proj_{name}.weight", heads, width))
+            for name in ("a", "b")
+        )
+        return stack("gates", *gates)
 
 
 def _mixers_of(config: PretrainedConfig, kinds: Mapping[str, Mixer]) -> tuple[Mixer, ...]:

@@ -10,7 +10,8 @@ class Names:
     """Weight names of a family, those of a layer relative to `layers.N.`; None: no such weight.
 
     Attributes:
-        qkv: query, key and value projections; one name where the model stores them stacked.
+        qkv: query, key and value projections, and that of the heads' gates if it is a matrix of its
+            own; one name where the model stores them stacked.
         gate_up: gate and up projections; one name where the model stores them stacked, or has no
             gate.
     """
@@ -52,3 +53,6 @@ GEMMA3 = replace(GEMMA, q_norm=HEAD_NORMS.q_norm, k_norm=HEAD_NORMS.k_norm)
 
 NORMS_BEHIND = replace(GEMMA3, input_norm=None, post_norm=None)
 """With norms only after attention and MLP, and norms of queries and keys."""
+
+HUNYUAN = Names(q_norm="self_attn.query_layernorm", k_norm="self_attn.key_layernorm")
+"""With norms of queries and keys under other names."""

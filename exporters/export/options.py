@@ -102,6 +102,8 @@ class ExportOptions:
             sizes["width of experts"] = experts.width
             if experts.shared_width:
                 sizes["width of the shared expert"] = experts.shared_width
+        if spec.recurrence is not None:
+            sizes["width of values"] = spec.recurrence.value_width
         if spec.block.per_layer_width:
             sizes["width of per-layer embeddings"] = spec.block.per_layer_width
         kept = kind == "gguf" and not self.requantize and not self.ternary

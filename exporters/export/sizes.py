@@ -47,6 +47,7 @@ class Sizes:
     Attributes:
         parameters: number of parameters of the model.
         layers: by form, all layer graphs on disk.
+        read: by form, the part of them that a token reads: of experts, only those that it takes.
         heads: by form, the LM head on disk.
         embedding: on disk, as FP16; INT8 rows of a GGUF file take half of that.
         bundle: all files except the text files.
@@ -60,6 +61,7 @@ class Sizes:
 
     parameters: int
     layers: dict[Form, int]
+    read: dict[Form, int]
     heads: dict[Form, int]
     embedding: int
     bundle: int
@@ -132,11 +134,15 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     forms, variants = resolved.forms, resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
     kept: dict[Form, int] = dict.fromkeys((*forms, SKIP), 0)
+    idle: dict[Form, int] = dict.fromkeys(kept, 0)
+    experts = spec.block.experts
+    unused = 1 - experts.per_token / experts.count if experts else 0.0
     widest = draft = 0
     for index in range(facts.num_layers):
         layer = architecture.layer(weights, index, spec)
         for form in forms:
             kept[form] += rule.layer(form, layer) + _GRAPH_BYTES
+            idle[form] += round(unused * rule.experts(form, layer))
         kept[SKIP] += rule.skip(layer, sum(kept_rows(spec, index)[1])) + _GRAPH_BYTES
         draft += rule.layer("int8", layer)
         widest = max(widest, rule.working(layer.linears))
@@ -179,6 +185,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     return Sizes(
         parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
         layers=kept,
+        read={form: size - idle[form] for form, size in kept.items()},
         heads=heads,
         embedding=embedding,
         bundle=sum(kept.values()) + sum(heads.values()) + embedding,
@@ -201,9 +208,12 @@ class _Rule:
 
     def layer(self, form: Form, layer: Layer) -> int:
         parts = [part for part in vars(layer).values() if not isinstance(part, Delta | Mixture)]
-        experts = () if layer.mixture is None else (layer.mixture.up, layer.mixture.down)
         exact = self.stored("full", *layer.small, *layer.routing)
-        return self.stored(form, *parts, *experts) + exact
+        return self.stored(form, *parts) + self.experts(form, layer) + exact
+
+    def experts(self, form: Form, layer: Layer) -> int:
+        mixture = layer.mixture
+        return 0 if mixture is None else self.stored(form, mixture.up, mixture.down)
 
     def stored(self, form: Form, *parts: Linear | Norm | Conv | torch.Tensor | None) -> int:
         size = 0

@@ -42,7 +42,7 @@ def mix(graph: Graph, x: ir.Value, mixture: Mixture, form: Form) -> ir.Value:
     parts = mixture.up, mixture.down
     up_bias, down_bias = (_bias(graph, part, experts) for part in parts)
     if form == "full":
-        if experts.scoring == "sigmoid":
+        if experts.scoring == "sigmoid" or mixture.choice_bias is not None:
             scores = _logarithms(graph, scores, mixture, experts)
         up, down = (_exact(graph, part, experts) for part in parts)
         added = graph.ms.MoE(x, scores, up, up_bias, down, down_bias, **how)
@@ -70,14 +70,13 @@ def _choice(
     graph: Graph, scores: ir.Value, mixture: Mixture, experts: Experts
 ) -> tuple[ir.Value, ir.Value | None]:
     """What QMoE selects by, and what it weights by if that differs, `[tokens, E]`."""
-    if experts.scoring == "softmax":
-        # QMoE always normalizes weights that it computes itself.
-        return scores, None if experts.normalized else graph.op.Softmax(scores, axis=-1)
-    weights = graph.op.Sigmoid(scores)
-    if mixture.choice_bias is None:
-        return weights, weights
-    bias = graph.activation_tensor("choice_bias", mixture.choice_bias)
-    return graph.op.Add(weights, bias), weights
+    softmax, bias = experts.scoring == "softmax", mixture.choice_bias
+    if softmax and experts.normalized and bias is None:
+        return scores, None  # QMoE always normalizes weights that it computes itself
+    weights = graph.op.Softmax(scores, axis=-1) if softmax else graph.op.Sigmoid(scores)
+    if bias is None:
+        return scores if softmax else weights, weights
+    return graph.op.Add(weights, graph.activation_tensor("choice_bias", bias)), weights
 
 
 def _logarithms(graph: Graph, scores: ir.Value, mixture: Mixture, experts: Experts) -> ir.Value:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.exporters.sources.bitnet import BitLinearWeights
-from dash_onnx.exporters.sources.experts import StackedExperts
+from dash_onnx.exporters.sources.experts import TRANSPOSED, StackedExperts
 from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.mxfp4 import Mxfp4Weights
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
@@ -132,12 +132,12 @@ def open_folder(
         files = Shapes({name: shape for name, shape in known if name is not None})
     else:
         files = SafetensorsWeights(folder, renamed)
-    weights: Weights = StackedExperts(files)
+    weights: Weights = StackedExperts(files, model_type in TRANSPOSED)
     if method == "bitnet":
         weights = BitLinearWeights(weights, quantization)
     if method == "mxfp4":
         weights = Mxfp4Weights(weights)
-    found = layers_in(files.shapes)
+    found = _without_drafts(raw, layers_in(files.shapes))
     if "num_hidden_layers" in raw:  # before lists of that length are built
         check_layers(folder, raw["num_hidden_layers"], found)
     config = readable(config_path, lambda: AutoConfig.from_pretrained(folder, **_LOCAL))
@@ -159,6 +159,14 @@ def open_folder(
         license=license_of_card(documents),
         documents=documents,
     )
+
+
+def _without_drafts(raw: dict[str, Any], found: int) -> int:
+    """The number of layers in files that may end with layers that predict further tokens."""
+    claimed, drafts = raw.get("num_hidden_layers"), raw.get("num_nextn_predict_layers")
+    if type(claimed) is int and 0 < claimed < found and drafts == found - claimed:
+        return claimed
+    return found
 
 
 def _tokenizer(folder: Path) -> Any:

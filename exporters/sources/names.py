@@ -13,7 +13,16 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+_GRANITE_EXPERTS = (
+    (r"^(.+\.block_sparse_moe)\.input_linear\.weight$", r"\1.experts.gate_up_proj"),
+    (r"^(.+\.block_sparse_moe)\.output_linear\.weight$", r"\1.experts.down_proj"),
+    (r"^(.+\.block_sparse_moe)\.router\.layer\.weight$", r"\1.router.weight"),
+)
+_MIXTRAL = ((r"^(.+)\.block_sparse_moe\.", r"\1.mlp."),)
+_QWEN35 = ((r"^model\.language_model\.", "model."),)
+
 _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+    "ernie4_5_moe": ((r"^(.+\.mlp)\.moe_statics\.", r"\1.gate.moe_statics."),),
     "exaone": (
         (r"^transformer\.wte\.", "model.embed_tokens."),
         (r"^transformer\.ln_f\.", "model.norm."),
@@ -28,14 +37,21 @@ _RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^transformer\.h\.(\d+)\.mlp\.c_fc_1\.", r"model.layers.\1.mlp.up_proj."),
         (r"^transformer\.h\.(\d+)\.mlp\.c_proj\.", r"model.layers.\1.mlp.down_proj."),
     ),
-    "granitemoe": (
-        (r"^(.+)\.input_linear\.weight$", r"\1.experts.gate_up_proj"),
-        (r"^(.+)\.output_linear\.weight$", r"\1.experts.down_proj"),
-        (r"^(.+)\.router\.layer\.weight$", r"\1.router.weight"),
+    "exaone_moe": ((r"^(.+\.mlp)\.e_score_correction_bias$", r"\1.gate.e_score_correction_bias"),),
+    "flint": ((r"^(.+\.self_attn)\.softmax_offset$", r"\1.sinks"),),
+    "granitemoe": _GRANITE_EXPERTS,
+    "granitemoe_swa": _GRANITE_EXPERTS,
+    "granitemoeshared": _GRANITE_EXPERTS,
+    "hy_v3": (
+        (r"^(.+\.mlp)\.router\.gate\.", r"\1.gate."),
+        (r"^(.+\.mlp)\.expert_bias$", r"\1.e_score_correction_bias"),
+        (r"^(.+\.mlp)\.shared_mlp\.", r"\1.shared_experts."),
     ),
-    "mixtral": ((r"^(.+)\.block_sparse_moe\.", r"\1.mlp."),),
+    "minimax_m2": _MIXTRAL,
+    "mixtral": _MIXTRAL,
     "gpt_neox": ((r"^embed_out\.", "lm_head."),),
-    "qwen3_5_text": ((r"^model\.language_model\.", "model."),),
+    "qwen3_5_moe_text": _QWEN35,
+    "qwen3_5_text": _QWEN35,
 }
 """Patterns and replacements by `model_type`; the first match applies."""
 
@@ -63,7 +79,9 @@ MULTIMODAL: dict[str, str | None] = {
     "qwen2_5_vl": "qwen2",
     "qwen2_vl": "qwen2",
     "qwen3_5": None,
+    "qwen3_5_moe": None,
     "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
     "smolvlm": None,
 }
 """Multimodal models by `model_type`: the family that their language model belongs to, or None
@@ -110,4 +128,6 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     if rope.get("rope_type") == "mrope":
         rope["rope_type"] = "default"
     values = {key: v for key, v in values.items() if key not in ("model_type", "architectures")}
+    if kind == "qwen3_moe":  # as Qwen's VL models always do
+        values["norm_topk_prob"] = True
     return CONFIG_MAPPING[kind](**{**values, "rope_parameters": rope})
