@@ -57,13 +57,11 @@ class KVCache:
         self.reserve(min(capacity, manifest.model.max_length))
 
     def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` in total; the buffers may move."""
-        if tokens <= self.capacity:
-            return
-        limit = self._manifest.model.max_length
-        assert tokens <= limit
+        """Makes room for `tokens` in total, at most for the context; the buffers may move."""
         steps = -(-tokens // CAPACITY) * CAPACITY if self.capacity else tokens
-        capacity = min(steps, limit)
+        capacity = min(steps, self._manifest.model.max_length)
+        if capacity <= self.capacity or tokens <= self.capacity:
+            return
         # Allocates all before replacing any: memory may run out at the last.
         keys, values = self._grown(self.keys, capacity), self._grown(self.values, capacity)
         self.rotary = [self._tables(rope, capacity) for rope in self._manifest.ropes]

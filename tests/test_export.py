@@ -91,6 +91,7 @@ def reference(tiny_folder: Path, night: Path, manifest: Manifest) -> Reference:
     length = facts.tokens // facts.sequences
     starts = np.linspace(0, len(tokens) - length, facts.sequences).astype(int)
     ids = np.array([tokens[start : start + length] for start in starts], "<i8")
+    ids = np.random.default_rng(facts.seed).permutation(ids)
     assert hashlib.sha256(ids.tobytes()).hexdigest() == facts.sha256
     model = transformers_model(tiny_folder)
     inputs: list[torch.Tensor] = []

@@ -30,6 +30,7 @@ from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.profile_whole import plan_times
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.rows import Rows
+from dash_onnx.runtime.sequence import SequenceState
 
 LAYERS = 4
 INT4: tuple[Action, ...] = ("int4",) * LAYERS
@@ -215,12 +216,12 @@ def test_joined_layers_compute_what_they_compute_one_by_one(
     found = []
     for segments in (segments_of(path), each_alone(LAYERS)):
         with dash_onnx.load(scored_folder, memory="low") as model:
-            sequence, decider = model.new_sequence(), FixedPath(path, "int8", segments)
-            ids = model.text.encode(PROMPT)
+            ids, decider = model.text.encode(PROMPT), FixedPath(path, "int8", segments)
+            sequence = SequenceState(model._sessions, len(ids))
             rows = [sequence.prefill(ids, path, "int8", segments=segments).copy()]
-            for token in (5, 9, 300, 7):  # past the first size of the cache, too
+            for token in (5, 9, 300, 7):  # the cache moves
                 rows.append(sequence.forward(token, decider)[0].copy())
-                sequence.reserve(sequence.kv.capacity + 1)
+            assert sequence.kv.moves == 2
             found.append((np.stack(rows), model._sessions.loaded_bytes, len(decider.segments)))
     (one, some_bytes, graphs), (other, all_bytes, alone) = found
     np.testing.assert_array_equal(one, other)
