@@ -109,13 +109,14 @@ class Rows:
                 part.follow(seq)
                 part.head(head)
             logits = [self.states[row].logits[None] for row in rows]
-            return logits, [decider.end() for decider in deciders]
-        hidden = together.output.reshape(stop - first, seq, -1)
-        each = [
-            hidden[row - first, len(ids) - count : len(ids)]
-            for row, ids, count in zip(rows, tokens, wanted, strict=True)
-        ]
-        return self._heads(each, deciders), [decider.end() for decider in deciders]
+        else:
+            hidden = together.output.reshape(stop - first, seq, -1)
+            each = [
+                hidden[row - first, len(ids) - count : len(ids)]
+                for row, ids, count in zip(rows, tokens, wanted, strict=True)
+            ]
+            logits = self._heads(each, deciders)
+        return logits, [decider.end() for decider in deciders]
 
     def _alone(
         self, row: int, ids: Sequence[int], decider: Decider, wanted: int

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dash_onnx.cli.common import aligned
 from dash_onnx.core.budget import PRESETS
-from dash_onnx.core.held_out import measured_on
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import TIE, alternatives, candidates, kl_reference, margin_of
+from dash_onnx.core.plans import TIE, alternatives, candidates, kl_reference, margin_of, measured_on
 
 
 def plans_table(manifest: Manifest) -> list[str]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from dash_onnx.core.atomic import write_text
 from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.contract import CARD_NAME, SOURCE_FOLDER
-from dash_onnx.core.held_out import measured_on
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import kl_reference, preset_plans
+from dash_onnx.core.plans import kl_reference, measured_on, preset_plans
 
 _HUB = re.compile(r"\w+:([\w.-]+/[\w.-]+)(?:/[^@]*)?@\w+")
 

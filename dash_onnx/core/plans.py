@@ -13,7 +13,6 @@ from itertools import groupby
 from dash_onnx.core.actions import DECIDED, Action, ActionPath, path_letters
 from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
 from dash_onnx.core.facts import StaticPoint
-from dash_onnx.core.held_out import holds_out
 from dash_onnx.core.manifest import Manifest
 
 TIE = 0.03
@@ -23,6 +22,7 @@ least is taken."""
 
 
 _MIN_KL = 1e-4  # nats
+_MIN_SEQUENCES = 32  # of calibration text: of fewer, none is hidden from GPTQ
 _ROUNDED = 1.005  # factor: budgets have four digits
 
 
@@ -72,6 +72,17 @@ def frontier(manifest: Manifest) -> tuple[Plan, ...]:
         if not kept or plan.kl < kept[-1].kl:
             kept.append(plan)
     return tuple(sorted(kept, key=lambda plan: plan.time))
+
+
+def holds_out(sequences: int) -> bool:
+    """Whether an export hides some of so many calibration sequences from GPTQ."""
+    return sequences >= _MIN_SEQUENCES
+
+
+def measured_on(manifest: Manifest) -> str:
+    """The text that the KL of plans was measured on; a training always holds some out."""
+    seen = manifest.scorer is None and not holds_out(manifest.calibration.sequences)
+    return "calibration text" if seen else "held-out text"
 
 
 def kl_reference(manifest: Manifest) -> str:

@@ -14,7 +14,7 @@ from dash_onnx.core.budget import reference_ms
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, layer_path
 from dash_onnx.core.facts import StaticPoint, WideFacts
-from dash_onnx.core.held_out import holds_out
+from dash_onnx.core.plans import holds_out
 from dash_onnx.core.policy import Policy, StaticPolicy
 from dash_onnx.core.progress import Loop
 from dash_onnx.exporters.architectures.base import Head, ModelSpec

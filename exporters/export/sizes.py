@@ -126,11 +126,6 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     facts = spec.facts
     head = architecture.head(weights, spec)
     resolved = options.resolved(source.kind, spec)
-    width = spec.recurrence.value_width if spec.recurrence else 0
-    if resolved.block_size is not None and width % resolved.block_size:
-        raise UnsupportedError(
-            f"block_size {resolved.block_size} does not divide the width of values, {width}"
-        )
     forms, variants = resolved.forms, resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))
     kept: dict[Form, int] = dict.fromkeys((*forms, SKIP), 0)

@@ -21,8 +21,10 @@ class Checkpoint:
 
     Attributes:
         state: what the phases saved, by name.
+        started: start time by `time.monotonic`, earlier by the time of interrupted runs.
     """
 
+    started = 0.0
     _saved = math.inf
 
     def __init__(self, bundle: Path, fingerprint: str):
@@ -33,7 +35,8 @@ class Checkpoint:
             fingerprint: hash of everything that determines the course of the training.
         """
         self._folder = workspace_of(bundle, TRAINING)
-        self._fingerprint, self._saved = fingerprint, time.monotonic()
+        self._fingerprint = fingerprint
+        self.started = self._saved = time.monotonic()
         self.state: dict[str, Any] = {}
         try:
             found = torch.load(self._folder / _NAME, torch.get_default_device(), weights_only=True)
@@ -41,6 +44,7 @@ class Checkpoint:
             return
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             self.state = found
+            self.started -= found.get("seconds", 0.0)
 
     @property
     def due(self) -> bool:
@@ -53,7 +57,8 @@ class Checkpoint:
         Raises:
             DashError: the disk is full.
         """
-        self.state.update(values, fingerprint=self._fingerprint)
+        seconds = time.monotonic() - self.started
+        self.state.update(values, fingerprint=self._fingerprint, seconds=seconds)
         self._folder.mkdir(exist_ok=True)
         path = self._folder / _NAME
         try:

@@ -120,7 +120,7 @@ def _training(trainer: Trainer, manifest: Manifest) -> Training:
         tokens=trainer.ids.numel(),
         held_out_tokens=trainer.held_out[:, trainer.env.prompt_tokens :].numel(),
         seed=options.seed,
-        seconds=round(time.monotonic() - trainer.started, 1),
+        seconds=round(time.monotonic() - trainer.checkpoint.started, 1),
         loss=_rounded(loss),
         kl=_rounded(kl),
         cost=_rounded((rest + cost * costs.unit_ms) / full_ms),

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,17 +27,6 @@ from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.transfer import load_scorer, scorer_to_start_from
-
-
-class _Timed(Checkpoint):
-    """Saves as `seconds` how long the training has taken, over all of its runs."""
-
-    def __init__(self, bundle: Path, fingerprint: str):
-        super().__init__(bundle, fingerprint)
-        self._started = time.monotonic() - self.state.get("seconds", 0.0)
-
-    def save(self, **values: Any) -> None:
-        super().save(**values, seconds=time.monotonic() - self._started)
 
 
 class Trainer:
@@ -63,7 +51,6 @@ class Trainer:
         held_out: tokens `[B, T]` that only the tables use, once `prepare_text` has run.
         downgrades: result of the static search, once the values are regressed.
         history: Lagrangian, KL in nats and cost in `Costs.unit_ms` of each improvement step.
-        started: start time by `time.monotonic`, earlier by the time of interrupted runs.
     """
 
     ids: Tensor
@@ -74,7 +61,7 @@ class Trainer:
         bundle: Bundle,
         options: TrainOptions,
         *,
-        checkpoint: Callable[[Path, str], Checkpoint] = _Timed,
+        checkpoint: Callable[[Path, str], Checkpoint] = Checkpoint,
     ):
         """Opens the model; nothing is written.
 
@@ -86,7 +73,7 @@ class Trainer:
         Raises:
             DashError: the bundle, the calibration text or the scorer to start from cannot be used.
         """
-        self.bundle, self.options, self.started = bundle, options, time.monotonic()
+        self.bundle, self.options, began = bundle, options, time.monotonic()
         self.plan = plan = options.plan_for(bundle.manifest.model)
         manifest = bundle.manifest
         facts, variants = manifest.model, manifest.variants
@@ -112,7 +99,7 @@ class Trainer:
         if options.start is not None:
             load_scorer(self.scorer, self.actions, Bundle(options.start))
         self.checkpoint = checkpoint(bundle.folder, self._fingerprint())
-        self.started -= self.checkpoint.state.get("seconds", 0.0)
+        self.checkpoint.started -= time.monotonic() - began  # loading counts
         self.downgrades: list[static.Downgrade] = []
         self.history: list[tuple[float, float, float]] = []
         self._references: dict[int, Tensor] = {}
