@@ -13,7 +13,7 @@ import numpy as np
 from dash_onnx.core.actions import LETTERS, SKIP, ActionPath, Form, path_letters
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import Budget
-from dash_onnx.core.errors import ContextLengthError, PolicyError
+from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.forms import widened_in_prompts
 from dash_onnx.core.policy import Policy
 from dash_onnx.core.thoughts import Thoughts
@@ -155,9 +155,13 @@ class Generation:
 
     def follow(self) -> None:
         """Adopts the current policy for the next pass, whatever is set meanwhile."""
-        policy = self._request.current.policy
-        if policy is not self._policy:
-            self._policy, self.uniform = policy, policy.uniform is not None
+        policy, last = self._request.current.policy, self._policy
+        if policy is last:
+            return
+        self._policy = policy
+        # The same budget set again keeps the controller, which knows what the text has cost so far.
+        if last is None or (policy.quality, policy.head) != (last.quality, last.head):
+            self.uniform = policy.uniform is not None
             self.decider = decider_of(policy, self._sequence)
             self.stats = self._request.stats_of(policy)
 
@@ -340,24 +344,3 @@ def forced_plan(sessions: Sessions, policy: Policy, precision: Form | None = Non
         return prefill_plan(sessions, policy, precision)
     segments = policy.segments(sessions.manifest.model.num_layers)
     return PromptPlan(policy.uniform, policy.head, sessions.widened, segments)
-
-
-def check_prompt(ids: Ids, max_length: int, vocab_size: int) -> None:
-    """Refuses a prompt that cannot run.
-
-    Raises:
-        ContextLengthError: longer than the context.
-        PolicyError: empty, not one-dimensional, or with ids outside the vocabulary.
-    """
-    if ids.ndim != 1 or len(ids) == 0:
-        shape = "empty" if ids.size == 0 else f"of shape {ids.shape}"
-        raise PolicyError(f"the prompt is {shape}; it must be a non-empty list of token ids")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise PolicyError(
-            f"token ids must be in 0..{vocab_size - 1}; found {int(ids.min())}..{int(ids.max())}"
-        )
-    if len(ids) > max_length:
-        raise ContextLengthError(
-            f"the prompt has {len(ids)} tokens, the context of this bundle is {max_length}; "
-            "shorten it, or export with a longer --max-length"
-        )

@@ -141,12 +141,12 @@ def _measure(bundle: Bundle, device: Device) -> Costs:
     best, *others = manifest.variants
     cheap = (*(others or [best]), SKIP)
     rng = random.Random(0)
-    heads = manifest.exported_heads
+    heads, alone = manifest.exported_heads, manifest.model.num_layers == 1
     times = Times([{} for _ in manifest.layers], {head: [] for head in heads})
 
     def mixed(layer: int) -> Action:
         # Layers run at least as often as they are skipped, as under any useful policy.
-        return rng.choice(cheap if layer else cheap[:-1])
+        return rng.choice(cheap if layer or alone else cheap[:-1])
 
     for window in _windows(manifest, (best,), ()):
         _time(sessions, window, lambda _: best, _TOKENS // 4, times, rng)

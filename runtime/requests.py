@@ -13,12 +13,13 @@ from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import BundleError, PolicyError
+from dash_onnx.core.conversation import Message
+from dash_onnx.core.errors import BundleError, ContextLengthError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
-from dash_onnx.core.text import Message, TextCodec
+from dash_onnx.core.text import TextCodec
 from dash_onnx.core.thoughts import Thoughts
 from dash_onnx.runtime.drafts import DraftStats
-from dash_onnx.runtime.generate import CurrentPolicy, Piece, Request, check_prompt, prefill_plan
+from dash_onnx.runtime.generate import CurrentPolicy, Piece, Request, prefill_plan
 from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk, GeneratedToken
@@ -168,7 +169,19 @@ class Requests:
         if array.size and array.dtype.kind not in "iu":
             raise PolicyError(f"token ids must be integers, not {array.dtype}")
         array = array.astype(np.int64, copy=False)
-        check_prompt(array, self._manifest.model.max_length, self._manifest.model.vocab_size)
+        if array.ndim != 1 or len(array) == 0:
+            shape = "empty" if array.size == 0 else f"of shape {array.shape}"
+            raise PolicyError(f"the prompt is {shape}; it must be a non-empty list of token ids")
+        model, least, most = self._manifest.model, int(array.min()), int(array.max())
+        if least < 0 or most >= model.vocab_size:
+            raise PolicyError(
+                f"token ids must be in 0..{model.vocab_size - 1}; found {least}..{most}"
+            )
+        if len(array) > model.max_length:
+            raise ContextLengthError(
+                f"the prompt has {len(array)} tokens, the context of this bundle is "
+                f"{model.max_length}; shorten it, or export with a longer --max-length"
+            )
         return array
 
     def _drafting(

@@ -219,6 +219,16 @@ def test_a_number_needs_no_scorer(plain: Manifest) -> None:
     assert resolve(0.4, plain) == 0.4
 
 
+@pytest.mark.parametrize("policy", ["static", "random"])
+def test_a_preset_of_a_bundle_with_plans_but_no_scorer_is_refused(
+    tiny_bundle: Path, policy: str
+) -> None:
+    manifest = Bundle(tiny_bundle).manifest
+    assert manifest.static
+    message = one_line(lambda: make_policy(policy, manifest, "fast"))
+    assert "no policy is trained yet" in message and "quality" not in message
+
+
 def test_no_budget_without_a_scorer_is_refused_with_the_remedy(plain: Manifest) -> None:
     assert "dash-train" in one_line(lambda: resolve(None, plain))
 

@@ -20,6 +20,7 @@ from scored_bundle import with_scorer
 
 from dash_onnx.cli.info import main
 from dash_onnx.cli.plans import plans_table
+from dash_onnx.core.budget import shown as shown_budget
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, data_name, head_path
 from dash_onnx.core.facts import StaticPoint
@@ -207,7 +208,7 @@ def test_the_measured_plans_are_shown_with_the_presets_that_run_them(
     lines = capsys.readouterr().out.splitlines()
     for name, plan in chosen.items():
         (row,) = [line for line in lines if name in line.split("  ")[0].split(", ")]
-        shares = [f"{share:.3f}" for share in (plan.time, plan.budget)]
+        shares = [f"{plan.time:.3f}", shown_budget(plan.budget)]
         cells = [*shares, f"{plan.kl:.4f}", plan.head, *plan.text.split()]
         assert row.split()[-len(cells) :] == cells
     assert ("decided per token" in "\n".join(lines)) == trained

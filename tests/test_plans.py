@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -166,6 +167,25 @@ def test_a_number_takes_what_loses_least_within_it(scored: Manifest) -> None:
     assert make_policy("dash", manifest, 0.6).uniform is None
     with pytest.raises(PolicyError, match=r"outside what this bundle can do: from 0\.2"):
         make_policy("", manifest, 0.1)
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.6, 0.95])
+def test_a_number_is_the_same_budget_as_text(scored: Manifest, budget: float) -> None:
+    """As the command line has it; the table of decisions ends at 0.9."""
+    manifest = tables(scored, {0.3: 0.5, 0.9: 0.01}, {0.2: 0.6, 0.5: 0.02})
+    ours, theirs = (make_policy("", manifest, given) for given in (budget, str(budget)))
+    assert (ours.budget, ours.uniform, ours.head) == (theirs.budget, theirs.uniform, theirs.head)
+
+
+def test_the_ends_that_a_message_tells_are_taken(scored: Manifest) -> None:
+    manifest = tables(scored, {0.20034: 0.5, 0.69966: 0.01}, {0.10044: 0.6})
+    for policy, budget in (("dash", 0.1), ("dash", 0.8), ("", 0.05), ("static", 0.05)):
+        with pytest.raises(PolicyError) as refused:
+            make_policy(policy, manifest, budget)
+        ends = re.findall(r"\b0\.\d{3}\b", str(refused.value))
+        assert len(ends) == (2 if policy == "dash" else 1)
+        for end in ends:
+            assert make_policy(policy, manifest, end)
 
 
 def test_another_machine_changes_the_plan(scored: Manifest) -> None:

@@ -16,7 +16,10 @@ from scored_bundle import with_scorer
 
 import dash_onnx
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.policy import Policy
+from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.sequence import SequenceState
 
 PROMPT = "the keeper"
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 200}
@@ -68,6 +71,26 @@ def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:
         return sum(path.count("full") + path.count("int8") for path in paths) / len(paths)
 
     assert shares(0.25) < shares(None)
+
+
+def test_the_same_budget_set_again_keeps_what_the_text_has_cost(
+    scored: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Policy] = []
+
+    def counted(policy: Policy, sequence: SequenceState) -> Decider:
+        made.append(policy)
+        return decider_of(policy, sequence)
+
+    monkeypatch.setattr("dash_onnx.runtime.generate.decider_of", counted)
+    with scored.stream(PROMPT, policy="dash", budget=0.5, **ENDLESS) as chunks:
+        for _ in range(8):
+            next(chunks)
+            chunks.set_budget(0.5)
+        assert len(made) == 1
+        chunks.set_budget(0.4)
+        next(chunks)
+    assert [policy.budget for policy in made] == [0.5, 0.4]
 
 
 def test_a_budget_that_cannot_be_met_leaves_the_stream_as_it_is(

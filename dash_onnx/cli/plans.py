@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dash_onnx.cli.common import aligned
-from dash_onnx.core.budget import PRESETS
+from dash_onnx.core.budget import PRESETS, shown
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import TIE, alternatives, candidates, kl_reference, margin_of, measured_on
 
@@ -21,7 +21,8 @@ def plans_table(manifest: Manifest) -> list[str]:
     rows = [
         [
             ", ".join(names),
-            *(f"{share:.3f}" for share in (plan.time, plan.budget)),
+            f"{plan.time:.3f}",
+            shown(plan.budget),
             f"{plan.kl:.4f}",
             plan.head,
             plan.text,

@@ -24,7 +24,8 @@ OTHER_TEXT = 1.5
 
 DEFAULT_PRESET = "balanced"
 
-_MIN_KL = 1e-4  # nats; what is less has no logarithm worth interpolating
+MIN_KL = 1e-4
+"""In nats; what is less has no logarithm worth interpolating."""
 
 
 def reference_ms(manifest: Manifest) -> float:
@@ -55,7 +56,8 @@ def resolve(budget: Budget | None, manifest: Manifest) -> float:
         PolicyError: neither a fraction nor a preset, or outside what the bundle can do.
     """
     presets = manifest.scorer.presets if manifest.scorer else {}
-    measured = presets or (PRESETS if manifest.static else {})
+    unknown = not isinstance(budget, str) or budget not in PRESETS
+    measured = presets or (PRESETS if manifest.static and unknown else {})
     if budget is None or (isinstance(budget, str) and budget in presets):
         name = DEFAULT_PRESET if budget is None else budget
         return scorer_facts(manifest).presets[str(name)]
@@ -87,8 +89,8 @@ def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float
     low, high = points[0].budget, points[-1].budget
     if not low <= budget <= high:
         raise PolicyError(
-            f"budget {budget:g} is outside what this bundle can do: {low:.3f} to {high:.3f} of the "
-            "time at the highest exported precision"
+            f"budget {budget:g} is outside what this bundle can do: {shown(low)} to "
+            f"{shown(high, up=False)} of the time at the highest exported precision"
         )
     a, b = neighbours(budget, points)
     if a is b:
@@ -99,6 +101,17 @@ def multiplier_of(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[float
         return nearer.multiplier, nearer.head
     multiplier = math.exp((1 - share) * math.log(a.multiplier) + share * math.log(b.multiplier))
     return multiplier, a.head
+
+
+def shown(budget: float, *, up: bool = True) -> str:
+    """A budget in three digits that, given as a budget, is enough for it; or that it is enough for.
+
+    Args:
+        budget: a fraction.
+        up: whether to round it up.
+    """
+    thousandths = round(budget * 1e3, 6)
+    return f"{(math.ceil if up else math.floor)(thousandths) / 1e3:.3f}"
 
 
 def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:
@@ -116,7 +129,7 @@ def kl_at(budget: float, points: tuple[BudgetPoint, ...]) -> float:
 
 
 def _log_kl(point: BudgetPoint) -> float:
-    return math.log(max(point.kl, _MIN_KL))
+    return math.log(max(point.kl, MIN_KL))
 
 
 def used_actions(budget: float, points: tuple[BudgetPoint, ...]) -> tuple[Action, ...]:

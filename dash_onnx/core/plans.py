@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from dash_onnx.core.actions import DECIDED, Action, ActionPath, path_letters
-from dash_onnx.core.budget import OTHER_TEXT, PRESETS, cheapest_within, kl_at, multiplier_of
+from dash_onnx.core.budget import (
+    MIN_KL,
+    OTHER_TEXT,
+    PRESETS,
+    cheapest_within,
+    kl_at,
+    multiplier_of,
+)
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import Manifest
 
@@ -21,7 +28,6 @@ faster by more, as they are the more complex plan; among paths that are as fast,
 least is taken."""
 
 
-_MIN_KL = 1e-4  # nats
 _MIN_SEQUENCES = 32  # of calibration text: of fewer, none is hidden from GPTQ
 _ROUNDED = 1.005  # factor: budgets have four digits
 
@@ -128,7 +134,7 @@ def alternatives(limit: float, manifest: Manifest) -> tuple[Plan | None, Plan | 
     Returns:
         None where there is none.
     """
-    limit = max(limit, _MIN_KL)
+    limit = max(limit, MIN_KL)
     scorer, found = manifest.scorer, None
     if scorer is not None:
         plan = decided(cheapest_within(limit, scorer.points), manifest)
@@ -143,6 +149,12 @@ def plan_below(budget: float, manifest: Manifest) -> Plan | None:
     if manifest.scorer is not None and budget >= manifest.scorer.points[0].budget:
         plans.append(decided(min(budget, manifest.scorer.points[-1].budget), manifest))
     return min(plans, key=lambda plan: (plan.kl, _rank(plan)), default=None)
+
+
+def least_budget(manifest: Manifest) -> float:
+    """The lowest budget for which there is a plan."""
+    points = [] if manifest.scorer is None else [manifest.scorer.points[0].budget]
+    return min([*points, *(plan.budget for plan in _fixed(manifest))])
 
 
 def decided(budget: float, manifest: Manifest) -> Plan:

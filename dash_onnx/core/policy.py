@@ -35,13 +35,14 @@ from dash_onnx.core.budget import (
     reference_ms,
     resolve,
     scorer_facts,
+    shown,
     used_actions,
 )
 from dash_onnx.core.controller import Controller
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.plans import frontier, plan_below, preset_plans
+from dash_onnx.core.plans import least_budget, plan_below, preset_plans
 
 _MAX_CHARACTERS = 1 << 20  # of a path file
 
@@ -314,13 +315,12 @@ def _planned(manifest: Manifest, budget: Budget | None) -> Policy:
         value = resolve(name, manifest)
         plan = plan_below(value, manifest)
         if plan is None:
-            least = min(plan.budget for plan in frontier(manifest))
             raise PolicyError(
-                f"budget {value:g} is outside what this bundle can do: from {least:.3f} of the "
-                "time at the highest exported precision"
+                f"budget {value:g} is outside what this bundle can do: from "
+                f"{shown(least_budget(manifest))} of the time at the highest exported precision"
             )
     if plan.path is None:
-        return ScoredPolicy(manifest, budget if isinstance(name, str) else plan.budget)
+        return ScoredPolicy(manifest, budget if name in plans else plan.budget)
     policy = StaticPolicy(plan.path, manifest, str(name), plan.head, plan.budget)
     policy.kl = plan.kl
     return policy
@@ -338,7 +338,7 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
     points = scorer_facts(manifest).static
     fitting = [point for point in points if point.budget <= budget + 1e-9]
     if not fitting:
-        least = f"the cheapest costs {points[0].budget:.3f}" if points else "none was searched"
+        least = f"the cheapest costs {shown(points[0].budget)}" if points else "none was searched"
         raise PolicyError(f"no static assignment within budget {budget:g}; {least}")
     best = min(fitting, key=lambda point: point.kl)
     return StaticPolicy(best.path, manifest, head=best.head, budget=budget)
