@@ -20,6 +20,7 @@ from dash_onnx.exporters.fused import FuseOptions, fuse
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.train import train
+from dash_onnx.exporters.train.trainer import MIN_LAYERS
 from dash_onnx.runtime.ort import has_device
 
 _LOG = logging.getLogger(__name__)
@@ -72,7 +73,9 @@ def build(
     if training is not None:
         _LOG.info('%s can answer now: dash-run %s "Hello!"; training the policy', out, typed)
     checked = _checked(model, out, options, check)
-    if training is not None:
+    if training is not None and manifest.model.num_layers < MIN_LAYERS:
+        _LOG.warning("a model of one layer has nothing to decide, so no policy was trained")
+    elif training is not None:
         manifest = train(out, training)
     elif asked is not None:
         _LOG.warning(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from conftest import layer_inputs, save_tiny
 import dash_onnx
 from dash_onnx.cli.train import _parser, main
 from dash_onnx.core.actions import Action, ActionPath
-from dash_onnx.core.atomic import TRAINING, discard
-from dash_onnx.core.budget import OTHER_TEXT, presets
+from dash_onnx.core.atomic import TRAINING, discard, locked
+from dash_onnx.core.budget import OTHER_TEXT, presets, shown
 from dash_onnx.core.bundle import Bundle, file_facts, replace_manifest
 from dash_onnx.core.contract import CARD_NAME, REPORT_NAME
 from dash_onnx.core.errors import BundleError, DashError, DeviceError
 from dash_onnx.core.facts import BudgetPoint, Costs, ScorerFacts
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import ExportOptions
+from dash_onnx.exporters.pipeline import build
 from dash_onnx.exporters.train.checkpoint import Checkpoint
 from dash_onnx.exporters.train.environment import Decide, State
 from dash_onnx.exporters.train.finish import exported_scorer
@@ -544,6 +547,76 @@ def test_a_bundle_is_trained_by_one_process_at_a_time(
     assert os.listdir(bundle.parent) == ["out"]
 
 
+def test_a_profile_that_ends_just_before_a_training_is_kept(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dataclasses.replace(COSTS, machine="another machine")
+    taken: list[str] = []
+
+    def after_a_profile(folder: Path, name: str) -> AbstractContextManager[Path]:
+        manifest = Bundle(folder).manifest
+        replace_manifest(folder, dataclasses.replace(manifest, costs=found))
+        return locked(folder, name)
+
+    monkeypatch.setattr("dash_onnx.exporters.train.train.locked", after_a_profile)
+    monkeypatch.setattr(
+        "dash_onnx.exporters.train.train.learn",
+        lambda trainer: taken.append(trainer.bundle.manifest.costs.machine),
+    )
+    monkeypatch.setattr(
+        "dash_onnx.exporters.train.train.finish", lambda trainer, *_: trainer.bundle.manifest
+    )
+    assert train(bundle, OPTIONS).costs == found
+    assert taken == ["another machine"]
+
+
+def test_a_disk_without_room_for_the_result_is_told_before_the_training(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    full = shutil.disk_usage(bundle)._replace(free=1000)
+    monkeypatch.setattr("dash_onnx.exporters.train.train.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("dash_onnx.exporters.train.train.Trainer", None)
+    assert "GB of disk beside" in TOOL.refused(capsys, bundle)
+    assert os.listdir(bundle.parent) == ["out"]
+
+
+@pytest.mark.parametrize("at", ["learn", "finish"])
+def test_a_bundle_that_an_export_replaces_meanwhile_stays_as_it_is(
+    at: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(trainer: Trainer, *_: object) -> Manifest:
+        manifest = trainer.bundle.manifest
+        replace_manifest(bundle, dataclasses.replace(manifest, costs=COSTS))
+        return manifest
+
+    for phase in ("learn", "finish"):
+        done = meanwhile if phase == at else lambda trainer, *_: trainer.bundle.manifest
+        monkeypatch.setattr(f"dash_onnx.exporters.train.train.{phase}", done)
+    with pytest.raises(BundleError, match="was replaced meanwhile: train it again"):
+        train(bundle, OPTIONS)
+    assert Bundle(bundle).manifest.costs == COSTS
+
+
+def test_another_device_draws_other_numbers_and_does_not_go_on(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = trainer._fingerprint()
+    assert here == trainer._fingerprint()
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+    assert trainer._fingerprint() != here
+
+
+def test_a_model_of_one_layer_is_exported_and_has_no_policy(
+    tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = save_tiny(tmp_path / "model", num_hidden_layers=1), tmp_path / "out"
+    built = build(str(source), out, ExportOptions(), check="none", training=TrainOptions())
+    assert built.manifest.scorer is None
+    assert "a model of one layer has nothing to decide" in caplog.text
+    assert dash_onnx.load(out, policy="int4").generate("the keeper", max_new_tokens=4)
+    assert "one layer has nothing to decide" in TOOL.refused(capsys, out)
+
+
 def headless(bundle: Bundle, _: object) -> Costs:
     """Costs that no table can be made with."""
     return dataclasses.replace(fixed_costs(bundle), heads_ms={})
@@ -810,7 +883,7 @@ def test_the_command_trains_as_shipped_and_prints_the_table(
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["budget", "KL", "head", *ACTIONS]
     for line, point in zip(lines[1:], facts.points, strict=False):
-        assert line.split()[:3] == [f"{point.budget:.3f}", f"{point.kl:.4f}", point.head]
+        assert line.split()[:3] == [shown(point.budget), f"{point.kl:.4f}", point.head]
     assert "balanced" in done.stdout and "self-generated" in done.stdout
     assert facts.decision_points == (1,)
     assert facts.training.tokens == plan.sequences * 64  # the model's context

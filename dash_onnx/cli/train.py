@@ -21,7 +21,7 @@ from dash_onnx.cli.common import (
 )
 from dash_onnx.cli.plans import plans_table
 from dash_onnx.cli.prepare import prepare_export
-from dash_onnx.core.budget import scorer_facts
+from dash_onnx.core.budget import scorer_facts, shown
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.calibration.texts import text_sources
-        from dash_onnx.exporters.fused import options_of, renew
+        from dash_onnx.exporters.fused import fuse, options_of
         from dash_onnx.exporters.pipeline import announce_training
         from dash_onnx.exporters.train.options import TrainOptions
         from dash_onnx.exporters.train.train import train
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             decisions=arguments.decisions,
             start=arguments.start,
         )
-        bundle = Path(bundle_of(arguments.bundle))
+        bundle = Path(bundle_of(arguments.bundle)).resolve()  # the training replaces the folder
         fused = options_of(bundle / FUSED_FOLDER)
         announce_training(Bundle(bundle).manifest.model, options)
         manifest = train(bundle, options)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         assert facts is not None
         if fused is not None:
             try:
-                renew(Bundle(bundle), fused)
+                fuse(Bundle(bundle), bundle / FUSED_FOLDER, fused, overwrite=True)
             except DashError as error:  # such as a budget that the new policy cannot hold
                 where = bundle / FUSED_FOLDER
                 _LOG.warning("%s held the old policy: removed; %s", where, error)
@@ -115,7 +115,7 @@ def table(manifest: Manifest) -> str:
     head = ["budget", "KL", "head", *facts.actions]
     rows = [
         [
-            f"{point.budget:.3f}",
+            shown(point.budget),
             f"{point.kl:.4f}",
             point.head,
             *(f"{point.shares[action]:.0%}" for action in facts.actions),

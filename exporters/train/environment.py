@@ -247,13 +247,11 @@ class Environment:
         parts = torch.arange(len(theirs)).split(self.model.chunk)
         for rows in Loop(label, parts) if label else parts:
             p = self.model.logits(theirs[rows]).float().log_softmax(-1)
-            entropy = -torch.linalg.vecdot(p.exp(), p).sum()
-            p.exp_()
             for path, final in enumerate(ours):
                 for number, head in enumerate(heads):
-                    logits = self.model.logits(final[rows], head).float()
-                    cross = logits.logsumexp(-1) - torch.linalg.vecdot(p, logits)
-                    totals[path, number] += cross.sum() - entropy
+                    q = self.model.logits(final[rows], head).float().log_softmax(-1)
+                    kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
+                    totals[path, number] += kl.sum(-1).sum(dtype=torch.float64)
         return [[float(x) / len(theirs) for x in row] for row in totals]
 
 

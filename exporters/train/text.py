@@ -51,7 +51,7 @@ def training_ids(
         length=length,
         least=MIN_SEQUENCES * length,
         purpose="training",
-        begin=codec.encode(""),
+        begin=codec.begin,
     )
     generator = torch.Generator().manual_seed(seed)
     return torch.as_tensor(rows[torch.randperm(len(rows), generator=generator, device="cpu")])

@@ -9,6 +9,7 @@ from dash_onnx.core.atomic import TRAINING, check_destination, locked, writing
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.card import write_card
 from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
+from dash_onnx.core.errors import BundleError, DashError
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.device import torch_device
 from dash_onnx.exporters.train.finish import Profile, finish
@@ -37,23 +38,45 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
 
     Raises:
         DashError: the bundle or the calibration text cannot be used, or another process is
-            training the bundle.
+            training the bundle; there is too little disk space; or an export replaced the bundle
+            meanwhile.
     """
-    bundle = Bundle(folder)
-    check_device(bundle.manifest.target.device)  # for measuring the costs
-    check_destination(bundle.folder, overwrite=True)
-    with locked(bundle.folder, TRAINING), torch_device(options.device):
+    folder = Bundle(folder).folder
+    check_destination(folder, overwrite=True)
+    with locked(folder, TRAINING), torch_device(options.device):
+        bundle = Bundle(folder)  # as it is now that no profile changes it
+        check_device(bundle.manifest.target.device)  # for measuring the costs
+        _check_space(bundle)
         trainer = Trainer(bundle, options)
         learn(trainer)
-        with writing(bundle.folder, overwrite=True) as trained:
+        with writing(folder, overwrite=True) as trained:
+            _check_unchanged(bundle)
             # Files that show the old policy must not outlive it.
             old = shutil.ignore_patterns(FUSED_FOLDER, REPORT_NAME)
-            shutil.copytree(bundle.folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
+            shutil.copytree(folder, trained, symlinks=True, dirs_exist_ok=True, ignore=old)
             manifest = finish(trainer, trained, profile)
             write_card(trained, manifest)
             (trained / MANIFEST_NAME).write_text(manifest.to_text(), "utf-8")
+            _check_unchanged(bundle)
         trainer.checkpoint.remove()
     return manifest
+
+
+def _check_space(bundle: Bundle) -> None:
+    """Refuses a training whose result would not fit the disk, before it takes an hour."""
+    needed = sum(facts.bytes for facts in bundle.manifest.files.values())
+    free = shutil.disk_usage(bundle.folder.resolve().parent).free
+    if needed > free:
+        raise DashError(
+            f"the trained bundle needs {needed / 1e9:.1f} GB of disk beside {bundle.folder}, and "
+            f"{free / 1e9:.1f} GB are free: make room"
+        )
+
+
+def _check_unchanged(bundle: Bundle) -> None:
+    """Refuses to write over a bundle that an export, which waits for nobody, has replaced."""
+    if Bundle(bundle.folder).manifest != bundle.manifest:
+        raise BundleError(f"{bundle.folder} was replaced meanwhile: train it again")
 
 
 def learn(trainer: Trainer) -> None:

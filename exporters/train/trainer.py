@@ -15,6 +15,7 @@ import torch
 
 from dash_onnx.core.actions import LOSSY, SKIP, Action
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import FileFacts
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.text import TextCodec
@@ -27,6 +28,9 @@ from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.scorer import Scorer, decision_points_of
 from dash_onnx.exporters.train.text import training_ids
 from dash_onnx.exporters.train.transfer import load_scorer, scorer_to_start_from
+
+MIN_LAYERS = 2
+"""The first layer always runs, and nothing precedes it that a decision could be based on."""
 
 
 class Trainer:
@@ -77,6 +81,8 @@ class Trainer:
         self.plan = plan = options.plan_for(bundle.manifest.model)
         manifest = bundle.manifest
         facts, variants = manifest.model, manifest.variants
+        if facts.num_layers < MIN_LAYERS:
+            raise UnsupportedError("a model of one layer has nothing to decide: use --policy int4")
         # `full` costs far more than it gains over INT8, so training leaves it out.
         self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)
@@ -110,7 +116,9 @@ class Trainer:
         shapes = {name: list(weight.shape) for name, weight in self.scorer.state_dict().items()}
         costs = self.bundle.manifest.costs.in_units(self.actions)
         plan, seed, dtype = dataclasses.asdict(self.plan), self.options.seed, str(self.dtype)
-        digest = hashlib.sha256(json.dumps([files, shapes, costs, plan, seed, dtype]).encode())
+        device = torch.get_default_device().type  # which its random numbers depend on
+        known = [files, shapes, costs, plan, seed, dtype, device]
+        digest = hashlib.sha256(json.dumps(known).encode())
         for source in self.options.texts:
             digest.update(source.sha256().encode())
         if self.options.start is not None:
