@@ -567,3 +567,18 @@ def test_int8_of_the_file_is_int8_of_the_bundle_bit_for_bit(
     for policy in ("full", "int8"):
         found, wanted = (one.logits(IDS, policy=policy) for one in (ours, same))
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "block"), [(Kind.F16, 64), (Kind.Q4_0, 32), (Kind.Q8_0, 32), (Kind.Q5_0, 64)]
+)
+def test_only_integers_that_can_be_kept_ask_for_small_blocks(
+    kind: Kind, block: int, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128}
+    write_model(tmp_path / "m.gguf", tiny_model("llama", **sizes), kind=kind)
+    source = opened(tmp_path / "m.gguf")
+    assert source.integers == (block == 32)
+    architecture = architecture_of(source.config)
+    spec = architecture.describe("m", source.config, None)
+    assert suited(ExportOptions(), source, architecture, spec).block_size == block

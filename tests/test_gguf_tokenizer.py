@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 from conftest import TEMPLATE
+from gguf import TokenType as Kind
 from gguf_files import add_byte_level, write_model
 from gguf_models import FAMILIES, tiny_model
 from tokenizers import (
@@ -162,20 +163,23 @@ def test_an_answer_ends_where_llama_cpp_ends_it(
     assert found - {"<|im_end|>"} == ends
 
 
-@pytest.mark.parametrize("kind", [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED])
-def test_a_token_that_ends_a_turn_may_be_of_either_kind(
-    kind: gguf.TokenType, tmp_path: Path
+@pytest.mark.parametrize("kind", [Kind.NORMAL, Kind.CONTROL, Kind.USER_DEFINED])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|tool_response>"])
+def test_a_token_that_ends_a_turn_may_be_of_any_kind(
+    token: str, kind: Kind, tmp_path: Path
 ) -> None:
     tokenizer = trained(*BYTE_LEVEL["gpt-2"][:3])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    end = tokenizer.convert_tokens_to_ids(token)
 
     def add(writer: gguf.GGUFWriter) -> None:
         add_byte_level(writer, tokenizer, 992, "gpt-2")
         writer.kv_data[0]["tokenizer.ggml.token_type"].value[end] = kind
 
-    ids = written(tmp_path / "t.gguf", add).generation_config.eos_token_id
+    source = written(tmp_path / "t.gguf", add)
+    ids = source.generation_config.eos_token_id
     assert end in (ids if isinstance(ids, list) else [ids])
+    assert end in source.tokenizer(f"a{token}")["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dash_onnx.core.conversation import Message
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.text import Message
 from dash_onnx.exporters.calibration.texts import TextSource, text_sources
 
 CHAT = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "the keeper"}]

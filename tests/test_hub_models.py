@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,12 @@ def holding(files: list[str]) -> Callable[..., SimpleNamespace]:
 def test_a_quantization_names_a_file_of_a_repository(
     hub: list[str], quantization: str, file: str
 ) -> None:
-    files = sources._gguf_files("org/m", None)
-    assert len(files) == 3
-    assert sources._gguf_file("org/m", quantization, files) == file
+    assert sources._gguf_file("org/m", quantization, sources._files("org/m", None)) == file
 
 
 def test_a_missing_quantization_is_refused_with_those_that_are_there(hub: list[str]) -> None:
     with pytest.raises(SourceError, match=r"no GGUF file of Q2_K: m-Q8_0\.gguf"):
-        sources._gguf_file("org/m", "Q2_K", sources._gguf_files("org/m", None))
+        sources._gguf_file("org/m", "Q2_K", sources._files("org/m", None))
 
 
 @pytest.fixture
@@ -130,6 +129,45 @@ def test_the_parts_of_a_model_come_from_the_hub_with_license_and_revision(
     assert source.license == "my-terms"
     assert [path.name for path in source.documents] == ["LICENSE", "README.md"]
     assert len(source.files) == 2
+
+
+def test_a_model_of_which_some_files_are_here_is_shown_all_the_same(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a download that was interrupted."""
+    shards = {"a.safetensors": 2, "b.safetensors": 3}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (tmp_path / "a.safetensors").touch()
+    shapes = {"model.norm.weight": (64,)}
+    seen: list[object] = []
+    monkeypatch.setattr(sources, "_download", lambda *_: tmp_path)
+    monkeypatch.setattr(sources, "_shapes", lambda *_: shapes)
+    monkeypatch.setattr(sources, "open_folder", lambda *_, shapes, **__: seen.append(shapes))
+    with pytest.raises(AttributeError):  # of nothing opened
+        sources.open_source("org/m", {"llama"}, weights=False)
+    assert seen == [shapes]
+
+
+def test_pickled_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(sources, "_download", lambda *_: tmp_path)
+    monkeypatch.setattr(huggingface_hub, "model_info", holding(["pytorch_model.bin"]))
+    with pytest.raises(SourceError, match=r"org/m has no safetensors .* \(pickled"):
+        sources.open_source("org/m", {"llama"})
+
+
+def test_a_gguf_file_in_the_hubs_cache_needs_no_network(
+    split_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise nowhere()
+
+    first = sources.open_source("org/m:Q4_0", {"llama"})
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    assert sources.open_source("org/m:Q4_0", {"llama"}).origin == first.origin
 
 
 # What fails

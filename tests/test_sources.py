@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.export.check import check
@@ -115,6 +115,15 @@ def test_the_end_token_of_the_tokenizer_ends_an_answer(
 ) -> None:
     edit_json(folder / "generation_config.json", eos_token_id=named)
     assert opened(folder).generation_config.eos_token_id == wanted
+
+
+def test_what_the_generation_config_of_a_model_says_is_kept(folder: Path, tmp_path: Path) -> None:
+    """Even what transformers would not write again: a temperature without sampling."""
+    path = folder / "generation_config.json"
+    edit_json(path, eos_token_id=7, temperature=0.7, do_sample=None)
+    opened(folder).save_text_files(tmp_path)
+    kept = json.loads((tmp_path / path.name).read_text())
+    assert (kept["eos_token_id"], kept["temperature"]) == ([7, 1], 0.7)
 
 
 def test_a_chat_template_may_have_a_json_file_of_its_own(folder: Path) -> None:
@@ -289,6 +298,28 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
     edit_json(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
     message = refusal(UnsupportedError, folder)
     assert "awq" in message and "original" in message
+
+
+def test_weights_that_another_key_calls_quantized_are_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", compression_config={"format": "int-quantized"})
+    assert "quantized" in refusal(UnsupportedError, folder)
+    edit_json(folder / "config.json", compression_config=None)
+    (folder / "hf_quant_config.json").write_text("{}")
+    assert "quantized" in refusal(UnsupportedError, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.float8_e4m3fn])
+def test_weights_that_are_quantized_without_a_word_are_refused(
+    folder: Path, dtype: torch.dtype
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = (tensors[name] * 100).to(dtype)
+
+    edit_tensors(folder, quantize)
+    with pytest.raises(DashError, match=name):
+        read_layers(folder)
 
 
 def test_a_null_quantization_config_means_not_quantized(folder: Path) -> None:

@@ -204,6 +204,7 @@ def test_a_conversation_is_encoded_as_transformers_does(
         "{{ messages[0] | tojson(indent=2) }}",
         "{{ messages[0] | tojson(ensure_ascii=True, indent=4) }}{{ messages | tojson(True) }}",
         "{% if tools %}{{ tools }}{% endif %}{{ messages|length }}",
+        "{% if tools is not none %}T{{ tools | tojson }}{% endif %}{{ documents is none }}",
         "{{ strftime_now('%Y') }}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     ],

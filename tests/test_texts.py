@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.conversation import Message
 from dash_onnx.core.documents import plain
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.text import Message, TextCodec
+from dash_onnx.core.text import TextCodec
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.calibration.draw import draw
 from dash_onnx.exporters.calibration.texts import TextLike, text_sources
@@ -308,7 +311,10 @@ def test_a_template_that_refuses_is_one_line(write: Callable[..., Path], source:
     path = write("a.jsonl", {"messages": CHAT})
     with pytest.raises(SourceError, match="roles must alternate") as caught:
         calibration_ids(
-            dataclasses.replace(source, tokenizer=tokenizer), text_sources([path]), 0, no_draft
+            dataclasses.replace(source, tokenizer=tokenizer),
+            text_sources([path]),
+            0,
+            no_draft,
         )
     assert "\n" not in str(caught.value)
 
@@ -324,6 +330,36 @@ def test_calibration_on_conversations_uses_the_chat_template(
     assert facts.source == "a.jsonl"
     codec = TextCodec(Bundle(tiny_bundle))
     assert codec.render_chat(CHAT, answer_next=False) in text
+
+
+def test_calibration_on_conversations_gives_a_template_the_parts_that_it_takes(
+    write: Callable[..., Path], source: Source
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+        "{{ part.text }}{% endfor %};{% endfor %}"
+    )
+    tokenizer = copy.copy(source.tokenizer)
+    tokenizer.chat_template = template
+    path = write("a.jsonl", *[{"messages": CHAT}] * 200)
+    ids, _ = calibration_ids(
+        dataclasses.replace(source, tokenizer=tokenizer), text_sources([path]), 0, no_draft
+    )
+    assert "user: who?;assistant: the keeper;" in source.tokenizer.decode(ids[0])
+
+
+def test_texts_begin_with_what_stands_before_them_alone(
+    write: Callable[..., Path], source: Source
+) -> None:
+    """Some tokenizers also put an end behind a text."""
+    tokenizer = copy.deepcopy(source.tokenizer)
+    frame = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer._tokenizer.post_processor = frame
+    assert tokenizer("")["input_ids"] == [0, 1]
+    framed = dataclasses.replace(source, tokenizer=tokenizer)
+    path = write("a.txt", "night " * 3000)
+    ids, _ = calibration_ids(framed, text_sources([path]), 0, no_draft)
+    assert (ids[:, 0] == 0).all() and not (ids[:, 1] == 1).any()
 
 
 def test_several_files_are_all_named_in_the_facts(
@@ -410,6 +446,14 @@ def test_shares_hold_where_a_text_is_short(letters: Callable[[str, int], str]) -
     assert str(caught.value) == (
         "a.txt@1 has 16 tokens, with which its weight allows 48 in all; a test needs at least 80"
     )
+
+
+def test_weighted_texts_too_short_for_passages_of_their_own_are_refused(
+    letters: Callable[[str, int], str],
+) -> None:
+    texts = [f"{letters(letter, 7)}@1" for letter in "abcdefghij"]
+    with pytest.raises(SourceError, match="hold 0 passages of 8 tokens; a test needs at least 8"):
+        drawn(*texts, least=64)
 
 
 def test_every_sequence_begins_as_texts_do(tmp_path: Path) -> None:

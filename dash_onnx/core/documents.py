@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dash_onnx.core.conversation import Message
 from dash_onnx.core.errors import SourceError
-from dash_onnx.core.text import Message, TextCodec, json_lines, read_text
+from dash_onnx.core.text import TextCodec, json_lines, read_text
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
 """A whole conversation as text."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +15,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.conversation import Message, rendered
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.thoughts import Tags, Thoughts
 
-Message: TypeAlias = Mapping[str, Any]
-"""A chat message: at least `role` and `content`."""
-
-_ASKED = "What is the capital of France?"  # whether a template shows it
 _NEAR = 8  # most tokens of white space between a prompt's last tag and its end
 _SPACE = "\u2581"  # how SentencePiece vocabularies write a space
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults
@@ -92,6 +88,11 @@ class TextCodec:
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return np.asarray(ids, np.int64)
 
+    @property
+    def begin(self) -> npt.NDArray[np.int64]:
+        """Ids `[S]` that every text begins with, such as BOS."""
+        return begin_of(self.encode)
+
     def render_chat(
         self,
         messages: Sequence[Message],
@@ -117,22 +118,12 @@ class TextCodec:
             PolicyError: there is no template, it refuses the messages, or they are not valid; or a
                 variable is one that this method sets.
         """
-        messages = checked_messages(messages)
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
-        from dash_onnx.core.template import render  # jinja2 takes a while to import
-
-        if _takes_parts(self.chat_template, tuple(self._special.items())):
-            messages = [{**one, "content": _parts(one.get("content") or "")} for one in messages]
-        values = {"messages": messages, "add_generation_prompt": answer_next, **self._special}
-        if tools:
-            values["tools"] = [*tools]
-        if taken := {*values, "tools"}.intersection(variables or ()):
+        values = {"tools": [*tools] or None, "add_generation_prompt": answer_next, **self._special}
+        if taken := {*values, "messages"}.intersection(variables or ()):
             raise PolicyError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
-        try:
-            return render(self.chat_template, {**(variables or {}), **values})
-        except Exception as error:  # the template is the model's code: it may raise anything
-            raise PolicyError(f"the chat template refuses these messages: {error}") from None
+        return rendered(self.chat_template, messages, {**(variables or {}), **values})
 
     def encode_chat(
         self,
@@ -190,54 +181,16 @@ class TextCodec:
         return text.encode("utf-8", "replace")
 
 
-@functools.lru_cache
-def _takes_parts(template: str, special: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template leaves out text that is not in a list of parts, as for images."""
-    from dash_onnx.core.template import render
+def begin_of(encode: Callable[..., npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """The ids `[S]` that a tokenizer puts before a text, without those that it puts behind it.
 
-    def shows(content: str | list[dict[str, str]]) -> bool:
-        messages = [{"role": "user", "content": content}]
-        try:
-            return _ASKED in render(template, {"messages": messages, **dict(special)})
-        except Exception:  # see `TextCodec.render_chat`
-            return False
-
-    return not shows(_ASKED) and shows(_parts(_ASKED))
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    """The content of a message as a list of parts."""
-    return [{"type": "text", "text": text}]
-
-
-def checked_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages with their content as text; a list of parts, as in OpenAI's API, is joined.
-
-    Raises:
-        PolicyError: there are none, one has another form, a part is not text, or the last one is an
-            empty user message.
+    Args:
+        encode: tokenizes text; takes `add_special_tokens`.
     """
-    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise PolicyError(f"messages must be a list, not {type(messages).__name__}")
-    if not messages:
-        raise PolicyError("there is no message to answer")
-    checked: list[Message] = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise PolicyError("a message must be a dict with `role` and `content`, both text")
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-            texts = [part for part in parts if isinstance(part, str)]
-            if len(texts) < len(parts):
-                raise PolicyError("a part of a message is not text, and this model reads only text")
-            message = {**message, "content": "".join(texts)}
-        elif content is not None and not isinstance(content, str):
-            raise PolicyError(f"the content of a message is {type(content).__name__}, not text")
-        checked.append(message)
-    if checked[-1]["role"] == "user" and not (checked[-1].get("content") or "").strip():
-        raise PolicyError("the last message is empty")
-    return checked
+    framed, own = (encode("a", add_special_tokens=frame) for frame in (True, False))
+    starts = range(len(framed) - len(own) + 1 if len(own) else 0)
+    found = (start for start in starts if (framed[start : start + len(own)] == own).all())
+    return framed[: next(found, len(framed))]
 
 
 class Detokenizer:
@@ -288,7 +241,7 @@ def read_text(path: Path, *, empty: bool = False) -> str:
         SourceError: missing, empty, or not text.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows puts a mark at the beginning
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
                 raise SourceError(f"{path} is a device, which may never end")
             text = file.read()

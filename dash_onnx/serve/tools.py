@@ -15,8 +15,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dash_onnx.core.conversation import checked_messages
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.text import TextCodec, checked_messages
+from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.writer import begins
 

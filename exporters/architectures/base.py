@@ -367,6 +367,8 @@ def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:
     """
     tensor = weights[name]
     check_shape(name, tuple(tensor.shape), shape)
+    if not tensor.is_floating_point():
+        raise SourceError(f"{name} holds {tensor.dtype}: quantized in a way that is not known")
     return tensor
 
 

@@ -116,7 +116,7 @@ class Sparse(Decoder):
             gate = Linear("shared_gate", opens)
         if f"{name}.bias" in weights:
             bias = take(weights, f"{name}.bias", sizes.count)
-        if self.choice_bias and not router.is_meta:  # sizes are estimated without buffers
+        if self.choice_bias:
             choice = weights[f"{prefix}{self.choice_bias}"].flatten()
             check_shape(f"{prefix}{self.choice_bias}", tuple(choice.shape), (sizes.count,))
         return Mixture(Linear("router", router, bias), up, down, gate, choice)

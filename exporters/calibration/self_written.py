@@ -92,7 +92,7 @@ def self_written(
     if turns and len(turns.first) > length // 2:
         turns = None
     words = min(model.vocab_size, codec.tokenizer.get_vocab_size(with_added_tokens=False))
-    begin = codec.encode("").tolist()  # BOS, if texts begin with it
+    begin = codec.begin.tolist()
     openings: list[tuple[int, ...]] = []
     for number, token in enumerate(generator.integers(words, size=sequences)):
         openings.append(turns.first if turns and number % 2 == 0 else (*begin, int(token)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.conversation import Message, rendered
 from dash_onnx.core.documents import plain
 from dash_onnx.core.facts import Calibration, ModelFacts
-from dash_onnx.core.text import Message
+from dash_onnx.core.text import begin_of
 from dash_onnx.exporters.calibration.draw import draw
 from dash_onnx.exporters.calibration.openings import openings
 from dash_onnx.exporters.calibration.self_written import sample_text
@@ -73,22 +75,25 @@ def calibration_ids(
 
 
 def _from_text(source: Source, texts: Sequence[TextSource], min_tokens: int, sequences: int) -> Ids:
-    def render(messages: Sequence[Message]) -> str:
-        if source.tokenizer.chat_template is None:
-            return plain(messages)
-        return str(source.tokenizer.apply_chat_template(list(messages), tokenize=False))
+    template, special = source.tokenizer.chat_template, source.tokenizer.special_tokens_map
+    if isinstance(template, dict):  # one of several by name
+        template = template.get("default")
 
+    def render(messages: Sequence[Message]) -> str:
+        return plain(messages) if template is None else rendered(template, messages, special)
+
+    encode = _encoder(source)
     length = min(LENGTH, source.config.max_position_embeddings)
     least = max(2 * length, min_tokens)
     return draw(
         texts,
         render,
-        _encoder(source, add_special_tokens=False),
+        partial(encode, add_special_tokens=False),
         sequences=sequences,
         length=length,
         least=least,
         purpose="calibration",
-        begin=_encoder(source, add_special_tokens=True)(""),
+        begin=begin_of(encode),
     )
 
 
@@ -96,13 +101,18 @@ def _self_generated(source: Source, seed: int, draft: Callable[[], Bundle], sequ
     """Documents only: GPTQ loses less with them than with conversations (docs/decisions/0083)."""
     generator, bundle = np.random.default_rng(seed), draft()
     length = min(LENGTH, bundle.manifest.model.max_length)
-    encode = _encoder(source, add_special_tokens=True)
-    begun = openings(encode, sequences, length, generator)
-    return sample_text(bundle, begun, length, generator, "calibration text")
+    encode = _encoder(source)
+    begin = begin_of(encode)
+
+    def begun(text: str) -> Ids:
+        return np.concatenate([begin, encode(text, add_special_tokens=False)])
+
+    first = openings(begun, sequences, length, generator)
+    return sample_text(bundle, first, length, generator, "calibration text")
 
 
-def _encoder(source: Source, *, add_special_tokens: bool) -> Callable[[str], Ids]:
-    def encode(text: str) -> Ids:
+def _encoder(source: Source) -> Callable[..., Ids]:
+    def encode(text: str, *, add_special_tokens: bool = True) -> Ids:
         found = source.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return np.asarray(found["input_ids"], np.int64)
 

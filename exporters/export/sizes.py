@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from dash_onnx.exporters.calibration.tokens import LENGTH, sequences_of
 from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs import kept_rows
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
-from dash_onnx.exporters.graphs.graph import BITS, block_size_of, weight_precision
+from dash_onnx.exporters.graphs.graph import BITS, FOLDED, block_size_of, weight_precision
 from dash_onnx.exporters.sources import Shapes, Source, Weights, readable
 
 _GRAPH_BYTES = 6000  # nodes of a layer graph
@@ -83,7 +84,11 @@ class _Described(Shapes):
 
         model = readable("the model's configuration", build)
         model.tie_weights()
-        super().__init__({name: tuple(p.shape) for name, p in model.named_parameters()})
+        self.parameters = sum(p.numel() for p in model.parameters())
+        stored = model.state_dict().keys()  # some buffers are computed
+        buffers = ((name, b) for name, b in model.named_buffers() if name in stored)
+        tensors = chain(model.named_parameters(), buffers)
+        super().__init__({name: tuple(tensor.shape) for name, tensor in tensors})
 
     def check(self, weights: Weights) -> None:
         """Compares the shapes with those in the files.
@@ -132,13 +137,14 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     idle: dict[Form, int] = dict.fromkeys(kept, 0)
     experts = spec.block.experts
     unused = 1 - experts.per_token / experts.count if experts else 0.0
-    widest = draft = 0
+    widest = draft = surplus = 0
     for index in range(facts.num_layers):
         layer = architecture.layer(weights, index, spec)
         for form in forms:
             kept[form] += rule.layer(form, layer) + _GRAPH_BYTES
             idle[form] += round(unused * rule.experts(form, layer))
         kept[SKIP] += rule.skip(layer, sum(kept_rows(spec, index)[1])) + _GRAPH_BYTES
+        surplus += 2 * rule.unfolded(layer)
         draft += rule.layer("int8", layer)
         widest = max(widest, rule.working(layer.linears))
     head_forms: tuple[Form, ...] = (*rule.heads, *((WIDE,) if resolved.wide else ()))
@@ -164,6 +170,8 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         {form: size * (wide if form == "full" else 1) for form, size in sizes.items()}
         for sizes in (kept, heads)
     )
+    if "full" in kept:  # in memory it is FP32 anyway
+        kept["full"] += surplus
     many_head = loaded_heads.get(WIDE, 0)
     many = loaded.get(WIDE, 0) + many_head
     mixed = loaded_heads["int8" if "int8" in heads else rule.heads[0]]
@@ -178,7 +186,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     run["policy"] = process + sum(loaded.values()) + mixed + many_head
     text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv * rule.wide)
     return Sizes(
-        parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
+        parameters=weights.parameters,
         layers=kept,
         read={form: size - idle[form] for form, size in kept.items()},
         heads=heads,
@@ -209,6 +217,12 @@ class _Rule:
     def experts(self, form: Form, layer: Layer) -> int:
         mixture = layer.mixture
         return 0 if mixture is None else self.stored(form, mixture.up, mixture.down)
+
+    def unfolded(self, layer: Layer) -> int:
+        """Weights of experts that `full` stores in FP32: see `graphs.mixture`."""
+        mixture = layer.mixture
+        sizes = [] if mixture is None else [p.weight.numel() for p in (mixture.up, mixture.down)]
+        return sum(size for size in sizes if size > FOLDED)
 
     def stored(self, form: Form, *parts: Linear | Norm | Conv | torch.Tensor | None) -> int:
         size = 0

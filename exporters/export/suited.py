@@ -34,6 +34,8 @@ def suited(
     Raises:
         DashError: a weight cannot be read, or the options do not suit the model.
     """
+    if not source.integers:  # none to keep
+        options = replace(options, requantize=True)
     if spec.block.experts is not None:
         return options.resolved(source.kind, spec)
     exact = replace(options, ternary=True).resolved(source.kind, spec)

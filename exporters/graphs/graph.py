@@ -37,6 +37,7 @@ IR_VERSION = 11
 """Lowest version that allows the opset's types; clients refuse versions newer than they know."""
 
 INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
+FOLDED = 1 << 27  # weights
 INT2_BLOCK = 64
 OFFSETS = ".offsets"
 """Suffix of the second product of a weight that has offsets."""
@@ -65,7 +66,7 @@ class Graph:
     block: Block
     hessians: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fp32_kept: list[str] = field(default_factory=list)
-    folded: int = 1 << 27
+    folded: int = FOLDED
 
     def __post_init__(self) -> None:
         opsets = {"": OPSET, "com.microsoft": 1}

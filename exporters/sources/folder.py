@@ -28,6 +28,7 @@ from dash_onnx.exporters.sources.source import (
     readable,
 )
 
+_ORIGINAL = "give the original weights"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # No code from a folder runs: transformers refuses it; without this it would ask on the terminal.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -90,7 +91,11 @@ class SafetensorsWeights(Shapes):
         # Kept open, a file would hold every page ever read in this process's memory.
         with safe_open(path, framework="pt") as file:
             weight = file.get_tensor(stored) if rows is None else file.get_slice(stored)[rows]
-            return finite(name, weight)
+        # BitNet and MXFP4 have bytes; other integers, and floats of one byte, have scales beside.
+        if weight.dtype != torch.uint8:
+            if not weight.is_floating_point() or weight.element_size() == 1:
+                raise UnsupportedError(f"{name} is quantized ({weight.dtype}); {_ORIGINAL}")
+        return finite(name, weight)
 
 
 def open_folder(
@@ -123,9 +128,11 @@ def open_folder(
     model_type = str(raw.get("model_type"))
     check_supported(text_type(raw), supported)
     quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown"
-    if quantization and method not in ("bitnet", "mxfp4"):
-        raise UnsupportedError(f"{folder} holds {method}-quantized weights; give the original ones")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    elsewhere = raw.get("compression_config") or (folder / "hf_quant_config.json").is_file()
+    if (quantization and method not in ("bitnet", "mxfp4")) or elsewhere:
+        held = f"{method}-quantized weights" if method else "quantized weights"
+        raise UnsupportedError(f"{folder} holds {held}; {_ORIGINAL}")
     renamed = renaming(model_type)
     if shapes:
         known = ((renamed(name), shape) for name, shape in shapes.items())

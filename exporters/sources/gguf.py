@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from dash_onnx.core.errors import SourceError, UnsupportedError, printable
 from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.exporters.quantize.blockwise import Quantized
-from dash_onnx.exporters.sources.gguf_blocks import unpack
+from dash_onnx.exporters.sources.gguf_blocks import KEPT, unpack
 from dash_onnx.exporters.sources.gguf_config import MODEL_TYPES, config_of
 from dash_onnx.exporters.sources.gguf_layout import Layout
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
@@ -183,6 +183,8 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     check_supported(config.model_type, supported)
     told = readable(path, lambda: _told(values, config.num_hidden_layers))
     weights = readable(path, lambda: GGUFWeights(tensors, architecture, config, requantize, told))
+    layers = [tensor for name, tensor in tensors.items() if name.startswith("blk.")]
+    exact = sum(tensor.n_elements for tensor in layers if tensor.tensor_type in KEPT)
     tokenizer = readable(path, lambda: tokenizer_of(architecture, values))
     generation = GenerationConfig.from_model_config(config)
     generation.eos_token_id = end_tokens(values)
@@ -194,5 +196,6 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
         tokenizer=tokenizer,
         generation_config=generation,
         files=tuple(parts),
+        integers=2 * exact > sum(tensor.n_elements for tensor in layers),
         license=license_of(values, "general.license", "general.license.name"),
     )

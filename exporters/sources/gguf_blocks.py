@@ -65,6 +65,8 @@ _READERS: dict[Type, Callable[[np.ndarray], Quantized]] = {
     Type.Q4_K: _q4_k,
     Type.Q8_0: _q8_0,
 }
+KEPT = frozenset(_READERS)
+"""The types that `unpack` reads."""
 
 
 def _blocks(data: np.ndarray, size: int) -> np.ndarray:

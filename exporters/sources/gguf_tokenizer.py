@@ -109,7 +109,8 @@ PRE_TOKENIZERS = {
 }
 """Pre-tokenizers by `tokenizer.ggml.pre`."""
 
-# Tokens that end an answer; a file names only one or two of them.
+# Tokens that end an answer, of those in llama.cpp; a file names only one or two of them. Not
+# `</s>`: Gemma 4 has it as text.
 _ENDS = {
     "<|eot_id|>",
     "<|eom_id|>",
@@ -122,6 +123,13 @@ _ENDS = {
     "<end_of_turn>",
     "<turn|>",
     "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<eos>",
+    "<end_of_utterance>",
+    "<|tool_response>",
+    "\u2039\uff5cend\u2581of\u2581sentence\uff5c>",
 }
 
 
@@ -138,7 +146,12 @@ class _Vocabulary:
         self.ids = {token: index for index, token in enumerate(tokens)}
         if len(self.ids) != len(tokens) or len(types) != len(tokens):
             raise SourceError("the GGUF file's tokenizer has a token twice, or too few types")
-        self.types: list[int] = types
+        # As in llama.cpp, a token of this text is one that controls, whatever the file says.
+        normal = _Type.NORMAL
+        self.types: list[int] = [
+            _Type.CONTROL if kind == normal and token in _ENDS else kind
+            for token, kind in zip(tokens, types, strict=True)
+        ]
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(f"tokenizer.ggml.{key}", default)

@@ -17,7 +17,7 @@ from dash_onnx.exporters.sources.source import Source, check_token_ids
 T = TypeVar("T")
 
 _WEIGHTS = ("*.safetensors",)
-_TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", *DOCUMENTS)
+_TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", "merges.txt", *DOCUMENTS)
 _USUAL = "Q4_K_M"
 _ONLINE = ": go online, or give a local folder or a GGUF file"
 _HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights in another layout
@@ -71,13 +71,12 @@ def _opened(
     if not quantization:
         folder = _download(name, revision, *_TEXT_FILES, *(_WEIGHTS if weights else ()))
         commit = folder.name  # the hub's cache has a folder per commit
-        here = any(folder.glob("*.safetensors"))
-        shapes = {} if weights or here else _shapes(name, commit)
-        if here or shapes or not _gguf_files(name, revision):
+        shapes = {} if weights else _shapes(name, commit)  # even if some files are here
+        if shapes or any(folder.glob("*.safetensors")):
             return open_folder(
                 folder, kind="hub", name=name, supported=supported, revision=commit, shapes=shapes
             )
-    file = _gguf_file(name, quantization, _gguf_files(name, revision))
+    file = _gguf_file(name, quantization, _files(name, revision))
     folder = _download(name, revision, *parts_of(file), *DOCUMENTS)
     found = open_gguf(folder / file, supported, requantize)
     documents = documents_in(folder)
@@ -90,17 +89,22 @@ def _opened(
     )
 
 
-def _gguf_files(name: str, revision: str | None) -> list[str]:
-    """Names of the GGUF files of a hub id.
+def _files(name: str, revision: str | None) -> list[str]:
+    """Names of the files of a hub id; without the hub, of those in its cache.
 
     Raises:
         SourceError: see `_asked`.
     """
     import huggingface_hub
 
-    info = _asked(name, revision, lambda: huggingface_hub.model_info(name, revision=revision))
-    files = [file.rfilename for file in info.siblings or []]
-    return [file for file in files if file.endswith(".gguf") and "mmproj" not in file.lower()]
+    try:
+        info = _asked(name, revision, lambda: huggingface_hub.model_info(name, revision=revision))
+    except SourceError:
+        folder = _download(name, revision, *DOCUMENTS)  # the cache's, or the same error
+        if files := [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]:
+            return files
+        raise
+    return [file.rfilename for file in info.siblings or []]
 
 
 def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
@@ -109,14 +113,19 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     Raises:
         SourceError: there is no such file.
     """
+    found = [file for file in files if file.endswith(".gguf") and "mmproj" not in file.lower()]
     wanted = quantization or _USUAL
-    fitting = [file for file in files if wanted.lower() in Path(file).name.lower()]
+    fitting = [file for file in found if wanted.lower() in Path(file).name.lower()]
     if not fitting and not quantization:
-        fitting = [*files]
-    if not fitting:
-        have = ", ".join(Path(file).name for file in files) or "it has none at all"
+        fitting = found
+    if fitting:
+        return min(fitting, key=lambda file: (len(stem_of(file)), file))  # part 1 of a split one
+    if quantization:
+        have = ", ".join(Path(file).name for file in found) or "it has none at all"
         raise SourceError(f"{name} has no GGUF file of {quantization}: {have}")
-    return min(fitting, key=lambda file: (len(stem_of(file)), file))  # part 1 of a split one
+    pickled = any(file.endswith((".bin", ".pt")) for file in files)
+    hint = " (pickled weights are never read: convert them first)" if pickled else ""
+    raise SourceError(f"{name} has no safetensors or GGUF weights{hint}")
 
 
 def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:

@@ -139,6 +139,7 @@ class Source:
         repository: hub id that a GGUF file comes from.
         license: as named in the model's metadata.
         documents: license, notices and model card, which are copied into the bundle.
+        integers: whether most of its layers may be stored in integers that the graphs can keep.
     """
 
     kind: Literal["hub", "folder", "gguf"]
@@ -152,6 +153,7 @@ class Source:
     repository: str | None = None
     license: str | None = None
     documents: tuple[Path, ...] = ()
+    integers: bool = True
 
     @property
     def origin(self) -> str:
@@ -169,7 +171,8 @@ class Source:
             (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(path, folder / SOURCE_FOLDER / path.name)
         self.tokenizer.save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
+        # `save_pretrained` would refuse what the model's own file says, such as an unused option.
+        self.generation_config.to_json_file(folder / "generation_config.json")
         self.config.to_json_file(folder / "config.json")
 
 

@@ -1,0 +1,90 @@
+"""Conversations: messages, their form, and their text by a model's chat template."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from dash_onnx.core.errors import PolicyError
+
+Message: TypeAlias = Mapping[str, Any]
+"""A chat message: at least `role` and `content`."""
+
+_ASKED = "What is the capital of France?"  # whether a template shows it
+
+
+def rendered(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+    """The text of a conversation by a chat template.
+
+    Args:
+        template: its source.
+        messages: in order.
+        values: other variables: the special tokens, and what the caller sets.
+
+    Raises:
+        PolicyError: the messages are not valid, or the template refuses them.
+    """
+    messages = checked_messages(messages)
+    from dash_onnx.core.template import render  # jinja2 takes a while to import
+
+    special = tuple((name, text) for name, text in values.items() if name.endswith("_token"))
+    if _takes_parts(template, special):
+        messages = [{**one, "content": _parts(one.get("content") or "")} for one in messages]
+    usual = {"tools": None, "documents": None, "add_generation_prompt": False}
+    try:
+        return render(template, {**usual, **values, "messages": messages})
+    except Exception as error:  # the template is the model's code: it may raise anything
+        raise PolicyError(f"the chat template refuses these messages: {error}") from None
+
+
+@functools.lru_cache
+def _takes_parts(template: str, special: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template leaves out text that is not in a list of parts, as for images."""
+    from dash_onnx.core.template import render
+
+    def shows(content: str | list[dict[str, str]]) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return _ASKED in render(
+                template, {"tools": None, "messages": messages, **dict(special)}
+            )
+        except Exception:  # see `rendered`
+            return False
+
+    return not shows(_ASKED) and shows(_parts(_ASKED))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """The content of a message as a list of parts."""
+    return [{"type": "text", "text": text}]
+
+
+def checked_messages(messages: Sequence[Message]) -> list[Message]:
+    """Messages with their content as text; a list of parts, as in OpenAI's API, is joined.
+
+    Raises:
+        PolicyError: there are none, one has another form, a part is not text, or the last one is an
+            empty user message.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
+        raise PolicyError(f"messages must be a list, not {type(messages).__name__}")
+    if not messages:
+        raise PolicyError("there is no message to answer")
+    checked: list[Message] = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise PolicyError("a message must be a dict with `role` and `content`, both text")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            if len(texts) < len(parts):
+                raise PolicyError("a part of a message is not text, and this model reads only text")
+            message = {**message, "content": "".join(texts)}
+        elif content is not None and not isinstance(content, str):
+            raise PolicyError(f"the content of a message is {type(content).__name__}, not text")
+        checked.append(message)
+    if checked[-1]["role"] == "user" and not (checked[-1].get("content") or "").strip():
+        raise PolicyError("the last message is empty")
+    return checked
