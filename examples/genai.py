@@ -13,8 +13,12 @@ folder, question = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "Hello!"
 model = og.Model(folder)
 tokenizer = og.Tokenizer(model)
 prompt = tokenizer.apply_chat_template(json.dumps([{"role": "user", "content": question}]))
+ids = tokenizer.encode(prompt)
+context = json.loads(Path(folder, "genai_config.json").read_text("utf-8"))["model"][
+    "context_length"
+]
 params = og.GeneratorParams(model)
-params.set_search_options(max_length=512)
+params.set_search_options(max_length=min(len(ids) + 256, context))  # of prompt and answer
 generator = og.Generator(model, params)
 if len(sys.argv) > 3:  # a preset instead of the budget that the graph has
     adapter = Path(folder, f"{sys.argv[3]}.onnx_adapter")
@@ -25,7 +29,7 @@ if len(sys.argv) > 3:  # a preset instead of the budget that the graph has
     adapters = og.Adapters(model)
     adapters.load(str(adapter), sys.argv[3])
     generator.set_active_adapter(adapters, sys.argv[3])
-generator.append_tokens(tokenizer.encode(prompt))
+generator.append_tokens(ids)
 stream = tokenizer.create_stream()
 while not generator.is_done():
     generator.generate_next_token()

@@ -34,6 +34,7 @@ from dash_onnx.exporters.fused import (
     adapter,
     fuse,
 )
+from dash_onnx.exporters.fused.rewrite import names_read
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider
 from dash_onnx.runtime.model import Model
@@ -429,6 +430,7 @@ def test_an_existing_folder_needs_overwrite_and_survives_a_failure(
         (("--budget", "7"), "outside 0..1"),
         (("--budget", "lots"), "nor a preset"),
         (("--policy", "int8", "--prefill", "full"), "takes no prefill"),
+        (("--policy", "dash", "--prefill", "wide"), "needs a policy with one path"),
     ],
 )
 def test_misuse_is_one_line(
@@ -436,6 +438,16 @@ def test_misuse_is_one_line(
 ) -> None:
     assert why in TOOL.refused(capsys, bundle, tmp_path / "graph", *arguments)
     assert not (tmp_path / "graph").exists()
+
+
+@pytest.mark.parametrize("client", ["genai", "web"])
+def test_a_graph_holds_no_weight_that_nothing_reads(
+    bundle: Path, client: str, tmp_path: Path
+) -> None:
+    assert TOOL.run(bundle, tmp_path / "graph", "--policy", "dash", "--for", client) == 0
+    model = onnx.load(tmp_path / "graph" / MODEL, load_external_data=False)
+    read = names_read(model.graph.node)
+    assert all(tensor.name in read for tensor in model.graph.initializer)
 
 
 def test_other_data_in_the_place_is_not_replaced(

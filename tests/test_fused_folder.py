@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from cli_tool import Capture, Tool
+from conftest import save_tiny
 from scored_bundle import with_scorer
 from test_fused import PLAN, PROMPT, Client, multiplier_at
 
@@ -23,9 +26,11 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import presets, scorer_facts
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.contract import FUSED_FOLDER
+from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.plans import preset_plans
-from dash_onnx.exporters.fused import DATA, FACTS, MODEL
+from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.fused import DATA, FACTS, MODEL, FuseOptions, options_of
 from dash_onnx.exporters.train.options import PLANS, TrainingPlan
 from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider
 
@@ -156,6 +161,50 @@ def test_training_renews_the_fused_folder_as_it_was_asked_for(
     assert facts["budgets"]["presets"] == scorer.presets
     assert facts["budgets"]["default"] == scorer.presets["fast"]
     assert (bundle / FUSED_FOLDER / MODEL).read_bytes() != before
+
+
+def test_training_the_folder_that_one_stands_in_renews_the_graph(
+    bundle: Path, night: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert FUSE.run(bundle, "--policy", "dash") == 0
+    before = (bundle / FUSED_FOLDER / MODEL).read_bytes()
+    monkeypatch.chdir(bundle)
+    assert TRAIN.run(".", "--calibration", night) == 0
+    assert (bundle / FUSED_FOLDER / MODEL).read_bytes() != before
+
+
+def test_options_from_python_are_those_that_are_read_again(bundle: Path) -> None:
+    dash_onnx.fuse(bundle, policy="dash", budget=0.35)  # type: ignore[arg-type]
+    assert options_of(bundle / FUSED_FOLDER) == FuseOptions(policy="dash", budget="0.35")
+    with pytest.raises(UnsupportedError, match="choose genai"):
+        dash_onnx.fuse(bundle, overwrite=True, client="nodejs")
+
+
+def test_a_path_from_a_file_stays_that_path(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "path.txt"
+    file.write_text("int8,int4,skip,int8")
+    FUSE.json_of(capsys, bundle, "--policy", f"static:@{file}")
+    file.unlink()
+    options = options_of(bundle / FUSED_FOLDER)
+    assert options == FuseOptions(policy="static:int8,int4,skip,int8")
+
+
+def test_a_file_that_onnx_refuses_to_read_is_one_line(
+    bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    os.link(bundle / "layers/01/int8.onnx.data", tmp_path / "second name")
+    assert "hard link" in FUSE.refused(capsys, bundle, "--policy", "int8")
+
+
+def test_products_of_one_shape_share_what_a_web_graph_adds(
+    tmp_path: Path, night: Path, capsys: Capture
+) -> None:
+    source = save_tiny(tmp_path / "model", num_hidden_layers=1, intermediate_size=64)
+    export(str(source), tmp_path / "out", ExportOptions(variants=("int8",), calibration=(night,)))
+    FUSE.json_of(capsys, tmp_path / "out", "--for", "web", "--policy", "int8")
+    graph = onnx.load(tmp_path / "out" / FUSED_FOLDER / MODEL, load_external_data=False).graph
+    names = [tensor.name for tensor in graph.initializer]
+    assert len(names) == len({*names})
 
 
 def test_a_fused_folder_that_cannot_be_renewed_is_removed_and_named(

@@ -122,7 +122,7 @@ def test_int2_layers_give_the_tokens_of_our_runtime(
     assert tokens != other  # the comparison means something
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "qwen3_5", "qwen3_next"])
 def test_layers_that_keep_states_give_the_tokens_of_our_runtime(
     family: str, tmp_path: Path, night: Path
 ) -> None:

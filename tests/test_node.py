@@ -37,10 +37,14 @@ def fused(bundle: Bundle, policy: str, client: str = "node") -> Path:
 
 
 def node(folder: Path, *arguments: str) -> str:
-    command = ["node", str(example("node") / "generate.mjs"), str(folder), QUESTION, *arguments]
-    result = subprocess.run(command, capture_output=True, encoding="utf-8")
+    result = started(folder, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def started(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["node", str(example("node") / "generate.mjs"), str(folder), QUESTION, *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
 def python(
@@ -90,3 +94,52 @@ def test_a_preset_is_a_budget(bundle: Bundle) -> None:
     presets = json.loads((folder / "dash_fused.json").read_text())["budgets"]["presets"]
     by_name = node(folder, "--json", "--budget", "fast", "--max-tokens", "8")
     assert by_name == node(folder, "--json", "--budget", str(presets["fast"]), "--max-tokens", "8")
+
+
+SPACED = "x = 'some' , y . isn't it ?"
+"""Text that decoders for English prose would change, even text that was shown already."""
+
+DECODE = """
+import {{ readFileSync }} from "node:fs";
+import {{ Template }} from "@huggingface/jinja";
+import {{ Tokenizer }} from "@huggingface/tokenizers";
+import {{ Text }} from "{fused}";
+const read = async (name) => readFileSync("{folder}/" + name, "utf8");
+const text = await Text.open({{ Tokenizer, Template }}, read);
+const add = text.decoder();
+process.stdout.write({ids}.map(add).join(""));
+"""
+
+
+def test_no_space_of_a_text_is_changed(bundle: Bundle) -> None:
+    folder, text, home = fused(bundle, "int8"), TextCodec(bundle), example("node")
+    ids = text.encode(SPACED).tolist()
+    code = DECODE.format(fused=home.parent / "web" / "fused.mjs", folder=folder, ids=ids)
+    command = ["node", "--input-type=module", "-e", code]
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=home)
+    assert result.stdout == text.decode(ids), result.stderr
+    assert "'some' ," in result.stdout
+
+
+def test_a_model_without_a_chat_template_continues_the_text(bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fused(bundle, "int8"), tmp_path / "fused"))
+    (folder / "chat_template.jinja").unlink()
+    found = json.loads(node(folder, "--json", "--max-tokens", "4"))
+    assert found["prompt"] == TextCodec(bundle).encode(QUESTION).tolist()
+    assert len(found["tokens"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "why"),
+    [
+        ("dash", ("--budget", "balancd"), "nor a preset (balanced, fast, quality)"),
+        ("dash", ("--max-tokens", "many"), "not a number"),
+        ("int8", ("--budget", "fast"), "takes no --budget"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    bundle: Bundle, policy: str, arguments: tuple[str, ...], why: str
+) -> None:
+    result = started(fused(bundle, policy), *arguments)
+    assert result.returncode == 2 and not result.stdout
+    assert why in result.stderr and result.stderr.count("\n") == 1

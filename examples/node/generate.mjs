@@ -24,9 +24,21 @@ const read = (name) => readFile(join(folder, name), "utf8");
 
 const text = await Text.open({ Tokenizer, Template }, read);
 const facts = JSON.parse(await read("dash_fused.json"));
+const fail = (reason) => {
+  console.error(reason);
+  process.exit(2);
+};
+if (values.budget && !facts.budgets) fail("this graph has one path, so it takes no --budget");
+const budget = facts.budgets?.presets[values.budget] ?? values.budget;
+if (budget && !(Number(budget) > 0)) {
+  const presets = Object.keys(facts.budgets.presets).join(", ");
+  fail(`--budget ${budget} is neither a fraction nor a preset (${presets})`);
+}
+if (!(Number(values["max-tokens"]) > 0)) {
+  fail(`--max-tokens ${values["max-tokens"]} is not a number of tokens`);
+}
 const session = await ort.InferenceSession.create(join(folder, "model.onnx"));
 const model = new Fused(ort, session, facts);
-const budget = facts.budgets?.presets[values.budget] ?? values.budget;
 const options = {
   eos: text.eos,
   limit: Number(values["max-tokens"]),

@@ -85,15 +85,17 @@ export class Text {
     const json = async (name) => JSON.parse(await read(name));
     const config = await json("tokenizer_config.json");
     text.tokenizer = new Tokenizer(await json("tokenizer.json"), config);
-    text.template = new Template(await read("chat_template.jinja"));
+    const source = await read("chat_template.jinja").catch(() => null); // models without chats
+    text.template = source && new Template(source);
     const special = (token) => token?.content ?? token;
     text.special = { bos_token: special(config.bos_token), eos_token: special(config.eos_token) };
     text.eos = [(await json("generation_config.json")).eos_token_id].flat();
     return text;
   }
 
-  /** Token ids of a conversation that waits for an answer. */
+  /** Token ids of a conversation that waits for an answer; of its last text, without a template. */
   encode(messages) {
+    if (!this.template) return this.tokenizer.encode(messages.at(-1).content).ids;
     const values = { ...this.special, messages, add_generation_prompt: true };
     return this.tokenizer.encode(this.template.render(values), { add_special_tokens: false }).ids;
   }
@@ -104,7 +106,10 @@ export class Text {
     let shown = "";
     return (token) => {
       tokens.push(token);
-      const now = this.tokenizer.decode(tokens, { skip_special_tokens: true });
+      const now = this.tokenizer.decode(tokens, {
+        skip_special_tokens: true,
+        clean_up_tokenization_spaces: false, // it would change text that was shown already
+      });
       if (now.endsWith("\uFFFD")) return "";
       const added = now.slice(shown.length);
       shown = now;

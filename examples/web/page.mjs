@@ -69,7 +69,8 @@ function control({ budgets }) {
     }
   };
   // Beyond the dearest preset there is little to see.
-  const most = Math.min(budgets.most, 1.25 * Math.max(...Object.values(budgets.presets)));
+  const usual = Math.max(budgets.default, 1.25 * Math.max(...Object.values(budgets.presets)));
+  const most = Math.min(budgets.most, usual);
   Object.assign(slider, { min: budgets.least, max: most, oninput: show });
   show((slider.value = budgets.default));
   at("control").hidden = false;

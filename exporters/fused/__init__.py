@@ -7,7 +7,7 @@ buffers or not. Decoding decides per token; a prompt runs at one precision.
 
 from dash_onnx.exporters.fused.clients import CLIENTS
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, FACTS, MODEL, PATH, FuseOptions, adapter
-from dash_onnx.exporters.fused.folder import fuse, options_of, renew
+from dash_onnx.exporters.fused.folder import fuse, options_of
 
 __all__ = [
     "BUDGET",
@@ -20,5 +20,4 @@ __all__ = [
     "adapter",
     "fuse",
     "options_of",
-    "renew",
 ]

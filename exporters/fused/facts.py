@@ -106,6 +106,8 @@ class FusedFacts:
                 raise PolicyError("this bundle has no wide form: export again with it")
             runs = tuple(action for action in manifest.actions if action in path)
             return cls(options, *model, manifest.actions, runs, prompt, path, None)
+        if options.prefill == WIDE:
+            raise PolicyError("prefill wide needs a policy with one path, such as int4")
         assert scorer is not None
         runs = scorer.actions[scorer.actions[:2] == ("full", "int8") :]
         prompt = check_action(options.prefill or runs[0], manifest.variants)

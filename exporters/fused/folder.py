@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx
 from dash_onnx.core.actions import SKIP
 from dash_onnx.core.atomic import writing
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import FUSED_FOLDER, SOURCE_FOLDER
+from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.core.records import RecordError, from_json, to_json
@@ -52,6 +53,10 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
     Raises:
         DashError: the policy cannot be fused, or `out` may not be replaced.
     """
+    if options.client not in CLIENTS:
+        raise UnsupportedError(f"unknown client {options.client!r}; choose {', '.join(CLIENTS)}")
+    if options.budget is not None:
+        options = replace(options, budget=str(options.budget))
     manifest, client = bundle.manifest, CLIENTS[options.client]
     if manifest.target.device != "cpu":
         raise UnsupportedError(
@@ -80,6 +85,9 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
     if not isinstance(policy, ScoredPolicy | StaticPolicy):
         raise UnsupportedError(f"policy {policy.name!r} has no graph; fuse dash or a static one")
     facts = FusedFacts.of(options, policy, manifest)
+    if facts.path and options.policy.startswith("static:@"):  # the file may change
+        options = replace(options, policy=f"static:{','.join(facts.path)}")
+        facts = replace(facts, options=options)
     if "int2" in facts.runs and not client.multiplies_blocks:
         raise UnsupportedError(
             f"{options.client} has no fast product for INT2: choose another --policy, or export "
@@ -105,11 +113,6 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
             for preset, budget in facts.budgets.presets.items() if facts.budgets else ():
                 _write_adapter(folder / adapter(preset), budget)
         (folder / FACTS).write_text(json.dumps(to_json(facts), indent=2) + "\n", "utf-8")
-
-
-def renew(bundle: Bundle, before: FuseOptions) -> None:
-    """Fuses a bundle's own folder again, with the same options."""
-    fuse(bundle, bundle.folder / FUSED_FOLDER, before, overwrite=True)
 
 
 def options_of(folder: Path) -> FuseOptions | None:

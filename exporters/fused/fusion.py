@@ -20,12 +20,18 @@ from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path, rotary_names
+from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.rope import rotary_tables
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.decisions import Decisions
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, PATH, FusedFacts
-from dash_onnx.exporters.fused.rewrite import attend_to_write, group_attention, rescore_last
+from dash_onnx.exporters.fused.rewrite import (
+    attend_to_write,
+    group_attention,
+    names_read,
+    rescore_last,
+)
 from dash_onnx.exporters.fused.widen import widen
 from dash_onnx.exporters.graphs.graph import INLINE_BYTES, IR_VERSION
 from dash_onnx.runtime.compose import rename
@@ -88,7 +94,9 @@ class Fusion:
         ports = self._ports(decisions is not None)
         if decisions:
             decisions.report()
-        graph = helper.make_graph(self.nodes, "dash", *ports, self.initializers)
+        read = names_read(self.nodes)  # ONNX Runtime warns of weights that nothing reads
+        initializers = [tensor for tensor in self.initializers if tensor.name in read]
+        graph = helper.make_graph(self.nodes, "dash", *ports, initializers)
         opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dash-onnx"
@@ -318,7 +326,8 @@ class Fusion:
     def _add(self, tensors: Iterable[TensorProto]) -> None:
         """Adds the initializers that the main graph does not have yet."""
         known = {tensor.name for tensor in self.initializers}
-        self.initializers += [self._stored(one) for one in tensors if one.name not in known]
+        added = {tensor.name: tensor for tensor in tensors if tensor.name not in known}
+        self.initializers += map(self._stored, added.values())
 
     def _load(self, path: str) -> onnx.ModelProto:
         """Loads a graph of the bundle and moves its large weights to the fused data file, once."""
@@ -328,7 +337,10 @@ class Fusion:
         model = onnx.load(file, load_external_data=False)
         for tensor in model.graph.initializer:
             if uses_external_data(tensor):
-                load_external_data_for_tensor(tensor, str(file.parent))
+                try:
+                    load_external_data_for_tensor(tensor, str(file.parent))
+                except onnx.checker.ValidationError as error:  # onnx refuses hard links
+                    raise BundleError(f"cannot read {file}: {error}") from None
                 self._append(tensor)
         self._loaded[path] = copy.deepcopy(model)
         return model

@@ -10,8 +10,8 @@ from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.facts import MODEL
 
-_TYPES = {"lfm2": "lfm2", "qwen3_5_text": "qwen3_5_text"}
-"""GenAI's types of models whose layers keep states; it runs all others as a Llama."""
+_TYPES = {"short_conv": "lfm2", "gated_delta": "qwen3_5_text"}
+"""GenAI's types of models by the layers that keep states; it runs all others as a Llama."""
 
 _LAYERS = {"attention": "full_attention", "short_conv": "conv", "gated_delta": "linear_attention"}
 
@@ -43,8 +43,9 @@ def genai_config(bundle: Bundle, client: Client) -> str:
     }
     if bundle.manifest.mixers:
         _add_states(decoder, bundle.manifest)
+    kinds = [_TYPES[mixer] for mixer in bundle.manifest.mixers if mixer in _TYPES]
     model: dict[str, Any] = {
-        "type": _TYPES.get(facts.architecture, "llama"),
+        "type": kinds[0] if kinds else "llama",
         "bos_token_id": stored.get("bos_token_id"),
         "eos_token_id": eos,
         "pad_token_id": stored.get("pad_token_id", eos[0] if isinstance(eos, list) else eos),

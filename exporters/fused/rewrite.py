@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx
 from onnx import TensorProto, helper
 
@@ -35,6 +37,16 @@ def group_attention(graph: onnx.GraphProto) -> None:
             while not kept[-1]:
                 kept.pop()
             node.input[:] = kept
+
+
+def names_read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """All that nodes read, including the nodes of their subgraphs."""
+    names: set[str] = set()
+    for node in nodes:
+        names.update(node.input)
+        for attribute in node.attribute:
+            names |= names_read(attribute.g.node)
+    return names
 
 
 def attend_to_write(graph: onnx.GraphProto, manifest: Manifest) -> None:
@@ -90,7 +102,8 @@ def rescore_last(graph: onnx.GraphProto) -> None:
         return
     preview, result = nodes[end].input[0], nodes[end].output[0]
     start = next(at for at, node in enumerate(nodes) if preview in node.output) + 1
-    rescoring, normed = nodes[start : end + 1], nodes[start - 1].input[0]
+    rescoring = nodes[start : end + 1]
+    normed = next(node.input[0] for node in rescoring if node.op_type == "Unsqueeze")
 
     def copied(names: dict[str, str]) -> list[onnx.NodeProto]:
         copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in rescoring]
