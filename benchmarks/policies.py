@@ -29,7 +29,6 @@ from dash_onnx.core.documents import read_document
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import StaticPolicy, base_precision, below_every_skip
-from dash_onnx.core.progress import Phase
 from dash_onnx.eval.text import evaluate_policies
 
 SKIPPING = ("even", "cosine")
@@ -59,17 +58,9 @@ def main() -> None:
             names.append((name, policy))
         except PolicyError as error:  # such as a budget too low for a baseline
             print(f"{name}, {policy}: {error}", file=sys.stderr)
-    windows = arguments.limit
-    with Phase("windows", total=windows * len(names)) as phase:
-        evaluations = evaluate_policies(
-            model,
-            text,
-            policies,
-            max_windows=windows,
-            reference=reference,
-            timed=False,
-            on_window=phase.update,
-        )
+    evaluations = evaluate_policies(
+        model, text, policies, max_windows=arguments.limit, reference=reference, timed=False
+    )
     rows = []
     for (name, policy), found in zip(names, evaluations, strict=True):
         row = {"name": name, "policy": policy, "cost": found.cost_ms / full_ms}

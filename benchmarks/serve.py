@@ -208,13 +208,15 @@ def running(argv: list[str]) -> Iterator[str]:
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(6000):
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with {process.returncode}: {argv}")
             time.sleep(0.1)
+        else:
+            raise SystemExit(f"the server does not answer: {argv}")
         yield url
     finally:
         process.terminate()

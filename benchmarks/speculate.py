@@ -209,7 +209,10 @@ def answered(
 def answers(model: Model, prompt: str, asked: Asked, seed: int) -> dict[str, Answer]:
     """Answers to one prompt, by who drafts."""
     ids = model.text.encode_chat([{"role": "user", "content": prompt}])
-    ids = ids[-(model.manifest.model.max_length - asked.new_tokens) :]
+    room = model.manifest.model.max_length - asked.new_tokens
+    if room < 1:
+        raise SystemExit(f"the context of the bundle has no room for {asked.new_tokens} tokens")
+    ids = ids[-room:]
     before, found = ids.tolist(), dict[str, Answer]()
     kinds: dict[str, dict[str, Any]] = {"off": {"speculate": False}, "on": {"speculate": True}}
     if asked.expected:

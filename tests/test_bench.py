@@ -34,6 +34,7 @@ from dash_onnx.cli.bench import _table, main
 from dash_onnx.core.block import Experts
 from dash_onnx.core.bundle import Bundle, replace_manifest
 from dash_onnx.core.errors import DashError, SourceError
+from dash_onnx.core.text import read_text
 from dash_onnx.runtime.model import Model
 
 TOOL = Tool("dash-bench", main)
@@ -184,6 +185,7 @@ def test_a_worker_answers_from_its_own_process(tiny_bundle: Path) -> None:
     worker = Worker("dash int8", "dash", str(tiny_bundle), 1, "int8")
     try:
         assert len(worker.decode(IDS, 5)) == 5
+        assert worker.decode([5] * 250, 10) == []  # the context holds 256
         logits = worker.logits(IDS, 4)
         assert logits is not None and len(logits) == 12
         # Its own: this process, which has loaded torch, is several times as large.
@@ -251,6 +253,16 @@ def test_json_compares_policies_and_a_peer(
     assert found["read_gb_per_s"] > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert xml.etree.ElementTree.parse(drawing).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize("skip", [(), ("--skip", "quality")])
+def test_an_answer_beyond_the_context_is_refused(
+    skip: tuple[str, ...], tiny_bundle: Path, capsys: Capture
+) -> None:
+    given = ("--policy", "int8", "--limit", 1, "--max-tokens", 250, *skip)
+    assert "context of this bundle, 256: lower --max-tokens" in TOOL.refused(
+        capsys, tiny_bundle, *given
+    )
 
 
 def test_a_run_may_draft(tiny_bundle: Path, capsys: Capture) -> None:
@@ -369,6 +381,13 @@ def test_prompts_of_one_category_are_read_apart(tmp_path: Path) -> None:
     assert read_prompts(path) == ["a", "b"] and read_prompts(path, "rag") == ["b"]
     with pytest.raises(SourceError, match="holds no prompt"):
         read_prompts(path, "none")
+
+
+def test_the_mark_of_utf_8_is_no_part_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\n')
+    assert read_prompts(path) == ["a"]
+    assert read_text(path) == '{"prompt": "a"}\n'
 
 
 def test_no_error_is_told_where_there_is_none() -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -309,6 +309,36 @@ def test_a_cache_that_can_only_be_read_is_used(
     monkeypatch.setattr(Path, "touch", refuse)
     monkeypatch.setattr(os, "open", refuse)
     assert use(model) == folder
+
+
+def test_the_separator_of_windows_is_no_part_of_a_hub_id(exports: list[str]) -> None:
+    folder = bundle_of(PureWindowsPath("org/name"))  # type: ignore[arg-type]
+    assert exports == ["org/name"] and Path(folder).is_dir()
+
+
+def test_what_cannot_be_removed_does_not_fail_an_export(
+    tiny_folder: Path, exports: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cache that several users share."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "another user's")
+
+    models = [shutil.copytree(tiny_folder, tmp_path / name) for name in ("a", "b")]
+    bundle_of(models[0])
+    monkeypatch.setattr(cached, "_remove", refuse)
+    monkeypatch.setenv("DASH_CACHE_GB", "1e-6")
+    os.utime(models[0] / "config.json", ns=(1, 1))
+    for model in models:
+        assert (Path(bundle_of(model)) / MANIFEST_NAME).is_file()
+
+
+def test_a_cache_of_another_user_is_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cached, "_claim", refuse)
+    assert known_bundle(model) == model
 
 
 # Interrupted exports

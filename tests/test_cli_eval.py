@@ -180,7 +180,10 @@ def test_a_limit_takes_the_first_windows(
     assert len(windows(tiny_model, text)) > 2
     facts = json_of(capsys, tiny_bundle, "--text", text, *SIZES, "--limit", 2)
     assert facts["tokens"] == 2 * (WINDOW - PROMPT - 1)
-    more = json_of(capsys, tiny_bundle, "--text", text, *SIZES, "--limit", 10_000)
+    assert run(tiny_bundle, "--text", text, *SIZES, "--limit", 10_000, "--json") == 0
+    shown = capsys.readouterr()
+    assert "10000" not in shown.err and "windows: starts" in shown.err
+    more = json.loads(shown.out)
     assert more["tokens"] == len(windows(tiny_model, text)) * (WINDOW - PROMPT - 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -199,6 +200,18 @@ def test_a_failure_in_the_midst_of_an_export_keeps_what_is_finished(
     assert note == f"dash-export: {partial} keeps what is finished; {CONTINUES}"
     assert message in error
     assert os.listdir(out.parent) == [".out.partial"]
+
+
+def test_a_full_disk_says_that_finished_work_is_kept(
+    tiny_folder: Path, out: Path, night: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dash_onnx.exporters.export.pipeline.GraphWriter.heads", full)
+    assert run(*quick(tiny_folder, out, night)) == 2
+    *_, note, error = capsys.readouterr().err.splitlines()
+    assert "keeps what is finished" in note and "No space left on device" in error
 
 
 @pytest.mark.parametrize(

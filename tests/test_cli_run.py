@@ -382,6 +382,7 @@ def test_text_that_stdout_cannot_hold_is_written_escaped(encoding: str, tiny_bun
     )
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
+    assert done.stdout.decode(encoding).strip()
 
 
 def test_a_system_message_comes_first(
@@ -579,6 +580,7 @@ def test_an_empty_stop_text_does_not_silence_the_answer(tiny_bundle: Path, capsy
         ("out", "prompt", "--prefill", "skip"),
         ("out", "--json"),
         ("out", "prompt", "--raw", "--system", "be brief"),
+        ("out", "--batch", "file", "--raw", "--system", "be brief"),
         ("out", "--trace", "-"),
         ("out", "prompt", "--trace", "-", "--json"),
         ("out", "prompt", "--trace", "-", "--show-path"),
@@ -1075,6 +1077,24 @@ def test_a_session_that_cannot_be_written_does_not_end_the_chat(
     out, err = chatted(monkeypatch, capsys, "hello\nships?\n", *given)
     assert out.splitlines() == conversation(tiny_model, "hello", "ships?")
     assert err.count("talk: No space left on device") == 2
+
+
+def test_a_cleared_conversation_leaves_its_session(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    given = (tiny_bundle, *QUICK, "--session", tmp_path / "talk")
+    chatted(monkeypatch, capsys, "hello\n/reset\n", *given)
+    _, err = chatted(monkeypatch, capsys, "/reset\nships?\n", *given)
+    assert "messages from" not in err
+    _, err = chatted(monkeypatch, capsys, "", *given)
+    assert "2 messages from" in err
+
+
+def test_a_space_makes_a_message_of_a_command(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, err = chatted(monkeypatch, capsys, " /exit is a word\nhello\n", tiny_bundle, *QUICK)
+    assert err.count("tokens/s") == 2 and out
 
 
 def test_the_budget_of_a_chat_may_change(

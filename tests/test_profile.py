@@ -124,6 +124,10 @@ def test_a_profile_that_other_work_disturbed_is_refused(
     else:
         assert TOOL.run(bundle) == 0
     assert (Bundle(bundle).manifest.costs == costs) == (not told)
+    for option in ("--dry-run", "--force"):
+        assert TOOL.run(bundle, option) == 0
+        err = capsys.readouterr().err
+        assert ("warning: other work disturbed the profile" in err) == bool(told)
 
 
 def test_a_bundle_in_training_is_not_profiled_but_for_a_dry_run(

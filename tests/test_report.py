@@ -32,7 +32,7 @@ from dash_onnx.report.analysis import reliability
 from dash_onnx.report.curve import curve
 from dash_onnx.report.page import number, render
 from dash_onnx.report.report import Report, build
-from dash_onnx.report.sample import SampleText, given_text
+from dash_onnx.report.sample import SampleText, given_text, measure
 from dash_onnx.report.scale import Scale, decades, padded
 from dash_onnx.report.tokens import describe
 from dash_onnx.runtime.model import Model
@@ -474,6 +474,19 @@ def test_a_text_that_is_too_short_is_refused(bundle: Path, tmp_path: Path, capsy
     text = tmp_path / "short.txt"
     text.write_text("the")
     assert "needs at least 16" in refused(capsys, bundle, "--text", text)
+
+
+def test_a_text_of_characters_in_several_tokens_is_quoted_whole(model: Model) -> None:
+    text = "the keeper \U0001f642 \u5b57 counts " * 20
+    sample = measure(model, given_text(model, text, 60, "a text"), ["balanced"], lambda: None)
+    assert any("\ufffd" in token.text for token in sample.tokens)
+    assert "\U0001f642 \u5b57" in sample.text
+
+
+def test_a_short_sample_of_a_long_text_is_a_sample(bundle: Path, tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("the keeper counts the ships " * 20)
+    assert run(bundle, "--html", tmp_path / "r.html", "--text", text, "--max-tokens", 5) == 0
 
 
 def test_an_earlier_report_survives_an_interrupt(

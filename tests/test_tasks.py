@@ -401,6 +401,27 @@ def test_a_perplexity_that_is_no_finite_number_is_left_out(
     assert "perplexity" not in capsys.readouterr().out
 
 
+def test_a_figure_that_overflows_is_left_out_alone(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The perplexity per word of a text without spaces."""
+    data = written(tmp_path / "t.jsonl", {"text": "\u5b57" * 400})
+    config = {
+        "task": "rolling",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+    }
+    task = written(tmp_path / "rolling.yaml", config)  # JSON is YAML
+    monkeypatch.setattr(DashLM, "loglikelihood_rolling", lambda *_: [-900.0])
+    found = TOOL.json_of(capsys, tiny_bundle, "--task", task)["results"]["rolling"]
+    assert found["bits_per_byte,none"] == pytest.approx(900 / 1200 / np.log(2))
+    assert "byte_perplexity,none" in found and "word_perplexity,none" not in found
+
+
 # The command
 
 

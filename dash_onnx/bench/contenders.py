@@ -58,6 +58,8 @@ class Dash:
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
+        if len(ids) + new > self._model.manifest.model.max_length:
+            return []
         tokens = self._model.generate_step(
             ids,
             options=GREEDY,

@@ -26,7 +26,7 @@ from dash_onnx.cli.common import (
     run,
 )
 from dash_onnx.core.atomic import check_file
-from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.errors import DashError, PolicyError, SourceError
 from dash_onnx.core.progress import Loop
 
 if TYPE_CHECKING:
@@ -179,6 +179,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         if drafts(variant) and policy.uniform is None:
             raise PolicyError(f"{variant}: draft tokens are verified on one path, such as int8")
     prompts = [model.text.encode_message(text).tolist() for text in texts[: arguments.limit]]
+    longest, limit = max(map(len, prompts)), model.manifest.model.max_length
+    if longest + arguments.max_tokens > limit:
+        raise DashError(
+            f"a prompt of {longest} tokens and an answer of {arguments.max_tokens} exceed the "
+            f"context of this bundle, {limit}: lower --max-tokens"
+        )
     quality, reference = None, load_reference(arguments.reference, model, arguments.threads)
     if "quality" not in arguments.skip:
         quality = partial(divergence, texts=_reference(reference, prompts, arguments.max_tokens))

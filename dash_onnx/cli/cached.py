@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from dash_onnx.core.atomic import (
     PARTIAL,
@@ -117,9 +117,9 @@ def known_bundle(name: str | Path) -> str | Path:
     """Like `bundle_of` without an export: for a model not in the cache, the name is returned."""
     try:
         found = _place(name)
-    except (OSError, ValueError):  # not a possible file name
+        return name if found is None or not _claim(*found) else found[1]
+    except (OSError, ValueError):  # not a possible file name, or a cache of somebody else's
         return name
-    return name if found is None or not _claim(*found) else found[1]
 
 
 def model_name(name: str | Path) -> str:
@@ -162,7 +162,8 @@ def _place(name: str | Path) -> tuple[str, Path] | None:
         folder = Path(name).resolve()
         source = _origin(folder)
         return None if source is None else (source, folder)
-    source = _source(str(name))
+    # Windows writes the slash of a hub id otherwise.
+    source = _source(name.as_posix() if isinstance(name, PurePath) else name)
     return None if source is None else (source, cache_folder() / _entry_name(source))
 
 
@@ -231,7 +232,7 @@ def _make(source: str, folder: Path) -> None:
         _hold(folder)
         for entry in _entries():  # made from an earlier state of the source
             if entry.source == source and entry.folder != folder and not entry.trained:
-                with suppress(BundleError):  # in use
+                with suppress(BundleError, OSError):  # in use, or another user's
                     _remove(entry)
         _make_room(folder, limit)
 
@@ -247,7 +248,7 @@ def _make_room(newest: Path, limit: float) -> None:
             continue
         try:
             _remove(entry)
-        except BundleError:  # in use
+        except (BundleError, OSError):  # in use, or another user's
             continue
         total -= size
         _LOG.info("removed %s from the cache, which DASH_CACHE_GB limits", entry.source)

@@ -102,7 +102,7 @@ class Chat:
                 continue
             if not line.strip():
                 continue
-            command, _, argument = line.strip().partition(" ")
+            command, _, argument = line.rstrip().partition(" ")
             if command == "/exit":
                 break
             try:
@@ -197,6 +197,9 @@ class Chat:
 
     def _reset(self, _: str) -> None:
         self._messages = [message for message in self._messages if message["role"] == "system"]
+        if self._session is not None:
+            with _told_of(self._session):
+                self._session.unlink(missing_ok=True)
         self._say("conversation cleared")
 
 

@@ -95,13 +95,13 @@ def run(
         _discard_stdout()
         return 0
     except UnicodeDecodeError as error:
-        print(f"{tool}: error: the input is not UTF-8 text ({error.reason})", file=sys.stderr)
+        _tell(tool, error, f"error: the input is not UTF-8 text ({error.reason})")
         return 2
     except OSError as error:  # such as a full disk
         _discard_stdout()
         place = f" {error.filename}" if error.filename else ""
         reason = error.strerror or error
-        print(f"{tool}: error: cannot read or write{place}: {reason}", file=sys.stderr)
+        _tell(tool, error, f"error: cannot read or write{place}: {reason}")
         return 2
     finally:
         if own_process:  # nor the shutdown of the interpreter

@@ -25,7 +25,6 @@ from dash_onnx.cli.common import (
     run,
 )
 from dash_onnx.core.errors import DashError
-from dash_onnx.core.progress import Phase
 
 if TYPE_CHECKING:
     from dash_onnx.runtime.model import Model
@@ -114,17 +113,15 @@ def _eval(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     text = read_document(arguments.text, model.text)
     window = arguments.window or _WINDOW
-    with Phase("windows", total=arguments.limit) as phase:
-        (result,) = evaluate_policies(
-            model,
-            text,
-            [model.policy(arguments.policy, arguments.budget)],
-            window=window,
-            prompt_tokens=max(1, window // 4),
-            max_windows=arguments.limit,
-            reference=load_reference(arguments.reference, model, arguments.threads),
-            on_window=phase.update,
-        )
+    (result,) = evaluate_policies(
+        model,
+        text,
+        [model.policy(arguments.policy, arguments.budget)],
+        window=window,
+        prompt_tokens=max(1, window // 4),
+        max_windows=arguments.limit,
+        reference=load_reference(arguments.reference, model, arguments.threads),
+    )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))
         return

@@ -76,7 +76,7 @@ def _parser() -> Parser:
     graphs.add_argument(
         "--requantize",
         action="store_true",
-        help="requantize the weights of a GGUF file: faster in small models, but less accurate "
+        help="requantize the weights of a GGUF file: mostly faster, but less accurate "
         "than its own integers",
     )
     graphs.add_argument(

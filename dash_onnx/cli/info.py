@@ -16,7 +16,7 @@ from dash_onnx.cli.forecast import forecast
 from dash_onnx.cli.plans import plans_table
 from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, parse_variants
 from dash_onnx.core.contract import SOURCE_FOLDER
-from dash_onnx.core.errors import SourceError, printable
+from dash_onnx.core.errors import DashError, SourceError, printable
 from dash_onnx.core.progress import about
 from dash_onnx.core.records import to_json
 
@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
                 "PATH is empty: give a model folder, a .gguf file, a hub id or a bundle"
             )
         bundle = (Path(arguments.path) / MANIFEST_NAME).is_file()
+        if bundle and (arguments.variants or arguments.requantize):
+            raise DashError("--variants and --requantize are for a model, and this is a bundle")
         facts, lines = _bundle(arguments) if bundle else _model(arguments)
         print(json.dumps(facts) if arguments.json else "\n".join(map(printable, lines)))
 

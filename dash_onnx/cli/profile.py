@@ -81,6 +81,8 @@ def _profile(arguments: argparse.Namespace) -> None:
             if Bundle(bundle.folder).manifest != bundle.manifest:  # an export does not wait
                 raise DashError(f"{bundle.folder} was replaced meanwhile: profile it again")
             replace_manifest(bundle.folder, manifest)
+    if disturbed:
+        print(f"dash-profile: warning: {disturbed}", file=sys.stderr)
     if not arguments.dry_run and (fused := bundle.folder / FUSED_FOLDER).is_dir():
         out = shlex.quote(str(bundle.folder))
         print(

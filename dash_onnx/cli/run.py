@@ -151,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Intermixed: `BUNDLE --raw PROMPT` works, although PROMPT is optional.
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.system and arguments.raw:
+        parser.error("--system needs a chat: leave --raw out")
     if arguments.batch:
         for name in ("prompt", "session", "trace", "show_path", "json"):
             if getattr(arguments, name):
@@ -164,8 +166,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--show-path colors text for a reader; it does not go with {for_programs}")
     if arguments.json and _lines(arguments):
         parser.error("--trace - prints the figures of --json at its end: leave --json out")
-    if arguments.system and arguments.raw:
-        parser.error("--system needs a chat: leave --raw out")
     if arguments.session and arguments.prompt is not None:
         parser.error("--session needs the interactive chat: leave PROMPT out")
     if arguments.prompt is None and None in (sys.stdin, sys.stdout):

@@ -130,7 +130,7 @@ class Bundle:
 
 def _remedy(folder: Path) -> str:
     """What to do where there is no bundle: perhaps it is a model."""
-    name = str(folder)
+    name = folder.as_posix()  # a hub id on Windows, too
     if name.endswith(".gguf") and not folder.exists():
         return "there is no such file"
     model = name.endswith(".gguf") or (folder / "config.json").is_file()

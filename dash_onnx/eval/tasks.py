@@ -48,7 +48,8 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
         try:
             loaded = TaskManager(include_defaults=path.suffix != ".yaml").load([name])
         except Exception as error:  # tasks bring their own code and data
-            reason = str(error.args[0] if error.args else error).partition("\n")[0]
+            reason = str(error.args[0] if error.args else "").partition("\n")[0]
+            reason = reason or type(error).__name__
             raise SourceError(f"cannot load task {name!r}: {reason}") from None
     for task in loaded["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -58,6 +59,9 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
         task.set_fewshot_seed(_FEWSHOT_SEED)
         if task.OUTPUT_TYPE == "loglikelihood":
             task.process_results = partial(_bounded, task.process_results)
+        elif task.OUTPUT_TYPE == "loglikelihood_rolling":
+            mean = {name: partial(_finite, total) for name, total in task.aggregation().items()}
+            task.aggregation = partial(dict, mean)
     found: dict[str, Any] = evaluate(
         model, loaded, limit=max_items, bootstrap_iters=_BOOTSTRAP_ITERS, log_samples=False
     )
@@ -151,6 +155,14 @@ def _bounded(
     if found.get("perplexity", 0.0) < -_MOST_NATS:  # still a log-likelihood
         found["perplexity"] = -math.inf
     return found
+
+
+def _finite(aggregate: Callable[[Any], float], items: Any) -> float:
+    """A figure of all documents; infinite where it overflows, as where a text has no spaces."""
+    try:
+        return aggregate(items)
+    except OverflowError:
+        return math.inf
 
 
 def _begins_with_the_answer(document: dict[str, Any], answers: list[str]) -> dict[str, float]:

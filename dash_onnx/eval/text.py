@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from dash_onnx.core.actions import ActionPath, Form
+from dash_onnx.core.actions import ActionPath
 from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.policy import Policy
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.results import ScoredToken
@@ -59,10 +60,8 @@ def evaluate_policies(
     window: int = 512,
     prompt_tokens: int = 128,
     max_windows: int | None = None,
-    prefill: Form | None = None,
     reference: Model | None = None,
     timed: bool = True,
-    on_window: Callable[[], None] = lambda: None,
 ) -> list[Evaluation]:
     """Runs policies over consecutive windows of a text.
 
@@ -71,36 +70,30 @@ def evaluate_policies(
 
     Args:
         max_windows: None takes every whole window.
-        prefill: precision of the prompt; None takes one that the policy loads.
         reference: another bundle of the same model, to whose highest precision the policies are
             compared; None takes `model`.
         timed: whether every policy decodes token by token. If False, policies that take the same
             path for every token run several tokens at once: the same predictions, but faster.
-        on_window: called after each window of each policy.
 
     Raises:
         PolicyError: the text is shorter than one window, or the sizes do not fit.
     """
     manifest, other = model.manifest, reference or model
     tallies = [_Tally(policy) for policy in policies]
-    for ids in _windows(model, text, window, prompt_tokens)[:max_windows]:
+    for ids in Loop("windows", _windows(model, text, window, prompt_tokens)[:max_windows]):
         best = other.logits(ids, policy=other.manifest.variants[0])
         wanted, targets = log_softmax(best[prompt_tokens:-1]), ids[prompt_tokens + 1 :, None]
         for tally in tallies:
             policy = tally.policy
             path = None if timed else policy.uniform
             if path is None:
-                tokens = model.score(
-                    ids[:-1], prompt_tokens=prompt_tokens, policy=policy, prefill=prefill
-                )
+                tokens = model.score(ids[:-1], prompt_tokens=prompt_tokens, policy=policy)
                 rows = tally.decoded(tokens)
             else:
-                rows = model.logits(
-                    ids[:-1], prompt_tokens=prompt_tokens, policy=policy, prefill=prefill
-                )[prompt_tokens:]
+                rows = model.logits(ids[:-1], prompt_tokens=prompt_tokens, policy=policy)
+                rows = rows[prompt_tokens:]
                 tally.paths += [path] * len(rows)
             tally.compare(log_softmax(rows), wanted, targets)
-            on_window()
     return [tally.evaluation(manifest.costs) for tally in tallies]
 
 
@@ -157,7 +150,7 @@ def _windows(model: Model, text: str, window: int, prompt_tokens: int) -> list[I
             f"window {window} with {prompt_tokens} prompt tokens does not work: the prompt must "
             f"leave at least 2 tokens of the window, and the context is {limit}"
         )
-    begin, ids = model.text.encode(""), model.text.encode(text, add_special_tokens=False)
+    begin, ids = model.text.begin, model.text.encode(text, add_special_tokens=False)
     own = window - len(begin)
     if len(ids) < own:
         raise PolicyError(f"the text has {len(ids)} tokens, fewer than one window of {own}")

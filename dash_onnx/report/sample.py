@@ -71,6 +71,7 @@ class Sample:
     Attributes:
         source: where the text came from.
         prompt_tokens: number of tokens prefilled before the first decoded one.
+        text: what the decoded tokens say; a character may be in several of them.
         tokens: the decoded tokens.
         runs: runs of the scorer, one per budget.
         baselines: runs without a scorer, on the same tokens.
@@ -78,6 +79,7 @@ class Sample:
 
     source: str
     prompt_tokens: int
+    text: str
     tokens: tuple[Token, ...]
     runs: tuple[PolicyRun, ...]
     baselines: tuple[PolicyRun, ...]
@@ -90,12 +92,12 @@ def given_text(model: Model, text: str, tokens: int, source: str) -> SampleText:
         SourceError: the text is too short.
     """
     limit = model.manifest.model.max_length
-    ids = model.text.encode(text)[: min(tokens + _PREFILLED, limit)]
+    ids = model.text.encode(text)[:limit]
     if len(ids) < _PREFILLED + _MIN_TOKENS:
         raise SourceError(
             f"{source} has {len(ids)} tokens; a report needs at least {_PREFILLED + _MIN_TOKENS}"
         )
-    return SampleText(source, ids, _PREFILLED)
+    return SampleText(source, ids[: max(tokens, _MIN_TOKENS) + _PREFILLED], _PREFILLED)
 
 
 def generated_text(model: Model, tokens: int) -> SampleText:
@@ -157,10 +159,12 @@ def measure(
         except PolicyError:  # none is that cheap
             continue
     others += [(model.policy(precision), 0.0) for precision in model.manifest.variants[1:]]
+    ids = text.ids.tolist()
     return Sample(
         text.source,
         text.prompt_tokens,
-        describe(model.text, text.ids.tolist())[text.prompt_tokens :],
+        model.text.tokenizer.decode(ids[text.prompt_tokens :], skip_special_tokens=False),
+        describe(model.text, ids)[text.prompt_tokens :],
         tuple(run(policy, policy.budget) for policy in policies),
         tuple(run(*other) for other in others),
     )
