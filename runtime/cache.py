@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from dash_onnx.core.errors import DashError
+from dash_onnx.runtime.generate import Piece, Request
 from dash_onnx.runtime.prefix import Saved
+from dash_onnx.runtime.scheduler import run
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.slot import Slot
@@ -33,6 +35,11 @@ class Cache:
     def tokens(self) -> tuple[int, ...]:
         """Ids of the tokens it holds."""
         return tuple(self._slot.tokens)
+
+    def generation(self, request: Request[Piece]) -> Generator[Piece]:
+        """Runs a request in this cache."""
+        with self.taken() as slot:
+            yield from run(request, slot)
 
     def save(self, path: Path, facts: Mapping[str, str] | None = None) -> None:
         """Writes it to a safetensors file, all or nothing.

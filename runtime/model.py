@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,19 +23,15 @@ from dash_onnx.runtime.options import GenerationOptions, check_count
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.requests import Prompt, Requests
 from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
-from dash_onnx.runtime.scheduler import MAX_SLOTS, SLOTS, Scheduler, run
+from dash_onnx.runtime.scheduler import MAX_SLOTS, SLOTS, Scheduler
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
-from dash_onnx.runtime.stream import Completion, Stream, asynchronous, begun, joined
+from dash_onnx.runtime.stream import Completion, Stream, completions
 
 if TYPE_CHECKING:
     from typing import Unpack
 
     from dash_onnx.runtime.options import Options
-
-
-def _as_messages(prompt: Prompt) -> Prompt:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 class Model:
@@ -185,8 +180,7 @@ class Model:
         """
         ids = self._requests.checked(ids)
         chosen, sequence = self.policy(policy, budget), self.new_sequence()
-        same_path = chosen.uniform is not None
-        prompt = ids[: prompt_tokens if same_path else max(prompt_tokens, 1)]
+        prompt = ids[: prompt_tokens if chosen.uniform else max(prompt_tokens, 1)]
         rest, parts = ids[len(prompt) :], []
         if len(prompt):
             plan = prefill_plan(self._sessions, chosen, prefill)
@@ -195,10 +189,8 @@ class Model:
             parts.append(sequence.prefill(rest, chosen.uniform, chosen.head, every=True))
         elif len(rest):
             decider = decider_of(chosen, sequence)
-            rows = [
-                sequence.forward(token, decider)[0].astype(np.float32) for token in rest.tolist()
-            ]
-            parts.append(np.stack(rows))
+            rows = (sequence.forward(token, decider)[0] for token in rest.tolist())
+            parts.append(np.stack([row.astype(np.float32) for row in rows]))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)  # they are large
 
     def score(
@@ -289,30 +281,56 @@ class Model:
         """
         chosen = GenerationOptions.of(options, **given)
         request = self.request(prompt, lambda piece: None, chosen)
-        return Stream(begun(self._run(request, cache)), request.current)
+        return Stream(self._run(request, cache), request.current)
 
     def _run(self, request: Request[Piece], cache: Cache | None) -> Generator[Piece]:
         cache = self.new_cache() if cache is None else cache  # an empty one is falsy
         if not isinstance(cache, Cache):
             raise PolicyError(f"cache={cache!r} must be from Model.new_cache()")
-        return _lent(request, cache)
+        return cache.generation(request)
 
-    generate = joined("generate", "Generates the whole text after a prompt, as it is.", stream)
-    """Generates the whole text, a `Completion`; takes what `stream` takes."""
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerationOptions | None = None,
+        cache: Cache | None = None,
+        **given: Unpack[Options],
+    ) -> Completion:
+        """Generates the whole text after a prompt, as it is; takes what `stream` takes."""
+        return Completion.of(self.stream(prompt, options=options, cache=cache, **given))
 
-    chat = joined(
-        "chat",
-        "Generates the assistant's answer to messages, or to a string as the user's message; the "
-        "chat template is applied.",
-        stream,
-        _as_messages,
-    )
-    """Generates the assistant's answer to messages, or to one user message."""
+    def chat(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerationOptions | None = None,
+        cache: Cache | None = None,
+        **given: Unpack[Options],
+    ) -> Completion:
+        """Generates the assistant's answer to messages, or to a string as the user's message.
 
-    astream = asynchronous(
-        "astream", "Generates text piece by piece for `async for`; threads do the work.", stream
-    )
-    """Generates text piece by piece for `async for`, in threads; takes what `stream` takes."""
+        The chat template is applied. It takes what `stream` takes.
+        """
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        return self.generate(prompt, options=options, cache=cache, **given)
+
+    async def astream(
+        self,
+        prompt: Prompt,
+        *,
+        options: GenerationOptions | None = None,
+        cache: Cache | None = None,
+        **given: Unpack[Options],
+    ) -> AsyncIterator[Chunk]:
+        """Generates text piece by piece for `async for`, in threads; takes what `stream` takes."""
+        chunks = await asyncio.to_thread(self.stream, prompt, options=options, cache=cache, **given)
+        try:
+            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                yield chunk
+        finally:
+            chunks.close()
 
     def new_scheduler(self, slots: int = SLOTS, store: PrefixStore | None = None) -> Scheduler:
         """Runs several generations together; see `request`.
@@ -372,28 +390,10 @@ class Model:
             raise PolicyError("prompts must be a list of prompts, not text")
         check_count("parallel", parallel, MAX_SLOTS)
         scheduler = self.new_scheduler(max(1, min(parallel, len(prompts))))
-        chunks: list[list[Chunk]] = [[] for _ in prompts]
-        pieces = deque[tuple[int, Chunk | Exception]]()
         requests = []
         for index, prompt in enumerate(prompts):
-            deliver = functools.partial(lambda n, piece: pieces.append((n, piece)), index)
             try:
-                requests.append(self.request(prompt, deliver, options))
+                requests.append(self.request(prompt, lambda piece: None, options))
             except DashError as error:
                 raise type(error)(f"prompt {index}: {error}") from None
-        for request in requests:
-            scheduler.submit(request)
-        while scheduler.step():
-            while pieces:
-                index, piece = pieces.popleft()
-                if isinstance(piece, Exception):
-                    raise piece
-                chunks[index].append(piece)
-                if piece.finish_reason is not None:
-                    on_done(index, Completion.of(chunks[index]))
-        return [Completion.of(one) for one in chunks]
-
-
-def _lent(request: Request[Piece], cache: Cache) -> Generator[Piece]:
-    with cache.taken() as slot:
-        yield from run(request, slot)
+        return completions(scheduler, requests, on_done)

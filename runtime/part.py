@@ -20,9 +20,11 @@ class Part(SequenceState):
 
     def __init__(self, whole: SequenceState, start: int, stop: int):
         """Takes the sequences `start` to `stop`."""
-        self.__dict__.update(vars(whole))  # sessions, what passes share, how they run
-        self.batch, self._whole, self._range = stop - start, whole, (start, stop)
+        self._whole, self._range, self.batch = whole, (start, stop), stop - start
+        self.sessions, self._lock, self.num_layers = whole.sessions, whole._lock, whole.num_layers
+        self._logits_of, self._widened, self._plain = whole._logits_of, whole._widened, whole._plain
         self.kv = KVPart(whole.kv, start, stop)
+        self._moves = self.kv.moves
         self._lengths = whole._lengths.part(start, stop)
         mine = whole._passes[1]
         mine.logits = mine.logits or whole._logits(1)

@@ -304,16 +304,12 @@ def _states_of(
     arrays: dict[str, npt.NDArray[Any]], manifest: Manifest, length: int
 ) -> dict[int, Arrays]:
     """Takes the states out of a file's arrays; returns only complete places."""
-    dims, found = manifest.dims, dict[int, Arrays]()
-    shapes = {
-        f"{name}.{layer}": (1, *shape)
-        for layer, mixer in enumerate(manifest.mixers)
-        for name, shape in dims.state_shapes(mixer).items()
-    }
+    found = dict[int, Arrays]()
+    shapes = {name: (1, *shape) for name, shape in manifest.state_shapes.items()}
     for key in [key for key in arrays if key.count(".") == 2]:
         name, _, place = key.rpartition(".")
         array = arrays.pop(key)
-        fits = array.shape == shapes.get(name) and array.dtype == dims.dtype
+        fits = array.shape == shapes.get(name) and array.dtype == manifest.dims.dtype
         if fits and place.isdecimal() and 0 < int(place) <= length:
             found.setdefault(int(place), {})[name] = array
     return {place: states for place, states in found.items() if states.keys() == shapes.keys()}

@@ -28,7 +28,7 @@ class Rows:
     """
 
     def __init__(self, states: Sequence[SequenceState], whole: SequenceState | None = None):
-        """See `new` and `alone`.
+        """Makes them one batch, or a single sequence; see `new`.
 
         Args:
             states: the sequences.
@@ -45,11 +45,6 @@ class Rows:
         self.ragged = self.together and manifest.target.ragged and plain
 
     @classmethod
-    def alone(cls, state: SequenceState) -> Rows:
-        """A single sequence."""
-        return cls([state])
-
-    @classmethod
     def new(cls, sessions: Sessions, rows: int, capacity: int = CAPACITY) -> Rows:
         """Empty sequences in one K/V cache.
 
@@ -59,7 +54,7 @@ class Rows:
             capacity: tokens that each has room for at first; it grows in steps when one is full.
         """
         if rows == 1:
-            return cls.alone(SequenceState(sessions, capacity))
+            return cls([SequenceState(sessions, capacity)])
         whole = SequenceState(sessions, capacity, rows)
         return cls([Part(whole, row, row + 1) for row in range(rows)], whole)
 

@@ -46,14 +46,9 @@ class States:
 
     def __init__(self, manifest: Manifest, backend: Backend, batch: int):
         """Starts with zeros, the state before the first token."""
-        dims = manifest.dims
-        shapes = {
-            f"{name}.{layer}": (batch, *shape)
-            for layer, mixer in enumerate(manifest.mixers)
-            for name, shape in dims.state_shapes(mixer).items()
-        }
+        dtype, shapes = manifest.dims.dtype, manifest.state_shapes
         self.past, self.present = (
-            {name: backend.buffer(shape, dims.dtype) for name, shape in shapes.items()}
+            {name: backend.buffer((batch, *shape), dtype) for name, shape in shapes.items()}
             for _ in range(2)
         )
         self.start = 0

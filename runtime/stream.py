@@ -1,23 +1,19 @@
-"""A running generation, the text of a finished one, and methods that return them."""
+"""A running generation, and the text of a finished one."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
-import inspect
+import itertools
 import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.generate import CurrentPolicy
+from dash_onnx.runtime.generate import CurrentPolicy, Request
 from dash_onnx.runtime.results import Chunk, FinishReason, Logprobs
-
-M = TypeVar("M")
-P = ParamSpec("P")
+from dash_onnx.runtime.scheduler import Scheduler
 
 
 class Stream(Iterator[Chunk]):
@@ -28,8 +24,9 @@ class Stream(Iterator[Chunk]):
     """
 
     def __init__(self, chunks: Generator[Chunk], current: CurrentPolicy):
-        """Takes what `Model.stream` made."""
-        self._chunks, self._current = chunks, current
+        """Computes the first of the chunks: errors surface now, not at first use."""
+        self._source, self._current = chunks, current
+        self._chunks = itertools.chain([next(chunks)], chunks)
         self._running = threading.Lock()
         self._closed = False
 
@@ -40,7 +37,7 @@ class Stream(Iterator[Chunk]):
         with self._running:
             chunk = None if self._closed else next(self._chunks, None)
             if self._closed:  # perhaps closed meanwhile
-                self._chunks.close()
+                self._source.close()
                 chunk = None
         if chunk is None:
             raise StopIteration
@@ -51,7 +48,7 @@ class Stream(Iterator[Chunk]):
         self._closed = True
         if self._running.acquire(blocking=False):
             try:
-                self._chunks.close()
+                self._source.close()
             finally:
                 self._running.release()
 
@@ -77,19 +74,6 @@ class Stream(Iterator[Chunk]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def begun(chunks: Generator[Chunk]) -> Generator[Chunk]:
-    """The same chunks, the first one already computed: errors surface now, not at first use."""
-    return _continued(next(chunks), chunks)
-
-
-def _continued(first: Chunk, rest: Generator[Chunk]) -> Generator[Chunk]:
-    try:
-        yield first
-        yield from rest
-    finally:
-        rest.close()
 
 
 class Completion(str):
@@ -137,57 +121,29 @@ class Completion(str):
         return completion
 
 
-def joined(
-    name: str,
-    told: str,
-    stream: Callable[Concatenate[M, P], Stream],
-    prepare: Callable[[Any], Any] = lambda prompt: prompt,
-) -> Callable[Concatenate[M, P], Completion]:
-    """A method that takes what `stream` takes and returns the text of all chunks.
+def completions(
+    scheduler: Scheduler,
+    requests: Sequence[Request[Chunk]],
+    on_done: Callable[[int, Completion], None],
+) -> list[Completion]:
+    """Runs requests together; returns their texts, in their order.
 
     Args:
-        name: name of the method.
-        told: first line of its docstring; the rest is that of `stream`.
-        stream: yields the chunks.
-        prepare: applied to the prompt.
+        scheduler: runs nothing else.
+        requests: whose pieces go into the texts, and are not delivered.
+        on_done: called with the index and the text of each as it ends.
     """
-    signature = inspect.signature(stream)
-
-    @functools.wraps(stream)
-    def joined(model: M, /, *args: P.args, **options: P.kwargs) -> Completion:
-        bound = signature.bind(model, *args, **options)
-        bound.arguments["prompt"] = prepare(bound.arguments["prompt"])
-        return Completion.of(stream(*bound.args, **bound.kwargs))
-
-    what = "the text, a `str` with `finish_reason`, counts, times and actions"
-    return _named(joined, name, told, "Completion", what)
-
-
-def asynchronous(
-    name: str, told: str, stream: Callable[Concatenate[M, P], Stream]
-) -> Callable[Concatenate[M, P], AsyncIterator[Chunk]]:
-    """A method that takes what `stream` takes and leaves the event loop free."""
-
-    @functools.wraps(stream)
-    async def asynchronous(model: M, /, *args: P.args, **options: P.kwargs) -> AsyncIterator[Chunk]:
-        chunks = await asyncio.to_thread(stream, model, *args, **options)
-        try:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-                yield chunk
-        finally:
-            chunks.close()
-
-    return _named(asynchronous, name, told, "AsyncIterator[Chunk]", "pieces of text")
-
-
-def _named(
-    method: Callable[..., Any], name: str, told: str, returns: str, what: str
-) -> Callable[..., Any]:
-    """Gives a method the parameters of the one that it wraps, and their description."""
-    signature = inspect.signature(method).replace(return_annotation=returns)
-    method.__name__, method.__signature__ = name, signature  # type: ignore[attr-defined]
-    _, _, rest = (method.__doc__ or "").partition("\n\n")
-    given, raises, errors = rest.partition("        Raises:")
-    given += f"        Returns:\n            {returns}: {what}.\n\n"
-    method.__doc__ = f"{told}\n\n{given}{raises}{errors}"
-    return method
+    chunks: list[list[Chunk]] = [[] for _ in requests]
+    pieces = deque[tuple[int, Chunk | Exception]]()
+    for index, request in enumerate(requests):
+        request.deliver = partial(lambda n, piece: pieces.append((n, piece)), index)
+        scheduler.submit(request)
+    while scheduler.step():
+        while pieces:
+            index, piece = pieces.popleft()
+            if isinstance(piece, Exception):
+                raise piece
+            chunks[index].append(piece)
+            if piece.finish_reason is not None:
+                on_done(index, Completion.of(chunks[index]))
+    return [Completion.of(one) for one in chunks]

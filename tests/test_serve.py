@@ -871,20 +871,6 @@ def test_a_wrong_method_is_told_the_right_one(server: Server) -> None:
     assert found.json()["error"]["code"] == "method_not_allowed"
 
 
-def test_a_prompt_may_be_limited(tiny_model: Model) -> None:
-    running = Server({"tiny": tiny_model}, Limits(max_prompt_tokens=20))
-    try:
-        client = running.client()
-        assert client.completions.create(model="tiny", prompt="the keeper", max_tokens=1)
-        with pytest.raises(openai.BadRequestError, match="this server accepts 20") as error:
-            client.completions.create(model="tiny", prompt="x " * 30, max_tokens=1)
-        assert error.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="this server accepts 20"):
-            client.chat.completions.create(model="tiny", messages=MESSAGES * 9, max_tokens=1)
-    finally:
-        running.stop()
-
-
 # Defects, and what is counted
 
 

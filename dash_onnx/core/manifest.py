@@ -158,9 +158,17 @@ class Manifest:
     @property
     def state_bytes(self) -> int:
         """Bytes of the fixed-size states of a sequence, for all layers."""
-        dims, size = self.dims, np.dtype(self.dims.dtype).itemsize
-        shapes = [dims.state_shapes(mixer).values() for mixer in self.mixers]
-        return size * sum(math.prod(shape) for own in shapes for shape in own)
+        size = np.dtype(self.dims.dtype).itemsize
+        return size * sum(math.prod(shape) for shape in self.state_shapes.values())
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of a sequence's states, by name and layer."""
+        return {
+            f"{name}.{layer}": shape
+            for layer, mixer in enumerate(self.mixers)
+            for name, shape in self.dims.state_shapes(mixer).items()
+        }
 
     @property
     def exported_heads(self) -> tuple[Action, ...]:

@@ -25,7 +25,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.arrays import Ids
-from dash_onnx.core.errors import ContextLengthError
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.errors import APIError, outcome_of, refusing
@@ -214,7 +213,6 @@ class _Server:
                 return text.encode_chat(messages, tools=tools, variables=variables)
 
             prompt = await asyncio.to_thread(encode)
-            self._check_length(prompt)
         choices = [Choice(text, tools) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
@@ -226,7 +224,6 @@ class _Server:
             text = await self.service.pool.text(name)
             options = body.options(self.service.limits.max_tokens)
             prompt = await asyncio.to_thread(text.encode, body.prompt)
-            self._check_length(prompt)
         choices = [Choice(text, []) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
@@ -290,13 +287,6 @@ class _Server:
         return JSONResponse(
             answer.whole(choices, reasons, usage=job.usage, dash=tallies[0].facts())
         )
-
-    def _check_length(self, prompt: Ids) -> None:
-        most = self.service.limits.max_prompt_tokens
-        if most is not None and len(prompt) > most:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, this server accepts {most}; shorten it"
-            )
 
     def _check_caller(self, request: Request) -> None:
         if self._only_here and not is_trusted(_host(request)):

@@ -37,7 +37,6 @@ class Limits:
         parallel: generations that run at once and share their passes.
         waiting: requests that may wait for one of them to end.
         max_tokens: most tokens of an answer.
-        max_prompt_tokens: most tokens of a prompt; None allows as many as the context holds.
         seconds: time limit of a request, from when it starts to run until its answer is sent.
         body_bytes: most bytes of a request body.
         prefix_bytes: memory for K/V evicted from its slot by another text.
@@ -48,7 +47,6 @@ class Limits:
     parallel: int = 8
     waiting: int = 32
     max_tokens: int = 4096
-    max_prompt_tokens: int | None = None
     seconds: float = 600.0
     body_bytes: int = 4 << 20
     prefix_bytes: int = 256 << 20

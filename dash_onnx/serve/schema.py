@@ -115,8 +115,6 @@ class GenerationRequest(_Object):
     top_p: float | None = None
     stop: str | list[str] = []
     seed: int | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
     response_format: ResponseFormat = ResponseFormat()
     prediction: Prediction | None = None
     # Ours.
