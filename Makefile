@@ -44,7 +44,7 @@ test: .venv/.dev $(DEMO)
 	$(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: .venv/.dev .venv/.bench $(DEMO)
-	$(BIN)/pytest -m "slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/pytest -m "slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lib
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -23,12 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import dash_onnx
 from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.block import Block
-from dash_onnx.core.facts import ModelFacts
+from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.facts import Costs, ModelFacts
+from dash_onnx.core.progress import Phase
 from dash_onnx.exporters import expected
 from dash_onnx.exporters.architectures.base import ModelSpec
-from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.export import ExportOptions, export, pipeline
 from dash_onnx.runtime import profile
 from dash_onnx.runtime.model import Model
+from dash_onnx.runtime.ort import Device
 from dash_onnx.runtime.results import ScoredToken
 
 # Started in the background by a shell, the tests and their children would ignore Ctrl-C.
@@ -37,6 +41,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A profile probes for other work before and after, and here would find the other tests; the
 # expected time of an export does not matter.
 profile.PROBE_S = expected.PROBE_S = 0.01
+
+_costs: dict[str, Costs] = {}
+
+
+def profiled(bundle: Bundle, device: Device) -> Costs:
+    """The costs of a bundle, measured once for all models of its form."""
+    m = bundle.manifest
+    form = [replace(m.model, name=""), m.variants, m.exported_heads, m.wide is None]
+    key = repr([*form, m.target, m.block, m.mixers, m.attention, device])
+    if key not in _costs:
+        _costs[key] = profile.profile(bundle, device)
+        return _costs[key]
+    with Phase("costs", total=1):
+        return _costs[key]
+
+
+pipeline.profile = profiled
 
 # With models this small, torch's and ORT's threads would compete for two cores.
 torch.set_num_threads(1)
@@ -153,6 +174,21 @@ def layer_inputs(
             rows.append(sequence.hidden[layer % 2].array[0, 0].copy())
             sequence.run(layer, action)
     return np.stack(rows).reshape(len(ids) - prompt_tokens, layers, -1)
+
+
+# With `--dist loadfile --no-loadscope-reorder`, a worker takes the files in this order: those that
+# take long must not be the last, while the other worker has nothing left.
+_LONGEST = (
+    "test_demo test_ray test_families test_serve test_policy_quality test_memory test_resume "
+    "test_genai test_soak test_fuzz test_results test_tasks"
+).split()
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own order by fixtures
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the slow files first that take longest."""
+    place = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_collection_finish() -> None:

@@ -334,7 +334,7 @@ CASES: dict[str, Case] = {
     "qwen3_moe": Case("qwen3_moe", "as Qwen 3, windows in all layers; experts", _QWEN3_MOE),
     "qwen2_moe": Case("qwen2_moe", "as Qwen 2; experts and a shared one", _QWEN2_MOE),
     "olmoe": Case("olmoe", "Q/K norm of all heads; experts", _OLMOE),
-    "lfm2_moe": Case("lfm2_moe", "as LFM 2; experts, scored one by one", _LFM2_MOE),
+    "lfm2_moe": Case("lfm2_moe", "as LFM 2; experts with sigmoid routing", _LFM2_MOE),
     "mixtral": Case("mixtral", "windows; experts", _MIXTRAL),
     "mellum": Case("mellum", "as Qwen 3, a RoPE for each kind of layer; experts", _MELLUM),
     "granitemoe": Case("granitemoe", "as Granite; experts", {**_GRANITE, **_LOCAL}),
@@ -343,7 +343,7 @@ CASES: dict[str, Case] = {
     "qwen3_next": Case("qwen3_next", "as Qwen 3.5; experts and a shared one", _QWEN3_NEXT),
     "glm4_moe": Case(
         "glm4_moe",
-        "partial rotary, Q/K/V bias; experts, scored one by one, and shared ones",
+        "partial rotary, Q/K/V bias; experts with sigmoid routing, and shared ones",
         _GLM4_MOE,
     ),
     "glm4_moe normed": Case(
@@ -361,7 +361,9 @@ CASES: dict[str, Case] = {
         "afmoe", "four norms a layer, Q/K norm, gated attention; experts as in GLM 4.5", _AFMOE
     ),
     "minimax_m2": Case(
-        "minimax_m2", "Q/K norm of all heads, partial rotary; experts, scored one by one", _MINIMAX
+        "minimax_m2",
+        "Q/K norm of all heads, partial rotary; experts with sigmoid routing",
+        _MINIMAX,
     ),
     "hy_v3": Case("hy_v3", "as Qwen 3; experts as in GLM 4.5", _HY_V3),
     "hunyuan_v1_moe": Case(
@@ -374,9 +376,9 @@ CASES: dict[str, Case] = {
         "granitemoe_swa", "as Granite; windows, sinks; experts and a shared one", _GRANITE_MOE_SWA
     ),
     "flint": Case(
-        "flint", "as Qwen 3, windows, sinks; experts, scored one by one, and a shared one", _FLINT
+        "flint", "as Qwen 3, windows, sinks; experts with sigmoid routing, and a shared one", _FLINT
     ),
-    "gemma4": Case("gemma4_text", "as Gemma 3; V norm, embeddings for layers, shared K/V", _GEMMA4),
+    "gemma4": Case("gemma4_text", "as Gemma 3; V norm, per-layer embeddings, shared K/V", _GEMMA4),
     "gemma4 large": Case("gemma4_text", "values from keys, heads by kind of layer", _GEMMA4_LARGE),
     "gemma4 unified": Case("gemma4_unified_text", "as Gemma 4's large models", _GEMMA4_UNIFIED),
     "gpt_oss": Case("gpt_oss", "windows, sinks, biases; experts with a bounded gate", _GPT_OSS),

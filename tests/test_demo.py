@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import logits_of
+from fixed_costs import fixed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import dash_onnx
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.calibration.reference import streamed_model
-from dash_onnx.exporters.export import ExportOptions, export
+from dash_onnx.exporters.export import ExportOptions, export, pipeline
+from dash_onnx.exporters.export.losses import Losses
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.runtime.model import Model
 
@@ -39,11 +41,19 @@ def model(trained_bundle: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def kept(demo_gguf: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The integers that the file has, beside the same weights in full precision."""
+    """The integers that the file has, beside the same weights in full precision.
+
+    No test here asks how fast it is, or for plans: `make demo` measures both.
+    """
     out = tmp_path_factory.mktemp("demo") / "kept"
     variants = ("full", "int8", "int4")
-    options = ExportOptions(variants=variants, calibration=(night,), compensation_rank=0)
-    export(str(demo_gguf), out, options)
+    options = ExportOptions(
+        variants=variants, calibration=(night,), compensation_rank=0, wide=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "profile", fixed)
+        patch.setattr(Losses, "static", lambda *_: ())
+        export(str(demo_gguf), out, options)
     return out
 
 

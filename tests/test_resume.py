@@ -114,6 +114,7 @@ def test_an_export_killed_at_random_moments_goes_on_to_the_same_bundle(
         assert not out.exists()
         assert set(os.listdir(tmp_path)) <= {".out.partial"}
         assert finished(partial) >= before
+    assert killed > 1
     if not out.exists():
         subprocess.run(command, check=True, capture_output=True)
     if partial.exists():  # killed behind its last step, which moves the bundle

@@ -98,14 +98,22 @@ LARGE = (
 )
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of time is reached sooner."""
+    monkeypatch.setattr("dash_onnx.core.template._MAX_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("template", [*ENDLESS, *LARGE])
 def test_a_template_without_measure_is_stopped(template: str) -> None:
     started = time.thread_time()
     with pytest.raises((TemplateError, RecursionError)):
         render(template, {})
-    assert time.thread_time() - started < 5
+    assert time.thread_time() - started < 3
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_thread_has_a_limit_of_its_own() -> None:
     caught: list[Exception] = []
 
