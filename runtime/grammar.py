@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ class Grammar:
         """
         if not isinstance(schema, Mapping | bool):
             raise PolicyError(f"a JSON schema must be an object, not {type(schema).__name__}")
+        if isinstance(schema, bool):  # which takes no options
+            schema = {} if schema else {"not": {}}
         options = {"whitespace_flexible": False}
         return cls._made("json_schema", json.dumps(schema), overrides=options)
 
@@ -61,11 +64,8 @@ class Grammar:
     @classmethod
     def _made(cls, kind: str, text: str, **options: Any) -> Grammar:
         matcher = _llguidance().LLMatcher
-        try:
-            source: str = getattr(matcher, f"grammar_from_{kind}")(text, **options)
-        except Exception as error:  # of the library's Rust part
-            raise PolicyError(f"the grammar is refused: {error}") from None
-        return cls(source)
+        with _refusing():
+            return cls(getattr(matcher, f"grammar_from_{kind}")(text, **options))
 
 
 class Constraint:
@@ -82,9 +82,10 @@ class Constraint:
             PolicyError: the grammar is invalid, or too large.
         """
         matcher = _llguidance().LLMatcher
-        if told := matcher.validate_grammar(grammar.source, tokenizer):
-            raise PolicyError(f"the grammar is refused: {told}")
-        self._matcher, self._tokenizer = matcher(tokenizer, grammar.source), tokenizer
+        with _refusing():
+            if told := matcher.validate_grammar(grammar.source, tokenizer):
+                raise ValueError(told)
+            self._matcher, self._tokenizer = matcher(tokenizer, grammar.source), tokenizer
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, np.int32)
         self._cuts: dict[bytes, list[int]] = {}  # how the model has split such text
         self._hinted, self._came = b"", list[int]()  # text of a hint, and the tokens since
@@ -151,6 +152,16 @@ def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:
         text.tokenizer.to_str(), n_vocab=vocab_size, eos_token=sorted(text.eos_token_ids)
     )
     return tokenizer
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's Rust part may panic, which is no Exception
+        raise PolicyError(f"the grammar is refused: {error}") from None
 
 
 def _llguidance() -> Any:

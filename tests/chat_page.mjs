@@ -45,6 +45,9 @@ if (values.system || values.tokens) {
   await page.fill("#temperature", "0");
   await page.click("#settings summary");
 }
+await page.fill("#text", "word");
+await page.dispatchEvent("#text", "keydown", { key: "Enter", isComposing: true }); // chooses a word
+const typed = await page.inputValue("#text");
 for (const [index, question] of questions.entries()) {
   if (index && slides) await page.fill("#budget", "0");
   await page.fill("#text", question);
@@ -71,5 +74,11 @@ const after = await shown();
 const kept = { before, after, system: await page.inputValue("#system") };
 await page.click("#delete");
 const left = await page.$$eval("#chats option", (options) => options.map((one) => one.textContent));
-console.log(JSON.stringify({ problems, asked, told, slides, colored, kept, left, ...found }));
+const result = { problems: [...problems], asked: [...asked], told, slides, colored, kept, left, ...found };
+await page.fill("#text", questions[0]); // a chat that is deleted while it is answered
+await page.keyboard.press("Enter");
+await page.click("#delete");
+await page.waitForTimeout(500);
+const stored = await page.evaluate(() => localStorage["dash-chats"]);
+console.log(JSON.stringify({ ...result, typed, stored }));
 await browser.close();

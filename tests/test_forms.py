@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from test_serve import MESSAGES, Server, client, scored, server  # noqa: F401
 
 import dash_onnx
+from dash_onnx.core.conversation import rendered
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.statistics import log_softmax
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.serve.tools import CallReader, forced_call, with_tools
+from dash_onnx.serve.calls import CallReader
+from dash_onnx.serve.tools import call_or_answer, forced_call, with_tools
 
 SCHEMA = {
     "type": "object",
@@ -81,6 +83,7 @@ def test_a_batch_keeps_a_form_for_each(tiny_model: Model) -> None:
         lambda: Grammar.json_schema([1]),  # type: ignore[arg-type]
         lambda: Grammar.regex("(("),
         lambda: Grammar.lark("start: nothing"),
+        lambda: Grammar.lark('start: / "x"\n'),
     ],
 )
 def test_what_is_no_grammar_is_refused_in_one_line(make: Any, tiny_model: Model) -> None:
@@ -227,6 +230,137 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
         with_tools([{**called, "tool_calls": [broken]}], [], None)
 
 
+PHI4 = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message %}"
+    "{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' }}"
+    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def called(*names: str) -> dict[str, Any]:
+    """A message with calls, as the server sends it."""
+    calls = [
+        {"id": str(n), "type": "function", "function": {"name": name, "arguments": "{}"}}
+        for n, name in enumerate(names)
+    ]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def test_phi_4_reads_its_own_calls_in_later_turns() -> None:
+    asked, answer = {"role": "user", "content": "How many?"}, {"role": "tool", "content": "7"}
+    for tools in ([TOOL], []):
+        text = rendered(PHI4, with_tools([asked, called("count"), answer], tools, PHI4), {})
+        call = '<|assistant|><|tool_call|>[{"name": "count", "arguments": {}}]<|/tool_call|>'
+        assert call in text and text.endswith("<|tool|>7<|end|>")
+        assert ("<|/tool|>" in text) == bool(tools)
+
+
+def test_answers_of_tools_and_the_user_are_one_turn_for_templates_without_tools() -> None:
+    asked, more = ({"role": "user", "content": text} for text in ("How many?", "And now?"))
+    answers = [{"role": "tool", "content": "7"}, {"role": "tool", "content": "12"}]
+    found = with_tools([asked, called("count", "wait"), *answers, more], [TOOL, OTHER], "x")
+    assert [message["role"] for message in found] == ["system", "user", "assistant", "user"]
+    last = found[-1]["content"]
+    assert last.index("7") < last.index("12") < last.index("And now?")
+
+
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
+)
+
+
+def test_a_template_without_system_messages_gets_their_text_from_the_user() -> None:
+    asked = {"role": "user", "content": "How many?"}
+    text = rendered(GEMMA, [{"role": "system", "content": "Be brief."}, asked], {})
+    assert text == "user: Be brief.\n\nHow many?|"
+    assert rendered(GEMMA, with_tools([asked], [TOOL], GEMMA), {}).endswith("How many?|")
+    with pytest.raises(PolicyError, match="not supported"):
+        rendered(GEMMA, [{"role": "system", "content": "Be brief."}], {})
+
+
+def test_tools_are_told_in_their_own_letters() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "\u83b7\u53d6"}}
+    asked = {"role": "user", "content": "?"}
+    for template in ("x", "{{ message['tools'] }}"):
+        (first, *_) = with_tools([asked], [tool], template)
+        assert "\u83b7\u53d6" in f"{first}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('"Paris"', "Paris"),
+        ("null", {}),
+        ('{"x": NaN}', {"x": "NaN"}),
+        ('"{\\"x\\": 1}"', {"x": 1}),
+    ],
+)
+def test_arguments_are_json_that_may_come_back(arguments: str, wanted: Any) -> None:
+    reader = CallReader([TOOL])
+    reader.add(f'{{"name": "count", "arguments": {arguments}}}')
+    _, (call,) = reader.finish()
+    assert json.loads(call["function"]["arguments"]) == wanted
+    with_tools([{"role": "assistant", "content": None, "tool_calls": [call]}], [TOOL], None)
+
+
+@pytest.mark.parametrize("begins", ["<tool_call>", "{"])
+def test_an_answer_with_tools_and_a_format_is_a_call_or_that_format(
+    begins: str, tiny_model: Model
+) -> None:
+    grammar = call_or_answer([TOOL], {"type": "object", "required": ["said"]}, tiny_model.text)
+    ids = tiny_model.text.encode(begins, add_special_tokens=False).tolist()
+
+    def processed(text: Sequence[int], logits: np.ndarray) -> np.ndarray:
+        """Begins the answer in this way."""
+        at = len(text) - prompt
+        if at < len(ids):
+            logits = np.where(np.arange(len(logits)) == ids[at], 100.0, logits)
+        return logits
+
+    prompt = len(tiny_model.text.encode("a"))
+    text = str(
+        tiny_model.generate("a", grammar=grammar, logits_processor=processed, max_new_tokens=300)
+    )
+    assert text.startswith(begins)
+    if begins == "{":
+        assert "said" in json.loads(text)
+    else:
+        reader = CallReader([TOOL])
+        reader.add(text)
+        assert [call["function"]["name"] for call in reader.finish()[1]] == ["count"]
+
+
+@pytest.mark.parametrize("schema", [True, {}])
+def test_a_schema_may_allow_any_json(schema: Any, tiny_model: Model) -> None:
+    grammar = Grammar.json_schema(schema)
+    assert tiny_model.generate("a", grammar=grammar, max_new_tokens=4)
+
+
+def test_a_schema_that_allows_nothing_is_refused(tiny_model: Model) -> None:
+    with pytest.raises(PolicyError):
+        tiny_model.generate("a", grammar=Grammar.json_schema(False))
+
+
+def test_a_panic_of_the_library_is_a_refusal(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """What pyo3 raises."""
+
+    class Matcher:
+        @staticmethod
+        def validate_grammar(*_: object) -> None:
+            raise Panic("index out of bounds")
+
+    grammar = Grammar.regex("a+")
+    tiny_model.generate("a", grammar=grammar, max_new_tokens=2)
+    monkeypatch.setattr("llguidance.LLMatcher", Matcher)
+    with pytest.raises(PolicyError, match="the grammar is refused: index out of bounds"):
+        tiny_model.generate("a", grammar=grammar)
+
+
 # OpenAI's client
 
 
@@ -358,6 +492,7 @@ def _calls(client: openai.OpenAI, choice: Any) -> None:  # noqa: F811
         {"response_format": {"type": "json_object", "schema": 5}},
         {"tools": [{"type": "function", "function": {"name": "a", "parameters": 5}}]},
         {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+        {"tools": [TOOL], "response_format": {"type": "regex", "regex": "a+"}},
         {"logprobs": True, "top_logprobs": 21},
     ],
     ids=str,

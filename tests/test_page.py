@@ -96,6 +96,7 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     assert found["kept"]["before"] == found["kept"]["after"]
     assert found["kept"]["system"] == "be brief"
     assert found["left"] == ["(new chat)"]
+    assert found["typed"] == "word" and found["stored"] == "[]"
     assert found["markdown"] == HTML
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -10,6 +11,7 @@ from test_forms import SCHEMA, fits
 from test_serve import MESSAGES, client, scored, server  # noqa: F401
 
 from dash_onnx.runtime.model import Model
+from dash_onnx.serve.answer import Choice
 from dash_onnx.serve.schema import ChatRequest
 
 # Response formats
@@ -42,6 +44,30 @@ def test_another_name_of_a_form_is_refused_and_the_field_for_it_named(
     given: Any = {"model": "tiny", "prompt": "the", "extra_body": {field: ["yes", "no"]}}
     with pytest.raises(openai.BadRequestError, match=rf"{field} \(use response_format\)"):
         client.completions.create(**given)
+
+
+def test_fields_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:  # noqa: F811
+    more = {"best_of": 1, "modalities": ["text"], "repeat_penalty": 1.0, "top_k": -1}
+    found = client.completions.create(
+        model="tiny", prompt=["the keeper"], max_tokens=4, top_p=0, extra_body=more
+    )
+    assert found.usage is not None and found.usage.completion_tokens == 4
+    assert ChatRequest(messages=[], max_tokens=-1).max_tokens is None
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt=["a", "b"])
+    with pytest.raises(openai.BadRequestError, match="best_of"):
+        client.completions.create(model="tiny", prompt="a", best_of=2)
+
+
+def test_only_one_call_is_returned_where_one_is_asked_for(tiny_model: Model) -> None:
+    tool = {"type": "function", "function": {"name": "count"}}
+    text = '<tool_call>{"name": "count", "arguments": {}}</tool_call>' * 2
+    for most in (None, 1):
+        choice = Choice(tiny_model.text, [tool], most)
+        facts = {"token": 5, "thinking": False, "reasoning": "", "logprobs": None}
+        last: Any = SimpleNamespace(text=text, finish_reason="stop", **facts)
+        choice.add(last)
+        assert len(choice.calls) == (most or 2)
 
 
 # Log probabilities

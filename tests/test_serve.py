@@ -28,20 +28,20 @@ from hypothesis import strategies as st
 from scored_bundle import with_scorer
 
 import dash_onnx
-from dash_onnx.cli.serve import main
-from dash_onnx.core.errors import PolicyError
+from dash_onnx.cli.serve import _origin, main
+from dash_onnx.core.errors import DashError, PolicyError
 from dash_onnx.runtime.generate import Generation, Request
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.sessions import Sessions
+from dash_onnx.serve.answer import Choice
 from dash_onnx.serve.app import create_app
+from dash_onnx.serve.calls import CallReader
 from dash_onnx.serve.limits import BusyError, Limits
 from dash_onnx.serve.pool import ModelPool, Source, open_bundles
-from dash_onnx.serve.schema import Choice
 from dash_onnx.serve.server import Server as DrainingServer
 from dash_onnx.serve.service import Job, Service, Tally, check_words
-from dash_onnx.serve.tools import CallReader
 
 MESSAGES: list[Any] = [{"role": "user", "content": "the keeper counts the ships"}]
 TOOL = Tool("dash-serve", main)
@@ -854,6 +854,32 @@ def test_web_pages_of_other_origins_are_let_in_only_where_told(
             assert found.headers.get("access-control-allow-origin") == allowed
     finally:
         running.stop()
+
+
+def test_what_is_no_exception_ends_a_request_all_the_same(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a panic of a library in Rust."""
+
+    class Panic(BaseException):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise Panic("out of bounds")
+
+    monkeypatch.setattr(Model, "request", fail)
+    body = {"model": "tiny", "prompt": "the keeper"}
+    found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=10)
+    assert found.status_code == 500
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("https://app.example/", "https://app.example"), ("*", "*")]
+)
+def test_an_origin_is_taken_as_browsers_send_it(given: str, wanted: str) -> None:
+    assert _origin(given) == wanted
+    with pytest.raises(DashError, match="write it as https"):
+        _origin("app.example")
 
 
 def test_headers_have_a_limit(server: Server) -> None:

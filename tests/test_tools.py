@@ -18,8 +18,9 @@ from dash_onnx.runtime.grammar import Constraint, guidance_tokenizer
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.results import GeneratedToken
 from dash_onnx.runtime.writer import TextWriter
-from dash_onnx.serve.schema import Choice
-from dash_onnx.serve.tools import CallReader, checked_tools, forced_call
+from dash_onnx.serve.answer import Choice
+from dash_onnx.serve.calls import CallReader
+from dash_onnx.serve.tools import checked_tools, forced_call
 
 COUNT: dict[str, Any] = {"type": "function", "function": {"name": "count"}}
 CALL = '{"name": "count", "arguments": {"ships": 3}}'

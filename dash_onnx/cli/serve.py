@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _origin(text: str) -> str:
+    """An origin as browsers send it."""
+    origin = text.rstrip("/")
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+        raise DashError(f"--cors {text} is no origin: write it as https://app.example")
+    return origin
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = _parser().parse_args(argv)
@@ -184,7 +193,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             prefix_folder=arguments.prefix_cache,
             memory_bytes=None if most is None else most * 10**6,
         )
-        origins = tuple(arguments.cors)
+        origins = tuple(map(_origin, arguments.cors))
         app = create_app(bundles, limits, key=key, origins=origins, only_here=key is None)
         server = Server(app)
         with _listening(arguments):  # only now: until then clients are refused, and do not wait

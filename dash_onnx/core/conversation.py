@@ -29,6 +29,8 @@ def rendered(template: str, messages: Sequence[Message], values: Mapping[str, An
     from dash_onnx.core.template import render  # jinja2 takes a while to import
 
     special = tuple((name, text) for name, text in values.items() if name.endswith("_token"))
+    if messages[0]["role"] == "system" and not _takes_system(template, special):
+        messages = _without_system(messages)
     if _takes_parts(template, special):
         messages = [{**one, "content": _parts(one.get("content") or "")} for one in messages]
     usual = {"tools": None, "documents": None, "add_generation_prompt": False}
@@ -41,18 +43,35 @@ def rendered(template: str, messages: Sequence[Message], values: Mapping[str, An
 @functools.lru_cache
 def _takes_parts(template: str, special: tuple[tuple[str, str], ...]) -> bool:
     """Whether a template leaves out text that is not in a list of parts, as for images."""
+    asked, parts = ({"role": "user", "content": one} for one in (_ASKED, _parts(_ASKED)))
+    return not _shows(template, special, asked) and _shows(template, special, parts)
+
+
+@functools.lru_cache
+def _takes_system(template: str, special: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template takes system messages; Gemma 2's refuses them."""
+    told, asked = {"role": "system", "content": "."}, {"role": "user", "content": _ASKED}
+    return _shows(template, special, told, asked) or not _shows(template, special, asked)
+
+
+def _shows(template: str, special: tuple[tuple[str, str], ...], *messages: Message) -> bool:
     from dash_onnx.core.template import render
 
-    def shows(content: str | list[dict[str, str]]) -> bool:
-        messages = [{"role": "user", "content": content}]
-        try:
-            return _ASKED in render(
-                template, {"tools": None, "messages": messages, **dict(special)}
-            )
-        except Exception:  # see `rendered`
-            return False
+    try:
+        return _ASKED in render(template, {"tools": None, "messages": [*messages], **dict(special)})
+    except Exception:  # see `rendered`
+        return False
 
-    return not shows(_ASKED) and shows(_parts(_ASKED))
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """Messages whose first one, from the system, is part of the user's first."""
+    system, *rest = messages
+    for number, message in enumerate(rest):
+        if message["role"] == "user":
+            content = f"{system.get('content') or ''}\n\n{message.get('content') or ''}".strip()
+            rest[number] = {**message, "content": content}
+            return rest
+    return messages
 
 
 def _parts(text: str) -> list[dict[str, str]]:

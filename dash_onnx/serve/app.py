@@ -27,12 +27,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.serve.answer import Answer, Choice
 from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.events import EventStream
 from dash_onnx.serve.limits import Limits, is_trusted
 from dash_onnx.serve.page import page
 from dash_onnx.serve.pool import Source
-from dash_onnx.serve.schema import Answer, ChatRequest, Choice, CompletionRequest, GenerationRequest
+from dash_onnx.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
 from dash_onnx.serve.tools import with_tools
 
@@ -213,7 +214,8 @@ class _Server:
                 return text.encode_chat(messages, tools=tools, variables=variables)
 
             prompt = await asyncio.to_thread(encode)
-        choices = [Choice(text, tools) for _ in range(body.n)]
+        most = None if body.parallel_tool_calls else 1
+        choices = [Choice(text, tools, most) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
     async def complete(self, request: Request) -> Response:

@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from dash_onnx.core.actions import path_letters
 from dash_onnx.runtime.results import Chunk
+from dash_onnx.serve.answer import Answer, Choice
 from dash_onnx.serve.errors import APIError, refusing
-from dash_onnx.serve.schema import Answer, Choice
 from dash_onnx.serve.service import Job
 
 _LOG = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class EventStream(Response):
         """
         super().__init__()
         del self.headers["content-length"]
+        # A proxy must not collect or store events; the second is nginx's name for it.
+        self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._state, self._job, self._chunks, self._first = state, job, chunks, first
         self._answer, self._choices, self._usage = answer, choices, usage
         self._begun: set[int] = set()

@@ -200,7 +200,8 @@ async function answer() {
     facts.append(other);
   }
   facts.scrollIntoView({ block: "end" });
-  if (said) here.messages.push({ role: "assistant", content: said, reasoning: thought, facts: figures.join(" · ") });
+  if (here.deleted) said = "";
+  else if (said) here.messages.push({ role: "assistant", content: said, reasoning: thought, facts: figures.join(" · ") });
   else {
     const { content } = here.messages.pop();
     $("text").value ||= content; // to be sent again
@@ -222,7 +223,8 @@ $("form").addEventListener("submit", (event) => {
   answer();
 });
 $("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("form").requestSubmit(); }
+  const composing = event.isComposing || event.keyCode === 229; // Enter then chooses a word
+  if (event.key === "Enter" && !event.shiftKey && !composing) { event.preventDefault(); $("form").requestSubmit(); }
 });
 $("budget").addEventListener("input", () => { moved = true; tell(); });
 $("model").addEventListener("change", () => { openChat(); start(); });
@@ -231,6 +233,7 @@ $("chats").addEventListener("change", () =>
   openChat(stored("dash-chats", []).find((one) => String(one.id) === $("chats").value)));
 $("delete").addEventListener("click", () => {
   store("dash-chats", stored("dash-chats", []).filter((one) => one.id !== chat.id));
+  chat.deleted = true; // its answer may still be coming
   openChat();
 });
 for (const name of SETTINGS) {

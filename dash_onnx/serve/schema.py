@@ -1,21 +1,17 @@
-"""Requests and answers of OpenAI's API, as far as supported, and our additional fields."""
+"""Requests of OpenAI's API, as far as supported, and our additional fields."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-import uuid
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dash_onnx.core.errors import PolicyError
-from dash_onnx.core.text import Detokenizer, TextCodec
+from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
-from dash_onnx.runtime.results import Chunk
-from dash_onnx.serve.tools import CallReader, checked_tools, forced_call, open_tokens
+from dash_onnx.serve.tools import call_or_answer, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTEAD = {
@@ -29,9 +25,22 @@ REFUSED = {name: instead for instead, names in _INSTEAD.items() for name in name
 """Unsupported fields that would change the answer, refused rather than ignored, with those to use
 instead."""
 
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (0, 1),
+    "modalities": ([], ["text"]),
+    "repeat_penalty": (0, 1),
+}
+"""Values of these fields that ask for nothing; of the others, what is empty or zero."""
+
 _OPTIONS = {one.name for one in dataclasses.fields(GenerationOptions)}
 _SEEDS = 2**63
 _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all stop strings
+
+
+Count = Annotated[
+    Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda n: None if n == -1 else n)
+]
+"""A number of tokens; -1 is llama.cpp's for no limit."""
 
 
 class _Object(BaseModel):
@@ -67,16 +76,26 @@ class ResponseFormat(_Object):
             PolicyError: llguidance is missing, or rejects the format; or there is no schema.
         """
         if self.type in ("json_schema", "json_object"):
-            schema = self.json_schema.get("schema")
-            schema = self.bare_schema if schema is None else schema
-            if self.type == "json_object":
-                schema = schema or {"type": "object"}
-            elif schema is None:
-                raise PolicyError("a response_format of type json_schema needs json_schema.schema")
-            return Grammar.json_schema(schema)
+            return Grammar.json_schema(self.schema_of_answer())
         if self.type == "regex":
             return Grammar.regex(self.regex)
         return Grammar.lark(self.lark) if self.type == "lark" else None
+
+    def schema_of_answer(self) -> Any:
+        """The JSON schema of an answer; None if it need not be JSON.
+
+        Raises:
+            PolicyError: there is no schema.
+        """
+        if self.type not in ("json_schema", "json_object"):
+            return None
+        schema = self.json_schema.get("schema")
+        schema = self.bare_schema if schema is None else schema
+        if self.type == "json_object":
+            return schema or {"type": "object"}
+        if schema is None:
+            raise PolicyError("a response_format of type json_schema needs json_schema.schema")
+        return schema
 
 
 class TextPart(_Object):
@@ -109,10 +128,10 @@ class GenerationRequest(_Object):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(default=1, ge=1, le=8)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Count = None
+    max_completion_tokens: Count = None
     temperature: float | None = None
-    top_p: float | None = None
+    top_p: Annotated[float | None, BeforeValidator(lambda p: 1e-6 if p == 0 else p)] = None
     stop: str | list[str] = []
     seed: int | None = None
     response_format: ResponseFormat = ResponseFormat()
@@ -121,7 +140,7 @@ class GenerationRequest(_Object):
     policy: str = ""
     budget: float | str | None = None
     speculate: bool | int | None = None
-    top_k: int | None = None
+    top_k: Annotated[int | None, BeforeValidator(lambda k: 0 if k == -1 else k)] = None
     min_p: float | None = None
     repetition_penalty: float | None = None
 
@@ -137,7 +156,7 @@ class GenerationRequest(_Object):
         unserved = [
             f"{name} (use {instead})" if instead else name
             for name, instead in REFUSED.items()
-            if getattr(self, name, None)
+            if getattr(self, name, None) not in (None, *_NEUTRAL.get(name, (0, False, "", [], {})))
         ]
         if "@" in self.policy:  # on the command line, this is a file
             raise PolicyError("a request cannot name a file: write out the policy's path")
@@ -171,6 +190,7 @@ class ChatRequest(GenerationRequest):
     messages: list[dict[str, Any]]
     tools: list[Any] = []
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     reasoning_effort: str = ""
@@ -195,7 +215,7 @@ class ChatRequest(GenerationRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def with_call(self, options: GenerationOptions, codec: TextCodec) -> GenerationOptions:
-        """Makes a requested call the grammar of the answer.
+        """Makes a requested call the grammar of the answer, or allows one beside its format.
 
         Args:
             options: options of the request.
@@ -204,11 +224,15 @@ class ChatRequest(GenerationRequest):
         Raises:
             PolicyError: the answer already has a response format, or there is no such tool.
         """
-        call = forced_call(self.offered, self.tool_choice, codec)
+        call, schema = forced_call(self.offered, self.tool_choice, codec), None
         if call is not None and options.grammar is not None:
             raise PolicyError(
                 "a request can have a forced tool call or a response_format, not both"
             )
+        if call is None and self.offered and options.grammar is not None:
+            if (schema := self.response_format.schema_of_answer()) is None:
+                raise PolicyError("tools go with a response_format of JSON, no other grammar")
+            call = call_or_answer(self.offered, schema, codec)
         return options if call is None else dataclasses.replace(options, grammar=call)
 
     @property
@@ -236,161 +260,18 @@ class ChatRequest(GenerationRequest):
         return found
 
 
+def _only(prompt: Any) -> Any:
+    """The only text of a list, as clients for several texts send it."""
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+
 class CompletionRequest(GenerationRequest):
     """A request to /v1/completions: text to continue."""
 
-    prompt: str
+    prompt: Annotated[str, BeforeValidator(_only)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
     @property
     def wanted_logprobs(self) -> int | None:
         """See `GenerationRequest`."""
         return self.logprobs
-
-
-class TokenLogprobs(NamedTuple):
-    """Log probabilities at one token of an answer.
-
-    Attributes:
-        content: as an element of a chat answer's `logprobs.content`.
-        offset: where the token's text begins in the answer's.
-    """
-
-    content: dict[str, Any]
-    offset: int
-
-
-class Choice:
-    """One text of an answer, as it comes."""
-
-    def __init__(self, codec: TextCodec, tools: list[dict[str, Any]]):
-        """Starts an empty text.
-
-        Args:
-            codec: codec of the model.
-            tools: tools whose calls are detected.
-        """
-        self._codec, self._reader, self._opens = codec, CallReader(tools), open_tokens(codec)
-        self._detokenizer, self._offset = Detokenizer(codec), 0
-        self.text, self.reasoning = "", ""
-        self.calls: list[dict[str, Any]] = []
-        self.tokens: list[TokenLogprobs] = []
-
-    def add(self, chunk: Chunk) -> tuple[str, TokenLogprobs | None]:
-        """Adds a chunk; returns the text that is now certain, and the token's log probabilities."""
-        opens = chunk.token in self._opens and not chunk.thinking
-        said = self._reader.add(chunk.text, opens=opens)
-        if chunk.finish_reason is not None:
-            rest, self.calls = self._reader.finish()
-            said += rest
-        self.text += said
-        self.reasoning += chunk.reasoning
-        token = None
-        if chunk.logprobs is not None:
-            own, top = chunk.logprobs
-            content = self._entry(chunk.token, own)
-            content["top_logprobs"] = [self._entry(*one) for one in top]
-            token = TokenLogprobs(content, self._offset)
-            self.tokens.append(token)
-            self._offset += len(self._detokenizer.add(chunk.token))
-        return said, token
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self._codec.piece(token), self._codec.piece_bytes(token)
-        return {"token": text, "logprob": logprob, "bytes": [*raw]}
-
-
-class Answer:
-    """The JSON of one answer, whole or streamed in pieces."""
-
-    def __init__(self, model: str, *, chat: bool):
-        """Gives it an id."""
-        self._chat = chat
-        kind = "chat.completion" if chat else "text_completion"
-        prefix = "chatcmpl" if chat else "cmpl"
-        self.id = f"{prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
-        self._kind = kind
-
-    def whole(self, choices: list[Choice], reasons: list[str], **more: Any) -> dict[str, Any]:
-        """The whole answer with all choices."""
-        found = [
-            {
-                "index": index,
-                "finish_reason": "tool_calls" if choice.calls else reason,
-                "logprobs": self._logprobs(choice.tokens),
-                **self._content(choice),
-            }
-            for index, (choice, reason) in enumerate(zip(choices, reasons, strict=True))
-        ]
-        return {**self._head, "object": self._kind, "choices": found, **more}
-
-    def piece(
-        self,
-        index: int,
-        text: str | None,
-        reason: str | None = None,
-        token: TokenLogprobs | None = None,
-        calls: Sequence[dict[str, Any]] = (),
-        reasoning: str = "",
-        **more: Any,
-    ) -> dict[str, Any]:
-        """A piece of a choice.
-
-        Args:
-            index: index of the choice.
-            text: text of the piece; None begins the choice.
-            reason: finish reason; ends the choice.
-            token: log probabilities of the piece.
-            calls: tool calls.
-            reasoning: reasoning text.
-            more: additional fields of the answer.
-        """
-        kind = "chat.completion.chunk" if self._chat else self._kind
-        logprobs = self._logprobs([token] if token else [])
-        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
-        if not self._chat:
-            choice["text"] = text or ""
-        elif text is None:
-            choice["delta"] = {"role": "assistant", "content": ""}
-        else:
-            choice["delta"] = {"content": text} if text else {}
-            if reasoning:
-                choice["delta"]["reasoning_content"] = reasoning
-            if calls:
-                numbered = [{"index": number, **call} for number, call in enumerate(calls)]
-                choice["delta"]["tool_calls"] = numbered
-        return {**self._head, "object": kind, "choices": [choice], **more}
-
-    def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
-        if not tokens:
-            return None
-        content = [token.content for token in tokens]
-        if self._chat:
-            return {"content": content, "refusal": None}
-        return {
-            "tokens": [token["token"] for token in content],
-            "token_logprobs": [token["logprob"] for token in content],
-            "top_logprobs": [
-                {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in content
-            ],
-            "text_offset": [token.offset for token in tokens],
-        }
-
-    def usage(self, counts: dict[str, Any]) -> dict[str, Any]:
-        """The last piece of a stream that asked for it."""
-        kind = "chat.completion.chunk" if self._chat else self._kind
-        return {**self._head, "object": kind, "choices": [], "usage": counts}
-
-    def _content(self, choice: Choice) -> dict[str, Any]:
-        if not self._chat:
-            return {"text": choice.text}
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.reasoning:
-            message["reasoning_content"] = choice.reasoning
-        if choice.calls:
-            message |= {
-                "content": choice.text if choice.text.strip() else None,
-                "tool_calls": choice.calls,
-            }
-        return {"message": message}

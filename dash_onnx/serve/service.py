@@ -224,10 +224,13 @@ class Service:
             try:
                 await work
             except TimeoutError:
-                told = f"it took longer than {self.limits.seconds:g} s"
-                queue.put_nowait(TimeoutError(told))
-            except Exception as error:
-                queue.put_nowait(error)
+                seconds = f"{self.limits.seconds:g} s"
+                queue.put_nowait(TimeoutError(f"it took longer than {seconds}"))
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # whatever it is, the request must not wait for ever
+                told = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                queue.put_nowait(told)
 
         works = left, *(run(index) for index in range(len(job.tallies)))
         tasks = [asyncio.create_task(guarded(work)) for work in works]

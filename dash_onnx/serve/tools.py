@@ -1,72 +1,22 @@
-"""Tools: how they are described to a model, and how its calls are found in its output.
+"""Tools: how they are described to a model, and the grammar of an answer that calls one.
 
-A call is `{"name": ..., "arguments": ...}`. Families write it alone or in a list, with their own
-tags around it, see `_FORMS`, or without any, as Llama 3 does. Qwen3-Coder and Qwen3.5 write its
-parts as tags instead of JSON, and later models of Mistral only its arguments as JSON. If a chat
-template does not support tools, they are described in the system message.
+If a chat template does not support tools, they are described in the system message.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import re
-import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from dash_onnx.core.conversation import checked_messages
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import Grammar
-from dash_onnx.runtime.writer import begins
+from dash_onnx.serve.calls import FORMS, HERMES, Form
 
-
-class _Form(NamedTuple):
-    """How a family writes calls.
-
-    Attributes:
-        marks: any of them in a chat template identifies the family.
-        open: tag before the calls.
-        close: tag after them; not written if the vocabulary lacks it.
-        listed: whether they are in a list.
-    """
-
-    marks: tuple[str, ...]
-    open: str
-    close: str
-    listed: bool = True
-
-
-_HERMES = _Form((), "<tool_call>", "</tool_call>", listed=False)  # Qwen, SmolLM, Granite 4
-_FORMS = (
-    _Form(("[TOOL_CALLS]",), "[TOOL_CALLS]", ""),  # Mistral
-    _Form(("<|tool_call|>", "<|tool|>"), "<|tool_call|>", "<|/tool_call|>"),  # Granite 3, Phi 4
-)
-_OPENS = tuple(form.open for form in (_HERMES, *_FORMS))
-_FUNCTION = "<function="  # where Qwen3-Coder's calls begin if it forgets the tag before them
-# Mistral's later models write the name of a function before its arguments.
-_NAMED = r"([\w-]{1,64})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?(?=\{)"
-_CALL = re.compile(rf"{_NAMED}|\{{|{_FUNCTION}")
-_NAME = re.compile(_FUNCTION + r"([^>\n]+)>\s*")
-_PARAMETER = re.compile(
-    r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*(?=<parameter=|</function>)", re.DOTALL
-)
-_END = "</function>"
-_PYTHON = {"True": True, "False": False, "None": None}  # as Qwen's templates write them
-_KINDS = {
-    bool: {"boolean"},
-    int: {"integer", "number"},
-    float: {"number"},
-    dict: {"object"},
-    list: {"array"},
-    type(None): {"null"},
-}
-_UNTYPED = {"string", "object", "array"}  # what a parameter may be if its schema names no type
-# What may follow a call. Tags that are special tokens do not appear in the text.
-_AFTER = re.compile(r"\s*[],]?\s*(?:</tool_call>|<\|/tool_call\|>)?\s*")
-_BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
 _IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system message
+_TIGHT = {"x-guidance": {"whitespace_flexible": False}}  # of a schema: no unlimited white space
 _ANSWER = "<tool_response>\n{}\n</tool_response>"
 _TOLD = """\
 You may call functions. Their signatures, as JSON, one a line:
@@ -101,14 +51,23 @@ def with_tools(
 ) -> list[dict[str, Any]]:
     """Messages for a template: arguments as objects, and tools described if it cannot do so."""
     messages = [_with_objects(dict(message)) for message in checked_messages(messages)]
-    if tools and template is not None and _IN_MESSAGE in template:
-        return _with_system(messages, "", tools=json.dumps([tool["function"] for tool in tools]))
+    if template is not None and _IN_MESSAGE in template:
+        messages = [_with_calls(message) for message in messages]
+        functions = [tool["function"] for tool in tools]
+        return _with_system(messages, "", tools=_json(functions)) if tools else messages
     if template is not None and "tools" in template:
         return messages
-    plain = [_plain(message) for message in messages]
-    if not tools:
-        return plain
-    return _with_system(plain, _TOLD.format("\n".join(json.dumps(tool) for tool in tools)))
+    plain = list[dict[str, Any]]()
+    answered = False  # by a tool: what follows is the same turn, as some templates ask for turns
+    for message in messages:
+        one, role = _plain(message), message["role"]
+        if answered and role in ("tool", "user"):
+            content = f"{plain[-1]['content']}\n{one.get('content') or ''}"
+            plain[-1] = {**plain[-1], "content": content}
+        else:
+            plain.append(one)
+        answered = role == "tool"
+    return _with_system(plain, _TOLD.format("\n".join(map(_json, tools)))) if tools else plain
 
 
 def _with_system(messages: list[dict[str, Any]], told: str, **more: Any) -> list[dict[str, Any]]:
@@ -140,6 +99,28 @@ def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> G
         allowed = [function for function in allowed if function["name"] == name]
     if not allowed:
         raise PolicyError(f"tool_choice {str(choice)[:100]!r} names none of the tools")
+    start, rules = _call_rules(allowed, codec)
+    return Grammar.lark(f"start: {start}\n{rules}")
+
+
+def call_or_answer(tools: list[dict[str, Any]], schema: Any, codec: TextCodec) -> Grammar:
+    """The grammar of an answer that is a call, or JSON that matches a schema.
+
+    Args:
+        tools: tools of the request.
+        schema: JSON schema of an answer without a call.
+        codec: see `forced_call`.
+
+    Raises:
+        PolicyError: a schema is not valid.
+    """
+    start, rules = _call_rules([tool["function"] for tool in tools], codec)
+    answer = {**_document("answer:///", {} if schema is True else schema), **_TIGHT}
+    return Grammar.lark(f"start: {start} | answer\n{rules}answer: %json {json.dumps(answer)}\n")
+
+
+def _call_rules(functions: list[dict[str, Any]], codec: TextCodec) -> tuple[str, str]:
+    """How a call to one of some functions begins and ends, in Lark, and the rules for it."""
     calls = [
         {
             "type": "object",
@@ -150,13 +131,13 @@ def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> G
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for number, function in enumerate(allowed)
+        for number, function in enumerate(functions)
     ]
     form, token = _form(codec.chat_template), codec.tokenizer.token_to_id
     schema: dict[str, Any] = {"anyOf": calls}
     if form.listed:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-    schema["x-guidance"] = {"whitespace_flexible": False}
+    schema |= _TIGHT
     first, last = (
         json.dumps(tag) if token(tag) is None else f"<[{token(tag)}]>"
         for tag in (form.open, form.close)
@@ -165,7 +146,7 @@ def forced_call(tools: list[dict[str, Any]], choice: Any, codec: TextCodec) -> G
         last = "" if token(form.close) is None else last
     else:
         first, last = f'{first} "\\n"', f'"\\n" {last}'
-    return Grammar.lark(f"start: {first} call {last}\ncall: %json {json.dumps(schema)}\n")
+    return f"{first} call {last}", f"call: %json {json.dumps(schema)}\n"
 
 
 def _document(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
@@ -175,156 +156,10 @@ def _document(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
     return {**(parameters or {"type": "object"}), "$schema": draft, "$id": name}
 
 
-def open_tokens(codec: TextCodec) -> frozenset[int]:
-    """Ids of tokens that are a tag before calls; as special tokens they do not appear in text."""
-    found = map(codec.tokenizer.token_to_id, _OPENS)
-    return frozenset(token for token in found if token is not None)
-
-
-def _form(template: str | None) -> _Form:
+def _form(template: str | None) -> Form:
     """How a model with this chat template writes calls."""
-    found = (f for f in _FORMS if any(mark in (template or "") for mark in f.marks))
-    return next(found, _HERMES)
-
-
-class CallReader:
-    """Splits the text of an answer, as it arrives, into content and calls."""
-
-    def __init__(self, tools: list[dict[str, Any]]):
-        """Starts; without tools, all text is content."""
-        functions = [tool["function"] for tool in tools]
-        self._schemas = {one["name"]: one.get("parameters") or {} for one in functions}
-        self._held, self._spoke, self._opened = "", False, False
-
-    def add(self, text: str, *, opens: bool = False) -> str:
-        """Adds text; returns the part that is certainly content, as the rest may be a call.
-
-        Args:
-            text: text of the answer.
-            opens: whether its token is one of `open_tokens`.
-        """
-        if not self._schemas:
-            return text
-        self._held += text
-        self._opened = self._opened or opens
-        if self._opened:
-            return ""
-        if not self._spoke and self._held.strip() and _BARE.match(self._held):
-            return ""
-        at = min(begins(self._held, tag) for tag in (*_OPENS, _FUNCTION))
-        said, self._held = self._held[:at], self._held[at:]
-        self._spoke = self._spoke or bool(said.strip())
-        return said
-
-    def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """The remaining content at the end, and the calls in OpenAI's form."""
-        said, calls, rest = "", [], self._held
-        self._held = ""
-        while rest:
-            found = _CALL.search(rest)
-            at = found.start() if found else len(rest)
-            call, end = self._call(found) if found else (None, 0)
-            if call is None:
-                said, rest = said + rest[: at + 1], rest[at + 1 :]
-                continue
-            said += _without_tag(rest[:at])
-            calls.append(call)
-            rest = rest[end:]
-            rest = rest[_AFTER.match(rest).end() :]  # type: ignore[union-attr]
-        return said, calls
-
-    def _call(self, found: re.Match[str]) -> tuple[dict[str, Any] | None, int]:
-        """The call that begins at a match of `_CALL`, if any, and where it ends."""
-        text, start = found.string, found.start()
-        if found[1]:
-            written = _in_json(text, found.end(), found[1])
-        else:
-            written = _in_json(text, start) if text[start] == "{" else self._in_tags(text, start)
-        if written is None or written[0] not in self._schemas:
-            return None, 0
-        name, arguments, end = written
-        if not isinstance(arguments, str):
-            arguments = json.dumps(arguments)
-        whole = arguments.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
-        function = {"name": name, "arguments": whole}
-        number = uuid.uuid4().hex[:9]  # the only length that Mistral's templates accept
-        return {"id": number, "type": "function", "function": function}, end
-
-    def _in_tags(self, text: str, start: int) -> tuple[str, Any, int] | None:
-        """Name and arguments of a call in tags, and where it ends."""
-        name = _NAME.match(text, start)
-        if name is None or name[1] not in self._schemas:
-            return None
-        document, arguments, end = self._schemas[name[1]], {}, name.end()
-        schema = _part(document, str(document.get("$ref", "#")))
-        while found := _PARAMETER.match(text, end):
-            kinds = _kinds(_member(_member(schema, "properties"), found[1]), document)
-            arguments[found[1]] = _value(found[2], kinds)
-            end = found.end()
-        return (name[1], arguments, end + len(_END)) if text.startswith(_END, end) else None
-
-
-def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | None:
-    """Name and arguments of a call in JSON, which are all of it if its name is known."""
-    try:
-        call, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None
-    if known:
-        return known, call, end
-    name = call.get("name")
-    if not isinstance(name, str):
-        return None
-    return name, call.get("arguments", call.get("parameters", {})), end
-
-
-def _value(text: str, kinds: set[str]) -> Any:
-    """A parameter's value of one of these types: a string as it is, all else from JSON."""
-    if kinds == {"string"}:
-        return text
-    try:
-        value = json.loads(text, parse_constant=str)
-    except (ValueError, RecursionError):
-        value = _PYTHON.get(text, text)
-    fits = "string" not in kinds or kinds & _KINDS.get(type(value), set())
-    return value if fits else text
-
-
-def _kinds(schema: Any, document: Mapping[str, Any]) -> set[str]:
-    """The types that a schema, a part of a document, allows."""
-    kinds, left, followed = set[str](), [schema], set[str]()
-    while left:
-        one = left.pop()
-        if isinstance(one, str):
-            kinds.add(one)
-        elif isinstance(one, list):
-            left += one
-        elif isinstance(one, Mapping):
-            if "$ref" in one:
-                ref = str(one["$ref"])
-                left.append(None if ref in followed else _part(document, ref))
-                followed.add(ref)
-            else:
-                parts = (one[key] for key in ("type", "anyOf", "oneOf", "allOf") if one.get(key))
-                left.append(next(parts, [*_UNTYPED]))
-    return kinds or _UNTYPED
-
-
-def _part(document: Any, ref: str) -> Any:
-    """The part of a document to which a `$ref` points; None if there is none."""
-    return functools.reduce(_member, ref.split("/")[1:], document)
-
-
-def _member(data: Any, name: str) -> Any:
-    return data.get(name) if isinstance(data, Mapping) else None
-
-
-def _without_tag(text: str) -> str:
-    """The text before a call, without the tag or bracket that belongs to the call."""
-    text = text.rstrip().removesuffix("[").rstrip()
-    for tag in _OPENS:
-        text = text.removesuffix(tag)
-    return text.rstrip()
+    found = (f for f in FORMS if any(mark in (template or "") for mark in f.marks))
+    return next(found, HERMES)
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
@@ -346,6 +181,20 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
+def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its calls in its text, as Phi 4 writes them: its template has none."""
+    content, calls = message.get("content") or "", message.get("tool_calls") or []
+    if calls:
+        form, *_ = (form for form in FORMS if "<|tool|>" in form.marks)
+        content += f"{form.open}{_json([call['function'] for call in calls])}{form.close}"
+    return {**message, "content": content}
+
+
+def _json(data: Any) -> str:
+    """JSON for a model: other letters as they are."""
+    return json.dumps(data, ensure_ascii=False)
+
+
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     """A message in the format of `_TOLD`, for a template without support for calls and results."""
     content = message.get("content") or ""
@@ -354,7 +203,7 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     if not message.get("tool_calls"):
         return message
     calls = "\n".join(
-        f"{_HERMES.open}\n{json.dumps(call['function'])}\n{_HERMES.close}"
+        f"{HERMES.open}\n{_json(call['function'])}\n{HERMES.close}"
         for call in message["tool_calls"]
     )
     return {"role": "assistant", "content": f"{content}\n{calls}".strip()}

@@ -1,0 +1,165 @@
+"""Answers of OpenAI's API: their texts as they come, and their JSON."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dash_onnx.core.text import Detokenizer, TextCodec
+from dash_onnx.runtime.results import Chunk
+from dash_onnx.serve.calls import CallReader, open_tokens
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one token of an answer.
+
+    Attributes:
+        content: as an element of a chat answer's `logprobs.content`.
+        offset: where the token's text begins in the answer's.
+    """
+
+    content: dict[str, Any]
+    offset: int
+
+
+class Choice:
+    """One text of an answer, as it comes."""
+
+    def __init__(
+        self, codec: TextCodec, tools: list[dict[str, Any]], most_calls: int | None = None
+    ):
+        """Starts an empty text.
+
+        Args:
+            codec: codec of the model.
+            tools: tools whose calls are detected.
+            most_calls: most calls that are returned; None returns all.
+        """
+        self._most_calls = most_calls
+        self._codec, self._reader, self._opens = codec, CallReader(tools), open_tokens(codec)
+        self._detokenizer, self._offset = Detokenizer(codec), 0
+        self.text, self.reasoning = "", ""
+        self.calls: list[dict[str, Any]] = []
+        self.tokens: list[TokenLogprobs] = []
+
+    def add(self, chunk: Chunk) -> tuple[str, TokenLogprobs | None]:
+        """Adds a chunk; returns the text that is now certain, and the token's log probabilities."""
+        opens = chunk.token in self._opens and not chunk.thinking
+        said = self._reader.add(chunk.text, opens=opens)
+        if chunk.finish_reason is not None:
+            rest, calls = self._reader.finish()
+            self.calls = calls[: self._most_calls]
+            said += rest
+        self.text += said
+        self.reasoning += chunk.reasoning
+        token = None
+        if chunk.logprobs is not None:
+            own, top = chunk.logprobs
+            content = self._entry(chunk.token, own)
+            content["top_logprobs"] = [self._entry(*one) for one in top]
+            token = TokenLogprobs(content, self._offset)
+            self.tokens.append(token)
+            self._offset += len(self._detokenizer.add(chunk.token))
+        return said, token
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text, raw = self._codec.piece(token), self._codec.piece_bytes(token)
+        return {"token": text, "logprob": logprob, "bytes": [*raw]}
+
+
+class Answer:
+    """The JSON of one answer, whole or streamed in pieces."""
+
+    def __init__(self, model: str, *, chat: bool):
+        """Gives it an id."""
+        self._chat = chat
+        kind = "chat.completion" if chat else "text_completion"
+        prefix = "chatcmpl" if chat else "cmpl"
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._kind = kind
+
+    def whole(self, choices: list[Choice], reasons: list[str], **more: Any) -> dict[str, Any]:
+        """The whole answer with all choices."""
+        found = [
+            {
+                "index": index,
+                "finish_reason": "tool_calls" if choice.calls else reason,
+                "logprobs": self._logprobs(choice.tokens),
+                **self._content(choice),
+            }
+            for index, (choice, reason) in enumerate(zip(choices, reasons, strict=True))
+        ]
+        return {**self._head, "object": self._kind, "choices": found, **more}
+
+    def piece(
+        self,
+        index: int,
+        text: str | None,
+        reason: str | None = None,
+        token: TokenLogprobs | None = None,
+        calls: Sequence[dict[str, Any]] = (),
+        reasoning: str = "",
+        **more: Any,
+    ) -> dict[str, Any]:
+        """A piece of a choice.
+
+        Args:
+            index: index of the choice.
+            text: text of the piece; None begins the choice.
+            reason: finish reason; ends the choice.
+            token: log probabilities of the piece.
+            calls: tool calls.
+            reasoning: reasoning text.
+            more: additional fields of the answer.
+        """
+        kind = "chat.completion.chunk" if self._chat else self._kind
+        logprobs = self._logprobs([token] if token else [])
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
+        if not self._chat:
+            choice["text"] = text or ""
+        elif text is None:
+            choice["delta"] = {"role": "assistant", "content": ""}
+        else:
+            choice["delta"] = {"content": text} if text else {}
+            if reasoning:
+                choice["delta"]["reasoning_content"] = reasoning
+            if calls:
+                numbered = [{"index": number, **call} for number, call in enumerate(calls)]
+                choice["delta"]["tool_calls"] = numbered
+        return {**self._head, "object": kind, "choices": [choice], **more}
+
+    def _logprobs(self, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if not tokens:
+            return None
+        content = [token.content for token in tokens]
+        if self._chat:
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [token["token"] for token in content],
+            "token_logprobs": [token["logprob"] for token in content],
+            "top_logprobs": [
+                {one["token"]: one["logprob"] for one in token["top_logprobs"]} for token in content
+            ],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def usage(self, counts: dict[str, Any]) -> dict[str, Any]:
+        """The last piece of a stream that asked for it."""
+        kind = "chat.completion.chunk" if self._chat else self._kind
+        return {**self._head, "object": kind, "choices": [], "usage": counts}
+
+    def _content(self, choice: Choice) -> dict[str, Any]:
+        if not self._chat:
+            return {"text": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
+        if choice.calls:
+            message |= {
+                "content": choice.text if choice.text.strip() else None,
+                "tool_calls": choice.calls,
+            }
+        return {"message": message}
