@@ -166,24 +166,16 @@ def other(a: argparse.Namespace, size: Size) -> list[Command]:
     commands = [COUNT, _reference(a.other, OTHER_FULL), [*build, "--precisions", "int4", *more]]
     if a.text:
         commands.append(["sh", "-c", f"grep -E '.{{400}}' \"$0\" | head -n 3 > {LINES}", a.text[0]])
-    return commands + _larger(a, size, "other", ["--requantize"] if gguf else [])
-
-
-def kept(a: argparse.Namespace, size: Size) -> list[Command]:
-    """The same with the integers of its GGUF file, after `other`. 25 minutes."""
-    return _larger(a, size, "kept", []) if a.other.suffix == ".gguf" else []
-
-
-def _larger(a: argparse.Namespace, size: Size, name: str, options: list[str]) -> list[Command]:
-    out, fused, trained = BUILD / name, BUILD / "fused", a.effort != "none"
+    options: Command = ["--requantize"] if gguf else []
+    out, fused, trained = BUILD / "other", BUILD / "fused", a.effort != "none"
     graphs = {fused / "int4": ["--policy", "int4"], **({fused / "dash": []} if trained else {})}
     peers = [f"genai:{peer}" for peer in (OTHER_PEERS / "int4", *graphs)]
-    if a.other.suffix == ".gguf":
+    if gguf:
         peers += [f"llama.cpp:{file}" for file in (a.other, OTHER_PEERS / "q4_0.gguf")]
         peers += [f"openvino{end}:{OTHER_PEERS / 'openvino-int4'}" for end in ("", "-f32")]
     bench: Command = ["dash-bench", out, "--reference", OTHER_FULL, *_amount(size), *_peers(peers)]
     fuse: list[Command] = [["dash-fuse", out, g, *how, "--overwrite"] for g, how in graphs.items()]
-    commands: list[Command] = [
+    commands += [
         ["dash-export", a.other, out, *options, "--effort", a.effort, "--overwrite", "--json"],
         *fuse,
         [*PROMPT_FORMS, out, "--prompts", a.prompts, "--json"],
@@ -307,7 +299,6 @@ PARTS: dict[str, tuple[Part, str]] = {
     "other_memory": (other_memory, "other"),
     "other_tasks": (other_tasks, "other task"),
     "other_free": (other_free, "other prompts"),
-    "kept": (kept, "other prompts"),
     "forms": (forms, "other text"),
     "drafts": (drafts, "other prompts"),
     "draft_peers": (draft_peers, "other prompts"),

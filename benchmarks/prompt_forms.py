@@ -121,7 +121,7 @@ def losses(
     model: Model, reference: Model, text: str, window: int, windows: int
 ) -> dict[str, tuple[float, float]]:
     """By form of the prompt, KL inside it, and of `int4` after the first half of it."""
-    begin = model.text.encode("")
+    begin = model.text.begin
     ids = model.text.encode(text[: window * windows * 12], add_special_tokens=False)
     own = window - len(begin)
     parts = [np.concatenate([begin, ids[at * own : (at + 1) * own]]) for at in range(windows)]

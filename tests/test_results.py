@@ -157,11 +157,6 @@ PRINTED: dict[str, list[tuple[str, Any]]] = {
         ("dash-export model out --json", {"export": {"seconds": 95.0, "peak_rss_bytes": 2e9}}),
         ("dash-bench out --json", {"contenders": [{**SPEED, "name": "dash int4"}]}),
     ],
-    "kept": [
-        ("dash-export m.gguf kept --json", {"export": {"seconds": 90.0, "peak_rss_bytes": 2e9}}),
-        ("python benchmarks/first_token.py kept full", [{**FIRST, "other_first_token": 2}]),
-        ("dash-bench kept --peer genai:peers/int4", BENCH),
-    ],
 }
 
 DOMINATED = {
@@ -179,7 +174,6 @@ WITH_PRESETS = {
     "vnni/speed": 1,
     "vnni/memory": 1,
     "vnni/other": 1,
-    "vnni/kept": 1,
 }
 """By part, how many of its tables have presets with their loss."""
 

@@ -76,7 +76,7 @@ def _parser() -> Parser:
     graphs.add_argument(
         "--requantize",
         action="store_true",
-        help="requantize the weights of a GGUF file: mostly faster, but less accurate "
+        help="requantize the weights of a GGUF file: faster in small models, but less accurate "
         "than its own integers",
     )
     graphs.add_argument(
@@ -184,9 +184,7 @@ def _export(arguments: argparse.Namespace) -> list[str]:
     else:
         print(summary(manifest, arguments.out), *plans_table(manifest), sep="\n")
         if manifest.scorer is not None:
-            kept = arguments.model.endswith(".gguf") and not arguments.requantize
-            hint = " With --requantize it may gain more." if kept else ""
-            print(curve(manifest).verdict + hint)
+            print(curve(manifest).verdict)
         if checked is not None:
             print("\n".join(check_lines(checked)))
     return checked.failures if checked else []
