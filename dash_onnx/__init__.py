@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_onnx.core.errors import DashError
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from dash_onnx.runtime.options import GenerationOptions
     from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
     from dash_onnx.runtime.stream import Completion, Stream
+
+_HERE = Path(__file__).parent
+if not (_HERE / "runtime").is_dir():  # in a clone, they lie beside this package
+    __path__.append(str(_HERE.parent))
 
 _LAZY = {
     "Cache": "runtime.cache",

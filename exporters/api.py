@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dash_onnx.core.actions import parse_variants
 from dash_onnx.exporters.installed import require
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def export(model: str | Path, out: str | Path, **options: Any) -> Manifest:
     from dash_onnx.exporters.export import ExportOptions
     from dash_onnx.exporters.export import export as write
 
+    if isinstance(options.get("variants"), str):  # as on the command line
+        options["variants"], options["wide"] = parse_variants(options["variants"])
     return write(str(model), Path(out), ExportOptions(**options))
 
 

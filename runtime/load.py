@@ -42,7 +42,8 @@ def load(
         folder: what `dash-export` wrote.
         device: `cpu` or `cuda`, to refuse a bundle for another device; None uses the bundle's
             device.
-        threads: size of ORT's thread pool, shared by the whole process; None uses all cores.
+        threads: size of ORT's thread pool, shared by the whole process; None uses all logical
+            cores, or as many as the limit of a container.
         share_pool: False leaves `InferenceSession` as it is; the app's later sessions must then set
             `use_per_session_threads = False` themselves. The first `load` that creates the pool
             decides.

@@ -308,10 +308,7 @@ class Model:
         cache: Cache | None = None,
         **given: Unpack[Options],
     ) -> Completion:
-        """Generates the assistant's answer to messages, or to a string as the user's message.
-
-        The chat template is applied. It takes what `stream` takes.
-        """
+        """Answers messages, or a string as a user's message; takes what `stream` takes."""
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         return self.generate(prompt, options=options, cache=cache, **given)
@@ -370,12 +367,13 @@ class Model:
         options: GenerationOptions | None = None,
         parallel: int = SLOTS,
         on_done: Callable[[int, Completion], None] = lambda index, completion: None,
+        **given: Unpack[Options],
     ) -> list[Completion]:
         """Generates the texts of many prompts, in batches.
 
         Args:
             prompts: raw texts or chats.
-            options: options of all of them.
+            options: base options of all of them, which `given` overrides; see `Options`.
             parallel: how many run at once.
             on_done: called with the index and the text of each as it ends.
 
@@ -389,6 +387,7 @@ class Model:
         if isinstance(prompts, str):
             raise PolicyError("prompts must be a list of prompts, not text")
         check_count("parallel", parallel, MAX_SLOTS)
+        options = GenerationOptions.of(options, **given)
         scheduler = self.new_scheduler(max(1, min(parallel, len(prompts))))
         requests = []
         for index, prompt in enumerate(prompts):

@@ -31,6 +31,7 @@ _OPTIONS: dict[Device, dict[str, str]] = {
     # Weights are allocated without rounding up; the scorer needs FP32.
     "cuda": {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"},
 }
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _LOG = logging.getLogger(__name__)
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None  # 1: no pool
@@ -194,9 +195,14 @@ def thread_count() -> int:
 
 
 def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # no container, or without a limit, which is "max"
+        quota, period = map(int, _QUOTA.read_text("ascii").split())
+        count = max(1, min(count, quota // period))
+    return count
 
 
 def create_session(

@@ -129,6 +129,46 @@ def test_the_steps_of_the_export_import_pytorch_when_they_are_called() -> None:
     assert "DashError: reading a model needs torch" in done.stderr
 
 
+def test_the_package_works_in_a_clone_beside_an_installed_one(tmp_path: Path) -> None:
+    """Python finds the clone's first, where runtime/ and exporters/ lie beside it."""
+    for folder in ("dash_onnx", "runtime", "exporters"):
+        shutil.copytree(Path(dash_onnx.__file__).parents[1] / folder, tmp_path / folder)
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "import dash_onnx, dash_onnx.exporters.api\n"
+        "print(dash_onnx.load.__code__.co_filename)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).parent == tmp_path / "runtime"
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 8), (None, 8)]
+)
+def test_threads_keep_to_the_limit_of_a_container(
+    limit: str | None, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = tmp_path / "cpu.max"
+    if limit is not None:
+        quota.write_text(f"{limit}\n")
+    monkeypatch.setattr(ort, "_QUOTA", quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)}, raising=False)
+    assert ort._usable_cores() == wanted
+
+
+def test_a_list_of_the_command_line_is_one_in_python(
+    tiny_folder: Path, night: Path, tmp_path: Path
+) -> None:
+    manifest = dash_onnx.export(
+        tiny_folder, tmp_path / "out", variants="int8,int4", calibration=str(night)
+    )
+    assert manifest.variants == ("int8", "int4") and manifest.wide is None
+    assert manifest.calibration.source == "night.txt"
+
+
 def test_every_exported_name_exists() -> None:
     assert all(hasattr(dash_onnx, name) for name in dash_onnx.__all__)
 

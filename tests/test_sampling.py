@@ -276,7 +276,7 @@ def test_what_is_given_replaces_a_value_and_none_leaves_it() -> None:
     assert GenerationOptions.of(None) == GenerationOptions()
 
 
-@pytest.mark.parametrize("name", ["generate_step", "stream", "generate", "chat"])
+@pytest.mark.parametrize("name", ["generate_step", "stream", "generate", "chat", "batch"])
 def test_every_option_is_a_keyword_that_editors_and_type_checkers_see(name: str) -> None:
     parameters = inspect.signature(getattr(Model, name)).parameters
     (given,) = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]

@@ -128,8 +128,9 @@ def load(
     try:
         client = peers()[kind].load()
     except ImportError as error:
+        extra = kind.replace(".", "-")
         raise DeviceError(
-            f"peer {kind} is not installed ({error}): `pip install './benchmarks[{kind}]'`"
+            f"peer {kind} is not installed ({error}): `pip install './benchmarks[{extra}]'`"
         ) from None
     contender: Contender = client(target, threads)
     return contender

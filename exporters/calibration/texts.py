@@ -120,7 +120,7 @@ class Stream:
         """All of the text; export and training share it, since it can be read only once."""
         content = self._pipe.read_bytes() if self._pipe else sys.stdin.buffer.read()
         try:
-            text = content.decode("utf-8")
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise SourceError(f"{self._where} is not UTF-8 text") from None
         if not text.strip():
@@ -154,16 +154,17 @@ TextLike: TypeAlias = TextSource | Path | str
 """A source; a path, taken literally; or a spelling, see `text_sources`."""
 
 
-def text_sources(given: Sequence[TextLike]) -> tuple[TextSource, ...]:
+def text_sources(given: TextLike | Sequence[TextLike]) -> tuple[TextSource, ...]:
     """Parses spellings; nothing is read.
 
     Args:
-        given: each a file, a folder, `-` for standard input, or a dataset (`hub.FORM`). A weight
-            may follow, as in `chats.jsonl@0.5`. A spelling that exists as a path is one.
+        given: one, or several: a file, a folder, `-` for standard input, or a dataset (`hub.FORM`).
+            A weight may follow, as in `chats.jsonl@0.5`. A spelling that exists as a path is one.
 
     Raises:
         SourceError: a weight or a spelling is not valid, or only some sources have weights.
     """
+    given = (given,) if isinstance(given, str | Path | TextSource) else given
     sources = tuple(map(_source, given))
     without = [source.name for source in sources if source.weight is None]
     if 0 < len(without) < len(sources):
