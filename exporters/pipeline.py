@@ -63,19 +63,20 @@ def build(
         DashError: a step failed; the steps before it leave a bundle that runs.
     """
     asked, training = training, training if has_device(options.device) else None
-    typed = shlex.quote(str(out))  # as in a shell command
+    typed, out = shlex.quote(str(out)), out.resolve()  # as in a shell; the export replaces `.`
     manifest = export(
         model,
         out,
         options,
         opened=lambda facts, resolved: _announce(facts, resolved, training, check != "none"),
     )
+    if training is not None and manifest.model.num_layers < MIN_LAYERS:
+        _LOG.warning("a model of one layer has nothing to decide, so no policy is trained")
+        training = asked = None
     if training is not None:
         _LOG.info('%s can answer now: dash-run %s "Hello!"; training the policy', out, typed)
     checked = _checked(model, out, options, check)
-    if training is not None and manifest.model.num_layers < MIN_LAYERS:
-        _LOG.warning("a model of one layer has nothing to decide, so no policy was trained")
-    elif training is not None:
+    if training is not None:
         manifest = train(out, training)
     elif asked is not None:
         _LOG.warning(

@@ -51,7 +51,10 @@ class CurrentPolicy:
             PolicyError: the policy takes no budget, or the bundle cannot meet this one.
             DeviceError: memory has no room for what it would load; the budget stays.
         """
-        self.policy = self.at(budget)
+        policy = self.at(budget)
+        # The same one again would forget what the text has cost, and share no K/V.
+        if (policy.quality, policy.head) != (self.policy.quality, self.policy.head):
+            self.policy = policy
 
 
 StatsOf = Callable[[Policy], DraftStats | None]
@@ -155,13 +158,9 @@ class Generation:
 
     def follow(self) -> None:
         """Adopts the current policy for the next pass, whatever is set meanwhile."""
-        policy, last = self._request.current.policy, self._policy
-        if policy is last:
-            return
-        self._policy = policy
-        # The same budget set again keeps the controller, which knows what the text has cost so far.
-        if last is None or (policy.quality, policy.head) != (last.quality, last.head):
-            self.uniform = policy.uniform is not None
+        policy = self._request.current.policy
+        if policy is not self._policy:
+            self._policy, self.uniform = policy, policy.uniform is not None
             self.decider = decider_of(policy, self._sequence)
             self.stats = self._request.stats_of(policy)
 

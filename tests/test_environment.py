@@ -315,7 +315,7 @@ def test_the_mean_kl_with_each_head_is_that_of_the_decided_tokens(tiny: Case) ->
     assert found[1][heads.index(tiny.env.model.head)] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_mean_kl_is_exact_where_products_run_in_bf16(tiny: Case) -> None:
+def test_the_mean_kl_is_summed_exactly_where_products_run_in_bf16(tiny: Case) -> None:
     ids, head = random_ids(), tiny.env.model.head
     reference = tiny.env.reference(ids)
     with torch.autocast("cpu", torch.bfloat16):

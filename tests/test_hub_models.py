@@ -135,7 +135,7 @@ def test_a_model_of_which_some_files_are_here_is_shown_all_the_same(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a download that was interrupted."""
-    shards = {"a.safetensors": 2, "b.safetensors": 3}
+    shards = {"x": "a.safetensors", "y": "b.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     (tmp_path / "a.safetensors").touch()
     shapes = {"model.norm.weight": (64,)}

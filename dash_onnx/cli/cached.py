@@ -36,7 +36,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _WORKSPACES = (PARTIAL, WRITING, TRAINING)
 _WEIGHTS = (  # files that define a model
     *("config.json", "generation_config.json", "chat_template.json", "tokenizer*"),
-    *("*.safetensors", "*.jinja"),
+    *("*.safetensors", "*.jinja", "merges.txt", "vocab.json"),
 )
 
 

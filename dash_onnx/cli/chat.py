@@ -196,10 +196,10 @@ class Chat:
         self._say(f"{len(messages)} messages from {path}")
 
     def _reset(self, _: str) -> None:
-        self._messages = [message for message in self._messages if message["role"] == "system"]
         if self._session is not None:
             with _told_of(self._session):
                 self._session.unlink(missing_ok=True)
+        self._messages = [message for message in self._messages if message["role"] == "system"]
         self._say("conversation cleared")
 
 

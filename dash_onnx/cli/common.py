@@ -249,7 +249,7 @@ def add_json_option(parser: Options) -> None:
 def add_threads_option(parser: Options) -> None:
     """Adds the option of tools that run a bundle."""
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: all cores)"
+        "--threads", type=positive, metavar="N", help="CPU threads (default: all logical cores)"
     )
 
 
@@ -263,7 +263,7 @@ def add_policy_options(parser: Options) -> None:
     parser.add_argument(
         "--budget",
         metavar="X",
-        help="quality, balanced (default), fast, or a fraction",
+        help="quality, balanced (default), fast, or 0.8 of INT8",
     )
 
 

@@ -289,4 +289,4 @@ def _piped(wanted: bool = False) -> str:
     text = sys.stdin.read(_MAX_CHARACTERS + 1)
     if len(text) > _MAX_CHARACTERS:
         raise PolicyError(f"stdin holds more than {_MAX_CHARACTERS} characters; shorten it")
-    return text
+    return text.removeprefix("\ufeff")  # a mark that Windows puts at the beginning

@@ -115,7 +115,7 @@ def table(manifest: Manifest) -> str:
     head = ["budget", "KL", "head", *facts.actions]
     rows = [
         [
-            shown(point.budget),
+            shown(point.budget, up=point is not facts.points[-1]),
             f"{point.kl:.4f}",
             point.head,
             *(f"{point.shares[action]:.0%}" for action in facts.actions),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dash_onnx.core.conversation import Message
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.text import TextCodec, json_lines, read_text
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
@@ -87,6 +87,8 @@ def record_text(record: Any, where: str, render: Render) -> str:
         return _encodable(render(messages), where)
     except SourceError:
         raise
+    except PolicyError as error:
+        raise SourceError(f"{where}: {error}") from None
     except Exception as error:  # the template is the model's code: it may raise anything
         raise SourceError(f"{where}: the chat template refuses it: {error}") from None
 

@@ -347,7 +347,7 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
 def _parse_path(text: str, manifest: Manifest) -> ActionPath:
     if text.startswith("@"):
         try:
-            with Path(text[1:]).open(encoding="utf-8") as file:
+            with Path(text[1:]).open(encoding="utf-8-sig") as file:
                 content = file.read(_MAX_CHARACTERS + 1)
         except (OSError, ValueError) as error:
             raise PolicyError(f"cannot read the path file {text[1:]}: {error}") from None

@@ -190,7 +190,7 @@ def begin_of(encode: Callable[..., npt.NDArray[np.int64]]) -> npt.NDArray[np.int
     framed, own = (encode("a", add_special_tokens=frame) for frame in (True, False))
     starts = range(len(framed) - len(own) + 1 if len(own) else 0)
     found = (start for start in starts if (framed[start : start + len(own)] == own).all())
-    return framed[: next(found, len(framed))]
+    return framed[: next(found, 0 if len(own) else len(framed))]
 
 
 class Detokenizer:

@@ -85,7 +85,11 @@ export class Text {
     const json = async (name) => JSON.parse(await read(name));
     const config = await json("tokenizer_config.json");
     text.tokenizer = new Tokenizer(await json("tokenizer.json"), config);
-    const source = await read("chat_template.jinja").catch(() => null); // models without chats
+    const none = (error) => {
+      if (error.code !== "ENOENT" && !`${error.message}`.includes("404")) throw error;
+      return null; // a model without chats
+    };
+    const source = await read("chat_template.jinja").catch(none);
     text.template = source && new Template(source);
     const special = (token) => token?.content ?? token;
     text.special = { bos_token: special(config.bos_token), eos_token: special(config.eos_token) };
@@ -96,7 +100,8 @@ export class Text {
   /** Token ids of a conversation that waits for an answer; of its last text, without a template. */
   encode(messages) {
     if (!this.template) return this.tokenizer.encode(messages.at(-1).content).ids;
-    const values = { ...this.special, messages, add_generation_prompt: true };
+    const unset = { tools: null, documents: null };
+    const values = { ...unset, ...this.special, messages, add_generation_prompt: true };
     return this.tokenizer.encode(this.template.render(values), { add_special_tokens: false }).ids;
   }
 

@@ -74,7 +74,7 @@ def draw(
         raise SourceError(f"{found}; {purpose} needs at least {least}")
     limits = [len(ids) // length for ids in texts]
     counts = _counts(min(sequences, most // length), shares, limits)
-    if sum(counts) < (needed := min(sequences, -(-least // length))):
+    if sum(counts) < (needed := min(sequences, least // length)):
         raise SourceError(
             f"{names_of(sources)} hold {sum(counts)} passages of {length} tokens; {purpose} needs "
             f"at least {needed}: join short texts in one file"

@@ -98,6 +98,15 @@ class SafetensorsWeights(Shapes):
         return finite(name, weight)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether all safetensors that a folder names are there."""
+    index = folder / _INDEX
+    if (folder / _SINGLE).is_file() or not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    shards = _read_json(index).get("weight_map")
+    return isinstance(shards, dict) and all((folder / f"{s}").is_file() for s in shards.values())
+
+
 def open_folder(
     folder: Path,
     *,

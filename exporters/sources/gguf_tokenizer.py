@@ -129,7 +129,7 @@ _ENDS = {
     "<eos>",
     "<end_of_utterance>",
     "<|tool_response>",
-    "\u2039\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 }
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from dash_onnx.core.errors import SourceError, first_line
 from dash_onnx.core.gguf import parts_of, stem_of
-from dash_onnx.exporters.sources.folder import open_folder
+from dash_onnx.exporters.sources.folder import has_weights, open_folder
 from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.license import DOCUMENTS, documents_in, license_of_card
 from dash_onnx.exporters.sources.source import Source, check_token_ids
@@ -71,7 +71,7 @@ def _opened(
     if not quantization:
         folder = _download(name, revision, *_TEXT_FILES, *(_WEIGHTS if weights else ()))
         commit = folder.name  # the hub's cache has a folder per commit
-        shapes = {} if weights else _shapes(name, commit)  # even if some files are here
+        shapes = {} if weights or has_weights(folder) else _shapes(name, commit)
         if shapes or any(folder.glob("*.safetensors")):
             return open_folder(
                 folder, kind="hub", name=name, supported=supported, revision=commit, shapes=shapes

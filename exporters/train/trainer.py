@@ -82,7 +82,8 @@ class Trainer:
         manifest = bundle.manifest
         facts, variants = manifest.model, manifest.variants
         if facts.num_layers < MIN_LAYERS:
-            raise UnsupportedError("a model of one layer has nothing to decide: use --policy int4")
+            told = "a model of one layer has nothing to decide: use --policy"
+            raise UnsupportedError(f"{told} {variants[-1]}")
         # `full` costs far more than it gains over INT8, so training leaves it out.
         self.extra: tuple[Action, ...] = ("full",) if variants[:2] == ("full", "int8") else ()
         self.actions: tuple[Action, ...] = (*variants[len(self.extra) :], SKIP)

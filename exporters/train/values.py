@@ -52,7 +52,7 @@ def sampled_values(
     final = env.model.final(x)
     gradients = torch.autograd.grad(fisher_sample(env, final, generator), outputs)
     samples = [
-        torch.stack([torch.linalg.vecdot(gradient, d).square() / 2 for d in difference], -1)
+        torch.stack([(gradient * d).sum(-1).square() / 2 for d in difference], -1)
         for difference, gradient in zip(differences, gradients, strict=True)
     ]
     return states, torch.stack(samples, 2).float().clamp(max=most), final.detach()
