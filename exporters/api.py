@@ -21,7 +21,8 @@ def export(model: str | Path, out: str | Path, **options: Any) -> Manifest:
     Args:
         model: hub id, folder or GGUF file.
         out: folder of the new bundle.
-        options: fields of `ExportOptions`, such as `variants=("int8", "int4")`.
+        options: fields of `ExportOptions`, such as `variants=("int8", "int4")`,
+            or `variants="int8,int4,wide"` as on the command line.
 
     Returns:
         What the bundle contains.
@@ -34,7 +35,8 @@ def export(model: str | Path, out: str | Path, **options: Any) -> Manifest:
     from dash_onnx.exporters.export import export as write
 
     if isinstance(options.get("variants"), str):  # as on the command line
-        options["variants"], options["wide"] = parse_variants(options["variants"])
+        options["variants"], wide = parse_variants(options["variants"])
+        options.setdefault("wide", wide)
     return write(str(model), Path(out), ExportOptions(**options))
 
 

@@ -63,7 +63,9 @@ def build(
         DashError: a step failed; the steps before it leave a bundle that runs.
     """
     asked, training = training, training if has_device(options.device) else None
-    typed, out = shlex.quote(str(out)), out.resolve()  # as in a shell; the export replaces `.`
+    typed = shlex.quote(str(out))  # as in a shell
+    if out.resolve() == Path.cwd():  # which the export replaces
+        out, model = out.resolve(), str(Path(model).resolve()) if Path(model).exists() else model
     manifest = export(
         model,
         out,

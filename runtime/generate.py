@@ -36,10 +36,12 @@ class CurrentPolicy:
     Attributes:
         policy: policy of the next token.
         at: returns the policy at another budget.
+        changed: whether tokens may have been written under another one than the first.
     """
 
     policy: Policy
     at: Callable[[Budget], Policy]
+    changed: bool = False
 
     def set_budget(self, budget: Budget) -> None:
         """Changes the budget from the next token on; any thread may call it.
@@ -52,9 +54,13 @@ class CurrentPolicy:
             DeviceError: memory has no room for what it would load; the budget stays.
         """
         policy = self.at(budget)
-        # The same one again would forget what the text has cost, and share no K/V.
-        if (policy.quality, policy.head) != (self.policy.quality, self.policy.head):
-            self.policy = policy
+        self.changed |= not same_choices(policy, self.policy)
+        self.policy = policy
+
+
+def same_choices(a: Policy, b: Policy) -> bool:
+    """Whether two policies choose alike, such as those of a budget that was set again."""
+    return (a.quality, a.head) == (b.quality, b.head)
 
 
 StatsOf = Callable[[Policy], DraftStats | None]
@@ -158,9 +164,11 @@ class Generation:
 
     def follow(self) -> None:
         """Adopts the current policy for the next pass, whatever is set meanwhile."""
-        policy = self._request.current.policy
-        if policy is not self._policy:
-            self._policy, self.uniform = policy, policy.uniform is not None
+        policy, last = self._request.current.policy, self._policy
+        self._policy = policy
+        # The same budget set again keeps the controller, which knows what the text has cost so far.
+        if last is None or (policy is not last and not same_choices(policy, last)):
+            self.uniform = policy.uniform is not None
             self.decider = decider_of(policy, self._sequence)
             self.stats = self._request.stats_of(policy)
 

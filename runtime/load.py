@@ -43,7 +43,7 @@ def load(
         device: `cpu` or `cuda`, to refuse a bundle for another device; None uses the bundle's
             device.
         threads: size of ORT's thread pool, shared by the whole process; None uses all logical
-            cores, or as many as the limit of a container.
+            cores, or as many as the limit of a container (cgroup v2).
         share_pool: False leaves `InferenceSession` as it is; the app's later sessions must then set
             `use_per_session_threads = False` themselves. The first `load` that creates the pool
             decides.

@@ -86,6 +86,6 @@ class Slot:
     def lasting(self) -> list[int]:
         """The tokens whose K/V can serve later requests: none that another budget wrote."""
         request = self.request
-        if self.quality is None or request is None or request.current.policy is request.first:
+        if self.quality is None or request is None or not request.current.changed:
             return self.tokens
         return self.tokens[: len(request.ids)]

@@ -77,8 +77,16 @@ const left = await page.$$eval("#chats option", (options) => options.map((one) =
 const result = { problems: [...problems], asked: [...asked], told, slides, colored, kept, left, ...found };
 await page.fill("#text", questions[0]); // a chat that is deleted while it is answered
 await page.keyboard.press("Enter");
-await page.click("#delete");
-await page.waitForTimeout(500);
+await page.waitForFunction(() => !document.querySelector("#delete").disabled);
+await page.evaluate(() => new MutationObserver((_, watch) => {
+  const spans = Array.from(document.querySelectorAll("#talk > :last-child .tokens span"));
+  if (!spans.some((one) => one.textContent)) return;
+  watch.disconnect();
+  document.querySelector("#delete").click();
+}).observe(document.querySelector("#talk"), { childList: true, subtree: true }));
+await page.fill("#text", questions[0]);
+await page.keyboard.press("Enter");
+await page.waitForTimeout(1000);
 const stored = await page.evaluate(() => localStorage["dash-chats"]);
 console.log(JSON.stringify({ ...result, typed, stored }));
 await browser.close();

@@ -276,8 +276,12 @@ def test_a_template_without_system_messages_gets_their_text_from_the_user() -> N
     text = rendered(GEMMA, [{"role": "system", "content": "Be brief."}, asked], {})
     assert text == "user: Be brief.\n\nHow many?|"
     assert rendered(GEMMA, with_tools([asked], [TOOL], GEMMA), {}).endswith("How many?|")
+    twice = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
+    assert rendered(GEMMA, [*twice, asked], {}) == "user: Be brief.\n\nBe kind.\n\nHow many?|"
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}|{% endfor %}"
+    assert rendered(silent, [*twice, asked], {}) == "Be brief.\n\nBe kind.\n\nHow many?|"
     with pytest.raises(PolicyError, match="not supported"):
-        rendered(GEMMA, [{"role": "system", "content": "Be brief."}], {})
+        rendered(GEMMA, twice, {})
 
 
 def test_tools_are_told_in_their_own_letters() -> None:
@@ -292,6 +296,8 @@ def test_tools_are_told_in_their_own_letters() -> None:
     ("arguments", "wanted"),
     [
         ('"Paris"', "Paris"),
+        ('""', {}),
+        ('"{\\"x\\": NaN}"', {"x": "NaN"}),
         ("null", {}),
         ('{"x": NaN}', {"x": "NaN"}),
         ('"{\\"x\\": 1}"', {"x": 1}),
@@ -309,7 +315,7 @@ def test_arguments_are_json_that_may_come_back(arguments: str, wanted: Any) -> N
 def test_an_answer_with_tools_and_a_format_is_a_call_or_that_format(
     begins: str, tiny_model: Model
 ) -> None:
-    grammar = call_or_answer([TOOL], {"type": "object", "required": ["said"]}, tiny_model.text)
+    grammar = call_or_answer([TOOL], SCHEMA, tiny_model.text)
     ids = tiny_model.text.encode(begins, add_special_tokens=False).tolist()
 
     def processed(text: Sequence[int], logits: np.ndarray) -> np.ndarray:
@@ -325,11 +331,28 @@ def test_an_answer_with_tools_and_a_format_is_a_call_or_that_format(
     )
     assert text.startswith(begins)
     if begins == "{":
-        assert "said" in json.loads(text)
+        assert fits(text)
     else:
         reader = CallReader([TOOL])
         reader.add(text)
         assert [call["function"]["name"] for call in reader.finish()[1]] == ["count"]
+
+
+def test_json_beside_tools_is_never_a_call_and_comes_as_it_is_written() -> None:
+    text = '{"steps": [{"name": "count", "arguments": {}}]}'
+    reader = CallReader([TOOL], tagged=True)
+    assert "".join(map(reader.add, text)) == text and reader.finish() == ("", [])
+    reader = CallReader([TOOL], tagged=True)
+    call = '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'
+    assert "".join(map(reader.add, call)) == "" and len(reader.finish()[1]) == 1
+
+
+@pytest.mark.parametrize("schema", [True, {}, {"type": "array", "maxItems": 1}])
+def test_any_schema_goes_with_tools(schema: Any, tiny_model: Model) -> None:
+    odd = {"type": "object", "properties": {"x": {"type": "string", "format": "no such"}}}
+    tool = {"type": "function", "function": {"name": "odd", "parameters": odd}}
+    grammar = call_or_answer([tool], schema, tiny_model.text)
+    assert tiny_model.generate("a", grammar=grammar, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("schema", [True, {}])

@@ -874,7 +874,8 @@ def test_what_is_no_exception_ends_a_request_all_the_same(
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"), [("https://app.example/", "https://app.example"), ("*", "*")]
+    ("given", "wanted"),
+    [("https://App.example/", "https://app.example"), ("*", "*"), ("null", "null")],
 )
 def test_an_origin_is_taken_as_browsers_send_it(given: str, wanted: str) -> None:
     assert _origin(given) == wanted

@@ -87,7 +87,10 @@ def test_the_same_budget_set_again_keeps_what_the_text_has_cost(
         for _ in range(8):
             next(chunks)
             chunks.set_budget(0.5)
-        assert len(made) == 1
+        chunks.set_budget(0.4)
+        chunks.set_budget(0.5)
+        next(chunks)
+        assert len(made) == 1 and chunks.policy.budget == 0.5
         chunks.set_budget(0.4)
         next(chunks)
     assert [policy.budget for policy in made] == [0.5, 0.4]

@@ -133,8 +133,8 @@ def _parser() -> Parser:
 
 def _origin(text: str) -> str:
     """An origin as browsers send it."""
-    origin = text.rstrip("/")
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
+    origin = text.rstrip("/").lower()
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
         raise DashError(f"--cors {text} is no origin: write it as https://app.example")
     return origin
 
@@ -157,6 +157,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise DashError(f"--host {arguments.host} is open to other machines: pass --api-key-file")
     if not 0 <= arguments.port < 1 << 16:
         raise DashError(f"--port {arguments.port} is not in 0..65535")
+    origins = tuple(map(_origin, arguments.cors))
     if arguments.parallel > MAX_SLOTS:
         raise DashError(f"--parallel {arguments.parallel} is not in 1..{MAX_SLOTS}")
     if arguments.prefix_cache is not None and arguments.prefix_mb <= 0:
@@ -193,7 +194,6 @@ def _serve(arguments: argparse.Namespace) -> None:
             prefix_folder=arguments.prefix_cache,
             memory_bytes=None if most is None else most * 10**6,
         )
-        origins = tuple(map(_origin, arguments.cors))
         app = create_app(bundles, limits, key=key, origins=origins, only_here=key is None)
         server = Server(app)
         with _listening(arguments):  # only now: until then clients are refused, and do not wait

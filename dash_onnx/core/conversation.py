@@ -49,9 +49,10 @@ def _takes_parts(template: str, special: tuple[tuple[str, str], ...]) -> bool:
 
 @functools.lru_cache
 def _takes_system(template: str, special: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template takes system messages; Gemma 2's refuses them."""
-    told, asked = {"role": "system", "content": "."}, {"role": "user", "content": _ASKED}
-    return _shows(template, special, told, asked) or not _shows(template, special, asked)
+    """Whether a template takes system messages; Gemma 2's refuses them, others leave them out."""
+    told, asked = {"role": "system", "content": _ASKED}, {"role": "user", "content": "."}
+    alone = {**asked, "content": _ASKED}
+    return _shows(template, special, told, asked) or not _shows(template, special, alone)
 
 
 def _shows(template: str, special: tuple[tuple[str, str], ...], *messages: Message) -> bool:
@@ -64,11 +65,12 @@ def _shows(template: str, special: tuple[tuple[str, str], ...], *messages: Messa
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
-    """Messages whose first one, from the system, is part of the user's first."""
-    system, *rest = messages
+    """Messages whose first ones, from the system, are part of the user's first."""
+    count = next((n for n, one in enumerate(messages) if one["role"] != "system"), len(messages))
+    told, rest = [one.get("content") or "" for one in messages[:count]], messages[count:]
     for number, message in enumerate(rest):
         if message["role"] == "user":
-            content = f"{system.get('content') or ''}\n\n{message.get('content') or ''}".strip()
+            content = "\n\n".join(filter(None, [*told, message.get("content")]))
             rest[number] = {**message, "content": content}
             return rest
     return messages

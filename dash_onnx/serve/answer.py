@@ -28,7 +28,12 @@ class Choice:
     """One text of an answer, as it comes."""
 
     def __init__(
-        self, codec: TextCodec, tools: list[dict[str, Any]], most_calls: int | None = None
+        self,
+        codec: TextCodec,
+        tools: list[dict[str, Any]],
+        most_calls: int | None = None,
+        *,
+        tagged: bool = False,
     ):
         """Starts an empty text.
 
@@ -36,9 +41,11 @@ class Choice:
             codec: codec of the model.
             tools: tools whose calls are detected.
             most_calls: most calls that are returned; None returns all.
+            tagged: see `CallReader`.
         """
         self._most_calls = most_calls
-        self._codec, self._reader, self._opens = codec, CallReader(tools), open_tokens(codec)
+        self._reader = CallReader(tools, tagged=tagged)
+        self._codec, self._opens = codec, open_tokens(codec)
         self._detokenizer, self._offset = Detokenizer(codec), 0
         self.text, self.reasoning = "", ""
         self.calls: list[dict[str, Any]] = []

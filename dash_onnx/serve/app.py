@@ -35,7 +35,7 @@ from dash_onnx.serve.page import page
 from dash_onnx.serve.pool import Source
 from dash_onnx.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
-from dash_onnx.serve.tools import with_tools
+from dash_onnx.serve.tools import decoded, with_tools
 
 _LOG = logging.getLogger(__name__)
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a log line
@@ -206,16 +206,18 @@ class _Server:
             text = await self.service.pool.text(name)
             options, tools = body.options(self.service.limits.max_tokens), body.offered
             options = body.with_call(options, text)
-            messages = with_tools(body.prompt(), tools, text.chat_template)
+            asked = decoded(body.prompt())
+            messages = with_tools(asked, tools, text.chat_template)
             variables = options.template_variables
 
             def encode() -> Ids:
-                check_words(text, [*messages, *tools, variables])
+                check_words(text, [*asked, *tools, variables])
                 return text.encode_chat(messages, tools=tools, variables=variables)
 
             prompt = await asyncio.to_thread(encode)
         most = None if body.parallel_tool_calls else 1
-        choices = [Choice(text, tools, most) for _ in range(body.n)]
+        tagged = options.grammar is not None
+        choices = [Choice(text, tools, most, tagged=tagged) for _ in range(body.n)]
         return await self._answer(request, name, prompt, options, body, choices)
 
     async def complete(self, request: Request) -> Response:

@@ -7,6 +7,7 @@ parts as tags instead of JSON, and later models of Mistral only its arguments as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -73,11 +74,16 @@ def open_tokens(codec: TextCodec) -> frozenset[int]:
 class CallReader:
     """Splits the text of an answer, as it arrives, into content and calls."""
 
-    def __init__(self, tools: list[dict[str, Any]]):
-        """Starts; without tools, all text is content."""
+    def __init__(self, tools: list[dict[str, Any]], *, tagged: bool = False):
+        """Starts; without tools, all text is content.
+
+        Args:
+            tools: tools that may be called.
+            tagged: whether a grammar lets a call only begin with its tag, and nothing stand before.
+        """
         functions = [tool["function"] for tool in tools]
         self._schemas = {one["name"]: one.get("parameters") or {} for one in functions}
-        self._held, self._spoke, self._opened = "", False, False
+        self._held, self._spoke, self._opened, self._tagged = "", False, False, tagged
 
     def add(self, text: str, *, opens: bool = False) -> str:
         """Adds text; returns the part that is certainly content, as the rest may be a call.
@@ -92,6 +98,12 @@ class CallReader:
         self._opened = self._opened or opens
         if self._opened:
             return ""
+        if self._tagged:
+            begun = self._held.lstrip()
+            if any(begun.startswith(tag) or tag.startswith(begun) for tag in _OPENS):
+                return ""
+            self._schemas, said, self._held = {}, self._held, ""  # the other form: never a call
+            return said
         if not self._spoke and self._held.strip() and _BARE.match(self._held):
             return ""
         at = min(begins(self._held, tag) for tag in (*_OPENS, _FUNCTION))
@@ -126,13 +138,10 @@ class CallReader:
         if written is None or written[0] not in self._schemas:
             return None, 0
         name, arguments, end = written
-        if isinstance(arguments, str):
-            try:  # as some write them, and as they are sent
-                json.loads(arguments)
-            except (ValueError, RecursionError):
-                arguments = json.dumps(arguments)
-        else:
-            arguments = json.dumps({} if arguments is None else arguments)
+        if isinstance(arguments, str):  # some write them as they are sent
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments or "{}", parse_constant=str)
+        arguments = json.dumps({} if arguments is None else arguments)
         whole = arguments.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
         function = {"name": name, "arguments": whole}
         number = uuid.uuid4().hex[:9]  # the only length that Mistral's templates accept

@@ -46,11 +46,20 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
+def decoded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with the arguments of their calls as objects.
+
+    Raises:
+        PolicyError: they are not valid.
+    """
+    return [_with_objects(dict(message)) for message in checked_messages(messages)]
+
+
 def with_tools(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], template: str | None
 ) -> list[dict[str, Any]]:
     """Messages for a template: arguments as objects, and tools described if it cannot do so."""
-    messages = [_with_objects(dict(message)) for message in checked_messages(messages)]
+    messages = decoded(messages)
     if template is not None and _IN_MESSAGE in template:
         messages = [_with_calls(message) for message in messages]
         functions = [tool["function"] for tool in tools]
@@ -114,13 +123,24 @@ def call_or_answer(tools: list[dict[str, Any]], schema: Any, codec: TextCodec) -
     Raises:
         PolicyError: a schema is not valid.
     """
-    start, rules = _call_rules([tool["function"] for tool in tools], codec)
-    answer = {**_document("answer:///", {} if schema is True else schema), **_TIGHT}
+    # Lenient: without a format, a model may call a tool whatever its schema says.
+    start, rules = _call_rules([tool["function"] for tool in tools], codec, lenient=True)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    answer = {**schema, **_TIGHT}
     return Grammar.lark(f"start: {start} | answer\n{rules}answer: %json {json.dumps(answer)}\n")
 
 
-def _call_rules(functions: list[dict[str, Any]], codec: TextCodec) -> tuple[str, str]:
-    """How a call to one of some functions begins and ends, in Lark, and the rules for it."""
+def _call_rules(
+    functions: list[dict[str, Any]], codec: TextCodec, *, lenient: bool = False
+) -> tuple[str, str]:
+    """How a call to one of some functions begins and ends, in Lark, and the rules for it.
+
+    Args:
+        functions: their names and parameters.
+        codec: see `forced_call`.
+        lenient: whether to leave out of schemas what the grammar cannot keep.
+    """
     calls = [
         {
             "type": "object",
@@ -137,7 +157,7 @@ def _call_rules(functions: list[dict[str, Any]], codec: TextCodec) -> tuple[str,
     schema: dict[str, Any] = {"anyOf": calls}
     if form.listed:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-    schema |= _TIGHT
+    schema["x-guidance"] = {**_TIGHT["x-guidance"], "lenient": lenient}
     first, last = (
         json.dumps(tag) if token(tag) is None else f"<[{token(tag)}]>"
         for tag in (form.open, form.close)
