@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from dash_onnx.core.text import TextCodec
 
 
+TIGHT = {"whitespace_flexible": False}
+"""Options of a schema: no unlimited white space."""
+
+
+def as_object(schema: Any) -> Any:
+    """A JSON schema that can have options: true and false cannot."""
+    return ({} if schema else {"not": {}}) if isinstance(schema, bool) else schema
+
+
 @dataclass(frozen=True)
 class Grammar:
     """Constrains an answer; created by one of its class methods.
@@ -38,10 +47,7 @@ class Grammar:
         """
         if not isinstance(schema, Mapping | bool):
             raise PolicyError(f"a JSON schema must be an object, not {type(schema).__name__}")
-        if isinstance(schema, bool):  # which takes no options
-            schema = {} if schema else {"not": {}}
-        options = {"whitespace_flexible": False}
-        return cls._made("json_schema", json.dumps(schema), overrides=options)
+        return cls._made("json_schema", json.dumps(as_object(schema)), overrides=TIGHT)
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:

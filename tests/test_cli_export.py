@@ -430,7 +430,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
     capsys: Capture,
 ) -> None:
     usage = SimpleNamespace(free=room.get("disk", 1 << 40))
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(pipeline, "available_bytes", lambda: room.get("memory"))
     assert message in refused(capsys, tiny_folder, out)
     assert not list(out.parent.iterdir())
@@ -439,7 +439,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
 def test_an_interrupted_export_leaves_its_room_to_the_next(
     tiny_folder: Path, out: Path, night: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     left = out.with_name(f".{out.name}.partial") / "hidden-00.npy"
     left.parent.mkdir()
     with left.open("wb") as file:

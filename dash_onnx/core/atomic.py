@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from dash_onnx.core.errors import BundleError
+from dash_onnx.core.errors import BundleError, DashError
 from dash_onnx.core.manifest import MANIFEST_NAME
 
 NEW, OLD, _LOCK = "bundle", "replaced", "lock"
@@ -110,6 +110,28 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         raise BundleError(f"{folder} exists and {what}; choose another folder")
     if not overwrite:
         raise BundleError(f"{folder} exists; pass --overwrite to replace it")
+
+
+def check_room(what: str, needed: int, folder: Path, remedy: str, reused: int = 0) -> None:
+    """Refuses what would not fit on the disk beside a folder, before it takes hours.
+
+    Args:
+        what: names it in the message.
+        needed: bytes.
+        folder: the destination, which need not exist.
+        remedy: what to do.
+        reused: bytes that are there already, and count as free.
+
+    Raises:
+        DashError: there is too little space; the message states what is needed.
+    """
+    place = next(parent for parent in folder.resolve().parents if parent.exists())
+    free = shutil.disk_usage(place).free + reused
+    if needed > free:
+        raise DashError(
+            f"{what} needs {needed / 1e9:.1f} GB of disk beside {folder}, and {free / 1e9:.1f} GB "
+            f"are free: {remedy}"
+        )
 
 
 @contextmanager

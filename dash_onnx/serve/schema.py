@@ -224,7 +224,7 @@ class ChatRequest(GenerationRequest):
         Raises:
             PolicyError: the answer already has a response format, or there is no such tool.
         """
-        call, schema = forced_call(self.offered, self.tool_choice, codec), None
+        call = forced_call(self.offered, self.tool_choice, codec)
         if call is not None and options.grammar is not None:
             raise PolicyError(
                 "a request can have a forced tool call or a response_format, not both"

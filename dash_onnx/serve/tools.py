@@ -12,11 +12,10 @@ from typing import Any
 from dash_onnx.core.conversation import checked_messages
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
-from dash_onnx.runtime.grammar import Grammar
+from dash_onnx.runtime.grammar import TIGHT, Grammar, as_object
 from dash_onnx.serve.calls import FORMS, HERMES, Form
 
 _IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system message
-_TIGHT = {"x-guidance": {"whitespace_flexible": False}}  # of a schema: no unlimited white space
 _ANSWER = "<tool_response>\n{}\n</tool_response>"
 _TOLD = """\
 You may call functions. Their signatures, as JSON, one a line:
@@ -125,9 +124,7 @@ def call_or_answer(tools: list[dict[str, Any]], schema: Any, codec: TextCodec) -
     """
     # Lenient: without a format, a model may call a tool whatever its schema says.
     start, rules = _call_rules([tool["function"] for tool in tools], codec, lenient=True)
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    answer = {**schema, **_TIGHT}
+    answer = {**as_object(schema), "x-guidance": TIGHT}
     return Grammar.lark(f"start: {start} | answer\n{rules}answer: %json {json.dumps(answer)}\n")
 
 
@@ -157,7 +154,7 @@ def _call_rules(
     schema: dict[str, Any] = {"anyOf": calls}
     if form.listed:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
-    schema["x-guidance"] = {**_TIGHT["x-guidance"], "lenient": lenient}
+    schema["x-guidance"] = {**TIGHT, "lenient": lenient}
     first, last = (
         json.dumps(tag) if token(tag) is None else f"<[{token(tag)}]>"
         for tag in (form.open, form.close)

@@ -6,13 +6,12 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dash_onnx.core.atomic import check_destination
+from dash_onnx.core.atomic import check_destination, check_room
 from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.card import write_card
 from dash_onnx.core.contract import EMBED_PATH
@@ -140,14 +139,8 @@ def _check_space(source: Source, out: Path, options: ExportOptions) -> None:
         DashError: there is too little space; the message states what is needed.
     """
     sizes = sizes_of(source, options)
-    disk = sizes.bundle + sizes.work
-    place = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free + unfinished_bytes(out)
-    if disk > free:
-        raise DashError(
-            f"the export needs {disk / 1e9:.1f} GB of disk beside {out}, and {free / 1e9:.1f} GB "
-            "are free: make room, or export fewer --variants"
-        )
+    disk, remedy = sizes.bundle + sizes.work, "make room, or export fewer --variants"
+    check_room("the export", disk, out, remedy, unfinished_bytes(out))
     memory = available_bytes()
     if memory is not None and sizes.export > memory:
         raise DashError(

@@ -43,18 +43,7 @@ class SafetensorsWeights(Shapes):
         Raises:
             SourceError: a file is missing or damaged.
         """
-        index = folder / _INDEX
-        if (folder / _SINGLE).is_file():  # as in transformers: an index here is of older shards
-            shards = [_SINGLE]
-        elif index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(shard, str) for shard in weight_map.values()
-            ):
-                raise SourceError(f"{index} has no weight_map from tensors to files")
-            shards = sorted(set(weight_map.values()))
-        else:
-            shards = sorted(file.name for file in folder.glob("*.safetensors"))
+        shards = _shards(folder)
         if not shards:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
             hint = " (pickled weights are never read: convert them first)" if pickled else ""
@@ -64,7 +53,9 @@ class SafetensorsWeights(Shapes):
         for shard in shards:
             path = folder / shard
             if Path(shard).name != shard:  # links in the folder are fine: the hub's cache has them
-                raise SourceError(f"{index} names {shard!r}, which leaves the folder; refused")
+                raise SourceError(
+                    f"{folder / _INDEX} names {shard!r}, which leaves the folder; refused"
+                )
             if not path.is_file():
                 raise SourceError(f"{path} is missing; {_INDEX} lists it")
             try:
@@ -100,11 +91,27 @@ class SafetensorsWeights(Shapes):
 
 def has_weights(folder: Path) -> bool:
     """Whether all safetensors that a folder names are there."""
+    shards = _shards(folder)
+    return bool(shards) and all((folder / shard).is_file() for shard in shards)
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of the files that hold the weights, which may be missing.
+
+    Raises:
+        SourceError: the index is damaged.
+    """
     index = folder / _INDEX
-    if (folder / _SINGLE).is_file() or not index.is_file():
-        return any(folder.glob("*.safetensors"))
-    shards = _read_json(index).get("weight_map")
-    return isinstance(shards, dict) and all((folder / f"{s}").is_file() for s in shards.values())
+    if (folder / _SINGLE).is_file():  # as in transformers: an index here is of older shards
+        return [_SINGLE]
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(shard, str) for shard in weight_map.values()
+        ):
+            raise SourceError(f"{index} has no weight_map from tensors to files")
+        return sorted(set(weight_map.values()))
+    return sorted(file.name for file in folder.glob("*.safetensors"))
 
 
 def open_folder(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dash_onnx.core.atomic import TRAINING, check_destination, locked, writing
+from dash_onnx.core.atomic import TRAINING, check_destination, check_room, locked, writing
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.card import write_card
 from dash_onnx.core.contract import FUSED_FOLDER, REPORT_NAME
-from dash_onnx.core.errors import BundleError, DashError
+from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.exporters.device import torch_device
 from dash_onnx.exporters.train.finish import Profile, finish
@@ -46,7 +46,8 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
     with locked(folder, TRAINING), torch_device(options.device):
         bundle = Bundle(folder)  # as it is now that no profile changes it
         check_device(bundle.manifest.target.device)  # for measuring the costs
-        _check_space(bundle)
+        size = sum(facts.bytes for facts in bundle.manifest.files.values())
+        check_room("the trained bundle", size, folder, "make room")
         trainer = Trainer(bundle, options)
         learn(trainer)
         with writing(folder, overwrite=True) as trained:
@@ -60,17 +61,6 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
             _check_unchanged(bundle)
         trainer.checkpoint.remove()
     return manifest
-
-
-def _check_space(bundle: Bundle) -> None:
-    """Refuses a training whose result would not fit the disk, before it takes an hour."""
-    needed = sum(facts.bytes for facts in bundle.manifest.files.values())
-    free = shutil.disk_usage(bundle.folder.resolve().parent).free
-    if needed > free:
-        raise DashError(
-            f"the trained bundle needs {needed / 1e9:.1f} GB of disk beside {bundle.folder}, and "
-            f"{free / 1e9:.1f} GB are free: make room"
-        )
 
 
 def _check_unchanged(bundle: Bundle) -> None:
