@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_onnx.core.errors import DashError
+from dash_onnx.core.errors import ContextLengthError, DashError
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "Cache",
     "Chunk",
     "Completion",
+    "ContextLengthError",
     "DashError",
     "GeneratedToken",
     "GenerationOptions",

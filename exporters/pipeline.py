@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ def build(
     """
     asked, training = training, training if has_device(options.device) else None
     typed = shlex.quote(str(out))  # as in a shell
-    if out.resolve() == Path.cwd():  # which the export replaces
+    here = out.resolve() == Path.cwd()  # which the export replaces
+    if here:
         out, model = out.resolve(), str(Path(model).resolve()) if Path(model).exists() else model
     manifest = export(
         model,
@@ -72,6 +74,8 @@ def build(
         options,
         opened=lambda facts, resolved: _announce(facts, resolved, training, check != "none"),
     )
+    if here:
+        os.chdir(out)  # relative names of texts mean what they did
     if training is not None and manifest.model.num_layers < MIN_LAYERS:
         _LOG.warning("a model of one layer has nothing to decide, so no policy is trained")
         training = asked = None

@@ -31,6 +31,10 @@ class Cache:
     def __repr__(self) -> str:
         return f"<Cache: {len(self)} tokens>"
 
+    def of(self, sessions: Sessions) -> bool:
+        """Whether it is for a model with these sessions."""
+        return self._slot.state.sessions is sessions
+
     @property
     def tokens(self) -> tuple[int, ...]:
         """Ids of the tokens it holds."""
@@ -41,7 +45,7 @@ class Cache:
         with self.taken() as slot:
             yield from run(request, slot)
 
-    def save(self, path: Path, facts: Mapping[str, str] | None = None) -> None:
+    def save(self, path: str | Path, facts: Mapping[str, str] | None = None) -> None:
         """Writes it to a safetensors file, all or nothing.
 
         Args:
@@ -56,9 +60,9 @@ class Cache:
             if not slot.tokens:
                 raise DashError("there is nothing to save yet")
             saved = Saved.of(slot.state, slot.tokens)
-            saved.write(path, slot.state.sessions.manifest, facts)
+            saved.write(Path(path), slot.state.sessions.manifest, facts)
 
-    def load(self, path: Path) -> dict[str, str]:
+    def load(self, path: str | Path) -> dict[str, str]:
         """Replaces its content with that of a file; returns the facts stored there.
 
         Raises:
@@ -66,7 +70,7 @@ class Cache:
             DashError: it is in use, or the package safetensors is missing.
         """
         with self.taken() as slot:
-            saved, facts = Saved.read(path, slot.state.sessions.manifest)
+            saved, facts = Saved.read(Path(path), slot.state.sessions.manifest)
             saved.restore(slot.state, len(saved.tokens))
             slot.tokens = saved.tokens.tolist()
         return facts

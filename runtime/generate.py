@@ -54,7 +54,8 @@ class CurrentPolicy:
             DeviceError: memory has no room for what it would load; the budget stays.
         """
         policy = self.at(budget)
-        self.changed |= not same_choices(policy, self.policy)
+        if not same_choices(policy, self.policy):
+            self.changed = True
         self.policy = policy
 
 
@@ -78,6 +79,8 @@ class Request(Generic[Piece]):
         sampling: the resolved sampling options.
         plan: how the prompt runs.
         eos: ids that end the text.
+        stops: ids of stop strings that are control tokens, which are not text; as these, they end
+            no thoughts.
         constraint: from `options.grammar`.
         thoughts: where the answer begins.
         stats_of: see `StatsOf`.
@@ -97,6 +100,7 @@ class Request(Generic[Piece]):
     sampling: Sampling
     plan: PromptPlan
     eos: frozenset[int]
+    stops: frozenset[int] = frozenset()
     constraint: Constraint | None = None
     thoughts: Thoughts = field(default_factory=Thoughts)
     stats_of: StatsOf = lambda policy: None
@@ -151,7 +155,7 @@ class Generation:
         self._request, self._sequence = request, sequence
         self._options, self._constraint = request.options, request.constraint
         self._thoughts = request.thoughts
-        self._sampler = Sampler(request.sampling)
+        self._sampler = Sampler(request.sampling, len(request.ids))
         self._ends = frozenset[int]() if request.options.ignore_eos else request.eos
         # Of tokens that are not reported yet; whether they are thoughts.
         self._notes: deque[tuple[Logprobs | None, bool]] = deque()
@@ -191,7 +195,7 @@ class Generation:
         """Finds draft tokens; returns the tokens expected of a pass with 0, 1, 2, ... of them."""
         if self._drafter is None:
             prompt, expected = self._request.ids.tolist(), self._request.expected
-            self._drafter = Drafter(prompt, expected, self._ends)
+            self._drafter = Drafter(prompt, expected, self._ends | self._request.stops)
         asked = self._options.speculate
         most = MAX_DRAFT_TOKENS if asked is None or asked is True else asked
         hint = self._constraint.hint() if self._constraint is not None and self._formed else []
@@ -218,7 +222,8 @@ class Generation:
         new, drafts, self._drafts = list[int](), self._drafts, []
         for row, draft in zip(logits, [*drafts, None], strict=True):
             new.append(self.draw(row))
-            if new[-1] != draft or new[-1] in self._ends or self.forced:
+            last = new[-1] in self._ends or new[-1] in self._request.stops
+            if new[-1] != draft or last or self.forced:
                 break
         if not drafts or self._found is None:
             return Step(untold + new, path)
@@ -293,13 +298,14 @@ class Generation:
         """The result for one token, with `ahead` tokens of the same pass after it."""
         self.count += 1
         reason: FinishReason | None = None
-        if token in self._ends:
+        logprobs, thinking = self._notes.popleft()
+        if token in self._ends or (token in self._request.stops and not thinking):
             reason = "stop"
         elif self._sequence.length - ahead >= self._limit:
             reason = "context"
         elif self.count == self._options.max_new_tokens:
             reason = "length"
-        return GeneratedToken(token, path, ms, reason, draft, *self._notes.popleft())
+        return GeneratedToken(token, path, ms, reason, draft, logprobs, thinking)
 
 
 def prefill_plan(sessions: Sessions, policy: Policy, precision: Form | None = None) -> PromptPlan:

@@ -57,17 +57,22 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_bytes() -> int | None:
+def available_bytes(
+    meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> int | None:
     """Memory that is still available, on the machine and in the container; None if unknown."""
     found = []
     try:
-        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        lines = meminfo.read_text("utf-8").splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-        group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text("utf-8").strip()
         if limit != "max":
-            found.append(int(limit) - int((group / "memory.current").read_text("utf-8")))
-    except (OSError, ValueError):
+            used = int((group / "memory.current").read_text("utf-8"))
+            facts = dict(map(str.split, (group / "memory.stat").read_text("utf-8").splitlines()))
+            # Files that were read or written stay in memory, and count, until it is needed.
+            kept = int(facts["active_file"]) + int(facts["inactive_file"])
+            found.append(max(int(limit) - used + kept, 0))
+    except (OSError, ValueError, KeyError):
         pass
     return min(found, default=None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,12 +17,13 @@ from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.cache import Cache
 from dash_onnx.runtime.deciders import ScoredDecider, decider_of
-from dash_onnx.runtime.generate import Piece, Request, prefill_plan
+from dash_onnx.runtime.generate import Request, prefill_plan
 from dash_onnx.runtime.kv import CAPACITY
 from dash_onnx.runtime.options import GenerationOptions, check_count
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.requests import Prompt, Requests
 from dash_onnx.runtime.results import Chunk, GeneratedToken, ScoredToken
+from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.scheduler import MAX_SLOTS, SLOTS, Scheduler
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Memory, Sessions
@@ -62,10 +63,9 @@ class Model:
         self.policy()  # refuses a wrong one now
 
     def __repr__(self) -> str:
-        facts, policy = self.manifest.model, self.policy()
-        actions = ", ".join(self.manifest.actions)
-        name = printable(facts.name)
-        return f"<Model {name}: {facts.num_layers} layers in {actions}; {policy.name}>"
+        facts, actions = self.manifest.model, ", ".join(self.manifest.actions)
+        name, policy = printable(facts.name), self.policy().name
+        return f"<Model {name}: {facts.num_layers} layers in {actions}; {policy}>"
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -125,8 +125,8 @@ class Model:
     def close(self) -> None:
         """Frees every graph and its weights.
 
-        A later generation raises `BundleError`, and a running one may do so, too, when it needs
-        another graph or a larger KV cache. A model is also a context manager that closes itself.
+        Later generations raise `BundleError`, and so do running ones. A model is also a context
+        manager that closes itself.
         """
         self._sessions.close()
 
@@ -140,8 +140,8 @@ class Model:
         """Resolves a policy; see `dash_onnx.core.policy.make_policy`.
 
         Args:
-            policy: a name or a `Policy`; None or empty uses the policy that the model was loaded
-                with, and its budget unless one is given.
+            policy: a name or a `Policy`; if empty, that of `load`, with its budget unless one is
+                given.
             budget: fraction of the reference's time per token, or a preset.
         """
         return self._requests.policy(policy, budget)
@@ -220,8 +220,7 @@ class Model:
         """
         ids = self._requests.checked(ids)
         chosen = self.policy(policy, budget)
-        cache = self.new_cache() if cache is None else cache  # an empty one is falsy
-        with cache.taken() as slot:
+        with self._cache(cache).taken() as slot:
             sequence, rest = slot.state, slot.reuse(ids[:prompt_tokens])
             if len(rest):
                 sequence.prefill(rest, *prefill_plan(self._sessions, chosen, prefill))
@@ -242,11 +241,12 @@ class Model:
     ) -> Iterator[GeneratedToken]:
         """Generates tokens after a prompt of token ids; the first one comes from the prefill.
 
+        Of stop strings, only those that are control tokens end it: there is no text.
+
         Args:
             ids: the prompt, `[S]`.
             options: base options, which `given` overrides.
-            cache: from `new_cache`; the prefix that it shares with the prompt is not computed
-                again.
+            cache: see `stream`.
             given: see `Options`.
 
         Raises:
@@ -256,7 +256,7 @@ class Model:
         chosen = GenerationOptions.of(options, **given)
         ids = self._requests.checked(ids)
         request = self._requests.make(ids, chosen, lambda token: token, lambda piece: None)
-        return self._run(request, cache)
+        return self._cache(cache).generation(request)
 
     def stream(
         self,
@@ -266,10 +266,10 @@ class Model:
         cache: Cache | None = None,
         **given: Unpack[Options],
     ) -> Stream:
-        """Generates text piece by piece; `close()` ends it and frees its cache.
+        """Generates text piece by piece, from its first piece on; `close()` ends it, anywhere.
 
         Args:
-            prompt: raw text, chat messages, which the chat template turns into text, or ids.
+            prompt: raw text; chat messages, of which the assistant's last one is continued; or ids.
             options: base options, which `given` overrides.
             cache: from `new_cache`; the prefix that it shares with the prompt is not computed
                 again.
@@ -281,13 +281,13 @@ class Model:
         """
         chosen = GenerationOptions.of(options, **given)
         request = self.request(prompt, lambda piece: None, chosen)
-        return Stream(self._run(request, cache), request.current)
+        return Stream(self._cache(cache).generation(request), request)
 
-    def _run(self, request: Request[Piece], cache: Cache | None) -> Generator[Piece]:
+    def _cache(self, cache: Cache | None) -> Cache:
         cache = self.new_cache() if cache is None else cache  # an empty one is falsy
-        if not isinstance(cache, Cache):
-            raise PolicyError(f"cache={cache!r} must be from Model.new_cache()")
-        return cache.generation(request)
+        if isinstance(cache, Cache) and cache.of(self._sessions):
+            return cache
+        raise PolicyError(f"cache={cache!r} must be from new_cache() of this model")
 
     def generate(
         self,
@@ -328,6 +328,7 @@ class Model:
                 yield chunk
         finally:
             chunks.close()
+            await asyncio.to_thread(chunks.join)
 
     def new_scheduler(self, slots: int = SLOTS, store: PrefixStore | None = None) -> Scheduler:
         """Runs several generations together; see `request`.
@@ -335,8 +336,12 @@ class Model:
         Args:
             slots: how many run at once; all their KV caches are as long as the longest.
             store: keeps the K/V of slots that are given to another text.
+
+        Raises:
+            PolicyError: `slots` is out of range.
         """
-        return Scheduler.new(self._sessions, slots, store)
+        check_count("slots", slots, MAX_SLOTS)
+        return Scheduler(Rows.new(self._sessions, slots), store)
 
     def request(
         self,
@@ -349,14 +354,13 @@ class Model:
         """A generation for a scheduler of this model.
 
         Args:
-            prompt: raw text, chat messages or ids.
+            prompt: see `stream`.
             deliver: called with each chunk, or with an error.
-            options: options of the generation.
+            options: those of the generation.
             raw: treat ids as raw text, in which no thoughts are looked for.
 
         Raises:
-            PolicyError: the model or the bundle does not support an option or a message.
-            ContextLengthError: the prompt does not fit the context.
+            PolicyError, ContextLengthError: see `stream`.
         """
         return self._requests.of_text(prompt, GenerationOptions.of(options), deliver, raw)
 
@@ -381,8 +385,7 @@ class Model:
             The text for each prompt, in their order.
 
         Raises:
-            PolicyError: the model or the bundle does not support an option or a message.
-            ContextLengthError: a prompt does not fit the context.
+            PolicyError, ContextLengthError: see `stream`.
         """
         if isinstance(prompts, str):
             raise PolicyError("prompts must be a list of prompts, not text")

@@ -46,6 +46,8 @@ class Options(TypedDict, total=False):
     logits_processor: LogitsProcessor | None
     temperature: float | None
     repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
@@ -100,6 +102,8 @@ class GenerationOptions:
     logits_processor: LogitsProcessor | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -156,7 +160,8 @@ class GenerationOptions:
 
 _MAX_BITS = 128  # of an integer
 _MAX_LOGPROBS = 20  # as in OpenAI's API
-_NUMBERS = ("temperature", "repetition_penalty", "top_p", "min_p")
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+_NUMBERS = ("temperature", *_PENALTIES, "top_p", "min_p")
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(_NUMBERS, ((int, float, type(None)), "a number")),
     "max_new_tokens": ((int,), "an integer"),

@@ -99,7 +99,7 @@ class Pass:
             *(backend.buffer(part, dims.dtype) for part in (shape, shape, *per_layer)),
         ]
         self.seq = seq
-        self.tokens, self.positions, even, odd, *rest = self._tensors = tensors
+        self.tokens, self.positions, even, odd, *rest = self._tensors = [*tensors]
         self.hidden, self.per_layer = (even, odd), rest[0] if rest else None
         self.plain: Buffer | None = None
         self.masks: dict[int | None, Buffer] = {}
@@ -108,7 +108,8 @@ class Pass:
         self._sessions, self._kv, self._lengths = sessions, kv, lengths
         self._forms: dict[tuple[Action, int], Form] = {}
         self._layers: dict[tuple[int, int, Form, int], tuple[Run, ...]] = {}
-        self._embed = self.bound(sessions.embed(), [self.tokens], [even, *rest])
+        self._embed: Run | None = None
+        sessions.bound[id(self)] = self
 
     def part(self, kv: KVCache, lengths: Lengths, start: int, stop: int) -> Pass:
         """The sequences `start` to `stop`, in the same memory."""
@@ -120,6 +121,12 @@ class Pass:
         self._layers.clear()
         self.plain = None
         self.masks.clear()
+
+    def unbind(self) -> None:
+        """Forgets all graphs, which it would keep in memory."""
+        self._layers.clear()
+        self.heads.clear()
+        self._embed = None
 
     def forget_forms(self) -> None:
         """Forgets which graphs run the actions."""
@@ -153,7 +160,11 @@ class Pass:
     def embed(self, tokens: int | Ids) -> None:
         """Runs the token embedding."""
         self.tokens.write(tokens)
-        self._embed()
+        run = self._embed
+        if run is None:
+            outputs = self._tensors[2:3] + self._tensors[4:]
+            run = self._embed = self.bound(self._sessions.embed(), [self.tokens], outputs)
+        run()
 
     def form_of(self, action: Action, widened: frozenset[Action]) -> Form:
         """The graph that runs an action here, see `core.forms.form_of`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.conversation import Message
+from dash_onnx.core.conversation import Message, begun_answer
 from dash_onnx.core.errors import BundleError, ContextLengthError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
@@ -54,7 +54,7 @@ class Requests:
         self._sessions, self._manifest = sessions, sessions.manifest
         self._default = (policy, budget)
         self._guidance: Any = None
-        self._draft_stats = functools.lru_cache(_TARGETS)(self._new_stats)
+        self._draft_stats = functools.lru_cache(_TARGETS)(functools.partial(_new_stats, sessions))
 
     def policy(self, policy: str | Policy | None = None, budget: Budget | None = None) -> Policy:
         """See `Model.policy`."""
@@ -84,7 +84,8 @@ class Requests:
 
         Args:
             prompt: raw text, which is continued as it is, chat messages, which the chat template
-                turns into text, or ids of such a text.
+                turns into text, or ids of such a text. A last message from the assistant is
+                continued, too.
             options: options of the generation.
             deliver: see `Request`.
             raw: treat ids as raw text, in which no thoughts are looked for, as in a `str`.
@@ -93,8 +94,8 @@ class Requests:
             PolicyError: the model or the bundle does not support an option or a message.
             ContextLengthError: the prompt does not fit the context.
         """
-        raw = raw or isinstance(prompt, str)
         ids = self._encoded(prompt, options)
+        raw = raw or isinstance(prompt, str) or _continued(prompt)
         before = ids[-_BEFORE:].tolist() if raw else ()
         writer = TextWriter(self.text, len(ids), tuple(options.stop), before)
         return self.make(ids, options, writer.add, deliver, raw=raw)
@@ -128,7 +129,7 @@ class Requests:
             )
             return policy
 
-        current = CurrentPolicy(self.policy_of(options), at)
+        current, control = CurrentPolicy(self.policy_of(options), at), self.text.control
         stats_of, expected = self._drafting(options)
         return Request(
             ids=ids,
@@ -137,6 +138,7 @@ class Requests:
             sampling=options.sampling(self.sampling),
             plan=prefill_plan(self._sessions, current.policy, options.prefill),
             eos=self.text.eos_token_ids,
+            stops=frozenset(control[word] for word in options.stop if word in control),
             constraint=self._constraint(options),
             thoughts=Thoughts() if raw else self.text.thoughts(ids, options.max_thinking_tokens),
             stats_of=stats_of,
@@ -201,14 +203,22 @@ class Requests:
         path = policy.uniform
         return None if path is None else self._draft_stats(path, policy.head)
 
-    def _new_stats(self, path: ActionPath, head: Action) -> DraftStats:
-        costs, reruns = self._manifest.costs.passes, self._manifest.recurrence is not None
-        widened, wide_head = self._sessions.widened, self._sessions.has_wide_head
-        return DraftStats(costs, path, head, widened, reruns, wide_head)
-
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
         if options.grammar is None:
             return None
         if self._guidance is None:
             self._guidance = guidance_tokenizer(self.text, self._manifest.model.vocab_size)
         return Constraint(options.grammar, self._guidance)
+
+
+def _continued(prompt: Prompt) -> bool:
+    """Whether a prompt is a conversation whose last message is to be continued."""
+    return isinstance(prompt[-1], Mapping) and begun_answer(prompt) != ""  # type: ignore[arg-type]
+
+
+def _new_stats(sessions: Sessions, path: ActionPath, head: Action) -> DraftStats:
+    manifest = sessions.manifest
+    reruns = manifest.recurrence is not None
+    return DraftStats(
+        manifest.costs.passes, path, head, sessions.widened, reruns, sessions.has_wide_head
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +17,14 @@ _MIN_TEMPERATURE = 1e-30  # greedy, and not zero in FP32
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is sampled. The penalty is applied first, then temperature and filters.
+    """How the next token is sampled. Penalties are applied first, then temperature and filters.
 
     Attributes:
         temperature: 0 is greedy.
         repetition_penalty: logits of tokens seen before are divided (multiplied when negative)
             by it; 1 is off (CTRL, arXiv 1909.05858).
+        frequency_penalty: subtracted from a token's logit for each time that the answer has it.
+        presence_penalty: subtracted from the logits of all tokens that the answer has.
         top_k: keep the k most likely tokens; 0 is off.
         top_p: keep the most likely tokens that together reach this probability; 1 is off.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 is off.
@@ -30,6 +33,8 @@ class Sampling:
 
     temperature: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -40,6 +45,9 @@ class Sampling:
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
         penalty = self.repetition_penalty
         _require(0.01 <= penalty <= 100, "repetition_penalty", penalty, "in 0.01..100")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _require(-100 <= value <= 100, name, value, "in -100..100")
         _require(self.top_k >= 0, "top_k", self.top_k, "at least 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
@@ -48,23 +56,25 @@ class Sampling:
 class Sampler:
     """Draws the tokens of one generation."""
 
-    def __init__(self, sampling: Sampling):
-        """Seeds the generator."""
+    def __init__(self, sampling: Sampling, prompt_tokens: int = 0):
+        """Seeds the generator; the answer follows a prompt of some tokens."""
         self._sampling = sampling
         self._rng = np.random.default_rng(sampling.seed)
         self._length, self._known = 0, set[int]()  # of the text that was seen, and its tokens
         self._ids = np.empty(0, np.int64)  # the same tokens
+        self._prompt_tokens, self._counts = prompt_tokens, Counter[int]()  # in the answer
 
     def __call__(self, logits: npt.NDArray[np.floating], seen: Sequence[int]) -> int:
         """Draws one token.
 
         Args:
             logits: `[V]`; not modified.
-            seen: ids of the prompt and of the answer so far, for the repetition penalty; each call
-                must extend the ids of the previous one.
+            seen: ids of the prompt and of the answer so far, for the penalties; each call must
+                extend the ids of the previous one.
         """
         options = self._sampling
-        if options.repetition_penalty != 1.0:
+        off = 1.0, 0.0, 0.0
+        if (options.repetition_penalty, options.frequency_penalty, options.presence_penalty) != off:
             logits = self._penalized(logits, seen)
         if options.temperature == 0:
             return int(np.argmax(logits))
@@ -90,13 +100,16 @@ class Sampler:
         self, logits: npt.NDArray[np.floating], seen: Sequence[int]
     ) -> npt.NDArray[np.floating]:
         new = set(seen[self._length :]) - self._known
+        self._counts.update(seen[max(self._length, self._prompt_tokens) :])
         self._length = len(seen)
         if new:
             self._known |= new
             self._ids = np.concatenate([self._ids, np.array([*new], np.int64)])
-        logits, penalty = logits.copy(), self._sampling.repetition_penalty
-        chosen = logits[self._ids]
+        options, logits = self._sampling, logits.copy()
+        chosen, penalty = logits[self._ids], options.repetition_penalty
         logits[self._ids] = np.where(chosen > 0, chosen / penalty, chosen * penalty)
+        counts = np.array([*self._counts.values()])
+        logits[[*self._counts]] -= options.frequency_penalty * counts + options.presence_penalty
         return logits
 
 

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 
 from dash_onnx.core.actions import ActionPath
+from dash_onnx.core.errors import DashError
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.drafts import MAX_DRAFT_ROWS, MAX_DRAFT_TOKENS, DraftStats, best_length
 from dash_onnx.runtime.generate import Generation, Piece, Request, Step, forced_plan
-from dash_onnx.runtime.options import check_count
 from dash_onnx.runtime.prefix import MIN_PREFIX, PrefixStore, copy_prefix
 from dash_onnx.runtime.rows import Rows
 from dash_onnx.runtime.sequence import PREFILL_CHUNK
-from dash_onnx.runtime.sessions import Sessions
 from dash_onnx.runtime.slot import Slot
 
 _LOG = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class Scheduler:
     """
 
     def __init__(self, rows: Rows, store: PrefixStore | None = None, slot: Slot | None = None):
-        """See `new` and `run`.
+        """See `Model.new_scheduler` and `run`.
 
         Args:
             rows: the sequences.
@@ -62,23 +61,6 @@ class Scheduler:
         self.reused = 0
         self._wake = threading.Event()
         self._chunk, self._pass_s = _CHUNK, 0.0  # of a prompt, and of the last pass
-
-    @classmethod
-    def new(
-        cls, sessions: Sessions, slots: int = SLOTS, store: PrefixStore | None = None
-    ) -> Scheduler:
-        """Allocates slots; all their KV caches are as long as the longest.
-
-        Args:
-            sessions: sessions of the bundle.
-            slots: generations at once.
-            store: keeps the K/V of slots that are given to another text.
-
-        Raises:
-            PolicyError: `slots` is out of range.
-        """
-        check_count("slots", slots, MAX_SLOTS)
-        return cls(Rows.new(sessions, slots), store)
 
     def submit(self, request: Request[Any]) -> None:
         """Adds a request; it runs as soon as a slot is free."""
@@ -99,9 +81,20 @@ class Scheduler:
     def step(self) -> bool:
         """Runs a part of one prompt, and one or more tokens of every running answer.
 
+        Ctrl-C ends all running requests: what a pass has half written goes with them.
+
         Returns:
             Whether there was anything to do.
         """
+        try:
+            return self._step()
+        except KeyboardInterrupt:
+            for slot in self._slots:
+                if slot.request is not None:
+                    self._fail(slot, DashError("the scheduler was interrupted"))
+            raise
+
+    def _step(self) -> bool:
         self._wake.clear()
         for slot in self._slots:
             if slot.request is not None and slot.request.cancelled.is_set():

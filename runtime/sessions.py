@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, Segment
 from dash_onnx.core.budget import scorer_facts
@@ -72,8 +73,22 @@ def _paths(layers: range, form: Form) -> set[str]:
     return {layer_path(layer, form) for layer in layers}
 
 
+class Bound(Protocol):
+    """What keeps sessions alive until it forgets them."""
+
+    def unbind(self) -> None:
+        """Forgets them; it asks for those that it needs later."""
+
+
 class Sessions:
-    """One ORT session per graph, never two: ORT prepacks a copy of the weights for each session."""
+    """One ORT session per graph, never two: ORT prepacks a copy of the weights for each session.
+
+    Attributes:
+        manifest: manifest of the bundle.
+        widened: actions that may run in the wide form.
+        backend: the device.
+        bound: what has bound some of them to its buffers, by its id.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
         """Loads nothing yet."""
@@ -94,6 +109,7 @@ class Sessions:
         self._settled = frozenset[str]()
         self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
         self._closed = False
+        self.bound = WeakValueDictionary[int, Bound]()
 
     def embed(self) -> LoadedGraph:
         """The token embedding."""
@@ -286,10 +302,9 @@ class Sessions:
         release_memory()
 
     def close(self) -> None:
-        """Forgets every session, for good; bindings to a session keep it alive."""
-        with self.backend.lock:
-            self._closed = True
-            self._clear()
+        """Forgets every session, for good, and frees its memory."""
+        self._closed = True
+        self.forget()
 
     def settle(self) -> None:
         """Moves what was loaded to huge pages in a separate thread: this takes up to a second."""
@@ -301,6 +316,9 @@ class Sessions:
             threading.Thread(target=use_huge_pages, name="huge pages", daemon=True).start()
 
     def _clear(self) -> None:
+        for ref in self.bound.valuerefs():
+            if (bound := ref()) is not None:
+                bound.unbind()
         self._loaded.clear()
         self._joined.clear()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -11,22 +10,21 @@ from functools import partial
 from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.policy import Policy
-from dash_onnx.runtime.generate import CurrentPolicy, Request
+from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.results import Chunk, FinishReason, Logprobs
 from dash_onnx.runtime.scheduler import Scheduler
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of a generation, one for each token.
+    """The chunks of a generation, one for each token; the first one runs the prompt.
 
     One thread iterates; any thread can call `close` and `set_budget`. It is also a context manager
     that closes the stream.
     """
 
-    def __init__(self, chunks: Generator[Chunk], current: CurrentPolicy):
-        """Computes the first of the chunks: errors surface now, not at first use."""
-        self._source, self._current = chunks, current
-        self._chunks = itertools.chain([next(chunks)], chunks)
+    def __init__(self, chunks: Generator[Chunk], request: Request[Chunk]):
+        """Takes the chunks of a request, of which none has run."""
+        self._chunks, self._request = chunks, request
         self._running = threading.Lock()
         self._closed = False
 
@@ -37,25 +35,31 @@ class Stream(Iterator[Chunk]):
         with self._running:
             chunk = None if self._closed else next(self._chunks, None)
             if self._closed:  # perhaps closed meanwhile
-                self._source.close()
+                self._chunks.close()
                 chunk = None
         if chunk is None:
             raise StopIteration
         return chunk
 
     def close(self) -> None:
-        """Ends the generation and frees its cache, after the token in progress at the latest."""
+        """Ends the generation and frees its cache, after the pass in progress at the latest."""
         self._closed = True
+        self._request.cancelled.set()
         if self._running.acquire(blocking=False):
             try:
-                self._source.close()
+                self._chunks.close()
             finally:
                 self._running.release()
+
+    def join(self) -> None:
+        """Waits until no pass is in progress; after `close`, its cache is free then."""
+        with self._running:
+            pass
 
     @property
     def policy(self) -> Policy:
         """The policy of the next token."""
-        return self._current.policy
+        return self._request.current.policy
 
     def set_budget(self, budget: Budget) -> None:
         """Changes the budget from the next token on.
@@ -67,7 +71,7 @@ class Stream(Iterator[Chunk]):
             PolicyError: the generation's policy has no budget, or not this one.
             DeviceError: memory has no room for what it would load; the budget stays.
         """
-        self._current.set_budget(budget)
+        self._request.current.set_budget(budget)
 
     def __enter__(self) -> Stream:
         return self

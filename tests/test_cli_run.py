@@ -27,7 +27,6 @@ from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.errors import BundleError, DeviceError
 from dash_onnx.runtime import sessions
 from dash_onnx.runtime.cache import Cache
-from dash_onnx.runtime.generate import CurrentPolicy
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.results import Chunk
@@ -713,7 +712,7 @@ def test_no_token_waits_for_a_graph_to_load(
 
         loaded.append(set(model.loaded))
         running = stream(model, *prompt, **options)
-        return Stream(chunks(running), CurrentPolicy(model.policy(), model.policy))
+        return Stream(chunks(running), running._request)
 
     monkeypatch.setattr(Model, "stream", watching)
     give_stdin(monkeypatch, PROMPT)

@@ -25,7 +25,7 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.calls import CallReader
-from dash_onnx.serve.tools import call_or_answer, forced_call, with_tools
+from dash_onnx.serve.tools import call_or_answer, decoded, forced_call, with_tools
 
 SCHEMA = {
     "type": "object",
@@ -217,17 +217,18 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
         ],
     }
     answered = {"role": "tool", "tool_call_id": "1", "content": "7"}
-    first, *others = with_tools([asked, called, answered], [TOOL], "no t.o.o.l.s")
+    talk = decoded([asked, called, answered])
+    first, *others = with_tools(talk, [TOOL], "no t.o.o.l.s")
     assert first["role"] == "system" and '"count"' in first["content"]
     assert [message["role"] for message in others] == ["user", "assistant", "user"]
     assert '{"name": "count", "arguments": {}}' in others[1]["content"]
     assert "7" in others[2]["content"]
-    kept = with_tools([asked, called, answered], [TOOL], "{% if tools %}")
+    kept = with_tools(talk, [TOOL], "{% if tools %}")
     assert [message["role"] for message in kept] == ["user", "assistant", "tool"]
     assert kept[1]["tool_calls"][0]["function"]["arguments"] == {}
     with pytest.raises(PolicyError, match="not JSON"):
         broken = {"id": "1", "function": {"name": "count", "arguments": "{"}}
-        with_tools([{**called, "tool_calls": [broken]}], [], None)
+        decoded([{**called, "tool_calls": [broken]}])
 
 
 PHI4 = (
@@ -250,7 +251,8 @@ def called(*names: str) -> dict[str, Any]:
 def test_phi_4_reads_its_own_calls_in_later_turns() -> None:
     asked, answer = {"role": "user", "content": "How many?"}, {"role": "tool", "content": "7"}
     for tools in ([TOOL], []):
-        text = rendered(PHI4, with_tools([asked, called("count"), answer], tools, PHI4), {})
+        talk = decoded([asked, called("count"), answer])
+        text = rendered(PHI4, with_tools(talk, tools, PHI4), {}, {})
         call = '<|assistant|><|tool_call|>[{"name": "count", "arguments": {}}]<|/tool_call|>'
         assert call in text and text.endswith("<|tool|>7<|end|>")
         assert ("<|/tool|>" in text) == bool(tools)
@@ -259,7 +261,8 @@ def test_phi_4_reads_its_own_calls_in_later_turns() -> None:
 def test_answers_of_tools_and_the_user_are_one_turn_for_templates_without_tools() -> None:
     asked, more = ({"role": "user", "content": text} for text in ("How many?", "And now?"))
     answers = [{"role": "tool", "content": "7"}, {"role": "tool", "content": "12"}]
-    found = with_tools([asked, called("count", "wait"), *answers, more], [TOOL, OTHER], "x")
+    talk = decoded([asked, called("count", "wait"), *answers, more])
+    found = with_tools(talk, [TOOL, OTHER], "x")
     assert [message["role"] for message in found] == ["system", "user", "assistant", "user"]
     last = found[-1]["content"]
     assert last.index("7") < last.index("12") < last.index("And now?")
@@ -273,15 +276,15 @@ GEMMA = (
 
 def test_a_template_without_system_messages_gets_their_text_from_the_user() -> None:
     asked = {"role": "user", "content": "How many?"}
-    text = rendered(GEMMA, [{"role": "system", "content": "Be brief."}, asked], {})
+    text = rendered(GEMMA, [{"role": "system", "content": "Be brief."}, asked], {}, {})
     assert text == "user: Be brief.\n\nHow many?|"
-    assert rendered(GEMMA, with_tools([asked], [TOOL], GEMMA), {}).endswith("How many?|")
+    assert rendered(GEMMA, with_tools([asked], [TOOL], GEMMA), {}, {}).endswith("How many?|")
     twice = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
-    assert rendered(GEMMA, [*twice, asked], {}) == "user: Be brief.\n\nBe kind.\n\nHow many?|"
+    assert rendered(GEMMA, [*twice, asked], {}, {}) == "user: Be brief.\n\nBe kind.\n\nHow many?|"
     silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}|{% endfor %}"
-    assert rendered(silent, [*twice, asked], {}) == "Be brief.\n\nBe kind.\n\nHow many?|"
+    assert rendered(silent, [*twice, asked], {}, {}) == "Be brief.\n\nBe kind.\n\nHow many?|"
     with pytest.raises(PolicyError, match="not supported"):
-        rendered(GEMMA, twice, {})
+        rendered(GEMMA, twice, {}, {})
 
 
 def test_tools_are_told_in_their_own_letters() -> None:
@@ -308,7 +311,9 @@ def test_arguments_are_json_that_may_come_back(arguments: str, wanted: Any) -> N
     reader.add(f'{{"name": "count", "arguments": {arguments}}}')
     _, (call,) = reader.finish()
     assert json.loads(call["function"]["arguments"]) == wanted
-    with_tools([{"role": "assistant", "content": None, "tool_calls": [call]}], [TOOL], None)
+    (back,) = decoded([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert back["tool_calls"][0]["function"]["arguments"] == wanted
+    with_tools([back], [TOOL], None)
 
 
 @pytest.mark.parametrize("begins", ["<tool_call>", "{"])

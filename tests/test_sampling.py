@@ -169,6 +169,25 @@ def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None
     assert draw(sampling, np.array([-1.0, 0.0, -3.0]), [1]) == 1  # zero stays zero
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, [0] * 6),
+        ({"presence_penalty": 0.3}, [0, 1, 0, 0, 0, 0]),
+        ({"frequency_penalty": 0.3}, [0, 1, 0, 1, 2, 0]),
+        ({"frequency_penalty": -1.0}, [0] * 6),
+    ],
+)
+def test_penalties_of_the_answer_leave_the_prompt_alone(
+    given: dict[str, float], wanted: list[int]
+) -> None:
+    logits, prompt, drawn = np.array([2.0, 1.85, 1.5, 1.0]), [0, 0], list[int]()
+    sampler = Sampler(Sampling(**given), len(prompt))
+    for _ in wanted:
+        drawn.append(sampler(logits, prompt + drawn))
+    assert drawn == wanted
+
+
 def test_a_penalty_below_one_makes_seen_tokens_more_likely() -> None:
     assert draw(Sampling(repetition_penalty=0.5), np.array([2.0, 3.0]), [0]) == 0
     assert draw(Sampling(repetition_penalty=0.5), np.array([-3.0, -2.0]), [0]) == 0

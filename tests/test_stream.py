@@ -7,6 +7,7 @@ import inspect
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,51 @@ def test_another_thread_may_close_a_stream(tiny_model: Model) -> None:
     assert not reader.is_alive()
     assert 1 <= len(counted) < 200
     assert tiny_model.generate(PROMPT, cache=cache, max_new_tokens=2)  # it is free
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of a tenth of a second, and prompts that run in passes of two tokens."""
+    layers = SequenceState.layers
+
+    def slowly(self: SequenceState, *given: Any) -> Any:
+        time.sleep(0.1)
+        return layers(self, *given)
+
+    monkeypatch.setattr(SequenceState, "layers", slowly)
+    monkeypatch.setattr("dash_onnx.runtime.scheduler.PREFILL_CHUNK", 2)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_stream_may_be_closed_while_its_prompt_runs(tiny_model: Model) -> None:
+    cache = tiny_model.new_cache()
+    chunks = tiny_model.stream([5] * 100, cache=cache, **ENDLESS)
+    reader = threading.Thread(target=lambda: [*chunks])
+    started = time.monotonic()
+    reader.start()
+    time.sleep(0.3)
+    chunks.close()
+    reader.join(10)
+    assert time.monotonic() - started < 2  # of five
+    assert 2 <= len(cache.tokens) < 50
+    assert tiny_model.generate(PROMPT, cache=cache, max_new_tokens=2)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("prompt", [[5, 6], [5] * 100], ids=["answer", "prompt"])
+def test_the_cache_of_a_cancelled_task_is_free(prompt: list[int], tiny_model: Model) -> None:
+    cache = tiny_model.new_cache()
+
+    async def read(prompt: list[int], most: int) -> int:
+        chunks = tiny_model.astream(prompt, cache=cache, ignore_eos=True, max_new_tokens=most)
+        return len([chunk async for chunk in chunks])
+
+    async def talk() -> int:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(read(prompt, 100), 0.5)
+        return await read([7], 2)
+
+    assert asyncio.run(talk()) == 2
 
 
 def test_a_budget_may_change_between_two_tokens(scored: Model) -> None:

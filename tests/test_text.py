@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from dash_onnx.core.bundle import Bundle, list_files
+from dash_onnx.core.conversation import _takes_system, rendered
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
 from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
@@ -190,8 +191,34 @@ def test_a_conversation_is_encoded_as_transformers_does(
 ) -> None:
     messages = [{"role": "user", "content": "the ships"}, {"role": "assistant", "content": "pass"}]
     theirs = PreTrainedTokenizerFast.from_pretrained(tiny_folder)
+    messages += messages[:1]
     wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert codec.encode_chat(messages).tolist() == wanted
+    wanted = theirs.apply_chat_template(
+        messages[:2], continue_final_message=True, return_dict=False
+    )
+    assert codec.encode_chat(messages[:2]).tolist() == wanted
+
+
+@pytest.mark.parametrize("begun", ["<", "|", "i", "_", "\n", " a ", "{", "</s"])
+@pytest.mark.parametrize("after", ["<|im_end|>\n", "<|eot_id|>", "</s>\n"])
+def test_an_answer_is_continued_where_it_ends(begun: str, after: str) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}" + after + "{% endfor %}"
+    messages = [{"role": "user", "content": "a|_i"}, {"role": "assistant", "content": begun}]
+    text = rendered(template, messages, {"add_generation_prompt": True}, {})
+    assert text == f"<user>a|_i{after}<assistant>{begun}"
+    assert rendered(template, messages, {}, {}) == text + after
+    silent = template.replace("m.content", "m.content[:0]")
+    with pytest.raises(PolicyError, match="cannot be continued"):
+        rendered(silent, messages, {"add_generation_prompt": True}, {})
+
+
+def test_variables_of_a_template_are_no_special_tokens(codec: TextCodec) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    text, probes = codec.render_chat(messages), _takes_system.cache_info().misses
+    for value in (["a"], "b", {"c": []}):
+        assert codec.render_chat(messages, variables={"x_token": value}) == text
+    assert _takes_system.cache_info().misses == probes
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.errors import BundleError, PolicyError
 from dash_onnx.runtime import ort, sessions
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.model import Model
@@ -138,10 +139,28 @@ def test_closing_frees_the_sessions(tiny_bundle: Path) -> None:
             return session
 
     model = Model(Bundle(tiny_bundle), Watched())
-    model.generate("the keeper", max_new_tokens=2, ignore_eos=True)
+    cache = model.new_cache()
+    model.generate("the keeper", max_new_tokens=2, ignore_eos=True, cache=cache)
     model.close()
-    gc.collect()
     assert created and not [session for session in created if session() is not None]
+    with pytest.raises(BundleError, match="closed"):
+        model.generate("the keeper", max_new_tokens=2, cache=cache)
+    model = Model(Bundle(tiny_bundle), Watched())
+    model.generate("the keeper", max_new_tokens=2, ignore_eos=True)
+    gc.disable()
+    try:
+        del model
+        assert not [session for session in created if session() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_cache_serves_its_own_model_only(tiny_bundle: Path, tiny_model: Model) -> None:
+    with dash_onnx.load(tiny_bundle) as other:
+        cache = other.new_cache()
+        for run in (tiny_model.generate, tiny_model.generate_step, tiny_model.score):
+            with pytest.raises(PolicyError, match="of this model"):
+                [*run([5, 6], cache=cache)]
 
 
 def test_preloading_a_policy_loads_what_it_uses(tiny_bundle: Path) -> None:

@@ -29,7 +29,7 @@ HELP = """\
 /regen        answers the last message again
 /save FILE    writes the conversation as JSON
 /load FILE    loads a saved conversation
-/reset        clears the conversation, but keeps the system message
+/reset        clears the conversation and its --session file, but keeps the system message
 /exit         leaves, like Ctrl-D
 Ctrl-C stops an answer, or discards the current input. To send a message that begins
 with a slash, put a space before it."""
@@ -157,7 +157,7 @@ class Chat:
             self._messages = json.loads(facts[_MESSAGES])
         except (KeyError, ValueError, RecursionError):
             raise SourceError(f"{session} holds no conversation") from None
-        self._model.text.render_chat(self._messages)  # raises if invalid
+        self._model.text.render_chat(self._messages, answer_next=False)  # raises if invalid
         self._say(f"{len(self._messages)} messages from {session}")
 
     def _budget(self, text: str) -> None:
@@ -191,15 +191,15 @@ class Chat:
         with _told_of(name):
             path = _path(name)
             messages = read_json(path)
-        self._model.text.render_chat(messages)  # raises if it is not a conversation
+        self._model.text.render_chat(messages, answer_next=False)  # raises if it is none
         self._messages, self._saved = messages, path
         self._say(f"{len(messages)} messages from {path}")
 
     def _reset(self, _: str) -> None:
+        self._messages = [message for message in self._messages if message["role"] == "system"]
         if self._session is not None:
             with _told_of(self._session):
                 self._session.unlink(missing_ok=True)
-        self._messages = [message for message in self._messages if message["role"] == "system"]
         self._say("conversation cleared")
 
 

@@ -249,7 +249,10 @@ def add_json_option(parser: Options) -> None:
 def add_threads_option(parser: Options) -> None:
     """Adds the option of tools that run a bundle."""
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: all logical cores)"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads (default: all, or a container's limit)",
     )
 
 

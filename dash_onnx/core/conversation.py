@@ -12,15 +12,24 @@ Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
 _ASKED = "What is the capital of France?"  # whether a template shows it
+_MARK = "\ue000begun\ue001"  # where the text of a begun answer ends
 
 
-def rendered(template: str, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+def rendered(
+    template: str,
+    messages: Sequence[Message],
+    values: Mapping[str, Any],
+    special: Mapping[str, str],
+) -> str:
     """The text of a conversation by a chat template.
+
+    If an answer is wanted and the last message is the assistant's, the text ends inside it.
 
     Args:
         template: its source.
         messages: in order.
-        values: other variables: the special tokens, and what the caller sets.
+        values: other variables.
+        special: the model's special tokens by their names, such as `bos_token`.
 
     Raises:
         PolicyError: the messages are not valid, or the template refuses them.
@@ -28,16 +37,30 @@ def rendered(template: str, messages: Sequence[Message], values: Mapping[str, An
     messages = checked_messages(messages)
     from dash_onnx.core.template import render  # jinja2 takes a while to import
 
-    special = tuple((name, text) for name, text in values.items() if name.endswith("_token"))
-    if messages[0]["role"] == "system" and not _takes_system(template, special):
+    model = template, tuple(special.items())
+    if messages[0]["role"] == "system" and not _takes_system(*model):
         messages = _without_system(messages)
-    if _takes_parts(template, special):
+    begun = begun_answer(messages) if values.get("add_generation_prompt") else ""
+    if begun:
+        values = {**values, "add_generation_prompt": False}
+        messages = [*messages[:-1], {**messages[-1], "content": begun + _MARK}]
+    if _takes_parts(*model):
         messages = [{**one, "content": _parts(one.get("content") or "")} for one in messages]
     usual = {"tools": None, "documents": None, "add_generation_prompt": False}
     try:
-        return render(template, {**usual, **values, "messages": messages})
+        text = render(template, {**usual, **values, **special, "messages": messages})
     except Exception as error:  # the template is the model's code: it may raise anything
         raise PolicyError(f"the chat template refuses these messages: {error}") from None
+    if begun and _MARK not in text:
+        raise PolicyError("the chat template changes the begun answer, so it cannot be continued")
+    return text.rpartition(_MARK)[0] if begun else text
+
+
+def begun_answer(messages: Sequence[Message]) -> str:
+    """The text of a last message from the assistant, which is to be continued; empty if none is."""
+    last = messages[-1]
+    begun = last["role"] == "assistant" and not last.get("tool_calls")
+    return (last.get("content") or "") if begun else ""
 
 
 @functools.lru_cache

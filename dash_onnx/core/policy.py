@@ -276,6 +276,9 @@ def make_policy(policy: str | Policy, manifest: Manifest, budget: Budget | None 
     """
     if isinstance(policy, Policy):
         _no_budget(policy.name, budget)
+        path, layers = policy.uniform, manifest.model.num_layers
+        if path is not None and len(path) != layers:
+            raise PolicyError(f"policy {policy.name!r} has {len(path)} layers, the model {layers}")
         return policy
     kind, _, argument = policy.partition(":")
     if not policy:

@@ -40,6 +40,7 @@ class TextCodec:
         sampling: what generation_config.json says about temperature, top-k and the like.
         chat_template: its source, if there is one.
         tags: those of thoughts, if the vocabulary has them.
+        control: ids of the control tokens, by their text, such as `<|im_end|>`.
     """
 
     def __init__(self, bundle: Bundle):
@@ -56,6 +57,8 @@ class TextCodec:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tags = Tags.of(self.tokenizer)
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        self.control = {token.content: number for number, token in added if token.special}
         self._special = _special_tokens(bundle)
         start, end = (self._special.get(name) for name in ("bos_token", "eos_token"))
         self.start_token_id: int | None = self.tokenizer.token_to_id(start) if start else None
@@ -108,7 +111,8 @@ class TextCodec:
 
         Args:
             messages: in order.
-            answer_next: whether the assistant answers next; if not, the text just ends.
+            answer_next: whether the assistant answers next, or continues its last message; if not,
+                the text just ends.
             tools: tools that the assistant may call, in OpenAI's format; a template may ignore
                 them.
             variables: variables of the template, such as `enable_thinking`; it may ignore them,
@@ -120,10 +124,11 @@ class TextCodec:
         """
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
-        values = {"tools": [*tools] or None, "add_generation_prompt": answer_next, **self._special}
-        if taken := {*values, "messages"}.intersection(variables or ()):
+        values = {"tools": [*tools] or None, "add_generation_prompt": answer_next}
+        if taken := {*values, *self._special, "messages"}.intersection(variables or ()):
             raise PolicyError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
-        return rendered(self.chat_template, messages, {**(variables or {}), **values})
+        values = {**(variables or {}), **values}
+        return rendered(self.chat_template, messages, values, self._special)
 
     def encode_chat(
         self,

@@ -111,9 +111,7 @@ class DashLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a conversation, up to the next answer or inside the last message."""
-        text = self.model.text.render_chat(chat_history, answer_next=add_generation_prompt)
-        last = chat_history[-1]["content"].strip()
-        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+        return self.model.text.render_chat(chat_history)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object

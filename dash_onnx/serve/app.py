@@ -25,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dash_onnx.core.arrays import Ids
+from dash_onnx.core.conversation import begun_answer
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.answer import Answer, Choice
@@ -85,8 +86,10 @@ def create_app(
 
     async def http_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        code = _CODES.get(error.status_code, "invalid_request")
-        return APIError(error.status_code, error.detail, code, error.headers).response()
+        code, told = _CODES.get(error.status_code, "invalid_request"), error.detail
+        if error.status_code == 404:
+            told = "no such path; base_url ends with /v1, and docs/guide/serve.md lists the paths"
+        return APIError(error.status_code, told, code, error.headers).response()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -218,7 +221,8 @@ class _Server:
         most = None if body.parallel_tool_calls else 1
         tagged = options.grammar is not None
         choices = [Choice(text, tools, most, tagged=tagged) for _ in range(body.n)]
-        return await self._answer(request, name, prompt, options, body, choices)
+        raw = begun_answer(asked) != ""
+        return await self._answer(request, name, prompt, options, body, choices, raw=raw)
 
     async def complete(self, request: Request) -> Response:
         body = await self._body(request, CompletionRequest)
@@ -229,7 +233,7 @@ class _Server:
             options = body.options(self.service.limits.max_tokens)
             prompt = await asyncio.to_thread(text.encode, body.prompt)
         choices = [Choice(text, []) for _ in range(body.n)]
-        return await self._answer(request, name, prompt, options, body, choices)
+        return await self._answer(request, name, prompt, options, body, choices, raw=True)
 
     async def _body(self, request: Request, kind: type[GenerationRequest]) -> GenerationRequest:
         self._check_caller(request)
@@ -272,11 +276,12 @@ class _Server:
         options: GenerationOptions,
         body: GenerationRequest,
         choices: list[Choice],
+        *,
+        raw: bool,
     ) -> Response:
-        chat = isinstance(body, ChatRequest)
-        answer = Answer(name, chat=chat)
+        answer = Answer(name, chat=isinstance(body, ChatRequest))
         tallies = [Tally(before=time.monotonic()), *(Tally() for _ in choices[1:])]
-        job = Job(name, prompt, options, tallies, raw=not chat)
+        job = Job(name, prompt, options, tallies, raw=raw)
         chunks = self.service.generate(job, _left(request))
         with refusing():  # a refusal before the first token has its own HTTP status
             if body.stream:

@@ -15,9 +15,13 @@ from dash_onnx.serve.tools import call_or_answer, checked_tools, forced_call
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _INSTEAD = {
-    "": "logit_bias audio modalities echo suffix best_of",
+    "": "logit_bias audio modalities echo suffix best_of ignore_eos min_tokens stop_token_ids",
     "tools": "functions",
-    "repetition_penalty": "frequency_penalty presence_penalty repeat_penalty",
+    "max_tokens": "max_new_tokens n_predict num_predict",
+    "prediction": "expected",
+    "repetition_penalty": "repeat_penalty",
+    "chat_template_kwargs": "enable_thinking",
+    "max_thinking_tokens": "thinking_budget",
     "response_format": "grammar json_schema guided_json guided_regex guided_grammar guided_choice "
     "structured_outputs",
 }
@@ -27,8 +31,12 @@ instead."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (0, 1),
+    "enable_thinking": (),
     "modalities": ([], ["text"]),
+    "n_predict": (-1,),
+    "num_predict": (-1,),
     "repeat_penalty": (0, 1),
+    "thinking_budget": (-1,),
 }
 """Values of these fields that ask for nothing; of the others, what is empty or zero."""
 
@@ -37,10 +45,9 @@ _SEEDS = 2**63
 _STOPS, _STOP_LENGTH = 16, 1000  # each token of an answer is searched for all stop strings
 
 
-Count = Annotated[
-    Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda n: None if n == -1 else n)
-]
-"""A number of tokens; -1 is llama.cpp's for no limit."""
+_NONE = BeforeValidator(lambda n: None if n == -1 else n)  # as in llama.cpp
+Count = Annotated[Annotated[int, Field(ge=1)] | None, _NONE]
+"""A number of tokens; -1 sets no limit."""
 
 
 class _Object(BaseModel):
@@ -133,7 +140,9 @@ class GenerationRequest(_Object):
     temperature: float | None = None
     top_p: Annotated[float | None, BeforeValidator(lambda p: 1e-6 if p == 0 else p)] = None
     stop: str | list[str] = []
-    seed: int | None = None
+    seed: Annotated[int | None, _NONE] = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
     response_format: ResponseFormat = ResponseFormat()
     prediction: Prediction | None = None
     # Ours.
@@ -262,7 +271,11 @@ class ChatRequest(GenerationRequest):
 
 def _only(prompt: Any) -> Any:
     """The only text of a list, as clients for several texts send it."""
-    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+    if not isinstance(prompt, list):
+        return prompt
+    if len(prompt) != 1:
+        raise ValueError("a request continues one text: send one for each")
+    return prompt[0]
 
 
 class CompletionRequest(GenerationRequest):

@@ -315,8 +315,6 @@ def check_words(text: TextCodec, given: list[dict[str, Any]]) -> None:
     Raises:
         PolicyError: one of them contains a control token of the model.
     """
-    added = text.tokenizer.get_added_tokens_decoder().values()
-    control = [token.content for token in added if token.special]
     left: list[Any] = [*given]
     while left:
         value = left.pop()
@@ -324,5 +322,7 @@ def check_words(text: TextCodec, given: list[dict[str, Any]]) -> None:
             left += [*value, *value.values()]
         elif isinstance(value, list):
             left += value
-        elif isinstance(value, str) and (found := [word for word in control if word in value]):
-            raise PolicyError(f"a message holds {found[0]!r}, a control token of this model")
+        elif isinstance(value, str) and (found := [word for word in text.control if word in value]):
+            raise PolicyError(
+                f"a message holds {found[0]!r}, a control token of this model: write it differently"
+            )

@@ -57,8 +57,7 @@ def decoded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def with_tools(
     messages: list[dict[str, Any]], tools: list[dict[str, Any]], template: str | None
 ) -> list[dict[str, Any]]:
-    """Messages for a template: arguments as objects, and tools described if it cannot do so."""
-    messages = decoded(messages)
+    """Messages from `decoded` for a template: with the tools described if it cannot do so."""
     if template is not None and _IN_MESSAGE in template:
         messages = [_with_calls(message) for message in messages]
         functions = [tool["function"] for tool in tools]

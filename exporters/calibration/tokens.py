@@ -75,12 +75,14 @@ def calibration_ids(
 
 
 def _from_text(source: Source, texts: Sequence[TextSource], min_tokens: int, sequences: int) -> Ids:
-    template, special = source.tokenizer.chat_template, source.tokenizer.special_tokens_map
+    template = source.tokenizer.chat_template
     if isinstance(template, dict):  # one of several by name
         template = template.get("default")
+    known = source.tokenizer.special_tokens_map.items()
+    special = {name: text for name, text in known if isinstance(text, str)}
 
     def render(messages: Sequence[Message]) -> str:
-        return plain(messages) if template is None else rendered(template, messages, special)
+        return plain(messages) if template is None else rendered(template, messages, {}, special)
 
     encode = _encoder(source)
     length = min(LENGTH, source.config.max_position_embeddings)

@@ -137,6 +137,11 @@ def open_folder(
         SourceError: a part is missing or damaged.
         UnsupportedError: the architecture has no exporter, or the weights are quantized.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise UnsupportedError(
+            f"{folder} holds a LoRA adapter: merge it into its model first, with PEFT's "
+            "merge_and_unload() and save_pretrained(), and save the tokenizer there, too"
+        )
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise SourceError(f"{folder} has no config.json: not a Hugging Face model folder")

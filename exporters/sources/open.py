@@ -76,7 +76,7 @@ def _opened(
             return open_folder(
                 folder, kind="hub", name=name, supported=supported, revision=commit, shapes=shapes
             )
-    file = _gguf_file(name, quantization, _files(name, revision))
+    file = _gguf_file(name, quantization, _files(name, revision, quantization))
     folder = _download(name, revision, *parts_of(file), *DOCUMENTS)
     found = open_gguf(folder / file, supported, requantize)
     documents = documents_in(folder)
@@ -89,8 +89,8 @@ def _opened(
     )
 
 
-def _files(name: str, revision: str | None) -> list[str]:
-    """Names of the files of a hub id; without the hub, of those in its cache.
+def _files(name: str, revision: str | None, quantization: str) -> list[str]:
+    """Names of the files of a hub id; without the hub, of those in its cache if it has the wanted.
 
     Raises:
         SourceError: see `_asked`.
@@ -101,7 +101,8 @@ def _files(name: str, revision: str | None) -> list[str]:
         info = _asked(name, revision, lambda: huggingface_hub.model_info(name, revision=revision))
     except SourceError:
         folder = _download(name, revision, *DOCUMENTS)  # the cache's, or the same error
-        if files := [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]:
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+        if any(_is_of(file, quantization or _USUAL) for file in files):
             return files
         raise
     return [file.rfilename for file in info.siblings or []]
@@ -115,7 +116,7 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     """
     found = [file for file in files if file.endswith(".gguf") and "mmproj" not in file.lower()]
     wanted = quantization or _USUAL
-    fitting = [file for file in found if wanted.lower() in Path(file).name.lower()]
+    fitting = [file for file in found if _is_of(file, wanted)]
     if not fitting and not quantization:
         fitting = found
     if fitting:
@@ -126,6 +127,10 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
     pickled = any(file.endswith((".bin", ".pt")) for file in files)
     hint = " (pickled weights are never read: convert them first)" if pickled else ""
     raise SourceError(f"{name} has no safetensors or GGUF weights{hint}")
+
+
+def _is_of(file: str, quantization: str) -> bool:
+    return quantization.lower() in Path(file).name.lower()
 
 
 def _shapes(name: str, revision: str) -> dict[str, tuple[int, ...]]:
