@@ -22,6 +22,7 @@ from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.generate import Request
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
+from dash_onnx.runtime.passes import Pass
 from dash_onnx.runtime.prefix import PrefixStore
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.runtime.rows import Rows, calls
@@ -702,3 +703,34 @@ def test_what_no_batch_can_do_is_refused_at_once(tiny_model: Model) -> None:
     with pytest.raises(PolicyError, match="no message"):
         tiny_model.batch([[]])
     assert tiny_model.batch([]) == []
+
+
+@pytest.mark.parametrize("nth", [1, 6, 13])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_interrupted_step_ends_its_requests_and_leaves_nothing_half_written(
+    tiny_model: Model, rows: int, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"policy": "random:3", "max_new_tokens": 8, "ignore_eos": True}
+    prompts, calls = ["the keeper", "ships"][:rows], list[int]()
+    alone = [tiny_model.generate(prompt, **given) for prompt in prompts]
+    bound = Pass.run
+
+    def interrupted(self: Pass, start: int, stop: int, form: Any) -> None:
+        calls.append(start)
+        if len(calls) == nth:
+            bound(self, start, start + 1, form)
+            raise KeyboardInterrupt
+        bound(self, start, stop, form)
+
+    batch = tiny_model.new_scheduler(rows)
+    told: list[Chunk | Exception] = []
+    for prompt in prompts:
+        batch.submit(tiny_model.request(prompt, told.append, options(**given)))
+    monkeypatch.setattr(Pass, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        while batch.step():
+            pass
+    assert "interrupted" in str(told[-1])
+    again = run(tiny_model, batch, *prompts, **given)
+    texts = ["".join(piece.text for piece in pieces) for pieces in again]  # type: ignore[union-attr]
+    assert texts == alone

@@ -1078,6 +1078,23 @@ def test_a_session_that_cannot_be_written_does_not_end_the_chat(
     assert err.count("talk: No space left on device") == 2
 
 
+def test_a_session_that_stays_is_cleared_all_the_same(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    tiny_model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    given = (tiny_bundle, *QUICK, "--session", tmp_path / "talk")
+    out, err = chatted(monkeypatch, capsys, "hello\n/reset\nhello\n", *given)
+    assert out.splitlines() == conversation(tiny_model, "hello") * 2
+    assert "Permission denied" in err
+
+
 def test_a_cleared_conversation_leaves_its_session(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

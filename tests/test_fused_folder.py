@@ -31,7 +31,8 @@ from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import DATA, FACTS, MODEL, FuseOptions, options_of
-from dash_onnx.exporters.train.options import PLANS, TrainingPlan
+from dash_onnx.exporters.pipeline import build
+from dash_onnx.exporters.train.options import PLANS, TrainingPlan, TrainOptions
 from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider
 
 FUSE, TRAIN = Tool("dash-fuse", fuse_main), Tool("dash-train", train_main)
@@ -171,6 +172,17 @@ def test_training_the_folder_that_one_stands_in_renews_the_graph(
     monkeypatch.chdir(bundle)
     assert TRAIN.run(".", "--calibration", night) == 0
     assert (bundle / FUSED_FOLDER / MODEL).read_bytes() != before
+
+
+def test_texts_are_found_from_the_folder_that_an_export_replaces(
+    tiny_folder: Path, bundle: Path, night: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = (os.path.relpath(night, bundle),)
+    monkeypatch.chdir(bundle)
+    options = ExportOptions(overwrite=True, calibration=texts)
+    training = TrainOptions(effort="quick", calibration=texts)
+    manifest = build(str(tiny_folder), Path(), options, check="none", training=training).manifest
+    assert manifest.scorer is not None and Bundle(bundle).manifest.scorer is not None
 
 
 def test_options_from_python_are_those_that_are_read_again(bundle: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import dash_onnx
+from dash_onnx.core.arrays import Logits
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import ContextLengthError, DeviceError, PolicyError
 from dash_onnx.runtime.backend import Backend
@@ -60,6 +62,20 @@ def test_eos_ends_the_text(tiny_model: Model, tiny_bundle: Path, tmp_path: Path)
     steps = list(model.generate_step(PROMPT, max_new_tokens=8))
     assert len(steps) == out.index(out[3]) + 1
     assert steps[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_control_token_may_be_a_stop_string(tiny_model: Model, speculate: bool) -> None:
+    """Text has none, so it would never be found there."""
+    word, token = next(iter(tiny_model.text.control.items()))
+
+    def only(_: Sequence[int], logits: Logits) -> Logits:
+        return np.where(np.arange(len(logits)) == token, np.inf, logits)
+
+    given: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True, "logits_processor": only}
+    assert tiny_model.generate("the", **given).finish_reason == "length"
+    found = tiny_model.generate("the", stop=[word], speculate=speculate, **given)
+    assert (found, found.finish_reason, found.generated_tokens) == ("", "stop", 1)
 
 
 def test_context_end_is_a_stop_reason(tiny_model: Model) -> None:

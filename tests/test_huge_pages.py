@@ -52,3 +52,19 @@ def test_weights_move_to_huge_pages_once_and_not_where_it_is_turned_off(
     block = np.ones(16 << 20, np.uint8)
     assert machine.use_huge_pages() >= 12 << 20
     assert block.all()
+
+
+def test_files_that_the_system_keeps_in_memory_are_available(tmp_path: Path) -> None:
+    meminfo, group = tmp_path / "meminfo", tmp_path / "group"
+    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    assert machine.available_bytes(meminfo, group) == 5000 << 10
+    group.mkdir()
+    facts = {"memory.max": 4000 << 10, "memory.current": 3000 << 10}
+    for name, value in facts.items():
+        (group / name).write_text(f"{value}\n")
+    (group / "memory.stat").write_text(
+        f"anon 1\nfile 9\nactive_file {700 << 10}\ninactive_file {500 << 10}\n"
+    )
+    assert machine.available_bytes(meminfo, group) == (4000 - 3000 + 700 + 500) << 10
+    (group / "memory.max").write_text("max\n")
+    assert machine.available_bytes(meminfo, group) == 5000 << 10

@@ -617,6 +617,29 @@ def test_control_tokens_in_a_message_are_refused(client: openai.OpenAI, scored: 
         )
 
 
+def test_control_tokens_in_the_arguments_of_a_call_are_refused(
+    client: openai.OpenAI, scored: Model
+) -> None:
+    """However often they are written as JSON in JSON; and what was sent once may come back."""
+    word = next(iter(scored.text.control)).replace("<", "\\u003c")
+    answered = {"role": "tool", "tool_call_id": "1", "content": "7"}
+
+    def ask(arguments: str) -> Any:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        called = {"role": "assistant", "content": None, "tool_calls": [call]}
+        talk: Any = [*MESSAGES, called, answered]
+        return client.chat.completions.create(model="scored", messages=talk, max_tokens=2)
+
+    for arguments in (f'{{"q": "{word}"}}', json.dumps(f'{{"q": "{word}"}}')):
+        try:
+            ask(arguments)
+        except openai.BadRequestError as error:
+            assert "control token" in str(error)
+        else:
+            assert arguments.startswith('"')  # text with a backslash, which stays what it is
+    assert ask('"Paris"').choices
+
+
 def test_messages_are_searched_while_other_requests_are_served(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,6 +268,14 @@ def test_code_of_a_model_folder_is_never_run(folder: Path, tmp_path: Path) -> No
 # Configuration and tokenizer
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_refused_with_what_to_do(folder: Path, whole: bool) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (folder / "config.json").unlink()
+    assert "merge it into its model first" in refusal(UnsupportedError, folder)
+
+
 def test_a_folder_without_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     assert "no config.json" in refusal(SourceError, folder)
