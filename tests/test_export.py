@@ -24,6 +24,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import CARD_NAME
 from dash_onnx.core.facts import ModelFacts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
+from dash_onnx.exporters.calibration.statistics import scale_and_cosine
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.runtime.ort import create_session
 
@@ -146,6 +147,14 @@ def with_stored_weights(layer: Any, path: Path) -> Any:
         for part, rows in zip(parts, weight.split([p.out_features for p in parts]), strict=True):
             part.weight.data = rows
     return layer
+
+
+def test_tokens_whose_embedding_is_zero_leave_the_figures_of_a_layer_alone() -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 2, 12, 8)).astype(np.float32)
+    wanted = scale_and_cosine(x[:, :11], y[:, :11])
+    x[:, 11] = 0
+    assert scale_and_cosine(x, y) == pytest.approx(wanted)
+    assert scale_and_cosine(np.zeros_like(x), y) == (1.0, 1.0)
 
 
 def test_scale_and_cosine_are_means_over_all_tokens_but_the_sinks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,17 @@ def test_the_wide_form_loses_about_as_little_as_int8(pair: Pair, tmp_path: Path)
             wanted = runner.layer(index, pair.bundle / layer_path(index, "full"), states)
             assert 1e-4 < np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < WIDE_ERROR
         states = wanted
+
+
+def test_every_weight_of_a_layer_is_read(pair: Pair) -> None:
+    """A weight that is not read would be one of another model."""
+    source = open_source(str(pair.bundle.parent / "source"), REGISTRY)
+    family = REGISTRY[pair.case.family]
+    spec = family.describe("", source.config, pair.case.max_length)
+    for index in range(LAYERS):
+        family.layer(source.weights, index, spec)
+        if spec.attention[index].source is None:
+            assert source.weights.unread(f"{family.names.layers}.{index}.") == []
 
 
 def test_int8_layers_give_them_within_the_rounding_of_their_weights(pair: Pair) -> None:
@@ -400,6 +412,8 @@ MAMBA = {**HYBRID, "layer_types": ["attention", "attention", "mamba"]}
         ("gemma2", {"use_bidirectional_attention": True}, "not a causal model"),
         ("qwen2", {"layer_types": ["linear_attention"] * LAYERS}, "type 'linear_attention'"),
         ("stablelm", {"num_attention_heads": 8}, "rotates 2 of 8 dimensions"),
+        ("llama", {"is_causal": False}, "not a causal model"),
+        ("phi3", {"partial_rotary_factor": 0.0}, "turns no dimension"),
     ],
 )
 def test_what_the_graphs_do_not_have_is_refused(
@@ -408,6 +422,31 @@ def test_what_the_graphs_do_not_have_is_refused(
     config = config_of(family, change)
     with pytest.raises(UnsupportedError, match=message):
         architecture_of(config).describe("m", config, None)
+
+
+@pytest.mark.parametrize("family", sorted(REGISTRY))
+def test_fields_that_a_family_does_not_have_change_nothing(family: str) -> None:
+    """As in transformers, which reads only those that the class of a configuration declares."""
+    case = next(case for case in CASES.values() if case.family == family)
+    usual = config_of(family, case.config)
+    undeclared = {
+        "rms_norm_eps": 0.1,
+        "layer_norm_eps": 0.1,
+        "hidden_activation": "relu",
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 5.0,
+        "norm_topk_prob": False,
+    }
+    known = {one.name for one in fields(type(usual))}
+    other = {key: value for key, value in undeclared.items() if key not in known}
+    changed, family_of = config_of(family, {**case.config, **other}), architecture_of(usual)
+    assert family_of.describe("m", changed, None) == family_of.describe("m", usual, None)
+
+
+def test_a_softcap_of_zero_is_none() -> None:
+    config = config_of("gemma2", {"attn_logit_softcapping": 0.0, "final_logit_softcapping": 0.0})
+    block = architecture_of(config).describe("m", config, None).block
+    assert block.attention_softcap is None and block.logit_softcap is None
 
 
 # The documentation

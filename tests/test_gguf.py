@@ -105,6 +105,7 @@ def test_a_gguf_has_the_weights_it_was_made_of(family: str, tmp_path: Path) -> N
         assert name in weights
         torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
     assert "model.layers.0.mlp.absent.weight" not in weights
+    assert weights.unread("model.layers.0.") == []
 
 
 def with_sections(writer: gguf.GGUFWriter) -> None:
@@ -378,9 +379,11 @@ FACTORS = np.linspace(1.0, 2.0, 8, dtype=np.float32)
         ("llama", lambda w: w.add_tensor("rope_freqs.weight", FACTORS[:5]), "are not 8"),
         ("linear", lambda w: w.add_tensor("rope_freqs.weight", FACTORS), "at once"),
         ("granite", lambda w: w.add_rope_scaling_finetuned(False), "no position embedding"),
+        ("llama", lambda w: w.add_causal_attention(False), "not a causal model"),
+        ("llama", lambda w: w.add_float32("llama.rope.scaling.alpha", 2.0), "alpha"),
         ("granitemoe", lambda w: w.add_expert_shared_feed_forward_length(96), "a shared expert"),
     ],
-    ids=["experts", "scaling", "longrope", "factors", "two scalings", "granite", "shared"],
+    ids="experts scaling longrope factors two-scalings granite causal alpha shared".split(),
 )
 def test_what_the_file_asks_for_and_nobody_has_is_refused(
     family: str, add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path

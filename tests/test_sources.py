@@ -268,6 +268,23 @@ def test_code_of_a_model_folder_is_never_run(folder: Path, tmp_path: Path) -> No
 # Configuration and tokenizer
 
 
+def test_weights_that_a_family_does_not_have_are_told_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for layer in (0, 1):
+        tensors[f"model.layers.{layer}.self_attn.q_norm.weight"] = torch.ones(16)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, file, {"format": "pt"})
+    export(str(folder), tmp_path / "out", ExportOptions(compensation_rank=0))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [line for line in told if "not used" in line] == [
+        "model.layers.0.self_attn.q_norm.weight is not used: the family llama has no such weight, "
+        "so a model that needs it answers differently"
+    ]
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_adapter_is_refused_with_what_to_do(folder: Path, whole: bool) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')

@@ -260,7 +260,7 @@ def test_drafts_give_the_same_text_and_leave_the_same_states(model: Model) -> No
     request = model._requests.make(ids, options, lambda token: token, lambda piece: None)
     request.stats_of = lambda _: learned
     request.expected = [3 if n % 6 == 5 else token for n, token in enumerate(usual)]
-    drafted = model._run(request, cache)
+    drafted = cache.generation(request)
     steps = [*drafted]
     assert [step.token for step in steps] == usual
     outcomes = [step.draft for step in steps if step.draft is not None]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +124,8 @@ class Decoder:
         return spec
 
     def _described(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
+        if getattr(config, "is_causal", True) is False:
+            raise UnsupportedError("is_causal is false: not a causal model")
         for key in (*self.refused, *self.needed):
             if bool(value := getattr(config, key, None)) != (key in self.needed):
                 raise UnsupportedError(f"{config.model_type} with {key} {value} is not supported")
@@ -163,11 +165,11 @@ class Decoder:
 
     def block(self, config: PretrainedConfig) -> Block:
         """What all layers compute."""
-        name = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu")
+        name = declared(config, "hidden_activation") or declared(config, "hidden_act") or "silu"
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise UnsupportedError(f"activation {name!r} is not supported; supported: {known}")
-        epsilons = [float(getattr(config, key)) for key in _EPSILONS if getattr(config, key, None)]
+        epsilons = [float(value) for key in _EPSILONS if (value := declared(config, key))]
         parallel = self.parallel
         return Block(
             norm=self.norm,
@@ -176,8 +178,8 @@ class Decoder:
             gated=self.gated,
             parallel=parallel if isinstance(parallel, bool) else bool(getattr(config, parallel)),
             attention_scale=_head_dim(config) ** -0.5,
-            attention_softcap=getattr(config, "attn_logit_softcapping", None),
-            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            attention_softcap=declared(config, "attn_logit_softcapping") or None,
+            logit_softcap=declared(config, "final_logit_softcapping") or None,
             heads_normed=self.heads_normed,
             experts=self.experts(config),
         )
@@ -364,6 +366,11 @@ def _paired(qkv: Linear, count: int, order: npt.NDArray[np.int64] | None) -> Lin
     heads = np.arange(count) * len(order)
     turned = (heads[:, None] + order).reshape(-1)
     return qkv.reordered(np.concatenate([turned, np.arange(len(turned), qkv.out_features)]))
+
+
+def declared(config: PretrainedConfig, key: str) -> Any:
+    """A field of the family's configuration; None if it has none, whatever config.json says."""
+    return getattr(config, key) if key in {one.name for one in fields(type(config))} else None
 
 
 def _head_dim(config: PretrainedConfig) -> int:

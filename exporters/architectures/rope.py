@@ -101,7 +101,10 @@ def rope_of(
         kind, base = "default", base * alpha ** (head / (head - 2))
     if kind == "default":
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rotated = int(head * (parameters.get("partial_rotary_factor") or 1.0))
+        share = parameters.get("partial_rotary_factor")
+        rotated = int(head * (1.0 if share is None else share))
+        if rotated < 2:
+            raise UnsupportedError("the rotary embedding turns no dimension: not supported")
         exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
         inv_freq, scaling = 1.0 / base**exponents, 1.0
     else:

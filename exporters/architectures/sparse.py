@@ -20,7 +20,7 @@ from dash_onnx.exporters.architectures.base import (
     check_shape,
     take,
 )
-from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.architectures.decoder import Decoder, declared
 from dash_onnx.exporters.architectures.hybrid import LFM2, QWEN35, Lfm2, Qwen35
 from dash_onnx.exporters.architectures.names import HEAD_NORMS, HUNYUAN, NORMS_BEHIND, Names
 from dash_onnx.exporters.sources import Weights
@@ -78,7 +78,7 @@ class Sparse(Decoder):
             per_token=chosen,
             width=width,
             shared_width=shared,
-            normalized=bool(getattr(config, "norm_topk_prob", True)),
+            normalized=declared(config, "norm_topk_prob") is not False,
             scoring=self.scoring,
             factor=float(getattr(config, self.factor)) if self.factor else 1.0,
         )

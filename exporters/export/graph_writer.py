@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from dash_onnx.exporters.graphs import (
 from dash_onnx.exporters.sources import Source
 from dash_onnx.runtime.machine import release_memory
 
+_LOG = logging.getLogger(__name__)
 _FIGURE_SEQUENCES = 8  # enough for the figures of a layer; GPTQ and the compensation see all
 
 _SINKS_READ = 30.0
@@ -59,6 +61,7 @@ class GraphWriter:
     spec: ModelSpec
     options: ExportOptions
     fp32_kept: list[str] = field(default_factory=list)
+    _told: bool = False
 
     def __post_init__(self) -> None:
         self.target = self.options.target
@@ -73,6 +76,21 @@ class GraphWriter:
         self.fp32_kept += build_embed(folder, table, self.spec, self.target, per_layer, rounded)
         out.write(len(ids), [self.runner.embed(folder / EMBED_PATH, ids)])
 
+    def _tell_unread(self, index: int) -> None:
+        """Warns, once, of weights that the family does not have: another model may need them."""
+        if self._told or self.spec.attention[index].source is not None:  # stored, but not needed
+            return
+        unread = self.source.weights.unread(f"{self.architecture.names.layers}.{index}.")
+        if unread:
+            self._told = True
+            _LOG.warning(
+                "%s is not used%s: the family %s has no such weight, so a model that needs it "
+                "answers differently",
+                unread[0],
+                f", nor are {len(unread) - 1} others of this layer" if unread[1:] else "",
+                self.spec.facts.architecture,
+            )
+
     def layer(
         self, folder: Path, index: int, hidden: HiddenStateFile, out: HiddenStateFile
     ) -> LayerFacts:
@@ -81,6 +99,7 @@ class GraphWriter:
         paths: dict[Form, str] = {form: layer_path(index, form) for form in (*ACTIONS, WIDE)}
         shutil.rmtree((folder / paths[SKIP]).parent, ignore_errors=True)
         layer = self.architecture.layer(self.source.weights, index, spec)
+        self._tell_unread(index)
 
         # `full` is the reference for the figures even if it is not kept.
         exact = replace(target, kv_cache="float")

@@ -188,6 +188,8 @@ def _exact_rows(table: torch.Tensor, block_size: int) -> Quantized | None:
         return None
     parts = []
     for part in row_groups(table):
+        if not fits_half(part):
+            return None
         rows = quantize(part, 8, block_size)
         scales = rows.scales.astype(np.float16)
         rows = replace(rows, scales=scales.astype(np.float32))

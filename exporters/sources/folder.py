@@ -18,6 +18,7 @@ from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.mxfp4 import Mxfp4Weights
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
+    UNUSED,
     Shapes,
     Source,
     Weights,
@@ -50,6 +51,7 @@ class SafetensorsWeights(Shapes):
             raise SourceError(f"{folder} has no safetensors weights{hint}")
         super().__init__({})
         self._places: dict[str, tuple[Path, str]] = {}  # file, and name in it
+        self._read_so_far = set[str]()
         for shard in shards:
             path = folder / shard
             if Path(shard).name != shard:  # links in the folder are fine: the hub's cache has them
@@ -78,6 +80,7 @@ class SafetensorsWeights(Shapes):
     def _read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         if name not in self._places:
             raise SourceError(f"the weights have no tensor {name!r}")
+        self._read_so_far.add(name)
         path, stored = self._places[name]
         # Kept open, a file would hold every page ever read in this process's memory.
         with safe_open(path, framework="pt") as file:
@@ -87,6 +90,14 @@ class SafetensorsWeights(Shapes):
             if not weight.is_floating_point() or weight.element_size() == 1:
                 raise UnsupportedError(f"{name} is quantized ({weight.dtype}); {_ORIGINAL}")
         return finite(name, weight)
+
+    def unread(self, prefix: str) -> list[str]:
+        """See `Weights`."""
+        return [
+            name
+            for name in sorted({*self.shapes} - self._read_so_far)
+            if name.startswith(prefix) and not UNUSED.search(name)
+        ]
 
 
 def has_weights(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from dash_onnx.exporters.sources.gguf_layout import Layout
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
 from dash_onnx.exporters.sources.license import license_of
 from dash_onnx.exporters.sources.source import (
+    UNUSED,
     Source,
     check_layers,
     check_supported,
@@ -52,11 +53,13 @@ class GGUFWeights:
         self._names = get_tensor_name_map(arch, layers_in(tensors))
         self._tensors = tensors
         self._layout = Layout(architecture, config)
+        self._read_so_far = set[str | None]()
 
     def _find(self, name: str) -> Any:
         mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name == "lm_head.weight":
             mapped = "output.weight"  # missing from gguf's list for LFM 2 MoE
+        self._read_so_far.add(mapped)
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
@@ -128,6 +131,15 @@ class GGUFWeights:
             return None
         quantized = unpack(np.asarray(tensor.data), tensor.tensor_type)
         return quantized and readable(name, lambda: self._layout.packed(name, quantized))
+
+    def unread(self, prefix: str) -> list[str]:
+        """See `Weights`."""
+        layer = prefix.rstrip(".").rpartition(".")[2]
+        return [
+            name
+            for name in sorted({*self._tensors} - self._read_so_far)
+            if name.startswith(f"blk.{layer}.") and not UNUSED.search(name)
+        ]
 
 
 def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:

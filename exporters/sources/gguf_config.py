@@ -68,6 +68,10 @@ def config_of(
             f"{architecture}.expert_count is {meta['expert_count']}: mixtures of experts "
             f"are supported only for {', '.join(_MIXTURES)}"
         )
+    if meta.get("attention.causal") is False:
+        raise UnsupportedError(f"{architecture}.attention.causal is false: not a causal model")
+    if meta.get("rope.scaling.alpha") or (architecture == "lfm2" and _window(meta)):
+        raise UnsupportedError("rope.scaling.alpha and windows of LFM 2 are not read from GGUF")
     if "glm4.rope.dimension_sections" in values:
         raise UnsupportedError("the text part of a GLM-4 model for images is not read from GGUF")
     if "token_embd.weight" not in tensors:
@@ -84,7 +88,7 @@ def config_of(
             f"the GGUF file has {heads} heads of {head_dim} in a model that is {width} wide"
         )
     length = int(meta["context_length"])
-    window = meta.get("attention.sliding_window")
+    window = _window(meta)
     common: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": _width(meta),
@@ -94,7 +98,7 @@ def config_of(
         "num_key_value_heads": _kv_heads(meta, heads),
         "head_dim": head_dim,
         "max_position_embeddings": length,
-        "sliding_window": int(window) if window else None,
+        "sliding_window": window,
         # From the tensor, not the key: converters drop unused rows, or pad.
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -122,6 +126,10 @@ def config_of(
     known = {field.name for field in dataclasses.fields(config_class)}
     known.update(_UNDECLARED.get(architecture, ()))
     return config_class(**{key: value for key, value in common.items() if key in known})
+
+
+def _window(meta: Metadata) -> int | None:
+    return int(meta.get("attention.sliding_window") or 0) or None
 
 
 def _width(meta: Metadata) -> int:

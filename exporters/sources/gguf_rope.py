@@ -26,7 +26,7 @@ def rope_parameters(
         UnsupportedError: its kind is not known, or there are two at once.
     """
     rotated = int(meta.get("rope.dimension_count", head_dim))
-    if not 0 <= rotated <= head_dim:
+    if not 2 <= rotated <= head_dim:
         raise SourceError(f"the GGUF file rotates {rotated} of {head_dim} dimensions of a head")
     parameters: dict[str, Any] = {
         "rope_type": "default",

@@ -18,6 +18,9 @@ from dash_onnx.exporters.quantize.blockwise import Quantized, row_groups
 
 T = TypeVar("T")
 
+UNUSED = re.compile(r"(inv_freq|attention\.(masked_)?bias|\.eps|_scale|\.scale)$")
+"""Names of tensors that no family needs: constants, and factors that are read with another one."""
+
 
 class Weights(Protocol):
     """Tensors by their Hugging Face name, read from disk at each look-up."""
@@ -46,6 +49,10 @@ class Weights(Protocol):
 
     def packed(self, name: str) -> Quantized | None:
         """The weight as integers, if the source stores it in a form that graphs can hold."""
+        ...
+
+    def unread(self, prefix: str) -> list[str]:
+        """Names of the tensors below a layer's prefix that have not been looked up."""
         ...
 
 
@@ -96,6 +103,10 @@ class Shapes:
     def packed(self, name: str) -> None:
         """See `Weights`: none has integers."""
 
+    def unread(self, prefix: str) -> list[str]:
+        """See `Weights`: there is none to read."""
+        return []
+
 
 class Wrapped:
     """Weights of another source; a subclass reads some of them in another way."""
@@ -121,6 +132,10 @@ class Wrapped:
     def packed(self, name: str) -> Quantized | None:
         """See `Weights`."""
         return self.stored.packed(name)
+
+    def unread(self, prefix: str) -> list[str]:
+        """See `Weights`."""
+        return self.stored.unread(prefix)
 
 
 @dataclass(frozen=True)
