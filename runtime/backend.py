@@ -47,21 +47,13 @@ class Backend:
         """A tensor of zeros on the device."""
         return Buffer(shape, dtype)
 
-    def session(self, graph: Path, *, scorer: bool = False) -> Any:
-        """Loads a graph; the scorer's may run beside the others.
+    def session(self, graph: Path | bytes, *, scorer: bool = False, **options: Any) -> Any:
+        """Loads a graph; the scorer's may run beside the others. For options: `create_session`.
 
         Raises:
             BundleError: ORT refuses the graph.
         """
-        return create_session(graph, self.device)
-
-    def mapped(self, graph: Path) -> Any:
-        """Loads a graph whose weights stay in its file, which is memory-mapped; see `session`."""
-        return create_session(graph, self.device, packed=False)
-
-    def joined(self, graph: bytes, weights: Path) -> Any:
-        """Loads a graph of several layers, with weights in a bundle's folder; see `session`."""
-        return create_session(graph, self.device, weights=weights)
+        return create_session(graph, self.device, **options)
 
     def repeated(self, run: Run) -> Run:
         """A run that will be repeated with the same shapes and addresses."""

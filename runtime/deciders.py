@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NEVER = 1e30  # penalty of an action that must not be chosen
 
 
-class Decider(Protocol):
+class Decider:
     """Chooses the action of each layer in the passes of one sequence.
 
     Attributes:
@@ -42,18 +42,20 @@ class Decider(Protocol):
 
     def action(self, layer: int) -> Action:
         """What the segment that begins with a layer does."""
+        raise NotImplementedError
 
     def after(self, layer: int) -> None:
         """Once that segment has been started."""
 
     def end(self) -> ActionPath:
         """After the last layer; returns the path that was taken."""
+        raise NotImplementedError
 
     def move(self, sequence: SequenceState) -> None:
         """Between two passes: the next ones run another sequence, which holds the same tokens."""
 
 
-class FixedPath:
+class FixedPath(Decider):
     """The same path in every pass."""
 
     def __init__(self, path: ActionPath, head: Action, segments: tuple[Segment, ...] = ()):
@@ -66,25 +68,13 @@ class FixedPath:
         """
         self.path, self.head, self.segments = path, head, segments or segments_of(path)
 
-    def begin(self) -> None:
-        """See `Decider`."""
-
-    def before(self, layer: int) -> None:
-        """See `Decider`."""
-
     def action(self, layer: int) -> Action:
         """See `Decider`."""
         return self.path[layer]
 
-    def after(self, layer: int) -> None:
-        """See `Decider`."""
-
     def end(self) -> ActionPath:
         """See `Decider`."""
         return self.path
-
-    def move(self, sequence: SequenceState) -> None:
-        """See `Decider`."""
 
 
 class PathSequence(FixedPath):
@@ -105,7 +95,7 @@ class PathSequence(FixedPath):
         return path
 
 
-class ScoredDecider:
+class ScoredDecider(Decider):
     """The scorer decides, at each decision point for the layers from there to the next one.
 
     It reads the input of the layer before the decision point, so that it may run beside that layer:

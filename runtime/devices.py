@@ -47,9 +47,9 @@ def open_backend(device: str, *, cuda_graphs: bool = False) -> Backend:
     """
     check_device(device)
     if device == "cuda":
-        from dash_onnx.runtime.cuda import open_cuda
+        from dash_onnx.runtime.cuda import CudaBackend, CudaGraphBackend, Driver, open_driver
 
-        return open_cuda(graphs=cuda_graphs)
+        return (CudaGraphBackend if cuda_graphs else CudaBackend)(Driver(open_driver()))
     if cuda_graphs:
         raise DeviceError("CUDA graphs need --device cuda, and a bundle that was exported with it")
     return Backend()

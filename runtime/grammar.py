@@ -130,8 +130,7 @@ class Constraint:
 
     def forced(self) -> list[int]:
         """The next tokens, if the grammar allows only one text, as the tokenizer splits it."""
-        forced: list[int] = self._matcher.compute_ff_tokens()
-        return forced
+        return self._matcher.compute_ff_tokens()
 
     def hint(self) -> list[int]:
         """Likely next tokens, of the only text that the grammar allows.
@@ -142,8 +141,7 @@ class Constraint:
         text: bytes = self._matcher.compute_ff_bytes()
         if not self._hinted:
             self._hinted, self._came = text, []
-        hint: list[int] = self._cuts.get(text) or self._tokenizer.tokenize_bytes(text)
-        return hint
+        return self._cuts.get(text) or self._tokenizer.tokenize_bytes(text)
 
 
 def guidance_tokenizer(text: TextCodec, vocab_size: int) -> LLTokenizer:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.budget import scorer_facts
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import head_path, layer_path
+from dash_onnx.core.contract import head_path
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.progress import Phase
@@ -219,11 +219,7 @@ def _windows(
 ) -> list[_Window]:
     """Splits what is to be timed into windows."""
     layers = tuple(range(manifest.model.num_layers))
-    in_layers = sum(
-        manifest.graph_bytes(layer_path(layer, action), action)
-        for layer in layers
-        for action in actions
-    )
+    in_layers = manifest.layer_bytes(actions)
     in_heads = sum(manifest.graph_bytes(head_path(head), head) for head in heads)
     if in_layers + in_heads <= _WINDOW_BYTES:
         return [_Window(layers, heads, whole=True)]

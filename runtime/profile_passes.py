@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from dash_onnx.core.actions import WIDE, Form
 from dash_onnx.core.block import ATTENTIONS
-from dash_onnx.core.contract import layer_path
 from dash_onnx.core.facts import PassCosts
 from dash_onnx.runtime.sequence import SequenceState
 from dash_onnx.runtime.sessions import Sessions
@@ -84,11 +83,7 @@ class _Times:
         """Takes some of the layers of a kind."""
         manifest, first = sessions.manifest, max(len(kind) // 2 - 1, 0)
         self._sessions, self._layers = sessions, kind[first : first + _LAYERS]
-        weights = sum(
-            manifest.graph_bytes(layer_path(layer, action), action)
-            for layer in range(manifest.model.num_layers)
-            for action in manifest.variants
-        )
+        weights = manifest.layer_bytes(manifest.variants)
         self._others = np.ones(_SMALL_BYTES // 8 if weights > _SMALL_BYTES else 0, np.uint64)
 
     def layers(

@@ -15,7 +15,6 @@ import numpy as np
 from dash_onnx.core.actions import DECIDED, SKIP, ActionPath
 from dash_onnx.core.budget import PRESETS, multiplier_of, reference_ms, scorer_facts
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.facts import Costs
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.plans import Plan, alternatives, margin_of, preset_plans, whole_key, whole_ratio
@@ -217,10 +216,11 @@ def error_of(values: Sequence[float]) -> float:
 def _fits(manifest: Manifest, plan: Plan) -> bool:
     """Whether memory has room for a plan beside the reference."""
     room, reference = available_bytes(), manifest.variants[0]
-    layers = range(manifest.model.num_layers)
-    needed = manifest.weight_bytes((reference,) * len(layers), manifest.heads[reference])
-    needed += manifest.graph_bytes(head_path(plan.head), plan.head)
-    for layer in layers:
-        for action in [plan.path[layer]] if plan.path else manifest.actions:
-            needed += manifest.graph_bytes(layer_path(layer, action), action)
+    needed = manifest.weight_bytes(
+        (reference,) * manifest.model.num_layers, manifest.heads[reference]
+    )
+    if plan.path:
+        needed += manifest.weight_bytes(plan.path, plan.head)
+    else:
+        needed += manifest.weight_bytes((), plan.head) + manifest.layer_bytes(manifest.actions)
     return room is None or needed < room

@@ -81,37 +81,27 @@ class Rows:
         """
         wanted = wanted or [len(ids) for ids in tokens]
         if len(rows) == 1:
-            logits, path = self._alone(rows[0], tokens[0], deciders[0], wanted[0])
-            return [logits], [path]
+            alone, path = self._alone(rows[0], tokens[0], deciders[0], wanted[0])
+            return [alone], [path]
         with self.states[0].sessions.backend.lock:
-            return self._joined(rows, tokens, deciders, wanted)
-
-    def _joined(
-        self,
-        rows: Sequence[int],
-        tokens: Sequence[Sequence[int]],
-        deciders: Sequence[Decider],
-        wanted: Sequence[int],
-    ) -> tuple[list[Logits], list[ActionPath]]:
-        """Runs tokens of several rows; see `forward`."""
-        seq, first, stop = max(map(len, tokens)), rows[0], rows[-1] + 1
-        together = self._place(rows, tokens, seq)
-        self._layers(together, tuple(rows), deciders, seq)
-        if seq == 1:
-            key, heads = tuple(rows), tuple([decider.head for decider in deciders])
-            for low, high, head in calls(key, heads):
-                part = self._part(low, high)
-                part.follow(seq)
-                part.head(head)
-            logits = [self.states[row].logits[None] for row in rows]
-        else:
-            hidden = together.output.reshape(stop - first, seq, -1)
-            each = [
-                hidden[row - first, len(ids) - count : len(ids)]
-                for row, ids, count in zip(rows, tokens, wanted, strict=True)
-            ]
-            logits = self._heads(each, deciders)
-        return logits, [decider.end() for decider in deciders]
+            seq, first, stop = max(map(len, tokens)), rows[0], rows[-1] + 1
+            together = self._place(rows, tokens, seq)
+            self._layers(together, tuple(rows), deciders, seq)
+            if seq == 1:
+                key, heads = tuple(rows), tuple([decider.head for decider in deciders])
+                for low, high, head in calls(key, heads):
+                    part = self._part(low, high)
+                    part.follow(seq)
+                    part.head(head)
+                logits = [self.states[row].logits[None] for row in rows]
+            else:
+                hidden = together.output.reshape(stop - first, seq, -1)
+                each = [
+                    hidden[row - first, len(ids) - count : len(ids)]
+                    for row, ids, count in zip(rows, tokens, wanted, strict=True)
+                ]
+                logits = self._heads(each, deciders)
+            return logits, [decider.end() for decider in deciders]
 
     def _alone(
         self, row: int, ids: Sequence[int], decider: Decider, wanted: int

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 from dash_onnx.core.actions import ACTIONS, WIDE, Action, ActionPath, Form, Segment
@@ -31,6 +31,9 @@ from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.backend import Backend
 from dash_onnx.runtime.machine import available_bytes, release_memory, use_huge_pages
 from dash_onnx.runtime.ort import thread_count
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.passes import Pass
 
 Memory = Literal["high", "low"]
 """`high` also loads the wide form, which makes passes of many rows fast and takes about one more
@@ -73,13 +76,6 @@ def _paths(layers: range, form: Form) -> set[str]:
     return {layer_path(layer, form) for layer in layers}
 
 
-class Bound(Protocol):
-    """What keeps sessions alive until it forgets them."""
-
-    def unbind(self) -> None:
-        """Forgets them; it asks for those that it needs later."""
-
-
 class Sessions:
     """One ORT session per graph, never two: ORT prepacks a copy of the weights for each session.
 
@@ -87,7 +83,7 @@ class Sessions:
         manifest: manifest of the bundle.
         widened: actions that may run in the wide form.
         backend: the device.
-        bound: what has bound some of them to its buffers, by its id.
+        bound: passes that have bound some of them to their buffers, by `id`.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, memory: Memory = "high"):
@@ -97,11 +93,6 @@ class Sessions:
         self.backend = backend
         self._low = memory == "low"
         self._mapped = frozenset[Form]()  # forms of layers whose weights stay in their files
-        dims, facts = bundle.manifest.dims, bundle.manifest.scorer
-        self.embed_ports = embed_ports(dims)
-        self.head_ports = head_ports(dims)
-        layers, actions = bundle.manifest.model.num_layers, len(facts.actions) if facts else 0
-        self.scorer_ports = scorer_ports(dims, layers, actions)
         self._bundle = bundle
         self._loaded: dict[str, LoadedGraph] = {}
         self._joined: dict[Run, LoadedGraph] = {}
@@ -109,16 +100,16 @@ class Sessions:
         self._settled = frozenset[str]()
         self._locks: dict[str, threading.Lock] = {}  # held while a graph is loaded
         self._closed = False
-        self.bound = WeakValueDictionary[int, Bound]()
+        self.bound = WeakValueDictionary[int, "Pass"]()
 
     def embed(self) -> LoadedGraph:
         """The token embedding."""
-        return self._get(EMBED_PATH, self.embed_ports)
+        return self._get(EMBED_PATH, embed_ports(self.manifest.dims))
 
     def layer(self, layer: int, form: Form) -> LoadedGraph:
         """One layer in one form."""
-        ports, mapped = self.manifest.layer_ports(layer), form in self._mapped
-        return self._get(layer_path(layer, form), ports, mapped=mapped)
+        ports, packed = self.manifest.layer_ports(layer), form not in self._mapped
+        return self._get(layer_path(layer, form), ports, packed=packed)
 
     def joined(self, layers: range, form: Form) -> LoadedGraph | None:
         """Consecutive layers as one graph; None where they have to run one by one.
@@ -149,14 +140,14 @@ class Sessions:
 
         self._check_open()
         graph = compose(self._bundle, layers, form)
-        session = self.backend.joined(graph, self._bundle.folder)
+        session = self.backend.session(graph, weights=self._bundle.folder)
         ports = self.manifest.ports_joined(layers)
         name = f"layers {layers.start} to {layers.stop - 1} in {form}"
         return LoadedGraph(session, _ports_of(name, session, ports, "export again"))
 
     def head(self, form: Form) -> LoadedGraph:
         """Final norm and LM head."""
-        return self._get(head_path(form), self.head_ports)
+        return self._get(head_path(form), head_ports(self.manifest.dims))
 
     def has_wide_head(self) -> bool:
         """Whether the wide LM head is loaded."""
@@ -164,8 +155,9 @@ class Sessions:
 
     def scorer(self) -> LoadedGraph:
         """The scorer; see `ScorerFacts`."""
-        file = scorer_facts(self.manifest).file
-        return self._get(file, self.scorer_ports, "train again (dash-train)", scorer=True)
+        facts, manifest = scorer_facts(self.manifest), self.manifest
+        ports = scorer_ports(manifest.dims, manifest.model.num_layers, len(facts.actions))
+        return self._get(facts.file, ports, "train again (dash-train)", scorer=True)
 
     def preload(
         self,
@@ -186,7 +178,7 @@ class Sessions:
             DeviceError: they do not fit in memory.
         """
         heads, runs = self._used(policy, prompt)
-        self._check_memory(heads, runs)
+        self.check_memory(policy, prompt)
         loads: list[Callable[[], Any]] = [
             *(partial(self.head, form) for form in heads if batches or form != WIDE),
             *(partial(self._load, *run) for run in runs),
@@ -196,14 +188,6 @@ class Sessions:
             loads.append(self.scorer)
         with ThreadPoolExecutor(thread_count()) as pool:
             list(pool.map(lambda load: load(), loads))
-
-    def check_memory(self, policy: Policy, prompt: PromptPlan) -> None:
-        """Refuses a policy that does not fit in memory on top of what is loaded.
-
-        Raises:
-            DeviceError: it would load more than fits.
-        """
-        self._check_memory(*self._used(policy, prompt))
 
     def _load(self, layers: range, form: Form) -> None:
         if self.joined(layers, form) is None:
@@ -258,10 +242,17 @@ class Sessions:
         mapped = form in self._mapped and path != head_path(form)
         return 0 if mapped else self.manifest.graph_bytes(path, form)
 
-    def _check_memory(self, heads: Iterable[Form], runs: Iterable[Run]) -> None:
-        """Refuses what does not fit, unless it is experts that can stay in their files."""
+    def check_memory(self, policy: Policy | None, prompt: PromptPlan | None) -> None:
+        """Refuses what `preload` would load if it does not fit beside what is loaded.
+
+        Experts that can stay in their files do so.
+
+        Raises:
+            DeviceError: it does not fit.
+        """
         if self.backend.device != "cpu" or (available := available_bytes()) is None:
             return
+        heads, runs = self._used(policy, prompt)
         needed, experts = self._bytes(heads, runs), self.manifest.block.experts is not None
         if needed > available and experts and self._low:
             others = self._bytes(heads, [run for run in runs if run[1] not in _FROM_FILES])
@@ -332,9 +323,7 @@ class Sessions:
         path: str,
         ports: Ports,
         remedy: str = "export again",
-        *,
-        scorer: bool = False,
-        mapped: bool = False,
+        **options: Any,
     ) -> LoadedGraph:
         loaded = self._loaded.get(path)
         if loaded is None:
@@ -342,12 +331,7 @@ class Sessions:
                 loaded = self._loaded.get(path)
                 self._check_open()
                 if loaded is None:
-                    file = self._bundle.verified(path)
-                    session = (
-                        self.backend.mapped(file)
-                        if mapped
-                        else self.backend.session(file, scorer=scorer)
-                    )
+                    session = self.backend.session(self._bundle.verified(path), **options)
                     loaded = LoadedGraph(session, _ports_of(path, session, ports, remedy))
                     self._loaded[path] = loaded
                     self._check_open()  # it may have been closed while this loaded

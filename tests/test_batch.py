@@ -583,7 +583,7 @@ def test_drafts_leave_room_for_a_row_between_them_that_is_nearly_full(
         [step.token for step in tiny_model.generate_step(ids, options=one, speculate=False)]
         for ids, one in pairs
     ]
-    forward, refused = Rows._joined, list[Exception]()
+    forward, refused = Rows.forward, list[Exception]()
 
     def watched(*arguments: Any) -> Any:
         try:
@@ -592,7 +592,7 @@ def test_drafts_leave_room_for_a_row_between_them_that_is_nearly_full(
             refused.append(error)
             raise
 
-    monkeypatch.setattr(Rows, "_joined", watched)
+    monkeypatch.setattr(Rows, "forward", watched)
     batch, told = tiny_model.new_scheduler(3), [list[Any]() for _ in prompts]
     for (ids, one), pieces, text in zip(pairs, told, alone, strict=True):
         request = tiny_model.request(ids, pieces.append, one)

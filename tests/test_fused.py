@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from dash_onnx.core.actions import SKIP, Action
 from dash_onnx.core.bundle import Bundle, list_files, replace_manifest
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import ScoredPolicy
-from dash_onnx.core.records import to_json
 from dash_onnx.exporters.fused import (
     BUDGET,
     CLIENTS,
@@ -381,7 +381,7 @@ def test_genai_is_told_no_token_that_the_model_has_not(bundle: Path, tmp_path: P
     stored = folder / "generation_config.json"
     stored.write_text(json.dumps({"eos_token_id": 1}))
     manifest = json.loads((folder / "dash.json").read_text())
-    manifest["files"] = to_json(list_files(folder))
+    manifest["files"] = {n: dataclasses.asdict(f) for n, f in list_files(folder).items()}
     (folder / "dash.json").write_text(json.dumps(manifest))
     fuse(Bundle(folder), tmp_path / "graph", FuseOptions("genai", "int8"), overwrite=False)
     model = json.loads((tmp_path / "graph" / "genai_config.json").read_text())["model"]

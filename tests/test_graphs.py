@@ -112,7 +112,7 @@ def test_graphs_compute_what_their_own_weights_say(device: str, bundles: dict[st
     x = torch.from_numpy(outputs["hidden"]).float()
     normed = model.normed(0, x)
     wanted = {"skip": model.skip(0, x, normed)[0]}
-    beside = model.beside(torch.zeros(1, 24, dtype=torch.long))
+    beside = model.embedding.beside(torch.zeros(1, 24, dtype=torch.long))
     for action in bundle.manifest.variants:
         queries, keys_values = model.qkv(0, action, normed)
         attention = model.attend(0, queries, keys_values, beside)

@@ -202,7 +202,7 @@ def test_training_computes_int2_as_the_runtime_does(two_bits: Path) -> None:
     wanted = sequence.prefill(ids, path, "int8", every=True)
     layers = DequantizedModel(Bundle(two_bits), ("int8", "int4", "int2"), torch.float32)
     batch = torch.from_numpy(ids)[None]
-    x, beside = layers.embed(batch), layers.beside(batch)
+    x, beside = layers.embedding(batch), layers.embedding.beside(batch)
     for index in range(4):
         queries, keys_values = layers.qkv(index, "int2", layers.normed(index, x))
         attention = layers.attend(index, queries, keys_values, beside)

@@ -26,7 +26,6 @@ from dash_onnx.core.contract import EMBED_PATH, data_name, head_path
 from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.manifest import MANIFEST_NAME
 from dash_onnx.core.plans import frontier, preset_plans
-from dash_onnx.core.records import to_json
 from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.export import ExportOptions
 from dash_onnx.exporters.export.sizes import sizes_of
@@ -51,7 +50,7 @@ def written(bundle: Path, path: str) -> int:
 def estimated(folder: Path, **options: Any) -> dict[str, Any]:
     """What an export with these options would write and need."""
     source = open_source(str(folder), REGISTRY, False, None)
-    found = to_json(sizes_of(source, ExportOptions(**options)))
+    found = dataclasses.asdict(sizes_of(source, ExportOptions(**options)))
     return json.loads(json.dumps(found))
 
 
@@ -200,7 +199,7 @@ def test_the_measured_plans_are_shown_with_the_presets_that_run_them(
     shown = [{key: value for key, value in plan.items() if key != "presets"} for plan in found]
     assert shown == sorted(shown, key=lambda plan: float(plan["budget"]))
     for plan in (*frontier(manifest), *chosen.values()):
-        assert json.loads(json.dumps(to_json(plan))) in shown
+        assert json.loads(json.dumps(dataclasses.asdict(plan))) in shown
     for name, plan in chosen.items():
         (own,) = [one for one in found if name in one["presets"]]
         assert (own["budget"], own["kl"], own["head"]) == (plan.budget, plan.kl, plan.head)

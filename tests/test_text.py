@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from dash_onnx.core.bundle import Bundle, list_files
 from dash_onnx.core.conversation import _takes_system, rendered
 from dash_onnx.core.errors import BundleError, PolicyError, SourceError
-from dash_onnx.core.records import to_json
 from dash_onnx.core.text import Detokenizer, TextCodec, read_text
 from dash_onnx.runtime.results import Chunk, FinishReason, GeneratedToken
 from dash_onnx.runtime.writer import TextWriter
@@ -76,7 +76,7 @@ def replaced(source: Path, target: Path, files: dict[str, str | None]) -> Bundle
         else:
             (folder / name).write_text(content, "utf-8")
     manifest = json.loads((folder / "dash.json").read_text("utf-8"))
-    manifest["files"] = to_json(list_files(folder))
+    manifest["files"] = {n: dataclasses.asdict(f) for n, f in list_files(folder).items()}
     (folder / "dash.json").write_text(json.dumps(manifest), "utf-8")
     return Bundle(folder)
 

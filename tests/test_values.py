@@ -29,7 +29,7 @@ def env(tiny_folder: Path, night: Path, export_tiny: Callable[..., Path]) -> Env
 
 def from_layer(env: Environment, layer: int, y: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `[B, T, V]` when the output of a layer is `y`; the rest at the base."""
-    model, beside = env.model, env.model.beside(torch.zeros(1, TOKENS, dtype=torch.long))
+    model, beside = env.model, env.model.embedding.beside(torch.zeros(1, TOKENS, dtype=torch.long))
     for later in range(layer + 1, env.layers):
         queries, keys_values = model.qkv(later, ACTIONS[0], model.normed(later, y))
         attention = model.attend(later, queries, keys_values, beside)
@@ -41,9 +41,9 @@ def second_order_kl(env: Environment, ids: torch.Tensor) -> torch.Tensor:
     """`[L, T, A]`: half the variance, under p, of how the logits move; summed over all tokens."""
     base = torch.zeros(1, TOKENS, len(ACTIONS))
     base[..., 0] = 1.0
-    beside = env.model.beside(ids)
+    beside = env.model.embedding.beside(ids)
     result = torch.zeros(env.layers, TOKENS, len(ACTIONS), dtype=torch.float64)
-    x = env.model.embed(ids)
+    x = env.model.embedding(ids)
     with torch.no_grad():
         for layer in range(env.layers):
             outputs = env.outputs(layer, x, base, beside)

@@ -26,7 +26,7 @@ from dash_onnx.core.facts import PassCosts
 from dash_onnx.core.forms import form_of, head_form_of, widened_in_prompts
 from dash_onnx.core.manifest import MANIFEST_NAME, Manifest
 from dash_onnx.core.policy import make_policy
-from dash_onnx.exporters.quantize.columns import quantize_columns
+from dash_onnx.exporters.graphs.wide import quantize_columns
 from dash_onnx.runtime import passes as runtime_passes
 from dash_onnx.runtime.deciders import FixedPath
 from dash_onnx.runtime.model import Model
@@ -219,7 +219,7 @@ def test_each_part_of_a_prompt_runs_in_the_form_for_the_tokens_before_it(
             before = model.loaded
             sequence.layers(part, decider)
             found.append({PurePath(path).stem for path in model.loaded - before})
-    assert found == [{"wide"}, {"int4"}, set()]
+    assert found == [{"embed", "wide"}, {"int4"}, set()]
 
 
 def test_a_long_prompt_runs_wide_and_a_short_one_as_the_policy_says(model: Model) -> None:

@@ -7,7 +7,7 @@ runs in its own process, and only the requested peers need to be installed.
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -46,7 +46,14 @@ class Contender(Protocol):
 class Dash:
     """Our runtime; `variant` is a policy or `policy@budget`, and `+drafts` adds drafting."""
 
-    def __init__(self, bundle: str, threads: int, variant: str, memory: Memory, cuda_graphs: bool):
+    def __init__(
+        self,
+        bundle: str,
+        threads: int,
+        variant: str = "",
+        memory: Memory = "high",
+        cuda_graphs: bool = False,
+    ):
         """Loads every graph that the policy uses."""
         import dash_onnx
 
@@ -102,29 +109,20 @@ def peers() -> dict[str, EntryPoint]:
     return {found.name: found for found in entry_points(group="dash_onnx.peers")}
 
 
-def load(
-    kind: str,
-    target: str,
-    threads: int,
-    variant: str = "",
-    memory: Memory = "high",
-    cuda_graphs: bool = False,
-) -> Contender:
+def load(kind: str, target: str, threads: int, *ours: Any) -> Contender:
     """Loads a contender.
 
     Args:
         kind: `dash`, or one of `peers()`.
         target: path of the bundle, or of the peer's model.
         threads: threads on the CPU.
-        variant: policy of the bundle.
-        memory: as in `dash_onnx.load`.
-        cuda_graphs: as in `dash_onnx.load`.
+        ours: further arguments of `Dash`.
 
     Raises:
         DashError: a package is not installed, or the bundle does not support the request.
     """
     if kind == "dash":
-        return Dash(target, threads, variant, memory, cuda_graphs)
+        return Dash(target, threads, *ours)
     try:
         client = peers()[kind].load()
     except ImportError as error:
@@ -132,5 +130,4 @@ def load(
         raise DeviceError(
             f"peer {kind} is not installed ({error}): `pip install './benchmarks[{extra}]'`"
         ) from None
-    contender: Contender = client(target, threads)
-    return contender
+    return client(target, threads)

@@ -49,18 +49,15 @@ class Worker:
 
     def decode(self, ids: list[int], new: int) -> list[float]:
         """See `Contender`."""
-        times: list[float] = self._ask("decode", ids, new)
-        return times
+        return self._ask("decode", ids, new)
 
     def logits(self, ids: list[int], prompt_tokens: int) -> Logits | None:
         """See `Contender`."""
-        found: Logits | None = self._ask("logits", ids, prompt_tokens)
-        return found
+        return self._ask("logits", ids, prompt_tokens)
 
     def peak_rss_bytes(self) -> int:
         """Highest resident memory of its process so far."""
-        peak: int = self._ask("memory")
-        return peak
+        return self._ask("memory")
 
     def close(self) -> None:
         """Ends the process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import shlex
@@ -27,7 +28,6 @@ from dash_onnx.core.actions import DEFAULT_FORMS, parse_variants
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
-from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
 
 _LOG = logging.getLogger(__name__)
@@ -177,9 +177,9 @@ def _export(arguments: argparse.Namespace) -> list[str]:
     )
     manifest, checked = built.manifest, built.checked
     if arguments.json:
-        facts = to_json(manifest)
+        facts = dataclasses.asdict(manifest)
         del facts["files"], facts["ropes"], facts["attention"]
-        facts["check"] = checked and to_json(checked)
+        facts["check"] = checked and dataclasses.asdict(checked)
         print(json.dumps({"out": str(arguments.out), **facts}))
     else:
         print(summary(manifest, arguments.out), *plans_table(manifest), sep="\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Collection
@@ -18,7 +19,6 @@ from dash_onnx.core.actions import DEFAULT_FORMS, PRECISIONS, SKIP, WIDE, Form, 
 from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import DashError, SourceError, printable
 from dash_onnx.core.progress import about
-from dash_onnx.core.records import to_json
 
 if TYPE_CHECKING:
     from dash_onnx.core.manifest import Manifest
@@ -112,9 +112,9 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "kind": "model",
         "source": source.origin,
         "license": source.license,
-        "model": to_json(spec.facts),
-        "estimates": to_json(sizes),
-        "here": to_json(here),
+        "model": dataclasses.asdict(spec.facts),
+        "estimates": dataclasses.asdict(sizes),
+        "here": dataclasses.asdict(here),
     }
     model = spec.facts
     columns = _columns(tuple(sizes.layers), sizes.heads)
@@ -163,7 +163,7 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     manifest = Bundle(arguments.path).manifest
     text = (Path(arguments.path) / MANIFEST_NAME).read_text("utf-8")
     written = json.loads(text)["format_version"]  # the manifest was read as the current format
-    facts = to_json(manifest)
+    facts = dataclasses.asdict(manifest)
     del facts["files"], facts["ropes"], facts["attention"]
     size = sum(file.bytes for file in manifest.files.values())
     model, costs, export = manifest.model, manifest.costs, manifest.export
@@ -190,7 +190,9 @@ def _bundle(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         "bytes": size,
         "kv_bytes_per_token": manifest.kv_bytes,
         "state_bytes": manifest.state_bytes,
-        "plans": [{**to_json(plan), "presets": names} for plan, names in candidates(manifest)],
+        "plans": [
+            {**dataclasses.asdict(plan), "presets": names} for plan, names in candidates(manifest)
+        ],
     }
     return {**told, **facts}, [
         f"{arguments.path}: {model.name} ({model.architecture}), {size / 1e6:.0f} MB, for "

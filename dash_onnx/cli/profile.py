@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -56,7 +57,6 @@ def _profile(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.bundle import Bundle, replace_manifest
     from dash_onnx.core.contract import FUSED_FOLDER
     from dash_onnx.core.errors import DashError
-    from dash_onnx.core.records import to_json
     from dash_onnx.core.recost import with_costs
     from dash_onnx.runtime.profile import checked
     from dash_onnx.runtime.profile_whole import plan_times
@@ -91,7 +91,7 @@ def _profile(arguments: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     if arguments.json:
-        print(json.dumps(to_json(costs)))
+        print(json.dumps(dataclasses.asdict(costs)))
         return
     print(
         f"{costs.machine}, {costs.threads} threads; a typical run took {costs.spread:.0%} longer "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 from pathlib import Path
 
 from dash_onnx.cli.common import Parser, add_bundle_argument, add_max_tokens_option, run
 from dash_onnx.core.contract import REPORT_NAME
-from dash_onnx.core.progress import Phase
 
 _EXAMPLES = """\
   dash-report out/
@@ -65,7 +65,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from dash_onnx.core.atomic import check_file, write_text
     from dash_onnx.core.documents import read_document
     from dash_onnx.core.errors import PolicyError
-    from dash_onnx.core.records import to_json
     from dash_onnx.report.page import render
     from dash_onnx.report.report import build
     from dash_onnx.report.sample import generated_text, given_text
@@ -91,10 +90,9 @@ def _report(arguments: argparse.Namespace) -> None:
         text = generated_text(model, arguments.max_tokens)
     else:
         text = given_text(model, given, arguments.max_tokens, arguments.text.name)
-    with Phase("runs") as phase:
-        report = build(model, text, budgets, phase.update)
+    report = build(model, text, budgets)
     if arguments.json:
-        print(json.dumps(to_json(report)))
+        print(json.dumps(dataclasses.asdict(report)))
         return
     write_text(target, render(report))
     print(target)

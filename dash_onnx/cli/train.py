@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -23,7 +24,6 @@ from dash_onnx.cli.plans import plans_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.core.budget import scorer_facts, shown
 from dash_onnx.core.errors import DashError
-from dash_onnx.core.records import to_json
 from dash_onnx.report.curve import curve
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
                 where = bundle / FUSED_FOLDER
                 _LOG.warning("%s held the old policy: removed; %s", where, error)
         if arguments.json:
-            print(json.dumps(to_json(facts)))
+            print(json.dumps(dataclasses.asdict(facts)))
         else:
             print(table(manifest), curve(manifest).verdict, sep="\n")
 

@@ -12,7 +12,7 @@ from dash_onnx.core.contract import EMBED_PATH, head_path, layer_path
 
 if TYPE_CHECKING:
     from dash_onnx.core.block import Attention
-    from dash_onnx.core.facts import ModelFacts, Rope, ScorerFacts, StaticPoint
+    from dash_onnx.core.facts import ModelFacts, ScorerFacts, StaticPoint
     from dash_onnx.core.manifest import Manifest
 
 _MAX = 2**31 - 1  # of any size: ONNX Runtime counts tokens in int32
@@ -145,7 +145,8 @@ def _source_problems(manifest: Manifest, layer: int, attention: Attention) -> It
 def _rope_problems(manifest: Manifest) -> Iterator[str]:
     if not manifest.ropes or not all(rope.inv_freq for rope in manifest.ropes):
         yield "ropes must have frequencies"
-    if not all(abs(x) <= _LARGE for rope in manifest.ropes for x in _factors(rope)):
+    factors = (x for rope in manifest.ropes for x in (*rope.inv_freq, rope.attention_scaling))
+    if not all(abs(x) <= _LARGE for x in factors):
         yield f"ropes has a number beyond {_LARGE:.0e}"
     if len(manifest.ropes) > max(2, manifest.model.num_layers):
         yield f"ropes has {len(manifest.ropes)} entries, which is more than the layers can use"
@@ -157,10 +158,6 @@ def _rope_problems(manifest: Manifest) -> Iterator[str]:
         dims = manifest.dims_of(layer)
         if dims.rotary_dim > dims.head_dim:
             yield f"ropes rotate more than the {dims.head_dim} dimensions of a head"
-
-
-def _factors(rope: Rope) -> tuple[float, ...]:
-    return (*rope.inv_freq, rope.attention_scaling)
 
 
 def _claim_problems(manifest: Manifest) -> Iterator[str]:

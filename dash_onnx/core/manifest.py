@@ -5,9 +5,10 @@ Each figure that the exporter measured and each decision it resolved is recorded
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ from dash_onnx.core.facts import (
     Target,
     WideFacts,
 )
-from dash_onnx.core.records import RecordError, from_json, to_json
+from dash_onnx.core.records import RecordError, from_json
 from dash_onnx.core.version import FORMAT_VERSION
 
 MANIFEST_NAME = "dash.json"
@@ -143,6 +144,11 @@ class Manifest:
         graphs = [(layer_path(index, action), action) for index, action in enumerate(path)]
         return sum(self.graph_bytes(*graph) for graph in [*graphs, (head_path(head), head)])
 
+    def layer_bytes(self, forms: Iterable[Form]) -> int:
+        """Bytes of the weights of all layers, each in all of some forms."""
+        layers = range(self.model.num_layers)
+        return sum(self.graph_bytes(layer_path(n, form), form) for form in forms for n in layers)
+
     def graph_bytes(self, graph: str, form: Form) -> int:
         """Bytes of a graph's weights in memory: `full` is FP32 in a CPU's memory."""
         stored = self.files.get(data_name(graph), self.files[graph]).bytes
@@ -182,7 +188,10 @@ class Manifest:
 
     def to_text(self) -> str:
         """Returns the file's text: sorted keys, newline at the end."""
-        return json.dumps(to_json(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return (
+            json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
+            + "\n"
+        )
 
     @classmethod
     def from_text(cls, text: str, name: str = MANIFEST_NAME) -> Manifest:

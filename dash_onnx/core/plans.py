@@ -72,7 +72,7 @@ def frontier(manifest: Manifest) -> tuple[Plan, ...]:
     """The plans that no other beats in both time and KL, by ascending time."""
     plans = [*_fixed(manifest)]
     if manifest.scorer is not None:
-        plans += [_decided(p.budget, p.kl, p.head, manifest) for p in manifest.scorer.points]
+        plans += [decided(p.budget, manifest) for p in manifest.scorer.points]
     kept: list[Plan] = []
     for plan in sorted(plans, key=lambda plan: (_rank(plan), plan.kl)):
         if not kept or plan.kl < kept[-1].kl:
@@ -162,11 +162,7 @@ def decided(budget: float, manifest: Manifest) -> Plan:
     assert manifest.scorer is not None
     points = manifest.scorer.points
     _, head = multiplier_of(budget, points)
-    return _decided(budget, kl_at(budget, points), head, manifest)
-
-
-def _decided(budget: float, kl: float, head: Action, manifest: Manifest) -> Plan:
-    return _timed(Plan(budget, kl, head, budget), manifest)
+    return _timed(Plan(budget, kl_at(budget, points), head, budget), manifest)
 
 
 def _fixed(manifest: Manifest) -> list[Plan]:

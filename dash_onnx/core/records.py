@@ -17,17 +17,6 @@ class RecordError(ValueError):
     """The JSON does not have the form of the record; the message names the key."""
 
 
-def to_json(record: Any) -> Any:
-    """Returns plain dicts, lists and scalars for a dataclass and everything inside it."""
-    if dataclasses.is_dataclass(record):
-        return {f.name: to_json(getattr(record, f.name)) for f in dataclasses.fields(record)}
-    if isinstance(record, (list, tuple)):
-        return [to_json(item) for item in record]
-    if isinstance(record, dict):
-        return {key: to_json(value) for key, value in record.items()}
-    return record
-
-
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """Builds a dataclass from parsed JSON.
 

@@ -13,14 +13,12 @@ def log_softmax(logits: npt.NDArray) -> npt.NDArray[np.float64]:
     """Log-probabilities over the last axis, in float64."""
     logits = logits.astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
-    result: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return result
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 def kl_divergence(p: npt.NDArray, q: npt.NDArray) -> npt.NDArray[np.float64]:
     """KL(p || q) in nats from log-probabilities over the last axis."""
-    result: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return result
+    return (np.exp(p) * (p - q)).sum(-1)
 
 
 def standard_error(values: Sequence[float]) -> float:

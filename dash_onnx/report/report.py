@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -51,7 +51,6 @@ def build(
     model: Model,
     text: SampleText | None,
     budgets: Sequence[Budget],
-    on_run: Callable[[], object] = lambda: None,
 ) -> Report:
     """Measures the sample and gathers the rest from the manifest.
 
@@ -59,14 +58,13 @@ def build(
         model: the bundle.
         text: text of the sample; None for a bundle without a scorer.
         budgets: presets or fractions to run it at.
-        on_run: called after each run.
 
     Raises:
         PolicyError: no plan was measured, or the bundle cannot meet a budget.
     """
     manifest = model.manifest
     training = manifest.scorer.training if manifest.scorer else None
-    sample = measure(model, text, budgets, on_run) if text else None
+    sample = measure(model, text, budgets) if text else None
     runs = [(run, sample.tokens) for run in sample.runs] if sample else []
     return Report(
         model=manifest.model.name,

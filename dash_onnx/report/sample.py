@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from dash_onnx.core.arrays import Ids, Logits
 from dash_onnx.core.budget import DEFAULT_PRESET, Budget, reference_ms, scorer_facts
 from dash_onnx.core.errors import PolicyError, SourceError
 from dash_onnx.core.policy import Policy, ScoredPolicy
+from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax
 from dash_onnx.report.tokens import Token, describe
 from dash_onnx.runtime.model import Model
@@ -129,9 +130,7 @@ def generated_text(model: Model, tokens: int) -> SampleText:
     return SampleText("self-generated", np.asarray(ids, np.int64), len(prompt))
 
 
-def measure(
-    model: Model, text: SampleText, budgets: Sequence[Budget], on_run: Callable[[], object]
-) -> Sample:
+def measure(model: Model, text: SampleText, budgets: Sequence[Budget]) -> Sample:
     """Runs the scorer at every budget, and the baselines.
 
     The baselines are the best static assignment within each budget, and every uniform precision
@@ -139,34 +138,29 @@ def measure(
 
     Args:
         budgets: presets or fractions.
-        on_run: called after each of the runs.
 
     Raises:
         PolicyError: the bundle cannot meet a budget, or has no scorer.
     """
     reference = model.logits(text.ids, policy=model.manifest.variants[0])[text.prompt_tokens :]
 
-    def run(policy: Policy, budget: float) -> PolicyRun:
-        done = _run(model, text, policy, budget, reference)
-        on_run()
-        return done
-
     policies = [ScoredPolicy(model.manifest, budget) for budget in budgets]
-    others: list[tuple[Policy, float]] = []
+    wanted: list[tuple[Policy, float]] = [(policy, policy.budget) for policy in policies]
     for policy in policies:
         try:
-            others.append((model.policy("static", policy.budget), policy.budget))
+            wanted.append((model.policy("static", policy.budget), policy.budget))
         except PolicyError:  # none is that cheap
             continue
-    others += [(model.policy(precision), 0.0) for precision in model.manifest.variants[1:]]
+    wanted += [(model.policy(precision), 0.0) for precision in model.manifest.variants[1:]]
+    runs = [_run(model, text, *one, reference) for one in Loop("runs", wanted)]
     ids = text.ids.tolist()
     return Sample(
         text.source,
         text.prompt_tokens,
         model.text.tokenizer.decode(ids[text.prompt_tokens :], skip_special_tokens=False),
         describe(model.text, ids)[text.prompt_tokens :],
-        tuple(run(policy, policy.budget) for policy in policies),
-        tuple(run(*other) for other in others),
+        tuple(runs[: len(policies)]),
+        tuple(runs[len(policies) :]),
     )
 
 

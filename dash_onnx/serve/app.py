@@ -176,7 +176,7 @@ class _Server:
     async def list_models(self, request: Request) -> Response:
         self._check_caller(request)
         return JSONResponse(
-            {"object": "list", "data": [*map(self._model, self.service.pool.names)]}
+            {"object": "list", "data": [*map(self._model, self.service.pool.sources)]}
         )
 
     async def show_model(self, request: Request) -> Response:
@@ -184,7 +184,8 @@ class _Server:
         return JSONResponse(self._model(self._named(request.path_params["name"])))
 
     def _model(self, name: str) -> dict[str, Any]:
-        manifest, policy = self.service.pool.manifest(name), self.service.pool.policy(name)
+        source = self.service.pool.sources[name]
+        manifest, policy = source.manifest, source.policy
         return {
             "id": name,
             "object": "model",
@@ -308,7 +309,7 @@ class _Server:
             raise APIError(401, "this server needs its API key", "invalid_api_key")
 
     def _named(self, name: str) -> str:
-        names = self.service.pool.names
+        names = [*self.service.pool.sources]
         if not name and len(names) == 1:
             return names[0]
         if name not in names:

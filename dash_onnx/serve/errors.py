@@ -52,11 +52,6 @@ class APIError(Exception):
         """An error for a client that disconnected."""
         return cls(_CLOSED, "the client went away", "closed")
 
-    @property
-    def outcome(self) -> str:
-        """The outcome counted in metrics."""
-        return outcome_of(self.status)
-
     def body(self) -> dict[str, Any]:
         """The JSON body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
@@ -78,17 +73,13 @@ def refusing() -> Iterator[None]:
     """Context manager that turns refusals into `APIError`."""
     try:
         yield
-    except (DashError, TimeoutError) as error:
-        raise refusal(error) from None
-
-
-def refusal(error: DashError | TimeoutError) -> APIError:
-    """The error with which a request is refused."""
-    if isinstance(error, TimeoutError):
-        return APIError(504, str(error), "timeout")
-    if isinstance(error, BusyError):
-        return APIError(429, str(error), "busy")
-    if isinstance(error, (BundleError, DeviceError)):  # nothing that a client could fix
-        return APIError(503, str(error), "unavailable")
-    too_long = isinstance(error, ContextLengthError)
-    return APIError(400, str(error), "context_length_exceeded" if too_long else "invalid_value")
+    except TimeoutError as error:
+        raise APIError(504, str(error), "timeout") from None
+    except BusyError as error:
+        raise APIError(429, str(error), "busy") from None
+    except (BundleError, DeviceError) as error:  # nothing that a client could fix
+        raise APIError(503, str(error), "unavailable") from None
+    except ContextLengthError as error:
+        raise APIError(400, str(error), "context_length_exceeded") from None
+    except DashError as error:
+        raise APIError(400, str(error), "invalid_value") from None

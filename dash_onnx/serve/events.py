@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from dash_onnx.core.actions import path_letters
 from dash_onnx.runtime.results import Chunk
 from dash_onnx.serve.answer import Answer, Choice
-from dash_onnx.serve.errors import APIError, refusing
+from dash_onnx.serve.errors import APIError, outcome_of, refusing
 from dash_onnx.serve.service import Job
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class EventStream(Response):
             if self._usage:
                 last = _event(self._answer.usage(self._job.usage)) + _END
         except APIError as error:
-            outcome, last = error.outcome, _event(error.body())
+            outcome, last = outcome_of(error.status), _event(error.body())
         except Exception:
             name = self._state.name
             _LOG.exception("%s failed", name, extra={"facts": {"request": name}})

@@ -166,7 +166,11 @@ class ServedModel:
 
 
 class ModelPool:
-    """The bundles of a server."""
+    """The bundles of a server.
+
+    Attributes:
+        sources: where each comes from, by its name.
+    """
 
     def __init__(self, bundles: Mapping[str, Source], limits: Limits):
         """Starts the loaded models, and loads the others unless memory is limited.
@@ -174,6 +178,7 @@ class ModelPool:
         Raises:
             DashError: a bundle cannot be loaded.
         """
+        self.sources = bundles
         self._served = {name: ServedModel(name, source) for name, source in bundles.items()}
         self._limits, self._closed = limits, False
         self._lock = asyncio.Lock()  # for loading: each checks what the others take
@@ -183,22 +188,9 @@ class ModelPool:
                 self._served[name].start(model, limits)
                 _LOG.info("%s: %r", name, model)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the bundles."""
-        return list(self._served)
-
     async def text(self, name: str) -> TextCodec:
         """Tokenizer and template of a bundle, loaded or not."""
         return await asyncio.to_thread(self._served[name].text)
-
-    def manifest(self, name: str) -> Manifest:
-        """Manifest of a bundle, loaded or not."""
-        return self._served[name].source.manifest
-
-    def policy(self, name: str) -> Policy:
-        """Policy of a bundle's requests that name none."""
-        return self._served[name].source.policy
 
     @property
     def alive(self) -> bool:

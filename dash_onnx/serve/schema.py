@@ -184,13 +184,7 @@ class GenerationRequest(_Object):
             expected=self.prediction.text if self.prediction else "",
             max_new_tokens=min(wanted, limit),
             grammar=self.response_format.form(),
-            logprobs=self.wanted_logprobs,
         )
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        """Number of most likely tokens reported per token; None reports no log probabilities."""
-        return None
 
 
 class ChatRequest(GenerationRequest):
@@ -215,13 +209,11 @@ class ChatRequest(GenerationRequest):
         elif self.reasoning_effort:
             given = {"reasoning_effort": self.reasoning_effort, **given}
         return dataclasses.replace(
-            super().options(limit), max_thinking_tokens=most, chat_template_kwargs=given
+            super().options(limit),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            max_thinking_tokens=most,
+            chat_template_kwargs=given,
         )
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        """See `GenerationRequest`."""
-        return (self.top_logprobs or 0) if self.logprobs else None
 
     def with_call(self, options: GenerationOptions, codec: TextCodec) -> GenerationOptions:
         """Makes a requested call the grammar of the answer, or allows one beside its format.
@@ -284,7 +276,6 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[str, BeforeValidator(_only)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
-    @property
-    def wanted_logprobs(self) -> int | None:
+    def options(self, limit: int) -> GenerationOptions:
         """See `GenerationRequest`."""
-        return self.logprobs
+        return dataclasses.replace(super().options(limit), logprobs=self.logprobs)

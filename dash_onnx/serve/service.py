@@ -188,7 +188,7 @@ class Service:
             DashError: the prompt or an option is refused.
             TimeoutError: the request took longer than allowed.
         """
-        manifest = self.pool.manifest(job.name)
+        manifest = self.pool.sources[job.name].manifest
         whole = reference_ms(manifest)
 
         @lru_cache(_PATHS)

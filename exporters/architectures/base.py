@@ -242,19 +242,6 @@ class Layer:
         products = (self.qkv, self.output, self.gate_up, self.down, *experts, *ends)
         return tuple(linear for linear in products if linear is not None)
 
-    @property
-    def small(self) -> tuple[Linear | Norm | torch.Tensor, ...]:
-        """What is never rounded in a Gated DeltaNet, apart from norms and convolution."""
-        delta = self.delta
-        return () if delta is None else (delta.gates, delta.decay, delta.decay_bias, delta.norm)
-
-    @property
-    def routing(self) -> tuple[Linear, ...]:
-        """Products that decide how much each expert counts, which are never rounded."""
-        mixture = self.mixture
-        products = () if mixture is None else (mixture.router, mixture.shared_gate)
-        return tuple(linear for linear in products if linear is not None)
-
 
 @dataclass(frozen=True)
 class PerLayer:
@@ -344,19 +331,6 @@ class ModelSpec:
     def mixer_of(self, layer: int) -> Mixer:
         """What mixes the tokens in a layer."""
         return self.mixers[layer] if self.mixers else "attention"
-
-
-def recurrent_sizes(spec: ModelSpec) -> tuple[int, tuple[int, ...]]:
-    """Sizes of a layer without attention.
-
-    Returns:
-        Input width of its output projection, and rows of the parts of its input projection.
-    """
-    sizes, width = spec.recurrence, spec.facts.hidden_size
-    assert sizes is not None
-    if not sizes.value_width:
-        return width, (width,) * 3
-    return sizes.value_width, (sizes.channels, sizes.value_width)
 
 
 def take(weights: Weights, name: str, *shape: int) -> torch.Tensor:

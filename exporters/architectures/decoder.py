@@ -31,7 +31,6 @@ from dash_onnx.exporters.architectures.base import (
     Norm,
     PerLayer,
     Scales,
-    recurrent_sizes,
     stack,
     take,
 )
@@ -296,7 +295,11 @@ class Decoder:
             qkv = self.qkv(stacked("qkv_proj", names.qkv, *rows), spec)
             qkv = _paired(qkv, (queries + keys) // head, order)
         else:
-            queries, rows = recurrent_sizes(spec)
+            sizes = spec.recurrence
+            assert sizes is not None
+            queries, rows = sizes.value_width, (sizes.channels, sizes.value_width)
+            if not sizes.value_width:  # a short convolution
+                queries, rows = width, (width,) * 3
             qkv = stacked("in_proj", names.qkv, *rows)
         return Layer(
             input_norm=norm(names.input_norm),

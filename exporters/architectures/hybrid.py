@@ -20,7 +20,7 @@ from dash_onnx.exporters.architectures.base import (
     stack,
     take,
 )
-from dash_onnx.exporters.architectures.decoder import Decoder
+from dash_onnx.exporters.architectures.decoder import Decoder, declared
 from dash_onnx.exporters.architectures.names import HEAD_NORMS, Names
 from dash_onnx.exporters.sources import Weights
 
@@ -77,7 +77,7 @@ class Lfm2(Hybrid):
     def inner_size(self, config: PretrainedConfig) -> int:
         """See `Decoder`; computed as in transformers."""
         size = int(config.intermediate_size)
-        if config.block_auto_adjust_ff_dim:
+        if declared(config, "block_auto_adjust_ff_dim"):  # that with experts does not
             size = int(2 * size / 3)
             if config.block_ffn_dim_multiplier is not None:
                 size, step = int(config.block_ffn_dim_multiplier * size), config.block_multiple_of

@@ -136,10 +136,6 @@ class Sparse(Decoder):
 class Lfm2Moe(Sparse, Lfm2):
     """LFM 2 with experts after its first layers."""
 
-    def inner_size(self, config: PretrainedConfig) -> int:
-        """See `Decoder`."""
-        return int(config.intermediate_size)
-
 
 @dataclass(frozen=True)
 class Qwen35Moe(Sparse, Qwen35):

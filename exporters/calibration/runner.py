@@ -153,12 +153,7 @@ class Runner:
             return create_session(path, self.device)
         model = onnx.load(path, load_external_data=False)
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in captured)
-        beside = path.with_name(f"{path.stem}.capturing.onnx")  # shares the weights
-        beside.write_bytes(model.SerializeToString())
-        try:
-            return create_session(beside, self.device)
-        finally:
-            beside.unlink()
+        return create_session(model.SerializeToString(), self.device, weights=path.parent)
 
     def kv_scales(
         self, index: int, path: Path, hidden: HiddenStates, bits: Literal[4, 8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 from dash_onnx.core.atomic import NEW, PARTIAL, clear, workspace, workspace_of, write_text
 from dash_onnx.core.errors import ResumeError, UnsupportedError
 from dash_onnx.core.facts import Calibration, LayerFacts
-from dash_onnx.core.records import RecordError, from_json, to_json
+from dash_onnx.core.records import RecordError, from_json
 from dash_onnx.exporters.calibration.hidden_states import HiddenStateFile
 from dash_onnx.exporters.calibration.tokens import Ids
 
@@ -71,7 +72,7 @@ class Partial:
 
     def finish(self, progress: Progress) -> None:
         """Records what is finished, and removes the hidden states that are no longer needed."""
-        self._write("progress", to_json(progress))
+        self._write("progress", dataclasses.asdict(progress))
         for layer in range(len(progress.layers)):
             self.states(layer).path.unlink(missing_ok=True)
 
@@ -89,7 +90,7 @@ class Partial:
         """Keeps the calibration tokens."""
         shutil.rmtree(self._folder / "draft", ignore_errors=True)
         np.save(self._folder / "ids.npy", ids)
-        self._write("calibration", to_json(facts))
+        self._write("calibration", dataclasses.asdict(facts))
 
     def begin(self, key: Mapping[str, str], overwrite: bool) -> None:
         """Continues with what the folder holds of the same export, or clears it.

@@ -211,8 +211,13 @@ class _Rule:
 
     def layer(self, form: Form, layer: Layer) -> int:
         parts = [part for part in vars(layer).values() if not isinstance(part, Delta | Mixture)]
-        exact = self.stored("full", *layer.small, *layer.routing)
+        mixture = layer.mixture
+        routing = () if mixture is None else (mixture.router, mixture.shared_gate)
+        exact = self.stored("full", *routing) + self.delta(layer)  # never rounded
         return self.stored(form, *parts) + self.experts(form, layer) + exact
+
+    def delta(self, layer: Layer) -> int:
+        return 0 if layer.delta is None else self.stored("full", *vars(layer.delta).values())
 
     def experts(self, form: Form, layer: Layer) -> int:
         mixture = layer.mixture
@@ -266,7 +271,7 @@ class _Rule:
             + self.matrix(width, self.rank, "int8")
             + self.stored("full", layer.input_norm, layer.k_norm, layer.v_norm)
             + (0 if layer.qkv.bias is None else rows * self.wide)
-            + (0 if layer.delta is None else self.stored("full", layer.conv, *layer.small))
+            + (0 if layer.delta is None else self.stored("full", layer.conv) + self.delta(layer))
         )
 
     def working(self, linears: Sequence[Linear]) -> int:

@@ -17,15 +17,14 @@ class Client:
         position_ids: lists it as an input. It is not read: positions follow from the mask.
         feeds_budget: lists every input and feeds it, so the budget has no default in the graph.
             The others list required inputs only, and take the default or an adapter's budget.
-        shares_kv: past and present are one buffer; else they grow by concatenation.
-        genai_files: reads GenAI's configuration, and adapters that set a budget.
+        genai_files: reads GenAI's configuration, and adapters that set a budget; past and present
+            are one buffer, elsewhere they grow by concatenation.
         data_in_branches: finds external data of tensors inside a branch of an `If`.
         multiplies_blocks: has a fast kernel for MatMulNBits; see `widen`.
     """
 
     position_ids: bool = False
     feeds_budget: bool = False
-    shares_kv: bool = False
     genai_files: bool = False
     data_in_branches: bool = True
     multiplies_blocks: bool = True
@@ -33,7 +32,7 @@ class Client:
 
 CLIENTS = {
     # ONNX Runtime GenAI in any language, lm-eval
-    "genai": Client(shares_kv=True, genai_files=True),
+    "genai": Client(genai_files=True),
     # optimum's ORTModelForCausalLM
     "optimum": Client(position_ids=True),
     # onnxruntime-web

@@ -175,13 +175,12 @@ class Decisions:
 
         They are the same for every token, so the graph does not compute them.
         """
-        sessions = Sessions(self._fusion.bundle, open_backend("cpu"))
+        scorer = Sessions(self._fusion.bundle, open_backend("cpu")).scorer()
         nothing = {
             port.name: np.zeros([int(n) for n in port.shape], port.dtype)
-            for port in sessions.scorer_ports.inputs
+            for port in scorer.ports.inputs
         }
-        values: np.ndarray = sessions.scorer().session.run(["total"], nothing)[0]
-        return values
+        return scorer.session.run(["total"], nothing)[0]
 
     def _score(self, number: int, hidden: str) -> None:
         f = self._fusion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -16,7 +17,7 @@ from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import BundleError, UnsupportedError
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
-from dash_onnx.core.records import RecordError, from_json, to_json
+from dash_onnx.core.records import RecordError, from_json
 from dash_onnx.exporters.fused.clients import CLIENTS
 from dash_onnx.exporters.fused.facts import (
     BUDGET,
@@ -109,10 +110,10 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
                 (folder / SOURCE_FOLDER).mkdir(exist_ok=True)
                 shutil.copy(bundle.verified(name), folder / name)
         if client.genai_files:
-            (folder / "genai_config.json").write_text(genai_config(bundle, client), "utf-8")
+            (folder / "genai_config.json").write_text(genai_config(bundle), "utf-8")
             for preset, budget in facts.budgets.presets.items() if facts.budgets else ():
                 _write_adapter(folder / adapter(preset), budget)
-        (folder / FACTS).write_text(json.dumps(to_json(facts), indent=2) + "\n", "utf-8")
+        (folder / FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", "utf-8")
 
 
 def options_of(folder: Path) -> FuseOptions | None:

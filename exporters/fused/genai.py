@@ -7,7 +7,6 @@ from typing import Any
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.exporters.fused.clients import Client
 from dash_onnx.exporters.fused.facts import MODEL
 
 _TYPES = {"short_conv": "lfm2", "gated_delta": "qwen3_5_text"}
@@ -16,7 +15,7 @@ _TYPES = {"short_conv": "lfm2", "gated_delta": "qwen3_5_text"}
 _LAYERS = {"attention": "full_attention", "short_conv": "conv", "gated_delta": "linear_attention"}
 
 
-def genai_config(bundle: Bundle, client: Client) -> str:
+def genai_config(bundle: Bundle) -> str:
     """The configuration that ONNX Runtime GenAI reads along with the graph."""
     facts = bundle.manifest.model
     stored = json.loads(bundle.verified("generation_config.json").read_text("utf-8"))
@@ -58,7 +57,7 @@ def genai_config(bundle: Bundle, client: Client) -> str:
         "max_length": facts.max_length,
         "min_length": 0,
         "num_beams": 1,
-        "past_present_share_buffer": client.shares_kv,
+        "past_present_share_buffer": True,
         "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_k": 50,

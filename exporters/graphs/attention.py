@@ -28,10 +28,8 @@ class Heads:
         keys: number of key/value heads H_kv.
         size: width of a head d.
         rotated: dimensions of a head that the rotary embedding rotates; 0 for none.
-        scale: factor on the scores.
         softcap: softcap of the scaled scores, or None.
         window: most tokens that a token sees, including itself, or None.
-        query_scale: see `Block`.
         sinks: `[H]`, see `Layer`, a value of the graph; or None.
         shared: whether they read K/V written by another layer, including those of new tokens.
     """
@@ -40,10 +38,8 @@ class Heads:
     keys: int
     size: int
     rotated: int
-    scale: float
     softcap: float | None = None
     window: int | None = None
-    query_scale: QueryScale | None = None
     sinks: ir.Value | None = None
     shared: bool = False
 
@@ -69,9 +65,9 @@ def attend(
         The heads' outputs `[batch, seq, H * d]`, and K and V of all tokens, unless shared.
     """
     names = (name,) if heads.shared else (name, "present_key", "present_value")
-    if heads.query_scale is not None:
+    if (scale := graph.block.query_scale) is not None:
         query, *others = projected
-        projected = [_scaled(graph, query, heads.query_scale), *others]
+        projected = [_scaled(graph, query, scale), *others]
     if graph.target.attention == "grouped":
         return attend_grouped(graph, projected, heads, names, kv_scales)
     made = graph.either(
@@ -112,8 +108,8 @@ def attend_grouped(
         projected = [query, nothing, nothing]
     elif graph.target.ragged:  # unsupported by ONNX Runtime without new keys
         extras = [*extras, *[None] * (7 - len(extras)), inputs["query_seqlens"]]
-    if heads.scale != heads.size**-0.5:
-        options["scale"] = heads.scale
+    if graph.block.attention_scale != heads.size**-0.5:
+        options["scale"] = graph.block.attention_scale
     if heads.softcap is not None:
         options["softcap"] = heads.softcap
     if heads.window is not None:
@@ -165,7 +161,8 @@ def attend_plainly(
     query = op.Reshape(query, graph.int64(0, 0, heads.keys, group, heads.size))
     query = op.Transpose(query, perm=[0, 2, 3, 1, 4])
     query = op.Reshape(query, graph.int64(0, heads.keys, -1, heads.size))
-    scores = graph.ms.FusedMatMul(query, present_key, transB=1, alpha=heads.scale)
+    scale = graph.block.attention_scale
+    scores = graph.ms.FusedMatMul(query, present_key, transB=1, alpha=scale)
     if heads.softcap is not None:
         cap = graph.tensor("attention_softcap", np.array(heads.softcap, np.float32))
         scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)

@@ -123,10 +123,8 @@ def heads_of(spec: ModelSpec, index: int) -> Heads:
         keys=keys,
         size=size,
         rotated=0 if sees.rope is None else 2 * len(spec.ropes[sees.rope].inv_freq),
-        scale=block.attention_scale,
         softcap=block.attention_softcap,
         window=sees.window,
-        query_scale=block.query_scale,
         shared=sees.source is not None,
     )
 
@@ -159,7 +157,7 @@ def _projected(
 
     If norms come after the rotation, queries and keys are rotated too.
     """
-    if layer.q_norm is None and layer.k_norm is None and heads.query_scale is None:
+    if layer.q_norm is None and layer.k_norm is None and graph.block.query_scale is None:
         return qkv, None, None
     queries, keys = heads.queries * heads.size, heads.keys * heads.size
     if heads.shared:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 from dash_onnx.exporters.architectures.base import Linear
-from dash_onnx.exporters.quantize.columns import LEVELS, quantize_columns
+from dash_onnx.exporters.quantize.blockwise import quantize
 
 if TYPE_CHECKING:
     from dash_onnx.exporters.graphs.graph import Graph
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 LARGE_CHANNELS = 16
 """One in this many inputs of the MLP's second product, the largest ones, is rounded separately. It
 costs a twentieth of that product's time and removes a third of the wide form's loss."""
+
+LEVELS = 127
+"""Largest level of a weight: -128 has no positive counterpart."""
 
 _TINY = 1e-30  # floor of a row's largest value: a row of zeros stays zero
 _ZERO = 128  # unsigned level of zero
@@ -55,6 +59,17 @@ def wide_product(graph: Graph, x: ir.Value, linear: Linear) -> tuple[ir.Value, i
         return [graph.ms.MatMulIntegerToFloat(rows, turned, step, factors, zero, zeros)]
 
     return graph.either(_exact(graph, name), signed, unsigned, [f"{name}.product"]), most
+
+
+def quantize_columns(
+    weight: torch.Tensor,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Levels -127..127, `[K, N]`, and scales `[N]` of a weight `[N, K]`: one for each row.
+
+    ORT's integer products require one scale for each output feature.
+    """
+    rows = quantize(weight, 8, weight.shape[1])
+    return (rows.values[:, 0] ^ _ZERO).view(np.int8).T, rows.scales[:, 0]
 
 
 def channel_groups(graph: Graph, linear: Linear) -> list[npt.NDArray[np.int64]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.core.text import read_json
 from dash_onnx.exporters.sources.bitnet import BitLinearWeights
 from dash_onnx.exporters.sources.experts import TRANSPOSED, StackedExperts
 from dash_onnx.exporters.sources.license import documents_in, license_of_card
@@ -238,10 +238,7 @@ def _generation_config(folder: Path, config: PretrainedConfig, end: int | None) 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise SourceError(f"{path} is not valid JSON ({error})") from None
+    data = read_json(path)
     if not isinstance(data, dict):
         raise SourceError(f"{path} must hold a JSON object")
     return data

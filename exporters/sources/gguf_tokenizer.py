@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import (
     AddedToken,
     Regex,
@@ -24,15 +24,6 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
-
-
-class _Type(IntEnum):
-    """Type of a token (gguf.TokenType)."""
-
-    NORMAL = 1
-    CONTROL = 3
-    USER_DEFINED = 4
-
 
 # Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
 # a piece and in what counts as a word.
@@ -142,14 +133,14 @@ class _Vocabulary:
         if not isinstance(tokens, list) or not tokens:
             raise SourceError("the GGUF file has no tokenizer")
         self.tokens: list[str] = tokens
-        types = self.get("token_type") or [_Type.NORMAL] * len(tokens)
+        types = self.get("token_type") or [TokenType.NORMAL] * len(tokens)
         self.ids = {token: index for index, token in enumerate(tokens)}
         if len(self.ids) != len(tokens) or len(types) != len(tokens):
             raise SourceError("the GGUF file's tokenizer has a token twice, or too few types")
         # As in llama.cpp, a token of this text is one that controls, whatever the file says.
-        normal = _Type.NORMAL
+        normal = TokenType.NORMAL
         self.types: list[int] = [
-            _Type.CONTROL if kind == normal and token in _ENDS else kind
+            TokenType.CONTROL if kind == normal and token in _ENDS else kind
             for token, kind in zip(tokens, types, strict=True)
         ]
 
@@ -223,7 +214,7 @@ def end_tokens(values: Mapping[str, Any]) -> int | list[int] | None:
     special = {
         token: index
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind in (_Type.CONTROL, _Type.USER_DEFINED)
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     }
     ends = _ENDS & special.keys()
     if "<|return|>" in ends:  # gpt-oss: ends reasoning and text in between
@@ -306,7 +297,7 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     normal = {
         token: index
         for index, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind == _Type.NORMAL
+        if kind == TokenType.NORMAL
     }
     merges = []
     for token in sorted(normal, key=lambda token: (-scores[normal[token]], normal[token])):
@@ -324,8 +315,8 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, strip: bool) -> N
     """
     keep = ("<unk>", "<s>", "<|endoftext|>")
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        special = kind == _Type.CONTROL
-        if special or kind == _Type.USER_DEFINED:
+        special = kind == TokenType.CONTROL
+        if special or kind == TokenType.USER_DEFINED:
             rstrip = strip and token not in keep
             added = AddedToken(token, normalized=False, special=special, rstrip=rstrip)
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])

@@ -101,7 +101,10 @@ class DequantizedModel:
         self._sources = {attention.source for attention in self.manifest.attention}
         self._scales = [layer.scale for layer in self.manifest.layers]
         self._dtype = dtype
-        small = [self._read_small(index) for index in range(facts.num_layers)]
+        small = [
+            self._tensors(layer_path(index, self.actions[0]), (*_NORMS, *_VECTORS))
+            for index in range(facts.num_layers)
+        ]
         self._norms = [
             {name: norm_of(found, name) for name in _NORMS if name in found} for found in small
         ]
@@ -124,9 +127,6 @@ class DequantizedModel:
         self._final_norm = norm_of(norm, "final_norm")
         self.chunk = min(max(_LOGITS_BYTES // (4 * facts.vocab_size), 16), 64)
         self.head: Action = self.heads[0]
-
-    def _read_small(self, index: int) -> dict[str, np.ndarray]:
-        return self._tensors(layer_path(index, self.actions[0]), (*_NORMS, *_VECTORS))
 
     def _layer(self, index: int, action: Action) -> Projections:
         found = self._loaded.get((index, action))
@@ -156,16 +156,9 @@ class DequantizedModel:
             raise BundleError(f"cannot read {file}: {error}") from None
 
     @cached_property
-    def _embedding(self) -> Embedding:
+    def embedding(self) -> Embedding:
+        """The start of a pass."""
         return Embedding(self._bundle)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
-        return self._embedding(ids)
-
-    def beside(self, ids: Tensor) -> Beside:
-        """What layers read in addition to their input, in a pass over token ids `[B, T]`."""
-        return self._embedding.beside(ids)
 
     def normed(self, layer: int, x: Tensor) -> Tensor:
         """The input of attention, from the input of a layer, `[..., D]` -> `[..., D]`."""
@@ -249,17 +242,22 @@ class DequantizedModel:
         """Output of a layer from its input `[..., D]` and the result of `attend`."""
         width = attention.shape[-1] - self._block.per_layer_width
         attention, own = attention[..., :width], attention[..., width:]
-        y = self.feed_forward(layer, action, x, self.attended(layer, action, x, attention))
+        attention = self._norm(layer, "output_sub_norm", attention)
+        projected = self._project(layer, action, "o_proj", attention)
+        attended = x + self._norm(layer, "output_norm", projected)
+        y = self._feed_forward(layer, action, x, attended)
         if self._block.per_layer_width:
             gate = self._activation(layer)(self._project(layer, action, "per_layer_gate", y))
             added = self._project(layer, action, "per_layer_output", gate * own)
             y = y + self._norm(layer, "per_layer_norm", added)
         return y * self._vectors[layer].get("layer_scalar", 1.0)
 
-    def feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
-        """Output of a layer from its input and `attended`, all `[..., D]`."""
-        read, layers = self.mlp_input(layer, x, attended), self._layer(layer, action)
-        added = None
+    def _feed_forward(self, layer: int, action: Action, x: Tensor, attended: Tensor) -> Tensor:
+        """Output of a layer, from its input and what its attention makes of it, all `[..., D]`."""
+        read, layers = attended, self._layer(layer, action)
+        if self._block.parallel:
+            read = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
+        read, added = self._norm(layer, "post_norm", read), None
         if "router" in layers:
             assert self._block.experts is not None
             choice_bias = self._vectors[layer].get("choice_bias")
@@ -286,18 +284,6 @@ class DequantizedModel:
             return _ACTIVATIONS[self._block.activation]
         linear, square, elu = self._vectors[layer]["xielu"]
         return lambda x: linear * x + square * F.relu(x).square() + elu * F.elu(x)
-
-    def attended(self, layer: int, action: Action, x: Tensor, attention: Tensor) -> Tensor:
-        """Input plus projected attention, `[..., D]`; arguments as for `complete`."""
-        attention = self._norm(layer, "output_sub_norm", attention)
-        projected = self._project(layer, action, "o_proj", attention)
-        return x + self._norm(layer, "output_norm", projected)
-
-    def mlp_input(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """Input of the MLP, `[..., D]`, from the layer's input and `attended`."""
-        if self._block.parallel:
-            attended = x if "post_norm" in self._norms[layer] else self.normed(layer, x)
-        return self._norm(layer, "post_norm", attended)
 
     def skip(self, layer: int, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
         """Compensated output `[..., D]`; keys and values `[..., 2 * H_kv * d]`."""

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import torch
-from onnx import helper, numpy_helper
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import EMBED_PATH
 from dash_onnx.core.rope import rotary_tables
-from dash_onnx.exporters.train.stored import dequantized, norm_of
+from dash_onnx.runtime.ort import create_session
 
 Tensor = torch.Tensor
-
-_STORED = ("values", "scales")  # parts of a row in INT8
 
 
 @dataclass
@@ -39,54 +31,29 @@ class Beside:
 
 
 class Embedding:
-    """The token embedding of a bundle; only the rows of input tokens are read."""
+    """The token embedding of a bundle, of which nothing is trained; its table stays in its file."""
 
     def __init__(self, bundle: Bundle):
-        """Maps its files.
+        """Loads the graph.
 
         Raises:
-            BundleError: one is missing or damaged.
+            BundleError: a file is missing or damaged.
         """
-        path, self._manifest = bundle.verified(EMBED_PATH), bundle.manifest
-        tensors = onnx.load(path, load_external_data=False).graph.initializer
-        self._found = {tensor.name: _array(tensor, path.parent) for tensor in tensors}
+        self._session = create_session(bundle.verified(EMBED_PATH), "cpu")
+        self._manifest = bundle.manifest
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Token ids `[B, T]` -> hidden states `[B, T, D]` float32."""
-        found, rows = self._found, self._rows("embedding", ids)
-        x = rows.view(*ids.shape, -1) * np.asarray(found.get("embedding_scale", 1.0)).item()
-        if "embedding_norm" in found:
-            x = norm_of(found, "embedding_norm")(x, self._manifest.block)
-        return x
+        return self._run("hidden", ids)
 
     def beside(self, ids: Tensor) -> Beside:
         """What layers read in addition to their input, for token ids `[B, T]`."""
         tables = [rotary_tables(rope, ids.shape[1], "float32") for rope in self._manifest.ropes]
         rotary = [(torch.as_tensor(cos), torch.as_tensor(sin)) for cos, sin in tables]
         reads = self._manifest.block.per_layer_width > 0
-        return Beside(rotary, self._per_layer(ids) if reads else None)
+        return Beside(rotary, self._run("per_layer", ids) if reads else None)
 
-    def _rows(self, name: str, ids: Tensor) -> Tensor:
-        """Rows `[B * T, n]` of a table, float32; the others, gigabytes of some, are not read."""
-        found, tokens = self._found, ids.flatten().numpy(force=True)
-        if name in found:
-            return torch.as_tensor(found[name][tokens]).float()
-        stored = {f"{name}.{part}": found[f"{name}.{part}"][tokens] for part in _STORED}
-        return dequantized(stored, name, self._manifest.target.block_size, torch.float32)
-
-    def _per_layer(self, ids: Tensor) -> Tensor:
-        found, block, x = self._found, self._manifest.block, self(ids)
-        rows = self._rows("per_layer.rows", ids).view(*ids.shape, -1, block.per_layer_width)
-        projected = x @ torch.tensor(found["per_layer_projection.weight"]).float()
-        epsilon = block.norm_epsilon * x.shape[-1]  # as in the graph
-        norm = norm_of(found, "per_layer.norm")
-        normed = norm(projected.view_as(rows), replace(block, norm_epsilon=epsilon))
-        return rows * np.asarray(found["per_layer.scale"]).item() + normed
-
-
-def _array(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
-    if not uses_external_data(tensor):
-        return numpy_helper.to_array(tensor)
-    place, dtype = ExternalDataInfo(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    file, shape = folder / place.location, tuple(tensor.dims)
-    return np.memmap(file, dtype, "r", place.offset or 0, shape)
+    def _run(self, name: str, ids: Tensor) -> Tensor:
+        rows = ids.numpy(force=True)[:, None]  # graphs of earlier versions take one sequence
+        found = [self._session.run([name], {"input_ids": row})[0] for row in rows]
+        return torch.as_tensor(np.concatenate(found)).float()

@@ -95,8 +95,8 @@ class Environment:
             dense: compute every action for every token, so that there is a gradient with respect to
                 the decisions; else each token runs only its own action.
         """
-        beside = self.model.beside(ids)
-        x = before = self.model.embed(ids)
+        beside = self.model.embedding.beside(ids)
+        x = before = self.model.embedding(ids)
         states, all_decisions = [], []
         step = self._dense if dense else self._sparse
         for layers in self.segments:

@@ -41,9 +41,11 @@ def projections_of(
         elif part == "values" and not name.endswith(OFFSETS):
             shifted = f"{name}{OFFSETS}.values" in found  # see `Graph.matmul_nbits`
             bits = BITS.get(weight_precision(action, name, target.ternary))  # a skip has none
-            weight = dequantized(found, name, block_size, torch.float32 if shifted else dtype, bits)
+            weight = _dequantized(
+                found, name, block_size, torch.float32 if shifted else dtype, bits
+            )
             if shifted:
-                offsets = dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
+                offsets = _dequantized(found, f"{name}{OFFSETS}", block_size, torch.float32)
                 offsets = offsets[:, : weight.shape[1] // block_size]
                 weight = weight[: len(offsets)] + offsets.repeat_interleave(block_size, 1)
         else:
@@ -52,7 +54,7 @@ def projections_of(
     return projections
 
 
-def dequantized(
+def _dequantized(
     found: dict[str, np.ndarray],
     name: str,
     block_size: int,

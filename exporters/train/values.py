@@ -36,11 +36,11 @@ def sampled_values(
         The state of each segment; samples `[B, T, L, A]` in nats (0 for the reference action);
         the input of the LM head `[B, T, D]`.
     """
-    beside = env.model.beside(ids)
+    beside = env.model.embedding.beside(ids)
     reference = torch.zeros(*ids.shape, len(env.actions))
     reference[..., 0] = 1.0
     states, differences, outputs = [], [], []
-    x = before = env.model.embed(ids).requires_grad_()
+    x = before = env.model.embedding(ids).requires_grad_()
     for layers in env.segments:
         states.append(State(layers, before.detach()))
         for layer in range(layers.start, layers.stop):

@@ -11,15 +11,4 @@ from dash_onnx.runtime.cuda.backend import CudaBackend
 from dash_onnx.runtime.cuda.driver import Driver, open_driver
 from dash_onnx.runtime.cuda.graphs import CudaGraphBackend
 
-
-def open_cuda(*, graphs: bool = False) -> CudaBackend:
-    """The backend of the first CUDA device.
-
-    Args:
-        graphs: captures what a token runs as CUDA graphs.
-
-    Raises:
-        DeviceError: there is no CUDA driver, or it refuses.
-    """
-    driver = Driver(open_driver())
-    return CudaGraphBackend(driver) if graphs else CudaBackend(driver)
+__all__ = ["CudaBackend", "CudaGraphBackend", "Driver", "open_driver"]

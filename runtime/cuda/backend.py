@@ -132,10 +132,10 @@ class CudaBackend(Backend):
         """See `Backend`."""
         return CudaBuffer(shape, dtype, self.driver)
 
-    def session(self, graph: Path, *, scorer: bool = False) -> Any:
+    def session(self, graph: Path | bytes, *, scorer: bool = False, **options: Any) -> Any:
         """See `Backend`."""
         stream = self.scorer if scorer and self.overlap else self.layers
-        return create_session(graph, self.device, stream.value)
+        return create_session(graph, self.device, stream.value, **options)
 
     def asynchronous(self, run: Run, output: Buffer) -> AsyncRun:
         """See `Backend`."""
