@@ -209,8 +209,7 @@ class Model:
         Args:
             ids: token ids `[S]`.
             prompt_tokens: how many are prefilled.
-            policy: see `policy`.
-            budget: see `policy`.
+            policy, budget: see `policy`.
             prefill: precision of the prefilled part; None: see `memory` of `load`.
             cache: keeps the KV cache of the prefilled part for the next call.
             predictions: return the scorer's predictions, if a scorer decides.
@@ -241,7 +240,7 @@ class Model:
     ) -> Iterator[GeneratedToken]:
         """Generates tokens after a prompt of token ids; the first one comes from the prefill.
 
-        Of stop strings, only those that are control tokens end it: there is no text.
+        Only stop strings that are control tokens end it: there is no text.
 
         Args:
             ids: the prompt, `[S]`.

@@ -72,9 +72,12 @@ const chats = await page.$$eval("#chats option", (options) => options.map((one) 
 await page.selectOption("#chats", chats.at(-1));
 const after = await shown();
 const kept = { before, after, system: await page.inputValue("#system") };
+await page.click("#again"); // the last message is answered again
+await page.waitForSelector(".facts button");
+const again = { roles: asked.at(-1).messages.map((one) => one.role), shown: (await shown()).length };
 await page.click("#delete");
 const left = await page.$$eval("#chats option", (options) => options.map((one) => one.textContent));
-const result = { problems: [...problems], asked: [...asked], told, slides, colored, kept, left, ...found };
+const result = { problems: [...problems], asked: asked.slice(0, questions.length), told, slides, colored, kept, again, left, ...found };
 await page.fill("#text", questions[0]); // a chat that is deleted while it is answered
 await page.keyboard.press("Enter");
 await page.waitForFunction(() => !document.querySelector("#delete").disabled);

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import xml.etree.ElementTree
 from collections.abc import Callable
 from dataclasses import replace
@@ -200,7 +201,11 @@ def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
 
 
 def test_memory_reads_at_a_plausible_speed() -> None:
-    assert 0.5 < read_gigabytes_per_s(1) < 5000
+    block, started = np.ones(1 << 25), time.perf_counter()
+    for _ in range(4):
+        block.sum()
+    usual = 4 * block.nbytes / 1e9 / (time.perf_counter() - started)
+    assert usual / 5 < read_gigabytes_per_s(1) < usual * 5
 
 
 # The command

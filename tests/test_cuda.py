@@ -262,7 +262,7 @@ class OnHost:
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         return HostBuffer(shape, dtype, self.driver)
 
-    def session(self, graph: Path, *, scorer: bool = False) -> Session:
+    def session(self, graph: Path, *, scorer: bool = False, **_: Any) -> Session:  # type: ignore[override]
         self.stand_in.watch()
         stream = (self.scorer if scorer else self.layers).value  # type: ignore[attr-defined]
         return Session(

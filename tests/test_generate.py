@@ -181,9 +181,10 @@ def test_each_session_exists_once(tiny_bundle: Path) -> None:
     created: list[Path] = []
 
     class Counting(Backend):
-        def session(self, graph: Path, *, scorer: bool = False) -> Any:
-            created.append(graph)
-            return super().session(graph, scorer=scorer)
+        def session(self, graph: Path | bytes, *, scorer: bool = False, **options: Any) -> Any:
+            if isinstance(graph, Path):
+                created.append(graph)
+            return super().session(graph, scorer=scorer, **options)
 
     model = Model(Bundle(tiny_bundle), Counting())
     tokens(model, PROMPT, policy="int8", prefill="int8")

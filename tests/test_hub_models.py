@@ -50,12 +50,12 @@ def holding(files: list[str]) -> Callable[..., SimpleNamespace]:
 def test_a_quantization_names_a_file_of_a_repository(
     hub: list[str], quantization: str, file: str
 ) -> None:
-    assert sources._gguf_file("org/m", quantization, sources._files("org/m", None)) == file
+    assert sources._gguf_file("org/m", quantization, sources._files("org/m", None, "")) == file
 
 
 def test_a_missing_quantization_is_refused_with_those_that_are_there(hub: list[str]) -> None:
     with pytest.raises(SourceError, match=r"no GGUF file of Q2_K: m-Q8_0\.gguf"):
-        sources._gguf_file("org/m", "Q2_K", sources._files("org/m", None))
+        sources._gguf_file("org/m", "Q2_K", sources._files("org/m", None, ""))
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_the_text_is_that_of_the_tokens(bundle: Bundle) -> None:
     tokens = python(bundle, folder, None)["tokens"]
     text = dash_onnx.load(bundle.folder).text.decode(tokens)
     shown = node(folder, "--max-tokens", str(TOKENS)).removesuffix("\n")
-    assert text.rstrip("\ufffd").startswith(shown) and shown
+    assert shown.rstrip("\ufffd") == text.rstrip("\ufffd") != ""
 
 
 def test_a_preset_is_a_budget(bundle: Bundle) -> None:

@@ -95,6 +95,7 @@ def test_the_page_chats_and_fits(look: tuple[str, ...], url: str) -> None:
     assert found["colored"] == 8  # tokens of the first answer
     assert found["kept"]["before"] == found["kept"]["after"]
     assert found["kept"]["system"] == "be brief"
+    assert found["again"] == {"roles": ["system", "user", "assistant", "user"], "shown": 4}
     assert found["left"] == ["(new chat)"]
     assert found["typed"] == "word" and found["stored"] == "[]"
     assert found["markdown"] == HTML

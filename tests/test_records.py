@@ -63,21 +63,6 @@ def test_a_record_survives_json() -> None:
     assert from_json(Whole, json.loads(json.dumps(dataclasses.asdict(WHOLE)))) == WHOLE
 
 
-def test_json_holds_plain_values_only() -> None:
-    assert dataclasses.asdict(WHOLE) == {
-        "count": 3,
-        "ready": True,
-        "size": "small",
-        "note": None,
-        "main": {"name": "a", "weight": 0.1},
-        "spare": {"name": "b", "weight": 1e-300},
-        "parts": [{"name": "c", "weight": -2.5}, {"name": "d", "weight": 3.0}],
-        "shares": {"small": 0.25, "large": 0.75},
-        "boxes": {"x/y.z": [1, 2], "": []},
-        "label": "é\n",
-    }
-
-
 COUNTS = st.integers(-(2**63) + 1, 2**63 - 1)
 WEIGHTS = st.floats(-(2.0**62), 2.0**62)
 
@@ -143,7 +128,7 @@ def test_a_missing_key_is_refused_by_its_dotted_name(path: list[Any], key: str) 
 
 
 def test_a_key_with_a_default_may_be_missing() -> None:
-    data = dataclasses.asdict(WHOLE)
+    data = json.loads(json.dumps(dataclasses.asdict(WHOLE)))
     del data["label"]
     assert from_json(Whole, data).label == "none"
 

@@ -133,8 +133,8 @@ def test_closing_frees_the_sessions(tiny_bundle: Path) -> None:
     created: list[weakref.ref[Any]] = []
 
     class Watched(Backend):
-        def session(self, graph: Path, *, scorer: bool = False) -> Any:
-            session = super().session(graph, scorer=scorer)
+        def session(self, graph: Path | bytes, *, scorer: bool = False, **options: Any) -> Any:
+            session = super().session(graph, scorer=scorer, **options)
             created.append(weakref.ref(session))
             return session
 

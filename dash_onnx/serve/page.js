@@ -231,6 +231,12 @@ $("model").addEventListener("change", () => { openChat(); start(); });
 $("new").addEventListener("click", () => openChat());
 $("chats").addEventListener("change", () =>
   openChat(stored("dash-chats", []).find((one) => String(one.id) === $("chats").value)));
+$("again").addEventListener("click", () => {
+  if (running || chat.messages.at(-1)?.role !== "assistant") return;
+  chat.messages.pop();
+  [...document.querySelectorAll("#talk > .model")].at(-1).remove();
+  answer();
+});
 $("delete").addEventListener("click", () => {
   store("dash-chats", stored("dash-chats", []).filter((one) => one.id !== chat.id));
   chat.deleted = true; // its answer may still be coming
