@@ -68,13 +68,13 @@ def available_bytes(
         limit = (group / "memory.max").read_text("utf-8").strip()
         if limit != "max":
             used = int((group / "memory.current").read_text("utf-8"))
+            found.append(int(limit) - used)
             facts = dict(map(str.split, (group / "memory.stat").read_text("utf-8").splitlines()))
             # Files that were read or written stay in memory, and count, until it is needed.
-            kept = int(facts["active_file"]) + int(facts["inactive_file"])
-            found.append(max(int(limit) - used + kept, 0))
+            found[-1] += int(facts["active_file"]) + int(facts["inactive_file"])
     except (OSError, ValueError, KeyError):
         pass
-    return min(found, default=None)
+    return max(min(found), 0) if found else None
 
 
 def use_huge_pages() -> int:

@@ -13,7 +13,7 @@ from dash_onnx.core.actions import Action, ActionPath
 from dash_onnx.core.arrays import Ids
 from dash_onnx.core.budget import Budget
 from dash_onnx.core.bundle import Bundle
-from dash_onnx.core.conversation import Message, begun_answer
+from dash_onnx.core.conversation import Message, begun_answer, checked_messages
 from dash_onnx.core.errors import BundleError, ContextLengthError, PolicyError
 from dash_onnx.core.policy import Policy, make_policy
 from dash_onnx.core.text import TextCodec
@@ -213,7 +213,9 @@ class Requests:
 
 def _continued(prompt: Prompt) -> bool:
     """Whether a prompt is a conversation whose last message is to be continued."""
-    return isinstance(prompt[-1], Mapping) and begun_answer(prompt) != ""  # type: ignore[arg-type]
+    if not isinstance(prompt[-1], Mapping):
+        return False
+    return begun_answer(checked_messages(prompt)) != ""  # type: ignore[arg-type]
 
 
 def _new_stats(sessions: Sessions, path: ActionPath, head: Action) -> DraftStats:

@@ -89,9 +89,11 @@ class Scheduler:
         try:
             return self._step()
         except KeyboardInterrupt:
-            for slot in self._slots:
-                if slot.request is not None:
-                    self._fail(slot, DashError("the scheduler was interrupted"))
+            ended = [(slot, slot.request) for slot in self._slots if slot.request is not None]
+            for slot, _ in ended:
+                self.free(slot)
+            for _, request in ended:
+                request.deliver(DashError("the scheduler was interrupted"))
             raise
 
     def _step(self) -> bool:

@@ -123,6 +123,7 @@ class Sessions:
             loaded = self._joined.get((layers, form))
             if loaded is None and self._joins(layers, form):
                 loaded = self._joined[layers, form] = self._join(layers, form)
+                self._check_open()  # it may have been closed while this loaded
             return loaded
 
     def loads_again(self, layers: range, form: Form) -> bool:

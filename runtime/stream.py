@@ -54,7 +54,8 @@ class Stream(Iterator[Chunk]):
     def join(self) -> None:
         """Waits until no pass is in progress; after `close`, its cache is free then."""
         with self._running:
-            pass
+            if self._closed:
+                self._chunks.close()
 
     @property
     def policy(self) -> Policy:
@@ -108,14 +109,15 @@ class Completion(str):
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Completion:
-        """The text of all chunks, of which there is at least one."""
+        """The text of all chunks; a stream that was closed during its prompt has none."""
         chunks = [*chunks]
+        last = chunks[-1] if chunks else None
         completion = cls("".join(chunk.text for chunk in chunks))
         completion.reasoning = "".join(chunk.reasoning for chunk in chunks)
         counts = Counter(action for chunk in chunks[1:] for action in chunk.path)
-        completion.finish_reason = chunks[-1].finish_reason
-        completion.prompt_tokens = chunks[-1].prompt_tokens
-        completion.generated_tokens = chunks[-1].generated_tokens
+        completion.finish_reason = last.finish_reason if last else None
+        completion.prompt_tokens = last.prompt_tokens if last else 0
+        completion.generated_tokens = last.generated_tokens if last else 0
         drafts = [chunk.draft for chunk in chunks if chunk.draft is not None]
         completion.draft_tokens = sum(draft.tokens for draft in drafts)
         completion.accepted_tokens = sum(draft.accepted for draft in drafts)

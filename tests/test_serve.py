@@ -1140,3 +1140,15 @@ def test_a_begun_answer_is_continued(client: openai.OpenAI, tiny_model: Model) -
     wanted = tiny_model.generate(ids, policy="full", speculate=False, max_new_tokens=6)
     assert answer.choices[0].message.content == wanted
     assert tiny_model.chat(begun, policy="full", speculate=False, max_new_tokens=6) == wanted
+
+
+def test_penalties_change_an_answer_and_other_names_of_a_limit_may_stand_beside_it(
+    client: openai.OpenAI,
+) -> None:
+    def ask(**given: Any) -> str:
+        options: Any = {"model": "tiny", "prompt": "the keeper", "max_tokens": 30, **given}
+        return client.completions.create(**options).choices[0].text
+
+    usual = ask()
+    assert ask(extra_body={"n_predict": 5, "num_predict": 5}) == usual
+    assert ask(presence_penalty=2.0) != usual

@@ -288,6 +288,8 @@ def test_weights_that_a_family_does_not_have_are_told_once(
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_adapter_is_refused_with_what_to_do(folder: Path, whole: bool) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    opened(folder)  # merged
+    (folder / "adapter_model.safetensors").write_bytes(b"")
     if not whole:
         (folder / "config.json").unlink()
     assert "merge it into its model first" in refusal(UnsupportedError, folder)

@@ -21,6 +21,7 @@ from dash_onnx.core.policy import Policy
 from dash_onnx.runtime.deciders import Decider, decider_of
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.sequence import SequenceState
+from dash_onnx.runtime.stream import Completion
 
 PROMPT = "the keeper"
 ENDLESS: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": 200}
@@ -62,30 +63,34 @@ def test_another_thread_may_close_a_stream(tiny_model: Model) -> None:
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of a tenth of a second, and prompts that run in passes of two tokens."""
-    layers = SequenceState.layers
+def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Passes of a tenth of a second, and prompts that run in passes of two tokens; set by each."""
+    layers, passed = SequenceState.layers, threading.Event()
 
     def slowly(self: SequenceState, *given: Any) -> Any:
         time.sleep(0.1)
-        return layers(self, *given)
+        found = layers(self, *given)
+        passed.set()
+        return found
 
     monkeypatch.setattr(SequenceState, "layers", slowly)
     monkeypatch.setattr("dash_onnx.runtime.scheduler.PREFILL_CHUNK", 2)
+    return passed
 
 
-@pytest.mark.usefixtures("slow")
-def test_a_stream_may_be_closed_while_its_prompt_runs(tiny_model: Model) -> None:
+def test_a_stream_may_be_closed_while_its_prompt_runs(
+    tiny_model: Model, slow: threading.Event
+) -> None:
     cache = tiny_model.new_cache()
     chunks = tiny_model.stream([5] * 100, cache=cache, **ENDLESS)
     reader = threading.Thread(target=lambda: [*chunks])
-    started = time.monotonic()
     reader.start()
-    time.sleep(0.3)
+    assert slow.wait(10)
+    started = time.monotonic()
     chunks.close()
     reader.join(10)
     assert time.monotonic() - started < 2  # of five
-    assert 2 <= len(cache.tokens) < 50
+    assert len(cache.tokens) < 50 and Completion.of(chunks) == ""
     assert tiny_model.generate(PROMPT, cache=cache, max_new_tokens=2)
 
 

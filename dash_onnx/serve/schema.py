@@ -162,10 +162,12 @@ class GenerationRequest(_Object):
         Raises:
             PolicyError: a field asks for something unsupported, or is out of range.
         """
+        limited = self.max_tokens or self.max_completion_tokens
         unserved = [
             f"{name} (use {instead})" if instead else name
             for name, instead in REFUSED.items()
-            if getattr(self, name, None) not in (None, *_NEUTRAL.get(name, (0, False, "", [], {})))
+            if not (limited and instead == "max_tokens")  # some clients send all names at once
+            and getattr(self, name, None) not in (None, *_NEUTRAL.get(name, (0, False, "", [], {})))
         ]
         if "@" in self.policy:  # on the command line, this is a file
             raise PolicyError("a request cannot name a file: write out the policy's path")

@@ -222,4 +222,4 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
         f"{HERMES.open}\n{_json(call['function'])}\n{HERMES.close}"
         for call in message["tool_calls"]
     )
-    return {"role": "assistant", "content": f"{content}\n{calls}".strip()}
+    return {**message, "content": f"{content}\n{calls}".strip()}

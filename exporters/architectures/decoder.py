@@ -123,7 +123,8 @@ class Decoder:
         return spec
 
     def _described(self, name: str, config: PretrainedConfig, max_length: int | None) -> ModelSpec:
-        if getattr(config, "is_causal", True) is False:
+        both = getattr(config, "use_bidirectional_attention", None)  # each family has its own
+        if getattr(config, "is_causal", True) is False and not both:
             raise UnsupportedError("is_causal is false: not a causal model")
         for key in (*self.refused, *self.needed):
             if bool(value := getattr(config, key, None)) != (key in self.needed):

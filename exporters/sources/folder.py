@@ -148,12 +148,13 @@ def open_folder(
         SourceError: a part is missing or damaged.
         UnsupportedError: the architecture has no exporter, or the weights are quantized.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise UnsupportedError(
-            f"{folder} holds a LoRA adapter: merge it into its model first, with PEFT's "
-            "merge_and_unload() and save_pretrained(), and save the tokenizer there, too"
-        )
     config_path = folder / "config.json"
+    adapts = any(folder.glob("adapter_model.*")) or not config_path.is_file()
+    if adapts and (folder / "adapter_config.json").is_file():
+        raise UnsupportedError(
+            f"{folder} holds an adapter, such as LoRA's: merge it into its model first, with "
+            "PEFT's merge_and_unload() and save_pretrained(), and save the tokenizer there, too"
+        )
     if not config_path.is_file():
         raise SourceError(f"{folder} has no config.json: not a Hugging Face model folder")
     raw = _read_json(config_path)

@@ -99,12 +99,13 @@ def _files(name: str, revision: str | None, quantization: str) -> list[str]:
 
     try:
         info = _asked(name, revision, lambda: huggingface_hub.model_info(name, revision=revision))
-    except SourceError:
+    except SourceError as error:
         folder = _download(name, revision, *DOCUMENTS)  # the cache's, or the same error
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
         if any(_is_of(file, quantization or _USUAL) for file in files):
             return files
-        raise
+        here = f"; or ask for a file that is here: {', '.join(files)}" if files else ""
+        raise SourceError(f"{error}{here}") from None
     return [file.rfilename for file in info.siblings or []]
 
 
