@@ -114,11 +114,7 @@ class Model:
         return self._sessions.loaded_bytes
 
     def bytes_to_load(self, policy: Policy | None = None) -> int:
-        """Bytes of weights that a policy needs and that are not loaded yet.
-
-        Args:
-            policy: None uses the model's own.
-        """
+        """Bytes of weights that a policy, by default the model's, needs and that are not loaded."""
         chosen = policy or self.policy()
         return self._sessions.bytes_to_load(chosen, prefill_plan(self._sessions, chosen))
 
@@ -209,7 +205,8 @@ class Model:
         Args:
             ids: token ids `[S]`.
             prompt_tokens: how many are prefilled.
-            policy, budget: see `policy`.
+            policy: see `policy`.
+            budget: see `policy`.
             prefill: precision of the prefilled part; None: see `memory` of `load`.
             cache: keeps the KV cache of the prefilled part for the next call.
             predictions: return the scorer's predictions, if a scorer decides.
