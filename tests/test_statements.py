@@ -343,6 +343,16 @@ def test_a_figure_without_a_row_is_found() -> None:
     assert list(figures(text)) == ["1.49", "0.069", "257", "35"]
 
 
+def test_the_guide_to_the_server_lists_every_code_of_an_error() -> None:
+    rows = re.findall(r"^\| [45][^|]*\| ([^|]+) \|", text_of("docs/guide/serve.md"), re.M)
+    listed = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
+    code = "".join(file.read_text("utf-8") for file in (ROOT / "dash_onnx/serve").glob("*.py"))
+    raised = re.findall(r"(?:APIError|cls)\(\s*\d{3},[^\n]*?(?:\n[^\n]*?)??\"(\w+)\"[,)\n]", code)
+    raised += re.findall(r'\d{3}: "(\w+)"', code.partition("_CODES")[2].partition("}")[0])
+    assert {"busy", "not_found", "timeout"} <= {*raised}
+    assert listed == {*raised} - {"closed"}  # which no client sees
+
+
 def test_every_error_of_the_troubleshooting_page_is_in_the_code() -> None:
     folders = (ROOT / folder for folder in ("dash_onnx", "runtime", "exporters"))
     code = "\n".join(file.read_text("utf-8") for folder in folders for file in folder.rglob("*.py"))
