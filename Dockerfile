@@ -16,7 +16,7 @@ RUN useradd --system --uid 10001 dash
 USER 10001
 ENV PATH=/app/bin:$PATH PYTHONUNBUFFERED=1
 EXPOSE 8000
-HEALTHCHECK --interval=10s --start-period=30s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"]
+HEALTHCHECK --interval=10s --start-period=30s CMD ["python", "-c", "from urllib.request import *; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/health')"]
 # SIGTERM lets running answers end.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["dash-serve", "/bundle", "--host", "0.0.0.0", "--api-key-file", "/key"]

@@ -47,8 +47,9 @@ def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far; 0 if the system does not report it."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, `getrusage` starts from the parent process's peak
-        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):  # not in gVisor
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
@@ -124,5 +125,5 @@ def release_memory() -> None:
     go, as layers do in an export.
     """
     gc.collect()
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -215,17 +215,33 @@ def test_a_failure_between_the_two_renames_brings_the_old_bundle_back(
     old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     before = snapshot(old.parent)
-    rename = Path.rename
+    rename = Path.replace
 
     def fail(self: Path, target: Path) -> Path:
         if self.name == "bundle":
             raise error
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(type(error)):
         write(old, overwrite=True)
     assert snapshot(old.parent) == before
+
+
+def test_a_folder_that_cannot_be_renamed_is_moved(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one of a container's image."""
+    rename = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self == old:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    write(old, overwrite=True)
+    assert (old / "dash.json").is_file() and [path.name for path in old.parent.iterdir()] == ["out"]
 
 
 def test_overwrite_replaces_the_whole_folder_once_the_new_one_is_complete(old: Path) -> None:
@@ -264,7 +280,7 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str, overwrit
 def test_a_mount_point_is_refused_before_any_work(
     old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda path: path in (old, tmp_path))
+    monkeypatch.setattr(os.path, "ismount", lambda path: path in (old, tmp_path))
     for place in (old, tmp_path):
         with pytest.raises(BundleError, match="mount point: give a folder inside it"):
             check_destination(place, overwrite=True)

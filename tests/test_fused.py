@@ -139,6 +139,34 @@ def test_decisions_and_logits_are_those_of_the_runtime(
     assert len(paths) > 1 or budget not in (0.35, 0.6)
 
 
+@pytest.mark.parametrize("budget", [0.3, 0.4, 0.6])
+def test_rows_of_other_heads_and_unused_actions_decide_as_the_runtime(
+    budget: float, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")), often=SKIP)
+    manifest = Bundle(folder).manifest
+    assert manifest.scorer is not None
+    first, second, third = manifest.scorer.points
+    shares = {**second.shares, SKIP: 0.0}
+    points = (replace(first, head="int4"), replace(second, shares=shares), third)
+    points = (*points[:2], replace(third, shares=shares))
+    replace_manifest(folder, replace(manifest, scorer=replace(manifest.scorer, points=points)))
+    assert TOOL.run(folder, tmp_path / "graph") == 0
+    model = dash_onnx.load(folder)
+    policy = model.policy("dash", budget)
+    assert isinstance(policy, ScoredPolicy)
+    used = policy.used(4, model.manifest.actions)
+    assert (SKIP in used[1]) == (budget < 0.5)
+    client, sequence = Client(tmp_path / "graph", model.manifest), model.new_sequence()
+    sequence.prefill(np.array(PROMPT), *PLAN)
+    client(PROMPT)
+    for token in range(100, 130):
+        decider = ScoredDecider(sequence, "int8", policy.multiplier, used=used)
+        _, decided = sequence.forward(token, decider)
+        _, path = client([token], **{BUDGET: np.array([budget], np.float32)})
+        assert path == list(decided)
+
+
 @pytest.mark.parametrize("variants", [("full", "int8", "int4"), ("int8",)], ids="+".join)
 def test_a_budget_that_skips_most_layers_decides_as_the_runtime(
     variants: tuple[Action, ...],

@@ -422,6 +422,26 @@ def test_a_figure_that_overflows_is_left_out_alone(
     assert "byte_perplexity,none" in found and "word_perplexity,none" not in found
 
 
+def test_a_record_that_a_task_cannot_use_is_one_line(
+    tiny_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    records = [{"country": "France", "capital": "Paris", "cities": ["Paris", "Rome"]}] * 2
+    records[1] = {**records[1], "capital": "Lyon"}
+    data = written(tmp_path / "data.jsonl", *records)
+    config = {
+        "task": "capitals",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{country}}:",
+        "doc_to_choice": "{{cities}}",
+        "doc_to_target": "{{cities.index(capital)}}",
+    }
+    task = written(tmp_path / "capitals.yaml", config)  # JSON is YAML
+    assert "cannot use its data" in TOOL.refused(capsys, tiny_bundle, "--task", task)
+
+
 # The command
 
 

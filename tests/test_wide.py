@@ -405,3 +405,11 @@ def test_the_prompt_of_one_path_runs_wide_where_that_loses_less_than_the_path(
     for factor, all_wide in ((2.0, True), (0.5, False)):
         policy.kl = factor * manifest.wide.kl
         assert ("int8" in widened_in_prompts(manifest, policy)) == all_wide
+
+
+def test_the_best_static_path_keeps_its_loss(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
+    manifest = Bundle(folder).manifest
+    assert manifest.scorer is not None
+    policy = make_policy("static", manifest, 0.95)
+    assert policy.kl in [point.kl for point in manifest.scorer.static]

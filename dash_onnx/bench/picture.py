@@ -32,7 +32,11 @@ def figure_class() -> Any:
 
 
 def draw(
-    results: Sequence[Result], path: Path, title: str, named: Callable[[str], str] = str
+    results: Sequence[Result],
+    path: Path,
+    title: str,
+    named: Callable[[str], str] = str,
+    reference: str = "the full-precision model",
 ) -> None:
     """Writes the picture; its format follows the name (`.png`, `.svg`).
 
@@ -41,6 +45,7 @@ def draw(
         path: file to write.
         title: title above the picture.
         named: maps a contender's name to its label.
+        reference: what the KL is to.
     """
     figure = figure_class()(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
@@ -59,7 +64,7 @@ def draw(
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     axes.set_xlabel("decoded tokens per second")
-    axes.set_ylabel("KL to the full-precision model, nats (better above)")
+    axes.set_ylabel(f"KL to {reference}, nats (better above)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)

@@ -236,7 +236,9 @@ def _bench(arguments: argparse.Namespace) -> None:
         if any("+" in variant for variant in variants):
             print("with drafts: mean over the tokens of an answer, not the median")
     for picture in arguments.picture:  # last, so that a failure here loses no figures
-        draw(results, picture, machine)
+        best = reference.manifest.variants[0]
+        beside = "the full-precision model" if best == "full" else f"all layers in {best.upper()}"
+        draw(results, picture, machine, reference=beside)
 
 
 def _check_peers(wanted: list[str]) -> None:

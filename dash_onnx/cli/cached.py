@@ -87,10 +87,16 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """`DASH_CACHE`, or `dash-onnx` in the user's cache."""
-    if chosen := os.environ.get("DASH_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dash-onnx"
+    """`DASH_CACHE`, or `dash-onnx` in the user's cache.
+
+    Raises:
+        DashError: the user has no home folder.
+    """
+    chosen, usual = os.environ.get("DASH_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(chosen).expanduser() if chosen else Path(usual).expanduser() / "dash-onnx"
+    except RuntimeError:
+        raise DashError("there is no home folder: set DASH_CACHE to a folder") from None
 
 
 def bundle_of(name: str | Path) -> str | Path:
@@ -337,7 +343,11 @@ def _noted(note: Path) -> str | None:
 
 def _origin(folder: Path) -> str | None:
     """The source of a bundle in the cache; None for any other folder, or if the note is lost."""
-    return _noted(_note(folder)) if folder.parent == cache_folder().resolve() else None
+    try:
+        cached = folder.parent == cache_folder().resolve()
+    except DashError:  # then there is no cache, either
+        return None
+    return _noted(_note(folder)) if cached else None
 
 
 def _note(folder: Path) -> Path:

@@ -103,7 +103,7 @@ class Chat:
             if not line.strip():
                 continue
             command, _, argument = line.rstrip().partition(" ")
-            if command == "/exit":
+            if command in ("/exit", "\x04"):  # Ctrl-D ends no input on Windows
                 break
             try:
                 if not line.startswith("/"):

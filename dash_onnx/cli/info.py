@@ -127,7 +127,7 @@ def _model(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     for name, found in parts.items():
         rows.append([name, *(f"{found[a] / 1e6:.1f}" if a in found else "" for a in columns)])
     speeds: dict[Any, float] = {**here.tokens_per_s}
-    rows.append(["tokens/s here", *(f"{speeds[a]:.3g}" if a in speeds else "" for a in columns)])
+    rows.append(["tokens/s here", *(_speed(speeds[a]) if a in speeds else "" for a in columns)])
     free = here.free_memory_bytes
     return facts, [
         f"{source.origin}: {model.architecture}, {sizes.parameters / 1e9:.3f} billion parameters",
@@ -249,3 +249,8 @@ def _median_ms(manifest: Manifest, action: Any) -> float:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _speed(tokens_per_s: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{tokens_per_s:.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"

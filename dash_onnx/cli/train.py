@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
         if fused is not None:
             try:
                 fuse(Bundle(bundle), bundle / FUSED_FOLDER, fused, overwrite=True)
-            except DashError as error:  # such as a budget that the new policy cannot hold
+            except (
+                DashError,
+                OSError,
+            ) as error:  # such as a budget that the new policy cannot hold
                 where = bundle / FUSED_FOLDER
                 _LOG.warning("%s held the old policy: removed; %s", where, error)
         if arguments.json:

@@ -5,6 +5,7 @@ The system releases the lock on a folder that is being written when its process 
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import secrets
@@ -36,7 +37,8 @@ def check_file(path: Path) -> None:
     """Refuses a file that must not be written, before any expensive work.
 
     Raises:
-        BundleError: it exists and is not a regular file, or its folder does not exist.
+        BundleError: it exists and is not a regular file, or its folder does not exist or cannot
+            be written.
     """
     if path.is_dir():
         raise BundleError(f"cannot write {path}: it is a folder")
@@ -44,6 +46,8 @@ def check_file(path: Path) -> None:
         raise BundleError(f"cannot write {path}: it exists and is not a regular file")
     if not path.parent.is_dir():
         raise BundleError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise BundleError(f"cannot write {path}: its folder is not writable")
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def new_file(path: Path) -> Iterator[Path]:
         mode = _mode(temporary) if kept is None else kept
         yield temporary
         temporary.chmod(mode)
-        temporary.replace(path)
+        _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -101,8 +105,10 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         ) from None
     if not folder.exists() and not folder.is_symlink():
         return
-    if folder.resolve().is_mount():  # unresolved, `.` looks like one
+    if os.path.ismount(folder.resolve()):  # unresolved, `.` looks like one
         raise BundleError(f"{folder} is a mount point: give a folder inside it")
+    if os.name == "nt" and Path.cwd().is_relative_to(folder.resolve()):
+        raise BundleError(f"Windows cannot replace {folder}: change to another folder first")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / marker).is_file():
@@ -125,7 +131,9 @@ def check_room(what: str, needed: int, folder: Path, remedy: str, reused: int = 
     Raises:
         DashError: there is too little space; the message states what is needed.
     """
-    place = next(parent for parent in folder.resolve().parents if parent.exists())
+    place = next((parent for parent in folder.resolve().parents if parent.exists()), None)
+    if place is None:
+        raise DashError(f"there is no drive for {folder}")
     free = shutil.disk_usage(place).free + reused
     if needed > free:
         raise DashError(
@@ -219,19 +227,35 @@ def clear(space: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != _LOCK:
-            path.unlink()
+            with suppress(OSError):
+                path.unlink()
 
 
 def _move(space: Path, folder: Path) -> None:
     """Puts the new folder in its place; what was there stays there on any error."""
     if folder.exists():
-        folder.rename(space / OLD)
+        try:
+            _rename(folder, space / OLD)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.move(folder, space / OLD)  # of a container's image, which cannot be renamed
     try:
-        (space / NEW).rename(folder)
+        _rename(space / NEW, folder)
     except BaseException:  # Ctrl-C between the two renames
         if (space / OLD).exists():
-            (space / OLD).rename(folder)
+            _rename(space / OLD, folder)
         raise
+
+
+def _rename(path: Path, to: Path) -> None:
+    """Renames a file or folder; on Windows, a virus scanner may hold a new one for seconds."""
+    for seconds in (0.1, 0.5, 2.0, 5.0) if os.name == "nt" else ():
+        with suppress(PermissionError):
+            path.replace(to)
+            return
+        time.sleep(seconds)
+    path.replace(to)
 
 
 @contextmanager

@@ -344,7 +344,9 @@ def _best_static(manifest: Manifest, budget: float) -> StaticPolicy:
         least = f"the cheapest costs {shown(points[0].budget)}" if points else "none was searched"
         raise PolicyError(f"no static assignment within budget {budget:g}; {least}")
     best = min(fitting, key=lambda point: point.kl)
-    return StaticPolicy(best.path, manifest, head=best.head, budget=budget)
+    policy = StaticPolicy(best.path, manifest, head=best.head, budget=budget)
+    policy.kl = best.kl
+    return policy
 
 
 def _parse_path(text: str, manifest: Manifest) -> ActionPath:

@@ -16,7 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.hellaswag.utils import preprocess
 
-from dash_onnx.core.errors import SourceError
+from dash_onnx.core.errors import SourceError, first_line
 from dash_onnx.core.text import json_lines
 
 _FEWSHOT_SEED = 1234  # the harness's default few-shot seed
@@ -62,6 +62,8 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":
             mean = {name: partial(_finite, total) for name, total in task.aggregation().items()}
             task.aggregation = partial(dict, mean)
+        task.build_all_requests = partial(_told, name, task.build_all_requests)
+        task.process_results = partial(_told, name, task.process_results)
     found: dict[str, Any] = evaluate(
         model, loaded, limit=max_items, bootstrap_iters=_BOOTSTRAP_ITERS, log_samples=False
     )
@@ -72,6 +74,14 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
             if not isinstance(value, float) or math.isfinite(value)
         }
     return found
+
+
+def _told(name: str, part: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """Runs a part of a task, whose errors are those of its data."""
+    try:
+        return part(*given, **named)
+    except Exception as error:  # templates and code of the task
+        raise SourceError(f"task {name!r} cannot use its data: {first_line(error)}") from None
 
 
 def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTask:

@@ -22,6 +22,7 @@ from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.results import ScoredToken
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+_COMPARED = 64  # rows at once: log-probabilities take several times the memory of logits
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def evaluate_policies(
     tallies = [_Tally(policy) for policy in policies]
     for ids in Loop("windows", _windows(model, text, window, prompt_tokens)[:max_windows]):
         best = other.logits(ids, policy=other.manifest.variants[0])
-        wanted, targets = log_softmax(best[prompt_tokens:-1]), ids[prompt_tokens + 1 :, None]
+        wanted, targets = best[prompt_tokens:-1], ids[prompt_tokens + 1 :, None]
         for tally in tallies:
             policy = tally.policy
             path = None if timed else policy.uniform
@@ -93,7 +94,7 @@ def evaluate_policies(
                 rows = model.logits(ids[:-1], prompt_tokens=prompt_tokens, policy=policy)
                 rows = rows[prompt_tokens:]
                 tally.paths += [path] * len(rows)
-            tally.compare(log_softmax(rows), wanted, targets)
+            tally.compare(rows, wanted, targets)
     return [tally.evaluation(manifest.costs) for tally in tallies]
 
 
@@ -119,12 +120,20 @@ class _Tally:
             started = time.perf_counter()
         return np.stack(rows)
 
-    def compare(self, ours: Floats, wanted: Floats, targets: Ids) -> None:
-        """Adds a window: log-probabilities `[tokens, V]`, the text's own tokens `[tokens, 1]`."""
-        self._nll.append(-np.take_along_axis(ours, targets, 1))
-        self._reference_nll.append(-np.take_along_axis(wanted, targets, 1))
-        self._kl.append(kl_divergence(wanted, ours))
-        self._agree.append(wanted.argmax(1) == ours.argmax(1))
+    def compare(self, ours: Logits, wanted: Logits, targets: Ids) -> None:
+        """Adds a window: logits `[tokens, V]`, the text's own tokens `[tokens, 1]`."""
+        nll, reference_nll, kl, agree = list[Floats](), list[Floats](), list[Floats](), []
+        for start in range(0, len(targets), _COMPARED):
+            part = slice(start, start + _COMPARED)
+            q, p = log_softmax(ours[part]), log_softmax(wanted[part])
+            nll.append(-np.take_along_axis(q, targets[part], 1))
+            reference_nll.append(-np.take_along_axis(p, targets[part], 1))
+            kl.append(kl_divergence(p, q))
+            agree.append(p.argmax(1) == q.argmax(1))
+        self._nll.append(np.concatenate(nll))
+        self._reference_nll.append(np.concatenate(reference_nll))
+        self._kl.append(np.concatenate(kl))
+        self._agree.append(np.concatenate(agree))
 
     def evaluation(self, costs: Costs) -> Evaluation:
         """The means."""

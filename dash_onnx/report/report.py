@@ -10,6 +10,7 @@ from dash_onnx.core.actions import Action
 from dash_onnx.core.budget import Budget, reference_ms
 from dash_onnx.core.facts import Costs, LayerFacts, Training
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.plans import kl_reference, measured_on
 from dash_onnx.core.version import __version__
 from dash_onnx.report.analysis import Analysis, analyse
 from dash_onnx.report.curve import Curve, curve
@@ -33,6 +34,8 @@ class Report:
         layers: measurements of the calibration.
         costs: profiled milliseconds.
         provenance: facts about the origin, by name.
+        measured_on: the text that the KL of the curve was measured on.
+        kl_reference: what that KL is to.
     """
 
     model: str
@@ -45,6 +48,8 @@ class Report:
     layers: tuple[LayerFacts, ...]
     costs: Costs
     provenance: dict[str, str]
+    measured_on: str
+    kl_reference: str
 
 
 def build(
@@ -77,6 +82,8 @@ def build(
         layers=manifest.layers,
         costs=manifest.costs,
         provenance=_provenance(manifest, training, sample),
+        measured_on=measured_on(manifest),
+        kl_reference=kl_reference(manifest),
     )
 
 

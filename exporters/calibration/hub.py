@@ -39,8 +39,9 @@ class HubDataset:
         Raises:
             SourceError: the spelling does not have this form.
         """
-        parts = spelling.removeprefix(PREFIX).split(":")
-        dataset, _, self._config = parts[0].partition(",")
+        parts = re.split(r":(?![\\/])", spelling.removeprefix(PREFIX))  # not that of a drive
+        dataset, _, config = str(parts[0]).partition(",")
+        self._config = config
         if not dataset or len(parts) > 3:
             raise SourceError(f"{spelling} is not of the form {FORM}")
         self._dataset = dataset

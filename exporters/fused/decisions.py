@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import fixed_at, multiplier_of, scorer_facts
+from dash_onnx.core.budget import multiplier_of, scorer_facts
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
+from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused.facts import BUDGET, PATH
 from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.sessions import Sessions
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from dash_onnx.exporters.fused.fusion import Fusion
 
 _NEVER = 1e30  # cost of an action that must not be chosen
+_STEP = 1e-6  # least distance of two budgets
 _TOGETHER = 5  # most layers tested together for the most common action
 _SMALL = 8 << 20  # bytes of a layer; larger ones hide the cost of an `If`, and would fill memory
 
@@ -86,7 +89,7 @@ class Decisions:
         f.constant("last_row", np.array(-1, np.int64))
         values, (multiplier, _) = self._first_values(), multiplier_of(self._default, self._points)
         penalty = np.float32(multiplier) * self._costs
-        penalty += self._barred(fixed_at(self._default, self._manifest))
+        penalty += self._barred(self._default)
         decided = (values + penalty).argmin(1)
         common = decided == self._actions.index(self.branches[-1])
         known = {
@@ -122,11 +125,19 @@ class Decisions:
         self._decide(0)
 
     def _multiplier(self) -> None:
-        f, facts = self._fusion, scorer_facts(self._manifest)
-        budgets = np.array([point.budget for point in facts.points], np.float32)
-        logs = np.log(np.array([point.multiplier for point in facts.points], np.float32))
+        f, points = self._fusion, scorer_facts(self._manifest).points
+        knots = [(points[0].budget, math.log(points[0].multiplier))]
+        for a, b in pairwise(points):
+            if a.head != b.head:  # see `multiplier_of`
+                middle = (a.budget + b.budget) / 2
+                knots += [
+                    (middle, math.log(a.multiplier)),
+                    (middle + _STEP, math.log(b.multiplier)),
+                ]
+            knots.append((b.budget, math.log(b.multiplier)))
+        budgets, logs = np.array(knots, np.float32).T
         # The log multiplier is linear between rows: the sum of the contributions of all intervals.
-        width = np.maximum(np.diff(budgets), 1e-6)
+        width = np.maximum(np.diff(budgets), _STEP)
         f.node("Sub", [BUDGET, f.constant("budgets", budgets[:-1])], ["above"])
         f.node("Div", ["above", f.constant("widths", width)], ["share"])
         zero = f.constant("zero.f", np.array(0, np.float32))
@@ -136,9 +147,10 @@ class Decisions:
         f.node("Add", ["climb", f.constant("lowest", logs[:1])], ["log_multiplier"])
         f.node("Exp", ["log_multiplier"], ["multiplier"])
         f.node("Mul", ["multiplier", f.constant("costs", self._costs)], ["weighed"])
-        # The actions fixed for all tokens are constant between two rows.
+        # The actions that are used are constant between two rows.
+        budgets = np.array([point.budget for point in points], np.float32)
         middles = [*((budgets[:-1] + budgets[1:]) / 2)] or [*budgets]
-        barred = np.stack([self._barred(fixed_at(float(x), self._manifest)) for x in middles])
+        barred = np.stack([self._barred(float(budget)) for budget in middles])
         f.node("Greater", [BUDGET, f.constant("borders", budgets[1:-1])], ["beyond"])
         f.node("Cast", ["beyond"], ["intervals"], to=TensorProto.INT64)
         f.node("ReduceSum", ["intervals"], ["interval"], keepdims=0)
@@ -153,14 +165,14 @@ class Decisions:
             rows[0, self._actions.index(SKIP)] = _NEVER
         return rows
 
-    def _barred(self, fixed: tuple[Action | None, ...]) -> np.ndarray:
-        """Costs `[L, A]` that leave a layer only the action that is fixed for all tokens."""
-        barred = np.zeros_like(self._costs)
-        for layer, action in enumerate(fixed):
-            if action is not None:
-                index = max(map(self._actions.index, (action, self._dearest)))
-                barred[layer] = _NEVER
-                barred[layer, index] = 0
+    def _barred(self, budget: float) -> np.ndarray:
+        """Costs `[L, A]` that leave a layer only the actions that it uses at a budget."""
+        barred = np.full_like(self._costs, _NEVER)
+        policy = ScoredPolicy(self._manifest, budget)
+        used = policy.used(len(barred), self._manifest.actions)
+        for layer, actions in enumerate(used):
+            for action in actions:
+                barred[layer, max(map(self._actions.index, (action, self._dearest)))] = 0
         return barred
 
     def decide_after(self, layer: int) -> None:
