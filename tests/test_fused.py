@@ -20,6 +20,7 @@ from scored_bundle import with_scorer
 import dash_onnx
 from dash_onnx.cli.fuse import main
 from dash_onnx.core.actions import SKIP, Action
+from dash_onnx.core.budget import PRESETS
 from dash_onnx.core.bundle import Bundle, list_files, replace_manifest
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import ScoredPolicy
@@ -149,7 +150,8 @@ def test_rows_of_other_heads_and_unused_actions_decide_as_the_runtime(
     first, second, third = manifest.scorer.points
     shares = {**second.shares, SKIP: 0.0}
     points = (replace(first, head="int4"), replace(second, shares=shares), third)
-    points = (*points[:2], replace(third, shares=shares))
+    points = (*points[:2], replace(third, budget=1.05, shares=shares))
+    points = (*points, replace(third, budget=1.1, multiplier=1e-6, shares=shares))
     replace_manifest(folder, replace(manifest, scorer=replace(manifest.scorer, points=points)))
     assert TOOL.run(folder, tmp_path / "graph") == 0
     model = dash_onnx.load(folder)
@@ -165,6 +167,24 @@ def test_rows_of_other_heads_and_unused_actions_decide_as_the_runtime(
         _, decided = sequence.forward(token, decider)
         _, path = client([token], **{BUDGET: np.array([budget], np.float32)})
         assert path == list(decided)
+
+
+def test_a_table_of_one_row_decides_as_the_runtime(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = with_scorer(Path(shutil.copytree(tiny_bundle, tmp_path / "out")))
+    manifest = Bundle(folder).manifest
+    assert manifest.scorer is not None
+    point = replace(manifest.scorer.points[1], budget=0.71135)
+    facts = replace(manifest.scorer, points=(point,), presets=dict.fromkeys(PRESETS, 0.71135))
+    replace_manifest(folder, replace(manifest, scorer=facts))
+    assert TOOL.run(folder, tmp_path / "graph", "--policy", "dash") == 0
+    model = dash_onnx.load(folder)
+    client, sequence = Client(tmp_path / "graph", model.manifest), model.new_sequence()
+    sequence.prefill(np.array(PROMPT), *PLAN)
+    client(PROMPT)
+    for token in range(100, 110):
+        decider = ScoredDecider(sequence, "int8", point.multiplier)
+        _, decided = sequence.forward(token, decider)
+        assert client([token])[1] == list(decided)
 
 
 @pytest.mark.parametrize("variants", [("full", "int8", "int4"), ("int8",)], ids="+".join)

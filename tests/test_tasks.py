@@ -439,7 +439,7 @@ def test_a_record_that_a_task_cannot_use_is_one_line(
         "doc_to_target": "{{cities.index(capital)}}",
     }
     task = written(tmp_path / "capitals.yaml", config)  # JSON is YAML
-    assert "cannot use its data" in TOOL.refused(capsys, tiny_bundle, "--task", task)
+    assert "fails on its data" in TOOL.refused(capsys, tiny_bundle, "--task", task)
 
 
 # The command

@@ -79,10 +79,9 @@ class Entry:
         """Its size on disk, including files that an export or training keeps next to it."""
         total = 0
         for place in (self.folder, *(workspace_of(self.folder, name) for name in _WORKSPACES)):
-            for parent, _, files in os.walk(place):
-                for file in files:
-                    with suppress(OSError):  # another process is working on it
-                        total += os.stat(os.path.join(parent, file)).st_size
+            for file in place.rglob("*"):
+                with suppress(OSError):  # another process is working on it
+                    total += file.stat().st_size * file.is_file()
         return total
 
 
@@ -92,9 +91,9 @@ def cache_folder() -> Path:
     Raises:
         DashError: the user has no home folder.
     """
-    chosen, usual = os.environ.get("DASH_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    chosen, usual = map(os.environ.get, ("DASH_CACHE", "XDG_CACHE_HOME"))
     try:
-        return Path(chosen).expanduser() if chosen else Path(usual).expanduser() / "dash-onnx"
+        return Path(chosen or f"{usual or '~/.cache'}/dash-onnx").expanduser()
     except RuntimeError:
         raise DashError("there is no home folder: set DASH_CACHE to a folder") from None
 
@@ -343,11 +342,10 @@ def _noted(note: Path) -> str | None:
 
 def _origin(folder: Path) -> str | None:
     """The source of a bundle in the cache; None for any other folder, or if the note is lost."""
-    try:
-        cached = folder.parent == cache_folder().resolve()
-    except DashError:  # then there is no cache, either
-        return None
-    return _noted(_note(folder)) if cached else None
+    with suppress(DashError):  # without a home folder there is no cache, either
+        if folder.parent == cache_folder().resolve():
+            return _noted(_note(folder))
+    return None
 
 
 def _note(folder: Path) -> Path:

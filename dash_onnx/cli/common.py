@@ -74,8 +74,9 @@ def run(
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
-    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8")  # not the code page of Windows
+    with suppress(ValueError):  # closed, or read from before
+        if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+            sys.stdin.reconfigure(encoding="utf-8")  # not the code page of Windows
     for stream in (sys.stdout, sys.stderr):
         # Some terminals and pipes cannot encode emoji; in tests the streams are of other types.
         if isinstance(stream, io.TextIOWrapper):

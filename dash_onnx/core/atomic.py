@@ -46,7 +46,7 @@ def check_file(path: Path) -> None:
         raise BundleError(f"cannot write {path}: it exists and is not a regular file")
     if not path.parent.is_dir():
         raise BundleError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
+    if not path.exists() and not os.access(path.parent, os.W_OK):
         raise BundleError(f"cannot write {path}: its folder is not writable")
 
 
@@ -107,8 +107,6 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         return
     if os.path.ismount(folder.resolve()):  # unresolved, `.` looks like one
         raise BundleError(f"{folder} is a mount point: give a folder inside it")
-    if os.name == "nt" and Path.cwd().is_relative_to(folder.resolve()):
-        raise BundleError(f"Windows cannot replace {folder}: change to another folder first")
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if not (folder / marker).is_file():
@@ -116,6 +114,8 @@ def check_destination(folder: Path, overwrite: bool, marker: str = MANIFEST_NAME
         raise BundleError(f"{folder} exists and {what}; choose another folder")
     if not overwrite:
         raise BundleError(f"{folder} exists; pass --overwrite to replace it")
+    if os.name == "nt" and Path.cwd().is_relative_to(folder.resolve()):
+        raise BundleError(f"Windows cannot replace {folder}: change to another folder first")
 
 
 def check_room(what: str, needed: int, folder: Path, remedy: str, reused: int = 0) -> None:
@@ -193,7 +193,7 @@ def workspace(
         kept = False
         try:
             if (space / OLD).is_dir() and not folder.exists():  # killed between two renames
-                (space / OLD).rename(folder)
+                _rename(space / OLD, folder)
                 check_destination(folder, overwrite, marker)
             yield space
             check_destination(folder, overwrite, marker)
@@ -239,11 +239,15 @@ def _move(space: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            shutil.move(folder, space / OLD)  # of a container's image, which cannot be renamed
+            shutil.rmtree(space / OLD, ignore_errors=True)
+            shutil.copytree(folder, space / OLD, symlinks=True)  # of a container's image
     try:
+        if folder.exists():
+            shutil.rmtree(folder)
         _rename(space / NEW, folder)
     except BaseException:  # Ctrl-C between the two renames
         if (space / OLD).exists():
+            shutil.rmtree(folder, ignore_errors=True)
             _rename(space / OLD, folder)
         raise
 

@@ -77,11 +77,12 @@ def evaluate_task(model: LM, name: str, max_items: int | None = None) -> dict[st
 
 
 def _told(name: str, part: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """Runs a part of a task, whose errors are those of its data."""
+    """Runs a part of a task, which brings its own templates, code and data."""
     try:
         return part(*given, **named)
-    except Exception as error:  # templates and code of the task
-        raise SourceError(f"task {name!r} cannot use its data: {first_line(error)}") from None
+    except Exception as error:
+        told = first_line(error) or type(error).__name__
+        raise SourceError(f"task {name!r} fails on its data: {told}") from None
 
 
 def json_lines_task(path: Path, max_items: int | None = None) -> ConfigurableTask:

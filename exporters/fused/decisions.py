@@ -11,10 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dash_onnx.core.actions import SKIP, Action
-from dash_onnx.core.budget import multiplier_of, scorer_facts
+from dash_onnx.core.budget import fixed_at, multiplier_of, scorer_facts, used_actions
 from dash_onnx.core.contract import layer_path
 from dash_onnx.core.manifest import Manifest
-from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused.facts import BUDGET, PATH
 from dash_onnx.runtime.devices import open_backend
 from dash_onnx.runtime.sessions import Sessions
@@ -149,8 +148,8 @@ class Decisions:
         f.node("Mul", ["multiplier", f.constant("costs", self._costs)], ["weighed"])
         # The actions that are used are constant between two rows.
         budgets = np.array([point.budget for point in points], np.float32)
-        middles = [*((budgets[:-1] + budgets[1:]) / 2)] or [*budgets]
-        barred = np.stack([self._barred(float(budget)) for budget in middles])
+        middles = [(a.budget + b.budget) / 2 for a, b in pairwise(points)] or [points[0].budget]
+        barred = np.stack([self._barred(budget) for budget in middles])
         f.node("Greater", [BUDGET, f.constant("borders", budgets[1:-1])], ["beyond"])
         f.node("Cast", ["beyond"], ["intervals"], to=TensorProto.INT64)
         f.node("ReduceSum", ["intervals"], ["interval"], keepdims=0)
@@ -168,11 +167,10 @@ class Decisions:
     def _barred(self, budget: float) -> np.ndarray:
         """Costs `[L, A]` that leave a layer only the actions that it uses at a budget."""
         barred = np.full_like(self._costs, _NEVER)
-        policy = ScoredPolicy(self._manifest, budget)
-        used = policy.used(len(barred), self._manifest.actions)
-        for layer, actions in enumerate(used):
-            for action in actions:
-                barred[layer, max(map(self._actions.index, (action, self._dearest)))] = 0
+        usual = used_actions(budget, scorer_facts(self._manifest).points)
+        for layer, action in enumerate(fixed_at(budget, self._manifest)):
+            for used in usual if action is None else (action,):
+                barred[layer, max(map(self._actions.index, (used, self._dearest)))] = 0
         return barred
 
     def decide_after(self, layer: int) -> None:
