@@ -79,18 +79,15 @@ class Entry:
         """Its size on disk, including files that an export or training keeps next to it."""
         total = 0
         for place in (self.folder, *(workspace_of(self.folder, name) for name in _WORKSPACES)):
-            for file in place.rglob("*"):
-                with suppress(OSError):  # another process is working on it
-                    total += file.stat().st_size * file.is_file()
+            for parent, _, files in os.walk(place):
+                for file in files:
+                    with suppress(OSError):  # another process is working on it
+                        total += os.stat(os.path.join(parent, file)).st_size
         return total
 
 
 def cache_folder() -> Path:
-    """`DASH_CACHE`, or `dash-onnx` in the user's cache.
-
-    Raises:
-        DashError: the user has no home folder.
-    """
+    """`DASH_CACHE`, or `dash-onnx` in the user's cache; a DashError without a home folder."""
     chosen, usual = map(os.environ.get, ("DASH_CACHE", "XDG_CACHE_HOME"))
     try:
         return Path(chosen or f"{usual or '~/.cache'}/dash-onnx").expanduser()
