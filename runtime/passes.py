@@ -99,7 +99,7 @@ class Pass:
             *(backend.buffer(part, dims.dtype) for part in (shape, shape, *per_layer)),
         ]
         self.seq = seq
-        self.tokens, self.positions, even, odd, *rest = self._tensors = [*tensors]
+        self.tokens, self.positions, even, odd, *rest = self._tensors = tensors
         self.hidden, self.per_layer = (even, odd), rest[0] if rest else None
         self.plain: Buffer | None = None
         self.masks: dict[int | None, Buffer] = {}
@@ -162,7 +162,7 @@ class Pass:
         self.tokens.write(tokens)
         run = self._embed
         if run is None:
-            outputs = self._tensors[2:3] + self._tensors[4:]
+            outputs = [self.hidden[0], *([] if self.per_layer is None else [self.per_layer])]
             run = self._embed = self.bound(self._sessions.embed(), [self.tokens], outputs)
         run()
 

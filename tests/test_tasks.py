@@ -401,21 +401,27 @@ def test_a_perplexity_that_is_no_finite_number_is_left_out(
     assert "perplexity" not in capsys.readouterr().out
 
 
+def described(data: Path, name: str, output_type: str, **fields: str) -> Path:
+    """A task of the harness about a file of JSON lines, in a YAML file beside it."""
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(data.parent)},
+        "test_split": "test",
+        "output_type": output_type,
+        **fields,
+    }
+    return written(data.with_name(f"{name}.yaml"), config)  # JSON is YAML
+
+
 def test_a_figure_that_overflows_is_left_out_alone(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """The perplexity per word of a text without spaces."""
     data = written(tmp_path / "t.jsonl", {"text": "\u5b57" * 400})
-    config = {
-        "task": "rolling",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path)},
-        "test_split": "test",
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-    }
-    task = written(tmp_path / "rolling.yaml", config)  # JSON is YAML
+    task = described(
+        data, "rolling", "loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"
+    )
     monkeypatch.setattr(DashLM, "loglikelihood_rolling", lambda *_: [-900.0])
     found = TOOL.json_of(capsys, tiny_bundle, "--task", task)["results"]["rolling"]
     assert found["bits_per_byte,none"] == pytest.approx(900 / 1200 / np.log(2))
@@ -428,17 +434,14 @@ def test_a_record_that_a_task_cannot_use_is_one_line(
     records = [{"country": "France", "capital": "Paris", "cities": ["Paris", "Rome"]}] * 2
     records[1] = {**records[1], "capital": "Lyon"}
     data = written(tmp_path / "data.jsonl", *records)
-    config = {
-        "task": "capitals",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path)},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{country}}:",
-        "doc_to_choice": "{{cities}}",
-        "doc_to_target": "{{cities.index(capital)}}",
-    }
-    task = written(tmp_path / "capitals.yaml", config)  # JSON is YAML
+    task = described(
+        data,
+        "capitals",
+        "multiple_choice",
+        doc_to_text="{{country}}:",
+        doc_to_choice="{{cities}}",
+        doc_to_target="{{cities.index(capital)}}",
+    )
     assert "fails on its data" in TOOL.refused(capsys, tiny_bundle, "--task", task)
 
 

@@ -96,12 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         facts = manifest.scorer
         assert facts is not None
         if fused is not None:
+            # It may fail over a full disk, or a budget that the new policy cannot hold.
             try:
                 fuse(Bundle(bundle), bundle / FUSED_FOLDER, fused, overwrite=True)
-            except (
-                DashError,
-                OSError,
-            ) as error:  # such as a budget that the new policy cannot hold
+            except (DashError, OSError) as error:
                 where = bundle / FUSED_FOLDER
                 _LOG.warning("%s held the old policy: removed; %s", where, error)
         if arguments.json:

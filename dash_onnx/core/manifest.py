@@ -188,10 +188,8 @@ class Manifest:
 
     def to_text(self) -> str:
         """Returns the file's text: sorted keys, newline at the end."""
-        return (
-            json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-            + "\n"
-        )
+        facts = dataclasses.asdict(self)
+        return json.dumps(facts, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_text(cls, text: str, name: str = MANIFEST_NAME) -> Manifest:

@@ -98,6 +98,13 @@ def evaluate_policies(
     return [tally.evaluation(manifest.costs) for tally in tallies]
 
 
+def _compared(ours: Logits, wanted: Logits, targets: Ids) -> tuple[Floats, ...]:
+    """By row: NLL of the text, that of the reference, KL, and whether the top-1 tokens agree."""
+    q, p = log_softmax(ours), log_softmax(wanted)
+    nll, reference_nll = (-np.take_along_axis(one, targets, 1) for one in (q, p))
+    return nll, reference_nll, kl_divergence(p, q), p.argmax(1) == q.argmax(1)
+
+
 class _Tally:
     """The results of one policy so far."""
 
@@ -122,18 +129,12 @@ class _Tally:
 
     def compare(self, ours: Logits, wanted: Logits, targets: Ids) -> None:
         """Adds a window: logits `[tokens, V]`, the text's own tokens `[tokens, 1]`."""
-        nll, reference_nll, kl, agree = list[Floats](), list[Floats](), list[Floats](), []
-        for start in range(0, len(targets), _COMPARED):
-            part = slice(start, start + _COMPARED)
-            q, p = log_softmax(ours[part]), log_softmax(wanted[part])
-            nll.append(-np.take_along_axis(q, targets[part], 1))
-            reference_nll.append(-np.take_along_axis(p, targets[part], 1))
-            kl.append(kl_divergence(p, q))
-            agree.append(p.argmax(1) == q.argmax(1))
-        self._nll.append(np.concatenate(nll))
-        self._reference_nll.append(np.concatenate(reference_nll))
-        self._kl.append(np.concatenate(kl))
-        self._agree.append(np.concatenate(agree))
+        starts = range(0, len(targets), _COMPARED)
+        parts = [slice(start, start + _COMPARED) for start in starts]
+        found = zip(*(_compared(ours[p], wanted[p], targets[p]) for p in parts), strict=True)
+        kept = (self._nll, self._reference_nll, self._kl, self._agree)
+        for windows, values in zip(kept, found, strict=True):
+            windows.append(np.concatenate(values))
 
     def evaluation(self, costs: Costs) -> Evaluation:
         """The means."""

@@ -39,9 +39,9 @@ class HubDataset:
         Raises:
             SourceError: the spelling does not have this form.
         """
-        parts = re.split(r":(?![\\/])", spelling.removeprefix(PREFIX))  # not that of a drive
-        dataset, _, config = str(parts[0]).partition(",")
-        self._config = config
+        # Not at the colon of a drive.
+        parts: list[str] = re.split(r":(?![\\/])", spelling.removeprefix(PREFIX))
+        dataset, _, self._config = parts[0].partition(",")
         if not dataset or len(parts) > 3:
             raise SourceError(f"{spelling} is not of the form {FORM}")
         self._dataset = dataset

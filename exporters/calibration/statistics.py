@@ -19,12 +19,11 @@ def scale_and_cosine(x: HiddenStates, y: HiddenStates) -> tuple[float, float]:
     ratios, cosines = [], []
     for before, after in zip(x, y, strict=True):
         before, after = (h[SINK_TOKENS:].astype(np.float64) for h in (before, after))
-        # Rows of embeddings that were never trained may be zero.
-        seen = (np.linalg.norm(before, axis=-1) > 0) & (np.linalg.norm(after, axis=-1) > 0)
-        before, after = before[seen], after[seen]
-        before_norm, after_norm = (np.linalg.norm(h, axis=-1) for h in (before, after))
+        norms = np.stack([np.linalg.norm(h, axis=-1) for h in (before, after)])
+        seen = (norms > 0).all(0)  # rows of embeddings that were never trained may be zero
+        before_norm, after_norm = norms[:, seen]
         ratios += [*(after_norm / before_norm)]
-        cosines += [*(np.sum(before * after, -1) / (before_norm * after_norm))]
+        cosines += [*(np.sum(before * after, -1)[seen] / (before_norm * after_norm))]
     if not ratios:
         return 1.0, 1.0
     return float(np.mean(ratios)), float(np.mean(cosines))

@@ -18,7 +18,6 @@ from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.mxfp4 import Mxfp4Weights
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
-    UNUSED,
     Shapes,
     Source,
     Weights,
@@ -26,6 +25,7 @@ from dash_onnx.exporters.sources.source import (
     check_supported,
     finite,
     layers_in,
+    left_of,
     readable,
 )
 
@@ -93,11 +93,7 @@ class SafetensorsWeights(Shapes):
 
     def unread(self, prefix: str) -> list[str]:
         """See `Weights`."""
-        return [
-            name
-            for name in sorted({*self.shapes} - self._read_so_far)
-            if name.startswith(prefix) and not UNUSED.search(name)
-        ]
+        return left_of(self.shapes, self._read_so_far, prefix)
 
 
 def has_weights(folder: Path) -> bool:

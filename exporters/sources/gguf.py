@@ -21,12 +21,12 @@ from dash_onnx.exporters.sources.gguf_layout import Layout
 from dash_onnx.exporters.sources.gguf_tokenizer import end_tokens, tokenizer_of
 from dash_onnx.exporters.sources.license import license_of
 from dash_onnx.exporters.sources.source import (
-    UNUSED,
     Source,
     check_layers,
     check_supported,
     finite,
     layers_in,
+    left_of,
     readable,
 )
 
@@ -135,11 +135,7 @@ class GGUFWeights:
     def unread(self, prefix: str) -> list[str]:
         """See `Weights`."""
         layer = prefix.rstrip(".").rpartition(".")[2]
-        return [
-            name
-            for name in sorted({*self._tensors} - self._read_so_far)
-            if name.startswith(f"blk.{layer}.") and not UNUSED.search(name)
-        ]
+        return left_of(self._tensors, self._read_so_far, f"blk.{layer}.")
 
 
 def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from dash_onnx.exporters.quantize.blockwise import Quantized, row_groups
 
 T = TypeVar("T")
 
-UNUSED = re.compile(r"(inv_freq|attention\.(masked_)?bias|\.eps|_scale|\.scale)$")
+_UNUSED = re.compile(r"(inv_freq|attention\.(masked_)?bias|\.eps|_scale|\.scale)$")
 """Names of tensors that no family needs: constants, and factors that are read with another one."""
 
 
@@ -136,6 +136,12 @@ class Wrapped:
     def unread(self, prefix: str) -> list[str]:
         """See `Weights`."""
         return self.stored.unread(prefix)
+
+
+def left_of(names: Iterable[str], read: Collection[str | None], prefix: str) -> list[str]:
+    """The names below a layer's prefix that a family may need and that have not been looked up."""
+    left = (name for name in names if name.startswith(prefix) and name not in read)
+    return sorted(name for name in left if not _UNUSED.search(name))
 
 
 @dataclass(frozen=True)
