@@ -412,6 +412,51 @@ def test_sizes_of_gemma_4_that_its_config_does_not_have_are_refused(
     assert said in refusal(tmp_path / "tiny.gguf")
 
 
+def test_a_dense_granite_4_may_name_the_width_of_a_shared_expert(tmp_path: Path) -> None:
+    model = tiny_model("granite", num_hidden_layers=2)
+    add = lambda w: [w.add_expert_count(0), w.add_expert_shared_feed_forward_length(96)]  # noqa: E731
+    write_model(tmp_path / "tiny.gguf", model, add)
+    assert opened(tmp_path / "tiny.gguf").config.model_type == "granite"
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ({}, {}),
+        ({"temp": 1.0}, {}),
+        ({"temp": 0.5}, {"temperature": 0.5}),
+        ({"temp": 0.0, "top_p": 0.5}, {"temperature": 0.0, "do_sample": False, "top_p": 0.5}),
+        ({"top_k": 20, "top_p": 0.5}, {"temperature": 1.0, "top_k": 20, "top_p": 0.5}),
+        ({"temp": 0.5, "min_p": 0.25}, {"temperature": 0.5, "min_p": 0.25}),
+    ],
+    ids=str,
+)
+def test_sampling_defaults_of_the_metadata_are_read(
+    keys: dict[str, Any], wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    def add(writer: gguf.GGUFWriter) -> None:
+        for name, value in keys.items():
+            given = writer.add_int32 if isinstance(value, int) else writer.add_float32
+            given(f"general.sampling.{name}", value)
+
+    write_model(tmp_path / "tiny.gguf", tiny_model("llama", num_hidden_layers=2), add)
+    found = opened(tmp_path / "tiny.gguf").generation_config
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+    given = {name: value for name in names if (value := getattr(found, name)) is not None}
+    assert given == ({"do_sample": True, **wanted} if wanted else {})
+
+
+def test_a_tensor_type_that_gguf_does_not_know_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(_: int) -> None:
+        raise ValueError("36 is not a valid GGMLQuantizationType")
+
+    write_model(tmp_path / "tiny.gguf", tiny_model("llama", num_hidden_layers=2))
+    monkeypatch.setattr(gguf.gguf_reader, "GGMLQuantizationType", unknown)
+    assert "a type that the package gguf does not know (36" in refusal(tmp_path / "tiny.gguf")
+
+
 def test_gemma_4_stops_dimensions_by_no_other_factors() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e6, "short_factor": [1.0, 1.0, 2.0, 1e30]}
     with pytest.raises(UnsupportedError, match="not that of a Gemma 4 model"):

@@ -114,7 +114,7 @@ def test_a_model_of_the_hub_is_shown_without_its_weights(
     wanted = INFO.json_of(capsys, tiny_folder)
     assert told["estimates"] == wanted["estimates"]
     assert told["source"] == "hub:org/tiny@c0ffee"
-    for variants, wide in (("int8,wide", False), ("int4,wide", True)):
+    for variants, wide in (("int8", False), ("int4,wide", True)):
         assert INFO.run("org/tiny", "--variants", variants) == 0
         assert ("INT8 copy" in capsys.readouterr().out) == wide
     sources.open_source("org/tiny", {"llama"})
@@ -153,7 +153,7 @@ def test_pickled_weights_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(sources, "_download", lambda *_: tmp_path)
     monkeypatch.setattr(huggingface_hub, "model_info", holding(["pytorch_model.bin"]))
-    with pytest.raises(SourceError, match=r"org/m has no safetensors .* \(pickled"):
+    with pytest.raises(SourceError, match=r"org/m has no safetensors .*: pickled"):
         sources.open_source("org/m", {"llama"})
 
 

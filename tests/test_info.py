@@ -235,7 +235,7 @@ def test_what_is_neither_is_refused_in_one_line(tmp_path: Path, capsys: Capture)
     assert "int8, int4" in TOOL.refused(capsys, tmp_path, "--variants", "int3")
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["a known model", "an unknown one"])
+@pytest.mark.parametrize("known", [True, False], ids=["a known tokenizer", "an unknown one"])
 def test_no_code_of_a_folder_runs_whatever_the_terminal_answers(
     known: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -249,8 +249,10 @@ def test_no_code_of_a_folder_runs_whatever_the_terminal_answers(
     path = folder / "tokenizer_config.json"
     tokens = json.loads(path.read_text())
     tokens["auto_map"] = {"AutoTokenizer": ["odd.Odd", "odd.Odd"]}
-    tokens["tokenizer_class"] = "PreTrainedTokenizerFast" if known else "OddTokenizer"
+    tokens["tokenizer_class"] = "OddTokenizer"
     path.write_text(json.dumps(tokens))
+    if not known:  # so that only the code could tell
+        (folder / "tokenizer.json").unlink()
     program = f"import sys; from {main.__module__} import main; sys.exit(main(sys.argv[1:]))"
     terminal, end = pty.openpty()
     os.write(terminal, b"y\ny\ny\n")

@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import TINY, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
+from dash_onnx.core.conversation import rendered
 from dash_onnx.core.errors import DashError, SourceError, UnsupportedError
 from dash_onnx.exporters.architectures import REGISTRY, architecture_of
 from dash_onnx.exporters.export import ExportOptions, export
@@ -131,6 +133,80 @@ def test_a_chat_template_may_have_a_json_file_of_its_own(folder: Path) -> None:
     assert opened(folder).tokenizer.chat_template is None
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert opened(folder).tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    templates = {"default": "{% for m in messages %}a{% endfor %}", "tool_use": "t\n"}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    edit_json(folder / "tokenizer_config.json", chat_template=named)
+    template = opened(folder).tokenizer.chat_template
+    asked = [{"role": "user", "content": "?"}]
+    assert rendered(template, asked, {}, {}) == "a"
+    assert rendered(template, asked, {"tools": [{}]}, {}) == "t"
+
+
+# The tokenizer
+
+DIGITS = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+)
+TEKKEN = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\S+|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    ]
+)
+
+
+def described(folder: Path, steps: pre_tokenizers.PreTokenizer, **config: object) -> Tokenizer:
+    """Gives a folder a tokenizer that reads pairs of digits, and returns it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.pre_tokenizer = steps
+    tokenizer.add_tokens(["[INST]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary, merges = text["model"]["vocab"], text["model"]["merges"]
+    free = next(token for token in vocabulary if len(token) > 2)
+    merges[:] = [merge for merge in merges if free not in (*merge, "".join(merge))]
+    vocabulary["12"] = vocabulary.pop(free)
+    merges.append(["1", "2"])
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    edit_json(folder / "tokenizer_config.json", **config)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_is_that_of_its_file_whatever_class_is_named(folder: Path, kind: str) -> None:
+    wanted = described(folder, DIGITS, tokenizer_class=kind)
+    found = opened(folder).tokenizer
+    for text in ("12 ships", "in 1212", "the keeper\n\n12."):
+        assert found.encode(text) == wanted.encode(text).ids
+    assert found.tokenize("12") == ["1", "2"]
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "llama"])
+def test_the_digits_of_tekken_are_apart_whatever_its_file_says(
+    folder: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {} if model_type == "llama" else {"sliding_window": None}
+    edit_json(
+        folder / "config.json", model_type=model_type, transformers_version="4.50.0", **config
+    )
+    described(folder, TEKKEN)
+    size = Tokenizer.get_vocab_size
+    monkeypatch.setattr(Tokenizer, "get_vocab_size", lambda *given, **named: 131072)
+    assert size is not Tokenizer.get_vocab_size  # what transformers goes by
+    found = opened(folder).tokenizer
+    assert found.tokenize("12") == (["1", "2"] if model_type == "mistral" else ["12"])
+
+
+def test_a_vocabulary_of_sentencepiece_alone_needs_its_package(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    monkeypatch.setattr("dash_onnx.exporters.sources.folder.find_spec", lambda _: None)
+    assert "`pip install sentencepiece`" in refusal(SourceError, folder)
 
 
 # Safetensors
@@ -324,7 +400,7 @@ def test_an_unknown_architecture_is_refused_and_the_supported_ones_are_listed(
 def test_quantized_weights_are_refused(folder: Path) -> None:
     edit_json(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
     message = refusal(UnsupportedError, folder)
-    assert "awq" in message and "original" in message
+    assert "awq" in message and "BF16" in message
 
 
 def test_weights_that_another_key_calls_quantized_are_refused(folder: Path) -> None:

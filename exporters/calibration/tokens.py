@@ -76,8 +76,6 @@ def calibration_ids(
 
 def _from_text(source: Source, texts: Sequence[TextSource], min_tokens: int, sequences: int) -> Ids:
     template = source.tokenizer.chat_template
-    if isinstance(template, dict):  # one of several by name
-        template = template.get("default")
     known = source.tokenizer.special_tokens_map.items()
     special = {name: text for name, text in known if isinstance(text, str)}
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
 from dash_onnx.core.text import read_json
@@ -18,6 +26,7 @@ from dash_onnx.exporters.sources.license import documents_in, license_of_card
 from dash_onnx.exporters.sources.mxfp4 import Mxfp4Weights
 from dash_onnx.exporters.sources.names import MULTIMODAL, Renaming, renaming, text_config, text_type
 from dash_onnx.exporters.sources.source import (
+    PICKLED,
     Shapes,
     Source,
     Weights,
@@ -26,11 +35,13 @@ from dash_onnx.exporters.sources.source import (
     finite,
     layers_in,
     left_of,
+    one_template,
     readable,
 )
 
-_ORIGINAL = "give the original weights"
+_ORIGINAL = "give the weights in BF16, FP16 or FP32: another release of the model may have them"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TEKKEN = ("ministral", "mistral", "mistral3")  # model types that may have its tokens
 # No code from a folder runs: transformers refuses it; without this it would ask on the terminal.
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -47,8 +58,7 @@ class SafetensorsWeights(Shapes):
         shards = _shards(folder)
         if not shards:
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            hint = " (pickled weights are never read: convert them first)" if pickled else ""
-            raise SourceError(f"{folder} has no safetensors weights{hint}")
+            raise SourceError(f"{folder} has no safetensors weights{PICKLED if pickled else ''}")
         super().__init__({})
         self._places: dict[str, tuple[Path, str]] = {}  # file, and name in it
         self._read_so_far = set[str]()
@@ -182,7 +192,7 @@ def open_folder(
     if model_type in MULTIMODAL:
         config = readable(config_path, lambda: text_config(config))
     check_layers(folder, getattr(config, "num_hidden_layers", None), found)
-    documents, tokenizer = documents_in(folder), _tokenizer(folder)
+    documents, tokenizer = documents_in(folder), _tokenizer(folder, model_type)
     return Source(
         kind=kind,
         name=name,
@@ -205,18 +215,47 @@ def _without_drafts(raw: dict[str, Any], found: int) -> int:
     return found
 
 
-def _tokenizer(folder: Path) -> Any:
-    def load() -> Any:
-        return AutoTokenizer.from_pretrained(folder, **_LOCAL)
+def _tokenizer(folder: Path, model_type: str) -> Any:
+    """The tokenizer that tokenizer.json describes, or that transformers makes of other files.
 
-    tokenizer = readable(folder / "tokenizer.json", load)
-    if not tokenizer.is_fast:
-        raise SourceError(f"{folder} has no tokenizer.json and none can be made from its files")
+    Raises:
+        SourceError: there is none, it is damaged, or it needs code of the folder.
+    """
+    path = folder / "tokenizer.json"
+    described, problem = path.is_file(), "cannot be read"
+    if not described:
+        path, problem = folder, "has no tokenizer.json, and none can be made of its other files"
+        if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+            raise SourceError(
+                f"{folder} has no tokenizer.json; `pip install sentencepiece` to have one made of "
+                "its tokenizer.model"
+            )
+    # AutoTokenizer may build the class that tokenizer_config.json names, which forgets parts of
+    # tokenizer.json: of Yi and SmolLM 2, for instance, how texts are split.
+    kind = PreTrainedTokenizerFast if described else AutoTokenizer
+    tokenizer = readable(path, lambda: kind.from_pretrained(folder, **_LOCAL), problem)
+    if not getattr(tokenizer, "is_fast", False):
+        raise SourceError(f"{folder} {problem}")
+    if described and model_type in _TEKKEN and _splits_first(tokenizer):
+        # Published files of this vocabulary split texts as another one does; transformers knows.
+        tokenizer = readable(
+            path, lambda: kind.from_pretrained(folder, fix_mistral_regex=True, **_LOCAL)
+        )
     template = folder / "chat_template.json"  # of older models for images
     if tokenizer.chat_template is None and template.is_file():
-        source = _read_json(template).get("chat_template")
-        tokenizer.chat_template = source if isinstance(source, str) else None
+        tokenizer.chat_template = _read_json(template).get("chat_template")
+    tokenizer.chat_template = one_template(tokenizer.chat_template)
     return tokenizer
+
+
+def _splits_first(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a tokenizer is Mistral's Tekken, with a pattern that splits texts."""
+    steps = tokenizer.backend_tokenizer.pre_tokenizer
+    return (
+        isinstance(steps, pre_tokenizers.Sequence)
+        and isinstance(steps[0], pre_tokenizers.Split)
+        and tokenizer.backend_tokenizer.token_to_id("[INST]") is not None
+    )
 
 
 def _generation_config(folder: Path, config: PretrainedConfig, end: int | None) -> GenerationConfig:

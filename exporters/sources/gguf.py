@@ -53,13 +53,12 @@ class GGUFWeights:
         self._names = get_tensor_name_map(arch, layers_in(tensors))
         self._tensors = tensors
         self._layout = Layout(architecture, config)
-        self._read_so_far = set[str | None]()
+        self._read_so_far = set[str]()
 
     def _find(self, name: str) -> Any:
         mapped = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if name == "lm_head.weight":
             mapped = "output.weight"  # missing from gguf's list for LFM 2 MoE
-        self._read_so_far.add(mapped)
         return self._tensors.get(mapped) if mapped else None
 
     def __contains__(self, name: str) -> bool:
@@ -99,6 +98,7 @@ class GGUFWeights:
 
     def _part(self, name: str, part: str, rows: slice | None) -> torch.Tensor:
         tensor = self._stored(part)
+        self._read_so_far.add(tensor.name)
         data, shape = tensor.data, self._stored_shape(part)
         if rows is not None:
             # Read through the mapping of the whole file, they would stay in memory.
@@ -130,6 +130,8 @@ class GGUFWeights:
         if tensor is None or self._scale(tensor) is not None:
             return None
         quantized = unpack(np.asarray(tensor.data), tensor.tensor_type)
+        if quantized is not None:
+            self._read_so_far.add(tensor.name)
         return quantized and readable(name, lambda: self._layout.packed(name, quantized))
 
     def unread(self, prefix: str) -> list[str]:
@@ -148,10 +150,44 @@ def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults of the metadata, named as in generation_config.json.
+
+    Files do not say whether the model samples: as in llama.cpp, any of these keys does.
+    """
+    kinds = {"temp": float, "top_k": int, "top_p": float, "min_p": float}
+    given = {
+        name: kind(values[key])
+        for name, kind in kinds.items()
+        if (key := f"general.sampling.{name}") in values
+    }
+    temperature = given.pop("temp", 1.0)
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # as are values out of range in llama.cpp
+    given = {
+        name: value if value > 0 and (name == "top_k" or value <= 1) else off[name]
+        for name, value in given.items()
+    }
+    if temperature == 1.0 and not given:
+        return {}
+    return {"do_sample": temperature > 0, "temperature": max(temperature, 0.0), **given}
+
+
 def _reader(path: Path, parts: int) -> GGUFReader:
     if not path.is_file():
         raise SourceError(f"{path} is missing: the model is split into {parts} parts")
-    return readable(path, lambda: GGUFReader(path), "is not a GGUF file, or incomplete")
+
+    def read() -> GGUFReader:
+        try:
+            return GGUFReader(path)
+        except ValueError as error:
+            if "GGMLQuantizationType" not in str(error):
+                raise
+            raise UnsupportedError(
+                f"{path} has tensors of a type that the package gguf does not know ({error}); use "
+                "a file of another quantization, or the safetensors release"
+            ) from None
+
+    return readable(path, read, "is not a GGUF file, or incomplete")
 
 
 def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) -> Source:
@@ -177,7 +213,8 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     if architecture not in MODEL_TYPES:
         raise UnsupportedError(
             f"architecture {architecture!r} is not read from GGUF; those read are "
-            f"{', '.join(sorted(MODEL_TYPES))}"
+            f"{', '.join(sorted(MODEL_TYPES))}. More families are read from safetensors: see "
+            "docs/reference/models.md"
         )
     if (values.get("split.count") or 1) != len(parts):
         raise SourceError(
@@ -195,7 +232,7 @@ def open_gguf(path: Path, supported: Collection[str], requantize: bool = False) 
     exact = sum(tensor.n_elements for tensor in layers if tensor.tensor_type in KEPT)
     tokenizer = readable(path, lambda: tokenizer_of(architecture, values))
     generation = GenerationConfig.from_model_config(config)
-    generation.eos_token_id = end_tokens(values)
+    generation.update(eos_token_id=end_tokens(values), **readable(path, lambda: _sampling(values)))
     return Source(
         kind="gguf",
         name=printable(stem_of(path.name)),  # file names may hold any bytes

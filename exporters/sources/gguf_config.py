@@ -220,7 +220,8 @@ def _own(meta: Metadata, common: dict[str, Any], tensors: Mapping[str, Any]) -> 
                 raise UnsupportedError(
                     "this granite model has no position embedding: not supported"
                 )
-            if meta.get("expert_shared_feed_forward_length"):
+            # Dense models of Granite 4 have the key, too, for their only MLP.
+            if meta.get("expert_count") and meta.get("expert_shared_feed_forward_length"):
                 raise UnsupportedError("granite with a shared expert is not supported")
             return {
                 **({} if meta.architecture == "granite" else _mixture(meta)),

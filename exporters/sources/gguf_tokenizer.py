@@ -24,6 +24,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.exporters.sources.source import one_template
 
 # Contractions, words, numbers, punctuation, spaces: these patterns differ in how many digits make
 # a piece and in what counts as a word.
@@ -84,9 +85,9 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-2", "phi-2", "jais", "trillion", "granite-docling", "exaone4"), _GPT2),
     **dict.fromkeys(("mpt", "olmo"), _NEOX),
     **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-        _DIGITS,
+        ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), _DIGITS
     ),
+    "command-r": replace(_DIGITS, compose=True),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _CL100K),
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "pixtral", "midm-2.0"), _LLAMA3
@@ -94,11 +95,18 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     "qwen35": _QWEN35,
     "hunyuan-dense": _HUNYUAN,
-    "stablelm2": _ONE_DIGIT,
+    **dict.fromkeys(("stablelm2", "hunyuan"), _ONE_DIGIT),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _O200K),
     "tekken": _TEKKEN,
 }
 """Pre-tokenizers by `tokenizer.ggml.pre`."""
+
+_UNNAMED = {
+    ("llama", 128_256): "llama-bpe",
+    ("qwen2", 151_936): "qwen2",
+    ("qwen2", 152_064): "qwen2",
+}
+"""By architecture and number of tokens, pre-tokenizers of the first files, which name none."""
 
 # Tokens that end an answer, of those in llama.cpp; a file names only one or two of them. Not
 # `</s>`: Gemma 4 has it as text.
@@ -163,7 +171,8 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
     vocabulary = _Vocabulary(values)
     kind = vocabulary.get("model")
     if kind == "gpt2":
-        name = vocabulary.get("pre", "default")
+        unnamed = _UNNAMED.get((architecture, len(vocabulary.tokens)), "default")
+        name = vocabulary.get("pre", unnamed)
         if name not in PRE_TOKENIZERS:
             raise UnsupportedError(
                 f"the GGUF file's pre-tokenizer {name!r} is not known, its text would be split "
@@ -201,7 +210,10 @@ def tokenizer_of(architecture: str, values: Mapping[str, Any]) -> PreTrainedToke
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
     )
-    fast.chat_template = values.get("tokenizer.chat_template")
+    key = "tokenizer.chat_template"
+    fast.chat_template = one_template(
+        {"default": values.get(key), "tool_use": values.get(f"{key}.tool_use")}
+    )
     return fast
 
 
@@ -314,12 +326,22 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, strip: bool) -> N
         strip: whether they absorb the spaces after them (Phi 3; no key says so).
     """
     keep = ("<unk>", "<s>", "<|endoftext|>")
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        special = kind == TokenType.CONTROL
-        if special or kind == TokenType.USER_DEFINED:
-            rstrip = strip and token not in keep
-            added = AddedToken(token, normalized=False, special=special, rstrip=rstrip)
-            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+
+    def added(kind: TokenType) -> list[AddedToken]:
+        return [
+            AddedToken(
+                token,
+                normalized=False,
+                special=kind == TokenType.CONTROL,
+                rstrip=strip and token not in keep,
+            )
+            for token, found in zip(vocabulary.tokens, vocabulary.types, strict=True)
+            if found == kind
+        ]
+
+    # Each call indexes all added tokens again, and Gemma 3 has 6,000 of them.
+    tokenizer.add_special_tokens(added(TokenType.CONTROL))
+    tokenizer.add_tokens(added(TokenType.USER_DEFINED))
 
 
 def _add_frame(

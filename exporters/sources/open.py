@@ -12,7 +12,7 @@ from dash_onnx.core.gguf import parts_of, stem_of
 from dash_onnx.exporters.sources.folder import has_weights, open_folder
 from dash_onnx.exporters.sources.gguf import open_gguf
 from dash_onnx.exporters.sources.license import DOCUMENTS, documents_in, license_of_card
-from dash_onnx.exporters.sources.source import Source, check_token_ids
+from dash_onnx.exporters.sources.source import PICKLED, Source, check_token_ids
 
 T = TypeVar("T")
 
@@ -58,6 +58,7 @@ def _opened(
     if revision is not None and path.exists():
         raise SourceError(f"--revision is for hub ids; {model} is a local path")
     if path.is_dir():
+        _refuse(requantize, model)
         return open_folder(path, kind="folder", name=path.resolve().name, supported=supported)
     if model.endswith(".gguf"):
         if not path.is_file():
@@ -73,6 +74,7 @@ def _opened(
         commit = folder.name  # the hub's cache has a folder per commit
         shapes = {} if weights or has_weights(folder) else _shapes(name, commit)
         if shapes or any(folder.glob("*.safetensors")):
+            _refuse(requantize, model)
             return open_folder(
                 folder, kind="hub", name=name, supported=supported, revision=commit, shapes=shapes
             )
@@ -87,6 +89,11 @@ def _opened(
         license=found.license or license_of_card(documents),
         documents=documents,
     )
+
+
+def _refuse(requantize: bool, model: str) -> None:
+    if requantize:
+        raise SourceError(f"--requantize is for GGUF files, and {model} is in safetensors")
 
 
 def _files(name: str, revision: str | None, quantization: str) -> list[str]:
@@ -126,8 +133,7 @@ def _gguf_file(name: str, quantization: str, files: Sequence[str]) -> str:
         have = ", ".join(Path(file).name for file in found) or "it has none at all"
         raise SourceError(f"{name} has no GGUF file of {quantization}: {have}")
     pickled = any(file.endswith((".bin", ".pt")) for file in files)
-    hint = " (pickled weights are never read: convert them first)" if pickled else ""
-    raise SourceError(f"{name} has no safetensors or GGUF weights{hint}")
+    raise SourceError(f"{name} has no safetensors or GGUF weights{PICKLED if pickled else ''}")
 
 
 def _is_of(file: str, quantization: str) -> bool:

@@ -18,6 +18,12 @@ from dash_onnx.exporters.quantize.blockwise import Quantized, row_groups
 
 T = TypeVar("T")
 
+PICKLED = (
+    ": pickled weights are never read; give a release in safetensors, or save the model again with "
+    "transformers' save_pretrained()"
+)
+"""Ends the message about a model that has no other weights."""
+
 _UNUSED = re.compile(r"(inv_freq|attention\.(masked_)?bias|\.eps|_scale|\.scale)$")
 """Names of tensors that no family needs: constants, and factors that are read with another one."""
 
@@ -234,11 +240,27 @@ def check_layers(path: Path, claimed: object, found: int) -> None:
     Raises:
         SourceError: the numbers differ.
     """
+    if not found:
+        raise SourceError(
+            f"{path} has no tensor named as in the layers of a causal LM: it holds another kind of "
+            "model, or one in another format"
+        )
     if claimed != found:
         raise SourceError(
             f"{path} has {found} layers, its configuration says {claimed}: they do not belong "
             "together"
         )
+
+
+def one_template(templates: object) -> str | None:
+    """A single chat template for a model that has several by name, `tool_use` for tools."""
+    if not isinstance(templates, Mapping):
+        return templates if isinstance(templates, str) else None
+    default, tools = templates.get("default"), templates.get("tool_use")
+    if default and tools:  # of each, jinja leaves out a newline at its end
+        both = (text.removesuffix("\n") for text in (tools, default))
+        return "{{% if tools %}}{}{{% else %}}{}{{% endif %}}".format(*both)
+    return default or tools
 
 
 def check_token_ids(source: Source) -> None:
