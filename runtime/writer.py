@@ -30,7 +30,10 @@ class TextWriter:
             before: the last ids of the text that is continued, if it is not a new answer.
         """
         self._codec, self._prompt_tokens = codec, prompt_tokens
-        self._detokenizer, self._tags = Detokenizer(codec, before), (codec.tags or ())[:2]
+        self._detokenizer, tags = Detokenizer(codec, before), codec.tags
+        self._heads = tags.heads if tags is not None else frozenset[int]()
+        self._tags = self._heads.union((tags or ())[:2])
+        self._naming = False  # whether a channel's name is written, which is not text
         self._stop, self._held, self._count = stop, "", 0
         self._fresh = False  # white space that comes now is around thoughts
         self._thinking = False
@@ -43,7 +46,9 @@ class TextWriter:
         reason, held = step.finish_reason, self._held
         if step.thinking and step.token in self._tags:
             held += self._detokenizer.finish()
-            self._detokenizer = Detokenizer(self._codec)
+            self._detokenizer, self._naming = Detokenizer(self._codec), step.token in self._heads
+        elif step.thinking and self._naming:
+            self._naming = "\n" not in self._codec.piece(step.token)
         elif reason != "stop":  # the EOS token itself is not text
             held += self._detokenizer.add(step.token)
         if reason is not None:

@@ -25,7 +25,7 @@ from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.serve.calls import CallReader
-from dash_onnx.serve.tools import call_or_answer, decoded, forced_call, with_tools
+from dash_onnx.serve.tools import call_or_answer, decoded, forced_call, support_of, with_tools
 
 SCHEMA = {
     "type": "object",
@@ -197,14 +197,21 @@ def test_a_call_that_is_asked_for_has_the_form_of_its_family(
     assert reader.add(text) == "" and len(reader.finish()[1]) == 1
 
 
+def prepared(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], template: str | None
+) -> list[dict[str, Any]]:
+    """Messages as the server gives them to a template."""
+    return with_tools(messages, tools, template, support_of(template))
+
+
 def test_a_template_that_reads_tools_in_a_message_finds_them_there() -> None:
     template, asked = "{{ message['tools'] }}", {"role": "user", "content": "How many?"}
-    first, second = with_tools([asked], [TOOL], template)
+    first, second = prepared([asked], [TOOL], template)
     assert json.loads(first["tools"]) == [TOOL["function"]] and second == asked
     system = {"role": "system", "content": "Count."}
-    first, _ = with_tools([system, asked], [TOOL], template)
+    first, _ = prepared([system, asked], [TOOL], template)
     assert first["content"] == "Count." and "count" in first["tools"]
-    assert with_tools([asked], [], template) == [asked]
+    assert prepared([asked], [], template) == [asked]
 
 
 def test_a_template_without_tools_is_told_of_them_in_words() -> None:
@@ -218,17 +225,62 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
     }
     answered = {"role": "tool", "tool_call_id": "1", "content": "7"}
     talk = decoded([asked, called, answered])
-    first, *others = with_tools(talk, [TOOL], "no t.o.o.l.s")
+    first, *others = prepared(talk, [TOOL], "no t.o.o.l.s")
     assert first["role"] == "system" and '"count"' in first["content"]
     assert [message["role"] for message in others] == ["user", "assistant", "user"]
     assert '{"name": "count", "arguments": {}}' in others[1]["content"]
     assert "7" in others[2]["content"]
-    kept = with_tools(talk, [TOOL], "{% if tools %}")
+    kept = prepared(talk, [TOOL], QWEN)
     assert [message["role"] for message in kept] == ["user", "assistant", "tool"]
     assert kept[1]["tool_calls"][0]["function"]["arguments"] == {}
     with pytest.raises(PolicyError, match="not JSON"):
         broken = {"id": "1", "function": {"name": "count", "arguments": "{"}}
         decoded([{**called, "tool_calls": [broken]}])
+
+
+HEAD = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+BODY = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}CALL{% endfor %}{% endfor %}"
+)
+QWEN = HEAD + BODY.replace("CALL", "\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>")
+MISTRAL = HEAD + BODY.replace("CALL", "[TOOL_CALLS][{{ call.function | tojson }}]")
+LLAMA3 = HEAD + BODY.replace(
+    "CALL",
+    '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}',
+)
+LFM2 = HEAD + BODY.replace("CALL", "[{{ call.function.name }}(a=1)]")
+GRANITE3 = HEAD + "{# <|tool_call|> #}" + BODY.replace("CALL", "")
+SMOLLM3 = HEAD.replace("tools", "xml_tools") + BODY
+GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "call"),
+    [
+        (QWEN, True, '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (MISTRAL, True, '[TOOL_CALLS][{"name": "count", "arguments": {}}]'),
+        (LLAMA3, True, 'aye{"name": "count", "parameters": {}}'),
+        (GRANITE3, True, 'aye<|tool_call|>[{"name": "count", "arguments": {}}]'),
+        (HEAD + BODY, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (LFM2, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (GEMMA4, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (SMOLLM3, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (BODY, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+    ],
+    ids="qwen mistral llama3 granite3 silent lfm2 gemma4 smollm3 none".split(),
+)
+def test_every_template_shows_tools_and_calls_in_a_form_that_is_read(
+    template: str, tools: bool, call: str
+) -> None:
+    asked, answer = {"role": "user", "content": "How many?"}, {"role": "tool", "content": "7"}
+    before = {**called("count"), "content": "aye"}
+    support = support_of(template)
+    messages = prepared(decoded([asked, before, answer]), [TOOL], template)
+    values = {"tools": [TOOL] if support.tools else None}
+    text = rendered(template, messages, values, {})
+    assert (support.tools, text.count('"count"')) == (tools, 2), text  # once more in the call
+    assert call in text and "7" in text
 
 
 PHI4 = (
@@ -252,7 +304,7 @@ def test_phi_4_reads_its_own_calls_in_later_turns() -> None:
     asked, answer = {"role": "user", "content": "How many?"}, {"role": "tool", "content": "7"}
     for tools in ([TOOL], []):
         talk = decoded([asked, called("count"), answer])
-        text = rendered(PHI4, with_tools(talk, tools, PHI4), {}, {})
+        text = rendered(PHI4, prepared(talk, tools, PHI4), {}, {})
         call = '<|assistant|><|tool_call|>[{"name": "count", "arguments": {}}]<|/tool_call|>'
         assert call in text and text.endswith("<|tool|>7<|end|>")
         assert ("<|/tool|>" in text) == bool(tools)
@@ -262,7 +314,7 @@ def test_answers_of_tools_and_the_user_are_one_turn_for_templates_without_tools(
     asked, more = ({"role": "user", "content": text} for text in ("How many?", "And now?"))
     answers = [{"role": "tool", "content": "7"}, {"role": "tool", "content": "12"}]
     talk = decoded([asked, called("count", "wait"), *answers, more])
-    found = with_tools(talk, [TOOL, OTHER], "x")
+    found = prepared(talk, [TOOL, OTHER], "x")
     assert [message["role"] for message in found] == ["system", "user", "assistant", "user"]
     last = found[-1]["content"]
     assert last.index("7") < last.index("12") < last.index("And now?")
@@ -278,7 +330,7 @@ def test_a_template_without_system_messages_gets_their_text_from_the_user() -> N
     asked = {"role": "user", "content": "How many?"}
     text = rendered(GEMMA, [{"role": "system", "content": "Be brief."}, asked], {}, {})
     assert text == "user: Be brief.\n\nHow many?|"
-    assert rendered(GEMMA, with_tools([asked], [TOOL], GEMMA), {}, {}).endswith("How many?|")
+    assert rendered(GEMMA, prepared([asked], [TOOL], GEMMA), {}, {}).endswith("How many?|")
     twice = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
     assert rendered(GEMMA, [*twice, asked], {}, {}) == "user: Be brief.\n\nBe kind.\n\nHow many?|"
     silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}|{% endfor %}"
@@ -291,7 +343,7 @@ def test_tools_are_told_in_their_own_letters() -> None:
     tool = {"type": "function", "function": {"name": "f", "description": "\u83b7\u53d6"}}
     asked = {"role": "user", "content": "?"}
     for template in ("x", "{{ message['tools'] }}"):
-        (first, *_) = with_tools([asked], [tool], template)
+        (first, *_) = prepared([asked], [tool], template)
         assert "\u83b7\u53d6" in f"{first}"
 
 
@@ -313,7 +365,7 @@ def test_arguments_are_json_that_may_come_back(arguments: str, wanted: Any) -> N
     assert json.loads(call["function"]["arguments"]) == wanted
     (back,) = decoded([{"role": "assistant", "content": None, "tool_calls": [call]}])
     assert back["tool_calls"][0]["function"]["arguments"] == wanted
-    with_tools([back], [TOOL], None)
+    prepared([back], [TOOL], None)
 
 
 @pytest.mark.parametrize("begins", ["<tool_call>", "{"])

@@ -20,11 +20,15 @@ from test_show_path import pretend_terminal
 
 import dash_onnx
 from dash_onnx.cli.run import main
+from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import PolicyError
+from dash_onnx.core.text import TextCodec
 from dash_onnx.core.thoughts import Tags, Thoughts
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.model import Model
 from dash_onnx.runtime.options import GenerationOptions, LogitsProcessor
+from dash_onnx.runtime.results import GeneratedToken
+from dash_onnx.runtime.writer import TextWriter
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n"
@@ -102,6 +106,50 @@ def test_an_answer_is_told_apart_from_its_thoughts(
     assert not any(chunk.thinking and chunk.text for chunk in chunks)
     encoded = model.text.encode(said, add_special_tokens=False).tolist()
     assert [chunk.token for chunk in chunks][:-1] == encoded
+
+
+HARMONY = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"]  # gpt-oss's
+GEMMA4 = ["<|channel>", "<channel|>"]
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("tags", "said", "most", "reasoning", "text"),
+    [
+        (HARMONY, f"<|channel|>analysis<|message|>Count.{FINAL}Seven", None, "Count.", "Seven"),
+        (HARMONY, "<|channel|>final<|message|>Seven", None, "", "Seven"),
+        (HARMONY, "Seven", None, "", "Seven"),
+        (HARMONY, "<|channel|>analysis<|message|>Count", None, "Count", ""),
+        (HARMONY, "<|channel|>", 0, "", ""),
+        (HARMONY, "<|channel|>analysis<|message|>aa", 3, "a", ""),
+        (GEMMA4, "<|channel>thought\nCount.<channel|>Seven", None, "Count.", "Seven"),
+        (GEMMA4, "<|channel>thought\n<channel|>Seven", None, "", "Seven"),
+        (GEMMA4, "Seven", None, "", "Seven"),
+        (GEMMA4, "<|channel>", 0, "", ""),
+    ],
+)
+def test_channels_are_told_apart(
+    tags: list[str], said: str, most: int | None, reasoning: str, text: str, tiny_bundle: Path
+) -> None:
+    codec = TextCodec(Bundle(tiny_bundle))
+    codec.tokenizer.add_special_tokens(tags)
+    codec.tokenizer.add_tokens(["analysis", "assistant", "final", "thought"])
+    codec.tags = Tags.of(codec.tokenizer)
+    thoughts, writer = Thoughts(codec.tags, None, most), TextWriter(codec, 1, ())
+    left = codec.encode(said, add_special_tokens=False).tolist()
+    found, forced = [], 0
+    while left or thoughts.due:
+        token = thoughts.due[0] if thoughts.due else left.pop(0)
+        forced += bool(thoughts.due)
+        if forced:  # nothing else follows here
+            left = []
+        thinking = thoughts.took(token)
+        found.append(writer.add(GeneratedToken(token, ("full",), 0.0, thinking=thinking)))
+    found.append(writer.add(GeneratedToken(1, ("full",), 0.0, "stop")))
+    assert "".join(chunk.reasoning for chunk in found) == reasoning
+    assert "".join(chunk.text for chunk in found) == text
+    assert not thoughts.open or text == "" != reasoning
+    assert bool(forced) == (most is not None) and not (forced and thoughts.open)
 
 
 def test_raw_text_keeps_its_tags(model: Model) -> None:
@@ -274,7 +322,7 @@ def test_the_command_prints_the_answer_and_at_a_terminal_dimmed_thoughts(
     assert (found["text"], found["reasoning"]) == (str(limited), limited.reasoning)
     assert TOOL.run(bundle, "the keeper", *LIMITED) == 0
     assert capsys.readouterr().out == limited + "\n"
-    assert "max_thinking_tokens" in TOOL.refused(
+    assert "--max-thinking-tokens" in TOOL.refused(
         capsys, bundle, "the keeper", "--max-thinking-tokens", -1
     )
     pretend_terminal(monkeypatch)

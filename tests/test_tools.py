@@ -191,7 +191,7 @@ def test_a_call_after_text_is_found_if_its_tag_is_a_special_token(
     text: str, said: str, stop: tuple[str, ...], tiny_bundle: Path
 ) -> None:
     codec = TextCodec(Bundle(tiny_bundle))
-    tags = ["[TOOL_CALLS]", "[ARGS]", "<tool_call>", "</tool_call>"]
+    tags = ["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<tool_call>", "</tool_call>"]
     codec.tokenizer.add_special_tokens(tags)
     written = text.replace("{}", CALL).replace("{A}", '{"ships": 3}')
     ids = [*codec.encode(written, add_special_tokens=False).tolist(), 1]

@@ -12,6 +12,7 @@ Message: TypeAlias = Mapping[str, Any]
 """A chat message: at least `role` and `content`."""
 
 _ASKED = "What is the capital of France?"  # whether a template shows it
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
 _MARK = "\ue000begun\ue001"  # where the text of a begun answer ends
 
 
@@ -107,6 +108,8 @@ def _parts(text: str) -> list[dict[str, str]]:
 def checked_messages(messages: Sequence[Message]) -> list[Message]:
     """Messages with their content as text; a list of parts, as in OpenAI's API, is joined.
 
+    Thoughts get the names by which templates know them.
+
     Raises:
         PolicyError: there are none, one has another form, a part is not text, or the last one is an
             empty user message.
@@ -128,6 +131,9 @@ def checked_messages(messages: Sequence[Message]) -> list[Message]:
             message = {**message, "content": "".join(texts)}
         elif content is not None and not isinstance(content, str):
             raise PolicyError(f"the content of a message is {type(content).__name__}, not text")
+        thoughts = next((message[key] for key in _REASONING if message.get(key)), None)
+        if isinstance(thoughts, str):  # as in transformers: templates read the first or the second
+            message = {**message, "thinking": thoughts, "reasoning_content": thoughts}
         checked.append(message)
     if checked[-1]["role"] == "user" and not (checked[-1].get("content") or "").strip():
         raise PolicyError("the last message is empty")

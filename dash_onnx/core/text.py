@@ -41,6 +41,7 @@ class TextCodec:
         chat_template: its source, if there is one.
         tags: those of thoughts, if the vocabulary has them.
         control: ids of the control tokens, by their text, such as `<|im_end|>`.
+        special: texts of the tokens that a template knows by name, such as `bos_token`.
     """
 
     def __init__(self, bundle: Bundle):
@@ -59,8 +60,8 @@ class TextCodec:
         self.tags = Tags.of(self.tokenizer)
         added = self.tokenizer.get_added_tokens_decoder().items()
         self.control = {token.content: number for number, token in added if token.special}
-        self._special = _special_tokens(bundle)
-        start, end = (self._special.get(name) for name in ("bos_token", "eos_token"))
+        self.special = _special_tokens(bundle)
+        start, end = (self.special.get(name) for name in ("bos_token", "eos_token"))
         self.start_token_id: int | None = self.tokenizer.token_to_id(start) if start else None
         self.end_token_id: int | None = self.tokenizer.token_to_id(end) if end else None
         self.eos_token_ids = _eos_ids(bundle)
@@ -125,10 +126,10 @@ class TextCodec:
         if self.chat_template is None:
             raise PolicyError("this model has no chat template; give a plain text prompt")
         values = {"tools": [*tools] or None, "add_generation_prompt": answer_next}
-        if taken := {*values, *self._special, "messages"}.intersection(variables or ()):
+        if taken := {*values, *self.special, "messages"}.intersection(variables or ()):
             raise PolicyError(f"chat_template_kwargs cannot set {', '.join(sorted(taken))}")
         values = {**(variables or {}), **values}
-        return rendered(self.chat_template, messages, values, self._special)
+        return rendered(self.chat_template, messages, values, self.special)
 
     def encode_chat(
         self,

@@ -6,11 +6,18 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
-_TAGS = (  # each pair with the white space before and after the second one
+_TAGS = (  # each pair with the text before and after the second one
     ("<think>", "\n", "</think>", "\n\n"),  # Qwen 3, SmolLM 3, DeepSeek's distilled models
     ("[THINK]", "", "[/THINK]", ""),  # Ministral 3
     ("<seed:think>", "", "</seed:think>", ""),  # Seed-OSS
+    ("<|channel>", "", "<channel|>", ""),  # Gemma 4
+    ("<|channel|>", "<|end|><|start|>assistant<|channel|>final", "<|message|>", ""),  # gpt-oss
 )
+_NAMED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "<|channel>": (("<|channel>",), ()),
+    "<|channel|>": (("<|channel|>", "<|start|>", "<|end|>"), ("final",)),
+}
+"""By tag: the tags that a channel's name follows, and the name of the answer's, if it has one."""
 
 
 class Tags(NamedTuple):
@@ -20,23 +27,32 @@ class Tags(NamedTuple):
         open: id of the token before thoughts.
         close: id of the token after them.
         ending: ids that end thoughts which have reached their limit; `close` is one of them.
+        heads: ids that a name follows, up to `close` or a new line, which is not text.
+        final: id of the name that makes `close` end thoughts; None: it always does.
     """
 
     open: int
     close: int
     ending: tuple[int, ...]
+    heads: frozenset[int] = frozenset()
+    final: int | None = None
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Tags | None:
         """The first tags that the vocabulary has; None where it has none."""
         for opening, before, closing, after in _TAGS:
-            first, last = tokenizer.token_to_id(opening), tokenizer.token_to_id(closing)
-            if first is not None and last is not None:
-                head, tail = (
-                    tokenizer.encode(space, add_special_tokens=False).ids
-                    for space in (before, after)
-                )
-                return cls(first, last, (*head, last, *tail))
+            heads, final = _NAMED.get(opening, ((), ()))
+            wanted = (opening, closing, *heads, *final)
+            known = ((text, tokenizer.token_to_id(text)) for text in wanted)
+            ids = {text: number for text, number in known if number is not None}
+            if not ids.keys() >= {*wanted}:
+                continue
+            head, tail = (
+                tokenizer.encode(text, add_special_tokens=False).ids for text in (before, after)
+            )
+            ending = (*head, ids[closing], *tail)
+            named = frozenset(ids[text] for text in heads)
+            return cls(ids[opening], ids[closing], ending, named, ids[final[0]] if final else None)
         return None
 
 
@@ -58,7 +74,11 @@ class Thoughts:
             most: most tokens between the tags; None: no limit.
         """
         self._tags, self._most, self._count = tags, most, 0
+        self._answers = tags is not None and tags.final is None  # whether `close` ends them
         self.open = tags is not None and last == tags.open
+        self._name: list[int] | None = None  # ids since a head, up to `close`
+        if self.open and not self._answers:
+            self._name = []
         self.opening = tags.open if tags is not None and last is None else None
         self.due: list[int] = []
         self._limit()
@@ -71,13 +91,32 @@ class Thoughts:
         opened = token == self.opening
         belongs = opened or self.open or bool(self.due)
         self.opening, self.due = None, self.due[1:]
-        if self._tags is not None and belongs:
+        if (tags := self._tags) is not None and belongs:
             self._count += not opened
-            self.open = (self.open or opened) and token != self._tags.close
+            closes = token == tags.close and self._answers
+            self.open = (self.open or opened) and not closes
+            if tags.final is not None:
+                self._named(token, tags)
             self._limit()
         return belongs
 
+    def _named(self, token: int, tags: Tags) -> None:
+        """Follows the names of channels."""
+        if token == tags.open:
+            self._name = []
+        elif token == tags.close:
+            self._name = None
+        elif token in tags.heads:
+            self._name = [token]
+        elif self._name is not None:
+            self._name.append(token)
+            self._answers = self._name[0] == tags.final
+
     def _limit(self) -> None:
         reached = self._most is not None and self._count >= self._most
-        if self._tags is not None and self.open and reached and not self.due:
+        if self._tags is None or not (self.open and reached) or self.due:
+            return
+        if self._name is None:
             self.due = [*self._tags.ending]
+        elif not self._name and self._tags.final is not None:
+            self.due = [self._tags.final, self._tags.close]

@@ -36,7 +36,7 @@ from dash_onnx.serve.page import page
 from dash_onnx.serve.pool import Source
 from dash_onnx.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from dash_onnx.serve.service import Job, Service, Tally, check_words
-from dash_onnx.serve.tools import decoded, with_tools
+from dash_onnx.serve.tools import decoded, support_of, with_tools
 
 _LOG = logging.getLogger(__name__)
 _FACTS = ("request", "method", "path", "status", "outcome", "seconds")  # of a log line
@@ -211,12 +211,14 @@ class _Server:
             options, tools = body.options(self.service.limits.max_tokens), body.offered
             options = body.with_call(options, text)
             asked = decoded(body.prompt())
-            messages = with_tools(asked, tools, text.chat_template)
             variables = options.template_variables
 
             def encode() -> Ids:
                 check_words(text, [*asked, *tools, variables])
-                return text.encode_chat(messages, tools=tools, variables=variables)
+                support = support_of(text.chat_template, tuple(text.special.items()))
+                messages = with_tools(asked, tools, text.chat_template, support)
+                described = tools if support.tools else ()
+                return text.encode_chat(messages, tools=described, variables=variables)
 
             prompt = await asyncio.to_thread(encode)
         most = None if body.parallel_tool_calls else 1

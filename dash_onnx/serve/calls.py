@@ -38,9 +38,10 @@ class Form(NamedTuple):
 HERMES = Form((), "<tool_call>", "</tool_call>", listed=False)  # Qwen, SmolLM, Granite 4
 FORMS = (
     Form(("[TOOL_CALLS]",), "[TOOL_CALLS]", ""),  # Mistral
-    Form(("<|tool_call|>", "<|tool|>"), "<|tool_call|>", "<|/tool_call|>"),  # Granite 3, Phi 4
+    Form(("<|tool|>",), "<|tool_call|>", "<|/tool_call|>"),  # Phi 4
+    Form(("<|tool_call|>",), "<|tool_call|>", ""),  # Granite 3
 )
-_OPENS = tuple(form.open for form in (HERMES, *FORMS))
+_OPENS = tuple(dict.fromkeys(form.open for form in (HERMES, *FORMS)))
 _FUNCTION = "<function="  # where Qwen3-Coder's calls begin if it forgets the tag before them
 # Mistral's later models write the name of a function before its arguments.
 _NAMED = r"([\w-]{1,64})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?(?=\{)"
@@ -131,8 +132,11 @@ class CallReader:
     def _call(self, found: re.Match[str]) -> tuple[dict[str, Any] | None, int]:
         """The call that begins at a match of `_CALL`, if any, and where it ends."""
         text, start = found.string, found.start()
-        if found[1]:
-            written = _in_json(text, found.end(), found[1])
+        if name := found[1]:
+            short = name[:-9]  # without an identifier, whose tag does not appear in the text
+            if name not in self._schemas and short in self._schemas and name[-9:].isalnum():
+                name = short
+            written = _in_json(text, found.end(), name)
         else:
             written = _in_json(text, start) if text[start] == "{" else self._in_tags(text, start)
         if written is None or written[0] not in self._schemas:

@@ -49,6 +49,6 @@ class Limits:
     max_tokens: int = 4096
     seconds: float = 600.0
     body_bytes: int = 4 << 20
-    prefix_bytes: int = 256 << 20
+    prefix_bytes: int = 256 * 10**6
     prefix_folder: Path | None = None
     memory_bytes: int | None = None

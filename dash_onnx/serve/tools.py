@@ -1,19 +1,21 @@
 """Tools: how they are described to a model, and the grammar of an answer that calls one.
 
-If a chat template does not support tools, they are described in the system message.
+If a chat template does not support tools, or has the model call them in a form that is not read,
+they are described in the system message.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from dash_onnx.core.conversation import checked_messages
+from dash_onnx.core.conversation import checked_messages, rendered
 from dash_onnx.core.errors import PolicyError
 from dash_onnx.core.text import TextCodec
 from dash_onnx.runtime.grammar import TIGHT, Grammar, as_object
-from dash_onnx.serve.calls import FORMS, HERMES, Form
+from dash_onnx.serve.calls import FORMS, HERMES, CallReader, Form
 
 _IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system message
 _ANSWER = "<tool_response>\n{}\n</tool_response>"
@@ -26,6 +28,51 @@ To call one, answer with its name and arguments as JSON within tags:
 <tool_call>
 {{"name": <function-name>, "arguments": <arguments-object>}}
 </tool_call>"""
+
+
+class Support(NamedTuple):
+    """What a chat template does with tools.
+
+    Attributes:
+        tools: whether it describes them, and has the model call them in a form that is read.
+        calls: whether it writes the calls of earlier answers.
+    """
+
+    tools: bool
+    calls: bool
+
+
+@functools.lru_cache
+def support_of(template: str | None, special: tuple[tuple[str, str], ...] = ()) -> Support:
+    """Tries out what a template does with tools.
+
+    Args:
+        template: its source, if there is one.
+        special: the model's special tokens by their names.
+    """
+    called, described = "call_of_before", "described_tool"
+    asked = {"role": "user", "content": "."}
+    function = {"name": called, "arguments": {"a": 1}}
+    call = {"id": "a1b2c3d4e", "type": "function", "function": function}
+    before = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answer = {"role": "tool", "name": called, "tool_call_id": call["id"], "content": "."}
+    values = {"a": {"type": "integer", "description": "."}}
+    parameters = {"type": "object", "properties": values, "required": ["a"]}
+    tool = {"name": described, "description": ".", "parameters": parameters}
+
+    def text(*messages: dict[str, Any]) -> str:
+        values = {"tools": [{"type": "function", "function": tool}], "add_generation_prompt": True}
+        try:
+            return rendered(template or "", messages, values, dict(special))
+        except PolicyError:
+            return ""
+
+    history, reader = text(asked, before, answer), CallReader([{"function": {"name": called}}])
+    reader.add(history, opens=True)
+    _, found = reader.finish()
+    written, form = called in history, _form(template)
+    known = bool(found) if written else form is not HERMES or HERMES.open in (template or "")
+    return Support(described in text(asked) and known, written)
 
 
 def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
@@ -46,30 +93,37 @@ def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def decoded(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with the arguments of their calls as objects.
+    """Messages with the arguments of their calls as objects, and text beside them, if empty.
 
     Raises:
         PolicyError: they are not valid.
     """
-    return [_with_objects(dict(message)) for message in checked_messages(messages)]
+    return [
+        _with_objects({**message, "content": message.get("content") or ""})
+        for message in checked_messages(messages)
+    ]
 
 
 def with_tools(
-    messages: list[dict[str, Any]], tools: list[dict[str, Any]], template: str | None
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    template: str | None,
+    support: Support,
 ) -> list[dict[str, Any]]:
-    """Messages from `decoded` for a template: with the tools described if it cannot do so."""
+    """Messages from `decoded` for a template: with tools and calls described as it needs them."""
+    form = _form(template)
     if template is not None and _IN_MESSAGE in template:
-        messages = [_with_calls(message) for message in messages]
+        messages = [_with_calls(message, form) for message in messages]
         functions = [tool["function"] for tool in tools]
         return _with_system(messages, "", tools=_json(functions)) if tools else messages
-    if template is not None and "tools" in template:
-        return messages
+    if support.tools:
+        return messages if support.calls else [_with_calls(one, form) for one in messages]
     plain = list[dict[str, Any]]()
     answered = False  # by a tool: what follows is the same turn, as some templates ask for turns
     for message in messages:
         one, role = _plain(message), message["role"]
         if answered and role in ("tool", "user"):
-            content = f"{plain[-1]['content']}\n{one.get('content') or ''}"
+            content = f"{plain[-1]['content']}\n{one['content']}"
             plain[-1] = {**plain[-1], "content": content}
         else:
             plain.append(one)
@@ -82,7 +136,7 @@ def _with_system(messages: list[dict[str, Any]], told: str, **more: Any) -> list
     first, rest = {"role": "system", "content": ""}, messages
     if messages and messages[0]["role"] == "system":
         first, *rest = messages
-    content = f"{first.get('content') or ''}\n\n{told}".strip()
+    content = f"{first['content']}\n\n{told}".strip()
     return [{**first, "content": content, **more}, *rest]
 
 
@@ -197,13 +251,18 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its calls in its text, as Phi 4 writes them: its template has none."""
-    content, calls = message.get("content") or "", message.get("tool_calls") or []
-    if calls:
-        form, *_ = (form for form in FORMS if "<|tool|>" in form.marks)
-        content += f"{form.open}{_json([call['function'] for call in calls])}{form.close}"
-    return {**message, "content": content}
+def _with_calls(message: dict[str, Any], form: Form) -> dict[str, Any]:
+    """A message with its calls in its text, for templates that leave them out."""
+    rest = dict(message)
+    functions = [call["function"] for call in rest.pop("tool_calls", None) or ()]
+    if not functions:
+        return message
+    if form.listed:
+        calls = f"{form.open}{_json(functions)}{form.close}"
+    else:
+        calls = "\n".join(f"{form.open}\n{_json(one)}\n{form.close}" for one in functions)
+    space = "" if form.listed or not rest["content"] else "\n"
+    return {**rest, "content": f"{rest['content']}{space}{calls}"}
 
 
 def _json(data: Any) -> str:
@@ -213,13 +272,6 @@ def _json(data: Any) -> str:
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     """A message in the format of `_TOLD`, for a template without support for calls and results."""
-    content = message.get("content") or ""
     if message["role"] == "tool":
-        return {"role": "user", "content": _ANSWER.format(content)}
-    if not message.get("tool_calls"):
-        return message
-    calls = "\n".join(
-        f"{HERMES.open}\n{_json(call['function'])}\n{HERMES.close}"
-        for call in message["tool_calls"]
-    )
-    return {**message, "content": f"{content}\n{calls}".strip()}
+        return {"role": "user", "content": _ANSWER.format(message["content"])}
+    return _with_calls(message, HERMES)
