@@ -31,6 +31,7 @@ from dash_onnx.core.facts import StaticPoint
 from dash_onnx.core.plans import preset_plans
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.fused import DATA, FACTS, MODEL, FuseOptions, options_of
+from dash_onnx.exporters.fused.genai import adapt_tokenizer
 from dash_onnx.exporters.pipeline import build
 from dash_onnx.exporters.train.options import PLANS, TrainingPlan, TrainOptions
 from dash_onnx.runtime.deciders import Decider, FixedPath, ScoredDecider
@@ -236,3 +237,26 @@ def test_unreadable_facts_are_told_before_training(bundle: Path, capsys: Capture
     (bundle / FUSED_FOLDER / FACTS).write_text("{}")
     capsys.readouterr()
     assert "and run dash-fuse again" in TRAIN.refused(capsys, bundle)
+
+
+@pytest.mark.parametrize("sentencepiece", [True, False])
+def test_a_sentencepiece_tokenizer_gets_the_class_that_genai_needs(
+    sentencepiece: bool, tmp_path: Path
+) -> None:
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    other = {"type": "Prepend", "prepend": "\u2581"}
+    normalizers = [other, replaced] if sentencepiece else [other]
+    added = [("</s>", True), ("\u2581\u2581", False), ("\u2581a", False)]
+    tokenizer = {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "added_tokens": [{"content": text, "special": special} for text, special in added],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "A", "bos_token": "<s>"}')
+    adapt_tokenizer(tmp_path)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    kept = [added[0], added[2]] if sentencepiece else added
+    assert [(token["content"], token["special"]) for token in found] == kept
+    facts = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    wanted = "GemmaTokenizer" if sentencepiece else "A"
+    assert facts == {"tokenizer_class": wanted, "bos_token": "<s>"}

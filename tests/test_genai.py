@@ -17,12 +17,13 @@ import pytest
 from conftest import missing, needed
 from families import CASES, Pair
 from scored_bundle import with_scorer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 import dash_onnx
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.policy import ScoredPolicy
 from dash_onnx.exporters.fused import FACTS, PATH, FuseOptions, adapter, fuse
+from dash_onnx.exporters.fused.genai import adapt_tokenizer
 from dash_onnx.exporters.sources.gguf_tokenizer import PRE_TOKENIZERS, pre_tokenizer
 from dash_onnx.runtime.deciders import FixedPath, ScoredDecider, decider_of
 
@@ -187,6 +188,33 @@ def test_genai_splits_texts_as_every_kind_of_gguf_file_wants(
         tokenizer.save(str(folder / "tokenizer.json"))
         found = og.Tokenizer(og.Model(str(folder))).encode(text).tolist()
         assert found == tokenizer.encode(text, add_special_tokens=False).ids, name
+
+
+def test_genai_reads_and_shows_several_spaces_of_a_sentencepiece_tokenizer(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    og = needed("onnxruntime_genai")
+    folder = tmp_path / "fused"
+    fuse(Bundle(tiny_bundle), folder, FuseOptions(policy="int8"), overwrite=False)
+    merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "a"), ("▁", "b")]
+    tokens = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["▁", "a", "b", *("".join(pair) for pair in merges)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    bpe = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens(["▁▁", "▁▁▁▁"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    adapt_tokenizer(folder)
+    theirs = og.Tokenizer(og.Model(str(folder)))
+    for text in ("a b", "a  b", "a   b", "  a    b  ", "     a"):
+        ids = tokenizer.encode(text).ids
+        assert theirs.encode(text).tolist() == ids, text
+        assert theirs.decode(np.array(ids, np.int32)) == text
 
 
 @pytest.mark.demo

@@ -7,7 +7,7 @@ buffers or not. Decoding decides per token; a prompt runs at one precision.
 
 from dash_onnx.exporters.fused.clients import CLIENTS
 from dash_onnx.exporters.fused.facts import BUDGET, DATA, FACTS, MODEL, PATH, FuseOptions, adapter
-from dash_onnx.exporters.fused.folder import fuse, options_of
+from dash_onnx.exporters.fused.folder import check_fusable, fuse, options_of
 
 __all__ = [
     "BUDGET",
@@ -18,6 +18,7 @@ __all__ = [
     "PATH",
     "FuseOptions",
     "adapter",
+    "check_fusable",
     "fuse",
     "options_of",
 ]

@@ -16,6 +16,7 @@ from dash_onnx.core.atomic import writing
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.contract import SOURCE_FOLDER
 from dash_onnx.core.errors import BundleError, UnsupportedError
+from dash_onnx.core.manifest import Manifest
 from dash_onnx.core.policy import ScoredPolicy, StaticPolicy, make_policy
 from dash_onnx.core.records import RecordError, from_json
 from dash_onnx.exporters.fused.clients import CLIENTS
@@ -29,7 +30,7 @@ from dash_onnx.exporters.fused.facts import (
     adapter,
 )
 from dash_onnx.exporters.fused.fusion import Fusion
-from dash_onnx.exporters.fused.genai import genai_config
+from dash_onnx.exporters.fused.genai import adapt_tokenizer, genai_config
 from dash_onnx.runtime.ort import onnxruntime
 
 _TEXT_FILES = (
@@ -54,33 +55,10 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
     Raises:
         DashError: the policy cannot be fused, or `out` may not be replaced.
     """
-    if options.client not in CLIENTS:
-        raise UnsupportedError(f"unknown client {options.client!r}; choose {', '.join(CLIENTS)}")
+    check_fusable(bundle.manifest, options.client)
     if options.budget is not None:
         options = replace(options, budget=str(options.budget))
     manifest, client = bundle.manifest, CLIENTS[options.client]
-    if manifest.target.device != "cpu":
-        raise UnsupportedError(
-            f"this bundle is for {manifest.target.device}; fused graphs are built for the CPU: "
-            "export again with --device cpu"
-        )
-    if manifest.target.kv_cache != "float":
-        raise UnsupportedError(
-            f"this bundle has an {manifest.target.kv_cache} KV cache, which fused graphs lack: "
-            "export again without --kv-cache"
-        )
-    others = any((a.source, a.kv_heads, a.head_dim) != (None,) * 3 for a in manifest.attention)
-    if others or manifest.block.per_layer_width:
-        raise UnsupportedError(
-            f"{manifest.model.architecture} cannot be fused: a fused graph needs heads of one "
-            "size, and K/V in every layer; run the bundle itself"
-        )
-    if manifest.mixers and options.client != "genai":
-        kinds = ", ".join(sorted({*manifest.mixers} - {"attention"}))
-        raise UnsupportedError(
-            f"{options.client} does not support the states of {kinds} layers: fuse --for "
-            "genai, or run the bundle itself"
-        )
     trained = manifest.scorer is not None and options.budget is None
     policy = make_policy(options.policy or ("dash" if trained else ""), manifest, options.budget)
     if not isinstance(policy, ScoredPolicy | StaticPolicy):
@@ -111,9 +89,42 @@ def fuse(bundle: Bundle, out: Path, options: FuseOptions, *, overwrite: bool) ->
                 shutil.copy(bundle.verified(name), folder / name)
         if client.genai_files:
             (folder / "genai_config.json").write_text(genai_config(bundle), "utf-8")
+            adapt_tokenizer(folder)
             for preset, budget in facts.budgets.presets.items() if facts.budgets else ():
                 _write_adapter(folder / adapter(preset), budget)
         (folder / FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", "utf-8")
+
+
+def check_fusable(manifest: Manifest, client: str) -> None:
+    """Refuses a bundle that has no fused graph, whatever the policy.
+
+    Raises:
+        UnsupportedError: the client is not known, or cannot run a part of the bundle.
+    """
+    if client not in CLIENTS:
+        raise UnsupportedError(f"unknown client {client!r}; choose {', '.join(CLIENTS)}")
+    if manifest.target.device != "cpu":
+        raise UnsupportedError(
+            f"this bundle is for {manifest.target.device}; fused graphs are built for the CPU: "
+            "export again with --device cpu"
+        )
+    if manifest.target.kv_cache != "float":
+        raise UnsupportedError(
+            f"this bundle has an {manifest.target.kv_cache} KV cache, which fused graphs lack: "
+            "export again without --kv-cache"
+        )
+    others = any((a.source, a.kv_heads, a.head_dim) != (None,) * 3 for a in manifest.attention)
+    if others or manifest.block.per_layer_width:
+        raise UnsupportedError(
+            f"{manifest.model.architecture} cannot be fused: a fused graph needs heads of one "
+            "size, and K/V in every layer; run the bundle itself"
+        )
+    if manifest.mixers and client != "genai":
+        kinds = ", ".join(sorted({*manifest.mixers} - {"attention"}))
+        raise UnsupportedError(
+            f"{client} does not support the states of {kinds} layers: fuse --for "
+            "genai, or run the bundle itself"
+        )
 
 
 def options_of(folder: Path) -> FuseOptions | None:

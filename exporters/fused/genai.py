@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from dash_onnx.core.bundle import Bundle
@@ -12,6 +13,7 @@ from dash_onnx.exporters.fused.facts import MODEL
 _TYPES = {"short_conv": "lfm2", "gated_delta": "qwen3_5_text"}
 """GenAI's types of models by the layers that keep states; it runs all others as a Llama."""
 
+_SPACE = "\u2581"
 _LAYERS = {"attention": "full_attention", "short_conv": "conv", "gated_delta": "linear_attention"}
 
 
@@ -76,3 +78,33 @@ def _add_states(decoder: dict[str, Any], manifest: Manifest) -> None:
     for state in sorted(states):
         decoder["inputs"][f"past_{state}_names"] = f"past.%d.{state}"
         decoder["outputs"][f"present_{state}_names"] = f"present.%d.{state}"
+
+
+def adapt_tokenizer(folder: Path) -> None:
+    """Changes a SentencePiece tokenizer for GenAI, which would treat several spaces in another way.
+
+    It merges them as the tokenizer says only in the class `GemmaTokenizer`. An added token of
+    several spaces is shown as it is stored; as part of the vocabulary, which it is too, it is
+    decoded.
+    """
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer, facts = (json.loads(file.read_text("utf-8")) for file in (path, config))
+    if not _writes_spaces(tokenizer.get("normalizer")):
+        return
+    tokenizer["added_tokens"] = [
+        token
+        for token in tokenizer.get("added_tokens") or ()
+        if token["special"] or token["content"].strip(_SPACE)
+    ]
+    facts["tokenizer_class"] = "GemmaTokenizer"
+    for file, data in ((path, tokenizer), (config, facts)):
+        file.write_text(json.dumps(data, ensure_ascii=False, indent=2), "utf-8")
+
+
+def _writes_spaces(normalizer: Any) -> bool:
+    """Whether a normalizer replaces spaces with SentencePiece's letter for them."""
+    if not isinstance(normalizer, dict):
+        return False
+    if normalizer.get("type") == "Sequence":
+        return any(map(_writes_spaces, normalizer["normalizers"]))
+    return normalizer.get("type") == "Replace" and normalizer.get("content") == _SPACE
