@@ -102,7 +102,12 @@ def main() -> int:
         print(json.dumps(machine()))
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
-    path, libraries = [ready(arguments.wheels)], cuda_libraries()
+    try:
+        site = ready(arguments.wheels)
+    except subprocess.CalledProcessError as error:
+        print(f"gpu-check: error: {error.cmd[1:4]} ended with {error.returncode}", file=sys.stderr)
+        return 2
+    path, libraries = [site], cuda_libraries(site)
     if "PYTHONPATH" in os.environ:
         path.append(os.environ["PYTHONPATH"])
     environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
@@ -138,13 +143,14 @@ def ready(wheels: Path | None) -> str:
     if known is None:
         build = "import setuptools; setuptools.setup()"
         command = [sys.executable, "-c", build, "--quiet", "build_py", "--build-lib", str(site)]
-        subprocess.run(command, check=True, cwd=ROOT)
+        newest = {**os.environ, "PYTHONPATH": str(site)}  # setuptools may be among the wheels
+        subprocess.run(command, check=True, cwd=ROOT, env=newest)
     return str(site)
 
 
-def cuda_libraries() -> list[str]:
+def cuda_libraries(site: str) -> list[str]:
     """Folders of CUDA's libraries: PyTorch's packages are not where ONNX Runtime looks for them."""
-    found = [str(lib) for folder in sys.path for lib in Path(folder).glob("nvidia/*/lib")]
+    found = [str(lib) for folder in (site, *sys.path) for lib in Path(folder).glob("nvidia/*/lib")]
     return [*found, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
 
 
@@ -155,6 +161,7 @@ def machine() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "onnxruntime": onnxruntime.__version__,
+        "build": onnxruntime.get_build_info(),
         "providers": " ".join(onnxruntime.get_available_providers()),
         "torch": torch.__version__,
         "CUDA of torch": torch.version.cuda,
@@ -189,26 +196,32 @@ def list_of_parts(arguments: argparse.Namespace) -> list[Part]:
     fours, rest = divmod(arguments.layers, 4)
     quarter = "static:" + ",".join(["int4*3,skip"] * fours + ["int4"] * rest)
     bench = [*tool, "bench", str(out), "--json", "--rounds", "3", "--limit", "2"]
-    marked = "gpu" if device == "cuda" else "not gpu and not slow"
+    marked, tests = "not gpu and not slow", ["tests/test_devices.py"]
+    if device == "cuda":
+        marked, tests = "gpu", [*tests, "tests/test_train.py"]
     fixed = [word for run in ("full", "int8", "int4", quarter) for word in ("--policy", run)]
     peers = [word for path in arguments.genai for word in ("--peer", f"genai:{path}")]
     trained = [word for run in ("int4", "dash@balanced", "dash@fast") for word in ("--policy", run)]
     trained += ["--skip", "quality"]
     export = [*tool, "export", str(model), str(out), "--device", device, "--overwrite", "--json"]
-    export += ["--variants", "full,int8,int4"]
+    export += ["--variants", "full,int8,int4", "--check", "none"]
     text = ["--calibration", str(TEXT), "--train-device", device]
     quiet = ["--log-level", "warning"]
-    graphs = [["--cuda-graphs"]] if device == "cuda" else []
+    alone = ["--cuda-graphs", "--skip", "quality", "--skip", "contexts"]
     big = [python, f"{here}/big.py", str(model), "--shape", arguments.shape]
     big += ["--layers", str(arguments.layers)]
     manifest = out / "dash.json"
     return [
         Part("machine", [python, f"{here}/gpu_check.py", "--machine"], 60),
-        Part("tests", [python, "-m", "pytest", "-q", "-m", marked, "tests/test_devices.py"], 150),
+        Part("tests", [python, "-m", "pytest", "-q", "-m", marked, *tests], 150),
         *([] if arguments.model else [Part("model", big, 60)]),
-        Part("export", [*export, *text, "--effort", "none", *quiet], 180, model),
+        Part("export", [*export, *text, "--effort", "none", *quiet], 300, model),
         Part("bench", [*bench, *fixed, *peers], 120, manifest),
-        *(Part("bench with CUDA graphs", [*bench, *fixed, *g], 90, manifest) for g in graphs),
+        *(
+            [Part("bench with CUDA graphs", [*bench, *fixed, *alone], 90, manifest)]
+            if device == "cuda"
+            else []
+        ),
         Part("rows", [python, f"{here}/rows.py", str(out), "--json"], 60, manifest),
         Part("train", [*tool, "train", str(out), *text, *quiet, "--json"], 240, manifest),
         Part("bench of the policy", [*bench, *trained], 60, manifest),

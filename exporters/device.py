@@ -24,3 +24,10 @@ def torch_device(choice: TrainDevice) -> torch.device:
             "install PyTorch for CUDA (see pytorch.org)"
         )
     return torch.device("cuda" if found and choice != "cpu" else "cpu")
+
+
+def kept_bytes() -> int:
+    """Most bytes of layers that stay dequantized: 1 GiB, or half of a GPU's free memory."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.mem_get_info()[0] // 2
+    return 1 << 30

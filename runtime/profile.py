@@ -53,7 +53,8 @@ _LOG = logging.getLogger(__name__)
 _TOKENS = 96
 _WARM_UP = 16  # tokens until every graph has run and memory has settled
 _PROMPT = 64  # tokens of context; attention is a small part of a layer at this length
-_WINDOW_BYTES = 128 << 20  # of weights at a time; a model this small is profiled whole
+_WINDOW_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+"""Weights loaded at a time, by device; a model this small is profiled whole."""
 _OTHERS_BYTES = 64 << 20  # read in place of what is not loaded: twice a typical last-level cache
 
 
@@ -221,9 +222,10 @@ def _windows(
     layers = tuple(range(manifest.model.num_layers))
     in_layers = manifest.layer_bytes(actions)
     in_heads = sum(manifest.graph_bytes(head_path(head), head) for head in heads)
-    if in_layers + in_heads <= _WINDOW_BYTES:
+    most = _WINDOW_BYTES[manifest.target.device]
+    if in_layers + in_heads <= most:
         return [_Window(layers, heads, whole=True)]
-    count = min(-(-in_layers // _WINDOW_BYTES), len(layers))
+    count = min(-(-in_layers // most), len(layers))
     parts = np.array_split(layers, count)  # of equal size: none so small that it stays in caches
     return [
         *(_Window(tuple(part.tolist()), ()) for part in parts),

@@ -150,7 +150,8 @@ class GraphWriter:
         head = self.architecture.head(self.source.weights, self.spec)
         precisions = self.options.head_precisions(self.spec.facts, head.linear.bias is not None)
         wide: tuple[Form, ...] = (WIDE,) if self.options.wide else ()
-        gram = gram_of(hidden, head.norm, self.spec.block, held_out(len(hidden)))
+        with self.torch_device:
+            gram = gram_of(hidden, head.norm, self.spec.block, held_out(len(hidden)))
         hessians = {head.linear.name: gram}
         for form in (*precisions, *wide):
             self.fp32_kept += build_head(folder, head, self.spec, self.target, form, hessians)

@@ -23,6 +23,7 @@ from dash_onnx.core.contract import head_path, layer_path
 from dash_onnx.core.errors import BundleError
 from dash_onnx.core.manifest import Manifest
 from dash_onnx.exporters.architectures.base import Linear
+from dash_onnx.exporters.device import kept_bytes
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, rescores
 from dash_onnx.exporters.train.attention import attention, by_head, rotated
 from dash_onnx.exporters.train.embedding import Beside, Embedding
@@ -38,7 +39,6 @@ F = torch.nn.functional
 # time of passes with larger logits. With few tokens at once, the product is slow.
 _LOGITS_BYTES = 30 << 20
 _EXPAND = "expand_proj"
-_KEEP_BYTES = 1 << 30  # most bytes of dequantized layers
 
 Projections: TypeAlias = dict[str, Linear]
 """The linear layers of a decoder layer under one action, by name."""
@@ -118,7 +118,7 @@ class DequantizedModel:
         layer = sum(
             one.weight.nbytes for action in self.actions for one in self._layer(0, action).values()
         )
-        self.keeps_layers = facts.num_layers * layer <= _KEEP_BYTES
+        self.keeps_layers = facts.num_layers * layer <= kept_bytes()
         # INT8 replaces `full` here as in the layers.
         exported = self.manifest.exported_heads
         self.heads = tuple(a for a in exported if a != "full" or "int8" not in exported)
