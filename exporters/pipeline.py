@@ -17,7 +17,7 @@ from dash_onnx.exporters.architectures import REGISTRY
 from dash_onnx.exporters.expected import Speed, export_phases, training_phases
 from dash_onnx.exporters.export import ExportOptions, export
 from dash_onnx.exporters.export.check import CheckKind, CheckResult, check
-from dash_onnx.exporters.fused import FuseOptions, fuse
+from dash_onnx.exporters.fused import FuseOptions, check_fusable, fuse
 from dash_onnx.exporters.sources import open_source
 from dash_onnx.exporters.train.options import TrainOptions
 from dash_onnx.exporters.train.train import train
@@ -72,10 +72,17 @@ def build(
         model,
         out,
         options,
-        opened=lambda facts, resolved: _announce(facts, resolved, training, check != "none"),
+        opened=lambda facts, resolved: _announce(
+            facts,
+            resolved,
+            training if facts.num_layers >= MIN_LAYERS else None,
+            check=check != "none",
+        ),
     )
     if here:
         os.chdir(out)  # relative names of texts mean what they did
+    if fused is not None:  # before the training
+        check_fusable(manifest, fused.client)
     if training is not None and manifest.model.num_layers < MIN_LAYERS:
         _LOG.warning("a model of one layer has nothing to decide, so no policy is trained")
         training = asked = None
@@ -102,7 +109,7 @@ def announce_training(model: ModelFacts, training: TrainOptions) -> None:
 
 
 def _announce(
-    model: ModelFacts, options: ExportOptions, training: TrainOptions | None, check: bool
+    model: ModelFacts, options: ExportOptions, training: TrainOptions | None, *, check: bool
 ) -> None:
     """Logs the phases to come, if logging is enabled: the estimate takes half a second."""
     if not _LOG.isEnabledFor(logging.INFO):
@@ -114,7 +121,8 @@ def _announce(
 
 def _training(model: ModelFacts, training: TrainOptions, speed: Speed) -> list[Expected]:
     plan = training.plan_for(model)
-    return training_phases(model, plan, speed, generated=not training.calibration)
+    phases = training_phases(model, plan, speed, generated=not training.calibration)
+    return [one for one in phases if one.name != "scorer" or training.start is None]
 
 
 def _checked(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> CheckResult | None:
@@ -122,4 +130,7 @@ def _checked(model: str, out: Path, options: ExportOptions, kind: CheckKind) -> 
         return None
     source = open_source(model, REGISTRY, options.requantize, options.revision)
     with Phase("check", total=1):
-        return check(source, Bundle(out), kind)
+        result = check(source, Bundle(out), kind)
+    for failure in result.failures:  # now: a training may follow
+        _LOG.warning("check: %s; do not use this bundle", failure)
+    return result

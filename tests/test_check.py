@@ -100,7 +100,7 @@ def test_a_graph_of_another_layer_is_found(
     result = checked(tiny_folder, folder, "full")
     wrong = {(row.name, name) for row in result.rows for name in row.exceeded}
     assert wrong == ({("2", "full"), ("all", "full")} if action == "full" else {("2", action)})
-    assert any(failure.startswith(f"2 {action} ") for failure in result.failures)
+    assert any(failure.startswith(f"layer 2, {action}: ") for failure in result.failures)
 
 
 def test_a_bundle_for_cuda_is_compared_in_fp16(
@@ -153,9 +153,9 @@ def test_a_limit_that_is_exceeded_is_exit_code_1_and_a_line_for_each(
     )
     captured = capsys.readouterr()
     layer, whole = captured.err.splitlines()
-    assert layer.startswith("dash-export: check: layer 1 full ")
-    assert layer.endswith(" > 0.002 (see dash-export --help)")
-    assert whole.startswith("dash-export: check: layer all full ")
+    assert layer.startswith("dash-export: warning: check: layer 1, full: error ")
+    assert layer.endswith(" above its limit of 0.002; do not use this bundle")
+    assert whole.startswith("dash-export: warning: check: all layers, full: error ")
     found = json.loads(captured.out)["check"]
     assert found["kind"] == "quick" and found["rows"][0]["name"] == "embedding"
     assert (tmp_path / "out" / "dash.json").is_file()  # the bundle is there to be looked at

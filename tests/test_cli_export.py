@@ -370,7 +370,10 @@ def test_an_interrupt_tells_how_to_go_on(
     shutil.copytree(full_bundle, out)  # as the training is struck
     monkeypatch.setattr("dash_onnx.cli.export.check_destination", lambda *_: None)
     assert run(*words) == 130
-    told = f"{out} can answer; `dash-train '{out}'`, with the same options, trains its policy"
+    told = (
+        f"{out} can answer; `dash-train '{out}'`, with the same --effort, --calibration, "
+        "--decisions and --train-device, trains its policy"
+    )
     assert told in capsys.readouterr().err
 
 

@@ -584,6 +584,13 @@ def test_an_empty_stop_text_does_not_silence_the_answer(tiny_bundle: Path, capsy
         ("out", "prompt", "--trace", "-", "--json"),
         ("out", "prompt", "--trace", "-", "--show-path"),
         ("out", "--raw"),
+        ("out", "prompt", "--parallel", "4"),
+        ("out", "prompt", "--session", "talk"),
+        ("out", "prompt", "--raw", "--max-thinking-tokens", "4"),
+        ("out", "prompt", "--max-thinking-tokens", "-1"),
+        ("out", "prompt", "--speculate", "0", "--expected", "file"),
+        ("out", "prompt", "--batch", "file"),
+        ("out", "--batch", "file", "--json"),
     ],
     ids=" ".join,
 )

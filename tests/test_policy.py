@@ -237,7 +237,7 @@ def test_random_paths_use_only_what_the_bundle_has(int4_only: Manifest) -> None:
     [
         ("full,int8,int4", (("full", "int8", "int4"), False)),
         ("int4, full,int4,", (("full", "int4"), False)),
-        ("wide,int8", (("int8",), True)),
+        ("wide,int4", (("int4",), True)),
     ],
 )
 def test_precisions_are_parsed_highest_first_without_duplicates(
@@ -253,6 +253,7 @@ def test_precisions_are_parsed_highest_first_without_duplicates(
         ("skip", "unknown variant 'skip'"),
         ("", "no variant"),
         ("wide", "no variant"),
+        ("wide,int8", "wide is a copy"),
     ],
 )
 def test_bad_precisions_are_refused(text: str, message: str) -> None:

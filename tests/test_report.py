@@ -444,7 +444,7 @@ def test_a_bundle_without_any_plan_has_no_report(
         (("--text", "missing.txt"), "cannot read"),
         (("--html", "no/such/folder/r.html"), "no folder"),
         (("--html", "."), "is a folder"),
-        (("--json", "--html", "r.html"), "--json writes no HTML"),
+        (("--json", "--html", "r.html"), "--html is not written with --json"),
         (("--max-tokens", "0"), "at least 1"),
     ],
 )

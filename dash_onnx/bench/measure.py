@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from dash_onnx.core.budget import PRESETS
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.progress import Loop
 from dash_onnx.core.statistics import kl_divergence, log_softmax, standard_error
+
+_LOG = logging.getLogger(__name__)
 
 _PRESETS = [f"@{name}" for name in PRESETS]
 
@@ -177,8 +180,9 @@ def measure(
                 results[index] = replace(results[index], contexts=speeds)
             if quality and not generations:
                 for index, worker in enumerate(Loop("quality", workers)):
-                    if kl := quality(worker):
-                        results[index] = replace(results[index], kl=kl[0], kl_stderr=kl[1])
+                    with _reported():
+                        if kl := quality(worker):
+                            results[index] = replace(results[index], kl=kl[0], kl_stderr=kl[1])
             generations.append(results)
     return [
         replace(
@@ -190,6 +194,7 @@ def measure(
             contexts={
                 length: _joined([one.contexts[length] for one in same])
                 for length in same[0].contexts
+                if all(length in one.contexts for one in same)
             },
         )
         for same in zip(*generations, strict=True)
@@ -230,11 +235,21 @@ def _in_contexts(
     found: list[dict[int, AtContext]] = [{} for _ in workers]
     turns = [(ids, index) for ids in contexts for index in range(len(workers))]
     for ids, index in Loop("contexts", turns):
-        if times := workers[index].decode(ids, new_tokens):
-            later = statistics.median(times[1:])
-            run = AtContext(len(ids), (times[0],), (later,), workers[index].peak_rss_bytes())
-            found[index][len(ids)] = _joined([*filter(None, [found[index].get(len(ids))]), run])
+        with _reported():
+            if times := workers[index].decode(ids, new_tokens):
+                later = statistics.median(times[1:])
+                run = AtContext(len(ids), (times[0],), (later,), workers[index].peak_rss_bytes())
+                found[index][len(ids)] = _joined([*filter(None, [found[index].get(len(ids))]), run])
     return found
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """After the rounds: a contender that fails loses its own figures, not those of all."""
+    try:
+        yield
+    except DashError as error:
+        _LOG.warning("%s", error)
 
 
 def _joined(runs: Sequence[AtContext]) -> AtContext:

@@ -65,7 +65,8 @@ def run_batch(
         if isinstance(prompt, list):
             if raw:
                 raise PolicyError("--raw continues text, but a line has `messages`")
-            prompts.append([*began, *prompt])
+            own = prompt and isinstance(prompt[0], dict) and prompt[0].get("role") == "system"
+            prompts.append([*([] if own else began), *prompt])
         else:
             prompts.append([*began, {"role": "user", "content": prompt}] if chat else prompt)
     started, tokens = time.perf_counter(), 0

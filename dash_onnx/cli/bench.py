@@ -79,9 +79,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--limit",
         type=positive,
-        default=6,
         metavar="N",
-        help="use the first N prompts (default: 6)",
+        help="use the first N prompts (default: all)",
     )
     parser.add_argument(
         "--max-tokens",
@@ -150,8 +149,14 @@ def main(argv: list[str] | None = None) -> int:
     for picture in arguments.picture:
         if picture.suffix not in (".png", ".svg"):
             parser.error(f"--picture {picture}: the name must end in .png or .svg")
-        if "quality" in arguments.skip:
-            parser.error("--picture plots quality: leave --skip quality out")
+    parser.refuse(
+        arguments,
+        (
+            "quality" in arguments.skip,
+            "--picture --reference",
+            "needs the KL: leave --skip quality out",
+        ),
+    )
     return run("dash-bench", lambda: _bench(arguments), log_level(arguments))
 
 

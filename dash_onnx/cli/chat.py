@@ -205,7 +205,7 @@ class Chat:
 
 def _read() -> str:
     """Reads up to Enter, or all lines of pasted text."""
-    lines = [input("> ")]
+    lines = [input("> " if sys.stdout.isatty() else "")]
     # On Windows select() takes only sockets; the end of input is seen again at the next line.
     with contextlib.suppress(OSError, ValueError, EOFError):
         while not lines[-1].startswith("/") and select.select([sys.stdin], [], [], _PASTED_S)[0]:

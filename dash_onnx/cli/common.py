@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from dash_onnx.cli import leave
+from dash_onnx.cli.log import Line, logging_to_stderr
 from dash_onnx.core.errors import DashError
-from dash_onnx.core.progress import PACKAGE, BarHandler, announce
 from dash_onnx.core.version import __version__
 
 if TYPE_CHECKING:
@@ -43,16 +41,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the error and where to find help; exit code 2."""
         for word in message.split():
-            known = get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
+            options = self._option_string_actions
+            known = get_close_matches(word.partition("=")[0], options, n=1, cutoff=0.65)
             if message.startswith("unrecognized") and word.startswith("--") and known:
                 message += f"; did you mean {known[0]}?"
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, given: argparse.Namespace, *rules: tuple[object, str, str]) -> None:
+        """Refuses options that have no effect beside others.
+
+        Args:
+            given: the parsed arguments.
+            rules: for each, whether it applies, the options that it refuses, and why.
+        """
+        for applies, options, why in rules:
+            for option in options.split() if applies else ():
+                action = self._option_string_actions.get(option)
+                name = action.dest if action else option.lower()  # such as PROMPT
+                if getattr(given, name) != self.get_default(name):
+                    self.error(f"{option} {why}")
 
 
 def run(
     tool: str,
     body: Callable[[], None],
-    level: int = logging.WARNING,
+    level: int = logging.INFO,
     formatter: logging.Formatter | None = None,
 ) -> int:
     """Runs a tool's body.
@@ -82,7 +95,7 @@ def run(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _logging(level, formatter or _Line(tool)):
+        with logging_to_stderr(level, formatter or Line(tool)):
             body()
         sys.stdout.flush()
     except DashError as error:
@@ -110,51 +123,6 @@ def run(
         if own_process:  # nor the shutdown of the interpreter
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     return 0
-
-
-class _Line(logging.Formatter):
-    """Format of the tools' log: tool name, level from warnings up, and message."""
-
-    def __init__(self, tool: str):
-        super().__init__()
-        self._tool = tool
-
-    def format(self, record: logging.LogRecord) -> str:
-        word = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._tool}: {word}{super().format(record)}"
-
-
-class JsonLine(logging.Formatter):
-    """One JSON object per line for log collectors; `facts` of a record become its fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        told = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **getattr(record, "facts", {}),
-        }
-        if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told)
-
-
-@contextmanager
-def _logging(level: int, formatter: logging.Formatter) -> Iterator[None]:
-    """The package's log goes to stderr, with bars if that is a terminal."""
-    logger = logging.getLogger(PACKAGE)
-    handler = (BarHandler if sys.stderr.isatty() else logging.StreamHandler)(sys.stderr)
-    handler.setFormatter(formatter)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield
-    finally:  # before an error is reported: that is the last line
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-        announce(())
 
 
 class Terminated(KeyboardInterrupt):
@@ -200,6 +168,14 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
+
+
 def may_repeat(text: str) -> bool:
     """Whether much of the answer may be drafted from a text, which justifies the wide LM head."""
     return len(text) > 1000  # characters
@@ -234,14 +210,18 @@ def add_bundle_argument(parser: Options, told: str | None = None) -> None:
     """Adds the bundle that a tool reads; `told` is the help of a tool that exports models first."""
     usual = "the bundle that dash-export wrote, or a model that is in the cache"
     parser.add_argument(
-        "bundle", metavar="BUNDLE", type=folder if told else _known, help=told or usual
+        "bundle", metavar="BUNDLE", type=folder if told else known, help=told or usual
     )
 
 
-def _known(text: str) -> Path:
+def known(text: str) -> Path:
+    """An argparse type: a bundle's folder, or the name of a model that is in the cache."""
     from dash_onnx.cli.cached import known_bundle
 
-    return Path(known_bundle(folder(text)))
+    try:
+        return Path(known_bundle(folder(text)))
+    except DashError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_json_option(parser: Options) -> None:
@@ -269,7 +249,7 @@ def add_policy_options(parser: Options) -> None:
     parser.add_argument(
         "--budget",
         metavar="X",
-        help="quality, balanced (default), fast, or 0.8 of INT8",
+        help="quality, balanced (default), fast, or such as 0.8",
     )
 
 
@@ -322,7 +302,7 @@ def add_reference_option(parser: Options) -> None:
     """Adds the option of tools that report a KL."""
     parser.add_argument(
         "--reference",
-        type=Path,
+        type=known,
         metavar="OTHER",
         help="another bundle of the same model, such as one with `--variants full`; KL is measured "
         "against its highest precision (default: that of BUNDLE)",
@@ -367,10 +347,10 @@ def add_training_options(parser: Options, efforts: tuple[str, ...]) -> None:
         nargs="+",
         action="extend",
         default=[],
-        metavar="TEXT",
-        help="text of your domain: a file (.jsonl can hold prompts and responses), a folder, - for "
-        "standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; TEXT@0.5 sets its share "
-        "(default: text that the model generates; see docs/reference/texts.md)",
+        metavar="SOURCE",
+        help="texts of your domain, after BUNDLE: a file (.jsonl can hold prompts and responses), "
+        "a folder, - for standard input, or hub:DATASET[,CONFIG][:SPLIT[:COLUMN]]; SOURCE@0.5 sets "
+        "its share (default: text that the model generates; see docs/reference/texts.md)",
     )
     parser.add_argument(
         "--decisions",

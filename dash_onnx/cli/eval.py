@@ -20,6 +20,7 @@ from dash_onnx.cli.common import (
     add_policy_options,
     add_reference_option,
     add_threads_option,
+    count,
     load_reference,
     positive,
     run,
@@ -37,7 +38,6 @@ _EXAMPLES = """\
   dash-eval out/ --task piqa --policy int8 --json"""
 
 _WINDOW = 512  # tokens
-_OF_A_TEXT = ("window", "reference")
 
 
 def _parser() -> Parser:
@@ -80,7 +80,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--speculate",
-        type=int,
+        type=count,
         metavar="N",
         help="with --task: maximum draft tokens per pass of an answer; 0: none (default: 15)",
     )
@@ -92,12 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     of_task = arguments.task is not None  # even an empty name
-    other, foreign = ("text", _OF_A_TEXT) if of_task else ("task", ("speculate",))
-    for name in foreign:
-        if getattr(arguments, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} goes with --{other}")
+    parser.refuse(
+        arguments,
+        (of_task, "--window --reference", "goes with --text"),
+        (not of_task, "--speculate", "goes with --task"),
+    )
     body = _task if of_task else _eval
-    return run("dash-eval", lambda: body(arguments), logging.INFO)
+    return run("dash-eval", lambda: body(arguments))
 
 
 def _load(arguments: argparse.Namespace) -> Model:
@@ -113,17 +114,19 @@ def _eval(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     text = read_document(arguments.text, model.text)
     window = arguments.window or _WINDOW
+    policy = model.policy(arguments.policy, arguments.budget)
     (result,) = evaluate_policies(
         model,
         text,
-        [model.policy(arguments.policy, arguments.budget)],
+        [policy],
         window=window,
         prompt_tokens=max(1, window // 4),
         max_windows=arguments.limit,
         reference=load_reference(arguments.reference, model, arguments.threads),
     )
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        asked = {"policy": policy.name, "budget": policy.budget}
+        print(json.dumps({**asked, **dataclasses.asdict(result)}))
         return
     shares = ", ".join(f"{action} {share:.1%}" for action, share in result.actions.items())
     error = f" (+- {result.kl_stderr:.5f})" if result.kl_stderr else ""

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import shlex
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from dash_onnx.cli.common import (
 from dash_onnx.cli.plans import plans_table
 from dash_onnx.cli.prepare import prepare_export
 from dash_onnx.cli.tables import check_lines, summary
-from dash_onnx.core.actions import DEFAULT_FORMS, parse_variants
+from dash_onnx.core.actions import DEFAULT_FORMS, Action, parse_variants
 from dash_onnx.core.atomic import check_destination
 from dash_onnx.core.bundle import Bundle
 from dash_onnx.core.errors import BundleError, DashError
@@ -110,35 +109,41 @@ def _parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    parser.refuse(
+        arguments,
+        (arguments.effort == "none", "--decisions", "needs a training: leave --effort none out"),
+        (
+            arguments.fused,
+            "--device --kv-cache",
+            "does not go with --fused, whose graphs are for the CPU and have a float KV cache",
+        ),
+    )
     failures: list[str] = []
 
     def body() -> None:
+        variants, wide = parse_variants(arguments.variants)
+        _check_out(arguments.out, arguments.overwrite)  # before imports that take seconds
         try:
-            failures.extend(_export(arguments))
-        except KeyboardInterrupt as error:
-            if not arguments.overwrite and _untrained(arguments.out):  # else it may be an older one
+            failures.extend(_export(arguments, variants, wide))
+        except (KeyboardInterrupt, DashError, OSError) as error:
+            if (
+                arguments.effort != "none" and not arguments.overwrite and _untrained(arguments.out)
+            ):  # else it may be an older one
                 command = f"dash-train {shlex.quote(str(arguments.out))}"
                 error.add_note(
-                    f"{arguments.out} can answer; `{command}`, with the same options, trains its "
-                    "policy"
+                    f"{arguments.out} can answer; `{command}`, with the same --effort, "
+                    "--calibration, --decisions and --train-device, trains its policy"
                 )
             raise
 
     code = run("dash-export", body, log_level(arguments))
-    for failure in failures:
-        print(f"dash-export: check: layer {failure} (see dash-export --help)", file=sys.stderr)
     return code or (1 if failures else 0)
 
 
-def _export(arguments: argparse.Namespace) -> list[str]:
+def _export(arguments: argparse.Namespace, variants: tuple[Action, ...], wide: bool) -> list[str]:
     """Runs the pipeline and prints the result; returns the limits that the check found exceeded."""
-    variants, wide = parse_variants(arguments.variants)
-    if arguments.fused and arguments.device != "cpu":
-        raise DashError("--fused graphs are built for the CPU: leave --device out")
-    if arguments.fused and arguments.kv_cache != "float":
-        raise DashError("--fused graphs have a float KV cache: leave --kv-cache out")
-    _check_out(arguments.out, arguments.overwrite)  # before imports that take seconds
     _LOG.info("opening %s", arguments.model)
     prepare_export()
     from dash_onnx.exporters.calibration.texts import text_sources

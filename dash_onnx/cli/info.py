@@ -60,7 +60,13 @@ def _parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    parser.refuse(
+        arguments,
+        (arguments.remove is not None, "PATH", "does not go with --remove"),
+        (arguments.path is None, "--variants --requantize", "needs a PATH"),
+    )
 
     def body() -> None:
         from dash_onnx.core.manifest import MANIFEST_NAME

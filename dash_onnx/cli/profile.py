@@ -46,7 +46,10 @@ def _parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    nothing = "does not go with --dry-run, which writes nothing"
+    parser.refuse(arguments, (arguments.dry_run, "--force", nothing))
     return run("dash-profile", lambda: _profile(arguments))
 
 

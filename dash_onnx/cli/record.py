@@ -49,6 +49,12 @@ class Record:
                 print(json.dumps(facts, ensure_ascii=trace is sys.stdout), file=trace)
             yield chunk
 
+    @property
+    def only_thoughts(self) -> bool:
+        """Whether the answer reached its limit before its text began."""
+        cut = bool(self.chunks) and self.chunks[-1].finish_reason == "length"
+        return cut and self.chunks[-1].thinking
+
     def figures(self) -> dict[str, Any]:
         """The figures of `--json`."""
         done = Completion.of(self.chunks)

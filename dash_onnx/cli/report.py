@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 from pathlib import Path
 
 from dash_onnx.cli.common import Parser, add_bundle_argument, add_max_tokens_option, run
@@ -46,7 +45,7 @@ def _parser() -> Parser:
         metavar="X",
         help="preset or fraction to run the sample at; can be repeated (default: every preset)",
     )
-    add_max_tokens_option(parser, 180, "tokens of the sample at most")
+    add_max_tokens_option(parser, 180, "maximum tokens of the sample")
     parser.add_argument("--json", action="store_true", help="print the data as JSON; write no HTML")
     return parser
 
@@ -55,16 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.json and arguments.html:
-        parser.error("--json writes no HTML: leave --html out")
-    return run("dash-report", lambda: _report(arguments), logging.INFO)
+    parser.refuse(arguments, (arguments.json, "--html", "is not written with --json"))
+    return run("dash-report", lambda: _report(parser, arguments))
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _report(parser: Parser, arguments: argparse.Namespace) -> None:
     import dash_onnx
     from dash_onnx.core.atomic import check_file, write_text
     from dash_onnx.core.documents import read_document
-    from dash_onnx.core.errors import PolicyError
     from dash_onnx.report.page import render
     from dash_onnx.report.report import build
     from dash_onnx.report.sample import generated_text, given_text
@@ -72,11 +69,9 @@ def _report(arguments: argparse.Namespace) -> None:
     model = dash_onnx.load(arguments.bundle)
     given = read_document(arguments.text, model.text) if arguments.text else None
     scorer = model.manifest.scorer
-    if scorer is None and (given is not None or arguments.budget):
-        raise PolicyError(
-            "--text and --budget are for a trained policy, and this bundle has no policy yet: "
-            "train one with dash-train"
-        )
+    untrained = "this bundle has no policy yet: train one with dash-train"
+    options = "--text --budget --max-tokens"
+    parser.refuse(arguments, (scorer is None, options, f"is for a trained policy; {untrained}"))
     presets = scorer.presets if scorer else {}
     budgets = arguments.budget or sorted(presets, key=presets.__getitem__)
     for budget in budgets:

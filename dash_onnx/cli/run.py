@@ -27,6 +27,7 @@ from dash_onnx.cli.common import (
     add_parallel_option,
     add_policy_options,
     add_threads_option,
+    count,
     may_repeat,
     run,
     seed,
@@ -42,6 +43,7 @@ from dash_onnx.runtime.stream import Completion
 
 _MAX_CHARACTERS = 4_000_000  # limit for stdin: a million tokens
 _PATIENCE_S = 2.0  # seconds before an idle pipe is reported
+_LOG = logging.getLogger(__name__)
 _DEFAULTS = GenerationOptions()
 _EXAMPLES = """\
   dash-run out/ "Tell me a story" --budget fast --show-path
@@ -71,7 +73,7 @@ def _add_basic(basic: Options) -> None:
     add_max_tokens_option(basic, _DEFAULTS.max_new_tokens, "maximum tokens to generate")
     basic.add_argument(
         "--max-thinking-tokens",
-        type=int,
+        type=count,
         metavar="N",
         help="max. thinking tokens; 0: none (default: no limit)",
     )
@@ -121,7 +123,7 @@ def _add_sampling(sampling: Options) -> None:
 
 def _add_advanced(advanced: Options) -> None:
     add_threads_option(advanced)
-    add_parallel_option(advanced, "answers of --batch that run at once")
+    add_parallel_option(advanced, "answers that --batch generates at once")
     advanced.add_argument(
         "--prefill",
         choices=(*PRECISIONS, WIDE),
@@ -131,7 +133,7 @@ def _add_advanced(advanced: Options) -> None:
     add_memory_option(advanced)
     advanced.add_argument(
         "--speculate",
-        type=int,
+        type=count,
         metavar="N",
         help="max. draft tokens per pass; 0: none (default: 15)",
     )
@@ -151,28 +153,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # Intermixed: `BUNDLE --raw PROMPT` works, although PROMPT is optional.
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.system and arguments.raw:
-        parser.error("--system needs a chat: leave --raw out")
-    if arguments.batch:
-        for name in ("prompt", "session", "trace", "show_path", "json"):
-            if getattr(arguments, name):
-                told = "PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}"
-                parser.error(f"--batch does not go with {told}")
-        return run("dash-run", lambda: _run(arguments), logging.INFO)
-    for_programs = "--json" if arguments.json else "--trace -" if _lines(arguments) else None
-    if for_programs and arguments.prompt is None:
-        parser.error(f"{for_programs} needs a PROMPT")
-    if for_programs and arguments.show_path:
-        parser.error(f"--show-path colors text for a reader; it does not go with {for_programs}")
-    if arguments.json and _lines(arguments):
-        parser.error("--trace - prints the figures of --json at its end: leave --json out")
-    if arguments.session and arguments.prompt is not None:
-        parser.error("--session needs the interactive chat: leave PROMPT out")
-    if arguments.prompt is None and None in (sys.stdin, sys.stdout):
+    batch = arguments.batch is not None
+    chat = arguments.prompt is None and not batch
+    parser.refuse(
+        arguments,
+        (batch, "PROMPT --session --trace --show-path --json", "does not go with --batch"),
+        (not batch, "--parallel", "goes with --batch"),
+        (arguments.raw, "--system --max-thinking-tokens", "needs a chat: leave --raw out"),
+        (chat, "--json --raw", "needs a PROMPT"),
+        (chat and _lines(arguments), "--trace", "- needs a PROMPT"),
+        (not chat, "--session", "needs the interactive chat: leave PROMPT out"),
+        (arguments.json, "--show-path", "is for a reader: leave --json out"),
+        (_lines(arguments), "--json --show-path", "does not go with --trace -"),
+        (arguments.speculate == 0, "--expected", "needs draft tokens: leave --speculate out"),
+    )
+    if chat and None in (sys.stdin, sys.stdout):
         parser.error("the chat needs an open stdin and stdout")
-    if arguments.raw and arguments.prompt is None:
-        parser.error("--raw needs a PROMPT")
-    return run("dash-run", lambda: _run(arguments), logging.INFO)
+    return run("dash-run", lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -202,6 +199,18 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     # Before anything is written or asked.
     policy = model.policy_of(options)
+    if options.expected and policy.uniform is None:
+        raise PolicyError(
+            "--expected needs draft tokens, and a policy that decides for each token has none: "
+            "choose another, such as --policy int8"
+        )
+    drawn = ("top_k", "top_p", "min_p", "seed")
+    if not options.sampling(model.sampling).temperature:
+        for name in (name for name in drawn if getattr(options, name) is not None):
+            _LOG.warning(
+                "--%s changes nothing at a temperature of 0: set --temperature",
+                name.replace("_", "-"),
+            )
     # So that no token waits for a graph to load.
     wide = lines is not None or bool(options.expected) or may_repeat(prompt or "")
     model.preload(policy, prefill=arguments.prefill, batches=wide)
@@ -255,6 +264,10 @@ def _run(arguments: argparse.Namespace) -> None:
         else:
             show(chunks, path_view(model, options, arguments.show_path))
             print(record.line(), file=sys.stderr)
+            if record.only_thoughts:
+                _LOG.warning(
+                    "the thoughts took all of --max-tokens: raise it, or set --max-thinking-tokens"
+                )
 
 
 def _lines(arguments: argparse.Namespace) -> bool:
@@ -285,7 +298,7 @@ def _piped(wanted: bool = False) -> str:
         return ""
     with contextlib.suppress(OSError):  # Windows cannot tell for a pipe
         if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], _PATIENCE_S)[0]:
-            print("dash-run: waiting for text on stdin", file=sys.stderr)
+            print("dash-run: waiting for text on stdin; </dev/null has none", file=sys.stderr)
     text = sys.stdin.read(_MAX_CHARACTERS + 1)
     if len(text) > _MAX_CHARACTERS:
         raise PolicyError(f"stdin holds more than {_MAX_CHARACTERS} characters; shorten it")

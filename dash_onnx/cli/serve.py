@@ -14,17 +14,19 @@ from pathlib import Path
 
 from dash_onnx.cli.cached import bundle_of, model_name
 from dash_onnx.cli.common import (
-    JsonLine,
     Parser,
     add_log_options,
     add_max_tokens_option,
     add_memory_option,
     add_parallel_option,
     add_threads_option,
+    count,
+    folder,
     log_level,
     positive,
     run,
 )
+from dash_onnx.cli.log import JsonLine
 from dash_onnx.core.errors import DashError
 from dash_onnx.core.text import read_text
 
@@ -53,7 +55,7 @@ def _parser() -> Parser:
         "bundles",
         metavar="BUNDLE",
         nargs="+",
-        type=Path,
+        type=folder,
         help="bundles, named after their folders; models are exported first, once, into a cache",
     )
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
@@ -92,7 +94,7 @@ def _parser() -> Parser:
     )
     memory.add_argument(
         "--prefix-mb",
-        type=int,
+        type=count,
         default=256,
         metavar="N",
         help="KV cache kept for evicted conversations, in MB (default: %(default)s; 0: none)",
@@ -117,7 +119,7 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="web origin that may call the server",
+        help="web origin that may call the server; can be repeated",
     )
     access.add_argument(
         "--sha256",
@@ -135,13 +137,16 @@ def _origin(text: str) -> str:
     """An origin as browsers send it."""
     origin = text.rstrip("/").lower()
     if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/]+", origin):
-        raise DashError(f"--cors {text} is no origin: write it as https://app.example")
+        raise DashError(f"--cors {text} is not an origin: write it as https://app.example")
     return origin
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    nothing = "keeps nothing with --prefix-mb 0: leave one of them out"
+    parser.refuse(arguments, (not arguments.prefix_mb, "--prefix-cache", nothing))
     formatter = JsonLine() if arguments.log_json else None
     return run("dash-serve", lambda: _serve(arguments), log_level(arguments), formatter)
 
@@ -160,9 +165,6 @@ def _serve(arguments: argparse.Namespace) -> None:
     origins = tuple(map(_origin, arguments.cors))
     if arguments.parallel > MAX_SLOTS:
         raise DashError(f"--parallel {arguments.parallel} is not in 1..{MAX_SLOTS}")
-    if arguments.prefix_cache is not None and arguments.prefix_mb <= 0:
-        told = f"keeps nothing with --prefix-mb {arguments.prefix_mb}"
-        raise DashError(f"--prefix-cache {told}: leave one of them out")
     try:
         from dash_onnx.serve.app import create_app
         from dash_onnx.serve.pool import check_names, open_bundles
@@ -190,7 +192,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             waiting=arguments.waiting,
             max_tokens=arguments.max_tokens,
             seconds=arguments.timeout,
-            prefix_bytes=max(0, arguments.prefix_mb) << 20,
+            prefix_bytes=arguments.prefix_mb * 10**6,
             prefix_folder=arguments.prefix_cache,
             memory_bytes=None if most is None else most * 10**6,
         )

@@ -17,6 +17,7 @@ from dash_onnx.cli.common import (
     add_log_options,
     add_training_options,
     aligned,
+    known,
     log_level,
     run,
 )
@@ -57,7 +58,7 @@ def _parser() -> Parser:
         "--from",
         dest="start",
         metavar="OTHER",
-        type=Path,
+        type=known,
         help="start from the policy of another bundle of a similar model, or of BUNDLE itself, and "
         "train a tenth as long: for a fine-tune of the model, new text or another machine",
     )
@@ -68,12 +69,14 @@ def _parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    kept = "is kept from the other policy by --from: leave --decisions out"
+    parser.refuse(arguments, (arguments.start is not None, "--decisions", kept))
 
     def body() -> None:
-        if arguments.start is not None and arguments.decisions is not None:
-            raise DashError("--from keeps the decisions of the other policy: leave --decisions out")
         prepare_export()
+        from dash_onnx.core.atomic import TRAINING, workspace_of
         from dash_onnx.core.bundle import Bundle
         from dash_onnx.core.contract import FUSED_FOLDER
         from dash_onnx.exporters.calibration.texts import text_sources
@@ -92,7 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         bundle = Path(bundle_of(arguments.bundle)).resolve()  # the training replaces the folder
         fused = options_of(bundle / FUSED_FOLDER)
         announce_training(Bundle(bundle).manifest.model, options)
-        manifest = train(bundle, options)
+        try:
+            manifest = train(bundle, options)
+        except (KeyboardInterrupt, DashError, OSError) as error:
+            if any(workspace_of(bundle, TRAINING).glob("*.pt")):
+                error.add_note("the same command continues from where the training was last saved")
+            raise
         facts = manifest.scorer
         assert facts is not None
         if fused is not None:
@@ -101,7 +109,11 @@ def main(argv: list[str] | None = None) -> int:
                 fuse(Bundle(bundle), bundle / FUSED_FOLDER, fused, overwrite=True)
             except (DashError, OSError) as error:
                 where = bundle / FUSED_FOLDER
-                _LOG.warning("%s held the old policy: removed; %s", where, error)
+                _LOG.warning(
+                    "%s held the old policy: removed; %s; write it again with dash-fuse",
+                    where,
+                    error,
+                )
         if arguments.json:
             print(json.dumps(dataclasses.asdict(facts)))
         else:

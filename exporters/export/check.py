@@ -85,8 +85,10 @@ class CheckResult:
     @property
     def failures(self) -> list[str]:
         """One phrase for each limit that is exceeded."""
+        where = {"embedding": "the embedding", "all": "all layers"}
         return [
-            f"{row.name} {action} {row.errors[action]:.2g} > {row.limits[action]:.2g}"
+            f"{where.get(row.name, f'layer {row.name}')}, {action}: error {row.errors[action]:.2g} "
+            f"above its limit of {row.limits[action]:.2g}"
             for row in self.rows
             for action in row.exceeded
         ]

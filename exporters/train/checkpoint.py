@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from dash_onnx.core.atomic import TRAINING, clear, new_file, workspace_of
 from dash_onnx.core.errors import DashError, first_line
+
+_LOG = logging.getLogger(__name__)
 
 _NAME = "state.pt"
 _EVERY_S = 60  # in the middle of a phase
@@ -45,6 +48,11 @@ class Checkpoint:
         if isinstance(found, dict) and found.get("fingerprint") == fingerprint:
             self.state = found
             self.started -= found.get("seconds", 0.0)
+        else:
+            _LOG.warning(
+                "%s holds a training with other options, text or costs: starting again",
+                self._folder,
+            )
 
     @property
     def due(self) -> bool:

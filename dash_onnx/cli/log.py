@@ -1,0 +1,60 @@
+"""The log of the command line tools: on stderr, for people or for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from dash_onnx.core.progress import PACKAGE, BarHandler, announce
+
+
+class Line(logging.Formatter):
+    """Format of the tools' log: tool name, level from warnings up, and message."""
+
+    def __init__(self, tool: str):
+        """Takes the name of the tool."""
+        super().__init__()
+        self._tool = tool
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        word = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self._tool}: {word}{super().format(record)}"
+
+
+class JsonLine(logging.Formatter):
+    """One JSON object per line for log collectors; `facts` of a record become its fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+@contextmanager
+def logging_to_stderr(level: int, formatter: logging.Formatter) -> Iterator[None]:
+    """The package's log goes to stderr, with bars if that is a terminal."""
+    logger = logging.getLogger(PACKAGE)
+    bars = sys.stderr.isatty() and not isinstance(formatter, JsonLine)
+    handler = (BarHandler if bars else logging.StreamHandler)(sys.stderr)
+    handler.setFormatter(formatter)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:  # before an error is reported: that is the last line
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        announce(())
