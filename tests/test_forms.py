@@ -242,8 +242,10 @@ HEAD = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
 BODY = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
     "{% for call in m.tool_calls or [] %}CALL{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 QWEN = HEAD + BODY.replace("CALL", "\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>")
+QWQ = QWEN.replace("<assistant>", "<assistant><think>")
 MISTRAL = HEAD + BODY.replace("CALL", "[TOOL_CALLS][{{ call.function | tojson }}]")
 LLAMA3 = HEAD + BODY.replace(
     "CALL",
@@ -259,6 +261,7 @@ GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
     ("template", "tools", "call"),
     [
         (QWEN, True, '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (QWQ, True, '<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (MISTRAL, True, '[TOOL_CALLS][{"name": "count", "arguments": {}}]'),
         (LLAMA3, True, 'aye{"name": "count", "parameters": {}}'),
         (GRANITE3, True, 'aye<|tool_call|>[{"name": "count", "arguments": {}}]'),
@@ -268,7 +271,7 @@ GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
         (SMOLLM3, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (BODY, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
     ],
-    ids="qwen mistral llama3 granite3 silent lfm2 gemma4 smollm3 none".split(),
+    ids="qwen qwq mistral llama3 granite3 silent lfm2 gemma4 smollm3 none".split(),
 )
 def test_every_template_shows_tools_and_calls_in_a_form_that_is_read(
     template: str, tools: bool, call: str

@@ -10,6 +10,7 @@ _TAGS = (  # each pair with the text before and after the second one
     ("<think>", "\n", "</think>", "\n\n"),  # Qwen 3, SmolLM 3, DeepSeek's distilled models
     ("[THINK]", "", "[/THINK]", ""),  # Ministral 3
     ("<seed:think>", "", "</seed:think>", ""),  # Seed-OSS
+    ("<|START_THINKING|>", "", "<|END_THINKING|>", ""),  # Command R7B
     ("<|channel>", "", "<channel|>", ""),  # Gemma 4
     ("<|channel|>", "<|end|><|start|>assistant<|channel|>final", "<|message|>", ""),  # gpt-oss
 )

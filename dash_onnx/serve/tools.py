@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from dash_onnx.runtime.grammar import TIGHT, Grammar, as_object
 from dash_onnx.serve.calls import FORMS, HERMES, CallReader, Form
 
 _IN_MESSAGE = "message['tools']"  # Phi 4 reads them from the system message
+_TAG_BEGUN = re.compile(r"[<\[][^>\]]*$")  # at the end of a text
 _ANSWER = "<tool_response>\n{}\n</tool_response>"
 _TOLD = """\
 You may call functions. Their signatures, as JSON, one a line:
@@ -67,12 +70,14 @@ def support_of(template: str | None, special: tuple[tuple[str, str], ...] = ()) 
         except PolicyError:
             return ""
 
-    history, reader = text(asked, before, answer), CallReader([{"function": {"name": called}}])
-    reader.add(history, opens=True)
+    start, history = text(asked), text(asked, before, answer)
+    shared = _TAG_BEGUN.sub("", os.path.commonprefix([start, history]))
+    reader = CallReader([{"function": {"name": called}}])
+    reader.add(history[len(shared) :])  # what the model would write
     _, found = reader.finish()
     written, form = called in history, _form(template)
     known = bool(found) if written else form is not HERMES or HERMES.open in (template or "")
-    return Support(described in text(asked) and known, written)
+    return Support(described in start and known, written)
 
 
 def checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
