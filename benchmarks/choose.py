@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dash_onnx.cli.forecast import REACHED, bytes_read
 from dash_onnx.core.actions import Action
@@ -58,8 +59,11 @@ def needs(shape: tuple[int, ...], *, wide: bool) -> Sizes:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
+    with torch.device("meta"):
+        named = LlamaForCausalLM(config).named_parameters()
+    weights = Shapes({name: tuple(weight.shape) for name, weight in named})
     unused: Any = None  # sizes depend on neither tokenizer nor sampling
-    source = Source("folder", "shape", config, Shapes({}), unused, unused, ())
+    source = Source("folder", "shape", config, weights, unused, unused, ())
     return sizes_of(source, ExportOptions(wide=wide))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from dash_onnx.core.conversation import checked_messages, rendered
@@ -71,7 +71,8 @@ def support_of(template: str | None, special: tuple[tuple[str, str], ...] = ()) 
             return ""
 
     start, history = text(asked), text(asked, before, answer)
-    shared = _TAG_BEGUN.sub("", os.path.commonprefix([start, history]))
+    equal = takewhile(lambda pair: pair[0] == pair[1], zip(start, history, strict=False))
+    shared = _TAG_BEGUN.sub("", "".join(letter for letter, _ in equal))
     reader = CallReader([{"function": {"name": called}}])
     reader.add(history[len(shared) :])  # what the model would write
     _, found = reader.finish()

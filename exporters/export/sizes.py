@@ -5,15 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dash_onnx.core.actions import SKIP, WIDE, WIDENED, Action, Form
-from dash_onnx.core.errors import SourceError, UnsupportedError
+from dash_onnx.core.errors import UnsupportedError
 from dash_onnx.exporters.architectures import architecture_of
 from dash_onnx.exporters.architectures.base import (
     Conv,
@@ -30,7 +26,7 @@ from dash_onnx.exporters.export.options import ExportOptions
 from dash_onnx.exporters.graphs import kept_rows
 from dash_onnx.exporters.graphs.ends import EXACT_TOKENS, preview_block
 from dash_onnx.exporters.graphs.graph import BITS, FOLDED, block_size_of, weight_precision
-from dash_onnx.exporters.sources import Shapes, Source, Weights, readable
+from dash_onnx.exporters.sources import Source, Weights, Wrapped
 
 _GRAPH_BYTES = 6000  # nodes of a layer graph
 _PREVIEW_BYTES = 3700  # nodes of a head that rescores
@@ -72,41 +68,25 @@ class Sizes:
     export: int
 
 
-class _Described(Shapes):
-    """Weights of the right shapes, without content or memory."""
+class _Empty(Wrapped):
+    """Weights of the right shapes, without content or memory.
 
-    def __init__(self, config: PretrainedConfig):
-        """Builds the model's modules without weights."""
+    Attributes:
+        parameters: number of them in each tensor that was looked up, by name.
+    """
 
-        def build() -> Any:
-            with init_empty_weights():
-                return AutoModelForCausalLM.from_config(config)
-
-        model = readable("the model's configuration", build)
-        model.tie_weights()
-        self.parameters = sum(p.numel() for p in model.parameters())
-        stored = model.state_dict().keys()  # some buffers are computed
-        buffers = ((name, b) for name, b in model.named_buffers() if name in stored)
-        tensors = chain(model.named_parameters(), buffers)
-        super().__init__({name: tuple(tensor.shape) for name, tensor in tensors})
-
-    def check(self, weights: Weights) -> None:
-        """Compares the shapes with those in the files.
-
-        Raises:
-            SourceError: the shape of a tensor differs.
-        """
-        for name, shape in self.shapes.items():
-            if name in weights and weights.shape(name) != shape:
-                raise SourceError(
-                    f"{name} has shape {weights.shape(name)}, the configuration asks for {shape}: "
-                    "they do not belong together"
-                )
+    def __init__(self, weights: Weights):
+        """Wraps the weights of a model."""
+        super().__init__(weights)
+        self.parameters: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.shapes:
-            raise SourceError(f"the config describes no weight {name!r}")
-        return torch.empty(self.shapes[name], dtype=torch.float16, device="meta")
+        tensor = torch.empty(self.stored.shape(name), dtype=torch.float16, device="meta")
+        self.parameters[name] = tensor.numel()
+        return tensor
+
+    def packed(self, name: str) -> None:
+        """See `Weights`: none has integers."""
 
 
 def sizes_of(source: Source, options: ExportOptions) -> Sizes:
@@ -115,9 +95,9 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     Raises:
         DashError: the model or the options would be refused.
     """
-    architecture, weights = architecture_of(source.config), _Described(source.config)
+    architecture, weights = architecture_of(source.config), _Empty(source.weights)
     spec = architecture.describe(source.name, source.config, options.max_length)
-    weights.check(source.weights)
+    architecture.embedding(weights, spec)
     kinds = ", ".join(sorted({*spec.mixers} - {"attention"}))
     if (kinds or spec.block.per_layer_width) and options.device != "cpu":
         raise UnsupportedError(
@@ -153,7 +133,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     ends = _ENDS * embedding // 2
     if (per_layer := architecture.per_layer(weights, spec)) is not None:
         projection = rule.stored("full", per_layer.projection, per_layer.norm)
-        count = math.prod(per_layer.table.shape)
+        count = weights.parameters["per_layer"] = math.prod(per_layer.table.shape)
         scales = 4 * count // (resolved.block_size or 1)
         embedding += projection + (2 * count if "full" in variants else count + scales)
     tokens = sequences_of(facts, resolved.exact) * LENGTH
@@ -186,7 +166,7 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
     run["policy"] = process + sum(loaded.values()) + mixed + many_head
     text = 0 if options.calibration else draft - embedding + min(KV_BYTES, tokens * kv * rule.wide)
     return Sizes(
-        parameters=weights.parameters,
+        parameters=sum(weights.parameters.values()),
         layers=kept,
         read={form: size - idle[form] for form, size in kept.items()},
         heads=heads,

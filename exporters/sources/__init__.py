@@ -6,6 +6,6 @@ read before it is requested: both must stay so. The facts in `gguf_*` come from 
 """
 
 from dash_onnx.exporters.sources.open import open_source
-from dash_onnx.exporters.sources.source import Shapes, Source, Table, Weights, readable
+from dash_onnx.exporters.sources.source import Shapes, Source, Table, Weights, Wrapped, readable
 
-__all__ = ["Shapes", "Source", "Table", "Weights", "open_source", "readable"]
+__all__ = ["Shapes", "Source", "Table", "Weights", "Wrapped", "open_source", "readable"]
