@@ -347,8 +347,8 @@ def test_blocks_are_large_where_nothing_speaks_against_it(
             ({"block_size": 32, "compensation_rank": r}, f"rank {r} must be 0")
             for r in (-32, 1, 33)
         ),
-        ({"block_size": 8}, "block_size 8 is no power of two of at least 16"),
-        ({"block_size": -32}, "block_size -32 is no power of two of at least 16"),
+        ({"block_size": 8}, "block_size 8 is not a power of two of at least 16"),
+        ({"block_size": -32}, "block_size -32 is not a power of two of at least 16"),
         ({"block_size": 256}, "block_size 256 does not divide the hidden size 64"),
         ({"block_size": 64}, "block_size 64 does not divide the intermediate size 96"),
         (

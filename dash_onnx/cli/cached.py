@@ -164,7 +164,7 @@ def _place(name: str | Path) -> tuple[str, Path] | None:
         folder = Path(name).resolve()
         source = _origin(folder)
         return None if source is None else (source, folder)
-    # Windows writes the slash of a hub id otherwise.
+    # Windows writes a hub id with a backslash.
     source = _source(name.as_posix() if isinstance(name, PurePath) else name)
     return None if source is None else (source, cache_folder() / _entry_name(source))
 
@@ -315,7 +315,7 @@ def _claim(source: str, folder: Path) -> bool:
 
 def _hold(folder: Path) -> None:
     """Keeps others from removing a bundle while this process runs."""
-    with suppress(OSError):  # nobody removes what is in a read-only cache
+    with suppress(OSError):  # of a read-only cache, from which nothing is removed
         _IN_USE.enter_context(waiting_lock(_users(folder), shared=True))
 
 

@@ -57,7 +57,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if graph not in manifest.files:
             yield f"files lacks {graph}"
     if any(facts.bytes < 0 for facts in manifest.files.values()):
-        yield "a file has less than no bytes"
+        yield "a file has a negative size"
     yield from _claim_problems(manifest)
     yield from _cost_problems(manifest)
     yield from _static_problems(manifest, "static", manifest.static)
@@ -102,7 +102,7 @@ def _recurrence_problems(manifest: Manifest) -> Iterator[str]:
     if mixers and len(mixers) != manifest.model.num_layers:
         yield f"mixers describes {len(mixers)} layers of {manifest.model.num_layers}"
     if mixers and "attention" not in mixers:
-        yield "mixers has no attention, of which ropes and K/V are"
+        yield "mixers has no attention, which ropes and K/V belong to"
     if bool({*mixers} - {*ATTENTIONS}) != (sizes is not None):
         yield "recurrence must be there exactly where a layer does not attend"
     for layer, attention in enumerate(manifest.attention):
@@ -189,7 +189,7 @@ def _cost_problems(manifest: Manifest) -> Iterator[str]:
     if not 0 <= costs.join_ms < cheapest:
         yield "costs.join_ms must be less than a layer takes, and none less than 0"
     if not all(_names_plan(key, len(manifest.layers)) for key in costs.whole):
-        yield "costs.whole names what is no plan of the layers"
+        yield "costs.whole names an unknown plan of the layers"
     if not _all_in(1 / _MAX_RATIO, _MAX_RATIO, costs.whole.values()):
         yield f"costs.whole must lie between 1/{_MAX_RATIO} and {_MAX_RATIO}"
     yield from _pass_problems(manifest)

@@ -49,7 +49,7 @@ GEMMA = Names(
 """With a norm on either side of attention and MLP."""
 
 GEMMA3 = replace(GEMMA, q_norm=HEAD_NORMS.q_norm, k_norm=HEAD_NORMS.k_norm)
-"""With both."""
+"""With a norm on either side, and norms of queries and keys."""
 
 NORMS_BEHIND = replace(GEMMA3, input_norm=None, post_norm=None)
 """With norms only after attention and MLP, and norms of queries and keys."""

@@ -114,7 +114,7 @@ class ExportOptions:
             if size % block:
                 raise UnsupportedError(f"block_size {block} does not divide the {name} {size}")
         if block < 16 or block & (block - 1):
-            raise UnsupportedError(f"block_size {block} is no power of two of at least 16")
+            raise UnsupportedError(f"block_size {block} is not a power of two of at least 16")
         rank = self.compensation_rank
         rank = min(block * -(-_RANK // block) if rank is None else rank, facts.hidden_size)
         if rank % block or rank < 0:

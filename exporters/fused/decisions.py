@@ -43,7 +43,7 @@ class Decisions:
         scorer = scorer_facts(manifest)
         self._actions = scorer.actions
         assert facts.prompt is not None and facts.budgets is not None
-        self._prompt, self._dearest = facts.prompt, facts.runs[0]
+        self._prompt, self._highest = facts.prompt, facts.runs[0]
         self._default, self._points = facts.budgets.default, scorer.points
         self._budget = np.array([self._default], np.float32)
         shares = min(scorer.points, key=lambda row: abs(row.budget - self._default)).shares
@@ -159,7 +159,7 @@ class Decisions:
     def _layer_costs(self) -> np.ndarray:
         """Costs of the actions of every layer `[L, A]`, in units."""
         rows = np.array(self._manifest.costs.in_units(self._actions), np.float32)
-        rows[:, : self._actions.index(self._dearest)] = _NEVER
+        rows[:, : self._actions.index(self._highest)] = _NEVER
         if SKIP in self._actions:
             rows[0, self._actions.index(SKIP)] = _NEVER
         return rows
@@ -170,7 +170,7 @@ class Decisions:
         usual = used_actions(budget, scorer_facts(self._manifest).points)
         for layer, action in enumerate(fixed_at(budget, self._manifest)):
             for used in usual if action is None else (action,):
-                barred[layer, max(map(self._actions.index, (used, self._dearest)))] = 0
+                barred[layer, max(map(self._actions.index, (used, self._highest)))] = 0
         return barred
 
     def decide_after(self, layer: int) -> None:

@@ -64,7 +64,7 @@ def train(folder: Path, options: TrainOptions, *, profile: Profile = profile) ->
 
 
 def _check_unchanged(bundle: Bundle) -> None:
-    """Refuses to write over a bundle that an export, which waits for nobody, has replaced."""
+    """Refuses to write over a bundle that an export, which does not take its lock, has replaced."""
     if Bundle(bundle.folder).manifest != bundle.manifest:
         raise BundleError(f"{bundle.folder} was replaced meanwhile: train it again")
 
