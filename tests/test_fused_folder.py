@@ -246,16 +246,17 @@ def test_a_sentencepiece_tokenizer_gets_the_class_that_genai_needs(
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     other = {"type": "Prepend", "prepend": "\u2581"}
     normalizers = [other, replaced] if sentencepiece else [other]
-    added = [("</s>", True), ("\u2581\u2581", False), ("\u2581a", False)]
+    added = [("</s>", True), ("\u2581\u2581", False), ("\u2581a", False), ("\u2581", False)]
     tokenizer = {
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "model": {"vocab": {"</s>": 0, "\u2581\u2581": 1, "\u2581a": 2}},
         "added_tokens": [{"content": text, "special": special} for text, special in added],
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "A", "bos_token": "<s>"}')
     adapt_tokenizer(tmp_path)
     found = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
-    kept = [added[0], added[2]] if sentencepiece else added
+    kept = [added[0], *added[2:]] if sentencepiece else added
     assert [(token["content"], token["special"]) for token in found] == kept
     facts = json.loads((tmp_path / "tokenizer_config.json").read_text())
     wanted = "GemmaTokenizer" if sentencepiece else "A"

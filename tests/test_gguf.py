@@ -423,7 +423,9 @@ def test_a_dense_granite_4_may_name_the_width_of_a_shared_expert(tmp_path: Path)
     ("keys", "wanted"),
     [
         ({}, {}),
-        ({"temp": 1.0}, {}),
+        ({"temp": 1.0}, {"temperature": 1.0}),
+        ({"top_k": -1, "top_p": 0.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+        ({"penalty_repeat": 1.5}, {"do_sample": None, "repetition_penalty": 1.5}),
         ({"temp": 0.5}, {"temperature": 0.5}),
         ({"temp": 0.0, "top_p": 0.5}, {"temperature": 0.0, "do_sample": False, "top_p": 0.5}),
         ({"top_k": 20, "top_p": 0.5}, {"temperature": 1.0, "top_k": 20, "top_p": 0.5}),
@@ -441,9 +443,10 @@ def test_sampling_defaults_of_the_metadata_are_read(
 
     write_model(tmp_path / "tiny.gguf", tiny_model("llama", num_hidden_layers=2), add)
     found = opened(tmp_path / "tiny.gguf").generation_config
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p")
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(found, name)) is not None}
-    assert given == ({"do_sample": True, **wanted} if wanted else {})
+    wanted = {"do_sample": True, **wanted} if wanted else {}
+    assert given == {name: value for name, value in wanted.items() if value is not None}
 
 
 def test_a_tensor_type_that_gguf_does_not_know_is_named(

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         announce_training(Bundle(bundle).manifest.model, options)
         try:
             manifest = train(bundle, options)
-        except (KeyboardInterrupt, DashError, OSError) as error:
+        except (KeyboardInterrupt, OSError) as error:
             if any(workspace_of(bundle, TRAINING).glob("*.pt")):
                 error.add_note("the same command continues from where the training was last saved")
             raise

@@ -1,4 +1,4 @@
-"""Estimates what an export would write and need, from the config alone: no weight is read."""
+"""Estimates what an export would write and need, from config and shapes: no weight is read."""
 
 from __future__ import annotations
 
@@ -110,6 +110,8 @@ def sizes_of(source: Source, options: ExportOptions) -> Sizes:
         )
     facts = spec.facts
     head = architecture.head(weights, spec)
+    if getattr(source.config, "tie_word_embeddings", False):  # some files store it again
+        weights.parameters.pop(f"{architecture.names.head}.weight", None)
     resolved = options.resolved(source.kind, spec)
     forms, variants = resolved.forms, resolved.variants
     rule = _Rule(resolved, resolved.head_precisions(facts, head.linear.bias is not None))

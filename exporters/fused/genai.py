@@ -84,17 +84,17 @@ def adapt_tokenizer(folder: Path) -> None:
     """Changes a SentencePiece tokenizer for GenAI, which would treat several spaces in another way.
 
     It merges them as the tokenizer says only in the class `GemmaTokenizer`. An added token of
-    several spaces is shown as it is stored; as part of the vocabulary, which it is too, it is
-    decoded.
+    several spaces is shown as it is stored; if the vocabulary has it, too, that is decoded.
     """
     path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     tokenizer, facts = (json.loads(file.read_text("utf-8")) for file in (path, config))
     if not _writes_spaces(tokenizer.get("normalizer")):
         return
+    known = tokenizer["model"]["vocab"]
     tokenizer["added_tokens"] = [
         token
         for token in tokenizer.get("added_tokens") or ()
-        if token["special"] or token["content"].strip(_SPACE)
+        if token["special"] or token["content"].strip(_SPACE) or token["content"] not in known
     ]
     facts["tokenizer_class"] = "GemmaTokenizer"
     for file, data in ((path, tokenizer), (config, facts)):

@@ -226,10 +226,7 @@ def _tokenizer(folder: Path, model_type: str) -> Any:
     if not described:
         path, problem = folder, "has no tokenizer.json, and none can be made of its other files"
         if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
-            raise SourceError(
-                f"{folder} has no tokenizer.json; `pip install sentencepiece` to have one made of "
-                "its tokenizer.model"
-            )
+            problem = "has no tokenizer.json; `pip install sentencepiece` to read tokenizer.model"
     # AutoTokenizer may build the class that tokenizer_config.json names, which forgets parts of
     # tokenizer.json: of Yi and SmolLM 2, for instance, how texts are split.
     kind = PreTrainedTokenizerFast if described else AutoTokenizer

@@ -153,23 +153,23 @@ def _told(values: Mapping[str, Any], layers: int) -> dict[str, torch.Tensor]:
 def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling defaults of the metadata, named as in generation_config.json.
 
-    Files do not say whether the model samples: as in llama.cpp, any of these keys does.
+    Files do not say whether the model samples: any of the first four keys means that it does.
     """
-    kinds = {"temp": float, "top_k": int, "top_p": float, "min_p": float}
+    kinds = {"temp": float, "top_k": int, "top_p": float, "min_p": float, "penalty_repeat": float}
     given = {
         name: kind(values[key])
         for name, kind in kinds.items()
         if (key := f"general.sampling.{name}") in values
     }
-    temperature = given.pop("temp", 1.0)
+    penalty = given.pop("penalty_repeat", 1.0)
+    found: dict[str, Any] = {} if penalty == 1.0 else {"repetition_penalty": penalty}
+    if not given:
+        return found
+    temperature = max(given.pop("temp", 1.0), 0.0)
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # as are values out of range in llama.cpp
-    given = {
-        name: value if value > 0 and (name == "top_k" or value <= 1) else off[name]
-        for name, value in given.items()
-    }
-    if temperature == 1.0 and not given:
-        return {}
-    return {"do_sample": temperature > 0, "temperature": max(temperature, 0.0), **given}
+    for name, value in given.items():
+        found[name] = value if value > 0 and (name == "top_k" or value <= 1) else off[name]
+    return {**found, "do_sample": temperature > 0, "temperature": temperature}
 
 
 def _reader(path: Path, parts: int) -> GGUFReader:
