@@ -201,6 +201,23 @@ def test_expected_text_comes_sooner_and_is_the_same(
     assert "missing.txt" in refused(capsys, *given, "--expected", missing)
 
 
+def test_expected_text_and_decisions_for_each_token_do_not_go_together(
+    scored_bundle: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "expected.txt"
+    file.write_text("ships")
+    given = (scored_bundle, PROMPT, "--policy", "dash", "--expected", file)
+    assert "--expected needs draft tokens" in refused(capsys, *given)
+
+
+@pytest.mark.parametrize(("temperature", "told"), [((), True), (("--temperature", 1), False)])
+def test_sampling_options_without_sampling_are_told(
+    temperature: tuple[str, int], told: bool, tiny_bundle: Path, capsys: Capture
+) -> None:
+    assert run(tiny_bundle, PROMPT, *QUICK, "--top-p", 0.5, *temperature) == 0
+    assert ("warning: --top-p changes nothing" in capsys.readouterr().err) == told
+
+
 def test_a_trace_on_stdout_tells_each_token_as_it_comes(tiny_bundle: Path, capsys: Capture) -> None:
     whole = json_of(capsys, tiny_bundle, PROMPT, *QUICK)
     assert run(tiny_bundle, PROMPT, *QUICK, "--trace", "-") == 0

@@ -321,7 +321,11 @@ def test_the_command_prints_the_answer_and_at_a_terminal_dimmed_thoughts(
     found = TOOL.json_of(capsys, bundle, "the keeper", *LIMITED)
     assert (found["text"], found["reasoning"]) == (str(limited), limited.reasoning)
     assert TOOL.run(bundle, "the keeper", *LIMITED) == 0
-    assert capsys.readouterr().out == limited + "\n"
+    printed = capsys.readouterr()
+    assert printed.out == limited + "\n" and "thoughts took all" not in printed.err
+    cut = ("--max-thinking-tokens", 50, "--max-tokens", 4, "--ignore-eos", "--policy", "full")
+    assert TOOL.run(bundle, "the keeper", *cut) == 0
+    assert "thoughts took all of --max-tokens" in capsys.readouterr().err
     assert "--max-thinking-tokens" in TOOL.refused(
         capsys, bundle, "the keeper", "--max-thinking-tokens", -1
     )

@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dash_onnx.cli.batch import read_batch, run_batch
 from dash_onnx.cli.cached import bundle_of
@@ -36,10 +36,14 @@ from dash_onnx.cli.record import Record, path_view, show
 from dash_onnx.core.actions import PRECISIONS, WIDE
 from dash_onnx.core.atomic import check_file
 from dash_onnx.core.errors import PolicyError, SourceError
+from dash_onnx.core.policy import Policy
 from dash_onnx.core.text import read_json, read_text
 from dash_onnx.runtime.grammar import Grammar
 from dash_onnx.runtime.options import GenerationOptions
 from dash_onnx.runtime.stream import Completion
+
+if TYPE_CHECKING:
+    from dash_onnx.runtime.model import Model
 
 _MAX_CHARACTERS = 4_000_000  # limit for stdin: a million tokens
 _PATIENCE_S = 2.0  # seconds before an idle pipe is reported
@@ -199,18 +203,7 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     # Before anything is written or asked.
     policy = model.policy_of(options)
-    if options.expected and policy.uniform is None:
-        raise PolicyError(
-            "--expected needs draft tokens, and a policy that decides for each token has none: "
-            "choose another, such as --policy int8"
-        )
-    drawn = ("top_k", "top_p", "min_p", "seed")
-    if not options.sampling(model.sampling).temperature:
-        for name in (name for name in drawn if getattr(options, name) is not None):
-            _LOG.warning(
-                "--%s changes nothing at a temperature of 0: set --temperature",
-                name.replace("_", "-"),
-            )
+    _check_effects(options, policy, model)
     # So that no token waits for a graph to load.
     wide = lines is not None or bool(options.expected) or may_repeat(prompt or "")
     model.preload(policy, prefill=arguments.prefill, batches=wide)
@@ -268,6 +261,25 @@ def _run(arguments: argparse.Namespace) -> None:
                 _LOG.warning(
                     "the thoughts took all of --max-tokens: raise it, or set --max-thinking-tokens"
                 )
+
+
+def _check_effects(options: GenerationOptions, policy: Policy, model: Model) -> None:
+    """Tells which options have no effect with this policy and model.
+
+    Raises:
+        PolicyError: expected text is given, and the policy cannot use it.
+    """
+    if options.expected and policy.uniform is None:
+        raise PolicyError(
+            "--expected needs draft tokens, and a policy that decides for each token has none: "
+            "choose another, such as --policy int8"
+        )
+    if options.sampling(model.sampling).temperature:
+        return
+    for name in ("top_k", "top_p", "min_p", "seed"):
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            _LOG.warning("--%s changes nothing at a temperature of 0: set --temperature", option)
 
 
 def _lines(arguments: argparse.Namespace) -> bool:
