@@ -251,7 +251,11 @@ LLAMA3 = HEAD + BODY.replace(
     "CALL",
     '{"name": "{{ call.function.name }}", "parameters": {{ call.function.arguments | tojson }}}',
 )
-LFM2 = HEAD + BODY.replace("CALL", "[{{ call.function.name }}(a=1)]")
+LFM2 = "List of tools: " + HEAD + BODY.replace("CALL", "")
+LFM25 = HEAD + BODY.replace(
+    "CALL", "<|tool_call_start|>[{{ call.function.name }}(a=1)]<|tool_call_end|>"
+)
+PYTHON = HEAD + BODY.replace("CALL", "[{{ call.function.name }}(a=1)]")
 GRANITE3 = HEAD + "{# <|tool_call|> #}" + BODY.replace("CALL", "")
 SMOLLM3 = HEAD.replace("tools", "xml_tools") + BODY
 GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
@@ -266,12 +270,14 @@ GEMMA4 = HEAD + BODY.replace("CALL", "call:{{ call.function.name }}{a:1}")
         (LLAMA3, True, 'aye{"name": "count", "parameters": {}}'),
         (GRANITE3, True, 'aye<|tool_call|>[{"name": "count", "arguments": {}}]'),
         (HEAD + BODY, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
-        (LFM2, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
+        (LFM2, True, "aye<|tool_call_start|>[count()]<|tool_call_end|>"),
+        (LFM25, True, "aye<|tool_call_start|>[count(a=1)]<|tool_call_end|>"),
+        (PYTHON, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (GEMMA4, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (SMOLLM3, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
         (BODY, False, 'aye\n<tool_call>\n{"name": "count", "arguments": {}}\n</tool_call>'),
     ],
-    ids="qwen qwq mistral llama3 granite3 silent lfm2 gemma4 smollm3 none".split(),
+    ids="qwen qwq mistral llama3 granite3 silent lfm2 lfm25 python gemma4 smollm3 none".split(),
 )
 def test_every_template_shows_tools_and_calls_in_a_form_that_is_read(
     template: str, tools: bool, call: str
@@ -282,7 +288,7 @@ def test_every_template_shows_tools_and_calls_in_a_form_that_is_read(
     messages = prepared(decoded([asked, before, answer]), [TOOL], template)
     values = {"tools": [TOOL] if support.tools else None}
     text = rendered(template, messages, values, {})
-    assert (support.tools, text.count('"count"')) == (tools, 2), text  # once more in the call
+    assert support.tools == tools and text.count("count") >= 2, text  # once in the call
     assert call in text and "7" in text
 
 

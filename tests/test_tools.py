@@ -166,6 +166,51 @@ def test_tags_that_are_no_call_are_said(text: str) -> None:
     assert read(text, [VOYAGE]) == (text, [])
 
 
+# LFM2's calls
+
+
+@pytest.mark.parametrize(
+    ("written", "calls"),
+    [
+        ("sail(text='a, (b)', ships=3)", [("sail", {"text": "a, (b)", "ships": 3})]),
+        ('sail(ports=["a", "b"], depth=-2.5)', [("sail", {"ports": ["a", "b"], "depth": -2.5})]),
+        ("sail(crew={'size': 3}, night=True)", [("sail", {"crew": {"size": 3}, "night": True})]),
+        (
+            'sail(crew={"of": [true, null, false]})',
+            [("sail", {"crew": {"of": [True, None, False]}})],
+        ),
+        ("count()", [("count", {})]),
+        ("count(), sail(ships=1)", [("count", {}), ("sail", {"ships": 1})]),
+    ],
+)
+def test_calls_in_python_are_read(written: str, calls: list[Any]) -> None:
+    for text in (
+        f"<|tool_call_start|>[{written}]<|tool_call_end|>",
+        f"<|tool_call_start|>[{written}",
+    ):
+        assert read(text, [VOYAGE, COUNT], 3) == ("", calls)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "sail(3)",
+        "sail(ships=3",
+        "sail(ships=1e999)",
+        "sail(text=b'a')",
+        "sail(ships=f())",
+        "sail(**x)",
+        "sail(text=" + "(" * 9000 + ")" * 9000,
+        "unknown(ships=3)",
+        "a sail (ships=3)",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_python_that_is_no_call_is_said(written: str) -> None:
+    said, calls = read(f"<|tool_call_start|>[{written}]", [VOYAGE, COUNT], 997)
+    assert calls == [] and written in said
+
+
 # Tags that are special tokens
 
 

@@ -2,14 +2,17 @@
 
 A call is `{"name": ..., "arguments": ...}`. Families write it alone or in a list, with their own
 tags around it, see `FORMS`, or without any, as Llama 3 does. Qwen3-Coder and Qwen3.5 write its
-parts as tags instead of JSON, and later models of Mistral only its arguments as JSON.
+parts as tags instead of JSON, later models of Mistral only its arguments as JSON, and LFM2 a call
+in Python.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import json
+import math
 import re
 import uuid
 from collections.abc import Mapping
@@ -27,12 +30,14 @@ class Form(NamedTuple):
         open: tag before the calls.
         close: tag after them; not written if the vocabulary lacks it.
         listed: whether they are in a list.
+        python: whether they are written in Python.
     """
 
     marks: tuple[str, ...]
     open: str
     close: str
     listed: bool = True
+    python: bool = False
 
 
 HERMES = Form((), "<tool_call>", "</tool_call>", listed=False)  # Qwen, SmolLM, Granite 4
@@ -40,18 +45,21 @@ FORMS = (
     Form(("[TOOL_CALLS]",), "[TOOL_CALLS]", ""),  # Mistral
     Form(("<|tool|>",), "<|tool_call|>", "<|/tool_call|>"),  # Phi 4
     Form(("<|tool_call|>",), "<|tool_call|>", ""),  # Granite 3
+    Form(("List of tools: ",), "<|tool_call_start|>", "<|tool_call_end|>", python=True),  # LFM2
 )
 _OPENS = tuple(dict.fromkeys(form.open for form in (HERMES, *FORMS)))
 _FUNCTION = "<function="  # where Qwen3-Coder's calls begin if it forgets the tag before them
 # Mistral's later models write the name of a function before its arguments.
 _NAMED = r"([\w-]{1,64})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?(?=\{)"
-_CALL = re.compile(rf"{_NAMED}|\{{|{_FUNCTION}")
+_CALL = re.compile(rf"{_NAMED}|\{{|{_FUNCTION}|([\w-]{{1,64}})\(")
 _NAME = re.compile(_FUNCTION + r"([^>\n]+)>\s*")
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*(?=<parameter=|</function>)", re.DOTALL
 )
 _END = "</function>"
 _PYTHON = {"True": True, "False": False, "None": None}  # as Qwen's templates write them
+_NAMES = {**_PYTHON, "true": True, "false": False, "null": None}
+_MOST_PYTHON, _ENDS = 20_000, 500  # characters of a call in Python, and brackets that may end it
 _KINDS = {
     bool: {"boolean"},
     int: {"integer", "number"},
@@ -62,7 +70,7 @@ _KINDS = {
 }
 _UNTYPED = {"string", "object", "array"}  # what a parameter may be if its schema names no type
 # What may follow a call. Tags that are special tokens do not appear in the text.
-_AFTER = re.compile(r"\s*[],]?\s*(?:</tool_call>|<\|/tool_call\|>)?\s*")
+_AFTER = re.compile(r"\s*[],]?\s*(?:</tool_call>|<\|/tool_call\|>|<\|tool_call_end\|>)?\s*")
 _BARE = re.compile(r"\s*\[?\s*(?:$|\{)")  # an answer that may consist only of calls
 
 
@@ -137,6 +145,8 @@ class CallReader:
             if name not in self._schemas and short in self._schemas and name[-9:].isalnum():
                 name = short
             written = _in_json(text, found.end(), name)
+        elif found[2]:
+            written = _in_python(text, start, found[2]) if found[2] in self._schemas else None
         else:
             written = _in_json(text, start) if text[start] == "{" else self._in_tags(text, start)
         if written is None or written[0] not in self._schemas:
@@ -177,6 +187,40 @@ def _in_json(text: str, start: int, known: str = "") -> tuple[str, Any, int] | N
     if not isinstance(name, str):
         return None
     return name, call.get("arguments", call.get("parameters", {})), end
+
+
+def _in_python(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
+    """Name and arguments of a call in Python, which are literals, and where it ends."""
+    most, first = start + _MOST_PYTHON, start + len(name)
+    end = first
+    for _ in range(_ENDS):
+        if not (end := text.find(")", end, most) + 1):
+            break
+        with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            call = ast.parse(f"f{text[first:end]}", mode="eval").body
+            if not isinstance(call, ast.Call) or call.args:
+                return None
+            return name, {str(one.arg): _literal(one.value) for one in call.keywords}, end
+    return None
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """The value of a literal that JSON has, too.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(node, ast.Name) and node.id in _NAMES:
+        return _NAMES[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {str(_literal(key)): _literal(value) for key, value in pairs}
+    value = None if node is None else ast.literal_eval(node)
+    if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise ValueError
 
 
 def _value(text: str, kinds: set[str]) -> Any:

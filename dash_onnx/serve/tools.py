@@ -210,6 +210,7 @@ def _call_rules(
         for number, function in enumerate(functions)
     ]
     form, token = _form(codec.chat_template), codec.tokenizer.token_to_id
+    form = HERMES if form.python else form  # whose grammar is not written here
     schema: dict[str, Any] = {"anyOf": calls}
     if form.listed:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
@@ -263,12 +264,19 @@ def _with_calls(message: dict[str, Any], form: Form) -> dict[str, Any]:
     functions = [call["function"] for call in rest.pop("tool_calls", None) or ()]
     if not functions:
         return message
-    if form.listed:
+    if form.python:
+        calls = f"{form.open}[{', '.join(map(_in_python, functions))}]{form.close}"
+    elif form.listed:
         calls = f"{form.open}{_json(functions)}{form.close}"
     else:
         calls = "\n".join(f"{form.open}\n{_json(one)}\n{form.close}" for one in functions)
     space = "" if form.listed or not rest["content"] else "\n"
     return {**rest, "content": f"{rest['content']}{space}{calls}"}
+
+
+def _in_python(function: dict[str, Any]) -> str:
+    given = function["arguments"] if isinstance(function["arguments"], Mapping) else {}
+    return f"{function['name']}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 def _json(data: Any) -> str:
