@@ -58,8 +58,8 @@ _PARAMETER = re.compile(
 )
 _END = "</function>"
 _PYTHON = {"True": True, "False": False, "None": None}  # as Qwen's templates write them
-_NAMES = {**_PYTHON, "true": True, "false": False, "null": None}
-_MOST_PYTHON, _ENDS = 20_000, 500  # characters of a call in Python, and brackets that may end it
+_JSON = {"true": True, "false": False, "null": None}  # names in Python
+_MOST_PYTHON, _MOST_ENDS = 20_000, 500  # characters of a call, and brackets that may end it
 _KINDS = {
     bool: {"boolean"},
     int: {"integer", "number"},
@@ -193,7 +193,7 @@ def _in_python(text: str, start: int, name: str) -> tuple[str, Any, int] | None:
     """Name and arguments of a call in Python, which are literals, and where it ends."""
     most, first = start + _MOST_PYTHON, start + len(name)
     end = first
-    for _ in range(_ENDS):
+    for _ in range(_MOST_ENDS):
         if not (end := text.find(")", end, most) + 1):
             break
         with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
@@ -210,15 +210,17 @@ def _literal(node: ast.expr | None) -> Any:
     Raises:
         ValueError: it is anything else.
     """
-    if isinstance(node, ast.Name) and node.id in _NAMES:
-        return _NAMES[node.id]
+    if isinstance(node, ast.Name) and node.id in _JSON:
+        return _JSON[node.id]
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(item) for item in node.elts]
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
         return {str(_literal(key)): _literal(value) for key, value in pairs}
-    value = None if node is None else ast.literal_eval(node)
-    if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value)):
+    value = ... if node is None else ast.literal_eval(node)  # None: of `**` in a dict
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and math.isfinite(value):
         return value
     raise ValueError
 
